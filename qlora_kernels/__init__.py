@@ -1,0 +1,1 @@
+"""qlora_kernels: NF4 codec, fused linear layers, paged AdamW and PEFT methods."""

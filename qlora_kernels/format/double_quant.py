@@ -1,0 +1,60 @@
+"""Double quantization: the absmax constants in 8 bits.
+
+    offset       = mean(absmax)                                              fp32 scalar
+    absmax_scale = max|absmax - offset| over each 256 constants              fp32 [ceil(n_blocks / 256)]
+    absmax_q     = index of the map value nearest to (absmax - offset) * (1 / absmax_scale)
+    absmax      ~= map[absmax_q] * absmax_scale + offset                     fp32 product, then fp32 sum: two roundings
+
+This turns 32 / 64 = 0.5 bit per weight into 8 / 64 + 32 / (64 * 256) = 0.127.
+
+The map is the signed dynamic 8-bit code: one sign bit, a unary exponent of 0..6 zeros, and as many linear fraction bits
+as are left, which gives fine steps near zero and coarse ones near one. "Nearest" is exact: the index counts the fp32
+midpoints of neighbours strictly below the value, so a tie takes the lower index, as everywhere in this format. A scale
+below nf4.SMALLEST_ABSMAX is stored as 0 and its constants take the index of the map's exact zero. The order in which
+the mean is summed is the device's own: all else is bit-exact, given the offset.
+
+Source: QLoRA (arXiv:2305.14314) section 3, "Double Quantization"; the map: 8-bit Approximations for Parallelism in Deep
+Learning (arXiv:1511.04561) and 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861) section 2.2.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NESTED_BLOCKSIZE = 256
+"""First-level constants per second-level scale."""
+
+
+@cache
+def dynamic_map_values(signed: bool = True) -> tuple[float, ...]:
+    """The 256 values of the dynamic map in increasing order, each exact in fp32.
+
+    For exponent i in 0..6 the fractions are the midpoints of 2**i (signed) or 2**(i+1) (unsigned) equal cells of
+    [0.1, 1], times 10**(i - 6). 0 and 1 complete the map; the signed map has no -1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        cells = 2 ** (exponent if signed else exponent + 1)
+        # Every step is rounded to fp32, product included: the published map is built that way, and its values are part
+        # of the checkpoint format.
+        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32)
+        magnitudes = ((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (exponent - 6)).tolist()
+        values += magnitudes
+        if signed:
+            values += [-magnitude for magnitude in magnitudes]
+    return tuple(float(v) for v in np.sort(np.asarray(values, dtype=np.float32)))
+
+
+def dynamic_map(device: torch.device | str | None = None, *, signed: bool = True) -> Tensor:
+    """The dynamic map as fp32 [256]."""
+    return torch.tensor(dynamic_map_values(signed), dtype=torch.float32, device=device)
+
+
+def dynamic_boundaries(device: torch.device | str | None = None, *, signed: bool = True) -> Tensor:
+    """Decision boundaries, fp32 [255]: fp32 midpoints of neighbouring map values."""
+    values = dynamic_map(device, signed=signed)
+    return (values[:-1] + values[1:]) / 2
