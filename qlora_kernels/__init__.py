@@ -1,1 +1,23 @@
-"""qlora_kernels: NF4 codec, fused linear layers, paged AdamW and PEFT methods."""
+"""qlora_kernels: NF4 codec, fused quantized-LoRA linear layers, paged AdamW and PEFT methods.
+
+Importing this package needs neither a GPU, nor Triton, nor the compiled libraries, nor a network.
+"""
+
+from __future__ import annotations
+
+from .format.quant_state import QuantState
+from .ops._registry import backends, use_backend
+from .ops.dequantize_nf4 import dequantize_nf4
+from .ops.linear_nf4 import linear_nf4
+from .ops.linear_nf4_lora import linear_nf4_lora
+from .ops.quantize_nf4 import quantize_nf4
+
+__all__ = [
+    "QuantState",
+    "backends",
+    "dequantize_nf4",
+    "linear_nf4",
+    "linear_nf4_lora",
+    "quantize_nf4",
+    "use_backend",
+]

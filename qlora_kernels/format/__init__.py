@@ -1,0 +1,1 @@
+"""What the bytes mean: the NF4 codec as specification and as a reference in plain torch."""

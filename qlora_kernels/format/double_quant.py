@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .nf4 import SMALLEST_ABSMAX
+
 NESTED_BLOCKSIZE = 256
 """First-level constants per second-level scale."""
 
@@ -58,3 +60,25 @@ def dynamic_boundaries(device: torch.device | str | None = None, *, signed: bool
     """Decision boundaries, fp32 [255]: fp32 midpoints of neighbouring map values."""
     values = dynamic_map(device, signed=signed)
     return (values[:-1] + values[1:]) / 2
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 [n] -> (absmax_q uint8 [n], absmax_scale fp32 [ceil(n / 256)], absmax_offset fp32 [])."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    n = absmax.numel()
+    blocks = -(-n // NESTED_BLOCKSIZE)
+    centred = torch.zeros(blocks * NESTED_BLOCKSIZE, dtype=torch.float32, device=absmax.device)
+    centred[:n] = absmax.reshape(-1) - offset
+    centred = centred.view(blocks, NESTED_BLOCKSIZE)
+    scale = centred.abs().amax(dim=1) if blocks else absmax.new_zeros(0)
+    scale = torch.where(scale < SMALLEST_ABSMAX, 0.0, scale)
+    normalized = centred * torch.where(scale > 0, 1.0 / scale, 0.0)[:, None]
+    q = torch.bucketize(normalized, dynamic_boundaries(absmax.device)).to(torch.uint8)
+    return q.reshape(-1)[:n].contiguous(), scale, offset
+
+
+def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_offset: Tensor) -> Tensor:
+    """uint8 [n], fp32 [ceil(n / 256)], fp32 [] -> fp32 [n]: map[absmax_q] * absmax_scale + absmax_offset."""
+    q = absmax_q.reshape(-1)
+    scale = absmax_scale.reshape(-1).repeat_interleave(NESTED_BLOCKSIZE)[: q.numel()]
+    return dynamic_map(q.device)[q.long()] * scale + absmax_offset

@@ -1,0 +1,26 @@
+"""Every op in plain torch, on any device: the oracle of the tests and the fall back of last resort."""
+
+from __future__ import annotations
+
+from ...ops._registry import KernelSpec, supports_all
+from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
+from .linear_nf4 import linear_nf4, linear_nf4_grad_x
+from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
+
+_FUNCTIONS = (
+    quantize_nf4,
+    quantize_absmax,
+    dequantize_nf4,
+    linear_nf4,
+    linear_nf4_grad_x,
+    linear_nf4_lora,
+    linear_nf4_lora_backward,
+)
+KERNELS = tuple(
+    KernelSpec(function.__name__, "reference", function, supports_all, priority=-1) for function in _FUNCTIONS
+)
+
+
+def unavailable() -> str | None:
+    """Torch is always there."""
+    return None

@@ -1,0 +1,122 @@
+"""QuantState: everything but the packed indices that a quantized weight needs to be read again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import nf4
+from .double_quant import NESTED_BLOCKSIZE, dequantize_absmax, dynamic_map
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that weights and activations may have."""
+
+Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""(absmax, None, None, None) or (None, absmax_q, absmax_scale, absmax_offset): how ops take a weight's constants."""
+
+
+def n_blocks(numel: int, blocksize: int) -> int:
+    """Blocks in a tensor of `numel` elements."""
+    return -(-numel // blocksize)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantState:
+    """Shape, dtype and scales of one NF4 tensor; immutable, checked on construction.
+
+    shape: of the weight before quantization.   dtype: of the weight before quantization (fp32, bf16 or fp16).
+    blocksize: elements per absmax.
+    Exactly one kind of constants is present:
+      absmax_exact: fp32 [n_blocks], without double quantization; or
+      absmax_q: uint8 [n_blocks], absmax_scale: fp32 [ceil(n_blocks / 256)], absmax_offset: fp32 [], with it.
+    Raises ValueError or TypeError, naming the field, where these do not fit together.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+    absmax_exact: Tensor | None = None
+    absmax_q: Tensor | None = None
+    absmax_scale: Tensor | None = None
+    absmax_offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        if self.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"QuantState: dtype must be one of {FLOAT_DTYPES}, got {self.dtype}")
+        if self.blocksize not in nf4.BLOCKSIZES:
+            raise ValueError(f"QuantState: blocksize must be one of {nf4.BLOCKSIZES}, got {self.blocksize}")
+        nested = (self.absmax_q, self.absmax_scale, self.absmax_offset)
+        if self.absmax_exact is None and any(t is None for t in nested):
+            raise ValueError(
+                "QuantState: either absmax_exact or all of absmax_q, absmax_scale and absmax_offset must be given"
+            )
+        if self.absmax_exact is not None and any(t is not None for t in nested):
+            raise ValueError("QuantState: absmax_exact excludes absmax_q, absmax_scale and absmax_offset, got both")
+        blocks = n_blocks(self.numel, self.blocksize)
+        _expect("absmax_exact", self.absmax_exact, torch.float32, blocks)
+        _expect("absmax_q", self.absmax_q, torch.uint8, blocks)
+        _expect("absmax_scale", self.absmax_scale, torch.float32, n_blocks(blocks, NESTED_BLOCKSIZE))
+        _expect("absmax_offset", self.absmax_offset, torch.float32, 1)
+
+    @property
+    def numel(self) -> int:
+        """Weights described."""
+        return self.shape.numel()
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the constants themselves are quantized."""
+        return self.absmax_q is not None
+
+    @property
+    def constants(self) -> Constants:
+        """The four constants in the order in which every op takes them."""
+        return self.absmax_exact, self.absmax_q, self.absmax_scale, self.absmax_offset
+
+    @property
+    def absmax(self) -> Tensor:
+        """fp32 [n_blocks], the first level; computed on each request under double quantization."""
+        return first_level(*self.constants)
+
+    @property
+    def absmax_code(self) -> Tensor | None:
+        """fp32 [256], the map that absmax_q indexes; None without double quantization."""
+        return None if self.absmax_q is None else dynamic_map(self.absmax_q.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed indices and of the constants together (the shared code tables are not counted)."""
+        return (self.numel + 1) // 2 + sum(t.nbytes for t in self.constants if t is not None)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Stored bits per weight: 4.5 for blocks of 64, 4.127 with double quantization."""
+        return 8 * self.nbytes / max(self.numel, 1)
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """The same state with its constants on `device`."""
+        moved = [None if t is None else t.to(device) for t in self.constants]
+        return QuantState(self.shape, self.dtype, self.blocksize, *moved)
+
+
+def first_level(
+    absmax: Tensor | None, absmax_q: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None
+) -> Tensor:
+    """fp32 [n_blocks] from either kind of constants."""
+    if absmax is not None:
+        return absmax
+    if absmax_q is None or absmax_scale is None or absmax_offset is None:
+        raise ValueError("first_level: either absmax or all of absmax_q, absmax_scale, absmax_offset must be given")
+    return dequantize_absmax(absmax_q, absmax_scale, absmax_offset)
+
+
+def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"QuantState: {name} must be {dtype}, got {tensor.dtype}")
+    if tensor.numel() != numel:
+        raise ValueError(f"QuantState: {name} must have {numel} elements, got {tensor.numel()}")

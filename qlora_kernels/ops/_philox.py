@@ -1,0 +1,60 @@
+"""The dropout mask of the fused LoRA ops: a pure function of (seed, element index), so backward regenerates it.
+
+    words(c)  = philox4x32-10 with key = seed and counter = (c low 32, c high 32, 0, 0)
+    draw(i)   = 16-bit half (i & 1) of word (i >> 1) & 3 of words(i >> 3),      i = m * K + k
+    keep(i)   = draw(i) >= threshold,     threshold = round(dropout_p * 2**16)
+    scale     = 2**16 / (2**16 - threshold)
+
+The scale belongs to the threshold, not to dropout_p, so the expectation is exact; |effective p - dropout_p| <= 2**-17.
+
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC'11), Philox4x32 with 10 rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+DRAW_BITS = 16
+_MASK32 = 0xFFFFFFFF
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """Draws below it are dropped."""
+    return round(dropout_p * (1 << DRAW_BITS))
+
+
+def keep_scale(dropout_p: float) -> float:
+    """Factor on kept values."""
+    return (1 << DRAW_BITS) / ((1 << DRAW_BITS) - keep_threshold(dropout_p))
+
+
+def philox(seed: int, counter: Tensor) -> Tensor:
+    """int64 [n] counters below 2**63 -> int64 [n, 4], each value a 32-bit word."""
+    c0, c1 = counter & _MASK32, counter >> 32
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & _MASK32, (k1 + WEYL[1]) & _MASK32
+    return torch.stack([c0, c1, c2, c3], dim=1)
+
+
+def dropout_keep(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
+    """Bool [M, K] on seed's device: which elements survive. seed: int64, one element."""
+    calls = torch.arange((M * K + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = philox(int(seed.item()), calls)
+    draws = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[: M * K]
+    return (draws >= keep_threshold(dropout_p)).view(M, K)
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """(high, low) 32-bit words of a * b. In halves, because int64 cannot hold a 64-bit unsigned product."""
+    low_part = (a & 0xFFFF) * b
+    high_part = (a >> 16) * b + (low_part >> 16)
+    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)

@@ -1,0 +1,159 @@
+"""Who computes what: kernels by backend, and the choice among them.
+
+A backend is a module that exposes
+
+    KERNELS: tuple[KernelSpec, ...]
+    def unavailable() -> str | None       None where it can run here, else the reason and the fix
+
+and is imported when the first op needs it, by name, from nowhere else. `select(problem)` answers with the usable kernel
+of highest priority. Nothing falls back in silence: a forced backend that cannot serve raises with its reasons, and an
+automatic fall back to the reference warns once for each (op, reason).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+"""Every backend, by the name of its module under qlora_kernels.backends."""
+
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""Backends that serve a device unasked. `triton` on cpu tensors is its interpreter, and only when forced."""
+
+ENVIRONMENT = "QLORA_BACKEND"
+
+
+class Problem(NamedTuple):
+    """What is asked of an op, as far as the choice of a kernel may depend on it. Hashable."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    M: int = 0
+    N: int = 0
+    K: int = 0
+    r: int = 0
+    blocksize: int = 64
+    double_quant: bool = False
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One backend's implementation of one op.
+
+    run: takes the op's arguments as documented in ops/<op>.py ("kernel contract").
+    unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
+    priority: among the usable kernels of several backends the highest runs.
+    """
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    unsupported: Callable[[Problem], list[str]]
+    priority: int = 0
+
+
+def supports_all(problem: Problem) -> list[str]:
+    """An `unsupported` for kernels that serve every Problem."""
+    return []
+
+
+@cache
+def kernels_of(backend: str) -> dict[str, KernelSpec]:
+    """The kernels of one backend by op, whether or not they can run here."""
+    module = importlib.import_module(f"qlora_kernels.backends.{backend}")
+    return {spec.op: spec for spec in module.KERNELS}
+
+
+@cache
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run on this machine, with the fix; None where it can."""
+    reason: str | None = importlib.import_module(f"qlora_kernels.backends.{backend}").unavailable()
+    return reason
+
+
+def reasons_against(problem: Problem, backend: str) -> list[str]:
+    """Why `backend` cannot serve `problem`; empty where it can."""
+    reason = unavailable(backend)
+    if reason is not None:
+        return [reason]
+    spec = kernels_of(backend).get(problem.op)
+    if spec is None:
+        return [f"it has no kernel for {problem.op}"]
+    return spec.unsupported(problem)
+
+
+def select(problem: Problem) -> KernelSpec:
+    """The kernel that runs `problem`.
+
+    Raises NotImplementedError, with every reason, where a forced backend cannot serve it.
+    """
+    return _select(problem, _forced)
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, forced: str | None) -> KernelSpec:
+    if forced is not None:
+        reasons = reasons_against(problem, forced)
+        if reasons:
+            raise NotImplementedError(f"{problem.op}: backend {forced!r} cannot serve {problem}: " + "; ".join(reasons))
+        return kernels_of(forced)[problem.op]
+    candidates, refused = [], []
+    for backend in AUTOMATIC.get(problem.device, ("reference",)):
+        reasons = reasons_against(problem, backend)
+        if reasons:
+            refused.append(f"{backend}: " + "; ".join(reasons))
+        else:
+            candidates.append(kernels_of(backend)[problem.op])
+    best = max(candidates, key=lambda spec: spec.priority)
+    if best.backend == "reference" and refused:
+        _warn_once(problem.op, " | ".join(refused))
+    return best
+
+
+@cache
+def _warn_once(op: str, reasons: str) -> None:
+    warnings.warn(f"{op}: running on the reference backend, which is slow ({reasons})", RuntimeWarning, stacklevel=2)
+
+
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+_forced: str | None = _checked(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the block onto one backend: "reference", "cpu", "triton" or "cuda".
+
+    The choice is the process's, not the thread's: backward passes run on autograd's threads and must see it too.
+    Raises ValueError for an unknown name; ops raise NotImplementedError, with the reasons, where it cannot serve them.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name and its state here: "available", with its ops, or why not."""
+    report = {}
+    for name in BACKENDS:
+        reason = unavailable(name)
+        report[name] = reason or "available: " + ", ".join(sorted(kernels_of(name)))
+    return report

@@ -1,0 +1,119 @@
+"""quantize_nf4: weights to packed 4-bit indices and block constants.
+
+Ops: qlora_kernels::quantize_nf4 (first level) and qlora_kernels::quantize_absmax (double quantization).
+
+Kernel contract:
+    quantize_nf4     run(w, *, blocksize) -> (packed, absmax)                   w contiguous, numel >= 1
+    quantize_absmax  run(absmax) -> (absmax_q, absmax_scale, absmax_offset)     absmax contiguous, numel >= 1
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..format import nf4
+from ..format.double_quant import NESTED_BLOCKSIZE
+from ..format.quant_state import QuantState, n_blocks
+from ._checks import check_blocksize, check_float
+from ._implement import implement
+from ._registry import Problem, select
+
+Nonfinite = Literal["raise", "zero"]
+
+torch.library.define("qlora_kernels::quantize_nf4", "(Tensor w, *, int blocksize) -> (Tensor, Tensor)")
+torch.library.define("qlora_kernels::quantize_absmax", "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
+
+
+def quantize_nf4(
+    w: Tensor,
+    blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+    double_quant: bool = True,
+    *,
+    nonfinite: Nonfinite = "raise",
+) -> tuple[Tensor, QuantState]:
+    """(packed, state) with state.absmax[b] = max|w| over block b and q = nearest code of w / absmax.
+
+    w: fp32, bf16 or fp16, any shape and layout, flattened row-major.   blocksize: elements per absmax.
+    double_quant: keep the constants in 8 bits (4.127 bits per weight instead of 4.5 at blocks of 64).
+    nonfinite: "raise", or "zero" to quantize inf and NaN as zeros.
+    Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable.
+    Raises TypeError for other dtypes; ValueError for a bad blocksize or, with nonfinite="raise", for inf or NaN.
+    Source: QLoRA (arXiv:2305.14314) section 3; format/nf4.py is the specification.
+    """
+    if nonfinite not in ("raise", "zero"):
+        raise ValueError(f'quantize_nf4: nonfinite must be "raise" or "zero", got {nonfinite!r}')
+    w = w.detach()
+    if nonfinite == "zero":
+        w = torch.nan_to_num(w, nan=0.0, posinf=0.0, neginf=0.0)
+    packed, absmax = torch.ops.qlora_kernels.quantize_nf4(w, blocksize=blocksize)
+    if nonfinite == "raise" and not bool(torch.isfinite(absmax).all()):
+        bad = int((~torch.isfinite(absmax)).sum())
+        raise ValueError(
+            f"quantize_nf4: w must be finite, got inf or NaN in {bad} of {absmax.numel()} blocks; "
+            'clean the weight or pass nonfinite="zero"'
+        )
+    packed = packed.view(-1, 1)
+    if not double_quant:
+        return packed, QuantState(w.shape, w.dtype, blocksize, absmax_exact=absmax)
+    absmax_q, absmax_scale, absmax_offset = torch.ops.qlora_kernels.quantize_absmax(absmax)
+    state = QuantState(
+        w.shape,
+        w.dtype,
+        blocksize,
+        absmax_q=absmax_q,
+        absmax_scale=absmax_scale,
+        absmax_offset=absmax_offset,
+    )
+    return packed, state
+
+
+@implement("qlora_kernels::quantize_nf4")
+def quantize_nf4_impl(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Checks, then the selected kernel."""
+    check_float("quantize_nf4", "w", w)
+    check_blocksize("quantize_nf4", blocksize)
+    if w.numel() == 0:
+        return quantize_nf4_fake(w, blocksize=blocksize)
+    problem = Problem("quantize_nf4", w.device.type, w.dtype, N=w.numel(), blocksize=blocksize)
+    packed, absmax = select(problem).run(w.contiguous(), blocksize=blocksize)
+    return packed, absmax
+
+
+@torch.library.register_fake("qlora_kernels::quantize_nf4")
+def quantize_nf4_fake(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Shapes of the result."""
+    check_float("quantize_nf4", "w", w)
+    check_blocksize("quantize_nf4", blocksize)
+    n = w.numel()
+    packed = w.new_empty((n + 1) // 2, dtype=torch.uint8)
+    return packed, w.new_empty(n_blocks(n, blocksize), dtype=torch.float32)
+
+
+@implement("qlora_kernels::quantize_absmax")
+def quantize_absmax_impl(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, then the selected kernel."""
+    _check_absmax(absmax)
+    if absmax.numel() == 0:
+        absmax_q, absmax_scale, absmax_offset = quantize_absmax_fake(absmax)
+        return absmax_q, absmax_scale, absmax_offset.zero_()
+    problem = Problem("quantize_absmax", absmax.device.type, absmax.dtype, N=absmax.numel())
+    absmax_q, absmax_scale, absmax_offset = select(problem).run(absmax.contiguous())
+    return absmax_q, absmax_scale, absmax_offset
+
+
+@torch.library.register_fake("qlora_kernels::quantize_absmax")
+def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of the result."""
+    _check_absmax(absmax)
+    scales = n_blocks(absmax.numel(), NESTED_BLOCKSIZE)
+    return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(scales), absmax.new_empty(())
+
+
+def _check_absmax(absmax: Tensor) -> None:
+    if absmax.dtype != torch.float32:
+        raise TypeError(f"quantize_absmax: absmax must be torch.float32, got {absmax.dtype}")
+    if absmax.dim() != 1:
+        raise ValueError(f"quantize_absmax: absmax must have one dimension, got shape {tuple(absmax.shape)}")

@@ -1,0 +1,107 @@
+"""The import rules of docs/architecture.md, read from the source, and what importing the package may not do."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qlora_kernels"
+
+MAY_IMPORT = {
+    "format": {"format"},
+    "ops": {"format", "ops"},
+    "backends/reference": {"format", "ops"},
+    "backends/cpu": {"format", "ops"},
+    "backends/triton": {"format", "ops"},
+    "backends/cuda": {"format", "ops"},
+    "nn": {"nn", "ops", "format"},
+    "peft": {"peft", "nn"},
+    "optim": {"optim", "ops"},
+}
+"""Part of the tree -> parts of the package that its modules may import. io, integrations and cli use the public API."""
+
+THIRD_PARTY = {
+    "triton": {"backends/triton"},
+    "transformers": {"integrations", "cli", "io"},
+    "bitsandbytes": set(),
+    "peft": {"integrations"},
+}
+"""Optional package -> parts that may import it."""
+
+
+def part_of(path: Path) -> str:
+    """ops, backends/cpu, ...; or nothing for the package's own __init__."""
+    parts = path.relative_to(PACKAGE).parts[:-1]
+    return "/".join(parts[:2]) if parts[:1] == ("backends",) else "/".join(parts[:1])
+
+
+def imported(path: Path) -> list[tuple[str, int]]:
+    """Absolute dotted names of all that `path` imports, with line numbers."""
+    package = ["qlora_kernels", *path.relative_to(PACKAGE).parts[:-1]]
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names += [(f"{stem}.{alias.name}", node.lineno) for alias in node.names]
+    return names
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_rules(path):
+    part = part_of(path)
+    for name, line in imported(path):
+        if name.startswith("qlora_kernels."):
+            target = part_of(PACKAGE / Path(*name.split(".")[1:]).with_suffix(".py"))
+            allowed = MAY_IMPORT.get(part)
+            own = target == part or target == ""
+            assert allowed is None or own or target.split("/")[0] in allowed, f"{path}:{line}: {part} imports {name}"
+            if target.startswith("backends/"):
+                assert part == target, f"{path}:{line}: only ops/_registry.py, by name, imports a backend"
+        root = name.split(".")[0]
+        if root in THIRD_PARTY and not name.startswith("qlora_kernels"):
+            assert part in THIRD_PARTY[root], f"{path}:{line}: {part or 'the package'} imports {root}"
+
+
+def test_files_are_named_for_what_they_know():
+    for path in SOURCES:
+        assert path.stem not in ("utils", "helpers", "common", "misc"), path
+
+
+def test_top_level():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    expected = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CONTRIBUTING.md", "LICENSE", ".ci"}
+    expected |= {"qlora_kernels", "csrc", "python", "tests", "bench", "docs"}
+    assert {name for name in top if not name.startswith(".")} <= expected
+
+
+def test_import_is_quiet_and_light():
+    """Importing pulls in no optional package, starts no process, opens no socket, touches no CUDA."""
+    script = """
+import sys
+events = []
+sys.addaudithook(lambda event, args: events.append(event) if event.split(".")[0] in ("subprocess", "socket") else None)
+import torch
+del events[:]
+import qlora_kernels
+assert not events, events
+heavy = {"triton", "transformers", "peft", "bitsandbytes", "matplotlib", "scipy"} & set(sys.modules)
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,26 @@
+"""The code's numbers stand in one place: format/nf4.py. Generated files are compared with what generates them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlora_kernels.format import nf4
+
+ROOT = Path(__file__).parents[1]
+SPECIFICATION = ROOT / "qlora_kernels" / "format" / "nf4.py"
+GENERATED = {ROOT / "csrc" / "include" / "qlora" / "nf4_code.h"}
+SUFFIXES = {".py", ".h", ".cuh", ".cpp", ".cu", ".toml"}
+FOLDERS = ("qlora_kernels", "csrc", "python", "tests", "bench")
+
+
+def test_no_second_copy_of_the_code():
+    """No code value but 0 and +-1 is written anywhere else, not even with fewer digits."""
+    digits = {f"{abs(value):.6f}"[:8] for value in nf4.CODE if 0 < abs(value) < 1}
+    pattern = re.compile("|".join(re.escape(d) for d in sorted(digits)))
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in SUFFIXES or path == SPECIFICATION or path in GENERATED or path == Path(__file__):
+                continue
+            found = pattern.search(path.read_text(errors="replace"))
+            assert found is None, f"{path.relative_to(ROOT)} repeats the code value {found.group() if found else ''}"
