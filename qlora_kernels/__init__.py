@@ -6,6 +6,8 @@ Importing this package needs neither a GPU, nor Triton, nor the compiled librari
 from __future__ import annotations
 
 from .format.quant_state import QuantState
+from .nn.convert import ReplaceReport, replace_linear
+from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.linear_nf4 import linear_nf4
@@ -13,11 +15,14 @@ from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.quantize_nf4 import quantize_nf4
 
 __all__ = [
+    "LinearNF4",
     "QuantState",
+    "ReplaceReport",
     "backends",
     "dequantize_nf4",
     "linear_nf4",
     "linear_nf4_lora",
     "quantize_nf4",
+    "replace_linear",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""Registration of an op's implementation for the devices that have backends."""
+"""Registration of an op's implementation and of its fake, as decorators that keep the function's type."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def implement(qualname: str) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         torch.library.impl(qualname, DEVICES, function)
+        return function
+
+    return register
+
+
+def fake(qualname: str) -> Callable[[Function], Function]:
+    """Register the decorated function as the shape-only form of `qualname`, and return it unchanged."""
+
+    def register(function: Function) -> Function:
+        torch.library.register_fake(qualname, function)
         return function
 
     return register

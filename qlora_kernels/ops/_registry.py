@@ -108,22 +108,26 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
         if reasons:
             raise NotImplementedError(f"{problem.op}: backend {forced!r} cannot serve {problem}: " + "; ".join(reasons))
         return kernels_of(forced)[problem.op]
-    candidates, refused = [], []
+    candidates, absent, refused = [], [], []
     for backend in AUTOMATIC.get(problem.device, ("reference",)):
-        reasons = reasons_against(problem, backend)
-        if reasons:
+        if (reason := unavailable(backend)) is not None:
+            absent.append(f"{backend}: {reason}")
+        elif reasons := reasons_against(problem, backend):
             refused.append(f"{backend}: " + "; ".join(reasons))
         else:
             candidates.append(kernels_of(backend)[problem.op])
     best = max(candidates, key=lambda spec: spec.priority)
     if best.backend == "reference" and refused:
-        _warn_once(problem.op, " | ".join(refused))
+        _warn_once(f"{problem.op} runs on the reference backend, which is slow ({' | '.join(refused)})")
+    elif best.backend == "reference" and absent:
+        # One warning for the machine, not one for each op: the reason is the same.
+        _warn_once(f"qlora_kernels runs on its reference backend, which is slow ({' | '.join(absent)})")
     return best
 
 
 @cache
-def _warn_once(op: str, reasons: str) -> None:
-    warnings.warn(f"{op}: running on the reference backend, which is slow ({reasons})", RuntimeWarning, stacklevel=2)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _checked(backend: str) -> str:

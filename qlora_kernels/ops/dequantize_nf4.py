@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_float, check_weight
-from ._implement import implement
+from ._implement import fake, implement
 from ._registry import Problem, select
 
 _CONSTANTS = "Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
@@ -96,7 +96,7 @@ def dequantize_nf4_out_impl(
     select(problem).run(packed.contiguous(), *constants, blocksize=blocksize, out=out)
 
 
-@torch.library.register_fake("qlora_kernels::dequantize_nf4")
+@fake("qlora_kernels::dequantize_nf4")
 def dequantize_nf4_fake(
     packed: Tensor,
     absmax: Tensor | None,
@@ -115,7 +115,7 @@ def dequantize_nf4_fake(
     return out
 
 
-@torch.library.register_fake("qlora_kernels::dequantize_nf4.out")
+@fake("qlora_kernels::dequantize_nf4.out")
 def dequantize_nf4_out_fake(
     packed: Tensor,
     absmax: Tensor | None,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_float, check_last_dim, check_weight
-from ._implement import implement
+from ._implement import fake, implement
 from ._registry import Problem, select
 
 _CONSTANTS = "Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
@@ -88,7 +88,7 @@ def linear_nf4_impl(
     return y.view(shape)
 
 
-@torch.library.register_fake("qlora_kernels::linear_nf4")
+@fake("qlora_kernels::linear_nf4")
 def linear_nf4_fake(
     x: Tensor,
     packed: Tensor,
@@ -144,7 +144,7 @@ def linear_nf4_grad_x_impl(
     return grad_x.view(shape)
 
 
-@torch.library.register_fake("qlora_kernels::linear_nf4_grad_x")
+@fake("qlora_kernels::linear_nf4_grad_x")
 def linear_nf4_grad_x_fake(
     grad_y: Tensor,
     packed: Tensor,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_dropout, check_float, check_last_dim, check_lora, check_weight
-from ._implement import implement
+from ._implement import fake, implement
 from ._registry import Problem, select
 from .linear_nf4 import weight_shape
 
@@ -148,7 +148,7 @@ def linear_nf4_lora_impl(
     return y.view(*x.shape[:-1], out_features), s
 
 
-@torch.library.register_fake("qlora_kernels::linear_nf4_lora")
+@fake("qlora_kernels::linear_nf4_lora")
 def linear_nf4_lora_fake(
     x: Tensor,
     packed: Tensor,
@@ -230,7 +230,7 @@ def linear_nf4_lora_backward_impl(
     return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grad_B
 
 
-@torch.library.register_fake("qlora_kernels::linear_nf4_lora_backward")
+@fake("qlora_kernels::linear_nf4_lora_backward")
 def linear_nf4_lora_backward_fake(
     grad_y: Tensor,
     x: Tensor,

@@ -18,7 +18,7 @@ from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import QuantState, n_blocks
 from ._checks import check_blocksize, check_float
-from ._implement import implement
+from ._implement import fake, implement
 from ._registry import Problem, select
 
 Nonfinite = Literal["raise", "zero"]
@@ -82,7 +82,7 @@ def quantize_nf4_impl(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-@torch.library.register_fake("qlora_kernels::quantize_nf4")
+@fake("qlora_kernels::quantize_nf4")
 def quantize_nf4_fake(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
     """Shapes of the result."""
     check_float("quantize_nf4", "w", w)
@@ -104,7 +104,7 @@ def quantize_absmax_impl(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return absmax_q, absmax_scale, absmax_offset
 
 
-@torch.library.register_fake("qlora_kernels::quantize_absmax")
+@fake("qlora_kernels::quantize_absmax")
 def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of the result."""
     _check_absmax(absmax)

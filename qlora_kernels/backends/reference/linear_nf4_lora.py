@@ -66,5 +66,5 @@ def linear_nf4_lora_backward(
 def _dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     if seed is None or dropout_p == 0.0:
         return x
-    keep = dropout_keep(seed, *x.shape, dropout_p)
+    keep = dropout_keep(seed, x.shape[0], x.shape[1], dropout_p)
     return torch.where(keep, x * keep_scale(dropout_p), 0.0)

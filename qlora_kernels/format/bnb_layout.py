@@ -1,0 +1,101 @@
+"""The tensors under which bitsandbytes keeps an NF4 weight in a checkpoint, for a weight named `<name>`:
+
+    <name>                                     packed indices, uint8 [(numel + 1) // 2, 1]
+    <name>.absmax                              fp32 [n_blocks], or uint8 [n_blocks] under double quantization
+    <name>.quant_map                           fp32 [16], the code
+    <name>.nested_absmax                       fp32 [ceil(n_blocks / 256)]        } only under
+    <name>.nested_quant_map                    fp32 [256], the dynamic map        } double quantization
+    <name>.quant_state.bitsandbytes__nf4       uint8: JSON with quant_type, blocksize, dtype, shape and, under double
+                                               quantization, nested_blocksize, nested_dtype, nested_offset
+
+Reading checks everything that our codec fixes (code, map, nested blocksize), so a file of another code is refused
+instead of misread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import nf4
+from .double_quant import NESTED_BLOCKSIZE, dynamic_map
+from .quant_state import QuantState
+
+META_KEY = "quant_state.bitsandbytes__nf4"
+SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", META_KEY)
+"""What may follow `<name>.`."""
+
+
+def encode(state: QuantState) -> dict[str, Tensor]:
+    """The tensors beside the packed bytes, by suffix."""
+    tensors: dict[str, Tensor] = {}
+    meta: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": state.blocksize,
+        "dtype": str(state.dtype).removeprefix("torch."),
+        "shape": list(state.shape),
+    }
+    absmax, absmax_q, absmax_scale, absmax_offset = state.constants
+    if absmax is not None:
+        tensors = {"absmax": absmax, "quant_map": nf4.code(absmax.device)}
+    elif absmax_q is not None and absmax_scale is not None and absmax_offset is not None:
+        tensors = {
+            "absmax": absmax_q,
+            "quant_map": nf4.code(absmax_q.device),
+            "nested_absmax": absmax_scale,
+            "nested_quant_map": dynamic_map(absmax_q.device),
+        }
+        meta |= {
+            "nested_blocksize": NESTED_BLOCKSIZE,
+            "nested_dtype": "float32",
+            "nested_offset": absmax_offset.item(),
+        }
+    tensors[META_KEY] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
+    """QuantState from the tensors of `encode`, by suffix. `name` is for messages.
+
+    Raises ValueError where a tensor is missing or another code, map or nested blocksize was used.
+    """
+    missing = [suffix for suffix in ("absmax", META_KEY) if suffix not in tensors]
+    if missing:
+        raise ValueError(f"{name}: checkpoint must hold {name}.{missing[0]}, got only {sorted(tensors)}")
+    meta = json.loads(bytes(tensors[META_KEY].cpu().tolist()))
+    _require(name, "quant_type", meta.get("quant_type"), "nf4")
+    absmax = tensors["absmax"]
+    device = absmax.device
+    if "quant_map" in tensors:
+        _require_table(name, "quant_map", tensors["quant_map"], nf4.code(device))
+    dtype = getattr(torch, meta["dtype"])
+    shape = torch.Size(meta["shape"])
+    if absmax.dtype != torch.uint8:
+        return QuantState(shape, dtype, meta["blocksize"], absmax_exact=absmax)
+    for suffix in ("nested_absmax", "nested_quant_map"):
+        if suffix not in tensors:
+            raise ValueError(f"{name}: checkpoint must hold {name}.{suffix} beside 8-bit absmax, got {sorted(tensors)}")
+    _require(name, "nested_blocksize", meta.get("nested_blocksize"), NESTED_BLOCKSIZE)
+    _require_table(name, "nested_quant_map", tensors["nested_quant_map"], dynamic_map(device))
+    return QuantState(
+        shape,
+        dtype,
+        meta["blocksize"],
+        absmax_q=absmax,
+        absmax_scale=tensors["nested_absmax"],
+        absmax_offset=torch.tensor(meta["nested_offset"], dtype=torch.float32, device=device),
+    )
+
+
+def _require(name: str, field: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise ValueError(f"{name}: {field} of the checkpoint must be {expected!r}, got {value!r}")
+
+
+def _require_table(name: str, field: str, value: Tensor, expected: Tensor) -> None:
+    if value.shape != expected.shape or not torch.equal(value.to(expected.device, torch.float32), expected):
+        raise ValueError(f"{name}: {field} of the checkpoint must be this format's table, got another one")

@@ -1,0 +1,142 @@
+"""replace_linear: quantize the linear layers of an existing model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..format import nf4
+from .linear_nf4 import LinearNF4, is_conv1d
+from .match import Pattern, matches, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class ReplaceReport:
+    """What `replace_linear` did. Printing it shows a table.
+
+    replaced: name -> (bytes before, bytes after).   skipped: name of a linear layer -> why it was left alone.
+    """
+
+    replaced: dict[str, tuple[int, int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the replaced weights in their own dtype."""
+        return sum(before for before, _ in self.replaced.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of their packed indices and constants."""
+        return sum(after for _, after in self.replaced.values())
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in [*self.replaced, *self.skipped]), default=5)
+        lines = [f"{'layer':<{width}}  {'before':>12}  {'after':>12}"]
+        lines += [f"{name:<{width}}  {b:>12,}  {a:>12,}" for name, (b, a) in self.replaced.items()]
+        lines += [f"{name:<{width}}  kept: {reason}" for name, reason in self.skipped.items()]
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        lines.append(
+            f"{len(self.replaced)} layers replaced: {self.bytes_before:,} -> {self.bytes_after:,} bytes ({ratio:.2f}x)"
+        )
+        return "\n".join(lines)
+
+
+def replace_linear(
+    model: nn.Module,
+    skip: Pattern = ("lm_head",),
+    targets: Pattern = ALL_LINEAR,
+    blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> ReplaceReport:
+    """Replace linear layers (nn.Linear, transformers' Conv1D) of `model` by LinearNF4, in place, one at a time.
+
+    targets: "all-linear"; or names and suffixes; or a regular expression for whole names; or a predicate of (name,
+    module).
+    skip: the same kinds; what it means is kept.   blocksize, double_quant, compute_dtype: as LinearNF4.
+    progress: show a bar (needs tqdm).
+    Linear layers that share one weight share one packed weight. A layer whose weight is also used by something else,
+    such as an output head tied to the embedding, is kept, and the report says so.
+    Raises ValueError where nothing matched, naming the nearest layers; what quantization of a weight raises, with the
+    layer's name, before that layer is touched.
+    """
+    report = ReplaceReport()
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
+    other_users = _users_of_parameters(model, linears)
+    chosen = {}
+    for name, module in linears.items():
+        if not (targets == ALL_LINEAR or matches(targets, name, module)):
+            report.skipped[name] = "not among targets"
+        elif matches(skip, name, module):
+            report.skipped[name] = "in skip"
+        elif id(module.weight) in other_users:
+            report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
+        else:
+            chosen[name] = module
+    if not chosen:
+        raise ValueError(_nothing_matched(targets, skip, linears))
+    made: dict[int, LinearNF4] = {}
+    for name, module in _with_progress(chosen.items(), len(chosen), progress):
+        weight = cast(torch.Tensor, module.weight)
+        try:
+            layer = LinearNF4.from_linear(
+                module, blocksize=blocksize, double_quant=double_quant, compute_dtype=compute_dtype
+            )
+        except ValueError as error:
+            raise ValueError(f"replace_linear: {name}: {error}") from error
+        shared = made.get(id(weight))
+        if shared is not None:
+            layer._set_weight(shared.packed, shared.quant_state)
+        made[id(weight)] = layer
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        after = 0 if shared is not None else layer.quant_state.nbytes
+        report.replaced[name] = (0 if shared is not None else weight.nbytes, after)
+    return report
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Subclasses of nn.Linear may compute something else. NonDynamicallyQuantizableLinear (nn.MultiheadAttention's
+    # out_proj) differs in name only.
+    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module)
+
+
+def _users_of_parameters(model: nn.Module, linears: dict[str, nn.Module]) -> dict[int, str]:
+    """id of each parameter that something beside the linear layers holds -> its name there."""
+    return {
+        id(parameter): f"{owner_name}.{name}"
+        for owner_name, owner in model.named_modules(remove_duplicate=False)
+        if owner_name not in linears
+        for name, parameter in owner.named_parameters(recurse=False)
+    }
+
+
+def _nothing_matched(targets: Pattern, skip: Pattern, linears: dict[str, nn.Module]) -> str:
+    if not linears:
+        return "replace_linear: model must contain nn.Linear layers, got none"
+    if callable(targets):
+        hint = list(linears)[:5]
+    else:
+        hint = nearest([targets] if isinstance(targets, str) else targets, list(linears))
+    return (
+        f"replace_linear: targets must match a linear layer, got {targets!r} with skip={skip!r}, which leaves none of "
+        f"{len(linears)}; did you mean one of {hint}?"
+    )
+
+
+def _with_progress(
+    items: Iterable[tuple[str, nn.Module]], total: int, progress: bool
+) -> Iterable[tuple[str, nn.Module]]:
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return cast(Iterable[tuple[str, nn.Module]], tqdm(items, total=total, desc="quantizing", unit="layer"))

@@ -1,0 +1,261 @@
+"""LinearNF4: a drop-in for a frozen nn.Linear whose weight is kept in NF4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..format import bnb_layout, nf4
+from ..format.quant_state import FLOAT_DTYPES, QuantState, n_blocks
+from ..ops._checks import check_blocksize, check_last_dim
+from ..ops.dequantize_nf4 import dequantize_nf4
+from ..ops.linear_nf4_lora import draw_seed
+from ..ops.quantize_nf4 import quantize_nf4
+
+_CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+
+
+class LinearNF4(nn.Module):
+    """y = x W^T + bias with W [out_features, in_features] frozen in NF4.
+
+    in_features, out_features, bias: as nn.Linear.   blocksize: weights per absmax.   double_quant: constants in 8 bits.
+    compute_dtype: x is cast to it for the product and y back to x's dtype; None computes in x's dtype. Under autocast
+    both are autocast's dtype, as for nn.Linear.
+
+    Buffers: `packed` uint8 [(N * K + 1) // 2, 1]; `absmax` fp32 [n_blocks], or `absmax_q`, `absmax_scale` and
+    `absmax_offset`, which stay fp32 under `.to(dtype)`. The bias is an ordinary parameter. A new layer holds zeros
+    until it is loaded; `from_linear` quantizes an existing one.
+
+    The state dict is plain tensors under bitsandbytes' keys (format/bnb_layout.py); strict loading works both ways, a
+    checkpoint's own blocksize and kind of constants are adopted, and a dense `weight` is quantized while it is loaded.
+    `train()`, `eval()`, `state_dict()` and forward never change a byte.
+    """
+
+    packed: Tensor
+    absmax: Tensor | None
+    absmax_q: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_blocksize("LinearNF4", blocksize)
+        if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
+            raise TypeError(f"LinearNF4: compute_dtype must be one of {FLOAT_DTYPES} or None, got {compute_dtype}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.blocksize = blocksize
+        self.compute_dtype = compute_dtype
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        numel = in_features * out_features
+        blocks = n_blocks(numel, blocksize)
+        self._set_weight(
+            torch.full(((numel + 1) // 2, 1), nf4.ZERO_INDEX * 0x11, dtype=torch.uint8, device=device),
+            QuantState(
+                torch.Size((out_features, in_features)),
+                self.weight_dtype,
+                blocksize,
+                absmax_exact=None if double_quant else torch.zeros(blocks, device=device),
+                absmax_q=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else None,
+                absmax_scale=torch.zeros(n_blocks(blocks, 256), device=device) if double_quant else None,
+                absmax_offset=torch.zeros((), device=device) if double_quant else None,
+            ),
+        )
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> LinearNF4:
+        """Quantize an nn.Linear, or transformers' Conv1D (whose weight is stored transposed).
+
+        The bias parameter is taken over, not copied. Raises TypeError for other modules.
+        """
+        weight, bias = dense_weight(linear), cast(nn.Parameter | None, linear.bias)
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias=False,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer._set_weight(*quantize_nf4(weight, blocksize, double_quant))
+        layer.bias = bias
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def quant_state(self) -> QuantState:
+        """Shape, dtype and constants of the weight."""
+        shape = torch.Size((self.out_features, self.in_features))
+        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+        return QuantState(shape, self.weight_dtype, self.blocksize, *constants)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, computed on each access: for code that reads it, not for speed."""
+        return self.dequantize()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [out_features, in_features] in `dtype`, by default the dtype it was quantized from."""
+        return dequantize_nf4(self.packed, self.quant_state, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]."""
+        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
+        compute, result = self._dtypes(x)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4(
+            x.to(compute),
+            self.packed,
+            self.absmax,
+            self.absmax_q,
+            self.absmax_scale,
+            self.absmax_offset,
+            self.bias,
+            blocksize=self.blocksize,
+            out_features=self.out_features,
+        )
+        return y.to(result)
+
+    def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
+        """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
+
+        lora_A: [r, in_features], lora_B: [out_features, r].   dropout_p: 0 unless training; the caller decides.
+        """
+        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
+        compute, result = self._dtypes(x)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(
+            x.to(compute),
+            self.packed,
+            self.absmax,
+            self.absmax_q,
+            self.absmax_scale,
+            self.absmax_offset,
+            self.bias,
+            lora_A,
+            lora_B,
+            draw_seed(x.device) if dropout_p > 0 else None,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            blocksize=self.blocksize,
+            out_features=self.out_features,
+        )[0]
+        return y.to(result)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, with the format."""
+        kind = "double-quantized" if self.absmax_q is not None else "fp32 absmax"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, {kind}, compute_dtype={self.compute_dtype}"
+        )
+
+    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """(dtype of the product, dtype of the result)."""
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return dtype, dtype
+        return self.compute_dtype or x.dtype, x.dtype
+
+    def _set_weight(self, packed: Tensor, state: QuantState) -> None:
+        self.blocksize = state.blocksize
+        self.weight_dtype = state.dtype
+        # Not persistent: _save_to_state_dict writes them under their checkpoint names.
+        self.register_buffer("packed", packed, persistent=False)
+        for name, tensor in zip(_CONSTANTS, state.constants, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearNF4:
+        constants = {name: getattr(self, name) for name in _CONSTANTS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in constants.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype != before.dtype:
+                # A cast (module.half(), .to(bf16)) reaches every float buffer; the constants are defined in fp32.
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.packed if keep_vars else self.packed.detach()
+        for suffix, tensor in bnb_layout.encode(self.quant_state).items():
+            destination[f"{prefix}weight.{suffix}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = prefix + "weight"
+        found = {s: state_dict[f"{name}.{s}"] for s in bnb_layout.SUFFIXES if f"{name}.{s}" in state_dict}
+        others = {k: v for k, v in state_dict.items() if k != name and k.removeprefix(name + ".") not in found}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if name not in state_dict:
+            missing_keys.append(name)
+            return
+        try:
+            self._load_weight(name, state_dict[name], found)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(str(error))
+
+    def _load_weight(self, name: str, weight: Tensor, found: dict[str, Tensor]) -> None:
+        shape = (self.out_features, self.in_features)
+        device = self.packed.device
+        if not found and weight.is_floating_point():
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name}: dense weight must have shape {shape}, got {tuple(weight.shape)}")
+            self._set_weight(*quantize_nf4(weight.to(device), self.blocksize, self.absmax_q is not None))
+            return
+        state = bnb_layout.decode(name, found)
+        if tuple(state.shape) != shape:
+            raise ValueError(f"{name}: quantized weight must have shape {shape}, got {tuple(state.shape)}")
+        packed = weight.reshape(-1).view(torch.uint8).reshape(-1, 1)
+        if packed.numel() != (state.numel + 1) // 2:
+            raise ValueError(f"{name}: must hold {(state.numel + 1) // 2} packed bytes, got {packed.numel()}")
+        copies = [None if t is None else t.detach().clone() for t in state.to(device).constants]
+        self._set_weight(
+            packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
+        )
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """W [out_features, in_features] of an nn.Linear or of transformers' Conv1D. Raises TypeError for other modules."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    if is_conv1d(linear):
+        return cast(Tensor, linear.weight).T
+    raise TypeError(f"from_linear: linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's Conv1D, known by name so that transformers need not be there."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -1,0 +1,127 @@
+"""replace_linear: which layers, tied weights, the report, and clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from tests.support.problems import gaussian
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(64, 64)
+        self.k_proj = nn.Linear(64, 32)
+        self.norm = nn.LayerNorm(64)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(100, 64)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(64, 100, bias=False)
+
+
+def names_of(model):
+    return {name for name, module in model.named_modules() if isinstance(module, qk.LinearNF4)}
+
+
+EVERY = {f"layers.{i}.{p}_proj" for i in (0, 1) for p in "qk"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", EVERY),
+        (["q_proj"], {"layers.0.q_proj", "layers.1.q_proj"}),
+        (["0.k_proj", "layers.1.q_proj"], {"layers.0.k_proj", "layers.1.q_proj"}),
+        (r"layers\.1\..*", {"layers.1.q_proj", "layers.1.k_proj"}),
+        (lambda name, module: module.out_features == 32, {"layers.0.k_proj", "layers.1.k_proj"}),
+    ],
+    ids=["all", "suffix", "names", "regex", "predicate"],
+)
+def test_targets(targets, expected):
+    model = Model()
+    report = qk.replace_linear(model, targets=targets)
+    assert names_of(model) == set(report.replaced) == expected
+    assert report.skipped["lm_head"] in ("in skip", "not among targets")
+
+
+def test_skip_takes_the_same_kinds():
+    model = Model()
+    qk.replace_linear(model, skip=r".*k_proj|lm_head")
+    assert names_of(model) == {"layers.0.q_proj", "layers.1.q_proj"}
+
+
+def test_report():
+    report = qk.replace_linear(Model())
+    assert report.bytes_before == 4 * 2 * (64 * 64 + 64 * 32)
+    assert 7 < report.bytes_before / report.bytes_after < 8
+    assert "4 layers replaced" in str(report)
+    assert "kept: in skip" in str(report)
+
+
+def test_head_tied_to_embedding_is_kept():
+    model = Model()
+    model.lm_head.weight = model.embed.weight
+    report = qk.replace_linear(model, skip=())
+    assert report.skipped == {"lm_head": "its weight is tied to embed.weight"}
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_tied_linears_share_bytes():
+    model = Model()
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    report = qk.replace_linear(model)
+    first, second = model.layers[0].q_proj, model.layers[1].q_proj
+    assert first.packed.data_ptr() == second.packed.data_ptr()
+    assert first.bias is not second.bias
+    assert report.replaced["layers.1.q_proj"] == (0, 0)
+
+
+def test_one_module_under_two_names_stays_one():
+    model = Model()
+    model.layers[1] = model.layers[0]
+    qk.replace_linear(model)
+    assert model.layers[0].q_proj is model.layers[1].q_proj
+
+
+def test_subclasses_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(64, 64), nn.Linear(64, 64))
+    qk.replace_linear(model)
+    assert isinstance(model[0], Scaled)
+    assert isinstance(model[1], qk.LinearNF4)
+
+
+def test_nothing_matched_names_the_nearest():
+    with pytest.raises(ValueError, match=r"replace_linear: targets must match a linear layer, got \['q_prj'\].*q_proj"):
+        qk.replace_linear(Model(), targets=["q_prj"])
+    with pytest.raises(ValueError, match=r"model must contain nn.Linear layers, got none"):
+        qk.replace_linear(nn.ReLU())
+
+
+def test_a_bad_weight_is_named():
+    model = Model()
+    with torch.no_grad():
+        model.layers[1].q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"replace_linear: layers.1.q_proj: quantize_nf4: w must be finite"):
+        qk.replace_linear(model)
+    assert isinstance(model.layers[1].q_proj, nn.Linear)
+
+
+def test_training_flag_and_requires_grad_survive():
+    model = Model().eval()
+    model.layers[0].q_proj.bias.requires_grad_(False)
+    qk.replace_linear(model)
+    assert not model.layers[0].q_proj.training
+    assert not model.layers[0].q_proj.bias.requires_grad
+    assert model.layers[1].q_proj.bias.requires_grad
+    model.layers[0].q_proj(gaussian(2, 64))

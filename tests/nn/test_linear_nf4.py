@@ -1,0 +1,215 @@
+"""LinearNF4 as a drop-in for nn.Linear: values, gradients, dtypes, state dicts, compile and export."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.format import bnb_layout
+from tests.support.problems import gaussian
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+
+def dense(N=33, K=96, bias=True, dtype=torch.float32, seed=0):
+    linear = nn.Linear(K, N, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(gaussian(N, K, seed=seed) / K**0.5)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_a_dense_layer_of_the_dequantized_weight(dtype):
+    """K=96, N=33, blocks of 64: blocks straddle rows and N is odd."""
+    linear = dense(dtype=dtype)
+    layer = qk.LinearNF4.from_linear(linear)
+    x = gaussian(7, 96, dtype=dtype).requires_grad_()
+    grad_y = gaussian(7, 33, dtype=dtype, seed=1)
+    y = layer(x)
+    y.backward(grad_y)
+    w = layer.dequantize(dtype)
+    composed_x = x.detach().clone().requires_grad_()
+    composed = nn.functional.linear(composed_x, w, linear.bias)
+    composed.backward(grad_y)
+    exact = x.detach().double() @ w.double().T + linear.bias.detach().double()
+    assert_within_baseline(y.detach(), composed.detach(), exact, factor=FORWARD_FACTOR)
+    exact = grad_y.double() @ w.double()
+    assert_within_baseline(x.grad, composed_x.grad, exact, factor=GRADIENT_FACTOR)
+
+
+def test_eval_then_train_keeps_gradients():
+    layer = qk.LinearNF4.from_linear(dense())
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.eval()(gaussian(4, 96))
+    grads = []
+    for module in (layer.train(), fresh.train()):
+        x = gaussian(4, 96).requires_grad_()
+        module(x).square().sum().backward()
+        grads.append((x.grad, module.bias.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_nothing_changes_a_byte():
+    layer = qk.LinearNF4.from_linear(dense(dtype=torch.bfloat16))
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with torch.no_grad():
+        layer.eval()(gaussian(4, 96, dtype=torch.bfloat16))
+        layer.train()(gaussian(4, 96))
+    layer.eval()
+    after = layer.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_strict_state_dict_round_trip(double_quant):
+    layer = qk.LinearNF4.from_linear(dense(), blocksize=128, double_quant=double_quant)
+    other = qk.LinearNF4(96, 33, double_quant=not double_quant)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer), strict=True)
+    x = gaussian(3, 96)
+    assert torch.equal(layer(x), other(x))
+    assert other.blocksize == 128
+    assert (other.absmax_q is not None) == double_quant
+    expected = {"weight", "bias", "weight.absmax", "weight.quant_map", f"weight.{bnb_layout.META_KEY}"}
+    expected |= {"weight.nested_absmax", "weight.nested_quant_map"} if double_quant else set()
+    assert set(layer.state_dict()) == expected
+
+
+def test_loads_a_dense_checkpoint_by_quantizing():
+    linear = dense()
+    layer = qk.LinearNF4(96, 33)
+    layer.load_state_dict(linear.state_dict(), strict=True)
+    assert torch.equal(layer.packed, qk.LinearNF4.from_linear(linear).packed)
+
+
+def test_refuses_bad_checkpoints():
+    layer = qk.LinearNF4.from_linear(dense())
+    state = layer.state_dict()
+    without = {k: v for k, v in state.items() if k != "weight.nested_absmax"}
+    with pytest.raises(RuntimeError, match=r"weight: checkpoint must hold weight.nested_absmax"):
+        qk.LinearNF4(96, 33).load_state_dict(without)
+    with pytest.raises(RuntimeError, match=r"quantized weight must have shape \(32, 96\), got \(33, 96\)"):
+        qk.LinearNF4(96, 32, bias=False).load_state_dict({k: v for k, v in state.items() if k != "bias"})
+    with pytest.raises(RuntimeError, match=r"quant_map of the checkpoint must be this format's table"):
+        qk.LinearNF4(96, 33).load_state_dict(state | {"weight.quant_map": torch.zeros(16)})
+    with pytest.raises(RuntimeError, match=r"Missing key"):
+        qk.LinearNF4(96, 33).load_state_dict({"bias": torch.zeros(33)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key"):
+        qk.LinearNF4(96, 33).load_state_dict(state | {"weight.other": torch.zeros(1)})
+
+
+def test_casts_move_activations_not_constants():
+    layer = qk.LinearNF4.from_linear(dense())
+    absmax = layer.quant_state.absmax
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.absmax_scale.dtype == torch.float32
+    assert torch.equal(layer.quant_state.absmax, absmax)
+    assert layer(gaussian(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_output_dtype_follows_x_compute_dtype_and_autocast():
+    layer = qk.LinearNF4.from_linear(dense(), compute_dtype=torch.bfloat16)
+    x = gaussian(2, 96)
+    assert layer(x).dtype == torch.float32
+    assert torch.equal(layer(x), layer(x.bfloat16()).float())
+    plain = qk.LinearNF4.from_linear(dense())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = plain(x)
+        assert y.dtype == nn.functional.linear(x, plain.weight).dtype == torch.bfloat16
+
+
+def test_compiles_and_exports():
+    layer = qk.LinearNF4.from_linear(dense())
+    x = gaussian(5, 96)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(torch.relu(x))
+
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ya, yb = compiled(a), net(b)
+    ya.sum().backward()
+    yb.sum().backward()
+    assert torch.equal(ya, yb)
+    assert torch.equal(a.grad, b.grad)
+    exported = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=2)}})
+    assert torch.equal(exported.module()(gaussian(9, 96)), net(gaussian(9, 96)))
+
+
+def test_forward_lora_compiles():
+    layer = qk.LinearNF4.from_linear(dense())
+    lora_A, lora_B = gaussian(4, 96).requires_grad_(), gaussian(33, 4).requires_grad_()
+
+    def run(x, lora_A, lora_B):
+        return layer.forward_lora(x, lora_A, lora_B, 0.5, dropout_p=0.1)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    y = compiled(gaussian(5, 96), lora_A, lora_B)
+    y.sum().backward()
+    assert y.shape == (5, 33)
+    assert lora_A.grad is not None
+
+
+def test_under_gradient_checkpointing_dropout_repeats():
+    layer = qk.LinearNF4.from_linear(dense())
+    lora_A, lora_B = gaussian(4, 96).requires_grad_(), gaussian(33, 4).requires_grad_()
+
+    def run(x):
+        return layer.forward_lora(x, lora_A, lora_B, 1.0, dropout_p=0.5)
+
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        x = gaussian(6, 96).requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+        y.square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+def test_from_linear_takes_conv1d():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(33, 96)
+    layer = qk.LinearNF4.from_linear(conv1d)
+    assert (layer.in_features, layer.out_features) == (96, 33)
+    w = layer.dequantize()
+    assert (w - conv1d.weight.T).abs().max() < 0.2 * conv1d.weight.abs().max()
+    x = gaussian(2, 96)
+    torch.testing.assert_close(layer(x), x @ w.T + conv1d.bias)
+
+
+def test_inside_multihead_attention():
+    attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    reference = copy.deepcopy(attention)
+    qk.replace_linear(attention)
+    with torch.no_grad():
+        reference.out_proj.weight.copy_(attention.out_proj.weight)
+    x = gaussian(2, 5, 64)
+    torch.testing.assert_close(attention(x, x, x)[0], reference(x, x, x)[0])
+
+
+def test_refuses_bad_arguments():
+    with pytest.raises(ValueError, match=r"LinearNF4: blocksize must be one of"):
+        qk.LinearNF4(64, 8, blocksize=100)
+    with pytest.raises(TypeError, match=r"LinearNF4: compute_dtype must be one of"):
+        qk.LinearNF4(64, 8, compute_dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"LinearNF4: x.shape\[-1\] must equal in_features=64, got shape \(2, 65\)"):
+        qk.LinearNF4(64, 8)(torch.zeros(2, 65))
+    with pytest.raises(TypeError, match=r"from_linear: linear must be an nn.Linear or a transformers Conv1D, got ReLU"):
+        qk.LinearNF4.from_linear(nn.ReLU())

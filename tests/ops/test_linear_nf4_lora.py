@@ -1,0 +1,174 @@
+"""Class 2 (matmul): the fused LoRA linear and its three gradients, with and without dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.ops._philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
+from tests.support.problems import DTYPES, dtype_name, gaussian, shapes, usable_backends
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora"))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+SCALING = 2.0
+
+
+def composed_lora(x, w, bias, lora_A, lora_B, keep, p):
+    """Torch's own composition, at the dtype of its arguments."""
+    dropped = x if keep is None else torch.where(keep, x * keep_scale(p), 0.0)
+    y = x @ w.T + SCALING * (dropped @ lora_A.T) @ lora_B.T
+    return y if bias is None else y + bias
+
+
+def problem(shape, dtype, master):
+    packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
+    leaves = {
+        "x": gaussian(shape.M, shape.K, dtype=dtype),
+        "lora_A": (gaussian(shape.r, shape.K, seed=2) / shape.K**0.5).to(dtype).to(master),
+        "lora_B": (gaussian(shape.N, shape.r, seed=3)).to(dtype).to(master),
+        "bias": gaussian(shape.N, seed=4, dtype=dtype),
+    }
+    return packed, state, {name: t.requires_grad_() for name, t in leaves.items()}
+
+
+@backends
+@dtypes
+@shapes
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_forward_and_gradients(backend, dtype, shape, p):
+    packed, state, leaves = problem(shape, dtype, torch.float32)
+    grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=5)
+    seed = torch.tensor([0x1234567890ABCDEF])
+    with qk.use_backend(backend):
+        y = qk.linear_nf4_lora(
+            leaves["x"],
+            packed,
+            state,
+            leaves["lora_A"],
+            leaves["lora_B"],
+            leaves["bias"],
+            scaling=SCALING,
+            dropout_p=p,
+            seed=seed,
+        )
+        y.backward(grad_y)
+    assert y.dtype == dtype
+    keep = dropout_keep(seed, shape.M, shape.K, p) if p else None
+    w = qk.dequantize_nf4(packed, state, dtype)
+
+    def run(kind):
+        copies = {name: t.detach().to(kind).requires_grad_() for name, t in leaves.items()}
+        out = composed_lora(copies["x"], w.to(kind), copies["bias"], copies["lora_A"], copies["lora_B"], keep, p)
+        out.backward(grad_y.to(kind))
+        return out.detach(), {name: t.grad for name, t in copies.items()}
+
+    composed, composed_grads = run(dtype)
+    exact, exact_grads = run(torch.float64)
+    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == leaf.dtype
+        assert_within_baseline(
+            leaf.grad.to(dtype),
+            composed_grads[name],
+            exact_grads[name],
+            factor=GRADIENT_FACTOR,
+            name=f"grad of {name}",
+        )
+
+
+@backends
+def test_grad_x_only_where_needed(backend):
+    packed, state = qk.quantize_nf4(gaussian(32, 64))
+    x = gaussian(3, 64)
+    lora_A, lora_B = gaussian(4, 64).requires_grad_(), gaussian(32, 4).requires_grad_()
+    with qk.use_backend(backend):
+        qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=1.0).sum().backward()
+    assert x.grad is None
+    assert lora_A.grad is not None
+
+
+@backends
+def test_nothing_weight_sized_is_saved(backend):
+    """Between the passes live x, s and the weight's own bytes: no dequantized weight, no mask."""
+    packed, state = qk.quantize_nf4(gaussian(64, 128))
+    x = gaussian(3, 128).requires_grad_()
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with qk.use_backend(backend), hooks:
+        qk.linear_nf4_lora(
+            x, packed, state, gaussian(4, 128), gaussian(64, 4).requires_grad_(), scaling=1.0, dropout_p=0.5
+        )
+    owned = {t.untyped_storage().data_ptr() for t in (packed, *state.constants) if t is not None}
+    rest = [t for t in saved if t.untyped_storage().data_ptr() not in owned]
+    assert all(t.numel() < 64 * 128 for t in rest)
+    assert sum(t.numel() == x.numel() for t in rest) == 1
+
+
+def test_philox_known_answer():
+    """Published vectors of Random123 for philox4x32-10."""
+    zeros = philox(0, torch.zeros(1, dtype=torch.int64))[0].tolist()
+    assert zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_dropout_rate_and_scale():
+    keep = dropout_keep(torch.tensor([7]), 1000, 1000, 0.1)
+    assert abs(keep.double().mean().item() - 0.9) < 0.002
+    effective = 1 - keep_threshold(0.1) / 2**DRAW_BITS
+    assert keep_scale(0.1) == 1 / effective
+
+
+def test_seed_comes_from_torch_generator():
+    packed, state = qk.quantize_nf4(gaussian(32, 64))
+    x, lora_A, lora_B = gaussian(5, 64), gaussian(4, 64), gaussian(32, 4)
+
+    def run():
+        return qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=1.0, dropout_p=0.5)
+
+    torch.manual_seed(0)
+    first, second = run(), run()
+    torch.manual_seed(0)
+    assert torch.equal(run(), first)
+    assert not torch.equal(first, second)
+
+
+def test_refuses_bad_arguments():
+    packed, state = qk.quantize_nf4(gaussian(8, 64))
+    x = torch.zeros(3, 64)
+    with pytest.raises(ValueError, match=r"linear_nf4_lora: lora_A must have shape \[r, K=64\], got \(4, 63\)"):
+        qk.linear_nf4_lora(x, packed, state, torch.zeros(4, 63), torch.zeros(8, 4), scaling=1.0)
+    with pytest.raises(ValueError, match=r"linear_nf4_lora: lora_B must have shape \[N=8, r=4\], got \(8, 5\)"):
+        qk.linear_nf4_lora(x, packed, state, torch.zeros(4, 64), torch.zeros(8, 5), scaling=1.0)
+    with pytest.raises(ValueError, match=r"linear_nf4_lora: dropout_p must lie in \[0, 1\), got 1.0"):
+        qk.linear_nf4_lora(x, packed, state, torch.zeros(4, 64), torch.zeros(8, 4), scaling=1.0, dropout_p=1.0)
+
+
+@backends
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_opcheck(backend, p):
+    packed, state = qk.quantize_nf4(gaussian(8, 96))
+    x, bias = gaussian(3, 96).requires_grad_(), gaussian(8).requires_grad_()
+    lora_A, lora_B = gaussian(4, 96).requires_grad_(), gaussian(8, 4).requires_grad_()
+    seed = torch.tensor([3]) if p else None
+    weight = (packed, *state.constants)
+    with qk.use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.qlora_kernels.linear_nf4_lora,
+            (x, *weight, bias, lora_A, lora_B, seed),
+            {"scaling": 0.5, "dropout_p": p, "blocksize": 64, "out_features": 8},
+        )
+        torch.library.opcheck(
+            torch.ops.qlora_kernels.linear_nf4_lora_backward,
+            (
+                gaussian(3, 8),
+                x.detach(),
+                gaussian(3, 4),
+                packed,
+                *state.constants,
+                lora_A.detach(),
+                lora_B.detach(),
+                seed,
+            ),
+            {"scaling": 0.5, "dropout_p": p, "blocksize": 64, "need_grad_x": True},
+        )
