@@ -1,0 +1,238 @@
+"""Exact resume: a training run's whole state in one safetensors file per checkpoint, which appears by rename.
+
+    state = load_latest("run")                                  # None on a fresh start
+    if state is not None:
+        model.load_state_dict(state.parts["adapter"], strict=False)
+        state.restore({"optimizer": optimizer, "scheduler": scheduler})
+        first_step, first_batch = state.step, state.parts["data"]["batch"]
+    for step in range(...):
+        ...
+        save_training_state(
+            "run",
+            step + 1,
+            {"adapter": adapter_tensors, "optimizer": optimizer, "scheduler": scheduler, "data": {"batch": batch}},
+        )
+
+The random number generators (torch on every device, numpy, random) are saved and restored along with the parts, so a
+run that was killed between any two instructions continues with the very bits it would have computed. Tensors are
+streamed to the file one by one: a state that lives in memory-mapped pages is not first gathered in memory. All else is
+JSON in the file's metadata, floats exact by Python's shortest repr. Nothing is pickled: loading a file runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_FILE = re.compile(r"step-(\d+)\.safetensors")
+_METADATA_KEY = "training_state"
+_RNG = "rng"
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "counter": Counter}
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Optimizers, schedulers, gradient scalers, modules: what torch's own checkpoints are made of."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A loaded checkpoint: `step` as saved, and each part as the plain value or state_dict that was saved."""
+
+    step: int
+    parts: dict[str, Any]
+    rng: dict[str, Any]
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Load the named parts' state_dicts, and put every random number generator back where it was.
+
+        Raises KeyError, with the names that the file holds, for a part that was not saved.
+        """
+        for name, part in parts.items():
+            if name not in self.parts:
+                raise KeyError(
+                    f"TrainingState.restore: no part {name!r} was saved; the file holds {sorted(self.parts)}"
+                )
+            part.load_state_dict(self.parts[name])
+        _restore_rng(self.rng)
+
+
+def save_training_state(directory: str | Path, step: int, parts: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Write directory/step-XXXXXXXX.safetensors, then delete all but the `keep` newest. Returns the file's path.
+
+    step: what `load_latest` orders by and returns; by custom the number of finished optimizer steps.
+    parts: by name, either an object with state_dict() or a nest of dicts, lists, tuples, tensors, numbers, strings and
+        None. A `packed_state_dict()` is preferred where the object has one (PagedAdamW: 8-bit states stay 8-bit).
+    The file is complete and on disk (fsync) before it gets its name: a kill at any moment leaves the previous one.
+    Raises TypeError, naming the place, for a value that neither JSON nor safetensors can hold; OSError from the disk,
+    with the partial file removed.
+    """
+    if step < 0:
+        raise ValueError(f"save_training_state: step must be >= 0, got {step}")
+    if keep < 1:
+        raise ValueError(f"save_training_state: keep must be >= 1, got {keep}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    tree = {
+        "step": step,
+        "parts": _pack({name: _state_of(part) for name, part in parts.items()}, "parts", tensors),
+        _RNG: _pack(_capture_rng(), _RNG, tensors),
+    }
+    path = directory / f"step-{step:08d}.safetensors"
+    with _appearing_by_rename(path) as file:
+        _write_safetensors(file, tensors, {_METADATA_KEY: json.dumps(tree)})
+    for _, old in _checkpoints(directory)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_latest(directory: str | Path) -> TrainingState | None:
+    """The checkpoint with the highest step in `directory`, on the CPU; None where there is none."""
+    found = _checkpoints(Path(directory))
+    return load_training_state(found[-1][1]) if found else None
+
+
+def load_training_state(path: str | Path) -> TrainingState:
+    """The checkpoint in one file. Raises ValueError where the file was not written by `save_training_state`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if _METADATA_KEY not in metadata:
+            raise ValueError(f"load_training_state: path must be a file of save_training_state, got {path}")
+        tree = json.loads(metadata[_METADATA_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return TrainingState(tree["step"], _unpack(tree["parts"], tensors), _unpack(tree[_RNG], tensors))
+
+
+def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    if not directory.is_dir():
+        return []
+    matches = ((_FILE.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _state_of(part: Any) -> Any:
+    if hasattr(part, "packed_state_dict"):
+        return part.packed_state_dict()
+    return part.state_dict() if isinstance(part, Stateful) else part
+
+
+@contextmanager
+def _appearing_by_rename(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its name once it is complete and on disk, and vanishes where writing raises."""
+    for stale in path.parent.glob(".step-*.partial"):  # left by a kill; one run writes to a directory at a time
+        stale.unlink()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+
+
+def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """The safetensors layout: u64 header length, JSON header, raw tensors. One tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        dtype = _SAFETENSORS_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for tensor in tensors.values():
+        if tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(flat.numpy().data)
+
+
+def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON: tensors move to `tensors` under their place; tuples and dicts (any keys) are tagged."""
+    if isinstance(value, Tensor):
+        if value.dtype not in _SAFETENSORS_NAMES:
+            raise TypeError(f"save_training_state: {place} must be of a dtype that safetensors has, got {value.dtype}")
+        name = place if place not in tensors else f"{place}#{len(tensors)}"  # {"a.b": t} beside {"a": {"b": t}}
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        tag = "counter" if isinstance(value, Counter) else "dict"
+        return {tag: [[_pack(k, place, tensors), _pack(v, f"{place}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_pack(item, f"{place}.{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"save_training_state: {place} must be plain data or tensors, got {type(value).__name__}")
+
+
+def _unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(item, tensors) for item in node]
+    if not isinstance(node, dict):
+        return node
+    [(tag, content)] = node.items()
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "tuple":
+        return tuple(_unpack(item, tensors) for item in content)
+    return _MAPPINGS[tag]({_unpack(key, tensors): _unpack(item, tensors) for key, item in content})
+
+
+def _capture_rng() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "random": random.getstate(),
+    }
+
+
+def _restore_rng(rng: dict[str, Any]) -> None:
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    np.random.set_state(rng["numpy"])
+    random.setstate(rng["random"])

@@ -1,0 +1,70 @@
+"""A tiny training run, as a program that tests kill: python -m tests.io.killed_run DIR TOTAL_STEPS [KILL_IN_SAVE_STEP]
+
+Prints `<step> <loss in hex>` after each step and saves every fourth; continues from the newest checkpoint in DIR. With
+KILL_IN_SAVE_STEP it sends itself SIGKILL inside that save, when the file is written but has no name yet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_kernels.io.training_state import load_latest, save_training_state
+
+SAVE_EVERY = 4
+BATCHES_PER_EPOCH = 5
+
+
+def train(directory: str, total_steps: int) -> Iterator[tuple[int, float]]:
+    """Dropout draws from torch's generator, the data order from numpy's: both must survive the kill."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 1))
+    data = torch.randn(BATCHES_PER_EPOCH, 16, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total_steps)
+    order = np.random.permutation(BATCHES_PER_EPOCH).tolist()
+    done = 0
+    state = load_latest(directory)
+    if state is not None:
+        state.restore({"model": model, "optimizer": optimizer, "scheduler": scheduler})
+        done, order = state.step, state.parts["data"]["order"]
+    while done < total_steps:
+        batch = data[order[done % BATCHES_PER_EPOCH]]
+        loss = (model(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        done += 1
+        if done % BATCHES_PER_EPOCH == 0:
+            order = np.random.permutation(BATCHES_PER_EPOCH).tolist()
+        yield done, loss.item()
+        if done % SAVE_EVERY == 0:
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": {"order": order}}
+            save_training_state(directory, done, parts)
+
+
+def main() -> None:
+    directory, total_steps = sys.argv[1], int(sys.argv[2])
+    replace = os.replace
+
+    def replace_or_die(source: str, target: str) -> None:
+        if len(sys.argv) > 3 and f"step-{int(sys.argv[3]):08d}" in str(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replace_or_die
+    for step, loss in train(directory, total_steps):
+        sys.stdout.write(f"{step} {loss.hex()}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

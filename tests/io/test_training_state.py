@@ -1,0 +1,150 @@
+"""Exact resume: what is saved comes back bit for bit, and a kill at any moment costs nothing but the steps since."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_kernels.io import training_state
+from qlora_kernels.io.training_state import load_latest, load_training_state, save_training_state
+
+from . import killed_run
+
+ROOT = Path(__file__).parents[2]
+TOTAL_STEPS = 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"step": 3, "lr": 0.1, "name": "cosine", "none": None, "flag": True, "inf": float("inf")},
+        {0: {"betas": (0.9, 0.999)}, "nested": [[1], (2, [3])]},
+        Counter({30: 1, 80: 2}),
+        [],
+    ],
+    ids=["scalars", "integer-keys-and-tuples", "counter", "empty"],
+)
+def test_plain_data_comes_back_equal_and_of_the_same_type(tmp_path, value):
+    save_training_state(tmp_path, 1, {"part": value})
+    loaded = load_latest(tmp_path).parts["part"]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+@pytest.mark.parametrize("dtype", sorted(training_state._SAFETENSORS_NAMES, key=str), ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5, 7)], ids=str)
+def test_tensors_come_back_bit_for_bit(tmp_path, dtype, shape):
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    path = save_training_state(tmp_path, 1, {"part": {"t": tensor}})
+    loaded = load_latest(tmp_path).parts["part"]["t"]
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded, tensor)
+    assert torch.equal(load_file(path)["parts.part.t"], tensor)  # other programs read the file too
+
+
+def test_transposed_tensor_and_colliding_names(tmp_path):
+    value = {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}, "t": torch.arange(6.0).view(2, 3).T}
+    save_training_state(tmp_path, 1, {"part": value})
+    loaded = load_latest(tmp_path).parts["part"]
+    assert torch.equal(loaded["a.b"], value["a.b"])
+    assert torch.equal(loaded["a"]["b"], value["a"]["b"])
+    assert torch.equal(loaded["t"], value["t"])
+
+
+def test_random_generators_continue_where_they_were(tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    random.gauss(0, 1)
+    save_training_state(tmp_path, 1, {})
+    drawn = torch.rand(3), np.random.rand(3), random.gauss(0, 1)
+    load_latest(tmp_path).restore({})
+    again = torch.rand(3), np.random.rand(3), random.gauss(0, 1)
+    assert torch.equal(drawn[0], again[0])
+    assert (drawn[1] == again[1]).all()
+    assert drawn[2] == again[2]
+
+
+def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
+    assert load_latest(tmp_path / "absent") is None
+    for step in (9, 10, 11):
+        save_training_state(tmp_path, step, {"step": step}, keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-00000010.safetensors",
+        "step-00000011.safetensors",
+    ]
+    assert load_latest(tmp_path).step == 11
+
+
+def test_a_write_that_fails_leaves_the_former_checkpoint_alone(tmp_path, monkeypatch):
+    save_training_state(tmp_path, 1, {"x": 1})
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_state.os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_training_state(tmp_path, 2, {"x": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
+    assert load_latest(tmp_path).parts == {"x": 1}
+
+
+def test_refusals_name_the_place(tmp_path):
+    with pytest.raises(TypeError, match=r"parts\.scheduler\.fn must be plain data or tensors, got function"):
+        save_training_state(tmp_path, 1, {"scheduler": {"fn": lambda: None}})
+    with pytest.raises(TypeError, match=r"parts\.z must be of a dtype that safetensors has, got torch\.complex64"):
+        save_training_state(tmp_path, 1, {"z": torch.zeros(1, dtype=torch.complex64)})
+    with pytest.raises(ValueError, match="step must be >= 0"):
+        save_training_state(tmp_path, -1, {})
+    with pytest.raises(ValueError, match="keep must be >= 1"):
+        save_training_state(tmp_path, 1, {}, keep=0)
+    path = save_training_state(tmp_path, 1, {"a": 1})
+    with pytest.raises(KeyError, match=r"no part 'b' was saved; the file holds \['a'\]"):
+        load_latest(tmp_path).restore({"b": torch.nn.Linear(1, 1)})
+    header = json.dumps({"__metadata__": {}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="must be a file of save_training_state"):
+        load_training_state(path)
+
+
+def _program(directory: Path, *arguments: int) -> list[str]:
+    return [sys.executable, "-m", "tests.io.killed_run", str(directory), str(TOTAL_STEPS), *map(str, arguments)]
+
+
+def _losses(text: str) -> dict[int, str]:
+    return {int(step): loss for step, loss in (line.split() for line in text.splitlines())}
+
+
+@pytest.mark.parametrize("moment", ["between-steps", "inside-save"])
+def test_killed_run_resumes_with_bit_identical_losses(tmp_path, moment):
+    expected = {step: loss.hex() for step, loss in killed_run.train(str(tmp_path / "whole"), TOTAL_STEPS)}
+    directory = tmp_path / "killed"
+    if moment == "inside-save":
+        died = subprocess.run(_program(directory, 12), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert died.returncode == -signal.SIGKILL
+        before = _losses(died.stdout)
+        assert load_latest(directory).step == 8
+        assert list(directory.glob(".step-*.partial"))
+    else:
+        with subprocess.Popen(_program(directory), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            lines = [process.stdout.readline() for _ in range(10)]
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        before = _losses("".join(lines))
+        assert load_latest(directory).step >= 8
+    resumed = subprocess.run(_program(directory), cwd=ROOT, capture_output=True, text=True, check=True)
+    after = _losses(resumed.stdout)
+    assert min(after) > killed_run.SAVE_EVERY  # it did resume
+    assert max(after) == TOTAL_STEPS
+    assert {**before, **after} == expected
+    assert not list(directory.glob(".step-*.partial"))
