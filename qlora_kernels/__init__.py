@@ -5,6 +5,7 @@ Importing this package needs neither a GPU, nor Triton, nor the compiled librari
 
 from __future__ import annotations
 
+from . import peft
 from .format.quant_state import QuantState
 from .nn.convert import ReplaceReport, replace_linear
 from .nn.linear_nf4 import LinearNF4
@@ -13,6 +14,8 @@ from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.quantize_nf4 import quantize_nf4
+from .peft.lora_plus import lora_plus_groups
+from .peft.prepare import prepare_for_training
 
 __all__ = [
     "LinearNF4",
@@ -22,6 +25,9 @@ __all__ = [
     "dequantize_nf4",
     "linear_nf4",
     "linear_nf4_lora",
+    "lora_plus_groups",
+    "peft",
+    "prepare_for_training",
     "quantize_nf4",
     "replace_linear",
     "use_backend",

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "backends/triton": {"format", "ops"},
     "backends/cuda": {"format", "ops"},
     "nn": {"nn", "ops", "format"},
-    "peft": {"peft", "nn"},
+    "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
 }
 """Part of the tree -> parts of the package that its modules may import. io, integrations and cli use the public API."""

@@ -1,0 +1,62 @@
+"""What every method's configuration shares: frozen, made of plain values, read from and written as PEFT's JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+# Heads that PEFT trains and saves without being asked, by task.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+# Keys that PEFT writes beside a method's own fields and that say nothing about the function computed.
+_BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head."""
+
+    peft_type: ClassVar[str]
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    modules_to_save: list[str] | tuple[str, ...] | None = None
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """`modules_to_save` and the task's usual head."""
+        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "peft_type": self.peft_type,
+            **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration a file describes.
+
+        Raises NotImplementedError for a key this method does not have unless its value is null, false or empty, that
+        is, unless it asks for nothing: dropping it in silence would compute another function than the file's author.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
+        if unknown:
+            raise NotImplementedError(f"{cls.__name__}: the file asks for {unknown}, which this method does not have")
+        return cls(**{k: v for k, v in values.items() if k in fields})
+
+
+def _plain(value: Any) -> Any:
+    """JSON has lists, not tuples or sets."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,226 @@
+"""LoRA: y = W x + scaling * B A dropout(x), A and B trained, W frozen; with rsLoRA, DoRA and its initialisations.
+
+Source: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353). Names, defaults and files: PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.linear_nf4 import is_conv1d
+from .adapted_linear import Delta
+from .base_layer import dense_weight, device_of, features
+from .config import PeftConfig
+from .host import Host
+from .lora_init import init_loftq, init_pissa
+from .method import Method
+from .registry import register_method
+from .targets import matched_linears, pattern_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(PeftConfig):
+    """Fields, names and defaults of PEFT's LoraConfig.
+
+    init_lora_weights: True (A Kaiming uniform, B zero: identity), "gaussian" (A normal of std 1/r, B zero: identity),
+    "pissa" or "pissa_niter_<n>" (the principal part of W), "loftq" (quantizes a dense base and fits the error), False
+    (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
+    """
+
+    peft_type = "LORA"
+
+    r: int = 8
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    exclude_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | tuple[int, ...] | int | None = None
+    layers_pattern: list[str] | tuple[str, ...] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"LoraConfig: r must be >= 1, got {self.r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"LoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"LoraConfig: bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian", "loftq", "pissa") and not str(init).startswith("pissa_niter_"):
+            raise ValueError(
+                f"LoraConfig: init_lora_weights must be a bool, 'gaussian', 'pissa' or 'loftq', got {init!r}"
+            )
+        if self.use_dora and str(init).startswith("pissa"):
+            raise ValueError("LoraConfig: use_dora must be False with init_lora_weights='pissa'")
+
+    def scaling(self, r: int, alpha: float) -> float:
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+class LoraLinear(Delta):
+    """lora_A.weight [r, K], lora_B.weight [N, r]; the update is scaling * B A.
+
+    `fixed_A` [r, K], `fixed_B` [N, r], where present, are a second, untrained pair: the part PiSSA takes out of W.
+    """
+
+    fixed_A: Tensor | None
+    fixed_B: Tensor | None
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        k, n = features(base)
+        device = device_of(base)
+        self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(r, n, bias=False, device=device, dtype=dtype)
+        self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
+        self.register_buffer("fixed_A", None)
+        self.register_buffer("fixed_B", None)
+        self._init(config.init_lora_weights)
+
+    def _init(self, how: bool | str) -> None:
+        if how is False:
+            return  # nn.Linear's own, Kaiming uniform for both
+        if how == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def lowrank(self) -> tuple[Tensor, Tensor, float]:
+        lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
+        if self.fixed_A is not None and self.fixed_B is not None:
+            lora_A, lora_B = torch.cat([lora_A, self.fixed_A]), torch.cat([lora_B, self.fixed_B], dim=1)
+        return lora_A, lora_B, self.scaling
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.lowrank()
+
+
+class DoraLinear(LoraLinear):
+    """W' = m * V / |V|_row, V = W + scaling * B A; m = lora_magnitude_vector [N] starts as |W|_row: identity.
+
+    |V|_row is a constant for the gradient (DoRA section 4.3). With dropout, PEFT drops x in the W part of the update as
+    well; here W x is the layer's own output, computed once.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__(base, r, scaling, config, dtype)
+        self.lora_magnitude_vector = nn.Parameter(dense_weight(base).norm(dim=1).to(dtype))
+
+    def factors(self) -> None:
+        return None
+
+    def _row_scale(self, weight: Tensor) -> Tensor:
+        lora_A, lora_B, scaling = self.lowrank()
+        norm = (weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())).norm(dim=1)
+        scale: Tensor = self.lora_magnitude_vector / norm.to(self.lora_magnitude_vector.dtype)
+        return scale
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        lora_A, lora_B, scaling = self.lowrank()
+        scale = self._row_scale(dense_weight(base))
+        dropped = F.dropout(x.to(lora_A.dtype), self.dropout_p, self.training)
+        update = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+        without_bias = y if base.bias is None else y - cast(Tensor, base.bias)
+        return (y + (scale - 1) * without_bias + scale * update).to(y.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self._row_scale(weight).detach().float()[:, None] * super().merged(weight)
+
+
+@register_method(LoraConfig)
+class Lora(Method):
+    """LoRA over the linear layers that the configuration targets."""
+
+    loads_in_peft = True
+    config: LoraConfig
+
+    def __init__(self, config: LoraConfig, host: Host, name: str) -> None:
+        targets = matched_linears(host, config)
+        if config.target_modules is None or config.target_modules == "all-linear":
+            config = config.replace(target_modules=list(targets))
+        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
+        self.deltas: dict[str, LoraLinear] = {}
+        for path, base in targets.items():
+            r = int(pattern_value(path, config.rank_pattern, config.r))
+            scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
+            self.add_delta(path, self.new_delta(base, r, scaling))
+        self._add_biases()
+
+    def new_delta(self, base: nn.Module, r: int, scaling: float) -> LoraLinear:
+        kind = DoraLinear if self.config.use_dora else LoraLinear
+        return kind(base, r, scaling, self.config, self.host.adapter_dtype)
+
+    def add_delta(self, path: str, delta: LoraLinear) -> None:
+        layer = self.host.adapt(path)
+        how = str(self.config.init_lora_weights)
+        if how.startswith("pissa"):
+            init_pissa(delta, layer.base_layer, how)
+        elif how == "loftq":
+            layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
+        layer.deltas[self.name] = delta
+        self.deltas[path] = delta
+        self.tree.put(path, delta)
+
+    def _add_biases(self) -> None:
+        if self.config.bias == "none":
+            return
+        for owner, module in self.host.modules().items():
+            adapted = owner in self.deltas
+            if module._parameters.get("bias") is not None and (adapted or self.config.bias == "all"):
+                # PEFT's place for the bias of a wrapped layer.
+                stored_as = f"{owner}.base_layer.bias" if adapted else None
+                self.overrides.add(f"{owner}.bias", stored_as=stored_as)
+
+    def detach(self) -> None:
+        super().detach()
+        for path in self.deltas:
+            self.host.release(path, self.name)
+
+    def why_no_merge(self) -> str | None:
+        return None
+
+    def file_config(self) -> dict[str, Any]:
+        config = self.config.replace(init_lora_weights=True, loftq_config={})
+        if not str(self.config.init_lora_weights).startswith("pissa"):
+            return {**config.to_dict(), "inference_mode": True}
+        # Trained and taken-out parts side by side are a LoRA of twice the rank at the same scaling, over the same base.
+        alpha = math.sqrt(2) if config.use_rslora else 2
+        doubled = config.replace(
+            r=2 * config.r,
+            lora_alpha=alpha * config.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+            alpha_pattern={key: alpha * a for key, a in config.alpha_pattern.items()},
+        )
+        return {**doubled.to_dict(), "inference_mode": True}
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.config.init_lora_weights != "loftq" or self.config.loftq_config.get("loftq_iter", 1) == 1:
+            return {}, {}
+        # From the second iteration on, the base is NF4(W - B A), which nothing but this file can give back.
+        layers = {path: self.host.module(path) for path in self.deltas}
+        return {}, {f"{path}.{key}": value for path, m in layers.items() for key, value in m.state_dict().items()}
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for path in self.deltas if tensors else ():
+            own = {k.removeprefix(f"{path}."): v for k, v in tensors.items() if k.startswith(f"{path}.")}
+            self.host.module(path).load_state_dict(own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = super().tensors()
+        for factor, dim in (("A", 0), ("B", 1)):
+            for key in [k for k in tensors if k.endswith(f".fixed_{factor}")]:
+                trained = key.replace(f"fixed_{factor}", f"lora_{factor}.weight")
+                tensors[trained] = torch.cat([tensors[trained], tensors.pop(key)], dim=dim)
+        return tensors

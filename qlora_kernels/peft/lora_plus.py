@@ -1,0 +1,33 @@
+"""LoRA+: a higher learning rate for B than for A.
+
+Source: LoRA+ (arXiv:2402.12354): with B from zero, equal rates learn too slowly in wide layers; a ratio near 16 is its
+advice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def lora_plus_groups(
+    model: nn.Module, lr: float, ratio: float, *, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer: `lora_B` at lr * ratio, LoRA factors of embeddings at embedding_lr, the rest
+    of what trains at lr. One-dimensional parameters are not decayed.
+
+    Raises ValueError if the model trains no lora_B.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    found = False
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_B = ".lora_B" in name
+            found |= is_B
+            rate = embedding_lr if ".lora_embedding_" in name else lr * ratio if is_B else lr
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    if not found:
+        raise ValueError("lora_plus_groups: model must train a lora_B; add a LoRA adapter first")
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -1,0 +1,135 @@
+"""Method: the base class of every PEFT method. One instance is one adapter: its parameters, and where they act."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .config import PeftConfig
+from .host import Host
+from .overrides import Overrides
+from .tree import Tree
+
+FILE_PREFIX = "base_model.model."  # PEFT's name for the base model, in every key of an adapter file
+
+
+class Method(nn.Module):
+    """What a method must say; each default is the answer of a method that has nothing special to do.
+
+    `tree` mirrors the model and holds what belongs to its modules; `overrides` are trained copies of the model's own
+    parameters. A subclass's __init__ builds the parameters and attaches itself to the host (adapted layers, hooks);
+    `selection.has(self.name)` says in each forward whether it is to act.
+    """
+
+    loads_in_peft: ClassVar[bool] = False
+
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.host = host
+        self.name = name
+        self.tree = Tree()
+        self.overrides = Overrides(host, self.tree)
+        self.overrides.add_modules(config.heads)
+        self.hooks: list[RemovableHandle] = []
+
+    # In the model
+
+    def set_applied(self, applied: bool) -> None:
+        """Makes the model's own modules use this adapter's copies of parameters, or the originals again."""
+        self.overrides.set_applied(applied)
+
+    def detach(self) -> None:
+        """Leaves the model as if this adapter had never been added."""
+        self.set_applied(False)
+        for hook in self.hooks:
+            hook.remove()
+
+    def why_no_rows(self) -> str | None:
+        """Why this adapter cannot serve some rows of a batch only; None if it can."""
+        return f"it replaces {min(self.overrides.copies)} for the whole batch" if self.overrides.copies else None
+
+    def why_no_merge(self) -> str | None:
+        """Why this adapter is not an update of weights; None if it is."""
+        return f"{type(self).__name__} is not an update of weights"
+
+    def set_trainable(self, trainable: bool) -> None:
+        self.requires_grad_(trainable)
+
+    def prepare_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the base model's forward runs."""
+        return args, kwargs
+
+    def finish_output(self, output: Any) -> Any:
+        """What the caller of forward gets."""
+        return output
+
+    def prepare_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the base model's generate runs."""
+        return args, kwargs
+
+    def finish_generate(self, output: Any) -> Any:
+        """What the caller of generate gets."""
+        return output
+
+    # In training
+
+    def peft_loss(self) -> Tensor | None:
+        """The method's auxiliary loss, to be added to the task's; None if it has none."""
+        return None
+
+    def step(self, global_step: int) -> None:
+        """Called after backward and before zero_grad, once for each optimizer step."""
+
+    # In files
+
+    def before_save(self) -> None:
+        """Raises RuntimeError if the adapter is not in a state worth saving."""
+
+    def file_config(self) -> dict[str, Any]:
+        """adapter_config.json, in PEFT's fields where PEFT has the method."""
+        return {**self.config.to_dict(), "inference_mode": True}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
+        return {f"{FILE_PREFIX}{key}": value for key, value in self.tree.state_dict().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
+        load_into(self.tree, by_path(tensors))
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(values, tensors) that a resumed training needs and PEFT's layout has no place for."""
+        return {}, {}
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Takes what extras() gave; not called for a file that PEFT wrote."""
+
+
+def by_path(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file by their paths in the model.
+
+    PEFT writes the base model's name before each; with bias="all" it also writes the biases of modules_to_save a second
+    and third time, under names of its wrapper.
+    """
+    paths = {key.removeprefix(FILE_PREFIX).removeprefix("base_model."): value for key, value in tensors.items()}
+    return {p: v for p, v in paths.items() if ".modules_to_save." not in p and ".original_module." not in p}
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """A strict copy into `module`'s parameters and buffers, in their own dtypes.
+
+    Raises ValueError that names the missing, unexpected and misshapen keys.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in own.keys() & tensors.keys()
+                 if own[k].shape != tensors[k].shape]  # fmt: skip
+    if missing or unexpected or misshapen:
+        raise ValueError(f"adapter file: missing {missing}, unexpected {unexpected}, of another shape {misshapen}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])

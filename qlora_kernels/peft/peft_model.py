@@ -1,0 +1,358 @@
+"""PeftModel: a base model and its adapters. get_peft_model makes one."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .base_layer import features, is_quantized
+from .combine import weighted_lora
+from .config import PeftConfig
+from .explain import Explanation, explain
+from .host import Host
+from .lora import Lora
+from .method import Method
+from .registry import method_for
+from .selection import BASE
+from .tree import set_module
+
+Configs = PeftConfig | Sequence[PeftConfig]
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Configs,
+    adapter_name: str = "default",
+    *,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> PeftModel:
+    """`model`, frozen, with one new adapter: a method, or several at once by a list of configurations.
+
+    The model is changed in place (its layers are wrapped or hooked); unload() gives it back.
+    adapter_dtype: of the trained parameters; float32 masters by default, also over a bf16 or NF4 base.
+    """
+    return PeftModel(model, peft_config, adapter_name, adapter_dtype=adapter_dtype)
+
+
+class PeftModel(nn.Module):
+    """What is called, trained, merged and saved. Attributes it lacks are the base model's."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Configs | None = None,
+        adapter_name: str = "default",
+        *,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel):
+            raise TypeError("get_peft_model: model must not have adapters yet; use add_adapter")
+        self.base_model = model.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self.host = Host(model, adapter_dtype)
+        self.selection = self.host.selection
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config)
+            self.set_adapter(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # Running
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward.   adapter_names: for each row of the batch an adapter, or "__base__" for none."""
+        with self._call(adapter_names, kwargs):
+            for method in self._speaking():
+                args, kwargs = method.prepare_inputs(args, kwargs)
+            output = self.base_model(*args, **kwargs)
+            for method in self._speaking():
+                output = method.finish_output(output)
+            return output
+
+    @torch.no_grad()
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's generate; every step computes what forward would."""
+        with self._call(adapter_names, kwargs):
+            for method in self._speaking():
+                args, kwargs = method.prepare_generate(args, kwargs)
+            output = self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+            for method in self._speaking():
+                output = method.finish_generate(output)
+            return output
+
+    @contextmanager
+    def _call(self, adapter_names: Sequence[str] | None, kwargs: dict[str, Any]) -> Iterator[None]:
+        if adapter_names is not None:
+            for name in set(adapter_names) - {BASE}:
+                for method in self._methods(name):
+                    if reason := method.why_no_rows():
+                        raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
+            if any(method.overrides.applied for name in self.adapters for method in self._methods(name)):
+                raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
+        padding = kwargs.get("attention_mask")
+        with self.selection.for_call(adapter_names, padding if padding is not None and padding.dim() == 2 else None):
+            yield
+
+    def _speaking(self) -> list[Method]:
+        """The methods that act in this call."""
+        return [m for name in self.adapters if self.selection.has(name) for m in self._methods(name)]
+
+    def peft_loss(self) -> Tensor:
+        """The active adapters' auxiliary losses, to be added to the task's loss; zero in eval mode."""
+        device = next(self.parameters()).device
+        losses = [m.peft_loss() for m in self._active()] if self.training else []
+        return sum((loss for loss in losses if loss is not None), torch.zeros((), device=device))
+
+    def step(self, global_step: int) -> None:
+        """Lets schedules move on (AdaLoRA): call after backward, before zero_grad, once for each optimizer step."""
+        for method in self._active():
+            method.step(global_step)
+
+    def explain(self) -> Explanation:
+        """For each adapted layer whether its adapters run in one fused call, and the reason where not."""
+        return explain(self.host)
+
+    # Adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.selection.active)
+
+    @property
+    def active_adapter(self) -> str:
+        return self.selection.active[0]
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
+        """By adapter; a list where it combines several methods."""
+        configs = {name: [m.config for m in self._methods(name)] for name in self.adapters}
+        return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
+
+    def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
+        """Adds an adapter beside the others; set_adapter makes it active. Its parameters do not train until then."""
+        if adapter_name in self.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
+            raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {adapter_name!r}")
+        with self._nothing_applied():
+            parts = nn.ModuleList()
+            self.host.adapters[adapter_name] = cast("list[Method]", parts)
+            self.adapters[adapter_name] = parts
+            try:
+                for config in [peft_config] if isinstance(peft_config, PeftConfig) else peft_config:
+                    parts.append(method_for(config)(config, self.host, adapter_name))
+            except BaseException:
+                self._remove(adapter_name)
+                raise
+            parts.requires_grad_(False).train(self.training)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._methods(name)
+        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.copies]
+        if twice := {path for path in replaced if replaced.count(path) > 1}:
+            raise ValueError(
+                f"set_adapter: adapters {list(names)} must not replace the same parameters, got {min(twice)}"
+            )
+        self._put_in_place(())
+        self.selection.active = names
+        self._put_in_place(names)
+        for name in self.adapters:
+            for method in self._methods(name):
+                method.set_trainable(name in names and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._methods(adapter_name)
+        self.unmerge_adapter()
+        self._remove(adapter_name)
+
+    def _remove(self, name: str) -> None:
+        for method in reversed(self._methods(name)):
+            method.detach()
+        del self.adapters[name], self.host.adapters[name]
+        self.selection.active = tuple(n for n in self.selection.active if n != name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """A new LoRA adapter whose update is the weighted sum of others': see combine.weighted_lora."""
+        parts = [self._single_lora(name) for name in adapters]
+        config, deltas = weighted_lora(parts, weights, combination_type, svd_rank)
+        self.add_adapter(adapter_name, config)
+        new = self._single_lora(adapter_name)
+        with torch.no_grad():
+            for path, (lora_A, lora_B) in deltas.items():
+                new.deltas[path].lora_A.weight.copy_(lora_A)
+                new.deltas[path].lora_B.weight.copy_(lora_B)
+
+    def _single_lora(self, name: str) -> Lora:
+        methods = self._methods(name)
+        if len(methods) != 1 or type(methods[0]) is not Lora:
+            raise TypeError(f"add_weighted_adapter: adapter {name!r} must be a LoRA adapter")
+        return methods[0]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model exactly, also while adapters are merged; the merge state does not change."""
+        with self._nothing_applied(), self.selection.disabled():
+            yield
+
+    @contextmanager
+    def _nothing_applied(self) -> Iterator[None]:
+        applied = [m for name in self.adapters for m in self._methods(name) if m.overrides.applied]
+        self._put_in_place(())
+        try:
+            yield
+        finally:
+            for method in applied:
+                method.set_applied(True)
+
+    def _put_in_place(self, names: Sequence[str]) -> None:
+        for name in self.adapters:
+            for method in self._methods(name):
+                method.set_applied(name in names)
+
+    def _methods(self, name: str) -> list[Method]:
+        if name not in self.adapters:
+            raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
+        return list(self.host.adapters[name])
+
+    def _active(self) -> list[Method]:
+        return [method for name in self.selection.active for method in self._methods(name)]
+
+    # Merging
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, target: str = "16bit"
+    ) -> None:
+        """Merges the adapters' updates into the weights they adapt; unmerge_adapter restores the bits.
+
+        target: storage of the merged layers: "16bit" (dense, added in fp32, cast once), "nf4", or "same" as the base. A
+        layer that is quantized again warns with |error| / |update|: NF4's steps are often larger than the update.
+        Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
+        """
+        names = tuple(adapter_names if adapter_names is not None else self.selection.active)
+        for name in names:
+            for method in self._methods(name):
+                if reason := method.why_no_merge():
+                    raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
+        norms = [
+            layer.merge(names, target=target, safe_merge=safe_merge)
+            for layer in self.host.adapted().values()
+            if any(name in layer.deltas for name in names)
+        ]
+        error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
+        if update and any(
+            is_quantized(layer.base_layer) for layer in self.host.adapted().values() if layer.merged_names
+        ):
+            warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=2)
+
+    def unmerge_adapter(self) -> None:
+        for layer in self.host.adapted().values():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, target: str = "16bit", *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
+        names = tuple(adapter_names if adapter_names is not None else self.selection.active)
+        self.merge_adapter(names, safe_merge, target=target)
+        self._untie_merged()
+        for layer in self.host.adapted().values():
+            layer.keep_merged()
+        for name in names:
+            for method in self._methods(name):
+                method.overrides.keep()
+        return self.unload()
+
+    def _untie_merged(self) -> None:
+        owners: dict[int, int] = {}
+        for module in self.base_model.modules():
+            for parameter in module._parameters.values():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for path, layer in self.host.adapted().items():
+            if layer.unmerged and owners.get(id(layer.unmerged[0]._parameters.get("weight")), 0):
+                # The merged weight is another tensor than the one it was tied to, which keeps its values.
+                warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=3)
+                if hasattr(self.base_model, "config"):
+                    cast(Any, self.base_model.config).tie_word_embeddings = False
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before any adapter."""
+        self.unmerge_adapter()
+        for name in list(self.adapters):
+            self._remove(name)
+        for path, layer in self.host.adapted().items():
+            set_module(self.base_model, path, layer.base_layer)
+        return self.base_model
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    # Counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained, all), numbers of weights; a quantized layer counts as its dense shape."""
+        unique = {id(p): p for p in self.parameters()}.values()
+        quantized = sum(math.prod(features(m)) for m in self.modules() if is_quantized(m))
+        return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique) + quantized
+
+    def print_trainable_parameters(self) -> None:
+        trained, total = self.get_nb_trainable_parameters()
+        share = 100 * trained / total
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
+
+    # Files
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Writes each adapter: "default" into the folder, any other into a folder of its name inside it."""
+        for name in selected_adapters if selected_adapters is not None else list(self.adapters):
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            checkpoint.save_adapter(self._methods(name), folder)
+
+    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Adds the adapter that lies in a folder, written here or by PEFT; set_adapter makes it active."""
+        self.add_adapter(adapter_name, checkpoint.load_configs(model_id))
+        try:
+            checkpoint.load_weights(self._methods(adapter_name), model_id)
+        except BaseException:
+            self._remove(adapter_name)
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> PeftModel:
+        """`model` with the adapter that lies in a folder, active; it trains only with is_trainable."""
+        peft_model = cls(model, adapter_dtype=adapter_dtype)
+        peft_model.load_adapter(model_id, adapter_name)
+        peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return peft_model

@@ -1,0 +1,57 @@
+"""prepare_for_training: a frozen base made ready for adapters, with no cast that was not asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def prepare_for_training(
+    model: nn.Module,
+    upcast: Literal["norms", "none", "all"] = "norms",
+    gradient_checkpointing: Literal["non_reentrant", "reentrant", False] = "non_reentrant",
+) -> nn.Module:
+    """Freezes `model`, in place, and returns it.
+
+    upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all (as PEFT's
+    prepare_model_for_kbit_training does, which takes 4 bytes for every weight of the embeddings and the head too).
+    gradient_checkpointing: needs a transformers model; "reentrant" also makes the embeddings' output require a
+    gradient, without which reentrant checkpointing trains nothing.
+    """
+    if upcast not in ("norms", "none", "all"):
+        raise ValueError(f"prepare_for_training: upcast must be 'norms', 'none' or 'all', got {upcast!r}")
+    if gradient_checkpointing not in ("non_reentrant", "reentrant", False):
+        known = "'non_reentrant', 'reentrant' or False"
+        raise ValueError(
+            f"prepare_for_training: gradient_checkpointing must be {known}, got {gradient_checkpointing!r}"
+        )
+    model.requires_grad_(False)
+    for module in model.modules():
+        if upcast == "all" or (upcast == "norms" and _is_norm(module)):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype in _HALF:
+                    parameter.data = parameter.data.float()
+    if gradient_checkpointing:
+        _checkpoint(model, reentrant=gradient_checkpointing == "reentrant")
+    return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """LayerNorm, RMSNorm, GroupNorm and the models' own of such names."""
+    return type(module).__name__.lower().endswith("norm")
+
+
+def _checkpoint(model: nn.Module, *, reentrant: bool) -> None:
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise NotImplementedError(
+            f"prepare_for_training: {type(model).__name__} has no gradient_checkpointing_enable; pass "
+            "gradient_checkpointing=False and call torch.utils.checkpoint in its forward"
+        )
+    hf = cast(Any, model)
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        hf.enable_input_require_grads()

@@ -1,0 +1,26 @@
+"""PEFT is the oracle where it is right; its import is slow and noisy, so it happens once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+@pytest.fixture(scope="session")
+def hf_peft():
+    return pytest.importorskip("peft", reason="dev dependency peft is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def clone():
+    return copy.deepcopy

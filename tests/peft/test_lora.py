@@ -1,0 +1,199 @@
+"""LoRA beside PEFT and beside its equation: outputs, gradients, initialisations, variants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
+from qlora_kernels.peft.adapted_linear import AdaptedLinear
+from tests.peft.models import batch, logits, make, randomize
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "r": 3, "lora_alpha": 7},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda o: "-".join(o) or "plain",
+)
+def test_files_cross_both_ways_with_equal_outputs(hf_peft, clone, tmp_path, kind, options):
+    base, inputs = make(kind), batch(kind)
+    task = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
+    ours = get_peft_model(clone(base), LoraConfig(target_modules="all-linear", task_type=task, **options)).eval()
+    randomize(ours)
+    expected = logits(ours, inputs)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = hf_peft.PeftModel.from_pretrained(clone(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs, inputs), expected, rtol=1e-5, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(clone(base), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_are_pefts(hf_peft, tmp_path):
+    from safetensors.torch import load_file
+
+    for module, config, folder in (
+        (qk.peft, LoraConfig, tmp_path / "ours"),
+        (hf_peft, hf_peft.LoraConfig, tmp_path / "theirs"),
+    ):
+        options = {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_dora": True, "bias": "all"}
+        module.get_peft_model(make("bert"), config(**options)).save_pretrained(str(folder))
+    ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    twice = {f"base_model.model.classifier.{wrapper}.bias" for wrapper in ("modules_to_save", "original_module")}
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items() if k not in twice}
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+def test_equation_and_gradients(nf4):
+    torch.manual_seed(3)
+    linear = nn.Linear(64, 24)
+    base = qk.LinearNF4.from_linear(linear) if nf4 else linear
+    w = base.dequantize(torch.float32) if nf4 else linear.weight.detach()
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], r=4, lora_alpha=6))
+    randomize(model)
+    delta = model.host.adapted()["0"].deltas["default"]
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    lora_A, lora_B = (f.weight.detach().clone().requires_grad_() for f in (delta.lora_A, delta.lora_B))
+    x_ref = x.detach().clone().requires_grad_()
+    y_ref = x_ref @ w.T + linear.bias + 6 / 4 * (x_ref @ lora_A.T) @ lora_B.T
+    y_ref.square().sum().backward()
+    for ours, reference in (
+        (y, y_ref),
+        (x.grad, x_ref.grad),
+        (delta.lora_A.weight.grad, lora_A.grad),
+        (delta.lora_B.weight.grad, lora_B.grad),
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_equation():
+    linear = nn.Linear(16, 12)
+    model = get_peft_model(nn.Sequential(linear), LoraConfig(target_modules=["0"], r=4, use_dora=True))
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model(x), linear(x))
+    randomize(model)
+    delta = model.host.adapted()["0"].deltas["default"]
+    v = linear.weight + delta.scaling * delta.lora_B.weight @ delta.lora_A.weight
+    w = delta.lora_magnitude_vector[:, None] * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model(x), x @ w.T + linear.bias)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), x @ w.T + linear.bias)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "gaussian"}])
+def test_identity_at_init(nf4, options):
+    base, inputs = make("llama", nf4=nf4), batch("llama")
+    before = logits(base, inputs)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", **options))
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16"])
+def test_pissa_takes_the_principal_part(nf4, init):
+    base, inputs = make("llama", nf4=nf4), batch("llama")
+    before = logits(base, inputs)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=init))
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    layer = model.host.adapted()["model.layers.0.self_attn.q_proj"]
+    delta = layer.deltas["default"]
+    w = layer.base_layer.weight.float()
+    u, s, vh = torch.linalg.svd(w)
+    principal = u[:, :4] * s[:4] @ vh[:4]
+    trained = delta.scaling * delta.lora_B.weight @ delta.lora_A.weight
+    assert (w - trained).norm() < 1.02 * (w - principal).norm()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), before)
+
+
+def test_loftq_lowers_the_quantization_error():
+    base = make("llama")
+    dense = base.model.layers[0].mlp.up_proj.weight.detach().clone()
+    plain = qk.LinearNF4.from_linear(nn.Linear(32, 64).requires_grad_(False))
+    errors = {}
+    for iterations in (1, 4):
+        config = LoraConfig(
+            target_modules=["up_proj"], r=8, init_lora_weights="loftq", loftq_config={"loftq_iter": iterations}
+        )
+        layer = get_peft_model(make("llama"), config).host.adapted()["model.layers.0.mlp.up_proj"]
+        delta = layer.deltas["default"]
+        assert type(layer.base_layer) is type(plain)
+        errors[iterations] = (delta.merged(layer.base_layer.dequantize()) - dense).norm()
+        errors[0] = (qk.LinearNF4.from_linear(base.model.layers[0].mlp.up_proj).dequantize() - dense).norm()
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[4] <= errors[1]
+
+
+def test_loftq_wants_the_dense_weight():
+    with pytest.raises(ValueError, match="must be a dense layer"):
+        get_peft_model(make("llama", nf4=True), LoraConfig(init_lora_weights="loftq"))
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq_adapter_reloads(tmp_path, iterations):
+    inputs = batch("llama")
+    config = LoraConfig(target_modules="all-linear", init_lora_weights="loftq", loftq_config={"loftq_iter": iterations})
+    model = get_peft_model(make("llama"), config).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("llama", nf4=True), tmp_path).eval()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+def test_dropout_only_in_training(nf4):
+    model = get_peft_model(make("llama", nf4=nf4), LoraConfig(target_modules="all-linear", lora_dropout=0.5))
+    randomize(model)
+    inputs = batch("llama")
+    model.eval()
+    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    model.train()
+    assert not torch.equal(logits(model, inputs), logits(model, inputs))
+
+
+def test_masters_are_fp32_over_a_bf16_base(hf_peft, tmp_path):
+    base, inputs = make("llama").bfloat16(), batch("llama")
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear")).eval()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    theirs = hf_peft.PeftModel.from_pretrained(make("llama").bfloat16(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs, inputs), logits(model, inputs), rtol=2e-2, atol=2e-2)
+    half = get_peft_model(make("llama").bfloat16(), LoraConfig(), adapter_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
+def test_bad_configurations():
+    for field, options in (
+        ("r must", {"r": 0}),
+        ("lora_dropout", {"lora_dropout": 1.0}),
+        ("bias", {"bias": "some"}),
+        ("init_lora_weights", {"init_lora_weights": "zeros"}),
+        ("use_dora", {"use_dora": True, "init_lora_weights": "pissa"}),
+    ):
+        with pytest.raises(ValueError, match=field):
+            LoraConfig(**options)
+    with pytest.raises(NotImplementedError, match="use_qalora"):
+        LoraConfig.from_dict({"r": 4, "use_qalora": True})
+
+
+def test_wrapper_is_transparent():
+    linear = nn.Linear(8, 4)
+    model = get_peft_model(nn.Sequential(linear), LoraConfig(target_modules=["0"]))
+    layer = model.base_model[0]
+    assert isinstance(layer, AdaptedLinear)
+    assert layer.weight is linear.weight
+    assert (layer.in_features, layer.out_features) == (8, 4)
+    assert model.unload()[0] is linear

@@ -1,0 +1,333 @@
+"""Several adapters on one model: choosing, per-row batches, merging, disabling, counting, files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
+from tests.peft.models import batch, logits, make, randomize
+
+FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+
+
+def two_adapters(nf4: bool = False, kind: str = "llama") -> PeftModel:
+    """Adapters "default" and "b", of other rank, scaling and targets, both away from the identity."""
+    model = get_peft_model(make(kind, nf4=nf4), LoraConfig(target_modules="all-linear", r=4))
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}[kind]
+    model.add_adapter("b", LoraConfig(target_modules=targets, r=2, lora_alpha=8))
+    for i, name in enumerate(("b", "default")):
+        model.set_adapter(name)
+        randomize(model, seed=i)
+    return model.eval()
+
+
+def test_only_active_adapters_train():
+    model = two_adapters()
+    for active in ("default", "b", ["default", "b"]):
+        model.set_adapter(active)
+        training = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+        assert training == {active} if isinstance(active, str) else set(active)
+
+
+@FORMATS
+def test_active_adapters_add_up(nf4):
+    model, inputs = two_adapters(nf4), batch("llama")
+    model.set_adapter(["default", "b"])
+    both = logits(model, inputs)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum", "cat")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-5)
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_each_row_its_adapter(kind, nf4):
+    model, inputs = two_adapters(nf4, kind), batch(kind, rows=4)
+    names = ["b", "__base__", "default", "b"]
+    mixed = logits(model, inputs, adapter_names=names)
+    for i, name in enumerate(names):
+        row = {key: value[i : i + 1] for key, value in inputs.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = logits(model, row)
+        else:
+            model.set_adapter(name)
+            alone = logits(model, row)
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_train():
+    model, inputs = two_adapters(), batch("llama", rows=2)
+    model.set_adapter(["default", "b"])
+    model.train()
+    logits(model, inputs, adapter_names=["__base__", "b"]).square().sum().backward()
+    grads = {name: [p.grad for p in model.adapters[name].parameters()] for name in ("default", "b")}
+    assert all(g is None or not g.any() for g in grads["default"])
+    assert any(g is not None and g.any() for g in grads["b"])
+
+
+def test_rows_generate_with_beams():
+    model, inputs = two_adapters(), batch("llama", rows=3)
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    mixed = model.generate(**inputs, adapter_names=["default", "b", "__base__"], **options)
+    model.set_adapter("b")
+    alone = model.generate(**{k: v[1:2] for k, v in inputs.items()}, **options)
+    assert torch.equal(mixed[1:2], alone)
+
+
+def test_rows_are_checked():
+    model, inputs = two_adapters(), batch("llama")
+    with pytest.raises(ValueError, match="one per row"):
+        model(**inputs, adapter_names=["b", "default"])
+    with pytest.raises(ValueError, match="must be one of"):
+        model(**inputs, adapter_names=["b", "c", "b"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(**inputs, adapter_names=["b", "b", "b"])
+
+
+def test_rows_refuse_an_adapter_that_replaces_parameters():
+    model = get_peft_model(make("bert"), LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"classifier.* for the whole batch"):
+        model(**batch("bert"), adapter_names=["default"] * 3)
+
+
+@FORMATS
+def test_disable_gives_the_base_exactly(nf4):
+    inputs = batch("llama")
+    before = logits(make("llama", nf4=nf4), inputs)
+    model = two_adapters(nf4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), before)
+    assert not torch.equal(logits(model, inputs), before)
+    model.merge_adapter()
+    merged = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(logits(model, inputs), merged)
+
+
+@FORMATS
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_merge_and_unmerge(nf4, options):
+    inputs = batch("llama")
+    model = get_peft_model(make("llama", nf4=nf4), LoraConfig(target_modules="all-linear", **options)).eval()
+    randomize(model)
+    before, state = logits(model, inputs), {k: v.clone() for k, v in model.base_model.state_dict().items()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs), before)
+    after = model.base_model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("target", "nf4", "layer"),
+    [
+        ("16bit", True, nn.Linear),
+        ("16bit", False, nn.Linear),
+        ("nf4", True, qk.LinearNF4),
+        ("nf4", False, qk.LinearNF4),
+        ("same", True, qk.LinearNF4),
+        ("same", False, nn.Linear),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:merge")
+def test_merge_and_unload(target, nf4, layer):
+    model, inputs = two_adapters(nf4), batch("llama")
+    before = logits(model, inputs)
+    base = model.merge_and_unload(target)
+    assert type(base.model.layers[0].self_attn.q_proj) is layer
+    if layer is nn.Linear:
+        torch.testing.assert_close(logits(base, inputs), before, rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_requantized_merge_says_what_it_cost():
+    model = two_adapters(nf4=True)
+    with pytest.warns(UserWarning, match=r"\|error\|/\|update\| = \d"):
+        model.merge_adapter(target="nf4")
+
+
+def test_safe_merge_refuses_infinities():
+    model = two_adapters()
+    next(model.adapters["default"].parameters()).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="must be finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.filterwarnings("ignore:merge")
+def test_tied_head_is_merged_once():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=True
+    )
+    base = LlamaForCausalLM(config).eval()
+    embedding = base.model.embed_tokens.weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"])).eval()
+    randomize(model)
+    before = logits(model, batch("llama"))
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.model.embed_tokens.weight, embedding)
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged, batch("llama")), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["linear", "svd", "cat"])
+def test_weighted_combination_is_pefts(hf_peft, tmp_path, how):
+    inputs = batch("llama")
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj", "up_proj"], r=4, lora_alpha=3))
+    for i, name in enumerate(("b", "default")):
+        model.set_adapter(name)
+        randomize(model, seed=i)
+    model.save_pretrained(tmp_path)
+    theirs = hf_peft.PeftModel.from_pretrained(make("llama"), tmp_path)
+    theirs.load_adapter(str(tmp_path / "b"), "b")
+    for m in (model, theirs):
+        m.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", combination_type=how)
+        m.set_adapter("c")
+    torch.testing.assert_close(logits(model.eval(), inputs), logits(theirs.eval(), inputs), rtol=1e-4, atol=1e-5)
+
+
+@FORMATS
+def test_count_printed(hf_peft, capsys, nf4):
+    model = get_peft_model(make("llama", nf4=nf4), LoraConfig(target_modules="all-linear"))
+    model.print_trainable_parameters()
+    ours = capsys.readouterr().out
+    hf_peft.get_peft_model(make("llama"), hf_peft.LoraConfig(target_modules="all-linear")).print_trainable_parameters()
+    assert ours == capsys.readouterr().out
+
+
+def test_delete_and_unload_leave_the_model_as_it_was():
+    base, inputs = make("llama"), batch("llama")
+    before, keys = logits(base, inputs), list(base.state_dict())
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
+    randomize(model)
+    model.delete_adapter("b")
+    assert list(model.peft_config) == ["default"]
+    assert model.unload() is base
+    assert torch.equal(logits(base, inputs), before)
+    assert list(base.state_dict()) == keys
+
+
+def test_modules_to_save_are_the_adapters_own(tmp_path):
+    base, inputs = make("bert"), batch("bert")
+    before = logits(base, inputs)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", modules_to_save=["pooler"]))
+    randomize(model)
+    after = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(logits(model, inputs), after)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(make("bert"), tmp_path), inputs), after)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), after)
+
+
+def test_quantized_modules_cannot_be_trained_in_full():
+    with pytest.raises(ValueError, match="must not be quantized"):
+        get_peft_model(make("bert", nf4=True), LoraConfig(target_modules=["query"], modules_to_save=["pooler"]))
+
+
+@FORMATS
+def test_save_and_load_are_bit_equal(tmp_path, nf4):
+    model, inputs = two_adapters(nf4), batch("llama")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("llama", nf4=nf4), tmp_path)
+    again.load_adapter(tmp_path / "b", "b")
+    assert not any(p.requires_grad for p in again.parameters())
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_files_are_checked(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+    get_peft_model(make("llama"), LoraConfig(r=4)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    with pytest.raises(ValueError, match=r"of another shape .*lora_A.weight \[4, 32\] for \[5, 32\]"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "VERA"}))
+    with pytest.raises(ValueError, match="peft_type must be one of"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_a_failed_load_leaves_no_adapter(tmp_path):
+    model = two_adapters()
+    layers = set(model.host.adapted())
+    with pytest.raises(FileNotFoundError):
+        model.load_adapter(tmp_path, "c")
+    with pytest.raises(ValueError, match="matches no module"):
+        model.add_adapter("c", LoraConfig(target_modules=["nothing"]))
+    assert list(model.adapters) == ["default", "b"]
+    assert set(model.host.adapted()) == layers
+
+
+def test_explain():
+    model = two_adapters(nf4=True)
+    assert set(model.explain().values()) == {"fused"}
+    model.merge_adapter()
+    assert all("merged" in reason for reason in model.explain().values())
+    assert all("no forward_lora" in reason for reason in two_adapters().explain().values())
+
+
+@FORMATS
+def test_compiles(nf4):
+    model, inputs = two_adapters(nf4), batch("llama")
+    model.set_adapter(["default", "b"])
+    expected = logits(model, inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["non_reentrant", "reentrant"])
+def test_gradient_checkpointing(how):
+    inputs = {**batch("llama", rows=2), "labels": batch("llama", rows=2)["input_ids"]}
+    grads = []
+    for checkpointing in (False, how):
+        model = two_adapters(nf4=True)
+        qk.peft.prepare_for_training(model.base_model, gradient_checkpointing=checkpointing)
+        model.set_adapter(["default", "b"])
+        model.train()
+        model(**inputs, adapter_names=["b", "default"]).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_prepare_for_training():
+    model = make("llama").bfloat16()
+    qk.peft.prepare_for_training(model, upcast="norms", gradient_checkpointing=False)
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    assert {d for n, d in dtypes.items() if "norm" in n} == {torch.float32}
+    assert {d for n, d in dtypes.items() if "norm" not in n} == {torch.bfloat16}
+    qk.peft.prepare_for_training(model, upcast="all", gradient_checkpointing=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(NotImplementedError, match="gradient_checkpointing_enable"):
+        qk.peft.prepare_for_training(make("torch"))
+
+
+def test_lora_plus_groups():
+    model = two_adapters()
+    model.set_adapter("default")
+    groups = qk.peft.lora_plus_groups(model, lr=1e-3, ratio=16, weight_decay=0.1)
+    lora_B = {id(p) for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n}
+    for group in groups:
+        assert {id(p) in lora_B for p in group["params"]} == {group["lr"] > 1e-3}
+        assert group["lr"] in (1e-3, 16e-3)
+    with pytest.raises(ValueError, match="must train a lora_B"):
+        qk.peft.lora_plus_groups(make("llama"), lr=1e-3, ratio=16)
