@@ -13,6 +13,7 @@ from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
+from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
 from .ops.quantize_nf4 import quantize_nf4
 from .peft.lora_plus import lora_plus_groups
 from .peft.prepare import prepare_for_training
@@ -25,6 +26,7 @@ __all__ = [
     "dequantize_nf4",
     "linear_nf4",
     "linear_nf4_lora",
+    "linear_nf4_multi_lora",
     "lora_plus_groups",
     "peft",
     "prepare_for_training",

@@ -165,6 +165,34 @@ class LinearNF4(nn.Module):
         )[0]
         return y.to(result)
 
+    def forward_multi_lora(
+        self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, adapter: Tensor, dropout_p: float = 0.0
+    ) -> Tensor:
+        """As forward_lora, with an adapter for each row of x: adapter int64, one per row of x as a matrix, -1 for none.
+
+        lora_A: [E, r, in_features], lora_B: [E, out_features, r], ranks padded with zeros.   scalings: fp32 [E].
+        """
+        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
+        compute, result = self._dtypes(x)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(
+            x.to(compute),
+            self.packed,
+            self.absmax,
+            self.absmax_q,
+            self.absmax_scale,
+            self.absmax_offset,
+            self.bias,
+            lora_A,
+            lora_B,
+            scalings,
+            adapter,
+            draw_seed(x.device) if dropout_p > 0 else None,
+            dropout_p=dropout_p,
+            blocksize=self.blocksize,
+            out_features=self.out_features,
+        )[0]
+        return y.to(result)
+
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""
         kind = "double-quantized" if self.absmax_q is not None else "fp32 absmax"

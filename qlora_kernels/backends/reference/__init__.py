@@ -6,6 +6,7 @@ from ...ops._registry import KernelSpec, supports_all
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
+from .linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 
 _FUNCTIONS = (
     quantize_nf4,
@@ -15,6 +16,8 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
+    linear_nf4_multi_lora,
+    linear_nf4_multi_lora_backward,
 )
 KERNELS = tuple(
     KernelSpec(function.__name__, "reference", function, supports_all, priority=-1) for function in _FUNCTIONS

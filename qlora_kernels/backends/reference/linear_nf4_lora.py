@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...ops._philox import dropout_keep, keep_scale
+from ...ops._multi_lora import dropped
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 
 
@@ -29,7 +28,7 @@ def linear_nf4_lora(
     """y = x W^T + bias + scaling s B^T and s = dropout(x) A^T."""
     constants = (absmax, absmax_q, absmax_scale, absmax_offset)
     y = linear_nf4(x, packed, *constants, bias, blocksize=blocksize, out_features=out_features)
-    s = _dropout(x, seed, dropout_p) @ lora_A.to(x.dtype).T
+    s = dropped(x, seed, dropout_p) @ lora_A.to(x.dtype).T
     return y + scaling * (s @ lora_B.to(x.dtype).T), s
 
 
@@ -55,16 +54,9 @@ def linear_nf4_lora_backward(
     constants = (absmax, absmax_q, absmax_scale, absmax_offset)
     ds = scaling * (grad_y @ lora_B.to(x.dtype))
     grad_B = scaling * (grad_y.T @ s)
-    grad_A = ds.T @ _dropout(x, seed, dropout_p)
+    grad_A = ds.T @ dropped(x, seed, dropout_p)
     grad_x = x.new_empty(0)
     if need_grad_x:
         grad_x = linear_nf4_grad_x(grad_y, packed, *constants, blocksize=blocksize, in_features=x.shape[1])
-        grad_x = grad_x + _dropout(ds @ lora_A.to(x.dtype), seed, dropout_p)
+        grad_x = grad_x + dropped(ds @ lora_A.to(x.dtype), seed, dropout_p)
     return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
-
-
-def _dropout(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    if seed is None or dropout_p == 0.0:
-        return x
-    keep = dropout_keep(seed, x.shape[0], x.shape[1], dropout_p)
-    return torch.where(keep, x * keep_scale(dropout_p), 0.0)
