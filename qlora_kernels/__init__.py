@@ -15,11 +15,14 @@ from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
 from .ops.quantize_nf4 import quantize_nf4
+from .optim import PagedAdamW, PagedAdamW8bit
 from .peft.lora_plus import lora_plus_groups
 from .peft.prepare import prepare_for_training
 
 __all__ = [
     "LinearNF4",
+    "PagedAdamW",
+    "PagedAdamW8bit",
     "QuantState",
     "ReplaceReport",
     "backends",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...ops._registry import KernelSpec, supports_all
+from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
@@ -18,6 +19,7 @@ _FUNCTIONS = (
     linear_nf4_lora_backward,
     linear_nf4_multi_lora,
     linear_nf4_multi_lora_backward,
+    adamw_step,
 )
 KERNELS = tuple(
     KernelSpec(function.__name__, "reference", function, supports_all, priority=-1) for function in _FUNCTIONS

@@ -1,0 +1,110 @@
+"""AdamW in torch's own in-place operations, in torch's own order: bit-equal to torch.optim.AdamW by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
+from ...ops._philox import philox
+from ...ops.adamw_step import Segment
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    arena: Tensor,
+    steps: Tensor,
+    segments: Tensor,
+    lr: Tensor,
+    seed: Tensor | None,
+    grad_multiplier: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The contract of ops/adamw_step.py, a segment at a time."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = float(lr.item())
+    for row in segments.tolist():
+        segment = Segment(*row)
+        grad = grads[segment.param]
+        if grad is None:
+            continue
+        stop = segment.start + segment.numel
+        param = _flat(params[segment.param])[segment.start : stop]
+        p = param.float()  # the parameter itself where it is fp32
+        g = _flat(grad)[segment.start : stop].float()
+        if grad_multiplier is not None:
+            g = g * grad_multiplier
+        m, v = _load(arena, segment)
+        t = float(steps[segment.param].item())
+
+        if weight_decay != 0:
+            p.mul_(1 - rate * weight_decay)
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v.sqrt() / (1 - beta2**t) ** 0.5).add_(eps)
+        p.addcdiv_(m, denominator, value=-(rate / (1 - beta1**t)))
+
+        _store(arena, segment, m, v)
+        if param.dtype == torch.bfloat16 and seed is not None:
+            param.copy_(_stochastic_bf16(p, int(seed.item()), segment.counter))
+        elif param.dtype != torch.float32:
+            param.copy_(p)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's elements in the order of its memory, as a view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _load(arena: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    """exp_avg and exp_avg_sq, fp32 [count]: views of the arena, or decoded copies."""
+    n = segment.numel
+    if segment.exp_avg_absmax < 0:
+        m, v = (_view(arena, offset, 4 * n, torch.float32) for offset in (segment.exp_avg, segment.exp_avg_sq))
+        return m, v
+    (m_q, m_absmax), (v_q, v_absmax) = _quantized(arena, segment)
+    return dequantize_blockwise(m_q, m_absmax, signed=True), dequantize_blockwise(v_q, v_absmax, signed=False)
+
+
+def _store(arena: Tensor, segment: Segment, m: Tensor, v: Tensor) -> None:
+    if segment.exp_avg_absmax < 0:
+        return  # updated in place
+    for target, state, signed in zip(_quantized(arena, segment), (m, v), (True, False), strict=True):
+        for view, value in zip(target, quantize_blockwise(state, signed=signed), strict=True):
+            view.copy_(value)
+
+
+def _quantized(arena: Tensor, segment: Segment) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(q, absmax) of exp_avg and of exp_avg_sq, as views of the arena."""
+
+    def pair(q_offset: int, absmax_offset: int) -> tuple[Tensor, Tensor]:
+        absmax_bytes = 4 * -(-segment.numel // STATE_BLOCKSIZE)
+        return (
+            _view(arena, q_offset, segment.numel, torch.uint8),
+            _view(arena, absmax_offset, absmax_bytes, torch.float32),
+        )
+
+    return pair(segment.exp_avg, segment.exp_avg_absmax), pair(segment.exp_avg_sq, segment.exp_avg_sq_absmax)
+
+
+def _view(arena: Tensor, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    return arena[offset : offset + nbytes].view(dtype)
+
+
+def _stochastic_bf16(p: Tensor, seed: int, counter: int) -> Tensor:
+    """fp32 [n] -> bf16 [n]: 16 random bits are added to those that truncation drops. NaN stays NaN."""
+    calls = torch.arange(counter >> 3, (counter + p.numel() + 7) >> 3, dtype=torch.int64, device=p.device)
+    words = philox(seed, calls)
+    draws = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[: p.numel()]
+    bits = p.view(torch.int32) + draws.to(torch.int32)  # wraps for a NaN alone
+    truncated = (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    return torch.where(p.isnan(), torch.nan, truncated)

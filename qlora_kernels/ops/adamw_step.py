@@ -1,0 +1,157 @@
+"""adamw_step: one AdamW step over many parameters whose states lie in one arena of bytes.
+
+Op: qlora_kernels::adamw_step, in place on params and arena.
+
+With g = grad * grad_multiplier in fp32, and each operation one fp32 rounding, `fma` two operations in one, this order
+makes fp32 parameters bit-equal to torch.optim.AdamW (its default and foreach paths on AVX2 and AVX-512):
+
+    p   = p * (1 - lr * weight_decay)                                where weight_decay != 0
+    m   = fma(1 - beta1, g - m, m)                                   where beta1 > 0.5
+    m   = fma((1 - beta1) - 1, g - m, g)                             elsewhere
+    v   = fma((1 - beta2) * g, g, v * beta2)
+    p   = p + (-lr / (1 - beta1**t) * m) / (sqrt(v) / sqrt(1 - beta2**t) + eps)
+
+Scalars are computed in double from the Python floats and rounded once. 16-bit parameters are read exactly, updated in
+fp32 and rounded once at the end: to nearest even, or, bf16 with a `seed`, up with a probability equal to the fraction
+that truncation would lose: 16 random bits are added below the bf16 mantissa, draw(COUNTER + i - START) of ops/_philox.
+8-bit states (format/blockwise8.py) are decoded to fp32, updated, used, and only then encoded again.
+
+Kernel contract:
+    run(params, grads, arena, steps, segments, lr, seed, grad_multiplier, found_inf, *, beta1, beta2, eps, weight_decay)
+
+params: fp32, bf16 or fp16, each a dense block of memory that is walked flat.   grads: one per param, of its dtype and
+    memory layout; None: the param's segments are skipped.
+arena: uint8 [nbytes], contiguous, 64-byte aligned.   steps: fp32 [n_params], t of each param, at least 1.
+segments: int64 [n_segments, 8], on steps' device; a row says which elements to update and where their states lie,
+    in the columns of SEGMENT_COLUMNS. Rows never overlap.
+lr: one element, any float dtype, on the CPU or on the params' device.   seed: int64 [1] or None.
+grad_multiplier: fp32 [1] or None (1).   found_inf: fp32 [1] or None; where it is not zero nothing is written. On CUDA
+    these and a device's lr are read by the kernel alone: no host synchronization, safe under graph capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..format.blockwise8 import STATE_BLOCKSIZE as STATE_BLOCKSIZE
+from ..format.blockwise8 import dequantize_blockwise as dequantize_blockwise
+from ..format.blockwise8 import quantize_blockwise as quantize_blockwise
+from ._checks import check_float
+from ._implement import fake, implement
+from ._registry import Problem, select
+
+
+class Segment(NamedTuple):
+    """A run of one parameter's elements and the places of their states: a row of the kernel's `segments`."""
+
+    param: int
+    """Index into params, grads and steps."""
+    start: int
+    """First element; a multiple of STATE_BLOCKSIZE."""
+    numel: int
+    """Elements; a multiple of STATE_BLOCKSIZE unless the parameter ends here."""
+    exp_avg: int
+    """Byte offset in the arena of exp_avg's element `start`: fp32, or uint8 where the absmax offsets are given."""
+    exp_avg_sq: int
+    exp_avg_absmax: int
+    """Byte offset in the arena of the fp32 absmax of the block at `start`; -1 for fp32 states."""
+    exp_avg_sq_absmax: int
+    counter: int
+    """Number of element `start` in the stochastic rounding's count; a multiple of STATE_BLOCKSIZE."""
+
+
+SEGMENT_COLUMNS = Segment._fields
+
+torch.library.define(
+    "qlora_kernels::adamw_step",
+    "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) arena, Tensor steps, Tensor segments, Tensor lr, Tensor? seed, "
+    "Tensor? grad_multiplier, Tensor? found_inf, *, float beta1, float beta2, float eps, float weight_decay) -> ()",
+)
+
+
+@implement("qlora_kernels::adamw_step")
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    arena: Tensor,
+    steps: Tensor,
+    segments: Tensor,
+    lr: Tensor,
+    seed: Tensor | None,
+    grad_multiplier: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The step that this module's docstring defines, checked, by the selected kernel; in place.
+
+    PagedAdamW calls this function itself, past the dispatcher, whose boxing of hundreds of tensors costs more than the
+    kernel takes for small ones.
+    """
+    adamw_step_fake(
+        params,
+        grads,
+        arena,
+        steps,
+        segments,
+        lr,
+        seed,
+        grad_multiplier,
+        found_inf,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    if not params:
+        return
+    problem = Problem("adamw_step", params[0].device.type, params[0].dtype)
+    hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    select(problem).run(params, grads, arena, steps, segments, lr, seed, grad_multiplier, found_inf, **hyper)
+
+
+@fake("qlora_kernels::adamw_step")
+def adamw_step_fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    arena: Tensor,
+    steps: Tensor,
+    segments: Tensor,
+    lr: Tensor,
+    seed: Tensor | None,
+    grad_multiplier: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The checks alone. Segments are the caller's own plan and are not read back."""
+    if len(grads) != len(params) or steps.numel() != len(params):
+        counts = f"{len(params)} params, {len(grads)} grads and {steps.numel()} steps"
+        raise ValueError(f"adamw_step: grads and steps must be one for each param, got {counts}")
+    for param, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            check_float("adamw_step", "params", param)
+            if grad.dtype != param.dtype:
+                raise TypeError(f"adamw_step: grads must have their param's {param.dtype}, got {grad.dtype}")
+            if grad.shape != param.shape or grad.stride() != param.stride():
+                got = f"{tuple(grad.shape)} with strides {grad.stride()}"
+                expected = f"{tuple(param.shape)} with strides {param.stride()}"
+                raise ValueError(f"adamw_step: grads must be laid out as their param, {expected}, got {got}")
+    if arena.dtype != torch.uint8 or not arena.is_contiguous():
+        raise TypeError(f"adamw_step: arena must be contiguous uint8, got {arena.dtype}, strides {arena.stride()}")
+    if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != len(SEGMENT_COLUMNS):
+        got = f"{segments.dtype} {tuple(segments.shape)}"
+        raise ValueError(f"adamw_step: segments must be int64 [n, {len(SEGMENT_COLUMNS)}], got {got}")
+    for name, scalar in (("lr", lr), ("seed", seed), ("grad_multiplier", grad_multiplier), ("found_inf", found_inf)):
+        if scalar is not None and scalar.numel() != 1:
+            raise ValueError(f"adamw_step: {name} must have one element, got shape {tuple(scalar.shape)}")

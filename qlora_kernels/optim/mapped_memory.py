@@ -1,0 +1,84 @@
+"""Optimizer states in a memory-mapped file: as large as the disk allows, paged by the operating system.
+
+The file has no name (it vanishes with the process, however that ends) and its blocks are allocated up front, so a disk
+that is too small is an error when the optimizer is made, never a SIGBUS in the middle of a run. While the kernel works
+on one chunk, the next ones are asked for with MADV_WILLNEED.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .paging_plan import Chunk, plan_schedule
+from .state_memory import Update, segment_table
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class MappedMemory:
+    """An arena in an unnamed file in `page_dir`."""
+
+    kind = "mapped"
+
+    def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], page_dir: str | Path, *, look_ahead: int) -> None:
+        self.chunks = chunks
+        self.look_ahead = look_ahead
+        self.prefetched_bytes = 0
+        self._map = _allocate(max(nbytes, 1), Path(page_dir))
+        # The tensor holds the mapping, and its views hold the tensor: unmapped with the last of them.
+        self.arena = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0).byte()
+        self._segments = [segment_table(chunk.segments) for chunk in chunks]
+
+    def run(self, active: Sequence[int], update: Update) -> None:
+        for action in plan_schedule(len(active), self.look_ahead):
+            index = active[action.chunk]
+            if action.kind == "update":
+                update(self.chunks[index], self.arena, self._segments[index])
+            else:
+                self._will_need(self.chunks[index])
+
+    def _will_need(self, chunk: Chunk) -> None:
+        for start, stop in chunk.ranges:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, first, stop - first)
+        self.prefetched_bytes += chunk.nbytes
+
+    def resident_bytes(self) -> int | None:
+        """Pages in memory by mincore(2), the file's cache included."""
+        mincore = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+        if mincore is None:
+            return None
+        pages = -(-len(self._map) // mmap.PAGESIZE)
+        resident = np.zeros(pages, dtype=np.uint8)
+        pointers = ctypes.c_void_p(self.arena.data_ptr()), ctypes.c_size_t(len(self._map))
+        if mincore(*pointers, ctypes.c_void_p(resident.ctypes.data)) != 0:
+            return None
+        return min(int((resident & 1).sum()) * mmap.PAGESIZE, self.arena.nbytes)
+
+
+def _allocate(nbytes: int, page_dir: Path) -> mmap.mmap:
+    if not page_dir.is_dir():
+        raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
+    with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            free = shutil.disk_usage(page_dir).free
+            message = (
+                f"PagedAdamW: page_dir must have room for {nbytes:,} bytes of optimizer states, got {free:,} free in "
+                f"{page_dir}; choose another directory or state_bits=8"
+            )
+            raise OSError(error.errno, message) from error
+        return mmap.mmap(file.fileno(), nbytes)
