@@ -1,12 +1,56 @@
-"""The triton backend's kernels."""
+"""Triton kernels, for CUDA tensors; under TRITON_INTERPRET=1 also for CPU tensors, interpreted.
+
+Importing this module does not import triton: that happens when a kernel first runs.
+"""
 
 from __future__ import annotations
 
-from ...ops._registry import KernelSpec
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
 
-KERNELS: tuple[KernelSpec, ...] = ()
+import torch
+
+from ...ops._registry import KernelSpec, Problem
+
+_MODULES = {
+    "dequantize_nf4": "dequantize_nf4",
+    "quantize_nf4": "quantize_nf4",
+    "quantize_absmax": "quantize_absmax",
+}
+"""Op -> the module here that defines a launcher of the op's name."""
+
+OLDEST_CAPABILITY = (8, 0)
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run here, with the fix; None where it can."""
-    return "not built; see `make setup`"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install 'qlora_kernels[triton]'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device; set TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"
+    if torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        return f"the device is older than compute capability {OLDEST_CAPABILITY}"
+    return None
+
+
+def _unsupported(problem: Problem) -> list[str]:
+    if problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["CPU tensors need TRITON_INTERPRET=1, set before the first import"]
+    return []
+
+
+def _launcher(op: str) -> Callable[..., Any]:
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
+        return getattr(module, op)(*args, **kwargs)
+
+    launch.__name__ = f"launch_{op}"
+    return launch
+
+
+KERNELS = tuple(KernelSpec(op, "triton", _launcher(op), _unsupported) for op in _MODULES)

@@ -1,0 +1,45 @@
+"""What launchers pass beside the caller's tensors: the weight's constants in one shape, and small tables on the device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...format.double_quant import dynamic_boundaries, dynamic_map
+
+
+class AbsmaxPointers(NamedTuple):
+    """The four pointer arguments of `load_absmax`; without double quantization the last three are absmax again, unread."""
+
+    absmax: Tensor
+    absmax_map: Tensor
+    absmax_scale: Tensor
+    absmax_offset: Tensor
+
+
+def absmax_pointers(
+    absmax: Tensor | None, absmax_q: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None
+) -> AbsmaxPointers:
+    """From the constants as ops pass them."""
+    if absmax is not None:
+        return AbsmaxPointers(absmax, absmax, absmax, absmax)
+    assert absmax_q is not None
+    assert absmax_scale is not None
+    assert absmax_offset is not None
+    return AbsmaxPointers(absmax_q, absmax_map(absmax_q.device), absmax_scale, absmax_offset)
+
+
+@cache
+def absmax_map(device: torch.device) -> Tensor:
+    """The dynamic map, fp32 [256]. Made once for a device, so that captured graphs and streams share a stable address."""
+    return dynamic_map(device)
+
+
+@cache
+def absmax_boundaries(device: torch.device) -> Tensor:
+    """The map's 255 decision boundaries, and +inf as the 256th."""
+    boundaries = dynamic_boundaries("cpu")
+    return torch.cat([boundaries, torch.tensor([torch.inf])]).to(device)

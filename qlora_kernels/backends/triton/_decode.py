@@ -1,0 +1,103 @@
+"""Device functions every NF4 kernel shares: bytes to code values, and the first-level absmax.
+
+The 16 code values live in a warp, not in memory: lane l keeps code[l % 16], and a value is one shuffle whose source lane
+is the 4-bit index. That costs one shift and one shuffle per weight (no table in shared memory, no bank conflict, no
+layout change, so the compiler may decode straight into a matmul's register operand). Static SASS of the whole dequantize
+kernel is then 4.3..5.6 instructions per weight (docs/kernels/report.md); a tree of selects takes 17, tl.gather over the
+same 16 values 8.
+
+Inline PTX has no meaning in the interpreter, so `INTERPRETED` selects a twin in plain Triton there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import triton
+import triton.language as tl
+
+from ...format.nf4 import CODE
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+CODE_VALUES = tl.constexpr(CODE)
+
+
+def _lane_code_asm() -> str:
+    """PTX: $0 = code[lane % 16], by a four-level tree of selects over the bits of the lane number."""
+    words = [f"0f{struct.unpack('>I', struct.pack('>f', value))[0]:08X}" for value in CODE]
+    lines = ["mov.u32 lane, %laneid;"]
+    lines += [f"and.b32 bit, lane, {1 << b}; setp.ne.u32 p{b}, bit, 0;" for b in range(4)]
+    names = words
+    for level in range(4):
+        results = [f"v{level}_{i}" if level < 3 else "$0" for i in range(len(names) // 2)]
+        lines += [f"selp.f32 {out}, {names[2 * i + 1]}, {names[2 * i]}, p{level};" for i, out in enumerate(results)]
+        names = results
+    registers = ", ".join(f"v{level}_{i}" for level in range(3) for i in range(8 >> level))
+    declarations = f".reg .b32 lane, bit; .reg .pred p0, p1, p2, p3; .reg .f32 {registers};"
+    return "{\n" + declarations + "\n" + "\n".join(lines) + "\n}"
+
+
+def _decode_asm() -> str:
+    """PTX for four bytes in $8: $0..3 = code[high nibble], $4..7 = code[low nibble]; $9 is this lane's code value.
+
+    Source lanes are taken modulo 16 by the shuffle itself: clamp 0x101f splits the warp into halves of 16 lanes, and
+    only the low bits of the index count, so a nibble needs a shift but no mask.
+    """
+    lines = []
+    for byte in range(4):
+        for output, shift in ((byte, 8 * byte + 4), (4 + byte, 8 * byte)):
+            lines.append(f"shr.u32 q, $8, {shift};")
+            lines.append(f"shfl.sync.idx.b32 ${output}, $9, q, 0x101f, 0xffffffff;")
+    return "{\n.reg .b32 q;\n" + "\n".join(lines) + "\n}"
+
+
+LANE_CODE_ASM = tl.constexpr(_lane_code_asm())
+DECODE_ASM = tl.constexpr(_decode_asm())
+DECODE_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 8 + ["r"] + ["f"] * 4))
+
+
+@triton.jit
+def code_table():
+    """What `decode_pairs` reads from: on a GPU a scalar that differs from lane to lane, interpreted a tensor [16]."""
+    if INTERPRETED:
+        o_code = tl.arange(0, 16)
+        table = tl.zeros((16,), tl.float32)
+        for i in tl.static_range(16):
+            table = tl.where(o_code == i, CODE_VALUES[i], table)
+        return table
+    else:
+        return tl.inline_asm_elementwise(LANE_CODE_ASM, "=f,r", [0], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def decode_pairs(b_packed, table):
+    """uint8 tensor -> (code[high nibble], code[low nibble]), fp32 of the same shape: even and odd elements.
+
+    Every lane of the warp must take part: call it outside divergent branches. The tensor must give each thread at least
+    four bytes.
+    """
+    if INTERPRETED:
+        flat = tl.reshape(b_packed, (b_packed.numel,)).to(tl.int32)
+        high = tl.reshape(tl.gather(table, flat >> 4, 0), b_packed.shape)
+        low = tl.reshape(tl.gather(table, flat & 15, 0), b_packed.shape)
+        return high, low
+    else:
+        return tl.inline_asm_elementwise(
+            DECODE_ASM, DECODE_CONSTRAINTS, [b_packed, table], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def load_absmax(p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, o_block, m_block, DOUBLE_QUANT: tl.constexpr):
+    """First-level constants of blocks `o_block` (int64), fp32; 0 where masked off.
+
+    DOUBLE_QUANT: p_absmax is uint8; map[q] * scale[block // 256] + offset in two roundings, so the caller must launch
+    with enable_fp_fusion=False. Otherwise p_absmax is fp32.
+    """
+    if DOUBLE_QUANT:
+        q = tl.load(p_absmax + o_block, mask=m_block, other=0).to(tl.int32)
+        scale = tl.load(p_absmax_scale + o_block // 256, mask=m_block, other=0.0)
+        return tl.load(p_absmax_map + q) * scale + tl.load(p_absmax_offset)
+    else:
+        return tl.load(p_absmax + o_block, mask=m_block, other=0.0)

@@ -1,0 +1,113 @@
+"""w[i] = code[q[i]] * absmax[i // blocksize], one launch, bit-equal to format/reference.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._constants import absmax_pointers
+from ._decode import code_table, decode_pairs, load_absmax
+
+NUM_WARPS = 4
+TILE_BYTES = 4 * 32 * NUM_WARPS
+"""Four packed bytes a thread: they become eight 16-bit values, one 16-byte store, with no exchange between threads."""
+
+PROGRAM_VALUES = 16384
+"""Weights per program: 16 tiles share the set-up of the code table. With blocks of 64 that is one nested block of 256."""
+
+
+@triton.jit
+def dequantize_nf4_kernel(
+    p_packed,
+    p_absmax,
+    p_absmax_map,
+    p_absmax_scale,
+    p_absmax_offset,
+    p_w,
+    numel,
+    n_blocks,
+    BLOCKSIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Each program decodes TILES tiles of ROWS x ROW_BYTES packed bytes, a contiguous run of weights.
+
+    A row lies within one block, so its absmax is loaded once; fp32 product, rounded once to w's dtype.
+    A program's run lies within one nested block (TILES * ROWS * 2 * ROW_BYTES <= 256 * BLOCKSIZE, both powers of two):
+    its second-level scale is a scalar.
+    MASKED: numel is no multiple of a program's run. The unmasked body is what full tensors get: no comparison, and
+    offsets from one 64-bit base that fold into immediates.
+    Launch with enable_fp_fusion=False: map * scale + offset takes two roundings.
+    """
+    ROW_VALUES: tl.constexpr = 2 * ROW_BYTES
+    TILE_VALUES: tl.constexpr = ROWS * ROW_VALUES
+    PROGRAM_BLOCKS: tl.constexpr = TILES * TILE_VALUES // BLOCKSIZE
+
+    i_first = tl.program_id(0).to(tl.int64) * (TILES * TILE_VALUES)
+    i_block = tl.program_id(0).to(tl.int64) * PROGRAM_BLOCKS
+    p_packed += i_first // 2
+    p_w += i_first
+    p_absmax += i_block
+    if DOUBLE_QUANT:
+        scale = tl.load(p_absmax_scale + i_block // 256)
+        offset = tl.load(p_absmax_offset)
+    values_left = numel - i_first
+    blocks_left = n_blocks - i_block
+
+    o_row = tl.arange(0, ROWS)
+    o_byte = o_row[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
+    o_value = o_row[:, None] * ROW_VALUES + tl.arange(0, ROW_VALUES)[None, :]
+    table = code_table()
+    for i in tl.static_range(TILES):
+        o_block = (i * TILE_VALUES + o_row * ROW_VALUES) // BLOCKSIZE
+        if MASKED:
+            b_packed = tl.load(p_packed + (i * (TILE_VALUES // 2) + o_byte), mask=2 * (i * (TILE_VALUES // 2) + o_byte) < values_left, other=0)
+            b_absmax = tl.load(p_absmax + o_block, mask=o_block < blocks_left, other=0)
+        else:
+            b_packed = tl.load(p_packed + (i * (TILE_VALUES // 2) + o_byte))
+            b_absmax = tl.load(p_absmax + o_block)
+        if DOUBLE_QUANT:
+            b_absmax = tl.load(p_absmax_map + b_absmax.to(tl.int32)) * scale + offset
+        high, low = decode_pairs(b_packed, table)
+        pairs = tl.join(high * b_absmax[:, None], low * b_absmax[:, None])
+        b_w = tl.reshape(pairs, (ROWS, ROW_VALUES)).to(p_w.dtype.element_ty)
+        if MASKED:
+            tl.store(p_w + (i * TILE_VALUES + o_value), b_w, mask=i * TILE_VALUES + o_value < values_left)
+        else:
+            tl.store(p_w + (i * TILE_VALUES + o_value), b_w)
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    *,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """out[i] = code[q[i]] * absmax[i // blocksize]. See ops/dequantize_nf4.py for the contract."""
+    pointers = absmax_pointers(absmax, absmax_q, absmax_scale, absmax_offset)
+    row_values = min(blocksize, 64)
+    program_values = min(PROGRAM_VALUES, 256 * blocksize)
+    numel = out.numel()
+    dequantize_nf4_kernel[(triton.cdiv(numel, program_values),)](
+        packed,
+        *pointers,
+        out,
+        numel,
+        pointers.absmax.numel(),
+        BLOCKSIZE=blocksize,
+        DOUBLE_QUANT=absmax is None,
+        MASKED=numel % program_values != 0,
+        ROWS=2 * TILE_BYTES // row_values,
+        ROW_BYTES=row_values // 2,
+        TILES=program_values // (2 * TILE_BYTES),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
