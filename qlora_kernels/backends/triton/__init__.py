@@ -19,6 +19,10 @@ _MODULES = {
     "dequantize_nf4": "dequantize_nf4",
     "quantize_nf4": "quantize_nf4",
     "quantize_absmax": "quantize_absmax",
+    "linear_nf4": "linear_nf4",
+    "linear_nf4_grad_x": "linear_nf4",
+    "linear_nf4_lora": "linear_nf4_lora",
+    "linear_nf4_lora_backward": "linear_nf4_lora",
 }
 """Op -> the module here that defines a launcher of the op's name."""
 

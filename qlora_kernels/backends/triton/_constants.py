@@ -1,4 +1,4 @@
-"""What launchers pass beside the caller's tensors: the weight's constants in one shape, and small tables on the device."""
+"""What launchers pass beside the caller's tensors: a weight's constants in one shape, and small device tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...format.double_quant import dynamic_boundaries, dynamic_map
 
 
 class AbsmaxPointers(NamedTuple):
-    """The four pointer arguments of `load_absmax`; without double quantization the last three are absmax again, unread."""
+    """The four pointers of `load_absmax`; without double quantization the last three are absmax again, unread."""
 
     absmax: Tensor
     absmax_map: Tensor
@@ -34,7 +34,7 @@ def absmax_pointers(
 
 @cache
 def absmax_map(device: torch.device) -> Tensor:
-    """The dynamic map, fp32 [256]. Made once for a device, so that captured graphs and streams share a stable address."""
+    """The dynamic map, fp32 [256]. Made once for a device, so captured graphs and streams share a stable address."""
     return dynamic_map(device)
 
 

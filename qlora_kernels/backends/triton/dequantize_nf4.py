@@ -7,14 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._constants import absmax_pointers
-from ._decode import code_table, decode_pairs, load_absmax
+from ._decode import code_table, decode_pairs
 
 NUM_WARPS = 4
 TILE_BYTES = 4 * 32 * NUM_WARPS
 """Four packed bytes a thread: they become eight 16-bit values, one 16-byte store, with no exchange between threads."""
 
 PROGRAM_VALUES = 16384
-"""Weights per program: 16 tiles share the set-up of the code table. With blocks of 64 that is one nested block of 256."""
+"""Weights per program: 16 tiles share the set-up of the code table. At blocksize 64 that is one nested block."""
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def dequantize_nf4_kernel(
     n_blocks,
     BLOCKSIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    MASKED: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     TILES: tl.constexpr,
@@ -39,36 +39,67 @@ def dequantize_nf4_kernel(
     A row lies within one block, so its absmax is loaded once; fp32 product, rounded once to w's dtype.
     A program's run lies within one nested block (TILES * ROWS * 2 * ROW_BYTES <= 256 * BLOCKSIZE, both powers of two):
     its second-level scale is a scalar.
-    MASKED: numel is no multiple of a program's run. The unmasked body is what full tensors get: no comparison, and
-    offsets from one 64-bit base that fold into immediates.
+    SHORT_TAIL: numel is no multiple of a program's run. Then the last program, and only that one, compares offsets with
+    what is left; the others take a body without masks, whose offsets fold into immediates of one 64-bit base.
     Launch with enable_fp_fusion=False: map * scale + offset takes two roundings.
     """
-    ROW_VALUES: tl.constexpr = 2 * ROW_BYTES
-    TILE_VALUES: tl.constexpr = ROWS * ROW_VALUES
-    PROGRAM_BLOCKS: tl.constexpr = TILES * TILE_VALUES // BLOCKSIZE
-
-    i_first = tl.program_id(0).to(tl.int64) * (TILES * TILE_VALUES)
-    i_block = tl.program_id(0).to(tl.int64) * PROGRAM_BLOCKS
+    RUN: tl.constexpr = TILES * ROWS * 2 * ROW_BYTES
+    i_first = tl.program_id(0).to(tl.int64) * RUN
+    i_block = tl.program_id(0).to(tl.int64) * (RUN // BLOCKSIZE)
     p_packed += i_first // 2
     p_w += i_first
     p_absmax += i_block
+    scale = 0.0
+    offset = 0.0
     if DOUBLE_QUANT:
         scale = tl.load(p_absmax_scale + i_block // 256)
         offset = tl.load(p_absmax_offset)
-    values_left = numel - i_first
-    blocks_left = n_blocks - i_block
+    table = code_table()
+    if SHORT_TAIL:
+        values_left = numel - i_first
+        if values_left < RUN:
+            decode_run(
+                p_packed, p_absmax, p_absmax_map, scale, offset, p_w, values_left, n_blocks - i_block, table,
+                BLOCKSIZE, DOUBLE_QUANT, True, ROWS, ROW_BYTES, TILES,
+            )  # fmt: skip
+            return
+    decode_run(
+        p_packed, p_absmax, p_absmax_map, scale, offset, p_w, 0, 0, table,
+        BLOCKSIZE, DOUBLE_QUANT, False, ROWS, ROW_BYTES, TILES,
+    )  # fmt: skip
 
+
+@triton.jit
+def decode_run(
+    p_packed,
+    p_absmax,
+    p_absmax_map,
+    scale,
+    offset,
+    p_w,
+    values_left,
+    blocks_left,
+    table,
+    BLOCKSIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The body of a program: pointers are at its run's begin. MASKED: only values_left and blocks_left exist."""
+    ROW_VALUES: tl.constexpr = 2 * ROW_BYTES
     o_row = tl.arange(0, ROWS)
     o_byte = o_row[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
     o_value = o_row[:, None] * ROW_VALUES + tl.arange(0, ROW_VALUES)[None, :]
-    table = code_table()
     for i in tl.static_range(TILES):
-        o_block = (i * TILE_VALUES + o_row * ROW_VALUES) // BLOCKSIZE
+        i_value = i * ROWS * ROW_VALUES
+        o_block = (i_value + o_row * ROW_VALUES) // BLOCKSIZE
         if MASKED:
-            b_packed = tl.load(p_packed + (i * (TILE_VALUES // 2) + o_byte), mask=2 * (i * (TILE_VALUES // 2) + o_byte) < values_left, other=0)
+            b_packed = tl.load(p_packed + (i_value // 2 + o_byte), mask=i_value + 2 * o_byte < values_left, other=0)
             b_absmax = tl.load(p_absmax + o_block, mask=o_block < blocks_left, other=0)
         else:
-            b_packed = tl.load(p_packed + (i * (TILE_VALUES // 2) + o_byte))
+            b_packed = tl.load(p_packed + (i_value // 2 + o_byte))
             b_absmax = tl.load(p_absmax + o_block)
         if DOUBLE_QUANT:
             b_absmax = tl.load(p_absmax_map + b_absmax.to(tl.int32)) * scale + offset
@@ -76,9 +107,9 @@ def dequantize_nf4_kernel(
         pairs = tl.join(high * b_absmax[:, None], low * b_absmax[:, None])
         b_w = tl.reshape(pairs, (ROWS, ROW_VALUES)).to(p_w.dtype.element_ty)
         if MASKED:
-            tl.store(p_w + (i * TILE_VALUES + o_value), b_w, mask=i * TILE_VALUES + o_value < values_left)
+            tl.store(p_w + (i_value + o_value), b_w, mask=i_value + o_value < values_left)
         else:
-            tl.store(p_w + (i * TILE_VALUES + o_value), b_w)
+            tl.store(p_w + (i_value + o_value), b_w)
 
 
 def dequantize_nf4(
@@ -104,7 +135,7 @@ def dequantize_nf4(
         pointers.absmax.numel(),
         BLOCKSIZE=blocksize,
         DOUBLE_QUANT=absmax is None,
-        MASKED=numel % program_values != 0,
+        SHORT_TAIL=numel % program_values != 0,
         ROWS=2 * TILE_BYTES // row_values,
         ROW_BYTES=row_values // 2,
         TILES=program_values // (2 * TILE_BYTES),

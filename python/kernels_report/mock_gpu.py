@@ -1,0 +1,94 @@
+"""Compile Triton kernels for a GPU that is not there, through the launchers that dispatch uses.
+
+A mock driver answers Triton's questions about the current device, and every `kernel[grid](...)` is turned into a
+warm-up: it specializes on the true arguments (dtypes, divisibility by 16, values equal to one), compiles for the
+assumed architecture, records the result and launches nothing. Tensors may be on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Shared memory that one block may use, bytes, by architecture."""
+
+
+class MockDriver:
+    """What Triton's launcher and compiler ask of a driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # Caches of compiled kernels are kept by device number: one for each architecture.
+        return self.arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    class utils:
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {
+                "max_shared_mem": MAX_SHARED[device],
+                "multiprocessor_count": 108,
+                "max_num_regs": 65536,
+                "warpSize": 32,
+            }
+
+    class launcher_cls:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch: the kernel's name, its grid and the compiled code."""
+
+    name: str
+    arch: int
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    kernel: Any = field(repr=False)
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Compiled]]:
+    """Inside the block every launch compiles for sm_<arch> and is appended to the list."""
+    launches: list[Compiled] = []
+    stock_run, stock_driver = JITFunction.run, driver._active
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
+        constants = {name: value for name, value in kwargs.items() if isinstance(value, (int, bool, str))}
+        launches.append(Compiled(self.__name__, arch, tuple(grid), constants, kernel))
+        return kernel
+
+    driver.set_active(MockDriver(arch))
+    JITFunction.run = warm_up
+    try:
+        yield launches
+    finally:
+        JITFunction.run = stock_run
+        driver._active = stock_driver

@@ -1,0 +1,83 @@
+"""Facts about a cubin: registers, spills, and counts of SASS instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+TENSOR_CORE = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Static facts of one kernel in a cubin.
+
+    registers: per thread.   stack: bytes of local memory per thread, spills included.
+    instructions: opcode with modifiers -> count, padding NOPs left out.
+    """
+
+    registers: int
+    stack: int
+    instructions: Counter[str]
+
+    @property
+    def total(self) -> int:
+        """All instructions."""
+        return sum(self.instructions.values())
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose opcode is `prefix`, or begins with `prefix` and a dot."""
+        return sum(n for op, n in self.instructions.items() if op == prefix or op.startswith(prefix + "."))
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory, where the register allocator puts what does not fit."""
+        return self.count("LDL") + self.count("STL")
+
+    @property
+    def tensor_core(self) -> tuple[str, int]:
+        """(instruction family, count), or ("", 0)."""
+        for opcode, family in TENSOR_CORE.items():
+            if self.count(opcode):
+                return family, self.count(opcode)
+        return "", 0
+
+    @property
+    def wide_loads(self) -> int:
+        """16-byte loads from global memory, synchronous or into shared memory."""
+        return sum(n for op, n in self.instructions.items() if op.startswith(("LDG", "LDGSTS")) and ".128" in op)
+
+    @property
+    def narrow_copies(self) -> int:
+        """cp.async of four bytes: one for each element instead of one for each 16 bytes."""
+        return sum(
+            n for op, n in self.instructions.items() if op.startswith("LDGSTS") and ".128" not in op and ".64" not in op
+        )
+
+
+def facts_of(cubin: bytes, name: str) -> Facts:
+    """Disassemble the function `name` of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        listing = _run("nvdisasm", "-c", str(path))
+        usage = _run("cuobjdump", "-res-usage", str(path))
+    found = {m[1]: m for m in _USAGE.finditer(usage)}[name]
+    section = listing.split(f".section\t.text.{name},", 1)[-1].split(".section\t", 1)[0] if found else listing
+    ops = Counter(op for op in _INSTRUCTION.findall(section) if op != "NOP")
+    return Facts(int(found[2]), int(found[3]) + int(found[5]), ops)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout

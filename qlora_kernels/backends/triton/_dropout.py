@@ -1,0 +1,78 @@
+"""The dropout mask on the device: the same bits as ops/_philox.py, drawn where they are used and never stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops._philox import ROUNDS, keep_scale, keep_threshold
+
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+
+
+@triton.jit
+def keep_tile(
+    seed, threshold, i_row, i_column, columns, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """int1 [ROWS, COLUMNS]: which elements of the tile at (i_row, i_column) of a matrix [.., columns] survive.
+
+    Element i = row * columns + column takes 16 bits of the philox call i // 8.
+    DROPOUT == 8: columns and i_column are multiples of 8, so one call serves eight neighbours, and a row of calls
+        becomes a row of draws by joins.
+    DROPOUT == 1: each element makes its own call and selects its bits: right for any shape, eight times the work.
+    seed: int64.   threshold: draws below it are dropped.
+    """
+    rows = (i_row + tl.arange(0, ROWS)).to(tl.int64)
+    if DROPOUT == 8:
+        first = rows[:, None] * (columns // 8) + i_column // 8
+        draws = _draws_of_calls(seed, first + tl.arange(0, COLUMNS // 8)[None, :], ROWS, COLUMNS)
+    else:
+        o_element = rows[:, None] * columns + (i_column + tl.arange(0, COLUMNS))[None, :]
+        word0, word1, word2, word3 = _philox(seed, o_element >> 3)
+        i_word = (o_element >> 1) & 3
+        word = tl.where(i_word < 2, tl.where(i_word == 0, word0, word1), tl.where(i_word == 2, word2, word3))
+        draws = tl.where((o_element & 1) == 0, word & 0xFFFF, word >> 16).to(tl.int32)
+    return draws >= threshold
+
+
+@triton.jit
+def _draws_of_calls(seed, calls, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    word0, word1, word2, word3 = _philox(seed, calls)
+    # join appends an axis: [.., a, b] = word (2 * a + b), so row-major order is word 0, 1, 2, 3.
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, (ROWS, COLUMNS)).to(tl.int32)
+
+
+@triton.jit
+def _philox(seed, counter):
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero, n_rounds=PHILOX_ROUNDS)
+
+
+class Dropout(NamedTuple):
+    """A launch's dropout arguments. seed: int64 [1]; without dropout any tensor, unread."""
+
+    on: bool
+    seed: Tensor
+    threshold: int
+    scale: float
+
+    def draws(self, columns: int) -> int:
+        """The kernels' DROPOUT for a matrix of this width: 0 off, else how many elements share a philox call."""
+        if not self.on:
+            return 0
+        return 8 if columns % 8 == 0 else 1
+
+
+def dropout_of(seed: Tensor | None, dropout_p: float, placeholder: Tensor) -> Dropout:
+    """From an op's arguments. A probability that rounds to no dropped draw is no dropout."""
+    threshold = keep_threshold(dropout_p)
+    if seed is None or threshold == 0:
+        return Dropout(False, placeholder, 0, 1.0)
+    return Dropout(True, seed, threshold, keep_scale(dropout_p))

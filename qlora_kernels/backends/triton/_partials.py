@@ -1,0 +1,49 @@
+"""Two-stage reductions: every program stores its own fp32 part, then parts are added in order. No atomics, so the same
+bits in every run."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops._config import arch_for, capability_of
+
+BLOCK = 1024
+NUM_WARPS = 4
+MAX_SPLITS = 32
+
+
+@triton.jit
+def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr):
+    """out[i] = scale * (part[0, i] + part[1, i] + ...), rounded once to out's dtype; one run of BLOCK a program."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    p_part = p_parts + o
+    for _ in range(parts):
+        total += tl.load(p_part, mask=o < numel, other=0.0)
+        p_part += numel
+    tl.store(p_out + o, (total * scale).to(p_out.dtype.element_ty), mask=o < numel)
+
+
+def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    numel = out.numel()
+    sum_partials_kernel[(triton.cdiv(numel, BLOCK),)](
+        parts, out, numel, parts.shape[0], float(scale), BLOCK=BLOCK, num_warps=NUM_WARPS
+    )
+    return out
+
+
+def split_count(steps: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """(steps per split, splits) of a reduction of `steps` steps, so that tiles * splits fills the GPU about twice."""
+    wanted = max(1, 2 * arch_for(capability_of(device)).sm_count // tiles)
+    per_split = max(1, -(-steps // min(wanted, MAX_SPLITS)))
+    return per_split, -(-steps // per_split)
+
+
+def block_r_of(r: int) -> int:
+    """Width of a tile along the rank: a power of two, at least the 16 that a matmul's side needs."""
+    return min(64, max(16, triton.next_power_of_2(r)))

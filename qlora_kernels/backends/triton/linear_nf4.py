@@ -1,0 +1,222 @@
+"""y = x W^T + bias and grad_x = grad_y W: the launchers, which follow ops/_config.py's plan.
+
+fused:   linear_nf4_gemm.py decodes the weight inside the matmul; with split_k > 1, lora_up.py adds the parts.
+decode:  the weight is decoded once into a workspace, and torch's matmul multiplies.
+
+The workspace is an allocation of the call. PyTorch's caching allocator hands the same block to the next layer on the
+same stream, so it is reused; it is ordered by stream, so it is safe; and inside a captured graph it comes from the
+graph's pool. A buffer kept across calls would have to earn these three properties by hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...ops._config import Plan, capability_of, plan
+from ...ops._registry import Problem
+from ._constants import AbsmaxPointers, absmax_pointers
+from ._dropout import Dropout, dropout_of
+from ._partials import block_r_of
+from .dequantize_nf4 import dequantize_nf4
+from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
+from .lora_up import lora_up
+
+GRAD_X_BLOCK_N = 64
+"""Step along N of the grad_x kernel."""
+
+
+class Weight(NamedTuple):
+    """A quantized weight [N, K], as ops pass it."""
+
+    packed: Tensor
+    absmax: Tensor | None
+    absmax_q: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    blocksize: int
+    N: int
+    K: int
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the constants are in 8 bits."""
+        return self.absmax is None
+
+    @property
+    def pointers(self) -> AbsmaxPointers:
+        """Arguments of `load_absmax`."""
+        return absmax_pointers(self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a workspace [N, K] of `dtype`."""
+        workspace = torch.empty((self.N, self.K), dtype=dtype, device=self.packed.device)
+        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+        dequantize_nf4(self.packed, *constants, blocksize=self.blocksize, out=workspace)
+        return workspace
+
+
+class LowRank(NamedTuple):
+    """The adapter's term of a result: scaling * keep * (left @ right), right as lora_B [N, r] or as lora_A [r, K]."""
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+
+
+def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
+    """The plan of the base matmul, the same with and without an adapter."""
+    problem = Problem(
+        op, "cuda", rows.dtype, rows.shape[0], weight.N, weight.K, 0, weight.blocksize, weight.double_quant
+    )
+    return plan(problem, capability_of(rows.device))
+
+
+def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | None) -> Tensor:
+    """y = x W^T + bias + scaling * s B^T."""
+    M, N, K = x.shape[0], weight.N, weight.K
+    no_dropout = dropout_of(None, 0.0, x)
+    left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
+    chosen = plan_for("linear_nf4", x, weight)
+    if chosen.path == "decode":
+        y = x @ weight.decoded(x.dtype).T
+        if bias is not None or low_rank is not None:
+            lora_up(
+                y, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout
+            )
+        return y
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    split = chosen.split_k > 1
+    parts = torch.empty((chosen.split_k, M, N), dtype=torch.float32, device=x.device) if split else y
+    r = 1 if left is None else left.shape[1]
+    linear_nf4_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n), chosen.split_k)](
+        x,
+        weight.packed,
+        *weight.pointers,
+        x if bias is None else bias,
+        x if left is None else left,
+        x if right is None else right,
+        parts,
+        M,
+        N,
+        K,
+        r,
+        float(scaling),
+        BLOCKSIZE=weight.blocksize,
+        DOUBLE_QUANT=weight.double_quant,
+        HAS_BIAS=bias is not None,
+        HAS_LORA=left is not None,
+        SPLIT_K=chosen.split_k,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k,
+        BLOCK_R=block_r_of(r),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        enable_fp_fusion=False,
+    )
+    if split:
+        lora_up(
+            parts, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout
+        )
+    return y
+
+
+def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: Dropout) -> Tensor:
+    """grad_x = grad_y W + scaling * keep * (ds A)."""
+    M, N, K = grad_y.shape[0], weight.N, weight.K
+    left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
+    chosen = plan_for("linear_nf4_grad_x", grad_y, weight)
+    if chosen.path == "decode":
+        grad_x = grad_y @ weight.decoded(grad_y.dtype)
+        if low_rank is not None:
+            lora_up(
+                grad_x,
+                grad_x,
+                left=left,
+                right=right,
+                right_is_transposed=False,
+                scaling=scaling,
+                bias=None,
+                dropout=dropout,
+            )
+        return grad_x
+    grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
+    split = chosen.split_k > 1
+    parts = torch.empty((chosen.split_k, M, K), dtype=torch.float32, device=grad_y.device) if split else grad_x
+    r = 1 if left is None else left.shape[1]
+    linear_nf4_grad_x_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(K, chosen.block_k), chosen.split_k)](
+        grad_y,
+        weight.packed,
+        *weight.pointers,
+        grad_y if left is None else left,
+        grad_y if right is None else right,
+        dropout.seed,
+        parts,
+        M,
+        N,
+        K,
+        r,
+        float(scaling),
+        dropout.threshold,
+        BLOCKSIZE=weight.blocksize,
+        DOUBLE_QUANT=weight.double_quant,
+        HAS_LORA=left is not None,
+        DROPOUT=dropout.draws(K),
+        SPLIT_K=chosen.split_k,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=GRAD_X_BLOCK_N,
+        BLOCK_K=chosen.block_k,
+        BLOCK_R=block_r_of(r),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        enable_fp_fusion=False,
+    )
+    if split:
+        lora_up(
+            parts,
+            grad_x,
+            left=left,
+            right=right,
+            right_is_transposed=False,
+            scaling=scaling,
+            bias=None,
+            dropout=dropout,
+        )
+    return grad_x
+
+
+def linear_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    *,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    """y = x W^T + bias. See ops/linear_nf4.py for the contract."""
+    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, x.shape[1])
+    return forward(x, weight, bias, None)
+
+
+def linear_nf4_grad_x(
+    grad_y: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    *,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    """grad_x = grad_y W. See ops/linear_nf4.py for the contract."""
+    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, grad_y.shape[1], in_features)
+    return backward(grad_y, weight, None, dropout_of(None, 0.0, grad_y))

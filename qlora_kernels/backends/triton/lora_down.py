@@ -1,0 +1,86 @@
+"""s = dropout(x) A^T, tall and skinny, in one pass over x."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import Dropout, keep_tile
+from ._partials import block_r_of, split_count, sum_partials
+
+BLOCK_M, BLOCK_K = 64, 64
+NUM_WARPS, NUM_STAGES = 4, 3
+
+
+@triton.jit
+def lora_down_kernel(
+    p_x,
+    p_lora_A,
+    p_seed,
+    p_s,
+    M,
+    K,
+    R,
+    steps,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[r, k], fp32 [splits, M, R].
+
+    Grid (tiles of M, splits of K, tiles of R). Each program owns its part: the sum over splits is a second launch in
+    fixed order (sum_partials), which also applies dropout's scale. A is used in x's dtype.
+    A may be several adapters' rows on top of each other: linears that read one x share one launch.
+    """
+    i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_m = tl.where(o_m < M, o_m, 0).to(tl.int64)
+    row_r = tl.where(o_r < R, o_r, 0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first = i_split * steps
+    for i in range(first, min(first + steps, tl.cdiv(K, BLOCK_K))):
+        column = i * BLOCK_K + o_k
+        b_x = tl.load(p_x + row_m[:, None] * K + column[None, :], mask=column[None, :] < K, other=0.0)
+        b_A = tl.load(p_lora_A + row_r[None, :] * K + column[:, None], mask=column[:, None] < K, other=0.0)
+        if DROPOUT:
+            keep = keep_tile(seed, threshold, i_m * BLOCK_M, i * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
+            b_x = tl.where(keep, b_x, 0.0)
+        acc = tl.dot(b_x, b_A.to(b_x.dtype), acc, input_precision="ieee")
+    o_s = (i_split.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
+    tl.store(p_s + o_s, acc, mask=(o_m[:, None] < M) & (o_r[None, :] < R))
+
+
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
+    """s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
+    M, K = x.shape
+    r = lora_A.shape[0]
+    block_r = block_r_of(r)
+    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(r, block_r)
+    steps, splits = split_count(triton.cdiv(K, BLOCK_K), tiles, x.device)
+    parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
+    lora_down_kernel[(triton.cdiv(M, BLOCK_M), splits, triton.cdiv(r, block_r))](
+        x,
+        lora_A,
+        dropout.seed,
+        parts,
+        M,
+        K,
+        r,
+        steps,
+        dropout.threshold,
+        DROPOUT=dropout.draws(K),
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return sum_partials(parts, dropout.scale, x.dtype)

@@ -1,0 +1,161 @@
+"""The adapters' gradients: ds and grad_B from one pass over grad_y, grad_A from one pass over x."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import Dropout, keep_tile
+from ._partials import block_r_of, split_count, sum_partials
+
+BLOCK_M = 64
+NUM_WARPS, NUM_STAGES = 4, 2
+
+
+@triton.jit
+def lora_ds_grad_B_kernel(
+    p_grad_y,
+    p_s,
+    p_lora_B,
+    p_ds,
+    p_grad_B,
+    M,
+    N,
+    R,
+    steps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """From each tile of grad_y, read once:
+
+        ds_part[i_n, m, r]          = sum over this tile's n of grad_y[m, n] * B[n, r]
+        grad_B_part[i_chunk, n, r]  = sum over this program's m of grad_y[m, n] * s[m, r]
+
+    Grid (tiles of N, chunks of M, tiles of R). A program walks down `steps` tiles of M within one tile of N: grad_B's
+    sum stays in registers, ds's is one part per tile of N. Parts are fp32 [tiles_n, M, R] and [chunks, N, R], added in
+    order by a second launch: deterministic. grad_y is reread once per tile of R, so once up to r = 64.
+    """
+    i_n, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_n, m_r = o_n < N, o_r < R
+    b_B = tl.load(p_lora_B + o_n[:, None].to(tl.int64) * R + o_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
+    b_B = b_B.to(p_grad_y.dtype.element_ty)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    first = i_chunk * steps
+    for i in range(first, min(first + steps, tl.cdiv(M, BLOCK_M))):
+        o_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        row_m = o_m.to(tl.int64)
+        b_grad = tl.load(p_grad_y + row_m[:, None] * N + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
+        b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
+        b_ds = tl.dot(b_grad, b_B, input_precision="ieee")
+        o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
+        tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
+    o_grad_B = (i_chunk.to(tl.int64) * N + o_n[:, None]) * R + o_r[None, :]
+    tl.store(p_grad_B + o_grad_B, acc, mask=m_n[:, None] & m_r[None, :])
+
+
+def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(ds [M, r] = scaling * grad_y B, of grad_y.dtype;  grad_B [N, r] = scaling * grad_y^T s, of lora_B.dtype)."""
+    M, N = grad_y.shape
+    r = lora_B.shape[1]
+    block_r = block_r_of(r)
+    # A wider tile of N makes fewer parts of ds; at rank 64 two of them would no longer fit the registers.
+    block_n = 256 if block_r <= 16 else 128
+    tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
+    steps, chunks = split_count(triton.cdiv(M, BLOCK_M), tiles_n * tiles_r, grad_y.device)
+    ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=grad_y.device)
+    grad_B_parts = torch.empty((chunks, N, r), dtype=torch.float32, device=grad_y.device)
+    lora_ds_grad_B_kernel[(tiles_n, chunks, tiles_r)](
+        grad_y,
+        s,
+        lora_B,
+        ds_parts,
+        grad_B_parts,
+        M,
+        N,
+        r,
+        steps,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return sum_partials(ds_parts, scaling, grad_y.dtype), sum_partials(grad_B_parts, scaling, lora_B.dtype)
+
+
+@triton.jit
+def lora_grad_A_kernel(
+    p_x,
+    p_ds,
+    p_seed,
+    p_grad_A,
+    M,
+    K,
+    R,
+    steps,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """part[i_chunk, r, k] = sum over this program's m of ds[m, r] * keep(m, k) * x[m, k], fp32 [chunks, R, K].
+
+    Grid (tiles of K, chunks of M, tiles of R). The mask is drawn again from the seed. dropout's scale is applied when
+    the parts are added.
+    """
+    i_k, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_k, m_r = o_k < K, o_r < R
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    first = i_chunk * steps
+    for i in range(first, min(first + steps, tl.cdiv(M, BLOCK_M))):
+        o_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        row_m = o_m.to(tl.int64)
+        b_x = tl.load(p_x + row_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_ds = tl.load(p_ds + row_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+        if DROPOUT:
+            keep = keep_tile(seed, threshold, i * BLOCK_M, i_k * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
+            b_x = tl.where(keep, b_x, 0.0)
+        acc = tl.dot(tl.trans(b_ds), b_x, acc, input_precision="ieee")
+    o_grad_A = (i_chunk.to(tl.int64) * R + o_r[:, None]) * K + o_k[None, :]
+    tl.store(p_grad_A + o_grad_A, acc, mask=m_r[:, None] & m_k[None, :])
+
+
+def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+    """grad_A [r, K] = ds^T dropout(x) in `dtype`."""
+    M, K = x.shape
+    r = ds.shape[1]
+    block_r, block_k = block_r_of(r), 128
+    tiles_k, tiles_r = triton.cdiv(K, block_k), triton.cdiv(r, block_r)
+    steps, chunks = split_count(triton.cdiv(M, BLOCK_M), tiles_k * tiles_r, x.device)
+    parts = torch.empty((chunks, r, K), dtype=torch.float32, device=x.device)
+    lora_grad_A_kernel[(tiles_k, chunks, tiles_r)](
+        x,
+        ds,
+        dropout.seed,
+        parts,
+        M,
+        K,
+        r,
+        steps,
+        dropout.threshold,
+        DROPOUT=dropout.draws(K),
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return sum_partials(parts, dropout.scale, dtype)

@@ -1,0 +1,116 @@
+"""out = parts + scaling * left right + bias: the low-rank update, and the last stage of a split matmul."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import Dropout, keep_tile
+from ._partials import block_r_of
+
+BLOCK_M, BLOCK_C = 32, 128
+NUM_WARPS = 4
+
+
+@triton.jit
+def lora_up_kernel(
+    p_parts,
+    p_left,
+    p_right,
+    p_bias,
+    p_seed,
+    p_out,
+    M,
+    C,
+    R,
+    parts,
+    stride_right_r,
+    stride_right_c,
+    scaling,
+    threshold,
+    HAS_LORA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[m, c] = sum_p parts[p, m, c] + scaling * keep(m, c) * sum_r left[m, r] * right[r, c] + bias[c].
+
+    One tile [BLOCK_M, BLOCK_C] a program; fp32 sums in fixed order, rounded once. parts is fp32 [parts, M, C] from a
+    split matmul, or out itself with parts == 1: each program reads its tile before it writes it.
+    forward:   left = s, right = B^T, scaling = lora_alpha / r.
+    backward:  left = ds, right = A, scaling = dropout's scale, keep = the forward mask.
+    """
+    i_m, i_c = tl.program_id(0), tl.program_id(1)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_out = (o_m[:, None] < M) & (o_c[None, :] < C)
+    o_out = o_m[:, None].to(tl.int64) * C + o_c[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if HAS_LORA:
+        row_m = tl.where(o_m < M, o_m, 0).to(tl.int64)
+        column = tl.where(o_c < C, o_c, 0).to(tl.int64)
+        for i_r in range(0, R, BLOCK_R):
+            o_r = i_r + tl.arange(0, BLOCK_R)
+            b_left = tl.load(p_left + row_m[:, None] * R + o_r[None, :], mask=o_r[None, :] < R, other=0.0)
+            p_tile = p_right + o_r[:, None].to(tl.int64) * stride_right_r + column[None, :] * stride_right_c
+            b_right = tl.load(p_tile, mask=o_r[:, None] < R, other=0.0)
+            acc = tl.dot(b_left, b_right.to(b_left.dtype), acc, input_precision="ieee")
+        acc *= scaling
+        if DROPOUT:
+            keep = keep_tile(tl.load(p_seed), threshold, i_m * BLOCK_M, i_c * BLOCK_C, C, DROPOUT, BLOCK_M, BLOCK_C)
+            acc = tl.where(keep, acc, 0.0)
+    base = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    p_part = p_parts + o_out
+    for _ in range(parts):
+        base += tl.load(p_part, mask=m_out, other=0.0).to(tl.float32)
+        p_part += tl.cast(M, tl.int64) * C
+    acc += base
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_out + o_out, acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+def lora_up(
+    parts: Tensor,
+    out: Tensor,
+    *,
+    left: Tensor | None,
+    right: Tensor | None,
+    right_is_transposed: bool,
+    scaling: float,
+    bias: Tensor | None,
+    dropout: Dropout,
+) -> None:
+    """Fill out [M, C]. parts: fp32 [p, M, C], or out itself.
+
+    left: [M, R] of out's dtype; right: [C, R] if right_is_transposed (lora_B), else [R, C] (lora_A); both contiguous.
+    """
+    M, C = out.shape
+    r = 1 if left is None else left.shape[1]
+    in_place = parts.data_ptr() == out.data_ptr()
+    lora_up_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_C))](
+        parts,
+        out if left is None else left,
+        out if right is None else right,
+        out if bias is None else bias,
+        dropout.seed,
+        out,
+        M,
+        C,
+        r,
+        1 if in_place else parts.shape[0],
+        1 if right_is_transposed else C,
+        r if right_is_transposed else 1,
+        float(scaling),
+        dropout.threshold,
+        HAS_LORA=left is not None,
+        HAS_BIAS=bias is not None,
+        DROPOUT=dropout.draws(C),
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+        BLOCK_R=block_r_of(r),
+        num_warps=NUM_WARPS,
+    )

@@ -1,0 +1,222 @@
+"""How a Problem will run: pure functions from (Problem, Arch) to a Plan; a model decides, measurement overrides it.
+
+    plan(problem, arch) = the tuned plan for the problem's bucket, if tuned/sm_<arch>.json holds one,
+                          else the candidate with the smallest modelled time
+
+The model counts bytes over bandwidth, flops over throughput and instructions over issue slots. Its constants are data
+sheets' and static instruction counts, not measurements: it decides sensibly on a GPU nobody tuned for, and
+`qlora-kernels bench tune` replaces it, shape by shape, with what that GPU really does. Nothing is tuned in a hot path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from ._registry import Problem
+
+TUNED = Path(__file__).parent / "tuned"
+
+PATHS = ("fused", "decode")
+"""fused: the weight is decoded inside the matmul. decode: once into a workspace, then the library's matmul."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the model knows of a GPU. Sustained figures; flops are dense bf16 with fp32 sums."""
+
+    name: str
+    sm_count: int
+    bytes_per_s: float
+    flops_per_s: float
+    clock_hz: float
+    shared_bytes: int
+
+
+ARCHS = {
+    80: Arch("A100", 108, 1.75e12, 260e12, 1.41e9, 166912),
+    86: Arch("RTX 3090", 82, 0.84e12, 62e12, 1.70e9, 101376),
+    89: Arch("RTX 4090", 128, 0.92e12, 150e12, 2.50e9, 101376),
+    90: Arch("H100", 132, 3.0e12, 650e12, 1.70e9, 232448),
+    100: Arch("B200", 148, 7.0e12, 1600e12, 1.85e9, 232448),
+    120: Arch("RTX 5090", 170, 1.6e12, 200e12, 2.40e9, 101376),
+}
+"""By compute capability. Another capability takes the nearest one below it."""
+
+LAUNCH_S = 3e-6
+FUSED_EFFICIENCY = 0.5
+"""Share of the library's matmul rate that a fused main loop is assumed to reach: the conservative end of published
+kernels that decode 4-bit weights in registers."""
+DECODE_INSTRUCTIONS = 4.5
+"""SASS instructions per decoded weight (docs/kernels/report.md)."""
+PACKED_BYTES = 0.516
+"""Bytes per weight with double quantization at blocks of 64."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a matmul op. The block sizes and split_k have no meaning for path == "decode"."""
+
+    path: str
+    block_m: int = 64
+    block_n: int = 128
+    block_k: int = 64
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def fused_obstacles(problem: Problem) -> list[str]:
+    """Why the fused kernels cannot take a problem; the decode path takes all."""
+    obstacles = []
+    if problem.K % problem.blocksize:
+        obstacles.append(f"K={problem.K} is not a multiple of blocksize={problem.blocksize}")
+    if problem.dtype == torch.float32 and problem.M > 16:
+        obstacles.append("fp32 products have no tensor core; above 16 rows the library's matmul is faster")
+    return obstacles
+
+
+def candidates(problem: Problem) -> list[Plan]:
+    """Every plan that dispatch may pick for the problem."""
+    plans = [Plan("decode")]
+    if fused_obstacles(problem):
+        return plans
+    block_k = min(64, problem.blocksize)
+    reduction = problem.K if problem.op != "linear_nf4_grad_x" else problem.N
+    for block_m, block_n, num_warps in ((16, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 4), (128, 128, 8)):
+        if block_m > 16 and (block_m >= 2 * problem.M or problem.dtype == torch.float32):
+            continue
+        if problem.op == "linear_nf4_grad_x":
+            block_n = 64
+            num_warps = 4
+        split = 1
+        while split <= 16 and reduction // (split * 64) >= 4:
+            plans.append(Plan("fused", block_m, block_n, block_k, split, num_warps))
+            split *= 2
+        if split == 1:
+            plans.append(Plan("fused", block_m, block_n, block_k, 1, num_warps))
+    return list(dict.fromkeys(plans))
+
+
+def modelled_seconds(problem: Problem, candidate: Plan, arch: Arch) -> float:
+    """Time of the base matmul under a plan. LoRA adds the same to every plan, and is left out."""
+    M, N, K = problem.M, problem.N, problem.K
+    flops = 2.0 * M * N * K
+    activations = 2.0 * M * (N + K)
+    if candidate.path == "decode":
+        decode = (PACKED_BYTES + 2) * N * K / arch.bytes_per_s
+        matmul = max(flops / arch.flops_per_s, (2.0 * N * K + activations) / arch.bytes_per_s)
+        return decode + matmul + 2 * LAUNCH_S
+    across, block = (N, candidate.block_n) if problem.op != "linear_nf4_grad_x" else (K, candidate.block_k)
+    tiles_m = -(-M // candidate.block_m)
+    programs = tiles_m * -(-across // block) * candidate.split_k
+    waves = -(-programs // arch.sm_count)
+    used = programs / (waves * arch.sm_count)
+    padded = 2.0 * tiles_m * candidate.block_m * N * K
+    multiply = padded / (FUSED_EFFICIENCY * arch.flops_per_s * used)
+    decode = tiles_m * N * K * DECODE_INSTRUCTIONS / (arch.sm_count * 128 * arch.clock_hz * used)
+    memory = (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * min(1.0, 1.5 * used))
+    # A second pass over fp32 partial sums, which mostly stay in L2.
+    partial = (
+        0.0 if candidate.split_k == 1 else LAUNCH_S + 8.0 * candidate.split_k * M * across / (3 * arch.bytes_per_s)
+    )
+    return max(memory, multiply + decode) + partial + LAUNCH_S
+
+
+def plan(problem: Problem, capability: int) -> Plan:
+    """The plan for `problem` on a GPU of compute capability `capability` (90 for 9.0)."""
+    if problem.op in _forced:
+        return _forced[problem.op]
+    return _plan(problem, capability)
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: Problem, capability: int) -> Plan:
+    tuned = tuned_plans(capability).get(bucket(problem))
+    if tuned is not None and (tuned.path == "decode" or not fused_obstacles(problem)):
+        return tuned
+    arch = arch_for(capability)
+    return min(candidates(problem), key=lambda candidate: modelled_seconds(problem, candidate, arch))
+
+
+def arch_for(capability: int) -> Arch:
+    """The model's entry for a capability, or for the nearest one below it."""
+    known = [c for c in ARCHS if c <= capability]
+    return ARCHS[max(known)] if known else ARCHS[min(ARCHS)]
+
+
+def bucket(problem: Problem) -> str:
+    """The tuned table's key: M is rounded up to a power of two, all else is exact."""
+    rows = 1 << max(0, problem.M - 1).bit_length()
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f"{problem.op}:{dtype}:M{rows}:N{problem.N}:K{problem.K}:b{problem.blocksize}"
+
+
+@cache
+def tuned_plans(capability: int) -> dict[str, Plan]:
+    """bucket -> measured best plan, from tuned/sm_<capability>.json; empty where nobody measured."""
+    path = TUNED / f"sm_{capability}.json"
+    if not path.exists():
+        return {}
+    return {key: Plan(**fields) for key, fields in json.loads(path.read_text())["plans"].items()}
+
+
+def write_tuned(capability: int, plans: dict[str, Plan], measured_on: dict[str, str], folder: Path = TUNED) -> Path:
+    """Write measured plans beside the model, by rename; `measured_on` says which GPU and versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"sm_{capability}.json"
+    content = {"measured_on": measured_on, "plans": {key: asdict(best) for key, best in sorted(plans.items())}}
+    draft = path.with_suffix(".json.partial")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(path)
+    return path
+
+
+_forced: dict[str, Plan] = {}
+
+
+@contextmanager
+def use_plan(op: str, forced: Plan) -> Iterator[None]:
+    """Run `op` by one plan inside the block: for tests, tuning and the compile report."""
+    before = _forced.get(op)
+    _forced[op] = replace(forced)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+_assumed: int | None = None
+
+INTERPRETED_CAPABILITY = 80
+"""CPU tensors are planned as for this one, so that the interpreter runs what a GPU would."""
+
+
+def capability_of(device: torch.device) -> int:
+    """Compute capability of `device` as one number, 90 for 9.0."""
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return INTERPRETED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextmanager
+def assume_capability(capability: int) -> Iterator[None]:
+    """Plan for another GPU than the one present: for compiling ahead of time."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before

@@ -1,0 +1,129 @@
+"""Class 2 (matmul and gradients): the linear kernels against float64, bounded by torch's own composition; interpreted.
+
+Every path runs on every dtype: the plan is forced, so that small shapes reach split sums and partial tiles.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.problems import DTYPES, Shape, dtype_name, gaussian
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
+PLANS = {
+    "decode": Plan("decode"),
+    "fused": FUSED,
+    "wide": Plan("fused", block_m=64, block_n=128, block_k=64),
+    "split": Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2),
+}
+ALIGNED = Shape(19, 83, 320, r=8)
+"""Partial tiles of M and N; five steps along K, so that two splits are unequal."""
+
+CASES = [
+    *((ALIGNED, plan, dtype, True) for plan in PLANS for dtype in DTYPES),
+    (ALIGNED, "fused", torch.bfloat16, False),
+    (ALIGNED, "split", torch.float16, False),
+    (Shape(1, 64, 64, r=1), "split", torch.bfloat16, True),  # fewer steps than splits: an empty part
+    (Shape(5, 40, 256, r=64, blocksize=128), "fused", torch.bfloat16, True),
+    (Shape(5, 70, 512, r=256, blocksize=256), "fused", torch.bfloat16, True),
+    (Shape(65, 130, 128, r=16), "wide", torch.bfloat16, True),
+    (Shape(7, 33, 96, r=4), "decode", torch.bfloat16, True),  # blocks straddle rows
+    (Shape(5, 17, 31, r=1, blocksize=32), "decode", torch.float32, True),  # an odd number of weights
+    (Shape(66, 130, 257, r=5, blocksize=128), "decode", torch.float16, False),
+]
+
+
+def case_id(value):
+    return dtype_name(value) if isinstance(value, torch.dtype) else None if isinstance(value, str) else str(value)
+
+
+cases = pytest.mark.parametrize(("shape", "plan", "dtype", "double_quant"), CASES, ids=case_id)
+
+
+class Problem:
+    """Operands of one case; everything but the weight in `dtype`, adapters as fp32 masters that dtype represents."""
+
+    def __init__(self, shape, dtype, double_quant):
+        with qk.use_backend("reference"):
+            packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K) / shape.K**0.5, shape.blocksize, double_quant)
+            self.w = qk.dequantize_nf4(packed, state, dtype)
+        self.packed, self.state = packed, state
+        self.x = gaussian(shape.M, shape.K, seed=1, dtype=dtype)
+        self.grad_y = gaussian(shape.M, shape.N, seed=2, dtype=dtype)
+        self.bias = gaussian(shape.N, seed=3, dtype=dtype)
+        self.lora_A = (gaussian(shape.r, shape.K, seed=4) / shape.K**0.5).to(dtype).float()
+        self.lora_B = gaussian(shape.N, shape.r, seed=5).to(dtype).float()
+
+    def forced(self, plan, block_k):
+        stack = ExitStack()
+        stack.enter_context(qk.use_backend("triton"))
+        chosen = Plan(**{**PLANS[plan].__dict__, "block_k": min(PLANS[plan].block_k, block_k)})
+        for op in ("linear_nf4", "linear_nf4_grad_x"):
+            stack.enter_context(use_plan(op, chosen))
+        return stack
+
+
+@cases
+def test_linear(shape, plan, dtype, double_quant):
+    problem = Problem(shape, dtype, double_quant)
+    x = problem.x.requires_grad_()
+    with problem.forced(plan, shape.blocksize):
+        y = qk.linear_nf4(x, problem.packed, problem.state, problem.bias)
+        (grad_x,) = torch.autograd.grad(y, x, problem.grad_y)
+    x, w, bias, grad_y = (t.detach() for t in (x, problem.w, problem.bias, problem.grad_y))
+    composed = torch.nn.functional.linear(x, w, bias)
+    exact = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
+    assert_within_baseline(grad_x, grad_y @ w, grad_y.double() @ w.double(), factor=GRADIENT_FACTOR, name="grad_x")
+
+
+@cases
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+def test_linear_lora(shape, plan, dtype, double_quant, dropout_p):
+    problem = Problem(shape, dtype, double_quant)
+    seed = torch.tensor([0x1234_5678_9ABC_DEF1])
+    scaling = 1.7
+    leaves = [t.requires_grad_() for t in (problem.x, problem.bias, problem.lora_A, problem.lora_B)]
+    with problem.forced(plan, shape.blocksize):
+        y = qk.linear_nf4_lora(
+            problem.x, problem.packed, problem.state, problem.lora_A, problem.lora_B, problem.bias,
+            scaling=scaling, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        grads = torch.autograd.grad(y, leaves, problem.grad_y)
+
+    keep = dropout_keep(seed, shape.M, shape.K, dropout_p) * keep_scale(dropout_p)
+
+    def composition(dtype):
+        x, bias, lora_A, lora_B = (t.detach().to(dtype).requires_grad_() for t in leaves)
+        s = (x * keep.to(dtype)) @ lora_A.T
+        y = torch.nn.functional.linear(x, problem.w.to(dtype), bias) + scaling * (s @ lora_B.T)
+        return y.detach(), torch.autograd.grad(y, (x, bias, lora_A, lora_B), problem.grad_y.to(dtype))
+
+    composed, composed_grads = composition(dtype)
+    exact, exact_grads = composition(torch.float64)
+    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
+    for name, grad, composed_grad, exact_grad in zip(
+        ("grad_x", "grad_bias", "grad_A", "grad_B"), grads, composed_grads, exact_grads, strict=True
+    ):
+        assert_within_baseline(grad, composed_grad.to(grad.dtype), exact_grad, factor=GRADIENT_FACTOR, name=name)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_outputs_depend_on_nothing_but_inputs(plan):
+    """Twice the same bits; and rows do not leak into each other."""
+    problem = Problem(ALIGNED, torch.bfloat16, True)
+    with problem.forced(plan, 64):
+        arguments = (problem.packed, problem.state, problem.lora_A, problem.lora_B)
+        first = qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0)
+        assert torch.equal(first, qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0))
+        problem.x[-1] = torch.nan
+        other = qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0)
+    assert torch.equal(first[:-1], other[:-1])
+    assert other[-1].isnan().all()
