@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from . import peft
 from .format.quant_state import QuantState
-from .nn.convert import ReplaceReport, replace_linear
+from .nn.convert import ReplaceReport, replace_experts, replace_linear
+from .nn.experts_nf4 import ExpertsNF4
 from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
@@ -20,6 +21,7 @@ from .peft.lora_plus import lora_plus_groups
 from .peft.prepare import prepare_for_training
 
 __all__ = [
+    "ExpertsNF4",
     "LinearNF4",
     "PagedAdamW",
     "PagedAdamW8bit",
@@ -34,6 +36,7 @@ __all__ = [
     "peft",
     "prepare_for_training",
     "quantize_nf4",
+    "replace_experts",
     "replace_linear",
     "use_backend",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..format import nf4
+from .experts_nf4 import ExpertsNF4
 from .linear_nf4 import LinearNF4, is_conv1d
 from .match import Pattern, matches, nearest
 
@@ -81,6 +82,10 @@ def replace_linear(
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
         else:
             chosen[name] = module
+    for owner_name, owner in model.named_modules():
+        for child, parameter in owner.named_parameters(recurse=False):
+            if _is_expert_stack(owner, parameter):
+                report.skipped[f"{owner_name}.{child}"] = "a stack of experts; see replace_experts"
     if not chosen:
         raise ValueError(_nothing_matched(targets, skip, linears))
     made: dict[int, LinearNF4] = {}
@@ -101,6 +106,44 @@ def replace_linear(
         after = 0 if shared is not None else layer.quant_state.nbytes
         report.replaced[name] = (0 if shared is not None else weight.nbytes, after)
     return report
+
+
+def replace_experts(
+    model: nn.Module,
+    skip: Pattern = (),
+    blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+    double_quant: bool = True,
+) -> ReplaceReport:
+    """Replace the [experts, out, in] parameters of `model` (mixtures of experts) by ExpertsNF4, in place.
+
+    skip: names of parameters to keep, as for `replace_linear`. A transformers model is told to use its plain loop over
+    experts, the implementation that multiplies by one expert's weight at a time.
+    Raises ValueError where the model has no such parameter.
+    """
+    report = ReplaceReport()
+    for owner_name, owner in list(model.named_modules()):
+        for child, parameter in list(owner.named_parameters(recurse=False)):
+            name = f"{owner_name}.{child}" if owner_name else child
+            if not _is_expert_stack(owner, parameter):
+                continue
+            if matches(skip, name, owner):
+                report.skipped[name] = "in skip"
+                continue
+            experts = ExpertsNF4.from_parameter(parameter, blocksize=blocksize, double_quant=double_quant)
+            delattr(owner, child)
+            setattr(owner, child, experts)
+            report.replaced[name] = (parameter.nbytes, sum(buffer.nbytes for buffer in experts.buffers()))
+    if not report.replaced:
+        raise ValueError("replace_experts: model must contain [experts, out, in] parameters, got none to replace")
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+    return report
+
+
+def _is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
+    # Convolutions also hold three-dimensional weights.
+    return parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd)
 
 
 def _is_linear(module: nn.Module) -> bool:

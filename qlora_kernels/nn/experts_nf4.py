@@ -1,0 +1,155 @@
+"""ExpertsNF4: the weights of a mixture of experts, [experts, out_features, in_features], in NF4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..format import nf4
+from ..format.quant_state import QuantState
+from ..ops.dequantize_nf4 import dequantize_nf4
+from ..ops.linear_nf4 import linear_nf4
+from ..ops.quantize_nf4 import quantize_nf4
+
+
+class ExpertsNF4(nn.Module):
+    """Stands where a module keeps a parameter `w` of shape [E, N, K] and multiplies by `w[e]`.
+
+    Each expert is quantized by itself, so that its blocks and its second-level statistics are its own:
+    `packed` uint8 [E, (N * K + 1) // 2]; `absmax` fp32 [E, n_blocks], or `absmax_q` uint8 [E, n_blocks], `absmax_scale`
+    fp32 [E, ceil(n_blocks / 256)] and `absmax_offset` fp32 [E].
+
+    `experts[e]` with a number is an `ExpertWeight`: torch.nn.functional.linear(x, experts[e]) runs fused, without a
+    dequantized weight; whatever else is done with it sees the dequantized [N, K]. `experts[ids]` with a tensor of
+    numbers is the dequantized stack. The state dict holds the buffers under their own names.
+    """
+
+    packed: Tensor
+    absmax: Tensor | None
+    absmax_q: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+
+    def __init__(self, packed: Sequence[Tensor], states: Sequence[QuantState]) -> None:
+        """packed, states: one of each per expert, as from `quantize_nf4`; all experts alike in shape and blocksize."""
+        super().__init__()
+        first = states[0]
+        self.num_experts = len(states)
+        self.out_features, self.in_features = first.shape
+        self.blocksize = first.blocksize
+        self.weight_dtype = first.dtype
+        self.register_buffer("packed", torch.stack([p.reshape(-1) for p in packed]))
+        names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+        for name, tensors in zip(names, zip(*(s.constants for s in states), strict=True), strict=True):
+            present = [t for t in tensors if t is not None]
+            self.register_buffer(name, torch.stack(present) if present else None)
+
+    @classmethod
+    def from_parameter(
+        cls, weight: Tensor, *, blocksize: int = nf4.DEFAULT_BLOCKSIZE, double_quant: bool = True
+    ) -> ExpertsNF4:
+        """Quantize [E, N, K], one expert at a time. Raises ValueError for other shapes."""
+        if weight.dim() != 3 or weight.shape[0] == 0:
+            raise ValueError(f"ExpertsNF4: weight must have shape [E >= 1, N, K], got {tuple(weight.shape)}")
+        quantized = [quantize_nf4(expert, blocksize, double_quant) for expert in weight.detach()]
+        return cls([packed for packed, _ in quantized], [state for _, state in quantized])
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, N, K]."""
+        return torch.Size((self.num_experts, self.out_features, self.in_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight before quantization."""
+        return self.weight_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed bytes are."""
+        return self.packed.device
+
+    def quant_state(self, expert: int) -> QuantState:
+        """The constants of one expert."""
+        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+        shape = torch.Size((self.out_features, self.in_features))
+        own = [None if t is None else t[expert] for t in constants]
+        return QuantState(shape, self.weight_dtype, self.blocksize, *own)
+
+    def dequantize(self, expert: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """[N, K] of one expert, or [E, N, K] of all."""
+        if expert is not None:
+            return dequantize_nf4(self.packed[expert], self.quant_state(expert), dtype)
+        return torch.stack([self.dequantize(e, dtype) for e in range(self.num_experts)])
+
+    def forward(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
+        """y = x @ W_expert.T + bias.   x: [..., K];  y: [..., N] of x.dtype. Differentiable in x and bias."""
+        return linear_nf4(x, self.packed[expert], self.quant_state(expert), bias)
+
+    def __getitem__(self, expert: int | Tensor) -> ExpertWeight | Tensor:
+        if isinstance(expert, Tensor) and expert.dim() > 0:
+            unique, position = torch.unique(expert, return_inverse=True)
+            return torch.stack([self.dequantize(e) for e in unique.tolist()])[position]
+        number = int(expert)
+        if not -self.num_experts <= number < self.num_experts:
+            raise IndexError(f"ExpertsNF4: expert must lie in [0, {self.num_experts}), got {number}")
+        return ExpertWeight(self, number)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def extra_repr(self) -> str:
+        """Sizes and format."""
+        return (
+            f"experts={self.num_experts}, out_features={self.out_features}, in_features={self.in_features}, "
+            f"blocksize={self.blocksize}"
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertsNF4:
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = cast(Tensor, getattr(self, name))
+            if after.dtype != buffer.dtype:  # constants are defined in fp32 whatever the module is cast to
+                setattr(self, name, buffer.to(after.device))
+        return self
+
+
+class ExpertWeight:
+    """One expert's [N, K]: not a tensor, but torch functions take it as one."""
+
+    def __init__(self, experts: ExpertsNF4, expert: int) -> None:
+        self.experts = experts
+        self.expert = expert
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return self.experts.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight before quantization."""
+        return self.experts.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed bytes are."""
+        return self.experts.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """F.linear with this as the weight runs fused; every other function sees the dequantized weight."""
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and len(args) >= 2 and isinstance(args[1], cls):
+            x, weight = args[:2]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return weight.experts(x, weight.expert, bias)
+        dense = [a.experts.dequantize(a.expert) if isinstance(a, cls) else a for a in args]
+        dense_kwargs = {k: v.experts.dequantize(v.expert) if isinstance(v, cls) else v for k, v in kwargs.items()}
+        return func(*dense, **dense_kwargs)

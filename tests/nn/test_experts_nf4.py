@@ -1,0 +1,79 @@
+"""ExpertsNF4: one expert at a time, fused under F.linear, inside a real mixture-of-experts model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qlora_kernels as qk
+from tests.support.problems import gaussian
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_each_expert_is_quantized_by_itself(double_quant):
+    w = gaussian(3, 33, 96)
+    experts = qk.ExpertsNF4.from_parameter(w, double_quant=double_quant)
+    for e in range(3):
+        packed, state = qk.quantize_nf4(w[e], double_quant=double_quant)
+        assert torch.equal(experts.dequantize(e), qk.dequantize_nf4(packed, state))
+    assert torch.equal(experts[torch.tensor([2, 0, 2])], experts.dequantize()[[2, 0, 2]])
+
+
+def test_linear_runs_fused_and_differentiates():
+    experts = qk.ExpertsNF4.from_parameter(gaussian(3, 33, 96))
+    x = gaussian(5, 96).requires_grad_()
+    y = F.linear(x, experts[torch.tensor(1)])
+    assert y.grad_fn is not None
+    assert "qlora_kernels" in type(y.grad_fn).__name__.lower() or "linear_nf4" in y.grad_fn.name().lower()
+    y.sum().backward()
+    w = experts.dequantize(1)
+    torch.testing.assert_close(y, x @ w.T)
+    torch.testing.assert_close(x.grad, torch.ones(5, 33) @ w)
+    assert torch.equal(torch.sum(experts[1]), w.sum())
+
+
+def test_constants_stay_fp32_and_state_round_trips():
+    experts = qk.ExpertsNF4.from_parameter(gaussian(2, 32, 64)).to(torch.bfloat16)
+    assert experts.absmax_offset.dtype == torch.float32
+    other = qk.ExpertsNF4.from_parameter(torch.zeros(2, 32, 64))
+    other.load_state_dict(experts.state_dict(), strict=True)
+    assert torch.equal(other.dequantize(), experts.dequantize())
+
+
+def test_inside_mixtral():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    dense = copy.deepcopy(model)
+    assert any("replace_experts" in reason for reason in qk.replace_linear(copy.deepcopy(model)).skipped.values())
+    report = qk.replace_experts(model)
+    assert len(report.replaced) == 4
+    with torch.no_grad():
+        for name, experts in model.named_modules():
+            if isinstance(experts, qk.ExpertsNF4):
+                dense.get_parameter(name).copy_(experts.dequantize())
+    ids = torch.randint(64, (2, 9))
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    model(ids, labels=ids).loss.backward()
+
+
+def test_refuses_bad_arguments():
+    with pytest.raises(ValueError, match=r"ExpertsNF4: weight must have shape \[E >= 1, N, K\], got \(3, 4\)"):
+        qk.ExpertsNF4.from_parameter(torch.zeros(3, 4))
+    with pytest.raises(IndexError, match=r"ExpertsNF4: expert must lie in \[0, 2\), got 2"):
+        qk.ExpertsNF4.from_parameter(torch.zeros(2, 4, 64))[2]
+    with pytest.raises(ValueError, match=r"replace_experts: model must contain \[experts, out, in\] parameters"):
+        qk.replace_experts(nn.Linear(4, 4))
