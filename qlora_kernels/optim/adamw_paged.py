@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ..ops.adamw_step import adamw_step
+from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots
 from .state_arena import DTYPES, StateArena
@@ -215,6 +216,7 @@ class PagedAdamW(Optimizer):
         io.save_training_state. load_state_dict takes both.
         """
         self._check_open("state_dict")
+        self._settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -253,6 +255,7 @@ class PagedAdamW(Optimizer):
 
     def _place(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Write `states` into the arenas and clear all others."""
+        self._settle()
         self._reserve(lambda param: param in states)
         self.state.clear()
         for param, (arena, index) in self._places.items():
@@ -309,6 +312,10 @@ class PagedAdamW(Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    def _settle(self) -> None:
+        for arena in self._arenas:
+            arena.memory.settle()
+
     def _check_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"PagedAdamW.{method}: the optimizer is closed")
@@ -332,11 +339,13 @@ class PagedAdamW(Optimizer):
             self._places.update({param: (arena, index) for index, param in enumerate(params)})
 
     def _memory(self, nbytes: int, chunks: tuple[Any, ...], device: torch.device) -> StateMemory:
-        if self.page_dir is None:
-            return ResidentMemory(nbytes, chunks, device)
-        if device.type != "cpu":
-            raise ValueError(f"PagedAdamW: page_dir must be None for parameters on {device}; their states page anyway")
-        return MappedMemory(nbytes, chunks, self.page_dir, look_ahead=LOOK_AHEAD)
+        if self.page_dir is not None:
+            if device.type != "cpu":
+                raise ValueError(f"PagedAdamW: page_dir must be None for parameters on {device}, which page without")
+            return MappedMemory(nbytes, chunks, self.page_dir, look_ahead=LOOK_AHEAD)
+        if device.type == "cuda":
+            return cuda_memory(nbytes, chunks, device, look_ahead=LOOK_AHEAD)
+        return ResidentMemory(nbytes, chunks, device)
 
 
 class PagedAdamW8bit(PagedAdamW):

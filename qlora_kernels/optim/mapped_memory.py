@@ -53,6 +53,9 @@ class MappedMemory:
             self._map.madvise(mmap.MADV_WILLNEED, first, stop - first)
         self.prefetched_bytes += chunk.nbytes
 
+    def settle(self) -> None:
+        """At once: the pages are the file."""
+
     def resident_bytes(self) -> int | None:
         """Pages in memory by mincore(2), the file's cache included."""
         mincore = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)

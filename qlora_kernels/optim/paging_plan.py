@@ -129,7 +129,7 @@ def plan_chunks(slots: Sequence[Slot], groups: Sequence[int], chunk_bytes: int |
         start = 0
         while start < slot.numel:
             if not pieces:
-                room = float("inf") if chunk_bytes is None else max(chunk_bytes, slot.nbytes(CUT))
+                room = float("inf") if chunk_bytes is None else max(chunk_bytes, slot.nbytes(min(CUT, slot.numel)))
             count = slot.numel - start
             if slot.nbytes(count) > room:
                 count = int(room // slot.nbytes(CUT)) * CUT

@@ -25,7 +25,7 @@ class StateArena:
         self.params = list(params)
         self.slots = slots
         self.memory = memory
-        self.steps = torch.zeros(len(params), dtype=torch.float32, device=memory.arena.device)
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
 
     def grads(self) -> list[Tensor | None]:
         """Each parameter's gradient in the parameter's own memory layout; None where it has none."""

@@ -29,6 +29,10 @@ class StateMemory(Protocol):
         """Call `update` on each active chunk in order, its bytes fetched ahead."""
         ...
 
+    def settle(self) -> None:
+        """Return when the arena may be read and written through its tensors."""
+        ...
+
     def resident_bytes(self) -> int | None:
         """Bytes of the arena in the memory where they are used; None where the system does not say."""
         ...
@@ -48,6 +52,9 @@ class ResidentMemory:
     def run(self, active: Sequence[int], update: Update) -> None:
         for index in active:
             update(self.chunks[index], self.arena, self._segments[index])
+
+    def settle(self) -> None:
+        """At once."""
 
     def resident_bytes(self) -> int:
         return self.arena.nbytes

@@ -1,0 +1,47 @@
+"""Unified memory of a CUDA device: four functions that the cuda backend alone can serve.
+
+Kernel contracts, each a KernelSpec of backends/cuda:
+    managed_concurrent_access(device: int) -> bool        the GPU faults on, and migrates, unified memory by itself
+    managed_alloc(nbytes: int, device: int) -> Tensor     uint8 [nbytes] on cuda:device, zeroed on the current stream;
+                                                          freed by the tensor's deleter; RuntimeError where it fails
+    managed_prefer_device(arena: Tensor) -> None          preferred location: the device; accessed by: the CPU
+    managed_prefetch(arena: Tensor, start: int, stop: int) -> None
+                                                          bytes [start, stop) to the device, on the current stream
+They are no torch ops: nothing is computed, and a graph that holds addresses has no use for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._registry import kernels_of, unavailable
+
+
+def managed_concurrent_access(device: torch.device) -> bool | None:
+    """Whether `device` pages unified memory by itself; None where the cuda backend cannot be asked."""
+    if unavailable("cuda") is not None or "managed_concurrent_access" not in kernels_of("cuda"):
+        return None
+    return bool(_run("managed_concurrent_access", device.index))
+
+
+def managed_alloc(nbytes: int, device: torch.device) -> Tensor:
+    """uint8 [nbytes] of zeros in unified memory, freed with its last reference. Raises RuntimeError where it fails."""
+    arena: Tensor = _run("managed_alloc", nbytes, device.index)
+    return arena
+
+
+def managed_prefer_device(arena: Tensor) -> None:
+    """Advise that the arena's home is its device, and that the CPU may map it without moving it."""
+    _run("managed_prefer_device", arena)
+
+
+def managed_prefetch(arena: Tensor, start: int, stop: int) -> None:
+    """Migrate bytes [start, stop) to the arena's device, on the current stream."""
+    _run("managed_prefetch", arena, start, stop)
+
+
+def _run(name: str, *arguments: Any) -> Any:
+    return kernels_of("cuda")[name].run(*arguments)

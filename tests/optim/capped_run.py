@@ -1,0 +1,53 @@
+"""A training run under a memory cap: python -m tests.optim.capped_run PAGE_DIR|none CAP_BYTES|none
+
+Trains one parameter for three steps and prints the SHA-256 of the result. CAP_BYTES bounds what the process may
+allocate beyond what it holds already (RLIMIT_DATA: anonymous memory; mapped files are the page cache's, which the
+system takes back under pressure). Exits 3 if an allocation fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+
+import torch
+from torch import nn
+
+from qlora_kernels.optim import PagedAdamW, adamw_paged
+
+NUMEL = 8 << 20
+STATE_BYTES = 8 * NUMEL
+
+
+def main() -> None:
+    adamw_paged.CHUNK_BYTES = 4 << 20
+    page_dir = None if sys.argv[1] == "none" else sys.argv[1]
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(NUMEL))
+    weight.grad = torch.randn(NUMEL)
+    warm = nn.Parameter(torch.zeros(256))  # threads and libraries come before the cap
+    warm.grad = torch.zeros(256)
+    PagedAdamW([warm], page_dir=page_dir).step()
+    if sys.argv[2] != "none":
+        with open("/proc/self/status") as status:
+            [held] = [int(line.split()[1]) << 10 for line in status if line.startswith("VmData:")]
+        resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[2]),) * 2)
+    try:
+        optimizer = PagedAdamW([weight], page_dir=page_dir)
+        for _ in range(3):
+            optimizer.step()
+            weight.grad.mul_(-0.5)
+    except (RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(3) from error
+    states = optimizer.state[weight]
+    digest = hashlib.sha256()
+    for tensor in (weight.detach(), states["exp_avg"], states["exp_avg_sq"]):
+        digest.update(tensor.numpy().data)
+    report = optimizer.paging_report()
+    sys.stdout.write(f"{digest.hexdigest()} {report.chunks} {report.prefetched_bytes}\n")
+
+
+if __name__ == "__main__":
+    main()

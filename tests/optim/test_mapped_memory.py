@@ -1,0 +1,107 @@
+"""States in a mapped file: larger than the memory that the process may have, refused where the disk is too small."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_kernels.optim import PagedAdamW, mapped_memory
+from qlora_kernels.optim.mapped_memory import MappedMemory
+from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
+
+from . import capped_run
+from .runs import parameters, set_gradients
+
+ROOT = Path(__file__).parents[2]
+CAP_BYTES = 16 << 20
+
+
+def capped(page_dir, cap_bytes):
+    arguments = [str(page_dir or "none"), str(cap_bytes or "none")]
+    command = [sys.executable, "-m", "tests.optim.capped_run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_states_of_four_times_the_memory_cap_train_to_the_same_bits(tmp_path):
+    assert capped_run.STATE_BYTES == 4 * CAP_BYTES
+    unpaged = capped(None, CAP_BYTES)
+    assert unpaged.returncode == 3, "the cap does not bind"
+    assert "allocate memory" in unpaged.stderr
+    free, paged = capped(None, None), capped(tmp_path, CAP_BYTES)
+    assert free.returncode == 0, free.stderr
+    assert paged.returncode == 0, paged.stderr
+    expected, one_chunk, _ = free.stdout.split()
+    digest, chunks, prefetched = paged.stdout.split()
+    assert digest == expected
+    assert (int(one_chunk), int(chunks)) == (1, 16)
+    assert int(prefetched) == 3 * capped_run.STATE_BYTES
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_an_error_before_the_first_step(monkeypatch, tmp_path, code):
+    asked = []
+
+    def full(descriptor, offset, nbytes):
+        asked.append((offset, nbytes))
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(mapped_memory.os, "posix_fallocate", full)
+    message = r"page_dir must have room for 8,192 bytes of optimizer states, got [\d,]+ free"
+    with pytest.raises(OSError, match=message) as caught:
+        PagedAdamW([nn.Parameter(torch.zeros(1024))], page_dir=tmp_path)
+    assert caught.value.errno == code
+    assert asked == [(0, 8192)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_failures_of_the_disk_keep_their_own_words(monkeypatch, tmp_path):
+    def broken(descriptor, offset, nbytes):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(mapped_memory.os, "posix_fallocate", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        PagedAdamW(parameters(), page_dir=tmp_path)
+
+
+def test_blocks_are_allocated_up_front_in_a_file_without_a_name(tmp_path):
+    before = os.statvfs(tmp_path)
+    optimizer = PagedAdamW([nn.Parameter(torch.zeros(4 << 20))], page_dir=tmp_path)
+    after = os.statvfs(tmp_path)
+    assert (before.f_bfree - after.f_bfree) * before.f_frsize > 24 << 20  # of 32; others write here too
+    assert list(tmp_path.iterdir()) == []
+    assert optimizer.paging_report().resident_bytes < 1 << 20
+
+
+def test_chunks_are_asked_for_ahead_of_their_use(tmp_path):
+    slots, nbytes = plan_slots([3 * 4096 + 5, 20_000], 32)
+    chunks = plan_chunks(slots, [0, 0], 40_000)
+    memory = MappedMemory(nbytes, chunks, tmp_path, look_ahead=1)
+    order = []
+    will_need = memory._will_need
+    memory._will_need = lambda chunk: (order.append(("fetch", chunks.index(chunk))), will_need(chunk))
+    memory.run([0, 2, 3], lambda chunk, arena, segments: order.append(("use", chunks.index(chunk))))
+    assert order == [("fetch", 0), ("fetch", 2), ("use", 0), ("fetch", 3), ("use", 2), ("use", 3)]
+    assert memory.prefetched_bytes == sum(chunks[i].nbytes for i in (0, 2, 3))
+
+
+def test_report(tmp_path):
+    params = [nn.Parameter(torch.zeros(1 << 20))]
+    optimizer = PagedAdamW(params, page_dir=tmp_path)
+    set_gradients(params, 0)
+    optimizer.step()
+    report = optimizer.paging_report()
+    assert (report.kinds, report.parameters, report.state_bytes) == (("mapped",), 1 << 20, 8 << 20)
+    assert report.resident_bytes + report.paged_bytes == report.state_bytes
+    assert report.resident_bytes > 7 << 20  # just written, and nothing presses
+    assert str(report) == (
+        f"8,388,608 bytes of states for 1,048,576 parameters in 1 chunks (mapped): "
+        f"{report.resident_bytes:,} resident, 8,388,608 prefetched"
+    )
