@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.linear_nf4 import is_conv1d
 from .adapted_linear import Delta
 from .base_layer import dense_weight, device_of, features
 from .config import PeftConfig
-from .host import Host
+from .linear_method import LinearMethod
 from .lora_init import init_loftq, init_pissa
-from .method import Method
 from .registry import register_method
-from .targets import matched_linears, pattern_value
+from .targets import pattern_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,56 +138,25 @@ class DoraLinear(LoraLinear):
 
 
 @register_method(LoraConfig)
-class Lora(Method):
+class Lora(LinearMethod[LoraLinear]):
     """LoRA over the linear layers that the configuration targets."""
 
-    loads_in_peft = True
     config: LoraConfig
 
-    def __init__(self, config: LoraConfig, host: Host, name: str) -> None:
-        targets = matched_linears(host, config)
-        if config.target_modules is None or config.target_modules == "all-linear":
-            config = config.replace(target_modules=list(targets))
-        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
-        self.deltas: dict[str, LoraLinear] = {}
-        for path, base in targets.items():
-            r = int(pattern_value(path, config.rank_pattern, config.r))
-            scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
-            self.add_delta(path, self.new_delta(base, r, scaling))
-        self._add_biases()
-
-    def new_delta(self, base: nn.Module, r: int, scaling: float) -> LoraLinear:
-        kind = DoraLinear if self.config.use_dora else LoraLinear
-        return kind(base, r, scaling, self.config, self.host.adapter_dtype)
+    def new_delta(self, path: str, base: nn.Module) -> LoraLinear:
+        config = self.config
+        r = int(pattern_value(path, config.rank_pattern, config.r))
+        scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
+        kind = DoraLinear if config.use_dora else LoraLinear
+        return kind(base, r, scaling, config, self.host.adapter_dtype)
 
     def add_delta(self, path: str, delta: LoraLinear) -> None:
-        layer = self.host.adapt(path)
-        how = str(self.config.init_lora_weights)
+        super().add_delta(path, delta)
+        layer, how = self.host.adapt(path), str(self.config.init_lora_weights)
         if how.startswith("pissa"):
             init_pissa(delta, layer.base_layer, how)
         elif how == "loftq":
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
-        layer.deltas[self.name] = delta
-        self.deltas[path] = delta
-        self.tree.put(path, delta)
-
-    def _add_biases(self) -> None:
-        if self.config.bias == "none":
-            return
-        for owner, module in self.host.modules().items():
-            adapted = owner in self.deltas
-            if module._parameters.get("bias") is not None and (adapted or self.config.bias == "all"):
-                # PEFT's place for the bias of a wrapped layer.
-                stored_as = f"{owner}.base_layer.bias" if adapted else None
-                self.overrides.add(f"{owner}.bias", stored_as=stored_as)
-
-    def detach(self) -> None:
-        super().detach()
-        for path in self.deltas:
-            self.host.release(path, self.name)
-
-    def why_no_merge(self) -> str | None:
-        return None
 
     def file_config(self) -> dict[str, Any]:
         config = self.config.replace(init_lora_weights=True, loftq_config={})

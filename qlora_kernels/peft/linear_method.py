@@ -1,0 +1,69 @@
+"""LinearMethod: what LoRA and AdaLoRA share, an update of each linear layer that the configuration targets."""
+
+from __future__ import annotations
+
+from typing import Generic, Literal, Protocol, TypeVar, cast
+
+from torch import nn
+
+from ..nn.linear_nf4 import is_conv1d
+from .adapted_linear import Delta
+from .config import PeftConfig
+from .host import Host
+from .method import Method
+from .targets import TargetConfig, matched_linears
+
+
+class LinearConfig(TargetConfig, Protocol):
+    """The fields that decide where an update acts and which biases train beside it."""
+
+    @property
+    def bias(self) -> Literal["none", "all", "lora_only"]: ...
+    @property
+    def fan_in_fan_out(self) -> bool: ...
+
+
+D = TypeVar("D", bound=Delta)
+
+
+class LinearMethod(Method, Generic[D]):
+    """`deltas`: the update of each targeted layer, by the layer's name; new_delta makes them."""
+
+    loads_in_peft = True
+
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        where = cast(LinearConfig, config)
+        targets = matched_linears(host, where)
+        if where.target_modules is None or where.target_modules == "all-linear":
+            config = config.replace(target_modules=list(targets))
+        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
+        self.deltas: dict[str, D] = {}
+        for path, base in targets.items():
+            self.add_delta(path, self.new_delta(path, base))
+        self._add_biases(where.bias)
+
+    def new_delta(self, path: str, base: nn.Module) -> D:
+        raise NotImplementedError
+
+    def add_delta(self, path: str, delta: D) -> None:
+        self.host.adapt(path).deltas[self.name] = delta
+        self.deltas[path] = delta
+        self.tree.put(path, delta)
+
+    def _add_biases(self, which: Literal["none", "all", "lora_only"]) -> None:
+        if which == "none":
+            return
+        for owner, module in self.host.modules().items():
+            adapted = owner in self.deltas
+            if module._parameters.get("bias") is not None and (adapted or which == "all"):
+                # PEFT's place for the bias of a wrapped layer.
+                stored_as = f"{owner}.base_layer.bias" if adapted else None
+                self.overrides.add(f"{owner}.bias", stored_as=stored_as)
+
+    def detach(self) -> None:
+        super().detach()
+        for path in self.deltas:
+            self.host.release(path, self.name)
+
+    def why_no_merge(self) -> str | None:
+        return None
