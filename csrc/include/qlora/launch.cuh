@@ -1,0 +1,42 @@
+// Launching a kernel without <<<>>>: plain C++ for host compilers too, and every launch's error is returned.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+namespace qlora {
+
+struct LaunchShape {
+    dim3 grid, block;
+    size_t dynamic_shared_bytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+// Shared memory that a launch may ask for without opting in.
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    if (shape.dynamic_shared_bytes > kDefaultSharedBytes) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.dynamic_shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.dynamic_shared_bytes;
+    config.stream = shape.stream;
+    return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <class Integer>
+constexpr __host__ __device__ Integer ceil_div(Integer a, Integer b) {
+    return (a + b - 1) / b;
+}
+
+}  // namespace qlora

@@ -1,0 +1,93 @@
+// Every PTX instruction that kernels write by hand, each with the twin that the host emulator runs in its place
+// (docs/gpu_less.md). No other file contains inline assembly.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace qlora::ptx {
+
+#ifdef QLORA_CUDA_HOST
+
+// `bytes` is 4, 8 or 16. Copies asynchronously from global to shared memory, or writes zeros where !valid.
+template <int bytes>
+inline void cp_async(void* to_sh, const void* from_gl, bool valid) {
+    cuda_host::cp_async(to_sh, from_gl, bytes, valid ? bytes : 0);
+}
+// Ends the group of the copies issued since the last commit.
+inline void cp_async_commit() { cuda_host::cp_async_commit(); }
+// Waits until at most `groups` of the youngest groups are incomplete; only this thread's copies are meant.
+template <int groups>
+inline void cp_async_wait() {
+    cuda_host::cp_async_wait(groups);
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the 16-byte row l % 8 of matrix l / 8.
+inline void ldmatrix_x4(uint32_t (&words)[4], const void* row_sh) {
+    const cuda_host::Words4 loaded = cuda_host::ldmatrix(4, false, row_sh);
+    for (int i = 0; i < 4; i++) words[i] = loaded.word[i];
+}
+
+// sum += a b on tensor cores: a [16, 16], b [16, 8] of T, fp32 sums.
+template <typename T>
+inline void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const cuda_host::MmaOperands operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {sum[0], sum[1], sum[2], sum[3]}};
+    const cuda_host::Floats4 result =
+        std::is_same_v<T, __half> ? cuda_host::mma_m16n8k16_fp16(operands) : cuda_host::mma_m16n8k16_bf16(operands);
+    for (int i = 0; i < 4; i++) sum[i] = result.value[i];
+}
+
+#else
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer_sh) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer_sh));
+}
+
+template <int bytes>
+__device__ __forceinline__ void cp_async(void* to_sh, const void* from_gl, bool valid) {
+    if constexpr (bytes == 16) {  // .cg: packed weights and activations pass through L2 once, L1 has no use for them
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_sh)), "l"(from_gl),
+                     "r"(valid ? 16 : 0)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to_sh)), "l"(from_gl),
+                     "n"(bytes), "r"(valid ? bytes : 0)
+                     : "memory");
+    }
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int groups>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* row_sh) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row_sh))
+                 : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+#endif
+
+}  // namespace qlora::ptx

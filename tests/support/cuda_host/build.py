@@ -1,0 +1,163 @@
+"""Sources and PTX -> shared libraries, kept by content hash under build/cuda_host.
+
+Modes: how the host code is compiled, and whose kernels its launches run.
+    plain, asan, tsan               the .cu source through g++; with AddressSanitizer + UBSan; with ThreadSanitizer
+    ptx, ptx-asan, ptx-tsan         nvcc's sm_80 PTX of the same source, translated; launchers still through g++
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from .library import Library, Module
+from .ptx.translate import Translation, translate
+from .toolchain import CACHE, ROOT, cuda_include, nvcc, versions
+
+SOURCE_MODES = ("plain", "asan", "tsan")
+PTX_MODES = ("ptx", "ptx-asan", "ptx-tsan")
+MODES = SOURCE_MODES + PTX_MODES
+
+_HERE = Path(__file__).parent
+_RUNTIME = tuple(sorted((_HERE / "runtime").glob("*.cpp")))
+_PRODUCT_INCLUDE = ROOT / "csrc" / "include"
+_PTX_ARCH = "sm_80"
+
+# -ffp-contract=off: g++ must not fuse what the source does not fuse. -w is for CUDA's own headers alone, see _compile.
+_COMMON = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-omit-frame-pointer")
+_SANITIZE = {
+    "plain": ("-O2",),
+    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_host_shared"),
+    "tsan": ("-fsanitize=thread",),
+}
+_LIMIT_SECONDS = 300
+
+
+class CompilerError(RuntimeError):
+    """A compiler's message."""
+
+
+def build(
+    sources: Sequence[Path], mode: str = "plain", *, defines: Sequence[str] = (), include: Sequence[Path] = ()
+) -> Library:
+    """Compiles CUDA C++ sources and loads them in a worker process.
+
+    sources: .cu files; their launchers must be `extern "C"`.   mode: one of MODES.
+    defines: "NAME" or "NAME=VALUE".   include: folders beside csrc/include.
+    The same arguments give the same Library, whose worker process stays.
+    Raises CompilerError with the compiler's message.
+    """
+    return _library(tuple(sources), mode, tuple(defines), tuple(include))
+
+
+@cache
+def _library(sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Library:
+    return Library(_link(sources, mode, defines, include), _sanitizer(mode))
+
+
+def prebuild(sources: Sequence[Path], modes: Sequence[str]) -> None:
+    """Compiles `sources` for every mode at once, two compilers at a time, so that later builds are found."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(_object, source, mode, (), ()) for mode in modes for source in sources]
+        jobs += [pool.submit(_object, source, _sanitizer(mode), (), ()) for mode in modes for source in _RUNTIME]
+        for job in jobs:
+            job.result()
+
+
+def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module:
+    """Translates PTX text (nvcc's or Triton's, sm_80) and loads its kernels in a worker process.
+
+    mode: "plain", "asan" or "tsan".   name: stands in reports beside PTX line numbers.
+    """
+    translation = translate(text, name)
+    source = _store_text(translation.cpp, ".cpp")
+    objects = [_object(s, mode, (), ()) for s in (source, *_RUNTIME)]
+    return Module(_shared_library(objects, mode), mode, translation.parameters, translation.unsupported)
+
+
+def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] = ()) -> str:
+    """nvcc's PTX of one .cu for sm_80."""
+    folders = [f"-I{path}" for path in (_PRODUCT_INCLUDE, *include)]
+    flags = ("-std=c++20", f"-arch={_PTX_ARCH}", "-ptx", "-lineinfo", *[f"-D{d}" for d in defines], *folders)
+    path = _made(
+        _key(source, flags), ".ptx", lambda output: _run([str(nvcc()), *flags, str(source), "-o", str(output)])
+    )
+    return path.read_text()
+
+
+def _link(sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
+    if mode not in MODES:
+        raise ValueError(f"build: mode must be one of {MODES}, got {mode!r}")
+    objects = [_object(s, _sanitizer(mode), defines, include) for s in (*sources, *_RUNTIME)]
+    if mode in PTX_MODES:
+        objects += [_object(_translated(s, defines, include), _sanitizer(mode), (), ()) for s in sources]
+    return _shared_library(objects, mode)
+
+
+def _translated(source: Path, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
+    translation: Translation = translate(emit_ptx(source, defines, include), f"{source.stem}.ptx")
+    if translation.unsupported:
+        raise CompilerError(f"{source.name}: PTX the emulator does not know: {dict(translation.unsupported)}")
+    return _store_text(translation.cpp, ".cpp")
+
+
+def _sanitizer(mode: str) -> str:
+    return mode.removeprefix("ptx-").replace("ptx", "plain")
+
+
+def _object(source: Path, mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
+    if mode in PTX_MODES:
+        _translated(source, defines, include)
+        mode = _sanitizer(mode)
+    flags = (*_COMMON, *_SANITIZE[mode], *[f"-D{d}" for d in defines])
+    flags += tuple(f"-I{path}" for path in (_HERE / "include", _PRODUCT_INCLUDE, *include))
+    flags += ("-isystem", str(cuda_include()), "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
+    kind = ("-x", "c++", "-include", "cuda_host.h") if source.suffix == ".cu" else ()
+    command = ["g++", *flags, "-c", *kind, str(source)]
+    return _made(_key(source, (*flags, *kind)), ".o", lambda output: _run([*command, "-o", str(output)]))
+
+
+def _shared_library(objects: Sequence[Path], mode: str) -> Path:
+    sanitize = [flag for flag in _SANITIZE[_sanitizer(mode)] if flag.startswith("-fsanitize=")]
+    key = hashlib.sha256("\n".join([*map(str, objects), *sanitize]).encode()).hexdigest()[:24]
+    command = ["g++", "-shared", *sanitize, *map(str, objects), "-ldl"]
+    return _made(key, ".so", lambda output: _run([*command, "-o", str(output)]))
+
+
+def _key(source: Path, flags: Sequence[str]) -> str:
+    digest = hashlib.sha256("\n".join([versions(), *flags]).encode())
+    digest.update(source.read_bytes())
+    folders = {_HERE / "include", _PRODUCT_INCLUDE, source.parent}
+    headers = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
+    for header in sorted(headers):
+        digest.update(header.read_bytes())
+    return f"{source.stem[:40]}-{digest.hexdigest()[:24]}"
+
+
+def _store_text(text: str, suffix: str) -> Path:
+    key = hashlib.sha256(text.encode()).hexdigest()[:24]
+    return _made(key, suffix, lambda output: output.write_text(text))
+
+
+def _made(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
+    """The cached file, made first where it is not there: under another name, so that no half-written one is found."""
+    path = CACHE / f"{key}{suffix}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            unfinished = Path(folder) / path.name
+            make(unfinished)
+            os.replace(unfinished, path)
+    return path
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS)
+    if result.returncode != 0:
+        raise CompilerError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

@@ -1,0 +1,269 @@
+"""A built library in a worker process of its own: sanitizers are preloaded there, and a crash is a report, not ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ptx.parser import Parameter
+from .toolchain import sanitizer_library
+
+ORDERS = ("random", "uniform", "warp-priority", "forward", "reverse")
+"""How ready threads take turns; "random" draws "uniform" or "warp-priority" for each block."""
+
+_WORKER = Path(__file__).with_name("worker.py")
+_LIMIT_SECONDS = 240
+
+
+class KernelFault(RuntimeError):
+    """The emulator's report: barrier divergence, deadlock, a bad address, a bad launch, an overwritten guard byte."""
+
+
+class SanitizerReport(RuntimeError):
+    """The worker died: a sanitizer's report, or a crash."""
+
+
+@dataclass(frozen=True)
+class out:
+    """An argument that the call may write. All other tensors must come back unchanged."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class pointers:
+    """A device array of the addresses of `items` (tensors, `out` tensors or None), one 64-bit word each."""
+
+    items: tuple[Tensor | out | None, ...]
+
+
+@dataclass(frozen=True)
+class RuntimeCall:
+    """One recorded call of the CUDA runtime, or a "launch" with the kernel's name; the integers as the log has them."""
+
+    name: str
+    text: str
+    values: tuple[int, ...]
+
+
+class Worker:
+    """worker.py over a pipe; started on the first request and again after it died."""
+
+    def __init__(self, library: Path, sanitizer: str) -> None:
+        self._library, self._sanitizer = library, sanitizer
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def request(self, **message: Any) -> Any:
+        """Sends one message and waits for its answer."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        signal.signal(signal.SIGALRM, _on_alarm)
+        signal.alarm(_LIMIT_SECONDS)
+        try:
+            payload = pickle.dumps(message)
+            process.stdin.write(struct.pack("<Q", len(payload)) + payload)
+            process.stdin.flush()
+            header = process.stdout.read(8)
+            answer = process.stdout.read(struct.unpack("<Q", header)[0]) if len(header) == 8 else b""
+        except BrokenPipeError:
+            answer = b""
+        except TimeoutError:
+            process.kill()
+            raise
+        finally:
+            signal.alarm(0)
+        if not answer:
+            raise SanitizerReport(self._post_mortem())
+        return pickle.loads(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **_sanitizer_environment(self._sanitizer)}
+        # ThreadSanitizer's shadow memory needs the addresses that randomization may take.
+        fixed_addresses = ["setarch", "-R"] if self._sanitizer == "tsan" and shutil.which("setarch") else []
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            [*fixed_addresses, sys.executable, "-I", "-S", str(_WORKER), str(self._library)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+        )
+        return self._process
+
+    def _post_mortem(self) -> str:
+        assert self._process is not None
+        code = self._process.wait()
+        self._process = None
+        self._stderr.seek(0)
+        text = self._stderr.read().decode(errors="replace").strip()
+        return text or f"the worker ended with code {code}"
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Library:
+    """Compiled sources. Each call runs the launcher's own host code; its kernels run on emulated threads."""
+
+    def __init__(self, path: Path, sanitizer: str) -> None:
+        self.path = path
+        self._worker = Worker(path, sanitizer)
+
+    def call(self, name: str, *arguments: Any, seed: int = 1, order: str = "random", error: str = "raise") -> int:
+        """Calls `extern "C"` function `name` and returns its result (a cudaError_t for launchers).
+
+        arguments: a tensor (copied to memory of its exact size with guarded ends) or None for a pointer, `out(tensor)`
+        for one that is written, `pointers(...)`, int for any integer, float for a float, bytes for a struct's memory.
+        seed, order: the schedule.   error: "return" gives back the code of a failed launch instead of raising.
+        Raises KernelFault or SanitizerReport.
+        """
+        flat: list[Tensor] = []
+        writable: list[bool] = []
+
+        def encode(argument: Any) -> Any:
+            if isinstance(argument, pointers):
+                return ("table", [encode(item) for item in argument.items])
+            tensor = argument.tensor if isinstance(argument, out) else argument
+            if isinstance(tensor, Tensor):
+                for index, known in enumerate(flat):
+                    if known is tensor:  # the same tensor twice is the same memory
+                        writable[index] |= isinstance(argument, out)
+                        return ("memory", index)
+                flat.append(tensor)
+                writable.append(isinstance(argument, out))
+                return ("memory", len(flat) - 1)
+            return ("value", argument)
+
+        encoded = [encode(argument) for argument in arguments]
+        before = [_bytes(tensor) for tensor in flat]
+        answer = self._worker.request(
+            action="call", name=name, arguments=encoded, memory=before, seed=seed, order=ORDERS.index(order)
+        )
+        for index, (tensor, old, new) in enumerate(zip(flat, before, answer["memory"], strict=True)):
+            if writable[index]:
+                _assign(tensor, new)
+            elif old != new:
+                raise KernelFault(f"{name}: an input of shape {tuple(tensor.shape)} was written")
+        if answer["error"] and error == "raise":
+            raise KernelFault(answer["error"])
+        result: int = answer["result"]
+        return result
+
+    def calls(self, clear: bool = True) -> list[RuntimeCall]:
+        """The runtime calls and launches recorded so far."""
+        records = []
+        for line in self._worker.request(action="log", clear=clear):
+            name, *rest = line.split(" ")
+            text = rest.pop(0) if rest and not rest[0].lstrip("-").isdigit() else ""
+            records.append(RuntimeCall(name, text, tuple(map(int, rest))))
+        return records
+
+    def fail(self, call: str, error: int, after: int = 0) -> None:
+        """Makes runtime function `call` (or "launch") return `error` once, after `after` calls that succeed."""
+        self._worker.request(action="fail", call=call, error=error, after=after)
+
+    def set_attribute(self, attribute: int, value: int) -> None:
+        """What cudaDeviceGetAttribute answers from now on."""
+        self._worker.request(action="attribute", attribute=attribute, value=value)
+
+    def live_allocations(self) -> int:
+        """Allocations made by launchers that they have not freed."""
+        count: int = self._worker.request(action="live")
+        return count
+
+    def close(self) -> None:
+        """Ends the worker process."""
+        self._worker.close()
+
+
+class Module(Library):
+    """Translated PTX. unsupported: opcodes that would fail if they were reached, with their counts."""
+
+    def __init__(
+        self, path: Path, sanitizer: str, parameters: dict[str, list[Parameter]], unsupported: Counter[str]
+    ) -> None:
+        super().__init__(path, sanitizer)
+        self.parameters = parameters
+        self.unsupported = unsupported
+
+    def launch(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared: int,
+        args: Sequence[Any],
+        *,
+        seed: int = 1,
+        order: str = "random",
+    ) -> None:
+        """Runs one kernel by its name in the PTX.
+
+        grid, block: up to three sizes.   shared: bytes of dynamic shared memory.
+        args: one for each parameter, as in `Library.call`; ints and floats take the width that the PTX declares,
+        bytes fill a struct passed by value. Missing trailing pointers (Triton's scratch) are null.
+        Raises KernelFault or SanitizerReport.
+        """
+        declared = self.parameters[kernel]
+        values = [*args, *[None] * (len(declared) - len(args))]
+        packed = [(p.offset, p.bytes, p.kind, value) for p, value in zip(declared, values, strict=True)]
+        sizes = [tuple(s) + (1,) * (3 - len(tuple(s))) for s in (grid, block)]
+        layout = [(offset, size, kind) for offset, size, kind, _ in packed]
+        result = self.call(
+            "cuda_host_launch_ptx",
+            ("ptx", kernel, *sizes, shared, layout),
+            *[value for *_, value in packed],
+            seed=seed,
+            order=order,
+        )
+        if result != 0:
+            raise KernelFault(f"{kernel}: launch returned {result}")
+
+
+def _on_alarm(signum: int, frame: object) -> None:
+    raise TimeoutError(f"an emulated call took more than {_LIMIT_SECONDS} s")
+
+
+def _sanitizer_environment(sanitizer: str) -> dict[str, str]:
+    if sanitizer == "asan":
+        # libstdc++ after libasan: else the first C++ exception dies inside AddressSanitizer.
+        preload = [sanitizer_library(name) for name in ("asan", "ubsan", "stdc++")]
+        options = "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1:abort_on_error=0"
+        return {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    if sanitizer == "tsan":
+        return {"LD_PRELOAD": sanitizer_library("tsan"), "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0"}
+    return {}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if not tensor.is_contiguous():
+        raise ValueError(f"an argument must be contiguous, got strides {tensor.stride()}")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _assign(tensor: Tensor, content: bytes) -> None:
+    if content:
+        new = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        tensor.detach().reshape(-1).view(torch.uint8).copy_(new)

@@ -1,0 +1,86 @@
+"""PTX -> C++ that runs on the emulator: what the compiler emitted, inline assembly included, executed on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from . import arithmetic, memory, warp
+from .parser import Brace, Instruction, Kernel, Label, Local, Module, Parameter, Registers, c_name, parse
+from .scope import Scope, Unsupported, storage
+
+_HANDLERS = {**arithmetic.HANDLERS, **memory.HANDLERS, **warp.HANDLERS}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """C++ text, the kernels' parameters by name, and how often each unsupported opcode occurs.
+
+    An unsupported instruction fails when it is executed, with its name; a kernel that never reaches it runs.
+    """
+
+    cpp: str
+    parameters: dict[str, list[Parameter]]
+    unsupported: Counter[str]
+
+
+def translate(text: str, name: str = "module.ptx") -> Translation:
+    """The translation of one PTX file; `name` stands in the emulator's reports beside the PTX line number."""
+    module = parse(text)
+    unsupported: Counter[str] = Counter()
+    kernels = [_kernel(module, kernel, name, unsupported) for kernel in module.kernels]
+    ranges = ", ".join(f"{{{begin}, {end}}}" for begin, end in module.shared_ranges)
+    dynamic = f"{{{module.static_shared_bytes}, 0xFFFFFFFFu}}"
+    cpp = "\n".join(
+        [
+            '#include "cuda_host.h"',
+            '#include "cuda_host/ptx.h"',
+            "namespace {",
+            "using namespace cuda_host;",
+            "using namespace cuda_host::ptx;",
+            f"constexpr SharedRange shared_ranges[] = {{{ranges + ', ' if ranges else ''}{dynamic}}};",
+            *module.data.values(),
+            *kernels,
+            "}  // namespace",
+        ]
+    )
+    return Translation(cpp, {k.name: k.parameters for k in module.kernels}, unsupported)
+
+
+def _kernel(module: Module, kernel: Kernel, file: str, unsupported: Counter[str]) -> str:
+    scope = Scope(module, kernel)
+    lines = [f"void {c_name(kernel.name)}([[maybe_unused]] const uint8_t* parameters) {{"]
+    for statement in kernel.statements:
+        if isinstance(statement, Label):
+            lines.append(f"{c_name(statement.name)}:;")
+        elif isinstance(statement, Brace):
+            lines.append(statement.text)
+        elif isinstance(statement, Registers):
+            names = ", ".join(c_name(n) for n in statement.names)
+            lines.append(f"[[maybe_unused]] {storage(statement.kind)} {names};" if names else "")
+        elif isinstance(statement, Local):
+            lines.append(f"alignas(16) unsigned char {c_name(statement.name)}[{statement.bytes}];")
+        else:
+            lines += [f'#line {statement.line} "{file}"', _instruction(scope, statement, unsupported)]
+    static = module.static_shared_bytes
+    lines += [
+        "}",
+        f"const RegisterPtxKernel register_{c_name(kernel.name)}"
+        f'{{{{"{kernel.name}", {c_name(kernel.name)}, {kernel.parameter_bytes}, {static}}}}};',
+    ]
+    return "\n".join(lines)
+
+
+def _instruction(scope: Scope, instruction: Instruction, unsupported: Counter[str]) -> str:
+    guard = ""
+    if instruction.predicate:
+        guard = f"if ({'!' if instruction.negated else ''}{scope.register(instruction.predicate)}) "
+    handler = _HANDLERS.get(instruction.parts[0])
+    try:
+        if handler is None:
+            raise Unsupported(instruction.opcode)
+        code = handler(scope, instruction)
+    except (Unsupported, KeyError, StopIteration):
+        unsupported[instruction.opcode] += 1
+        code = f'machine().fail("unsupported PTX instruction: {instruction.opcode}");'
+    return f"{guard}{{ {code} }}"
