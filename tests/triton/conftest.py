@@ -25,9 +25,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.interpreter)
-
-
-if INTERPRETED:
-    from tests.support import triton_interpreter
-
-    triton_interpreter.install()

@@ -23,6 +23,8 @@ _MODULES = {
     "linear_nf4_grad_x": "linear_nf4",
     "linear_nf4_lora": "linear_nf4_lora",
     "linear_nf4_lora_backward": "linear_nf4_lora",
+    "linear_nf4_multi_lora": "linear_nf4_multi_lora",
+    "linear_nf4_multi_lora_backward": "linear_nf4_multi_lora",
 }
 """Op -> the module here that defines a launcher of the op's name."""
 

@@ -1,0 +1,410 @@
+"""linear_nf4_multi_lora: rows of one batch under different adapters, every stage one launch for all adapters.
+
+The base matmul is linear_nf4.py's. Of the low-rank part each kernel here is the single-adapter one with a loop, or a
+grid axis, over adapters: a tile of rows is multiplied by an adapter's factors only if one of its rows names it, with
+the other rows masked to zero. Nothing is sorted or gathered and the host reads nothing, so graphs can be captured. The
+work is that of tiles x adapters present in the tile: once where an adapter's rows lie together, as a sequence's do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dropout import Dropout, dropout_of, keep_tile
+from ._partials import block_r_of, split_count, sum_partials
+from .linear_nf4 import Weight, backward, forward
+
+BLOCK_M, BLOCK_K, BLOCK_N = 32, 64, 128
+NUM_WARPS, NUM_STAGES = 4, 2
+
+
+@triton.jit
+def multi_lora_down_kernel(
+    p_x,
+    p_lora_A,
+    p_adapter,
+    p_seed,
+    p_s,
+    M,
+    K,
+    R,
+    steps,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[adapter[m], r, k]; 0 under -1.
+
+    Grid (tiles of M, splits of K, tiles of R); parts fp32 [splits, M, R], added in order by a second launch.
+    """
+    i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    row_m = o_m.to(tl.int64)
+    b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    first = i_split * steps
+    last = min(first + steps, tl.cdiv(K, BLOCK_K))
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    e_last = tl.max(b_adapter, axis=0)
+    e = tl.min(tl.where(b_adapter < 0, e_last, b_adapter), axis=0)
+    while (e >= 0) & (e <= e_last):
+        mine = b_adapter == e
+        for i in range(first, last):
+            column = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            b_x = tl.load(
+                p_x + row_m[:, None] * K + column[None, :], mask=mine[:, None] & (column[None, :] < K), other=0.0
+            )
+            p_tile = p_lora_A + (e * R + o_r[None, :]) * K + column[:, None]
+            b_A = tl.load(p_tile, mask=(o_r[None, :] < R) & (column[:, None] < K), other=0.0)
+            if DROPOUT:
+                keep = keep_tile(seed, threshold, i_m * BLOCK_M, i * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
+                b_x = tl.where(keep, b_x, 0.0)
+            acc = tl.dot(b_x, b_A.to(b_x.dtype), acc, input_precision="ieee")
+        # The next adapter that a row of this tile names; past the last one the loop ends.
+        e = tl.min(tl.where(b_adapter > e, b_adapter, e_last + 1), axis=0)
+    o_s = (i_split.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
+    tl.store(p_s + o_s, acc, mask=m_m[:, None] & (o_r[None, :] < R))
+
+
+@triton.jit
+def multi_lora_up_kernel(
+    p_left,
+    p_right,
+    p_adapter,
+    p_scalings,
+    p_bias,
+    p_seed,
+    p_out,
+    M,
+    C,
+    R,
+    stride_right_e,
+    stride_right_r,
+    stride_right_c,
+    factor,
+    threshold,
+    HAS_SCALINGS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[m, c] += factor * scalings[e] * keep(m, c) * sum_r left[m, r] * right[e, r, c] + bias[c], e = adapter[m].
+
+    One tile [BLOCK_M, BLOCK_C] a program, read before it is written; fp32 sum, rounded once.
+    forward: left = s, right = B^T.   backward: left = ds, which has the scalings in it, right = A.
+    """
+    i_m, i_c = tl.program_id(0), tl.program_id(1)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_m, m_c = o_m < M, o_c < C
+    row_m = o_m.to(tl.int64)
+    b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    e_last = tl.max(b_adapter, axis=0)
+    e = tl.min(tl.where(b_adapter < 0, e_last, b_adapter), axis=0)
+    while (e >= 0) & (e <= e_last):
+        mine = b_adapter == e
+        scale = factor
+        if HAS_SCALINGS:
+            scale = factor * tl.load(p_scalings + e)
+        for i_r in range(0, R, BLOCK_R):
+            o_r = i_r + tl.arange(0, BLOCK_R)
+            m_r = o_r < R
+            b_left = tl.load(p_left + row_m[:, None] * R + o_r[None, :], mask=mine[:, None] & m_r[None, :], other=0.0)
+            p_tile = p_right + e * stride_right_e + o_r[:, None].to(tl.int64) * stride_right_r
+            b_right = tl.load(p_tile + o_c[None, :] * stride_right_c, mask=m_r[:, None] & m_c[None, :], other=0.0)
+            acc += scale * tl.dot(b_left, b_right.to(b_left.dtype), input_precision="ieee")
+        e = tl.min(tl.where(b_adapter > e, b_adapter, e_last + 1), axis=0)
+    if DROPOUT:
+        keep = keep_tile(tl.load(p_seed), threshold, i_m * BLOCK_M, i_c * BLOCK_C, C, DROPOUT, BLOCK_M, BLOCK_C)
+        acc = tl.where(keep, acc, 0.0)
+    o_out = row_m[:, None] * C + o_c[None, :]
+    m_out = m_m[:, None] & m_c[None, :]
+    acc += tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_out + o_out, acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def multi_lora_ds_grad_B_kernel(
+    p_grad_y,
+    p_s,
+    p_lora_B,
+    p_adapter,
+    p_scalings,
+    p_ds,
+    p_grad_B,
+    M,
+    N,
+    R,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """ds_part[i_n, m, r] = scalings[e] * sum over this tile's n of grad_y[m, n] * B[e, n, r], for rows of adapter e;
+    grad_B[e, n, r] = scalings[e] * sum over rows of adapter e of grad_y[m, n] * s[m, r].
+
+    Grid (tiles of N, adapters + 1, tiles of R). A program walks down M and touches grad_y only where a row is its own;
+    program 0 of the second axis owns the rows of no adapter and stores their zeros.
+    """
+    i_n, e, i_r = tl.program_id(0), tl.program_id(1) - 1, tl.program_id(2)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_n, m_r = o_n < N, o_r < R
+    scale = tl.load(p_scalings + tl.maximum(e, 0))
+    o_factor = (tl.maximum(e, 0).to(tl.int64) * N + o_n[:, None]) * R + o_r[None, :]
+    m_factor = m_n[:, None] & m_r[None, :]
+    b_B = tl.load(p_lora_B + o_factor, mask=m_factor, other=0.0).to(p_grad_y.dtype.element_ty)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for i in range(0, M, BLOCK_M):
+        o_m = i + tl.arange(0, BLOCK_M)
+        row_m = o_m.to(tl.int64)
+        mine = (o_m < M) & (tl.load(p_adapter + o_m, mask=o_m < M, other=-2) == e)
+        if tl.max(mine.to(tl.int32), axis=0) > 0:
+            used = mine & (e >= 0)
+            b_grad = tl.load(p_grad_y + row_m[:, None] * N + o_n[None, :], mask=used[:, None] & m_n[None, :], other=0.0)
+            b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=used[:, None] & m_r[None, :], other=0.0)
+            acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
+            b_ds = tl.dot(b_grad, b_B, input_precision="ieee") * scale
+            o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
+            tl.store(p_ds + o_ds, b_ds, mask=mine[:, None] & m_r[None, :])
+    if e >= 0:
+        tl.store(p_grad_B + o_factor, (acc * scale).to(p_grad_B.dtype.element_ty), mask=m_factor)
+
+
+@triton.jit
+def multi_lora_grad_A_kernel(
+    p_x,
+    p_ds,
+    p_adapter,
+    p_seed,
+    p_grad_A,
+    M,
+    K,
+    R,
+    keep_scale,
+    threshold,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """grad_A[e, r, k] = keep_scale * sum over rows of adapter e of ds[m, r] * keep(m, k) * x[m, k].
+
+    Grid (tiles of K, adapters, tiles of R); a program walks down M and touches x only where a row is its own.
+    """
+    i_k, e, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_k, m_r = o_k < K, o_r < R
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for i in range(0, M, BLOCK_M):
+        o_m = i + tl.arange(0, BLOCK_M)
+        row_m = o_m.to(tl.int64)
+        mine = (o_m < M) & (tl.load(p_adapter + o_m, mask=o_m < M, other=-1) == e)
+        if tl.max(mine.to(tl.int32), axis=0) > 0:
+            b_x = tl.load(p_x + row_m[:, None] * K + o_k[None, :], mask=mine[:, None] & m_k[None, :], other=0.0)
+            b_ds = tl.load(p_ds + row_m[:, None] * R + o_r[None, :], mask=mine[:, None] & m_r[None, :], other=0.0)
+            if DROPOUT:
+                keep = keep_tile(seed, threshold, i, i_k * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
+                b_x = tl.where(keep, b_x, 0.0)
+            acc = tl.dot(tl.trans(b_ds), b_x, acc, input_precision="ieee")
+    o_grad_A = (e.to(tl.int64) * R + o_r[:, None]) * K + o_k[None, :]
+    tl.store(p_grad_A + o_grad_A, (acc * keep_scale).to(p_grad_A.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+
+
+def multi_lora_up(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    adapter: Tensor,
+    *,
+    right_is_transposed: bool,
+    scalings: Tensor | None,
+    bias: Tensor | None,
+    factor: float,
+    dropout: Dropout,
+) -> None:
+    """out [M, C] += its rows' low-rank terms. right: lora_B [E, C, r] if right_is_transposed, else lora_A [E, r, C]."""
+    M, C = out.shape
+    r = left.shape[1]
+    block_c = 128
+    multi_lora_up_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(C, block_c))](
+        left,
+        right,
+        adapter,
+        left if scalings is None else scalings,
+        left if bias is None else bias,
+        dropout.seed,
+        out,
+        M,
+        C,
+        r,
+        C * r,
+        1 if right_is_transposed else C,
+        r if right_is_transposed else 1,
+        float(factor),
+        dropout.threshold,
+        HAS_SCALINGS=scalings is not None,
+        HAS_BIAS=bias is not None,
+        DROPOUT=dropout.draws(C),
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=block_c,
+        BLOCK_R=block_r_of(r),
+        num_warps=NUM_WARPS,
+    )
+
+
+def linear_nf4_multi_lora(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scalings: Tensor,
+    adapter: Tensor,
+    seed: Tensor | None,
+    *,
+    dropout_p: float,
+    blocksize: int,
+    out_features: int,
+) -> tuple[Tensor, Tensor]:
+    """(y, s). See ops/linear_nf4_multi_lora.py for the contract."""
+    M, K = x.shape
+    r = lora_A.shape[1]
+    dropout = dropout_of(seed, dropout_p, x)
+    block_r = block_r_of(r)
+    tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
+    steps, splits = split_count(triton.cdiv(K, BLOCK_K), tiles_m * tiles_r, x.device)
+    parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
+    multi_lora_down_kernel[(tiles_m, splits, tiles_r)](
+        x,
+        lora_A,
+        adapter,
+        dropout.seed,
+        parts,
+        M,
+        K,
+        r,
+        steps,
+        dropout.threshold,
+        DROPOUT=dropout.draws(K),
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    s = sum_partials(parts, dropout.scale, x.dtype)
+    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K)
+    y = forward(x, weight, None, None)
+    multi_lora_up(
+        y,
+        s,
+        lora_B,
+        adapter,
+        right_is_transposed=True,
+        scalings=scalings,
+        bias=bias,
+        factor=1.0,
+        dropout=dropout_of(None, 0.0, x),
+    )
+    return y, s
+
+
+def linear_nf4_multi_lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scalings: Tensor,
+    adapter: Tensor,
+    seed: Tensor | None,
+    *,
+    dropout_p: float,
+    blocksize: int,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
+    M, N = grad_y.shape
+    adapters, r, K = lora_A.shape
+    dropout = dropout_of(seed, dropout_p, x)
+    block_r = block_r_of(r)
+    tiles_n, tiles_r = triton.cdiv(N, BLOCK_N), triton.cdiv(r, block_r)
+    ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
+    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, tiles_r)](
+        grad_y,
+        s,
+        lora_B,
+        adapter,
+        scalings,
+        ds_parts,
+        grad_B,
+        M,
+        N,
+        r,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    ds = sum_partials(ds_parts, 1.0, x.dtype)
+    multi_lora_grad_A_kernel[(triton.cdiv(K, 128), adapters, tiles_r)](
+        x,
+        ds,
+        adapter,
+        dropout.seed,
+        grad_A,
+        M,
+        K,
+        r,
+        float(dropout.scale),
+        dropout.threshold,
+        DROPOUT=dropout.draws(K),
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=128,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    grad_x = x.new_empty(0)
+    if need_grad_x:
+        weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K)
+        grad_x = backward(grad_y, weight, None, dropout)
+        multi_lora_up(
+            grad_x,
+            ds,
+            lora_A,
+            adapter,
+            right_is_transposed=False,
+            scalings=None,
+            bias=None,
+            factor=dropout.scale,
+            dropout=dropout,
+        )
+    return grad_x, grad_A, grad_B

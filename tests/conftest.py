@@ -1,0 +1,10 @@
+"""A process under TRITON_INTERPRET=1 gets the mended interpreter before any kernel runs."""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.support import triton_interpreter
+
+    triton_interpreter.install()
