@@ -55,6 +55,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/triton tests/ops -k triton
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -62,9 +62,13 @@ def dynamic_boundaries(device: torch.device | str | None = None, *, signed: bool
     return (values[:-1] + values[1:]) / 2
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 [n] -> (absmax_q uint8 [n], absmax_scale fp32 [ceil(n / 256)], absmax_offset fp32 [])."""
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 [n] -> (absmax_q uint8 [n], absmax_scale fp32 [ceil(n / 256)], absmax_offset fp32 []).
+
+    offset: the mean, where a device's own order of summation gave another last bit; torch's mean by default.
+    """
+    if offset is None:
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     n = absmax.numel()
     blocks = -(-n // NESTED_BLOCKSIZE)
     centred = torch.zeros(blocks * NESTED_BLOCKSIZE, dtype=torch.float32, device=absmax.device)

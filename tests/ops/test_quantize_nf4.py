@@ -33,7 +33,14 @@ def test_double_quantization_matches_reference(backend, numel):
     absmax = gaussian(numel).abs() + 0.1
     with qk.use_backend(backend):
         actual = torch.ops.qlora_kernels.quantize_absmax(absmax)
-    for a, e in zip(actual, double_quant.quantize_absmax(absmax), strict=True):
+    if backend in ("reference", "cpu"):
+        expected = double_quant.quantize_absmax(absmax)
+    else:
+        # A GPU sums in its own order: the mean within one ulp of fp64's, and all else exact, given it.
+        mean = absmax.double().mean().nan_to_num()
+        assert abs(actual[2].double() - mean) <= torch.finfo(torch.float32).eps * mean
+        expected = double_quant.quantize_absmax(absmax, actual[2])
+    for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
 
