@@ -1,0 +1,113 @@
+"""Cross-entropy of a language model without the logits of the whole batch in memory.
+
+Logits are [tokens, vocabulary]: at 1024 x 49152 in fp32 200 MB, and as much again for each of softmax and gradient,
+far more than the activations of a small model. So the model runs up to its output head, and head and loss run over
+`chunk` tokens at a time. The gradient with respect to a chunk's hidden states is taken in the forward pass, while its
+logits are there; recomputing them in the backward pass instead would cost one more product with the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batches import Batch
+from .windows import IGNORED
+
+Head = Callable[[Tensor], Tensor]
+
+
+class ChunkedLoss:
+    """loss(batch) -> the sum, in fp32, of -log p(label) over the batch's learned tokens.
+
+    model: called as model(input_ids=, attention_mask=, use_cache=False), with get/set_output_embeddings as transformers
+    models have them.   chunk: tokens whose logits are in memory at one time.
+    Some architectures scale or cap the logits after the head. Whether this one does is measured, by one forward over a
+    few tokens; such a model computes its logits whole.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = 128) -> None:
+        self.model = cast(Any, model)
+        self.chunk = chunk
+        self.chunked = self._head_is_last()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        learned = labels != IGNORED
+        if not self.chunked:
+            logits = self._forward(batch).flatten(0, 1)[learned]
+            return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        with self._without_head() as head:
+            hidden = self._forward(batch).flatten(0, 1)
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden[learned], labels[learned], head, self.chunk, *parameters
+        )
+        return total
+
+    def _forward(self, batch: Batch) -> Tensor:
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return cast(Tensor, output.logits)
+
+    @contextmanager
+    def _without_head(self) -> Iterator[nn.Module]:
+        """The model's `logits` are the hidden states that its head, which is handed out, would have taken."""
+        head = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(nn.Identity())
+        try:
+            yield head
+        finally:
+            self.model.set_output_embeddings(head)
+
+    @torch.no_grad()
+    def _head_is_last(self) -> bool:
+        if self.model.get_output_embeddings() is None:
+            return False
+        training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        ids = torch.arange(4, device=device)[None]
+        batch = Batch(ids, ids, None)
+        with self._without_head() as head:
+            hidden = self._forward(batch)
+        same = torch.equal(head(hidden), self._forward(batch))
+        self.model.train(training)
+        return same
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """sum of cross_entropy(head(hidden), labels); differentiable in hidden [T, H] and in the head's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int, *parameters: Tensor) -> Tensor:
+        needs_grad = hidden.requires_grad or bool(parameters)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            if grad_hidden is None:
+                total += F.cross_entropy(head(hidden[rows]).float(), labels[rows], reduction="sum")
+                continue
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_()
+                loss = F.cross_entropy(head(part).float(), labels[rows], reduction="sum")
+                grad_hidden[rows], *grads = torch.autograd.grad(loss, [part, *parameters])
+            for grad_total, grad in zip(grad_parameters, grads, strict=True):
+                grad_total += grad
+            total += loss.detach()
+        if needs_grad:
+            ctx.save_for_backward(
+                grad_hidden, *(g.to(p.dtype) for g, p in zip(grad_parameters, parameters, strict=True))
+            )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *grad_parameters = (grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return grad_hidden, None, None, None, *grad_parameters

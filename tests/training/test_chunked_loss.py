@@ -1,0 +1,113 @@
+"""ChunkedLoss is the loss that the model would compute with all logits in memory, gradients included."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_kernels.training import ChunkedLoss, collate, perplexity
+from qlora_kernels.training.batches import Batch
+from qlora_kernels.training.windows import IGNORED, Example
+
+VOCABULARY, HIDDEN = 37, 16
+
+
+class Model(nn.Module):
+    """An embedding, a linear layer, a head; `cap` squashes logits after the head as some architectures do."""
+
+    def __init__(self, cap: float | None = None, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.mix = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY)
+        self.cap = cap
+        self.to(dtype)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, module: nn.Module) -> None:
+        self.head = module
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        logits = self.head(torch.tanh(self.mix(self.embedding(input_ids))))
+        return SimpleNamespace(logits=logits if self.cap is None else self.cap * torch.tanh(logits / self.cap))
+
+
+def batch_of(rows: int = 3, length: int = 11) -> Batch:
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 3:7] = IGNORED
+    return Batch(ids, labels, None)
+
+
+def whole_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(batch.input_ids).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.float(), batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+@pytest.mark.parametrize("cap", [None, 0.5], ids=["head-last", "capped"])
+@pytest.mark.parametrize("trained", ["all", "head-frozen"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_value_and_gradients(cap, trained, chunk):
+    batch = batch_of()
+    expected, model = Model(cap), Model(cap)
+    for m in (expected, model):
+        m.head.requires_grad_(trained == "all")
+    loss = ChunkedLoss(model, chunk)
+    assert loss.chunked == (cap is None)
+    whole = whole_loss(expected, batch)
+    got = loss(batch)
+    (3 * whole).backward()
+    (3 * got).backward()
+    torch.testing.assert_close(got, whole, rtol=1e-6, atol=0)
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_head_is_in_its_place_afterwards_even_where_forward_raises():
+    model = Model()
+    head = model.head
+    loss = ChunkedLoss(model)
+    with pytest.raises(IndexError):
+        loss(Batch(torch.full((1, 4), VOCABULARY), torch.zeros(1, 4, dtype=torch.long), None))
+    assert model.head is head
+
+
+def test_logits_of_the_whole_batch_are_never_there():
+    largest = 0
+
+    class Head(nn.Linear):
+        def forward(self, x):
+            nonlocal largest
+            largest = max(largest, x.shape[:-1].numel())
+            return super().forward(x)
+
+    model = Model(dtype=torch.float32)
+    model.head = Head(HIDDEN, VOCABULARY)
+    loss = ChunkedLoss(model, chunk=5)
+    largest = 0
+    loss(batch_of()).backward()
+    assert largest == 5
+
+
+def test_perplexity_is_of_learned_tokens_and_independent_of_batching():
+    model = Model(dtype=torch.float32).train()
+    torch.manual_seed(3)
+    examples = []
+    for length in (5, 9, 9, 4):
+        ids = torch.randint(0, VOCABULARY, (length,))
+        examples.append(Example(ids, torch.where(torch.arange(length) < 2, IGNORED, ids)))
+    one, all_at_once = (perplexity(ChunkedLoss(model), examples, size) for size in (1, 4))
+    assert one.tokens == all_at_once.tokens == 3 + 7 + 7 + 2
+    assert one.value == pytest.approx(all_at_once.value, rel=1e-6)
+    total = sum(whole_loss(model, collate([e])).item() for e in examples)
+    assert one.value == pytest.approx(torch.tensor(total / one.tokens).exp().item(), rel=1e-5)
+    assert model.training

@@ -1,0 +1,108 @@
+"""The loop: its schedule, equal gradients for any micro-batch, and a resumed run that is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from qlora_kernels.training import ChunkedLoss, TrainConfig, train
+from qlora_kernels.training.loop import ResumeError
+from qlora_kernels.training.schedule import factor
+from qlora_kernels.training.windows import Example
+from tests.training.test_chunked_loss import VOCABULARY, Model
+
+CONFIG = TrainConfig(steps=8, batch_size=3, lr=1e-2, warmup_steps=2, seed=1)
+
+
+def examples(n: int = 10) -> list[Example]:
+    ids = torch.randint(0, VOCABULARY, (n, 6), generator=torch.Generator().manual_seed(2))
+    return [Example(row, row) for row in ids]
+
+
+class Dropped(Model):
+    """Draws random numbers in every forward of training."""
+
+    def __init__(self) -> None:
+        super().__init__(dtype=torch.float32)
+        self.embedding = torch.nn.Sequential(self.embedding, torch.nn.Dropout(0.2))
+
+
+def run(config=CONFIG, model=None, **keywords):
+    model = model or Dropped()
+    torch.manual_seed(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    return train(ChunkedLoss(model), examples(), optimizer, config, **keywords), model
+
+
+def losses(records):
+    return [(r.step, r.loss, r.lr, r.grad_norm, r.tokens) for r in records]
+
+
+def test_schedule():
+    cosine = [factor("cosine", step, 10, 2) for step in range(11)]
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
+    assert cosine[9] > 0 == pytest.approx(cosine[10])
+    assert [factor("linear", step, 5, 1) for step in range(6)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [factor("constant", step, 5, 2) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_learns_and_repeats_itself():
+    (first, model), (second, _) = run(), run()
+    assert losses(first) == losses(second)
+    assert [r.step for r in first] == list(range(1, 9))
+    assert first[-1].loss < first[0].loss
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_micro_batches_give_the_same_gradient():
+    plain = Model(dtype=torch.float32)
+    whole, _ = run(model=plain)
+    parts, _ = run(dataclasses.replace(CONFIG, micro_batch=2), model=Model(dtype=torch.float32))
+    for a, b in zip(whole, parts, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.tokens == b.tokens
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resume_is_exact(tmp_path, stop):
+    whole, model = run()
+    checkpointed = dataclasses.replace(CONFIG, checkpoint_every=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record.step == stop + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(checkpointed, checkpoints=tmp_path, on_step=kill)
+    seen = []
+    resumed, again = run(checkpointed, checkpoints=tmp_path, resume=True, on_step=seen.append)
+    assert losses(resumed) == losses(whole)
+    assert seen == resumed
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_resume_of_another_run_is_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint_every=4)
+    run(config, checkpoints=tmp_path, settings={"r": 8})
+    with pytest.raises(ResumeError, match=r"another lr \(0.01 -> 0.1\), r \(8 -> 16\)"):
+        run(dataclasses.replace(config, lr=0.1), checkpoints=tmp_path, settings={"r": 16}, resume=True)
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    assert losses(run(checkpoints=tmp_path, resume=True)[0]) == losses(run()[0])
+
+
+def test_loss_that_is_not_finite_stops():
+    model = Dropped()
+    with torch.no_grad():
+        model.mix.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss of step 1 must be finite, got nan; use a smaller lr"):
+        run(model=model)
