@@ -1,0 +1,85 @@
+"""A safetensors file written tensor by tensor: one tensor in memory at a time, where the library's writer takes all.
+
+The layout: u64 header length, JSON header, raw tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNMENT = 8
+_ENTRY_BYTES = 192
+"""Room in the header for one tensor's dtype, shape and offsets."""
+_SMALL = 1 << 16
+
+
+class SafetensorsWriter:
+    """with SafetensorsWriter(path, names) as file: file.write(name, tensor), once for each of `names`, in any order.
+
+    The header comes first and is known last. So room for it is reckoned from `names`, and spaces, which the format
+    allows, fill what is left of it. Small tensors of an odd size go last, to keep the others on 8 bytes.
+    """
+
+    def __init__(self, path: Path, names: Collection[str], metadata: Mapping[str, str] | None = None) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+        self._expected = set(names)
+        room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
+        self._room = room + -room % _ALIGNMENT
+        self._offset = 0
+        self._last: dict[str, Tensor] = {}
+        self._file = open(path, "wb")  # noqa: SIM115 (__exit__ closes it)
+        self._file.seek(8 + self._room)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """tensor: of a dtype that safetensors has, on any device."""
+        if name not in self._expected:
+            raise ValueError(f"SafetensorsWriter: name must be one of the announced names, and once, got {name!r}")
+        self._expected.remove(name)
+        if tensor.nbytes % _ALIGNMENT and tensor.nbytes < _SMALL:
+            self._last[name] = tensor
+        else:
+            self._append(name, tensor)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        end = self._offset + tensor.nbytes
+        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
+        self._header[name] = entry
+        self._offset = end
+        if tensor.numel():
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            if self._expected:
+                raise ValueError(
+                    f"SafetensorsWriter: every announced tensor must be written, {self._expected} were not"
+                )
+            for name, tensor in self._last.items():
+                self._append(name, tensor)
+            text = json.dumps(self._header).encode()
+            self._file.seek(0)
+            self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))

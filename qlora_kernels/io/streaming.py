@@ -1,0 +1,172 @@
+"""Quantize a Hugging Face safetensors folder into an NF4 one while reading it, tensor by tensor.
+
+The result holds bitsandbytes' keys, and its config.json a quantization_config, so that transformers with bitsandbytes
+loads it, and so does integrations.transformers.load_model without bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..format import bnb_layout
+from ..format.nf4 import DEFAULT_BLOCKSIZE
+from ..ops.quantize_nf4 import quantize_nf4
+from .safetensors_writer import SafetensorsWriter
+
+CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F32", "BF16", "F16"}
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """quantized: layer -> (bytes before, bytes after).   kept: tensors copied as they are."""
+
+    quantized: dict[str, tuple[int, int]]
+    kept: tuple[str, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the quantized weights in the source."""
+        return sum(before for before, _ in self.quantized.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of their packed indices and constants."""
+        return sum(after for _, after in self.quantized.values())
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    layers: Collection[str],
+    *,
+    blocksize: int = DEFAULT_BLOCKSIZE,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    on_tensor: Callable[[str], object] = lambda name: None,
+) -> StreamReport:
+    """Fill the empty folder `target` with `source`, the weights of `layers` in NF4 and all else as it is.
+
+    source: config.json and model.safetensors, or shards with model.safetensors.index.json; one file of the target for
+    each of the source. Other files are copied, but for other formats of the same weights.
+    layers: names of linear layers.   compute_dtype: noted in config.json, for those who load the folder.
+    on_tensor: called with every name as it is done.   Peak memory is about that of the largest tensor.
+    Raises ValueError where the source is quantized already, lacks a file, or none of its tensors is among `layers`.
+    """
+    config = json.loads((source / CONFIG).read_text())
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(f"quantize_folder: {source} must hold 16- or 32-bit weights, got quantization {method!r}")
+    shards = shards_of(source)
+    quantized: dict[str, tuple[int, int]] = {}
+    kept: list[str] = []
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        with _reader(shard) as file:
+            names = list(file.keys())
+            chosen = {n for n in names if _layer_of(n) in layers and file.get_slice(n).get_dtype() in _FLOATS}
+            written = [out for n in names for out in (_quantized_names(n, double_quant) if n in chosen else [n])]
+            weight_map |= dict.fromkeys(written, shard.name)
+            with SafetensorsWriter(target / shard.name, written) as writer:
+                for name in names:
+                    tensor = file.get_tensor(name)
+                    if name in chosen:
+                        quantized[_layer_of(name)] = _write_quantized(writer, name, tensor, blocksize, double_quant)
+                    else:
+                        kept.append(name)
+                        writer.write(name, tensor)
+                    on_tensor(name)
+    if not quantized:
+        raise ValueError(f"quantize_folder: {source} must hold the weight of at least one of {len(layers)} layers")
+    config["quantization_config"] = _quantization_config(double_quant, compute_dtype, kept)
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if len(shards) > 1:
+        total = sum((target / shard.name).stat().st_size for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    _copy_other_files(source, target)
+    return StreamReport(quantized, tuple(kept))
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model in `folder`. Raises ValueError where there are none."""
+    if (folder / _INDEX).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: must hold every file that {_INDEX} names, {missing[0]} is missing")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise ValueError(f"{folder}: must hold model.safetensors or {_INDEX}; pickled weights are not read")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All of the model's tensors, memory-mapped: what is not read takes no memory."""
+    tensors: dict[str, Tensor] = {}
+    for shard in shards_of(folder):
+        with _reader(shard) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return tensors
+
+
+@contextmanager
+def _reader(path: Path) -> Iterator[Any]:
+    with safe_open(path, framework="pt") as file:
+        yield file
+
+
+def _layer_of(name: str) -> str:
+    return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def _quantized_names(name: str, double_quant: bool) -> list[str]:
+    nested = ("nested_absmax", "nested_quant_map")
+    return [name, *(f"{name}.{suffix}" for suffix in bnb_layout.SUFFIXES if double_quant or suffix not in nested)]
+
+
+def _write_quantized(
+    writer: SafetensorsWriter, name: str, weight: Tensor, blocksize: int, double_quant: bool
+) -> tuple[int, int]:
+    try:
+        packed, state = quantize_nf4(weight, blocksize, double_quant)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    writer.write(name, packed)
+    for suffix, tensor in bnb_layout.encode(state).items():
+        writer.write(f"{name}.{suffix}", tensor)
+    return weight.nbytes, state.nbytes
+
+
+def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, kept: Collection[str]) -> dict[str, Any]:
+    """transformers' BitsAndBytesConfig. It must list the dense linear layers; more names do no harm."""
+    dense = sorted(_layer_of(name) for name in kept if _layer_of(name))
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *(name for name in dense if name != "lm_head")],
+    }
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    for path in source.iterdir():
+        known = (target / path.name).exists() or path.name.endswith((*weights, ".index.json"))
+        if path.is_file() and not known:
+            shutil.copyfile(path, target / path.name)
