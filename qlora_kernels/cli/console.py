@@ -1,0 +1,60 @@
+"""What a running command shows: bars on a terminal, plain lines anywhere, neither under --json."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Console:
+    """Progress goes to stderr, results to stdout.   stages: seconds by name of what ran inside `stage`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.stages: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.perf_counter() - self._started
+
+    def say(self, line: str) -> None:
+        """One line of progress, with the time."""
+        if not self.quiet:
+            sys.stderr.write(f"[{self.seconds:6.1f} s] {line}\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time inside to stages[name]."""
+        started = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
+
+    def bar(self, total: int, name: str, unit: str) -> Any:
+        """A tqdm bar; only on a terminal."""
+        from tqdm import tqdm
+
+        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else None)
+
+
+def rss_bytes() -> int:
+    """Memory that this process has in RAM now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """The most that it ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def megabytes(n: float) -> str:
+    """In units of 10**6 bytes."""
+    return f"{n / 1e6:,.1f} MB"

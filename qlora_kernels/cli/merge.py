@@ -1,0 +1,67 @@
+"""qlora-kernels merge: an adapter into its base, as an ordinary 16-bit model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from .. import LinearNF4
+from ..io.atomic import folder_appearing_by_rename
+from ..peft import PeftModel
+from .arguments import Subparsers, UsageError, add_command, bad_input
+from .console import Console
+from .model_source import add_base, load_base
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Registers the subcommand."""
+    parser = add_command(
+        subparsers,
+        "merge",
+        run,
+        "merge an adapter into its base, in 16 bits",
+        "Merge an adapter into its base and write an ordinary model folder. The base is quantized to NF4, as in "
+        "training, and the adapter added to the dequantized weights: the function that was trained. With --dense it is "
+        "added to the base's own weights instead.",
+    )
+    add_base(parser)
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="adapter folder in PEFT's layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Loads, merges, writes."""
+    console = Console(quiet=arguments.json)
+    out: Path = arguments.out
+    if out.exists():
+        raise UsageError(f"--out must not exist, got {out}")
+    base, tokenizer = load_base(arguments, console)
+    with bad_input():
+        model = PeftModel.from_pretrained(base, arguments.adapter)
+    merged = cast(Any, model.merge_and_unload(target="16bit"))
+    left = [name for name, module in merged.named_modules() if isinstance(module, LinearNF4)]
+    for name in left:
+        _make_dense(merged, name)
+    with bad_input(), folder_appearing_by_rename(out) as partial:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    if arguments.json:
+        print(json.dumps({"out": str(out), "layers_without_adapter": len(left), "seconds": console.seconds}))
+    else:
+        print(f"{out}: merged in {console.seconds:.1f} s")
+    return 0
+
+
+def _make_dense(model: Any, name: str) -> None:
+    """A layer that the adapter does not touch, dequantized."""
+    quantized = cast(LinearNF4, model.get_submodule(name))
+    weight = quantized.dequantize()
+    linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", quantized.bias)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, linear)

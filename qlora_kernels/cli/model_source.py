@@ -1,0 +1,127 @@
+"""From --model to folders, the dense one and the NF4 one, made once and kept in a cache; and to the loaded model."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integrations.transformers import (
+    convert_gguf,
+    is_quantized,
+    linear_layers,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from ..io.model_cache import cached_folder
+from ..io.streaming import StreamReport, quantize_folder
+from .arguments import DTYPES, add_model, add_quantization, bad_input
+from .console import Console
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """What `load_base` reads."""
+    add_model(parser)
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder for converted models; without it, none is kept"
+    )
+    parser.add_argument("--dense", action="store_true", help="do not quantize a dense model")
+    add_quantization(parser)
+
+
+def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): the model in NF4, or as it is with --dense."""
+    dtype = DTYPES[arguments.compute_dtype]
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = arguments.cache or Path(scratch)
+        folder = dense_folder(arguments.model, cache, console)
+        if not arguments.dense:
+            folder = nf4_folder(
+                folder,
+                cache,
+                console,
+                skip=arguments.skip,
+                blocksize=arguments.blocksize,
+                double_quant=arguments.double_quant,
+                compute_dtype=dtype,
+            )
+        with bad_input():
+            return load_model(folder, dtype), load_tokenizer(folder)
+
+
+def dense_folder(model: str, cache: Path, console: Console) -> Path:
+    """The model's folder; one in the cache, in bf16, where `model` is a GGUF file."""
+    with bad_input():
+        source = resolve_model(model)
+        if source.is_dir():
+            return source
+        console.say(f"base model: {source.name}")
+        with console.stage("convert"):
+            folder, cached = cached_folder(
+                cache, "bf16", source, {"dtype": "bfloat16"}, lambda partial: convert_gguf(source, partial)
+            )
+    console.say(f"dequantized to bf16{' earlier' if cached else ''}: {folder}")
+    return folder
+
+
+def nf4_folder(
+    dense: Path,
+    cache: Path,
+    console: Console,
+    *,
+    skip: Sequence[str],
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+) -> Path:
+    """The NF4 folder made from `dense`, in the cache; `dense` itself where it is one already."""
+    with bad_input():
+        if is_quantized(dense):
+            return dense
+        settings = {"blocksize": blocksize, "double_quant": double_quant, "skip": sorted(skip)}
+
+        def make(partial: Path) -> None:
+            quantize_with_bar(
+                dense,
+                partial,
+                console,
+                skip=skip,
+                blocksize=blocksize,
+                double_quant=double_quant,
+                compute_dtype=compute_dtype,
+            )
+
+        with console.stage("quantize"):
+            folder, cached = cached_folder(cache, "nf4", dense, settings, make)
+    console.say(f"quantized to NF4{' earlier' if cached else ''}: {folder}")
+    return folder
+
+
+def quantize_with_bar(
+    dense: Path,
+    target: Path,
+    console: Console,
+    *,
+    skip: Sequence[str],
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+) -> StreamReport:
+    """io.streaming.quantize_folder over all linear layers but `skip`."""
+    layers = set(linear_layers(dense, skip))
+    with console.bar(len(layers), "quantizing", "layer") as bar:
+        return quantize_folder(
+            dense,
+            target,
+            layers,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            on_tensor=lambda name: bar.update(name.removesuffix(".weight") in layers),
+        )

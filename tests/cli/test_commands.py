@@ -1,0 +1,116 @@
+"""info, quantize, merge, generate, bench."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qlora_kernels.cli import main
+from qlora_kernels.cli.finetune_options import METHODS
+from qlora_kernels.integrations.transformers import load_model
+from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
+from tests.support.tiny_model import LINEARS, write_tiny_llama
+
+IDS = torch.arange(20).view(1, 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def nf4(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nf4") / "model"
+    assert main(["quantize", str(model), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(nf4, tmp_path_factory):
+    """Random, far from identity, on the attention's layers only."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    adapted = get_peft_model(load_model(nf4), LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def output(capsys, *argv) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_info(capsys):
+    facts = json.loads(output(capsys, "info", "--json"))
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["backends"].keys() == {"reference", "cpu", "triton", "cuda"}
+    assert facts["backends"]["reference"].startswith("available")
+    assert {"QLORA_BACKEND", "QLORA_CPU_ISA"} <= facts["environment"].keys()
+    text = output(capsys, "info")
+    assert "backends" in text
+    assert "instruction sets" in text
+
+
+def test_quantize(capsys, model, nf4, tmp_path):
+    result = json.loads(output(capsys, "quantize", model, tmp_path / "nf4", "--json"))
+    assert result["layers"] == LINEARS
+    assert 3.7 < result["bytes_before"] / result["bytes_after"] < 3.9
+    assert (tmp_path / "nf4" / "model.safetensors").read_bytes() == (nf4 / "model.safetensors").read_bytes()
+    assert main(["quantize", str(model), str(tmp_path / "nf4")]) == 2
+    assert "DST must not exist" in capsys.readouterr().err
+    assert main(["quantize", str(nf4), str(tmp_path / "twice")]) == 2
+    assert "in NF4 already" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_generate(capsys, model, nf4, adapter):
+    prompt = ("--prompt", "abc", "--max-new-tokens", "6")
+    from_dense = json.loads(output(capsys, "generate", "--model", model, *prompt, "--json"))["text"]
+    from_nf4 = output(capsys, "generate", "--model", nf4, *prompt).rstrip("\n")
+    assert from_nf4 == from_dense
+    adapted = output(capsys, "generate", "--model", nf4, "--adapter", adapter, *prompt).rstrip("\n")
+    assert adapted != from_nf4
+    sampled = [
+        output(capsys, "generate", "--model", nf4, *prompt, "--temperature", "1", "--seed", seed) for seed in "112"
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert json.loads(output(capsys, "generate", "--model", nf4, *prompt, "--chat", "--json"))["prompt"] == (
+        "<user>abc\n<assistant>"
+    )
+    assert main(["generate", "--model", str(nf4), "--prompt", "x", "--adapter", "no/such"]) == 2
+
+
+def test_merge(capsys, model, nf4, adapter, tmp_path):
+    output(capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", torch.float32)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    adapted = PeftModel.from_pretrained(load_model(nf4, torch.float32), adapter)
+    with torch.no_grad():
+        expected, got = adapted(IDS).logits, merged(IDS).logits
+        base = load_model(model, torch.float32)(IDS).logits
+    # One bf16 rounding of each merged weight.
+    assert (got - expected).abs().max() < 0.02 * (expected - base).abs().max()
+    output(capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "dense", "--dense")
+    dense = load_model(tmp_path / "dense", torch.float32)
+    layer = "model.layers.0.mlp.up_proj"  # not adapted
+    assert torch.equal(dense.get_submodule(layer).weight, load_model(model, torch.float32).get_submodule(layer).weight)
+    assert main(["merge", "--model", str(model), "--adapter", str(adapter), "--out", str(tmp_path / "dense")]) == 2
+
+
+@pytest.mark.parametrize("command", ["info", "quantize", "finetune", "merge", "generate"])
+def test_help_shows_defaults(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    if command == "finetune":
+        assert "peak learning rate (default: 0.001)" in text
+        assert all(method in text for method in METHODS)

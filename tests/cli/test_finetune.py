@@ -1,0 +1,208 @@
+"""The whole command on a tiny model: what it writes, that it repeats itself and resumes exactly, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_kernels.cli import main
+from tests.support.tiny_model import LINEARS, write_jsonl, write_tiny_llama
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+FAST = ["--steps", "6", "--batch", "2", "--seq-len", "32", "--eval-windows", "4", "--lr", "1e-2", "--r", "4"]
+FAST += ["--max-new-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def arguments(model, data, out, *more) -> list[str]:
+    return ["finetune", "--model", str(model), "--data", str(data), "--out", str(out), *FAST, *more]
+
+
+def finetune(capsys, *parts) -> dict:
+    assert main([*arguments(*parts), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def losses(report) -> list[tuple[float, float]]:
+    return [(step["loss"], step["grad_norm"]) for step in report["steps"]]
+
+
+def test_whole_command(capsys, model, text, tmp_path):
+    assert main(arguments(model, text, tmp_path, "--dropout", "0.1")) == 0
+    captured = capsys.readouterr()
+    for line in ("16-bit base", "NF4 base", "NF4 + adapter, trained", "trained parameters", "tokens/s", "continuation"):
+        assert line in captured.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    perplexity = report["perplexity"]
+    assert perplexity["NF4 + adapter, reloaded"] == perplexity["NF4 + adapter, trained"] < perplexity["NF4 base"]
+    assert report["layers"] == LINEARS
+    assert 3.7 < report["bytes_dense"] / report["bytes_nf4"] < 3.9
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "cache", "loss.png", "report.json"}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    again = finetune(capsys, model, text, tmp_path, "--dropout", "0.1")
+    assert losses(again) == losses(report)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    other = finetune(capsys, model, text, tmp_path, "--dropout", "0.1", "--seed", "1")
+    assert losses(other) != losses(report)
+
+
+def test_adapter_loads_in_peft(capsys, model, text, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    report = finetune(capsys, model, text, tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32.0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * LINEARS
+    assert sum(t.numel() for t in tensors.values()) == report["trainable"]
+    assert any(p.abs().max() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "paged_adamw", "--schedule", "linear"],
+        ["--gradient-checkpointing", "--micro-batch", "1"],
+        ["--compute-dtype", "fp32", "--blocksize", "128", "--no-double-quant"],
+        ["--target-modules", "q_proj,v_proj", "--skip", "lm_head,down_proj", "--prompt", "the"],
+        ["--eval-windows", "0", "--max-new-tokens", "0"],
+    ],
+    ids=lambda options: options[0].strip("-"),
+)
+def test_options(capsys, model, text, tmp_path, options):
+    report = finetune(capsys, model, text, tmp_path, *options)
+    assert len(report["steps"]) == 6
+    assert report["layers"] == (LINEARS - 2 if "--skip" in options else LINEARS)
+    if "--eval-windows" not in options:
+        assert report["perplexity"]["NF4 + adapter, trained"] < report["perplexity"]["NF4 base"]
+
+
+def test_gradient_checkpointing_changes_no_gradient(capsys, model, text, tmp_path):
+    plain = finetune(capsys, model, text, tmp_path, "--dropout", "0.1")
+    checkpointed = finetune(capsys, model, text, tmp_path, "--dropout", "0.1", "--gradient-checkpointing")
+    assert losses(checkpointed) == losses(plain)
+
+
+def test_records_with_completions(capsys, model, tmp_path):
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    records = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(20)] + [{"messages": chat}] * 6
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    report = finetune(capsys, model, data, tmp_path / "out")
+    assert report["predictions"] < 4 * 16
+    assert report["perplexity"]["NF4 + adapter, trained"] < report["perplexity"]["NF4 base"]
+
+
+def test_nf4_folder_is_taken_as_it_is(capsys, model, text, tmp_path):
+    assert main(["quantize", str(model), str(tmp_path / "nf4")]) == 0
+    capsys.readouterr()
+    direct = finetune(capsys, model, text, tmp_path / "a")
+    stored = finetune(capsys, tmp_path / "nf4", text, tmp_path / "b")
+    assert losses(stored) == losses(direct)
+    assert "16-bit base" not in stored["perplexity"]
+    assert not (tmp_path / "b" / "cache").exists()
+
+
+def test_killed_and_resumed_is_the_same_run(capsys, model, text, tmp_path):
+    options = ["--dropout", "0.1", "--checkpoint-every", "2", "--steps", "24", "--optimizer", "paged_adamw"]
+    whole = finetune(capsys, model, text, tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "qlora_kernels.cli", *arguments(model, text, killed, *options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = killed / "checkpoints" / "step-00000002.safetensors"
+    deadline = time.monotonic() + 120
+    while not first.exists() and not (killed / "report.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "report.json").exists(), "it ended before it was killed"
+    assert list((killed / "checkpoints").glob("step-*.safetensors"))
+    resumed = finetune(capsys, model, text, killed, *options, "--resume")
+    assert losses(resumed) == losses(whole)
+    assert resumed["perplexity"] == whole["perplexity"]
+    for name, tensor in load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, load_file(killed / "adapter" / "adapter_model.safetensors")[name]), name
+
+
+def refused(capsys, *argv) -> str:
+    """The one line of an exit with code 2."""
+    try:
+        code = main([str(argument) for argument in argv])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_bad_files_are_refused(capsys, model, text, tmp_path):
+    def line(data, *more, out=tmp_path / "out", base=model):
+        return refused(capsys, *arguments(base, data, out, *more))
+
+    assert "no/such.txt" in line("no/such.txt")
+    assert 'or "builtin", got a path that does not exist' in line(text, base="no/such/model")
+    assert "must be a model folder, with config.json" in line(text, base=tmp_path)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert "empty.txt: must hold text, got an empty file" in line(empty)
+    short = tmp_path / "short.txt"
+    short.write_text("word")
+    assert "short.txt: must be long enough to keep a part unseen" in line(short)
+    short.write_text("a few words too few " * 2)
+    assert "short.txt: must fill a window of 64 tokens, got" in line(short, "--seq-len", "64")
+    short.write_text("words " * 40)
+    assert "short.txt (its unseen part): must fill a window of 32 tokens, got 2" in line(short)
+    broken = write_jsonl(tmp_path / "broken.jsonl", [{"text": "x"}, {"wrong": "y"}])
+    assert "broken.jsonl:2: must hold" in line(broken)
+    (tmp_path / "file").touch()
+    assert "file" in line(text, out=tmp_path / "file" / "out")
+    assert "skip: 'lm_haed' matches no linear layer; did you mean one of ['lm_head'" in line(text, "--skip", "lm_haed")
+    assert "q_prj" in line(text, "--target-modules", "q_prj")
+
+
+def test_bad_options_are_refused(capsys, model, text, tmp_path):
+    def line(*more):
+        return refused(capsys, *arguments(model, text, tmp_path, *more))
+
+    assert "--steps: must be >= 1, got 0" in line("--steps", "0")
+    assert "--dropout: must be in [0, 1), got 1" in line("--dropout", "1")
+    assert "--lr" in line("--lr", "fast")
+    assert "--blocksize" in line("--blocksize", "100")
+    assert "--method" in line("--method", "magic")
+    assert "COMMAND" in refused(capsys)
+    finetune(capsys, model, text, tmp_path, "--checkpoint-every", "3")
+    assert "another r (4 -> 8)" in line("--r", "8", "--resume")
+
+
+def test_diverging_ends_with_1(capsys, model, text, tmp_path):
+    assert main(arguments(model, text, tmp_path, "--lr", "1e30", "--clip", "0")) == 1
+    assert "must be finite" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+    assert not Path(tmp_path / "report.json").exists()
