@@ -291,7 +291,8 @@ class PeftModel(nn.Module):
             for parameter in module._parameters.values():
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         for path, layer in self.host.adapted().items():
-            if layer.unmerged and owners.get(id(layer.unmerged[0]._parameters.get("weight")), 0):
+            weight = layer.unmerged[0]._parameters.get("weight") if layer.unmerged else None
+            if weight is not None and owners.get(id(weight), 0):
                 # The merged weight is another tensor than the one it was tied to, which keeps its values.
                 warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=3)
                 if hasattr(self.base_model, "config"):
