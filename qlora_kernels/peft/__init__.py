@@ -1,5 +1,6 @@
 """Every PEFT method in plain PyTorch, over nn.Linear and LinearNF4 alike. docs/methods.md teaches each."""
 
+from .adalora import AdaLoraConfig, adalora_ranks
 from .config import PeftConfig
 from .lora import LoraConfig
 from .lora_plus import lora_plus_groups
@@ -8,9 +9,11 @@ from .prepare import prepare_for_training
 from .registry import register_method
 
 __all__ = [
+    "AdaLoraConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
+    "adalora_ranks",
     "get_peft_model",
     "lora_plus_groups",
     "prepare_for_training",

@@ -288,7 +288,7 @@ class PeftModel(nn.Module):
     def _untie_merged(self) -> None:
         owners: dict[int, int] = {}
         for module in self.base_model.modules():
-            for parameter in module._parameters.values():
+            for parameter in module.parameters(recurse=False):
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         for path, layer in self.host.adapted().items():
             weight = layer.unmerged[0]._parameters.get("weight") if layer.unmerged else None

@@ -1,0 +1,439 @@
+"""AdaLoRA beside its equations and beside PEFT, and without PEFT's defects. Class 3: training behaviour."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qlora_kernels as qk
+from qlora_kernels.peft import AdaLoraConfig, PeftModel, adalora_ranks, get_peft_model
+from qlora_kernels.peft.rank_allocator import BudgetSchedule
+from tests.peft.models import batch, logits, make, randomize
+
+FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+def config(**options) -> AdaLoraConfig:
+    return AdaLoraConfig(
+        **{"target_modules": "all-linear", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 9}
+        | options
+    )
+
+
+def adalora(model: PeftModel, name: str = "default"):
+    return model.adapters[name][0]
+
+
+def train(model: PeftModel, steps, kind: str = "llama", lr: float = 0.5, forget: bool = False) -> None:
+    """SGD on random data, the same for the same step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    model.train()
+    for t in steps:
+        loss = logits(model, batch(kind, seed=t)).square().mean() + model.peft_loss()
+        loss.backward()
+        optimizer.step()
+        if not forget:
+            model.step(t)
+        optimizer.zero_grad()
+    model.eval()
+
+
+def trained(kind: str = "llama", *, nf4: bool = False, **options) -> PeftModel:
+    """A model at the end of its schedule, away from the identity from the first step on."""
+    model = get_peft_model(make(kind, nf4=nf4), config(**options))
+    randomize(model, std=0.05)
+    train(model, range(10), kind)
+    return model
+
+
+# Equations
+
+
+@FORMATS
+def test_forward_and_gradients(nf4):
+    linear = nn.Linear(64, 24)
+    base = qk.LinearNF4.from_linear(linear) if nf4 else linear
+    w = base.dequantize(torch.float32) if nf4 else linear.weight.detach()
+    model = get_peft_model(nn.Sequential(base), config(target_modules=["0"], lora_alpha=6))
+    randomize(model)
+    triplets = adalora(model).deltas["0"].triplets
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    A, E, B = (parameter.detach().clone().requires_grad_() for parameter in triplets)
+    x_ref = x.detach().clone().requires_grad_()
+    y_ref = x_ref @ (w + 6 / 4 * B @ torch.diag(E.flatten()) @ A).T + linear.bias
+    y_ref.square().sum().backward()
+    reference = [y_ref, x_ref.grad, A.grad, E.grad, B.grad]
+    for ours, expected in zip([y, x.grad, *(p.grad for p in triplets)], reference, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_importance_and_masks():
+    model = get_peft_model(make("llama"), config(deltaT=2))
+    randomize(model)
+    deltas = adalora(model).deltas
+    sensitivity, uncertainty = [{path: [0.0] * 3 for path in deltas} for _ in range(2)]
+    for t in range(1, 8):
+        logits(model, batch("llama", seed=t)).square().mean().backward()
+        before = {path: delta.lora_E.detach().clone() for path, delta in deltas.items()}
+        score = {}
+        for path, delta in deltas.items():
+            parts = []
+            for i, w in enumerate(delta.triplets):
+                importance = (w * w.grad).abs().detach()
+                if t < 7:
+                    sensitivity[path][i] = 0.85 * sensitivity[path][i] + 0.15 * importance
+                    off = (importance - sensitivity[path][i]).abs()
+                    uncertainty[path][i] = 0.85 * uncertainty[path][i] + 0.15 * off
+                parts.append(sensitivity[path][i] * uncertainty[path][i])
+            score[path] = parts[1].flatten() + parts[0].mean(dim=1) + parts[2].mean(dim=0)
+        model.step(t)
+        model.zero_grad()
+        if t == 1 or (t % 2 and t < 7):
+            assert all(torch.equal(before[path], delta.lora_E) for path, delta in deltas.items())
+            continue
+        budget = int(2 * len(deltas) + 2 * len(deltas) * (1 - (t - 1) / 6) ** 3)
+        threshold = torch.cat(list(score.values())).sort(descending=True).values[budget - 1]
+        for path, delta in deltas.items():
+            kept = (score[path] >= threshold * (1 - 1e-4))[:, None]
+            assert torch.equal(delta.lora_E, before[path] * kept), t
+    assert sum(adalora_ranks(model).values()) == 2 * len(deltas)
+
+
+def test_schedule():
+    schedule = BudgetSchedule(start=120, end=40, tinit=10, last=90, deltaT=5)
+    assert [schedule.budget(t) for t in (0, 10, 50, 90, 200)] == [120, 120, 40 + 10, 40, 40]
+    assert [t for t in range(100) if schedule.allocates_at(t)] == [*range(15, 90, 5), *range(90, 100)]
+    budgets = [schedule.budget(t) for t in range(100)]
+    assert budgets == sorted(budgets, reverse=True)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_regularizer_in_training_only_whatever_the_task(task):
+    model = get_peft_model(make("llama"), config(orth_reg_weight=0.3, task_type=task)).train()
+    grams = []
+    for delta in adalora(model).deltas.values():
+        A, _, B = delta.triplets
+        grams += [A @ A.T, B.T @ B]
+    expected = 0.3 * torch.stack([(gram - torch.eye(4)).square().sum().sqrt() for gram in grams]).mean()
+    torch.testing.assert_close(model.peft_loss(), expected)
+    inputs = {**batch("llama"), "labels": batch("llama")["input_ids"]}
+    loss = model(**inputs).loss
+    assert model.eval().peft_loss() == 0
+    torch.testing.assert_close(model(**inputs).loss, loss)
+
+
+# Beside PEFT
+
+
+@pytest.mark.parametrize(("orth_reg_weight", "steps"), [(0.0, 10), (0.3, 7)])
+def test_training_is_pefts(hf_peft, tmp_path, orth_reg_weight, steps):
+    """Step by step; with a regularizer up to the final phase, where PEFT's includes the triplets that are gone."""
+    ours = get_peft_model(make("llama"), config(task_type="CAUSAL_LM", orth_reg_weight=orth_reg_weight))
+    randomize(ours, std=0.05)
+    ours.save_pretrained(tmp_path)
+    theirs = hf_peft.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.3) for m in (ours, theirs)]
+    for model in (ours, theirs):
+        model.train()
+    for t in range(steps):
+        inputs = {**batch("llama", seed=t), "labels": batch("llama", seed=t)["input_ids"]}
+        ours_loss = ours(**inputs).loss + ours.peft_loss()
+        theirs_loss = theirs(**inputs).loss
+        torch.testing.assert_close(ours_loss, theirs_loss, rtol=1e-4, atol=1e-5)
+        for loss, optimizer in zip((ours_loss, theirs_loss), optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+        ours.step(t)
+        theirs.base_model.update_and_allocate(t)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        pattern = theirs.peft_config["default"].rank_pattern
+        for path, delta in adalora(ours).deltas.items():
+            layer = theirs.get_submodule(f"base_model.model.{path}")
+            if pattern:
+                assert pattern.get(f"{path}.lora_E.default", pattern.get(f"{path}.lora_E")) == delta.kept.tolist()
+            if t < 7:  # later the pruned rows drift, theirs and ours apart
+                torch.testing.assert_close(delta.lora_E, layer.lora_E["default"], rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(delta.lora_A, layer.lora_A["default"], rtol=1e-3, atol=1e-5)
+    for model in (ours, theirs):
+        model.eval()
+    torch.testing.assert_close(logits(ours, batch("llama")), logits(theirs, batch("llama")), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*rank_pattern keys", "ignore:.*LoRA tensor.*invalid shape", "ignore:.*fan_in_fan_out"
+)
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
+def test_files_cross_both_ways_with_equal_outputs(hf_peft, tmp_path, kind):
+    inputs = batch(kind)
+    ours = trained(kind, task_type=TASKS[kind], target_r=1)
+    assert len(set(adalora_ranks(ours).values())) > 1
+    expected = logits(ours, inputs)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = hf_peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs, inputs), expected, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for who in ("ours", "theirs"):
+        again = PeftModel.from_pretrained(make(kind), tmp_path / who)
+        torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-5, atol=1e-5)
+        assert adalora_ranks(again) == adalora_ranks(ours)
+    ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_a_file_of_unpruned_pefts(hf_peft, tmp_path):
+    options = {"target_modules": ["q_proj"], "total_step": 10, "init_lora_weights": False}
+    theirs = hf_peft.get_peft_model(make("llama"), hf_peft.AdaLoraConfig(**options)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(make("llama"), tmp_path)
+    torch.testing.assert_close(logits(ours, batch("llama")), logits(theirs, batch("llama")), rtol=1e-5, atol=1e-5)
+
+
+# Files
+
+
+@FORMATS
+def test_only_kept_triplets_are_saved(tmp_path, nf4):
+    model = trained(nf4=nf4)
+    model.save_pretrained(tmp_path)
+    ranks = adalora_ranks(model)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert sum(ranks.values()) == 2 * len(ranks)
+    for path, rank in ranks.items():
+        assert tensors[f"base_model.model.{path}.lora_A"].shape[0] == rank
+        assert tensors[f"base_model.model.{path}.lora_B"].shape[1] == rank
+        assert tensors[f"base_model.model.{path}.lora_E"].shape == (rank, 1)
+        assert (len(pattern[f"{path}.lora_E"]), sum(pattern[f"{path}.lora_E"])) == (4, rank)
+    assert not (tmp_path / "qlora_kernels.safetensors").exists()
+    again = PeftModel.from_pretrained(make("llama", nf4=nf4), tmp_path)
+    torch.testing.assert_close(logits(again, batch("llama")), logits(model, batch("llama")), rtol=1e-5, atol=1e-6)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_training_resumes_exactly(tmp_path, stop):
+    through, broken = (get_peft_model(make("llama"), config()) for _ in range(2))
+    for model in (through, broken):
+        randomize(model, std=0.05)
+    train(through, range(10))
+    train(broken, range(stop))
+    broken.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, batch("llama")), logits(broken, batch("llama")))
+    train(again, range(stop, 10))
+    assert adalora_ranks(again) == adalora_ranks(through)
+    assert torch.equal(logits(again, batch("llama")), logits(through, batch("llama")))
+
+
+def test_pruning_goes_on_from_a_pruned_file(tmp_path):
+    trained(target_r=3).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "target_r": 1}))
+    model = PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    train(model, range(10))
+    ranks = adalora_ranks(model)
+    assert sum(ranks.values()) == len(ranks)
+    model.save_pretrained(tmp_path / "again")
+    pattern = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["rank_pattern"]
+    assert {key: sum(kept) for key, kept in pattern.items()} == {f"{p}.lora_E": r for p, r in ranks.items()}
+    assert all(set(kept) <= {False, True} and len(kept) == 4 for kept in pattern.values())
+    again = PeftModel.from_pretrained(make("llama"), tmp_path / "again")
+    torch.testing.assert_close(logits(again, batch("llama")), logits(model, batch("llama")), rtol=1e-5, atol=1e-6)
+
+
+def test_a_forgotten_step_raises_at_save(tmp_path):
+    model = get_peft_model(make("llama"), config())
+    train(model, range(3), forget=True)
+    with pytest.raises(RuntimeError, match=r"must be called after every backward.* last call was none"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    train(model, range(3))
+    train(model, [3], forget=True)
+    with pytest.raises(RuntimeError, match=r"last call was step\(2\)"):
+        model.save_pretrained(tmp_path)
+
+
+def test_step_needs_gradients():
+    with pytest.raises(RuntimeError, match="after backward and before zero_grad"):
+        get_peft_model(make("llama"), config()).step(0)
+
+
+# Ranks
+
+
+def test_equal_initial_and_target_rank():
+    model = trained(init_r=3, target_r=3)
+    assert set(adalora_ranks(model).values()) == {3}
+
+
+class TwoBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.needed(x) + 0.1 * self.idle(x.roll(1, 0))  # of another row: cannot help
+
+
+def test_ranks_go_where_they_matter():
+    torch.manual_seed(0)
+    base, x = TwoBranches(), torch.randn(64, 16)
+    target = base(x).detach() + x @ (torch.randn(16, 6) @ torch.randn(6, 16)) / 8
+    options = {"target_modules": ["needed", "idle"], "init_r": 6, "target_r": 3, "lora_alpha": 6}
+    model = get_peft_model(base, config(**options, total_step=300, tinit=50, tfinal=100, orth_reg_weight=0.01))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for t in range(300):
+        loss = (model(x) - target).square().mean()
+        losses.append(loss.item())
+        (loss + model.peft_loss()).backward()
+        model.step(t)  # before the optimizer's, which is allowed too
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.05 * losses[0]
+    ranks = adalora_ranks(model)
+    assert ranks["needed"] >= 5
+    assert ranks["needed"] + ranks["idle"] == 6
+
+
+@FORMATS
+def test_final_ranks_shrink_the_forward(nf4):
+    model = trained(nf4=nf4, target_r=1)
+    ranks, deltas = adalora_ranks(model), adalora(model).deltas
+    assert 0 in ranks.values()
+    for path, rank in ranks.items():
+        lora_A, lora_B, _ = deltas[path].lowrank()
+        assert lora_A.shape[0] == lora_B.shape[1] == max(rank, 1)
+        assert rank or not lora_A.any()
+    if nf4:
+        assert set(model.explain().values()) == {"fused"}
+    before = logits(model, batch("llama"))
+    for path, delta in deltas.items():
+        gone = ~delta.kept
+        delta.lora_E.data[gone] = 7.0  # whatever an optimizer's momentum does to them
+        assert delta.lora_E.shape[0] == 4, path
+    assert torch.equal(logits(model, batch("llama")), before)
+
+
+def test_adapters_of_overlapping_names_do_not_share_a_budget():
+    model = get_peft_model(make("llama"), config(), adapter_name="a")
+    model.add_adapter("ab", config(target_r=1, target_modules=["q_proj"]))
+    for name in ("a", "ab"):
+        model.set_adapter(name)
+        randomize(model, std=0.05)
+        train(model, range(10))
+    a, ab = adalora_ranks(model, "a"), adalora_ranks(model, "ab")
+    assert (sum(a.values()), sum(ab.values())) == (2 * len(a), len(ab))
+    assert len(a) > len(ab)
+    with pytest.raises(ValueError, match="must be an AdaLoRA adapter"):
+        adalora_ranks(model)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_step_waits_for_no_device_and_updates_all_weights_at_once():
+    model = get_peft_model(make("llama"), config(total_step=100))
+    train(model, range(3))
+    model.train()
+    logits(model, batch("llama")).square().mean().backward()
+    with Operations() as operations:
+        adalora(model).allocator.update()
+    assert len(operations.names) < 20
+    with Operations() as operations:
+        model.step(3)
+    assert not {"_local_scalar_dense", "nonzero"} & set(operations.names)
+
+
+# In the framework
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
+def test_identity_at_init(kind, nf4):
+    base, inputs = make(kind, nf4=nf4), batch(kind)
+    before = logits(base, inputs)
+    model = get_peft_model(base, config())
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-5, atol=1e-6)
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+        "lora_E",
+    }
+
+
+@pytest.mark.filterwarnings("error:merge")
+@FORMATS
+def test_merge_and_unmerge(nf4):
+    model, inputs = trained(nf4=nf4), batch("llama")
+    before = logits(model, inputs)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs), before)
+    base = model.merge_and_unload()
+    torch.testing.assert_close(logits(base, inputs), before, rtol=1e-4, atol=1e-5)
+
+
+@FORMATS
+def test_each_row_its_adapter(nf4):
+    model, inputs = trained(nf4=nf4), batch("llama", rows=2)
+    alone = logits(model, inputs)
+    with model.disable_adapter():
+        base = logits(model, inputs)
+    mixed = logits(model, inputs, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed, torch.stack([alone[0], base[1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_of_rank_zero_out_of_a_file(tmp_path):
+    model = trained(nf4=True, target_r=1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("llama", nf4=True), tmp_path, is_trainable=True)
+    assert 0 in adalora_ranks(again).values()
+    torch.testing.assert_close(logits(again, batch("llama")), logits(model, batch("llama")), rtol=1e-5, atol=1e-6)
+    train(again, range(10))
+    again.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("target_r", {"target_r": 5}),
+        ("tinit", {"tinit": 7}),
+        ("tfinal", {"tfinal": 9}),
+        ("deltaT", {"deltaT": 0}),
+        ("beta1", {"beta1": 1.0}),
+        ("beta2", {"beta2": 0.0}),
+        ("orth_reg_weight", {"orth_reg_weight": -0.1}),
+        ("lora_alpha", {"lora_alpha": 0}),
+        ("lora_dropout", {"lora_dropout": 1.0}),
+        ("bias", {"bias": "some"}),
+    ],
+)
+def test_bad_configurations(field, options):
+    with pytest.raises(ValueError, match=f"AdaLoraConfig: {field} must"):
+        config(**options)
+
+
+def test_what_peft_ignores_is_refused():
+    with pytest.raises(TypeError):
+        config(r=4)
+    with pytest.raises(NotImplementedError, match="use_rslora"):
+        AdaLoraConfig.from_dict({"total_step": 9, "r": 8, "use_rslora": True})
