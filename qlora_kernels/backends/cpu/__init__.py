@@ -1,12 +1,62 @@
-"""The cpu backend's kernels."""
+"""The native CPU backend: C++ kernels over the format's own bytes (csrc/cpu), one library for every torch from 2.10 on.
+
+The library picks its instruction set when first used; QLORA_CPU_ISA=avx512_bf16|avx512|avx2|portable forces one, and is
+read in csrc/cpu/isa.cpp alone.
+"""
 
 from __future__ import annotations
 
-from ...ops._registry import KernelSpec
+from functools import cache
+from pathlib import Path
 
-KERNELS: tuple[KernelSpec, ...] = ()
+import torch
+
+from ...ops._registry import KernelSpec, supports_all
+from .kernels import (
+    dequantize_nf4,
+    linear_nf4,
+    linear_nf4_grad_x,
+    linear_nf4_lora,
+    linear_nf4_lora_backward,
+    quantize_absmax,
+    quantize_nf4,
+)
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+
+_FUNCTIONS = (
+    quantize_nf4,
+    quantize_absmax,
+    dequantize_nf4,
+    linear_nf4,
+    linear_nf4_grad_x,
+    linear_nf4_lora,
+    linear_nf4_lora_backward,
+)
+KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)
 
 
+@cache
 def unavailable() -> str | None:
-    """Why this backend cannot run here, with the fix; None where it can."""
-    return "not built; see `make setup`"
+    """Why this backend cannot run here, with the fix; None where it can. Loads the library.
+
+    Raises OSError, the loader's own, for a library that is there but does not load: that is a broken installation.
+    """
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built; install a C++ compiler and run `make ext`"
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    return None
+
+
+def instruction_set(force: str | None = None) -> str:
+    """The instruction set in use, after changing it to `force` if given ("" restores the automatic choice).
+
+    Raises RuntimeError for a name that QLORA_CPU_ISA or `force` gives and that cannot run here.
+    """
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(f"cpu backend: {reason}")
+    isa: str = torch.ops.qlora_kernels_C.cpu_isa(force)
+    return isa
+
+
+__all__ = ["KERNELS", "LIBRARY", "instruction_set", "unavailable"]

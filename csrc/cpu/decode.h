@@ -1,0 +1,68 @@
+// From packed indices to numbers.
+//
+// All 64 weights of a block share one absmax, so a block has sixteen possible values: code[q] * absmax is multiplied
+// and rounded once per block into a table of sixteen, and each weight is then a table lookup with no arithmetic. The
+// result is bit for bit the dequantized weight, in any element type, at the cost of a copy.
+#pragma once
+
+#include "qlora/nf4_weight.h"
+#include "simd.h"
+
+namespace qlora::QLORA_ISA {
+
+// How a block's table is made: values rounded to T and stored as T ...
+template <class T>
+struct RoundTo {
+    using Elem = T;
+    static Code16<T> code(float absmax) { return code16(scaled_code(absmax), static_cast<T*>(nullptr)); }
+};
+
+// ... or rounded to T and stored as float, for kernels that compute on floats whatever x's type is.
+template <class T>
+struct RoundWidened {
+    using Elem = float;
+    static Code16<float> code(float absmax) { return widen(scaled_code(absmax), static_cast<T*>(nullptr)); }
+};
+
+#ifdef __AVX512BF16__
+struct RoundForDot {
+    using Elem = Bf16;
+    static Code16<Bf16> code(float absmax) { return code16_fast(scaled_code(absmax)); }
+};
+#endif
+
+// dst[i] = value of element begin + i, for elements of one block.
+template <class E>
+static inline void decode_run(const Code16<E>& code, const uint8_t* packed, int64_t begin, int64_t end, E* dst) {
+    alignas(64) E values[32];
+    if (begin & 1) {
+        const uint8_t pair[16] = {packed[begin >> 1]};
+        lookup32(code, pair, values);
+        *dst++ = values[1];
+        ++begin;
+    }
+    const uint8_t* bytes = packed + (begin >> 1);
+    int64_t left = end - begin;
+    for (; left >= 32; left -= 32, bytes += 16, dst += 32) lookup32(code, bytes, dst);
+    if (left > 0) {
+        uint8_t rest[16] = {};
+        memcpy(rest, bytes, static_cast<size_t>((left + 1) >> 1));
+        lookup32(code, rest, values);
+        memcpy(dst, values, static_cast<size_t>(left) * sizeof(E));
+    }
+}
+
+// dst[i] = value of the flat element begin + i; the range may start and end anywhere.
+template <class Rounding>
+static inline void decode_range(const NF4Weight& w, int64_t begin, int64_t end, typename Rounding::Elem* dst) {
+    while (begin < end) {
+        const int64_t block = begin >> w.block_shift;
+        const int64_t block_end = (block + 1) << w.block_shift;
+        const int64_t stop = block_end < end ? block_end : end;
+        decode_run(Rounding::code(first_level(w, block)), w.packed, begin, stop, dst);
+        dst += stop - begin;
+        begin = stop;
+    }
+}
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,113 @@
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "qlora/cpu_isa.h"
+
+namespace qlora {
+
+#define QLORA_DECLARE_TABLE(isa)   \
+    namespace isa {                \
+    extern const Kernels kKernels; \
+    }
+QLORA_DECLARE_TABLE(portable)
+#ifdef QLORA_X86_KERNELS
+QLORA_DECLARE_TABLE(avx2)
+QLORA_DECLARE_TABLE(avx512)
+QLORA_DECLARE_TABLE(avx512_bf16)
+#endif
+#undef QLORA_DECLARE_TABLE
+
+namespace {
+
+constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
+
+Isa choose(const char* name, const char* source) {
+    if (!name || !*name) {
+        for (const Isa isa : kBestFirst) {
+            if (isa_supported(isa)) return isa;
+        }
+    }
+    for (const Isa isa : kBestFirst) {
+        if (strcmp(name, isa_name(isa)) != 0) continue;
+        if (isa_supported(isa)) return isa;
+        throw std::invalid_argument(std::string(source) + "=" + name +
+                                    ": this CPU, its operating system or this build " +
+                                    "lacks it; unset it to use the best one there is");
+    }
+    throw std::invalid_argument(std::string(source) + " must be avx512_bf16, avx512, avx2 or portable, got " + name);
+}
+
+constexpr int kUndecided = -1;
+std::atomic<int> chosen{kUndecided};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx512Bf16:
+            return "avx512_bf16";
+        case Isa::kAvx512:
+            return "avx512";
+        case Isa::kAvx2:
+            return "avx2";
+        case Isa::kPortable:
+            return "portable";
+    }
+    return "unknown";
+}
+
+// __builtin_cpu_supports looks at XCR0 as well as at cpuid: an operating system that does not save the wide registers
+// counts as lacking the instructions.
+bool isa_supported(Isa isa) {
+    if (isa == Isa::kPortable) return true;
+#ifdef QLORA_X86_KERNELS
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    switch (isa) {
+        case Isa::kAvx2:
+            return avx2;
+        case Isa::kAvx512:
+            return avx512;
+        case Isa::kAvx512Bf16:
+            return avx512 && __builtin_cpu_supports("avx512bf16");
+        default:
+            return false;
+    }
+#else
+    return false;
+#endif
+}
+
+Isa cpu_isa() {
+    int isa = chosen.load(std::memory_order_relaxed);
+    if (isa == kUndecided) {
+        isa = static_cast<int>(choose(std::getenv("QLORA_CPU_ISA"), "QLORA_CPU_ISA"));
+        chosen.store(isa, std::memory_order_relaxed);
+    }
+    return static_cast<Isa>(isa);
+}
+
+void force_cpu_isa(const char* name) { chosen.store(static_cast<int>(choose(name, "cpu_isa"))); }
+
+const Kernels& cpu_kernels() {
+    switch (cpu_isa()) {
+#ifdef QLORA_X86_KERNELS
+        case Isa::kAvx512Bf16:
+            return avx512_bf16::kKernels;
+        case Isa::kAvx512:
+            return avx512::kKernels;
+        case Isa::kAvx2:
+            return avx2::kKernels;
+#endif
+        default:
+            return portable::kKernels;
+    }
+}
+
+}  // namespace qlora

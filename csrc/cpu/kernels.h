@@ -1,0 +1,52 @@
+// What the CPU kernels are called. One table per instruction set; cpu_kernels() is the one of cpu_isa().
+//
+// Every pointer is contiguous and valid for the shapes given; x, y and gradients share one dtype.
+#pragma once
+
+#include <cstdint>
+
+#include "qlora/dtypes.h"
+#include "qlora/nf4_weight.h"
+
+namespace qlora {
+
+// x [M, K] and y [M, N] of `dtype`; bias [N] or data == nullptr.
+struct LinearProblem {
+    NF4Weight weight;
+    DType dtype;
+    int64_t M;
+};
+
+// lora_A [r, K], lora_B [N, r]. threshold: an element is dropped where its 16-bit draw lies below; 0 means no dropout.
+struct Lora {
+    AnyFloat A;
+    AnyFloat B;
+    int64_t r;
+    float scaling;
+    uint32_t threshold;
+    uint64_t seed;
+};
+
+struct Kernels {
+    // w [numel] of dtype -> packed [(numel + 1) / 2], absmax [ceil(numel / blocksize)]
+    void (*quantize_nf4)(const void* w, DType dtype, int64_t numel, int block_shift, uint8_t* packed, float* absmax);
+    // absmax [blocks], its mean -> absmax_q [blocks], absmax_scale [ceil(blocks / 256)]
+    void (*quantize_absmax)(const float* absmax, int64_t blocks, float offset, uint8_t* absmax_q, float* absmax_scale);
+    // out [N * K] of dtype
+    void (*dequantize_nf4)(const NF4Weight& weight, DType dtype, void* out);
+    // y = x W^T + bias
+    void (*linear_nf4)(const LinearProblem& p, const void* x, AnyFloat bias, void* y);
+    // grad_x = grad_y W
+    void (*linear_nf4_grad_x)(const LinearProblem& p, const void* grad_y, void* grad_x);
+    // s = dropout(x) A^T [M, r];  y = x W^T + bias + scaling s B^T
+    void (*linear_nf4_lora)(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s);
+    // grad_x (skipped where null), grad_A [r, K] and grad_B [N, r] in fp32
+    void (*linear_nf4_lora_backward)(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
+                                     const void* s, void* grad_x, float* grad_A, float* grad_B);
+    // bits [ceil(numel / 8)]: bit i set where element i is kept
+    void (*dropout_bits)(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
+};
+
+const Kernels& cpu_kernels();
+
+}  // namespace qlora

@@ -1,0 +1,95 @@
+// What the linear ops share: the choice of arithmetic for x's type, panels of the quantized weight, tiles in and out.
+#pragma once
+
+#include "kernels.h"
+#include "pack.h"
+
+namespace qlora::QLORA_ISA {
+
+inline constexpr int kVectors = 2;
+inline constexpr int kColumns = kVectors * kLanes;
+
+// x's type T -> the arithmetic. The weight is rounded to T in every case, so y is x @ dequantize(W, T)^T.
+template <class T>
+struct Arithmetic {
+    using Mac = FloatMac;
+    using Rounding = RoundWidened<T>;
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Arithmetic<Bf16> {
+    using Mac = Bf16Mac;
+    using Rounding = RoundForDot;
+};
+#endif
+
+// B[k, n] = W[n, k], for y = x W^T.
+template <class T>
+static inline auto weight_columns(const NF4Weight& w) {
+    using A = Arithmetic<T>;
+    return [&w](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename A::Mac::Elem* panel) {
+        fill_from_rows<typename A::Mac, kColumns>(column0, columns, step0, step1, w.K, panel,
+                                                  [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
+                                                      const int64_t begin = n * w.K + k;
+                                                      decode_range<typename A::Rounding>(w, begin, begin + count, dst);
+                                                  });
+    };
+}
+
+// B[n, k] = W[n, k], for grad_x = grad_y W: the same bytes, decoded the other way round.
+template <class T>
+static inline auto weight_rows(const NF4Weight& w) {
+    using A = Arithmetic<T>;
+    return [&w](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename A::Mac::Elem* panel) {
+        fill_from_columns<typename A::Mac, kColumns>(
+            column0, columns, step0, step1, w.N, panel,
+            [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
+                const int64_t begin = n * w.K + k;
+                decode_range<typename A::Rounding>(w, begin, begin + count, dst);
+            });
+    };
+}
+
+// One tile's accumulators, plus a bias by column where there is one, to rows of a row-major [*, row_length] output.
+template <int kWidth, class T>
+static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile, int64_t column0, int64_t columns,
+                              int64_t row_length, T* out, const float* bias = nullptr) {
+    F32 added[kWidth / kLanes];
+    for (int64_t j = 0; j < kWidth; j += kLanes) {
+        const int n = static_cast<int>(columns - j < 0 ? 0 : columns - j < kLanes ? columns - j : kLanes);
+        added[j / kLanes] = bias && n > 0 ? load_n(bias + column0 + j, n) : zero();
+    }
+    const int rows = tiling.valid(tile);
+    for (int i = 0; i < rows; ++i) {
+        T* row = out + (tiling.begin(tile) + i) * row_length + column0;
+        for (int64_t j = 0; j < columns; j += kLanes) {
+            const F32 sum = add(load(c + i * kWidth + j), added[j / kLanes]);
+            store_n(row + j, sum, static_cast<int>(columns - j < kLanes ? columns - j : kLanes));
+        }
+    }
+}
+
+// bias as fp32, in scratch memory; null stays null.
+static inline const float* bias_as_float(AnyFloat bias, int64_t N) {
+    if (!bias.data) return nullptr;
+    if (bias.dtype == DType::kFloat32) return static_cast<const float*>(bias.data);
+    float* converted = static_cast<float*>(workspace(Slot::kSmall, static_cast<size_t>(N) * sizeof(float)));
+    convert_row(bias, 0, N, converted);
+    return converted;
+}
+
+// Calls body(static_cast<T*>(nullptr)) for the C++ type of `dtype`.
+template <class Body>
+static inline void with_type(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return body(static_cast<float*>(nullptr));
+        case DType::kBfloat16:
+            return body(static_cast<Bf16*>(nullptr));
+        case DType::kFloat16:
+            return body(static_cast<Fp16*>(nullptr));
+    }
+}
+
+}  // namespace qlora::QLORA_ISA

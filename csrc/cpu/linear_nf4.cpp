@@ -1,0 +1,31 @@
+// linear_nf4: y[m, n] = bias[n] + sum_k x[m, k] * w_hat[n, k], fp32 accumulators.
+//
+// Panels of W^T (gemm.h): 2 * kLanes columns n, decoded row by row along k and transposed in registers.
+#include "linear.h"
+#include "ops.h"
+
+namespace qlora::QLORA_ISA {
+namespace {
+
+template <class T>
+void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
+    using Mac = typename Arithmetic<T>::Mac;
+    const int64_t N = p.weight.N;
+    const float* bias_values = bias_as_float(bias, N);
+    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, x, p.M, p.weight.K);
+    panel_gemm<Mac, kVectors>(
+        a, N, weight_columns<T>(p.weight),
+        [&](int64_t, int64_t, int64_t, float* c) { clear(c, a.tiling.rows * kColumns); },
+        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+            store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+        });
+}
+
+}  // namespace
+
+void linear_nf4(const LinearProblem& p, const void* x, AnyFloat bias, void* y) {
+    if (p.M == 0) return;
+    with_type(p.dtype, [&]<class T>(T*) { linear(p, static_cast<const T*>(x), bias, static_cast<T*>(y)); });
+}
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,62 @@
+// linear_nf4_lora: s = dropout(x) A^T;  y = x W^T + bias + scaling * s B^T.
+//
+// s comes first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). In the large
+// product each tile's accumulators then start as s (scaling B)^T, r more steps of the same kernel, so that y is
+// written once and the low-rank path costs r / K of the product instead of three passes over y.
+#include "lora.h"
+
+namespace qlora::QLORA_ISA {
+namespace {
+
+template <class T>
+void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat bias, T* y, T* s) {
+    using Mac = typename Arithmetic<T>::Mac;
+    using Elem = typename Mac::Elem;
+    const int64_t M = p.M, N = p.weight.N, K = p.weight.K, r = lora.r;
+    const float* bias_values = bias_as_float(bias, N);
+    const auto lora_a = [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
+        fill_from_rows<Mac, decltype(width)::value>(column0, columns, step0, step1, K, panel,
+                                                    [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
+                                                        factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
+                                                    });
+    };
+
+    const uint8_t* bits = dropout_bitmap(lora, M * K);
+    if (bits) {
+        const Packed<Mac> masked = packed_operand<Mac>(Slot::kPackedA, M, K);
+        parallel_ranges(masked.tiling.count, 1, [&](int64_t tile0, int64_t tile1) {
+            for (int64_t t = tile0; t < tile1; ++t) {
+                pack_tile(masked, t, K, [&](int64_t row, int64_t begin, int64_t n, Elem* dst) {
+                    masked_row(x + row * K + begin, n, bits, row * K + begin, dst);
+                });
+            }
+        });
+        narrow_product(masked, r, keep_scale(lora), lora_a, s);
+    }
+    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, x, M, K);
+    if (!bits) narrow_product(a, r, 1.0f, lora_a, s);
+
+    const Packed<Mac> low_rank = pack_rows<Mac>(Slot::kPackedB, s, M, r);
+    const Factor<Mac> factor = factor_from_rows<Mac, T>(lora.B, N, r, lora.scaling);
+    const TileKernel<Mac> kernel = tile_kernel_for<Mac, kVectors>(a.tiling.rows);
+    panel_gemm<Mac, kVectors>(
+        a, N, weight_columns<T>(p.weight),
+        [&](int64_t tile, int64_t column0, int64_t, float* c) {
+            clear(c, a.tiling.rows * kColumns);
+            kernel(low_rank.tile(tile), factor.strip(column0), factor.steps, c);
+        },
+        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+            store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+        });
+}
+
+}  // namespace
+
+void linear_nf4_lora(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s) {
+    if (p.M == 0) return;
+    with_type(p.dtype, [&]<class T>(T*) {
+        linear_lora(p, lora, static_cast<const T*>(x), bias, static_cast<T*>(y), static_cast<T*>(s));
+    });
+}
+
+}  // namespace qlora::QLORA_ISA

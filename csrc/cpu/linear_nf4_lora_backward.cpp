@@ -1,0 +1,138 @@
+// linear_nf4_lora_backward, with G = grad_y:
+//
+//     ds     = scaling * G B               narrow product over n, from the tiles of G that grad_x needs anyway
+//     grad_B = scaling * (s^T G)^T         r x N product over tokens, panels of G
+//     grad_A = ds^T dropout(x)             r x K product over tokens, panels of x with the dropped elements zeroed
+//     grad_x = G W + mask * (ds A) / keep  the large product, its accumulators started by the low-rank one
+//
+// The mask is one bitmap made once and read twice. Everything accumulates in fp32; ds is rounded to x's type, as the
+// composed operations would.
+#include "lora.h"
+
+namespace qlora::QLORA_ISA {
+namespace {
+
+// The rows of a row-major [M, width] matrix as panels that contract over m.
+template <class Mac, class T>
+auto token_panels(const T* src, int64_t M, int64_t width) {
+    using Elem = typename Mac::Elem;
+    return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
+        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel,
+                                         [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
+                                             convert_row(src + m * width + begin, count, dst);
+                                         });
+    };
+}
+
+template <class Mac, class T>
+auto masked_token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
+    using Elem = typename Mac::Elem;
+    return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
+        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel,
+                                         [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
+                                             masked_row(src + m * width + begin, count, bits, m * width + begin, dst);
+                                         });
+    };
+}
+
+void multiply(float* c, int64_t floats, float scale) {
+    const F32 factor = set1(scale);
+    for (int64_t i = 0; i < floats; i += kLanes) store(c + i, mul(load(c + i), factor));
+}
+
+// out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r] of Elem.
+template <class Mac, class Fill>
+void grad_factor(const typename Mac::Elem* factors, int64_t M, int64_t r, int64_t columns, float scale,
+                 const Fill& fill, bool transposed, float* out) {
+    const Packed<Mac> a = pack_columns<Mac>(Slot::kPackedB, factors, M, r);
+    const int64_t tile_floats = a.tiling.rows * kColumns;
+    panel_gemm<Mac, kVectors>(
+        a, columns, fill, [&](int64_t, int64_t, int64_t, float* c) { clear(c, tile_floats); },
+        [&](int64_t tile, int64_t column0, int64_t width, float* c) {
+            multiply(c, tile_floats, scale);
+            if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
+            for (int64_t n = 0; n < width; ++n) {
+                float* row = out + (column0 + n) * r + a.tiling.begin(tile);
+                for (int j = 0; j < a.tiling.valid(tile); ++j) row[j] = c[j * kColumns + n];
+            }
+        });
+}
+
+// c *= scale where kept, 0 where dropped, for the tile of an [M, K] tensor.
+void apply_mask(const uint8_t* bits, const Tiling& tiling, int64_t tile, int64_t column0, int64_t K, float scale,
+                float* c) {
+    const F32 factor = set1(scale);
+    for (int i = 0; i < tiling.valid(tile); ++i) {
+        const uint64_t mask = bits_at(bits, (tiling.begin(tile) + i) * K + column0);
+        for (int j = 0; j < kColumns; j += kLanes) {
+            float* lane = c + i * kColumns + j;
+            store(lane, keep(mul(load(lane), factor), static_cast<uint32_t>(mask >> j)));
+        }
+    }
+}
+
+template <class T>
+void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, const T* x, const T* s, T* grad_x,
+                   float* grad_A, float* grad_B) {
+    using Mac = typename Arithmetic<T>::Mac;
+    using Elem = typename Mac::Elem;
+    const int64_t M = p.M, N = p.weight.N, K = p.weight.K, r = lora.r;
+    const uint8_t* bits = dropout_bitmap(lora, M * K);
+
+    // ds and s as the products' operands.
+    const size_t small = static_cast<size_t>(M * r);
+    T* ds = static_cast<T*>(workspace(Slot::kSmall, small * (sizeof(T) + sizeof(Elem)) + 64));
+    Elem* factors = reinterpret_cast<Elem*>(reinterpret_cast<uint8_t*>(ds) + (small * sizeof(T) + 63) / 64 * 64);
+
+    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, grad_y, M, N);
+    narrow_product(
+        a, r, lora.scaling,
+        [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
+            fill_from_columns<Mac, decltype(width)::value>(column0, columns, step0, step1, N, panel,
+                                                           [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
+                                                               factor_row<T>(lora.B, n * r + j, count, 1.0f, dst);
+                                                           });
+        },
+        ds);
+
+    convert_row(s, M * r, factors);
+    grad_factor<Mac>(factors, M, r, N, lora.scaling, token_panels<Mac>(grad_y, M, N), true, grad_B);
+    convert_row(ds, M * r, factors);
+    if (bits) {
+        grad_factor<Mac>(factors, M, r, K, keep_scale(lora), masked_token_panels<Mac>(x, M, K, bits), false, grad_A);
+    } else {
+        grad_factor<Mac>(factors, M, r, K, 1.0f, token_panels<Mac>(x, M, K), false, grad_A);
+    }
+    if (!grad_x) return;
+
+    const Packed<Mac> low_rank = pack_rows<Mac>(Slot::kPackedB, ds, M, r);
+    const Factor<Mac> factor = factor_from_columns<Mac, T>(lora.A, K, r);
+    const TileKernel<Mac> kernel = tile_kernel_for<Mac, kVectors>(a.tiling.rows);
+    panel_gemm<Mac, kVectors>(
+        a, K, weight_rows<T>(p.weight),
+        [&](int64_t tile, int64_t column0, int64_t, float* c) {
+            clear(c, a.tiling.rows * kColumns);
+            kernel(low_rank.tile(tile), factor.strip(column0), factor.steps, c);
+            if (bits) apply_mask(bits, a.tiling, tile, column0, K, keep_scale(lora), c);
+        },
+        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+            store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
+        });
+}
+
+}  // namespace
+
+void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
+                              const void* s, void* grad_x, float* grad_A, float* grad_B) {
+    if (p.M == 0) {
+        memset(grad_A, 0, static_cast<size_t>(lora.r * p.weight.K) * sizeof(float));
+        memset(grad_B, 0, static_cast<size_t>(lora.r * p.weight.N) * sizeof(float));
+        return;
+    }
+    with_type(p.dtype, [&]<class T>(T*) {
+        lora_backward(p, lora, static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<const T*>(s),
+                      static_cast<T*>(grad_x), grad_A, grad_B);
+    });
+}
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,18 @@
+// One instruction set's kernels, as the files of this folder define them; kernels.h says what each computes.
+#pragma once
+
+#include "kernels.h"
+
+namespace qlora::QLORA_ISA {
+
+void quantize_nf4(const void* w, DType dtype, int64_t numel, int block_shift, uint8_t* packed, float* absmax);
+void quantize_absmax(const float* absmax, int64_t blocks, float offset, uint8_t* absmax_q, float* absmax_scale);
+void dequantize_nf4(const NF4Weight& weight, DType dtype, void* out);
+void linear_nf4(const LinearProblem& p, const void* x, AnyFloat bias, void* y);
+void linear_nf4_grad_x(const LinearProblem& p, const void* grad_y, void* grad_x);
+void linear_nf4_lora(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s);
+void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
+                              const void* s, void* grad_x, float* grad_A, float* grad_B);
+void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
+
+}  // namespace qlora::QLORA_ISA

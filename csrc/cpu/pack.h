@@ -1,0 +1,181 @@
+// Operands for panel_gemm (gemm.h): rows of x, of gradients and of LoRA factors into tiles and panels.
+#pragma once
+
+#include "gemm.h"
+
+namespace qlora::QLORA_ISA {
+
+// Elements a conversion buffer holds: a few rows of this stay in the first-level cache.
+inline constexpr int64_t kSpan = 256;
+
+// dst[i] = src[i], converted. Only the copies that the ops need.
+template <class T, class E>
+static inline void convert_row(const T* src, int64_t n, E* dst) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const int m = static_cast<int>(n - i < kLanes ? n - i : kLanes);
+        store_n(dst + i, load_n(src + i, m), m);
+    }
+}
+
+static inline void convert_row(const float* src, int64_t n, float* dst) { memcpy(dst, src, n * sizeof(float)); }
+static inline void convert_row(const Bf16* src, int64_t n, Bf16* dst) { memcpy(dst, src, n * sizeof(Bf16)); }
+
+template <class E>
+static inline void convert_row(const AnyFloat& src, int64_t offset, int64_t n, E* dst) {
+    switch (src.dtype) {
+        case DType::kFloat32:
+            return convert_row(static_cast<const float*>(src.data) + offset, n, dst);
+        case DType::kBfloat16:
+            return convert_row(static_cast<const Bf16*>(src.data) + offset, n, dst);
+        case DType::kFloat16:
+            return convert_row(static_cast<const Fp16*>(src.data) + offset, n, dst);
+    }
+}
+
+// Factors are rounded to T, x's type, as `lora_A.to(x.dtype)` is, whatever type the product computes in.
+template <class T, class E>
+static inline void factor_row(const AnyFloat& src, int64_t offset, int64_t n, float scale, E* dst) {
+    float values[kSpan];
+    for (int64_t i = 0; i < n; i += kSpan) {
+        const int64_t m = n - i < kSpan ? n - i : kSpan;
+        convert_row(src, offset + i, m, values);
+        for (int64_t j = 0; j < m; ++j) dst[i + j] = from_float<E>(to_float(from_float<T>(values[j] * scale)));
+    }
+}
+
+template <class E>
+static inline void zero_row(E* dst, int64_t n) {
+    if (n > 0) memset(dst, 0, static_cast<size_t>(n) * sizeof(E));
+}
+
+// Sixty-four bits of a bitmap from bit `position` on, the first in bit 0. The bitmap is padded by eight bytes.
+static inline uint64_t bits_at(const uint8_t* bits, int64_t position) {
+    uint64_t word;
+    memcpy(&word, bits + (position >> 3), sizeof word);
+    return word >> (position & 7);
+}
+
+// dst[i] = src[i] where bit (position + i) is set, else 0.
+template <class T, class E>
+static inline void masked_row(const T* src, int64_t n, const uint8_t* bits, int64_t position, E* dst) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const int m = static_cast<int>(n - i < kLanes ? n - i : kLanes);
+        store_n(dst + i, keep(load_n(src + i, m), static_cast<uint32_t>(bits_at(bits, position + i))), m);
+    }
+}
+
+// Packs rows [tile rows) x [0, length) of a source that `read(row, begin, n, dst)` delivers.
+template <class Mac, class Read>
+static void pack_tile(const Packed<Mac>& a, int64_t t, int64_t length, const Read& read) {
+    using Elem = typename Mac::Elem;
+    constexpr int kBufferRows = (kMaxRows + kTranspose - 1) / kTranspose * kTranspose;
+    alignas(64) Elem rows[kBufferRows][kSpan];
+    const int height = a.tiling.rows;
+    const int valid = a.tiling.valid(t);
+    Elem* out = a.tile(t);
+    for (int i = valid; i < height; ++i) zero_row(rows[i], kSpan);
+    for (int64_t begin = 0; begin < length; begin += kSpan) {
+        const int64_t n = length - begin < kSpan ? length - begin : kSpan;
+        const int64_t steps = steps_of<Mac>(n);
+        for (int i = 0; i < valid; ++i) {
+            read(a.tiling.begin(t) + i, begin, n, rows[i]);
+            zero_row(rows[i] + n, steps * Mac::kPair - n);
+        }
+        transpose_dwords(reinterpret_cast<const uint32_t*>(rows), kSpan / Mac::kPair, height, steps,
+                         reinterpret_cast<uint32_t*>(out), height);
+        out += steps * height * Mac::kPair;
+    }
+}
+
+// A[m, l] = src[m * length + l]
+template <class Mac, class T>
+static Packed<Mac> pack_rows(Slot slot, const T* src, int64_t M, int64_t length) {
+    const Packed<Mac> a = packed_operand<Mac>(slot, M, length);
+    parallel_ranges(a.tiling.count, 1, [&](int64_t tile0, int64_t tile1) {
+        for (int64_t t = tile0; t < tile1; ++t) {
+            pack_tile(a, t, length, [&](int64_t row, int64_t begin, int64_t n, typename Mac::Elem* dst) {
+                convert_row(src + row * length + begin, n, dst);
+            });
+        }
+    });
+    return a;
+}
+
+// A[j, m] = src[m * r + j]: the transpose, for products that contract over tokens. src is [M, r], already Elem.
+template <class Mac>
+static Packed<Mac> pack_columns(Slot slot, const typename Mac::Elem* src, int64_t M, int64_t r) {
+    const Packed<Mac> a = packed_operand<Mac>(slot, r, M);
+    const int height = a.tiling.rows;
+    for (int64_t t = 0; t < a.tiling.count; ++t) {
+        typename Mac::Elem* out = a.tile(t);
+        const int64_t j0 = a.tiling.begin(t);
+        for (int64_t m = 0; m < a.steps * Mac::kPair; ++m) {
+            for (int i = 0; i < height; ++i) {
+                const bool inside = m < M && j0 + i < r;
+                out[(m / Mac::kPair * height + i) * Mac::kPair + m % Mac::kPair] =
+                    inside ? src[m * r + j0 + i] : typename Mac::Elem{};
+            }
+        }
+    }
+    return a;
+}
+
+// Panel strips whose columns are rows of the source: B[l, n] = row n, element l. `read(n, begin, count, dst)`.
+template <class Mac, int kColumns, class Read>
+static void fill_from_rows(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
+                           typename Mac::Elem* panel, const Read& read) {
+    using Elem = typename Mac::Elem;
+    constexpr int kPair = Mac::kPair;
+    alignas(64) Elem rows[kTranspose][kSpan];
+    for (int64_t strip = 0; strip < columns; strip += kColumns) {
+        for (int r0 = 0; r0 < kColumns; r0 += kTranspose) {
+            Elem* out = panel + r0 * kPair;
+            for (int64_t s = step0; s < step1; s += kSpan / kPair) {
+                const int64_t steps = step1 - s < kSpan / kPair ? step1 - s : kSpan / kPair;
+                const int64_t begin = s * kPair;
+                const int64_t count = begin + steps * kPair <= length ? steps * kPair : length - begin;
+                for (int i = 0; i < kTranspose; ++i) {
+                    const int64_t column = strip + r0 + i;
+                    const int64_t n = column < columns ? count : 0;
+                    if (n > 0) read(column0 + column, begin, n, rows[i]);
+                    zero_row(rows[i] + n, steps * kPair - n);
+                }
+                transpose_dwords(reinterpret_cast<const uint32_t*>(rows), kSpan / kPair, kTranspose, steps,
+                                 reinterpret_cast<uint32_t*>(out), kColumns);
+                out += steps * kColumns * kPair;
+            }
+        }
+        panel += (step1 - step0) * kColumns * kPair;
+    }
+}
+
+// Panel strips whose columns are columns of the source: B[l, n] = row l, element n. `read(l, begin, count, dst)`.
+template <class Mac, int kColumns, class Read>
+static void fill_from_columns(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
+                              typename Mac::Elem* panel, const Read& read) {
+    using Elem = typename Mac::Elem;
+    constexpr int kPair = Mac::kPair;
+    constexpr int kWidest = kColumns * static_cast<int>(kMaxGroup);
+    const int64_t strips = (columns + kColumns - 1) / kColumns;
+    const int64_t strip_size = (step1 - step0) * kColumns * kPair;
+    alignas(64) Elem rows[kPair][kWidest];
+    for (int64_t s = step0; s < step1; ++s) {
+        for (int p = 0; p < kPair; ++p) {
+            const int64_t l = s * kPair + p;
+            const int64_t n = l < length ? columns : 0;
+            if (n > 0) read(l, column0, n, rows[p]);
+            zero_row(rows[p] + n, strips * kColumns - n);
+        }
+        for (int64_t strip = 0; strip < strips; ++strip) {
+            Elem* out = panel + strip * strip_size + (s - step0) * kColumns * kPair;
+            const int64_t at = strip * kColumns;
+            if constexpr (kPair == 1) {
+                memcpy(out, rows[0] + at, kColumns * sizeof(Elem));
+            } else {
+                interleave<kColumns>(rows[0] + at, rows[1] + at, reinterpret_cast<uint32_t*>(out));
+            }
+        }
+    }
+}
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,164 @@
+// AVX-512 (F, BW, VL, DQ), with AVX512-BF16 where the compiler was told so. See simd.h for the vocabulary.
+#pragma once
+
+#include <immintrin.h>
+
+#include "qlora/nf4_code.h"
+
+namespace qlora::QLORA_ISA {
+
+using F32 = __m512;
+inline constexpr int kLanes = 16;
+
+static inline F32 zero() { return _mm512_setzero_ps(); }
+static inline F32 set1(float x) { return _mm512_set1_ps(x); }
+static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+static inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+// max(|a|, |b|) for a whose sign is clear: as integers, so that inf and NaN win.
+static inline F32 max_magnitude(F32 a, F32 b) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), magnitude));
+}
+static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float hsum(F32 a) { return _mm512_reduce_add_ps(a); }
+static inline F32 keep(F32 v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
+
+static inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F32 load(const Bf16* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+static inline F32 load(const Fp16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Round to nearest even, subnormals kept: vcvtneps2bf16 would flush them and break bit-equality between backends.
+static inline __m256i round_bf16(F32 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+// The quick one, for operands of vdpbf16ps, which itself takes subnormals for zero.
+static inline __m256i round_bf16_fast(F32 v) {
+#ifdef __AVX512BF16__
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
+    return round_bf16(v);
+#endif
+}
+
+static inline __m256i round_fp16(F32 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+static inline void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+static inline void store(Bf16* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(v)); }
+static inline void store(Fp16* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_fp16(v)); }
+
+inline constexpr int kTranspose = 16;
+
+// Four rounds of 2 x 2 exchanges: dwords, qwords, then 128-bit lanes twice.
+static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uint32_t* dst, int64_t dst_ld) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_si512(src + i * ld) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // a[4g + j], lane l: column 4l + j of rows 4g .. 4g + 3.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const __m512i high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        b[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+    const __mmask16 valid = static_cast<__mmask16>((1u << rows) - 1);
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) _mm512_mask_storeu_epi32(dst + c * dst_ld, valid, b[c]);
+}
+
+// Sixteen values of one block, ready to be looked up: as floats, or twice over as words, so that an index's fifth bit
+// (a neighbour nibble's) does not matter to vpermw.
+template <class E>
+struct Code16 {
+    __m512i values;
+};
+
+static inline F32 scaled_code(float absmax) { return mul(_mm512_load_ps(kCode), set1(absmax)); }
+
+static inline Code16<float> code16(F32 values, float*) { return {_mm512_castps_si512(values)}; }
+static inline Code16<Bf16> code16(F32 values, Bf16*) { return {_mm512_broadcast_i64x4(round_bf16(values))}; }
+static inline Code16<Fp16> code16(F32 values, Fp16*) { return {_mm512_broadcast_i64x4(round_fp16(values))}; }
+static inline Code16<Bf16> code16_fast(F32 values) { return {_mm512_broadcast_i64x4(round_bf16_fast(values))}; }
+
+// The values that lookup() would store, as floats.
+static inline Code16<float> widen(F32 values, float*) { return code16(values, static_cast<float*>(nullptr)); }
+static inline Code16<float> widen(F32 values, Bf16*) {
+    return {_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(values)), 16)};
+}
+static inline Code16<float> widen(F32 values, Fp16*) {
+    return {_mm512_castps_si512(_mm512_cvtph_ps(round_fp16(values)))};
+}
+
+// Sixteen bytes, thirty-two values. Each byte is copied into two places by one shuffle, then the even copies are
+// shifted down to the high nibble; the table permutes ignore whatever stands above an index.
+template <class E>
+static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst) {
+    const __m512i copies = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    if constexpr (sizeof(E) == 2) {
+        const __m512i spread =
+            _mm512_set_epi64(0x800f800f800e800e, 0x800d800d800c800c, 0x800b800b800a800a, 0x8009800980088008,
+                             0x8007800780068006, 0x8005800580048004, 0x8003800380028002, 0x8001800180008000);
+        const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(copies, spread), _mm512_set1_epi32(4));
+        _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(index, code.values));
+    } else {
+        const __m512i spread =
+            _mm512_set_epi64(0x8080800780808007, 0x8080800680808006, 0x8080800580808005, 0x8080800480808004,
+                             0x8080800380808003, 0x8080800280808002, 0x8080800180808001, 0x8080800080808000);
+        const __m512i shift = _mm512_set1_epi64(4);
+        const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi8(copies, spread), shift);
+        const __m512i next = _mm512_add_epi8(spread, _mm512_set1_epi32(8));
+        const __m512i high = _mm512_srlv_epi32(_mm512_shuffle_epi8(copies, next), shift);
+        _mm512_storeu_si512(dst, _mm512_permutexvar_epi32(low, code.values));
+        _mm512_storeu_si512(dst + 16, _mm512_permutexvar_epi32(high, code.values));
+    }
+}
+
+#ifdef __AVX512BF16__
+// dst[c] = p[c] | q[c] << 16: the operand order of vdpbf16ps. 16 or 32 columns.
+template <int kColumns>
+static inline void interleave(const Bf16* p, const Bf16* q, uint32_t* dst) {
+    const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                              6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    if constexpr (kColumns == 16) {
+        const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+        _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, low_half, b));
+    } else {
+        static_assert(kColumns == 32);
+        const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
+        const __m512i a = _mm512_loadu_si512(p);
+        const __m512i b = _mm512_loadu_si512(q);
+        _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, low_half, b));
+        _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(a, high_half, b));
+    }
+}
+#endif
+
+}  // namespace qlora::QLORA_ISA

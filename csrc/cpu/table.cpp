@@ -1,0 +1,13 @@
+// Compiled once per instruction set: the table of that set's kernels.
+#include "ops.h"
+
+namespace qlora::QLORA_ISA {
+
+extern const Kernels kKernels;
+
+const Kernels kKernels = {
+    quantize_nf4,      quantize_absmax, dequantize_nf4,           linear_nf4,
+    linear_nf4_grad_x, linear_nf4_lora, linear_nf4_lora_backward, dropout_bits,
+};
+
+}  // namespace qlora::QLORA_ISA

@@ -1,0 +1,91 @@
+"""The CPU library: kernels once per instruction set, the rest once, one shared object over torch's stable ABI.
+
+Each file of csrc/cpu that includes simd.h (directly or not) is a kernel: it is compiled with QLORA_ISA naming both the
+instruction set and the namespace, so that no two copies share a symbol and no wide instruction can leak into code that
+runs on a smaller CPU.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+X86_FLAGS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+
+COMMON_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # the codec's products and sums are rounded one by one; kernels fuse where they say so
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # gcc 12 finds fault with its own AVX-512 headers
+)
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def instruction_sets() -> dict[str, tuple[str, ...]]:
+    """Instruction set -> compiler flags, for this machine's family of CPUs."""
+    return X86_FLAGS if is_x86() else {"portable": ()}
+
+
+def is_kernel(source: Path) -> bool:
+    """Whether a source of csrc/cpu is compiled once per instruction set."""
+    return re.search(r"\bQLORA_ISA\b", source.read_text()) is not None
+
+
+def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[Step]:
+    """Objects of everything in csrc/cpu. The sanitizer driver (tests/cpu/sanitize) is built from the same list."""
+    family = ("-DQLORA_X86_KERNELS",) if is_x86() else ()
+    shared = headers()
+    steps = []
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        variants = instruction_sets() if is_kernel(source) else {"": ()}
+        for name, isa_flags in variants.items():
+            define = (f"-DQLORA_ISA={name}",) if name else ()
+            output = build / (name or "common") / f"{source.stem}.o"
+            include = f"-I{CSRC / 'include'}"
+            command = (compiler, *flags, *isa_flags, *family, *define, include, "-c", str(source), "-o", str(output))
+            steps.append(Step(command, output, (source, *shared)))
+    return steps
+
+
+class CpuLibrary:
+    """qlora_kernels/backends/cpu/_C.abi3.so"""
+
+    name = "qlora_kernels.backends.cpu._C"
+
+    def compile_steps(self, build: Path) -> list[Step]:
+        if sys.platform not in ("linux", "darwin"):
+            raise CannotBuild(f"The native CPU library is built on Linux and macOS, not on {sys.platform}.")
+        compiler = tool("CXX", "c++", "g++", "clang++")
+        includes, _ = torch_paths()
+        steps = kernel_commands(compiler, build, COMMON_FLAGS)
+        for source in sorted((CSRC / "bindings").glob("cpu*.cpp")):
+            output = build / "bindings" / f"{source.stem}.o"
+            folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *(f"-isystem{folder}" for folder in includes)]
+            command = (compiler, *COMMON_FLAGS, TARGET_VERSION, *folders, "-c", str(source), "-o", str(output))
+            steps.append(Step(command, output, (source, *headers())))
+        return steps
+
+    def link_step(self, objects: Sequence[Path], output: Path) -> Step:
+        _, library_folder = torch_paths()
+        # torch_cpu carries the stable ABI's C functions; it is in the process before this library is loaded.
+        link = ("-shared", f"-L{library_folder}", "-ltorch_cpu")
+        if sys.platform == "linux":
+            link = (*link, "-Wl,--no-undefined", "-Wl,--as-needed")
+        inputs = tuple(str(path) for path in objects)
+        command = (tool("CXX", "c++", "g++", "clang++"), *inputs, *link, "-o", str(output))
+        return Step(command, output, tuple(objects))

@@ -1,0 +1,170 @@
+"""Every instruction set that this machine has, forced in turn: same bytes from the codec, bounded errors from the rest.
+
+tests/ops runs the cpu backend on its best set; here the shapes that decide between code paths run on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.backends import cpu
+from qlora_kernels.format import nf4, reference
+from qlora_kernels.ops._philox import dropout_keep
+from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+if (reason := cpu.unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+ALL_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+def runs_here(isa: str) -> bool:
+    """Whether forcing `isa` succeeds."""
+    try:
+        return cpu.instruction_set(isa) == isa
+    except RuntimeError:
+        return False
+    finally:
+        cpu.instruction_set("")
+
+
+SETS = [isa for isa in ALL_SETS if runs_here(isa)]
+PATHS = (
+    *SHAPES,
+    Shape(8, 64, 128),  # few tokens, whole blocks
+    Shape(8, 40, 192, blocksize=32),
+    Shape(13, 256, 128, r=20, blocksize=128),  # a rank of more than one vector
+    Shape(25, 96, 64, r=64),
+    Shape(2, 130, 4160, r=3),
+)
+shapes = pytest.mark.parametrize("shape", [s for s in PATHS if s.M], ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+
+@pytest.fixture(params=SETS)
+def isa(request):
+    cpu.instruction_set(request.param)
+    with qk.use_backend("cpu"):
+        yield request.param
+    cpu.instruction_set("")
+
+
+@dtypes
+@pytest.mark.parametrize("numel", [1, 31, 64, 65, 4096, 100003])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_codec_bytes(isa, dtype, numel, blocksize):
+    w = gaussian(numel, dtype=dtype) * 3
+    packed, state = qk.quantize_nf4(w, blocksize, double_quant=False)
+    expected, absmax = reference.quantize_nf4(w, blocksize)
+    assert torch.equal(packed.view(-1), expected)
+    assert torch.equal(state.absmax, absmax)
+    for out_dtype in DTYPES:
+        out = torch.full((numel + 32,), float("nan"), dtype=out_dtype)
+        qk.dequantize_nf4(packed, state, out=out[:numel])
+        assert torch.equal(out[:numel], reference.dequantize_nf4(expected, absmax, blocksize, (numel,), out_dtype))
+        assert out[numel:].isnan().all(), "wrote past the end"
+
+
+def test_every_boundary(isa):
+    """Each decision boundary, one ulp below, on, and one above it."""
+    b = nf4.boundaries()
+    inf = torch.full_like(b, float("inf"))
+    values = torch.stack([b, torch.nextafter(b, -inf), torch.nextafter(b, inf)]).reshape(-1)
+    w = torch.cat([torch.ones(1), values, torch.zeros(64 - 1 - values.numel())])
+    packed, _ = qk.quantize_nf4(w, double_quant=False)
+    assert torch.equal(packed.view(-1), reference.quantize_nf4(w, 64)[0])
+
+
+def test_tiny_values_keep_their_bits(isa):
+    """Subnormal results are neither flushed nor rounded twice."""
+    w = gaussian(4096) * 2.0**-125
+    packed, state = qk.quantize_nf4(w, double_quant=False)
+    for dtype in DTYPES:
+        expected = reference.dequantize_nf4(packed.view(-1), state.absmax, 64, (4096,), dtype)
+        assert torch.equal(qk.dequantize_nf4(packed, state, dtype), expected)
+
+
+@dtypes
+@shapes
+def test_linear(isa, dtype, shape):
+    packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
+    x = gaussian(shape.M, shape.K, dtype=dtype).requires_grad_()
+    grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=3)
+    y = qk.linear_nf4(x, packed, state)
+    y.backward(grad_y)
+    w = qk.dequantize_nf4(packed, state, dtype)
+    exact = x.detach().double() @ w.double().T
+    assert_within_baseline(y.detach(), x.detach() @ w.T, exact, factor=FORWARD_FACTOR, name="y")
+    assert_within_baseline(x.grad, grad_y @ w, grad_y.double() @ w.double(), factor=GRADIENT_FACTOR, name="grad_x")
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_linear_lora(isa, dtype, shape, dropout_p):
+    """Forward and the three gradients against torch's own composition, with the same mask."""
+    packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
+    tensors = [
+        gaussian(shape.M, shape.K, dtype=dtype),
+        gaussian(shape.r, shape.K, seed=4) / shape.K**0.5,
+        gaussian(shape.N, shape.r, seed=5),
+    ]
+    grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=3)
+    seed = torch.tensor([123456789012345])
+    scaling = 1.7
+    w = qk.dequantize_nf4(packed, state, dtype)
+    keep = dropout_keep(seed, shape.M, shape.K, dropout_p)
+    threshold = round(dropout_p * 65536)
+
+    def composed(compute):
+        x, a, b = (t.to(compute, copy=True).requires_grad_() for t in tensors)
+        dropped = torch.where(keep, x * (65536 / (65536 - threshold)), 0.0) if dropout_p else x
+        y = x @ w.to(compute).T + scaling * ((dropped @ a.T) @ b.T)
+        y.backward(grad_y.to(compute))
+        return y.detach(), x.grad, a.grad, b.grad
+
+    x, a, b = (t.clone().requires_grad_() for t in tensors)
+    y = qk.linear_nf4_lora(x, packed, state, a, b, scaling=scaling, dropout_p=dropout_p, seed=seed)
+    y.backward(grad_y)
+    results = (y.detach(), x.grad, a.grad.to(dtype), b.grad.to(dtype))
+    factors = (FORWARD_FACTOR, GRADIENT_FACTOR, GRADIENT_FACTOR, GRADIENT_FACTOR)
+    names = ("y", "grad_x", "grad_A", "grad_B")
+    for ours, theirs, exact, factor, name in zip(
+        results, composed(dtype), composed(torch.float64), factors, names, strict=True
+    ):
+        assert_within_baseline(ours, theirs, exact, factor=factor, name=name)
+
+
+def test_threads_do_not_change_the_bits(isa):
+    packed, state = qk.quantize_nf4(gaussian(200, 320, seed=1))
+    x = gaussian(77, 320, dtype=torch.bfloat16)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(qk.linear_nf4(x, packed, state))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(("value", "message"), [("sse9", "must be avx512_bf16, avx512, avx2 or portable, got sse9")])
+def test_wrong_environment_value(value, message):
+    code = "import torch, qlora_kernels as qk; qk.quantize_nf4(torch.ones(64))"
+    environment = {**os.environ, "QLORA_CPU_ISA": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"QLORA_CPU_ISA {message}" in done.stderr
