@@ -21,6 +21,7 @@ from .kernels import (
     quantize_absmax,
     quantize_nf4,
 )
+from .multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -32,6 +33,8 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
+    linear_nf4_multi_lora,
+    linear_nf4_multi_lora_backward,
 )
 KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)
 
