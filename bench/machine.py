@@ -1,0 +1,90 @@
+"""Where a number comes from: machine, instruction set, commit and versions, for every row."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "triton")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The fields that every row carries."""
+    return {
+        "device": device,
+        "machine": _gpu() if device == "cuda" else _cpu(),
+        "isa": cpu_isa() if device == "cpu" else f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [
+        int(path.read_text().strip().removesuffix("K")) << 10
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=32 << 20)
+
+
+def cpu_isa() -> str:
+    """The instruction set that the cpu backend uses here, or `none` where it is not built."""
+    backend = importlib.import_module("qlora_kernels.backends.cpu")
+    return "none" if backend.unavailable() else str(backend.instruction_set())
+
+
+@cache
+def commit() -> str:
+    """Short hash of the checkout's commit, with `+` where tracked files differ from it."""
+    short = _git("rev-parse", "--short=10", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "qlora_kernels", "csrc", "bench/*.py")
+    return short + ("+" if changed else "")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Python and the packages that computed something."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    family = re.search(r"cpu family\s*:\s*(\d+)\nmodel\s*:\s*(\d+)", text)
+    name = model.group(1) if model else platform.processor() or platform.machine()
+    detail = f" family {family.group(1)} model {family.group(2)}" if family else ""
+    return f"{name}{detail}, {os.cpu_count()} cores, L3 {cache_bytes('cpu') >> 20} MiB"
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.multi_processor_count} SMs, L2 {properties.L2_cache_size >> 20} MiB"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

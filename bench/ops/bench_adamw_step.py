@@ -1,0 +1,136 @@
+"""adamw_step: one optimizer step over fp32 parameters, as PagedAdamW.step() runs it.
+
+Two problems: the 448 LoRA factors (r = 16, seven linears of each of 32 layers) of a 7B model, 40 M numbers in all, and
+one tensor of 160 M. The optimizers share parameters and gradients, and each has states of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import qlora_kernels as qk
+from qlora_kernels.ops.adamw_step import STATE_BLOCKSIZE
+
+from .. import layers
+from ..registry import COLD, Call, Case, Contender, Cost, Suite
+
+HIDDEN, FFN, BLOCKS, RANK = 4096, 11008, 32, 16
+LINEARS = ((HIDDEN, HIDDEN),) * 4 + ((FFN, HIDDEN),) * 2 + ((HIDDEN, FFN),)
+FACTORS = [shape for N, K in LINEARS * BLOCKS for shape in ((RANK, K), (N, RANK))]
+ONE = [(160_000_000,)]
+FEW = [(RANK, 576), (576, RANK)] * 60
+
+HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+ERROR_FP32 = 1e-6
+"""Of a step's size: a few roundings to fp32 between two orders of the same operations."""
+
+ERROR_8BIT = 0.1
+"""Of a step's size: the quantized states' own resolution is a few per cent."""
+
+
+def shapes(case: Case) -> list[tuple[int, ...]]:
+    """Of the parameters."""
+    return {len(s): s for s in (FACTORS, ONE, FEW)}[case.tensors]
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Many small tensors, one large; a hundred tiny ones for the quick run."""
+    for problem in (FACTORS, ONE, FEW):
+        numel = sum(torch.Size(shape).numel() for shape in problem)
+        yield Case(
+            "adamw_step",
+            N=numel,
+            tensors=len(problem),
+            label=f"{numel / 1e6:.3g}M",
+            dtype=torch.float32,
+            device=device,
+            quick=problem is FEW,
+        )
+
+
+def cost(case: Case) -> Cost:
+    """Parameter, gradient and two fp32 states read, all but the gradient written."""
+    return Cost(28 * case.N, 0, "copy")
+
+
+def cost_8bit(case: Case) -> Cost:
+    """Of each state one byte and 1/256 of a constant, read and written."""
+    return Cost(16 * case.N + 16 * case.N // STATE_BLOCKSIZE, 0, "copy")
+
+
+class Inputs:
+    """Parameters with gradients; each optimizer starts where the parameters equal the gradients."""
+
+    def __init__(self, case: Case) -> None:
+        self.params = [torch.zeros(shape, device=case.device) for shape in shapes(case)]
+        for seed, param in enumerate(self.params):
+            param.grad = layers.gaussian(*param.shape, dtype=torch.float32, device=case.device, seed=seed)
+
+    def restart(self) -> None:
+        """Give the parameters their first values."""
+        for param in self.params:
+            param.copy_(param.grad)
+
+
+def optimizer(make: Callable[..., Optimizer]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
+    """A contender that steps an optimizer and returns the parameters."""
+
+    def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+        inputs.restart()
+        made = make(inputs.params, **HYPERPARAMETERS)
+
+        def call() -> Sequence[Tensor]:
+            made.step()
+            return inputs.params
+
+        return [call]
+
+    return build
+
+
+def bnb(params: Sequence[Tensor], *, bits: int, **hyperparameters: Any) -> Optimizer:
+    """bitsandbytes' paged AdamW; on a CPU nothing is paged."""
+    return layers.bitsandbytes().optim.PagedAdamW(params, optim_bits=bits, **hyperparameters)
+
+
+def state_bytes(case: Case) -> int:
+    """Of fp32 states; there is one copy, for it is larger than any cache or small enough to live there in training."""
+    return 8 * case.N
+
+
+def verify(case: Case, inputs: Inputs, contender: str, params: Sequence[Tensor]) -> None:
+    """The first step, against torch's in fp64, on each tensor's first elements."""
+    lr, decay = HYPERPARAMETERS["lr"], HYPERPARAMETERS["weight_decay"]
+    bound = ERROR_8BIT if "8-bit" in contender else ERROR_FP32
+    for param in params[:8]:
+        grad = param.grad.flatten()[:4096].double()
+        update = grad / (grad.abs() + HYPERPARAMETERS["eps"])  # m / sqrt(v) after one step from zero
+        expected = grad * (1 - lr * decay) - lr * update
+        error = (param.flatten()[:4096].double() - expected).abs().max().item()
+        assert error <= lr * bound + 2e-7 * grad.abs().max().item(), f"a parameter is off by {error:.2e}"
+
+
+SUITE = Suite(
+    op="adamw_step",
+    cases=cases,
+    cost=cost,
+    inputs=Inputs,
+    contenders=(
+        Contender("ours", optimizer(qk.PagedAdamW), state_bytes),
+        Contender("ours 8-bit", optimizer(qk.PagedAdamW8bit), state_bytes, cost=cost_8bit),
+        Contender("torch", optimizer(partial(torch.optim.AdamW, fused=True)), state_bytes),
+        Contender("bnb", optimizer(partial(bnb, bits=32)), state_bytes, applies=layers.has_bitsandbytes),
+        Contender(
+            "bnb 8-bit", optimizer(partial(bnb, bits=8)), state_bytes, applies=layers.has_bitsandbytes, cost=cost_8bit
+        ),
+    ),
+    verify=verify,
+    modes=(COLD,),
+)

@@ -1,0 +1,72 @@
+"""dequantize_nf4: a double-quantized weight back to bf16, into a buffer that is reused and into a fresh one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import qlora_kernels as qk
+
+from .. import layers
+from ..registry import Call, Case, Contender, Cost, Suite
+from .bench_linear_nf4 import SHAPES
+
+
+def cases(device: str) -> Iterator[Case]:
+    """All shapes."""
+    for N, K in SHAPES:
+        yield Case("dequantize_nf4", N=N, K=K, device=device, quick=(N, K) == (1536, 576))
+
+
+def cost(case: Case) -> Cost:
+    """The quantized weight read, the dense one written."""
+    return Cost(layers.nf4_bytes(case) + layers.dense_bytes(case), 0, "copy")
+
+
+def reused(case: Case) -> Tensor:
+    """The buffer that all calls of a contender write."""
+    return torch.zeros(case.N, case.K, dtype=case.dtype, device=case.device)
+
+
+def ours(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
+    out = reused(case)
+    return [
+        partial(qk.dequantize_nf4, layer.packed, layer.quant_state, out=out)
+        for layer in layers.ours(*case.weight, copies)
+    ]
+
+
+def ours_fresh(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
+    return [partial(qk.dequantize_nf4, layer.packed, layer.quant_state) for layer in layers.ours(*case.weight, copies)]
+
+
+def bnb(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
+    """bitsandbytes' own: on a CPU it has no out argument and fills a fresh tensor each time."""
+    out = None if case.device == "cpu" else reused(case)
+    dequantize = layers.bitsandbytes().functional.dequantize_4bit
+    weights = [layer.weight for layer in layers.bitsandbytes_train(*case.weight, copies)]
+    return [partial(dequantize, weight, weight.quant_state, out=out) for weight in weights]
+
+
+def verify(case: Case, inputs: Tensor, contender: str, w: Tensor) -> None:
+    """Bit for bit."""
+    differing = int((w != inputs).sum())
+    allowed = 0 if contender.startswith("ours") else inputs.numel() // 100
+    assert differing <= allowed, f"{differing} of {inputs.numel()} weights differ from the reference"
+
+
+SUITE = Suite(
+    op="dequantize_nf4",
+    cases=cases,
+    cost=cost,
+    inputs=lambda case: layers.dequantized(*case.weight),
+    contenders=(
+        Contender("ours", ours, layers.nf4_bytes),
+        Contender("bnb", bnb, layers.nf4_bytes, applies=layers.has_bitsandbytes),
+        Contender("ours, fresh output", ours_fresh, layers.nf4_bytes),
+    ),
+    verify=verify,
+)

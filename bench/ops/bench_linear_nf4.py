@@ -1,0 +1,95 @@
+"""linear_nf4: y = x W^T, the forward of a frozen layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import layers
+from ..gate import assert_close_to_peer, assert_within_baseline, tolerances, wider
+from ..registry import Call, Case, Contender, Cost, Suite
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+FORCED_ISAS = ("avx512", "avx2", "portable")
+
+
+def cases(device: str) -> Iterator[Case]:
+    """All shapes at all M in bf16; fp32 on each instruction set at an M that fills the arithmetic units."""
+    for N, K in SHAPES:
+        for M in ROWS:
+            yield Case("linear_nf4", M, N, K, device=device, quick=(N, K) == (1536, 576) and M in (1, 16, 256))
+    if device == "cpu":
+        for isa in (None, *FORCED_ISAS):
+            yield Case("linear_nf4", 256, 4096, 4096, dtype=torch.float32, isa=isa)
+
+
+def cost(case: Case) -> Cost:
+    """The quantized weight and x read once, y written once."""
+    activations = case.dtype.itemsize * case.M * (case.N + case.K)
+    return Cost(layers.nf4_bytes(case) + activations, 2 * case.M * case.N * case.K)
+
+
+class Inputs:
+    """x [M, K], W [N, K] dequantized, and what y should be."""
+
+    def __init__(self, case: Case) -> None:
+        self.x = layers.gaussian(case.M, case.K, dtype=case.dtype, device=case.device, seed=4)
+        self.w = layers.dequantized(*case.weight)
+
+    @cached_property
+    def composed(self) -> Tensor:
+        """y by torch in the case's dtype."""
+        return F.linear(self.x, self.w)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """y in the next wider dtype."""
+        return F.linear(wider(self.x), wider(self.w))
+
+
+def over(build_layers: Callable[..., list[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
+    """A contender that calls a layer. Nothing requires a gradient, so no graph is built."""
+
+    def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+        return [partial(layer, inputs.x) for layer in build_layers(*case.weight, copies)]
+
+    return build
+
+
+def verify(case: Case, inputs: Inputs, contender: str, y: Tensor) -> None:
+    """Ours within twice torch's own error, peers within their coarser roundings."""
+    if contender.startswith("ours"):
+        assert_within_baseline(y, inputs.composed, inputs.exact, factor=tolerances.FORWARD_FACTOR, name="y")
+    else:
+        assert_close_to_peer(y, inputs.exact, name="y")
+
+
+def scales_with_threads(case: Case) -> bool:
+    """The problems on which one thread is compared with all."""
+    return case.device == "cpu" and case.M == 256 and case.N >= 4096 and case.dtype == torch.bfloat16
+
+
+def has_fused_bitsandbytes(case: Case) -> bool:
+    """Its fused CPU kernel computes in bf16 alone."""
+    return layers.has_bitsandbytes(case) and case.dtype == torch.bfloat16
+
+
+SUITE = Suite(
+    op="linear_nf4",
+    cases=cases,
+    cost=cost,
+    inputs=Inputs,
+    contenders=(
+        Contender("ours", over(layers.ours), layers.nf4_bytes),
+        Contender("bnb eval", over(layers.bitsandbytes_eval), layers.nf4_bytes, applies=has_fused_bitsandbytes),
+        Contender("bnb train", over(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes),
+        Contender("dense", over(layers.dense), layers.dense_bytes),
+        Contender("ours, 1 thread", over(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1),
+    ),
+    verify=verify,
+)

@@ -1,0 +1,88 @@
+"""linear_nf4 and linear_nf4_grad_x: y = x W^T and grad_x = grad_y W, one frozen layer in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import layers
+from ..gate import assert_close_to_peer, assert_within_baseline, tolerances, wider
+from ..registry import Call, Case, Contender, Cost, Suite
+from .bench_linear_nf4 import SHAPES
+
+ROWS = (1, 16, 256, 1024)
+
+
+def cases(device: str) -> Iterator[Case]:
+    """All shapes at a few M."""
+    for N, K in SHAPES:
+        for M in ROWS:
+            yield Case("linear_nf4_grad_x", M, N, K, device=device, quick=(N, K) == (1536, 576) and M == 256)
+
+
+def cost(case: Case) -> Cost:
+    """The quantized weight read twice; x and grad_y read, y and grad_x written, once."""
+    activations = case.dtype.itemsize * case.M * (case.N + case.K)
+    return Cost(2 * (layers.nf4_bytes(case) + activations), 4 * case.M * case.N * case.K)
+
+
+class Inputs:
+    """x [M, K], grad_y [M, N], W [N, K] dequantized, and what (y, grad_x) should be."""
+
+    def __init__(self, case: Case) -> None:
+        self.x = layers.gaussian(case.M, case.K, dtype=case.dtype, device=case.device, seed=4).requires_grad_()
+        self.grad_y = layers.gaussian(case.M, case.N, dtype=case.dtype, device=case.device, seed=5)
+        self.w = layers.dequantized(*case.weight)
+
+    @cached_property
+    def composed(self) -> tuple[Tensor, Tensor]:
+        """By torch in the case's dtype."""
+        return F.linear(self.x.detach(), self.w), self.grad_y @ self.w
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """In the next wider dtype."""
+        w = wider(self.w)
+        return F.linear(wider(self.x.detach()), w), wider(self.grad_y) @ w
+
+
+def forward_backward(layer: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(y, grad_x)."""
+    y = layer(inputs.x)
+    return y.detach(), *torch.autograd.grad(y, inputs.x, inputs.grad_y)
+
+
+def over(build_layers: Callable[..., list[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
+    """A contender that trains through a layer."""
+
+    def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+        return [partial(forward_backward, layer, inputs) for layer in build_layers(*case.weight, copies)]
+
+    return build
+
+
+def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, Tensor]) -> None:
+    """Both tensors: ours within torch's own error, peers within their coarser roundings."""
+    for name, actual, composed, exact in zip(("y", "grad_x"), result, inputs.composed, inputs.exact, strict=True):
+        if contender == "ours":
+            assert_within_baseline(actual, composed, exact, factor=tolerances.GRADIENT_FACTOR, name=name)
+        else:
+            assert_close_to_peer(actual, exact, name=name)
+
+
+SUITE = Suite(
+    op="linear_nf4_grad_x",
+    cases=cases,
+    cost=cost,
+    inputs=Inputs,
+    contenders=(
+        Contender("ours", over(layers.ours), layers.nf4_bytes),
+        Contender("bnb train", over(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes),
+        Contender("dense", over(layers.dense), layers.dense_bytes),
+    ),
+    verify=verify,
+)

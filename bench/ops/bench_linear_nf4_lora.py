@@ -1,0 +1,153 @@
+"""linear_nf4_lora and its backward: a frozen layer with LoRA in a training step, all four results.
+
+Masters of the factors are fp32 in ours. PEFT runs once as it is fastest, with bf16 factors, and once with the fp32
+factors that get_peft_model makes by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.linear_nf4_lora import draw_seed
+
+from .. import layers
+from ..gate import assert_close_to_peer, assert_within_baseline, tolerances, wider
+from ..registry import GATE_SEED, Call, Case, Contender, Cost, Suite
+from . import bench_linear_nf4_grad_x as plain
+from .bench_linear_nf4 import SHAPES
+
+ROWS = (256, 1024)
+RANK = 16
+RESULTS = ("y", "grad_x", "grad_A", "grad_B")
+
+
+def cases(device: str) -> Iterator[Case]:
+    """All shapes at two M, with and without dropout."""
+    for N, K in SHAPES:
+        for M in ROWS:
+            for dropout in (0.0, 0.05):
+                quick = (N, K) == (1536, 576) and M == 256
+                yield Case("linear_nf4_lora", M, N, K, RANK, dropout, device=device, quick=quick)
+
+
+def cost(case: Case) -> Cost:
+    """The plain layer's, x once more, and six products with the factors."""
+    base = plain.cost(case)
+    factors = 4 * case.r * (case.N + case.K)
+    more_x = case.dtype.itemsize * case.M * case.K
+    return Cost(base.bytes + 3 * factors + more_x, base.flops + 6 * case.M * case.r * (case.N + case.K))
+
+
+class Inputs(plain.Inputs):
+    """As the plain layer's, with factors, and what (y, grad_x, grad_A, grad_B) should be."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.case = case
+        self.scaling = layers.LORA_ALPHA / case.r
+        self.lora_A, self.lora_B = (factor.requires_grad_() for factor in layers.lora_factors(case))
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """The dropout factor of each element of x under GATE_SEED."""
+        if self.case.dropout == 0:
+            return None
+        with torch.random.fork_rng():
+            torch.manual_seed(GATE_SEED)
+            seed = draw_seed(self.x.device)
+        return dropout_keep(seed, self.case.M, self.case.K, self.case.dropout) * keep_scale(self.case.dropout)
+
+    @cached_property
+    def composed(self) -> tuple[Tensor, ...]:
+        """By torch in the case's dtype."""
+        factors = (factor.detach().to(self.case.dtype) for factor in (self.lora_A, self.lora_B))
+        return self._results(self.x.detach(), self.grad_y, self.w, *factors)
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, ...]:
+        """In the next wider dtype, from factors as the products use them: rounded to the case's dtype."""
+        factors = (wider(factor.detach().to(self.case.dtype)) for factor in (self.lora_A, self.lora_B))
+        return self._results(wider(self.x.detach()), wider(self.grad_y), wider(self.w), *factors)
+
+    def _results(self, x: Tensor, grad_y: Tensor, w: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, ...]:
+        drop = (lambda t: t) if self.mask is None else (lambda t: t * self.mask.to(t.dtype))
+        s = drop(x) @ lora_A.T
+        ds = self.scaling * (grad_y @ lora_B)
+        y = x @ w.T + self.scaling * (s @ lora_B.T)
+        grad_x = grad_y @ w + drop(ds @ lora_A)
+        return y, grad_x, ds.T @ drop(x), self.scaling * (grad_y.T @ s)
+
+
+def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """LinearNF4.forward_lora."""
+
+    def call(layer: nn.Module) -> tuple[Tensor, ...]:
+        y = layer.forward_lora(inputs.x, inputs.lora_A, inputs.lora_B, inputs.scaling, case.dropout)
+        gradients = torch.autograd.grad(y, (inputs.x, inputs.lora_A, inputs.lora_B), inputs.grad_y)
+        return y.detach(), *gradients
+
+    return [partial(call, layer) for layer in layers.ours(*case.weight, copies)]
+
+
+def through_peft(stack: list[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
+    """Hugging Face PEFT around the layers of `stack`."""
+
+    def call(layer: nn.Module) -> tuple[Tensor, ...]:
+        y = layer(inputs.x)
+        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return y.detach(), *torch.autograd.grad(y, (inputs.x, *factors), inputs.grad_y)
+
+    return [partial(call, layer) for layer in layers.with_peft(stack, case, adapter_dtype)]
+
+
+def bnb_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    return through_peft(layers.bitsandbytes_train(*case.weight, copies), case, inputs, case.dtype)
+
+
+def bnb_peft_fp32(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    return through_peft(layers.bitsandbytes_train(*case.weight, copies), case, inputs, torch.float32)
+
+
+def dense_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    return through_peft(layers.dense(*case.weight, copies), case, inputs, case.dtype)
+
+
+def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...]) -> None:
+    """All results, except a peer's under dropout, whose mask cannot be drawn again: its code is verified without."""
+    if contender == "ours without LoRA":
+        plain.verify(case, plain.Inputs(case), "ours", result)
+        return
+    for name, actual, composed, exact in zip(RESULTS, result, inputs.composed, inputs.exact, strict=True):
+        if contender == "ours":
+            assert_within_baseline(actual, composed, exact, factor=tolerances.GRADIENT_FACTOR, name=name)
+        elif case.dropout == 0:
+            assert_close_to_peer(actual, exact, name=name)
+
+
+def with_peft(case: Case) -> bool:
+    return layers.has_peft(case)
+
+
+def with_bitsandbytes_and_peft(case: Case) -> bool:
+    return layers.has_peft(case) and layers.has_bitsandbytes(case)
+
+
+SUITE = Suite(
+    op="linear_nf4_lora",
+    cases=cases,
+    cost=cost,
+    inputs=Inputs,
+    contenders=(
+        Contender("ours", ours, layers.nf4_bytes),
+        Contender("ours without LoRA", plain.over(layers.ours), layers.nf4_bytes),
+        Contender("bnb + PEFT", bnb_peft, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
+        Contender("bnb + PEFT fp32", bnb_peft_fp32, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
+        Contender("dense + PEFT", dense_peft, layers.dense_bytes, applies=with_peft),
+    ),
+    verify=verify,
+)

@@ -1,0 +1,30 @@
+"""The same benchmarks under pytest-benchmark: `pytest bench/ops`, warm weights, one contender at a time.
+
+`-k "linear_nf4 and ours"` chooses; `--benchmark-compare` and the plugin's other options apply. The interleaved figures
+with cold weights, which comparisons should go by, are bench/run.py's.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.registry import suites
+from bench.run import build, fault_of
+
+RUNS = [
+    pytest.param(suite, case, contender, id=f"{case.op}-{case.name}-{contender.name}".replace(" ", "_"))
+    for suite in suites().values()
+    for case in suite.cases("cpu")
+    for contender in suite.contenders
+    if case.quick and contender.threads is None and contender.applies(case)
+]
+
+
+@pytest.mark.parametrize(("suite", "case", "contender"), RUNS)
+def test_op(suite, case, contender, benchmark):
+    inputs = suite.inputs(case)
+    call = build(contender, case, inputs, copies=1)[0]
+    fault = fault_of(suite, case, inputs, contender, call)
+    assert fault is None, fault
+    benchmark.group = f"{case.op} {case.name}"
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)

@@ -1,0 +1,108 @@
+"""What this machine can do at most, measured in the same run as everything else: the denominators of each fraction.
+
+    read      GB/s     all threads read a buffer far beyond the last-level cache
+    copy      GB/s     bytes read plus bytes written while one such buffer is copied to another
+    bf16_dot  GFLOP/s  bf16 products into fp32 sums, operands in registers
+    fma       GFLOP/s  fp32 multiply-adds, operands in registers
+
+On an x86 CPU with a C++ compiler they come from probes.cpp. Elsewhere torch's own functions stand in, which may fall
+short of the peak and so flatter a fraction: the row says which it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .machine import ROOT, cache_bytes
+from .timing import clock_of
+
+SOURCE = Path(__file__).with_name("probes.cpp")
+
+STAND_IN_S = 1.0
+"""How long a stand-in is repeated: the best of many, for other processes can only slow one down."""
+
+NARROW = ("avx2", "portable")
+"""Instruction sets without 512-bit registers."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A rate: bytes or flops in a second.   how: "probe", or the torch function that stands in."""
+
+    name: str
+    rate: float
+    how: str
+
+
+def measure_peaks(device: str, isa: str | None = None) -> dict[str, Peak]:
+    """All of them, by name.   isa: the instruction set that arithmetic is limited to."""
+    peaks = {peak.name: peak for peak in _probed(isa)} if device == "cpu" else {}
+    if missing := [name for name in ("read", "copy", "bf16_dot", "fma") if name not in peaks]:
+        peaks |= {peak.name: peak for peak in _stand_ins(device) if peak.name in missing}
+    return peaks
+
+
+def _probed(isa: str | None) -> Iterator[Peak]:
+    library = _library()
+    if library is None:
+        return
+    threads, size = torch.get_num_threads(), ctypes.c_size_t(_working_set("cpu"))
+    rates = {
+        "read": library.probe_read(threads, size),
+        "copy": library.probe_copy(threads, size),
+        "bf16_dot": library.probe_bf16_dot(threads),
+        "fma": library.probe_fma(threads, int(isa not in NARROW)),
+    }
+    yield from (Peak(name, rate, "probe") for name, rate in rates.items() if rate)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """probes.cpp, compiled once for each of its versions; None where it cannot be."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if platform.machine() != "x86_64" or compiler is None:
+        return None
+    path = ROOT / "build" / f"probes-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", SOURCE, "-o", unfinished], check=True)
+        unfinished.rename(path)
+    library = ctypes.CDLL(str(path))
+    for name in ("read", "copy", "bf16_dot", "fma"):
+        getattr(library, f"probe_{name}").restype = ctypes.c_double
+    return library
+
+
+def _working_set(device: str) -> int:
+    return max(8 * cache_bytes(device), 256 << 20)
+
+
+def _stand_ins(device: str) -> Iterator[Peak]:
+    source = torch.ones(_working_set(device) // 4, device=device)
+    target = torch.ones_like(source)
+    yield Peak("read", source.nbytes / _best(device, source.sum), "torch.sum")
+    yield Peak("copy", 2 * source.nbytes / _best(device, lambda: target.copy_(source)), "torch.copy_")
+    for name, dtype in (("bf16_dot", torch.bfloat16), ("fma", torch.float32)):
+        size = 8192 if device == "cuda" else 2048
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        yield Peak(name, 2 * size**3 / _best(device, lambda a=a, b=b: a @ b), "torch.matmul")
+
+
+def _best(device: str, call: Callable[[], object]) -> float:
+    clock, until, times = clock_of(device), time.perf_counter() + STAND_IN_S, []
+    while len(times) < 5 or time.perf_counter() < until:
+        times.append(clock(call))
+    return min(times)

@@ -1,0 +1,180 @@
+"""Rows as tables for people: `python -m bench.report FILE...` merges runs and prints what `make bench` prints.
+
+Markdown, so that the same text stands in docs/benchmarks.md (`--update docs/benchmarks.md`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .targets import Row, Verdict, judge
+
+BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
+
+UNITS = {"read": "GB/s", "copy": "GB/s", "bf16_dot": "GFLOP/s", "fma": "GFLOP/s"}
+
+MERGED = ("median_us", "p10_us", "p90_us", "gbps", "gflops", "roofline", "foreign", "rate", "speedup", "fraction")
+"""Fields of which several runs' rows leave their median."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or write the report of the rows in some files."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="JSON lines of bench.run; several runs are merged")
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="replace the marked part of this page")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="write the merged rows to this file")
+    options = parser.parse_args(arguments)
+    rows = merge(json.loads(line) for file in options.files for line in file.read_text().splitlines())
+    if options.merge:
+        options.merge.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options.update:
+        before, _, rest = options.update.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        options.update.write_text(f"{before}{BEGIN}\n{report(rows)}\n{END}{after}")
+    else:
+        print(report(rows))
+    return 0
+
+
+def print_report(rows: Iterable[Row], *, targets: bool) -> None:
+    """What a person sees after a run."""
+    print(report(merge(rows), targets=targets))
+
+
+def merge(rows: Iterable[Row]) -> list[Row]:
+    """One row for each measurement that several runs repeated: each number's median, and `runs`."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in ("op", "case", "forced_isa", "contender", "threads", "mode", "gate"))
+        groups.setdefault(key, []).append(row)
+    return [_median_row(group) for group in groups.values()]
+
+
+def _median_row(group: Sequence[Row]) -> Row:
+    merged = dict(group[-1])
+    for name in MERGED:
+        values = [row[name] for row in group if name in row]
+        if not values:
+            continue
+        if isinstance(values[0], dict):
+            keys = dict.fromkeys(key for value in values for key in value)
+            merged[name] = {k: round(statistics.median(v[k] for v in values if k in v), 3) for k in keys}
+        else:
+            merged[name] = round(statistics.median(values), 3)
+    merged["runs"] = sum(row.get("runs", 1) for row in group)
+    return merged
+
+
+def report(rows: Sequence[Row], *, targets: bool = True) -> str:
+    """All of it."""
+    parts = [_provenance(rows), _targets(judge(rows)) if targets else "", *_tables(rows), *_faults(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _provenance(rows: Sequence[Row]) -> str:
+    first = next((row for row in rows if "machine" in row), None)
+    if first is None:
+        return "No rows."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if "commit" in row))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    runs = max(row.get("runs", 1) for row in rows)
+    lines = [
+        f"Machine: {first['machine']}; instruction set: {first['isa']}; commit: {commits}; runs merged: {runs}.",
+        f"Versions: {versions}.",
+    ]
+    peaks = [row for row in rows if row["op"] == "peak"]
+    for isa in dict.fromkeys(row["forced_isa"] for row in peaks):
+        rates = [
+            f"{row['case']} {row['rate']:g} {UNITS[row['case']]} ({row['contender']})"
+            for row in peaks
+            if row["forced_isa"] == isa
+        ]
+        lines.append(f"Peaks{f' under {isa}' if isa else ''}: {', '.join(rates)}.")
+    return "  \n".join(lines)
+
+
+def _targets(verdicts: Sequence[Verdict]) -> str:
+    lines = []
+    for verdict in verdicts:
+        if not verdict.measured:
+            continue
+        target, (row, worst) = verdict.target, verdict.measured[0]
+        bound = f">= {target.at_least:g}" if target.at_least is not None else f"<= {target.at_most:g}"
+        lines.append(
+            (
+                target.name + (" (stretch)" if target.stretch else ""),
+                target.formula.words,
+                bound,
+                verdict.status,
+                f"{verdict.kept} of {len(verdict.measured)}",
+                f"{worst:.2f}",
+                " ".join(filter(None, (row["case"], row["mode"]))),
+            )
+        )
+    if not lines:
+        return ""
+    table = _markdown(("target", "formula", "bound", "verdict", "cases kept", "worst", "where"), lines)
+    causes = [
+        f"- {verdict.target.name}: {verdict.target.cause}"
+        for verdict in verdicts
+        if verdict.status == "missed" and verdict.target.cause
+    ]
+    explained = ["Causes of what is missed:", "\n".join(causes)] if causes else []
+    return "\n\n".join(["### Targets", table, *explained])
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    timed = [row for row in rows if "median_us" in row]
+    for op in dict.fromkeys(row["op"] for row in timed):
+        for mode in dict.fromkeys(row["mode"] for row in timed if row["op"] == op):
+            chosen = [row for row in timed if (row["op"], row["mode"]) == (op, mode)]
+            yield f"### {op}{f', {mode}' if mode else ''}\n\n{_op_table(chosen)}"
+
+
+def _op_table(rows: Sequence[Row]) -> str:
+    peers = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "ours"]
+    ours = [row for row in rows if row["contender"] == "ours"]
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("case", lambda row: row["case"]),
+        ("ours, ms (p10..p90)", lambda row: f"{_ms(row['median_us'])} ({_ms(row['p10_us'])}..{_ms(row['p90_us'])})"),
+    ]
+    if any(row["gbps"] for row in ours):
+        columns.append(("GB/s", lambda row: f"{row['gbps']:.1f}"))
+    if any(row["gflops"] for row in ours):
+        columns.append(("GFLOP/s", lambda row: f"{row['gflops']:.0f}"))
+    columns.append(("of roofline", lambda row: f"{row['roofline']:.0%}"))
+    columns += [(f"over {peer}", lambda row, peer=peer: _ratio(row["speedup"].get(peer))) for peer in peers]
+    return _markdown([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
+
+
+def _faults(rows: Sequence[Row]) -> Iterator[str]:
+    red = [row for row in rows if row["gate"] != "green"]
+    faults = [f"- {row['op']} {row['case']}, {row['contender']}: {row['gate']}" for row in red]
+    if faults:
+        yield "### Wrong results: no numbers\n\n" + "\n".join(faults)
+
+
+def _ms(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.3g}" if microseconds < 1e6 else f"{microseconds / 1e3:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [header, *lines]
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    rendered = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([rendered[0], rule, *rendered[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

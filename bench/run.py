@@ -1,0 +1,226 @@
+"""Run the benchmarks: `python -m bench.run [cpu|cuda] [--quick] [--only REGEX] [--json] [--out FILE]`.
+
+For each case: build every contender, verify each one's result, time those that are right, interleaved, with cold and
+with warm weights. One row (a flat dict, bench/report.py shows its fields) for each contender, case and mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import ROOT, cache_bytes, provenance
+from .peaks import Peak, measure_peaks
+from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite, suites
+from .report import print_report
+from .timing import Budget, Entrant, Timing, measure
+
+Row = dict[str, Any]
+
+WORKING_SET = 4
+"""Cold weights fill this many last-level caches before one is seen again."""
+
+MAX_COPIES = 1024
+
+QUICK = Budget(rounds=1, samples=1, seconds=0.5)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where a result was wrong or a contender failed, else 0."""
+    options = parser().parse_args(arguments)
+    budget = QUICK if options.quick else Budget(seconds=options.seconds)
+    rows = []
+    for row in run(options.device, options.only, quick=options.quick, isa=options.isa, budget=budget):
+        rows.append(row)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if options.json:
+            print(json.dumps(row), flush=True)
+    if not options.json:
+        print_report(rows, targets=not options.quick)
+    return int(any(row["gate"] != "green" for row in rows))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    made.add_argument("device", nargs="?", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--only", default="", metavar="REGEX", help='cases whose "op name" it matches')
+    made.add_argument("--quick", action="store_true", help="a few small cases, to see that everything works")
+    made.add_argument("--json", action="store_true", help="rows as JSON lines on standard output, no table")
+    made.add_argument("--out", type=Path, metavar="FILE", help="append the rows to this file, too")
+    made.add_argument("--seconds", type=float, default=Budget.seconds, help="longest time for one case and mode")
+    made.add_argument("--isa", help=argparse.SUPPRESS)  # the child of a forced instruction set
+    return made
+
+
+def run(device: str, only: str, *, quick: bool, isa: str | None, budget: Budget) -> Iterator[Row]:
+    """The rows of all cases that are asked for; those of forced instruction sets come from child processes."""
+    chosen = [
+        (suite, case)
+        for suite in suites().values()
+        for case in suite.cases(device)
+        if (case.quick or not quick) and re.search(only, f"{case.op} {case.name}")
+    ]
+    here = [(suite, case) for suite, case in chosen if case.isa == isa]
+    common = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
+    peaks = measure_peaks(device, isa) if here else {}
+    for peak in peaks.values():
+        yield peak_row(peak, isa) | common
+    for suite, case in here:
+        print(f"{case.op} {case.name}", file=sys.stderr, flush=True)
+        for row in run_case(suite, case, peaks, budget):
+            yield row | common
+    if isa is None:
+        for forced in dict.fromkeys(case.isa for _, case in chosen if case.isa):
+            yield from run_child(device, only, forced, budget)
+
+
+def run_child(device: str, only: str, isa: str, budget: Budget) -> Iterator[Row]:
+    """The cases of one forced instruction set, in a process that starts with it."""
+    command = [sys.executable, "-m", "bench.run", device, "--json", "--isa", isa, "--only", only]
+    done = subprocess.run(
+        [*command, "--seconds", str(budget.seconds)],
+        cwd=ROOT,
+        env={**os.environ, "QLORA_CPU_ISA": isa},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if not rows:
+        print(f"no rows for {isa}: exit status {done.returncode}", file=sys.stderr)
+    yield from rows
+
+
+def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -> Iterator[Row]:
+    """Verify, then time in each mode."""
+    inputs = suite.inputs(case)
+    threads = torch.get_num_threads()
+    right: dict[str, tuple[Contender, Sequence[Call]]] = {}
+    for contender in suite.contenders:
+        if not contender.applies(case):
+            continue
+        calls = build(contender, case, inputs, copies_beyond_cache(contender, case))
+        fault = fault_of(suite, case, inputs, contender, calls[0])
+        if fault is None:
+            right[contender.name] = (contender, calls)
+        else:
+            yield case_row(case, contender, threads, None) | {"gate": f"red: {fault}"}
+    for mode in suite.modes:
+        entrants = {
+            name: Entrant(calls if mode == COLD else calls[:1], contender.threads or threads)
+            for name, (contender, calls) in right.items()
+        }
+        timings = measure(entrants, case.device, budget) if entrants else {}
+        for name, timing in timings.items():
+            contender = right[name][0]
+            row = case_row(case, contender, threads, mode) | timing_fields(timing)
+            yield row | rates(case, (contender.cost or suite.cost)(case), timing, peaks) | ratios(name, timings)
+
+
+def copies_beyond_cache(contender: Contender, case: Case) -> int:
+    """How many copies of the weights overflow the last-level cache WORKING_SET times."""
+    return min(MAX_COPIES, math.ceil(WORKING_SET * cache_bytes(case.device) / contender.weight_bytes(case)) + 1)
+
+
+def build(contender: Contender, case: Case, inputs: Any, copies: int) -> Sequence[Call]:
+    """The contender's calls, without the warnings that peers give of their slow paths at each construction."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return contender.build(case, inputs, copies)
+
+
+def fault_of(suite: Suite, case: Case, inputs: Any, contender: Contender, call: Call) -> str | None:
+    """What is wrong with the call's result, or None."""
+    torch.manual_seed(GATE_SEED)
+    result = call()
+    try:
+        with torch.no_grad():
+            suite.verify(case, inputs, contender.name, result)
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def case_row(case: Case, contender: Contender, threads: int, mode: str | None) -> Row:
+    """What was run."""
+    return {
+        "op": case.op,
+        "case": case.name,
+        "M": case.M,
+        "N": case.N,
+        "K": case.K,
+        "r": case.r,
+        "dropout": case.dropout,
+        "blocksize": case.blocksize,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tensors": case.tensors,
+        "forced_isa": case.isa,
+        "contender": contender.name,
+        "threads": contender.threads or threads,
+        "mode": mode,
+        "gate": "green",
+    }
+
+
+def timing_fields(timing: Timing) -> Row:
+    """Times of a call in microseconds, and how far they can be trusted."""
+    return {
+        "median_us": round(timing.median * 1e6, 2),
+        "p10_us": round(timing.p10 * 1e6, 2),
+        "p90_us": round(timing.p90 * 1e6, 2),
+        "samples": timing.samples,
+        "foreign": round(timing.foreign, 3),
+    }
+
+
+def rates(case: Case, cost: Cost, timing: Timing, peaks: dict[str, Peak]) -> Row:
+    """Rates, their fractions of the measured peaks, and the fraction of the roofline that both together are."""
+    moved, computed = cost.bytes / timing.median, cost.flops / timing.median
+    of_bandwidth = moved / peaks[cost.bandwidth].rate
+    of_arithmetic = computed / peaks[case.arithmetic].rate
+    return {
+        "gbps": round(moved / 1e9, 2),
+        "gflops": round(computed / 1e9, 1),
+        "fraction": {cost.bandwidth: round(of_bandwidth, 3), case.arithmetic: round(of_arithmetic, 3)},
+        "roofline": round(max(of_bandwidth, of_arithmetic), 3),
+    }
+
+
+def ratios(name: str, timings: dict[str, Timing]) -> Row:
+    """How many times faster this contender is than each other."""
+    others = {other: timing for other, timing in timings.items() if other != name}
+    return {"speedup": {other: round(timing.median / timings[name].median, 3) for other, timing in others.items()}}
+
+
+def peak_row(peak: Peak, isa: str | None) -> Row:
+    """A measured peak."""
+    return {
+        "op": "peak",
+        "case": peak.name,
+        "forced_isa": isa,
+        "contender": peak.how,
+        "mode": None,
+        "gate": "green",
+        "rate": round(peak.rate / 1e9, 1),
+    }
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

@@ -1,0 +1,128 @@
+"""Where the time of a training step goes: torch.profiler's self times, by part of the model, forward and backward.
+
+Each module's forward is a region, and the innermost one counts. A backward function belongs to the region whose forward
+made its graph node, which the two share a sequence number with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PREFIX = "region: "
+
+OPTIMIZER, REST = "optimizer and clipping", "rest"
+
+PARTS = (
+    (r"lm_head", "lm_head"),
+    (r"q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj", "adapted linears"),
+    (r"norm", "norms"),
+    (r"self_attn|rotary", "attention"),
+    (r"mlp", "activation"),
+    (r"embed_tokens", "embedding"),
+    (r"layers\.\d+", "residual adds"),
+)
+"""The last component of a module's name -> part; the whole model's own forward is `loss`."""
+
+COPIES = re.compile(r"aten::(_to_copy|copy_|to|clone|contiguous)$")
+
+WARM_UP = 2
+
+
+def profile_step(model: nn.Module, call: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds of one call by part: `total`, and how much of it `copies` (casts and layout changes) are."""
+    with regions(model):
+        for _ in range(WARM_UP):
+            call()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            call()
+    return by_part(recorded.events())
+
+
+@contextmanager
+def regions(model: nn.Module) -> Iterator[None]:
+    """While it lasts each module's forward is recorded under its part's name."""
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            part = "loss" if name == "" else part_of(name)
+            if part is None:
+                continue
+            opened: list[record_function] = []
+
+            def enter(module: nn.Module, args: Any, *, part: str = part, opened: list[Any] = opened) -> None:
+                opened.append(record_function(PREFIX + part))
+                opened[-1].__enter__()
+
+            def leave(module: nn.Module, args: Any, output: Any, *, opened: list[Any] = opened) -> None:
+                opened.pop().__exit__(None, None, None)
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def optimizer_region() -> record_function:
+    """The region of what follows the backward pass."""
+    return record_function(PREFIX + OPTIMIZER)
+
+
+def part_of(name: str) -> str | None:
+    """The part that a module of this name is, or None where it belongs to its parent's."""
+    for pattern, part in PARTS:
+        if re.search(rf"(^|\.)\w*({pattern})$", name):
+            return part
+    return None
+
+
+def by_part(events: Any) -> dict[str, dict[str, float]]:
+    """Self times by part, the longest first."""
+    parts_of_nodes: dict[int, str] = {}
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if event.sequence_nr >= 0 and not is_backward(event):
+            # Ops that make no node carry the next one's number: the last of a number is the one that made it.
+            parts_of_nodes[event.sequence_nr] = enclosing_part(event)
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: {"total": 0.0, "copies": 0.0})
+    for event in events:
+        node = backward_root(event)
+        part = enclosing_part(event) if node is None else parts_of_nodes.get(node.sequence_nr, REST)
+        sums[part]["total"] += event.self_cpu_time_total / 1e3
+        if COPIES.search(event.name):
+            sums[part]["copies"] += event.self_cpu_time_total / 1e3
+    return dict(sorted(sums.items(), key=lambda item: -item[1]["total"]))
+
+
+def is_backward(event: Any) -> bool:
+    return backward_root(event) is not None
+
+
+def backward_root(event: Any) -> Any:
+    """The evaluation of a graph node that the event is part of, or None."""
+    while event is not None:
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            return event
+        event = event.cpu_parent
+    return None
+
+
+def enclosing_part(event: Any) -> str:
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            return str(event.name.removeprefix(PREFIX))
+        event = event.cpu_parent
+    return REST
+
+
+def table(parts: Mapping[str, Mapping[str, float]]) -> str:
+    """For people."""
+    total = sum(times["total"] for times in parts.values())
+    lines = [f"{'part':<24} {'ms':>8} {'share':>7} {'copies, ms':>11}"]
+    for part, times in parts.items():
+        lines.append(f"{part:<24} {times['total']:8.1f} {times['total'] / total:7.1%} {times['copies']:11.1f}")
+    lines.append(f"{'all':<24} {total:8.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""Interleaved timing on a machine that may have other work.
+
+Contenders take turns, round after round, so that a slow minute is slow for all of them. Each round also learns how much
+processor time other processes took meanwhile; rounds that were disturbed are repeated within a time budget, and the
+statistics are taken over the quiet ones. The choice never looks at the times themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .registry import Call
+
+QUIET = 0.06
+"""Largest share of the processors that others may take in a quiet round. The kernel counts in ticks of 10 ms."""
+
+TURN_S = 0.04
+"""How long a contender's turn lasts, if one call does not last longer."""
+
+SETTLE_S = 0.002
+"""Untimed calls at the head of a turn: another runtime's threads may still be spinning from the turn before."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a measurement may stop: enough quiet rounds and samples, or no time left."""
+
+    rounds: int = 5
+    samples: int = 15
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call. `foreign`: share of the processors that other processes took while it was measured."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+    foreign: float
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One contender's calls, walked in a circle; warm where there is one, cold where there are many."""
+
+    calls: Sequence[Call]
+    threads: int
+
+
+@dataclass
+class _Round:
+    foreign: float
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
+    """Time every entrant, interleaved."""
+    clock = clock_of(device)
+    started = time.perf_counter()
+    circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
+    lengths = {name: _turn_length(clock, circles[name], entrant.threads) for name, entrant in entrants.items()}
+    rounds: list[_Round] = []
+    before = torch.get_num_threads()
+    gc.collect()
+    gc.disable()
+    try:
+        while True:
+            rounds.append(_run_round(clock, entrants, circles, lengths))
+            quiet = [r for r in rounds if r.foreign <= QUIET]
+            samples = sum(min(lengths.values()) for _ in quiet)
+            slow = min(lengths.values()) == 1
+            enough = len(quiet) >= budget.rounds and (samples >= budget.samples or slow)
+            if enough or time.perf_counter() - started > budget.seconds:
+                break
+    finally:
+        gc.enable()
+        torch.set_num_threads(before)
+    chosen = quiet if len(quiet) >= 3 else sorted(rounds, key=lambda r: r.foreign)[:3]
+    foreign = statistics.mean(r.foreign for r in chosen)
+    return {name: summarize([t for r in chosen for t in r.times[name]], foreign) for name in entrants}
+
+
+def summarize(times: Sequence[float], foreign: float) -> Timing:
+    """Median, deciles and count."""
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0], 1, foreign)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(statistics.median(times), deciles[0], deciles[8], len(times), foreign)
+
+
+def clock_of(device: str) -> Callable[[Call], float]:
+    """A function that runs a call and says how many seconds it took on `device`."""
+    return _cuda_seconds if device == "cuda" else _host_seconds
+
+
+def _host_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(call: Call) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _turn_length(clock: Callable[[Call], float], calls: itertools.cycle[Call], threads: int) -> int:
+    torch.set_num_threads(threads)
+    clock(next(calls))
+    fastest = min(clock(next(calls)) for _ in range(2))
+    return max(1, min(1000, round(TURN_S / fastest)))
+
+
+def _run_round(
+    clock: Callable[[Call], float],
+    entrants: Mapping[str, Entrant],
+    circles: Mapping[str, itertools.cycle[Call]],
+    lengths: Mapping[str, int],
+) -> _Round:
+    times = {}
+    wall, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    for name, entrant in entrants.items():
+        torch.set_num_threads(entrant.threads)
+        settle_until = time.perf_counter() + SETTLE_S
+        while lengths[name] > 1 and time.perf_counter() < settle_until:
+            next(circles[name])()
+        times[name] = [clock(next(circles[name])) for _ in range(lengths[name])]
+    wall, busy, own = time.perf_counter() - wall, _busy_seconds() - busy, time.process_time() - own
+    return _Round(max(0.0, busy - own) / (wall * (os.cpu_count() or 1)), times)
+
+
+def _busy_seconds() -> float:
+    """Processor time that all processes have taken since the machine started; 0 where the system does not tell."""
+    try:
+        with open("/proc/stat") as stat:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

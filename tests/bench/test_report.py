@@ -1,0 +1,93 @@
+"""Targets judged, runs merged, tables written."""
+
+from __future__ import annotations
+
+import json
+
+from bench import report
+from bench.targets import TARGETS, judge
+
+ROW = {
+    "op": "linear_nf4",
+    "case": "4096x4096 M1 bf16",
+    "M": 1,
+    "N": 4096,
+    "K": 4096,
+    "dtype": "bfloat16",
+    "forced_isa": None,
+    "contender": "ours",
+    "threads": 2,
+    "mode": "cold",
+    "gate": "green",
+    "median_us": 200.0,
+    "p10_us": 190.0,
+    "p90_us": 250.0,
+    "gbps": 43.0,
+    "gflops": 168.0,
+    "fraction": {"read": 0.9, "bf16_dot": 0.2},
+    "roofline": 0.9,
+    "speedup": {"bnb eval": 1.4, "dense": 3.0},
+    "machine": "a machine",
+    "isa": "avx2",
+    "commit": "0123456789",
+    "versions": {"torch": "2"},
+}
+
+
+def verdict(name, rows):
+    return next(v for v in judge(rows) if v.target.name == name)
+
+
+def test_names_are_unique():
+    names = [(target.name, target.stretch) for target in TARGETS]
+    assert len(set(names)) == len(names)
+
+
+def test_targets_are_judged_by_their_worst_row():
+    assert verdict("forward M 1..8 over bnb eval", [ROW]).status == "met"
+    missed = verdict("forward M 1..8 over bnb eval", [ROW, {**ROW, "mode": "warm", "speedup": {"bnb eval": 1.1}}])
+    assert (missed.status, missed.kept, missed.measured[0][1]) == ("missed", 1, 1.1)
+    assert verdict("forward M 1 cold over dense", [ROW]).status == "missed"
+    assert verdict("AdamW step, fp32 states, over torch", [ROW]).status == "not measured"
+
+
+def test_an_upper_bound_is_judged_by_the_largest():
+    row = {**ROW, "op": "linear_nf4_lora", "speedup": {"ours without LoRA": 0.95}}
+    slow = {**row, "speedup": {"ours without LoRA": 0.5}}
+    assert verdict("LoRA beside our plain layer", [row]).status == "met"
+    assert verdict("LoRA beside our plain layer", [row, slow]).measured[0][1] == 2.0
+
+
+def test_runs_merge_to_medians():
+    runs = [{**ROW, "median_us": us, "speedup": {"dense": s}} for us, s in ((100.0, 2.0), (300.0, 6.0), (120.0, 5.0))]
+    (merged,) = report.merge(runs)
+    assert merged["median_us"] == 120.0
+    assert merged["speedup"] == {"dense": 5.0}
+    assert merged["runs"] == 3
+    assert report.merge([merged, ROW])[0]["runs"] == 4
+
+
+def test_report_shows_ratio_verdict_and_faults():
+    red = {**ROW, "contender": "dense", "gate": "red: wrong"}
+    del red["median_us"]
+    text = report.report(report.merge([ROW, red]))
+    assert "1.40" in text
+    assert "| missed" in text
+    assert "linear_nf4 4096x4096 M1 bf16, dense: red: wrong" in text
+
+
+def test_tables_compare_ours_with_each_peer():
+    text = report.report([ROW, {**ROW, "contender": "dense", "speedup": {}}])
+    assert "| over dense |" in text
+    assert "| 3.00x " in text
+
+
+def test_a_page_is_updated_between_its_marks(tmp_path):
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    rows.write_text(json.dumps(ROW) + "\n")
+    page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    report.main([str(rows), "--update", str(page)])
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\nMachine: a machine")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "stale" not in text
