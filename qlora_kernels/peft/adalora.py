@@ -250,7 +250,7 @@ class AdaLora(LinearMethod[SvdLinear]):
     def _weight_names(self, *of: str) -> list[str]:
         return [".".join((path, leaf, *of)) for path in self.deltas for leaf in TRIPLET_DIM]
 
-    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         if "step" not in values:
             return
         self.last_step = values["step"]

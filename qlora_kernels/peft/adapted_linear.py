@@ -56,8 +56,6 @@ class AdaptedLinear(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.unmerged: list[nn.Module] = []  # [the base] while merged; a list keeps it out of the module tree
         self.merged_names: tuple[str, ...] = ()
-        # torch's fused encoder layers read `weight` past this module; they step aside where a hook is attached.
-        self.register_forward_pre_hook(_seen_by_fast_paths)
         self.train(base_layer.training)
 
     @property
@@ -194,5 +192,24 @@ def add_lowrank(
     return (y + F.linear(s, lora_B) * scaling).to(y.dtype)
 
 
-def _seen_by_fast_paths(module: nn.Module, args: tuple[object, ...]) -> None:
-    """Does nothing; being registered is the point."""
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Hooks stay at the place in the model where they were registered when another module takes that place.
+
+    Left on a wrapped base they would miss forward_lora. The dictionaries themselves change hands, since the handles
+    that remove a hook refer to them.
+    """
+    for name in _HOOKS:
+        mine, theirs = source.__dict__[name], target.__dict__[name]
+        source.__dict__[name], target.__dict__[name] = theirs, mine
+    source._is_full_backward_hook, target._is_full_backward_hook = None, source._is_full_backward_hook

@@ -52,9 +52,9 @@ def _config(files: AdapterFiles) -> PeftConfig:
     return config_from_dict({**files.config, **(files.extras or {}).get("config", {})})
 
 
-def load_weights(methods: Sequence[Method], directory: str | os.PathLike[str]) -> None:
+def load_weights(methods: Sequence[Method], directory: str | os.PathLike[str], *, is_trainable: bool) -> None:
     for method, folder in zip(methods, _folders(directory), strict=True):
         files = peft_checkpoint.read_adapter(folder)
         method.load_tensors(files.tensors)
         if files.extras is not None:
-            method.load_extras(files.extras, files.extra_tensors)
+            method.load_extras(files.extras, files.extra_tensors, is_trainable=is_trainable)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .adapted_linear import AdaptedLinear
+from .adapted_linear import AdaptedLinear, move_hooks
+from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_linear
 from .selection import Selection
+from .torch_attention import rejoin, split
 from .tree import set_module
 
 if TYPE_CHECKING:
@@ -24,6 +27,25 @@ class Host:
         self.adapter_dtype = adapter_dtype
         self.selection = Selection()
         self.adapters: dict[str, list[Method]] = {}
+        self.split_attention()
+
+    def split_attention(self) -> None:
+        """Takes torch's packed attention apart; rejoin_attention puts it back."""
+        for name, module in list(self.model.named_modules()):
+            if (part := split(module, self.selection)) is not module:
+                set_module(self.model, name, part)
+            if isinstance(module, nn.TransformerEncoder):
+                # Nested tensors lead to the fast path that the parts must not take.
+                module.use_nested_tensor = False
+
+    def rejoin_attention(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if (whole := rejoin(module)) is not module:
+                set_module(self.model, name, whole)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        return anatomy(self.modules())
 
     @staticmethod
     def canonical(name: str) -> str:
@@ -46,13 +68,26 @@ class Host:
                 module = module.base_layer
         return module
 
+    def place(self, path: str) -> nn.Module:
+        """What stands at `path` now, wrapped or not: hooks registered on it stay at that place."""
+        return self.model.get_submodule(path)
+
+    def width(self, layer: Layer) -> int:
+        """Size d of the residual stream."""
+        return next(self.module(layer.norms[0]).parameters()).numel()
+
     def adapt(self, path: str) -> AdaptedLinear:
         """The AdaptedLinear at `path`, put there if it is not yet."""
         layer = self.model.get_submodule(path)
         if not isinstance(layer, AdaptedLinear):
-            layer = AdaptedLinear(layer, self.selection)
+            base, layer = layer, AdaptedLinear(layer, self.selection)
+            move_hooks(base, layer)
             set_module(self.model, path, layer)
         return layer
+
+    def layer_of(self, path: str) -> Layer | None:
+        """The transformer layer that the module at `path` is a part of."""
+        return next((layer for layer in self.anatomy.layers if path.startswith(f"{layer.path}.")), None)
 
     def adapted(self) -> dict[str, AdaptedLinear]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
@@ -63,4 +98,8 @@ class Host:
         if isinstance(layer, AdaptedLinear):
             layer.deltas.pop(name, None)
             if not layer.deltas:
-                set_module(self.model, path, layer.base_layer)
+                self.unwrap(path, layer)
+
+    def unwrap(self, path: str, layer: AdaptedLinear) -> None:
+        move_hooks(layer, layer.base_layer)
+        set_module(self.model, path, layer.base_layer)

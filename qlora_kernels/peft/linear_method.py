@@ -11,7 +11,7 @@ from .adapted_linear import Delta
 from .config import PeftConfig
 from .host import Host
 from .method import Method
-from .targets import TargetConfig, matched_linears
+from .targets import TargetConfig, is_all_linear, matched_linears
 
 
 class LinearConfig(TargetConfig, Protocol):
@@ -34,7 +34,7 @@ class LinearMethod(Method, Generic[D]):
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
         where = cast(LinearConfig, config)
         targets = matched_linears(host, where)
-        if where.target_modules is None or where.target_modules == "all-linear":
+        if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
         super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
         self.deltas: dict[str, D] = {}

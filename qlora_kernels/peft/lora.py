@@ -179,7 +179,7 @@ class Lora(LinearMethod[LoraLinear]):
         layers = {path: self.host.module(path) for path in self.deltas}
         return {}, {f"{path}.{key}": value for path, m in layers.items() for key, value in m.state_dict().items()}
 
-    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         for path in self.deltas if tensors else ():
             own = {k.removeprefix(f"{path}."): v for k, v in tensors.items() if k.startswith(f"{path}.")}
             self.host.module(path).load_state_dict(own)

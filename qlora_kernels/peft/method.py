@@ -25,6 +25,7 @@ class Method(nn.Module):
     """
 
     loads_in_peft: ClassVar[bool] = False
+    needs: tuple[str, ...] = ()  # other adapters that this one is made of
 
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
         super().__init__()
@@ -35,6 +36,11 @@ class Method(nn.Module):
         self.overrides = Overrides(host, self.tree)
         self.overrides.add_modules(config.heads)
         self.hooks: list[RemovableHandle] = []
+
+    @property
+    def parts(self) -> list[Method]:
+        """The methods that this one consists of; they run as methods of their own."""
+        return []
 
     # In the model
 
@@ -105,7 +111,7 @@ class Method(nn.Module):
         """(values, tensors) that a resumed training needs and PEFT's layout has no place for."""
         return {}, {}
 
-    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         """Takes what extras() gave; not called for a file that PEFT wrote."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
@@ -27,13 +28,19 @@ class Overrides:
         self.applied = False
 
     def add(self, path: str, *, stored_as: str | None = None) -> None:
-        """Copies the parameter at `path`.   stored_as: where the copy lies in the tree, if not at the same path."""
-        if path not in self.copies:
-            owner, _, attribute = path.rpartition(".")
-            module = self.host.module(owner)
-            self.places[path] = module, attribute
-            self.originals[path] = module._parameters[attribute]  # type: ignore[assignment]
-            self.copies[path] = nn.Parameter(self.originals[path].detach().clone())
+        """Copies the parameter at `path`; one copy for all the paths of a tied one.
+
+        stored_as: where the copy lies in the tree, if not at the same path.
+        """
+        if path in self.copies:
+            return
+        owner, _, attribute = path.rpartition(".")
+        module = self.host.module(owner)
+        original = cast(nn.Parameter, module._parameters[attribute])
+        tied = next((self.copies[p] for p, other in self.originals.items() if other is original), None)
+        self.places[path], self.originals[path] = (module, attribute), original
+        self.copies[path] = tied if tied is not None else nn.Parameter(original.detach().clone())
+        if tied is None:
             self.tree.put(stored_as or path, self.copies[path])
 
     def add_modules(self, suffixes: Iterable[str]) -> None:

@@ -22,7 +22,6 @@ from .lora import Lora
 from .method import Method
 from .registry import method_for
 from .selection import BASE
-from .tree import set_module
 
 Configs = PeftConfig | Sequence[PeftConfig]
 
@@ -102,7 +101,7 @@ class PeftModel(nn.Module):
                 for method in self._methods(name):
                     if reason := method.why_no_rows():
                         raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
-            if any(method.overrides.applied for name in self.adapters for method in self._methods(name)):
+            if any(m.overrides.applied for name in self.adapters for m in self._methods(name)):
                 raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
         padding = kwargs.get("attention_mask")
         with self.selection.for_call(adapter_names, padding if padding is not None and padding.dim() == 2 else None):
@@ -140,7 +139,7 @@ class PeftModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
         """By adapter; a list where it combines several methods."""
-        configs = {name: [m.config for m in self._methods(name)] for name in self.adapters}
+        configs = {name: [m.config for m in self.host.adapters[name]] for name in self.adapters}
         return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
 
     def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
@@ -169,6 +168,8 @@ class PeftModel(nn.Module):
             raise ValueError(
                 f"set_adapter: adapters {list(names)} must not replace the same parameters, got {min(twice)}"
             )
+        if both := {need for name in names for need in self._needs(name)} & set(names):
+            raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
         self._put_in_place(())
         self.selection.active = names
         self._put_in_place(names)
@@ -178,6 +179,8 @@ class PeftModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._methods(adapter_name)
+        if users := [name for name in self.adapters if adapter_name in self._needs(name)]:
+            raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
         self.unmerge_adapter()
         self._remove(adapter_name)
 
@@ -235,7 +238,10 @@ class PeftModel(nn.Module):
     def _methods(self, name: str) -> list[Method]:
         if name not in self.adapters:
             raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
-        return list(self.host.adapters[name])
+        return [part for method in self.host.adapters[name] for part in (method, *method.parts)]
+
+    def _needs(self, name: str) -> set[str]:
+        return {need for method in self._methods(name) for need in method.needs}
 
     def _active(self) -> list[Method]:
         return [method for name in self.selection.active for method in self._methods(name)]
@@ -304,7 +310,8 @@ class PeftModel(nn.Module):
         for name in list(self.adapters):
             self._remove(name)
         for path, layer in self.host.adapted().items():
-            set_module(self.base_model, path, layer.base_layer)
+            self.host.unwrap(path, layer)
+        self.host.rejoin_attention()
         return self.base_model
 
     def get_base_model(self) -> nn.Module:
@@ -331,13 +338,18 @@ class PeftModel(nn.Module):
         """Writes each adapter: "default" into the folder, any other into a folder of its name inside it."""
         for name in selected_adapters if selected_adapters is not None else list(self.adapters):
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            checkpoint.save_adapter(self._methods(name), folder)
+            checkpoint.save_adapter(self.host.adapters[name], folder)
 
-    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
-        """Adds the adapter that lies in a folder, written here or by PEFT; set_adapter makes it active."""
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
+    ) -> None:
+        """Adds the adapter that lies in a folder, written here or by PEFT; set_adapter makes it active.
+
+        is_trainable: also what only training needs, such as the encoders of prefix and P-tuning.
+        """
         self.add_adapter(adapter_name, checkpoint.load_configs(model_id))
         try:
-            checkpoint.load_weights(self._methods(adapter_name), model_id)
+            checkpoint.load_weights(self.host.adapters[adapter_name], model_id, is_trainable=is_trainable)
         except BaseException:
             self._remove(adapter_name)
             raise
@@ -354,6 +366,6 @@ class PeftModel(nn.Module):
     ) -> PeftModel:
         """`model` with the adapter that lies in a folder, active; it trains only with is_trainable."""
         peft_model = cls(model, adapter_dtype=adapter_dtype)
-        peft_model.load_adapter(model_id, adapter_name)
+        peft_model.load_adapter(model_id, adapter_name, is_trainable)
         peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)
         return peft_model

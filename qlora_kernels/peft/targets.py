@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from .host import Host
+from .torch_attention import SplitAttention
 
 # What PEFT adapts where target_modules is None.
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
@@ -49,7 +50,7 @@ def matched_linears(host: Host, config: TargetConfig) -> dict[str, nn.Module]:
     """
     _check(config)
     linears = host.linears()
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+    if is_all_linear(config.target_modules):
         targets: Names = [name for name in linears if name not in _output_heads(host.model, config.task_type)]
     else:
         targets = config.target_modules if config.target_modules is not None else _default_targets(host.model)
@@ -63,6 +64,10 @@ def matched_linears(host: Host, config: TargetConfig) -> dict[str, nn.Module]:
             f"target_modules: {wrong[0]} must be a linear layer, got {kind}; name the linear layers inside it"
         )
     return {name: linears[name] for name in names}
+
+
+def is_all_linear(targets: Names) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def matches(name: str, patterns: Names) -> bool:
@@ -81,7 +86,7 @@ def pattern_value(name: str, pattern: Mapping[str, int | float], default: float)
 
 
 def _check(config: TargetConfig) -> None:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
+    if isinstance(config.target_modules, str) and not is_all_linear(config.target_modules):
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(config, field) is not None:
                 raise ValueError(f"{field}: must be None where target_modules is a regular expression")
@@ -123,6 +128,8 @@ def _default_targets(model: nn.Module) -> Names:
     for targets, model_types in _DEFAULT_TARGETS.items():
         if model_type in model_types.split():
             return targets
+    if any(isinstance(module, SplitAttention) for module in model.modules()):
+        return ("q_proj", "v_proj")
     raise ValueError(f"target_modules: must be given for a model of type {model_type or type(model).__name__!r}")
 
 

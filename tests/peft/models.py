@@ -39,6 +39,7 @@ def bert():
             num_hidden_layers=2,
             num_attention_heads=4,
             num_labels=2,
+            initializer_range=0.2,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )

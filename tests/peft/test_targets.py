@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from qlora_kernels.peft import LoraConfig, get_peft_model
 from tests.peft.models import make
@@ -64,7 +65,7 @@ def test_a_block_is_no_target():
 
 def test_unknown_architecture_needs_targets():
     with pytest.raises(ValueError, match="target_modules: must be given"):
-        get_peft_model(make("torch"), LoraConfig())
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig())
 
 
 @pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])

@@ -1,0 +1,107 @@
+"""AdapterFusion: attention over adapters that were trained apart; only the attention trains.
+
+Source: Pfeiffer et al. (arXiv:2005.00247).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .base_layer import device_of
+from .bottleneck import Bottleneck
+from .config import PeftConfig
+from .host import Host
+from .method import Method
+from .registry import register_method
+from .taps import OutputTap
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFusionConfig(PeftConfig):
+    """adapters: names of the adapters to fuse, of AdapterConfig(placement="pfeiffer"), in the model already.
+
+    value: has a value matrix, near the identity at first.   regularization: weight of |V - I|^2 in peft_loss().
+    """
+
+    peft_type = "ADAPTER_FUSION"
+
+    adapters: list[str] | tuple[str, ...] = ()
+    value: bool = True
+    regularization: float = 0.01
+
+
+class Fusion(nn.Module):
+    """h + sum_n s_n V z_n,  s = softmax over n of (Q h) . (K z_n),  z_n = f_n(h).
+
+    Q and K are linear with bias, weights N(0, 0.02); V has ones on the diagonal and 1e-6 elsewhere.
+    """
+
+    def __init__(
+        self, d: int, value: bool, bottlenecks: Sequence[Bottleneck], device: torch.device, dtype: torch.dtype
+    ):
+        super().__init__()
+        self.query = nn.Linear(d, d, device=device, dtype=dtype)
+        self.key = nn.Linear(d, d, device=device, dtype=dtype)
+        self.value = nn.Linear(d, d, bias=False, device=device, dtype=dtype) if value else None
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value is not None:
+            with torch.no_grad():
+                self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
+        self.bottlenecks = list(bottlenecks)  # a list: their parameters are their own adapters'
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = h.to(self.query.weight.dtype)
+        z = torch.stack([bottleneck(inner) for bottleneck in self.bottlenecks], dim=-2)  # [..., N, d]
+        scores = (self.key(z) @ self.query(inner)[..., None])[..., 0]  # [..., N]
+        mixed = (scores.softmax(-1)[..., None] * (z if self.value is None else self.value(z))).sum(-2)
+        y: Tensor = h + mixed.to(h.dtype)
+        return y
+
+    def penalty(self) -> Tensor | None:
+        """|V - I|^2, summed."""
+        if self.value is None:
+            return None
+        identity = torch.eye(self.value.out_features, device=self.value.weight.device, dtype=self.value.weight.dtype)
+        return (self.value.weight - identity).square().sum()
+
+
+@register_method(AdapterFusionConfig)
+class AdapterFusion(Method):
+    """`tree`: a Fusion at `<layer>.fusion`. The adapters it fuses are its `needs`; they stay as they are."""
+
+    config: AdapterFusionConfig
+
+    def __init__(self, config: AdapterFusionConfig, host: Host, name: str) -> None:
+        fused = {adapter: _pfeiffer(host, adapter) for adapter in config.adapters}
+        if len(fused) < 2:
+            raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(config.adapters)}")
+        super().__init__(config, host, name)
+        self.needs = tuple(fused)
+        self.fusions: list[Fusion] = []
+        for layer in host.anatomy.layers:
+            bottlenecks = [adapter.bottlenecks[layer.ffn_output] for adapter in fused.values()]
+            device = device_of(host.module(layer.norms[0]))
+            fusion = Fusion(host.width(layer), config.value, bottlenecks, device, host.adapter_dtype)
+            self.tree.put(f"{layer.path}.fusion", fusion)
+            self.fusions.append(fusion)
+            self.hooks += OutputTap(host.selection, name, fusion).attach(host.place(layer.ffn_output))
+
+    def peft_loss(self) -> Tensor | None:
+        penalties = [p for fusion in self.fusions if (p := fusion.penalty()) is not None]
+        return self.config.regularization * torch.stack(penalties).sum() if penalties else None
+
+
+def _pfeiffer(host: Host, name: str) -> Adapter:
+    if name not in host.adapters:
+        raise ValueError(f"AdapterFusion: adapter {name!r} must be in the model first; it has {list(host.adapters)}")
+    found = [m for m in host.adapters[name] if isinstance(m, Adapter)]
+    if len(found) != 1 or found[0].config.placement != "pfeiffer":
+        raise ValueError(f"AdapterFusion: adapter {name!r} must be an AdapterConfig(placement='pfeiffer')")
+    return found[0]

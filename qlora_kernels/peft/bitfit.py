@@ -1,0 +1,89 @@
+"""BitFit: train the biases and nothing else.
+
+Source: BitFit (arXiv:2106.10199).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .base_layer import device_of, features, is_linear
+from .config import PeftConfig
+from .host import Host
+from .method import Method
+from .registry import register_method
+from .targets import matches
+
+Names = list[str] | tuple[str, ...] | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(PeftConfig):
+    """biases: "all", or "query+mlp" (the paper's subset: query biases and those of the FFN's second linear layer), or
+    names of the modules whose biases train, matched as target_modules are.
+
+    add_missing: gives linear layers without a bias one that starts at zero (Llama has none); without it a model in
+    which nothing would train is refused.
+    """
+
+    peft_type = "BITFIT"
+
+    biases: Names = "all"
+    add_missing: bool = False
+
+
+@register_method(BitFitConfig)
+class BitFit(Method):
+    """Biases of quantized layers are float parameters like any other, so NF4 bases serve as they are."""
+
+    config: BitFitConfig
+
+    def __init__(self, config: BitFitConfig, host: Host, name: str) -> None:
+        super().__init__(config, host, name)
+        self.added: list[nn.Module] = []
+        chosen = dict(self._chosen(config.biases))
+        if config.add_missing:
+            self._add_missing(chosen)
+        with_bias = [path for path, module in chosen.items() if module._parameters.get("bias") is not None]
+        if not with_bias:
+            self.detach()
+            raise ValueError(
+                f"BitFit: biases={config.biases!r} must name modules with a bias, and this model's have none; "
+                "add_missing=True gives its linear layers one"
+            )
+        for path in with_bias:
+            self.overrides.add(f"{path}.bias")
+
+    def _chosen(self, biases: Names) -> Iterator[tuple[str, nn.Module]]:
+        modules = self.host.modules()
+        if biases == "query+mlp":
+            for layer in self.host.anatomy.layers:
+                yield from ((path, modules[path]) for path in (layer.query, layer.ffn_second))
+            return
+        for path, module in modules.items():
+            # By the parameter's own name: T5's relative_attention_bias is an embedding.
+            if biases == "all" or matches(path, biases):
+                yield path, module
+
+    def _add_missing(self, chosen: dict[str, nn.Module]) -> None:
+        heads = {id(module) for path, module in chosen.items() if matches(path, self.config.heads)}
+        output = getattr(self.host.model, "get_output_embeddings", lambda: None)()
+        for module in chosen.values():
+            if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:
+                dtype = getattr(module, "weight_dtype", None) or module.weight.dtype
+                zeros = torch.zeros(features(module)[1], dtype=dtype, device=device_of(module))
+                module.bias = nn.Parameter(zeros, requires_grad=False)
+                self.added.append(module)
+
+    def detach(self) -> None:
+        super().detach()
+        for module in self.added if self.overrides.copies else ():  # kept for good otherwise
+            module.register_parameter("bias", None)
+
+    def why_no_merge(self) -> Literal[None]:
+        return None

@@ -1,0 +1,106 @@
+"""P-Tuning (v1): virtual tokens whose embeddings come from a small trained network.
+
+Source: Liu et al. (arXiv:2103.10385).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .host import Host
+from .method import load_into
+from .registry import register_method
+from .soft_prompt import SoftPrompt, SoftPromptConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningConfig(SoftPromptConfig):
+    """PEFT's PromptEncoderConfig.
+
+    encoder_reparameterization_type: "MLP" = three linear layers with ReLU between; "LSTM" = a bidirectional LSTM of
+    encoder_num_layers, then two linear layers with ReLU between. encoder_hidden_size: None = d. The paper's LAMA
+    encoder is LSTM with encoder_hidden_size = d / 2.   encoder_dropout: between LSTM layers.
+    With placeholder_token_id the virtual tokens stand where a template puts them, among anchor words.
+    """
+
+    peft_type = "P_TUNING"
+
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = self.encoder_reparameterization_type
+        if kind not in ("MLP", "LSTM"):
+            raise ValueError(f"PTuningConfig: encoder_reparameterization_type must be 'MLP' or 'LSTM', got {kind!r}")
+        if kind == "MLP" and self.encoder_num_layers != 2:
+            raise ValueError("PTuningConfig: encoder_num_layers must be 2 with 'MLP', which has three layers always")
+
+
+class PromptEncoder(nn.Module):
+    """embedding [n, d] -> [n, d]."""
+
+    def __init__(self, config: PTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        d, hidden = cast(int, config.token_dim), cast(int, config.encoder_hidden_size)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.num_virtual_tokens, d, **made)
+        self.lstm = None
+        if config.encoder_reparameterization_type == "LSTM":
+            layers, dropout = config.encoder_num_layers, config.encoder_dropout
+            self.lstm = nn.LSTM(d, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True, **made)
+            sizes = [2 * hidden, 2 * hidden, d]
+        else:
+            sizes = [d, hidden, hidden, d]
+        linears = [nn.Linear(*pair, **made) for pair in pairwise(sizes)]
+        self.mlp = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
+
+    def forward(self) -> Tensor:
+        x = self.embedding.weight
+        if self.lstm is not None:
+            x = self.lstm(x[None])[0][0]
+        y: Tensor = self.mlp(x)
+        return y
+
+
+@register_method(PTuningConfig)
+class PTuning(SoftPrompt):
+    """`encoder` while training; `embedding.weight` [n, d], what it gave at last, once loaded for use."""
+
+    config: PTuningConfig
+
+    def __init__(self, config: PTuningConfig, host: Host, name: str) -> None:
+        super().__init__(config, host, name)
+        self.config = self.config.replace(encoder_hidden_size=config.encoder_hidden_size or self.config.token_dim)
+        self.encoder: PromptEncoder | None = self._new_encoder()
+        self.embedding: nn.Embedding | None = None
+
+    def _new_encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.config, self.embedding_device(), self.host.adapter_dtype)
+
+    def prompt(self) -> Tensor:
+        if self.embedding is not None:
+            return self.embedding.weight
+        rows: Tensor = cast(PromptEncoder, self.encoder)()
+        return rows
+
+    def set_prompt(self, rows: Tensor) -> None:
+        """The embeddings alone, trained as they are from here on."""
+        weight = rows.to(self.embedding_device(), self.host.adapter_dtype, copy=True)
+        self.embedding, self.encoder = nn.Embedding(rows.shape[0], rows.shape[1], _weight=weight), None
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().extras()
+        return values, {**tensors, **(self.encoder.state_dict() if self.encoder is not None else {})}
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
+        if tensors and is_trainable:
+            self.encoder, self.embedding = self._new_encoder(), None
+            load_into(self.encoder, tensors)

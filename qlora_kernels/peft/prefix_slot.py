@@ -1,0 +1,212 @@
+"""PrefixSlot: the place in an attention module where adapters put keys and values before the model's own.
+
+Prefixes are joined inside the attention computation, after rotary embedding and after the cache. So encoders have them,
+generate() computes what forward() does, gradient checkpointing recomputes them, and no cache argument is involved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .selection import Selection
+
+
+class Prefix(NamedTuple):
+    """keys, values [B, heads_kv, n, head_dim] (from a provider also without B).
+
+    visible: bool [B, 1, 1, n], or None where every row sees all of it.
+    gate: [B, S_q, 1], factor of the prefix's keys and values as each query sees them, or None.
+    owners: (adapter, its n) in order of the positions.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None = None
+    gate: Tensor | None = None
+    owners: tuple[tuple[str, int], ...] = ()
+
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) over [prefix; own].
+
+        A gate g of the query scales q.k and v of the prefix alone. With the head dimension doubled that is plain
+        attention: q' = [q, g q], own k' = [k, 0], prefix k' = [0, k]; values alike, and out() weighs the two halves.
+        """
+        keys, values = self.keys.to(k.dtype), self.values.to(v.dtype)
+        if self.gate is not None:
+            d = q.shape[-1]
+            q = torch.cat([q, q * self.gate[:, None].to(q.dtype)], dim=-1)
+            k, v = (F.pad(t, (0, d)) for t in (k, v))
+            keys, values = (F.pad(t, (d, 0)) for t in (keys, values))
+        return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+
+    def out(self, heads: Tensor) -> Tensor:
+        """[B, S_q, heads, head_dim or its double] -> [B, S_q, heads, head_dim]."""
+        if self.gate is None:
+            return heads
+        own, prefix = heads.chunk(2, dim=-1)
+        return own + prefix * self.gate[..., None].to(prefix.dtype)
+
+
+@dataclass
+class PrefixSlot:
+    """`providers`: adapter -> function that gives its Prefix.
+
+    `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n] where a prefix has positions.
+    """
+
+    selection: Selection
+    providers: dict[str, Callable[[], Prefix]]
+    bias: dict[str, Callable[[int, int, int], Tensor]]
+
+    def read(self, batch: int) -> Prefix | None:
+        """The prefixes of the adapters that speak, side by side; each row sees its own adapter's."""
+        names = [name for name in self.providers if self.selection.has(name)]
+        if not names:
+            return None
+        parts = [self.providers[name]() for name in names]
+        keys = torch.cat([_batched(p.keys, batch) for p in parts], dim=2)
+        values = torch.cat([_batched(p.values, batch) for p in parts], dim=2)
+        gates = [p.gate for p in parts if p.gate is not None]
+        if gates and len(parts) > 1:
+            raise NotImplementedError(f"prefix: a gated prefix must be the only one that acts, got {names}")
+        owners = tuple((name, p.keys.shape[-2]) for name, p in zip(names, parts, strict=True))
+        visible = None
+        if self.selection.rows is not None:
+            rows = self.selection.rows_of(keys)
+            seen = [[row == name for name, n in owners for _ in range(n)] for row in rows]
+            visible = torch.tensor(seen, device=keys.device)[:, None, None]
+        return Prefix(keys, values, visible, gates[0] if gates else None, owners)
+
+
+def _batched(x: Tensor, batch: int) -> Tensor:
+    return x.expand(batch, *x.shape) if x.dim() == 3 else x
+
+
+def extend_mask(mask: Tensor | None, prefix: Prefix, q: Tensor, k: Tensor, *, causal: bool) -> Tensor | None:
+    """The attention mask over [prefix; keys]: `mask` (bool, True is seen; or float, added) with columns in front.
+
+    q [B, heads, S_q, d], k [B, heads_kv, S_k, d] before the prefix is joined.   causal: what a mask of None stands for.
+    """
+    n = prefix.keys.shape[2]
+    queries, length = q.shape[2], k.shape[2]
+    if mask is None:
+        if prefix.visible is None and not (causal and queries > 1):
+            return None
+        mask = torch.ones(queries, length, dtype=torch.bool, device=q.device)
+        mask = (mask.tril() if causal and queries > 1 else mask)[None, None]
+    front = torch.ones(1, 1, 1, n, dtype=torch.bool, device=q.device) if prefix.visible is None else prefix.visible
+    if mask.dtype != torch.bool:
+        front = torch.where(front, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    rows = max(mask.shape[0], front.shape[0])
+    front = front.expand(rows, mask.shape[1], mask.shape[2], n)
+    return torch.cat([front, mask.expand(rows, -1, -1, -1)], dim=-1)
+
+
+def attention_slot(attention: nn.Module, selection: Selection) -> PrefixSlot:
+    """The slot of an attention module, made if it has none."""
+    slot = getattr(attention, _SLOT, None)
+    if slot is None:
+        slot = PrefixSlot(selection, {}, {})
+        setattr(attention, _SLOT, slot)
+        if not hasattr(attention, "packed"):
+            _use_prefix_attention(attention)
+    return slot
+
+
+# transformers' models look their attention function up by the name in config._attn_implementation.
+
+_SLOT = "prefix_slot"
+_PREFIXED = "qlora_kernels_prefix_"
+
+
+def _modeling(attention: nn.Module) -> ModuleType:
+    return sys.modules[type(attention).__module__]
+
+
+def _use_prefix_attention(attention: nn.Module) -> None:
+    """Makes the attention module's model call attention_with_prefix around the implementation it uses now.
+
+    Raises NotImplementedError for a model without transformers' attention interface, or one that uses another
+    implementation than eager or sdpa: the others take no mask that a prefix could be written into.
+    """
+    modeling, config = _modeling(attention), getattr(attention, "config", None)
+    interface = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
+    if interface is None or config is None:
+        raise NotImplementedError(f"prefix: {type(attention).__name__} must use transformers' attention interface")
+    name = config._attn_implementation
+    if name.startswith(_PREFIXED):
+        return
+    if name not in ("eager", "sdpa"):
+        raise NotImplementedError(f"prefix: attn_implementation must be 'sdpa' or 'eager', got {name!r}")
+    masks = sys.modules["transformers.masking_utils"].ALL_MASK_ATTENTION_FUNCTIONS
+    interface.register(_PREFIXED + name, _eager_with_prefix if name == "eager" else _sdpa_with_prefix)
+    masks.register(_PREFIXED + name, masks[name])
+    config._attn_implementation = _PREFIXED + name
+
+
+def restore_attention(attention: nn.Module) -> None:
+    """Undoes attention_slot once no adapter uses it."""
+    slot = getattr(attention, _SLOT, None)
+    if slot is not None and not slot.providers:
+        setattr(attention, _SLOT, None)
+        config = getattr(attention, "config", None)
+        if config is not None:
+            config._attn_implementation = config._attn_implementation.removeprefix(_PREFIXED)
+
+
+def _sdpa_with_prefix(attention: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    inner = _modeling(attention).ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attention_with_prefix(inner, attention, *args, **kwargs)
+
+
+def _eager_with_prefix(attention: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return attention_with_prefix(_modeling(attention).eager_attention_forward, attention, *args, **kwargs)
+
+
+def attention_with_prefix(
+    inner: Callable[..., tuple[Tensor, Tensor | None]],
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`inner`, an attention function of transformers, over [prefix; key] and [prefix; value]."""
+    extra: dict[str, Any] = {} if is_causal is None else {"is_causal": is_causal}
+    slot: PrefixSlot | None = getattr(attention, _SLOT, None)
+    prefix = slot.read(query.shape[0]) if slot is not None else None
+    if slot is None or prefix is None:
+        if position_bias is not None:
+            extra["position_bias"] = position_bias
+        return inner(attention, query, key, value, attention_mask, **extra, **kwargs)
+    causal = bool(getattr(attention, "is_causal", True)) if is_causal is None else is_causal
+    mask = extend_mask(attention_mask, prefix, query, key, causal=causal)
+    if position_bias is not None:
+        extra["position_bias"] = torch.cat([_prefix_bias(slot, prefix, query, key, position_bias), position_bias], -1)
+    heads, weights = inner(attention, *prefix.join(query, key, value), mask, **extra, **kwargs)
+    return prefix.out(heads), weights
+
+
+def _prefix_bias(slot: PrefixSlot, prefix: Prefix, query: Tensor, key: Tensor, position_bias: Tensor) -> Tensor:
+    """T5's position bias for the prefix columns: zero, or by distance where the adapter's prefix has positions."""
+    queries = query.shape[2]
+    past = key.shape[2] - queries
+    columns = [
+        slot.bias[name](queries, n, past).to(position_bias.dtype)
+        if name in slot.bias
+        else position_bias.new_zeros(1, position_bias.shape[1], queries, n)
+        for name, n in prefix.owners
+    ]
+    return torch.cat(columns, dim=-1).expand(position_bias.shape[0], -1, -1, -1)

@@ -1,0 +1,259 @@
+"""SoftPrompt: what prompt tuning and P-tuning share, trained embeddings before (or among) the input's own."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base_layer import device_of
+from .config import PeftConfig
+from .host import Host
+from .method import Method, by_path, load_into
+from .prompt_layout import PromptLayout
+from .torch_prompt import EncoderPrompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftPromptConfig(PeftConfig):
+    """num_virtual_tokens: n.
+
+    placeholder_token_id: if given, the virtual embeddings take the places where input_ids has this id, n in each row
+    and
+    in order, instead of standing before the input: P-tuning's templates.
+    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
+    """
+
+    num_virtual_tokens: int = 20
+    placeholder_token_id: int | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    own_fields: ClassVar[tuple[str, ...]] = ("placeholder_token_id",)
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
+
+
+class SoftPrompt(Method):
+    """A subclass gives prompt() [n, d]. All soft prompts that speak in a call are laid out by the first of them, so
+    rows with adapters of different length share a batch.
+
+    forward: the logits and last_hidden_state returned are those of the input's own positions. Labels of virtual
+    positions are ignored by the loss. An encoder-decoder has its prompt before the encoder's input.
+    generate: the prompt enters once, as embeddings before the input's.
+    """
+
+    config: SoftPromptConfig
+
+    def __init__(self, config: SoftPromptConfig, host: Host, name: str) -> None:
+        model_config: Any = getattr(host.model, "config", None)
+        embeddings = input_embeddings(host)
+        layers = host.anatomy.layers
+        config = config.replace(
+            token_dim=embeddings.embedding_dim if embeddings else host.width(layers[0]),
+            num_layers=len(layers) // (2 if host.anatomy.seq2seq else 1),
+            num_attention_heads=getattr(model_config, "num_attention_heads", None),
+            num_transformer_submodules=1,
+        )
+        super().__init__(config, host, name)
+        # Between the two halves of a call: the layout with the tokens' length; the ids that generate was asked with.
+        self.joined: tuple[PromptLayout, int] | None = None
+        self.asked: Tensor | None = None
+        if embeddings is None:
+            self.hooks += EncoderPrompt(self._layout, self._leads).attach(host)
+
+    def prompt(self) -> Tensor:
+        """[n, d], in the parameters' dtype."""
+        raise NotImplementedError
+
+    # Where the prompt goes
+
+    def _leads(self) -> bool:
+        """Whether this method lays out the prompts of the call: the first soft prompt that speaks does."""
+        speaking = (m for name in self.host.adapters if self.host.selection.has(name) for m in self.host.adapters[name])
+        return next((m is self for m in speaking if isinstance(m, SoftPrompt)), False)
+
+    def _layout(self, x: Tensor) -> PromptLayout:
+        """x [B, ...]: the batch."""
+        selection = self.host.selection
+        prompts: dict[str, list[Tensor]] = {}
+        for name in self.host.adapters:
+            if selection.has(name):
+                soft = [m for m in self.host.adapters[name] if isinstance(m, SoftPrompt)]
+                prompts[name] = [m.prompt() for m in soft]
+        if selection.rows is None:
+            rows = [[p for parts in prompts.values() for p in parts]] * x.shape[0]
+        else:
+            rows = [prompts.get(name, []) for name in selection.rows_of(x)]
+        return PromptLayout.of(rows, "right" if not self._left() else "left")
+
+    def _left(self) -> bool:
+        anatomy = self.host.anatomy
+        return anatomy.causal or anatomy.seq2seq
+
+    def prepare_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if input_embeddings(self.host) is None or not self._leads():
+            return args, kwargs
+        kwargs = self._named(args, kwargs)
+        ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+        if self.config.placeholder_token_id is not None:
+            return (), {**kwargs, "inputs_embeds": self._placed(ids)}
+        given = next((t for t in (ids, embeds, kwargs.get("decoder_input_ids")) if t is not None), None)
+        if given is None:
+            raise ValueError("soft prompt: input_ids or inputs_embeds must be given")
+        layout = self._layout(given)
+        past, length = _cached(kwargs), given.shape[1]
+        if (mask := layout.mask(kwargs.get("attention_mask"), past + length)) is not None:
+            kwargs["attention_mask"] = mask
+        if past or kwargs.get("encoder_outputs") is not None:
+            # The prompt is in the cache, or in the encoder's output, already.
+            if layout.ragged and past and self._numbers_positions():
+                kwargs["position_ids"] = past + torch.arange(length, device=given.device) - layout.filling
+            return (), {**kwargs, "input_ids": ids, "inputs_embeds": embeds}
+        embeds = self._embedded(ids) if embeds is None else embeds
+        self.joined = layout, length
+        self._extend_companions(layout, kwargs, length)
+        return (), {**kwargs, "inputs_embeds": layout.join(layout.front, embeds)}
+
+    def _extend_companions(self, layout: PromptLayout, kwargs: dict[str, Any], length: int) -> None:
+        """What goes with the tokens, one value each, gets values for the virtual ones."""
+        labels: Tensor | None = kwargs.get("labels")
+        if labels is not None and not labels.is_floating_point() and not self.host.anatomy.seq2seq:
+            per_token = labels.dim() == 2 and labels.shape[1] == length
+            kwargs["labels"] = layout.fill(labels, -100) if per_token else labels
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = layout.fill(kwargs["token_type_ids"], 0)
+        if kwargs.get("position_ids") is not None:
+            own = torch.arange(layout.n, device=layout.front.device) - (layout.filling if layout.side == "left" else 0)
+            shifted = kwargs["position_ids"] + layout.lengths[:, None]
+            kwargs["position_ids"] = layout.join(own.clamp(min=0).expand(shifted.shape[0], -1), shifted)
+        elif layout.ragged and layout.side == "left" and self._numbers_positions():
+            numbers = torch.arange(layout.n + length, device=layout.front.device) - layout.filling
+            kwargs["position_ids"] = numbers.clamp(min=0)
+
+    def finish_output(self, output: Any) -> Any:
+        joined, self.joined = self.joined, None
+        if joined is None or self.host.anatomy.seq2seq:
+            return output
+        if isinstance(output, tuple):
+            raise NotImplementedError("soft prompt: return_dict must be True")
+        layout, length = joined
+        for field in ("logits", "last_hidden_state", "start_logits", "end_logits"):
+            value = getattr(output, field, None)
+            if value is not None and value.dim() > 1 and value.shape[1] == layout.n + length:
+                output[field] = layout.tokens(value)
+        return output
+
+    def prepare_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self._leads():
+            return args, kwargs
+        kwargs = self._named(args, kwargs, first="inputs")
+        ids = kwargs.pop("inputs", None) if "input_ids" not in kwargs else kwargs.pop("input_ids")
+        seq2seq = self.host.anatomy.seq2seq
+        self.asked = None if seq2seq else ids
+        if kwargs.get("max_length") is not None and not seq2seq:
+            # generate counts from its input, of which it sees embeddings only.
+            kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
+        if self.config.placeholder_token_id is not None:
+            return (), {**kwargs, "inputs_embeds": self._placed(ids)}
+        layout = self._layout(ids)
+        mask = layout.mask(kwargs.pop("attention_mask", None), ids.shape[1])
+        if mask is None:
+            mask = torch.ones(ids.shape[0], layout.n + ids.shape[1], dtype=torch.long, device=ids.device)
+        embeds = layout.join(layout.front, self._embedded(ids))
+        return (), {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
+
+    def finish_generate(self, output: Any) -> Any:
+        """With embeddings as input, generate returns new tokens only; callers expect the input before them."""
+        asked, self.asked = self.asked, None
+        if asked is None:
+            return output
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        whole = torch.cat([asked.repeat_interleave(sequences.shape[0] // asked.shape[0], 0), sequences], dim=1)
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: str = "input_ids") -> dict[str, Any]:
+        if len(args) > 1:
+            raise TypeError(f"soft prompt: all arguments but {first} must be given by name")
+        return {**({first: args[0]} if args else {}), **kwargs}
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        embeds: Tensor = input_embeddings(self.host)(ids)  # type: ignore[misc]
+        return embeds
+
+    def _placed(self, ids: Tensor | None) -> Tensor:
+        """The embeddings of ids [B, S] with the prompt in the places of the placeholder."""
+        if ids is None:
+            raise ValueError("soft prompt: input_ids must be given where placeholder_token_id is set")
+        places = ids.eq(self.config.placeholder_token_id or 0)
+        n, counts = self.config.num_virtual_tokens, places.sum(1)
+        if (counts != n).any():
+            raise ValueError(f"soft prompt: each row must have {n} placeholders, got {counts.tolist()}")
+        embeds = self._embedded(ids.masked_fill(places, 0))
+        return embeds.masked_scatter(places[..., None], self.prompt().to(embeds.dtype).repeat(ids.shape[0], 1))
+
+    def _numbers_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.host.model.forward).parameters
+
+    def why_no_rows(self) -> str | None:
+        if self.config.placeholder_token_id is not None:
+            return "it takes the places of a placeholder, for the whole batch"
+        return super().why_no_rows()
+
+    # In files
+
+    @property
+    def loads_in_peft(self) -> bool:  # type: ignore[override]
+        return self.config.placeholder_token_id is None
+
+    def file_config(self) -> dict[str, Any]:
+        values = {k: v for k, v in super().file_config().items() if k not in self.config.own_fields}
+        return {**values, "peft_type": self.config.peft_type + ("" if self.loads_in_peft else "_PLACED")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self.prompt().detach().clone(), **super().tensors()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        tensors = by_path(tensors)
+        if "prompt_embeddings" not in tensors:
+            raise ValueError("adapter file: missing ['prompt_embeddings']")
+        rows, n = tensors.pop("prompt_embeddings"), self.config.num_virtual_tokens
+        if rows.shape not in ((n, self.config.token_dim), (2 * n, self.config.token_dim)):
+            want = [n, self.config.token_dim]
+            raise ValueError(f"adapter file: prompt_embeddings must be {want}, got {list(rows.shape)}")
+        # PEFT allocates n more rows for a decoder, which its forward never reads.
+        self.set_prompt(rows[:n])
+        load_into(self.tree, tensors)
+
+    def set_prompt(self, rows: Tensor) -> None:
+        """rows [n, d]: what prompt() shall give from now on."""
+        raise NotImplementedError
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = self.config.to_dict()
+        return {"config": {name: config[name] for name in (*self.config.own_fields, "peft_type")}}, {}
+
+    def embedding_device(self) -> torch.device:
+        embeddings = input_embeddings(self.host)
+        return device_of(embeddings if embeddings is not None else self.host.model)
+
+
+def input_embeddings(host: Host) -> nn.Embedding | None:
+    get = getattr(host.model, "get_input_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    """Positions in the cache that is handed in, by whatever name."""
+    lengths = (v.get_seq_length() for v in kwargs.values() if callable(getattr(v, "get_seq_length", None)))
+    return max((int(length) for length in lengths), default=0)

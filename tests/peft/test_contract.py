@@ -1,0 +1,266 @@
+"""What every method promises, over each registered method, base format and architecture. A new method adds a case."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+
+from qlora_kernels.peft import METHODS, PeftConfig, PeftModel, PTuningConfig, get_peft_model
+from tests.peft.cases import ARCHITECTURES, CASES, build, task_loss
+from tests.peft.models import batch, logits, make, randomize
+
+FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+METHOD = pytest.mark.parametrize("case", CASES)
+KIND = pytest.mark.parametrize("kind", ARCHITECTURES)
+GENERATORS = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+
+
+@pytest.fixture(autouse=True)
+def _one_path_through_torchs_encoder():
+    """torch's fast path rounds otherwise than its slow one, which models with adapters take."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def applies(case: str, nf4: bool) -> None:
+    if nf4 and not CASES[case].quantized:
+        pytest.skip("refused over quantized layers: test_full_fine_tuning_is_refused_over_nf4")
+
+
+def test_every_method_has_a_case():
+    configs = [
+        c for case in CASES.values() for c in ([case.config] if isinstance(case.config, PeftConfig) else case.config)
+    ]
+    assert {type(config) for config in configs} == set(METHODS)
+
+
+@torch.no_grad()
+@FORMATS
+@KIND
+@METHOD
+def test_function(case, kind, nf4, tmp_path):
+    """Identity at the start where promised; the base exactly when disabled or unloaded; equal bits after a load."""
+    applies(case, nf4)
+    inputs = batch(kind)
+    base = logits(make(kind, nf4=nf4).requires_grad_(False), inputs)
+    model = build(case, kind, nf4=nf4)
+    start = logits(model, inputs)
+    identity = CASES[case].identity
+    if identity is not None:
+        torch.testing.assert_close(start, base, rtol=0, atol=max(identity, 1e-5 if kind == "torch" else 0.0))
+    randomize(model)
+    changed = logits(model, inputs)
+    assert not torch.equal(changed, start)
+    assert changed.shape == base.shape
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), base)
+    assert torch.equal(logits(copy.deepcopy(model), inputs), changed)
+    for method in model.host.adapters["default"]:
+        method.loaded = True  # AdaLoRA would miss its steps
+    model.save_pretrained(tmp_path)
+    again = build(case, kind, nf4=nf4) if case == "fusion" else PeftModel(make(kind, nf4=nf4))
+    if case == "fusion":
+        again.delete_adapter("default")
+    again.load_adapter(tmp_path)
+    again.set_adapter("default", inference_mode=True)
+    assert torch.equal(logits(again, inputs), changed)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(logits(model.unload(), inputs), base)
+
+
+@FORMATS
+@KIND
+@METHOD
+def test_training(case, kind, nf4, capsys):
+    """Only the adapter trains, all of it trains, the count is right, and a task is learnt."""
+    applies(case, nf4)
+    model = build(case, kind, nf4=nf4, task=True).train()
+    adapter = {id(p) for p in model.adapters["default"].parameters()}
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in adapter}
+    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {id(p) for p in training.values()} == adapter
+    model.print_trainable_parameters()
+    printed = int(re.search(r"trainable params: ([\d,]+)", capsys.readouterr().out)[1].replace(",", ""))
+    assert printed == sum(p.numel() for p in training.values())
+    optimizer = torch.optim.AdamW(training.values(), lr=1e-2)
+    losses = []
+    moved = {name: p.detach().clone() for name, p in training.items()}
+    for step in range(1, 9):
+        loss = task_loss(model, kind)
+        losses.append(loss.item())
+        (loss + model.peft_loss()).backward()
+        model.step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    unmoved = [name for name, p in training.items() if torch.equal(p, moved[name])]
+    assert not unmoved
+
+
+@METHOD
+@GENERATORS
+def test_generate_is_forward(case, kind):
+    """Greedy generation with a cache, token by token, is the argmax of whole forwards."""
+    model = build(case, kind)
+    randomize(model)
+    inputs = batch(kind, rows=2)
+    inputs.pop("decoder_input_ids", None)
+    model.eval()
+    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    if kind == "t5":
+        tokens = torch.zeros(2, 1, dtype=torch.long)
+        for _ in range(5):
+            y = logits(model, {**inputs, "decoder_input_ids": tokens})
+            tokens = torch.cat([tokens, y[:, -1:].argmax(-1)], 1)
+    else:
+        tokens = inputs["input_ids"]
+        for _ in range(5):
+            y = logits(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+            tokens = torch.cat([tokens, y[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, tokens)
+
+
+@METHOD
+@GENERATORS
+def test_generated_scores_are_forwards(case, kind):
+    """Not only the same argmax: each step's scores are the whole forward's."""
+    model = build(case, kind)
+    randomize(model)
+    inputs = batch(kind, rows=2)
+    inputs.pop("decoder_input_ids", None)
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **options)
+    whole = {"decoder_input_ids": out.sequences[:, :-1]} if kind == "t5" else {"input_ids": out.sequences[:, :-1]}
+    if kind != "t5":
+        inputs["attention_mask"] = torch.ones_like(whole["input_ids"])
+    y = logits(model, {**inputs, **whole})[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), y, rtol=1e-4, atol=1e-4)
+
+
+@FORMATS
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_rows(case, kind, nf4):
+    """Two adapters of a method, of different size where that can be, and the base, in one batch; or a clear refusal."""
+    applies(case, nf4)
+    if case == "fusion":
+        pytest.skip("two fusions of the same adapters are one more than this test's builder makes")
+    model = build(case, kind, nf4=nf4)
+    randomize(model)
+    names = ["default", "__base__", "other", "default"]
+    inputs = batch(kind, rows=4)
+    config = CASES[case].config
+    for part in [config] if isinstance(config, PeftConfig) else config:
+        shorter = {"num_virtual_tokens": 2} if hasattr(part, "num_virtual_tokens") else {}
+        config = part.replace(**shorter) if isinstance(CASES[case].config, PeftConfig) else config
+    model.add_adapter("other", config)
+    if not CASES[case].rows:
+        with pytest.raises(ValueError, match="cannot serve single rows"):
+            logits(model, inputs, adapter_names=names)
+        return
+    model.set_adapter("other")
+    randomize(model, seed=5)
+    if case == "unipelt" and kind != "bert":
+        with pytest.raises(NotImplementedError, match="gated prefix"):
+            logits(model, inputs, adapter_names=names)
+        return
+    mixed = logits(model, inputs, adapter_names=names)
+    for i, name in enumerate(names):
+        row = {key: value[i : i + 1] for key, value in inputs.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = logits(model, row)
+        else:
+            model.set_adapter(name)
+            alone = logits(model, row)
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_gradient_checkpointing(case, kind):
+    grads = []
+    for checkpointing in (False, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = build(case, kind).train()
+        randomize(model)
+        if checkpointing:
+            model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+            if checkpointing["use_reentrant"]:
+                model.base_model.enable_input_require_grads()
+        task_loss(model, kind, rows=2).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for checkpointed in grads[1:]:
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(
+                checkpointed[name], grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@FORMATS
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_autocast(case, kind, nf4):
+    applies(case, nf4)
+    model = build(case, kind, nf4=nf4).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = task_loss(model, kind, rows=2)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@METHOD
+def test_bf16_base(case):
+    torch.manual_seed(0)
+    if case == "fusion":
+        pytest.skip("its adapters are of another case")
+    model = get_peft_model(make("llama").bfloat16(), CASES[case].config)
+    y = logits(model, batch("llama"))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+
+
+@METHOD
+def test_compiles(case):
+    torch._dynamo.reset()  # its guards know objects by address, and earlier models' addresses are in use again
+    model = build(case, "llama")
+    randomize(model)
+    inputs = batch("llama", rows=2)
+    with torch.no_grad():
+        expected = logits(model, inputs)
+        compiled = logits(torch.compile(model, backend="aot_eager"), inputs)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_loss_is_for_training_only():
+    for case in ("adalora", "fusion"):
+        model = build(case, "llama")
+        randomize(model)
+        assert model.peft_loss() == 0
+        assert model.train().peft_loss() > 0
+
+
+def test_full_fine_tuning_is_refused_over_nf4():
+    with pytest.raises(ValueError, match="FullFT: the model must be dense, got 14 quantized layers"):
+        get_peft_model(make("llama", nf4=True), CASES["full_ft"].config)
+
+
+def test_training_goes_on_after_load(tmp_path):
+    """The encoders of prefix and P-tuning come back for training, and only then."""
+    for case in ("prefix_tuning", "p_tuning", "p_tuning_lstm", "mam"):
+        model = build(case, "t5")
+        randomize(model)
+        model.save_pretrained(tmp_path / case)
+        counts = {}
+        for trainable in (False, True):
+            again = PeftModel.from_pretrained(make("t5"), tmp_path / case, is_trainable=trainable)
+            torch.testing.assert_close(logits(again.eval(), batch("t5")), logits(model, batch("t5")))
+            counts[trainable] = sum(p.numel() for p in again.adapters.parameters())
+        assert counts[True] == sum(p.numel() for p in model.adapters.parameters())
+        assert counts[False] < counts[True] or isinstance(CASES[case].config, PTuningConfig)
