@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "adamw_step.h"
 #include "qlora/dtypes.h"
 #include "qlora/nf4_weight.h"
 
@@ -45,6 +46,8 @@ struct Kernels {
                                      const void* s, void* grad_x, float* grad_A, float* grad_B);
     // bits [ceil(numel / 8)]: bit i set where element i is kept
     void (*dropout_bits)(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
+    // parameters and states in place
+    void (*adamw_step)(const AdamWStep& step);
 };
 
 const Kernels& cpu_kernels();

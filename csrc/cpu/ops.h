@@ -14,5 +14,6 @@ void linear_nf4_lora(const LinearProblem& p, const Lora& lora, const void* x, An
 void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
                               const void* s, void* grad_x, float* grad_A, float* grad_B);
 void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
+void adamw_step(const AdamWStep& step);
 
 }  // namespace qlora::QLORA_ISA

@@ -6,8 +6,8 @@ namespace qlora::QLORA_ISA {
 extern const Kernels kKernels;
 
 const Kernels kKernels = {
-    quantize_nf4,      quantize_absmax, dequantize_nf4,           linear_nf4,
-    linear_nf4_grad_x, linear_nf4_lora, linear_nf4_lora_backward, dropout_bits,
+    quantize_nf4,    quantize_absmax,          dequantize_nf4, linear_nf4, linear_nf4_grad_x,
+    linear_nf4_lora, linear_nf4_lora_backward, dropout_bits,   adamw_step,
 };
 
 }  // namespace qlora::QLORA_ISA

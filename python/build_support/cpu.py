@@ -25,6 +25,7 @@ COMMON_FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the codec's products and sums are rounded one by one; kernels fuse where they say so
+    "-fno-math-errno",  # sqrtf is an instruction, in vectors too
     "-Wall",
     "-Wextra",
     "-Wno-psabi",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora_kernels.format import double_quant, nf4
+from qlora_kernels.format import blockwise8, double_quant, nf4
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "csrc" / "include" / "qlora" / "nf4_code.h"
@@ -56,6 +56,10 @@ def render() -> str:
         macro("QLORA_ABSMAX_CODE", double_quant.dynamic_map_values(), 6),
         "// Its decision boundaries.",
         macro("QLORA_ABSMAX_BOUNDARIES", double_quant.dynamic_boundaries().tolist(), 6),
+        "// The unsigned dynamic map, of optimizer states that are squares.",
+        macro("QLORA_UNSIGNED_CODE", double_quant.dynamic_map_values(signed=False), 6),
+        "// Its decision boundaries.",
+        macro("QLORA_UNSIGNED_BOUNDARIES", double_quant.dynamic_boundaries(signed=False).tolist(), 6),
         "// clang-format on",
         "",
         "namespace qlora {",
@@ -63,12 +67,15 @@ def render() -> str:
         f"inline constexpr int kZeroIndex = {nf4.ZERO_INDEX};",
         f"inline constexpr float kSmallestAbsmax = {fp32_literals([nf4.SMALLEST_ABSMAX], 'SMALLEST_ABSMAX')[0]};",
         f"inline constexpr int kNestedBlocksize = {double_quant.NESTED_BLOCKSIZE};",
+        f"inline constexpr int kStateBlocksize = {blockwise8.STATE_BLOCKSIZE};",
         f"inline constexpr int kAbsmaxZeroIndex = {double_quant.dynamic_map_values().index(0.0)};",
         "",
         "alignas(64) inline constexpr float kCode[16] = {QLORA_NF4_CODE};",
         "alignas(64) inline constexpr float kBoundaries[15] = {QLORA_NF4_BOUNDARIES};",
         "alignas(64) inline constexpr float kAbsmaxCode[256] = {QLORA_ABSMAX_CODE};",
         "alignas(64) inline constexpr float kAbsmaxBoundaries[255] = {QLORA_ABSMAX_BOUNDARIES};",
+        "alignas(64) inline constexpr float kUnsignedCode[256] = {QLORA_UNSIGNED_CODE};",
+        "alignas(64) inline constexpr float kUnsignedBoundaries[255] = {QLORA_UNSIGNED_BOUNDARIES};",
         "",
         "}  // namespace qlora",
         "",

@@ -2,8 +2,10 @@
 
 Op: qlora_kernels::adamw_step, in place on params and arena.
 
-With g = grad * grad_multiplier in fp32, and each operation one fp32 rounding, `fma` two operations in one, this order
-makes fp32 parameters bit-equal to torch.optim.AdamW (its default and foreach paths on AVX2 and AVX-512):
+With g = grad * grad_multiplier in fp32, each operation rounded once to fp32 (the root too), `fma` two operations in
+one, this order makes fp32 parameters bit-equal to torch.optim.AdamW(fused=True), all but the last numel % 16 elements,
+which torch contracts otherwise. Its default and foreach paths have the same states to the bit; they take the root from
+MKL, which is off by an ulp now and then:
 
     p   = p * (1 - lr * weight_decay)                                where weight_decay != 0
     m   = fma(1 - beta1, g - m, m)                                   where beta1 > 0.5

@@ -1,4 +1,4 @@
-"""A training run under a memory cap: python -m tests.optim.capped_run PAGE_DIR|none CAP_BYTES|none
+"""A training run under a memory cap: python -m tests.optim.capped_run PAGE_DIR|none CAP_BYTES
 
 Trains one parameter for three steps and prints the SHA-256 of the result. CAP_BYTES bounds what the process may
 allocate beyond what it holds already (RLIMIT_DATA: anonymous memory; mapped files are the page cache's, which the
@@ -18,35 +18,41 @@ from qlora_kernels.optim import PagedAdamW, adamw_paged
 
 NUMEL = 8 << 20
 STATE_BYTES = 8 * NUMEL
+CHUNK_BYTES = 4 << 20
 
 
-def main() -> None:
-    adamw_paged.CHUNK_BYTES = 4 << 20
-    page_dir = None if sys.argv[1] == "none" else sys.argv[1]
+def train(page_dir: str | None, cap_bytes: int | None) -> str:
+    """`<digest of weight and states> <chunks> <bytes prefetched>`"""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(NUMEL))
     weight.grad = torch.randn(NUMEL)
     warm = nn.Parameter(torch.zeros(256))  # threads and libraries come before the cap
     warm.grad = torch.zeros(256)
     PagedAdamW([warm], page_dir=page_dir).step()
-    if sys.argv[2] != "none":
+    if cap_bytes is not None:
         with open("/proc/self/status") as status:
             [held] = [int(line.split()[1]) << 10 for line in status if line.startswith("VmData:")]
-        resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[2]),) * 2)
-    try:
-        optimizer = PagedAdamW([weight], page_dir=page_dir)
-        for _ in range(3):
-            optimizer.step()
-            weight.grad.mul_(-0.5)
-    except (RuntimeError, MemoryError) as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(3) from error
+        resource.setrlimit(resource.RLIMIT_DATA, (held + cap_bytes,) * 2)
+    optimizer = PagedAdamW([weight], page_dir=page_dir)
+    for _ in range(3):
+        optimizer.step()
+        weight.grad.mul_(-0.5)
     states = optimizer.state[weight]
     digest = hashlib.sha256()
     for tensor in (weight.detach(), states["exp_avg"], states["exp_avg_sq"]):
         digest.update(tensor.numpy().data)
     report = optimizer.paging_report()
-    sys.stdout.write(f"{digest.hexdigest()} {report.chunks} {report.prefetched_bytes}\n")
+    return f"{digest.hexdigest()} {report.chunks} {report.prefetched_bytes}"
+
+
+def main() -> None:
+    adamw_paged.CHUNK_BYTES = CHUNK_BYTES
+    try:
+        result = train(None if sys.argv[1] == "none" else sys.argv[1], int(sys.argv[2]))
+    except (RuntimeError, MemoryError) as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(3) from error
+    sys.stdout.write(result)
 
 
 if __name__ == "__main__":

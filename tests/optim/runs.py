@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 SHAPES = ((7,), (64, 130), (5003,), (3, 3, 5), (), (0, 4), (96, 256))
 
+WHOLE_VECTORS = ((16,), (64, 130), (5008,), (3, 16, 5), (0, 4), (96, 256))
+"""Multiples of 16 elements: what remains beyond those, torch's fused kernel rounds in another order."""
+
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
     """Of the same values in every call."""

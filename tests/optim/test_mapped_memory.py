@@ -23,24 +23,24 @@ ROOT = Path(__file__).parents[2]
 CAP_BYTES = 16 << 20
 
 
-def capped(page_dir, cap_bytes):
-    arguments = [str(page_dir or "none"), str(cap_bytes or "none")]
-    command = [sys.executable, "-m", "tests.optim.capped_run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def capped(page_dir):
+    """A process under the cap."""
+    command = [sys.executable, "-m", "tests.optim.capped_run", str(page_dir or "none"), str(CAP_BYTES)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_states_of_four_times_the_memory_cap_train_to_the_same_bits(tmp_path):
     assert capped_run.STATE_BYTES == 4 * CAP_BYTES
-    unpaged = capped(None, CAP_BYTES)
+    with capped(None) as unpaged, capped(tmp_path) as paged:
+        expected, one_chunk, _ = capped_run.train(None, None).split()
+        output, errors = paged.communicate()
+        _, refusal = unpaged.communicate()
     assert unpaged.returncode == 3, "the cap does not bind"
-    assert "allocate memory" in unpaged.stderr
-    free, paged = capped(None, None), capped(tmp_path, CAP_BYTES)
-    assert free.returncode == 0, free.stderr
-    assert paged.returncode == 0, paged.stderr
-    expected, one_chunk, _ = free.stdout.split()
-    digest, chunks, prefetched = paged.stdout.split()
+    assert "allocate memory" in refusal
+    assert paged.returncode == 0, errors
+    digest, chunks, prefetched = output.split()
     assert digest == expected
-    assert (int(one_chunk), int(chunks)) == (1, 16)
+    assert (int(one_chunk), int(chunks)) == (1, capped_run.STATE_BYTES // capped_run.CHUNK_BYTES)
     assert int(prefetched) == 3 * capped_run.STATE_BYTES
     assert list(tmp_path.iterdir()) == []
 

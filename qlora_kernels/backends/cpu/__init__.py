@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...ops._registry import KernelSpec, supports_all
+from .adamw_step import adamw_step
 from .kernels import (
     dequantize_nf4,
     linear_nf4,
@@ -35,6 +36,7 @@ _FUNCTIONS = (
     linear_nf4_lora_backward,
     linear_nf4_multi_lora,
     linear_nf4_multi_lora_backward,
+    adamw_step,
 )
 KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)
 
