@@ -1,12 +1,12 @@
 """The low-rank part of a batch whose rows use different adapters, in plain torch, grouped by adapter.
 
-Backends whose own kernels cover the plain linear use it for the rest: rows are gathered once for each adapter, so the
-work is that of the rows, not of rows times adapters.
+`over` makes the kernels of linear_nf4_multi_lora from a backend's plain linear. Rows are gathered once an adapter,
+so the work is that of the rows, not of rows times adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -77,3 +77,61 @@ def add_backward(
     if grad_x is not None:
         grad_x += dropped(through_dropout, seed, dropout_p)
     return grad_A, grad_B
+
+
+def over(
+    linear_nf4: Callable[..., Tensor], linear_nf4_grad_x: Callable[..., Tensor]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """linear_nf4_multi_lora and linear_nf4_multi_lora_backward over one backend's plain linear and its gradient."""
+
+    def linear_nf4_multi_lora(
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor | None,
+        absmax_q: Tensor | None,
+        absmax_scale: Tensor | None,
+        absmax_offset: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scalings: Tensor,
+        adapter: Tensor,
+        seed: Tensor | None,
+        *,
+        dropout_p: float,
+        blocksize: int,
+        out_features: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, s)."""
+        constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+        y = linear_nf4(x, packed, *constants, bias, blocksize=blocksize, out_features=out_features)
+        return y, add_forward(y, x, lora_A, lora_B, scalings, adapter, seed, dropout_p)
+
+    def linear_nf4_multi_lora_backward(
+        grad_y: Tensor,
+        x: Tensor,
+        s: Tensor,
+        packed: Tensor,
+        absmax: Tensor | None,
+        absmax_q: Tensor | None,
+        absmax_scale: Tensor | None,
+        absmax_offset: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scalings: Tensor,
+        adapter: Tensor,
+        seed: Tensor | None,
+        *,
+        dropout_p: float,
+        blocksize: int,
+        need_grad_x: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(grad_x or empty, grad_A, grad_B)."""
+        constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+        grad_x = None
+        if need_grad_x:
+            grad_x = linear_nf4_grad_x(grad_y, packed, *constants, blocksize=blocksize, in_features=x.shape[1])
+        grad_A, grad_B = add_backward(grad_x, grad_y, x, s, lora_A, lora_B, scalings, adapter, seed, dropout_p)
+        return x.new_empty(0) if grad_x is None else grad_x, grad_A, grad_B
+
+    return linear_nf4_multi_lora, linear_nf4_multi_lora_backward

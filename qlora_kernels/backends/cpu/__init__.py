@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ...ops import _multi_lora
 from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .kernels import (
@@ -22,7 +23,6 @@ from .kernels import (
     quantize_absmax,
     quantize_nf4,
 )
-from .multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -34,8 +34,7 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    linear_nf4_multi_lora,
-    linear_nf4_multi_lora_backward,
+    *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
     adamw_step,
 )
 KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)

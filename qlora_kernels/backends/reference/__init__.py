@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ...ops import _multi_lora
 from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
-from .linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 
 _FUNCTIONS = (
     quantize_nf4,
@@ -17,8 +17,7 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    linear_nf4_multi_lora,
-    linear_nf4_multi_lora_backward,
+    *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
     adamw_step,
 )
 KERNELS = tuple(
