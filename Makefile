@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := $(NATIVE)
 
-.PHONY: setup ext demo test lint format bench clean
+.PHONY: setup ext demo test lint format bench kernels-report kernels-gate clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -71,6 +71,13 @@ format:
 
 bench: $(READY)
 	$(PYTHON) -m bench.run
+
+# Every kernel x config compiled for every architecture, into docs/kernels; and CI's subset, under the same gates.
+kernels-report: $(READY)
+	$(PYTHON) -m python.kernels_report --out docs/kernels
+
+kernels-gate: $(READY)
+	$(PYTHON) -m python.kernels_report --quick --archs 80 90 120 --out out/kernels
 
 clean:
 	rm -rf build dist out *.egg-info qlora_kernels/backends/*/_C.abi3.so $(VENV)/.compiled

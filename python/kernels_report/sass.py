@@ -13,7 +13,11 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_LINE = re.compile(
+    r"^(?:(?P<label>\.L_x?_?\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<op>[A-Z][A-Z0-9_.]*)(?P<rest>.*))$",
+    re.MULTILINE,
+)
+_TARGET = re.compile(r"`\((\.L_x?_?\d+)\)")
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 TENSOR_CORE = {"HMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
@@ -25,11 +29,13 @@ class Facts:
 
     registers: per thread.   stack: bytes of local memory per thread, spills included.
     instructions: opcode with modifiers -> count, padding NOPs left out.
+    loops: the instructions of each loop, that is, from a label to a branch back to it.
     """
 
     registers: int
     stack: int
     instructions: Counter[str]
+    loops: tuple[Counter[str], ...]
 
     @property
     def total(self) -> int:
@@ -53,6 +59,14 @@ class Facts:
                 return family, self.count(opcode)
         return "", 0
 
+    def hottest_loop(self, opcode: str) -> tuple[int, int]:
+        """(instructions, of these `opcode`) of the smallest loop among those with most of it; (0, 0) without any."""
+        counted = [
+            (sum(n for op, n in loop.items() if op.split(".")[0] == opcode), -sum(loop.values())) for loop in self.loops
+        ]
+        most, size = max(counted, default=(0, 0))
+        return (-size, most) if most else (0, 0)
+
     @property
     def wide_loads(self) -> int:
         """16-byte loads from global memory, synchronous or into shared memory."""
@@ -74,9 +88,21 @@ def facts_of(cubin: bytes, name: str) -> Facts:
         listing = _run("nvdisasm", "-c", str(path))
         usage = _run("cuobjdump", "-res-usage", str(path))
     found = {m[1]: m for m in _USAGE.finditer(usage)}[name]
-    section = listing.split(f".section\t.text.{name},", 1)[-1].split(".section\t", 1)[0] if found else listing
-    ops = Counter(op for op in _INSTRUCTION.findall(section) if op != "NOP")
-    return Facts(int(found[2]), int(found[3]) + int(found[5]), ops)
+    section = listing.split(f".section\t.text.{name},", 1)[-1].split(".section\t", 1)[0]
+    ops: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for match in _LINE.finditer(section):
+        if match["label"]:
+            labels[match["label"]] = len(ops)
+            continue
+        if match["op"] == "NOP":
+            continue
+        ops.append(match["op"])
+        target = _TARGET.search(match["rest"]) if match["op"].startswith("BRA") else None
+        if target and target[1] in labels and labels[target[1]] < len(ops) - 1:
+            loops.append(Counter(ops[labels[target[1]] :]))
+    return Facts(int(found[2]), int(found[3]) + int(found[5]), Counter(ops), tuple(loops))
 
 
 def _run(tool: str, *arguments: str) -> str:

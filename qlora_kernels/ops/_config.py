@@ -53,8 +53,8 @@ LAUNCH_S = 3e-6
 FUSED_EFFICIENCY = 0.5
 """Share of the library's matmul rate that a fused main loop is assumed to reach: the conservative end of published
 kernels that decode 4-bit weights in registers."""
-DECODE_INSTRUCTIONS = 4.5
-"""SASS instructions per decoded weight (docs/kernels/report.md)."""
+DECODE_INSTRUCTIONS = 8.0
+"""SASS instructions per decoded weight in a fused main loop, all else of the loop included (docs/kernels/report.md)."""
 PACKED_BYTES = 0.516
 """Bytes per weight with double quantization at blocks of 64."""
 
@@ -104,29 +104,51 @@ def candidates(problem: Problem) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
-def modelled_seconds(problem: Problem, candidate: Plan, arch: Arch) -> float:
-    """Time of the base matmul under a plan. LoRA adds the same to every plan, and is left out."""
+def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, float]:
+    """Seconds of the base matmul under a plan, by what spends them. LoRA adds the same to every plan, and is left out.
+
+    DRAM overlaps with the rest; tensor core and decode share the issue slots and do not overlap with each other.
+    """
     M, N, K = problem.M, problem.N, problem.K
     flops = 2.0 * M * N * K
     activations = 2.0 * M * (N + K)
     if candidate.path == "decode":
-        decode = (PACKED_BYTES + 2) * N * K / arch.bytes_per_s
-        matmul = max(flops / arch.flops_per_s, (2.0 * N * K + activations) / arch.bytes_per_s)
-        return decode + matmul + 2 * LAUNCH_S
+        return {
+            "decode": (PACKED_BYTES + 2) * N * K / arch.bytes_per_s,
+            "tensor core": flops / arch.flops_per_s,
+            "DRAM": (2.0 * N * K + activations) / arch.bytes_per_s,
+            "overhead": 2 * LAUNCH_S,
+        }
     across, block = (N, candidate.block_n) if problem.op != "linear_nf4_grad_x" else (K, candidate.block_k)
     tiles_m = -(-M // candidate.block_m)
     programs = tiles_m * -(-across // block) * candidate.split_k
     waves = -(-programs // arch.sm_count)
     used = programs / (waves * arch.sm_count)
     padded = 2.0 * tiles_m * candidate.block_m * N * K
-    multiply = padded / (FUSED_EFFICIENCY * arch.flops_per_s * used)
-    decode = tiles_m * N * K * DECODE_INSTRUCTIONS / (arch.sm_count * 128 * arch.clock_hz * used)
-    memory = (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * min(1.0, 1.5 * used))
     # A second pass over fp32 partial sums, which mostly stay in L2.
     partial = (
         0.0 if candidate.split_k == 1 else LAUNCH_S + 8.0 * candidate.split_k * M * across / (3 * arch.bytes_per_s)
     )
-    return max(memory, multiply + decode) + partial + LAUNCH_S
+    return {
+        "decode": tiles_m * N * K * DECODE_INSTRUCTIONS / (arch.sm_count * 128 * arch.clock_hz * used),
+        "tensor core": padded / (FUSED_EFFICIENCY * arch.flops_per_s * used),
+        "DRAM": (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * min(1.0, 1.5 * used)),
+        "overhead": LAUNCH_S + partial,
+    }
+
+
+def modelled_seconds(problem: Problem, candidate: Plan, arch: Arch) -> float:
+    """Modelled time of the base matmul under a plan."""
+    parts = modelled_parts(problem, candidate, arch)
+    if candidate.path == "decode":
+        return parts["decode"] + max(parts["tensor core"], parts["DRAM"]) + parts["overhead"]
+    return max(parts["DRAM"], parts["tensor core"] + parts["decode"]) + parts["overhead"]
+
+
+def bound_of(problem: Problem, candidate: Plan, arch: Arch) -> str:
+    """The largest of modelled_parts."""
+    parts = modelled_parts(problem, candidate, arch)
+    return max(parts, key=lambda part: parts[part])
 
 
 def plan(problem: Problem, capability: int) -> Plan:

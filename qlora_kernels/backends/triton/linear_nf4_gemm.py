@@ -38,7 +38,7 @@ def linear_nf4_kernel(
     DOUBLE_QUANT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,10 +46,10 @@ def linear_nf4_kernel(
 ):
     """y^T = W x^T + bias + scaling * B s^T, a tile [BLOCK_N, BLOCK_M] a program.
 
-    Grid (tiles of M * tiles of N, SPLIT_K), M fastest, so that programs in flight together share weights in L2.
-    SPLIT_K == 1: y [M, N] in x's dtype, with bias and LoRA. The LoRA product seeds the accumulator: it needs s [M, R]
+    Grid (tiles of M * tiles of N, splits of K), M fastest, so that programs in flight together share weights in L2.
+    One split: y [M, N] in x's dtype, with bias and LoRA. The LoRA product seeds the accumulator: it needs s [M, R]
         finished, and costs R / K of the main loop.
-    SPLIT_K > 1: y is fp32 [SPLIT_K, M, N]; each program stores its part of the sum over K, and lora_up_kernel adds the
+    SPLIT: y is fp32 [splits, M, N]; each program stores its part of the sum over K, and lora_up_kernel adds the
         parts in order, then bias and LoRA: two stages, no atomics, the same bits in every run.
     The constants of the next step are loaded one step ahead: with double quantization they are a chain of two loads,
     too narrow for cp.async.
@@ -60,7 +60,7 @@ def linear_nf4_kernel(
     i_m = tl.program_id(0) % tiles_m
     i_n = tl.program_id(0) // tiles_m
     i_split = tl.program_id(1)
-    steps = tl.cdiv(K // BLOCK_K, SPLIT_K)
+    steps = tl.cdiv(K // BLOCK_K, tl.num_programs(1))
     first = i_split * steps
     last = min(first + steps, K // BLOCK_K)
 
@@ -74,7 +74,7 @@ def linear_nf4_kernel(
     row_block = row_n * (K // BLOCKSIZE)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if HAS_LORA and SPLIT_K == 1:
+    if HAS_LORA and not SPLIT:
         for i_r in range(0, R, BLOCK_R):
             o_r = i_r + tl.arange(0, BLOCK_R)
             b_B = tl.load(p_lora_B + row_n[:, None] * R + o_r[None, :], mask=o_r[None, :] < R, other=0.0)
@@ -101,7 +101,7 @@ def linear_nf4_kernel(
 
     m_y = (o_n[:, None] < N) & (o_m[None, :] < M)
     o_y = o_m[None, :].to(tl.int64) * N + o_n[:, None]
-    if SPLIT_K == 1:
+    if not SPLIT:
         if HAS_BIAS:
             acc += tl.load(p_bias + row_n).to(tl.float32)[:, None]
         tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_y)
@@ -131,7 +131,7 @@ def linear_nf4_grad_x_kernel(
     DOUBLE_QUANT: tl.constexpr,
     HAS_LORA: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -141,7 +141,7 @@ def linear_nf4_grad_x_kernel(
 
     The sum runs over N. The row-major bytes are forward's: a tile [BLOCK_N, BLOCK_K] is decoded, then transposed on its
     way into the matmul.
-    Grid (tiles of M * tiles of K, SPLIT_K), M fastest. SPLIT_K splits the sum over N, as in linear_nf4_kernel, whose
+    Grid (tiles of M * tiles of K, splits of N), M fastest. SPLIT is as in linear_nf4_kernel, whose
     rules for partial sums and for the low-rank seed of the accumulator hold here. keep is the forward dropout mask.
     Assumes K % BLOCKSIZE == 0 and BLOCKSIZE % BLOCK_K == 0, so a row of the tile has one absmax. Launch with
     enable_fp_fusion=False.
@@ -151,7 +151,7 @@ def linear_nf4_grad_x_kernel(
     i_m = tl.program_id(0) % tiles_m
     i_k = tl.program_id(0) // tiles_m
     i_split = tl.program_id(1)
-    steps = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLIT_K)
+    steps = tl.cdiv(tl.cdiv(N, BLOCK_N), tl.num_programs(1))
     first = i_split * steps
     last = min(first + steps, tl.cdiv(N, BLOCK_N))
 
@@ -163,7 +163,7 @@ def linear_nf4_grad_x_kernel(
     i_block = i_k * BLOCK_K // BLOCKSIZE
 
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    if HAS_LORA and SPLIT_K == 1:
+    if HAS_LORA and not SPLIT:
         for i_r in range(0, R, BLOCK_R):
             o_r = i_r + tl.arange(0, BLOCK_R)
             b_A = tl.load(p_lora_A + o_r[None, :].to(tl.int64) * K + o_k[:, None], mask=o_r[None, :] < R, other=0.0)
@@ -198,7 +198,7 @@ def linear_nf4_grad_x_kernel(
 
     m_out = (o_k[:, None] < K) & (o_m[None, :] < M)
     o_out = o_m[None, :].to(tl.int64) * K + o_k[:, None]
-    if SPLIT_K == 1:
+    if not SPLIT:
         tl.store(p_grad_x + o_out, acc.to(p_grad_x.dtype.element_ty), mask=m_out)
     else:
         tl.store(p_grad_x + i_split.to(tl.int64) * M * K + o_out, acc, mask=m_out)

@@ -51,12 +51,12 @@ def lora_up_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if HAS_LORA:
         row_m = tl.where(o_m < M, o_m, 0).to(tl.int64)
-        column = tl.where(o_c < C, o_c, 0).to(tl.int64)
+        m_c = o_c[None, :] < C
         for i_r in range(0, R, BLOCK_R):
             o_r = i_r + tl.arange(0, BLOCK_R)
             b_left = tl.load(p_left + row_m[:, None] * R + o_r[None, :], mask=o_r[None, :] < R, other=0.0)
-            p_tile = p_right + o_r[:, None].to(tl.int64) * stride_right_r + column[None, :] * stride_right_c
-            b_right = tl.load(p_tile, mask=o_r[:, None] < R, other=0.0)
+            p_tile = p_right + o_r[:, None].to(tl.int64) * stride_right_r + o_c[None, :].to(tl.int64) * stride_right_c
+            b_right = tl.load(p_tile, mask=(o_r[:, None] < R) & m_c, other=0.0)
             acc = tl.dot(b_left, b_right.to(b_left.dtype), acc, input_precision="ieee")
         acc *= scaling
         if DROPOUT:

@@ -1,0 +1,100 @@
+"""One line of the kernels report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+REGISTERS_PER_SM = 65536
+SHARED_RESERVED = 1024
+"""Bytes of shared memory that the system keeps of each block."""
+
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+"""The family of matmul instruction that an architecture's compiler should have found."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Static facts of one compiled kernel.
+
+    source: "triton" or "cuda".   config: what distinguishes this compilation of the kernel.
+    occupancy: resident warps over the most an SM holds.   per_weight: SASS instructions for each decoded or encoded
+    weight, of the whole kernel where it is unrolled, else of its main loop; None where it handles no weights.
+    bound: what the model of ops/_config.py says limits the reference problem.
+    matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can pick the config.
+    """
+
+    source: str
+    kernel: str
+    config: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    tensor_core: str
+    tensor_core_count: int
+    wide_loads: int
+    narrow_copies: int
+    instructions: int
+    per_weight: float | None
+    bound: str = ""
+    matmul: bool = False
+    default: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
+    """Share of an SM's warps that are resident, by registers, shared memory, blocks and warps."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS_PER_SM // per_warp // warps if registers else BLOCKS_PER_SM[arch]
+    by_shared = SHARED_PER_SM[arch] // (shared + SHARED_RESERVED)
+    blocks = min(by_registers, by_shared, BLOCKS_PER_SM[arch], WARPS_PER_SM[arch] // warps)
+    return blocks * warps / WARPS_PER_SM[arch]
+
+
+DEQUANTIZE_BUDGET = 6.0
+"""SASS instructions per decoded weight, for 16-bit results on sm_80 and sm_90."""
+
+
+def _is_fused(row: Row) -> bool:
+    return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
+
+
+GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
+    ("no spills in a default config", lambda r: r.default, lambda r: r.spills == 0),
+    ("the architecture's own tensor-core instruction", _is_fused, lambda r: r.tensor_core == TENSOR_CORE[r.arch]),
+    # wgmma and tcgen05 need 64 rows on the left, which a product with r rows does not have.
+    ("a tensor-core instruction wherever there is a matmul", lambda r: r.matmul, lambda r: r.tensor_core != ""),
+    (
+        f"at most {DEQUANTIZE_BUDGET:g} SASS instructions per weight in dequantize",
+        lambda r: r.kernel.startswith("dequantize_nf4") and r.arch in (80, 90) and "fp32" not in r.config,
+        lambda r: r.per_weight is not None and r.per_weight <= DEQUANTIZE_BUDGET,
+    ),
+    (
+        "no table lookup turned into cp.async",
+        lambda r: _is_fused(r) and "lora" not in r.config,
+        lambda r: r.narrow_copies == 0,
+    ),
+    ("16-byte loads of weights and activations", _is_fused, lambda r: r.wide_loads > 0),
+)
+"""(promise, rows it concerns, test)."""
+
+
+def broken_gates(rows: list[Row]) -> list[str]:
+    """One line for each row that breaks a gate."""
+    return [
+        f"{row.kernel} [{row.config}] sm_{row.arch}: {promise}: "
+        f"spills {row.spills}, {row.tensor_core or 'no tensor core'}, {row.per_weight} per weight, "
+        f"{row.narrow_copies} narrow copies, {row.wide_loads} wide loads"
+        for promise, concerns, holds in GATES
+        for row in rows
+        if concerns(row) and not holds(row)
+    ]

@@ -1,0 +1,247 @@
+"""Rows for every Triton kernel and every config that untuned dispatch can pick: the launchers run on a mock GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.backends.triton._dropout import dropout_of
+from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
+from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
+from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
+from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
+from qlora_kernels.backends.triton.lora_down import lora_down
+from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
+from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
+from qlora_kernels.ops._config import Plan, arch_for, assume_capability, bound_of, candidates, plan, use_plan
+from qlora_kernels.ops._registry import Problem
+
+from .mock_gpu import Compiled, compiling_for
+from .row import Row, occupancy
+from .sass import Facts, facts_of
+
+N, K = 4096, 4096
+BLOCKSIZE = 64
+ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+"""Values of M for which dispatch is asked: its thresholds lie between them."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+ROW_OPERANDS = ("p_w", "p_x", "p_grad_y", "p_out")
+"""Parameters whose dtype names a launch, the first that a kernel has."""
+
+NO_MATMUL = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel", "sum_partials_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher, under a plan where it has a choice."""
+
+    run: Callable[[], object]
+    problem: Problem | None = None
+    plan: Plan | None = None
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory: its address counts as divisible by 16, as the allocator's are."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def constants(double_quant: bool, blocksize: int = BLOCKSIZE) -> tuple[Tensor | None, ...]:
+    """A weight's constants, as ops pass them."""
+    blocks = N * K // blocksize
+    if not double_quant:
+        return meta(blocks), None, None, None
+    return None, meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta()
+
+
+def codec_cases(full: bool) -> Iterator[Case]:
+    """Dequantize by dtype, double quantization and blocksize; quantize; double-quantize."""
+    packed = meta(N * K // 2, dtype=torch.uint8)
+    for name in DTYPES if full else ("bf16",):
+        for double_quant in (True, False):
+            for blocksize in (32, 64, 128, 4096) if full and name == "bf16" else (64,):
+                constant = constants(double_quant, blocksize)
+                out = meta(N, K, dtype=DTYPES[name])
+                yield Case(
+                    lambda c=constant, b=blocksize, o=out: dequantize_nf4(packed, *c, blocksize=b, out=o),
+                )
+        yield Case(lambda n=name: quantize_nf4(meta(N, K, dtype=DTYPES[n]), blocksize=64))
+    yield Case(lambda: quantize_absmax(meta(N * K // BLOCKSIZE)))
+
+
+def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterator[tuple[Problem, Plan]]:
+    """(problem, fused plan): all that dispatch picks for ROWS; with full also every other candidate's tile."""
+    seen = set()
+    for M in ROWS:
+        problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
+        picked = plan(problem, capability)
+        for candidate in [picked, *(candidates(problem) if full else [])]:
+            # How many splits there are changes the grid, not the code.
+            key = (candidate.block_m, candidate.block_n, candidate.block_k, candidate.split_k > 1)
+            if candidate.path == "fused" and key not in seen:
+                seen.add(key)
+                yield problem, candidate
+
+
+def linear_cases(capability: int, full: bool) -> Iterator[Case]:
+    """The fused kernels, forward and backward, alone and with an adapter."""
+    packed = meta(N * K // 2, dtype=torch.uint8)
+    for name in ("bf16", "fp16") if full else ("bf16",):
+        dtype = DTYPES[name]
+        for op in ("linear_nf4", "linear_nf4_grad_x"):
+            for problem, chosen in plans_of(op, dtype, capability, full):
+                rows = meta(problem.M, N if op == "linear_nf4_grad_x" else K, dtype=dtype)
+                for double_quant in (True, False) if full else (True,):
+                    c = constants(double_quant)
+                    if op == "linear_nf4":
+                        run = lambda x=rows, c=c: linear_nf4(  # noqa: E731
+                            x, packed, *c, meta(N), blocksize=BLOCKSIZE, out_features=N
+                        )
+                    else:
+                        run = lambda g=rows, c=c: linear_nf4_grad_x(  # noqa: E731
+                            g, packed, *c, blocksize=BLOCKSIZE, in_features=K
+                        )
+                    yield Case(run, problem, chosen)
+                if chosen.split_k == 1:
+                    yield Case(lambda p=problem: lora_call(p, 16), problem, chosen)
+
+
+def lora_call(problem: Problem, r: int) -> object:
+    """One fused linear with an adapter: the forward or the backward that `problem.op` belongs to."""
+    packed = meta(N * K // 2, dtype=torch.uint8)
+    x, grad_y = meta(problem.M, K, dtype=problem.dtype), meta(problem.M, N, dtype=problem.dtype)
+    A, B, seed = meta(r, K), meta(N, r), meta(1, dtype=torch.int64)
+    if problem.op == "linear_nf4":
+        return linear_nf4_lora(
+            x, packed, *constants(True), None, A, B, seed,
+            scaling=2.0, dropout_p=0.0, blocksize=BLOCKSIZE, out_features=N,
+        )  # fmt: skip
+    return linear_nf4_lora_backward(
+        grad_y, x, meta(problem.M, r, dtype=problem.dtype), packed, *constants(True), A, B, seed,
+        scaling=2.0, dropout_p=0.1, blocksize=BLOCKSIZE, need_grad_x=True,
+    )  # fmt: skip
+
+
+def adapter_cases(full: bool) -> Iterator[Case]:
+    """What surrounds the base matmul: the low-rank kernels at training sizes, and the multi-adapter ones."""
+    M, dtype = 4096, torch.bfloat16
+    decode = Plan("decode")
+    seed = meta(1, dtype=torch.int64)
+    for r in (8, 64, 256) if full else (16,):
+        for op in ("linear_nf4", "linear_nf4_grad_x"):
+            problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
+            yield Case(lambda p=problem, r=r: lora_call(p, r), problem, decode)
+        x = meta(M, K, dtype=dtype)
+        yield Case(lambda x=x, r=r: lora_down(x, meta(r, K), dropout_of(seed, 0.1, x)))
+    problem = Problem("linear_nf4", "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
+    x, grad_y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, 16, dtype=dtype)
+    packed = meta(N * K // 2, dtype=torch.uint8)
+    adapters = (meta(8, 16, K), meta(8, N, 16), meta(8), meta(M, dtype=torch.int64), seed)
+    yield Case(
+        lambda: linear_nf4_multi_lora(
+            x, packed, *constants(True), None, *adapters, dropout_p=0.1, blocksize=BLOCKSIZE, out_features=N
+        ),
+        problem,
+        decode,
+    )
+    yield Case(
+        lambda: linear_nf4_multi_lora_backward(
+            grad_y, x, s, packed, *constants(True), *adapters, dropout_p=0.1, blocksize=BLOCKSIZE, need_grad_x=True
+        ),
+        problem,
+        decode,
+    )
+
+
+def compile_case(case: Case, capability: int) -> list[Compiled]:
+    """All launches of a case. Its plan holds for both matmul ops, forward and backward."""
+    with ExitStack() as stack:
+        stack.enter_context(assume_capability(capability))
+        launches = stack.enter_context(compiling_for(capability))
+        if case.plan is not None:
+            for op in ("linear_nf4", "linear_nf4_grad_x"):
+                stack.enter_context(use_plan(op, case.plan))
+        case.run()
+    return launches
+
+
+def weights_per_thread(launch: Compiled) -> float | None:
+    """Weights that a thread of a codec kernel handles: these kernels are unrolled."""
+    threads = 32 * launch.constants["num_warps"]
+    if launch.name == "dequantize_nf4_kernel":
+        return launch.constants["TILES"] * launch.constants["ROWS"] * launch.constants["ROW_BYTES"] * 2 / threads
+    if launch.name == "quantize_nf4_kernel":
+        return launch.constants["BLOCKS"] * launch.constants["BLOCKSIZE"] / threads
+    return None
+
+
+def per_weight(launch: Compiled, facts: Facts) -> float | None:
+    """SASS instructions per weight: of the kernel for the codec, of the main loop for a fused matmul."""
+    weights = weights_per_thread(launch)
+    if weights is not None:
+        return round(facts.total / weights, 2)
+    if launch.name in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel"):
+        # In the main loop each decoded weight is one shuffle.
+        instructions, shuffles = facts.hottest_loop("SHFL")
+        return round(instructions / shuffles, 2) if shuffles else None
+    return None
+
+
+def label(launch: Compiled) -> str:
+    """What tells one compilation of a kernel from another: dtype, tile, and the flags that are set."""
+    signature, constants = launch.kernel.src.signature, launch.constants
+    words = [next((signature[name].lstrip("*") for name in ROW_OPERANDS if name in signature), "")]
+    tile = [f"{axis}{constants[f'BLOCK_{axis}']}" for axis in "MNKCR" if f"BLOCK_{axis}" in constants]
+    words.append(" ".join(tile))
+    if "BLOCKSIZE" in constants:
+        words.append(f"b{constants['BLOCKSIZE']}")
+    flags = {"DOUBLE_QUANT": "dq", "HAS_LORA": "lora", "HAS_BIAS": "bias", "SPLIT": "split", "SHORT_TAIL": "tail"}
+    words += [word for flag, word in flags.items() if constants.get(flag)]
+    if constants.get("DROPOUT"):
+        words.append("dropout")
+    return " ".join(word for word in words if word)
+
+
+def row_of(launch: Compiled, case: Case, capability: int) -> Row:
+    """The report's row for one launch."""
+    kernel = launch.kernel
+    facts = facts_of(kernel.asm["cubin"], kernel.metadata.name)
+    family, count = facts.tensor_core
+    fused = launch.name in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
+    bound = ""
+    if fused and case.problem is not None and case.plan is not None:
+        bound = bound_of(case.problem, case.plan, arch_for(capability))
+    return Row(
+        source="triton",
+        kernel=launch.name,
+        config=label(launch),
+        arch=capability,
+        registers=facts.registers,
+        spills=facts.spills,
+        shared=kernel.metadata.shared,
+        occupancy=round(occupancy(capability, facts.registers, kernel.metadata.shared, kernel.metadata.num_warps), 3),
+        tensor_core=family,
+        tensor_core_count=count,
+        wide_loads=facts.wide_loads,
+        narrow_copies=facts.narrow_copies,
+        instructions=facts.total,
+        per_weight=per_weight(launch, facts),
+        bound=bound or ("DRAM" if launch.name in NO_MATMUL else ""),
+        matmul=fused or (launch.name not in NO_MATMUL and launch.constants.get("HAS_LORA", True) is True),
+    )
+
+
+def triton_rows(archs: Iterable[int], full: bool) -> list[Row]:
+    """Every row; full: also dtypes, blocksizes, ranks and tiles that CI's subset leaves out."""
+    rows: dict[tuple[str, str, int], Row] = {}
+    for arch in archs:
+        for case in [*codec_cases(full), *linear_cases(arch, full), *adapter_cases(full)]:
+            for launch in compile_case(case, arch):
+                row = row_of(launch, case, arch)
+                rows.setdefault((row.kernel, row.config, row.arch), row)
+    return list(rows.values())
