@@ -7,7 +7,7 @@ assumed architecture, records the result and launches nothing. Tensors may be on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,25 +64,39 @@ class MockDriver:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch: the kernel's name, its grid and the compiled code."""
+    """One launch: the kernel's name, its grid, the compiled code, and its arguments by parameter name.
+
+    constants: the launch's keyword arguments: constexprs and options.   arguments: the positional ones.
+    """
 
     name: str
     arch: int
     grid: tuple[int, ...]
     constants: dict[str, Any]
     kernel: Any = field(repr=False)
+    arguments: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def runtime_arguments(self) -> dict[str, Any]:
+        """What the compiled code's parameters are, in order: an argument equal to one has become a constant."""
+        signature = self.kernel.src.signature
+        return {name: value for name, value in self.arguments.items() if signature[name] != "constexpr"}
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Inside the block every launch compiles for sm_<arch> and is appended to the list."""
+def compiling_for(arch: int, then: Callable[[Compiled], None] | None = None) -> Iterator[list[Compiled]]:
+    """Inside the block every launch compiles for sm_<arch>, is appended to the list, and handed to `then`."""
     launches: list[Compiled] = []
     stock_run, stock_driver = JITFunction.run, driver._active
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
         constants = {name: value for name, value in kwargs.items() if isinstance(value, (int, bool, str))}
-        launches.append(Compiled(self.__name__, arch, tuple(grid), constants, kernel))
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        launch = Compiled(self.__name__, arch, tuple(grid), constants, kernel, arguments)
+        launches.append(launch)
+        if then is not None:
+            then(launch)
         return kernel
 
     driver.set_active(MockDriver(arch))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import cache
-from math import floor, inf
+from math import inf
 
 import torch
 import triton
@@ -20,12 +20,15 @@ PROGRAM_VALUES = 4096
 SMALLEST_ABSMAX = tl.constexpr(nf4.SMALLEST_ABSMAX)
 BOUNDARIES = tl.constexpr(tuple(nf4.boundaries("cpu").tolist()))
 
-CELL_SCALE, CELL_ORIGIN, CELLS = 15.9375, 16.0, 32
+CELL_SCALE, CELL_ORIGIN, CELLS = 15.0, 16.0, 32
 
 
 def cell_of(x: float) -> int:
-    """The cell of a normalized weight, 0..31: floor(x * CELL_SCALE + CELL_ORIGIN). No cell holds two boundaries."""
-    return floor(x * CELL_SCALE + CELL_ORIGIN)
+    """The cell of a normalized weight, 1..31: x * CELL_SCALE + CELL_ORIGIN to the nearest integer, ties to even.
+
+    Monotonic in x, and narrower than the least distance between boundaries, so no cell holds two of them.
+    """
+    return round(x * CELL_SCALE + CELL_ORIGIN)
 
 
 def cell_table() -> tuple[list[float], list[int]]:
@@ -43,8 +46,8 @@ def cells(device: torch.device) -> Tensor:
     return torch.tensor([*bits, *counts], dtype=torch.int32, device=device)
 
 
-# Adding 2^23 to a number below 2^22, rounded down, leaves its floor in the low bits: the cell's number is then a
-# shuffle's source lane as it stands, because only the low five bits count.
+# Adding 2^23 to a number below 2^22 rounds it to an integer in the low bits: the cell's number is then a shuffle's
+# source lane as it stands, because only the low five bits count.
 _MAGIC = struct.unpack(">I", struct.pack(">f", 2.0**23 + CELL_ORIGIN))[0]
 _SCALE = struct.unpack(">I", struct.pack(">f", CELL_SCALE))[0]
 LANE_CELL_ASM = tl.constexpr(
@@ -60,7 +63,7 @@ ld.global.nc.b32 $1, [address + 128];
 ENCODE_ASM = tl.constexpr(
     f"""{{
 .reg .f32 cell, boundary; .reg .b32 lane; .reg .pred above;
-fma.rm.f32 cell, $1, 0f{_SCALE:08X}, 0f{_MAGIC:08X};
+fma.rn.f32 cell, $1, 0f{_SCALE:08X}, 0f{_MAGIC:08X};
 mov.b32 lane, cell;
 shfl.sync.idx.b32 boundary, $2, lane, 0x1f, 0xffffffff;
 shfl.sync.idx.b32 $0, $3, lane, 0x1f, 0xffffffff;

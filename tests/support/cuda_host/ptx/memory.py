@@ -81,7 +81,7 @@ def _async_copy(scope: Scope, i: Instruction) -> str:
     sizes = [o for o in operands[2:] if not o.startswith("%policy")]
     source_bytes = scope.read(sizes[1], "u32") if len(sizes) > 1 else sizes[0]
     return (
-        f"cp_async({scope.pointer(operands[0], 'shared', int(sizes[0]))}, "
+        f"cp_async({scope.pointer(operands[0], 'shared', int(sizes[0], 0))}, "
         f"reinterpret_cast<const void*>({scope.address(operands[1], 'global')}), {sizes[0]}, {source_bytes});"
     )
 

@@ -1,0 +1,72 @@
+"""Runs what Triton compiles: launches are compiled to sm_80 PTX, translated to C++ and executed on the CPU.
+
+    with executing_ptx():
+        y = linear_nf4(x, ...)          # backends.triton launchers, on CPU tensors
+
+So the compiler's output is tested, inline PTX included, where the interpreter tests only its input. sm_90 and later use
+instructions that the translator does not know (wgmma, tcgen05): there only the compile report speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from python.kernels_report.mock_gpu import Compiled, compiling_for
+from qlora_kernels.ops._config import assume_capability
+from tests.support import cuda_host
+
+CAPABILITY = 80
+
+OUTPUTS = {
+    "dequantize_nf4_kernel": {"p_w"},
+    "quantize_nf4_kernel": {"p_packed", "p_absmax"},
+    "quantize_absmax_kernel": {"p_absmax_q", "p_absmax_scale", "p_absmax_offset"},
+    "linear_nf4_kernel": {"p_y"},
+    "linear_nf4_grad_x_kernel": {"p_grad_x"},
+    "lora_down_kernel": {"p_s"},
+    "lora_up_kernel": {"p_out"},
+    "lora_ds_grad_B_kernel": {"p_ds", "p_grad_B"},
+    "lora_grad_A_kernel": {"p_grad_A"},
+    "sum_partials_kernel": {"p_out"},
+    "multi_lora_down_kernel": {"p_s"},
+    "multi_lora_up_kernel": {"p_out"},
+    "multi_lora_ds_grad_B_kernel": {"p_ds", "p_grad_B"},
+    "multi_lora_grad_A_kernel": {"p_grad_A"},
+}
+"""Kernel -> the pointers it writes; a write through any other fails the launch."""
+
+
+@contextmanager
+def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
+    """Inside the block Triton's launches compile for sm_80 and run on the host. mode: "plain", "asan" or "tsan"."""
+
+    def execute(launch: Compiled) -> None:
+        module = cuda_host.load_ptx(launch.kernel.asm["ptx"], mode, f"{launch.name}.ptx")
+        assert not module.unsupported, f"{launch.name}: {module.unsupported}"
+        outputs = OUTPUTS[launch.name]
+        arguments = [
+            cuda_host.out(value) if name in outputs else value.detach() if isinstance(value, Tensor) else value
+            for name, value in _same_tensors(launch.runtime_arguments, outputs).items()
+        ]
+        metadata = launch.kernel.metadata
+        block = (32 * metadata.num_warps, 1, 1)
+        module.launch(metadata.name, launch.grid, block, metadata.shared, arguments)
+
+    with ExitStack() as stack:
+        stack.enter_context(assume_capability(CAPABILITY))
+        yield stack.enter_context(compiling_for(CAPABILITY, execute))
+
+
+def _same_tensors(arguments: dict[str, object], outputs: set[str]) -> dict[str, object]:
+    """Arguments with one object for each address: the emulator copies every object to memory of its own."""
+    known: dict[tuple[int, int], Tensor] = {}
+    merged: dict[str, object] = {}
+    for name in sorted(arguments, key=lambda n: n not in outputs):
+        value = arguments[name]
+        if isinstance(value, Tensor):
+            value = known.setdefault((value.data_ptr(), value.numel() * value.element_size()), value)
+        merged[name] = value
+    return {name: merged[name] for name in arguments}
