@@ -9,7 +9,7 @@ from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.format import double_quant, nf4, reference
-from tests.support.problems import dtype_name, gaussian
+from tests.support.problems import gaussian
 from tests.support.triton_on_host import executing_ptx
 
 
@@ -34,9 +34,8 @@ def test_dequantize(dtype, double_quant_on, numel, blocksize):
     assert torch.equal(out, reference.dequantize_nf4(packed, absmax, blocksize, out.shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
-def test_quantize(dtype):
-    w = gaussian(9001, dtype=dtype)
+def test_quantize():
+    w = gaussian(9001, dtype=torch.bfloat16)
     w[64:128] = 0.0
     expected_packed, expected_absmax = reference.quantize_nf4(w, 64)
     with executing_ptx():
