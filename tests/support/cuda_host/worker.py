@@ -99,8 +99,11 @@ def launch_ptx(library, arguments, addresses, kept):
             word = (int(value) & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
         packed[offset : offset + size] = word
     sizes = ctypes.c_uint * 3
-    buffer = (ctypes.c_char * len(packed)).from_buffer_copy(packed)
-    return library.cuda_host_launch_ptx(kernel.encode(), sizes(*grid), sizes(*block), ctypes.c_uint(shared), buffer)
+    buffer = library.cuda_host_allocate(len(packed))  # aligned, as the driver's parameter block is
+    ctypes.memmove(buffer, bytes(packed), len(packed))
+    kept.append(buffer)
+    launch = library.cuda_host_launch_ptx
+    return launch(kernel.encode(), sizes(*grid), sizes(*block), ctypes.c_uint(shared), ctypes.c_void_p(buffer))
 
 
 def read_log(library, clear):

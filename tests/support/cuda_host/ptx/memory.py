@@ -24,10 +24,7 @@ def _access(i: Instruction) -> tuple[int, int, str]:
 
 def _load(scope: Scope, i: Instruction) -> str:
     elements, size, kind = _access(i)
-    if _space(i) == "param":
-        pointer = scope.address(i.operands[1], "param")
-    else:
-        pointer = scope.pointer(i.operands[1], _space(i), size * elements)
+    pointer = scope.pointer(i.operands[1], _space(i), size * elements)
     moves = " ".join(
         f"{scope.register(name)} = loaded[{k}];" for k, name in enumerate(vector(i.operands[0])) if name != "_"
     )
@@ -82,7 +79,7 @@ def _async_copy(scope: Scope, i: Instruction) -> str:
     source_bytes = scope.read(sizes[1], "u32") if len(sizes) > 1 else sizes[0]
     return (
         f"cp_async({scope.pointer(operands[0], 'shared', int(sizes[0], 0))}, "
-        f"reinterpret_cast<const void*>({scope.address(operands[1], 'global')}), {sizes[0]}, {source_bytes});"
+        f"reinterpret_cast<const void*>({scope.address(operands[1])}), {sizes[0]}, {source_bytes});"
     )
 
 

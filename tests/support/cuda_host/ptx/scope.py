@@ -63,6 +63,8 @@ class Scope:
             return f"uint64_t({self.module.static_shared_bytes if offset is None else offset})"
         if name in self.module.data or name in self.locals:
             return f"uint64_t({c_name(name)})"
+        if name in self.parameters:
+            return f"uint64_t(parameters + {self.parameters[name]})"
         return None
 
     def read(self, operand: str, kind: str) -> str:
@@ -101,14 +103,12 @@ class Scope:
             return f"{register} = ({expression}).bits;"
         return f"{register} = {C_TYPES[kind]}({expression});"
 
-    def address(self, operand: str, space: str = "") -> str:
-        """`[base + offset]` as a number; in parameter space as a pointer."""
+    def address(self, operand: str) -> str:
+        """`[base + offset]` as a number."""
         match = re.fullmatch(r"\[\s*([^+\]\s]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if match is None:
             raise Unsupported(f"address {operand}")
         base, offset = match[1], match[2] or "0"
-        if space == "param":
-            return f"(parameters + {self.parameters[base]} + {offset})"
         if base.isdigit():
             return f"uint64_t({base} + {offset}ll)"
         return f"uint64_t({self.symbol(base) or self.register(base)} + ({offset}ll))"
@@ -116,8 +116,8 @@ class Scope:
     def pointer(self, operand: str, space: str, size: int) -> str:
         """A checked host pointer to `size` bytes. Shared addresses are offsets, all others are host addresses."""
         if space == "shared":
-            return f"shared_pointer(shared_ranges, {self.address(operand, space)}, {size})"
-        return f"global_pointer({self.address(operand, space)}, {size})"
+            return f"shared_pointer(shared_ranges, {self.address(operand)}, {size})"
+        return f"global_pointer({self.address(operand)}, {size})"
 
 
 def vector(operand: str) -> list[str]:

@@ -1,0 +1,115 @@
+// w[i] = code[q[i]] * absmax[i >> block_shift] in fp32, rounded once; the second level of absmax is read in the same
+// pass.
+//
+// A block of 128 threads decodes 8192 weights. Each thread loads 4 x 16 packed bytes (LDG.128) into shared memory; then
+// thread t takes words t, t + 128, ... so that each of its stores is a part of one full 512-byte line of the warp.
+// Writing straight from the load would scatter every store over four times as many sectors. What whole tiles leave
+// over, and tensors that are not 16-byte aligned, take a second kernel, so that the first one has no bounds to check.
+#include "launchers.h"
+#include "qlora/floats.cuh"
+#include "qlora/launch.cuh"
+#include "qlora/nf4.cuh"
+#include "qlora/shared_memory.cuh"
+
+namespace qlora {
+
+constexpr int kDequantizeThreads = 128;
+constexpr int kWeightsPerThread = 64;
+constexpr int kDequantizeTile = kDequantizeThreads * kWeightsPerThread;
+constexpr int kLoadsPerThread = kWeightsPerThread / 32;
+constexpr int kStepShift = 10, kStep = 1 << kStepShift;  // weights that the block decodes at once, 8 a thread
+static_assert(kStep == kDequantizeThreads * 8);
+constexpr int kSmallestBlocksize = 32;
+
+struct DequantizeShared {
+    uint4 packed[kDequantizeTile / 32];
+    float absmax[kDequantizeTile / kSmallestBlocksize];
+    CodeTable code;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    dequantize_nf4_kernel(const uint4* __restrict__ packed, const Absmax constants, T* __restrict__ w) {
+    DequantizeShared& shared = block_shared<DequantizeShared>();
+    const int thread = threadIdx.x;
+    const int64_t start = int64_t(blockIdx.x) * kDequantizeTile;
+#pragma unroll
+    for (int i = 0; i < kLoadsPerThread; i++) {
+        const int index = i * kDequantizeThreads + thread;
+        shared.packed[index] = __ldcs(packed + start / 32 + index);
+    }
+    // One entry for each blocksize or kStep weights, whichever is less, so that a thread's entries are evenly spaced.
+    const int shift = min(constants.block_shift, kStepShift);
+    const int entries = kDequantizeTile >> shift;
+#pragma unroll 1  // one round at blocksize 64
+    for (int i = thread; i < entries; i += kDequantizeThreads) {
+        shared.absmax[i] = first_level(constants, (start + (int64_t(i) << shift)) >> constants.block_shift);
+    }
+    shared.code.fill(thread);
+    __syncthreads();
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(shared.packed);
+    const float* absmax_sh = shared.absmax + (thread * 8 >> shift);
+#pragma unroll
+    for (int step = 0; step < kWeightsPerThread / 8; step++) {
+        const int index = step * kDequantizeThreads + thread;
+        const float absmax = *absmax_sh;
+        absmax_sh += kStep >> shift;
+        float value[8];
+        shared.code.decode8(value, words[index]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) value[i] = __fmul_rn(value[i], absmax);
+        store8(w + start + index * 8, value);
+    }
+}
+
+// Weights [start, numel), one a thread.
+template <typename T>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    dequantize_nf4_rest_kernel(const uint8_t* __restrict__ packed, const Absmax constants, T* __restrict__ w,
+                               const int64_t start, const int64_t numel) {
+    const int64_t i = start + int64_t(blockIdx.x) * kDequantizeThreads + threadIdx.x;
+    if (i >= numel) return;
+    const float absmax = first_level(constants, i >> constants.block_shift);
+    w[i] = round_to<T>(__fmul_rn(nf4_code(nibble(packed, i)), absmax));
+}
+
+namespace {
+
+template <typename T>
+cudaError_t launch_dequantize(const uint8_t* packed, const Absmax& constants, void* w, int64_t numel,
+                              cudaStream_t stream) {
+    const int64_t tiles = is_aligned(packed, 16) && is_aligned(w, 16) ? numel / kDequantizeTile : 0;
+    const int64_t rest = numel - tiles * kDequantizeTile;
+    cudaError_t error = cudaSuccess;
+    if (tiles > 0) {
+        error = launch({dim3(static_cast<unsigned>(tiles)), kDequantizeThreads, 0, stream}, dequantize_nf4_kernel<T>,
+                       reinterpret_cast<const uint4*>(packed), constants, static_cast<T*>(w));
+    }
+    if (rest > 0 && error == cudaSuccess) {
+        const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rest, kDequantizeThreads)));
+        error = launch({grid, kDequantizeThreads, 0, stream}, dequantize_nf4_rest_kernel<T>, packed, constants,
+                       static_cast<T*>(w), tiles * kDequantizeTile, numel);
+    }
+    return error;
+}
+
+}  // namespace
+}  // namespace qlora
+
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const float* absmax, const uint8_t* absmax_q,
+                                  const float* absmax_scale, const float* absmax_offset, int block_shift, void* w,
+                                  int w_type, int64_t numel, cudaStream_t stream) {
+    using namespace qlora;
+    if (numel == 0) return cudaSuccess;
+    const Absmax constants{absmax, absmax_q, absmax_scale, absmax_offset, block_shift};
+    switch (w_type) {
+        case kFloat32:
+            return launch_dequantize<float>(packed, constants, w, numel, stream);
+        case kBfloat16:
+            return launch_dequantize<__nv_bfloat16>(packed, constants, w, numel, stream);
+        case kFloat16:
+            return launch_dequantize<__half>(packed, constants, w, numel, stream);
+        default:
+            return cudaErrorInvalidValue;
+    }
+}

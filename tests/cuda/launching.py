@@ -1,0 +1,77 @@
+"""How the tests of csrc/cuda run a launcher: every mode, several schedules, results of nvcc's PTX equal bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels.format import double_quant, reference
+from tests.support import cuda_host
+from tests.support.cuda_host.toolchain import ROOT
+
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""qlora::FloatType."""
+
+needs_emulator = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
+needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))
+
+all_modes = pytest.mark.parametrize("mode", ["plain", "asan", "tsan", pytest.param("ptx", marks=needs_nvcc)])
+source_and_ptx = pytest.mark.parametrize("mode", ["plain", pytest.param("ptx", marks=needs_nvcc)])
+SCHEDULES = (("random", 1), ("random", 2), ("forward", 1), ("reverse", 1))
+
+Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+@cache
+def source(stem: str) -> tuple:  # type: ignore[type-arg]
+    return (CUDA_SOURCES / f"{stem}.cu",)
+
+
+def library(stem: str, mode: str) -> cuda_host.Library:
+    """csrc/cuda/<stem>.cu built for `mode`."""
+    return cuda_host.build(source(stem), mode)
+
+
+def over_schedules(mode: str, run: Callable[[str, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The result of run(order, seed); in plain mode of every schedule, and all must be the same bits."""
+    schedules = SCHEDULES if mode == "plain" else SCHEDULES[:1]
+    first, *others = [run(order, seed) for order, seed in schedules]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert same_bits(a, b), "the result depends on the schedule"
+    return first
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of bytes, NaNs included."""
+    return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory that no kernel has written: 0xFF bytes, which are NaN in every float type."""
+    return (
+        torch.full((max(torch.Size(shape).numel(), 1) * dtype.itemsize,), 0xFF, dtype=torch.uint8)[
+            : torch.Size(shape).numel() * dtype.itemsize
+        ]
+        .view(dtype)
+        .view(shape)
+    )
+
+
+def quantized(w: Tensor, blocksize: int, double: bool) -> tuple[Tensor, Constants, Tensor]:
+    """(packed, constants, first-level absmax) of the reference."""
+    packed, absmax = reference.quantize_nf4(w, blocksize)
+    if not double:
+        return packed, (absmax, None, None, None), absmax
+    nested = double_quant.quantize_absmax(absmax)
+    return packed, (None, *nested), double_quant.dequantize_absmax(*nested)
+
+
+def shift(blocksize: int) -> int:
+    """log2."""
+    return blocksize.bit_length() - 1

@@ -1,0 +1,120 @@
+"""Linear problems as the CUDA launchers take them, and what their results are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.format import nf4
+from tests.support.problems import dtype_name
+from tests.support.tolerances import FORWARD_FACTOR, assert_within_baseline
+
+from .launching import FLOAT_TYPES, Constants, poisoned, quantized, shift
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """x [M, K], W [N, K] in NF4, bias [N], s [M, r], B [N, r]; the transposed product takes grad_y [M, N] for x."""
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    r: int = 0
+    bias: torch.dtype | None = None
+    lora_dtype: torch.dtype | None = None
+    blocksize: int = 64
+    double: bool = True
+    transposed: bool = False
+
+    scaling = 0.75
+
+    def __str__(self) -> str:
+        kind = "grad_x" if self.transposed else "forward"
+        return f"{kind}-M{self.M}-N{self.N}-K{self.K}-r{self.r}-b{self.blocksize}-{dtype_name(self.dtype)}"
+
+    @property
+    def depth(self) -> int:
+        """Length of the contraction."""
+        return self.N if self.transposed else self.K
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.K if self.transposed else self.N
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Everything the launchers read, from one seed."""
+        generator = torch.Generator().manual_seed(self.M * 7 + self.N * 3 + self.K)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*size, generator=generator) * scale
+
+        packed, constants, absmax = quantized(normal(self.N * self.K, scale=0.05), self.blocksize, self.double)
+        lora_dtype = self.lora_dtype or self.dtype
+        return {
+            "x": normal(self.M, self.depth).to(self.dtype),
+            "packed": packed,
+            "constants": constants,
+            "absmax": absmax,
+            "bias": None if self.bias is None else normal(self.outputs).to(self.bias),
+            "s": normal(self.M, self.r).to(self.dtype) if self.r else None,
+            "B": normal(self.outputs, self.r, scale=0.1).to(lora_dtype) if self.r else None,
+        }
+
+    def x_and_weight(self) -> tuple[Any, ...]:
+        """The launchers' first eight arguments."""
+        constants: Constants = self.tensors["constants"]
+        return (
+            self.tensors["x"],
+            FLOAT_TYPES[self.dtype],
+            self.tensors["packed"],
+            *constants,
+            shift(self.blocksize),
+        )
+
+    def bias_arguments(self) -> tuple[Any, ...]:
+        return self.tensors["bias"], FLOAT_TYPES[self.bias or torch.float32]
+
+    def small_m_lora(self) -> tuple[Any, ...]:
+        type_code = FLOAT_TYPES[self.lora_dtype or self.dtype]
+        return self.tensors["s"], self.tensors["B"], type_code, self.r, self.scaling
+
+    def gemm_lora(self) -> tuple[Any, ...]:
+        return self.tensors["s"], self.tensors["B"], self.r, self.scaling
+
+    def poisoned_y(self) -> Tensor:
+        return poisoned(self.M, self.outputs, dtype=self.dtype)
+
+    def exact(self) -> Tensor:
+        """In float64, of the unrounded code * absmax."""
+        t = self.tensors
+        n = self.N * self.K
+        scale = t["absmax"].double().repeat_interleave(self.blocksize)[:n]
+        w = (nf4.code().double()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K)
+        return self._compose(w, t["x"].double(), *[None if t[k] is None else t[k].double() for k in ("bias", "s", "B")])
+
+    def composed(self) -> Tensor:
+        """Torch's own operations in the dtype of x, W decoded and rounded to it first."""
+        t, n = self.tensors, self.N * self.K
+        scale = t["absmax"].repeat_interleave(self.blocksize)[:n]
+        w = (nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).to(self.dtype).view(self.N, self.K)
+        return self._compose(w, t["x"], *[None if t[k] is None else t[k].to(self.dtype) for k in ("bias", "s", "B")])
+
+    def _compose(self, w: Tensor, x: Tensor, bias: Tensor | None, s: Tensor | None, B: Tensor | None) -> Tensor:
+        y = x @ (w if self.transposed else w.T)
+        if bias is not None:
+            y = y + bias
+        if s is not None and B is not None:
+            y = y + self.scaling * (s @ B.T)
+        return y
+
+
+def check_forward(y: Tensor, problem: LinearProblem) -> None:
+    """Within twice the error of torch's composition."""
+    assert_within_baseline(y, problem.composed(), problem.exact(), factor=FORWARD_FACTOR, name=str(problem))

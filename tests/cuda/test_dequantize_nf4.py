@@ -1,0 +1,68 @@
+"""csrc/cuda/dequantize_nf4.cu: bit-equal to the reference (class 1), under the emulator."""
+
+import pytest
+import torch
+
+from qlora_kernels.format import reference
+from tests.support.cuda_host import out
+
+from .launching import (
+    FLOAT_TYPES,
+    all_modes,
+    library,
+    needs_emulator,
+    over_schedules,
+    poisoned,
+    quantized,
+    same_bits,
+    shift,
+)
+
+pytestmark = needs_emulator
+
+TILE = 8192
+CASES = [
+    # (weights, blocksize, double quantization): whole tiles, tails, odd counts, blocks as long as half a tile
+    (1, 64, True),
+    (2 * TILE, 64, True),
+    (TILE + 33, 32, False),
+    (3 * TILE - 1, 64, True),
+    (TILE + 4096 + 7, 4096, True),
+    (641, 128, False),
+]
+
+
+@all_modes
+@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
+@pytest.mark.parametrize(("n", "blocksize", "double"), CASES)
+def test_equals_reference(mode: str, n: int, blocksize: int, double: bool, dtype: torch.dtype) -> None:
+    w = torch.randn(n, generator=torch.Generator().manual_seed(n)) * 0.1
+    packed, constants, absmax = quantized(w, blocksize, double)
+
+    def run(order: str, seed: int) -> tuple[torch.Tensor]:
+        result = poisoned(n, dtype=dtype)
+        arguments = (packed, *constants, shift(blocksize), out(result), FLOAT_TYPES[dtype], n, None)
+        tested = library("dequantize_nf4", mode)
+        tested.calls()
+        assert tested.call("launch_dequantize_nf4", *arguments, seed=seed, order=order) == 0
+        assert len(tested.calls()) == (n >= TILE) + (n % TILE > 0), "one launch, and one for what whole tiles leave"
+        return (result,)
+
+    (result,) = over_schedules(mode, run)
+    assert same_bits(result, reference.dequantize_nf4(packed, absmax, blocksize, torch.Size((n,)), dtype))
+
+
+def test_nothing_is_launched_for_nothing() -> None:
+    tested = library("dequantize_nf4", "plain")
+    tested.calls()
+    assert tested.call("launch_dequantize_nf4", None, None, None, None, None, 6, None, 0, 0, None) == 0
+    assert tested.calls() == []
+
+
+def test_unknown_type_and_failed_launch_are_returned() -> None:
+    tested, w = library("dequantize_nf4", "plain"), torch.zeros(64)
+    packed, constants, _ = quantized(w, 64, False)
+    arguments = (packed, *constants, 6, out(w))
+    assert tested.call("launch_dequantize_nf4", *arguments, 7, 64, None) == 1
+    tested.fail("launch", 98)
+    assert tested.call("launch_dequantize_nf4", *arguments, 0, 64, None) == 98

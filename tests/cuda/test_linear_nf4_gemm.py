@@ -1,0 +1,92 @@
+"""csrc/cuda/linear_nf4_gemm.cu, forward and transposed, against float64 (class 2), under the emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cuda_host import out
+
+from .launching import all_modes, library, needs_emulator, needs_nvcc, poisoned, same_bits
+from .linear_problems import LinearProblem, check_forward
+
+pytestmark = needs_emulator
+
+STAGES, DEPTH = 4, 64
+LONG = (STAGES + 1) * DEPTH + 32  # every stage is refilled, and the last step is half full
+
+PROBLEMS = [
+    LinearProblem(5, 70, LONG, dtype=torch.bfloat16, bias=torch.float32),
+    LinearProblem(17, 131, 96, dtype=torch.float16, r=24, blocksize=32),
+    LinearProblem(70, 129, LONG, dtype=torch.bfloat16, r=8, bias=torch.bfloat16, double=False),
+    LinearProblem(1, 8, 32, dtype=torch.bfloat16, r=88),  # more LoRA steps than stages
+    LinearProblem(33, 136, 512, dtype=torch.float16, blocksize=4096),
+    LinearProblem(5, LONG + 8, 160, dtype=torch.bfloat16, bias=torch.float32, transposed=True),
+    LinearProblem(19, 72, 288, dtype=torch.float16, r=40, blocksize=32, transposed=True),
+    LinearProblem(65, LONG, 96, dtype=torch.bfloat16, r=16, transposed=True, double=False),
+]
+SPLIT = [
+    LinearProblem(7, 40, 9 * DEPTH, dtype=torch.bfloat16, r=8, bias=torch.float16),
+    LinearProblem(20, 9 * DEPTH, 64, dtype=torch.float16, r=8, bias=torch.float32, transposed=True),
+]
+
+
+def run(mode: str, problem: LinearProblem, splits: int = 1, seed: int = 1, order: str = "random") -> Tensor:
+    y = problem.poisoned_y()
+    partial = poisoned(splits, problem.M, problem.outputs, dtype=torch.float32) if splits > 1 else None
+    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.gemm_lora(), out(y))
+    arguments += (None if partial is None else out(partial), splits, int(problem.transposed))
+    sizes = (problem.M, problem.N, problem.K)
+    tested = library("linear_nf4_gemm", mode)
+    assert tested.call("launch_linear_nf4_gemm", *arguments, *sizes, None, seed=seed, order=order) == 0
+    return y
+
+
+@all_modes
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_product(mode: str, problem: LinearProblem) -> None:
+    check_forward(run(mode, problem), problem)
+
+
+@all_modes
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("problem", SPLIT, ids=str)
+def test_split_contraction(mode: str, splits: int, problem: LinearProblem) -> None:
+    check_forward(run(mode, problem, splits), problem)
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[2], PROBLEMS[7]], ids=str)
+def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
+    first = run("plain", problem)
+    for order, seed in (("random", 2), ("random", 3), ("forward", 1), ("reverse", 1)):
+        assert same_bits(run("plain", problem, seed=seed, order=order), first)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("problem", PROBLEMS[:2] + PROBLEMS[5:7], ids=str)
+def test_compiled_and_source_agree_bit_for_bit(problem: LinearProblem) -> None:
+    assert same_bits(run("ptx", problem), run("plain", problem))
+
+
+def test_splits_fill_the_gpu_and_no_more() -> None:
+    tested = library("linear_nf4_gemm", "plain")
+    splits = [tested.call("linear_nf4_gemm_splits", *sizes, 108) for sizes in ((1, 4096, 4096), (64, 28672, 8192))]
+    assert splits[0] == 6, "216 blocks wanted of 32"
+    assert splits[1] == 1
+    assert tested.call("linear_nf4_gemm_splits", 1, 128, 512, 108) == 1, (
+        "a part is two fillings of the pipeline at least"
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"K": 40}, {"N": 12, "transposed": True}, {"r": 4}, {"dtype": torch.float32}], ids=str
+)
+def test_refuses_what_it_cannot_serve(change: dict) -> None:  # type: ignore[type-arg]
+    problem = replace(LinearProblem(2, 16, 64, dtype=torch.bfloat16), **change)
+    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.gemm_lora(), out(problem.poisoned_y()))
+    sizes = (problem.M, problem.N, problem.K)
+    arguments = (*arguments, None, 1, int(problem.transposed), *sizes, None)
+    assert library("linear_nf4_gemm", "plain").call("launch_linear_nf4_gemm", *arguments) == 1

@@ -1,0 +1,53 @@
+"""csrc/cuda/linear_nf4_small_m.cu against float64 (class 2), under the emulator."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.cuda_host import out
+
+from .launching import all_modes, library, needs_emulator, needs_nvcc, same_bits
+from .linear_problems import LinearProblem, check_forward
+
+pytestmark = needs_emulator
+
+PROBLEMS = [
+    LinearProblem(1, 9, 4128, dtype=torch.bfloat16),  # five fetches, three stages; a tail of 32
+    LinearProblem(1, 3, 96, dtype=torch.float32, double=False, bias=torch.float32),
+    LinearProblem(2, 17, 1024, dtype=torch.float16, r=5, bias=torch.bfloat16),
+    LinearProblem(3, 6, 1056, dtype=torch.bfloat16, r=40, lora_dtype=torch.float32, blocksize=32),
+    LinearProblem(7, 5, 2080, dtype=torch.bfloat16, bias=torch.float16, blocksize=4096),
+    LinearProblem(16, 4, 992, dtype=torch.float16, r=8, blocksize=128),
+    LinearProblem(13, 11, 64, dtype=torch.float32, r=3),
+]
+
+
+def run(mode: str, problem: LinearProblem, seed: int = 1, order: str = "random") -> Tensor:
+    y = problem.poisoned_y()
+    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.small_m_lora(), out(y))
+    sizes = (problem.M, problem.N, problem.K)
+    tested = library("linear_nf4_small_m", mode)
+    assert tested.call("launch_linear_nf4_small_m", *arguments, *sizes, None, seed=seed, order=order) == 0
+    return y
+
+
+@all_modes
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_forward(mode: str, problem: LinearProblem) -> None:
+    check_forward(run(mode, problem), problem)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
+    first = run("plain", problem)
+    for order, seed in (("random", 2), ("random", 3), ("forward", 1), ("reverse", 1)):
+        assert same_bits(run("plain", problem, seed, order), first)
+
+
+@pytest.mark.parametrize(("M", "K"), [(17, 64), (0, 64), (1, 40)])
+def test_refuses_what_it_cannot_serve(M: int, K: int) -> None:
+    tested, memory = library("linear_nf4_small_m", "plain"), torch.zeros(4096)
+    constants = (memory, memory, None, None, None)
+    arguments = (memory, 0, *constants, 6, None, 0, None, None, 0, 0, 0.0, out(torch.zeros(64)), M, 1, K, None)
+    assert tested.call("launch_linear_nf4_small_m", *arguments) == 1
