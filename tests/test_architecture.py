@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops", "format"},
     "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
-    "training": {"training", "io"},
+    "training": {"training", "io", "peft"},
 }
 """Part of the tree -> parts of the package that its modules may import. io, integrations and cli use the public API."""
 

@@ -166,7 +166,7 @@ class _Finetune:
             self.report.steps = train(
                 ChunkedLoss(adapted),
                 examples,
-                _optimizer(adapted, options),
+                lambda trained: _optimizer(trained, options),
                 options.train_config(),
                 pad_token_id=self.tokenizer.pad_token_id or 0,
                 checkpoints=options.out / "checkpoints",
@@ -214,8 +214,6 @@ class _Finetune:
             partial.write_text(report.to_json() + "\n")
 
 
-def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if options.optimizer == "paged_adamw":
-        return PagedAdamW(trained, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(trained, lr=options.lr, weight_decay=options.weight_decay)
+def _optimizer(trained: list[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:
+    kind = PagedAdamW if options.optimizer == "paged_adamw" else torch.optim.AdamW
+    return kind(trained, lr=options.lr, weight_decay=options.weight_decay)

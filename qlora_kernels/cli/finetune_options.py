@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..peft import LoraConfig, PeftConfig
+from ..peft import PeftConfig
 from ..training import TrainConfig
 from ..training.schedule import SCHEDULES, Schedule
 from .arguments import (
@@ -23,8 +23,8 @@ from .arguments import (
     positive,
     positive_float,
 )
+from .methods import METHODS, adapter_config, assignment
 
-METHODS = ("lora",)
 OPTIMIZERS = ("adamw", "paged_adamw")
 
 
@@ -46,6 +46,7 @@ class FinetuneOptions:
     alpha: float
     dropout: float
     target_modules: tuple[str, ...] | str
+    set: list[tuple[str, Any]]
     steps: int
     batch: int
     micro_batch: int
@@ -96,14 +97,20 @@ class FinetuneOptions:
 
     def adapter_config(self) -> PeftConfig:
         """The configuration of --method."""
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=self.model,
-        )
+        options = {
+            "r": self.r,
+            "lora_r": self.r,
+            "target_r": self.r,
+            "init_r": self.r + (self.r + 1) // 2,
+            "total_step": self.steps,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "dropout": self.dropout,
+            "target_modules": self.target_modules,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.model,
+        }
+        return adapter_config(self.method, options, dict(self.set))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run: all that losses depend on."""
@@ -135,7 +142,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--method", choices=METHODS, default="lora", help="how the model is adapted")
-    adapter.add_argument("--r", type=positive, default=16, metavar="RANK", help="rank of the update")
+    adapter.add_argument(
+        "--set",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the method's configuration, in JSON; may be given several times",
+    )
+    adapter.add_argument("--r", type=positive, default=16, metavar="RANK", help="rank of a low-rank update")
     adapter.add_argument("--alpha", type=positive_float, default=32.0, help="the update is scaled by alpha / r")
     adapter.add_argument("--dropout", type=fraction, default=0.0, metavar="P", help="dropout on the adapter's input")
     adapter.add_argument(
@@ -143,7 +158,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_targets,
         default="all-linear",
         metavar="NAME,...",
-        help="layers that get an adapter, by name or by the last parts of it; all-linear: all but the output head",
+        help="layers that get a low-rank update, by name or its last parts; all-linear: all but the output head",
     )
 
     training = parser.add_argument_group("training")

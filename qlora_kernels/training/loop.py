@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..io.training_state import Stateful, load_latest, save_training_state
+from ..io.training_state import Stateful, TrainingState, load_latest, save_training_state
+from ..peft import PeftModel
+from ..peft.method import Method
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor
@@ -51,15 +53,6 @@ class StepRecord:
     seconds: float
 
 
-@runtime_checkable
-class Adapted(Protocol):
-    """What a PEFT method may add to a step; qk.peft.PeftModel has both."""
-
-    def peft_loss(self) -> Tensor: ...
-
-    def step(self, global_step: int) -> None: ...
-
-
 class ResumeError(ValueError):
     """The checkpoint belongs to a run with other settings."""
 
@@ -67,7 +60,7 @@ class ResumeError(ValueError):
 def train(
     loss: ChunkedLoss,
     examples: Sequence[Example],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     config: TrainConfig,
     *,
     pad_token_id: int = 0,
@@ -78,28 +71,36 @@ def train(
 ) -> list[StepRecord]:
     """Train the parameters of loss.model that require a gradient, and return every step's record.
 
-    checkpoints: folder for config.checkpoint_every and `resume`.
+    optimizer: makes it from those parameters.   checkpoints: folder for config.checkpoint_every and `resume`.
     settings: what, beside `config`, must not change for a resumed run to be the same run; kept in the checkpoint.
     resume: continue from the newest checkpoint, if any.
     A resumed run computes the same bits as one that was never interrupted.
     Raises ResumeError where the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
     """
     model = loss.model
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     identity = json.dumps({**asdict(config), "checkpoint_every": None, **(settings or {})}, sort_keys=True)
+    state = load_latest(checkpoints) if resume and checkpoints is not None else None
     records: list[StepRecord] = []
-    if resume and checkpoints is not None:
-        records = _resume(checkpoints, identity, trained, optimizer)
-        for record in records:
-            on_step(record)
+    if state is not None:
+        _check_identity(str(checkpoints), state, identity)
+        _restore_model(model, state)
+        records = [StepRecord(**record) for record in state.parts["records"]]
+    # After the model's restoration, which may replace parameters.
+    trained = list(_trained(model).values())
+    stepper = optimizer(trained)
+    if state is not None:
+        state.restore({"optimizer": cast(Stateful, stepper)})
+    for record in records:
+        on_step(record)
     order = BatchOrder(len(examples), config.batch_size, config.seed)
     model.train()
     for step in range(len(records), config.steps):
         chosen = [examples[i] for i in order.indices(step)]
-        records.append(_step(loss, chosen, optimizer, list(trained.values()), config, step, pad_token_id))
+        records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id))
         on_step(records[-1])
         if checkpoints is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-            _save(checkpoints, identity, trained, optimizer, records)
+            parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
+            save_training_state(checkpoints, step + 1, {**parts, **_model_parts(model)})
     return records
 
 
@@ -123,8 +124,8 @@ def _step(
         raise FloatingPointError(f"train: the loss of step {step + 1} must be finite, got {mean}; use a smaller lr")
     norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
     optimizer.step()
-    if isinstance(loss.model, Adapted):
-        loss.model.step(step + 1)
+    if isinstance(loss.model, PeftModel):
+        loss.model.step(step)
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.input_ids.numel() for batch in micro_batches)
     return StepRecord(step + 1, mean, lr, norm.item(), tokens, time.perf_counter() - started)
@@ -137,43 +138,41 @@ def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch]) -> float:
     for batch in micro_batches:
         share = loss(batch) / learned
         mean += share.item()
-        if isinstance(loss.model, Adapted):
+        if isinstance(loss.model, PeftModel):
             share = share + loss.model.peft_loss() / len(micro_batches)
         share.backward()  # type: ignore[no-untyped-call]
     return mean
 
 
-def _save(
-    checkpoints: Path,
-    identity: str,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    records: Sequence[StepRecord],
-) -> None:
-    parts = {
-        "settings": identity,
-        "trained": {name: parameter.detach() for name, parameter in trained.items()},
-        "optimizer": optimizer,
-        "records": [asdict(record) for record in records],
-    }
-    save_training_state(checkpoints, len(records), parts)
-
-
-def _resume(
-    checkpoints: Path, identity: str, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> list[StepRecord]:
-    state = load_latest(checkpoints)
-    if state is None:
-        return []
+def _check_identity(place: str, state: TrainingState, identity: str) -> None:
     saved, wanted = json.loads(state.parts["settings"]), json.loads(identity)
     changed = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if changed:
-        raise ResumeError(
-            f"{checkpoints}: a resumed run must keep its settings, got another "
-            + ", ".join(f"{key} ({saved.get(key)} -> {wanted.get(key)})" for key in changed)
-        )
+        differences = ", ".join(f"{key} ({saved.get(key)} -> {wanted.get(key)})" for key in changed)
+        raise ResumeError(f"{place}: a resumed run must keep its settings, got another {differences}")
+
+
+def _model_parts(model: nn.Module) -> dict[str, Any]:
+    """The trained parameters, and what a PEFT method has beside them (AdaLoRA's importances)."""
+    return {
+        "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
+        "methods": [method.extras() for method in _methods(model)],
+    }
+
+
+def _restore_model(model: nn.Module, state: TrainingState) -> None:
+    for method, (values, tensors) in zip(_methods(model), state.parts["methods"], strict=True):
+        method.load_extras(values, tensors, is_trainable=True)
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in _trained(model).items():
             parameter.copy_(state.parts["trained"][name])
-    state.restore({"optimizer": cast(Stateful, optimizer)})
-    return [StepRecord(**record) for record in state.parts["records"]]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _methods(model: nn.Module) -> list[Method]:
+    if not isinstance(model, PeftModel):
+        return []
+    return [method for name in model.active_adapters for method in model.host.adapters[name]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_kernels.cli import main
-from qlora_kernels.cli.finetune_options import METHODS
+from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.integrations.transformers import load_model
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.support.tiny_model import LINEARS, write_tiny_llama

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_kernels.cli import main
+from qlora_kernels.cli.methods import METHODS
 from tests.support.tiny_model import LINEARS, write_jsonl, write_tiny_llama
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -100,6 +101,19 @@ def test_options(capsys, model, text, tmp_path, options):
     assert report["layers"] == (LINEARS - 2 if "--skip" in options else LINEARS)
     if "--eval-windows" not in options:
         assert report["perplexity"]["NF4 + adapter, trained"] < report["perplexity"]["NF4 base"]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+def test_every_method_runs_and_resumes(capsys, model, text, tmp_path, method):
+    """From a checkpoint in its middle, to the same losses and perplexity."""
+    options = ["--method", method, "--checkpoint-every", "4"]
+    options += ["--set", "add_missing=true"] if method == "bitfit" else []
+    whole = finetune(capsys, model, text, tmp_path, *options)
+    assert whole["trainable"] > 0
+    assert len(set(losses(whole))) == 6
+    resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
+    assert losses(resumed) == losses(whole)
+    assert resumed["perplexity"] == whole["perplexity"]
 
 
 def test_gradient_checkpointing_changes_no_gradient(capsys, model, text, tmp_path):
@@ -196,6 +210,8 @@ def test_bad_options_are_refused(capsys, model, text, tmp_path):
     assert "--lr" in line("--lr", "fast")
     assert "--blocksize" in line("--blocksize", "100")
     assert "--method" in line("--method", "magic")
+    assert "lora has no field 'lora_dropot'; did you mean one of ['lora_dropout'" in line("--set", "lora_dropot=0.5")
+    assert "--set" in line("--set", "novalue")
     assert "COMMAND" in refused(capsys)
     finetune(capsys, model, text, tmp_path, "--checkpoint-every", "3")
     assert "another r (4 -> 8)" in line("--r", "8", "--resume")

@@ -32,8 +32,7 @@ class Dropped(Model):
 def run(config=CONFIG, model=None, **keywords):
     model = model or Dropped()
     torch.manual_seed(5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    return train(ChunkedLoss(model), examples(), optimizer, config, **keywords), model
+    return train(ChunkedLoss(model), examples(), torch.optim.AdamW, config, **keywords), model
 
 
 def losses(records):

@@ -1,0 +1,46 @@
+"""From the command line to a method's configuration: every registered method, its fields by --set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..peft import METHODS as REGISTERED
+from ..peft import PeftConfig
+
+_ELSEWHERE = {
+    "full_ft",  # needs a dense model
+    "adapter_fusion",  # needs adapters that are trained already
+}
+METHODS = {config.peft_type.lower(): config for config in REGISTERED if config.peft_type.lower() not in _ELSEWHERE}
+"""Name on the command line -> configuration."""
+
+
+def adapter_config(method: str, options: Mapping[str, Any], assignments: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of `method`.
+
+    options: values by field name, of which a method takes those that it has fields for.
+    assignments: values that must be fields of it. Raises ValueError, with the nearest field, for one that is none.
+    """
+    config = METHODS[method]
+    fields = [field.name for field in dataclasses.fields(config)]
+    for name in assignments:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.4) or fields
+            raise ValueError(f"--set: {method} has no field {name!r}; did you mean one of {near}?")
+    taken = {name: value for name, value in options.items() if name in fields}
+    return config(**{**taken, **assignments})
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE, the value in JSON; what is no JSON is a string."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
