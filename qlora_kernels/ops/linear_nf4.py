@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_float, check_last_dim, check_weight
-from ._implement import fake, implement
+from ._implement import differentiate, fake, implement
 from ._registry import Problem, select
 
 _CONSTANTS = "Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
@@ -181,7 +181,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, None, grad_bias
 
 
-torch.library.register_autograd("qlora_kernels::linear_nf4", _backward, setup_context=_setup_context)
+differentiate("qlora_kernels::linear_nf4", _backward, setup_context=_setup_context)
 
 
 def _check_linear(

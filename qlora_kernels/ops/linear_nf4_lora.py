@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_dropout, check_float, check_last_dim, check_lora, check_weight
-from ._implement import fake, implement
+from ._implement import differentiate, fake, implement
 from ._registry import Problem, select
 from .linear_nf4 import weight_shape
 
@@ -283,7 +283,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_s: Tensor | None) -> tuple[Tensor |
     return grad_x if need_grad_x else None, None, None, None, None, None, grad_bias, grad_A, grad_B, None
 
 
-torch.library.register_autograd("qlora_kernels::linear_nf4_lora", _backward, setup_context=_setup_context)
+differentiate("qlora_kernels::linear_nf4_lora", _backward, setup_context=_setup_context)
 
 
 def _check(
