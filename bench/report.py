@@ -20,6 +20,9 @@ UNITS = {"read": "GB/s", "copy": "GB/s", "bf16_dot": "GFLOP/s", "fma": "GFLOP/s"
 MERGED = ("median_us", "p10_us", "p90_us", "gbps", "gflops", "roofline", "foreign", "rate", "speedup", "fraction")
 """Fields of which several runs' rows leave their median."""
 
+DISTURBED = 0.1
+"""Share of the processors taken by others above which a run's row is left out where a quieter run has the same."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report of the rows in some files."""
@@ -55,6 +58,7 @@ def merge(rows: Iterable[Row]) -> list[Row]:
 
 
 def _median_row(group: Sequence[Row]) -> Row:
+    group = [row for row in group if row.get("foreign", 0) <= DISTURBED] or group
     merged = dict(group[-1])
     for name in MERGED:
         values = [row[name] for row in group if name in row]
@@ -140,7 +144,7 @@ def _op_table(rows: Sequence[Row]) -> str:
     ours = [row for row in rows if row["contender"] == "ours"]
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("case", lambda row: row["case"]),
-        ("ours, ms (p10..p90)", lambda row: f"{_ms(row['median_us'])} ({_ms(row['p10_us'])}..{_ms(row['p90_us'])})"),
+        ("ours, ms (p10..p90)", _spread),
     ]
     if any(row["gbps"] for row in ours):
         columns.append(("GB/s", lambda row: f"{row['gbps']:.1f}"))
@@ -156,6 +160,11 @@ def _faults(rows: Sequence[Row]) -> Iterator[str]:
     faults = [f"- {row['op']} {row['case']}, {row['contender']}: {row['gate']}" for row in red]
     if faults:
         yield "### Wrong results: no numbers\n\n" + "\n".join(faults)
+
+
+def _spread(row: Row) -> str:
+    mark = " disturbed" if row["foreign"] > DISTURBED else ""
+    return f"{_ms(row['median_us'])} ({_ms(row['p10_us'])}..{_ms(row['p90_us'])}){mark}"
 
 
 def _ms(microseconds: float) -> str:

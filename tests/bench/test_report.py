@@ -22,6 +22,7 @@ ROW = {
     "median_us": 200.0,
     "p10_us": 190.0,
     "p90_us": 250.0,
+    "foreign": 0.01,
     "gbps": 43.0,
     "gflops": 168.0,
     "fraction": {"read": 0.9, "bf16_dot": 0.2},
@@ -65,6 +66,13 @@ def test_runs_merge_to_medians():
     assert merged["speedup"] == {"dense": 5.0}
     assert merged["runs"] == 3
     assert report.merge([merged, ROW])[0]["runs"] == 4
+
+
+def test_a_disturbed_run_counts_only_where_there_is_no_quieter_one():
+    disturbed = {**ROW, "median_us": 900.0, "foreign": 0.5}
+    assert report.merge([ROW, disturbed, disturbed])[0]["median_us"] == ROW["median_us"]
+    assert report.merge([disturbed])[0]["median_us"] == 900.0
+    assert "(0.19..0.25) disturbed" in report.report([disturbed])
 
 
 def test_report_shows_ratio_verdict_and_faults():
