@@ -64,7 +64,7 @@ def differentiate(qualname: str, backward: Callable[..., Any], *, setup_context:
             return node.apply(*args, keyset, keywords)
         return run_below(keyset, args, keywords)
 
-    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-_autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")
+_autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")  # type: ignore[no-untyped-call]
