@@ -1,0 +1,68 @@
+"""The planner: pure, complete, and overridden by what was measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_kernels.ops import _config
+from qlora_kernels.ops._config import ARCHS, Plan, candidates, modelled_seconds, plan, use_plan, write_tuned
+from qlora_kernels.ops._registry import Problem
+
+N, K = 4096, 4096
+
+
+def problem(M, op="linear_nf4", N=N, K=K, dtype=torch.bfloat16, blocksize=64):
+    return Problem(op, "cuda", dtype, M, N, K, 0, blocksize, True)
+
+
+@pytest.mark.parametrize("capability", ARCHS)
+@pytest.mark.parametrize("op", ["linear_nf4", "linear_nf4_grad_x"])
+def test_small_batches_are_fused_and_large_ones_decoded(capability, op):
+    paths = [plan(problem(M, op), capability).path for M in (1, 8, 16, 64, 1024, 8192)]
+    assert paths[:3] == ["fused"] * 3
+    assert paths[-2:] == ["decode"] * 2
+    assert paths == sorted(paths, reverse=True), "one crossover"
+
+
+@pytest.mark.parametrize("capability", ARCHS)
+def test_plans_fit_the_problem(capability):
+    for M in (1, 3, 17, 100, 500):
+        for blocksize in (32, 64, 4096):
+            for chosen in candidates(problem(M, blocksize=blocksize, K=8192)):
+                if chosen.path == "fused":
+                    assert blocksize % chosen.block_k == 0
+                    assert chosen.split_k >= 1
+                    assert modelled_seconds(problem(M), chosen, ARCHS[capability]) > 0
+
+
+@pytest.mark.parametrize(
+    "odd", [problem(1, K=4100), problem(64, dtype=torch.float32), problem(1, K=4096 + 32)], ids=["K", "fp32", "block"]
+)
+def test_what_fused_kernels_cannot_take_is_decoded(odd):
+    assert plan(odd, 90) == Plan("decode")
+
+
+def test_unknown_gpus_are_planned_as_the_nearest_below():
+    assert _config.arch_for(87) is ARCHS[86]
+    assert _config.arch_for(103) is ARCHS[100]
+    assert _config.arch_for(70) is ARCHS[80]
+
+
+def test_measured_plans_override_the_model(tmp_path, monkeypatch):
+    measured = Plan("fused", block_m=32, block_n=128, split_k=4)
+    asked = problem(1000)
+    assert plan(asked, 90).path == "decode"
+    write_tuned(90, {_config.bucket(asked): measured}, {"gpu": "test"}, tmp_path)
+    monkeypatch.setattr(_config, "TUNED", tmp_path)
+    _config.tuned_plans.cache_clear()
+    _config._plan.cache_clear()
+    try:
+        assert plan(asked, 90) == measured
+        assert plan(problem(1024), 90) == measured, "the same bucket"
+        assert plan(problem(1025), 90).path == "decode"
+        with use_plan("linear_nf4", Plan("decode")):
+            assert plan(asked, 90) == Plan("decode")
+    finally:
+        _config.tuned_plans.cache_clear()
+        _config._plan.cache_clear()

@@ -1,0 +1,164 @@
+"""The tests' own test: a fault planted in a word of a kernel's source must be seen by the comparison it concerns."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+import qlora_kernels as qk
+from qlora_kernels.backends import triton as backend
+from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.problems import gaussian
+
+PACKAGE = "qlora_kernels.backends.triton"
+FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
+SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
+DECODE = Plan("decode")
+
+
+def codec():
+    w = gaussian(20000)
+    packed, absmax = reference.quantize_nf4(w, 64)
+    assert torch.equal(torch.ops.qlora_kernels.quantize_nf4(w, blocksize=64)[0], packed)
+    q, scale, offset = torch.ops.qlora_kernels.quantize_absmax(absmax)
+    for actual, expected in zip((q, scale), double_quant.quantize_absmax(absmax, offset), strict=False):
+        assert torch.equal(actual, expected)
+    _, state = qk.quantize_nf4(w)
+    assert torch.equal(
+        qk.dequantize_nf4(packed, state), reference.dequantize_nf4(packed, state.absmax, 64, w.shape, w.dtype)
+    )
+
+
+def lora(plan):
+    """Forward and gradients in fp32, within 1e-4 of float64: far below any planted fault."""
+    M, N, K, r, scaling, p = 5, 40, 192, 4, 1.7, 0.3
+    with qk.use_backend("reference"):
+        packed, state = qk.quantize_nf4(gaussian(N, K))
+        w = qk.dequantize_nf4(packed, state).double()
+    leaves = [gaussian(M, K, seed=1), gaussian(N, seed=2), gaussian(r, K, seed=3), gaussian(N, r, seed=4)]
+    grad_y, seed = gaussian(M, N, seed=5), torch.tensor([2**40 + 3])
+    x, bias, A, B = (t.requires_grad_() for t in leaves)
+    with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", plan):
+        y = qk.linear_nf4_lora(x, packed, state, A, B, bias, scaling=scaling, dropout_p=p, seed=seed)
+        actual = (y, *torch.autograd.grad(y, leaves, grad_y))
+    x, bias, A, B = exact = [t.detach().double().requires_grad_() for t in leaves]
+    keep = dropout_keep(seed, M, K, p) * keep_scale(p)
+    y = x @ w.T + bias + scaling * ((x * keep) @ A.T) @ B.T
+    for a, e in zip(actual, (y, *torch.autograd.grad(y, exact, grad_y.double())), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+
+
+def multi():
+    M, N, K, r = 37, 40, 72, 4
+    with qk.use_backend("reference"):
+        packed, state = qk.quantize_nf4(gaussian(N, K))
+    leaves = [gaussian(M, K, seed=1), gaussian(2, r, K, seed=3), gaussian(2, N, r, seed=4)]
+    adapter, seed = torch.arange(M) % 3 - 1, torch.tensor([11])
+
+    def run():
+        x, A, B = (t.detach().requires_grad_() for t in leaves)
+        arguments = (packed, state, A, B, torch.tensor([2.0, 0.5]), adapter)
+        y = qk.linear_nf4_multi_lora(x, *arguments, dropout_p=0.3, seed=seed)
+        return y, *torch.autograd.grad(y, (x, A, B), gaussian(M, N, seed=5))
+
+    actual = run()
+    with qk.use_backend("reference"):
+        expected = run()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+
+
+CHECKS = {
+    "codec": codec,
+    "fused": lambda: lora(FUSED),
+    "split": lambda: lora(SPLIT),
+    "decode": lambda: lora(DECODE),
+    "multi": multi,
+}
+
+MUTATIONS = [
+    ("_decode", "return high, low", "return low, high", "codec"),
+    ("_decode", " * scale + tl.load(p_absmax_offset)", " * scale", "fused"),
+    ("_decode", "o_block // 256", "o_block // 64", "fused"),
+    ("dequantize_nf4", "* scale + offset", "* scale", "codec"),
+    ("dequantize_nf4", "ROW_VALUES) // BLOCKSIZE", "ROW_VALUES + 64) // BLOCKSIZE", "codec"),
+    ("quantize_nf4", "high * 16 + low", "low * 16 + high", "codec"),
+    ("quantize_nf4", "x > BOUNDARIES[7]", "x > BOUNDARIES[8]", "codec"),
+    ("quantize_absmax", "other=0.0) - offset", "other=0.0)", "codec"),
+    ("quantize_absmax", "half = 128 >> step", "half = 64 >> step", "codec"),
+    ("linear_nf4_gemm", "acc *= scaling", "acc *= 1.0", "fused"),
+    ("linear_nf4_gemm", "b_absmax = next_absmax", "b_absmax = b_absmax", "fused"),
+    ("linear_nf4_gemm", "if HAS_BIAS:", "if False:", "fused"),
+    ("linear_nf4_gemm", "acc * keep_scale, 0.0", "acc, 0.0", "fused"),
+    ("linear_nf4_gemm", "tl.trans(keep), acc", "tl.trans(keep) | True, acc", "fused"),
+    ("linear_nf4_gemm", "first = i_split * steps", "first = 0", "split"),
+    ("lora_down", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
+    ("lora_up", "acc *= scaling", "acc *= 1.0", "decode"),
+    ("lora_up", "acc += base", "acc += 0.0", "decode"),
+    ("lora_up", "range(parts)", "range(1)", "split"),
+    ("lora_up", "tl.where(keep, acc, 0.0)", "acc", "decode"),
+    ("lora_grads", "sum_partials(ds_parts, scaling", "sum_partials(ds_parts, 1.0", "decode"),
+    ("lora_grads", "sum_partials(grad_B_parts, scaling", "sum_partials(grad_B_parts, 1.0", "decode"),
+    ("lora_grads", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
+    ("_partials", "total * scale", "total", "decode"),
+    ("_dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "decode"),
+    ("linear_nf4_multi_lora", "factor * tl.load(p_scalings + e)", "factor", "multi"),
+    ("linear_nf4_multi_lora", 'input_precision="ieee") * scale', 'input_precision="ieee")', "multi"),
+    ("linear_nf4_multi_lora", "(acc * keep_scale)", "(acc)", "multi"),
+    (
+        "linear_nf4_multi_lora",
+        "tl.where(b_adapter > e, b_adapter, e_last + 1)",
+        "(b_adapter * 0 + e_last + 1)",
+        "multi",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with qk.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_checks_pass_unmutated(check):
+    CHECKS[check]()
+
+
+@pytest.mark.parametrize(("module", "old", "new", "check"), MUTATIONS)
+def test_mutation_is_seen(module, old, new, check, tmp_path, monkeypatch):
+    plant(module, old, new, tmp_path, monkeypatch)
+    with pytest.raises((AssertionError, InterpreterError)):
+        CHECKS[check]()
+
+
+def plant(module, old, new, folder, monkeypatch):
+    """Replace a module's functions, wherever the backend's modules have imported them, by those of a mutated copy."""
+    source = (Path(backend.__file__).parent / f"{module}.py").read_text()
+    assert old in source, f"{module}.py no longer contains {old!r}: bring the mutation up to date"
+    path = folder / f"{module}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{module}_mutated", path)
+    mutated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutated)
+    importlib.import_module(f"{PACKAGE}.{module}")
+    stock = sys.modules[f"{PACKAGE}.{module}"]
+    # A kernel is an object around its function.
+    changed = {
+        id(value): getattr(mutated, name)
+        for name, value in vars(stock).items()
+        if getattr(getattr(value, "fn", value), "__module__", None) == stock.__name__
+    }
+    for name, user in list(sys.modules.items()):
+        if name.startswith(f"{PACKAGE}.") and user is not mutated:
+            for attribute, value in list(vars(user).items()):
+                if id(value) in changed:
+                    monkeypatch.setattr(user, attribute, changed[id(value)])
