@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := $(NATIVE)
 
-.PHONY: setup ext demo test lint format bench kernels-report kernels-gate clean
+.PHONY: setup ext demo test lint format bench kernels-report kernels-gate gpu-check clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -75,6 +75,10 @@ bench: $(READY)
 # Every kernel x config compiled for every architecture, into docs/kernels; and CI's subset, under the same gates.
 kernels-report: $(READY)
 	$(PYTHON) -m python.kernels_report --out docs/kernels
+
+# On a machine with a CUDA device: GPU tests, compute-sanitizer, benchmarks; writes bench/results/<gpu>.jsonl.
+gpu-check: $(READY)
+	$(PYTHON) -m bench.gpu_check
 
 kernels-gate: $(READY)
 	$(PYTHON) -m python.kernels_report --quick --archs 80 90 120 --out out/kernels

@@ -24,4 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise UsageError("the benchmarks are in the source tree, not in the wheel; run this from an editable install")
-    return subprocess.run([sys.executable, "-m", "bench.run", *arguments.rest], cwd=root, check=False).returncode
+    rest = arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest
+    # `bench tune` measures the Triton kernels' plans on this machine's GPU instead of comparing contenders.
+    module, rest = ("bench.tune", rest[1:]) if rest[:1] == ["tune"] else ("bench.run", rest)
+    return subprocess.run([sys.executable, "-m", module, *rest], cwd=root, check=False).returncode

@@ -1,0 +1,177 @@
+"""Every GPU backend against the reference on the CPU: the codec bit for bit, the linears within the usual bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops._registry import kernels_of, unavailable
+from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+GPU_BACKENDS = ("triton", "cuda")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+LARGE = (Shape(16, 4096, 4096, r=16), Shape(300, 1024, 4096, r=64), Shape(2048, 4096, 1024, r=8))
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def backend(request):
+    name = request.param
+    if unavailable(name) is not None:
+        pytest.skip(f"{name}: {unavailable(name)}")
+    with qk.use_backend(name):
+        yield name
+
+
+def needs(backend, op):
+    if op not in kernels_of(backend):
+        pytest.skip(f"{backend} has no kernel for {op}")
+
+
+@dtypes
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("numel", "blocksize"), [(1, 64), (9001, 64), (2**22, 64), (2**20 + 7, 128), (40000, 4096)])
+def test_codec(backend, dtype, double, numel, blocksize):
+    needs(backend, "quantize_nf4")
+    w = gaussian(numel, dtype=dtype)
+    packed, absmax = reference.quantize_nf4(w, blocksize)
+    actual, state = qk.quantize_nf4(w.cuda(), blocksize, double)
+    assert torch.equal(actual.cpu().reshape(-1), packed)
+    if double:
+        expected = double_quant.quantize_absmax(absmax, state.absmax_offset.cpu())
+        assert abs(expected[2].double() - absmax.double().mean()) <= torch.finfo(torch.float32).eps * absmax.mean()
+        assert torch.equal(state.absmax_q.cpu(), expected[0])
+        assert torch.equal(state.absmax_scale.cpu(), expected[1])
+        absmax = double_quant.dequantize_absmax(*expected)
+    expected_w = reference.dequantize_nf4(packed, absmax, blocksize, w.shape, dtype)
+    assert torch.equal(qk.dequantize_nf4(actual, state, dtype).cpu(), expected_w)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.M] + list(LARGE), ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_linear_lora(backend, dtype, shape, p):
+    needs(backend, "linear_nf4_lora")
+    check_linear_lora(dtype, shape, p)
+
+
+PLANS = (
+    Plan("decode"),
+    Plan("fused", 16, 64, 64, split_k=4),
+    Plan("fused", 64, 128, 64),
+    Plan("fused", 128, 128, 64, num_warps=8),
+)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_path(backend, plan):
+    if backend != "triton":
+        pytest.skip("plans are Triton's")
+    with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", plan):
+        check_linear_lora(torch.bfloat16, Shape(100, 520, 1024, r=16), 0.1)
+
+
+def check_linear_lora(dtype, shape, p):
+    packed, state = qk.quantize_nf4((gaussian(shape.N, shape.K) / shape.K**0.5).cuda(), shape.blocksize)
+    w = qk.dequantize_nf4(packed, state, dtype)
+    leaves = {
+        "x": gaussian(shape.M, shape.K, seed=1, dtype=dtype),
+        "lora_A": (gaussian(shape.r, shape.K, seed=2) / shape.K**0.5).to(dtype).float(),
+        "lora_B": gaussian(shape.N, shape.r, seed=3).to(dtype).float(),
+        "bias": gaussian(shape.N, seed=4, dtype=dtype),
+    }
+    leaves = {name: t.cuda().requires_grad_() for name, t in leaves.items()}
+    grad_y, seed = gaussian(shape.M, shape.N, seed=5, dtype=dtype).cuda(), torch.tensor([7], device="cuda")
+    y = qk.linear_nf4_lora(
+        leaves["x"], packed, state, leaves["lora_A"], leaves["lora_B"], leaves["bias"],
+        scaling=2.0, dropout_p=p, seed=seed,
+    )  # fmt: skip
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
+    keep = dropout_keep(seed, shape.M, shape.K, p) * keep_scale(p)
+
+    def composition(kind):
+        x, A, B, bias = (t.detach().to(kind).requires_grad_() for t in leaves.values())
+        out = torch.nn.functional.linear(x, w.to(kind), bias) + 2.0 * ((x * keep.to(kind)) @ A.T) @ B.T
+        return out.detach(), torch.autograd.grad(out, (x, A, B, bias), grad_y.to(kind))
+
+    (composed, composed_grads), (exact, exact_grads) = composition(dtype), composition(torch.float64)
+    assert_within_baseline(y.detach(), composed, exact, factor=FORWARD_FACTOR, name="y")
+    for name, grad, base, true in zip(leaves, grads, composed_grads, exact_grads, strict=True):
+        assert_within_baseline(grad, base.to(grad.dtype), true, factor=GRADIENT_FACTOR, name=f"grad of {name}")
+
+
+def test_captured_graph_replays_new_inputs(backend):
+    """No host sync, no allocation from outside the pool: forward and backward capture, and replay on other data."""
+    needs(backend, "linear_nf4_lora_backward")
+    packed, state = qk.quantize_nf4(gaussian(512, 1024).cuda())
+    A, B = gaussian(16, 1024).cuda().requires_grad_(), gaussian(512, 16).cuda().requires_grad_()
+    x = gaussian(64, 1024, dtype=torch.bfloat16).cuda().requires_grad_()
+
+    def step():
+        y = qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, A, B))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(gaussian(64, 1024, seed=9, dtype=torch.bfloat16))
+    graph.replay()
+    for a, e in zip(captured, step(), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_compiles_without_graph_breaks(backend):
+    needs(backend, "linear_nf4_lora")
+    packed, state = qk.quantize_nf4(gaussian(256, 512).cuda())
+    A, B = gaussian(8, 512).cuda(), gaussian(256, 8).cuda()
+    x = gaussian(32, 512, dtype=torch.bfloat16).cuda()
+
+    def layer(x):
+        return torch.nn.functional.gelu(qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0))
+
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_opcheck(backend):
+    needs(backend, "linear_nf4_lora")
+    packed, state = qk.quantize_nf4(gaussian(64, 128).cuda())
+    A, B = gaussian(8, 128).cuda().requires_grad_(), gaussian(64, 8).cuda().requires_grad_()
+    x = gaussian(5, 128).cuda().requires_grad_()
+    arguments = (x, packed, *state.constants, None, A, B, torch.tensor([3], device="cuda"))
+    options = {"scaling": 2.0, "dropout_p": 0.1, "blocksize": 64, "out_features": 64}
+    torch.library.opcheck(torch.ops.qlora_kernels.linear_nf4_lora, arguments, options)
+
+
+@dtypes
+def test_multi_lora(backend, dtype):
+    needs(backend, "linear_nf4_multi_lora")
+    packed, state = qk.quantize_nf4((gaussian(320, 512) / 512**0.5).cuda())
+    adapter = torch.randint(-1, 4, (97,), generator=torch.Generator().manual_seed(0)).cuda()
+    scalings = torch.tensor([2.0, 1.0, 0.5, 3.0]).cuda()
+    leaves = [
+        gaussian(97, 512, dtype=dtype).cuda().requires_grad_(),
+        (gaussian(4, 16, 512) / 512**0.5).cuda().requires_grad_(),
+        gaussian(4, 320, 16).cuda().requires_grad_(),
+    ]
+    grad_y = gaussian(97, 320, dtype=dtype).cuda()
+
+    def run():
+        y = qk.linear_nf4_multi_lora(leaves[0], packed, state, leaves[1], leaves[2], scalings, adapter)
+        return y, *torch.autograd.grad(y, leaves, grad_y)
+
+    actual = run()
+    with qk.use_backend("reference"):
+        expected = run()
+    for a, e in zip(actual, expected, strict=True):
+        bound = 8 * torch.finfo(dtype).eps * e.abs().max()
+        assert (a - e).abs().max() <= bound
