@@ -1,0 +1,55 @@
+"""More than 2**31 weights in one tensor: an index kept in 32 bits anywhere would wrap."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.format import reference
+from qlora_kernels.ops._registry import unavailable
+from tests.support.problems import gaussian
+
+NEEDED_BYTES = 8 << 30
+ROWS, COLUMNS = 32769, 65536  # 2**31 + 2**16 weights
+TAIL = 2 * COLUMNS
+
+
+def free_bytes() -> int:
+    """Memory that can be had without swapping."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+
+
+pytestmark = [
+    pytest.mark.skipif(unavailable("cpu") is not None, reason=f"cpu backend: {unavailable('cpu')}"),
+    pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="reads /proc/meminfo"),
+]
+
+
+def test_past_two_to_the_31():
+    if free_bytes() < NEEDED_BYTES:
+        pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free memory, there are {free_bytes() >> 30}")
+    w = torch.zeros(ROWS * COLUMNS, dtype=torch.bfloat16)
+    w[-TAIL:] = gaussian(TAIL, dtype=torch.bfloat16)
+    w[:TAIL] = gaussian(TAIL, dtype=torch.bfloat16, seed=1)
+    with qk.use_backend("cpu"):
+        packed, state = qk.quantize_nf4(w.view(ROWS, COLUMNS), double_quant=False)
+        for part in (slice(0, TAIL), slice(-TAIL, None)):
+            expected, absmax = reference.quantize_nf4(w[part], 64)
+            half = slice(0, TAIL // 2) if part.start == 0 else slice(-TAIL // 2, None)
+            blocks = slice(0, TAIL // 64) if part.start == 0 else slice(-TAIL // 64, None)
+            assert torch.equal(packed.reshape(-1)[half], expected)
+            assert torch.equal(state.absmax[blocks], absmax)
+        x = gaussian(1, COLUMNS, dtype=torch.bfloat16)
+        y = qk.linear_nf4(x, packed, state)
+        out = qk.dequantize_nf4(packed, state, out=w.view(ROWS, COLUMNS))  # w's memory serves again
+    last = reference.dequantize_nf4(
+        packed.reshape(-1)[-TAIL // 2 :], state.absmax[-TAIL // 64 :], 64, torch.Size((2, COLUMNS)), torch.bfloat16
+    )
+    assert torch.equal(out[-2:], last)
+    assert out[2:-2].abs().amax() == 0
+    torch.testing.assert_close(y[0, -2:].float(), (x.double() @ last.double().T)[0].float(), rtol=1e-2, atol=1.0)
+    assert y[0, 2:-2].abs().amax() == 0
