@@ -4,6 +4,10 @@ Logits are [tokens, vocabulary]: at 1024 x 49152 in fp32 200 MB, and as much aga
 far more than the activations of a small model. So the model runs up to its output head, and head and loss run over
 `chunk` tokens at a time. The gradient with respect to a chunk's hidden states is taken in the forward pass, while its
 logits are there; recomputing them in the backward pass instead would cost one more product with the head.
+
+A frozen linear head, the usual case beside adapters, needs no autograd: its logits become their own gradient, softmax
+minus one-hot, in place, a few rows at a time in one fp32 scratch that stays in cache. Fresh fp32 tensors of a chunk's
+size, which autograd would make several of, cost more in page faults than in arithmetic.
 """
 
 from __future__ import annotations
@@ -89,8 +93,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        frozen = _FrozenLinearHead(head, hidden, chunk) if type(head) is nn.Linear and not parameters else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
+            if frozen is not None:
+                grad_rows = None if grad_hidden is None else grad_hidden[rows]
+                total += frozen.loss(hidden[rows], labels[rows], grad_rows)
+                continue
             if grad_hidden is None:
                 total += F.cross_entropy(head(hidden[rows]).float(), labels[rows], reduction="sum")
                 continue
@@ -111,3 +120,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *grad_parameters = (grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors)
         return grad_hidden, None, None, None, *grad_parameters
+
+
+class _FrozenLinearHead:
+    """Loss and gradient through logits = hidden W^T + b, W and b constant, in two buffers that every chunk reuses."""
+
+    SCRATCH_ROWS = 16
+    """Of fp32 logits at one time: 3 MB at a vocabulary of 49152."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor, chunk: int) -> None:
+        self.weight = head.weight.detach().to(hidden.dtype)
+        self.bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+        vocabulary = len(self.weight)
+        self.logits = hidden.new_empty(min(chunk, len(hidden)), vocabulary)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        self.scratch = hidden.new_empty(self.SCRATCH_ROWS, vocabulary, dtype=kind)
+
+    def loss(self, hidden: Tensor, labels: Tensor, grad_hidden: Tensor | None) -> Tensor:
+        """Sum over hidden's rows; writes the gradient into grad_hidden, if given."""
+        logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
+        if self.bias is not None:
+            logits += self.bias
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), self.SCRATCH_ROWS):
+            rows = slice(start, start + self.SCRATCH_ROWS)
+            total += self._rows_loss(logits[rows], labels[rows, None], grad_hidden is not None)
+        if grad_hidden is not None:
+            torch.mm(logits, self.weight, out=grad_hidden)
+        return total
+
+    def _rows_loss(self, logits: Tensor, labels: Tensor, wants_grad: bool) -> Tensor:
+        scratch = self.scratch[: len(logits)]
+        scratch.copy_(logits)
+        scratch -= scratch.amax(dim=1, keepdim=True)
+        chosen = scratch.gather(1, labels)
+        normalizer = scratch.exp_().sum(dim=1, keepdim=True)
+        if wants_grad:
+            scratch /= normalizer
+            scratch.scatter_add_(1, labels, scratch.new_full((1, 1), -1.0).expand_as(labels))
+            logits.copy_(scratch)
+        return (normalizer.log() - chosen).sum()
