@@ -5,6 +5,8 @@
 #   make test       the whole test suite
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
+#   make kernels-report | gpu-check
+#                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
 #
 # Variables: SYSTEM_PYTHON (makes .venv), PYTHON (runs everything; give it to use an environment of your own),
 # TORCH (what to install, e.g. TORCH=torch for the newest with CUDA).
@@ -26,7 +28,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := $(NATIVE)
 
-.PHONY: setup ext demo test lint format bench kernels-report kernels-gate gpu-check clean
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+.PHONY: help setup ext demo test lint format bench kernels-report kernels-gate gpu-check clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
