@@ -52,6 +52,14 @@ static inline void decode_run(const Code16<E>& code, const uint8_t* packed, int6
     }
 }
 
+// Asks for the bytes of `count` elements from `begin` on, where they exist.
+static inline void prefetch_range(const NF4Weight& w, int64_t begin, int64_t count) {
+    if (begin + count > w.N * w.K) return;
+    const uint8_t* last = w.packed + ((begin + count - 1) >> 1);
+    for (const uint8_t* line = w.packed + (begin >> 1); line < last; line += 64) __builtin_prefetch(line);
+    __builtin_prefetch(last);
+}
+
 // dst[i] = value of the flat element begin + i; the range may start and end anywhere.
 template <class Rounding>
 static inline void decode_range(const NF4Weight& w, int64_t begin, int64_t end, typename Rounding::Elem* dst) {

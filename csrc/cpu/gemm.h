@@ -93,6 +93,8 @@ static void tile_kernel(const typename Mac::Elem* a, const typename Mac::Elem* b
                 store(sum, add(load(sum), acc[i][j]));
             }
         }
+        // Without it the compiler keeps the sums of the next chain on the stack, a second copy of c.
+        asm volatile("" ::: "memory");
         steps -= chain;
     }
 }

@@ -24,6 +24,10 @@ struct Arithmetic<Bf16> {
 };
 #endif
 
+// Rows that grad_x's panels fetch ahead of the one they decode. Both panels read short pieces of many rows, which the
+// hardware's own prefetchers do not follow.
+inline constexpr int64_t kRowsAhead = 8;
+
 // B[k, n] = W[n, k], for y = x W^T.
 template <class T>
 static inline auto weight_columns(const NF4Weight& w) {
@@ -32,6 +36,7 @@ static inline auto weight_columns(const NF4Weight& w) {
         fill_from_rows<typename A::Mac, kColumns>(column0, columns, step0, step1, w.K, panel,
                                                   [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
                                                       const int64_t begin = n * w.K + k;
+                                                      prefetch_range(w, begin + count, count);
                                                       decode_range<typename A::Rounding>(w, begin, begin + count, dst);
                                                   });
     };
@@ -46,6 +51,7 @@ static inline auto weight_rows(const NF4Weight& w) {
             column0, columns, step0, step1, w.N, panel,
             [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
                 const int64_t begin = n * w.K + k;
+                prefetch_range(w, begin + kRowsAhead * w.K, count);
                 decode_range<typename A::Rounding>(w, begin, begin + count, dst);
             });
     };
@@ -65,7 +71,7 @@ static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile
         T* row = out + (tiling.begin(tile) + i) * row_length + column0;
         for (int64_t j = 0; j < columns; j += kLanes) {
             const F32 sum = add(load(c + i * kWidth + j), added[j / kLanes]);
-            store_n(row + j, sum, static_cast<int>(columns - j < kLanes ? columns - j : kLanes));
+            store_sum_n(row + j, sum, static_cast<int>(columns - j < kLanes ? columns - j : kLanes));
         }
     }
 }

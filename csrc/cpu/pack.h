@@ -32,14 +32,20 @@ static inline void convert_row(const AnyFloat& src, int64_t offset, int64_t n, E
     }
 }
 
-// Factors are rounded to T, x's type, as `lora_A.to(x.dtype)` is, whatever type the product computes in.
+// dst[i] = src[offset + i] * scale, rounded to T, x's type, as `lora_A.to(x.dtype)` is, whatever type the product
+// computes in.
 template <class T, class E>
 static inline void factor_row(const AnyFloat& src, int64_t offset, int64_t n, float scale, E* dst) {
     float values[kSpan];
+    const F32 factor = set1(scale);
     for (int64_t i = 0; i < n; i += kSpan) {
         const int64_t m = n - i < kSpan ? n - i : kSpan;
         convert_row(src, offset + i, m, values);
-        for (int64_t j = 0; j < m; ++j) dst[i + j] = from_float<E>(to_float(from_float<T>(values[j] * scale)));
+        for (int64_t j = 0; j < m; j += kLanes) {
+            T rounded[kLanes];
+            store(rounded, mul(load(values + j), factor));
+            store_n(dst + i + j, load(rounded), static_cast<int>(m - j < kLanes ? m - j : kLanes));
+        }
     }
 }
 
@@ -63,6 +69,17 @@ static inline void masked_row(const T* src, int64_t n, const uint8_t* bits, int6
         store_n(dst + i, keep(load_n(src + i, m), static_cast<uint32_t>(bits_at(bits, position + i))), m);
     }
 }
+
+#ifdef __AVX512BW__
+// Without arithmetic: the bits are the write mask of a load.
+static inline void masked_row(const Bf16* src, int64_t n, const uint8_t* bits, int64_t position, Bf16* dst) {
+    for (int64_t i = 0; i < n; i += 32) {
+        const __mmask32 inside = n - i < 32 ? (1u << (n - i)) - 1 : 0xffffffff;
+        const __mmask32 kept = static_cast<__mmask32>(bits_at(bits, position + i)) & inside;
+        _mm512_mask_storeu_epi16(dst + i, inside, _mm512_maskz_loadu_epi16(kept, src + i));
+    }
+}
+#endif
 
 // Packs rows [tile rows) x [0, length) of a source that `read(row, begin, n, dst)` delivers.
 template <class Mac, class Read>
@@ -109,12 +126,11 @@ static Packed<Mac> pack_columns(Slot slot, const typename Mac::Elem* src, int64_
     for (int64_t t = 0; t < a.tiling.count; ++t) {
         typename Mac::Elem* out = a.tile(t);
         const int64_t j0 = a.tiling.begin(t);
-        for (int64_t m = 0; m < a.steps * Mac::kPair; ++m) {
-            for (int i = 0; i < height; ++i) {
-                const bool inside = m < M && j0 + i < r;
-                out[(m / Mac::kPair * height + i) * Mac::kPair + m % Mac::kPair] =
-                    inside ? src[m * r + j0 + i] : typename Mac::Elem{};
-            }
+        const int valid = a.tiling.valid(t);
+        memset(out, 0, static_cast<size_t>(a.tile_size()) * sizeof(*out));
+        for (int64_t m = 0; m < M; ++m) {
+            typename Mac::Elem* step = out + m / Mac::kPair * height * Mac::kPair + m % Mac::kPair;
+            for (int i = 0; i < valid; ++i) step[i * Mac::kPair] = src[m * r + j0 + i];
         }
     }
     return a;

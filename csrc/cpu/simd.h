@@ -59,4 +59,20 @@ static inline void transpose_dwords(const uint32_t* src, int64_t src_ld, int row
     }
 }
 
+// As store, but free to take a subnormal bf16 for zero: results of sums, not of the codec.
+template <class T>
+static inline void store_sum(T* p, F32 v) {
+    store(p, v);
+}
+
+#ifdef __AVX512BF16__
+static inline void store_sum(Bf16* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16_fast(v)); }
+#endif
+
+template <class T>
+static inline void store_sum_n(T* p, F32 v, int n) {
+    if (n == kLanes) return store_sum(p, v);
+    store_n(p, v, n);
+}
+
 }  // namespace qlora::QLORA_ISA

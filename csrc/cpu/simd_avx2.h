@@ -170,4 +170,16 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
+// Eight bytes: the eight values of their high nibbles and the eight of their low ones.
+static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    const __m256i high = _mm256_srli_epi32(low, 4);
+    const __m256 first = _mm256_castsi256_ps(code.first);
+    const __m256 second = _mm256_castsi256_ps(code.second);
+    even = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, high), _mm256_permutevar8x32_ps(second, high),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(high, 28)));
+    odd = _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, low), _mm256_permutevar8x32_ps(second, low),
+                           _mm256_castsi256_ps(_mm256_slli_epi32(low, 28)));
+}
+
 }  // namespace qlora::QLORA_ISA

@@ -140,7 +140,21 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
+// Sixteen bytes: the sixteen values of their high nibbles and the sixteen of their low ones.
+static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    even = _mm512_castsi512_ps(_mm512_permutexvar_epi32(_mm512_srli_epi32(index, 4), code.values));
+    odd = _mm512_castsi512_ps(_mm512_permutexvar_epi32(index, code.values));
+}
+
 #ifdef __AVX512BF16__
+// The same of thirty-two bytes, as bf16.
+static inline void lookup_halves(const Code16<Bf16>& code, const uint8_t* bytes, __m512i& even, __m512i& odd) {
+    const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    even = _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), code.values);
+    odd = _mm512_permutexvar_epi16(index, code.values);
+}
+
 // dst[c] = p[c] | q[c] << 16: the operand order of vdpbf16ps. 16 or 32 columns.
 template <int kColumns>
 static inline void interleave(const Bf16* p, const Bf16* q, uint32_t* dst) {

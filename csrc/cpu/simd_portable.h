@@ -81,4 +81,12 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
+// kLanes bytes: the values of their high nibbles and those of their low ones.
+static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+    for (int i = 0; i < kLanes; ++i) {
+        even[i] = code.values[bytes[i] >> 4];
+        odd[i] = code.values[bytes[i] & 0xf];
+    }
+}
+
 }  // namespace qlora::QLORA_ISA
