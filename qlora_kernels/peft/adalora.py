@@ -251,7 +251,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return [".".join((path, leaf, *of)) for path in self.deltas for leaf in TRIPLET_DIM]
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
-        if "step" not in values:
+        if "step" not in values or not is_trainable:
             return
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
