@@ -60,7 +60,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/triton tests/ops -k 'triton and not fp16'
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/triton
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/ops -k 'triton and not fp16'
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

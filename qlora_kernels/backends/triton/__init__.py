@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def _unsupported(problem: Problem) -> list[str]:
 def _launcher(op: str) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
-        return getattr(module, op)(*args, **kwargs)
+        # Triton launches on the current device, whichever its arguments lie on.
+        with torch.cuda.device_of(args[0]) if args[0].is_cuda else nullcontext():
+            return getattr(module, op)(*args, **kwargs)
 
     launch.__name__ = f"launch_{op}"
     return launch
