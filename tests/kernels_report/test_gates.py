@@ -10,6 +10,7 @@ import torch
 from python.kernels_report.row import Row, broken_gates, occupancy
 from python.kernels_report.triton_rows import Case, compile_case, constants, meta, row_of
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
+from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
 
 GOOD = Row(
     source="triton",
@@ -70,3 +71,13 @@ def test_dequantize_is_compiled_within_its_budget(arch):
     assert row.per_weight is not None
     assert row.per_weight < 5.5
     assert broken_gates([row]) == []
+
+
+def test_rank_64_gradients_do_not_spill():
+    """The widest accumulators of the adapter kernels, at the rank of the QLoRA paper, where sm_80 has least room."""
+    bf16 = torch.bfloat16
+    grad_y, s, lora_B = meta(4096, 4096, dtype=bf16), meta(4096, 64, dtype=bf16), meta(4096, 64)
+    case = Case(lambda: lora_ds_grad_B(grad_y, s, lora_B, 2.0))
+    rows = [row_of(launch, case, 80) for launch in compile_case(case, 80)]
+    assert rows[0].kernel == "lora_ds_grad_B_kernel"
+    assert broken_gates(rows) == []
