@@ -45,4 +45,25 @@ cudaError_t launch_linear_nf4_gemm(const void* x, int x_type, const uint8_t* pac
                                    int block_shift, const void* bias, int bias_type, const void* down, const void* up,
                                    int r, float scaling, void* y, float* partial, int splits, int transposed, int M,
                                    int N, int K, cudaStream_t stream);
+
+// Hyperparameters of a step; lr counts where the learning rate is not in device memory.
+struct AdamWScalars {
+    double beta1, beta2, eps, weight_decay, lr;
+};
+
+// One step of qlora_kernels/ops/adamw_step.py. In device memory: tensors int64 [n_params, 3] (param, grad or 0, type),
+// segments int64 [n_segments, 8], steps fp32 [n_params], arena, lr (one element of lr_type, 3 being double) or null,
+// seed, grad_multiplier, found_inf or null. scalars: in host memory. largest_segment: elements, a bound that sizes the
+// grid.
+cudaError_t launch_adamw_step(const void* tensors, const int64_t* segments, int64_t n_segments, const float* steps,
+                              uint8_t* arena, const void* lr, int lr_type, const int64_t* seed,
+                              const float* grad_multiplier, const float* found_inf, const AdamWScalars* scalars,
+                              int64_t largest_segment, cudaStream_t stream);
+
+// Unified memory. allocate: zeroed on `stream`, *memory null where it fails. prefetch: bytes [start, stop) to `device`.
+cudaError_t managed_concurrent_access(int device, int* supported);
+cudaError_t managed_allocate(void** memory, int64_t bytes, cudaStream_t stream);
+cudaError_t managed_prefer_device(void* memory, int64_t bytes, int device);
+cudaError_t managed_prefetch(void* memory, int64_t start, int64_t stop, int device, cudaStream_t stream);
+cudaError_t managed_free(void* memory);
 }

@@ -46,9 +46,9 @@ class out:
 
 @dataclass(frozen=True)
 class pointers:
-    """A device array of the addresses of `items` (tensors, `out` tensors or None), one 64-bit word each."""
+    """A device array of 64-bit words: addresses of tensors and `out` tensors, numbers, 0 for None."""
 
-    items: tuple[Tensor | out | None, ...]
+    items: tuple[Tensor | out | int | None, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,205 @@
+"""csrc/cuda/adamw_step.cu and managed_memory.cu: bit-equal to the reference (class 1), under the emulator."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels.backends.reference.adamw_step import adamw_step
+from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS
+from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
+from tests.support.cuda_host import out, pointers
+
+from .launching import (
+    FLOAT_TYPES,
+    all_modes,
+    library,
+    needs_emulator,
+    over_schedules,
+    same_bits,
+    source_and_ptx,
+)
+
+pytestmark = needs_emulator
+
+HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.02}
+NUMELS = (1, 300, 4096 + 77, 256 * 3)
+OUT_OF_MEMORY = 2
+
+
+@dataclass
+class State:
+    """Parameters with their states after a few steps of the reference, so that no state is zero."""
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    arena: Tensor
+    steps: Tensor
+    segments: Tensor
+
+    @classmethod
+    def make(cls, dtype: torch.dtype, bits: int, hyper: dict[str, float] = HYPER) -> State:
+        generator = torch.Generator().manual_seed(bits)
+        slots, nbytes = plan_slots(NUMELS, bits)
+        chunks = plan_chunks(slots, [0] * len(slots), None)
+        params = [torch.randn(n, generator=generator).to(dtype) for n in NUMELS]
+        segments = torch.tensor([list(s) for s in chunks[0].segments], dtype=torch.int64)
+        assert segments.shape[1] == len(SEGMENT_COLUMNS)
+        state = cls(params, [], torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(len(NUMELS)), segments)
+        for _ in range(2):
+            state.grads = [(torch.randn(n, generator=generator) * 0.1).to(dtype) for n in NUMELS]
+            state.steps += 1
+            state.reference(hyper=hyper)
+        state.grads[1] = None
+        return state
+
+    def copy(self) -> State:
+        params = [p.clone() for p in self.params]
+        return State(params, list(self.grads), self.arena.clone(), self.steps.clone(), self.segments)
+
+    def reference(self, *, lr: float = 0.01, seed: Tensor | None = None, multiplier: Tensor | None = None,
+                  found_inf: Tensor | None = None, hyper: dict[str, float] = HYPER) -> None:  # fmt: skip
+        lr_tensor = torch.tensor([lr], dtype=torch.float32)
+        tensors = (self.params, self.grads, self.arena, self.steps, self.segments, lr_tensor)
+        adamw_step(*tensors, seed, multiplier, found_inf, **hyper)
+
+    def emulated(self, mode: str, *, lr: float = 0.01, seed: Tensor | None = None, multiplier: Tensor | None = None,
+                 found_inf: Tensor | None = None, hyper: dict[str, float] = HYPER, order: str = "random",
+                 schedule: int = 1) -> None:  # fmt: skip
+        table: list[Tensor | out | int | None] = []
+        for param, grad in zip(self.params, self.grads, strict=True):
+            table += [out(param), grad, FLOAT_TYPES[param.dtype]]
+        scalars = struct.pack("<5d", *[hyper[k] for k in ("beta1", "beta2", "eps", "weight_decay")], 0.0)
+        arguments = (pointers(tuple(table)), self.segments, len(self.segments), self.steps, out(self.arena))
+        arguments += (torch.tensor([lr]), 0, seed, multiplier, found_inf, scalars, max(NUMELS), None)
+        tested = library("adamw_step", mode)
+        tested.calls()
+        assert tested.call("launch_adamw_step", *arguments, seed=schedule, order=order) == 0
+        assert [call.name for call in tested.calls()] == ["launch"], "one launch for all tensors"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.params, self.arena)
+
+
+@all_modes
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
+def test_step_equals_reference(mode: str, dtype: torch.dtype, bits: int) -> None:
+    start = State.make(dtype, bits)
+    expected = start.copy()
+    expected.reference()
+
+    def run(order: str, seed: int) -> tuple[Tensor, ...]:
+        state = start.copy()
+        state.emulated(mode, order=order, schedule=seed)
+        return state.tensors()
+
+    for mine, theirs in zip(over_schedules(mode, run), expected.tensors(), strict=True):
+        assert same_bits(mine, theirs)
+
+
+@source_and_ptx
+@pytest.mark.parametrize("bits", [32, 8])
+def test_clip_and_stochastic_rounding_are_fused(mode: str, bits: int) -> None:
+    seed, multiplier = torch.tensor([0x0123456789ABCDEF]), torch.tensor([0.37])
+    mine = State.make(torch.bfloat16, bits)
+    expected = mine.copy()
+    expected.reference(seed=seed, multiplier=multiplier)
+    mine.emulated(mode, seed=seed, multiplier=multiplier)
+    assert all(same_bits(a, b) for a, b in zip(mine.tensors(), expected.tensors(), strict=True))
+
+
+@source_and_ptx
+def test_other_branches_of_the_formula(mode: str) -> None:
+    hyper = {"beta1": 0.3, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.0}
+    mine = State.make(torch.float32, 32, hyper)
+    expected = mine.copy()
+    expected.reference(hyper=hyper)
+    mine.emulated(mode, hyper=hyper)
+    assert all(same_bits(a, b) for a, b in zip(mine.tensors(), expected.tensors(), strict=True))
+
+
+def test_nothing_is_written_after_an_overflow() -> None:
+    mine = State.make(torch.float32, 8)
+    before = mine.copy()
+    mine.emulated("plain", found_inf=torch.tensor([1.0]))
+    assert all(same_bits(a, b) for a, b in zip(mine.tensors(), before.tensors(), strict=True))
+
+
+def test_nonfinite_gradient_behaves_as_the_reference() -> None:
+    mine = State.make(torch.float32, 8)
+    assert mine.grads[2] is not None
+    mine.grads[2][5], mine.grads[2][600] = torch.nan, torch.inf
+    expected = mine.copy()
+    expected.reference()
+    mine.emulated("plain")
+    assert torch.equal(mine.params[2].isnan(), expected.params[2].isnan())
+
+
+def test_many_steps_through_the_device_counter() -> None:
+    """Step counts and learning rate are read from device memory: the same launch serves every step."""
+    mine = State.make(torch.float32, 32)
+    expected = mine.copy()
+    for step in range(5):
+        for state in (mine, expected):
+            state.steps += 100
+        expected.reference(lr=0.01 / (step + 1))
+        mine.emulated("plain", lr=0.01 / (step + 1))
+    assert all(same_bits(a, b) for a, b in zip(mine.tensors(), expected.tensors(), strict=True))
+
+
+def managed(name: str, *arguments: object) -> int:
+    return library("managed_memory", "plain").call(name, *arguments, error="return")
+
+
+def test_managed_memory_lives_and_dies() -> None:
+    tested = library("managed_memory", "plain")
+    tested.calls()
+    place = torch.zeros(1, dtype=torch.int64)
+    assert managed("managed_allocate", out(place), 1 << 20, None) == 0
+    memory = int(place.item())
+    assert managed("managed_prefer_device", memory, 1 << 20, 0) == 0
+    assert managed("managed_prefetch", memory, 4096, 8192, 0, None) == 0
+    assert managed("managed_prefetch", memory, 8192, 8192, 0, None) == 0, "an empty range asks nothing of the driver"
+    assert managed("managed_free", memory) == 0
+    calls = tested.calls()
+    assert [c.name for c in calls] == [
+        "cudaMallocManaged",
+        "cudaMemsetAsync",
+        "cudaMemAdvise",
+        "cudaMemAdvise",
+        "cudaMemPrefetchAsync",
+        "cudaFree",
+    ]
+    assert calls[4].values[1:3] == (4096, 4096)
+    assert tested.live_allocations() == 0
+
+
+@pytest.mark.parametrize("call", ["cudaMallocManaged", "cudaMemsetAsync"])
+def test_allocation_failure_leaves_nothing_behind(call: str) -> None:
+    tested, place = library("managed_memory", "plain"), torch.ones(1, dtype=torch.int64)
+    tested.fail(call, OUT_OF_MEMORY)
+    assert managed("managed_allocate", out(place), 1 << 20, None) == OUT_OF_MEMORY
+    assert place.item() == 0
+    assert tested.live_allocations() == 0
+
+
+def test_prefetch_outside_the_arena_is_an_error() -> None:
+    place = torch.zeros(1, dtype=torch.int64)
+    assert managed("managed_allocate", out(place), 4096, None) == 0
+    assert managed("managed_prefetch", int(place.item()), 0, 8192, 0, None) != 0
+    assert managed("managed_free", int(place.item())) == 0
+
+
+def test_device_says_whether_it_pages() -> None:
+    tested, answer = library("managed_memory", "plain"), torch.zeros(1, dtype=torch.int32)
+    assert managed("managed_concurrent_access", 0, out(answer)) == 0
+    assert answer.item() == 1
+    tested.set_attribute(89, 0)
+    assert managed("managed_concurrent_access", 0, out(answer)) == 0
+    tested.set_attribute(89, 1)
+    assert answer.item() == 0
