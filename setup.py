@@ -11,9 +11,10 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent))
 
 from python.build_support.cpu import CpuLibrary
+from python.build_support.cuda import CudaLibrary
 from python.build_support.native import BuildNative, extension
 
-LIBRARIES = [CpuLibrary()]
+LIBRARIES = [CpuLibrary(), CudaLibrary()]
 
 setup(
     ext_modules=[extension(library) for library in LIBRARIES],

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
-import sysconfig
 from functools import cache
 from pathlib import Path
 
+from python.build_support.cuda_toolkit import cuda_home
+
 ROOT = Path(__file__).parents[3]
 CACHE = ROOT / "build" / "cuda_host"
-
-
-@cache
-def cuda_home() -> Path | None:
-    """The toolkit: nvcc on PATH, else the nvidia-cuda-nvcc package of this environment, else CUDA_HOME."""
-    on_path = shutil.which("nvcc")
-    if on_path:
-        # The command may be a wrapper script elsewhere than the toolkit, so nvcc itself is asked where its headers are.
-        report = subprocess.run([on_path, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-        for line in report.stderr.splitlines():
-            name, _, value = line.removeprefix("#$ ").partition("=")
-            if name == "TOP":
-                return Path(value.strip()).resolve()
-    package = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
-    if (package / "bin" / "nvcc").exists():
-        return package
-    stated = os.environ.get("CUDA_HOME")
-    return Path(stated) if stated and (Path(stated) / "include" / "cuda_runtime.h").exists() else None
 
 
 def cuda_include() -> Path:

@@ -1,0 +1,93 @@
+// Unified memory as a tensor that frees it. The stable ABI of torch 2.10 has no tensor with a deleter, so ownership
+// passes through DLPack's C structure, which torch has taken since 1.0.
+#include "cuda_tensors.h"
+
+namespace qlora::cuda_bindings {
+namespace {
+
+// DLPack 0.x, by its published layout.
+struct DLTensor {
+    void* data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t* shape;
+    int64_t* strides;
+    uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor tensor;
+    void* context;
+    void (*deleter)(DLManagedTensor*);
+};
+constexpr int32_t kDLCUDA = 2;
+constexpr uint8_t kDLUInt = 1;
+
+struct ManagedTensor {
+    DLManagedTensor dlpack;
+    int64_t shape[1];
+};
+
+void free_managed(DLManagedTensor* tensor) {
+    managed_free(tensor->tensor.data);
+    delete static_cast<ManagedTensor*>(tensor->context);
+}
+
+// The address of a DLManagedTensor of uint8 [nbytes], zeroed on `stream_of`'s current stream, for a "dltensor" capsule.
+int64_t allocate(Tensor stream_of, int64_t nbytes) {
+    const int32_t device = stream_of.get_device_index();
+    const DeviceGuard guard(device);
+    void* memory = nullptr;
+    check(managed_allocate(&memory, nbytes, current_stream(stream_of)), "managed_alloc");
+    auto* owner = new ManagedTensor{
+        {{memory, {kDLCUDA, device}, 1, {kDLUInt, 8, 1}, nullptr, nullptr, 0}, nullptr, free_managed}, {nbytes}};
+    owner->dlpack.tensor.shape = owner->shape;
+    owner->dlpack.context = owner;
+    return reinterpret_cast<int64_t>(&owner->dlpack);
+}
+
+void prefer_device(Tensor arena) {
+    const DeviceGuard guard(arena.get_device_index());
+    check(managed_prefer_device(arena.mutable_data_ptr(), arena.numel(), arena.get_device_index()),
+          "managed_prefer_device");
+}
+
+void prefetch(Tensor arena, int64_t start, int64_t stop) {
+    const DeviceGuard guard(arena.get_device_index());
+    STD_TORCH_CHECK(0 <= start && start <= stop && stop <= arena.numel(), "managed_prefetch: [", start, ", ", stop,
+                    ") must lie in the arena of ", arena.numel(), " bytes");
+    check(managed_prefetch(arena.mutable_data_ptr(), start, stop, arena.get_device_index(), current_stream(arena)),
+          "managed_prefetch");
+}
+
+bool concurrent_access(int64_t device) {
+    int supported = 0;
+    check(managed_concurrent_access(static_cast<int>(device), &supported), "managed_concurrent_access");
+    return supported != 0;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
+    m.def("cuda_managed_allocate(Tensor stream_of, int nbytes) -> int");
+    m.def("cuda_managed_prefer_device(Tensor(a!) arena) -> ()");
+    m.def("cuda_managed_prefetch(Tensor(a!) arena, int start, int stop) -> ()");
+    m.def("cuda_managed_concurrent_access(int device) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) {
+    m.impl("cuda_managed_allocate", TORCH_BOX(&allocate));
+    m.impl("cuda_managed_prefer_device", TORCH_BOX(&prefer_device));
+    m.impl("cuda_managed_prefetch", TORCH_BOX(&prefetch));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
+    m.impl("cuda_managed_concurrent_access", TORCH_BOX(&concurrent_access));
+}
+
+}  // namespace qlora::cuda_bindings

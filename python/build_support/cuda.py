@@ -1,0 +1,99 @@
+"""The CUDA library: csrc/cuda by nvcc for QLORA_CUDA_ARCHS, its bindings by the host compiler. Any torch will do.
+
+QLORA_CUDA_ARCHS: "80;86;90a", each with "+PTX" for a form that newer GPUs compile at load time; "all"; or "" for none.
+Unset: DEFAULT_ARCHS where nvcc is found.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cuda_toolkit import cuda_home, static_runtime, version
+from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
+
+ARCHS_VARIABLE = "QLORA_CUDA_ARCHS"
+DEFAULT_ARCHS = "80+PTX"
+"""One compilation that every GPU from sm_80 on can load."""
+
+ALL_ARCHS = "80;86;89;90;100;120+PTX"
+
+NVCC_FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
+BINDING_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+def requested_archs() -> str:
+    """QLORA_CUDA_ARCHS with "all" spelled out."""
+    stated = os.environ.get(ARCHS_VARIABLE, DEFAULT_ARCHS).strip()
+    return ALL_ARCHS if stated == "all" else stated
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for "80;90a+PTX". Raises ValueError for anything that names no architecture."""
+    flags = []
+    for arch in filter(None, re.split(r"[;, ]", archs)):
+        match = re.fullmatch(r"(\d{2,3}[af]?)(\+PTX)?", arch)
+        if match is None:
+            raise ValueError(f'{ARCHS_VARIABLE}: must be like "80;86;90a+PTX", "all" or "", got {archs!r}')
+        number = match[1]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[2]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def local_version() -> str:
+    """What the wheel's version says of its CUDA library: "cpu" or "cu130.sm80.sm90a"."""
+    archs = re.findall(r"(\d{2,3}[af]?)", requested_archs())
+    home = cuda_home()
+    if not archs or home is None:
+        return "cpu"
+    return ".".join([f"cu{version(home).replace('.', '')}", *[f"sm{arch}" for arch in archs]])
+
+
+class CudaLibrary:
+    """qlora_kernels/backends/cuda/_C.abi3.so"""
+
+    name = "qlora_kernels.backends.cuda._C"
+
+    def compile_steps(self, build: Path) -> list[Step]:
+        archs = requested_archs()
+        if not archs:
+            raise CannotBuild(f"{ARCHS_VARIABLE} is empty.")
+        if sys.platform != "linux":
+            raise CannotBuild(f"The CUDA library is built on Linux, not on {sys.platform}.")
+        home = cuda_home()
+        if home is None:
+            raise CannotBuild("nvcc is not found; put CUDA 13 on PATH, or run `make setup`.")
+        includes, _ = torch_paths()
+        steps = []
+        nvcc = (str(home / "bin" / "nvcc"), *NVCC_FLAGS, *gencode(archs), f"-I{CSRC / 'include'}")
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            output = build / "kernels" / f"{source.stem}.o"
+            steps.append(Step((*nvcc, "-c", str(source), "-o", str(output)), output, (source, *headers())))
+        compiler = tool("CXX", "c++", "g++", "clang++")
+        folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
+        folders += [f"-isystem{folder}" for folder in (*includes, home / "include")]
+        define = f'-DQLORA_BUILT_ARCHS="{archs}"'
+        for source in sorted((CSRC / "bindings").glob("cuda*.cpp")):
+            output = build / "bindings" / f"{source.stem}.o"
+            command = (compiler, *BINDING_FLAGS, TARGET_VERSION, define, *folders, "-c", str(source), "-o", str(output))
+            steps.append(Step(command, output, (source, *headers())))
+        return steps
+
+    def link_step(self, objects: Sequence[Path], output: Path) -> Step:
+        home = cuda_home()
+        runtime = static_runtime(home) if home else None
+        if runtime is None:
+            raise CannotBuild("libcudart_static.a is not found beside nvcc; install the nvidia-cuda-runtime package.")
+        _, library_folder = torch_paths()
+        # Undefined is allowed: the stream function is weak and absent from a torch without CUDA. The runtime is linked
+        # in and its symbols are hidden, so that torch's own copy is not disturbed.
+        hidden_runtime = (str(runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
+        link = (*hidden_runtime, f"-L{library_folder}", "-ltorch_cpu")
+        inputs = tuple(str(path) for path in objects)
+        command = (tool("CXX", "c++", "g++", "clang++"), "-shared", *inputs, *link, "-o", str(output))
+        return Step(command, output, tuple(objects))

@@ -1,0 +1,40 @@
+"""Where CUDA's compiler and headers are: on PATH, or in the nvidia-cuda-* packages that `make setup` installs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def cuda_home() -> Path | None:
+    """The toolkit: of nvcc on PATH, else of this environment's nvidia-cuda-nvcc package, else CUDA_HOME; or None."""
+    on_path = shutil.which("nvcc")
+    if on_path:
+        # The command may be a wrapper script elsewhere than the toolkit, so nvcc itself is asked where it lives.
+        report = subprocess.run([on_path, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        for line in report.stderr.splitlines():
+            name, _, value = line.removeprefix("#$ ").partition("=")
+            if name == "TOP":
+                return Path(value.strip()).resolve()
+    package = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
+    if (package / "bin" / "nvcc").exists():
+        return package
+    stated = os.environ.get("CUDA_HOME")
+    return Path(stated) if stated and (Path(stated) / "include" / "cuda_runtime.h").exists() else None
+
+
+def static_runtime(home: Path) -> Path | None:
+    """libcudart_static.a, which toolkits keep in lib64 and packages in lib."""
+    places = (home / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
+    return next((path for path in places if path.exists()), None)
+
+
+def version(home: Path) -> str:
+    """nvcc's release, like 13.0."""
+    report = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return report.split("release ", 1)[1].split(",", 1)[0]

@@ -1,0 +1,60 @@
+"""AdamW by csrc/cuda/adamw_step.cu: one launch, no host synchronization, safe under graph capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""qlora::FloatType."""
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    arena: Tensor,
+    steps: Tensor,
+    segments: Tensor,
+    lr: Tensor,
+    seed: Tensor | None,
+    grad_multiplier: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The contract of ops/adamw_step.py in one launch."""
+    rows: list[int] = []
+    for param, grad in zip(params, grads, strict=True):
+        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), _DTYPES[param.dtype])
+    on_device = lr.device == arena.device
+    torch.ops.qlora_kernels_C.cuda_adamw_step(
+        _on_device(tuple(rows), arena.device),
+        segments,
+        steps,
+        arena,
+        lr if on_device else None,
+        0.0 if on_device else float(lr),
+        seed,
+        grad_multiplier,
+        found_inf,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        max(param.numel() for param in params),
+    )
+
+
+@lru_cache(maxsize=64)
+def _on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """The table of addresses in device memory. Gradients that stay in place need it sent once, so that a captured
+    graph finds it there; the pinned copy is kept by torch's allocator until the transfer is over.
+    """
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,45 @@
+"""Quantization and dequantization by csrc/cuda/quantize_nf4.cu and dequantize_nf4.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...format.double_quant import NESTED_BLOCKSIZE
+from ...format.quant_state import n_blocks
+
+_C = torch.ops.qlora_kernels_C
+
+
+def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(packed, absmax) of a contiguous w, in one launch."""
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = w.new_empty(n_blocks(w.numel(), blocksize), dtype=torch.float32)
+    _C.cuda_quantize_nf4(w, blocksize, packed, absmax)
+    return packed, absmax
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(absmax_q, absmax_scale, absmax_offset) in two launches; the mean is summed in double in a fixed order."""
+    absmax = absmax.contiguous()
+    blocks = absmax.numel()
+    partial_sums = absmax.new_empty(_C.cuda_partial_sums(blocks), dtype=torch.float64)
+    absmax_q = absmax.new_empty(blocks, dtype=torch.uint8)
+    absmax_scale = absmax.new_empty(n_blocks(blocks, NESTED_BLOCKSIZE))
+    absmax_offset = absmax.new_empty(())
+    _C.cuda_quantize_absmax(absmax, partial_sums, absmax_q, absmax_scale, absmax_offset)
+    return absmax_q, absmax_scale, absmax_offset
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    *,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """Into a contiguous out, both levels in one pass."""
+    _C.cuda_dequantize_nf4(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out)

@@ -1,0 +1,208 @@
+"""The linear ops: which kernel serves how many rows, and what torch's own matmul does for many.
+
+    rows <= SMALL_ROWS        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
+    rows <= FUSED_ROWS        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
+    more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
+
+The bounds follow from the bytes each way moves (docs/kernels.md); they are not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...format.quant_state import Constants
+from .codec import dequantize_nf4
+
+_C = torch.ops.qlora_kernels_C
+
+SMALL_ROWS = 4
+SMALL_ROWS_FP32 = 16
+"""fp32 has no tensor-core kernel here."""
+
+FUSED_ROWS = 64
+"""One row of blocks: beyond it every weight would be decoded more than once."""
+
+ALIGNMENT = 16
+"""Bytes of the kernels' widest access."""
+
+
+def linear_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    *,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    """y [M, N] = x W^T + bias."""
+    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+    return _forward(x, packed, constants, bias, None, None, 0.0, blocksize, out_features)
+
+
+def linear_nf4_grad_x(
+    grad_y: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    *,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    """grad_x [M, K] = grad_y W."""
+    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+    return _grad_x(grad_y, packed, constants, None, None, blocksize, in_features)
+
+
+def linear_nf4_lora(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    blocksize: int,
+    out_features: int,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, r]) without dropout."""
+    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+    s = x @ lora_A.to(x.dtype).T
+    return _forward(x, packed, constants, bias, s, lora_B, scaling, blocksize, out_features), s
+
+
+def linear_nf4_lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    packed: Tensor,
+    absmax: Tensor | None,
+    absmax_q: Tensor | None,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    blocksize: int,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x [M, K] or empty, grad_A, grad_B) without dropout."""
+    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
+    ds = scaling * (grad_y @ lora_B.to(x.dtype))
+    grad_B = scaling * (grad_y.T @ s)
+    grad_A = ds.T @ x
+    grad_x = x.new_empty(0)
+    if need_grad_x:
+        grad_x = _grad_x(grad_y, packed, constants, ds, lora_A.to(x.dtype), blocksize, x.shape[1])
+    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+
+
+def _forward(
+    x: Tensor,
+    packed: Tensor,
+    constants: Constants,
+    bias: Tensor | None,
+    s: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    blocksize: int,
+    N: int,
+) -> Tensor:
+    M, K = x.shape
+    bias = None if bias is None else bias.contiguous()
+    whole_pieces = K % 32 == 0
+    small_rows = SMALL_ROWS_FP32 if x.dtype == torch.float32 else SMALL_ROWS
+    if whole_pieces and small_rows >= M:
+        y = x.new_empty(M, N)
+        B = None if lora_B is None else lora_B.contiguous()
+        weight = (_aligned(x), _aligned(packed), *constants)
+        _C.cuda_linear_nf4_small_m(*weight, bias, None if s is None else s.contiguous(), B, scaling, blocksize, y)
+        return y
+    if whole_pieces and M <= FUSED_ROWS and x.dtype != torch.float32:
+        up = None if lora_B is None else lora_B.to(x.dtype)
+        return _gemm(x, packed, constants, bias, s, up, scaling, blocksize, N, transposed=False)
+    y = x @ _dequantized(packed, constants, blocksize, N, K, x).T
+    if bias is not None:
+        y += bias
+    return y if s is None or lora_B is None else y.addmm_(s, lora_B.to(x.dtype).T, alpha=scaling)
+
+
+def _grad_x(
+    grad_y: Tensor,
+    packed: Tensor,
+    constants: Constants,
+    ds: Tensor | None,
+    lora_A: Tensor | None,
+    blocksize: int,
+    K: int,
+) -> Tensor:
+    """grad_y W + ds A; lora_A in grad_y's dtype."""
+    M, N = grad_y.shape
+    if K % 32 == 0 and N % 8 == 0 and M <= FUSED_ROWS and grad_y.dtype != torch.float32:
+        up = None if lora_A is None else lora_A.T
+        return _gemm(grad_y, packed, constants, None, ds, up, 1.0, blocksize, K, transposed=True)
+    grad_x = grad_y @ _dequantized(packed, constants, blocksize, N, K, grad_y)
+    return grad_x if ds is None or lora_A is None else grad_x.addmm_(ds, lora_A)
+
+
+def _gemm(
+    x: Tensor,
+    packed: Tensor,
+    constants: Constants,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scaling: float,
+    blocksize: int,
+    out: int,
+    *,
+    transposed: bool,
+) -> Tensor:
+    M, depth = x.shape
+    y = x.new_empty(M, out)
+    splits = _C.cuda_linear_nf4_gemm_splits(M, out, depth, _multiprocessors(x))
+    partial = x.new_empty(splits, M, out, dtype=torch.float32) if splits > 1 else None
+    lora = (_padded_rank(down), _padded_rank(up))
+    weight = (_aligned(x), _aligned(packed), *constants)
+    _C.cuda_linear_nf4_gemm(*weight, bias, *lora, scaling, blocksize, transposed, partial, y)
+    return y
+
+
+def _dequantized(packed: Tensor, constants: Constants, blocksize: int, N: int, K: int, like: Tensor) -> Tensor:
+    """W [N, K] in a scratch tensor, which torch's allocator hands out again for the next layer."""
+    w = like.new_empty(N, K)
+    dequantize_nf4(packed, *constants, blocksize=blocksize, out=w)
+    return w
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a slice that begins off a 16-byte boundary."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _padded_rank(factor: Tensor | None) -> Tensor | None:
+    """A LoRA factor [rows, r] with r rounded up to whole 16-byte chunks of 16-bit elements."""
+    if factor is None:
+        return None
+    missing = -factor.shape[1] % 8
+    return _aligned(torch.nn.functional.pad(factor, (0, missing)) if missing else factor.contiguous())

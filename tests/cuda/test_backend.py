@@ -1,0 +1,223 @@
+"""qlora_kernels/backends/cuda: the built library loads anywhere, and its functions serve the ops' contracts.
+
+The functions run on CPU tensors here: the library's private ops get CPU implementations that call the launchers under
+the emulator, so what is tested is the path from an op's arguments to a launcher's and back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels.backends import cuda
+from qlora_kernels.backends.cuda.managed_memory import tensor_of
+from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
+from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops._registry import Problem
+from tests.support.cuda_host import out
+from tests.support.problems import DTYPES, gaussian
+from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+
+from .launching import FLOAT_TYPES, library, needs_emulator, quantized, same_bits, shift
+
+needs_library = pytest.mark.skipif(
+    not cuda.LIBRARY.exists(), reason=f"{cuda.LIBRARY.name} is not built: put nvcc on PATH and run `make ext`"
+)
+pytestmark = [needs_library, needs_emulator]
+
+ROUTING = importlib.import_module("qlora_kernels.backends.cuda.linear_nf4")  # the package names the function so too
+MULTIPROCESSORS = 108
+Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def launch(stem: str, name: str, *arguments: Any) -> None:
+    assert library(stem, "plain").call(name, *arguments) == 0
+
+
+def type_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else FLOAT_TYPES[tensor.dtype]
+
+
+def emulate_dequantize(packed: Tensor, *rest: Any) -> None:
+    *constants, blocksize, w = rest
+    arguments = (packed, *constants, shift(blocksize), out(w), type_of(w), w.numel(), None)
+    launch("dequantize_nf4", "launch_dequantize_nf4", *arguments)
+
+
+def emulate_quantize(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    arguments = (w, type_of(w), out(packed), out(absmax), None, w.numel(), shift(blocksize), None)
+    launch("quantize_nf4", "launch_quantize_nf4", *arguments)
+
+
+def emulate_quantize_absmax(absmax: Tensor, sums: Tensor, q: Tensor, scale: Tensor, offset: Tensor) -> None:
+    launch("quantize_nf4", "launch_sum_absmax", absmax, out(sums), absmax.numel(), None)
+    outputs = (out(q), out(scale), out(offset))
+    launch("quantize_nf4", "launch_quantize_absmax", absmax, sums, sums.numel(), *outputs, absmax.numel(), None)
+
+
+def emulate_small_m(x: Tensor, packed: Tensor, *rest: Any) -> None:
+    *constants, bias, s, B, scaling, blocksize, y = rest
+    r = 0 if s is None else s.shape[1]
+    lora = (s, B, type_of(B), r, scaling)
+    arguments = (x, type_of(x), packed, *constants, shift(blocksize), bias, type_of(bias), *lora, out(y))
+    sizes = (x.shape[0], y.shape[1], x.shape[1])
+    launch("linear_nf4_small_m", "launch_linear_nf4_small_m", *arguments, *sizes, None)
+
+
+def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
+    *constants, bias, down, up, scaling, blocksize, transposed, partial, y = rest
+    N, K = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
+    scratch, splits = (None, 1) if partial is None else (out(partial), partial.shape[0])
+    lora = (down, up, 0 if down is None else down.shape[1], scaling)
+    arguments = (x, type_of(x), packed, *constants, shift(blocksize), bias, type_of(bias), *lora, out(y))
+    sizes = (x.shape[0], N, K)
+    launch("linear_nf4_gemm", "launch_linear_nf4_gemm", *arguments, scratch, splits, int(transposed), *sizes, None)
+
+
+@pytest.fixture(autouse=True)
+def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU implementations of the private ops, for the time of one test."""
+    assert cuda.load()
+    implementations = torch.library.Library("qlora_kernels_C", "IMPL", "CPU")
+    for name, function in {
+        "cuda_dequantize_nf4": emulate_dequantize,
+        "cuda_quantize_nf4": emulate_quantize,
+        "cuda_quantize_absmax": emulate_quantize_absmax,
+        "cuda_linear_nf4_small_m": emulate_small_m,
+        "cuda_linear_nf4_gemm": emulate_gemm,
+    }.items():
+        implementations.impl(name, function)
+    monkeypatch.setattr(ROUTING, "_multiprocessors", lambda x: MULTIPROCESSORS)
+    yield
+    implementations._destroy()
+
+
+def test_library_lists_every_op_in_a_torch_without_cuda() -> None:
+    listed = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_kernels_C::cuda_")]
+    with_kernels = [name for name in listed if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
+    assert {name.split("::cuda_")[1] for name in with_kernels} >= {
+        "dequantize_nf4",
+        "quantize_nf4",
+        "quantize_absmax",
+        "linear_nf4_small_m",
+        "linear_nf4_gemm",
+        "adamw_step",
+        "managed_allocate",
+        "managed_prefetch",
+    }
+    assert cuda.built_archs()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codec(dtype: torch.dtype) -> None:
+    w = gaussian(33, 67, dtype=dtype)
+    packed, absmax = cuda.codec.quantize_nf4(w, blocksize=64)
+    expected_packed, _, expected_absmax = quantized(w, 64, False)
+    assert same_bits(packed, expected_packed)
+    assert same_bits(absmax, expected_absmax)
+    nested = cuda.codec.quantize_absmax(absmax)
+    assert nested[2].shape == ()
+    first_level = double_quant.dequantize_absmax(*nested)
+    result = torch.empty_like(w)
+    cuda.codec.dequantize_nf4(packed, None, *nested, blocksize=64, out=result)
+    assert same_bits(result, reference.dequantize_nf4(packed, first_level, 64, w.shape, dtype))
+
+
+# Rows on both sides of every bound, K and N that the kernels take and that they do not, ranks that need padding.
+SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (65, 24, 64, 4), (3, 12, 50, 4)]
+
+
+def composed(dtype: torch.dtype, x: Tensor, packed: Tensor, constants: Constants, *rest: Any, **sizes: Any) -> Tensor:
+    """The reference in `dtype`, from the same tensors."""
+    cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in rest]
+    y: Tensor = linear_nf4_lora(x.to(dtype), packed, *constants, *cast, **sizes)[0]
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "N", "K", "r"), SHAPES)
+def test_linear_with_lora(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
+    packed, constants, _ = quantized(gaussian(N, K, seed=1) * 0.05, 64, True)
+    x, bias = gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3)
+    lora = (gaussian(r, K, seed=4) * 0.1, gaussian(N, r, seed=5) * 0.1)
+    options = {"scaling": 0.5, "dropout_p": 0.0, "blocksize": 64, "out_features": N}
+    y, s = cuda.linear_nf4_lora(x, packed, *constants, bias, *lora, None, **options)
+    arguments = (x, packed, constants, bias, *lora, None)
+    exact = composed(torch.float64, *arguments, **options)
+    assert_within_baseline(y, composed(dtype, *arguments, **options), exact, factor=FORWARD_FACTOR, name="y")
+    assert s.shape == (M, r)
+    plain = cuda.linear_nf4(x, packed, *constants, None, blocksize=64, out_features=N)
+    assert plain.shape == (M, N)
+
+    grad_y = gaussian(M, N, dtype=dtype, seed=6)
+    options = {"scaling": 0.5, "dropout_p": 0.0, "blocksize": 64, "need_grad_x": True}
+    saved = (packed, *constants, *lora, None)
+    gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, *saved, **options)
+    expected = linear_nf4_lora_backward(grad_y, x, s, *saved, **options)
+    saved64 = (packed, *constants, *(t.double() for t in lora), None)
+    exact64 = linear_nf4_lora_backward(grad_y.double(), x.double(), s.double(), *saved64, **options)
+    for name, mine, theirs, truth in zip(("grad_x", "grad_A", "grad_B"), gradients, expected, exact64, strict=True):
+        assert_within_baseline(mine, theirs, truth, factor=GRADIENT_FACTOR, name=name)
+    alone = cuda.linear_nf4_grad_x(grad_y, packed, *constants, blocksize=64, in_features=K)
+    assert alone.shape == (M, K)
+
+
+def test_a_misaligned_slice_is_copied() -> None:
+    packed, constants, _ = quantized(gaussian(8, 64) * 0.05, 64, True)
+    x = torch.empty(65)[1:].view(1, 64).copy_(gaussian(1, 64))
+    moved = cuda.linear_nf4(x, packed, *constants, None, blocksize=64, out_features=8)
+    assert same_bits(moved, cuda.linear_nf4(x.clone(), packed, *constants, None, blocksize=64, out_features=8))
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "works"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 6), True),
+        ("86", (8, 0), False),
+        ("80;90a", (9, 0), True),
+        ("80", (9, 0), False),
+        ("80+PTX", (12, 0), True),
+        ("90a", (10, 0), False),
+        ("90+PTX", (8, 0), False),
+    ],
+)
+def test_built_archs_against_a_gpu(archs: str, capability: tuple[int, int], works: bool) -> None:
+    reason = cuda.arch_mismatch(archs, capability)
+    if works:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert archs in reason
+        assert f"QLORA_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
+
+
+def test_dropout_is_left_to_triton() -> None:
+    spec = next(spec for spec in cuda.KERNELS if spec.op == "linear_nf4_lora")
+    assert "triton" in spec.unsupported(Problem("linear_nf4_lora", "cuda", torch.bfloat16, dropout=True))[0]
+    assert spec.unsupported(Problem("linear_nf4_lora", "cuda", torch.bfloat16)) == []
+
+
+def test_tensor_of_frees_its_memory() -> None:
+    """The tensor of a DLManagedTensor calls its deleter once, with the last view of it."""
+    freed = []
+    deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(freed.append)
+    data, shape = (ctypes.c_uint8 * 64)(*range(64)), (ctypes.c_int64 * 1)(64)
+    cpu, unsigned = 1, 1
+    words = [ctypes.addressof(data), cpu | 0 << 32, 1 | (unsigned | 8 << 8 | 1 << 16) << 32, ctypes.addressof(shape)]
+    words += [0, 0, 0, ctypes.cast(deleter, ctypes.c_void_p).value or 0]
+    managed = (ctypes.c_uint64 * len(words))(*words)
+    tensor = tensor_of(ctypes.addressof(managed))
+    assert tensor.dtype == torch.uint8
+    assert tensor.tolist() == list(range(64))
+    view = tensor[5:]
+    del tensor
+    assert not freed
+    del view
+    assert len(freed) == 1
