@@ -33,6 +33,8 @@ SEQUENCES, TOKENS, RANK = 4, 256, 16
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0
 
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
 LOSS_ERROR = 5e-3
 """Of the first loss: the logits are rounded to bf16, and blocks add up in another order."""
 
@@ -108,13 +110,34 @@ def dense_twin(layer: qk.LinearNF4) -> nn.Linear:
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """LinearNF4, qk.peft, PagedAdamW."""
+    """LinearNF4, qk.peft, qk.linear_cross_entropy, PagedAdamW."""
+    return through_qk(case, inputs, loss_without_logits)
+
+
+def ours_full_logits(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """With transformers' own loss, as the peers."""
+    return through_qk(case, inputs, transformers_loss)
+
+
+def through_qk(case: Case, inputs: Inputs, loss: Loss) -> Sequence[Call]:
+    """All of ours but the loss."""
     model = copy.deepcopy(inputs.source)
     qk.replace_linear(model)
     config = qk.peft.LoraConfig(r=case.r, lora_alpha=layers.LORA_ALPHA, target_modules="all-linear")
     model = qk.peft.get_peft_model(model, config).train()
     optimizer = qk.PagedAdamW(trained(model), lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
-    return [partial(step, model, optimizer, inputs.tokens)]
+    return [partial(step, model, optimizer, inputs.tokens, loss=loss)]
+
+
+def loss_without_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The head and the loss in one, over the blocks' output."""
+    hidden = model.base_model.model(input_ids=tokens).last_hidden_state
+    return qk.linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, tokens[:, 1:])
+
+
+def transformers_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """As the model computes it when it is given labels."""
+    return model(input_ids=tokens, labels=tokens).loss
 
 
 def through_peft(model: nn.Module, case: Case, inputs: Inputs, *, masters: bool) -> Sequence[Call]:
@@ -137,19 +160,20 @@ def step(
     optimizer: Optimizer,
     tokens: Tensor,
     *,
+    loss: Loss = transformers_loss,
     autocast: bool = False,
     clip: Callable[[], Any] = lambda: None,
 ) -> Tensor:
     """Forward, backward, update; the loss."""
     context = torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
-        loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
+        value = loss(model, tokens)
+    value.backward()
     with step_profile.optimizer_region():
         clip()
         optimizer.step()
         optimizer.zero_grad()
-    return loss.detach()
+    return value.detach()
 
 
 def bnb_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
@@ -190,6 +214,7 @@ SUITE = Suite(
     inputs=Inputs,
     contenders=(
         Contender("ours", ours, _once),
+        Contender("ours, full logits", ours_full_logits, _once),
         Contender("bnb + PEFT", bnb_peft, _once, applies=has_bitsandbytes),
         Contender("bnb + PEFT fp32", bnb_peft_fp32, _once, applies=has_bitsandbytes),
         Contender("dense + PEFT", dense_peft, _once, applies=has_peft),
