@@ -11,6 +11,9 @@ from pathlib import Path
 
 import triton
 
+TOOL_SECONDS = 300
+"""Longest run of a disassembler: far beyond need, so that a stuck one fails the report instead of hanging it."""
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 _LINE = re.compile(
@@ -106,4 +109,5 @@ def facts_of(cubin: bytes, name: str) -> Facts:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+    command = [str(TOOLS / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TOOL_SECONDS).stdout
