@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_layer import dense_weight, features, with_weight
+from .lowrank import LowRank, add_lowrank, forward_lowrank
 from .selection import Selection
 
 
@@ -17,8 +18,8 @@ class Delta(nn.Module):
 
     dropout_p: float = 0.0
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """(lora_A [r, K], lora_B [N, r], scaling), where the update is scaling * B A and nothing else; else None."""
+    def factors(self) -> LowRank | None:
+        """The factors, where the update is scaling * B A and nothing else; else None."""
         return None
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
@@ -30,7 +31,7 @@ class Delta(nn.Module):
         lora_A, lora_B, scaling = self.lowrank()
         return weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())
 
-    def lowrank(self) -> tuple[Tensor, Tensor, float]:
+    def lowrank(self) -> LowRank:
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"merge: {type(self).__name__} is not a fixed update of the weight")
@@ -41,8 +42,8 @@ class AdaptedLinear(nn.Module):
     """y = base(x) + the active adapters' updates; base(x) exactly where none is active.
 
     Low-rank updates of several adapters are one update: their factors are concatenated along r, so they run as one
-    fused call where the base offers forward_lora and the batch has one set of adapters, and as one pair of matmuls
-    with the intermediate [.., r_total] masked by row where each row names its own (`adapter_names`).
+    fused call where the base offers forward_lora; where each row names its own (`adapter_names`), as one call of
+    forward_multi_lora, or one pair of matmuls with the middle masked by row.
 
     Merging puts a merged layer in the base's place and keeps the base aside: unmerging is exact, nothing is undone.
     """
@@ -71,16 +72,16 @@ class AdaptedLinear(nn.Module):
         return ", ".join(f"{name}={type(delta).__name__}" for name, delta in self.deltas.items())
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = [name for name in self.deltas if self.selection.has(name)]
         if self.merged_names:
             return self._forward_merged(x)
+        chosen = {name: delta for name, delta in self.deltas.items() if self.selection.has(name)}
         if not chosen:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        lowrank = [name for name in chosen if self.deltas[name].factors() is not None]
+        lowrank = {name: update for name, delta in chosen.items() if (update := delta.factors()) is not None}
         y = self._lowrank(x, lowrank) if lowrank else self.base_layer(x)
-        for name in chosen:
+        for name, delta in chosen.items():
             if name not in lowrank:
-                y = self._own_way(self.deltas[name], x, y, self.selection.row_index(name, x))
+                y = self._own_way(delta, x, y, self.selection.row_index(name, x))
         return y
 
     def _forward_merged(self, x: Tensor) -> Tensor:
@@ -95,38 +96,20 @@ class AdaptedLinear(nn.Module):
             return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
         return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
 
-    def _lowrank(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def _lowrank(self, x: Tensor, updates: dict[str, LowRank]) -> Tensor:
+        """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout."""
         groups: dict[float, list[str]] = {}
-        for name in names:
+        for name in updates:
             delta = self.deltas[name]
             groups.setdefault(delta.dropout_p if delta.training else 0.0, []).append(name)
-        (p, first), *others = groups.items()  # one group unless adapters differ in dropout
-        y = self._first_group(x, first, p)
-        for p, group in others:
-            y = add_lowrank(x, y, *self._concatenated(x, group), dropout_p=p)
-        return y
-
-    def _first_group(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        lora_A, lora_B, scaling, mask = self._concatenated(x, names)
-        fused = getattr(self.base_layer, "forward_lora", None)
-        if fused is not None and mask is None:
-            return fused(x, lora_A, lora_B, scaling, dropout_p)  # type: ignore[no-any-return]
-        return add_lowrank(x, self.base_layer(x), lora_A, lora_B, scaling, mask, dropout_p=dropout_p)
-
-    def _concatenated(self, x: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """The named updates as one: A [r_total, K], B [N, r_total], scaling and, with rows, the mask [B, r_total]."""
-        factors = [self.deltas[name].lowrank() for name in names]
-        if len(factors) == 1:
-            lora_A, lora_B, scaling = factors[0]
-        else:
-            lora_A = torch.cat([A for A, _, _ in factors])
-            lora_B = torch.cat([B * s for _, B, s in factors], dim=1)
-            scaling = 1.0
-        if self.selection.rows is None:
-            return lora_A, lora_B, scaling, None
-        owner = [name for name, (A, _, _) in zip(names, factors, strict=True) for _ in range(A.shape[0])]
-        mask = torch.tensor([[row == name for name in owner] for row in self.selection.rows_of(x)], device=x.device)
-        return lora_A, lora_B, scaling, mask
+        y: Tensor | None = None
+        for dropout_p, names in groups.items():
+            group, owner = [updates[name] for name in names], self.selection.owners(names, x)
+            if y is None:
+                y = forward_lowrank(self.base_layer, x, group, dropout_p=dropout_p, owner=owner)
+            else:
+                y = add_lowrank(x, y, group, dropout_p=dropout_p, owner=owner)
+        return cast(Tensor, y)
 
     def why_not_fused(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""
@@ -138,7 +121,7 @@ class AdaptedLinear(nn.Module):
         own_way = sorted({type(d).__name__ for d in chosen if d.factors() is None})
         if own_way:
             return f"{', '.join(own_way)} is not a plain low-rank update"
-        if self.selection.rows is not None:
+        if self.selection.rows is not None and not hasattr(self.base_layer, "forward_multi_lora"):
             return "adapter_names: one masked pair of matmuls serves all rows"
         if len({d.dropout_p for d in chosen}) > 1 and self.training:
             return "the active adapters differ in dropout"
@@ -170,26 +153,6 @@ class AdaptedLinear(nn.Module):
     def keep_merged(self) -> None:
         """Makes the merged layer the base for good."""
         self.unmerged, self.merged_names = [], ()
-
-
-def add_lowrank(
-    x: Tensor,
-    y: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    mask: Tensor | None = None,
-    *,
-    dropout_p: float,
-) -> Tensor:
-    """y + scaling * (dropout(x) A^T * mask) B^T, in the factors' dtype, rounded once to y's.
-
-    x [..., K];  y [..., N];  lora_A [r, K];  lora_B [N, r];  mask bool [B, r] over x's first dimension, or None.
-    """
-    s = F.linear(F.dropout(x.to(lora_A.dtype), dropout_p), lora_A)
-    if mask is not None:
-        s = s * mask.view(mask.shape[0], *(1,) * (s.dim() - 2), mask.shape[1])
-    return (y + F.linear(s, lora_B) * scaling).to(y.dtype)
 
 
 _HOOKS = (

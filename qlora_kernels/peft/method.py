@@ -13,7 +13,8 @@ from .host import Host
 from .overrides import Overrides
 from .tree import Tree
 
-FILE_PREFIX = "base_model.model."  # PEFT's name for the base model, in every key of an adapter file
+# PEFT's names for the base model in the keys of a file: of layers' adapters, and of the head beside a prompt.
+FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
 
 
 class Method(nn.Module):
@@ -25,6 +26,7 @@ class Method(nn.Module):
     """
 
     loads_in_peft: ClassVar[bool] = False
+    file_prefix: ClassVar[str] = FILE_PREFIX
     needs: tuple[str, ...] = ()  # other adapters that this one is made of
 
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
@@ -101,7 +103,7 @@ class Method(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
-        return {f"{FILE_PREFIX}{key}": value for key, value in self.tree.state_dict().items()}
+        return {f"{self.file_prefix}{key}": value for key, value in self.tree.state_dict().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
-from .method import Method, by_path, load_into
+from .method import PROMPT_PREFIX, Method, by_path, load_into
 from .prefix_slot import Prefix, attention_slot, restore_attention
 from .registry import register_method
 from .relative_bias import bias_source
@@ -35,6 +36,8 @@ class PrefixTuningConfig(PeftConfig):
     sites: of "decoder", "encoder", "cross", those to have a prefix; None = all that the model has.
     position_offset: the model's tokens are numbered from n on, and T5's decoder sees its prefix by distance, as PEFT
     does it; None = in decoders. Without it tokens are numbered from 0 and the prefix has no position.
+    peft_layers: of an encoder-decoder's L decoder layers, layer l has the prefix of layer 2l mod L. PEFT's have, by the
+    way it cuts its rows; its files say so here.
     token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
     """
 
@@ -47,19 +50,27 @@ class PrefixTuningConfig(PeftConfig):
     prefix_dropout: float = 0.0
     sites: list[str] | tuple[str, ...] | None = None
     position_offset: bool | None = None
+    peft_layers: bool = False
     token_dim: int | None = None
     num_layers: int | None = None
     num_attention_heads: int | None = None
     num_transformer_submodules: int | None = None
 
     # What PEFT's file has no field for.
-    own_fields = ("prefix_dropout", "sites", "position_offset")
+    own_fields: ClassVar[tuple[str, ...]] = ("prefix_dropout", "sites", "position_offset", "peft_layers")
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
         if unknown := set(self.sites or ()) - set(SITES):
             raise ValueError(f"{type(self).__name__}: sites must be of {SITES}, got {sorted(unknown)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """A file of PEFT's for an encoder-decoder has a prefix for the decoder's self-attention alone."""
+        if "sites" not in values and values.get("num_transformer_submodules") == 2:
+            values = {**values, "sites": ["decoder"], "peft_layers": True}
+        return super().from_dict(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +152,7 @@ class PrefixTuning(Method):
     """`prefixes`: site -> PrefixEncoder over the layers that have the site."""
 
     config: PrefixTuningConfig
+    file_prefix = PROMPT_PREFIX
     part_type: type[PrefixPart] = PrefixPart
 
     def __init__(self, config: PrefixTuningConfig, host: Host, name: str) -> None:
@@ -161,10 +173,11 @@ class PrefixTuning(Method):
         )
         super().__init__(config, host, name)
         self.prefixes = nn.ModuleDict()
-        for site in sites:
-            self.prefixes[site] = self._new_encoder(self.attentions[site])
-            for i, path in enumerate(self.attentions[site]):
-                self._attach(site, path, self.part_type(cast(PrefixEncoder, self.prefixes[site]), i))
+        for site, paths in ((site, self.attentions[site]) for site in sites):
+            encoder = self.prefixes[site] = self._new_encoder(paths)
+            for i, path in enumerate(paths):
+                layer = 2 * i % len(paths) if config.peft_layers else i
+                self._attach(site, path, self.part_type(encoder, layer))
         if offset:
             for path in host.anatomy.positions:
                 handle = host.place(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)
@@ -228,8 +241,10 @@ class PrefixTuning(Method):
 
     @property
     def loads_in_peft(self) -> bool:  # type: ignore[override]
-        """PEFT knows one site only, and numbers positions in one way."""
-        return len(self.prefixes) == 1 and "cross" not in self.prefixes and bool(self.config.position_offset)
+        """PEFT knows one site only, numbers positions in one way, and has its own order of a decoder's layers."""
+        config = self.config
+        same_layers = config.peft_layers or not self.host.anatomy.seq2seq
+        return tuple(self.prefixes) in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
 
     def file_config(self) -> dict[str, Any]:
         values = {k: v for k, v in super().file_config().items() if k not in self.config.own_fields}
@@ -257,15 +272,15 @@ class PrefixTuning(Method):
         }
         others = {f"flat.{site}": e.flat() for site, e in self._encoders().items() if site != self._main}
         projected = {f"projection.{key}": v for key, v in self.prefixes.state_dict().items()}
-        return {"config": own}, {**others, **(projected if self.config.prefix_projection else {})}
+        has_mlp = any(encoder.down is not None for encoder in self._encoders().values())
+        return {"config": own}, {**others, **(projected if has_mlp else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         projected = {k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("projection.")}
         if projected and is_trainable:
-            for site in self.prefixes:
-                self.prefixes[site] = self._new_encoder(self.attentions[site])
-                for i, path in enumerate(self.attentions[site]):
-                    self._attach(site, path, self.part_type(cast(PrefixEncoder, self.prefixes[site]), i))
+            for site, encoder in self._encoders().items():
+                fresh = self._new_encoder(self.attentions[site])
+                encoder.embedding, encoder.down, encoder.up = fresh.embedding, fresh.down, fresh.up
             load_into(self.prefixes, projected)
         else:
             for site, encoder in self._encoders().items():

@@ -35,13 +35,20 @@ class Selection:
             return None
         return torch.tensor([i for i, row in enumerate(self.rows_of(x)) if row == name], device=x.device)
 
+    def owners(self, names: Sequence[str], x: Tensor) -> Tensor | None:
+        """For each row of x the place of its adapter in names, -1 if it is none of them; None without rows."""
+        if self.rows is None:
+            return None
+        place = {name: i for i, name in enumerate(names)}
+        return torch.tensor([place.get(row, -1) for row in self.rows_of(x)], device=x.device)
+
     def rows_of(self, x: Tensor) -> tuple[str, ...]:
         """`rows` stretched to x.shape[0]: beams and flattened tokens repeat each row of the batch."""
-        assert self.rows is not None
-        repeats, rest = divmod(x.shape[0], len(self.rows))
+        rows = self.rows or ()
+        repeats, rest = divmod(x.shape[0], max(len(rows), 1))
         if rest:
-            raise ValueError(f"adapter_names: must be one per row of the batch, {x.shape[0]}, got {len(self.rows)}")
-        return tuple(name for name in self.rows for _ in range(repeats))
+            raise ValueError(f"adapter_names: must be one per row of the batch, {x.shape[0]}, got {len(rows)}")
+        return tuple(name for name in rows for _ in range(repeats))
 
     @contextmanager
     def for_call(self, rows: Sequence[str] | None, padding: Tensor | None) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
-from .method import Method, by_path, load_into
+from .method import PROMPT_PREFIX, Method, by_path, load_into
 from .prompt_layout import PromptLayout
 from .torch_prompt import EncoderPrompt
 
@@ -51,6 +51,7 @@ class SoftPrompt(Method):
     """
 
     config: SoftPromptConfig
+    file_prefix = PROMPT_PREFIX
 
     def __init__(self, config: SoftPromptConfig, host: Host, name: str) -> None:
         model_config: Any = getattr(host.model, "config", None)

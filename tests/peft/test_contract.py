@@ -253,7 +253,7 @@ def test_full_fine_tuning_is_refused_over_nf4():
 
 def test_training_goes_on_after_load(tmp_path):
     """The encoders of prefix and P-tuning come back for training, and only then."""
-    for case in ("prefix_tuning", "p_tuning", "p_tuning_lstm", "mam"):
+    for case in ("prefix_tuning", "p_tuning", "p_tuning_lstm", "mam", "unipelt"):
         model = build(case, "t5")
         randomize(model)
         model.save_pretrained(tmp_path / case)

@@ -1,0 +1,62 @@
+"""Low-rank updates of a linear layer, any number of them as one: y = base(x) + sum_i scaling_i * B_i A_i dropout(x)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LowRank = tuple[Tensor, Tensor, float]
+"""(lora_A [r, K], lora_B [N, r], scaling)."""
+
+
+def forward_lowrank(
+    base: nn.Module, x: Tensor, updates: Sequence[LowRank], *, dropout_p: float, owner: Tensor | None = None
+) -> Tensor:
+    """base(x) and the updates, in one fused call where the base offers it.
+
+    x [B, ..., K].   owner: int64 [B], which of the updates each row gets, -1 for none; None = every row gets all.
+    """
+    if owner is None and hasattr(base, "forward_lora"):
+        lora_A, lora_B, scaling = _concatenated(updates)
+        return base.forward_lora(x, lora_A, lora_B, scaling, dropout_p)  # type: ignore[no-any-return, operator]
+    if owner is not None and hasattr(base, "forward_multi_lora"):
+        tokens = x[..., 0].numel() // max(x.shape[0], 1)
+        each = owner.repeat_interleave(tokens)
+        return base.forward_multi_lora(x, *_stacked(updates), each, dropout_p)  # type: ignore[no-any-return, operator]
+    return add_lowrank(x, base(x), updates, dropout_p=dropout_p, owner=owner)
+
+
+def add_lowrank(
+    x: Tensor, y: Tensor, updates: Sequence[LowRank], *, dropout_p: float, owner: Tensor | None = None
+) -> Tensor:
+    """y and the updates, by plain matmuls in the factors' dtype, rounded once to y's.
+
+    One pair serves all updates; with owners the middle [B, ..., sum of r] is masked by row.
+    """
+    lora_A, lora_B, scaling = _concatenated(updates)
+    s = F.linear(F.dropout(x.to(lora_A.dtype), dropout_p), lora_A)
+    if owner is not None:
+        ranks = torch.tensor([A.shape[0] for A, _, _ in updates], device=x.device)
+        columns = torch.arange(len(updates), device=x.device).repeat_interleave(ranks)
+        mask = owner[:, None] == columns
+        s = s * mask.view(mask.shape[0], *(1,) * (s.dim() - 2), mask.shape[1])
+    return (y + F.linear(s, lora_B) * scaling).to(y.dtype)
+
+
+def _concatenated(updates: Sequence[LowRank]) -> LowRank:
+    """The sum as one update of rank sum_i r_i."""
+    if len(updates) == 1:
+        return updates[0]
+    lora_A = torch.cat([A for A, _, _ in updates])
+    return lora_A, torch.cat([B * scaling for _, B, scaling in updates], dim=1), 1.0
+
+
+def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+    """A [E, r, K], B [E, N, r], ranks padded with zeros to the largest, and scalings fp32 [E]."""
+    r = max(A.shape[0] for A, _, _ in updates)
+    lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _, _ in updates])
+    lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for _, B, _ in updates])
+    return lora_A, lora_B, torch.tensor([scaling for *_, scaling in updates], device=lora_A.device)

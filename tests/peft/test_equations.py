@@ -1,0 +1,403 @@
+"""Each method against a few lines that say what the paper says, on one layer where that is enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_kernels import peft
+from qlora_kernels.peft import PeftModel, get_peft_model
+from qlora_kernels.peft.gate import Gate
+from qlora_kernels.peft.prefix_slot import Prefix
+from qlora_kernels.peft.prompt_layout import PromptLayout
+from tests.peft.models import batch, logits, make, randomize
+
+
+def bert_layer(model: PeftModel):
+    return model.base_model.bert.encoder.layer[0]
+
+
+def heads(x: torch.Tensor, n: int = 4) -> torch.Tensor:
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, scale):
+    return ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def bert_reference(layer, x, *, attention=lambda h: h, ffn=lambda h: h, parallel=lambda x: 0.0, prefix=None):
+    """A BERT layer with a function after each sublayer, one beside the FFN, keys and values before the attention's."""
+    self_attention, d = layer.attention.self, x.shape[-1]
+    q, k, v = (heads(getattr(self_attention, name)(x)) for name in ("query", "key", "value"))
+    if prefix is not None:
+        k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v), strict=True))
+    a = attention(layer.attention.output.dense(attend(q, k, v, (d // 4) ** -0.5)))
+    x = layer.attention.output.LayerNorm(x + a)
+    f = ffn(layer.output.dense(F.gelu(layer.intermediate.dense(x)))) + parallel(x)
+    return layer.output.LayerNorm(x + f)
+
+
+def bottleneck(module, activation):
+    return lambda h: F.linear(
+        activation(F.linear(h, module.down.weight, module.down.bias)), module.up.weight, module.up.bias
+    )
+
+
+def test_houlsby():
+    model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=8)).eval()
+    randomize(model)
+    node = model.host.adapters["default"][0].tree.get_submodule("bert.encoder.layer.0")
+    first, second = (bottleneck(getattr(node, f"{place}_adapter"), F.gelu) for place in ("attention", "ffn"))
+    x = torch.randn(2, 5, 32)
+    expected = bert_reference(bert_layer(model), x, attention=lambda h: h + first(h), ffn=lambda h: h + second(h))
+    torch.testing.assert_close(bert_layer(model)(x), expected)
+
+
+def test_houlsby_starts_near_the_identity():
+    model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=64))
+    weights = torch.cat(
+        [p.flatten() for n, p in model.adapters.named_parameters() if n.endswith(("up.weight", "down.weight"))]
+    )
+    assert weights.abs().max() <= 2e-2
+    assert 0.8e-2 < weights.std() < 1e-2  # a normal of 1e-2 cut at two of it
+    assert all(not p.any() for n, p in model.adapters.named_parameters() if n.endswith(("up.bias", "down.bias")))
+    assert sum("LayerNorm" in n for n, _ in model.adapters.named_parameters()) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
+def test_pfeiffer_and_parallel(placement):
+    config = peft.AdapterConfig(placement=placement, bottleneck_size=8, scale=2.0, non_linearity="relu")
+    model = get_peft_model(make("bert"), config).eval()
+    randomize(model)
+    f = bottleneck(model.host.adapters["default"][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter"), F.relu)
+    where = {"ffn": lambda h: h + 2 * f(h)} if placement == "pfeiffer" else {"parallel": lambda x: 2 * f(x)}
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, **where))
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_prefix(projection):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=projection, encoder_hidden_size=16)
+    model = get_peft_model(make("bert"), config).eval()
+    encoder = model.host.adapters["default"][0].prefixes["encoder"]
+    rows = encoder.embedding.weight
+    if projection:
+        rows = encoder.up(torch.tanh(encoder.down(rows)))
+    keys, values = (rows.view(3, 4, 4, 8)[:, i].transpose(0, 1) for i in (0, 1))  # layer 0: entries 0 and 1
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, prefix=(keys, values)))
+
+
+def test_mam_is_prefix_and_parallel_adapter():
+    model = get_peft_model(make("bert"), peft.MAMConfig(prefix_length=3, bottleneck_size=8)).eval()
+    randomize(model)
+    prefix, adapter = model.host.adapters["default"][0].parts
+    f = bottleneck(adapter.tree.get_submodule("bert.encoder.layer.0.ffn_adapter"), F.relu)
+    x = torch.randn(2, 5, 32)
+    keys, values = prefix.prefixes["encoder"](0)
+    expected = bert_reference(bert_layer(model), x, prefix=(keys, values), parallel=lambda x: 4 * f(x))
+    torch.testing.assert_close(bert_layer(model)(x), expected)
+
+
+def test_unipelt():
+    config = peft.UniPELTConfig(prefix_length=3, prefix_hidden_size=16, lora_r=4, reduction_factor=4)
+    model = get_peft_model(make("bert"), config).eval()
+    randomize(model)
+    lora, prefix, adapter = model.host.adapters["default"][0].parts
+    node = "bert.encoder.layer.0"
+    f = adapter.tree.get_submodule(f"{node}.ffn_adapter")
+    small = bottleneck(f.bottleneck, F.silu)
+
+    def gate(g, h):
+        return torch.sigmoid(g.linear(h)).mean(1, keepdim=True)
+
+    def project(name, x):
+        base = bert_layer(model).attention.self.get_submodule(name).base_layer
+        delta = lora.tree.get_submodule(f"{node}.attention.self.{name}")
+        return base(x) + gate(delta.gate, x) * delta.lora_B(delta.lora_A(x))
+
+    x = torch.randn(2, 5, 32)
+    layer = bert_layer(model)
+    g = gate(prefix.tree.get_submodule(f"{node}.prefix_gate"), x)[..., None]
+    q, k, v = heads(project("query", x)), heads(layer.attention.self.key(x)), heads(project("value", x))
+    keys, values = prefix.prefixes["encoder"](0)
+    context = attend(q, torch.cat([g * keys, k], 2), torch.cat([g * values, v], 2), 8**-0.5)
+    y = layer.attention.output.LayerNorm(x + layer.attention.output.dense(context))
+    h = layer.output.dense(F.gelu(layer.intermediate.dense(y)))
+    expected = layer.output.LayerNorm(y + h + gate(f.gate, h) * small(h))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_gate_leaves_padding_out():
+    gate = Gate(8, False, torch.device("cpu"), torch.float32)
+    h, padding = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    alone = gate(h[:1, :3], None)
+    torch.testing.assert_close(gate(h, padding)[:1], alone)
+
+
+def test_a_querys_gate_scales_the_prefix_alone():
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    keys, values, g = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8), torch.rand(2, 5, 1)
+    prefix = Prefix(keys, values, gate=g)
+    joined = F.scaled_dot_product_attention(*prefix.join(q, k, v), scale=0.3).transpose(1, 2)
+    scores = torch.cat([g[:, None] * (q @ keys.transpose(-1, -2)), q @ k.transpose(-1, -2)], -1)
+    weights = (0.3 * scores).softmax(-1)
+    expected = g[:, None] * (weights[..., :3] @ values) + weights[..., 3:] @ v
+    torch.testing.assert_close(prefix.out(joined), expected.transpose(1, 2))
+
+
+def fused_model() -> PeftModel:
+    model = PeftModel(make("bert")).eval()
+    for i, name in enumerate(("a", "b")):
+        model.add_adapter(name, peft.AdapterConfig(placement="pfeiffer", bottleneck_size=8))
+        model.set_adapter(name)
+        randomize(model, seed=i)
+    model.add_adapter("fusion", peft.AdapterFusionConfig(adapters=("a", "b")))
+    model.set_adapter("fusion")
+    return model
+
+
+def test_adapter_fusion():
+    model = fused_model()
+    fusion = model.host.adapters["fusion"][0].tree.get_submodule("bert.encoder.layer.0.fusion")
+    assert torch.equal(fusion.value.weight.diagonal(), torch.ones(32))
+    assert fusion.value.weight.sum().item() == pytest.approx(32 + (32 * 32 - 32) * 1e-6)
+    assert model.train().peft_loss().item() == pytest.approx(2 * 0.01 * (32 * 32 - 32) * 1e-12)
+    model.eval()
+    randomize(model)
+    trees = [model.host.adapters[name][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter") for name in ("a", "b")]
+    f_a, f_b = (bottleneck(tree, F.gelu) for tree in trees)
+
+    def mix(h):
+        z = torch.stack([f_a(h), f_b(h)])
+        weights = (fusion.query(h) * fusion.key(z)).sum(-1).softmax(0)
+        return h + (weights[..., None] * fusion.value(z)).sum(0)
+
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, ffn=mix))
+
+
+def test_fusion_of_adapters_that_were_trained_apart(tmp_path):
+    model, inputs = fused_model(), batch("bert")
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make("bert"), tmp_path / "a", "a")
+    with pytest.raises(ValueError, match="adapter 'b' must be in the model first"):
+        again.load_adapter(tmp_path / "fusion", "fusion")
+    again.load_adapter(tmp_path / "b", "b")
+    again.load_adapter(tmp_path / "fusion", "fusion")
+    again.set_adapter("fusion")
+    assert torch.equal(logits(again, inputs), expected)
+    with pytest.raises(ValueError, match="must not be part of others"):
+        again.delete_adapter("a")
+    with pytest.raises(ValueError, match="must not be active beside"):
+        again.set_adapter(["a", "fusion"])
+
+
+def test_fusion_wants_pfeiffer_adapters():
+    model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=8), "a")
+    with pytest.raises(ValueError, match="placement='pfeiffer'"):
+        model.add_adapter("fusion", peft.AdapterFusionConfig(adapters=("a", "a2")))
+
+
+def test_bitfit_subset():
+    model = get_peft_model(make("bert"), peft.BitFitConfig(biases="query+mlp"))
+    names = {n.partition("tree.")[2] for n, p in model.adapters.named_parameters()}
+    parts = ("attention.self.query.bias", "output.dense.bias")
+    assert names == {f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in parts}
+
+
+def test_bitfit_trains_biases_only():
+    model = get_peft_model(make("bert"), peft.BitFitConfig())
+    expected = {n for n, _ in make("bert").named_parameters() if n.endswith(".bias")}
+    assert {n.partition("tree.")[2] for n, _ in model.adapters.named_parameters()} == expected
+    for kind in ("llama", "t5"):  # T5's relative_attention_bias is an embedding
+        with pytest.raises(ValueError, match="add_missing=True"):
+            get_peft_model(make(kind), peft.BitFitConfig())
+    model = get_peft_model(make("llama"), peft.BitFitConfig(add_missing=True))
+    assert len(list(model.adapters.parameters())) == 14
+    assert model.unload().model.layers[0].mlp.up_proj.bias is None
+
+
+def test_bitfit_merges_by_staying():
+    model, inputs = get_peft_model(make("llama"), peft.BitFitConfig(add_missing=True)), batch("llama")
+    randomize(model)
+    expected = logits(model, inputs)
+    assert torch.equal(logits(model.merge_and_unload(), inputs), expected)
+
+
+def test_prompt_inits():
+    embeddings = make("llama").model.embed_tokens.weight
+
+    def prompt(**options):
+        config = peft.PromptTuningConfig(num_virtual_tokens=5, **options)
+        return get_peft_model(make("llama"), config).host.adapters["default"][0].prompt()
+
+    assert prompt().abs().max() <= 0.5
+    sampled = prompt(prompt_tuning_init="SAMPLE_VOCAB", sample_vocab_size=7)
+    assert all((row == embeddings[:7]).all(1).any() for row in sampled)
+    text = prompt(prompt_tuning_init="TEXT", init_token_ids=[3, [4, 6]])
+    mean = (embeddings[4] + embeddings[6]) / 2
+    torch.testing.assert_close(text, torch.stack([embeddings[3], mean, embeddings[3], mean, embeddings[3]]))
+    config = peft.PromptTuningConfig.from_text("a b", lambda text: {"input_ids": [len(w) for w in text.split()]})
+    assert (config.num_virtual_tokens, config.init_token_ids) == (2, [1, 1])
+    with pytest.raises(ValueError, match="from_text"):
+        prompt(prompt_tuning_init="TEXT")
+
+
+def test_prompt_layout():
+    long, short = torch.ones(3, 2), 2 * torch.ones(1, 2)
+    x = torch.arange(1.0, 5)[None, :, None].expand(3, 4, 2)
+    for side, rows in (
+        ("left", [[1, 1, 1, 1, 2, 3, 4], [0, 0, 2, 1, 2, 3, 4], [0, 0, 0, 1, 2, 3, 4]]),
+        ("right", [[1, 1, 1, 1, 2, 3, 4], [2, 1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 0, 0, 0]]),
+    ):
+        layout = PromptLayout.of([[long], [short], []], side)
+        joined = layout.join(layout.front, x)
+        assert joined[..., 0].tolist() == rows
+        assert torch.equal(layout.tokens(joined), x)
+        assert torch.equal(layout.mask(None, 4).bool(), joined[..., 0] != 0)
+
+
+def test_placeholders_put_virtual_tokens_where_the_template_says():
+    config = peft.PTuningConfig(num_virtual_tokens=2, placeholder_token_id=3)
+    model = get_peft_model(make("llama"), config).eval()
+    ids = torch.tensor([[3, 7, 3, 9], [8, 3, 3, 9]])
+    prompt = model.host.adapters["default"][0].prompt()
+    embeds = model.get_input_embeddings()(ids).detach().clone()
+    for row, places in enumerate(((0, 2), (1, 2))):
+        embeds[row, list(places)] = prompt
+    torch.testing.assert_close(model(ids).logits, model.base_model(inputs_embeds=embeds).logits)
+    generated = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[:, :4], ids)
+    assert torch.equal(generated[:, 4], model(ids).logits[:, -1].argmax(-1))
+    with pytest.raises(ValueError, match=r"must have 2 placeholders, got \[1, 2\]"):
+        model(torch.tensor([[3, 7], [3, 3]]))
+
+
+def test_prompts_of_several_tasks_generate_in_one_batch():
+    """Rows of different prompt length, one of LoRA and one of the base, as alone; also with beams."""
+    model = PeftModel(make("llama")).eval()
+    configs = {
+        "long": peft.PromptTuningConfig(num_virtual_tokens=6),
+        "short": peft.PTuningConfig(num_virtual_tokens=2),
+        "lora": peft.LoraConfig(),
+        "prefix": peft.PTuningV2Config(num_virtual_tokens=3),
+    }
+    for i, (name, config) in enumerate(configs.items()):
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        randomize(model, seed=i)
+    names = [*configs, "__base__"]
+    inputs = batch("llama", rows=len(names))
+    for beams in (1, 2):
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        mixed = model.generate(**inputs, adapter_names=names, **options)
+        for i, name in enumerate(configs):
+            model.set_adapter(name)
+            alone = model.generate(**{k: v[i : i + 1] for k, v in inputs.items()}, **options)
+            assert torch.equal(mixed[i : i + 1], alone), name
+
+
+def test_a_loop_of_ones_own_over_the_cache_sees_the_prompt_once():
+    inputs = batch("llama", rows=2)
+    for config in (peft.PromptTuningConfig(num_virtual_tokens=3), peft.PTuningV2Config(num_virtual_tokens=3)):
+        model = get_peft_model(make("llama"), config).eval()
+        ids = inputs["input_ids"]
+        whole = model(ids).logits
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_batches():
+    """Padding to the right of a row, or to its left in generation, changes nothing."""
+    for config in (peft.PromptTuningConfig(num_virtual_tokens=3), peft.PTuningV2Config(num_virtual_tokens=3)):
+        model = get_peft_model(make("llama"), config).eval()
+        ids = batch("llama", rows=2)["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        alone = model(ids[1:, :4]).logits
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[1:, :4], alone, rtol=1e-4, atol=1e-5)
+        left, left_mask = torch.roll(ids, 3, 1), torch.roll(mask, 3, 1)
+        padded = model.generate(left, attention_mask=left_mask, max_new_tokens=4, do_sample=False)[1:, 7:]
+        single = model.generate(ids[1:, :4], max_new_tokens=4, do_sample=False)[:, 4:]
+        assert torch.equal(padded, single)
+
+
+def test_prefixes_reach_encoder_decoder_and_cross_attention():
+    inputs = batch("t5")
+    base = make("t5")
+    encoder = base.encoder(inputs["input_ids"]).last_hidden_state
+    for site in ("encoder", "decoder", "cross"):
+        model = get_peft_model(make("t5"), peft.PTuningV2Config(num_virtual_tokens=3, sites=[site])).eval()
+        states = model.base_model.encoder(inputs["input_ids"]).last_hidden_state
+        assert torch.allclose(states, encoder, atol=1e-5) == (site != "encoder")
+        assert not torch.allclose(logits(model, inputs), logits(base, inputs), atol=1e-3)
+
+
+def test_eager_attention_has_prefixes_too():
+    inputs = batch("llama")
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        base = make("llama")
+        base.set_attn_implementation(implementation)
+        model = get_peft_model(base, peft.PTuningV2Config(num_virtual_tokens=3)).eval()
+        outputs.append(logits(model, inputs))
+        model.unload()
+        assert base.config._attn_implementation == implementation
+        torch.manual_seed(0)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_transformers():
+    """On a plain nn.Transformer, in a process that cannot import transformers."""
+    import subprocess
+    import sys
+
+    script = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from tests.peft.cases import CASES, build
+from tests.peft.models import batch, logits, randomize
+for case in CASES:
+    model = build(case, "torch")
+    randomize(model)
+    logits(model.train(), batch("torch")).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nn_transformer_shapes_and_masks():
+    """The parts of torch's attention are its whole: every layout, mask and kind of output."""
+    for batch_first in (True, False):
+        attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, dropout=0.0).eval()
+        x, other = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+        causal = nn.Transformer.generate_square_subsequent_mask(5)
+        padding = torch.zeros(3 if batch_first else 5, 5 if batch_first else 3, dtype=torch.bool)
+        padding[1, 3:] = True
+        expected, found = [], []
+        model = nn.ModuleList([attention])
+        for collect in (expected, found):
+            collect += attention_outputs(model[0], x, other, causal, padding)
+            if collect is expected:
+                PeftModel(model)
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def attention_outputs(attention, x, other, causal, padding):
+    calls = [
+        ((x, x, x), {}),
+        ((x, other, other), {"need_weights": False}),
+        ((x, x, x), {"key_padding_mask": padding, "average_attn_weights": False}),
+        ((x[0], x[0], x[0]), {}),
+    ]
+    if attention.batch_first:
+        calls.append(((x, x, x), {"attn_mask": causal, "is_causal": True, "need_weights": False}))
+        calls.append(((x, x, x), {"attn_mask": causal.isinf()[None].expand(12, -1, -1)}))
+    return [t for args, kwargs in calls for t in attention(*args, **kwargs) if t is not None]

@@ -1,0 +1,110 @@
+"""Prompt-type adapters beside PEFT: the same weights give the same outputs, and files cross in both directions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_kernels import peft
+from qlora_kernels.peft import PeftModel, get_peft_model
+from tests.peft.models import batch, logits, make, randomize
+
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+N = 4
+
+
+def theirs_logits(model, kind, inputs, shift):
+    """PEFT returns logits of virtual positions too."""
+    y = model(**inputs).logits
+    return y[:, shift:] if kind in ("llama", "gpt2") else y
+
+
+def cross(hf_peft, tmp_path, kind, ours_config, theirs_config, shift):
+    """Ours to PEFT and back, then PEFT's to ours, each with other weights."""
+    inputs = batch(kind)
+    ours = get_peft_model(make(kind), ours_config).eval()
+    randomize(ours)
+    expected = logits(ours, inputs)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = hf_peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs_logits(theirs, kind, inputs, shift), expected, rtol=1e-4, atol=1e-5)
+    theirs = hf_peft.get_peft_model(make(kind), theirs_config).eval()
+    randomize(theirs, seed=4)
+    expected = theirs_logits(theirs, kind, inputs, shift)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(make(kind), tmp_path / "theirs").eval()
+    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_prompt_tuning(hf_peft, tmp_path, kind):
+    options = {"task_type": TASKS[kind], "num_virtual_tokens": N}
+    theirs = hf_peft.PromptTuningConfig(**options)
+    cross(hf_peft, tmp_path, kind, peft.PromptTuningConfig(**options), theirs, N)
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_p_tuning(hf_peft, tmp_path, kind, encoder):
+    options = {
+        "task_type": TASKS[kind],
+        "num_virtual_tokens": N,
+        "encoder_reparameterization_type": encoder,
+        "encoder_hidden_size": 16,
+    }
+    theirs = hf_peft.PromptEncoderConfig(**options)
+    cross(hf_peft, tmp_path, kind, peft.PTuningConfig(**options), theirs, N)
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_prefix_tuning(hf_peft, tmp_path, kind, projection):
+    """llama has fewer key heads than query heads. PEFT refuses a prefix for BERT's classifiers."""
+    options = {"task_type": TASKS[kind], "num_virtual_tokens": N, "prefix_projection": projection}
+    sites = {"sites": ["decoder"], "peft_layers": True} if kind == "t5" else {}
+    theirs = hf_peft.PrefixTuningConfig(**options, encoder_hidden_size=16)
+    ours = peft.PrefixTuningConfig(**options, encoder_hidden_size=16, **sites)
+    cross(hf_peft, tmp_path, kind, ours, theirs, 0)
+
+
+def test_p_tuning_v2_is_a_flat_prefix(hf_peft, tmp_path):
+    theirs = hf_peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
+    ours = peft.PTuningV2Config(task_type="CAUSAL_LM", num_virtual_tokens=N)
+    cross(hf_peft, tmp_path, "llama", ours, theirs, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("t5", peft.PrefixTuningConfig(num_virtual_tokens=N)),
+        ("t5", peft.PrefixTuningConfig(num_virtual_tokens=N, sites=["decoder"])),
+        ("llama", peft.PTuningV2Config(num_virtual_tokens=N, position_offset=False)),
+        ("llama", peft.PromptTuningConfig(num_virtual_tokens=N, placeholder_token_id=3)),
+        ("bert", peft.AdapterConfig(bottleneck_size=4)),
+        ("bert", peft.BitFitConfig()),
+        ("llama", peft.MAMConfig(prefix_length=N, bottleneck_size=4)),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_what_peft_would_compute_otherwise_it_cannot_load(hf_peft, tmp_path, kind, config):
+    get_peft_model(make(kind), config).save_pretrained(tmp_path)
+    with pytest.raises((KeyError, ValueError)):
+        hf_peft.PeftModel.from_pretrained(make(kind), tmp_path)
+    PeftModel.from_pretrained(make(kind), tmp_path)
+
+
+def test_the_encoders_weights_are_pefts(hf_peft):
+    """The same weights in both P-tuning encoders give the same prompt."""
+    from peft.tuners.p_tuning.model import PromptEncoder
+
+    for kind in ("MLP", "LSTM"):
+        options = {"num_virtual_tokens": N, "encoder_reparameterization_type": kind, "encoder_hidden_size": 16}
+        ours = get_peft_model(make("llama"), peft.PTuningConfig(**options)).host.adapters["default"][0]
+        config = hf_peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", token_dim=32, num_transformer_submodules=1, **options
+        )
+        theirs = PromptEncoder(config)
+        state = ours.encoder.state_dict()
+        renamed = {k.replace("mlp.", "mlp_head.").replace("lstm.", "lstm_head."): v for k, v in state.items()}
+        theirs.load_state_dict(renamed)
+        torch.testing.assert_close(theirs(torch.arange(N)[None])[0], ours.prompt())
