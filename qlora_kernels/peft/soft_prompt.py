@@ -93,29 +93,29 @@ class SoftPrompt(Method):
             rows = [[p for parts in prompts.values() for p in parts]] * x.shape[0]
         else:
             rows = [prompts.get(name, []) for name in selection.rows_of(x)]
-        return PromptLayout.of(rows, "right" if not self._left() else "left")
-
-    def _left(self) -> bool:
-        anatomy = self.host.anatomy
-        return anatomy.causal or anatomy.seq2seq
+        encoder_only = not (self.host.anatomy.causal or self.host.anatomy.seq2seq)
+        return PromptLayout.of(rows, "right" if encoder_only else "left")
 
     def prepare_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if input_embeddings(self.host) is None or not self._leads():
             return args, kwargs
         kwargs = self._named(args, kwargs)
         ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+        past = _cached(kwargs)
         if self.config.placeholder_token_id is not None:
-            return (), {**kwargs, "inputs_embeds": self._placed(ids)}
+            return (), {**kwargs, **({"input_ids": ids} if past else {"inputs_embeds": self._placed(ids)})}
         given = next((t for t in (ids, embeds, kwargs.get("decoder_input_ids")) if t is not None), None)
         if given is None:
             raise ValueError("soft prompt: input_ids or inputs_embeds must be given")
         layout = self._layout(given)
-        past, length = _cached(kwargs), given.shape[1]
+        length = given.shape[1]
         if (mask := layout.mask(kwargs.get("attention_mask"), past + length)) is not None:
             kwargs["attention_mask"] = mask
         if past or kwargs.get("encoder_outputs") is not None:
             # The prompt is in the cache, or in the encoder's output, already.
-            if layout.ragged and past and self._numbers_positions():
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = kwargs["position_ids"] + layout.lengths[:, None]
+            elif layout.ragged and past and self._numbers_positions():
                 kwargs["position_ids"] = past + torch.arange(length, device=given.device) - layout.filling
             return (), {**kwargs, "input_ids": ids, "inputs_embeds": embeds}
         embeds = self._embedded(ids) if embeds is None else embeds

@@ -9,7 +9,7 @@ VOCAB = 48
 HIDDEN = 32
 
 
-def llama():
+def llama(layers=2):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -17,7 +17,7 @@ def llama():
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             pad_token_id=0,
@@ -116,10 +116,14 @@ def torch_transformer():
     return TorchTransformer()
 
 
-MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": torch_transformer}
+def one_layer():
+    return llama(layers=1)
+
+
+MODELS = {"llama": llama, "llama-1": one_layer, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": torch_transformer}
 
 # The output head, kept dense; the rest may be quantized.
-HEADS = {"llama": "lm_head", "bert": "classifier", "gpt2": "lm_head", "t5": "lm_head", "torch": "head"}
+HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "llama-1", "gpt2", "t5"), "lm_head")
 
 
 def make(kind: str, *, nf4: bool = False, seed: int = 0) -> nn.Module:

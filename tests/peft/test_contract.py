@@ -229,7 +229,7 @@ def test_bf16_base(case):
 @METHOD
 def test_compiles(case):
     torch._dynamo.reset()  # its guards know objects by address, and earlier models' addresses are in use again
-    model = build(case, "llama")
+    model = build(case, "llama-1")
     randomize(model)
     inputs = batch("llama", rows=2)
     with torch.no_grad():

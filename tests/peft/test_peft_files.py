@@ -28,6 +28,9 @@ def cross(hf_peft, tmp_path, kind, ours_config, theirs_config, shift):
     ours.save_pretrained(tmp_path / "ours")
     theirs = hf_peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs_logits(theirs, kind, inputs, shift), expected, rtol=1e-4, atol=1e-5)
+    labelled = {**inputs, "labels": inputs["input_ids"][:, 0] % 2 if kind == "bert" else inputs["input_ids"]}
+    labelled.pop("decoder_input_ids", None)
+    torch.testing.assert_close(theirs(**labelled).loss, ours(**labelled).loss, rtol=1e-4, atol=1e-5)
     theirs = hf_peft.get_peft_model(make(kind), theirs_config).eval()
     randomize(theirs, seed=4)
     expected = theirs_logits(theirs, kind, inputs, shift)

@@ -61,8 +61,9 @@ def test_each_row_its_adapter(kind, nf4):
         torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_train():
-    model, inputs = two_adapters(), batch("llama", rows=2)
+@FORMATS
+def test_rows_train(nf4):
+    model, inputs = two_adapters(nf4), batch("llama", rows=2)
     model.set_adapter(["default", "b"])
     model.train()
     logits(model, inputs, adapter_names=["__base__", "b"]).square().sum().backward()
