@@ -1,10 +1,10 @@
 // adamw_step: AdamW over many tensors, the arithmetic of qlora_kernels/ops/adamw_step.py.
 //
-// Bound by memory: fp32 states move 28 bytes an element, 8-bit states 18. All segments are cut into tasks of one size,
-// so 448 small tensors and one large keep the threads equally busy. 32-bit states are updated where they lie; whatever
-// has another form (16-bit parameters, 8-bit states) passes through fp32 buffers of a block, which never leave the L1
-// cache. The loops over a block are plain C that every compiler turns into vectors; `fma` stands where the contract has
-// one.
+// With fp32 states bound by memory, 28 bytes an element; with 8-bit states, 16 bytes, by their decoding and encoding.
+// All segments are cut into tasks of at most one length, so 448 small tensors and one large keep the threads equally
+// busy. fp32 is updated where it lies; 16-bit parameters and 8-bit states pass through fp32 buffers of a block, which
+// never leave the L1 cache. The loops over a block are plain C that every compiler turns into vectors; `fma` stands
+// where the contract has one.
 #include <cmath>
 #include <vector>
 
@@ -18,7 +18,12 @@ namespace qlora::QLORA_ISA {
 namespace {
 
 constexpr int kBlock = kStateBlocksize;
-constexpr int64_t kTask = 64 * kBlock;  // elements: 450 KiB of traffic, some 10 us
+
+// Elements of a task: long, because each restarts seven streams (with 64 blocks, one tensor of 80 M took 10 % longer
+// than with 1024), but enough tasks for the threads to end together.
+constexpr int64_t kShortest = 64 * kBlock;
+constexpr int64_t kLongest = 1024 * kBlock;
+constexpr int64_t kTasksPerThread = 8;
 
 struct Scalars {
     float grad_multiplier, decay, beta1_weight, beta2, beta2_weight, step, root_correction, eps;
@@ -87,27 +92,37 @@ struct States {
     float *m_absmax, *v_absmax;  // null: fp32
 };
 
-// One block through buffers.
+// One block, with whatever is not fp32 in memory passing through buffers.
 template <class T>
 void step_block(T* param, const T* grad, const States& states, int n, const Scalars& c, const uint64_t* seed,
                 uint64_t counter) {
-    alignas(64) float p[kBlock], g[kBlock], m[kBlock], v[kBlock];
-    widen(param, p, n);
-    widen(grad, g, n);
+    alignas(64) float p_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
+    float *p = p_buffer, *m = m_buffer, *v = v_buffer;
+    const float* g = g_buffer;
+    if constexpr (std::is_same_v<T, float>) {
+        p = param;
+        g = grad;
+    } else {
+        widen(param, p_buffer, n);
+        widen(grad, g_buffer, n);
+    }
     if (states.m_absmax) {
         for (int i = n; i < kBlock; ++i) m[i] = v[i] = 0.0f;  // what encode_block asks of a short block
         decode_block<true>(states.m, *states.m_absmax, m, n);
         decode_block<false>(states.v, *states.v_absmax, v, n);
-        update(p, g, m, v, n, c);
+    } else {
+        m = reinterpret_cast<float*>(states.m);
+        v = reinterpret_cast<float*>(states.v);
+    }
+    update(p, g, m, v, n, c);
+    if (states.m_absmax) {
         *states.m_absmax = encode_block<true>(m, states.m, n);
         *states.v_absmax = encode_block<false>(v, states.v, n);
-    } else {
-        update(p, g, reinterpret_cast<float*>(states.m), reinterpret_cast<float*>(states.v), n, c);
     }
     if constexpr (std::is_same_v<T, Bf16>) {
         if (seed) return narrow_stochastic(p, param, n, *seed, counter);
     }
-    narrow(p, param, n);
+    if constexpr (!std::is_same_v<T, float>) narrow(p, param, n);
 }
 
 template <class T>
@@ -144,12 +159,16 @@ struct Task {
 }  // namespace
 
 void adamw_step(const AdamWStep& s) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < s.n_segments; ++i) total += s.segments[i].numel;
+    const int64_t even = total / (kTasksPerThread * num_threads()) / kBlock * kBlock;
+    const int64_t length = even < kShortest ? kShortest : even > kLongest ? kLongest : even;
     std::vector<Task> tasks;
     for (int64_t i = 0; i < s.n_segments; ++i) {
         const AdamWSegment& segment = s.segments[i];
         if (!s.params[segment.param].grad) continue;
-        for (int64_t begin = 0; begin < segment.numel; begin += kTask) {
-            tasks.push_back({i, begin, begin + kTask < segment.numel ? begin + kTask : segment.numel});
+        for (int64_t begin = 0; begin < segment.numel; begin += length) {
+            tasks.push_back({i, begin, begin + length < segment.numel ? begin + length : segment.numel});
         }
     }
     parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {

@@ -92,11 +92,7 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """The step that this module's docstring defines, checked, by the selected kernel; in place.
-
-    PagedAdamW calls this function itself, past the dispatcher, whose boxing of hundreds of tensors costs more than the
-    kernel takes for small ones.
-    """
+    """The step that this module's docstring defines, checked, by the selected kernel; in place."""
     adamw_step_fake(
         params,
         grads,
@@ -112,6 +108,43 @@ def adamw_step(
         eps=eps,
         weight_decay=weight_decay,
     )
+    run_adamw_step(
+        params,
+        grads,
+        arena,
+        steps,
+        segments,
+        lr,
+        seed,
+        grad_multiplier,
+        found_inf,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+
+
+def run_adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    arena: Tensor,
+    steps: Tensor,
+    segments: Tensor,
+    lr: Tensor,
+    seed: Tensor | None,
+    grad_multiplier: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """adamw_step for a caller that has made sure of its arguments: PagedAdamW.
+
+    The dispatcher and the checks look at each of hundreds of tensors, which for small ones takes longer than the step.
+    """
     if not params:
         return
     problem = Problem("adamw_step", params[0].device.type, params[0].dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from ..ops.adamw_step import adamw_step
+from ..ops.adamw_step import run_adamw_step
 from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots
@@ -107,6 +107,7 @@ class PagedAdamW(Optimizer):
         self.page_dir = page_dir
         self._arenas: list[StateArena] = []
         self._places: dict[Tensor, tuple[StateArena, int]] = {}
+        self._unplaced: list[Tensor] = []
         self._closed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(param.grad is not None and param not in self._places for param in self._all_params()):
+        if any(param.grad is not None for param in self._unplaced):
             self._reserve(lambda param: param.grad is not None)
 
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -142,14 +143,16 @@ class PagedAdamW(Optimizer):
         return loss
 
     def _count_step(self, arena: StateArena, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> None:
-        active = [grad is not None for grad in grads]
         increment: float | Tensor = 1.0 if found_inf is None else 1.0 - found_inf.to(arena.steps.device)
-        if not all(active):
-            increment = torch.tensor(active, dtype=torch.float32, device=arena.steps.device) * increment
+        absent = [index for index, grad in enumerate(grads) if grad is None]
+        if absent:
+            active = torch.ones(len(grads))
+            active[absent] = 0.0
+            increment = active.to(arena.steps.device) * increment
         arena.steps.add_(increment)
-        for index, param in enumerate(arena.params):
-            if active[index] and param not in self.state:
-                self.state[param] = arena.state_of(index)
+        for index in arena.unstepped.difference(absent):
+            self.state[arena.params[index]] = arena.state_of(index)
+        arena.unstepped.intersection_update(absent)
 
     def _update(
         self,
@@ -169,7 +172,7 @@ class PagedAdamW(Optimizer):
             group = self.param_groups[chunk.group]
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
             here = slice(chunk.first_param, chunk.last_param + 1)
-            adamw_step(
+            run_adamw_step(
                 arena.params[here],
                 grads[here],
                 arena_bytes,
@@ -261,9 +264,11 @@ class PagedAdamW(Optimizer):
         for param, (arena, index) in self._places.items():
             if param in states:
                 arena.load(index, states[param])
+                arena.unstepped.discard(index)
                 self.state[param] = arena.state_of(index)
             else:
                 arena.clear(index)
+                arena.unstepped.add(index)
 
     def paging_report(self) -> PagingReport:
         """Bytes of states that are resident, paged out, and were prefetched."""
@@ -287,6 +292,7 @@ class PagedAdamW(Optimizer):
         self.state.clear()
         self._arenas.clear()
         self._places.clear()
+        self._unplaced.clear()
         self._closed = True
 
     def __enter__(self) -> PagedAdamW:
@@ -337,6 +343,7 @@ class PagedAdamW(Optimizer):
             arena = StateArena(params, slots, self._memory(nbytes, chunks, device))
             self._arenas.append(arena)
             self._places.update({param: (arena, index) for index, param in enumerate(params)})
+        self._unplaced = [param for param in self._all_params() if param not in self._places]
 
     def _memory(self, nbytes: int, chunks: tuple[Any, ...], device: torch.device) -> StateMemory:
         if self.page_dir is not None:

@@ -26,6 +26,8 @@ class StateArena:
         self.slots = slots
         self.memory = memory
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+        self.unstepped = set(range(len(params)))
+        """Indices of the parameters that no step has updated yet."""
 
     def grads(self) -> list[Tensor | None]:
         """Each parameter's gradient in the parameter's own memory layout; None where it has none."""
@@ -37,7 +39,7 @@ class StateArena:
                     raise NotImplementedError(
                         f"PagedAdamW: gradients must be dense, got {grad.layout}; use sparse=False in the embedding"
                     )
-                if not (grad.is_contiguous() and param.is_contiguous()) and grad.stride() != param.stride():
+                if grad.stride() != param.stride():
                     grad = torch.empty_like(param).copy_(grad)
             grads.append(grad)
         return grads

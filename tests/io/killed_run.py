@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from qlora_kernels import PagedAdamW
 from qlora_kernels.io.training_state import load_latest, save_training_state
 
 SAVE_EVERY = 4
@@ -22,12 +24,15 @@ BATCHES_PER_EPOCH = 5
 
 
 def train(directory: str, total_steps: int) -> Iterator[tuple[int, float]]:
-    """Dropout draws from torch's generator, the data order from numpy's: both must survive the kill."""
+    """Dropout draws from torch's generator, the data order from numpy's: both must survive the kill. So must the
+    optimizer's pages: 8-bit states in a file that has no name and dies with the process.
+    """
     torch.manual_seed(0)
     np.random.seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 1))
-    data = torch.randn(BATCHES_PER_EPOCH, 16, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Dropout(0.2), nn.ReLU(), nn.Linear(128, 1))
+    data = torch.randn(BATCHES_PER_EPOCH, 16, 64)
+    Path(directory).mkdir(exist_ok=True)
+    optimizer = PagedAdamW(model.parameters(), lr=1e-2, state_bits=8, max_grad_norm=1.0, page_dir=directory)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total_steps)
     order = np.random.permutation(BATCHES_PER_EPOCH).tolist()
     done = 0

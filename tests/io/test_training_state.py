@@ -21,7 +21,7 @@ from qlora_kernels.io.training_state import load_latest, load_training_state, sa
 from . import killed_run
 
 ROOT = Path(__file__).parents[2]
-TOTAL_STEPS = 200
+TOTAL_STEPS = 60
 
 
 @pytest.mark.parametrize(

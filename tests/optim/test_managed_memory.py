@@ -52,7 +52,7 @@ def simulation(monkeypatch, kind, driver, look_ahead=1):
 
         driver.enqueue("compute", kernel)
 
-    monkeypatch.setattr(adamw_paged, "adamw_step", launch)
+    monkeypatch.setattr(adamw_paged, "run_adamw_step", launch)
     attributes = {"driver": driver, "memory_class": MEMORIES[kind], "look_ahead": look_ahead}
     return type("Simulated", (Simulation,), attributes)
 
@@ -84,8 +84,8 @@ def test_prefetches_are_enqueued_ahead_of_the_updates(monkeypatch):
     driver = SimulatedDriver()
     enqueued = []
     optimizer_class = simulation(monkeypatch, "managed", driver, look_ahead=1)
-    inner = adamw_paged.adamw_step
-    monkeypatch.setattr(adamw_paged, "adamw_step", lambda *a, **k: (enqueued.append("update"), inner(*a, **k)))
+    inner = adamw_paged.run_adamw_step
+    monkeypatch.setattr(adamw_paged, "run_adamw_step", lambda *a, **k: (enqueued.append("update"), inner(*a, **k)))
     monkeypatch.setattr(driver, "prefetch", lambda arena, start, stop: enqueued.append("prefetch"))
     # One parameter of equal chunks: each is two ranges, exp_avg and exp_avg_sq.
     params = [nn.Parameter(torch.ones(8 * 4096))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def adamw_step(
     for param, grad in zip(params, grads, strict=True):
         rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), param.numel(), _DTYPES[param.dtype])
     torch.ops.qlora_kernels_C.cpu_adamw_step(
-        torch.tensor(rows, dtype=torch.int64),
+        torch.frombuffer(array("q", rows), dtype=torch.int64),
         steps,
         segments,
         arena,
