@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import qlora_kernels as qk
+from qlora_kernels.training.batches import Batch
+from qlora_kernels.training.chunked_loss import ChunkedLoss
 
 from . import layers, step_profile
 from .registry import COLD, Call, Case, Contender, Cost, Suite
@@ -110,29 +112,28 @@ def dense_twin(layer: qk.LinearNF4) -> nn.Linear:
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """LinearNF4, qk.peft, qk.linear_cross_entropy, PagedAdamW."""
-    return through_qk(case, inputs, loss_without_logits)
+    """LinearNF4, qk.peft, PagedAdamW, and the training loop's loss."""
+    model, optimizer = through_qk(case, inputs)
+    chunked = ChunkedLoss(model)
+
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        return chunked(Batch(tokens, tokens, None)) / tokens[:, 1:].numel()
+
+    return [partial(step, model, optimizer, inputs.tokens, loss=loss)]
 
 
 def ours_full_logits(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     """With transformers' own loss, as the peers."""
-    return through_qk(case, inputs, transformers_loss)
+    return [partial(step, *through_qk(case, inputs), inputs.tokens)]
 
 
-def through_qk(case: Case, inputs: Inputs, loss: Loss) -> Sequence[Call]:
-    """All of ours but the loss."""
+def through_qk(case: Case, inputs: Inputs) -> tuple[nn.Module, Optimizer]:
+    """Model and optimizer."""
     model = copy.deepcopy(inputs.source)
     qk.replace_linear(model)
     config = qk.peft.LoraConfig(r=case.r, lora_alpha=layers.LORA_ALPHA, target_modules="all-linear")
     model = qk.peft.get_peft_model(model, config).train()
-    optimizer = qk.PagedAdamW(trained(model), lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
-    return [partial(step, model, optimizer, inputs.tokens, loss=loss)]
-
-
-def loss_without_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The head and the loss in one, over the blocks' output."""
-    hidden = model.base_model.model(input_ids=tokens).last_hidden_state
-    return qk.linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, tokens[:, 1:])
+    return model, qk.PagedAdamW(trained(model), lr=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
 
 
 def transformers_loss(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -49,10 +49,17 @@ def cpu_isa() -> str:
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout's commit, with `+` where tracked files differ from it."""
+    """The checkout's commit, with `+` where tracked files differ from it and `stale` where the library is older."""
     short = _git("rev-parse", "--short=10", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "qlora_kernels", "csrc", "bench/*.py")
-    return short + ("+" if changed else "")
+    return short + ("+" if changed else "") + (" stale" if _library_is_stale() else "")
+
+
+def _library_is_stale() -> bool:
+    """Whether some source of the native CPU library has changed since it was built."""
+    library = ROOT / "qlora_kernels" / "backends" / "cpu" / "_C.abi3.so"
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
+    return library.exists() and any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
 
 
 @cache

@@ -9,7 +9,6 @@ from . import peft
 from .format.quant_state import QuantState
 from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
-from .nn.linear_cross_entropy import linear_cross_entropy
 from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
@@ -30,7 +29,6 @@ __all__ = [
     "ReplaceReport",
     "backends",
     "dequantize_nf4",
-    "linear_cross_entropy",
     "linear_nf4",
     "linear_nf4_lora",
     "linear_nf4_multi_lora",
