@@ -59,8 +59,7 @@ def isa(request):
 
 
 @dtypes
-@pytest.mark.parametrize("numel", [1, 31, 64, 65, 4096, 100003])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize(("numel", "blocksize"), [(1, 64), (31, 32), (65, 64), (4096, 4096), (100003, 64)])
 def test_codec_bytes(isa, dtype, numel, blocksize):
     w = gaussian(numel, dtype=dtype) * 3
     packed, state = qk.quantize_nf4(w, blocksize, double_quant=False)
@@ -109,8 +108,7 @@ def test_linear(isa, dtype, shape):
 
 @dtypes
 @shapes
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_linear_lora(isa, dtype, shape, dropout_p):
+def test_linear_lora(isa, dtype, shape):
     """Forward and the three gradients against torch's own composition, with the same mask."""
     packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
     tensors = [
@@ -121,6 +119,7 @@ def test_linear_lora(isa, dtype, shape, dropout_p):
     grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=3)
     seed = torch.tensor([123456789012345])
     scaling = 1.7
+    dropout_p = 0.3 if shape.N % 2 == 0 else 0.0
     w = qk.dequantize_nf4(packed, state, dtype)
     keep = dropout_keep(seed, shape.M, shape.K, dropout_p)
     threshold = round(dropout_p * 65536)
