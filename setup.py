@@ -1,8 +1,10 @@
 """The native libraries. Everything that can be static stands in pyproject.toml.
 
-QLORA_SKIP_NATIVE=1 builds none; CXX names the compiler; MAX_JOBS bounds the parallel compilations.
+QLORA_SKIP_NATIVE=1 builds none; CXX names the compiler; MAX_JOBS bounds the parallel compilations. QLORA_CUDA_ARCHS says
+what the CUDA library is compiled for; where it is set, the version says so too (0.1.0+cu130.sm80.sm90a, 0.1.0+cpu).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent))
 
 from python.build_support.cpu import CpuLibrary
-from python.build_support.cuda import CudaLibrary
+from python.build_support.cuda import ARCHS_VARIABLE, CudaLibrary, local_version
 from python.build_support.native import BuildNative, extension
 
 LIBRARIES = [CpuLibrary(), CudaLibrary()]
@@ -20,5 +22,8 @@ setup(
     ext_modules=[extension(library) for library in LIBRARIES],
     cmdclass={"build_ext": BuildNative},
     # No symbol of Python is used, so one wheel serves every version from 3.10 on.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        "egg_info": {"tag_build": f"+{local_version()}" if ARCHS_VARIABLE in os.environ else ""},
+    },
 )

@@ -233,7 +233,7 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
     }
 }
 
-__global__ void __launch_bounds__(kAdamWThreads) adamw_step_kernel(const AdamWProblem problem) {
+__global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const AdamWProblem problem) {
     AdamWShared& shared = block_shared<AdamWShared>();
     if (problem.found_inf && *problem.found_inf != 0) return;
     const float multiplier = problem.grad_multiplier ? *problem.grad_multiplier : 1.0f;

@@ -76,7 +76,7 @@ class CudaLibrary:
             steps.append(Step((*nvcc, "-c", str(source), "-o", str(output)), output, (source, *headers())))
         compiler = tool("CXX", "c++", "g++", "clang++")
         folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
-        folders += [f"-isystem{folder}" for folder in (*includes, home / "include")]
+        folders += [f"-isystem{folder}" for folder in (*includes, home / "include", home / "include" / "cccl")]
         define = f'-DQLORA_BUILT_ARCHS="{archs}"'
         for source in sorted((CSRC / "bindings").glob("cuda*.cpp")):
             output = build / "bindings" / f"{source.stem}.o"

@@ -68,6 +68,10 @@ def _is_fused(row: Row) -> bool:
     return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 
 
+def _reads_packed_weights(row: Row) -> bool:
+    return row.source == "cuda" and row.kernel in ("dequantize_nf4", "linear_nf4_small_m", "linear_nf4_gemm")
+
+
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ("no spills in a default config", lambda r: r.default, lambda r: r.spills == 0),
     ("the architecture's own tensor-core instruction", _is_fused, lambda r: r.tensor_core == TENSOR_CORE[r.arch]),
@@ -84,6 +88,7 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: r.narrow_copies == 0,
     ),
     ("16-byte loads of weights and activations", _is_fused, lambda r: r.wide_loads > 0),
+    ("16-byte loads of packed weights", _reads_packed_weights, lambda r: r.wide_loads > 0),
 )
 """(promise, rows it concerns, test)."""
 

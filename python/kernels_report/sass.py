@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +34,14 @@ class Facts:
     registers: per thread.   stack: bytes of local memory per thread, spills included.
     instructions: opcode with modifiers -> count, padding NOPs left out.
     loops: the instructions of each loop, that is, from a label to a branch back to it.
+    static_shared: bytes of shared memory that need no launch argument.
     """
 
     registers: int
     stack: int
     instructions: Counter[str]
     loops: tuple[Counter[str], ...]
+    static_shared: int = 0
 
     @property
     def total(self) -> int:
@@ -85,12 +88,21 @@ class Facts:
 
 def facts_of(cubin: bytes, name: str) -> Facts:
     """Disassemble the function `name` of a cubin."""
+    return all_facts(cubin, [name])[name]
+
+
+def all_facts(cubin: bytes, names: Sequence[str] | None = None) -> dict[str, Facts]:
+    """Disassemble a cubin once: the facts of the functions `names`, or of all, by mangled name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         listing = _run("nvdisasm", "-c", str(path))
         usage = _run("cuobjdump", "-res-usage", str(path))
-    found = {m[1]: m for m in _USAGE.finditer(usage)}[name]
+    found = {m[1]: m for m in _USAGE.finditer(usage)}
+    return {name: _facts(listing, name, found[name]) for name in (found if names is None else names)}
+
+
+def _facts(listing: str, name: str, usage: re.Match[str]) -> Facts:
     section = listing.split(f".section\t.text.{name},", 1)[-1].split(".section\t", 1)[0]
     ops: list[str] = []
     labels: dict[str, int] = {}
@@ -105,7 +117,7 @@ def facts_of(cubin: bytes, name: str) -> Facts:
         target = _TARGET.search(match["rest"]) if match["op"].startswith("BRA") else None
         if target and target[1] in labels and labels[target[1]] < len(ops) - 1:
             loops.append(Counter(ops[labels[target[1]] :]))
-    return Facts(int(found[2]), int(found[3]) + int(found[5]), Counter(ops), tuple(loops))
+    return Facts(int(usage[2]), int(usage[3]) + int(usage[5]), Counter(ops), tuple(loops), int(usage[4]))
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .library import Library, Module
 from .ptx.translate import Translation, translate
-from .toolchain import CACHE, ROOT, cuda_include, nvcc, versions
+from .toolchain import CACHE, ROOT, cuda_includes, nvcc, versions
 
 SOURCE_MODES = ("plain", "asan", "tsan")
 PTX_MODES = ("ptx", "ptx-asan", "ptx-tsan")
@@ -117,7 +117,8 @@ def _object(source: Path, mode: str, defines: tuple[str, ...], include: tuple[Pa
         mode = _sanitizer(mode)
     flags = (*_COMMON, *_SANITIZE[mode], *[f"-D{d}" for d in defines])
     flags += tuple(f"-I{path}" for path in (_HERE / "include", _PRODUCT_INCLUDE, *include))
-    flags += ("-isystem", str(cuda_include()), "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
+    flags += tuple(f"-isystem{path}" for path in cuda_includes())
+    flags += ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
     kind = ("-x", "c++", "-include", "cuda_host.h") if source.suffix == ".cu" else ()
     command = ["g++", *flags, "-c", *kind, str(source)]
     return _made(_key(source, (*flags, *kind)), ".o", lambda output: _run([*command, "-o", str(output)]))

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[3]
 CACHE = ROOT / "build" / "cuda_host"
 
 
-def cuda_include() -> Path:
-    """Folder of cuda_runtime.h."""
+def cuda_includes() -> tuple[Path, Path]:
+    """Folders of cuda_runtime.h and of the headers that it takes from CCCL."""
     home = cuda_home()
     if home is None:
         raise FileNotFoundError(missing_tools())
-    return home / "include"
+    return home / "include", home / "include" / "cccl"
 
 
 def nvcc() -> Path:

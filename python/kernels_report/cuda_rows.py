@@ -1,0 +1,162 @@
+"""Rows of csrc/cuda, compiled by nvcc for each architecture, and of the kernels of bitsandbytes that do the same jobs.
+
+Cubins are kept by content under build/kernels_report. bitsandbytes' come out of the installed wheel as they ship.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..build_support.cuda_toolkit import cuda_home
+from ..build_support.native import CSRC, ROOT, headers
+from .row import Row, occupancy
+from .sass import TOOLS, Facts, all_facts
+
+CACHE = ROOT / "build" / "kernels_report"
+FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-Werror", f"-I{CSRC / 'include'}")
+TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
+
+THREADS = {
+    "dequantize_nf4": 128,
+    "rest of dequantize_nf4": 128,
+    "linear_nf4_small_m": 128,
+    "linear_nf4_gemm": 128,
+}
+DEFAULT_THREADS = 256
+GEMM_STAGES = 4
+
+WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "quantize_nf4": 8}
+"""Weights that one pass of a thread through the kernel's code handles."""
+
+PEER_KERNELS = {
+    # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
+    r"kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>": ("dequantize_nf4, one level", 16),
+    r"gemm_4bit_simt<__nv_bfloat16, 1>": ("linear_nf4_small_m", None),
+    r"gemm_4bit_sm80_m16n8k16<__nv_bfloat16,.*": ("linear_nf4_gemm", None),
+}
+
+
+class CompileError(RuntimeError):
+    """nvcc's message: a source that does not compile, or that it warns of."""
+
+
+def cuda_rows(archs: list[int]) -> list[Row]:
+    """One row for each kernel and architecture of csrc/cuda, and for the peer's. Empty where there is no nvcc."""
+    if cuda_home() is None:
+        return []
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    jobs = [(source, arch) for source in sources for arch in archs]
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for found in pool.map(lambda job: _rows_of(*job), jobs) for row in found]
+    return rows + peer_rows(archs)
+
+
+def cubin(source: Path, arch: int) -> bytes:
+    """The cubin of one source for sm_<arch>; any warning is an error."""
+    home = cuda_home()
+    if home is None:
+        raise CompileError("nvcc is not found")
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in (source, *headers()):
+        digest.update(path.read_bytes())
+    kept = CACHE / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:24]}.cubin"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            output = Path(folder) / "out.cubin"
+            command = [str(home / "bin" / "nvcc"), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise CompileError(f"{source.name} for sm_{arch}:\n{done.stdout}{done.stderr}")
+            output.replace(kept)
+    return kept.read_bytes()
+
+
+def _rows_of(source: Path, arch: int) -> list[Row]:
+    facts = all_facts(cubin(source, arch))
+    return [_row("cuda", *_named(signature), arch, facts[name]) for name, signature in _demangled(list(facts)).items()]
+
+
+def peer_rows(archs: list[int]) -> list[Row]:
+    """The same counts of the installed bitsandbytes' kernels; empty where it is not installed or has no cubin."""
+    spec = importlib.util.find_spec("bitsandbytes")
+    if spec is None or spec.origin is None:
+        return []
+    libraries = sorted(Path(spec.origin).parent.glob("libbitsandbytes_cuda13*.so"))
+    return [row for arch in archs for row in _peer_rows_of(libraries[-1], arch)] if libraries else []
+
+
+def _peer_rows_of(library: Path, arch: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(TOOLS / "cuobjdump"), "-xelf", f"sm_{arch}", str(library)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        cubins = [path.read_bytes() for path in Path(folder).glob("*.cubin")]
+    rows = []
+    for content in cubins:
+        names = re.findall(rb"\.text\.(_Z[\w]+)", content)
+        wanted = {}
+        for name, signature in _demangled(sorted({n.decode() for n in names})).items():
+            for pattern, (job, weights) in PEER_KERNELS.items():
+                if re.search(pattern, signature.split("(", 1)[0]):
+                    wanted[name] = (job, signature.removeprefix("void ").split("(", 1)[0], weights)
+        facts = all_facts(content, list(wanted))
+        for name, (job, config, weights) in wanted.items():
+            row = _row("bitsandbytes", job, config, arch, facts[name], weights)
+            rows.append(row)
+    return rows
+
+
+def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights: int | None = None) -> Row:
+    tensor_core, count = facts.tensor_core
+    weights = weights or WEIGHTS_PER_THREAD.get(kernel)
+    threads = THREADS.get(kernel, DEFAULT_THREADS)
+    shared = facts.static_shared + _dynamic_shared(kernel, config)
+    ours = source == "cuda"
+    return Row(
+        source=source,
+        kernel=kernel,
+        config=config,
+        arch=arch,
+        registers=facts.registers,
+        # Local memory that is not a spill (an array indexed at run time) is no better.
+        spills=facts.spills + (1 if facts.stack and not facts.spills else 0),
+        shared=shared,
+        occupancy=occupancy(arch, facts.registers, shared, threads // 32),
+        tensor_core=tensor_core,
+        tensor_core_count=count,
+        wide_loads=facts.wide_loads,
+        narrow_copies=facts.narrow_copies,
+        instructions=facts.total,
+        per_weight=facts.total / weights if weights else None,
+        matmul=ours and kernel == "linear_nf4_gemm",
+        default=ours,
+    )
+
+
+def _named(signature: str) -> tuple[str, str]:
+    """ "void qlora::linear_nf4_gemm_kernel<__half, 64, qlora::ForwardWeights>(...)" -> kernel and config."""
+    match = re.match(r"(?:void )?qlora::(\w+)_kernel(?:<(.*)>)?\(", signature)
+    if match is None:
+        raise ValueError(f"not a kernel of csrc/cuda: {signature}")
+    kernel = match[1].replace("dequantize_nf4_rest", "rest of dequantize_nf4")
+    parts = [p.strip() for p in (match[2] or "").split(",") if p.strip()]
+    words = [TYPES.get(p, p.removeprefix("qlora::").removesuffix("Weights").lower()) for p in parts]
+    return kernel, " ".join(f"M{w}" if i == 1 and w.isdigit() else w for i, w in enumerate(words))
+
+
+def _dynamic_shared(kernel: str, config: str) -> int:
+    """Bytes that launch_linear_nf4_gemm asks for: a row of x is 128 bytes, packed weights and absmax 5 KiB a stage."""
+    rows = re.search(r"M(\d+)", config)
+    return GEMM_STAGES * (int(rows[1]) * 128 + 5 * 1024) + 64 if kernel == "linear_nf4_gemm" and rows else 0
+
+
+def _demangled(names: list[str]) -> dict[str, str]:
+    text = "\n".join(names)
+    done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    return dict(zip(names, done.splitlines(), strict=True))

@@ -1,0 +1,63 @@
+"""csrc/cuda compiled by nvcc for every shipped architecture: what SASS alone can promise. Not a run on a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from .launching import CUDA_SOURCES, needs_nvcc
+
+pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with triton's wheel: make setup")
+from python.kernels_report.cuda_rows import _rows_of, peer_rows
+from python.kernels_report.row import GATES, Row, broken_gates
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+SOURCES = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if "__global__" in path.read_text()]
+
+pytestmark = needs_nvcc
+
+
+@cache
+def rows(stem: str, arch: int) -> tuple[Row, ...]:
+    return tuple(_rows_of(CUDA_SOURCES / f"{stem}.cu", arch))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("stem", [path.stem for path in SOURCES])
+def test_compiles_without_warnings_and_passes_the_gates(stem: str, arch: int) -> None:
+    compiled = list(rows(stem, arch))
+    assert compiled
+    assert broken_gates(compiled) == []
+    assert all(row.spills == 0 for row in compiled), "no spills, no local memory"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_product_on_tensor_cores_is_one(arch: int) -> None:
+    products = [row for row in rows("linear_nf4_gemm", arch) if row.kernel == "linear_nf4_gemm"]
+    assert len(products) == 12, "two types, three tiles, two directions"
+    assert all(row.tensor_core == "mma.sync" and row.wide_loads >= 4 for row in products)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions_per_dequantized_weight(arch: int) -> None:
+    counted = {row.config: row.per_weight for row in rows("dequantize_nf4", arch) if row.kernel == "dequantize_nf4"}
+    assert set(counted) == {"fp32", "bf16", "fp16"}
+    assert all(count is not None and count <= 6.0 for count in counted.values()), counted
+
+
+def test_the_gates_concern_our_rows() -> None:
+    compiled = [row for stem in ("dequantize_nf4", "linear_nf4_gemm") for row in rows(stem, 80)]
+    concerned = {promise for promise, concerns, _ in GATES if any(concerns(row) for row in compiled)}
+    assert {"16-byte loads of packed weights", "a tensor-core instruction wherever there is a matmul"} <= concerned
+
+
+def test_the_peer_is_counted_the_same_way() -> None:
+    pytest.importorskip("bitsandbytes")
+    peers = {row.kernel: row for row in peer_rows([80])}
+    assert "dequantize_nf4, one level" in peers
+    ours = next(r for r in rows("dequantize_nf4", 80) if r.kernel == "dequantize_nf4" and r.config == "bf16")
+    theirs = peers["dequantize_nf4, one level"]
+    assert ours.per_weight is not None
+    assert theirs.per_weight is not None
+    assert ours.per_weight < theirs.per_weight
