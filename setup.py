@@ -1,7 +1,7 @@
 """The native libraries. Everything that can be static stands in pyproject.toml.
 
-QLORA_SKIP_NATIVE=1 builds none; CXX names the compiler; MAX_JOBS bounds the parallel compilations. QLORA_CUDA_ARCHS says
-what the CUDA library is compiled for; where it is set, the version says so too (0.1.0+cu130.sm80.sm90a, 0.1.0+cpu).
+QLORA_SKIP_NATIVE=1 builds none; CXX names the compiler; MAX_JOBS bounds the parallel compilations. QLORA_CUDA_ARCHS
+says what the CUDA library is compiled for; where it is set, so does the version (0.1.0+cu130.sm80.sm90a, 0.1.0+cpu).
 """
 
 import os

@@ -39,6 +39,11 @@ def test_forward(mode: str, problem: LinearProblem) -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_compiled_and_source_agree_bit_for_bit(problem: LinearProblem) -> None:
+    assert same_bits(run("ptx", problem), run("plain", problem))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
     first = run("plain", problem)
     for order, seed in (("random", 2), ("random", 3), ("forward", 1), ("reverse", 1)):
