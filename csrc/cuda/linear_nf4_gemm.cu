@@ -56,7 +56,7 @@ struct GemmShared {
 __device__ __forceinline__ int x_chunk(int row, int column) { return row * kRowChunks + (column ^ (row & 7)); }
 
 template <typename T, int BLOCK_M, class Weights>
-__global__ void __launch_bounds__(kGemmThreads) linear_nf4_gemm_kernel(const GemmProblem p) {
+__global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const GemmProblem p) {
     constexpr int kRowTiles = BLOCK_M / 16;
     GemmShared<BLOCK_M>& shared = dynamic_shared<GemmShared<BLOCK_M>>();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
