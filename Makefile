@@ -87,12 +87,12 @@ bench: $(READY)
 # Every kernel x config compiled for every architecture, into docs/kernels; and CI's subset, under the same gates.
 # QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture.
 wheel: $(READY)
-	QLORA_CUDA_ARCHS="$(QLORA_CUDA_ARCHS)" $(PYTHON) -m build -q --wheel --no-isolation --outdir dist
+	QLORA_CUDA_ARCHS="$(QLORA_CUDA_ARCHS)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 # The wheels that are published: the CPU's, one for each architecture, and one for all.
 wheels: $(READY)
 	for archs in "" 80 86 89 90 100 120 all; do \
-	    QLORA_CUDA_ARCHS="$$archs" $(PYTHON) -m build -q --wheel --no-isolation --outdir dist || exit 1; \
+	    QLORA_CUDA_ARCHS="$$archs" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . || exit 1; \
 	done
 
 kernels-report: $(READY)
