@@ -88,12 +88,14 @@ bench: $(READY)
 # QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture.
 wheel: $(READY)
 	QLORA_CUDA_ARCHS="$(QLORA_CUDA_ARCHS)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(PYTHON) -m python.build_support.platform_tag dist
 
 # The wheels that are published: the CPU's, one for each architecture, and one for all.
 wheels: $(READY)
 	for archs in "" 80 86 89 90 100 120 all; do \
 	    QLORA_CUDA_ARCHS="$$archs" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . || exit 1; \
 	done
+	$(PYTHON) -m python.build_support.platform_tag dist
 
 kernels-report: $(READY)
 	$(PYTHON) -m python.kernels_report --out docs/kernels

@@ -90,7 +90,11 @@ class BuildNative(build_ext):
             workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(Step.run, steps))
-            library.link_step([step.output for step in steps], output).run()
+            # Linked in the build folder and copied, so that the package receives the library and nothing beside it.
+            linked = build / output.name
+            library.link_step([step.output for step in steps], linked).run()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(linked, output)
         except CannotBuild as reason:
             output.unlink(missing_ok=True)  # an older build's library would be taken for this one
             self.warn(f"{library.name} is not built; its ops will run on the reference backend. {reason}")
