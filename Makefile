@@ -36,7 +36,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
+.PHONY: help sanitize setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -80,6 +80,10 @@ lint: $(READY)
 format:
 	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 	$(if $(CXX_FILES),$(dir $(PYTHON))clang-format -i $(CXX_FILES))
+
+# The CPU kernels under ASan and UBSan.
+sanitize: $(READY)
+	$(PYTHON) -m tests.cpu.sanitize
 
 bench: $(READY)
 	$(PYTHON) -m bench.run
