@@ -107,7 +107,7 @@ class Method(nn.Module):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
-        load_into(self.tree, by_path(tensors))
+        load_into(self.tree, by_path(tensors, self.file_prefix))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(values, tensors) that a resumed training needs and PEFT's layout has no place for."""
@@ -117,13 +117,13 @@ class Method(nn.Module):
         """Takes what extras() gave; not called for a file that PEFT wrote."""
 
 
-def by_path(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
     """Tensors of a file by their paths in the model.
 
-    PEFT writes the base model's name before each; with bias="all" it also writes the biases of modules_to_save a second
-    and third time, under names of its wrapper.
+    PEFT writes a prefix before each, a shorter one for prompts; a model's own paths may begin alike. With bias="all" it
+    also writes the biases of modules_to_save a second and third time, under names of its wrapper.
     """
-    paths = {key.removeprefix(FILE_PREFIX).removeprefix("base_model."): value for key, value in tensors.items()}
+    paths = {key.removeprefix(prefix).removeprefix("base_model."): value for key, value in tensors.items()}
     return {p: v for p, v in paths.items() if ".modules_to_save." not in p and ".original_module." not in p}
 
 

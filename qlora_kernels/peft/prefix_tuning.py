@@ -258,7 +258,7 @@ class PrefixTuning(Method):
         return next(iter(self.prefixes))
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        tensors = by_path(tensors)
+        tensors = by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
         self._encoders()[self._main].set_flat(tensors.pop("prompt_embeddings"))

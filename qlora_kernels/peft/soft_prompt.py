@@ -225,7 +225,7 @@ class SoftPrompt(Method):
         return {"prompt_embeddings": self.prompt().detach().clone(), **super().tensors()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        tensors = by_path(tensors)
+        tensors = by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
         rows, n = tensors.pop("prompt_embeddings"), self.config.num_virtual_tokens
