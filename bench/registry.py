@@ -91,6 +91,7 @@ class Contender:
     applies: to which cases; peers that are slow or wrong somewhere say so here.
     threads: torch's thread count while it runs; None: the run's.
     cost: where what it must move differs from what the suite says.
+    measures: (case, call after its first run) -> fields that its rows get beside times, e.g. bytes of state.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Contender:
     applies: Callable[[Case], bool] = lambda case: True
     threads: int | None = None
     cost: Callable[[Case], Cost] | None = None
+    measures: Callable[[Case, Call], dict[str, Any]] = lambda case, call: {}
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,9 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         for mode in dict.fromkeys(row["mode"] for row in timed if row["op"] == op):
             chosen = [row for row in timed if (row["op"], row["mode"]) == (op, mode)]
             yield f"### {op}{f', {mode}' if mode else ''}\n\n{_op_table(chosen)}"
+            held = [row for row in chosen if "state_bytes_per_element" in row]
+            if held:
+                yield f"Bytes of optimizer state per parameter element:\n\n{_state_table(held)}"
 
 
 def _op_table(rows: Sequence[Row]) -> str:
@@ -153,6 +156,14 @@ def _op_table(rows: Sequence[Row]) -> str:
     columns.append(("of roofline", lambda row: f"{row['roofline']:.0%}"))
     columns += [(f"over {peer}", lambda row, peer=peer: _ratio(row["speedup"].get(peer))) for peer in peers]
     return _markdown([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
+
+
+def _state_table(rows: Sequence[Row]) -> str:
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    bytes_of = {(row["case"], row["contender"]): f"{row['state_bytes_per_element']:.2f}" for row in rows}
+    cases = dict.fromkeys(row["case"] for row in rows)
+    lines = [[case, *(bytes_of.get((case, c), "") for c in contenders)] for case in cases]
+    return _markdown(["case", *contenders], lines)
 
 
 def _faults(rows: Sequence[Row]) -> Iterator[str]:

@@ -112,6 +112,7 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
     inputs = suite.inputs(case)
     threads = torch.get_num_threads()
     right: dict[str, tuple[Contender, Sequence[Call]]] = {}
+    measures: dict[str, Row] = {}
     for contender in suite.contenders:
         if not contender.applies(case):
             continue
@@ -119,6 +120,7 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
         fault = fault_of(suite, case, inputs, contender, calls[0])
         if fault is None:
             right[contender.name] = (contender, calls)
+            measures[contender.name] = contender.measures(case, calls[0])
         else:
             yield case_row(case, contender, threads, None) | {"gate": f"red: {fault}"}
     for mode in suite.modes:
@@ -129,7 +131,7 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
         timings = measure(entrants, case.device, budget) if entrants else {}
         for name, timing in timings.items():
             contender = right[name][0]
-            row = case_row(case, contender, threads, mode) | timing_fields(timing)
+            row = case_row(case, contender, threads, mode) | timing_fields(timing) | measures[name]
             yield row | rates(case, (contender.cost or suite.cost)(case), timing, peaks) | ratios(name, timings)
 
 

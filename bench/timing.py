@@ -66,14 +66,13 @@ class _Round:
 def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
     """Time every entrant, interleaved."""
     clock = clock_of(device)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), torch.get_num_threads()
     circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
-    lengths = {name: _turn_length(clock, circles[name], entrant.threads) for name, entrant in entrants.items()}
     rounds: list[_Round] = []
-    before = torch.get_num_threads()
     gc.collect()
     gc.disable()
     try:
+        lengths = {name: _turn_length(clock, circles[name], entrant.threads) for name, entrant in entrants.items()}
         while True:
             rounds.append(_run_round(clock, entrants, circles, lengths))
             quiet = [r for r in rounds if r.foreign <= QUIET]

@@ -7,6 +7,7 @@ one tensor of 160 M. The optimizers share parameters and gradients, and each has
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import qlora_kernels as qk
 from qlora_kernels.ops.adamw_step import STATE_BLOCKSIZE
 
 from .. import layers
-from ..registry import COLD, Call, Case, Contender, Cost, Suite
+from ..registry import COLD, Case, Contender, Cost, Suite
 
 HIDDEN, FFN, BLOCKS, RANK = 4096, 11008, 32, 16
 LINEARS = ((HIDDEN, HIDDEN),) * 4 + ((FFN, HIDDEN),) * 2 + ((HIDDEN, FFN),)
@@ -79,30 +80,42 @@ class Inputs:
             param.copy_(param.grad)
 
 
-def optimizer(make: Callable[..., Optimizer]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender that steps an optimizer and returns the parameters."""
+@dataclass(frozen=True)
+class Step:
+    """Steps an optimizer; returns its parameters."""
 
-    def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    optimizer: Optimizer
+    params: Sequence[Tensor]
+
+    def __call__(self) -> Sequence[Tensor]:
+        self.optimizer.step()
+        return self.params
+
+
+def contender(name: str, make: Callable[..., Optimizer], **options: Any) -> Contender:
+    """One optimizer. There is one copy of its states, larger than any cache or small enough to live there in training."""
+
+    def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Step]:
         inputs.restart()
-        made = make(inputs.params, **HYPERPARAMETERS)
+        return [Step(make(inputs.params, **HYPERPARAMETERS), inputs.params)]
 
-        def call() -> Sequence[Tensor]:
-            made.step()
-            return inputs.params
+    return Contender(name, build, lambda case: 8 * case.N, measures=state_bytes, **options)
 
-        return [call]
 
-    return build
+def state_bytes(case: Case, call: Any) -> dict[str, Any]:
+    """Memory that the optimizer's states hold, for each parameter element; a storage that several views share once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in call.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return {"state_bytes_per_element": round(sum(storages.values()) / case.N, 3)}
 
 
 def bnb(params: Sequence[Tensor], *, bits: int, **hyperparameters: Any) -> Optimizer:
     """bitsandbytes' paged AdamW; on a CPU nothing is paged."""
     return layers.bitsandbytes().optim.PagedAdamW(params, optim_bits=bits, **hyperparameters)
-
-
-def state_bytes(case: Case) -> int:
-    """Of fp32 states; there is one copy, for it is larger than any cache or small enough to live there in training."""
-    return 8 * case.N
 
 
 def verify(case: Case, inputs: Inputs, contender: str, params: Sequence[Tensor]) -> None:
@@ -123,13 +136,11 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", optimizer(qk.PagedAdamW), state_bytes),
-        Contender("ours 8-bit", optimizer(qk.PagedAdamW8bit), state_bytes, cost=cost_8bit),
-        Contender("torch", optimizer(partial(torch.optim.AdamW, fused=True)), state_bytes),
-        Contender("bnb", optimizer(partial(bnb, bits=32)), state_bytes, applies=layers.has_bitsandbytes),
-        Contender(
-            "bnb 8-bit", optimizer(partial(bnb, bits=8)), state_bytes, applies=layers.has_bitsandbytes, cost=cost_8bit
-        ),
+        contender("ours", qk.PagedAdamW),
+        contender("ours 8-bit", qk.PagedAdamW8bit, cost=cost_8bit),
+        contender("torch", partial(torch.optim.AdamW, fused=True)),
+        contender("bnb", partial(bnb, bits=32), applies=layers.has_bitsandbytes),
+        contender("bnb 8-bit", partial(bnb, bits=8), applies=layers.has_bitsandbytes, cost=cost_8bit),
     ),
     verify=verify,
     modes=(COLD,),

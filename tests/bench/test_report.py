@@ -99,3 +99,9 @@ def test_a_page_is_updated_between_its_marks(tmp_path):
     assert text.startswith(f"before\n{report.BEGIN}\nMachine: a machine")
     assert text.endswith(f"{report.END}\nafter\n")
     assert "stale" not in text
+
+
+def test_state_bytes_stand_beside_the_times():
+    step = {**ROW, "op": "adamw_step", "case": "160M", "mode": "cold", "state_bytes_per_element": 8.0}
+    text = report.report([step, {**step, "contender": "ours 8-bit", "state_bytes_per_element": 2.031}])
+    assert "| 160M | 8.00 | 2.03       |" in text

@@ -11,6 +11,15 @@ from bench import timing
 from bench.timing import Budget, Entrant, measure, summarize
 
 
+@pytest.fixture
+def two_threads():
+    """torch with two threads, whatever the run has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_summary():
     summary = summarize([1.0, 2.0, 3.0, 4.0, 100.0], foreign=0.5)
     assert (summary.median, summary.samples, summary.foreign) == (3.0, 5, 0.5)
@@ -31,8 +40,7 @@ def test_entrants_take_turns_over_all_their_copies(monkeypatch):
     assert timed.keys() == entrants.keys()
 
 
-def test_times_and_threads():
-    before = torch.get_num_threads()
+def test_times_and_threads(two_threads):
     seen = set()
 
     def call():
@@ -42,7 +50,7 @@ def test_times_and_threads():
     timed = measure({"sleep": Entrant([call], threads=1)}, "cpu", Budget(rounds=1, samples=1, seconds=0.0))
     assert timed["sleep"].median >= 0.005
     assert seen == {1}
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 2
 
 
 def test_quiet_rounds_are_preferred(monkeypatch):
