@@ -93,7 +93,7 @@ class Step:
 
 
 def contender(name: str, make: Callable[..., Optimizer], **options: Any) -> Contender:
-    """One optimizer. There is one copy of its states, larger than any cache or small enough to live there in training."""
+    """One optimizer. Its states exist once: larger than any cache, or small enough to live there in training, too."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Step]:
         inputs.restart()
