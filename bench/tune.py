@@ -21,6 +21,7 @@ from torch import Tensor
 import qlora_kernels as qk
 from qlora_kernels.ops import _config
 from qlora_kernels.ops._config import Plan, bucket, candidates, use_plan, write_tuned
+from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._registry import Problem
 
 from .machine import provenance
@@ -57,9 +58,7 @@ def best_plan(problem: Problem, flush: Tensor) -> tuple[Plan, float]:
 
     def call() -> Tensor:
         if backward:
-            return torch.ops.qlora_kernels.linear_nf4_grad_x(
-                rows, packed, *state.constants, blocksize=problem.blocksize, in_features=problem.K
-            )
+            return torch.ops.qlora_kernels.linear_nf4_grad_x(rows, *weight_of(problem.op, packed, state))
         return qk.linear_nf4(rows, packed, state)
 
     with use_plan(problem.op, Plan("decode")):

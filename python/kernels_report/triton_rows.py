@@ -18,6 +18,7 @@ from qlora_kernels.backends.triton.lora_down import lora_down
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.ops._config import Plan, arch_for, assume_capability, bound_of, candidates, plan, use_plan
+from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
 from qlora_kernels.ops._registry import Problem
 
 from .mock_gpu import Compiled, compiling_for
@@ -51,25 +52,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def constants(double_quant: bool, blocksize: int = BLOCKSIZE) -> tuple[Tensor | None, ...]:
-    """A weight's constants, as ops pass them."""
-    blocks = N * K // blocksize
+def weight(double_quant: bool = True, blocksize: int = BLOCKSIZE) -> Weight:
+    """A quantized weight [N, K], as ops pass it."""
+    packed, blocks = meta(N * K // 2, dtype=torch.uint8), N * K // blocksize
     if not double_quant:
-        return meta(blocks), None, None, None
-    return None, meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta()
+        return Weight(packed, meta(blocks), None, None, None, blocksize, N, K)
+    nested = meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta()
+    return Weight(packed, None, *nested, blocksize, N, K)
 
 
 def codec_cases(full: bool) -> Iterator[Case]:
     """Dequantize by dtype, double quantization and blocksize; quantize; double-quantize."""
-    packed = meta(N * K // 2, dtype=torch.uint8)
     for name in DTYPES if full else ("bf16",):
         for double_quant in (True, False):
             for blocksize in (32, 64, 128, 4096) if full and name == "bf16" else (64,):
-                constant = constants(double_quant, blocksize)
-                out = meta(N, K, dtype=DTYPES[name])
-                yield Case(
-                    lambda c=constant, b=blocksize, o=out: dequantize_nf4(packed, *c, blocksize=b, out=o),
-                )
+                w, out = weight(double_quant, blocksize), meta(N, K, dtype=DTYPES[name])
+                yield Case(lambda w=w, o=out: dequantize_nf4(w, out=o))
         yield Case(lambda n=name: quantize_nf4(meta(N, K, dtype=DTYPES[n]), blocksize=64))
     yield Case(lambda: quantize_absmax(meta(N * K // BLOCKSIZE)))
 
@@ -90,41 +88,29 @@ def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterat
 
 def linear_cases(capability: int, full: bool) -> Iterator[Case]:
     """The fused kernels, forward and backward, alone and with an adapter."""
-    packed = meta(N * K // 2, dtype=torch.uint8)
     for name in ("bf16", "fp16") if full else ("bf16",):
         dtype = DTYPES[name]
         for op in ("linear_nf4", "linear_nf4_grad_x"):
             for problem, chosen in plans_of(op, dtype, capability, full):
                 rows = meta(problem.M, N if op == "linear_nf4_grad_x" else K, dtype=dtype)
                 for double_quant in (True, False) if full else (True,):
-                    c = constants(double_quant)
+                    w = weight(double_quant)
                     if op == "linear_nf4":
-                        run = lambda x=rows, c=c: linear_nf4(  # noqa: E731
-                            x, packed, *c, meta(N), blocksize=BLOCKSIZE, out_features=N
-                        )
+                        yield Case(lambda x=rows, w=w: linear_nf4(x, w, meta(N)), problem, chosen)
                     else:
-                        run = lambda g=rows, c=c: linear_nf4_grad_x(  # noqa: E731
-                            g, packed, *c, blocksize=BLOCKSIZE, in_features=K
-                        )
-                    yield Case(run, problem, chosen)
+                        yield Case(lambda g=rows, w=w: linear_nf4_grad_x(g, w), problem, chosen)
                 if chosen.split_k == 1:
                     yield Case(lambda p=problem: lora_call(p, 16), problem, chosen)
 
 
 def lora_call(problem: Problem, r: int) -> object:
     """One fused linear with an adapter: the forward or the backward that `problem.op` belongs to."""
-    packed = meta(N * K // 2, dtype=torch.uint8)
     x, grad_y = meta(problem.M, K, dtype=problem.dtype), meta(problem.M, N, dtype=problem.dtype)
-    A, B, seed = meta(r, K), meta(N, r), meta(1, dtype=torch.int64)
+    lora = LoRA(meta(r, K), meta(N, r), meta(1, dtype=torch.int64), 2.0, 0.0)
     if problem.op == "linear_nf4":
-        return linear_nf4_lora(
-            x, packed, *constants(True), None, A, B, seed,
-            scaling=2.0, dropout_p=0.0, blocksize=BLOCKSIZE, out_features=N,
-        )  # fmt: skip
-    return linear_nf4_lora_backward(
-        grad_y, x, meta(problem.M, r, dtype=problem.dtype), packed, *constants(True), A, B, seed,
-        scaling=2.0, dropout_p=0.1, blocksize=BLOCKSIZE, need_grad_x=True,
-    )  # fmt: skip
+        return linear_nf4_lora(x, weight(), None, lora)
+    s = meta(problem.M, r, dtype=problem.dtype)
+    return linear_nf4_lora_backward(grad_y, x, s, weight(), lora._replace(dropout_p=0.1), need_grad_x=True)
 
 
 def adapter_cases(full: bool) -> Iterator[Case]:
@@ -140,21 +126,10 @@ def adapter_cases(full: bool) -> Iterator[Case]:
         yield Case(lambda x=x, r=r: lora_down(x, meta(r, K), dropout_of(seed, 0.1, x)))
     problem = Problem("linear_nf4", "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
     x, grad_y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, 16, dtype=dtype)
-    packed = meta(N * K // 2, dtype=torch.uint8)
-    adapters = (meta(8, 16, K), meta(8, N, 16), meta(8), meta(M, dtype=torch.int64), seed)
+    adapters = MultiLoRA(meta(8, 16, K), meta(8, N, 16), meta(8), meta(M, dtype=torch.int64), seed, 0.1)
+    yield Case(lambda: linear_nf4_multi_lora(x, weight(), None, adapters), problem, decode)
     yield Case(
-        lambda: linear_nf4_multi_lora(
-            x, packed, *constants(True), None, *adapters, dropout_p=0.1, blocksize=BLOCKSIZE, out_features=N
-        ),
-        problem,
-        decode,
-    )
-    yield Case(
-        lambda: linear_nf4_multi_lora_backward(
-            grad_y, x, s, packed, *constants(True), *adapters, dropout_p=0.1, blocksize=BLOCKSIZE, need_grad_x=True
-        ),
-        problem,
-        decode,
+        lambda: linear_nf4_multi_lora_backward(grad_y, x, s, weight(), adapters, need_grad_x=True), problem, decode
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..format import bnb_layout, nf4
 from ..format.quant_state import FLOAT_DTYPES, QuantState, n_blocks
 from ..ops._checks import check_blocksize, check_last_dim
+from ..ops._operands import LoRA, MultiLoRA, Weight
 from ..ops.dequantize_nf4 import dequantize_nf4
-from ..ops.linear_nf4_lora import draw_seed
+from ..ops.linear_nf4_lora import seed_for
 from ..ops.quantize_nf4 import quantize_nf4
 
 _CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
@@ -127,17 +128,7 @@ class LinearNF4(nn.Module):
         """x [..., in_features] -> y [..., out_features]."""
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4(
-            x.to(compute),
-            self.packed,
-            self.absmax,
-            self.absmax_q,
-            self.absmax_scale,
-            self.absmax_offset,
-            self.bias,
-            blocksize=self.blocksize,
-            out_features=self.out_features,
-        )
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4(x.to(compute), *self._operand, self.bias)
         return y.to(result)
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
@@ -147,22 +138,8 @@ class LinearNF4(nn.Module):
         """
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(
-            x.to(compute),
-            self.packed,
-            self.absmax,
-            self.absmax_q,
-            self.absmax_scale,
-            self.absmax_offset,
-            self.bias,
-            lora_A,
-            lora_B,
-            draw_seed(x.device) if dropout_p > 0 else None,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            blocksize=self.blocksize,
-            out_features=self.out_features,
-        )[0]
+        lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device), scaling, dropout_p)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x.to(compute), *self._operand, self.bias, *lora)[0]
         return y.to(result)
 
     def forward_multi_lora(
@@ -174,23 +151,8 @@ class LinearNF4(nn.Module):
         """
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(
-            x.to(compute),
-            self.packed,
-            self.absmax,
-            self.absmax_q,
-            self.absmax_scale,
-            self.absmax_offset,
-            self.bias,
-            lora_A,
-            lora_B,
-            scalings,
-            adapter,
-            draw_seed(x.device) if dropout_p > 0 else None,
-            dropout_p=dropout_p,
-            blocksize=self.blocksize,
-            out_features=self.out_features,
-        )[0]
+        lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x.to(compute), *self._operand, self.bias, *lora)[0]
         return y.to(result)
 
     def extra_repr(self) -> str:
@@ -200,6 +162,11 @@ class LinearNF4(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize={self.blocksize}, {kind}, compute_dtype={self.compute_dtype}"
         )
+
+    @property
+    def _operand(self) -> Weight:
+        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+        return Weight(self.packed, *constants, self.blocksize, self.out_features, self.in_features)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""

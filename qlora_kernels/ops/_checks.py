@@ -8,6 +8,7 @@ from torch import Tensor
 from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import FLOAT_DTYPES, n_blocks
+from ._operands import LoRA, MultiLoRA, Weight
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
@@ -29,32 +30,37 @@ def check_last_dim(op: str, name: str, tensor: Tensor, expected: int, symbol: st
         raise ValueError(f"{op}: {name}.shape[-1] must equal {symbol}={expected}, got shape {got}")
 
 
-def check_weight(
-    op: str,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    numel: int,
-    device: torch.device,
-) -> None:
-    """Packed bytes and constants belong to one weight of `numel` elements on `device`."""
-    check_blocksize(op, blocksize)
-    blocks = n_blocks(numel, blocksize)
-    _check_tensor(op, "packed", packed, torch.uint8, (numel + 1) // 2, device)
-    if absmax is not None:
-        if not (absmax_q is None and absmax_scale is None and absmax_offset is None):
+def check_weight(op: str, weight: Weight, device: torch.device) -> None:
+    """Packed bytes and constants belong to one weight of N * K elements on `device`."""
+    check_blocksize(op, weight.blocksize)
+    numel = weight.N * weight.K
+    blocks = n_blocks(numel, weight.blocksize)
+    _check_tensor(op, "packed", weight.packed, torch.uint8, (numel + 1) // 2, device)
+    nested = weight.constants[1:]
+    if weight.absmax is not None:
+        if any(tensor is not None for tensor in nested):
             raise ValueError(f"{op}: absmax excludes absmax_q, absmax_scale and absmax_offset, got both")
-        _check_tensor(op, "absmax", absmax, torch.float32, blocks, device)
+        _check_tensor(op, "absmax", weight.absmax, torch.float32, blocks, device)
         return
+    absmax_q, absmax_scale, absmax_offset = nested
     if absmax_q is None or absmax_scale is None or absmax_offset is None:
         raise ValueError(f"{op}: either absmax or all of absmax_q, absmax_scale and absmax_offset must be given")
     _check_tensor(op, "absmax_q", absmax_q, torch.uint8, blocks, device)
     _check_tensor(op, "absmax_scale", absmax_scale, torch.float32, n_blocks(blocks, NESTED_BLOCKSIZE), device)
     _check_tensor(op, "absmax_offset", absmax_offset, torch.float32, 1, device)
+
+
+def check_x(op: str, x: Tensor, weight: Weight) -> None:
+    """x [..., K] is float and fits a sound weight."""
+    check_float(op, "x", x)
+    check_last_dim(op, "x", x, weight.K, "K")
+    check_weight(op, weight, x.device)
+
+
+def check_grad_y(op: str, grad_y: Tensor, weight: Weight) -> None:
+    """grad_y [..., N] is float and fits the weight."""
+    check_float(op, "grad_y", grad_y)
+    check_last_dim(op, "grad_y", grad_y, weight.N, "N")
 
 
 def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.device) -> None:
@@ -65,23 +71,39 @@ def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.de
     _check_tensor(op, "bias", bias, bias.dtype, out_features, device)
 
 
-def check_lora(
-    op: str, lora_A: Tensor, lora_B: Tensor, *, in_features: int, out_features: int, device: torch.device
-) -> None:
-    """lora_A [r, K] and lora_B [N, r] share a rank of at least one."""
-    check_float(op, "lora_A", lora_A)
-    check_float(op, "lora_B", lora_B)
-    if lora_A.dim() != 2 or lora_A.shape[1] != in_features or lora_A.shape[0] < 1:
-        raise ValueError(f"{op}: lora_A must have shape [r, K={in_features}], got {tuple(lora_A.shape)}")
-    if lora_B.dim() != 2 or lora_B.shape[0] != out_features or lora_B.shape[1] != lora_A.shape[0]:
-        expected = f"[N={out_features}, r={lora_A.shape[0]}]"
-        raise ValueError(f"{op}: lora_B must have shape {expected}, got {tuple(lora_B.shape)}")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+def check_lora(op: str, x: Tensor, weight: Weight, lora: LoRA) -> None:
+    """The adapter fits the weight, and has a seed where it has dropout."""
+    _check_factors(op, x, weight, lora.A, lora.B, dims=2)
+    _check_dropout(op, lora.dropout_p, lora.seed)
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> None:
+    """The adapters fit the weight, and each row of x names one."""
+    _check_factors(op, x, weight, lora.A, lora.B, dims=3)
+    M, E, scalings, adapter = x.shape[:-1].numel(), lora.A.shape[0], lora.scalings, lora.adapter
+    if scalings.shape != (E,) or scalings.dtype != torch.float32:
+        raise ValueError(f"{op}: scalings must be float32 [E={E}], got {scalings.dtype} {tuple(scalings.shape)}")
+    if adapter.shape != (M,) or adapter.dtype != torch.int64:
+        raise ValueError(f"{op}: adapter must be int64 [M={M}], got {adapter.dtype} {tuple(adapter.shape)}")
+    _check_dropout(op, lora.dropout_p, lora.seed)
+
+
+def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, dims: int) -> None:
+    """A [r, K] and B [N, r] share a rank of at least one; with three dims each has E of them."""
+    check_float(op, "lora_A", A)
+    check_float(op, "lora_B", B)
+    if A.dim() != dims or A.shape[-1] != weight.K or A.shape[-2] < 1:
+        expected = f"[{'E, ' * (dims == 3)}r, K={weight.K}]"
+        raise ValueError(f"{op}: lora_A must have shape {expected}, got {tuple(A.shape)}")
+    if B.shape != (*A.shape[:-2], weight.N, A.shape[-2]):
+        expected = f"[{f'E={A.shape[0]}, ' * (dims == 3)}N={weight.N}, r={A.shape[-2]}]"
+        raise ValueError(f"{op}: lora_B must have shape {expected}, got {tuple(B.shape)}")
+    for name, tensor in (("lora_A", A), ("lora_B", B)):
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+
+
+def _check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
     """0 <= dropout_p < 1, and a seed where it is positive."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._philox import dropout_keep, keep_scale
+from ._operands import MultiLoRA, Weight
+from ._philox import dropped
 
 
 def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Tensor]]:
@@ -23,115 +24,50 @@ def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Ten
             yield index - 1, rows
 
 
-def dropped(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """dropout(x) for x [M, K], by the mask of _philox.py."""
-    if seed is None or dropout_p == 0.0:
-        return x
-    keep = dropout_keep(seed, x.shape[0], x.shape[1], dropout_p)
-    return torch.where(keep, x * keep_scale(dropout_p), 0.0)
-
-
-def add_forward(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    adapter: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
+def add_forward(y: Tensor, x: Tensor, lora: MultiLoRA) -> Tensor:
     """y[m] += scalings[e] * (dropout(x[m]) A_e^T) B_e^T for e = adapter[m], in place. Returns s [M, r]."""
-    s = x.new_zeros(x.shape[0], lora_A.shape[1])
-    x = dropped(x, seed, dropout_p)
-    for e, rows in rows_by_adapter(adapter, lora_A.shape[0]):
-        part = x[rows] @ lora_A[e].to(x.dtype).T
+    s = x.new_zeros(x.shape[0], lora.r)
+    x = dropped(x, lora.seed, lora.dropout_p)
+    for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
+        part = x[rows] @ lora.A[e].to(x.dtype).T
         s[rows] = part
-        y[rows] += (scalings[e] * (part @ lora_B[e].to(x.dtype).T)).to(y.dtype)
+        y[rows] += (lora.scalings[e] * (part @ lora.B[e].to(x.dtype).T)).to(y.dtype)
     return s
 
 
-def add_backward(
-    grad_x: Tensor | None,
-    grad_y: Tensor,
-    x: Tensor,
-    s: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    adapter: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def add_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, s: Tensor, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
     """Adds the low-rank part to grad_x in place, where given. Returns (grad_A, grad_B) in the masters' dtypes."""
-    grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    x_dropped = dropped(x, seed, dropout_p)
+    grad_A, grad_B = torch.zeros_like(lora.A), torch.zeros_like(lora.B)
+    x_dropped = dropped(x, lora.seed, lora.dropout_p)
     through_dropout = torch.zeros_like(x)
-    for e, rows in rows_by_adapter(adapter, lora_A.shape[0]):
+    for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
         g = grad_y[rows]
-        ds = (scalings[e] * (g @ lora_B[e].to(g.dtype))).to(g.dtype)
-        grad_B[e] = scalings[e] * (g.T @ s[rows])
+        ds = (lora.scalings[e] * (g @ lora.B[e].to(g.dtype))).to(g.dtype)
+        grad_B[e] = lora.scalings[e] * (g.T @ s[rows])
         grad_A[e] = ds.T @ x_dropped[rows]
         if grad_x is not None:
-            through_dropout[rows] = ds @ lora_A[e].to(g.dtype)
+            through_dropout[rows] = ds @ lora.A[e].to(g.dtype)
     if grad_x is not None:
-        grad_x += dropped(through_dropout, seed, dropout_p)
+        grad_x += dropped(through_dropout, lora.seed, lora.dropout_p)
     return grad_A, grad_B
 
 
 def over(
-    linear_nf4: Callable[..., Tensor], linear_nf4_grad_x: Callable[..., Tensor]
+    linear_nf4: Callable[[Tensor, Weight, Tensor | None], Tensor], linear_nf4_grad_x: Callable[[Tensor, Weight], Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
     """linear_nf4_multi_lora and linear_nf4_multi_lora_backward over one backend's plain linear and its gradient."""
 
-    def linear_nf4_multi_lora(
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor | None,
-        absmax_q: Tensor | None,
-        absmax_scale: Tensor | None,
-        absmax_offset: Tensor | None,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scalings: Tensor,
-        adapter: Tensor,
-        seed: Tensor | None,
-        *,
-        dropout_p: float,
-        blocksize: int,
-        out_features: int,
-    ) -> tuple[Tensor, Tensor]:
+    def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
         """(y, s)."""
-        constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-        y = linear_nf4(x, packed, *constants, bias, blocksize=blocksize, out_features=out_features)
-        return y, add_forward(y, x, lora_A, lora_B, scalings, adapter, seed, dropout_p)
+        y = linear_nf4(x, weight, bias)
+        return y, add_forward(y, x, lora)
 
     def linear_nf4_multi_lora_backward(
-        grad_y: Tensor,
-        x: Tensor,
-        s: Tensor,
-        packed: Tensor,
-        absmax: Tensor | None,
-        absmax_q: Tensor | None,
-        absmax_scale: Tensor | None,
-        absmax_offset: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scalings: Tensor,
-        adapter: Tensor,
-        seed: Tensor | None,
-        *,
-        dropout_p: float,
-        blocksize: int,
-        need_grad_x: bool,
+        grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(grad_x or empty, grad_A, grad_B)."""
-        constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-        grad_x = None
-        if need_grad_x:
-            grad_x = linear_nf4_grad_x(grad_y, packed, *constants, blocksize=blocksize, in_features=x.shape[1])
-        grad_A, grad_B = add_backward(grad_x, grad_y, x, s, lora_A, lora_B, scalings, adapter, seed, dropout_p)
+        grad_x = linear_nf4_grad_x(grad_y, weight) if need_grad_x else None
+        grad_A, grad_B = add_backward(grad_x, grad_y, x, s, lora)
         return x.new_empty(0) if grad_x is None else grad_x, grad_A, grad_B
 
     return linear_nf4_multi_lora, linear_nf4_multi_lora_backward

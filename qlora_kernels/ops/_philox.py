@@ -53,6 +53,14 @@ def dropout_keep(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
     return (draws >= keep_threshold(dropout_p)).view(M, K)
 
 
+def dropped(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """dropout(x) for x [M, K]."""
+    if seed is None or dropout_p == 0.0:
+        return x
+    keep = dropout_keep(seed, x.shape[0], x.shape[1], dropout_p)
+    return torch.where(keep, x * keep_scale(dropout_p), 0.0)
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """(high, low) 32-bit words of a * b. In halves, because int64 cannot hold a 64-bit unsigned product."""
     low_part = (a & 0xFFFF) * b

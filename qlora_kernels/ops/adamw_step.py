@@ -19,16 +19,7 @@ that truncation would lose: 16 random bits are added below the bf16 mantissa, dr
 8-bit states (format/blockwise8.py) are decoded to fp32, updated, used, and only then encoded again.
 
 Kernel contract:
-    run(params, grads, arena, steps, segments, lr, seed, grad_multiplier, found_inf, *, beta1, beta2, eps, weight_decay)
-
-params: fp32, bf16 or fp16, each a dense block of memory that is walked flat.   grads: one per param, of its dtype and
-    memory layout; None: the param's segments are skipped.
-arena: uint8 [nbytes], contiguous, 64-byte aligned.   steps: fp32 [n_params], t of each param, at least 1.
-segments: int64 [n_segments, 8], on steps' device; a row says which elements to update and where their states lie,
-    in the columns of SEGMENT_COLUMNS. Rows never overlap.
-lr: one element, any float dtype, on the CPU or on the params' device.   seed: int64 [1] or None.
-grad_multiplier: fp32 [1] or None (1).   found_inf: fp32 [1] or None; where it is not zero nothing is written. On CUDA
-    these and a device's lr are read by the kernel alone: no host synchronization, safe under graph capture.
+    run(step: Step) -> None
 """
 
 from __future__ import annotations
@@ -68,110 +59,65 @@ class Segment(NamedTuple):
 
 SEGMENT_COLUMNS = Segment._fields
 
+
+class Step(NamedTuple):
+    """Everything a step reads and writes.
+
+    params: fp32, bf16 or fp16, each a dense block of memory that is walked flat.   grads: one per param, of its dtype
+        and memory layout; None: the param's segments are skipped.
+    arena: uint8 [nbytes], contiguous, 64-byte aligned.   steps: fp32 [n_params], t of each param, at least 1.
+    segments: int64 [n_segments, 8], on steps' device; a row says which elements to update and where their states lie,
+        in the columns of SEGMENT_COLUMNS. Rows never overlap.
+    lr: one element, any float dtype, on the CPU or on the params' device.   seed: int64 [1] or None.
+    grad_multiplier: fp32 [1] or None (1).   found_inf: fp32 [1] or None; where it is not zero nothing is written. On
+        CUDA these and a device's lr are read by the kernel alone: no host synchronization, safe under graph capture.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    arena: Tensor
+    steps: Tensor
+    segments: Tensor
+    lr: Tensor
+    seed: Tensor | None
+    grad_multiplier: Tensor | None
+    found_inf: Tensor | None
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
 torch.library.define(
     "qlora_kernels::adamw_step",
     "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) arena, Tensor steps, Tensor segments, Tensor lr, Tensor? seed, "
-    "Tensor? grad_multiplier, Tensor? found_inf, *, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    "Tensor? grad_multiplier, Tensor? found_inf, float beta1, float beta2, float eps, float weight_decay) -> ()",
 )
 
 
-@implement("qlora_kernels::adamw_step")
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arena: Tensor,
-    steps: Tensor,
-    segments: Tensor,
-    lr: Tensor,
-    seed: Tensor | None,
-    grad_multiplier: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+@implement("qlora_kernels::adamw_step", (Step,))
+def adamw_step(step: Step) -> None:
     """The step that this module's docstring defines, checked, by the selected kernel; in place."""
-    adamw_step_fake(
-        params,
-        grads,
-        arena,
-        steps,
-        segments,
-        lr,
-        seed,
-        grad_multiplier,
-        found_inf,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
-    run_adamw_step(
-        params,
-        grads,
-        arena,
-        steps,
-        segments,
-        lr,
-        seed,
-        grad_multiplier,
-        found_inf,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
+    adamw_step_fake(step)
+    run_adamw_step(step)
 
 
-def run_adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arena: Tensor,
-    steps: Tensor,
-    segments: Tensor,
-    lr: Tensor,
-    seed: Tensor | None,
-    grad_multiplier: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def run_adamw_step(step: Step) -> None:
     """adamw_step for a caller that has made sure of its arguments: PagedAdamW.
 
     The dispatcher and the checks look at each of hundreds of tensors, which for small ones takes longer than the step.
     """
-    if not params:
+    if not step.params:
         return
-    problem = Problem("adamw_step", params[0].device.type, params[0].dtype)
-    hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    select(problem).run(params, grads, arena, steps, segments, lr, seed, grad_multiplier, found_inf, **hyper)
+    select(Problem("adamw_step", step.params[0].device.type, step.params[0].dtype)).run(step)
 
 
-@fake("qlora_kernels::adamw_step")
-def adamw_step_fake(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arena: Tensor,
-    steps: Tensor,
-    segments: Tensor,
-    lr: Tensor,
-    seed: Tensor | None,
-    grad_multiplier: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+@fake("qlora_kernels::adamw_step", (Step,))
+def adamw_step_fake(step: Step) -> None:
     """The checks alone. Segments are the caller's own plan and are not read back."""
-    if len(grads) != len(params) or steps.numel() != len(params):
-        counts = f"{len(params)} params, {len(grads)} grads and {steps.numel()} steps"
+    params, grads, arena, segments = step.params, step.grads, step.arena, step.segments
+    if len(grads) != len(params) or step.steps.numel() != len(params):
+        counts = f"{len(params)} params, {len(grads)} grads and {step.steps.numel()} steps"
         raise ValueError(f"adamw_step: grads and steps must be one for each param, got {counts}")
     for param, grad in zip(params, grads, strict=True):
         if grad is not None:
@@ -187,6 +133,7 @@ def adamw_step_fake(
     if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != len(SEGMENT_COLUMNS):
         got = f"{segments.dtype} {tuple(segments.shape)}"
         raise ValueError(f"adamw_step: segments must be int64 [n, {len(SEGMENT_COLUMNS)}], got {got}")
-    for name, scalar in (("lr", lr), ("seed", seed), ("grad_multiplier", grad_multiplier), ("found_inf", found_inf)):
+    for name in ("lr", "seed", "grad_multiplier", "found_inf"):
+        scalar: Tensor | None = getattr(step, name)
         if scalar is not None and scalar.numel() != 1:
             raise ValueError(f"adamw_step: {name} must have one element, got shape {tuple(scalar.shape)}")

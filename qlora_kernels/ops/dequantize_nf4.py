@@ -3,12 +3,10 @@
 Ops: qlora_kernels::dequantize_nf4 and its out variant.
 
 Kernel contract:
-    run(packed, absmax, absmax_q, absmax_scale, absmax_offset, *, blocksize, out) -> None     out contiguous, numel >= 1
+    run(weight, *, out) -> None     weight: Weight with N * K = out.numel() >= 1, whatever N and K; out contiguous
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +14,12 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from ._checks import check_float, check_weight
 from ._implement import fake, implement
+from ._operands import Weight
 from ._registry import Problem, select
 
-_CONSTANTS = "Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
-torch.library.define(
-    "qlora_kernels::dequantize_nf4",
-    f"({_CONSTANTS}, *, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
-)
-torch.library.define("qlora_kernels::dequantize_nf4.out", f"({_CONSTANTS}, *, int blocksize, Tensor(a!) out) -> ()")
+_TAKES = (Weight,)
+torch.library.define("qlora_kernels::dequantize_nf4", f"({Weight.schema()}, *, ScalarType dtype) -> Tensor")
+torch.library.define("qlora_kernels::dequantize_nf4.out", f"({Weight.schema()}, *, Tensor(a!) out) -> ()")
 
 
 def dequantize_nf4(
@@ -38,51 +34,30 @@ def dequantize_nf4(
     Raises ValueError or TypeError, naming the argument, where these do not fit together.
     Source: QLoRA (arXiv:2305.14314) section 3.
     """
+    weight = Weight(packed, *state.constants, state.blocksize, 1, state.numel)
     if out is None:
-        result: Tensor = torch.ops.qlora_kernels.dequantize_nf4(
-            packed, *state.constants, blocksize=state.blocksize, shape=state.shape, dtype=dtype or state.dtype
-        )
-        return result
+        flat: Tensor = torch.ops.qlora_kernels.dequantize_nf4(*weight, dtype=dtype or state.dtype)
+        return flat.view(state.shape)
     if out.shape != state.shape:
         raise ValueError(f"dequantize_nf4: out must have shape {tuple(state.shape)}, got {tuple(out.shape)}")
     if dtype is not None and dtype != out.dtype:
         raise TypeError(f"dequantize_nf4: dtype must equal out's {out.dtype} or be None, got {dtype}")
-    torch.ops.qlora_kernels.dequantize_nf4.out(packed, *state.constants, blocksize=state.blocksize, out=out)
+    torch.ops.qlora_kernels.dequantize_nf4.out(*weight, out=out)
     return out
 
 
-@implement("qlora_kernels::dequantize_nf4")
-def dequantize_nf4_impl(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """A fresh tensor, filled by the out variant."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    dequantize_nf4_out_impl(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize=blocksize, out=out)
+@implement("qlora_kernels::dequantize_nf4", _TAKES)
+def dequantize_nf4_impl(weight: Weight, *, dtype: torch.dtype) -> Tensor:
+    """A fresh [N, K], filled by the out variant."""
+    out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
+    dequantize_nf4_out_impl(weight, out=out)
     return out
 
 
-@implement("qlora_kernels::dequantize_nf4.out")
-def dequantize_nf4_out_impl(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+@implement("qlora_kernels::dequantize_nf4.out", _TAKES)
+def dequantize_nf4_out_impl(weight: Weight, *, out: Tensor) -> None:
     """Checks, then the selected kernel."""
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    dequantize_nf4_out_fake(packed, *constants, blocksize=blocksize, out=out)
+    dequantize_nf4_out_fake(weight, out=out)
     if out.numel() == 0:
         return
     problem = Problem(
@@ -90,54 +65,26 @@ def dequantize_nf4_out_impl(
         out.device.type,
         out.dtype,
         N=out.numel(),
-        blocksize=blocksize,
-        double_quant=absmax_q is not None,
+        blocksize=weight.blocksize,
+        double_quant=weight.double_quant,
     )
-    select(problem).run(packed.contiguous(), *constants, blocksize=blocksize, out=out)
+    select(problem).run(weight._replace(packed=weight.packed.contiguous()), out=out)
 
 
-@fake("qlora_kernels::dequantize_nf4")
-def dequantize_nf4_fake(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+@fake("qlora_kernels::dequantize_nf4", _TAKES)
+def dequantize_nf4_fake(weight: Weight, *, dtype: torch.dtype) -> Tensor:
     """Shape and dtype of the result."""
-    out = packed.new_empty(shape, dtype=dtype)
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    dequantize_nf4_out_fake(packed, *constants, blocksize=blocksize, out=out)
+    out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
+    dequantize_nf4_out_fake(weight, out=out)
     return out
 
 
-@fake("qlora_kernels::dequantize_nf4.out")
-def dequantize_nf4_out_fake(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+@fake("qlora_kernels::dequantize_nf4.out", _TAKES)
+def dequantize_nf4_out_fake(weight: Weight, *, out: Tensor) -> None:
     """The checks alone."""
     check_float("dequantize_nf4", "dtype of the result", out)
     if not out.is_contiguous():
         raise ValueError(f"dequantize_nf4: out must be contiguous, got strides {out.stride()}")
-    check_weight(
-        "dequantize_nf4",
-        packed,
-        absmax,
-        absmax_q,
-        absmax_scale,
-        absmax_offset,
-        blocksize=blocksize,
-        numel=out.numel(),
-        device=out.device,
-    )
+    if out.numel() != weight.N * weight.K:
+        raise ValueError(f"dequantize_nf4: out must have {weight.N * weight.K} elements, got {out.numel()}")
+    check_weight("dequantize_nf4", weight, out.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from ..ops.adamw_step import run_adamw_step
+from ..ops.adamw_step import Step, run_adamw_step
 from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots
@@ -173,19 +173,21 @@ class PagedAdamW(Optimizer):
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
             here = slice(chunk.first_param, chunk.last_param + 1)
             run_adamw_step(
-                arena.params[here],
-                grads[here],
-                arena_bytes,
-                arena.steps[here],
-                segments,
-                lr,
-                seeds.get(device),
-                multiplier,
-                found_inf,
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                Step(
+                    arena.params[here],
+                    grads[here],
+                    arena_bytes,
+                    arena.steps[here],
+                    segments,
+                    lr,
+                    seeds.get(device),
+                    multiplier,
+                    found_inf,
+                    beta1=float(group["betas"][0]),
+                    beta2=float(group["betas"][1]),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
             )
 
         arena.memory.run(arena.active_chunks(grads), update)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.backends.reference.adamw_step import adamw_step
-from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS
+from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Step
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
 from tests.support.cuda_host import out, pointers
 
@@ -65,7 +65,7 @@ class State:
                   found_inf: Tensor | None = None, hyper: dict[str, float] = HYPER) -> None:  # fmt: skip
         lr_tensor = torch.tensor([lr], dtype=torch.float32)
         tensors = (self.params, self.grads, self.arena, self.steps, self.segments, lr_tensor)
-        adamw_step(*tensors, seed, multiplier, found_inf, **hyper)
+        adamw_step(Step(*tensors, seed, multiplier, found_inf, **hyper))
 
     def emulated(self, mode: str, *, lr: float = 0.01, seed: Tensor | None = None, multiplier: Tensor | None = None,
                  found_inf: Tensor | None = None, hyper: dict[str, float] = HYPER, order: str = "random",

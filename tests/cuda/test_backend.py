@@ -19,6 +19,7 @@ from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops._operands import LoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
 from tests.support.problems import DTYPES, gaussian
@@ -33,7 +34,6 @@ pytestmark = [needs_library, needs_emulator]
 
 ROUTING = importlib.import_module("qlora_kernels.backends.cuda.linear_nf4")  # the package names the function so too
 MULTIPROCESSORS = 108
-Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def launch(stem: str, name: str, *arguments: Any) -> None:
@@ -125,7 +125,7 @@ def test_codec(dtype: torch.dtype) -> None:
     assert nested[2].shape == ()
     first_level = double_quant.dequantize_absmax(*nested)
     result = torch.empty_like(w)
-    cuda.codec.dequantize_nf4(packed, None, *nested, blocksize=64, out=result)
+    cuda.codec.dequantize_nf4(Weight(packed, None, *nested, 64, *w.shape), out=result)
     assert same_bits(result, reference.dequantize_nf4(packed, first_level, 64, w.shape, dtype))
 
 
@@ -133,46 +133,45 @@ def test_codec(dtype: torch.dtype) -> None:
 SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (65, 24, 64, 4), (3, 12, 50, 4)]
 
 
-def composed(dtype: torch.dtype, x: Tensor, packed: Tensor, constants: Constants, *rest: Any, **sizes: Any) -> Tensor:
-    """The reference in `dtype`, from the same tensors."""
-    cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in rest]
-    y: Tensor = linear_nf4_lora(x.to(dtype), packed, *constants, *cast, **sizes)[0]
-    return y
+def quantized_matrix(N: int, K: int) -> Weight:
+    packed, constants, _ = quantized(gaussian(N, K, seed=1) * 0.05, 64, True)
+    return Weight(packed, *constants, 64, N, K)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K", "r"), SHAPES)
 def test_linear_with_lora(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
-    packed, constants, _ = quantized(gaussian(N, K, seed=1) * 0.05, 64, True)
+    weight = quantized_matrix(N, K)
     x, bias = gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3)
-    lora = (gaussian(r, K, seed=4) * 0.1, gaussian(N, r, seed=5) * 0.1)
-    options = {"scaling": 0.5, "dropout_p": 0.0, "blocksize": 64, "out_features": N}
-    y, s = cuda.linear_nf4_lora(x, packed, *constants, bias, *lora, None, **options)
-    arguments = (x, packed, constants, bias, *lora, None)
-    exact = composed(torch.float64, *arguments, **options)
-    assert_within_baseline(y, composed(dtype, *arguments, **options), exact, factor=FORWARD_FACTOR, name="y")
+    lora = LoRA(gaussian(r, K, seed=4) * 0.1, gaussian(N, r, seed=5) * 0.1, None, 0.5, 0.0)
+
+    def reference_y(kind: torch.dtype) -> Tensor:
+        y: Tensor = linear_nf4_lora(x.to(kind), weight, bias.to(kind), _cast(lora, kind))[0]
+        return y
+
+    y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
+    assert_within_baseline(y, reference_y(dtype), reference_y(torch.float64), factor=FORWARD_FACTOR, name="y")
     assert s.shape == (M, r)
-    plain = cuda.linear_nf4(x, packed, *constants, None, blocksize=64, out_features=N)
-    assert plain.shape == (M, N)
+    assert cuda.linear_nf4(x, weight, None).shape == (M, N)
 
     grad_y = gaussian(M, N, dtype=dtype, seed=6)
-    options = {"scaling": 0.5, "dropout_p": 0.0, "blocksize": 64, "need_grad_x": True}
-    saved = (packed, *constants, *lora, None)
-    gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, *saved, **options)
-    expected = linear_nf4_lora_backward(grad_y, x, s, *saved, **options)
-    saved64 = (packed, *constants, *(t.double() for t in lora), None)
-    exact64 = linear_nf4_lora_backward(grad_y.double(), x.double(), s.double(), *saved64, **options)
+    gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
+    expected = linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
+    saved64 = (grad_y.double(), x.double(), s.double(), weight, _cast(lora, torch.float64))
+    exact64 = linear_nf4_lora_backward(*saved64, need_grad_x=True)
     for name, mine, theirs, truth in zip(("grad_x", "grad_A", "grad_B"), gradients, expected, exact64, strict=True):
         assert_within_baseline(mine, theirs, truth, factor=GRADIENT_FACTOR, name=name)
-    alone = cuda.linear_nf4_grad_x(grad_y, packed, *constants, blocksize=64, in_features=K)
-    assert alone.shape == (M, K)
+    assert cuda.linear_nf4_grad_x(grad_y, weight).shape == (M, K)
+
+
+def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:
+    return lora._replace(A=lora.A.to(dtype), B=lora.B.to(dtype))
 
 
 def test_a_misaligned_slice_is_copied() -> None:
-    packed, constants, _ = quantized(gaussian(8, 64) * 0.05, 64, True)
+    weight = quantized_matrix(8, 64)
     x = torch.empty(65)[1:].view(1, 64).copy_(gaussian(1, 64))
-    moved = cuda.linear_nf4(x, packed, *constants, None, blocksize=64, out_features=8)
-    assert same_bits(moved, cuda.linear_nf4(x.clone(), packed, *constants, None, blocksize=64, out_features=8))
+    assert same_bits(cuda.linear_nf4(x, weight, None), cuda.linear_nf4(x.clone(), weight, None))
 
 
 @pytest.mark.parametrize(

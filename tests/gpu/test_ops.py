@@ -8,6 +8,7 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops._registry import kernels_of, unavailable
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
@@ -147,9 +148,8 @@ def test_opcheck(backend):
     packed, state = qk.quantize_nf4(gaussian(64, 128).cuda())
     A, B = gaussian(8, 128).cuda().requires_grad_(), gaussian(64, 8).cuda().requires_grad_()
     x = gaussian(5, 128).cuda().requires_grad_()
-    arguments = (x, packed, *state.constants, None, A, B, torch.tensor([3], device="cuda"))
-    options = {"scaling": 2.0, "dropout_p": 0.1, "blocksize": 64, "out_features": 64}
-    torch.library.opcheck(torch.ops.qlora_kernels.linear_nf4_lora, arguments, options)
+    arguments = (x, *weight_of("opcheck", packed, state), None, A, B, torch.tensor([3], device="cuda"), 2.0, 0.1)
+    torch.library.opcheck(torch.ops.qlora_kernels.linear_nf4_lora, arguments)
 
 
 @dtypes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from python.kernels_report.row import Row, broken_gates, occupancy
-from python.kernels_report.triton_rows import Case, compile_case, constants, meta, row_of
+from python.kernels_report.triton_rows import Case, compile_case, meta, row_of, weight
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
 
@@ -62,8 +62,7 @@ def test_occupancy():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_dequantize_is_compiled_within_its_budget(arch):
     """Through the launcher, on a mock GPU: the whole report in small."""
-    packed, out = meta(4096 * 4096 // 2, dtype=torch.uint8), meta(4096, 4096, dtype=torch.bfloat16)
-    case = Case(lambda: dequantize_nf4(packed, *constants(True), blocksize=64, out=out))
+    case = Case(lambda: dequantize_nf4(weight(), out=meta(4096, 4096, dtype=torch.bfloat16)))
     (launch,) = compile_case(case, arch)
     row = row_of(launch, case, arch)
     assert launch.grid == (1024,)

@@ -9,7 +9,7 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from qlora_kernels.format.double_quant import dynamic_boundaries, dynamic_map
-from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Segment, adamw_step
+from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Segment, Step, adamw_step
 from tests.support.problems import DTYPES, dtype_name, usable_backends
 
 NUMELS = (7, 255, 4096, 5003, 70_001)
@@ -61,7 +61,7 @@ def trajectory(dtype, bits, hyper, seed=None, steps=4):
                 grads[-1] = None
         counts += torch.tensor([float(grad is not None) for grad in grads])
         scalars = (torch.tensor(1e-2, dtype=torch.float64), seed, torch.tensor([0.5]), None)
-        adamw_step(params, grads, arena, counts, segments, *scalars, **hyper)
+        adamw_step(Step(params, grads, arena, counts, segments, *scalars, **hyper))
         seen += [p.clone() for p in params] + [arena.clone()]
     return seen
 
@@ -118,7 +118,7 @@ def encoded_states(values):
     arena = torch.zeros(offsets[-1] + 64 * blocks, dtype=torch.uint8)
     hyper = {"beta1": 0.0, "beta2": 0.0, "eps": 1e-8, "weight_decay": 0.0}
     lr = torch.tensor(0.0, dtype=torch.float64)
-    adamw_step([torch.zeros(n)], [values], arena, torch.ones(1), segments, lr, None, None, None, **hyper)
+    adamw_step(Step([torch.zeros(n)], [values], arena, torch.ones(1), segments, lr, None, None, None, **hyper))
     return arena
 
 
@@ -186,7 +186,7 @@ def test_found_inf_writes_nothing(backend, bits):
     for found, changed in ((1.0, False), (0.0, True)):
         with qk.use_backend(backend):
             scalars = (lr, None, None, torch.tensor([found]))
-            adamw_step(params, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"])
+            adamw_step(Step(params, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"]))
         assert bool(arena.any()) is changed
         assert all(bool((p != 1).all()) is changed for p in params)
 
@@ -209,7 +209,7 @@ def test_nothing_is_written_between_the_states(backend, bits):
     with qk.use_backend(backend):
         heads = [p[:n] for p, n in zip(params, NUMELS, strict=True)]
         scalars = (torch.tensor(1.0), None, None, None)
-        adamw_step(heads, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"])
+        adamw_step(Step(heads, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"]))
     assert (arena[~owned] == 0xA5).all()
     assert all((p[n:] == 1).all() and (p[:n] != 1).all() for p, n in zip(params, NUMELS, strict=True))
 
@@ -233,16 +233,16 @@ def test_the_library_checks_every_row_before_it_becomes_a_pointer(column, value,
     arena = torch.zeros(nbytes, dtype=torch.uint8)
     scalars = (torch.tensor(1.0), None, None, None)
     with qk.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
-        adamw_step(params, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"])
+        adamw_step(Step(params, grads, arena, torch.ones(len(params)), segments, *scalars, **HYPER["usual"]))
 
 
 def test_the_registered_op_works_in_place_and_passes_opcheck():
     segments, nbytes = layout((300,))
     arguments = [[torch.ones(300)], [torch.ones(300)], torch.zeros(nbytes, dtype=torch.uint8), torch.ones(1), segments]
     arguments += [torch.tensor(0.5), None, None, None]
-    op = torch.ops.qlora_kernels.adamw_step
-    torch.library.opcheck(op, tuple(arguments), HYPER["usual"], test_utils=("test_schema", "test_faketensor"))
-    op(*arguments, **HYPER["usual"])
+    op, step = torch.ops.qlora_kernels.adamw_step, Step(*arguments, **HYPER["usual"])
+    torch.library.opcheck(op, step, test_utils=("test_schema", "test_faketensor"))
+    op(*step)
     assert (arguments[0][0] != 1).all()
 
 
@@ -272,7 +272,7 @@ def test_refusals(change, error, message):
         "found_inf": None,
     }
     with pytest.raises(error, match=message):
-        adamw_step(**{**arguments, **change}, **HYPER["usual"])
+        adamw_step(Step(**{**arguments, **change}, **HYPER["usual"]))
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))

@@ -7,6 +7,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.format import reference
+from qlora_kernels.ops._operands import weight_of
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 
 backends = pytest.mark.parametrize("backend", usable_backends("dequantize_nf4"))
@@ -78,11 +79,11 @@ def test_opcheck(backend, double_quant):
     with qk.use_backend(backend):
         torch.library.opcheck(
             torch.ops.qlora_kernels.dequantize_nf4.default,
-            (packed, *state.constants),
-            {"blocksize": 64, "shape": (8, 96), "dtype": torch.bfloat16},
+            weight_of("opcheck", packed, state),
+            {"dtype": torch.bfloat16},
         )
         torch.library.opcheck(
             torch.ops.qlora_kernels.dequantize_nf4.out,
-            (packed, *state.constants),
-            {"blocksize": 64, "out": torch.zeros(8, 96)},
+            weight_of("opcheck", packed, state),
+            {"out": torch.zeros(8, 96)},
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.ops._operands import weight_of
 from tests.support.problems import DTYPES, dtype_name, gaussian, shapes, usable_backends
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
 
@@ -97,11 +98,9 @@ def test_opcheck(backend, double_quant):
     with qk.use_backend(backend):
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4,
-            (x, packed, *state.constants, bias),
-            {"blocksize": 64, "out_features": 8},
+            (x, *weight_of("opcheck", packed, state), bias),
         )
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_grad_x,
-            (gaussian(3, 8), packed, *state.constants),
-            {"blocksize": 64, "in_features": 96},
+            (gaussian(3, 8), *weight_of("opcheck", packed, state)),
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
 from tests.support.problems import DTYPES, dtype_name, gaussian, shapes, usable_backends
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
@@ -156,12 +157,11 @@ def test_opcheck(backend, p):
     x, bias = gaussian(3, 96).requires_grad_(), gaussian(8).requires_grad_()
     lora_A, lora_B = gaussian(4, 96).requires_grad_(), gaussian(8, 4).requires_grad_()
     seed = torch.tensor([3]) if p else None
-    weight = (packed, *state.constants)
+    weight = weight_of("opcheck", packed, state)
     with qk.use_backend(backend):
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_lora,
-            (x, *weight, bias, lora_A, lora_B, seed),
-            {"scaling": 0.5, "dropout_p": p, "blocksize": 64, "out_features": 8},
+            (x, *weight, bias, lora_A, lora_B, seed, 0.5, p),
         )
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_lora_backward,
@@ -169,11 +169,12 @@ def test_opcheck(backend, p):
                 gaussian(3, 8),
                 x.detach(),
                 gaussian(3, 4),
-                packed,
-                *state.constants,
+                *weight,
                 lora_A.detach(),
                 lora_B.detach(),
                 seed,
+                0.5,
+                p,
+                True,
             ),
-            {"scaling": 0.5, "dropout_p": p, "blocksize": 64, "need_grad_x": True},
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
@@ -102,6 +103,5 @@ def test_opcheck(backend):
     with qk.use_backend(backend):
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_multi_lora,
-            (x, packed, *state.constants, None, A, B, torch.ones(2), adapter, None),
-            {"dropout_p": 0.0, "blocksize": 64, "out_features": 8},
+            (x, *weight_of("opcheck", packed, state), None, A, B, torch.ones(2), adapter, None, 0.0),
         )

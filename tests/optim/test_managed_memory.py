@@ -37,18 +37,18 @@ class Simulation(PagedAdamW):
 def simulation(monkeypatch, kind, driver, look_ahead=1):
     """A factory of optimizers; their launches are enqueued on the driver's compute stream."""
 
-    def launch(params, grads, arena, steps, segments, *scalars, **hyper):
-        params, grads, steps = list(params), list(grads), steps.clone()
+    def launch(step):
+        step = step._replace(params=list(step.params), grads=list(step.grads), steps=step.steps.clone())
 
         def kernel():
-            driver.log.append(("update", int(segments[0, 3])))
+            driver.log.append(("update", int(step.segments[0, 3])))
             if kind == "managed":
-                for row in segments.tolist():
+                for row in step.segments.tolist():
                     segment = op.Segment(*row)
                     width = 4 if segment.exp_avg_absmax < 0 else 1
                     for offset in (segment.exp_avg, segment.exp_avg_sq):
                         driver.access(offset, offset + segment.numel * width)
-            op.adamw_step(params, grads, arena, steps, segments, *scalars, **hyper)
+            op.adamw_step(step)
 
         driver.enqueue("compute", kernel)
 
@@ -85,7 +85,7 @@ def test_prefetches_are_enqueued_ahead_of_the_updates(monkeypatch):
     enqueued = []
     optimizer_class = simulation(monkeypatch, "managed", driver, look_ahead=1)
     inner = adamw_paged.run_adamw_step
-    monkeypatch.setattr(adamw_paged, "run_adamw_step", lambda *a, **k: (enqueued.append("update"), inner(*a, **k)))
+    monkeypatch.setattr(adamw_paged, "run_adamw_step", lambda step: (enqueued.append("update"), inner(step)))
     monkeypatch.setattr(driver, "prefetch", lambda arena, start, stop: enqueued.append("prefetch"))
     # One parameter of equal chunks: each is two ranges, exp_avg and exp_avg_sq.
     params = [nn.Parameter(torch.ones(8 * 4096))]

@@ -9,6 +9,7 @@ from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.format import double_quant, nf4, reference
+from qlora_kernels.ops._operands import Weight
 from tests.support.problems import gaussian
 from tests.support.triton_on_host import executing_ptx
 
@@ -30,7 +31,7 @@ def test_dequantize(dtype, double_quant_on, numel, blocksize):
         absmax = double_quant.dequantize_absmax(*constants[1:])
     out = torch.full((numel,), torch.nan, dtype=dtype)
     with executing_ptx():
-        dequantize_nf4(packed, *constants, blocksize=blocksize, out=out)
+        dequantize_nf4(Weight(packed, *constants, blocksize, 1, numel), out=out)
     assert torch.equal(out, reference.dequantize_nf4(packed, absmax, blocksize, out.shape, dtype))
 
 

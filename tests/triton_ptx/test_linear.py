@@ -9,6 +9,7 @@ import torch
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._operands import LoRA, Weight
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from tests.support.problems import gaussian
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
@@ -28,14 +29,12 @@ def test_lora_linear():
     bias = gaussian(N, seed=3)
     lora_A, lora_B = (gaussian(R, K, seed=4) / K**0.5).to(dtype).float(), gaussian(N, R, seed=5).to(dtype).float()
     seed = torch.tensor([987654321987654321])
-    adapter = {"scaling": SCALING, "dropout_p": DROPOUT, "blocksize": 64}
+    weight, lora = Weight(packed, *constants, 64, N, K), LoRA(lora_A, lora_B, seed, SCALING, DROPOUT)
     plan = Plan("fused", block_m=16, block_n=64, block_k=64)
     split = replace(plan, split_k=2)
     with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", split), executing_ptx() as launches:
-        y, s = linear_nf4_lora(x, packed, *constants, bias, lora_A, lora_B, seed, out_features=N, **adapter)
-        grads = linear_nf4_lora_backward(
-            grad_y, x, s, packed, *constants, lora_A, lora_B, seed, need_grad_x=True, **adapter
-        )
+        y, s = linear_nf4_lora(x, weight, bias, lora)
+        grads = linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
     assert {"linear_nf4_kernel", "linear_nf4_grad_x_kernel", "lora_ds_grad_B_kernel"} <= {run.name for run in launches}
 
     keep = dropout_keep(seed, M, K, DROPOUT) * keep_scale(DROPOUT)

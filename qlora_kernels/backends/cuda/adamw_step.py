@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ...ops.adamw_step import Step
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """qlora::FloatType."""
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arena: Tensor,
-    steps: Tensor,
-    segments: Tensor,
-    lr: Tensor,
-    seed: Tensor | None,
-    grad_multiplier: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def adamw_step(step: Step) -> None:
     """The contract of ops/adamw_step.py in one launch."""
     rows: list[int] = []
-    for param, grad in zip(params, grads, strict=True):
+    for param, grad in zip(step.params, step.grads, strict=True):
         rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), _DTYPES[param.dtype])
-    on_device = lr.device == arena.device
+    on_device = step.lr.device == step.arena.device
     torch.ops.qlora_kernels_C.cuda_adamw_step(
-        _on_device(tuple(rows), arena.device),
-        segments,
-        steps,
-        arena,
-        lr if on_device else None,
-        0.0 if on_device else float(lr),
-        seed,
-        grad_multiplier,
-        found_inf,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        max(param.numel() for param in params),
+        _on_device(tuple(rows), step.arena.device),
+        step.segments,
+        step.steps,
+        step.arena,
+        step.lr if on_device else None,
+        0.0 if on_device else float(step.lr),
+        step.seed,
+        step.grad_multiplier,
+        step.found_inf,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.weight_decay,
+        max(param.numel() for param in step.params),
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...format.double_quant import NESTED_BLOCKSIZE
 from ...format.quant_state import n_blocks
+from ...ops._operands import Weight
 
 _C = torch.ops.qlora_kernels_C
 
@@ -31,15 +32,6 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return absmax_q, absmax_scale, absmax_offset
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     """Into a contiguous out, both levels in one pass."""
-    _C.cuda_dequantize_nf4(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out)
+    _C.cuda_dequantize_nf4(weight.packed, *weight.constants, weight.blocksize, out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...format.quant_state import Constants
+from ...ops._operands import LoRA, Weight
 from .codec import dequantize_nf4
 
 _C = torch.ops.qlora_kernels_C
@@ -28,166 +28,90 @@ ALIGNMENT = 16
 """Bytes of the kernels' widest access."""
 
 
-def linear_nf4(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    *,
-    blocksize: int,
-    out_features: int,
-) -> Tensor:
+def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """y [M, N] = x W^T + bias."""
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    return _forward(x, packed, constants, bias, None, None, 0.0, blocksize, out_features)
+    return _forward(x, weight, bias, None, None)
 
 
-def linear_nf4_grad_x(
-    grad_y: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    in_features: int,
-) -> Tensor:
+def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
     """grad_x [M, K] = grad_y W."""
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    return _grad_x(grad_y, packed, constants, None, None, blocksize, in_features)
+    return _grad_x(grad_y, weight, None, None)
 
 
-def linear_nf4_lora(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-    blocksize: int,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
+def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, r]) without dropout."""
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    s = x @ lora_A.to(x.dtype).T
-    return _forward(x, packed, constants, bias, s, lora_B, scaling, blocksize, out_features), s
+    s = x @ lora.A.to(x.dtype).T
+    return _forward(x, weight, bias, s, lora), s
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    s: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-    blocksize: int,
-    need_grad_x: bool,
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_x [M, K] or empty, grad_A, grad_B) without dropout."""
-    constants = (absmax, absmax_q, absmax_scale, absmax_offset)
-    ds = scaling * (grad_y @ lora_B.to(x.dtype))
-    grad_B = scaling * (grad_y.T @ s)
+    ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
+    grad_B = lora.scaling * (grad_y.T @ s)
     grad_A = ds.T @ x
-    grad_x = x.new_empty(0)
-    if need_grad_x:
-        grad_x = _grad_x(grad_y, packed, constants, ds, lora_A.to(x.dtype), blocksize, x.shape[1])
-    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+    grad_x = _grad_x(grad_y, weight, ds, lora.A.to(x.dtype)) if need_grad_x else x.new_empty(0)
+    return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
 
-def _forward(
-    x: Tensor,
-    packed: Tensor,
-    constants: Constants,
-    bias: Tensor | None,
-    s: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    blocksize: int,
-    N: int,
-) -> Tensor:
-    M, K = x.shape
+def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None) -> Tensor:
+    M, N, K = x.shape[0], weight.N, weight.K
     bias = None if bias is None else bias.contiguous()
+    lora_B, scaling = (None, 0.0) if lora is None else (lora.B, lora.scaling)
     whole_pieces = K % 32 == 0
     small_rows = SMALL_ROWS_FP32 if x.dtype == torch.float32 else SMALL_ROWS
     if whole_pieces and small_rows >= M:
         y = x.new_empty(M, N)
         B = None if lora_B is None else lora_B.contiguous()
-        weight = (_aligned(x), _aligned(packed), *constants)
-        _C.cuda_linear_nf4_small_m(*weight, bias, None if s is None else s.contiguous(), B, scaling, blocksize, y)
+        operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
+        s = None if s is None else s.contiguous()
+        _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, y)
         return y
     if whole_pieces and M <= FUSED_ROWS and x.dtype != torch.float32:
         up = None if lora_B is None else lora_B.to(x.dtype)
-        return _gemm(x, packed, constants, bias, s, up, scaling, blocksize, N, transposed=False)
-    y = x @ _dequantized(packed, constants, blocksize, N, K, x).T
+        return _gemm(x, weight, bias, s, up, scaling, transposed=False)
+    y = x @ _dequantized(weight, x).T
     if bias is not None:
         y += bias
     return y if s is None or lora_B is None else y.addmm_(s, lora_B.to(x.dtype).T, alpha=scaling)
 
 
-def _grad_x(
-    grad_y: Tensor,
-    packed: Tensor,
-    constants: Constants,
-    ds: Tensor | None,
-    lora_A: Tensor | None,
-    blocksize: int,
-    K: int,
-) -> Tensor:
+def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
     """grad_y W + ds A; lora_A in grad_y's dtype."""
-    M, N = grad_y.shape
-    if K % 32 == 0 and N % 8 == 0 and M <= FUSED_ROWS and grad_y.dtype != torch.float32:
+    M = grad_y.shape[0]
+    if weight.K % 32 == 0 and weight.N % 8 == 0 and M <= FUSED_ROWS and grad_y.dtype != torch.float32:
         up = None if lora_A is None else lora_A.T
-        return _gemm(grad_y, packed, constants, None, ds, up, 1.0, blocksize, K, transposed=True)
-    grad_x = grad_y @ _dequantized(packed, constants, blocksize, N, K, grad_y)
+        return _gemm(grad_y, weight, None, ds, up, 1.0, transposed=True)
+    grad_x = grad_y @ _dequantized(weight, grad_y)
     return grad_x if ds is None or lora_A is None else grad_x.addmm_(ds, lora_A)
 
 
 def _gemm(
     x: Tensor,
-    packed: Tensor,
-    constants: Constants,
+    weight: Weight,
     bias: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
     scaling: float,
-    blocksize: int,
-    out: int,
     *,
     transposed: bool,
 ) -> Tensor:
     M, depth = x.shape
+    out = weight.K if transposed else weight.N
     y = x.new_empty(M, out)
     splits = _C.cuda_linear_nf4_gemm_splits(M, out, depth, _multiprocessors(x))
     partial = x.new_empty(splits, M, out, dtype=torch.float32) if splits > 1 else None
     lora = (_padded_rank(down), _padded_rank(up))
-    weight = (_aligned(x), _aligned(packed), *constants)
-    _C.cuda_linear_nf4_gemm(*weight, bias, *lora, scaling, blocksize, transposed, partial, y)
+    operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
+    _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
     return y
 
 
-def _dequantized(packed: Tensor, constants: Constants, blocksize: int, N: int, K: int, like: Tensor) -> Tensor:
+def _dequantized(weight: Weight, like: Tensor) -> Tensor:
     """W [N, K] in a scratch tensor, which torch's allocator hands out again for the next layer."""
-    w = like.new_empty(N, K)
-    dequantize_nf4(packed, *constants, blocksize=blocksize, out=w)
+    w = like.new_empty(weight.N, weight.K)
+    dequantize_nf4(weight, out=w)
     return w
 
 

@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ...format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from ...ops._philox import philox
-from ...ops.adamw_step import Segment
+from ...ops.adamw_step import Segment, Step
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    arena: Tensor,
-    steps: Tensor,
-    segments: Tensor,
-    lr: Tensor,
-    seed: Tensor | None,
-    grad_multiplier: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def adamw_step(step: Step) -> None:
     """The contract of ops/adamw_step.py, a segment at a time."""
-    if found_inf is not None and found_inf.item() != 0:
+    if step.found_inf is not None and step.found_inf.item() != 0:
         return
-    rate = float(lr.item())
-    for row in segments.tolist():
+    rate, beta1, beta2 = float(step.lr.item()), step.beta1, step.beta2
+    for row in step.segments.tolist():
         segment = Segment(*row)
-        grad = grads[segment.param]
+        grad = step.grads[segment.param]
         if grad is None:
             continue
         stop = segment.start + segment.numel
-        param = _flat(params[segment.param])[segment.start : stop]
+        param = _flat(step.params[segment.param])[segment.start : stop]
         p = param.float()  # the parameter itself where it is fp32
         g = _flat(grad)[segment.start : stop].float()
-        if grad_multiplier is not None:
-            g = g * grad_multiplier
-        m, v = _load(arena, segment)
-        t = float(steps[segment.param].item())
+        if step.grad_multiplier is not None:
+            g = g * step.grad_multiplier
+        m, v = _load(step.arena, segment)
+        t = float(step.steps[segment.param].item())
 
-        if weight_decay != 0:
-            p.mul_(1 - rate * weight_decay)
+        if step.weight_decay != 0:
+            p.mul_(1 - rate * step.weight_decay)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         # Through double, hence correctly rounded. On many CPUs torch takes fp32 roots from MKL, 17 % off by an ulp.
         root = v.double().sqrt_().float()
-        denominator = root.div_((1 - beta2**t) ** 0.5).add_(eps)
+        denominator = root.div_((1 - beta2**t) ** 0.5).add_(step.eps)
         p.addcdiv_(m, denominator, value=-(rate / (1 - beta1**t)))
 
-        _store(arena, segment, m, v)
-        if param.dtype == torch.bfloat16 and seed is not None:
-            param.copy_(_stochastic_bf16(p, int(seed.item()), segment.counter))
+        _store(step.arena, segment, m, v)
+        if param.dtype == torch.bfloat16 and step.seed is not None:
+            param.copy_(_stochastic_bf16(p, int(step.seed.item()), segment.counter))
         elif param.dtype != torch.float32:
             param.copy_(p)
 

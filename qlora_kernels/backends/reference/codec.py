@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...format import double_quant, reference
 from ...format.quant_state import first_level
+from ...ops._operands import Weight
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -18,16 +19,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return double_quant.quantize_absmax(absmax)
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     """out = code[q] * absmax."""
-    scales = first_level(absmax, absmax_q, absmax_scale, absmax_offset)
-    out.copy_(reference.dequantize_nf4(packed, scales, blocksize, out.shape, out.dtype))
+    out.copy_(
+        reference.dequantize_nf4(weight.packed, first_level(*weight.constants), weight.blocksize, out.shape, out.dtype)
+    )

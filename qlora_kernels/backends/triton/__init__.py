@@ -13,7 +13,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...ops._operands import Weight
 from ...ops._registry import KernelSpec, Problem
 
 _MODULES = {
@@ -55,7 +57,8 @@ def _launcher(op: str) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
         # Triton launches on the current device, whichever its arguments lie on.
-        with torch.cuda.device_of(args[0]) if args[0].is_cuda else nullcontext():
+        on: Tensor = args[0].packed if isinstance(args[0], Weight) else args[0]
+        with torch.cuda.device_of(on) if on.is_cuda else nullcontext():
             return getattr(module, op)(*args, **kwargs)
 
     launch.__name__ = f"launch_{op}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...format.double_quant import dynamic_boundaries, dynamic_map
+from ...ops._operands import Weight
 
 
 class AbsmaxPointers(NamedTuple):
@@ -20,10 +21,9 @@ class AbsmaxPointers(NamedTuple):
     absmax_offset: Tensor
 
 
-def absmax_pointers(
-    absmax: Tensor | None, absmax_q: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None
-) -> AbsmaxPointers:
-    """From the constants as ops pass them."""
+def absmax_pointers(weight: Weight) -> AbsmaxPointers:
+    """From a weight's constants."""
+    absmax, absmax_q, absmax_scale, absmax_offset = weight.constants
     if absmax is not None:
         return AbsmaxPointers(absmax, absmax, absmax, absmax)
     assert absmax_q is not None

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops._operands import Weight
 from ._constants import absmax_pointers
 from ._decode import code_table, decode_pairs
 
@@ -112,29 +113,20 @@ def decode_run(
             tl.store(p_w + (i_value + o_value), b_w)
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     """out[i] = code[q[i]] * absmax[i // blocksize]. See ops/dequantize_nf4.py for the contract."""
-    pointers = absmax_pointers(absmax, absmax_q, absmax_scale, absmax_offset)
-    row_values = min(blocksize, 64)
-    program_values = min(PROGRAM_VALUES, 256 * blocksize)
+    pointers = absmax_pointers(weight)
+    row_values = min(weight.blocksize, 64)
+    program_values = min(PROGRAM_VALUES, 256 * weight.blocksize)
     numel = out.numel()
     dequantize_nf4_kernel[(triton.cdiv(numel, program_values),)](
-        packed,
+        weight.packed,
         *pointers,
         out,
         numel,
         pointers.absmax.numel(),
-        BLOCKSIZE=blocksize,
-        DOUBLE_QUANT=absmax is None,
+        BLOCKSIZE=weight.blocksize,
+        DOUBLE_QUANT=weight.double_quant,
         SHORT_TAIL=numel % program_values != 0,
         ROWS=2 * TILE_BYTES // row_values,
         ROW_BYTES=row_values // 2,

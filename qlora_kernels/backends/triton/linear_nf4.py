@@ -17,8 +17,9 @@ import triton
 from torch import Tensor
 
 from ...ops._config import Plan, capability_of, plan
+from ...ops._operands import Weight
 from ...ops._registry import Problem
-from ._constants import AbsmaxPointers, absmax_pointers
+from ._constants import absmax_pointers
 from ._dropout import Dropout, dropout_of
 from ._partials import block_r_of
 from .dequantize_nf4 import dequantize_nf4
@@ -29,42 +30,19 @@ GRAD_X_BLOCK_N = 64
 """Step along N of the grad_x kernel."""
 
 
-class Weight(NamedTuple):
-    """A quantized weight [N, K], as ops pass it."""
-
-    packed: Tensor
-    absmax: Tensor | None
-    absmax_q: Tensor | None
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
-    blocksize: int
-    N: int
-    K: int
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the constants are in 8 bits."""
-        return self.absmax is None
-
-    @property
-    def pointers(self) -> AbsmaxPointers:
-        """Arguments of `load_absmax`."""
-        return absmax_pointers(self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
-
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a workspace [N, K] of `dtype`."""
-        workspace = torch.empty((self.N, self.K), dtype=dtype, device=self.packed.device)
-        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
-        dequantize_nf4(self.packed, *constants, blocksize=self.blocksize, out=workspace)
-        return workspace
-
-
 class LowRank(NamedTuple):
     """The adapter's term of a result: scaling * keep * (left @ right), right as lora_B [N, r] or as lora_A [r, K]."""
 
     left: Tensor
     right: Tensor
     scaling: float
+
+
+def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight in a workspace [N, K] of `dtype`."""
+    workspace = torch.empty((weight.N, weight.K), dtype=dtype, device=weight.packed.device)
+    dequantize_nf4(weight, out=workspace)
+    return workspace
 
 
 def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
@@ -82,7 +60,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | 
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
     chosen = plan_for("linear_nf4", x, weight)
     if chosen.path == "decode":
-        y = x @ weight.decoded(x.dtype).T
+        y = x @ decoded(weight, x.dtype).T
         if bias is not None or low_rank is not None:
             lora_up(
                 y, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout
@@ -95,7 +73,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | 
     linear_nf4_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n), chosen.split_k)](
         x,
         weight.packed,
-        *weight.pointers,
+        *absmax_pointers(weight),
         x if bias is None else bias,
         x if left is None else left,
         x if right is None else right,
@@ -131,7 +109,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: 
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
     chosen = plan_for("linear_nf4_grad_x", grad_y, weight)
     if chosen.path == "decode":
-        grad_x = grad_y @ weight.decoded(grad_y.dtype)
+        grad_x = grad_y @ decoded(weight, grad_y.dtype)
         if low_rank is not None:
             lora_up(
                 grad_x,
@@ -151,7 +129,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: 
     linear_nf4_grad_x_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(K, chosen.block_k), chosen.split_k)](
         grad_y,
         weight.packed,
-        *weight.pointers,
+        *absmax_pointers(weight),
         grad_y if left is None else left,
         grad_y if right is None else right,
         dropout.seed,
@@ -189,34 +167,11 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: 
     return grad_x
 
 
-def linear_nf4(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    *,
-    blocksize: int,
-    out_features: int,
-) -> Tensor:
+def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias. See ops/linear_nf4.py for the contract."""
-    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, x.shape[1])
     return forward(x, weight, bias, None)
 
 
-def linear_nf4_grad_x(
-    grad_y: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    *,
-    blocksize: int,
-    in_features: int,
-) -> Tensor:
+def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
     """grad_x = grad_y W. See ops/linear_nf4.py for the contract."""
-    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, grad_y.shape[1], in_features)
     return backward(grad_y, weight, None, dropout_of(None, 0.0, grad_y))

@@ -10,59 +10,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...ops._operands import LoRA, Weight
 from ._dropout import dropout_of
-from .linear_nf4 import LowRank, Weight, backward, forward
+from .linear_nf4 import LowRank, backward, forward
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A
 
 
-def linear_nf4_lora(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-    blocksize: int,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
+def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
     """(y, s). See ops/linear_nf4_lora.py for the contract."""
-    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, x.shape[1])
-    s = lora_down(x, lora_A, dropout_of(seed, dropout_p, x))
-    return forward(x, weight, bias, LowRank(s, lora_B, scaling)), s
+    s = lora_down(x, lora.A, dropout_of(lora.seed, lora.dropout_p, x))
+    return forward(x, weight, bias, LowRank(s, lora.B, lora.scaling)), s
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    s: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-    blocksize: int,
-    need_grad_x: bool,
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_x or empty, grad_A, grad_B). See ops/linear_nf4_lora.py for the contract."""
-    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, grad_y.shape[1], x.shape[1])
-    dropout = dropout_of(seed, dropout_p, x)
-    ds, grad_B = lora_ds_grad_B(grad_y, s, lora_B, scaling)
-    grad_A = lora_grad_A(x, ds, dropout, lora_A.dtype)
+    dropout = dropout_of(lora.seed, lora.dropout_p, x)
+    ds, grad_B = lora_ds_grad_B(grad_y, s, lora.B, lora.scaling)
+    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
     grad_x = x.new_empty(0)
     if need_grad_x:
-        grad_x = backward(grad_y, weight, LowRank(ds, lora_A, dropout.scale), dropout)
+        grad_x = backward(grad_y, weight, LowRank(ds, lora.A, dropout.scale), dropout)
     return grad_x, grad_A, grad_B

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops._operands import MultiLoRA, Weight
 from ._dropout import Dropout, dropout_of, keep_tile
 from ._partials import block_r_of, split_count, sum_partials
-from .linear_nf4 import Weight, backward, forward
+from .linear_nf4 import backward, forward
 
 BLOCK_M, BLOCK_K, BLOCK_N = 32, 64, 128
 NUM_WARPS, NUM_STAGES = 4, 2
@@ -268,36 +269,19 @@ def multi_lora_up(
     )
 
 
-def linear_nf4_multi_lora(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    adapter: Tensor,
-    seed: Tensor | None,
-    *,
-    dropout_p: float,
-    blocksize: int,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
+def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
     """(y, s). See ops/linear_nf4_multi_lora.py for the contract."""
     M, K = x.shape
-    r = lora_A.shape[1]
-    dropout = dropout_of(seed, dropout_p, x)
+    r = lora.r
+    dropout = dropout_of(lora.seed, lora.dropout_p, x)
     block_r = block_r_of(r)
     tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
     steps, splits = split_count(triton.cdiv(K, BLOCK_K), tiles_m * tiles_r, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
     multi_lora_down_kernel[(tiles_m, splits, tiles_r)](
         x,
-        lora_A,
-        adapter,
+        lora.A,
+        lora.adapter,
         dropout.seed,
         parts,
         M,
@@ -313,15 +297,14 @@ def linear_nf4_multi_lora(
         num_stages=NUM_STAGES,
     )
     s = sum_partials(parts, dropout.scale, x.dtype)
-    weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K)
     y = forward(x, weight, None, None)
     multi_lora_up(
         y,
         s,
-        lora_B,
-        adapter,
+        lora.B,
+        lora.adapter,
         right_is_transposed=True,
-        scalings=scalings,
+        scalings=lora.scalings,
         bias=bias,
         factor=1.0,
         dropout=dropout_of(None, 0.0, x),
@@ -330,38 +313,22 @@ def linear_nf4_multi_lora(
 
 
 def linear_nf4_multi_lora_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    s: Tensor,
-    packed: Tensor,
-    absmax: Tensor | None,
-    absmax_q: Tensor | None,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    adapter: Tensor,
-    seed: Tensor | None,
-    *,
-    dropout_p: float,
-    blocksize: int,
-    need_grad_x: bool,
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
     M, N = grad_y.shape
-    adapters, r, K = lora_A.shape
-    dropout = dropout_of(seed, dropout_p, x)
+    adapters, r, K = lora.A.shape
+    dropout = dropout_of(lora.seed, lora.dropout_p, x)
     block_r = block_r_of(r)
     tiles_n, tiles_r = triton.cdiv(N, BLOCK_N), triton.cdiv(r, block_r)
     ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
-    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    grad_A, grad_B = torch.empty_like(lora.A), torch.empty_like(lora.B)
     multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, tiles_r)](
         grad_y,
         s,
-        lora_B,
-        adapter,
-        scalings,
+        lora.B,
+        lora.adapter,
+        lora.scalings,
         ds_parts,
         grad_B,
         M,
@@ -377,7 +344,7 @@ def linear_nf4_multi_lora_backward(
     multi_lora_grad_A_kernel[(triton.cdiv(K, 128), adapters, tiles_r)](
         x,
         ds,
-        adapter,
+        lora.adapter,
         dropout.seed,
         grad_A,
         M,
@@ -394,13 +361,12 @@ def linear_nf4_multi_lora_backward(
     )
     grad_x = x.new_empty(0)
     if need_grad_x:
-        weight = Weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K)
         grad_x = backward(grad_y, weight, None, dropout)
         multi_lora_up(
             grad_x,
             ds,
-            lora_A,
-            adapter,
+            lora.A,
+            lora.adapter,
             right_is_transposed=False,
             scalings=None,
             bias=None,

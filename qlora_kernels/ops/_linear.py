@@ -1,0 +1,57 @@
+"""What the linear ops share: x as a matrix, the problem they pose, and the results that need no kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ._operands import LoRA, MultiLoRA, Weight
+from ._registry import Problem
+
+NO_GRAD_OF_WEIGHT = (None,) * len(Weight._fields)
+"""Weights are constants."""
+
+
+def matrix(rows: Tensor) -> Tensor:
+    """[..., C] as [M, C], contiguous."""
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).contiguous()
+
+
+def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | None = None) -> Problem:
+    """What `op` asks of a kernel. rows: x [..., K] or grad_y [..., N]."""
+    return Problem(
+        op,
+        rows.device.type,
+        rows.dtype,
+        rows.shape[:-1].numel(),
+        weight.N,
+        weight.K,
+        0 if lora is None else lora.r,
+        weight.blocksize,
+        weight.double_quant,
+        lora is not None and lora.dropout_p > 0,
+    )
+
+
+def is_empty(rows: Tensor, weight: Weight) -> bool:
+    """No kernel is asked where there is nothing to multiply."""
+    return rows.numel() == 0 or weight.N == 0 or weight.K == 0
+
+
+def bias_alone(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """y [..., N] where the product is empty."""
+    zeros = x.new_zeros((*x.shape[:-1], weight.N))
+    return zeros if bias is None else zeros + bias.to(x.dtype)
+
+
+def save_bias_dtype(ctx: Any, bias: Tensor | None) -> None:
+    """For grad_bias."""
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def grad_bias(ctx: Any, grad_y: Tensor) -> Tensor | None:
+    """The sum of grad_y's rows in the bias's dtype, where it is wanted."""
+    if not ctx.needs_input_grad[1 + len(Weight._fields)]:
+        return None
+    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=ctx.bias_dtype)

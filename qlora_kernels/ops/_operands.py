@@ -1,0 +1,99 @@
+"""What kernels take: tensors that belong together, bundled once here and passed whole from there on.
+
+An op's schema has the fields side by side, as plain tensors and numbers (`schema()`, in the order of the fields), for
+torch.compile and export. `_implement.spread` bundles them on the way in; `*weight` spreads them on the way out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..format.quant_state import Constants, QuantState
+
+
+class Weight(NamedTuple):
+    """W [N, K] in NF4, row-major; for dequantize_nf4, which knows no matrix, [1, numel].
+
+    packed: uint8, two indices a byte.   blocksize: weights per absmax.   Of the constants exactly one kind is there:
+    absmax fp32 [n_blocks]; or absmax_q uint8 [n_blocks], absmax_scale fp32 [ceil(n_blocks / 256)] and absmax_offset
+    fp32 [].
+    """
+
+    packed: Tensor
+    absmax: Tensor | None
+    absmax_q: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    blocksize: int
+    N: int
+    K: int
+
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an op."""
+        constants = "Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
+        return f"Tensor packed, {constants}, int blocksize, SymInt out_features, SymInt in_features"
+
+    @property
+    def constants(self) -> Constants:
+        """The four constants in their order."""
+        return self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the constants are in 8 bits."""
+        return self.absmax is None
+
+
+class LoRA(NamedTuple):
+    """One adapter: scaling * B A dropout(x).   A: [r, K], B: [N, r], any float dtype.   seed: int64 [1] or None."""
+
+    A: Tensor
+    B: Tensor
+    seed: Tensor | None
+    scaling: float
+    dropout_p: float
+
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an op."""
+        return "Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p"
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.A.shape[0]
+
+
+class MultiLoRA(NamedTuple):
+    """E adapters, of which each row of x names one: scalings[e] * B_e A_e dropout(x[m]), e = adapter[m]; -1 is none.
+
+    A: [E, r, K], B: [E, N, r], any float dtype.   scalings: fp32 [E].   adapter: int64 [M].   seed: int64 [1] or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scalings: Tensor
+    adapter: Tensor
+    seed: Tensor | None
+    dropout_p: float
+
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an op."""
+        return "Tensor lora_A, Tensor lora_B, Tensor scalings, Tensor adapter, Tensor? seed, float dropout_p"
+
+    @property
+    def r(self) -> int:
+        """Common rank; smaller ones are padded with zeros."""
+        return self.A.shape[1]
+
+
+def weight_of(op: str, packed: Tensor, state: QuantState) -> Weight:
+    """The matrix that `state` describes. Raises ValueError where it is none."""
+    if len(state.shape) != 2:
+        raise ValueError(f"{op}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
+    N, K = state.shape
+    return Weight(packed, *state.constants, state.blocksize, N, K)
