@@ -38,12 +38,7 @@ def problem(shape, dtype, master):
 @dtypes
 @shapes
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_forward_and_gradients(request, backend, dtype, shape, p):
-    if (backend, dtype, shape.M, p) == ("triton", torch.float32, 1, 0.0):
-        reason = (
-            "Triton seeds the accumulator with the LoRA product: 4 % over the bound; it has to be added after the loop"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_forward_and_gradients(backend, dtype, shape, p):
     packed, state, leaves = problem(shape, dtype, torch.float32)
     grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=5)
     seed = torch.tensor([0x1234567890ABCDEF])

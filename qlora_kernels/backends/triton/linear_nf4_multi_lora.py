@@ -17,8 +17,9 @@ from ...ops._operands import MultiLoRA, Weight
 from ._dropout import Dropout, dropout_of, keep_tile
 from ._partials import block_r_of, split_count, sum_partials
 from .linear_nf4 import backward, forward
+from .lora_down import block_k_of
 
-BLOCK_M, BLOCK_K, BLOCK_N = 32, 64, 128
+BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
@@ -274,9 +275,9 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
     M, K = x.shape
     r = lora.r
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r = block_r_of(r)
+    block_r, block_k = block_r_of(r), block_k_of(x.dtype)
     tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
-    steps, splits = split_count(triton.cdiv(K, BLOCK_K), tiles_m * tiles_r, x.device)
+    steps, splits = split_count(triton.cdiv(K, block_k), tiles_m * tiles_r, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
     multi_lora_down_kernel[(tiles_m, splits, tiles_r)](
         x,
@@ -291,7 +292,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
         dropout.threshold,
         DROPOUT=dropout.draws(K),
         BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
