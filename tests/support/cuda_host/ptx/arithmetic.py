@@ -14,6 +14,10 @@ _ROUNDINGS = {"rni": "std::nearbyint", "rzi": "std::trunc", "rmi": "std::floor",
 _UNSIGNED_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
+UNHONOURED = frozenset(("rz", "rm", "rp", "rna", "rs", "ftz", "relu", "satfinite", "NaN", "xorsign"))
+"""Modifiers that change a result and that no handler follows: each computes in round-to-nearest-even, keeps subnormals,
+and takes the number where one operand of min or max is NaN. An instruction with one of them is unsupported."""
+
 
 def _half(kind: str) -> str:
     return "Bfloat16" if kind.startswith("bf16") else "Half"

@@ -1,0 +1,61 @@
+"""The translator refuses what it would get wrong: an instruction whose modifier no handler follows."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.cuda_host.ptx.translate import translate
+
+KERNEL = """
+.version 8.7
+.target sm_80
+.address_size 64
+.visible .entry probe(.param .u64 p)
+{{
+.reg .f32 %f<5>;
+.reg .b16 %h<3>;
+.reg .b32 %r<3>;
+{instruction}
+ret;
+}}
+"""
+
+
+def unsupported(instruction: str) -> list[str]:
+    return list(translate(KERNEL.format(instruction=instruction)).unsupported)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "add.rm.f32 %f1, %f2, %f3;",
+        "sub.rp.f32 %f1, %f2, %f3;",
+        "mul.rz.f32 %f1, %f2, %f3;",
+        "fma.rz.f32 %f1, %f2, %f3, %f4;",
+        "div.rp.f32 %f1, %f2, %f3;",
+        "sqrt.rm.f32 %f1, %f2;",
+        "fma.rn.relu.bf16x2 %r1, %r1, %r2, %r2;",
+        "mul.rn.ftz.f32 %f1, %f2, %f3;",
+        "max.NaN.f32 %f1, %f2, %f3;",
+        "cvt.rz.f32.s32 %f1, %r1;",
+        "cvt.rz.bf16.f32 %h1, %f1;",
+        "cvt.rn.relu.bf16x2.f32 %r1, %f1, %f2;",
+    ],
+)
+def test_a_modifier_that_nothing_follows_is_refused(instruction):
+    assert unsupported(instruction) == [instruction.split()[0]]
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "add.f32 %f1, %f2, %f3;",
+        "mul.rn.f32 %f1, %f2, %f3;",
+        "fma.rn.f32 %f1, %f2, %f3, %f4;",
+        "max.f32 %f1, %f2, %f3;",
+        "cvt.rn.bf16.f32 %h1, %f1;",
+        "cvt.rzi.s32.f32 %r1, %f1;",
+    ],
+)
+def test_what_is_followed_is_translated(instruction):
+    assert unsupported(instruction) == []
