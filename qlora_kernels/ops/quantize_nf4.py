@@ -1,10 +1,13 @@
 """quantize_nf4: weights to packed 4-bit indices and block constants.
 
-Ops: qlora_kernels::quantize_nf4 (first level) and qlora_kernels::quantize_absmax (double quantization).
+Ops: qlora_kernels::quantize_nf4 (first level), qlora_kernels::quantize_absmax (double quantization) and
+qlora_kernels::quantize_nf4_double (both).
 
 Kernel contract:
-    quantize_nf4     run(w, *, blocksize) -> (packed, absmax)                   w contiguous, numel >= 1
-    quantize_absmax  run(absmax) -> (absmax_q, absmax_scale, absmax_offset)     absmax contiguous, numel >= 1
+    quantize_nf4         run(w, *, blocksize) -> (packed, absmax)                   w contiguous, numel >= 1
+    quantize_absmax      run(absmax) -> (absmax_q, absmax_scale, absmax_offset)     absmax contiguous, numel >= 1
+    quantize_nf4_double  run(w, *, blocksize) -> (packed, absmax, absmax_q, absmax_scale, absmax_offset)
+                         optional: a backend without it runs the other two
 """
 
 from __future__ import annotations
@@ -19,12 +22,17 @@ from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import QuantState, n_blocks
 from ._checks import check_blocksize, check_float
 from ._implement import fake, implement
-from ._registry import Problem, select
+from ._registry import Problem, kernels_of, select
 
 Nonfinite = Literal["raise", "zero"]
 
 torch.library.define("qlora_kernels::quantize_nf4", "(Tensor w, *, int blocksize) -> (Tensor, Tensor)")
 torch.library.define("qlora_kernels::quantize_absmax", "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "qlora_kernels::quantize_nf4_double", "(Tensor w, *, int blocksize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+BothLevels = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def quantize_nf4(
@@ -48,7 +56,8 @@ def quantize_nf4(
     w = w.detach()
     if nonfinite == "zero":
         w = torch.nan_to_num(w, nan=0.0, posinf=0.0, neginf=0.0)
-    packed, absmax = torch.ops.qlora_kernels.quantize_nf4(w, blocksize=blocksize)
+    op = torch.ops.qlora_kernels.quantize_nf4_double if double_quant else torch.ops.qlora_kernels.quantize_nf4
+    packed, absmax, *second_level = op(w, blocksize=blocksize)
     if nonfinite == "raise" and not bool(torch.isfinite(absmax).all()):
         bad = int((~torch.isfinite(absmax)).sum())
         raise ValueError(
@@ -58,7 +67,7 @@ def quantize_nf4(
     packed = packed.view(-1, 1)
     if not double_quant:
         return packed, QuantState(w.shape, w.dtype, blocksize, absmax_exact=absmax)
-    absmax_q, absmax_scale, absmax_offset = torch.ops.qlora_kernels.quantize_absmax(absmax)
+    absmax_q, absmax_scale, absmax_offset = second_level
     state = QuantState(
         w.shape,
         w.dtype,
@@ -110,6 +119,30 @@ def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_absmax(absmax)
     scales = n_blocks(absmax.numel(), NESTED_BLOCKSIZE)
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(scales), absmax.new_empty(())
+
+
+@implement("qlora_kernels::quantize_nf4_double")
+def quantize_nf4_double_impl(w: Tensor, *, blocksize: int) -> BothLevels:
+    """The first level's backend does both at once where it can: its second level saves a pass over absmax."""
+    check_float("quantize_nf4", "w", w)
+    check_blocksize("quantize_nf4", blocksize)
+    if w.numel() == 0:
+        packed, absmax = quantize_nf4_fake(w, blocksize=blocksize)
+        return packed, absmax, *quantize_absmax_impl(absmax)
+    spec = select(Problem("quantize_nf4", w.device.type, w.dtype, N=w.numel(), blocksize=blocksize))
+    both = kernels_of(spec.backend).get("quantize_nf4_double")
+    if both is None:
+        packed, absmax = spec.run(w.contiguous(), blocksize=blocksize)
+        return packed, absmax, *quantize_absmax_impl(absmax)
+    result: BothLevels = both.run(w.contiguous(), blocksize=blocksize)
+    return result
+
+
+@fake("qlora_kernels::quantize_nf4_double")
+def quantize_nf4_double_fake(w: Tensor, *, blocksize: int) -> BothLevels:
+    """Shapes of the result."""
+    packed, absmax = quantize_nf4_fake(w, blocksize=blocksize)
+    return packed, absmax, *quantize_absmax_fake(absmax)
 
 
 def _check_absmax(absmax: Tensor) -> None:

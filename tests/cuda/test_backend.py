@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops import _registry
 from qlora_kernels.ops._operands import LoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
@@ -32,6 +34,7 @@ needs_library = pytest.mark.skipif(
 )
 pytestmark = [needs_library, needs_emulator]
 
+OP = importlib.import_module("qlora_kernels.ops.quantize_nf4")
 ROUTING = importlib.import_module("qlora_kernels.backends.cuda.linear_nf4")  # the package names the function so too
 MULTIPROCESSORS = 108
 
@@ -58,6 +61,15 @@ def emulate_quantize(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) 
 def emulate_quantize_absmax(absmax: Tensor, sums: Tensor, q: Tensor, scale: Tensor, offset: Tensor) -> None:
     launch("quantize_nf4", "launch_sum_absmax", absmax, out(sums), absmax.numel(), None)
     outputs = (out(q), out(scale), out(offset))
+    launch("quantize_nf4", "launch_quantize_absmax", absmax, sums, sums.numel(), *outputs, absmax.numel(), None)
+
+
+def emulate_quantize_double(
+    w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, sums: Tensor, *rest: Any
+) -> None:
+    first = (w, type_of(w), out(packed), out(absmax), out(sums), w.numel(), shift(blocksize), None)
+    launch("quantize_nf4", "launch_quantize_nf4", *first)
+    outputs = [out(tensor) for tensor in rest]
     launch("quantize_nf4", "launch_quantize_absmax", absmax, sums, sums.numel(), *outputs, absmax.numel(), None)
 
 
@@ -89,6 +101,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_dequantize_nf4": emulate_dequantize,
         "cuda_quantize_nf4": emulate_quantize,
         "cuda_quantize_absmax": emulate_quantize_absmax,
+        "cuda_quantize_nf4_double": emulate_quantize_double,
         "cuda_linear_nf4_small_m": emulate_small_m,
         "cuda_linear_nf4_gemm": emulate_gemm,
     }.items():
@@ -127,6 +140,23 @@ def test_codec(dtype: torch.dtype) -> None:
     result = torch.empty_like(w)
     cuda.codec.dequantize_nf4(Weight(packed, None, *nested, 64, *w.shape), out=result)
     assert same_bits(result, reference.dequantize_nf4(packed, first_level, 64, w.shape, dtype))
+
+
+def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qk.quantize_nf4 with double quantization, as the op runs it where this backend is chosen."""
+    kernels = {spec.op: spec for spec in cuda.KERNELS}
+    monkeypatch.setattr(OP, "select", lambda problem: kernels[problem.op])
+    w, recorded = gaussian(65, 67, dtype=torch.bfloat16), library("quantize_nf4", "plain")
+    recorded.calls()
+    packed, state = qk.quantize_nf4(w)
+    assert [call.name for call in recorded.calls()] == ["launch", "launch"]
+    expected_packed, expected_absmax = reference.quantize_nf4(w, 64)
+    nested = double_quant.quantize_absmax(expected_absmax, state.absmax_offset)
+    assert same_bits(packed.view(-1), expected_packed)
+    assert same_bits(state.absmax, double_quant.dequantize_absmax(*nested))
+    mean = expected_absmax.double().mean().item()
+    assert state.absmax_offset is not None
+    assert abs(state.absmax_offset.item() - mean) <= torch.finfo(torch.float32).eps * mean
 
 
 # Rows on both sides of every bound, K and N that the kernels take and that they do not, ranks that need padding.
@@ -195,6 +225,23 @@ def test_built_archs_against_a_gpu(archs: str, capability: tuple[int, int], work
         assert reason is not None
         assert archs in reason
         assert f"QLORA_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
+
+
+def test_a_gpu_that_the_build_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 and a library built for sm_80: the backend says so, and so does whoever forces it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda, "built_archs", lambda: "80")
+    for caching in (cuda.unavailable, _registry.unavailable):
+        caching.cache_clear()
+    reason = "built for 80 and this GPU is sm_90; install a wheel for sm_90, or rebuild with QLORA_CUDA_ARCHS=90"
+    try:
+        assert reason in qk.backends()["cuda"]
+        with qk.use_backend("cuda"), pytest.raises(NotImplementedError, match=reason):
+            qk.quantize_nf4(torch.zeros(64))
+    finally:
+        for caching in (cuda.unavailable, _registry.unavailable):
+            caching.cache_clear()
 
 
 def test_dropout_is_left_to_triton() -> None:

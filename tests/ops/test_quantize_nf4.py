@@ -139,3 +139,4 @@ def test_opcheck(backend):
     with qk.use_backend(backend):
         torch.library.opcheck(torch.ops.qlora_kernels.quantize_nf4, (gaussian(100),), {"blocksize": 64})
         torch.library.opcheck(torch.ops.qlora_kernels.quantize_absmax, (gaussian(100),))
+        torch.library.opcheck(torch.ops.qlora_kernels.quantize_nf4_double, (gaussian(100),), {"blocksize": 64})

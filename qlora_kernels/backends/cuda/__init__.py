@@ -15,7 +15,7 @@ import torch
 from ...ops._registry import KernelSpec, Problem, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
-from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
+from .codec import dequantize_nf4, quantize_absmax, quantize_nf4, quantize_nf4_double
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x, linear_nf4_lora, linear_nf4_lora_backward
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -33,6 +33,7 @@ KERNELS = (
         for function in (
             quantize_nf4,
             quantize_absmax,
+            quantize_nf4_double,
             dequantize_nf4,
             linear_nf4,
             linear_nf4_grad_x,

@@ -24,12 +24,28 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(absmax_q, absmax_scale, absmax_offset) in two launches; the mean is summed in double in a fixed order."""
     absmax = absmax.contiguous()
     blocks = absmax.numel()
-    partial_sums = absmax.new_empty(_C.cuda_partial_sums(blocks), dtype=torch.float64)
+    partial_sums = absmax.new_empty(_C.cuda_absmax_partial_sums(blocks), dtype=torch.float64)
     absmax_q = absmax.new_empty(blocks, dtype=torch.uint8)
     absmax_scale = absmax.new_empty(n_blocks(blocks, NESTED_BLOCKSIZE))
     absmax_offset = absmax.new_empty(())
     _C.cuda_quantize_absmax(absmax, partial_sums, absmax_q, absmax_scale, absmax_offset)
     return absmax_q, absmax_scale, absmax_offset
+
+
+def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w in two launches: the first one leaves
+    behind the sums that the second level's mean needs.
+    """
+    blocks = n_blocks(w.numel(), blocksize)
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = w.new_empty(blocks, dtype=torch.float32)
+    partial_sums = w.new_empty(_C.cuda_nf4_partial_sums(w.numel(), blocksize), dtype=torch.float64)
+    absmax_q = w.new_empty(blocks, dtype=torch.uint8)
+    absmax_scale = absmax.new_empty(n_blocks(blocks, NESTED_BLOCKSIZE))
+    absmax_offset = absmax.new_empty(())
+    second_level = (absmax_q, absmax_scale, absmax_offset)
+    _C.cuda_quantize_nf4_double(w, blocksize, packed, absmax, partial_sums, *second_level)
+    return packed, absmax, *second_level
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
