@@ -10,12 +10,15 @@
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
 #
 # Variables: SYSTEM_PYTHON (makes .venv), PYTHON (runs everything; give it to use an environment of your own),
-# TORCH (what to install, e.g. TORCH=torch for the newest with CUDA).
+# TORCH (what to install, e.g. TORCH=torch for the newest with CUDA), WHEEL_ENVIRONMENTS (where wheels are tried:
+# "python3.10=torch==2.10.0 python3.13=torch==2.13.0"; alone, an interpreter lends its torch).
 
 SYSTEM_PYTHON ?= python3
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+WHEEL_ENVIRONMENTS ?= $(PYTHON)
+DIST ?= dist
 
 # What CI has been run with. Users' ranges stand in pyproject.toml.
 PINS := triton==3.7.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 gguf==0.19.0 bitsandbytes==0.50.2
@@ -88,19 +91,29 @@ sanitize: $(READY)
 bench: $(READY)
 	$(PYTHON) -m bench.run
 
-# Every kernel x config compiled for every architecture, into docs/kernels; and CI's subset, under the same gates.
-# QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture.
+# QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture. The manylinux tag is the one
+# that auditwheel finds justified; libtorch_cpu.so stays outside, torch being a dependency.
+build_wheel = rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheels && \
+	QLORA_CUDA_ARCHS="$(2)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w build/wheels $(1) && \
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" \
+	    $(PYTHON) -m auditwheel repair --plat auto --exclude libtorch_cpu.so -w $(DIST) build/wheels/*.whl
+
 wheel: $(READY)
-	QLORA_CUDA_ARCHS="$(QLORA_CUDA_ARCHS)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist .
-	$(PYTHON) -m python.build_support.platform_tag dist
+	$(call build_wheel,.,$(QLORA_CUDA_ARCHS))
+	$(PYTHON) -m python.build_support.check_wheels $(DIST) $(WHEEL_ENVIRONMENTS)
 
-# The wheels that are published: the CPU's, one for each architecture, and one for all.
+# What is published: the sdist, and made from it the CPU's wheel, one for each architecture and one for all; then the
+# check of every wheel in every environment.
 wheels: $(READY)
+	rm -rf build/sdist $(DIST) && mkdir -p build/sdist
+	$(PYTHON) -m build --sdist --no-isolation --outdir $(DIST)
+	tar -xzf $(DIST)/*.tar.gz -C build/sdist --strip-components=1
 	for archs in "" 80 86 89 90 100 120 all; do \
-	    QLORA_CUDA_ARCHS="$$archs" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . || exit 1; \
+	    $(call build_wheel,./build/sdist,$$archs) || exit 1; \
 	done
-	$(PYTHON) -m python.build_support.platform_tag dist
+	$(PYTHON) -m python.build_support.check_wheels $(DIST) $(WHEEL_ENVIRONMENTS)
 
+# Every kernel x config compiled for every architecture, into docs/kernels; kernels-gate: CI's subset, the same gates.
 kernels-report: $(READY)
 	$(PYTHON) -m python.kernels_report --out docs/kernels
 

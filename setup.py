@@ -4,7 +4,6 @@ QLORA_SKIP_NATIVE=1 builds none; CXX names the compiler; MAX_JOBS bounds the par
 says what the CUDA library is compiled for; where it is set, so does the version (0.1.0+cu130.sm80.sm90a, 0.1.0+cpu).
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,17 +12,13 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent))
 
 from python.build_support.cpu import CpuLibrary
-from python.build_support.cuda import ARCHS_VARIABLE, CudaLibrary, local_version
+from python.build_support.cuda import CudaLibrary
 from python.build_support.native import BuildNative, extension
-
-LIBRARIES = [CpuLibrary(), CudaLibrary()]
+from python.build_support.version import LocalVersion
 
 setup(
-    ext_modules=[extension(library) for library in LIBRARIES],
-    cmdclass={"build_ext": BuildNative},
+    ext_modules=[extension(library) for library in (CpuLibrary(), CudaLibrary())],
+    cmdclass={"build_ext": BuildNative, "egg_info": LocalVersion},
     # No symbol of Python is used, so one wheel serves every version from 3.10 on.
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        "egg_info": {"tag_build": f"+{local_version()}" if ARCHS_VARIABLE in os.environ else ""},
-    },
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

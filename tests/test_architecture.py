@@ -84,8 +84,8 @@ def test_top_level():
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    expected = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CONTRIBUTING.md", "LICENSE", ".ci"}
-    expected |= {"qlora_kernels", "csrc", "python", "tests", "bench", "docs"}
+    expected = {"pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "CONTRIBUTING.md", "LICENSE"}
+    expected |= {".ci", "qlora_kernels", "csrc", "python", "tests", "bench", "docs"}
     assert {name for name in top if not name.startswith(".")} <= expected
 
 

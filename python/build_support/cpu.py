@@ -67,6 +67,7 @@ class CpuLibrary:
     """qlora_kernels/backends/cpu/_C.abi3.so"""
 
     name = "qlora_kernels.backends.cpu._C"
+    required = False
 
     def compile_steps(self, build: Path) -> list[Step]:
         if sys.platform not in ("linux", "darwin"):

@@ -21,6 +21,8 @@ DEFAULT_ARCHS = "80+PTX"
 
 ALL_ARCHS = "80;86;89;90;100;120+PTX"
 
+NO_NVCC = "nvcc is not found; put CUDA 13 on PATH, or run `make setup`."
+
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
 BINDING_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
@@ -46,11 +48,17 @@ def gencode(archs: str) -> list[str]:
 
 
 def local_version() -> str:
-    """What the wheel's version says of its CUDA library: "cpu" or "cu130.sm80.sm90a"."""
+    """What the wheel's version says of its CUDA library: "cpu" or "cu130.sm80.sm90a".
+
+    Raises CannotBuild where architectures are asked for and there is no nvcc.
+    """
+    gencode(requested_archs())
     archs = re.findall(r"(\d{2,3}[af]?)", requested_archs())
-    home = cuda_home()
-    if not archs or home is None:
+    if not archs:
         return "cpu"
+    home = cuda_home()
+    if home is None:
+        raise CannotBuild(NO_NVCC)
     return ".".join([f"cu{version(home).replace('.', '')}", *[f"sm{arch}" for arch in archs]])
 
 
@@ -58,6 +66,11 @@ class CudaLibrary:
     """qlora_kernels/backends/cuda/_C.abi3.so"""
 
     name = "qlora_kernels.backends.cuda._C"
+
+    @property
+    def required(self) -> bool:
+        """Architectures that were asked for must not be missing from the result."""
+        return bool(os.environ.get(ARCHS_VARIABLE))
 
     def compile_steps(self, build: Path) -> list[Step]:
         archs = requested_archs()
@@ -67,7 +80,7 @@ class CudaLibrary:
             raise CannotBuild(f"The CUDA library is built on Linux, not on {sys.platform}.")
         home = cuda_home()
         if home is None:
-            raise CannotBuild("nvcc is not found; put CUDA 13 on PATH, or run `make setup`.")
+            raise CannotBuild(NO_NVCC)
         includes, _ = torch_paths()
         steps = []
         nvcc = (str(home / "bin" / "nvcc"), *NVCC_FLAGS, *gencode(archs), f"-I{CSRC / 'include'}")

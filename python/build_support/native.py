@@ -1,7 +1,8 @@
 """How the native libraries are compiled: plain compiler commands, run in parallel, repeated only where inputs changed.
 
 A library (cpu.py, cuda.py) says which commands make it; nothing here knows what they compile. A machine that cannot
-build one still gets the package: the command warns once and goes on, and the ops run on the reference backend.
+build one still gets the package, unless it was asked for: the command warns once and goes on, and the ops run on the
+reference backend.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ class Step:
 
 
 class Library(Protocol):
-    """One shared library of the package."""
+    """One shared library of the package. required: a failure to build it fails the installation."""
 
     name: str
+
+    @property
+    def required(self) -> bool: ...
 
     def compile_steps(self, build: Path) -> Sequence[Step]: ...
 
@@ -97,6 +101,8 @@ class BuildNative(build_ext):
             shutil.copy2(linked, output)
         except CannotBuild as reason:
             output.unlink(missing_ok=True)  # an older build's library would be taken for this one
+            if library.required:
+                raise
             self.warn(f"{library.name} is not built; its ops will run on the reference backend. {reason}")
 
 

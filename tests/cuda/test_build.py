@@ -1,11 +1,11 @@
-"""How the CUDA library and the wheels are described: architectures, versions, platform tags."""
+"""How the CUDA library is described: architectures and versions. What wheels hold is tested in test_wheels.py."""
 
 from __future__ import annotations
 
 import pytest
 
 from python.build_support import cuda
-from python.build_support.platform_tag import newest
+from python.build_support.native import CannotBuild
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,12 @@ def test_version_says_what_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.local_version() == "cpu"
 
 
-def test_newest_symbol_version() -> None:
-    listing = "0 DF *UND* 0 GLIBC_2.2.5 free\n0 DF *UND* 0 (GLIBC_2.34) dlopen\n0 DF *UND* 0 GLIBCXX_3.4.9 x"
-    assert newest(listing, "GLIBC") == (2, 34)
-    assert newest(listing, "GLIBCXX") == (3, 4, 9)
-    assert newest(listing, "CXXABI") == ()
+def test_architectures_that_were_asked_for_need_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wheel that calls itself one for the CPU comes out of QLORA_CUDA_ARCHS=80."""
+    monkeypatch.setenv(cuda.ARCHS_VARIABLE, "80")
+    monkeypatch.setattr(cuda, "cuda_home", lambda: None)
+    assert cuda.CudaLibrary().required
+    with pytest.raises(CannotBuild, match="nvcc is not found"):
+        cuda.local_version()
+    monkeypatch.delenv(cuda.ARCHS_VARIABLE)
+    assert not cuda.CudaLibrary().required

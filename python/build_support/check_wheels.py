@@ -1,0 +1,148 @@
+"""Whether the wheels of a folder are what their names say, and whether they install and compute.
+
+    python -m python.build_support.check_wheels dist [ENVIRONMENT ...]
+
+Of each wheel without running it: one wheel for every CPython from 3.10 on, a manylinux tag, at most 10 MB for each
+architecture, libraries that use no symbol of Python, and every kernel compiled for every architecture of the version.
+Then, in a new virtual environment for each ENVIRONMENT: installed, imported, and the CPU's kernels run.
+
+ENVIRONMENT: INTERPRETER=REQUIREMENT, like python3.12=torch==2.12.0; or INTERPRETER alone, whose torch is borrowed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+MAX_BYTES_PER_ARCH = 10_000_000
+
+NAME = re.compile(
+    r"qlora_kernels-(?P<version>[\d.]+\+(?:cpu|cu\d+(?P<archs>(?:\.sm\d+[af]?)+)))-cp310-abi3-manylinux_\d+_\d+_\w+\.whl"
+)
+CPU_LIBRARY, CUDA_LIBRARY = (f"qlora_kernels/backends/{name}/_C.abi3.so" for name in ("cpu", "cuda"))
+SMOKE = Path(__file__).with_name("wheel_smoke.py")
+
+
+class BadWheel(Exception):
+    """What is wrong with a wheel."""
+
+
+def archs_of(wheel: Path) -> list[str]:
+    """["sm_80", "sm_90a"] by the wheel's name. Raises BadWheel where the name is not one that is published."""
+    match = NAME.fullmatch(wheel.name)
+    if match is None:
+        raise BadWheel(f"{wheel.name}: the name does not match {NAME.pattern}")
+    return [f"sm_{arch}" for arch in re.findall(r"\.sm(\d+[af]?)", match["archs"] or "")]
+
+
+def check_content(wheel: Path) -> str:
+    """Checks that need no installation; a line about the wheel. Raises BadWheel."""
+    archs, size = archs_of(wheel), wheel.stat().st_size
+    limit = MAX_BYTES_PER_ARCH * max(len(archs), 1)
+    if size > limit:
+        raise BadWheel(f"{wheel.name}: {size / 1e6:.1f} MB, the limit is {limit / 1e6:.0f}")
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as content:
+        libraries = sorted(name for name in content.namelist() if name.endswith(".so"))
+        expected = [CPU_LIBRARY, *([CUDA_LIBRARY] if archs else [])]
+        if libraries != expected:
+            raise BadWheel(f"{wheel.name}: holds the libraries {libraries}, expected {expected}")
+        paths = [Path(content.extract(name, folder)) for name in libraries]
+        for path in paths:
+            if symbols := python_symbols(path):
+                raise BadWheel(f"{wheel.name}: {path.parent.name} uses {', '.join(sorted(symbols))} of one Python")
+        kernels = check_kernels(paths[1], archs) if archs else 0
+    for_archs = f", {kernels} kernels for each of {', '.join(archs)}" if archs else ""
+    return f"{wheel.name}: {size / 1e6:.2f} MB{for_archs}"
+
+
+def check_kernels(library: Path, archs: list[str]) -> int:
+    """How many kernels `library` has for each of `archs`. Raises BadWheel where they differ."""
+    kernels = kernels_by_arch(library)
+    everything = set().union(*kernels.values())
+    missing = {arch: sorted(everything - kernels.get(arch, set())) for arch in archs}
+    if sorted(kernels) != sorted(archs) or any(missing.values()) or not everything:
+        raise BadWheel(f"{library}: compiled for {sorted(kernels)}, said to be for {archs}; missing: {missing}")
+    return len(everything)
+
+
+def python_symbols(library: Path) -> set[str]:
+    """Symbols of the interpreter that `library` asks for."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    return set(re.findall(r"\b_?Py[A-Z_]\w*", listing))
+
+
+def kernels_by_arch(library: Path) -> dict[str, set[str]]:
+    """Architecture -> mangled names of the kernels compiled for it, as cuobjdump lists them."""
+    from ..kernels_report.sass import TOOLS  # needs triton's wheel, which brings cuobjdump
+
+    command = [str(TOOLS / "cuobjdump"), "-res-usage", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, set[str]] = {}
+    arch = ""
+    for line in (listing.stdout + listing.stderr).splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            arch = match[1]
+            found.setdefault(arch, set())
+        elif match := re.match(r"\s*Function (\w+):", line):
+            found[arch].add(match[1])
+    return found
+
+
+def check_installed(wheel: Path, environment: str) -> str:
+    """Installs `wheel` into a new virtual environment and runs wheel_smoke.py there; its output."""
+    interpreter, _, requirement = environment.partition("=")
+    with tempfile.TemporaryDirectory() as folder:
+        venv = Path(folder) / "venv"
+        subprocess.run([interpreter, "-m", "venv", venv], check=True)
+        python = venv / "bin" / "python"
+        if requirement:
+            packages = [requirement, str(wheel.resolve())]
+        else:
+            lend_packages(interpreter, python)
+            packages = ["--no-deps", str(wheel.resolve())]
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        # -I: from the installed package alone, whatever folder and variables this process has.
+        smoke = [python, "-I", SMOKE, *archs_of(wheel)]
+        done = subprocess.run(smoke, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BadWheel(f"{wheel.name} with {environment}:\n{done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+
+def lend_packages(interpreter: str, to: Path) -> None:
+    """Lets the environment of `to` import what `interpreter`'s has."""
+    lent, own = (
+        subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+        for python, code in (
+            (interpreter, "import sys; print(*(p for p in sys.path if p.endswith('site-packages')), sep='\\n')"),
+            (to, "import sysconfig; print(sysconfig.get_paths()['purelib'], end='')"),
+        )
+    )
+    Path(own, "borrowed.pth").write_text(lent)
+
+
+def main() -> int:
+    """1 where a wheel is not as it should be."""
+    folder, *environments = sys.argv[1:]
+    wheels = sorted(Path(folder).glob("*.whl"))
+    try:
+        if not wheels:
+            raise BadWheel(f"{folder} holds no wheel")
+        for wheel in wheels:
+            print(check_content(wheel), flush=True)
+            for environment in environments:
+                print(f"  {check_installed(wheel, environment)}", flush=True)
+    except BadWheel as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Run by an environment into which a wheel was installed: imports it, runs the CPU's kernels, loads the CUDA library.
+
+Arguments: the architectures that the CUDA library must be built for; none for a wheel of the CPU alone.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import qlora_kernels as qk
+
+
+def check_cpu() -> None:
+    """Codec, linear and LoRA training on the compiled kernels, beside the reference."""
+    torch.manual_seed(0)
+    w, x = torch.randn(96, 128), torch.randn(5, 128, requires_grad=True)
+    lora_A, lora_B = torch.randn(4, 128, requires_grad=True), torch.randn(96, 4, requires_grad=True)
+    results = []
+    for backend in ("cpu", "reference"):
+        with qk.use_backend(backend):
+            packed, state = qk.quantize_nf4(w)
+            y = qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=0.5)
+            gradients = torch.autograd.grad(y.square().sum(), (x, lora_A, lora_B))
+            results.append((packed, qk.dequantize_nf4(packed, state), y, *gradients))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def check_cuda(archs: list[str]) -> None:
+    """The library's ops are registered, GPU or not, and it says what it was built for."""
+    reason = qk.backends()["cuda"]
+    if not archs:
+        assert "not built" in reason, reason
+        return
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("qlora_kernels_C::cuda_dequantize_nf4", "CUDA")
+    built = torch.ops.qlora_kernels_C.cuda_archs()
+    assert [f"sm_{arch.removesuffix('+PTX')}" for arch in built.split(";")] == archs, built
+
+
+if __name__ == "__main__":
+    assert Path(qk.__file__).is_relative_to(sys.prefix), f"{qk.__file__} is not what was installed into {sys.prefix}"
+    check_cpu()
+    check_cuda(sys.argv[1:])
+    print(f"Python {platform.python_version()}, torch {torch.__version__}: {', '.join(sys.argv[1:]) or 'CPU'} ok")
