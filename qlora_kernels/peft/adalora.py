@@ -6,7 +6,7 @@ Source: AdaLoRA (arXiv:2303.10512) and its authors' code. Names, defaults and fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class AdaLoraConfig(PeftConfig):
     Every layer starts with rank init_r; on average they end with target_r, after total_step calls of step(). Nothing is
     pruned in the first tinit steps, ranks are final for the last tfinal, and change at every deltaT-th step between.
     beta1, beta2: of the averages of sensitivity and uncertainty.   orth_reg_weight: factor of peft_loss().
+    orth_reg_squared: the regularizer as the paper's equation (4) has it, squared norms summed over the layers; False:
+    as the authors' code and PEFT have it, norms averaged. The weights published (0.1, 0.3, 0.5) are for the latter.
     init_lora_weights: True (E zero, A and B normal of std 0.02: identity) or False (all standard normal).
     rank_pattern: written on save: {"<layer>.lora_E": [whether each of the init_r triplets is kept]}.
     """
@@ -46,6 +48,7 @@ class AdaLoraConfig(PeftConfig):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
+    orth_reg_squared: bool = False
     total_step: int
     rank_pattern: dict[str, list[bool]] | None = None
     lora_alpha: float = 8
@@ -57,6 +60,8 @@ class AdaLoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool = True
+
+    own_fields: ClassVar[tuple[str, ...]] = ("orth_reg_squared",)
 
     def __post_init__(self) -> None:
         for field, holds, rule in (
@@ -176,9 +181,12 @@ class AdaLora(LinearMethod[SvdLinear]):
     # In training
 
     def peft_loss(self) -> Tensor:
-        """orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers."""
-        norms = [norm for delta in self.deltas.values() for norm in delta.orthogonality()]
-        return self.config.orth_reg_weight * torch.stack(norms).mean()
+        """orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, or the sum of squares.
+
+        Source: section 3.1, equation (4); the authors' code.
+        """
+        norms = torch.stack([norm for delta in self.deltas.values() for norm in delta.orthogonality()])
+        return self.config.orth_reg_weight * (norms.square().sum() if self.config.orth_reg_squared else norms.mean())
 
     def step(self, global_step: int) -> None:
         """Updates the importance and, where the schedule says so, moves the ranks.
@@ -215,8 +223,7 @@ class AdaLora(LinearMethod[SvdLinear]):
     def file_config(self) -> dict[str, Any]:
         pattern = {f"{path}.lora_E": self._kept_of_initial(path) for path in self.deltas}
         pruned = not all(all(kept) for kept in pattern.values())
-        config = self.config.replace(rank_pattern=pattern if pruned else None)
-        return {**config.to_dict(), "inference_mode": True}
+        return {**super().file_config(), "rank_pattern": pattern if pruned else None}
 
     def _kept_of_initial(self, path: str) -> list[bool]:
         """Which of the init_r triplets are kept, also where the adapter was loaded without some of them."""
@@ -238,10 +245,11 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Before the end of training: all triplets, since pruned ones may come back, and their importance."""
+        values, tensors = super().extras()
         if self.last_step is None or self.last_step >= self.config.total_step - 1:
-            return {}, {}
-        values = {"step": self.last_step, "final": self._is_final(), "rank_pattern": self.config.rank_pattern}
-        tensors: dict[str, Tensor] = {f"{path}.kept": delta.kept for path, delta in self.deltas.items()}
+            return values, tensors
+        values |= {"step": self.last_step, "final": self._is_final(), "rank_pattern": self.config.rank_pattern}
+        tensors.update({f"{path}.kept": delta.kept for path, delta in self.deltas.items()})
         tensors.update(zip(self._weight_names(), self.allocator.weights, strict=True))
         for average in ("sensitivity", "uncertainty"):  # empty before the first update
             tensors.update(zip(self._weight_names(average), getattr(self.allocator, average), strict=False))

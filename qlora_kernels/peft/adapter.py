@@ -5,9 +5,11 @@ Source: Houlsby et al. (arXiv:1902.00751); Pfeiffer et al. (arXiv:2005.00247); p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .anatomy import Layer
 from .base_layer import device_of
@@ -16,15 +18,18 @@ from .config import PeftConfig
 from .host import Host
 from .method import Method
 from .registry import register_method
-from .taps import OutputTap, ParallelTap
+from .taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(PeftConfig):
     """placement: "houlsby" = h + f(h) after the attention output and after the FFN output, before the residual is
-    added; "pfeiffer" = after the FFN output only; "parallel" = FFN(x) + f(x).
+    added; "pfeiffer" = u + f(LayerNorm(u)), u being the sum of residual and FFN output, in the place of the LayerNorm's
+    input (in layers that normalise their input: u + f(u)); "parallel" = FFN(x) + f(x), x being the residual
+    stream before the FFN and before its LayerNorm, if it has one first.
 
     bottleneck_size: of f; reduction_factor, if given, sets it to d / reduction_factor.
+    non_linearity: None = the authors': GELU with houlsby, else ReLU.
     init: std of the near-identity start, or "lora"; None = 1e-2, and "lora" for parallel.
     scale: factor of f.   train_layer_norm: LayerNorms train too; None = as the paper: with houlsby only.
     """
@@ -34,7 +39,7 @@ class AdapterConfig(PeftConfig):
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     bottleneck_size: int = 64
     reduction_factor: float | None = None
-    non_linearity: str = "gelu"
+    non_linearity: str | None = None
     init: float | Literal["lora"] | None = None
     scale: float = 1.0
     dropout: float = 0.0
@@ -44,12 +49,16 @@ class AdapterConfig(PeftConfig):
         if self.placement not in ("houlsby", "pfeiffer", "parallel"):
             known = "'houlsby', 'pfeiffer' or 'parallel'"
             raise ValueError(f"AdapterConfig: placement must be {known}, got {self.placement!r}")
-        if self.non_linearity not in ACTIVATIONS:
+        if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"AdapterConfig: non_linearity must be one of {sorted(ACTIVATIONS)}, got {self.non_linearity!r}"
             )
         if isinstance(self.init, str) and self.init != "lora":
             raise ValueError(f"AdapterConfig: init must be a number, 'lora' or None, got {self.init!r}")
+
+    @property
+    def activation(self) -> str:
+        return self.non_linearity or ("gelu" if self.placement == "houlsby" else "relu")
 
     @property
     def trains_layer_norm(self) -> bool:
@@ -68,38 +77,44 @@ class Adapter(Method):
 
     def __init__(self, config: AdapterConfig, host: Host, name: str) -> None:
         super().__init__(config, host, name)
-        self.bottlenecks: dict[str, Bottleneck] = {}  # by path of the module whose output changes
+        self.after_ffn: dict[str, nn.Module] = {}  # by path of the layer
         modules = host.modules()
         for layer in host.anatomy.layers:
-            for place, path in self._places(layer):
-                bottleneck = self.new_bottleneck(layer)
-                self.tree.put(f"{layer.path}.{place}", bottleneck)
-                self.bottlenecks[path] = bottleneck
-                if config.placement == "parallel":
-                    between = ParallelTap(host.selection, name, bottleneck)
-                    self.hooks += between.attach_between(host.place(layer.ffn_input), host.place(path))
-                else:
-                    self.hooks += OutputTap(host.selection, name, bottleneck.behind).attach(host.place(path))
+            if config.placement == "houlsby":
+                self.hooks += self._new_tap(layer, "attention_adapter").behind(host.place(layer.attention_output))
+            tap = self._new_tap(layer, "ffn_adapter")
+            if config.placement == "parallel":
+                self.hooks += tap.beside(host.place(layer.ffn_input), host.place(layer.ffn_output))
+            elif config.placement == "houlsby":
+                self.hooks += tap.behind(host.place(layer.ffn_output))
+            else:
+                self.hooks += on_stream(tap, layer, host)
             for norm in layer.norms if config.trains_layer_norm else ():
                 for leaf in modules[norm]._parameters:
                     self.overrides.add(f"{norm}.{leaf}")
 
-    def _places(self, layer: Layer) -> Iterator[tuple[str, str]]:
-        """(name in the tree, path of the module whose output changes)."""
-        if self.config.placement == "houlsby":
-            yield "attention_adapter", layer.attention_output
-        yield "ffn_adapter", layer.ffn_output
+    def _new_tap(self, layer: Layer, place: str) -> Tap:
+        bottleneck = self.new_bottleneck(layer)
+        self.tree.put(f"{layer.path}.{place}", bottleneck)
+        self.after_ffn[layer.path] = bottleneck
+        return Tap(self.host.selection, self.name, bottleneck)
 
-    def new_bottleneck(self, layer: Layer) -> Bottleneck:
+    def new_bottleneck(self, layer: Layer) -> nn.Module:
         d = self.host.width(layer)
         reduced = self.config.reduction_factor
         return Bottleneck(
             d,
             max(1, int(d / reduced)) if reduced else self.config.bottleneck_size,
-            non_linearity=self.config.non_linearity,
+            non_linearity=self.config.activation,
             init=self.config.start,
             scale=self.config.scale,
             dropout=self.config.dropout,
             device=device_of(self.host.module(layer.norms[0])),
             dtype=self.host.adapter_dtype,
         )
+
+
+def on_stream(tap: Tap, layer: Layer, host: Host) -> list[RemovableHandle]:
+    """Pfeiffer's place: what the tap reads is the residual stream after the FFN, normalised where the layer does so."""
+    stream = host.place(layer.stream)
+    return tap.before_norm(stream) if layer.post_norm else tap.behind(stream)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, on_stream
 from .base_layer import device_of
-from .bottleneck import Bottleneck
 from .config import PeftConfig
 from .host import Host
 from .method import Method
 from .registry import register_method
-from .taps import OutputTap
+from .taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +35,12 @@ class AdapterFusionConfig(PeftConfig):
 
 
 class Fusion(nn.Module):
-    """h + sum_n s_n V z_n,  s = softmax over n of (Q h) . (K z_n),  z_n = f_n(h).
+    """sum_n s_n V z_n,  s = softmax over n of (Q h) . (K z_n),  z_n = f_n(h): what is added where one f would be.
 
     Q and K are linear with bias, weights N(0, 0.02); V has ones on the diagonal and 1e-6 elsewhere.
     """
 
-    def __init__(
-        self, d: int, value: bool, bottlenecks: Sequence[Bottleneck], device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, d: int, value: bool, bottlenecks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.query = nn.Linear(d, d, device=device, dtype=dtype)
         self.key = nn.Linear(d, d, device=device, dtype=dtype)
@@ -60,9 +57,8 @@ class Fusion(nn.Module):
         inner = h.to(self.query.weight.dtype)
         z = torch.stack([bottleneck(inner) for bottleneck in self.bottlenecks], dim=-2)  # [..., N, d]
         scores = (self.key(z) @ self.query(inner)[..., None])[..., 0]  # [..., N]
-        mixed = (scores.softmax(-1)[..., None] * (z if self.value is None else self.value(z))).sum(-2)
-        y: Tensor = h + mixed.to(h.dtype)
-        return y
+        mixed: Tensor = (scores.softmax(-1)[..., None] * (z if self.value is None else self.value(z))).sum(-2)
+        return mixed.to(h.dtype)
 
     def penalty(self) -> Tensor | None:
         """|V - I|^2, summed."""
@@ -86,12 +82,12 @@ class AdapterFusion(Method):
         self.needs = tuple(fused)
         self.fusions: list[Fusion] = []
         for layer in host.anatomy.layers:
-            bottlenecks = [adapter.bottlenecks[layer.ffn_output] for adapter in fused.values()]
+            bottlenecks = [adapter.after_ffn[layer.path] for adapter in fused.values()]
             device = device_of(host.module(layer.norms[0]))
             fusion = Fusion(host.width(layer), config.value, bottlenecks, device, host.adapter_dtype)
             self.tree.put(f"{layer.path}.fusion", fusion)
             self.fusions.append(fusion)
-            self.hooks += OutputTap(host.selection, name, fusion).attach(host.place(layer.ffn_output))
+            self.hooks += on_stream(Tap(host.selection, name, fusion), layer, host)
 
     def peft_loss(self) -> Tensor | None:
         penalties = [p for fusion in self.fusions if (p := fusion.penalty()) is not None]

@@ -6,34 +6,51 @@ code.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer. Every field but the first three is a path of a module in the model.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Paths of the modules of one layer.
 
-    self_attention, cross_attention: modules that compute softmax(Q K^T) V.
+    self_attention, cross_attention: modules that compute softmax(Q K^T) V.   query: the projection with the query bias.
     attention_output, ffn_output: modules whose output is added to the residual stream next.
-    ffn_input: the module whose first argument is the input x of the FFN.   ffn_second: its second linear layer.
-    query: the projection with the query bias.   norms: normalisation layers.
+    ffn_input: the module whose first argument is the residual stream that the FFN, or its LayerNorm, reads.
+    ffn_first: the FFN's first linear layer; two where one of them is a gate.
+    stream: the module that gives the residual stream once the FFN's output was added: the LayerNorm of that sum, or,
+    where layers normalise their input instead, the block that adds.
+    norms: normalisation layers.
     """
 
-    index: int
-    stack: str  # "encoder" (tokens see each other) or "decoder" (tokens see the past)
-    path: str
     self_attention: str
     query: str
     attention_output: str
     ffn_input: str
-    ffn_second: str
+    ffn_first: tuple[str, ...]
     ffn_output: str
+    stream: str
     norms: tuple[str, ...]
     cross_attention: str | None = None
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether `stream` is a LayerNorm, whose input is the sum; else its output is."""
+        return self.stream in self.norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Parts):
+    """One transformer layer: its number, its own path, and its parts by their paths in the model."""
+
+    index: int
+    stack: str  # "encoder" (tokens see each other) or "decoder" (tokens see the past)
+    path: str
 
 
 @dataclass(frozen=True)
@@ -55,99 +72,103 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Names below a layer; `marks` tells the family: one of its layers has all of them."""
+    """A family of layers.   layer: pattern of a path, whose last number is the index.   parts: by names below it, the
+    layer itself being ""; they tell the family. Of ffn_first those count that are there."""
 
-    layer: str  # pattern of a layer's path; its last number is the index
+    layer: str
     stack: str | None  # None: the path says it
-    self_attention: str
-    query: str
-    attention_output: str
-    ffn_input: str
-    ffn_second: str
-    ffn_output: str
-    norms: tuple[str, ...]
-    cross_attention: str | None = None
+    parts: Parts
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        cross = (self.cross_attention,) if self.cross_attention else ()
-        ffn = (self.ffn_input, self.ffn_second, self.ffn_output)
-        return (self.self_attention, self.query, self.attention_output, *ffn, *self.norms, *cross)
+    def fits(self, path: str, modules: Mapping[str, nn.Module]) -> re.Match[str] | None:
+        parts = self.parts
+        names = (parts.self_attention, parts.query, parts.attention_output, parts.ffn_input, parts.ffn_output)
+        marks = (*names, *parts.norms, *filter(None, [parts.cross_attention]))
+        found = re.fullmatch(self.layer, path)
+        there = all(_below(path, name) in modules for name in marks)
+        return found if there and any(_below(path, name) in modules for name in parts.ffn_first) else None
 
 
-_TORCH_ENCODER = _Plan(
-    layer=r"(?:.*\.)?layers\.(\d+)",
-    stack="encoder",
+_LLAMA = Parts(
     self_attention="self_attn",
     query="self_attn.q_proj",
-    attention_output="dropout1",
-    ffn_input="linear1",
-    ffn_second="linear2",
-    ffn_output="dropout2",
-    norms=("norm1", "norm2"),
+    attention_output="self_attn.o_proj",
+    ffn_input="post_attention_layernorm",
+    ffn_first=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_output="mlp",
+    stream="",
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
-_T5 = _Plan(
-    layer=r"(?:.*\.)?(encoder|decoder)\.block\.(\d+)",
-    stack=None,
-    self_attention="layer.0.SelfAttention",
-    query="layer.0.SelfAttention.q",
-    attention_output="layer.0.dropout",
-    ffn_input="layer.1.DenseReluDense",
-    ffn_second="layer.1.DenseReluDense.wo",
-    ffn_output="layer.1.dropout",
-    norms=("layer.0.layer_norm", "layer.1.layer_norm"),
+_GEMMA = dataclasses.replace(  # a LayerNorm behind each sublayer as well
+    _LLAMA,
+    attention_output="post_attention_layernorm",
+    ffn_input="pre_feedforward_layernorm",
+    ffn_output="post_feedforward_layernorm",
+    norms=(*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-_PLANS = (
-    _Plan(  # Llama, Mistral, Qwen, Gemma, SmolLM
-        layer=r"(?:.*\.)?layers\.(\d+)",
-        stack="decoder",
+_BERT = Parts(
+    self_attention="attention.self",
+    query="attention.self.query",
+    attention_output="attention.output.dropout",
+    ffn_input="intermediate",
+    ffn_first=("intermediate.dense",),
+    ffn_output="output.dropout",
+    stream="output.LayerNorm",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+)
+_GPT2 = Parts(
+    self_attention="attn",
+    query="attn.c_attn",
+    attention_output="attn.resid_dropout",
+    ffn_input="ln_2",
+    ffn_first=("mlp.c_fc",),
+    ffn_output="mlp",
+    stream="",
+    norms=("ln_1", "ln_2"),
+)
+
+
+def _t5(ffn: str, cross_attention: str | None = None) -> Parts:
+    """A T5 block whose FFN is at `ffn`, after one or two attentions."""
+    dense = f"{ffn}.DenseReluDense"
+    before = ("layer.0",) if cross_attention is None else ("layer.0", "layer.1")
+    return Parts(
+        self_attention="layer.0.SelfAttention",
+        query="layer.0.SelfAttention.q",
+        attention_output="layer.0.dropout",
+        ffn_input=f"{ffn}.layer_norm",
+        ffn_first=(f"{dense}.wi", f"{dense}.wi_0", f"{dense}.wi_1"),
+        ffn_output=f"{ffn}.dropout",
+        stream=ffn,
+        norms=tuple(f"{sublayer}.layer_norm" for sublayer in (*before, ffn)),
+        cross_attention=cross_attention,
+    )
+
+
+def _torch(norms: int, cross_attention: str | None = None) -> Parts:
+    """torch's own layer with that many LayerNorms and as many dropouts."""
+    return Parts(
         self_attention="self_attn",
         query="self_attn.q_proj",
-        attention_output="self_attn.o_proj",
-        ffn_input="mlp",
-        ffn_second="mlp.down_proj",
-        ffn_output="mlp",
-        norms=("input_layernorm", "post_attention_layernorm"),
-    ),
-    _Plan(  # BERT, RoBERTa, Electra
-        layer=r"(?:.*\.)?layer\.(\d+)",
-        stack="encoder",
-        self_attention="attention.self",
-        query="attention.self.query",
-        attention_output="attention.output.dropout",
-        ffn_input="intermediate",
-        ffn_second="output.dense",
-        ffn_output="output.dropout",
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    ),
-    _Plan(  # GPT-2
-        layer=r"(?:.*\.)?h\.(\d+)",
-        stack="decoder",
-        self_attention="attn",
-        query="attn.c_attn",
-        attention_output="attn.resid_dropout",
-        ffn_input="mlp",
-        ffn_second="mlp.c_proj",
-        ffn_output="mlp",
-        norms=("ln_1", "ln_2"),
-    ),
-    replace(
-        _T5,
-        cross_attention="layer.1.EncDecAttention",
-        ffn_input="layer.2.DenseReluDense",
-        ffn_second="layer.2.DenseReluDense.wo",
-        ffn_output="layer.2.dropout",
-        norms=("layer.0.layer_norm", "layer.1.layer_norm", "layer.2.layer_norm"),
-    ),
-    _T5,
-    replace(
-        _TORCH_ENCODER,
-        stack="decoder",
-        cross_attention="multihead_attn",
-        ffn_output="dropout3",
-        norms=("norm1", "norm2", "norm3"),
-    ),
-    _TORCH_ENCODER,
+        attention_output="dropout1",
+        ffn_input="linear1",
+        ffn_first=("linear1",),
+        ffn_output=f"dropout{norms}",
+        stream=f"norm{norms}",
+        norms=tuple(f"norm{i}" for i in range(1, norms + 1)),
+        cross_attention=cross_attention,
+    )
+
+
+_LAYERS, _BLOCKS = r"(?:.*\.)?layers\.(\d+)", r"(?:.*\.)?(encoder|decoder)\.block\.(\d+)"
+_PLANS = (
+    _Plan(_LAYERS, "decoder", _GEMMA),  # Gemma 2 and 3
+    _Plan(_LAYERS, "decoder", _LLAMA),  # Llama, Mistral, Qwen, Gemma, SmolLM
+    _Plan(r"(?:.*\.)?layer\.(\d+)", "encoder", _BERT),  # BERT, RoBERTa, Electra
+    _Plan(r"(?:.*\.)?h\.(\d+)", "decoder", _GPT2),
+    _Plan(_BLOCKS, None, _t5("layer.2", cross_attention="layer.1.EncDecAttention")),
+    _Plan(_BLOCKS, None, _t5("layer.1")),
+    _Plan(_LAYERS, "decoder", _torch(3, cross_attention="multihead_attn")),
+    _Plan(_LAYERS, "encoder", _torch(2)),
 )
 
 
@@ -172,19 +193,20 @@ def _takes_positions(path: str, module: nn.Module) -> bool:
 
 def _layer(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
     for plan in _PLANS:
-        found = re.fullmatch(plan.layer, path)
-        if found and all(f"{path}.{name}" in modules for name in plan.marks):
-            return Layer(
-                index=int(found.groups()[-1]),
-                stack=plan.stack or found[1],
-                path=path,
-                self_attention=f"{path}.{plan.self_attention}",
-                query=f"{path}.{plan.query}",
-                attention_output=f"{path}.{plan.attention_output}",
-                ffn_input=f"{path}.{plan.ffn_input}",
-                ffn_second=f"{path}.{plan.ffn_second}",
-                ffn_output=f"{path}.{plan.ffn_output}",
-                norms=tuple(f"{path}.{norm}" for norm in plan.norms),
-                cross_attention=f"{path}.{plan.cross_attention}" if plan.cross_attention else None,
-            )
+        if found := plan.fits(path, modules):
+            parts = plan.parts
+            if getattr(modules[path], "norm_first", False):  # torch's layers normalise either way
+                parts = dataclasses.replace(parts, stream="", ffn_input=parts.norms[-1])
+            paths = {field.name: _below(path, getattr(parts, field.name)) for field in dataclasses.fields(parts)}
+            paths["ffn_first"] = tuple(linear for linear in paths["ffn_first"] if linear in modules)
+            return Layer(index=int(found.groups()[-1]), stack=plan.stack or found[1], path=path, **paths)
     return None
+
+
+def _below(path: str, name: str | tuple[str, ...] | None) -> Any:
+    """The name's path, or the names', below `path`; "" is `path` itself."""
+    if name is None:
+        return None
+    if isinstance(name, tuple):
+        return tuple(_below(path, one) for one in name)
+    return f"{path}.{name}" if name else path

@@ -24,8 +24,8 @@ Names = list[str] | tuple[str, ...] | str
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(PeftConfig):
-    """biases: "all", or "query+mlp" (the paper's subset: query biases and those of the FFN's second linear layer), or
-    names of the modules whose biases train, matched as target_modules are.
+    """biases: "all", or "query+mlp" (the paper's subset: the biases of the queries and of the FFN's first linear layer,
+    half of all in BERT), or names of the modules whose biases train, matched as target_modules are.
 
     add_missing: gives linear layers without a bias one that starts at zero (Llama has none); without it a model in
     which nothing would train is refused.
@@ -63,7 +63,7 @@ class BitFit(Method):
         modules = self.host.modules()
         if biases == "query+mlp":
             for layer in self.host.anatomy.layers:
-                yield from ((path, modules[path]) for path in (layer.query, layer.ffn_second))
+                yield from ((path, modules[path]) for path in (layer.query, *layer.ffn_first))
             return
         for path, module in modules.items():
             # By the parameter's own name: T5's relative_attention_bias is an embedding.

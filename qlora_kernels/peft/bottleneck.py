@@ -55,8 +55,3 @@ class Bottleneck(nn.Module):
         inner = F.dropout(x.to(self.down.weight.dtype), self.dropout_p, self.training)
         y: Tensor = self.up(self.activation(self.down(inner))) * self.scale
         return y.to(x.dtype)
-
-    def behind(self, h: Tensor) -> Tensor:
-        """h + f(h): the bottleneck in sequence, with its skip connection."""
-        y: Tensor = h + self(h)
-        return y

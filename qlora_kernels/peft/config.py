@@ -20,6 +20,7 @@ class PeftConfig:
     """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head."""
 
     peft_type: ClassVar[str]
+    own_fields: ClassVar[tuple[str, ...]] = ()  # those that PEFT's file of this type has no place for
 
     task_type: str | None = None
     base_model_name_or_path: str | None = None

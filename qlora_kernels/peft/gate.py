@@ -39,6 +39,6 @@ def padding_of(selection: Selection, name: str, h: Tensor) -> Tensor | None:
     if padding is None:
         return None
     if selection.rows is not None and h.shape[0] != padding.shape[0]:
-        own = [i for i, row in enumerate(selection.rows_of(padding)) if row == name]
+        own = [i for i, row in enumerate(selection.rows_of(padding.shape[0])) if row == name]
         padding = padding[own]
     return padding if padding.shape == h.shape[:2] else None

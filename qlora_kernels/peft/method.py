@@ -99,7 +99,8 @@ class Method(nn.Module):
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json, in PEFT's fields where PEFT has the method."""
-        return {**self.config.to_dict(), "inference_mode": True}
+        values = {name: v for name, v in self.config.to_dict().items() if name not in self.config.own_fields}
+        return {**values, "inference_mode": True}
 
     def tensors(self) -> dict[str, Tensor]:
         """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
@@ -110,8 +111,11 @@ class Method(nn.Module):
         load_into(self.tree, by_path(tensors, self.file_prefix))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(values, tensors) that a resumed training needs and PEFT's layout has no place for."""
-        return {}, {}
+        """(values, tensors) that PEFT's layout has no place for; values["config"]: fields over the file's."""
+        if not self.config.own_fields:
+            return {}, {}
+        values = self.config.to_dict()
+        return {"config": {name: values[name] for name in (*self.config.own_fields, "peft_type")}}, {}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         """Takes what extras() gave; not called for a file that PEFT wrote."""

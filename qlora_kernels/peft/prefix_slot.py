@@ -20,39 +20,64 @@ from .selection import Selection
 
 
 class Prefix(NamedTuple):
-    """keys, values [B, heads_kv, n, head_dim] (from a provider also without B).
+    """One adapter's keys and values [B, heads_kv, n, head_dim], or without B where all rows have the same.
 
-    visible: bool [B, 1, 1, n], or None where every row sees all of it.
-    gate: [B, S_q, 1], factor of the prefix's keys and values as each query sees them, or None.
-    owners: (adapter, its n) in order of the positions.
+    gate: [B, S_q, 1], factor of both as each query sees them, or None.
     """
 
     keys: Tensor
     values: Tensor
-    visible: Tensor | None = None
     gate: Tensor | None = None
-    owners: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The prefixes of the adapters that speak, side by side.   visible: bool [B, 1, 1, n], or None where every row sees
+    all n positions of them."""
+
+    parts: dict[str, Prefix]
+    visible: Tensor | None = None
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {name: part.keys.shape[-2] for name, part in self.parts.items()}
+
+    @property
+    def gates(self) -> list[Tensor]:
+        return [part.gate for part in self.parts.values() if part.gate is not None]
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k, v) over [prefix; own].
+        """(q, k, v) over [prefixes; own].
 
-        A gate g of the query scales q.k and v of the prefix alone. With the head dimension doubled that is plain
-        attention: q' = [q, g q], own k' = [k, 0], prefix k' = [0, k]; values alike, and out() weighs the two halves.
+        A gate g of the query scales q.k and v of its prefix alone. With as many head dimensions again for each gate
+        that is plain attention: q' = [q, g q], own k' = [k, 0], prefix k' = [0, k]; values alike, and out() weighs the
+        slices.
         """
-        keys, values = self.keys.to(k.dtype), self.values.to(v.dtype)
-        if self.gate is not None:
-            d = q.shape[-1]
-            q = torch.cat([q, q * self.gate[:, None].to(q.dtype)], dim=-1)
-            k, v = (F.pad(t, (0, d)) for t in (k, v))
-            keys, values = (F.pad(t, (d, 0)) for t in (keys, values))
-        return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        gates, gated = self.gates, 0
+        keys, values = [], []
+        for part in self.parts.values():
+            gated += part.gate is not None
+            place = 0 if part.gate is None else gated
+            keys.append(_in_slice(place, len(gates), part.keys.to(k.dtype).expand(k.shape[0], -1, -1, -1)))
+            values.append(_in_slice(place, len(gates), part.values.to(v.dtype).expand(v.shape[0], -1, -1, -1)))
+        if gates:
+            q = torch.cat([q, *(q * gate[:, None].to(q.dtype) for gate in gates)], dim=-1)
+        keys.append(_in_slice(0, len(gates), k))
+        values.append(_in_slice(0, len(gates), v))
+        return q, torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def out(self, heads: Tensor) -> Tensor:
-        """[B, S_q, heads, head_dim or its double] -> [B, S_q, heads, head_dim]."""
-        if self.gate is None:
-            return heads
-        own, prefix = heads.chunk(2, dim=-1)
-        return own + prefix * self.gate[..., None].to(prefix.dtype)
+        """[B, S_q, heads, head_dim for the model's own and for each gate] -> [B, S_q, heads, head_dim]."""
+        own, *gated = heads.chunk(1 + len(self.gates), dim=-1)
+        for part, gate in zip(gated, self.gates, strict=True):
+            own = own + part * gate[..., None].to(part.dtype)
+        return own
+
+
+def _in_slice(place: int, gates: int, x: Tensor) -> Tensor:
+    """x [..., d] in the slice `place` of [..., (1 + gates) * d], zero elsewhere."""
+    d = x.shape[-1]
+    return F.pad(x, (d * place, d * (gates - place))) if gates else x
 
 
 @dataclass
@@ -66,36 +91,26 @@ class PrefixSlot:
     providers: dict[str, Callable[[], Prefix]]
     bias: dict[str, Callable[[int, int, int], Tensor]]
 
-    def read(self, batch: int) -> Prefix | None:
-        """The prefixes of the adapters that speak, side by side; each row sees its own adapter's."""
-        names = [name for name in self.providers if self.selection.has(name)]
-        if not names:
+    def read(self, batch: int) -> Prefixes | None:
+        """What the adapters that speak put before the keys of `batch` rows; each row sees its own adapter's."""
+        parts = {name: provide() for name, provide in self.providers.items() if self.selection.has(name)}
+        if not parts:
             return None
-        parts = [self.providers[name]() for name in names]
-        keys = torch.cat([_batched(p.keys, batch) for p in parts], dim=2)
-        values = torch.cat([_batched(p.values, batch) for p in parts], dim=2)
-        gates = [p.gate for p in parts if p.gate is not None]
-        if gates and len(parts) > 1:
-            raise NotImplementedError(f"prefix: a gated prefix must be the only one that acts, got {names}")
-        owners = tuple((name, p.keys.shape[-2]) for name, p in zip(names, parts, strict=True))
-        visible = None
-        if self.selection.rows is not None:
-            rows = self.selection.rows_of(keys)
-            seen = [[row == name for name, n in owners for _ in range(n)] for row in rows]
-            visible = torch.tensor(seen, device=keys.device)[:, None, None]
-        return Prefix(keys, values, visible, gates[0] if gates else None, owners)
+        prefixes = Prefixes(parts)
+        if self.selection.rows is None:
+            return prefixes
+        rows = self.selection.rows_of(batch)
+        seen = [[row == name for name, n in prefixes.lengths.items() for _ in range(n)] for row in rows]
+        device = next(iter(parts.values())).keys.device
+        return Prefixes(parts, torch.tensor(seen, device=device)[:, None, None])
 
 
-def _batched(x: Tensor, batch: int) -> Tensor:
-    return x.expand(batch, *x.shape) if x.dim() == 3 else x
-
-
-def extend_mask(mask: Tensor | None, prefix: Prefix, q: Tensor, k: Tensor, *, causal: bool) -> Tensor | None:
+def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, causal: bool) -> Tensor | None:
     """The attention mask over [prefix; keys]: `mask` (bool, True is seen; or float, added) with columns in front.
 
     q [B, heads, S_q, d], k [B, heads_kv, S_k, d] before the prefix is joined.   causal: what a mask of None stands for.
     """
-    n = prefix.keys.shape[2]
+    n = sum(prefix.lengths.values())
     queries, length = q.shape[2], k.shape[2]
     if mask is None:
         if prefix.visible is None and not (causal and queries > 1):
@@ -199,7 +214,7 @@ def attention_with_prefix(
     return prefix.out(heads), weights
 
 
-def _prefix_bias(slot: PrefixSlot, prefix: Prefix, query: Tensor, key: Tensor, position_bias: Tensor) -> Tensor:
+def _prefix_bias(slot: PrefixSlot, prefix: Prefixes, query: Tensor, key: Tensor, position_bias: Tensor) -> Tensor:
     """T5's position bias for the prefix columns: zero, or by distance where the adapter's prefix has positions."""
     queries = query.shape[2]
     past = key.shape[2] - queries
@@ -207,6 +222,6 @@ def _prefix_bias(slot: PrefixSlot, prefix: Prefix, query: Tensor, key: Tensor, p
         slot.bias[name](queries, n, past).to(position_bias.dtype)
         if name in slot.bias
         else position_bias.new_zeros(1, position_bias.shape[1], queries, n)
-        for name, n in prefix.owners
+        for name, n in prefix.lengths.items()
     ]
     return torch.cat(columns, dim=-1).expand(position_bias.shape[0], -1, -1, -1)

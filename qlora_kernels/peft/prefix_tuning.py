@@ -56,7 +56,6 @@ class PrefixTuningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_transformer_submodules: int | None = None
 
-    # What PEFT's file has no field for.
     own_fields: ClassVar[tuple[str, ...]] = ("prefix_dropout", "sites", "position_offset", "peft_layers")
 
     def __post_init__(self) -> None:
@@ -221,7 +220,7 @@ class PrefixTuning(Method):
             return value + n
         rows = selection.rows
         value = value.expand(len(rows), *value.shape[1:]) if value.shape[0] == 1 else value
-        own = torch.tensor([name == self.name for name in selection.rows_of(value)], device=value.device)
+        own = torch.tensor([name == self.name for name in selection.rows_of(value.shape[0])], device=value.device)
         return value + n * own.view(-1, *(1,) * (value.dim() - 1))
 
     def detach(self) -> None:
@@ -247,8 +246,10 @@ class PrefixTuning(Method):
         return tuple(self.prefixes) in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
 
     def file_config(self) -> dict[str, Any]:
-        values = {k: v for k, v in super().file_config().items() if k not in self.config.own_fields}
-        return {**values, "peft_type": "PREFIX_TUNING" if self.loads_in_peft else self.config.peft_type + "_SITES"}
+        return {
+            **super().file_config(),
+            "peft_type": "PREFIX_TUNING" if self.loads_in_peft else self.config.peft_type + "_SITES",
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompt_embeddings": self._encoders()[self._main].flat(), **super().tensors()}
@@ -265,15 +266,11 @@ class PrefixTuning(Method):
         load_into(self.tree, tensors)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        own = {
-            name: value
-            for name, value in self.config.to_dict().items()
-            if name in (*self.config.own_fields, "peft_type")
-        }
+        values, _ = super().extras()
         others = {f"flat.{site}": e.flat() for site, e in self._encoders().items() if site != self._main}
         projected = {f"projection.{key}": v for key, v in self.prefixes.state_dict().items()}
         has_mlp = any(encoder.down is not None for encoder in self._encoders().values())
-        return {"config": own}, {**others, **(projected if has_mlp else {})}
+        return values, {**others, **(projected if has_mlp else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         projected = {k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("projection.")}

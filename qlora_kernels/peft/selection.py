@@ -33,21 +33,21 @@ class Selection:
         """Rows of x that belong to adapter `name`; None = all of them. Call only where has(name)."""
         if self.rows is None:
             return None
-        return torch.tensor([i for i, row in enumerate(self.rows_of(x)) if row == name], device=x.device)
+        return torch.tensor([i for i, row in enumerate(self.rows_of(x.shape[0])) if row == name], device=x.device)
 
     def owners(self, names: Sequence[str], x: Tensor) -> Tensor | None:
         """For each row of x the place of its adapter in names, -1 if it is none of them; None without rows."""
         if self.rows is None:
             return None
         place = {name: i for i, name in enumerate(names)}
-        return torch.tensor([place.get(row, -1) for row in self.rows_of(x)], device=x.device)
+        return torch.tensor([place.get(row, -1) for row in self.rows_of(x.shape[0])], device=x.device)
 
-    def rows_of(self, x: Tensor) -> tuple[str, ...]:
-        """`rows` stretched to x.shape[0]: beams and flattened tokens repeat each row of the batch."""
+    def rows_of(self, batch: int) -> tuple[str, ...]:
+        """`rows` stretched to `batch`: beams and flattened tokens repeat each row of the batch."""
         rows = self.rows or ()
-        repeats, rest = divmod(x.shape[0], max(len(rows), 1))
+        repeats, rest = divmod(batch, max(len(rows), 1))
         if rest:
-            raise ValueError(f"adapter_names: must be one per row of the batch, {x.shape[0]}, got {len(rows)}")
+            raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(rows)}")
         return tuple(name for name in rows for _ in range(repeats))
 
     @contextmanager

@@ -22,8 +22,7 @@ class SoftPromptConfig(PeftConfig):
     """num_virtual_tokens: n.
 
     placeholder_token_id: if given, the virtual embeddings take the places where input_ids has this id, n in each row
-    and
-    in order, instead of standing before the input: P-tuning's templates.
+    and in order, instead of standing before the input: P-tuning's templates.
     token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
     """
 
@@ -92,7 +91,7 @@ class SoftPrompt(Method):
         if selection.rows is None:
             rows = [[p for parts in prompts.values() for p in parts]] * x.shape[0]
         else:
-            rows = [prompts.get(name, []) for name in selection.rows_of(x)]
+            rows = [prompts.get(name, []) for name in selection.rows_of(x.shape[0])]
         encoder_only = not (self.host.anatomy.causal or self.host.anatomy.seq2seq)
         return PromptLayout.of(rows, "right" if encoder_only else "left")
 
@@ -218,8 +217,7 @@ class SoftPrompt(Method):
         return self.config.placeholder_token_id is None
 
     def file_config(self) -> dict[str, Any]:
-        values = {k: v for k, v in super().file_config().items() if k not in self.config.own_fields}
-        return {**values, "peft_type": self.config.peft_type + ("" if self.loads_in_peft else "_PLACED")}
+        return {**super().file_config(), "peft_type": self.config.peft_type + ("" if self.loads_in_peft else "_PLACED")}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.prompt().detach().clone(), **super().tensors()}
@@ -239,10 +237,6 @@ class SoftPrompt(Method):
     def set_prompt(self, rows: Tensor) -> None:
         """rows [n, d]: what prompt() shall give from now on."""
         raise NotImplementedError
-
-    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = self.config.to_dict()
-        return {"config": {name: config[name] for name in (*self.config.own_fields, "peft_type")}}, {}
 
     def embedding_device(self) -> torch.device:
         embeddings = input_embeddings(self.host)

@@ -1,4 +1,4 @@
-"""Taps: hooks that let an adapter change the output of a module, for the rows that are its own."""
+"""Tap: hooks by which an adapter adds to what a module computes, in the rows that are its own."""
 
 from __future__ import annotations
 
@@ -13,47 +13,58 @@ from .selection import Selection
 Update = Callable[[Tensor], Tensor]
 
 
-class OutputTap:
-    """The module's output h becomes update(h).   h: the output, or the first element of an output tuple."""
+class Tap:
+    """`update` is read at one place of the model and added at another; each of its methods is one pair of places, and
+    returns the handles of the hooks it registered."""
 
     def __init__(self, selection: Selection, name: str, update: Update) -> None:
         self.selection, self.name, self.update = selection, name, update
-
-    def attach(self, module: nn.Module) -> list[RemovableHandle]:
-        return [module.register_forward_hook(self.hook)]
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.selection.has(self.name):
-            return output
-        h = output[0] if isinstance(output, tuple) else output
-        h = self._updated(h)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
-
-    def _updated(self, h: Tensor) -> Tensor:
-        rows = self.selection.row_index(self.name, h)
-        return self.update(h) if rows is None else h.index_copy(0, rows, self.update(h[rows]))
-
-
-class ParallelTap(OutputTap):
-    """The output h of a sublayer becomes h + update(x), x being the sublayer's input.
-
-    Two modules, because a sublayer is not always one: x is the first argument of the one, h the output of the other.
-    """
-
-    def __init__(self, selection: Selection, name: str, update: Update) -> None:
-        super().__init__(selection, name, update)
         self.x: Tensor | None = None
 
-    def attach_between(self, first: nn.Module, last: nn.Module) -> list[RemovableHandle]:
-        return [first.register_forward_pre_hook(self.remember), *self.attach(last)]
+    def behind(self, module: nn.Module) -> list[RemovableHandle]:
+        """The module's output h becomes h + update(h).   h: the output, or the first element of an output tuple."""
+        return [module.register_forward_hook(self._behind)]
 
-    def remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_norm(self, norm: nn.Module) -> list[RemovableHandle]:
+        """The module's input u becomes u + update(norm(u))."""
+        return [norm.register_forward_pre_hook(self._before_norm)]
+
+    def beside(self, first: nn.Module, last: nn.Module) -> list[RemovableHandle]:
+        """The output h of a sublayer becomes h + update(x), x being the sublayer's input.
+
+        Two modules, because a sublayer is not always one: x is the first argument of the one, h the output of the
+        other.
+        """
+        return [first.register_forward_pre_hook(self._remember), last.register_forward_hook(self._beside)]
+
+    def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self.selection.has(self.name):
+            return output
+        h, *rest = output if isinstance(output, tuple) else (output,)
+        h = self._added(h, h)
+        return (h, *rest) if isinstance(output, tuple) else h
+
+    def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.selection.has(self.name):
+            return None
+        u, *rest = args
+        # forward, not a call: that would come back here.
+        return (self._added(u, norm.forward(u)), *rest)
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.selection.has(self.name):
             self.x = args[0]
 
-    def _updated(self, h: Tensor) -> Tensor:
+    def _beside(self, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
+        if not self.selection.has(self.name):
+            return h
         x, self.x = self.x, None
         if x is None:
             raise RuntimeError(f"adapter {self.name!r}: the sublayer's input must be its first positional argument")
+        return self._added(h, x)
+
+    def _added(self, h: Tensor, x: Tensor) -> Tensor:
         rows = self.selection.row_index(self.name, h)
-        return h + self.update(x) if rows is None else h.index_add(0, rows, self.update(x[rows]))
+        if rows is None:
+            return h + self.update(x).to(h.dtype)
+        return h.index_add(0, rows, self.update(x[rows]).to(h.dtype))

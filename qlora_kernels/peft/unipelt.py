@@ -15,7 +15,6 @@ from .adapted_linear import Delta
 from .adapter import Adapter, AdapterConfig
 from .anatomy import Layer
 from .base_layer import device_of, features
-from .bottleneck import Bottleneck
 from .composite import Composite
 from .config import PeftConfig
 from .gate import Gate, padding_of
@@ -43,7 +42,7 @@ class UniPELTConfig(PeftConfig):
     lora_dropout: float = 0.0
     target_modules: list[str] | tuple[str, ...] | str | None = None
     reduction_factor: float = 16.0
-    non_linearity: str = "silu"
+    non_linearity: str = "relu"
     position_offset: bool | None = None
 
 
@@ -77,25 +76,25 @@ class GatedLora(LinearMethod[GatedLoraLinear]):
 
 
 class GatedBottleneck(nn.Module):
-    """h + g(h) * f(h)."""
+    """g(h) * f(h)."""
 
-    def __init__(self, bottleneck: Bottleneck, gate: Gate, host: Host, name: str) -> None:
+    def __init__(self, bottleneck: nn.Module, gate: Gate, host: Host, name: str) -> None:
         super().__init__()
         self.bottleneck, self.gate = bottleneck, gate
         self.selection, self.name = host.selection, name
 
-    def behind(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         g = self.gate(h, padding_of(self.selection, self.name, h))
-        y: Tensor = h + (g * self.bottleneck(h)).to(h.dtype)
+        y: Tensor = g * self.bottleneck(h)
         return y
 
 
 class GatedAdapter(Adapter):
     """Bottlenecks behind gates."""
 
-    def new_bottleneck(self, layer: Layer) -> Any:
-        bottleneck, gate = super().new_bottleneck(layer), new_gate(self.host, layer.ffn_output, self.host.width(layer))
-        return GatedBottleneck(bottleneck, gate, self.host, self.name)
+    def new_bottleneck(self, layer: Layer) -> GatedBottleneck:
+        gate = new_gate(self.host, layer.ffn_output, self.host.width(layer))
+        return GatedBottleneck(super().new_bottleneck(layer), gate, self.host, self.name)
 
 
 class GatedPrefixPart(PrefixPart):

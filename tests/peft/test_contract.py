@@ -166,10 +166,6 @@ def test_rows(case, kind, nf4):
         return
     model.set_adapter("other")
     randomize(model, seed=5)
-    if case == "unipelt" and kind != "bert":
-        with pytest.raises(NotImplementedError, match="gated prefix"):
-            logits(model, inputs, adapter_names=names)
-        return
     mixed = logits(model, inputs, adapter_names=names)
     for i, name in enumerate(names):
         row = {key: value[i : i + 1] for key, value in inputs.items()}

@@ -10,7 +10,7 @@ from torch import nn
 from qlora_kernels import peft
 from qlora_kernels.peft import PeftModel, get_peft_model
 from qlora_kernels.peft.gate import Gate
-from qlora_kernels.peft.prefix_slot import Prefix
+from qlora_kernels.peft.prefix_slot import Prefix, Prefixes
 from qlora_kernels.peft.prompt_layout import PromptLayout
 from tests.peft.models import batch, logits, make, randomize
 
@@ -27,16 +27,25 @@ def attend(q, k, v, scale):
     return ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def bert_reference(layer, x, *, attention=lambda h: h, ffn=lambda h: h, parallel=lambda x: 0.0, prefix=None):
-    """A BERT layer with a function after each sublayer, one beside the FFN, keys and values before the attention's."""
+def bert_reference(
+    layer, x, *, attention=lambda h: h, ffn=lambda h: h, parallel=lambda x: 0.0, normed=lambda x: 0.0, prefix=None
+):
+    """A BERT layer with a function after each sublayer, one beside the FFN, one that reads the layer's output and is
+    added before its norm, keys and values before the attention's."""
     self_attention, d = layer.attention.self, x.shape[-1]
     q, k, v = (heads(getattr(self_attention, name)(x)) for name in ("query", "key", "value"))
     if prefix is not None:
         k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), t], 2) for p, t in zip(prefix, (k, v), strict=True))
     a = attention(layer.attention.output.dense(attend(q, k, v, (d // 4) ** -0.5)))
     x = layer.attention.output.LayerNorm(x + a)
-    f = ffn(layer.output.dense(F.gelu(layer.intermediate.dense(x)))) + parallel(x)
-    return layer.output.LayerNorm(x + f)
+    u = x + ffn(layer.output.dense(F.gelu(layer.intermediate.dense(x)))) + parallel(x)
+    norm = layer.output.LayerNorm
+    return layer_norm(norm, u + normed(layer_norm(norm, u)))
+
+
+def layer_norm(norm, x):
+    """Without the hooks on the module."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def bottleneck(module, activation):
@@ -72,7 +81,7 @@ def test_pfeiffer_and_parallel(placement):
     model = get_peft_model(make("bert"), config).eval()
     randomize(model)
     f = bottleneck(model.host.adapters["default"][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter"), F.relu)
-    where = {"ffn": lambda h: h + 2 * f(h)} if placement == "pfeiffer" else {"parallel": lambda x: 2 * f(x)}
+    where = {"normed" if placement == "pfeiffer" else "parallel": lambda x: 2 * f(x)}
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, **where))
 
@@ -108,7 +117,7 @@ def test_unipelt():
     lora, prefix, adapter = model.host.adapters["default"][0].parts
     node = "bert.encoder.layer.0"
     f = adapter.tree.get_submodule(f"{node}.ffn_adapter")
-    small = bottleneck(f.bottleneck, F.silu)
+    small = bottleneck(f.bottleneck, F.relu)
 
     def gate(g, h):
         return torch.sigmoid(g.linear(h)).mean(1, keepdim=True)
@@ -125,8 +134,9 @@ def test_unipelt():
     keys, values = prefix.prefixes["encoder"](0)
     context = attend(q, torch.cat([g * keys, k], 2), torch.cat([g * values, v], 2), 8**-0.5)
     y = layer.attention.output.LayerNorm(x + layer.attention.output.dense(context))
-    h = layer.output.dense(F.gelu(layer.intermediate.dense(y)))
-    expected = layer.output.LayerNorm(y + h + gate(f.gate, h) * small(h))
+    norm, u = layer.output.LayerNorm, y + layer.output.dense(F.gelu(layer.intermediate.dense(y)))
+    h = layer_norm(norm, u)
+    expected = layer_norm(norm, u + gate(f.gate, h) * small(h))
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -137,15 +147,46 @@ def test_a_gate_leaves_padding_out():
     torch.testing.assert_close(gate(h, padding)[:1], alone)
 
 
-def test_a_querys_gate_scales_the_prefix_alone():
+def test_a_querys_gate_scales_its_prefix_alone():
+    """Three prefixes, the second without a gate."""
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
-    keys, values, g = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8), torch.rand(2, 5, 1)
-    prefix = Prefix(keys, values, gate=g)
-    joined = F.scaled_dot_product_attention(*prefix.join(q, k, v), scale=0.3).transpose(1, 2)
-    scores = torch.cat([g[:, None] * (q @ keys.transpose(-1, -2)), q @ k.transpose(-1, -2)], -1)
-    weights = (0.3 * scores).softmax(-1)
-    expected = g[:, None] * (weights[..., :3] @ values) + weights[..., 3:] @ v
-    torch.testing.assert_close(prefix.out(joined), expected.transpose(1, 2))
+    gates = (torch.rand(2, 5, 1), None, torch.rand(2, 5, 1))
+    parts = {str(i): Prefix(torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8), g) for i, g in enumerate(gates)}
+    prefixes = Prefixes(parts)
+    joined = F.scaled_dot_product_attention(*prefixes.join(q, k, v), scale=0.3).transpose(1, 2)
+    factors = [torch.ones(2, 5, 1) if g is None else g for g in gates]
+    scores = [g[:, None] * (q @ p.keys.transpose(-1, -2)) for g, p in zip(factors, parts.values(), strict=True)]
+    *weights, own = (0.3 * torch.cat([*scores, q @ k.transpose(-1, -2)], -1)).softmax(-1).split((3, 3, 3, 6), dim=-1)
+    expected = own @ v
+    for g, w, p in zip(factors, weights, parts.values(), strict=True):
+        expected = expected + g[:, None] * (w @ p.values)
+    torch.testing.assert_close(prefixes.out(joined), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "torch"])
+def test_pfeiffer_where_layers_normalise_their_input(kind):
+    """The stream after the FFN, u, becomes u + f(u); torch's own layers do it either way."""
+    if kind == "torch":
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+        model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
+        inputs, path = {"input": torch.randn(2, 5, 32)}, "0.layers.0"
+    else:
+        model, inputs = make(kind), batch(kind)
+        path = {"llama": "model.layers.0", "gpt2": "transformer.h.0", "t5": "encoder.block.0.layer.1"}[kind]
+    block, streams = model.get_submodule(path), []
+
+    def see():
+        return block.register_forward_hook(lambda m, args, out: streams.append(out[0] if type(out) is tuple else out))
+
+    handle = see()
+    model(**inputs)
+    handle.remove()
+    wrapped = get_peft_model(model, peft.AdapterConfig(placement="pfeiffer", bottleneck_size=8)).eval()
+    randomize(wrapped)
+    see()
+    model(**inputs)
+    tree = wrapped.host.adapters["default"][0].after_ffn[path.removesuffix(".layer.1")]
+    torch.testing.assert_close(streams[1], streams[0] + bottleneck(tree, F.relu)(streams[0]))
 
 
 def fused_model() -> PeftModel:
@@ -168,15 +209,15 @@ def test_adapter_fusion():
     model.eval()
     randomize(model)
     trees = [model.host.adapters[name][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter") for name in ("a", "b")]
-    f_a, f_b = (bottleneck(tree, F.gelu) for tree in trees)
+    f_a, f_b = (bottleneck(tree, F.relu) for tree in trees)
 
     def mix(h):
         z = torch.stack([f_a(h), f_b(h)])
         weights = (fusion.query(h) * fusion.key(z)).sum(-1).softmax(0)
-        return h + (weights[..., None] * fusion.value(z)).sum(0)
+        return (weights[..., None] * fusion.value(z)).sum(0)
 
     x = torch.randn(2, 5, 32)
-    torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, ffn=mix))
+    torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, normed=mix))
 
 
 def test_fusion_of_adapters_that_were_trained_apart(tmp_path):
@@ -205,8 +246,12 @@ def test_fusion_wants_pfeiffer_adapters():
 def test_bitfit_subset():
     model = get_peft_model(make("bert"), peft.BitFitConfig(biases="query+mlp"))
     names = {n.partition("tree.")[2] for n, p in model.adapters.named_parameters()}
-    parts = ("attention.self.query.bias", "output.dense.bias")
+    parts = ("attention.self.query.bias", "intermediate.dense.bias")
     assert names == {f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in parts}
+    for kind, linears in (("llama", ("gate_proj", "up_proj")), ("gpt2", ("c_fc",)), ("t5", ("wi",))):
+        model = get_peft_model(make(kind), peft.BitFitConfig(biases="query+mlp", add_missing=True))
+        middle = {n.split(".")[-2] for n, _ in model.adapters.named_parameters()}
+        assert middle - {"q_proj", "c_attn", "q"} == set(linears)
 
 
 def test_bitfit_trains_biases_only():
