@@ -22,6 +22,10 @@ class Delta(nn.Module):
         """The factors, where the update is scaling * B A and nothing else; else None."""
         return None
 
+    def offset(self) -> Tensor | None:
+        """[N], added to every output beside the factors' part; None = nothing."""
+        return None
+
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """y plus this update's part.   x [..., K];  y [..., N] = base(x) and the earlier adapters' parts."""
         raise NotImplementedError
@@ -80,8 +84,12 @@ class AdaptedLinear(nn.Module):
         lowrank = {name: update for name, delta in chosen.items() if (update := delta.factors()) is not None}
         y = self._lowrank(x, lowrank) if lowrank else self.base_layer(x)
         for name, delta in chosen.items():
+            rows = self.selection.row_index(name, x)
             if name not in lowrank:
-                y = self._own_way(delta, x, y, self.selection.row_index(name, x))
+                y = self._own_way(delta, x, y, rows)
+            elif (offset := delta.offset()) is not None:
+                offset = offset.to(y.dtype)
+                y = y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
         return y
 
     def _forward_merged(self, x: Tensor) -> Tensor:
@@ -137,11 +145,14 @@ class AdaptedLinear(nn.Module):
         names = (*self.merged_names, *(n for n in names if n in self.deltas and n not in self.merged_names))
         weight = dense_weight(base)
         wanted = weight
+        bias = cast("Tensor | None", getattr(base, "bias", None))
         for name in names:
             wanted = self.deltas[name].merged(wanted)
+            if (offset := self.deltas[name].offset()) is not None:
+                bias = offset.to(cast(Tensor, base.weight).dtype) if bias is None else (bias + offset).to(bias.dtype)
         if safe_merge and not torch.isfinite(wanted).all():
             raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
-        merged = with_weight(base, wanted, base.bias, target)  # type: ignore[arg-type]
+        merged = with_weight(base, wanted, bias, target)
         self.unmerged, self.base_layer, self.merged_names = [base], merged, names
         return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
 
@@ -153,6 +164,26 @@ class AdaptedLinear(nn.Module):
     def keep_merged(self) -> None:
         """Makes the merged layer the base for good."""
         self.unmerged, self.merged_names = [], ()
+
+
+class AdaptedEmbedding(AdaptedLinear):
+    """An embedding seen as a linear layer of one-hot tokens: in_features is the size of its vocabulary."""
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx  # type: ignore[return-value]
 
 
 _HOOKS = (

@@ -2,7 +2,8 @@
 
 A base layer has in_features, out_features, bias and forward; a quantized one also dequantize(dtype) -> [N, K]; one
 with a fused low-rank path also forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K] as
-`weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf. Only this file knows.
+`weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf; an nn.Embedding is a linear
+layer of one-hot tokens that holds the transpose too. Only this file knows.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, LinearNF4)) or is_conv1d(module)
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it is nn.Embedding itself: a subclass may compute something else."""
+    return type(module) is nn.Embedding
+
+
 def is_quantized(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and callable(getattr(module, "dequantize", None))
 
 
 def features(base: nn.Module) -> tuple[int, int]:
     """(in_features K, out_features N)."""
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
     return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)  # type: ignore[return-value]
 
 
@@ -31,7 +39,7 @@ def dense_weight(base: nn.Module) -> Tensor:
     if is_quantized(base):
         weight: Tensor = base.dequantize(torch.float32)  # type: ignore[operator]
     else:
-        weight = base.weight.T if is_conv1d(base) else base.weight  # type: ignore[union-attr, assignment]
+        weight = base.weight.T if is_conv1d(base) or is_embedding(base) else base.weight  # type: ignore[union-attr, assignment]
     return weight.detach().float()
 
 
@@ -43,12 +51,16 @@ def with_weight(base: nn.Module, weight: Tensor, bias: Tensor | None, target: st
     """A new layer y = x weight^T + bias in the storage `target`; `base` is not touched.
 
     weight: fp32 [N, K].   target: "16bit" = dense, in the dtype the base's weights have or were quantized from;
-    "nf4" = LinearNF4;  "same" = as the base is.
+    "nf4" = LinearNF4;  "same" = as the base is. An embedding stays dense.
     """
     if target not in ("16bit", "nf4", "same"):
         raise ValueError(f"merge: target must be '16bit', 'nf4' or 'same', got {target!r}")
     n, k = weight.shape
     dtype: torch.dtype = base.weight_dtype if is_quantized(base) else base.weight.dtype  # type: ignore[assignment, union-attr]
+    if isinstance(base, nn.Embedding):
+        options = {name: getattr(base, name) for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
+        table = weight.T.contiguous().to(dtype)
+        return nn.Embedding(k, n, base.padding_idx, **options, _weight=table, _freeze=True).train(base.training)
     if is_conv1d(base) and target != "nf4":
         layer: nn.Module = type(base)(n, k)
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)

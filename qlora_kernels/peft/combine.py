@@ -1,8 +1,14 @@
-"""A LoRA adapter that is the weighted sum of others."""
+"""A LoRA adapter that is the weighted sum of others, or one of its sparser relatives.
+
+Source: TIES (arXiv:2306.01708), DARE (arXiv:2311.03099). Names and what is combined: PEFT's.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,34 +17,117 @@ from .lora import Lora, LoraConfig
 from .lora_init import principal_factors
 
 Factors = tuple[Tensor, Tensor, float]
+"""(A_i, B_i, s_i) of one adapter at one layer."""
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """How several tensors become one.
+
+    prune: keeps `density` of each tensor's entries, the largest ("magnitude") or random ones scaled by 1 / density.
+    elect: each entry has a sign elected, and is the mean of the tensors that have it; else the sum of all.
+    """
+
+    prune: Literal["magnitude", "random"] | None = None
+    elect: bool = False
+
+
+_ARITHMETICS = {
+    "linear": _Arithmetic(),
+    "magnitude_prune": _Arithmetic("magnitude"),
+    "ties": _Arithmetic("magnitude", elect=True),
+    "dare_linear": _Arithmetic("random"),
+    "dare_ties": _Arithmetic("random", elect=True),
+}
+_SVD = {"svd": "linear"} | {f"{name}_svd": name for name in _ARITHMETICS if name != "linear"}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """kind, as in PEFT: "cat" is sum_i w_i s_i B_i A_i exactly (s_i: the adapters' scalings), at rank sum_i r_i.
+
+    "svd" is the best approximation of that sum of rank svd_rank (default: the largest r_i). "linear" needs equal ranks
+    and combines A and B apart, which is another update: (sum_i sqrt(w_i s_i) B_i)(sum_i sqrt(w_i s_i) A_i).
+    "magnitude_prune", "ties", "dare_linear" and "dare_ties" take a sparser sum in place of "linear"'s; with "_svd" in
+    place of "svd"'s. They keep `density` of the entries; ties elects signs by the "total" of the entries or by the
+    "frequency" of their signs.
+    """
+
+    kind: str
+    svd_rank: int | None = None
+    density: float | None = None
+    majority_sign_method: Literal["total", "frequency"] = "total"
+
+    def __post_init__(self) -> None:
+        known = ["cat", *_ARITHMETICS, *_SVD]
+        if self.kind not in known:
+            raise ValueError(f"add_weighted_adapter: combination_type must be one of {known}, got {self.kind!r}")
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(
+                "add_weighted_adapter: majority_sign_method must be 'total' or 'frequency', "
+                f"got {self.majority_sign_method!r}"
+            )
+        if self.kind != "cat" and self.arithmetic.prune and not 0 < (self.density or 0.0) <= 1:
+            raise ValueError(
+                f"add_weighted_adapter: density must lie in (0, 1] for {self.kind!r}, got {self.density!r}"
+            )
+
+    @property
+    def arithmetic(self) -> _Arithmetic:
+        return _ARITHMETICS[_SVD.get(self.kind, self.kind)]
+
+    def factors(self, path: str, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """(A, B) of the layer at `path`."""
+        scaled = [w * s for w, (_, _, s) in zip(weights, parts, strict=True)]
+        ranks = [A.shape[0] for A, _, _ in parts]
+        all_A, all_B = [A for A, _, _ in parts], [B for _, B, _ in parts]
+        if self.kind == "cat":
+            return torch.cat([A * w for A, w in zip(all_A, scaled, strict=True)]), torch.cat(all_B, dim=1)
+        if self.kind in _SVD:
+            update = self.sum([s * (B.float() @ A.float()) for A, B, s in parts], weights)
+            return principal_factors(update, self.svd_rank or max(ranks))
+        if len(set(ranks)) > 1:
+            raise ValueError(
+                f"add_weighted_adapter: ranks at {path} must be equal for {self.kind!r}, got {ranks}; use cat or svd"
+            )
+        roots = [abs(w) ** 0.5 for w in scaled]
+        signed = [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
+        return self.sum(all_A, signed), self.sum(all_B, roots)
+
+    def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        pruned = torch.stack([self._pruned(tensor) for tensor in tensors])
+        weight = torch.tensor(weights, dtype=pruned.dtype, device=pruned.device).view(-1, *(1,) * tensors[0].dim())
+        if not self.arithmetic.elect:
+            return (pruned * weight).sum(0)
+        ballot = pruned if self.majority_sign_method == "total" else pruned.sign()
+        agree = pruned.sign() == torch.where(ballot.sum(0) >= 0, 1, -1)
+        return (pruned * weight * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+    def _pruned(self, tensor: Tensor) -> Tensor:
+        density = self.density if self.density is not None else 1.0
+        if self.arithmetic.prune == "random":
+            return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+        if self.arithmetic.prune is None or density == 1:
+            return tensor
+        kept = torch.zeros_like(tensor).flatten()
+        kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
+        return tensor * kept.view_as(tensor)
 
 
 @torch.no_grad()
 def weighted_lora(
-    parts: Sequence[Lora], weights: Sequence[float], combination_type: str, svd_rank: int | None
+    parts: Sequence[Lora], weights: Sequence[float], combination: Combination
 ) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """The configuration (scaling 1) and (A, B) for each layer of sum_i weights[i] * scaling_i * B_i A_i.
-
-    combination_type, as in PEFT: "cat" is that sum exactly, at rank sum_i r_i; "svd" its best approximation of rank
-    svd_rank (default: the largest r_i); "linear" needs equal ranks and combines A and B apart, which is another update:
-    (sum_i sqrt(w_i s_i) B_i)(sum_i sqrt(w_i s_i) A_i).
-    """
-    if combination_type not in _COMBINATIONS:
-        raise ValueError(
-            f"add_weighted_adapter: combination_type must be one of {sorted(_COMBINATIONS)}, got {combination_type!r}"
-        )
+    """The configuration (scaling 1) and (A, B) for each layer that one of the parts adapts."""
     if not parts or len(parts) != len(weights):
         raise ValueError(f"add_weighted_adapter: weights must be one per adapter, got {len(weights)} for {len(parts)}")
-    combine = _COMBINATIONS[combination_type]
+    if any(part.config.lora_bias for part in parts):
+        raise ValueError("add_weighted_adapter: no adapter may have lora_bias=True")
     combined = {}
     for path in dict.fromkeys(path for part in parts for path in part.deltas):
-        present = [
-            (lora_A, lora_B, weight * scaling)
-            for part, weight in zip(parts, weights, strict=True)
-            if path in part.deltas
-            for lora_A, lora_B, scaling in [part.deltas[path].lowrank()]
-        ]
-        combined[path] = combine(path, present, svd_rank)
+        there = [(part, weight) for part, weight in zip(parts, weights, strict=True) if path in part.deltas]
+        factors = [part.deltas[path].lowrank() for part, _ in there]
+        combined[path] = combination.factors(path, factors, [weight for _, weight in there])
     ranks = {path: lora_A.shape[0] for path, (lora_A, _) in combined.items()}
     r = max(ranks.values())
     config = LoraConfig(
@@ -50,25 +139,3 @@ def weighted_lora(
         task_type=parts[0].config.task_type,
     )
     return config, combined
-
-
-def _cat(path: str, factors: Sequence[Factors], svd_rank: int | None) -> tuple[Tensor, Tensor]:
-    return torch.cat([A * w for A, _, w in factors]), torch.cat([B for _, B, _ in factors], dim=1)
-
-
-def _svd(path: str, factors: Sequence[Factors], svd_rank: int | None) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = _cat(path, factors, None)
-    return principal_factors((lora_B @ lora_A).float(), svd_rank or max(A.shape[0] for A, _, _ in factors))
-
-
-def _linear(path: str, factors: Sequence[Factors], svd_rank: int | None) -> tuple[Tensor, Tensor]:
-    if len({A.shape[0] for A, _, _ in factors}) > 1:
-        raise ValueError(f"add_weighted_adapter: ranks at {path} must be equal for 'linear'; use 'cat' or 'svd'")
-    roots = [abs(w) ** 0.5 for _, _, w in factors]
-    signs = [1.0 if w >= 0 else -1.0 for _, _, w in factors]
-    lora_A = torch.stack([A * root for (A, _, _), root in zip(factors, roots, strict=True)]).sum(0)
-    signed = [B * root * sign for (_, B, _), root, sign in zip(factors, roots, signs, strict=True)]
-    return lora_A, torch.stack(signed).sum(0)
-
-
-_COMBINATIONS = {"cat": _cat, "svd": _svd, "linear": _linear}

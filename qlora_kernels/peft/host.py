@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .adapted_linear import AdaptedLinear, move_hooks
+from .adapted_linear import AdaptedEmbedding, AdaptedLinear, move_hooks
 from .anatomy import Anatomy, Layer, anatomy
-from .base_layer import is_linear
+from .base_layer import is_embedding, is_linear
 from .selection import Selection
 from .torch_attention import rejoin, split
 from .tree import set_module
@@ -80,7 +80,8 @@ class Host:
         """The AdaptedLinear at `path`, put there if it is not yet."""
         layer = self.model.get_submodule(path)
         if not isinstance(layer, AdaptedLinear):
-            base, layer = layer, AdaptedLinear(layer, self.selection)
+            base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
+            layer = kind(base, self.selection)
             move_hooks(base, layer)
             set_module(self.model, path, layer)
         return layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, Literal, Protocol, TypeVar, cast
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from .adapted_linear import Delta
 from .config import PeftConfig
 from .host import Host
 from .method import Method
-from .targets import TargetConfig, is_all_linear, matched_linears
+from .targets import TargetConfig, is_all_linear, matched_layers
 
 
 class LinearConfig(TargetConfig, Protocol):
@@ -30,10 +30,11 @@ class LinearMethod(Method, Generic[D]):
     """`deltas`: the update of each targeted layer, by the layer's name; new_delta makes them."""
 
     loads_in_peft = True
+    adapts_embeddings: ClassVar[bool] = False
 
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
         where = cast(LinearConfig, config)
-        targets = matched_linears(host, where)
+        targets = matched_layers(host, where, embeddings=self.adapts_embeddings)
         if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
         super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)

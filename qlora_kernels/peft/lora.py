@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted_linear import Delta
-from .base_layer import dense_weight, device_of, features
+from .base_layer import dense_weight, device_of, features, is_embedding
 from .config import PeftConfig
 from .linear_method import LinearMethod
 from .lora_init import init_loftq, init_pissa
+from .method import by_path, load_into
 from .registry import register_method
 from .targets import pattern_value
 
@@ -29,6 +30,8 @@ class LoraConfig(PeftConfig):
     init_lora_weights: True (A Kaiming uniform, B zero: identity), "gaussian" (A normal of std 1/r, B zero: identity),
     "pissa" or "pissa_niter_<n>" (the principal part of W), "loftq" (quantizes a dense base and fits the error), False
     (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
+    lora_bias: B has a bias, which is scaled and merged with it.
+    target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
     """
 
     peft_type = "LORA"
@@ -48,6 +51,7 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     loftq_config: dict[str, Any] = field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -63,6 +67,10 @@ class LoraConfig(PeftConfig):
             )
         if self.use_dora and str(init).startswith("pissa"):
             raise ValueError("LoraConfig: use_dora must be False with init_lora_weights='pissa'")
+        if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
+            raise ValueError(
+                "LoraConfig: lora_bias must be False with use_dora or another init_lora_weights than a bool"
+            )
 
     def scaling(self, r: int, alpha: float) -> float:
         return alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -82,7 +90,7 @@ class LoraLinear(Delta):
         k, n = features(base)
         device = device_of(base)
         self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r, n, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
         self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
         self.register_buffer("fixed_A", None)
         self.register_buffer("fixed_B", None)
@@ -94,6 +102,15 @@ class LoraLinear(Delta):
         if how == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         nn.init.zeros_(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_A.weight.data.copy_(lora_A)
+        self.lora_B.weight.data.copy_(lora_B)
+
+    def offset(self) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
         lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
@@ -137,21 +154,55 @@ class DoraLinear(LoraLinear):
         return self._row_scale(weight).detach().float()[:, None] * super().merged(weight)
 
 
+class LoraEmbedding(Delta):
+    """lora_embedding_A [r, vocab], lora_embedding_B [d, r]; row t of the table gets scaling * B A[:, t].
+
+    A zero and B normal at the start: identity. No dropout, as in PEFT: there is no x to drop from.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        if config.use_dora or config.lora_bias or not isinstance(config.init_lora_weights, bool):
+            raise NotImplementedError(
+                "LoRA: an embedding has no use_dora, no lora_bias and no initialisation but a bool"
+            )
+        vocab, d = features(base)
+        device, self.scaling = device_of(base), scaling
+        A = torch.zeros if config.init_lora_weights else torch.randn
+        self.lora_embedding_A = nn.Parameter(A(r, vocab, device=device, dtype=dtype))
+        self.lora_embedding_B = nn.Parameter(torch.randn(d, r, device=device, dtype=dtype))
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_embedding_A.data.copy_(lora_A)
+        self.lora_embedding_B.data.copy_(lora_B)
+
+    def lowrank(self) -> tuple[Tensor, Tensor, float]:
+        return self.lora_embedding_A, self.lora_embedding_B, self.scaling
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        padding_idx = cast("nn.Embedding", base).padding_idx
+        s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
+        return (y + self.scaling * F.linear(s, self.lora_embedding_B)).to(y.dtype)
+
+
 @register_method(LoraConfig)
-class Lora(LinearMethod[LoraLinear]):
-    """LoRA over the linear layers that the configuration targets."""
+class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
+    """LoRA over the linear layers and embeddings that the configuration targets."""
 
     config: LoraConfig
+    adapts_embeddings = True
 
-    def new_delta(self, path: str, base: nn.Module) -> LoraLinear:
+    def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
         config = self.config
         r = int(pattern_value(path, config.rank_pattern, config.r))
         scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
-        kind = DoraLinear if config.use_dora else LoraLinear
+        kind = LoraEmbedding if is_embedding(base) else DoraLinear if config.use_dora else LoraLinear
         return kind(base, r, scaling, config, self.host.adapter_dtype)
 
-    def add_delta(self, path: str, delta: LoraLinear) -> None:
+    def add_delta(self, path: str, delta: LoraLinear | LoraEmbedding) -> None:
         super().add_delta(path, delta)
+        if isinstance(delta, LoraEmbedding):
+            return
         layer, how = self.host.adapt(path), str(self.config.init_lora_weights)
         if how.startswith("pissa"):
             init_pissa(delta, layer.base_layer, how)
@@ -183,6 +234,21 @@ class Lora(LinearMethod[LoraLinear]):
         for path in self.deltas if tensors else ():
             own = {k.removeprefix(f"{path}."): v for k, v in tensors.items() if k.startswith(f"{path}.")}
             self.host.module(path).load_state_dict(own)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes PEFT's files of adapted embeddings, which hold the base's tables too.
+
+        Raises ValueError, beside load_into's, if such a table is not this base's.
+        """
+        wanted, modules = by_path(tensors, self.file_prefix), self.host.modules()
+        for key in wanted.keys() - self.tree.state_dict().keys():
+            owner, _, leaf = self.host.canonical(key).rpartition(".")
+            table = modules[owner]._parameters.get(leaf) if owner in modules else None
+            if table is not None:
+                saved = wanted.pop(key)
+                if saved.shape != table.shape or not torch.equal(saved.to(table), table):
+                    raise ValueError(f"adapter file: {key} must be the base model's own {leaf}, got other values")
+        load_into(self.tree, wanted)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()

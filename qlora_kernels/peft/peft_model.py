@@ -7,14 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
 from .base_layer import features, is_quantized
-from .combine import weighted_lora
+from .combine import Combination, weighted_lora
 from .config import PeftConfig
 from .explain import Explanation, explain
 from .host import Host
@@ -197,16 +197,22 @@ class PeftModel(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """A new LoRA adapter whose update is the weighted sum of others': see combine.weighted_lora."""
+        """A new LoRA adapter made of others', the weighted sum of their updates or a sparser one: combine.Combination.
+
+        combination_type: "cat" (exact), "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties", and the
+        last four with "_svd"; those that prune need `density`.
+        """
         parts = [self._single_lora(name) for name in adapters]
-        config, deltas = weighted_lora(parts, weights, combination_type, svd_rank)
+        combination = Combination(combination_type, svd_rank, density, majority_sign_method)
+        config, deltas = weighted_lora(parts, weights, combination)
         self.add_adapter(adapter_name, config)
         new = self._single_lora(adapter_name)
-        with torch.no_grad():
-            for path, (lora_A, lora_B) in deltas.items():
-                new.deltas[path].lora_A.weight.copy_(lora_A)
-                new.deltas[path].lora_B.weight.copy_(lora_B)
+        for path, (lora_A, lora_B) in deltas.items():
+            new.deltas[path].set_factors(lora_A, lora_B)
 
     def _single_lora(self, name: str) -> Lora:
         methods = self._methods(name)

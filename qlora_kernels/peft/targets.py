@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from .base_layer import is_embedding
 from .host import Host
 from .torch_attention import SplitAttention
 
@@ -42,11 +43,11 @@ class TargetConfig(Protocol):
     def task_type(self) -> str | None: ...
 
 
-def matched_linears(host: Host, config: TargetConfig) -> dict[str, nn.Module]:
-    """The linear layers that `config` targets, by name, in the model's order.
+def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
+    """The linear layers, and with `embeddings` the embeddings, that `config` targets, by name, in the model's order.
 
     Raises ValueError where nothing matches (with the nearest names) and where target_modules is None for an
-    architecture without a default; TypeError where a name in target_modules leads to what is no linear layer.
+    architecture without a default; TypeError where a name in target_modules leads to another kind of layer.
     """
     _check(config)
     linears = host.linears()
@@ -54,16 +55,16 @@ def matched_linears(host: Host, config: TargetConfig) -> dict[str, nn.Module]:
         targets: Names = [name for name in linears if name not in _output_heads(host.model, config.task_type)]
     else:
         targets = config.target_modules if config.target_modules is not None else _default_targets(host.model)
-    names = [n for n in host.modules() if n and _is_target(n, targets, config)]
-    if not names:
+    matched = {n: module for n, module in host.modules().items() if n and _is_target(n, targets, config)}
+    if not matched:
         raise ValueError(_no_match(targets, linears))
-    wrong = [n for n in names if n not in linears]
-    if wrong:
-        kind = type(host.module(wrong[0])).__name__
-        raise TypeError(
-            f"target_modules: {wrong[0]} must be a linear layer, got {kind}; name the linear layers inside it"
-        )
-    return {name: linears[name] for name in names}
+    for name, module in matched.items():
+        if name not in linears and not (embeddings and is_embedding(module)):
+            wanted = "a linear layer or nn.Embedding" if embeddings else "a linear layer"
+            raise TypeError(
+                f"target_modules: {name} must be {wanted}, got {type(module).__name__}; name the layers inside it"
+            )
+    return matched
 
 
 def is_all_linear(targets: Names) -> bool:

@@ -11,6 +11,14 @@ from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from qlora_kernels.peft.adapted_linear import AdaptedLinear
 from tests.peft.models import batch, logits, make, randomize
 
+# The embedding and a linear layer, of each model.
+EMBEDDING = {
+    "llama": ["embed_tokens", "v_proj"],
+    "bert": ["word_embeddings", "value"],
+    "gpt2": ["wte", "c_attn"],
+    "t5": ["shared", "v"],
+}
+
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
 @pytest.mark.parametrize(
@@ -22,13 +30,20 @@ from tests.peft.models import batch, logits, make, randomize
         {"bias": "all"},
         {"bias": "lora_only"},
         {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
+        {"target_modules": "EMBEDDING"},
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
 def test_files_cross_both_ways_with_equal_outputs(hf_peft, clone, tmp_path, kind, options):
     base, inputs = make(kind), batch(kind)
     task = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}.get(kind, "CAUSAL_LM")
-    ours = get_peft_model(clone(base), LoraConfig(target_modules="all-linear", task_type=task, **options)).eval()
+    if kind in ("llama", "t5") and "lora_bias" in options:
+        pytest.skip("PEFT refuses lora_bias for layers without a bias")
+    if "target_modules" in options:
+        options = {"target_modules": EMBEDDING[kind]}
+    ours = get_peft_model(clone(base), LoraConfig(**{"target_modules": "all-linear", "task_type": task, **options}))
+    ours.eval()
     randomize(ours)
     expected = logits(ours, inputs)
     ours.save_pretrained(tmp_path / "ours")
@@ -182,11 +197,63 @@ def test_bad_configurations():
         ("bias", {"bias": "some"}),
         ("init_lora_weights", {"init_lora_weights": "zeros"}),
         ("use_dora", {"use_dora": True, "init_lora_weights": "pissa"}),
+        ("lora_bias", {"lora_bias": True, "init_lora_weights": "pissa"}),
     ):
         with pytest.raises(ValueError, match=field):
             LoraConfig(**options)
     with pytest.raises(NotImplementedError, match="use_qalora"):
         LoraConfig.from_dict({"r": 4, "use_qalora": True})
+
+
+def test_embedding():
+    """The rows of the table move by scaling * B A; merged, mixed by row, and counted as PEFT does."""
+    table = nn.Embedding(10, 6, padding_idx=0)
+    model = get_peft_model(nn.Sequential(table), LoraConfig(target_modules=["0"], r=4, lora_alpha=6))
+    ids = torch.tensor([[1, 2, 0], [3, 3, 9]])
+    assert torch.equal(model(ids), table(ids))
+    assert model.get_nb_trainable_parameters() == (4 * (10 + 6), 4 * (10 + 6) + 60)
+    randomize(model)
+    delta = model.host.adapted()["0"].deltas["default"]
+    w = table.weight + 6 / 4 * (delta.lora_embedding_B @ delta.lora_embedding_A).T
+    torch.testing.assert_close(model(ids), w[ids])
+    mixed = model(ids, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(mixed, torch.stack([table(ids)[0], w[ids][1]]))
+    merged = model.merge_and_unload()[0]
+    assert (type(merged), merged.padding_idx) == (nn.Embedding, 0)
+    torch.testing.assert_close(merged(ids), w[ids])
+
+
+def test_embedding_of_another_base_is_refused(hf_peft, tmp_path):
+    """PEFT writes the table it adapted beside the adapter."""
+    hf_peft.get_peft_model(make("llama"), hf_peft.LoraConfig(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make("llama"), tmp_path)
+    with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight must be the base model's own"):
+        PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
+
+
+def test_embedding_refuses_what_it_has_not():
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}):
+        with pytest.raises(NotImplementedError, match="an embedding has no"):
+            get_peft_model(make("llama"), LoraConfig(target_modules=["embed_tokens"], **options))
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_bias(nf4, bias):
+    linear = nn.Linear(64, 24, bias=bias)
+    base = qk.LinearNF4.from_linear(linear) if nf4 else linear
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], r=4, lora_alpha=6, lora_bias=True))
+    randomize(model)
+    x = torch.randn(3, 64)
+    with model.disable_adapter():
+        without = model(x)
+    delta = model.host.adapted()["0"].deltas["default"]
+    expected = without + 6 / 4 * delta.lora_B(delta.lora_A(x))
+    torch.testing.assert_close(model(x), expected)
+    mixed = model(x, adapter_names=["__base__", "default", "__base__"])
+    torch.testing.assert_close(mixed, torch.stack([without[0], expected[1], without[2]]))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_wrapper_is_transparent():

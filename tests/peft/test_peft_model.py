@@ -182,11 +182,27 @@ def test_tied_head_is_merged_once():
     torch.testing.assert_close(logits(merged, batch("llama")), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["linear", "svd", "cat"])
-def test_weighted_combination_is_pefts(hf_peft, tmp_path, how):
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("cat", "linear", "magnitude_prune", "ties", "ties-frequency", "dare_linear", "dare_ties"),
+        *("svd", "magnitude_prune_svd", "ties_svd", "dare_linear_svd", "dare_ties_svd"),
+    ],
+)
+def test_weighted_combination_is_pefts(hf_peft, tmp_path, how, monkeypatch):
+    """Also with a negative weight. DARE's random mask is made the same for both, who hold embeddings transposed."""
+    monkeypatch.setattr(
+        torch,
+        "bernoulli",
+        lambda p: (sum(map(torch.arange, p.shape[1:]), torch.arange(p.shape[0])[:, None]) % 3 > 0).to(p.dtype),
+    )
+    how, _, method = how.partition("-")
+    pruning = {} if how in ("cat", "linear", "svd") else {"density": 0.6}
+    signs = {"majority_sign_method": method} if method else {}
     inputs = batch("llama")
-    model = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
-    model.add_adapter("b", LoraConfig(target_modules=["q_proj", "up_proj"], r=4, lora_alpha=3))
+    targets = ["q_proj", "up_proj", "embed_tokens"]
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=targets, r=4))
+    model.add_adapter("b", LoraConfig(target_modules=targets, r=4, lora_alpha=3))
     for i, name in enumerate(("b", "default")):
         model.set_adapter(name)
         randomize(model, seed=i)
@@ -194,9 +210,22 @@ def test_weighted_combination_is_pefts(hf_peft, tmp_path, how):
     theirs = hf_peft.PeftModel.from_pretrained(make("llama"), tmp_path)
     theirs.load_adapter(str(tmp_path / "b"), "b")
     for m in (model, theirs):
-        m.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", combination_type=how)
+        m.add_weighted_adapter(["default", "b"], [0.7, -0.4], "c", combination_type=how, **pruning, **signs)
         m.set_adapter("c")
     torch.testing.assert_close(logits(model.eval(), inputs), logits(theirs.eval(), inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_combinations_are_checked():
+    model = two_adapters()
+    for message, options in (
+        ("combination_type must be one of", {"combination_type": "mean"}),
+        (r"density must lie in \(0, 1\] for 'ties'", {"combination_type": "ties"}),
+        ("majority_sign_method", {"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}),
+        (r"must be equal for 'linear', got \[4, 2\]", {"combination_type": "linear"}),
+        ("weights must be one per adapter", {"weights": [1.0]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(["default", "b"], **{"weights": [1.0, 1.0], "adapter_name": "c", **options})
 
 
 @FORMATS

@@ -59,7 +59,7 @@ def test_no_match_names_the_nearest():
 
 
 def test_a_block_is_no_target():
-    with pytest.raises(TypeError, match=r"self_attn must be a linear layer, got LlamaAttention"):
+    with pytest.raises(TypeError, match=r"self_attn must be a linear layer or nn.Embedding, got LlamaAttention"):
         get_peft_model(make("llama"), LoraConfig(target_modules=["self_attn"]))
 
 
