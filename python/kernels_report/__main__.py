@@ -1,6 +1,7 @@
 """Compile every kernel for GPUs that are not here, and report what the compiler made of it.
 
     python -m python.kernels_report --out docs/kernels          every config, every architecture
+    python -m python.kernels_report --out docs/kernels --archs 90 --merge   one architecture; the others' rows stay
     python -m python.kernels_report --quick --archs 80 90 120   CI: the default configs, exit code 1 on a broken gate
 
 Writes report.md and report.json. Compiled, not run on a GPU.
@@ -22,7 +23,7 @@ from .triton_rows import triton_rows
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 COLUMNS = (
-    "kernel", "config", "sm", "regs", "spills", "shared", "occupancy", "tensor core", "16 B loads", "4 B copies",
+    "kernel", "config", "sm", "regs", "spills", "shared", "occupancy", "tensor core", "16 B loads", "< 16 B copies",
     "SASS", "SASS/weight", "bound",
 )  # fmt: skip
 
@@ -58,7 +59,7 @@ def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
         f"Triton {triton.__version__}. Reference weight 4096 x 4096. `SASS/weight`: instructions for each weight, of",
         "the whole kernel for the codec (it is unrolled), of one iteration of the main loop, matmul included, for",
         "fused kernels. `bound`: what limits the reference problem, by the model of `ops/_config.py`. `occupancy`:",
-        "resident warps over the most that an SM holds. `4 B copies`: cp.async of single words. `split`: partial sums",
+        "resident warps over the most that an SM holds. `< 16 B copies`: narrower cp.async. `split`: partial sums",
         "along the reduction; `dq`: double quantization; M, N, K, C, R: the tile.",
         *(["", "Of the configs only those that untuned dispatch picks in bf16 (--quick)."] if quick else []),
         "",
@@ -77,19 +78,34 @@ def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
     return "\n".join(lines)
 
 
+def kept_rows(report: Path, archs: list[int]) -> list[Row]:
+    """Rows of the other architectures in an earlier report, which this version of Triton must have made."""
+    if not report.exists():
+        return []
+    content = json.loads(report.read_text())
+    if content["triton"] != triton.__version__:
+        raise SystemExit(
+            f"{report} was made by Triton {content['triton']}, not {triton.__version__}: run without --merge"
+        )
+    return [row for row in (Row(**fields) for fields in content["rows"]) if row.arch not in archs]
+
+
 def main() -> int:
     """Write the report; 1 if a gate is broken."""
     parser = argparse.ArgumentParser(prog="kernels_report", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHS), choices=ARCHS, metavar="SM")
     parser.add_argument("--quick", action="store_true", help="the default configs in bf16 only")
+    parser.add_argument("--merge", action="store_true", help="keep other architectures' rows of the report in --out")
     parser.add_argument("--out", type=Path, default=Path("out/kernels"))
     arguments = parser.parse_args()
-    rows = triton_rows(arguments.archs, full=not arguments.quick) + cuda_rows(arguments.archs)
+    report = arguments.out / "report.json"
+    kept = kept_rows(report, arguments.archs) if arguments.merge else []
+    rows = kept + triton_rows(arguments.archs, full=not arguments.quick) + cuda_rows(arguments.archs)
     broken = broken_gates(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "report.md").write_text(markdown(rows, broken, arguments.quick))
     content = {"triton": triton.__version__, "rows": [row.as_json() for row in rows], "broken": broken}
-    (arguments.out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    report.write_text(json.dumps(content, indent=1) + "\n")
     for line in broken:
         print(line, file=sys.stderr)
     print(f"{len(rows)} kernels compiled, {len(broken)} gates broken: {arguments.out / 'report.md'}")

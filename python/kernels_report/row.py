@@ -26,6 +26,7 @@ class Row:
     weight, of the whole kernel where it is unrolled, else of its main loop; None where it handles no weights.
     bound: what the model of ops/_config.py says limits the reference problem.
     matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can pick the config.
+    wide_loads_needed: 16-byte loads that the code has if it reads weights and activations by nothing narrower.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Row:
     bound: str = ""
     matmul: bool = False
     default: bool = True
+    wide_loads_needed: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -63,9 +65,16 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
 DEQUANTIZE_BUDGET = 6.0
 """SASS instructions per decoded weight, for 16-bit results on sm_80 and sm_90."""
 
+ONE_ROW_BUDGET = 6.0
+"""The same of small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
+
 
 def _is_fused(row: Row) -> bool:
     return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
+
+
+def _is_small_m(row: Row) -> bool:
+    return row.source == "triton" and row.kernel == "linear_nf4_small_m_kernel"
 
 
 def _reads_packed_weights(row: Row) -> bool:
@@ -74,7 +83,11 @@ def _reads_packed_weights(row: Row) -> bool:
 
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ("no spills in a default config", lambda r: r.default, lambda r: r.spills == 0),
-    ("the architecture's own tensor-core instruction", _is_fused, lambda r: r.tensor_core == TENSOR_CORE[r.arch]),
+    (
+        "the architecture's own tensor-core instruction",
+        lambda r: _is_fused(r) and r.matmul,
+        lambda r: r.tensor_core == TENSOR_CORE[r.arch],
+    ),
     # wgmma and tcgen05 need 64 rows on the left, which a product with r rows does not have.
     ("a tensor-core instruction wherever there is a matmul", lambda r: r.matmul, lambda r: r.tensor_core != ""),
     (
@@ -83,11 +96,21 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: r.per_weight is not None and r.per_weight <= DEQUANTIZE_BUDGET,
     ),
     (
-        "no table lookup turned into cp.async",
-        lambda r: _is_fused(r) and "lora" not in r.config,
+        f"at most {ONE_ROW_BUDGET:g} SASS instructions per weight in small_m with one row of 16-bit x",
+        lambda r: _is_small_m(r) and " M1 " in r.config and "fp32" not in r.config,
+        lambda r: r.per_weight is not None and r.per_weight <= ONE_ROW_BUDGET,
+    ),
+    # Factors of an adapter may be narrower than 16 bytes.
+    (
+        "no table lookup turned into cp.async, no copy of weights or activations under 16 bytes",
+        lambda r: (_is_fused(r) and "lora" not in r.config) or _is_small_m(r),
         lambda r: r.narrow_copies == 0,
     ),
-    ("16-byte loads of weights and activations", _is_fused, lambda r: r.wide_loads > 0),
+    (
+        "16-byte loads of weights and activations",
+        lambda r: _is_fused(r) or _is_small_m(r),
+        lambda r: r.wide_loads >= r.wide_loads_needed,
+    ),
     ("16-byte loads of packed weights", _reads_packed_weights, lambda r: r.wide_loads > 0),
 )
 """(promise, rows it concerns, test)."""

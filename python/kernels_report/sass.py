@@ -80,10 +80,8 @@ class Facts:
 
     @property
     def narrow_copies(self) -> int:
-        """cp.async of four bytes: one for each element instead of one for each 16 bytes."""
-        return sum(
-            n for op, n in self.instructions.items() if op.startswith("LDGSTS") and ".128" not in op and ".64" not in op
-        )
+        """cp.async of less than 16 bytes: a copy for each element, or for each half of what a lane could take."""
+        return sum(n for op, n in self.instructions.items() if op.startswith("LDGSTS") and ".128" not in op)
 
 
 def facts_of(cubin: bytes, name: str) -> Facts:

@@ -27,7 +27,7 @@ from .sass import Facts, facts_of
 
 N, K = 4096, 4096
 BLOCKSIZE = 64
-ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 """Values of M for which dispatch is asked: its thresholds lie between them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,7 +35,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW_OPERANDS = ("p_w", "p_x", "p_grad_y", "p_out")
 """Parameters whose dtype names a launch, the first that a kernel has."""
 
-NO_MATMUL = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel", "sum_partials_kernel")
+FUSED = ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
+SMALL_M = "linear_nf4_small_m_kernel"
+NO_MATMUL = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel", "sum_partials_kernel", SMALL_M)
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,22 @@ def codec_cases(full: bool) -> Iterator[Case]:
 
 
 def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterator[tuple[Problem, Plan]]:
-    """(problem, fused plan): all that dispatch picks for ROWS; with full also every other candidate's tile."""
+    """(problem, plan that decodes inside): what dispatch picks for ROWS; with full also each other candidate's tile."""
     seen = set()
     for M in ROWS:
         problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
         picked = plan(problem, capability)
         for candidate in [picked, *(candidates(problem) if full else [])]:
             # How many splits there are changes the grid, not the code.
-            key = (candidate.block_m, candidate.block_n, candidate.block_k, candidate.split_k > 1)
-            if candidate.path == "fused" and key not in seen:
+            key = (candidate.path, candidate.block_m, candidate.block_n, candidate.block_k, candidate.split_k > 1)
+            if candidate.path != "decode" and key not in seen:
                 seen.add(key)
                 yield problem, candidate
 
 
 def linear_cases(capability: int, full: bool) -> Iterator[Case]:
     """The fused kernels, forward and backward, alone and with an adapter."""
-    for name in ("bf16", "fp16") if full else ("bf16",):
+    for name in DTYPES if full else ("bf16",):
         dtype = DTYPES[name]
         for op in ("linear_nf4", "linear_nf4_grad_x"):
             for problem, chosen in plans_of(op, dtype, capability, full):
@@ -160,17 +162,27 @@ def per_weight(launch: Compiled, facts: Facts) -> float | None:
     weights = weights_per_thread(launch)
     if weights is not None:
         return round(facts.total / weights, 2)
-    if launch.name in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel"):
+    if launch.name in (*FUSED, SMALL_M):
         # In the main loop each decoded weight is one shuffle.
         instructions, shuffles = facts.hottest_loop("SHFL")
         return round(instructions / shuffles, 2) if shuffles else None
     return None
 
 
+def wide_loads_needed(launch: Compiled) -> int:
+    """16-byte loads of small_m's words and x if none is narrower: words also ahead of the loop, x for each row."""
+    if launch.name != SMALL_M:
+        return 1
+    c, x = launch.constants, launch.arguments["p_x"]
+    lane_bytes = 16 * 32 * c["num_warps"]
+    return (2 * c["BLOCK_N"] * c["BLOCK_K"] // 2 + c["M"] * c["BLOCK_K"] * x.element_size()) // lane_bytes
+
+
 def label(launch: Compiled) -> str:
     """What tells one compilation of a kernel from another: dtype, tile, and the flags that are set."""
     signature, constants = launch.kernel.src.signature, launch.constants
     words = [next((signature[name].lstrip("*") for name in ROW_OPERANDS if name in signature), "")]
+    words += [f"M{constants['M']}"] if "M" in constants else []
     tile = [f"{axis}{constants[f'BLOCK_{axis}']}" for axis in "MNKCR" if f"BLOCK_{axis}" in constants]
     words.append(" ".join(tile))
     if "BLOCKSIZE" in constants:
@@ -187,14 +199,14 @@ def row_of(launch: Compiled, case: Case, capability: int) -> Row:
     kernel = launch.kernel
     facts = facts_of(kernel.asm["cubin"], kernel.metadata.name)
     family, count = facts.tensor_core
-    fused = launch.name in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
+    config = label(launch)
     bound = ""
-    if fused and case.problem is not None and case.plan is not None:
+    if launch.name in (*FUSED, SMALL_M) and case.problem is not None and case.plan is not None:
         bound = bound_of(case.problem, case.plan, arch_for(capability))
     return Row(
         source="triton",
         kernel=launch.name,
-        config=label(launch),
+        config=config,
         arch=capability,
         registers=facts.registers,
         spills=facts.spills,
@@ -207,7 +219,10 @@ def row_of(launch: Compiled, case: Case, capability: int) -> Row:
         instructions=facts.total,
         per_weight=per_weight(launch, facts),
         bound=bound or ("DRAM" if launch.name in NO_MATMUL else ""),
-        matmul=fused or (launch.name not in NO_MATMUL and launch.constants.get("HAS_LORA", True) is True),
+        # fp32 products run on the FMA pipes.
+        matmul=not config.startswith("fp32")
+        and (launch.name in FUSED or (launch.name not in NO_MATMUL and launch.constants.get("HAS_LORA", True) is True)),
+        wide_loads_needed=wide_loads_needed(launch),
     )
 
 

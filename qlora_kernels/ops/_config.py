@@ -23,8 +23,9 @@ from ._registry import Problem
 
 TUNED = Path(__file__).parent / "tuned"
 
-PATHS = ("fused", "decode")
-"""fused: the weight is decoded inside the matmul. decode: once into a workspace, then the library's matmul."""
+PATHS = ("small_m", "fused", "decode")
+"""small_m: decoded into multiply-adds, no tensor core; forward of one to four rows. fused: decoded inside the matmul.
+decode: once into a workspace, then the library's matmul."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ FUSED_EFFICIENCY = 0.5
 kernels that decode 4-bit weights in registers."""
 DECODE_INSTRUCTIONS = 8.0
 """SASS instructions per decoded weight in a fused main loop, all else of the loop included (docs/kernels/report.md)."""
+SMALL_M_INSTRUCTIONS = {1: 5.2, 2: 7.4, 3: 11.6, 4: 14.4}
+"""The same of the small_m main loop, products included, by rows of x."""
+SMALL_M_WARPS = 8
+"""Warps that keep an SM busy in small_m: 2 KiB in flight each, against the 14 KiB that an H100's bandwidth times
+600 ns comes to for each SM."""
 PACKED_BYTES = 0.516
 """Bytes per weight with double quantization at blocks of 64."""
 
@@ -87,6 +93,8 @@ def candidates(problem: Problem) -> list[Plan]:
     plans = [Plan("decode")]
     if fused_obstacles(problem):
         return plans
+    if problem.op == "linear_nf4" and small_m_rows(problem.dtype) >= problem.M:
+        plans += small_m_plans(problem)
     block_k = min(64, problem.blocksize)
     reduction = problem.K if problem.op != "linear_nf4_grad_x" else problem.N
     for block_m, block_n, num_warps in ((16, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 4), (128, 128, 8)):
@@ -104,6 +112,20 @@ def candidates(problem: Problem) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
+def small_m_rows(dtype: torch.dtype) -> int:
+    """Most rows that small_m takes. From three rows on its products are more instructions than the tensor-core loop's
+    8 a weight (SMALL_M_INSTRUCTIONS); fp32 has no such loop."""
+    return 4 if dtype == torch.float32 else 2
+
+
+def small_m_plans(problem: Problem) -> list[Plan]:
+    """A warp takes two or four rows of w, as its registers allow, and steps along K by whichever pads less."""
+    block_n = 4 if problem.M <= 2 else 2
+    block_k = min((1024, 512), key=lambda block: -(-problem.K // block) * block)
+    splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * block_k <= problem.K]
+    return [Plan("small_m", problem.M, block_n, block_k, split, num_warps=1, num_stages=1) for split in splits]
+
+
 def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, float]:
     """Seconds of the base matmul under a plan, by what spends them. LoRA adds the same to every plan, and is left out.
 
@@ -112,26 +134,38 @@ def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, f
     M, N, K = problem.M, problem.N, problem.K
     flops = 2.0 * M * N * K
     activations = 2.0 * M * (N + K)
+    # fp32 products run on the FMA pipes, two flops in each of 128 lanes.
+    flops_per_s = arch.flops_per_s if problem.dtype != torch.float32 else 256 * arch.sm_count * arch.clock_hz
+    issue_per_s = arch.sm_count * 128 * arch.clock_hz
     if candidate.path == "decode":
         return {
             "decode": (PACKED_BYTES + 2) * N * K / arch.bytes_per_s,
-            "tensor core": flops / arch.flops_per_s,
+            "tensor core": flops / flops_per_s,
             "DRAM": (2.0 * N * K + activations) / arch.bytes_per_s,
             "overhead": 2 * LAUNCH_S,
         }
     across, block = (N, candidate.block_n) if problem.op != "linear_nf4_grad_x" else (K, candidate.block_k)
+    # A second pass over fp32 partial sums, which mostly stay in L2.
+    partial = (
+        0.0 if candidate.split_k == 1 else LAUNCH_S + 8.0 * candidate.split_k * M * across / (3 * arch.bytes_per_s)
+    )
+    if candidate.path == "small_m":
+        used = min(1.0, -(-N // block) * candidate.split_k / (SMALL_M_WARPS * arch.sm_count))
+        padded_k = -(-K // candidate.block_k) * candidate.block_k
+        return {
+            "decode": SMALL_M_INSTRUCTIONS[M] * N * padded_k / (issue_per_s * used),
+            "tensor core": 0.0,
+            "DRAM": (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * used),
+            "overhead": LAUNCH_S + partial,
+        }
     tiles_m = -(-M // candidate.block_m)
     programs = tiles_m * -(-across // block) * candidate.split_k
     waves = -(-programs // arch.sm_count)
     used = programs / (waves * arch.sm_count)
     padded = 2.0 * tiles_m * candidate.block_m * N * K
-    # A second pass over fp32 partial sums, which mostly stay in L2.
-    partial = (
-        0.0 if candidate.split_k == 1 else LAUNCH_S + 8.0 * candidate.split_k * M * across / (3 * arch.bytes_per_s)
-    )
     return {
-        "decode": tiles_m * N * K * DECODE_INSTRUCTIONS / (arch.sm_count * 128 * arch.clock_hz * used),
-        "tensor core": padded / (FUSED_EFFICIENCY * arch.flops_per_s * used),
+        "decode": tiles_m * N * K * DECODE_INSTRUCTIONS / (issue_per_s * used),
+        "tensor core": padded / (FUSED_EFFICIENCY * flops_per_s * used),
         "DRAM": (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * min(1.0, 1.5 * used)),
         "overhead": LAUNCH_S + partial,
     }

@@ -76,6 +76,16 @@ def test_every_path(backend, plan):
         check_linear_lora(torch.bfloat16, Shape(100, 520, 1024, r=16), 0.1)
 
 
+@dtypes
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows(backend, dtype, rows, split):
+    """Two steps along K, the second of 64; and a row of W alone in its tile."""
+    needs(backend, "linear_nf4_lora")
+    with use_plan("linear_nf4", Plan("small_m", block_n=4, block_k=1024, split_k=split, num_warps=1)):
+        check_linear_lora(dtype, Shape(rows, 521, 1088, r=16), 0.1)
+
+
 def check_linear_lora(dtype, shape, p):
     packed, state = qk.quantize_nf4((gaussian(shape.N, shape.K) / shape.K**0.5).cuda(), shape.blocksize)
     w = qk.dequantize_nf4(packed, state, dtype)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from python.kernels_report import __main__ as report
 from python.kernels_report.row import Row, broken_gates, occupancy
 from python.kernels_report.triton_rows import Case, compile_case, meta, row_of, weight
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
+from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
+from qlora_kernels.ops._config import Plan, plan
+from qlora_kernels.ops._registry import Problem
+
+FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 
 GOOD = Row(
     source="triton",
@@ -29,6 +36,10 @@ GOOD = Row(
     per_weight=6.4,
     matmul=True,
 )
+FP32 = replace(GOOD, config="fp32 M16 N64 K64 b64 dq", tensor_core="", matmul=False)
+SMALL_M = replace(
+    FP32, kernel="linear_nf4_small_m_kernel", config="bf16 M1 N4 K1024 b64 dq", per_weight=4.8, wide_loads_needed=12
+)
 CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=False, per_weight=4.9)
 
 
@@ -41,6 +52,10 @@ CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=Fal
         (replace(GOOD, tensor_core=""), "wherever there is a matmul"),
         (replace(GOOD, narrow_copies=32), "no table lookup turned into cp.async"),
         (replace(GOOD, wide_loads=0), "16-byte loads"),
+        (replace(GOOD, narrow_copies=3), "no copy of weights or activations under 16 bytes"),
+        (replace(SMALL_M, wide_loads=11), "16-byte loads"),
+        (replace(SMALL_M, per_weight=6.5), "small_m with one row"),
+        (replace(SMALL_M, spills=1), "no spills"),
         (replace(CODEC, per_weight=8.2), "SASS instructions per weight"),
         (replace(CODEC, per_weight=None), "SASS instructions per weight"),
     ],
@@ -50,7 +65,34 @@ def test_a_regression_is_named(row, promise):
 
 
 def test_good_rows_break_nothing():
-    assert broken_gates([GOOD, CODEC, replace(CODEC, arch=120, per_weight=7.0)]) == []
+    assert broken_gates([GOOD, FP32, SMALL_M, CODEC, replace(CODEC, arch=120, per_weight=7.0)]) == []
+
+
+def run_report(monkeypatch, rows, *arguments):
+    """The command's exit code, with `rows` in the place of what would be compiled."""
+    monkeypatch.setattr(report, "triton_rows", lambda archs, full: [r for r in rows if r.arch in archs])
+    monkeypatch.setattr(report, "cuda_rows", lambda archs: [])
+    monkeypatch.setattr("sys.argv", ["kernels_report", *arguments])
+    return report.main()
+
+
+def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, capsys):
+    assert run_report(monkeypatch, [GOOD], "--out", str(tmp_path)) == 0
+    assert run_report(monkeypatch, [GOOD, replace(GOOD, spills=2)], "--out", str(tmp_path)) == 1
+    assert "no spills" in capsys.readouterr().err
+    assert "no spills" in (tmp_path / "report.md").read_text().split("Broken:")[1]
+
+
+def test_architectures_merge_into_one_report(monkeypatch, tmp_path):
+    out = ("--out", str(tmp_path))
+    assert run_report(monkeypatch, [replace(GOOD, spills=1), replace(CODEC, arch=80)], *out) == 1
+    assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge") == 0
+    kept = [(row["kernel"], row["arch"]) for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
+    assert sorted(kept) == [("dequantize_nf4_kernel", 80), ("linear_nf4_kernel", 90)]
+    stale = (tmp_path / "report.json").read_text().replace('"triton": "', '"triton": "0.', 1)
+    (tmp_path / "report.json").write_text(stale)
+    with pytest.raises(SystemExit, match="run without --merge"):
+        run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge")
 
 
 def test_occupancy():
@@ -80,3 +122,15 @@ def test_rank_64_gradients_do_not_spill():
     rows = [row_of(launch, case, 80) for launch in compile_case(case, 80)]
     assert rows[0].kernel == "lora_ds_grad_B_kernel"
     assert broken_gates(rows) == []
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_small_m_is_compiled_within_its_budget(arch):
+    """And the fused kernel beside it copies packed weights, as all else, by 16 bytes."""
+    problem = Problem("linear_nf4", "cuda", torch.bfloat16, 1, 4096, 4096, 0, 64, True)
+    x = meta(1, 4096, dtype=torch.bfloat16)
+    for chosen, kernel in ((plan(problem, arch), "linear_nf4_small_m_kernel"), (FUSED, "linear_nf4_kernel")):
+        case = Case(lambda: linear_nf4(x, weight(True), None), problem, chosen)
+        rows = [row_of(launch, case, arch) for launch in compile_case(case, arch)]
+        assert [row.kernel for row in rows] == [kernel]
+        assert broken_gates(rows) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_kernels.ops import _config
-from qlora_kernels.ops._config import ARCHS, Plan, candidates, modelled_seconds, plan, use_plan, write_tuned
+from qlora_kernels.ops._config import ARCHS, PATHS, Plan, candidates, modelled_seconds, plan, use_plan, write_tuned
 from qlora_kernels.ops._registry import Problem
 
 N, K = 4096, 4096
@@ -19,10 +19,23 @@ def problem(M, op="linear_nf4", N=N, K=K, dtype=torch.bfloat16, blocksize=64):
 @pytest.mark.parametrize("capability", ARCHS)
 @pytest.mark.parametrize("op", ["linear_nf4", "linear_nf4_grad_x"])
 def test_small_batches_are_fused_and_large_ones_decoded(capability, op):
-    paths = [plan(problem(M, op), capability).path for M in (1, 8, 16, 64, 1024, 8192)]
-    assert paths[:3] == ["fused"] * 3
+    paths = [plan(problem(M, op), capability).path for M in (1, 2, 3, 8, 16, 64, 1024, 8192)]
+    assert paths[:2] == ["small_m" if op == "linear_nf4" else "fused"] * 2
+    assert paths[2:5] == ["fused"] * 3
     assert paths[-2:] == ["decode"] * 2
-    assert paths == sorted(paths, reverse=True), "one crossover"
+    assert paths == sorted(paths, key=PATHS.index), "one crossover each"
+
+
+@pytest.mark.parametrize("capability", ARCHS)
+def test_fp32_needs_no_tensor_core(capability):
+    paths = [plan(problem(M, dtype=torch.float32), capability).path for M in (1, 3, 4, 5)]
+    assert paths[:3] == ["small_m"] * 3
+    assert paths[3] != "small_m"
+
+
+def test_a_small_m_step_pads_least():
+    for K, width in ((512, 512), (576, 1024), (4096, 1024), (4608, 512)):
+        assert {c.block_k for c in candidates(problem(1, K=K)) if c.path == "small_m"} == {width}
 
 
 @pytest.mark.parametrize("capability", ARCHS)

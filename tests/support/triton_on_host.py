@@ -25,6 +25,7 @@ OUTPUTS = {
     "quantize_nf4_kernel": {"p_packed", "p_absmax"},
     "quantize_absmax_kernel": {"p_absmax_q", "p_absmax_scale", "p_absmax_offset"},
     "linear_nf4_kernel": {"p_y"},
+    "linear_nf4_small_m_kernel": {"p_y"},
     "linear_nf4_grad_x_kernel": {"p_grad_x"},
     "lora_down_kernel": {"p_s"},
     "lora_up_kernel": {"p_out"},

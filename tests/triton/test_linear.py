@@ -6,6 +6,7 @@ Every path runs on every dtype: the plan is forced, so that small shapes reach s
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,12 +23,22 @@ PLANS = {
     "fused": FUSED,
     "wide": Plan("fused", block_m=64, block_n=128, block_k=64),
     "split": Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2),
+    "small_m": Plan("small_m", block_n=4, block_k=512, num_warps=1),
+    "small_m split": Plan("small_m", block_n=2, block_k=512, split_k=2, num_warps=1),
 }
 ALIGNED = Shape(19, 83, 320, r=8)
 """Partial tiles of M and N; five steps along K, so that two splits are unequal."""
+FEW_ROWS = Shape(3, 21, 1088, r=8)
+"""The same for small_m: three steps along K, the last of 64; of two splits one has a single step."""
 
 CASES = [
-    *((ALIGNED, plan, dtype, True) for plan in PLANS for dtype in DTYPES),
+    *((ALIGNED, plan, dtype, True) for plan in ("decode", "fused", "wide", "split") for dtype in DTYPES),
+    *((FEW_ROWS, plan, dtype, True) for plan in ("small_m", "small_m split") for dtype in DTYPES),
+    (FEW_ROWS, "small_m", torch.bfloat16, False),
+    (Shape(1, 64, 64, r=1), "small_m split", torch.bfloat16, False),  # an empty part
+    (Shape(1, 37, 96, r=64, blocksize=32), "small_m", torch.float32, True),
+    (Shape(2, 5, 4096, r=1, blocksize=4096), "small_m split", torch.float16, True),  # blocks longer than a step
+    (Shape(4, 6, 576, r=256), "small_m", torch.bfloat16, True),
     (ALIGNED, "fused", torch.bfloat16, False),
     (ALIGNED, "split", torch.float16, False),
     (Shape(1, 64, 64, r=1), "split", torch.bfloat16, True),  # fewer steps than splits: an empty part
@@ -61,12 +72,15 @@ class Problem:
         self.lora_A = (gaussian(shape.r, shape.K, seed=4) / shape.K**0.5).to(dtype).float()
         self.lora_B = gaussian(shape.N, shape.r, seed=5).to(dtype).float()
 
-    def forced(self, plan, block_k):
+    def forced(self, plan, blocksize):
         stack = ExitStack()
         stack.enter_context(qk.use_backend("triton"))
-        chosen = Plan(**{**PLANS[plan].__dict__, "block_k": min(PLANS[plan].block_k, block_k)})
-        for op in ("linear_nf4", "linear_nf4_grad_x"):
-            stack.enter_context(use_plan(op, chosen))
+        chosen = grad_x = PLANS[plan]
+        if plan != "decode":
+            grad_x = FUSED if chosen.path == "small_m" else chosen
+            grad_x = replace(grad_x, block_k=min(grad_x.block_k, blocksize))
+        stack.enter_context(use_plan("linear_nf4", chosen if chosen.path == "small_m" else grad_x))
+        stack.enter_context(use_plan("linear_nf4_grad_x", grad_x))
         return stack
 
 
@@ -118,7 +132,7 @@ def test_linear_lora(shape, plan, dtype, double_quant, dropout_p):
 @pytest.mark.parametrize("plan", PLANS)
 def test_outputs_depend_on_nothing_but_inputs(plan):
     """Twice the same bits; and rows do not leak into each other."""
-    problem = Problem(ALIGNED, torch.bfloat16, True)
+    problem = Problem(FEW_ROWS if plan.startswith("small_m") else ALIGNED, torch.bfloat16, True)
     with problem.forced(plan, 64):
         arguments = (problem.packed, problem.state, problem.lora_A, problem.lora_B)
         first = qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0)

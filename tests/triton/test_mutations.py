@@ -22,6 +22,7 @@ PACKAGE = "qlora_kernels.backends.triton"
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
 DECODE = Plan("decode")
+SMALL_M = Plan("small_m", block_n=2, block_k=512, num_warps=1)
 
 
 def codec():
@@ -37,16 +38,16 @@ def codec():
     )
 
 
-def lora(plan):
+def lora(plan, M=5, N=40, K=192):
     """Forward and gradients in fp32, within 1e-4 of float64: far below any planted fault."""
-    M, N, K, r, scaling, p = 5, 40, 192, 4, 1.7, 0.3
+    r, scaling, p = 4, 1.7, 0.3
     with qk.use_backend("reference"):
         packed, state = qk.quantize_nf4(gaussian(N, K))
         w = qk.dequantize_nf4(packed, state).double()
     leaves = [gaussian(M, K, seed=1), gaussian(N, seed=2), gaussian(r, K, seed=3), gaussian(N, r, seed=4)]
     grad_y, seed = gaussian(M, N, seed=5), torch.tensor([2**40 + 3])
     x, bias, A, B = (t.requires_grad_() for t in leaves)
-    with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", plan):
+    with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", FUSED if plan is SMALL_M else plan):
         y = qk.linear_nf4_lora(x, packed, state, A, B, bias, scaling=scaling, dropout_p=p, seed=seed)
         actual = (y, *torch.autograd.grad(y, leaves, grad_y))
     x, bias, A, B = exact = [t.detach().double().requires_grad_() for t in leaves]
@@ -81,6 +82,7 @@ CHECKS = {
     "fused": lambda: lora(FUSED),
     "split": lambda: lora(SPLIT),
     "decode": lambda: lora(DECODE),
+    "small_m": lambda: lora(SMALL_M, M=2, N=7, K=576),
     "multi": multi,
 }
 
@@ -88,6 +90,14 @@ MUTATIONS = [
     ("_decode", "return high, low", "return low, high", "codec"),
     ("_decode", " * scale + tl.load(p_absmax_offset)", " * scale", "fused"),
     ("_decode", "o_block // 256", "o_block // 64", "fused"),
+    ("_decode", "4 * (1 - i % 2)", "4 * (i % 2)", "small_m"),
+    ("linear_nf4_small_m", "tl.fma(runs, b_absmax, sums[m])", "tl.fma(runs, b_absmax, 0.0)", "small_m"),
+    ("linear_nf4_small_m", "b_absmax = next_words, next_absmax", "b_absmax = next_words, next_absmax * 2", "small_m"),
+    ("linear_nf4_small_m", "* RUN // BLOCKSIZE", "* RUN // BLOCKSIZE * 0", "small_m"),
+    ("linear_nf4_small_m", "p_x + m * K", "p_x", "small_m"),
+    ("linear_nf4_small_m", "low_rank * scaling", "low_rank", "small_m"),
+    ("linear_nf4_small_m", "if HAS_BIAS:", "if False:", "small_m"),
+    ("linear_nf4_small_m", "o_k // BLOCKSIZE < blocks", "o_k // BLOCKSIZE < blocks + 1", "small_m"),
     ("dequantize_nf4", "* scale + offset", "* scale", "codec"),
     ("dequantize_nf4", "ROW_VALUES) // BLOCKSIZE", "ROW_VALUES + 64) // BLOCKSIZE", "codec"),
     ("quantize_nf4", "high * 16 + low", "low * 16 + high", "codec"),

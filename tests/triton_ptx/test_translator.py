@@ -12,6 +12,7 @@ KERNEL = """
 .address_size 64
 .visible .entry probe(.param .u64 p)
 {{
+.reg .pred %p<2>;
 .reg .f32 %f<5>;
 .reg .b16 %h<3>;
 .reg .b32 %r<3>;
@@ -49,6 +50,7 @@ def test_a_modifier_that_nothing_follows_is_refused(instruction):
 @pytest.mark.parametrize(
     "instruction",
     [
+        "mov.pred %p1, -1;",
         "add.f32 %f1, %f2, %f3;",
         "mul.rn.f32 %f1, %f2, %f3;",
         "fma.rn.f32 %f1, %f2, %f3, %f4;",

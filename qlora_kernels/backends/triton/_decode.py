@@ -54,6 +54,7 @@ def _decode_asm() -> str:
 LANE_CODE_ASM = tl.constexpr(_lane_code_asm())
 DECODE_ASM = tl.constexpr(_decode_asm())
 DECODE_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 8 + ["r"] + ["f"] * 4))
+DECODE_WORD_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 8 + ["r", "f"]))
 
 
 @triton.jit
@@ -85,6 +86,28 @@ def decode_pairs(b_packed, table):
         return tl.inline_asm_elementwise(
             DECODE_ASM, DECODE_CONSTRAINTS, [b_packed, table], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
         )
+
+
+@triton.jit
+def decode_words(b_words, table):
+    """int32 tensor -> eight fp32 tensors of its shape: the code values of a word's eight weights, in their order.
+
+    Every lane of the warp must take part, as in decode_pairs. Words stay whole registers where a loop carries them,
+    while a carried uint8 tensor is taken apart and put together in each step.
+    """
+    if INTERPRETED:
+        flat = tl.reshape(b_words, (b_words.numel,))
+        values = ()
+        for i in tl.static_range(8):
+            # Element 2b is the high nibble of byte b, element 2b + 1 the low one.
+            index = (flat >> (8 * (i // 2) + 4 * (1 - i % 2))) & 15
+            values += (tl.reshape(tl.gather(table, index, 0), b_words.shape),)
+        return values
+    else:
+        w0, w2, w4, w6, w1, w3, w5, w7 = tl.inline_asm_elementwise(
+            DECODE_ASM, DECODE_WORD_CONSTRAINTS, [b_words, table], dtype=(tl.float32,) * 8, is_pure=True, pack=1
+        )
+        return w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @triton.jit

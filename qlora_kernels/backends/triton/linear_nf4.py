@@ -1,6 +1,7 @@
 """y = x W^T + bias and grad_x = grad_y W: the launchers, which follow ops/_config.py's plan.
 
-fused:   linear_nf4_gemm.py decodes the weight inside the matmul; with split_k > 1, lora_up.py adds the parts.
+small_m: linear_nf4_small_m.py multiplies up to four rows without a tensor core; forward only.
+fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the parts of split sums.
 decode:  the weight is decoded once into a workspace, and torch's matmul multiplies.
 
 The workspace is an allocation of the call. PyTorch's caching allocator hands the same block to the next layer on the
@@ -24,6 +25,7 @@ from ._dropout import Dropout, dropout_of
 from ._partials import block_r_of
 from .dequantize_nf4 import dequantize_nf4
 from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
+from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
 
 GRAD_X_BLOCK_N = 64
@@ -43,6 +45,11 @@ def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
     workspace = torch.empty((weight.N, weight.K), dtype=dtype, device=weight.packed.device)
     dequantize_nf4(weight, out=workspace)
     return workspace
+
+
+def whole_words(packed: Tensor) -> Tensor:
+    """`packed`, or a copy of it where it starts in the middle of a 4-byte word: a view that somebody cut by bytes."""
+    return packed if packed.data_ptr() % 4 == 0 else packed.clone()
 
 
 def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
@@ -70,32 +77,31 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | 
     split = chosen.split_k > 1
     parts = torch.empty((chosen.split_k, M, N), dtype=torch.float32, device=x.device) if split else y
     r = 1 if left is None else left.shape[1]
-    linear_nf4_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n), chosen.split_k)](
-        x,
-        weight.packed,
-        *absmax_pointers(weight),
-        x if bias is None else bias,
-        x if left is None else left,
-        x if right is None else right,
-        parts,
-        M,
-        N,
-        K,
-        r,
-        float(scaling),
-        BLOCKSIZE=weight.blocksize,
-        DOUBLE_QUANT=weight.double_quant,
-        HAS_BIAS=bias is not None,
-        HAS_LORA=left is not None,
-        SPLIT=split,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        BLOCK_K=chosen.block_k,
-        BLOCK_R=block_r_of(r),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        enable_fp_fusion=False,
-    )
+    operands = (x if bias is None else bias, x if left is None else left, x if right is None else right, parts)
+    flags = {
+        "BLOCKSIZE": weight.blocksize,
+        "DOUBLE_QUANT": weight.double_quant,
+        "HAS_BIAS": bias is not None,
+        "HAS_LORA": left is not None,
+        "SPLIT": split,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+        "BLOCK_R": block_r_of(r),
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+        "enable_fp_fusion": False,
+    }
+    if chosen.path == "small_m":
+        grid = (triton.cdiv(N, chosen.block_n), chosen.split_k)
+        linear_nf4_small_m_kernel[grid](
+            x, whole_words(weight.packed), *absmax_pointers(weight), *operands, N, K, r, float(scaling), M=M, **flags
+        )
+    else:
+        grid = (triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n), chosen.split_k)
+        flags["BLOCK_M"] = chosen.block_m
+        linear_nf4_kernel[grid](
+            x, weight.packed, *absmax_pointers(weight), *operands, M, N, K, r, float(scaling), **flags
+        )
     if split:
         lora_up(
             parts, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout

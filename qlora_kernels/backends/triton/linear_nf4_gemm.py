@@ -69,9 +69,10 @@ def linear_nf4_kernel(
     # Rows beyond the end read row 0: their results are not stored, and loads need no mask.
     row_n = tl.where(o_n < N, o_n, 0).to(tl.int64)
     row_m = tl.where(o_m < M, o_m, 0).to(tl.int64)
-    p_weights = p_packed + row_n[:, None] * (K // 2) + tl.arange(0, HALF_K)[None, :]
-    p_activations = p_x + row_m[None, :] * K + tl.arange(0, BLOCK_K)[:, None]
     row_block = row_n * (K // BLOCKSIZE)
+    # Counted in blocks, rows are seen to start at 16 bytes; of K // 2 the compiler knows only that 8 divide it.
+    p_weights = p_packed + row_block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, HALF_K)[None, :]
+    p_activations = p_x + row_m[None, :] * K + tl.arange(0, BLOCK_K)[:, None]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if HAS_LORA and not SPLIT:
@@ -182,8 +183,8 @@ def linear_nf4_grad_x_kernel(
     for i in range(first, last):
         column = i * BLOCK_N + o_n
         # Weights beyond row N read the last row; their grad_y reads as zero.
-        row_n = tl.minimum(column, N - 1).to(tl.int64)
-        b_packed = tl.load(p_packed + row_n[:, None] * (K // 2) + o_half[None, :])  # [BLOCK_N, HALF_K]
+        row_block = tl.minimum(column, N - 1).to(tl.int64) * (K // BLOCKSIZE)
+        b_packed = tl.load(p_packed + row_block[:, None] * (BLOCKSIZE // 2) + o_half[None, :])  # [BLOCK_N, HALF_K]
         b_grad = tl.load(p_grad_y + row_m[None, :] * N + column[:, None], mask=column[:, None] < N, other=0.0)
         next_n = tl.minimum(column + BLOCK_N, N - 1).to(tl.int64)
         next_absmax = load_absmax(

@@ -73,7 +73,7 @@ class Scope:
         if kind == "pred":
             if operand.startswith("!"):
                 return f"(!{self.register(operand[1:])})"
-            return operand if operand.isdigit() else self.register(operand)
+            return str(int(operand != "0")) if operand.lstrip("-").isdigit() else self.register(operand)
         single = re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", operand)
         double = re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})", operand)
         if single:
