@@ -55,15 +55,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """lr: peak of AdamW's rate.   stages: of the number of steps."""
+    """lr: peak of AdamW's rate; head_lr: of the classifier's, None = the same.   stages: of the number of steps."""
 
     lr: float
     stages: Callable[[int], list[Stage]]
     nf4: bool = False
+    head_lr: float | None = None
 
 
-def once(lr: float, config: Callable[[int], peft.PeftConfig | None], *, nf4: bool = False) -> Recipe:
-    return Recipe(lr, lambda steps: [Stage(config(steps), steps)], nf4)
+def once(
+    lr: float, config: Callable[[int], peft.PeftConfig | None], *, nf4: bool = False, head_lr: float | None = None
+) -> Recipe:
+    return Recipe(lr, lambda steps: [Stage(config(steps), steps)], nf4, head_lr)
 
 
 def lora(steps: int) -> peft.PeftConfig:
@@ -99,7 +102,9 @@ RECIPES = {
     "full": once(1e-4, lambda steps: peft.FullFTConfig()),
     "bitfit": once(3e-3, lambda steps: peft.BitFitConfig(task_type=TASK)),
     "prompt": once(3e-2, lambda steps: peft.PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
-    "p-tuning": once(3e-3, lambda steps: peft.PTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
+    "p-tuning": once(
+        3e-3, lambda steps: peft.PTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK), head_lr=1e-2
+    ),
     "prefix": once(5e-4, lambda steps: peft.PrefixTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
     "p-tuning-v2": once(1e-2, lambda steps: peft.PTuningV2Config(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TASK)),
     "houlsby": once(1e-3, lambda steps: peft.AdapterConfig(placement="houlsby", task_type=TASK)),
@@ -198,13 +203,17 @@ def fit(
     stage: Stage,
     records: Sequence[Record],
     tokenizer: Any,
-    lr: float,
+    recipe: Recipe,
     options: Options,
     bar: Any,
 ) -> list[float]:
     """Trains what requires a gradient; the processor seconds of each step, which other programs do not lengthen."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    lr = options.lr or recipe.lr
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if "classifier" in name]
+    rest = [p for name, p in trained.items() if "classifier" not in name]
+    peaks = [(recipe.head_lr or lr, head), (lr, rest)]
+    optimizer = torch.optim.AdamW([{"params": p, "peak": peak} for peak, p in peaks if p], weight_decay=0.01)
     warmup = max(stage.steps // 10, 1)
     seconds = []
     model.train()
@@ -212,11 +221,11 @@ def fit(
     for step, batch in enumerate(batches(records, tokenizer, options, order)):
         start = time.process_time()
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor("linear", step, stage.steps, warmup)
+            group["lr"] = group["peak"] * factor("linear", step, stage.steps, warmup)
         with autocast():
             loss = model(**batch).loss
         (loss + model.peft_loss()).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         model.step(step + 1)
         optimizer.zero_grad()
@@ -277,7 +286,7 @@ def run(name: str, options: Options) -> dict[str, Any]:
                 model.set_adapter(stage.adapter)
             trained += model.get_nb_trainable_parameters()[0]
             training, _ = split(stage.source, options, tokenizer)
-            seconds += fit(model, stage, training, tokenizer, options.lr or recipe.lr, options, bar)
+            seconds += fit(model, stage, training, tokenizer, recipe, options, bar)
         score = accuracy(model, evaluation, tokenizer, options, bar)
     return {
         "method": name,

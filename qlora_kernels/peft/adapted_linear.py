@@ -81,7 +81,9 @@ class AdaptedLinear(nn.Module):
         chosen = {name: delta for name, delta in self.deltas.items() if self.selection.has(name)}
         if not chosen:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        lowrank = {name: update for name, delta in chosen.items() if (update := delta.factors()) is not None}
+        # Without an assignment inside the comprehension: torch.compile would break the graph there.
+        factors = {name: delta.factors() for name, delta in chosen.items()}
+        lowrank = {name: update for name, update in factors.items() if update is not None}
         y = self._lowrank(x, lowrank) if lowrank else self.base_layer(x)
         for name, delta in chosen.items():
             rows = self.selection.row_index(name, x)

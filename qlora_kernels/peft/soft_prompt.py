@@ -250,5 +250,5 @@ def input_embeddings(host: Host) -> nn.Embedding | None:
 
 def _cached(kwargs: dict[str, Any]) -> int:
     """Positions in the cache that is handed in, by whatever name."""
-    lengths = (v.get_seq_length() for v in kwargs.values() if callable(getattr(v, "get_seq_length", None)))
-    return max((int(length) for length in lengths), default=0)
+    lengths = [int(v.get_seq_length()) for v in kwargs.values() if callable(getattr(v, "get_seq_length", None))]
+    return max(lengths) if lengths else 0  # max(..., default=0) would break the graph of torch.compile
