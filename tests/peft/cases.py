@@ -58,13 +58,13 @@ CASES: dict[str, Case] = {
 ARCHITECTURES = ("llama", "bert", "gpt2", "t5", "torch")
 
 
-def build(case: str, kind: str, *, nf4: bool = False, task: bool = False, seed: int = 0) -> PeftModel:
+def build(case: str, kind: str, *, nf4: bool = False, task: bool = False, seed: int = 0, layers: int = 2) -> PeftModel:
     """A model with the case's adapter, "default", active.   task: with a classification head that trains, for BERT."""
     torch.manual_seed(seed)
     config = CASES[case].config
     if task and kind == "bert" and isinstance(config, PeftConfig):
         config = config.replace(task_type="SEQ_CLS")
-    base = make(kind, nf4=nf4, seed=seed).requires_grad_(False)
+    base = make(kind, nf4=nf4, seed=seed, layers=layers).requires_grad_(False)
     if case != "fusion":
         return get_peft_model(base, config).eval()
     model = PeftModel(base)

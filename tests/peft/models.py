@@ -28,7 +28,7 @@ def llama(layers=2):
     )
 
 
-def bert():
+def bert(layers=2):
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(
@@ -36,7 +36,7 @@ def bert():
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_labels=2,
             initializer_range=0.2,
@@ -46,14 +46,14 @@ def bert():
     )
 
 
-def gpt2():
+def gpt2(layers=2):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
             n_embd=HIDDEN,
-            n_layer=2,
+            n_layer=layers,
             n_head=4,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -66,7 +66,7 @@ def gpt2():
     )
 
 
-def t5():
+def t5(layers=2):
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
@@ -75,7 +75,7 @@ def t5():
             d_model=HIDDEN,
             d_kv=8,
             d_ff=64,
-            num_layers=2,
+            num_layers=layers,
             num_heads=4,
             dropout_rate=0.0,
             decoder_start_token_id=0,
@@ -88,14 +88,14 @@ def t5():
 class TorchTransformer(nn.Module):
     """A classifier of token sequences on torch's own encoder and decoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, HIDDEN)
         self.transformer = nn.Transformer(
             HIDDEN,
             nhead=4,
-            num_encoder_layers=2,
-            num_decoder_layers=2,
+            num_encoder_layers=layers,
+            num_decoder_layers=layers,
             dim_feedforward=64,
             dropout=0.0,
             batch_first=True,
@@ -112,26 +112,18 @@ class TorchTransformer(nn.Module):
         return self.head(y)
 
 
-def torch_transformer():
-    return TorchTransformer()
-
-
-def one_layer():
-    return llama(layers=1)
-
-
-MODELS = {"llama": llama, "llama-1": one_layer, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": torch_transformer}
+MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": TorchTransformer}
 
 # The output head, kept dense; the rest may be quantized.
-HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "llama-1", "gpt2", "t5"), "lm_head")
+HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "gpt2", "t5"), "lm_head")
 
 
-def make(kind: str, *, nf4: bool = False, seed: int = 0) -> nn.Module:
+def make(kind: str, *, nf4: bool = False, seed: int = 0, layers: int = 2) -> nn.Module:
     """A random model in eval mode; with nf4 all its linear layers but the head are LinearNF4."""
     import qlora_kernels as qk
 
     torch.manual_seed(seed)
-    model = MODELS[kind]().eval()
+    model = MODELS[kind](layers).eval()
     if nf4:
         qk.replace_linear(model, skip=(HEADS[kind],))
     return model
