@@ -85,21 +85,25 @@ class PrefixSlot:
     """`providers`: adapter -> function that gives its Prefix.
 
     `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n] where a prefix has positions.
+    `seen`: a list to which the model's own keys and values are to be added, or None.
     """
 
     selection: Selection
     providers: dict[str, Callable[[], Prefix]]
     bias: dict[str, Callable[[int, int, int], Tensor]]
+    seen: list[tuple[Tensor, Tensor]] | None = None
 
-    def read(self, batch: int) -> Prefixes | None:
-        """What the adapters that speak put before the keys of `batch` rows; each row sees its own adapter's."""
+    def read(self, k: Tensor, v: Tensor) -> Prefixes | None:
+        """What the adapters that speak put before k and v [B, heads_kv, S, head_dim]; a row sees its own adapter's."""
+        if self.seen is not None:
+            self.seen.append((k, v))
         parts = {name: provide() for name, provide in self.providers.items() if self.selection.has(name)}
         if not parts:
             return None
         prefixes = Prefixes(parts)
         if self.selection.rows is None:
             return prefixes
-        rows = self.selection.rows_of(batch)
+        rows = self.selection.rows_of(k.shape[0])
         seen = [[row == name for name, n in prefixes.lengths.items() for _ in range(n)] for row in rows]
         device = next(iter(parts.values())).keys.device
         return Prefixes(parts, torch.tensor(seen, device=device)[:, None, None])
@@ -201,7 +205,7 @@ def attention_with_prefix(
     """`inner`, an attention function of transformers, over [prefix; key] and [prefix; value]."""
     extra: dict[str, Any] = {} if is_causal is None else {"is_causal": is_causal}
     slot: PrefixSlot | None = getattr(attention, _SLOT, None)
-    prefix = slot.read(query.shape[0]) if slot is not None else None
+    prefix = slot.read(key, value) if slot is not None else None
     if slot is None or prefix is None:
         if position_bias is not None:
             extra["position_bias"] = position_bias

@@ -5,7 +5,7 @@ Source: Prefix-Tuning (arXiv:2101.00190), P-Tuning v2 (arXiv:2110.07602). Files 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -18,6 +18,7 @@ from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
 from .method import PROMPT_PREFIX, Method, by_path, load_into
+from .prefix_init import words_rows
 from .prefix_slot import Prefix, attention_slot, restore_attention
 from .registry import register_method
 from .relative_bias import bias_source
@@ -33,6 +34,8 @@ class PrefixTuningConfig(PeftConfig):
     which is P-Tuning v2); what is saved for use is the prefixes alone.   encoder_hidden_size: width of that MLP; None
     = 512.
     init_weights: None = N(0, 1), "zero".   prefix_dropout: on keys and values.
+    init_token_ids: prefixes start as the keys and values of these tokens, repeated or cut to n; without an MLP only. In
+    a decoder that is the model with the words before its input, exactly. from_text(text, tokenizer) fills it in.
     sites: of "decoder", "encoder", "cross", those to have a prefix; None = all that the model has.
     position_offset: the model's tokens are numbered from n on, and T5's decoder sees its prefix by distance, as PEFT
     does it; None = in decoders. Without it tokens are numbered from 0 and the prefix has no position.
@@ -47,6 +50,7 @@ class PrefixTuningConfig(PeftConfig):
     prefix_projection: bool = True
     encoder_hidden_size: int | None = None
     init_weights: Literal["zero"] | None = None
+    init_token_ids: list[int] | tuple[int, ...] | None = None
     prefix_dropout: float = 0.0
     sites: list[str] | tuple[str, ...] | None = None
     position_offset: bool | None = None
@@ -56,13 +60,31 @@ class PrefixTuningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_transformer_submodules: int | None = None
 
-    own_fields: ClassVar[tuple[str, ...]] = ("prefix_dropout", "sites", "position_offset", "peft_layers")
+    own_fields: ClassVar[tuple[str, ...]] = (
+        "prefix_dropout",
+        "sites",
+        "position_offset",
+        "peft_layers",
+        "init_token_ids",
+    )
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
             raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
         if unknown := set(self.sites or ()) - set(SITES):
             raise ValueError(f"{type(self).__name__}: sites must be of {SITES}, got {sorted(unknown)}")
+        if self.init_token_ids and self.prefix_projection:
+            raise ValueError(f"{type(self).__name__}: prefix_projection must be False with init_token_ids")
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Callable[[str], Any], **fields: Any) -> Self:
+        """Starts from the words of `text`, without an MLP; num_virtual_tokens defaults to their number of tokens.
+
+        tokenizer: as transformers', tokenizer(text)["input_ids"] is a list of ids.
+        """
+        ids = list(tokenizer(text)["input_ids"])
+        fields = {"num_virtual_tokens": len(ids), "prefix_projection": False, **fields}
+        return cls(init_token_ids=ids, **fields)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -177,6 +199,11 @@ class PrefixTuning(Method):
             for i, path in enumerate(paths):
                 layer = 2 * i % len(paths) if config.peft_layers else i
                 self._attach(site, path, self.part_type(encoder, layer))
+        if words := list(config.init_token_ids or ()):
+            n = config.num_virtual_tokens
+            for site, encoder in self._encoders().items():
+                encoder.set_flat(words_rows(host, self.attentions[site], (words * (n // len(words) + 1))[:n]))
+            self.config = self.config.replace(init_token_ids=None)
         if offset:
             for path in host.anatomy.positions:
                 handle = host.place(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)

@@ -60,7 +60,7 @@ class SplitAttention(nn.Module):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (self._heads(p, t) for p, t in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
         mask = _merged_mask(attn_mask, key_padding_mask, q)
-        prefix = self.prefix_slot.read(q.shape[0]) if self.prefix_slot is not None else None
+        prefix = self.prefix_slot.read(k, v) if self.prefix_slot is not None else None
         if prefix is not None:
             mask = extend_mask(mask, prefix, q, k, causal=False)
             q, k, v = prefix.join(q, k, v)

@@ -383,6 +383,35 @@ def test_prefixes_reach_encoder_decoder_and_cross_attention():
         assert not torch.allclose(logits(model, inputs), logits(base, inputs), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prefixes_from_words_are_the_words(kind):
+    """In a decoder, at the start: the model computes what it would with the words in front, by position too."""
+    base, ids = make(kind), batch(kind)["input_ids"]
+    words = torch.tensor([[5, 9, 2, 5]])
+    with torch.no_grad():
+        expected = base(torch.cat([words.expand(3, -1), ids], 1)).logits[:, 4:]
+    config = peft.PTuningV2Config.from_text("a b c a", lambda text: {"input_ids": words[0].tolist()})
+    model = get_peft_model(base.train(), config)
+    assert base.training
+    torch.testing.assert_close(model.eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert model.peft_config["default"].num_virtual_tokens == 4
+
+
+def test_prefixes_from_words_repeat_and_are_checked():
+    model = get_peft_model(make("bert"), peft.PTuningV2Config(num_virtual_tokens=3, init_token_ids=[7, 7]))
+    (encoder,) = model.host.adapters["default"][0].prefixes.values()
+    keys, values = encoder(0)
+    embeddings = make("bert").bert.embeddings(torch.tensor([[7, 7, 7]]))
+    attention = make("bert").bert.encoder.layer[0].attention.self
+    torch.testing.assert_close(keys, heads(attention.key(embeddings))[0])
+    torch.testing.assert_close(values, heads(attention.value(embeddings))[0])
+    with pytest.raises(ValueError, match="prefix_projection must be False"):
+        peft.PrefixTuningConfig(init_token_ids=[7])
+    for kind in ("t5", "torch"):
+        with pytest.raises(ValueError, match="init_token_ids: the model must be"):
+            get_peft_model(make(kind), peft.PTuningV2Config(init_token_ids=[7]))
+
+
 def test_eager_attention_has_prefixes_too():
     inputs = batch("llama")
     outputs = []
