@@ -27,6 +27,7 @@ class Row:
     bound: what the model of ops/_config.py says limits the reference problem.
     matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can pick the config.
     wide_loads_needed: 16-byte loads that the code has if it reads weights and activations by nothing narrower.
+    narrow_products: 32-bit products of two run-time numbers, which an index past 2^31 would overflow.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Row:
     matmul: bool = False
     default: bool = True
     wide_loads_needed: int = 1
+    narrow_products: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -83,6 +85,7 @@ def _reads_packed_weights(row: Row) -> bool:
 
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ("no spills in a default config", lambda r: r.default, lambda r: r.spills == 0),
+    ("offsets in 64 bits: no 32-bit product of run-time sizes", lambda r: True, lambda r: r.narrow_products == 0),
     (
         "the architecture's own tensor-core instruction",
         lambda r: _is_fused(r) and r.matmul,
@@ -125,7 +128,7 @@ def broken_gates(rows: list[Row]) -> list[str]:
     return [
         f"{row.kernel} [{row.config}] sm_{row.arch}: {promise}: "
         f"spills {row.spills}, {row.tensor_core or 'no tensor core'}, {row.per_weight} per weight, "
-        f"{row.narrow_copies} narrow copies, {row.wide_loads} wide loads"
+        f"{row.narrow_copies} narrow copies, {row.wide_loads} wide loads, {row.narrow_products} 32-bit products"
         for promise, concerns, holds in GATES
         for row in rows
         if row.source in OURS and concerns(row) and not holds(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -178,6 +179,21 @@ def wide_loads_needed(launch: Compiled) -> int:
     return (2 * c["BLOCK_N"] * c["BLOCK_K"] // 2 + c["M"] * c["BLOCK_K"] * x.element_size()) // lane_bytes
 
 
+STEP_COUNTS = "%first"
+"""Where a split begins, in steps: the one product of run-time numbers that stays below what it counts."""
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Names of the 32-bit products of two run-time numbers: a row times a row's length belongs into 64 bits."""
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    products = re.findall(r"(%\w+) = arith\.muli (%\w+), (%\w+) : (\S+)", ttir)
+    return [
+        name
+        for name, a, b, kind in products
+        if "i64" not in kind and constants.isdisjoint((a, b)) and not name.startswith(STEP_COUNTS)
+    ]
+
+
 def label(launch: Compiled) -> str:
     """What tells one compilation of a kernel from another: dtype, tile, and the flags that are set."""
     signature, constants = launch.kernel.src.signature, launch.constants
@@ -223,6 +239,7 @@ def row_of(launch: Compiled, case: Case, capability: int) -> Row:
         matmul=not config.startswith("fp32")
         and (launch.name in FUSED or (launch.name not in NO_MATMUL and launch.constants.get("HAS_LORA", True) is True)),
         wide_loads_needed=wide_loads_needed(launch),
+        narrow_products=len(narrow_products(kernel.asm["ttir"])),
     )
 
 

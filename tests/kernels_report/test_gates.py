@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from python.kernels_report import __main__ as report
+from python.kernels_report.mock_gpu import compiling_for
 from python.kernels_report.row import Row, broken_gates, occupancy
-from python.kernels_report.triton_rows import Case, compile_case, meta, row_of, weight
+from python.kernels_report.triton_rows import Case, compile_case, meta, narrow_products, row_of, weight
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
@@ -54,6 +57,7 @@ CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=Fal
         (replace(GOOD, wide_loads=0), "16-byte loads"),
         (replace(GOOD, narrow_copies=3), "no copy of weights or activations under 16 bytes"),
         (replace(SMALL_M, wide_loads=11), "16-byte loads"),
+        (replace(GOOD, narrow_products=1), "offsets in 64 bits"),
         (replace(SMALL_M, per_weight=6.5), "small_m with one row"),
         (replace(SMALL_M, spills=1), "no spills"),
         (replace(CODEC, per_weight=8.2), "SASS instructions per weight"),
@@ -93,6 +97,20 @@ def test_architectures_merge_into_one_report(monkeypatch, tmp_path):
     (tmp_path / "report.json").write_text(stale)
     with pytest.raises(SystemExit, match="run without --merge"):
         run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge")
+
+
+@triton.jit
+def last_of_each_row_kernel(p_x, p_out, ROW_TYPE: tl.constexpr, K, steps, N: tl.constexpr):
+    first = tl.program_id(0) * steps
+    row = (first + tl.arange(0, N)).to(ROW_TYPE)
+    tl.store(p_out + row, tl.load(p_x + row * K + 3 * N))
+
+
+@pytest.mark.parametrize(("row_type", "products"), [(tl.int32, 1), (tl.int64, 0)])
+def test_offsets_in_32_bits_are_found(row_type, products):
+    with compiling_for(80) as launches:
+        last_of_each_row_kernel[(1,)](meta(64, 4099), meta(64), row_type, 4099, 7, N=32)
+    assert len(narrow_products(launches[0].kernel.asm["ttir"])) == products
 
 
 def test_occupancy():

@@ -8,11 +8,12 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
-from tests.support.problems import DTYPES, dtype_name, gaussian, shapes, usable_backends
+from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+RANKS = (Shape(6, 50, 128, r=64), Shape(5, 40, 192, r=256))
 SCALING = 2.0
 
 
@@ -36,7 +37,7 @@ def problem(shape, dtype, master):
 
 @backends
 @dtypes
-@shapes
+@pytest.mark.parametrize("shape", SHAPES + RANKS, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_forward_and_gradients(backend, dtype, shape, p):
     packed, state, leaves = problem(shape, dtype, torch.float32)

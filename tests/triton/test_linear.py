@@ -5,14 +5,18 @@ Every path runs on every dtype: the plan is forced, so that small shapes reach s
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
+from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
 from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
@@ -141,3 +145,46 @@ def test_outputs_depend_on_nothing_but_inputs(plan):
         other = qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0)
     assert torch.equal(first[:-1], other[:-1])
     assert other[-1].isnan().all()
+
+
+@pytest.mark.parametrize("plan", ["decode", "fused", "small_m"])
+def test_compiled_in_one_graph(plan):
+    """torch.compile sees one op forward and one backward, whichever path runs inside."""
+    problem = Problem(Shape(3, 21, 192, r=4), torch.float32, True)
+
+    def run(x, A, B):
+        return qk.linear_nf4_lora(x, problem.packed, problem.state, A, B, problem.bias, scaling=2.0)
+
+    leaves = [t.requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B)]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with problem.forced(plan, 64):
+        expected, actual = run(*leaves), compiled(*leaves)
+        assert torch.equal(actual, expected)
+        for grads in zip(*(torch.autograd.grad(y, leaves, problem.grad_y) for y in (actual, expected)), strict=True):
+            assert torch.equal(*grads)
+
+
+class Allocations(TorchDispatchMode):
+    """Weak references to every tensor made inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made.append((tuple(result.shape), weakref.ref(result)))
+        return result
+
+
+def test_the_decoded_weight_does_not_outlive_the_call():
+    """Its memory goes back to torch's allocator, which knows streams and graph pools."""
+    problem = Problem(ALIGNED, torch.bfloat16, True)
+    weight = weight_of("linear_nf4", problem.packed, problem.state)
+    with problem.forced("decode", 64), Allocations() as allocations:
+        y = linear_nf4(problem.x, weight, problem.bias)
+    decoded = [tensor for shape, tensor in allocations.made if shape == (ALIGNED.N, ALIGNED.K)]
+    assert decoded
+    assert all(tensor() is None for tensor in decoded)
+    assert any(tensor() is y for _, tensor in allocations.made)

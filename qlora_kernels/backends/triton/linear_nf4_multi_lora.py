@@ -123,8 +123,9 @@ def multi_lora_up_kernel(
             o_r = i_r + tl.arange(0, BLOCK_R)
             m_r = o_r < R
             b_left = tl.load(p_left + row_m[:, None] * R + o_r[None, :], mask=mine[:, None] & m_r[None, :], other=0.0)
-            p_tile = p_right + e * stride_right_e + o_r[:, None].to(tl.int64) * stride_right_r
-            b_right = tl.load(p_tile + o_c[None, :] * stride_right_c, mask=m_r[:, None] & m_c[None, :], other=0.0)
+            o_right = o_r[:, None].to(tl.int64) * stride_right_r + o_c[None, :].to(tl.int64) * stride_right_c
+            p_tile = p_right + e * stride_right_e + o_right
+            b_right = tl.load(p_tile, mask=m_r[:, None] & m_c[None, :], other=0.0)
             acc += scale * tl.dot(b_left, b_right.to(b_left.dtype), input_precision="ieee")
         e = tl.min(tl.where(b_adapter > e, b_adapter, e_last + 1), axis=0)
     if DROPOUT:
