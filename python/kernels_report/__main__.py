@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not here, and report what the compiler made of it.
 
     python -m python.kernels_report --out docs/kernels          every config, every architecture
-    python -m python.kernels_report --out docs/kernels --archs 90 --merge   one architecture; the others' rows stay
+    python -m python.kernels_report --out docs/kernels --merge --archs 90 --parts triton       these rows; others stay
     python -m python.kernels_report --quick --archs 80 90 120   CI: the default configs, exit code 1 on a broken gate
 
 Writes report.md and report.json. Compiled, not run on a GPU.
@@ -22,6 +22,7 @@ from .row import GATES, Row, broken_gates
 from .triton_rows import triton_rows
 
 ARCHS = (80, 86, 89, 90, 100, 120)
+PARTS = ("triton", "cuda")
 COLUMNS = (
     "kernel", "config", "sm", "regs", "spills", "shared", "occupancy", "tensor core", "16 B loads", "< 16 B copies",
     "SASS", "SASS/weight", "bound",
@@ -78,8 +79,8 @@ def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
     return "\n".join(lines)
 
 
-def kept_rows(report: Path, archs: list[int]) -> list[Row]:
-    """Rows of the other architectures in an earlier report, which this version of Triton must have made."""
+def kept_rows(report: Path, archs: list[int], parts: list[str]) -> list[Row]:
+    """Rows of other architectures and parts in an earlier report, which this version of Triton must have made."""
     if not report.exists():
         return []
     content = json.loads(report.read_text())
@@ -87,7 +88,13 @@ def kept_rows(report: Path, archs: list[int]) -> list[Row]:
         raise SystemExit(
             f"{report} was made by Triton {content['triton']}, not {triton.__version__}: run without --merge"
         )
-    return [row for row in (Row(**fields) for fields in content["rows"]) if row.arch not in archs]
+    rows = [Row(**fields) for fields in content["rows"]]
+    return [row for row in rows if row.arch not in archs or part_of(row) not in parts]
+
+
+def part_of(row: Row) -> str:
+    """Which of PARTS makes such rows: a peer's kernels stand with CUDA's."""
+    return "triton" if row.source == "triton" else "cuda"
 
 
 def main() -> int:
@@ -95,12 +102,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels_report", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHS), choices=ARCHS, metavar="SM")
     parser.add_argument("--quick", action="store_true", help="the default configs in bf16 only")
-    parser.add_argument("--merge", action="store_true", help="keep other architectures' rows of the report in --out")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--merge", action="store_true", help="keep all other rows of the report in --out")
     parser.add_argument("--out", type=Path, default=Path("out/kernels"))
     arguments = parser.parse_args()
+    if arguments.merge and arguments.quick:
+        parser.error("--merge must go without --quick, whose rows are a choice of the full report's")
     report = arguments.out / "report.json"
-    kept = kept_rows(report, arguments.archs) if arguments.merge else []
-    rows = kept + triton_rows(arguments.archs, full=not arguments.quick) + cuda_rows(arguments.archs)
+    rows = kept_rows(report, arguments.archs, arguments.parts) if arguments.merge else []
+    if "triton" in arguments.parts:
+        rows += triton_rows(arguments.archs, full=not arguments.quick)
+    if "cuda" in arguments.parts:
+        rows += cuda_rows(arguments.archs)
     broken = broken_gates(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "report.md").write_text(markdown(rows, broken, arguments.quick))

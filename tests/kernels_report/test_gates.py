@@ -90,6 +90,7 @@ def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, capsys):
 def test_architectures_merge_into_one_report(monkeypatch, tmp_path):
     out = ("--out", str(tmp_path))
     assert run_report(monkeypatch, [replace(GOOD, spills=1), replace(CODEC, arch=80)], *out) == 1
+    assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge", "--parts", "cuda") == 1, "no row replaced"
     assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge") == 0
     kept = [(row["kernel"], row["arch"]) for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
     assert sorted(kept) == [("dequantize_nf4_kernel", 80), ("linear_nf4_kernel", 90)]
