@@ -5,7 +5,7 @@ Ops: qlora_kernels::linear_nf4 (differentiable in x and bias) and qlora_kernels:
 Kernel contract: x [M, K] and grad_y [M, N] contiguous, M, N, K >= 1; weight: Weight, bias [N] or None.
     linear_nf4         run(x, weight, bias) -> y [M, N] of x.dtype
     linear_nf4_grad_x  run(grad_y, weight)  -> grad_x [M, K] of grad_y.dtype
-W is used as dequantized to x's dtype, sums are kept in fp32, and the result is rounded once.
+W is used as dequantized to x's dtype, or unrounded in fp32; sums are kept in fp32, and the result is rounded once.
 """
 
 from __future__ import annotations

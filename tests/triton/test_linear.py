@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
-from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
+from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, whole_words
 from qlora_kernels.ops._config import Plan, use_plan
 from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
@@ -145,6 +145,17 @@ def test_outputs_depend_on_nothing_but_inputs(plan):
         other = qk.linear_nf4_lora(problem.x, *arguments, scaling=2.0)
     assert torch.equal(first[:-1], other[:-1])
     assert other[-1].isnan().all()
+
+
+def test_a_weight_that_begins_within_a_word():
+    """small_m reads words: a view cut by bytes is copied, anything else is taken as it is."""
+    problem = Problem(FEW_ROWS, torch.bfloat16, True)
+    cut = torch.zeros(problem.packed.numel() + 1, dtype=torch.uint8)[1:].copy_(problem.packed.flatten())
+    assert whole_words(cut).data_ptr() % 4 == 0
+    assert whole_words(problem.packed) is problem.packed
+    with problem.forced("small_m", 64):
+        expected, actual = (qk.linear_nf4(problem.x, packed, problem.state) for packed in (problem.packed, cut))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("plan", ["decode", "fused", "small_m"])

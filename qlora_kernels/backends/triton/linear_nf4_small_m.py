@@ -1,6 +1,6 @@
 """y = x W^T for one to four rows, without a tensor core: products in fp32, bound by reading the packed weight.
 
-A matmul instruction multiplies at least 16 rows; with one, decoding and fragment layouts are all its work. Here a warp
+tl.dot multiplies at least 16 rows; with one, decoding and fragment layouts are nearly all its work. Here a warp
 decodes its rows of W straight into multiply-adds. How this compares, in instructions a weight: docs/kernels.md.
 """
 
