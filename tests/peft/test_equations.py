@@ -243,6 +243,21 @@ def test_fusion_wants_pfeiffer_adapters():
         model.add_adapter("fusion", peft.AdapterFusionConfig(adapters=("a", "a2")))
 
 
+def test_gemmas_sublayers_end_in_a_norm():
+    """What is added to the stream, and so what a Houlsby adapter reads, is the norm's output."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 48}
+    base = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    model = get_peft_model(base, peft.AdapterConfig(bottleneck_size=8)).eval()
+    (layer,) = model.host.anatomy.layers
+    leaves = [path.rpartition(".")[2] for path in (layer.attention_output, layer.ffn_input, layer.ffn_output)]
+    assert leaves == ["post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    start = logits(model, batch("llama"))
+    randomize(model)
+    assert not torch.allclose(logits(model, batch("llama")), start, atol=1e-3)
+
+
 def test_bitfit_subset():
     model = get_peft_model(make("bert"), peft.BitFitConfig(biases="query+mlp"))
     names = {n.partition("tree.")[2] for n, p in model.adapters.named_parameters()}
