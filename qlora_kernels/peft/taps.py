@@ -38,33 +38,28 @@ class Tap:
         return [first.register_forward_pre_hook(self._remember), last.register_forward_hook(self._beside)]
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.selection.has(self.name):
-            return output
-        h, *rest = output if isinstance(output, tuple) else (output,)
-        h = self._added(h, h)
-        return (h, *rest) if isinstance(output, tuple) else h
+        return self._added(output) if self.selection.has(self.name) else output
 
-    def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.selection.has(self.name):
-            return None
-        u, *rest = args
+    def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> Any:
         # forward, not a call: that would come back here.
-        return (self._added(u, norm.forward(u)), *rest)
+        return self._added(args, norm.forward(args[0])) if self.selection.has(self.name) else args
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.selection.has(self.name):
             self.x = args[0]
 
-    def _beside(self, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor:
+    def _beside(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self.selection.has(self.name):
-            return h
+            return output
         x, self.x = self.x, None
         if x is None:
             raise RuntimeError(f"adapter {self.name!r}: the sublayer's input must be its first positional argument")
-        return self._added(h, x)
+        return self._added(output, x)
 
-    def _added(self, h: Tensor, x: Tensor) -> Tensor:
-        rows = self.selection.row_index(self.name, h)
-        if rows is None:
-            return h + self.update(x).to(h.dtype)
-        return h.index_add(0, rows, self.update(x[rows]).to(h.dtype))
+    def _added(self, to: Any, x: Tensor | None = None) -> Any:
+        """`to`, a tensor or a tuple that begins with one, h, with update(x) added to h; x: None = h."""
+        h, *rest = to if isinstance(to, tuple) else (to,)
+        x, rows = h if x is None else x, self.selection.row_index(self.name, h)
+        added = self.update(x if rows is None else x[rows]).to(h.dtype)
+        h = h + added if rows is None else h.index_add(0, rows, added)
+        return (h, *rest) if isinstance(to, tuple) else h
