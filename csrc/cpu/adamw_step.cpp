@@ -47,7 +47,7 @@ Scalars scalars_of(const AdamWStep& s, double t) {
 }
 
 template <bool kLerpFromGrad>
-void update(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
+inline void update(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
             const Scalars& c) {
     for (int64_t i = 0; i < n; ++i) {
         const float grad = g[i] * c.grad_multiplier;
@@ -58,7 +58,7 @@ void update(float* __restrict p, const float* __restrict g, float* __restrict m,
     }
 }
 
-void update(float* p, const float* g, float* m, float* v, int64_t n, const Scalars& c) {
+inline void update(float* p, const float* g, float* m, float* v, int64_t n, const Scalars& c) {
     c.lerp_from_grad ? update<true>(p, g, m, v, n, c) : update<false>(p, g, m, v, n, c);
 }
 
@@ -92,12 +92,44 @@ struct States {
     float *m_absmax, *v_absmax;  // null: fp32
 };
 
+// A copy of a short block's indices, zeros behind them.
+template <bool kSigned>
+const uint8_t* padded(const uint8_t* q, int n, uint8_t* space) {
+    memset(space, DynamicMap<kSigned>::kOrigin, kBlock);
+    memcpy(space, q, static_cast<size_t>(n));
+    return space;
+}
+
+// One block with 8-bit states. Decoded piece by piece, so that the divisions of one overlap with the lookups of the
+// next; encoded when the block's largest values are known.
+void step_quantized(float* p, const float* g, const States& states, int n, const Scalars& c) {
+    alignas(64) float m[kBlock], v[kBlock];
+    alignas(64) uint8_t m_space[kBlock], v_space[kBlock];
+    const bool whole = n == kBlock;
+    const uint8_t* m_index = whole ? states.m : padded<true>(states.m, n, m_space);
+    const uint8_t* v_index = whole ? states.v : padded<false>(states.v, n, v_space);
+    F32 largest_m = zero(), largest_v = zero();
+    for (int i = 0; i < kBlock; i += kPiece) {
+        decode_piece<true>(m_index + i, *states.m_absmax, m + i);
+        decode_piece<false>(v_index + i, *states.v_absmax, v + i);
+        if (i + kPiece <= n) {
+            update(p + i, g + i, m + i, v + i, kPiece, c);
+        } else if (i < n) {
+            update(p + i, g + i, m + i, v + i, n - i, c);
+        }
+        collect_largest(m + i, kPiece, largest_m);
+        collect_largest(v + i, kPiece, largest_v);
+    }
+    *states.m_absmax = encode_block<true>(m, largest_m, states.m, n);
+    *states.v_absmax = encode_block<false>(v, largest_v, states.v, n);
+}
+
 // One block, with whatever is not fp32 in memory passing through buffers.
 template <class T>
 void step_block(T* param, const T* grad, const States& states, int n, const Scalars& c, const uint64_t* seed,
                 uint64_t counter) {
-    alignas(64) float p_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
-    float *p = p_buffer, *m = m_buffer, *v = v_buffer;
+    alignas(64) float p_buffer[kBlock], g_buffer[kBlock];
+    float* p = p_buffer;
     const float* g = g_buffer;
     if constexpr (std::is_same_v<T, float>) {
         p = param;
@@ -107,17 +139,9 @@ void step_block(T* param, const T* grad, const States& states, int n, const Scal
         widen(grad, g_buffer, n);
     }
     if (states.m_absmax) {
-        for (int i = n; i < kBlock; ++i) m[i] = v[i] = 0.0f;  // what encode_block asks of a short block
-        decode_block<true>(states.m, *states.m_absmax, m, n);
-        decode_block<false>(states.v, *states.v_absmax, v, n);
+        step_quantized(p, g, states, n, c);
     } else {
-        m = reinterpret_cast<float*>(states.m);
-        v = reinterpret_cast<float*>(states.v);
-    }
-    update(p, g, m, v, n, c);
-    if (states.m_absmax) {
-        *states.m_absmax = encode_block<true>(m, states.m, n);
-        *states.v_absmax = encode_block<false>(v, states.v, n);
+        update(p, g, reinterpret_cast<float*>(states.m), reinterpret_cast<float*>(states.v), n, c);
     }
     if constexpr (std::is_same_v<T, Bf16>) {
         if (seed) return narrow_stochastic(p, param, n, *seed, counter);

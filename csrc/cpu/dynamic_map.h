@@ -2,13 +2,13 @@
 // arithmetic.
 //
 // The map is seven decades of equal cells: decade d divides [0.1, 1) * 10^(d - 6) into 2^d cells, or 2^(d + 1) in the
-// unsigned map, so within a decade the code is a linear function of the magnitude, rounded down. The decade itself
-// comes from the magnitude's bits read as an integer, a logarithm good to 0.03 decades, and one comparison. fp32
-// rounding can miss by one next to a boundary; a group of elements that holds one that close, some 1 in 60 groups of
-// 64, is compared with the boundaries themselves. Eight comparisons and selections instead of the logarithm took 1.7
-// times as long.
+// unsigned map, so within a decade the code is a linear function of the magnitude. The decade itself is guessed from
+// the magnitude's bits, too high by one at most, and put right by one comparison. fp32 rounding can miss by one next to
+// a boundary; a group of four vectors that holds one that close, some 1 in 60 of 64 elements, is compared with the boundaries
+// themselves. Eight comparisons and selections instead of the guess took 1.7 times as long.
 #pragma once
 
+#include <bit>
 #include <cstring>
 
 #include "qlora/nf4_code.h"
@@ -16,133 +16,239 @@
 
 namespace qlora::QLORA_ISA {
 
-typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
+// Elements decoded at a time.
+inline constexpr int kPiece = 64;
 
 template <bool kSigned>
-static constexpr const float* dynamic_code() {
-    return kSigned ? kAbsmaxCode : kUnsignedCode;
-}
+struct DynamicMap {
+    static constexpr const float* kCode = kSigned ? kAbsmaxCode : kUnsignedCode;
+    static constexpr const float* kBoundaries = kSigned ? kAbsmaxBoundaries : kUnsignedBoundaries;
+    static constexpr int kOrigin = kSigned ? kAbsmaxZeroIndex : 0;  // index of zero; codes count from here
+    static constexpr float kSmallest = kBoundaries[kOrigin];        // between zero and the first code
+    static constexpr float kOne = kBoundaries[254];                 // between the last code and 1.0
 
-template <bool kSigned>
-static constexpr const float* dynamic_boundaries() {
-    return kSigned ? kAbsmaxBoundaries : kUnsignedBoundaries;
-}
+    // What depends on the decade, as tables of eight: the last entry serves a guess beyond the last decade.
+    // code = round(magnitude * slope + offset), at most `last`, for magnitudes above `threshold`.
+    struct Decades {
+        alignas(64) float threshold[8]{}, slope[8]{}, offset[8]{}, last[8]{};
 
-template <bool kSigned>
-static inline void decode_block(const uint8_t* q, float absmax, float* x, int n) {
-    const float* code = dynamic_code<kSigned>();
-    for (int i = 0; i < n; ++i) x[i] = code[q[i]] * absmax;
-}
-
-// table[i], i in 0..7 in every lane.
-static inline F32 lookup8(const float* table, I32 i) {
-#if defined(__AVX512F__)
-    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(i), _mm512_broadcast_f32x8(_mm256_load_ps(table)));
-#elif defined(__AVX2__)
-    return _mm256_permutevar8x32_ps(_mm256_load_ps(table), reinterpret_cast<__m256i>(i));
-#else
-    return F32{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
-#endif
-}
-
-static inline bool any(I32 mask) {
-    int32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= mask[i];
-    return bits != 0;
-}
-
-// Index of x: how many boundaries lie strictly below it, found from a guess that is off by one at most.
-template <bool kSigned>
-static inline int corrected_index(float x, int guess) {
-    const float* boundaries = dynamic_boundaries<kSigned>();
-    if (guess > 0 && !(x > boundaries[guess - 1])) return guess - 1;
-    if (guess < 255 && x > boundaries[guess]) return guess + 1;
-    return guess;
-}
-
-// What depends on the decade, as tables of eight: the last entry serves a guess beyond the last decade.
-template <bool kSigned>
-struct Decades {
-    static constexpr int kOrigin = kSigned ? 127 : 0;  // index of zero; codes count from here
-    alignas(64) float threshold[8], slope[8], offset[8], last[8];
-    float smallest, one;  // boundaries between zero and the first code, and between the last one and 1.0
-
-    constexpr Decades() : threshold{}, slope{}, offset{}, last{}, smallest{}, one{} {
-        const float* boundaries = dynamic_boundaries<kSigned>();
-        double unit = 1e-6;
-        double cells = kSigned ? 1.0 : 2.0;
-        for (int d = 0; d < 7; ++d, unit *= 10.0, cells *= 2.0) {
-            const double first = kSigned ? cells : cells - 1.0;
-            threshold[d] = d == 0 ? -1.0f : boundaries[kOrigin + static_cast<int>(first) - 1];
-            slope[d] = static_cast<float>(cells / (0.9 * unit));
-            offset[d] = static_cast<float>(first - cells / 9.0);
-            last[d] = static_cast<float>(first + cells - 0.5);
+        constexpr Decades() {
+            double unit = 1e-6;
+            double cells = kSigned ? 1.0 : 2.0;
+            for (int d = 0; d < 7; ++d, unit *= 10.0, cells *= 2.0) {
+                const double first = kSigned ? cells : cells - 1.0;
+                threshold[d] = d == 0 ? -1.0f : kBoundaries[kOrigin + static_cast<int>(first) - 1];
+                slope[d] = static_cast<float>(cells / (0.9 * unit));
+                offset[d] = static_cast<float>(first - cells / 9.0 - 0.5);
+                last[d] = static_cast<float>(first + cells - 1.0);
+            }
+            threshold[7] = 2.0f;
         }
-        threshold[7] = 2.0f;
-        smallest = boundaries[kOrigin];
-        one = boundaries[254];
+    };
+    static constexpr Decades kDecades{};
+};
+
+#ifdef __AVX512BW__
+
+// The floats of a map as two planes of words, which two permutes of 64 entries each and a selection look up.
+template <bool kSigned>
+struct WordPlanes {
+    alignas(64) uint16_t low[256]{}, high[256]{};
+
+    constexpr WordPlanes() {
+        for (int i = 0; i < 256; ++i) {
+            const uint32_t bits = std::bit_cast<uint32_t>(DynamicMap<kSigned>::kCode[i]);
+            low[i] = static_cast<uint16_t>(bits);
+            high[i] = static_cast<uint16_t>(bits >> 16);
+        }
     }
 };
 
-// Codes of kLanes normalized numbers. `close` collects lanes (all ones) that may be off by one.
+struct WordTable {
+    __m512i words[8];
+
+    explicit WordTable(const uint16_t* plane) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) words[i] = _mm512_load_si512(plane + 32 * i);
+    }
+
+    __m512i operator[](__m512i index) const {
+        const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x40));
+        const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x80));
+        const __m512i low = _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(words[0], index, words[1]), bit6,
+                                                  _mm512_permutex2var_epi16(words[2], index, words[3]));
+        const __m512i high = _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(words[4], index, words[5]), bit6,
+                                                   _mm512_permutex2var_epi16(words[6], index, words[7]));
+        return _mm512_mask_mov_epi16(low, bit7, high);
+    }
+};
+
+// x[i] = code[q[i]] * absmax for kPiece elements.
 template <bool kSigned>
-static inline I32 approximate_index(F32 x, I32& close) {
-    static constexpr Decades<kSigned> kTable;
-    constexpr int kOrigin = Decades<kSigned>::kOrigin;
+static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
+    static constexpr WordPlanes<kSigned> kPlanes;
+    const WordTable low(kPlanes.low), high(kPlanes.high);
+    // Unpacking interleaves within 128 bits; this order of the indices makes its results consecutive.
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+#pragma GCC unroll 2
+    for (int i = 0; i < kPiece; i += 32) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i));
+        const __m512i index = _mm512_permutexvar_epi64(order, _mm512_cvtepu8_epi16(bytes));
+        const __m512i low_words = low[index], high_words = high[index];
+        const __m512i first = _mm512_unpacklo_epi16(low_words, high_words);
+        const __m512i second = _mm512_unpackhi_epi16(low_words, high_words);
+        store(x + i, mul(_mm512_castsi512_ps(first), set1(absmax)));
+        store(x + i + 16, mul(_mm512_castsi512_ps(second), set1(absmax)));
+    }
+}
+
+// By the exponent's low five bits: the highest decade that a number of that exponent can lie in.
+template <bool kSigned>
+struct DecadeOfExponent {
+    alignas(64) int32_t decade[32]{};
+
+    constexpr DecadeOfExponent() {
+        float end = 2.0f;  // of the numbers with that exponent
+        for (int i = 31; i >= 0; --i, end *= 0.5f) {
+            decade[i] = 6;
+            while (decade[i] > 0 && DynamicMap<kSigned>::kDecades.threshold[decade[i]] >= end) --decade[i];
+        }
+    }
+};
+
+// Indices of kLanes normalized numbers. `farthest` collects how far from the middle of its cell any of them lies.
+template <bool kSigned>
+static inline I32 approximate_index(F32 x, F32& farthest) {
+    using Map = DynamicMap<kSigned>;
+    static constexpr DecadeOfExponent<kSigned> kHighest;
+    const auto by_decade = [](const float* table, __m512i decade) {
+        return _mm512_permutexvar_ps(decade, _mm512_broadcast_f32x8(_mm256_load_ps(table)));
+    };
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i magnitude = _mm512_castps_si512(x);
+    __mmask16 negative = 0;
+    if constexpr (kSigned) {
+        // A tie goes to the lower index, away from zero for negative numbers: their magnitude moves up one step.
+        negative = _mm512_movepi32_mask(magnitude);
+        magnitude = _mm512_and_si512(magnitude, _mm512_set1_epi32(0x7fffffff));
+        magnitude = _mm512_mask_add_epi32(magnitude, negative, magnitude, one);
+    }
+    const __m512 a = _mm512_castsi512_ps(magnitude);
+    // Exponents beyond the table's take some other's decade, and are zeroed below.
+    const __m512i highest =
+        _mm512_permutex2var_epi32(_mm512_load_si512(kHighest.decade), _mm512_srli_epi32(magnitude, 23),
+                                  _mm512_load_si512(kHighest.decade + 16));
+    const __mmask16 below = _mm512_cmp_ps_mask(a, by_decade(Map::kDecades.threshold, highest), _CMP_LE_OQ);
+    const __m512i decade = _mm512_mask_sub_epi32(highest, below, highest, one);
+    const __m512 place = fma(a, by_decade(Map::kDecades.slope, decade), by_decade(Map::kDecades.offset, decade));
+    const __m512 within = _mm512_min_ps(place, by_decade(Map::kDecades.last, decade));
+    farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(within, _MM_FROUND_TO_NEAREST_INT), 0xb);  // max |.|
+    const __mmask16 counts = _mm512_cmp_ps_mask(a, set1(Map::kSmallest), _CMP_GT_OQ);
+    __m512i code = _mm512_maskz_cvtps_epi32(counts, within);
+    // One more where x is 1.0, of which there is no negative.
+    code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, set1(Map::kOne), _CMP_GT_OQ), code, one);
+    if constexpr (kSigned) {
+        const __m512i origin = _mm512_set1_epi32(Map::kOrigin);
+        code = _mm512_mask_sub_epi32(_mm512_add_epi32(origin, code), negative, origin, code);
+    }
+    return reinterpret_cast<I32>(code);
+}
+
+#else
+
+template <bool kSigned>
+static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
+    for (int i = 0; i < kPiece; ++i) x[i] = DynamicMap<kSigned>::kCode[q[i]] * absmax;
+}
+
+// table[i & 7] in every lane.
+static inline F32 lookup8(const float* table, I32 i) {
+#ifdef __AVX2__
+    return _mm256_permutevar8x32_ps(_mm256_load_ps(table), reinterpret_cast<__m256i>(i));
+#else
+    return F32{table[i[0] & 7], table[i[1] & 7], table[i[2] & 7], table[i[3] & 7]};
+#endif
+}
+
+// To the nearest integer, of positive numbers that do not lie between two.
+static inline I32 nearest(F32 x) {
+#ifdef __AVX2__
+    return reinterpret_cast<I32>(_mm256_cvtps_epi32(x));
+#else
+    return __builtin_convertvector(x + 0.5f, I32);
+#endif
+}
+
+// As above; the decade comes from the bits read as an integer, a logarithm good to 0.03 decades.
+template <bool kSigned>
+static inline I32 approximate_index(F32 x, F32& farthest) {
+    using Map = DynamicMap<kSigned>;
     constexpr float kLog10Of2 = 0.30103f;
     constexpr float kLogOfBits = kLog10Of2 / (1 << 23);
     constexpr float kLogOrigin = 7.0f - 127.0f * kLog10Of2 + 0.0265f;  // the bits underestimate by up to 0.026
-    constexpr float kClose = 0x1p-13f;
 
     const I32 bits = reinterpret_cast<I32>(x);
     const I32 negative = kSigned ? bits >> 31 : bits ^ bits;  // -1 below zero
     // A tie goes to the lower index, away from zero for negative numbers: their magnitude moves up one step.
-    const I32 magnitude = (bits & 0x7fffffff) - negative;
+    const I32 magnitude = kSigned ? (bits & 0x7fffffff) - negative : bits;
     const F32 a = reinterpret_cast<F32>(magnitude);
     const F32 logarithm = fma(__builtin_convertvector(magnitude, F32), set1(kLogOfBits), set1(kLogOrigin));
-    const I32 rounded = __builtin_convertvector(logarithm, I32);
-    const I32 guess = rounded & ~(rounded >> 31);  // the decade or one above
-    const I32 decade = guess + (a <= lookup8(kTable.threshold, guess));
-    const F32 place = fma(a, lookup8(kTable.slope, decade), lookup8(kTable.offset, decade));
-    const F32 last = lookup8(kTable.last, decade);
+    const I32 guess = __builtin_convertvector(logarithm, I32);  // nonsense below kSmallest, which is zeroed below
+    const I32 decade = guess + (a <= lookup8(Map::kDecades.threshold, guess));
+    const F32 place = fma(a, lookup8(Map::kDecades.slope, decade), lookup8(Map::kDecades.offset, decade));
+    const F32 last = lookup8(Map::kDecades.last, decade);
     const F32 within = place < last ? place : last;
-    const I32 code = __builtin_convertvector(within, I32);
-    const F32 fraction = within - __builtin_convertvector(code, F32);
-    close |= (fraction < set1(kClose)) | (fraction > set1(1.0f - kClose));
-    // Zero where `a` is below the smallest; one more where it is 1.0, of which there is no negative.
-    const I32 k = (code & (a > set1(kTable.smallest))) - ((a > set1(kTable.one)) & ~negative);
-    return kOrigin + ((k ^ negative) - negative);
+    const I32 code = nearest(within);
+    farthest = max_magnitude(farthest, within - __builtin_convertvector(code, F32));
+    // One more where x is 1.0, of which there is no negative.
+    const I32 k = (code & (a > set1(Map::kSmallest))) - (x > set1(Map::kOne));
+    return Map::kOrigin + ((k ^ negative) - negative);
 }
 
-// x[i] -> q[i], i < n <= 256; returns absmax. x has room for 256 and is zero from n on.
+#endif
+
+// Index of x: how many boundaries lie strictly below it, found from a guess that is off by one at most.
 template <bool kSigned>
-static inline float encode_block(const float* x, uint8_t* q, int n) {
-    constexpr int kGroup = 64;
-    int32_t largest = 0;  // as integers, which order like magnitudes, and whose maximum compilers vectorize
-    for (int i = 0; i < 256; ++i) {
-        const int32_t bits = static_cast<int32_t>(float_bits(x[i]) & 0x7fffffff);
-        largest = bits > largest ? bits : largest;
-    }
-    const float absmax = bits_float(static_cast<uint32_t>(largest));
+static inline int corrected_index(float x, int guess) {
+    constexpr const float* kBoundaries = DynamicMap<kSigned>::kBoundaries;
+    if (guess > 0 && !(x > kBoundaries[guess - 1])) return guess - 1;
+    if (guess < 255 && x > kBoundaries[guess]) return guess + 1;
+    return guess;
+}
+
+// largest[lane] = the largest magnitude seen so far in that lane, over `n` more elements, a multiple of kLanes.
+static inline void collect_largest(const float* x, int n, F32& largest) {
+    for (int i = 0; i < n; i += kLanes) largest = max_magnitude(largest, load(x + i));
+}
+
+// x[i] -> q[i], i < n <= 256; returns absmax. x has room for 256 and is zero from n on; `largest` is of them all.
+template <bool kSigned>
+static inline float encode_block(const float* x, F32 largest, uint8_t* q, int n) {
+    constexpr int kGroup = 4 * kLanes;
+    constexpr float kClose = 0.5f - 0x1p-13f;  // this far from the middle of a cell, rounding may decide
+    const float absmax = largest_lane(largest);
     if (absmax < kSmallestAbsmax) {
-        memset(q, Decades<kSigned>::kOrigin, static_cast<size_t>(n));
+        memset(q, DynamicMap<kSigned>::kOrigin, static_cast<size_t>(n));
         return 0.0f;
     }
     const float inverse = 1.0f / absmax;
-    alignas(64) int32_t index[256];
+    alignas(64) uint8_t padded[256];
+    uint8_t* index = n == 256 ? q : padded;
     for (int begin = 0; begin < 256; begin += kGroup) {
-        I32 close{};
-        for (int i = begin; i < begin + kGroup; i += kLanes) {
-            const I32 codes = approximate_index<kSigned>(mul(load(x + i), set1(inverse)), close);
-            memcpy(index + i, &codes, sizeof codes);
+        F32 farthest = zero();
+        I32 group[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            group[i] = approximate_index<kSigned>(mul(load(x + begin + i * kLanes), set1(inverse)), farthest);
         }
-        if (any(close)) {
-            for (int i = begin; i < begin + kGroup; ++i) index[i] = corrected_index<kSigned>(x[i] * inverse, index[i]);
+        store_bytes(index + begin, group);
+        if (any_above(farthest, kClose)) {
+            for (int i = begin; i < begin + kGroup; ++i) {
+                index[i] = static_cast<uint8_t>(corrected_index<kSigned>(x[i] * inverse, index[i]));
+            }
         }
     }
-    alignas(64) uint8_t narrow[256];
-    for (int i = 0; i < 256; ++i) narrow[i] = static_cast<uint8_t>(index[i]);
-    memcpy(q, narrow, static_cast<size_t>(n));
+    if (n < 256) memcpy(q, padded, static_cast<size_t>(n));
     return absmax;
 }
 

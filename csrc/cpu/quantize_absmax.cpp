@@ -18,7 +18,9 @@ void quantize_absmax(const float* absmax, int64_t blocks, float offset, uint8_t*
             const int n = static_cast<int>(blocks - begin < kNestedBlocksize ? blocks - begin : kNestedBlocksize);
             memset(distance, 0, sizeof distance);
             for (int i = 0; i < n; ++i) distance[i] = absmax[begin + i] - offset;
-            absmax_scale[g] = encode_block<true>(distance, absmax_q + begin, n);
+            F32 largest = zero();
+            collect_largest(distance, kNestedBlocksize, largest);
+            absmax_scale[g] = encode_block<true>(distance, largest, absmax_q + begin, n);
         }
     });
 }

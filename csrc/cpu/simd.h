@@ -3,7 +3,8 @@
 //
 //     F32, kLanes                          a vector of floats and its length
 //     load, load_n, store, store_n         from and to float, Bf16, Fp16; _n touches only the first n elements
-//     zero, set1, fma, add, mul, max_magnitude, hsum
+//     I32, store_bytes                     a vector of as many int32, and their low bytes to memory: one or four
+//     zero, set1, fma, add, mul, max_magnitude, hsum, any_above
 //     keep(v, bits)                        lane i of v where bit i is set, else 0
 //     kTranspose, transpose_tile           dst[c * dst_ld + r] = src[r * ld + c] on dwords, a square tile
 //     Code16, code16<T, E>, lookup         sixteen values of one block, looked up by nibbles (decode.h)
@@ -42,6 +43,25 @@ static inline void store_n(T* p, F32 v, int n) {
     T padded[kLanes];
     store(padded, v);
     memcpy(p, padded, n * sizeof(T));
+}
+
+// The largest of the lanes of what max_magnitude collects; NaN and inf win.
+static inline float largest_lane(F32 v) {
+#ifdef __AVX2__
+#ifdef __AVX512F__
+    const __m512i all = _mm512_castps_si512(v);
+    const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+#else
+    const __m256i half = _mm256_castps_si256(v);
+#endif
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    return bits_float(static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1)))));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits = float_bits(v[i]) > bits ? float_bits(v[i]) : bits;
+    return bits_float(bits);
+#endif
 }
 
 // dst[c * dst_ld + r] = src[r * src_ld + c] for rows x columns dwords; writes exactly `rows` dwords of each dst row.

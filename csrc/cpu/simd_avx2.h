@@ -9,6 +9,7 @@ namespace qlora::QLORA_ISA {
 
 using F32 = __m256;
 inline constexpr int kLanes = 8;
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 
 static inline F32 zero() { return _mm256_setzero_ps(); }
 static inline F32 set1(float x) { return _mm256_set1_ps(x); }
@@ -25,6 +26,25 @@ static inline float hsum(F32 a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+static inline bool any_above(F32 v, float limit) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(v, set1(limit), _CMP_GT_OQ)) != 0;
+}
+
+static inline void store_bytes(uint8_t* p, I32 v) {
+    const __m256i dwords = reinterpret_cast<__m256i>(v);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+static inline void store_bytes(uint8_t* p, const I32 (&v)[4]) {
+    const auto words = [&](int i) {
+        return _mm256_packus_epi32(reinterpret_cast<__m256i>(v[i]), reinterpret_cast<__m256i>(v[i + 1]));
+    };
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_packus_epi16(words(0), words(2));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
 }
 
 static inline F32 keep(F32 v, uint32_t bits) {

@@ -9,6 +9,7 @@ namespace qlora::QLORA_ISA {
 
 using F32 = __m512;
 inline constexpr int kLanes = 16;
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 
 static inline F32 zero() { return _mm512_setzero_ps(); }
 static inline F32 set1(float x) { return _mm512_set1_ps(x); }
@@ -21,6 +22,17 @@ static inline F32 max_magnitude(F32 a, F32 b) {
 }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float hsum(F32 a) { return _mm512_reduce_add_ps(a); }
+static inline bool any_above(F32 v, float limit) { return _mm512_cmp_ps_mask(v, set1(limit), _CMP_GT_OQ) != 0; }
+static inline void store_bytes(uint8_t* p, I32 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+}
+static inline void store_bytes(uint8_t* p, const I32 (&v)[4]) {
+    const auto words = [&](int i) {
+        return _mm512_packus_epi32(reinterpret_cast<__m512i>(v[i]), reinterpret_cast<__m512i>(v[i + 1]));
+    };
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words(0), words(2))));
+}
 static inline F32 keep(F32 v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
 
 static inline F32 load(const float* p) { return _mm512_loadu_ps(p); }

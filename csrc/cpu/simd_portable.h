@@ -7,6 +7,7 @@ namespace qlora::QLORA_ISA {
 
 typedef float F32 __attribute__((vector_size(16)));
 inline constexpr int kLanes = 4;
+typedef int32_t I32 __attribute__((vector_size(4 * kLanes)));
 
 static inline F32 zero() { return F32{}; }
 static inline F32 set1(float x) { return F32{x, x, x, x}; }
@@ -21,6 +22,15 @@ static inline F32 max_magnitude(F32 a, F32 b) {
     return a;
 }
 static inline float hsum(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+static inline bool any_above(F32 v, float limit) {
+    return (v[0] > limit) | (v[1] > limit) | (v[2] > limit) | (v[3] > limit);
+}
+static inline void store_bytes(uint8_t* p, I32 v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+}
+static inline void store_bytes(uint8_t* p, const I32 (&v)[4]) {
+    for (int i = 0; i < 4; ++i) store_bytes(p + i * kLanes, v[i]);
+}
 static inline F32 keep(F32 v, uint32_t bits) {
     for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
     return v;
