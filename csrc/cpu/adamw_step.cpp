@@ -48,7 +48,7 @@ Scalars scalars_of(const AdamWStep& s, double t) {
 
 template <bool kLerpFromGrad>
 inline void update(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
-            const Scalars& c) {
+                   const Scalars& c) {
     for (int64_t i = 0; i < n; ++i) {
         const float grad = g[i] * c.grad_multiplier;
         m[i] = __builtin_fmaf(c.beta1_weight, grad - m[i], kLerpFromGrad ? grad : m[i]);

@@ -5,10 +5,38 @@
 // result is bit for bit the dequantized weight, in any element type, at the cost of a copy.
 #pragma once
 
+#include "dynamic_map.h"
 #include "qlora/nf4_weight.h"
 #include "simd.h"
 
 namespace qlora::QLORA_ISA {
+
+// out[i] = first_level(w, block + i), i < n. One at a time it takes longer than a block's 64 products with one token.
+static inline void first_levels(const NF4Weight& w, int64_t block, int64_t n, float* out) {
+    if (w.absmax) {
+        memcpy(out, w.absmax + block, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < n;) {
+        const int64_t group = (block + i) / kNestedBlocksize;
+        const int64_t left = (group + 1) * kNestedBlocksize - (block + i);
+        const int64_t most = left < kPiece ? left : kPiece;
+        const int64_t count = n - i < most ? n - i : most;
+        const uint8_t* q = w.absmax_q + block + i;
+        if (count == kPiece) {
+            decode_piece<true>(q, w.absmax_scale[group], out + i);
+        } else {
+            alignas(64) uint8_t indices[kPiece] = {};
+            alignas(64) float values[kPiece];
+            memcpy(indices, q, static_cast<size_t>(count));
+            decode_piece<true>(indices, w.absmax_scale[group], values);
+            memcpy(out + i, values, static_cast<size_t>(count) * sizeof(float));
+        }
+        i += count;
+    }
+    const float offset = w.absmax_offset;
+    for (int64_t i = 0; i < n; ++i) out[i] += offset;
+}
 
 // How a block's table is made: values rounded to T and stored as T ...
 template <class T>

@@ -4,8 +4,8 @@
 // The map is seven decades of equal cells: decade d divides [0.1, 1) * 10^(d - 6) into 2^d cells, or 2^(d + 1) in the
 // unsigned map, so within a decade the code is a linear function of the magnitude. The decade itself is guessed from
 // the magnitude's bits, too high by one at most, and put right by one comparison. fp32 rounding can miss by one next to
-// a boundary; a group of four vectors that holds one that close, some 1 in 60 of 64 elements, is compared with the boundaries
-// themselves. Eight comparisons and selections instead of the guess took 1.7 times as long.
+// a boundary; a group of four vectors that holds one that close, some 1 in 60 of 64 elements, is compared with the
+// boundaries themselves. Eight comparisons and selections instead of the guess took 1.7 times as long.
 #pragma once
 
 #include <bit>
@@ -135,9 +135,8 @@ static inline I32 approximate_index(F32 x, F32& farthest) {
     }
     const __m512 a = _mm512_castsi512_ps(magnitude);
     // Exponents beyond the table's take some other's decade, and are zeroed below.
-    const __m512i highest =
-        _mm512_permutex2var_epi32(_mm512_load_si512(kHighest.decade), _mm512_srli_epi32(magnitude, 23),
-                                  _mm512_load_si512(kHighest.decade + 16));
+    const __m512i highest = _mm512_permutex2var_epi32(
+        _mm512_load_si512(kHighest.decade), _mm512_srli_epi32(magnitude, 23), _mm512_load_si512(kHighest.decade + 16));
     const __mmask16 below = _mm512_cmp_ps_mask(a, by_decade(Map::kDecades.threshold, highest), _CMP_LE_OQ);
     const __m512i decade = _mm512_mask_sub_epi32(highest, below, highest, one);
     const __m512 place = fma(a, by_decade(Map::kDecades.slope, decade), by_decade(Map::kDecades.offset, decade));

@@ -1,8 +1,8 @@
 // linear_nf4: y[m, n] = bias[n] + sum_k x[m, k] * w_hat[n, k], fp32 accumulators.
 //
-// Up to eight tokens: few_rows.h. More: panels of W^T (gemm.h): 2 * kLanes columns n, decoded row by row along k and
+// Some tens of tokens: dots.h. More: panels of W^T (gemm.h): 2 * kLanes columns n, decoded row by row along k and
 // transposed in registers.
-#include "few_rows.h"
+#include "dots.h"
 #include "ops.h"
 
 namespace qlora::QLORA_ISA {
@@ -13,13 +13,7 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
     using Mac = typename Arithmetic<T>::Mac;
     const int64_t N = p.weight.N;
     const float* bias_values = bias_as_float(bias, N);
-    if (suits_few_rows<T>(p)) {
-        few_rows_for<T>(p.M, p.weight, split_halves(x, p.M, p.weight.K), [&](int64_t n, const float* sums) {
-            const float added = bias_values ? bias_values[n] : 0.0f;
-            for (int64_t m = 0; m < p.M; ++m) y[m * N + n] = from_float<T>(sums[m] + added);
-        });
-        return;
-    }
+    if (suits_dots<Mac>(p.weight, p.M)) return linear_dots(p.weight, p.M, x, bias_values, y);
     const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, x, p.M, p.weight.K);
     panel_gemm<Mac, kVectors>(
         a, N, weight_columns<T>(p.weight),

@@ -4,7 +4,7 @@
 //     F32, kLanes                          a vector of floats and its length
 //     load, load_n, store, store_n         from and to float, Bf16, Fp16; _n touches only the first n elements
 //     I32, store_bytes                     a vector of as many int32, and their low bytes to memory: one or four
-//     zero, set1, fma, add, mul, max_magnitude, hsum, any_above
+//     zero, set1, fma, add, mul, max_magnitude, hsum, add_hsums, any_above
 //     keep(v, bits)                        lane i of v where bit i is set, else 0
 //     kTranspose, transpose_tile           dst[c * dst_ld + r] = src[r * ld + c] on dwords, a square tile
 //     Code16, code16<T, E>, lookup         sixteen values of one block, looked up by nibbles (decode.h)

@@ -28,6 +28,13 @@ static inline float hsum(F32 a) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+// sums[0..3] += hsum of a, b, c, d.
+static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
+    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), half));
+}
+
 static inline bool any_above(F32 v, float limit) {
     return _mm256_movemask_ps(_mm256_cmp_ps(v, set1(limit), _CMP_GT_OQ)) != 0;
 }

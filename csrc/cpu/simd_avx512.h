@@ -22,6 +22,15 @@ static inline F32 max_magnitude(F32 a, F32 b) {
 }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float hsum(F32 a) { return _mm512_reduce_add_ps(a); }
+// sums[0..3] += hsum of a, b, c, d.
+static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
+    const __m512 ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), quarter));
+}
 static inline bool any_above(F32 v, float limit) { return _mm512_cmp_ps_mask(v, set1(limit), _CMP_GT_OQ) != 0; }
 static inline void store_bytes(uint8_t* p, I32 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
@@ -117,7 +126,11 @@ static inline F32 scaled_code(float absmax) { return mul(_mm512_load_ps(kCode), 
 static inline Code16<float> code16(F32 values, float*) { return {_mm512_castps_si512(values)}; }
 static inline Code16<Bf16> code16(F32 values, Bf16*) { return {_mm512_broadcast_i64x4(round_bf16(values))}; }
 static inline Code16<Fp16> code16(F32 values, Fp16*) { return {_mm512_broadcast_i64x4(round_fp16(values))}; }
-static inline Code16<Bf16> code16_fast(F32 values) { return {_mm512_broadcast_i64x4(round_bf16_fast(values))}; }
+#ifdef __AVX512BF16__
+static inline Code16<Bf16> code16_fast(F32 values) {
+    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values, values))};
+}
+#endif
 
 // The values that lookup() would store, as floats.
 static inline Code16<float> widen(F32 values, float*) { return code16(values, static_cast<float*>(nullptr)); }

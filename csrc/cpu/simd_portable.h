@@ -22,6 +22,11 @@ static inline F32 max_magnitude(F32 a, F32 b) {
     return a;
 }
 static inline float hsum(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+// sums[0..3] += hsum of a, b, c, d.
+static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
+    const float added[4] = {hsum(a), hsum(b), hsum(c), hsum(d)};
+    for (int i = 0; i < 4; ++i) sums[i] += added[i];
+}
 static inline bool any_above(F32 v, float limit) {
     return (v[0] > limit) | (v[1] > limit) | (v[2] > limit) | (v[3] > limit);
 }

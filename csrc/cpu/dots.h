@@ -1,0 +1,320 @@
+// y = x W^T as dot products along k, where both operands lie the way they are stored: nothing is transposed, as the
+// panels (gemm.h) have to, and the sums of a row's lanes are added up once a piece of K.
+//
+// A vector of packed bytes becomes the values of its high nibbles (even k) and those of its low nibbles (odd k) by two
+// table lookups, and x waits in that order. For a handful of tokens the values go straight from the lookup into the
+// products; for more, eight rows' values for a piece of K wait in the first-level cache while all tokens pass by.
+//
+// Bound by reading the weights for one or two tokens, from eight on by the multiply-adds.
+#pragma once
+
+#include "linear.h"
+
+namespace qlora::QLORA_ISA {
+
+// Rows of W worked on together, and elements of K: their decoded values take half of a first-level cache.
+inline constexpr int kGroup = 8;
+inline constexpr int64_t kPieceBytes = (16 << 10) / kGroup;
+
+// Rows of W in a register tile, and tokens beside them.
+inline constexpr int kTileRows = 4;
+#ifdef __AVX512F__
+inline constexpr int kTileTokens = 6;
+inline constexpr int kDirectTokens = 8;
+#else
+inline constexpr int kTileTokens = 3;
+inline constexpr int kDirectTokens = 4;
+#endif
+
+template <class Mac>
+struct Halves;
+
+template <>
+struct Halves<FloatMac> {
+    using Vector = F32;
+    static constexpr int kElements = kLanes;
+    static Vector load_vector(const float* p) { return load(p); }
+    static void store_vector(float* p, Vector v) { store(p, v); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Halves<Bf16Mac> {
+    using Vector = __m512i;
+    static constexpr int kElements = 2 * kLanes;
+    static Vector load_vector(const Bf16* p) { return _mm512_loadu_si512(p); }
+    static void store_vector(Bf16* p, Vector v) { _mm512_storeu_si512(p, v); }
+};
+#endif
+
+// Whether dots can take the shape (rows are whole blocks, blocks whole pairs of vectors) and are quicker than panels:
+// adding up lanes costs each sum the same however short its row is, decoding panels costs each weight the same.
+template <class Mac>
+static inline bool suits_dots(const NF4Weight& w, int64_t M) {
+    const int64_t blocksize = int64_t{1} << w.block_shift;
+    return M <= (w.K < 1024 ? 32 : 64) && w.K % blocksize == 0 && blocksize % (2 * Halves<Mac>::kElements) == 0;
+}
+
+// How M tokens are cut into tiles of at most `most`, as even as can be.
+struct TokenTiling {
+    int64_t M, count;
+
+    TokenTiling(int64_t tokens, int most) : M(tokens), count((tokens + most - 1) / most) {}
+    int64_t begin(int64_t tile) const { return tile * M / count; }
+    int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+};
+
+// Two vectors' elements to one of the even and one of the odd ones, `stride` apart.
+template <class T>
+static inline void split_pair(const T* x, float* split, int64_t stride) {
+    for (int i = 0; i < kLanes; ++i) {
+        split[i] = to_float(x[2 * i]);
+        split[stride + i] = to_float(x[2 * i + 1]);
+    }
+}
+
+#ifdef __AVX512BF16__
+static inline void split_pair(const Bf16* x, Bf16* split, int64_t stride) {
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
+                                          24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    const __m512i first = _mm512_loadu_si512(x);
+    const __m512i second = _mm512_loadu_si512(x + 32);
+    _mm512_storeu_si512(split, _mm512_permutex2var_epi16(first, even, second));
+    _mm512_storeu_si512(split + stride, _mm512_permutex2var_epi16(first, odd, second));
+}
+#endif
+
+// x in tiles of tokens, each [vectors][tokens][kElements]: vector 2i holds the even elements of the i-th pair of
+// vectors, vector 2i + 1 the odd ones.
+template <class Mac>
+struct PackedTokens {
+    using Elem = typename Mac::Elem;
+    Elem* data;
+    int64_t K;
+    TokenTiling tiling;
+
+    Elem* tile(int64_t t) const { return data + tiling.begin(t) * K; }
+};
+
+// x [M, K], K whole pairs of vectors.
+template <class Mac, class T>
+static PackedTokens<Mac> pack_tokens(const T* x, int64_t M, int64_t K, int most) {
+    using Elem = typename Mac::Elem;
+    constexpr int kElements = Halves<Mac>::kElements;
+    const size_t bytes = static_cast<size_t>(M * K) * sizeof(Elem);
+    const PackedTokens<Mac> packed{static_cast<Elem*>(workspace(Slot::kPackedA, bytes)), K, {M, most}};
+    parallel_ranges(packed.tiling.count, 4, [&](int64_t tile0, int64_t tile1) {
+        for (int64_t t = tile0; t < tile1; ++t) {
+            const int tokens = packed.tiling.size(t);
+            const T* rows = x + packed.tiling.begin(t) * K;
+            Elem* out = packed.tile(t);
+            for (int64_t k = 0; k < K; k += 2 * kElements, out += 2 * tokens * kElements) {
+                for (int m = 0; m < tokens; ++m) {
+                    split_pair(rows + m * K + k, out + m * kElements, tokens * kElements);
+                }
+            }
+        }
+    });
+    return packed;
+}
+
+// sums[m * kGroup + i] += the lanes of sum[i][m], for four rows i at a time.
+template <int kRows, int kM>
+static inline void add_lanes(const F32 (&sum)[kRows][kM], float* sums) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+        if constexpr (kRows == 4) {
+            add_hsums(sum[0][m], sum[1][m], sum[2][m], sum[3][m], sums + m * kGroup);
+        } else {
+            for (int i = 0; i < kRows; ++i) sums[m * kGroup + i] += hsum(sum[i][m]);
+        }
+    }
+}
+
+// A few tokens: sums[m * kGroup + i] += row i of W times token m over blocks [block0, block1), for the kGroup rows
+// whose packed bytes start at `packed` and whose first levels at `levels`. Past `valid` rows, whose sums nobody reads,
+// the last one serves.
+template <class T, int kM>
+static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* levels, int valid, int64_t block0,
+                        int64_t block1, const typename Arithmetic<T>::Mac::Elem* x, float* sums) {
+    using Mac = typename Arithmetic<T>::Mac;
+    using Vector = typename Halves<Mac>::Vector;
+    constexpr int kElements = Halves<Mac>::kElements;
+    constexpr int kRows = kM <= kDirectTokens / 2 ? 4 : 2;
+    const int64_t row_blocks = w.K >> w.block_shift;
+    const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
+    const int64_t ahead = kGroup * row_blocks * block_bytes;
+    x += block0 * 2 * block_bytes * kM;
+    for (int row = 0; row < kGroup; row += kRows, sums += kRows) {
+        const uint8_t* bytes[kRows];
+        const float* level[kRows];
+        F32 sum[kRows][kM];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+            const int64_t first = (row + i < valid ? row + i : valid - 1) * row_blocks;
+            bytes[i] = packed + (first + block0) * block_bytes;
+            level[i] = levels + first;
+#pragma GCC unroll 8
+            for (int m = 0; m < kM; ++m) sum[i][m] = zero();
+        }
+        const typename Mac::Elem* x_pair = x;
+        for (int64_t b = block0; b < block1; ++b) {
+            decltype(Arithmetic<T>::Rounding::code(0.0f)) code[kRows];
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; ++i) {
+                code[i] = Arithmetic<T>::Rounding::code(level[i][b]);
+                __builtin_prefetch(bytes[i] + ahead);
+            }
+            for (int64_t byte = 0; byte < block_bytes; byte += kElements) {
+                Vector even[kRows], odd[kRows];
+#pragma GCC unroll 4
+                for (int i = 0; i < kRows; ++i) {
+                    lookup_halves(code[i], bytes[i], even[i], odd[i]);
+                    bytes[i] += kElements;
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < kM; ++m) {
+                    const Vector x_even = Halves<Mac>::load_vector(x_pair + m * kElements);
+                    const Vector x_odd = Halves<Mac>::load_vector(x_pair + (kM + m) * kElements);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kRows; ++i) {
+                        sum[i][m] = Mac::mac(Mac::mac(sum[i][m], x_even, even[i]), x_odd, odd[i]);
+                    }
+                }
+                x_pair += 2 * kM * kElements;
+            }
+        }
+        add_lanes(sum, sums);
+    }
+}
+
+// The values of one row over blocks [block0, block1), in the order of the tokens' vectors.
+template <class T>
+static inline void decode_halves(const uint8_t* packed, const float* levels, int64_t block_bytes, int64_t block0,
+                                 int64_t block1, typename Arithmetic<T>::Mac::Elem* values) {
+    using Mac = typename Arithmetic<T>::Mac;
+    constexpr int kElements = Halves<Mac>::kElements;
+    packed += block0 * block_bytes;
+    for (int64_t b = block0; b < block1; ++b) {
+        const auto code = Arithmetic<T>::Rounding::code(levels[b]);
+        for (int64_t byte = 0; byte < block_bytes; byte += kElements, packed += kElements, values += 2 * kElements) {
+            typename Halves<Mac>::Vector even, odd;
+            lookup_halves(code, packed, even, odd);
+            Halves<Mac>::store_vector(values, even);
+            Halves<Mac>::store_vector(values + kElements, odd);
+        }
+    }
+}
+
+// sums[m * kGroup + i] += rows[i] times token m, for kGroup rows `stride` apart.
+template <class Mac, int kM>
+static void dot_tile(const typename Mac::Elem* rows, int64_t stride, int64_t vectors, const typename Mac::Elem* x,
+                     float* sums) {
+    constexpr int kElements = Halves<Mac>::kElements;
+    for (int row = 0; row < kGroup; row += kTileRows, rows += kTileRows * stride, sums += kTileRows) {
+        F32 sum[kTileRows][kM];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 8
+            for (int m = 0; m < kM; ++m) sum[i][m] = zero();
+        }
+        for (int64_t v = 0; v < vectors; ++v) {
+            typename Halves<Mac>::Vector token[kM];
+#pragma GCC unroll 8
+            for (int m = 0; m < kM; ++m) token[m] = Halves<Mac>::load_vector(x + (v * kM + m) * kElements);
+#pragma GCC unroll 4
+            for (int i = 0; i < kTileRows; ++i) {
+                const auto weight = Halves<Mac>::load_vector(rows + i * stride + v * kElements);
+#pragma GCC unroll 8
+                for (int m = 0; m < kM; ++m) sum[i][m] = Mac::mac(sum[i][m], token[m], weight);
+            }
+        }
+        add_lanes(sum, sums);
+    }
+}
+
+template <class T>
+using DirectTile = void (*)(const NF4Weight&, const uint8_t*, const float*, int, int64_t, int64_t,
+                            const typename Arithmetic<T>::Mac::Elem*, float*);
+
+template <class T, int kM = kDirectTokens>
+static DirectTile<T> direct_tile_for(int64_t tokens) {
+    if constexpr (kM > 1) {
+        if (tokens < kM) return direct_tile_for<T, kM - 1>(tokens);
+    }
+    return direct_tile<T, kM>;
+}
+
+template <class Mac>
+using DotTile = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, float*);
+
+template <class Mac, int kM = kTileTokens>
+static DotTile<Mac> dot_tile_for(int tokens) {
+    if constexpr (kM > 1) {
+        if (tokens < kM) return dot_tile_for<Mac, kM - 1>(tokens);
+    }
+    return dot_tile<Mac, kM>;
+}
+
+// y [M, N] = x W^T + bias.
+template <class T>
+static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* bias, T* y) {
+    using Mac = typename Arithmetic<T>::Mac;
+    using Elem = typename Mac::Elem;
+    constexpr int kElements = Halves<Mac>::kElements;
+    const bool direct = M <= kDirectTokens;
+    const PackedTokens<Mac> tokens = pack_tokens<Mac>(x, M, w.K, direct ? kDirectTokens : kTileTokens);
+    const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
+    const int64_t row_blocks = w.K >> w.block_shift;
+    const int64_t most = kPieceBytes / static_cast<int64_t>(sizeof(Elem)) >> w.block_shift;
+    const int64_t pieces = most > 0 ? (row_blocks + most - 1) / most : row_blocks;
+    const int64_t step = (row_blocks + pieces - 1) / pieces;
+    const int64_t stride = step << w.block_shift;
+
+    parallel_ranges(w.N, kGroup, [&](int64_t n0, int64_t n1) {
+        const size_t level_bytes = static_cast<size_t>(kGroup * row_blocks) * sizeof(float);
+        const size_t value_bytes = direct ? 0 : static_cast<size_t>(kGroup * stride) * sizeof(Elem);
+        const size_t sum_bytes = static_cast<size_t>(M * kGroup) * sizeof(float);
+        uint8_t* space = static_cast<uint8_t*>(workspace(Slot::kPartial, value_bytes + sum_bytes + level_bytes));
+        Elem* values = reinterpret_cast<Elem*>(space);
+        float* sums = reinterpret_cast<float*>(space + value_bytes);
+        float* levels = reinterpret_cast<float*>(space + value_bytes + sum_bytes);
+        for (int64_t n = n0; n < n1; n += kGroup) {
+            const int valid = static_cast<int>(n1 - n < kGroup ? n1 - n : kGroup);
+            const uint8_t* packed = w.packed + (n * w.K >> 1);
+            first_levels(w, n * row_blocks, valid * row_blocks, levels);
+            memset(sums, 0, sum_bytes);
+            for (int64_t block = 0; block < row_blocks; block += step) {
+                const int64_t end = block + step < row_blocks ? block + step : row_blocks;
+                if (direct) {
+                    direct_tile_for<T>(M)(w, packed, levels, valid, block, end, tokens.tile(0), sums);
+                    continue;
+                }
+                for (int i = 0; i < kGroup; ++i) {
+                    const int64_t row = i < valid ? i : valid - 1;
+                    prefetch_range(w, ((n + kGroup + row) * row_blocks + block) << w.block_shift,
+                                   (end - block) << w.block_shift);
+                    decode_halves<T>(packed + row * row_blocks * block_bytes, levels + row * row_blocks, block_bytes,
+                                     block, end, values + i * stride);
+                }
+                const int64_t k = block << w.block_shift;
+                const int64_t vectors = ((end - block) << w.block_shift) / kElements;
+                for (int64_t t = 0; t < tokens.tiling.count; ++t) {
+                    const int size = tokens.tiling.size(t);
+                    dot_tile_for<Mac>(size)(values, stride, vectors, tokens.tile(t) + k * size,
+                                            sums + tokens.tiling.begin(t) * kGroup);
+                }
+            }
+            for (int64_t m = 0; m < M; ++m) {
+                float row[kGroup];
+                for (int i = 0; i < kGroup; ++i)
+                    row[i] = sums[m * kGroup + i] + (bias && i < valid ? bias[n + i] : 0.0f);
+                T* out = y + m * w.N + n;
+                for (int i = 0; i < valid; ++i) out[i] = from_float<T>(row[i]);
+            }
+        }
+    });
+}
+
+}  // namespace qlora::QLORA_ISA
