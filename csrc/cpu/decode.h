@@ -91,13 +91,23 @@ static inline void prefetch_range(const NF4Weight& w, int64_t begin, int64_t cou
 // dst[i] = value of the flat element begin + i; the range may start and end anywhere.
 template <class Rounding>
 static inline void decode_range(const NF4Weight& w, int64_t begin, int64_t end, typename Rounding::Elem* dst) {
-    while (begin < end) {
-        const int64_t block = begin >> w.block_shift;
-        const int64_t block_end = (block + 1) << w.block_shift;
-        const int64_t stop = block_end < end ? block_end : end;
-        decode_run(Rounding::code(first_level(w, block)), w.packed, begin, stop, dst);
-        dst += stop - begin;
-        begin = stop;
+    constexpr int64_t kFew = 8;  // blocks whose levels are quicker found one by one
+    const int64_t last = (end - 1) >> w.block_shift;
+    for (int64_t block = begin >> w.block_shift; begin < end; block += kPiece) {
+        const int64_t count = last + 1 - block < kPiece ? last + 1 - block : kPiece;
+        float levels[kPiece];
+        if (count > kFew) {
+            first_levels(w, block, count, levels);
+        } else {
+            for (int64_t i = 0; i < count; ++i) levels[i] = first_level(w, block + i);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t block_end = (block + i + 1) << w.block_shift;
+            const int64_t stop = block_end < end ? block_end : end;
+            decode_run(Rounding::code(levels[i]), w.packed, begin, stop, dst);
+            dst += stop - begin;
+            begin = stop;
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 // quantize_nf4: per block absmax = max|w|; q = how many boundaries lie strictly below fp32(w * fp32(1 / absmax)).
 //
-// The search: cut [-1, 1] into 32 cells of 1/16. No cell holds two boundaries (they are at least 0.08 apart), so
-//     q = base[cell] + (v > boundary[cell])
-// with the cell's own boundary (or +inf) and the number of boundaries below it. v is clamped into the cells' range by
-// construction (|v| <= 1 + 1 ulp), and a v that rounds into the neighbouring cell still gets the right answer, because
-// no boundary lies within an ulp of a cell's edge (checked when the tables are made).
+// With tables of 32 entries in registers, the search cuts [-1, 1] into as many cells. No cell holds two boundaries
+// (they are at least 0.08 apart), so
+//     q = below[cell] + (v > boundary[cell])
+// with the cell's own boundary (or 2) and the number of boundaries below it. A v that rounds into the neighbouring cell
+// still gets the right answer, because no boundary lies near a cell's edge (checked when the tables are made).
 #include "ops.h"
 #include "qlora/parallel.h"
 #include "simd.h"
@@ -14,32 +14,39 @@ namespace {
 
 constexpr int kCells = 32;
 
+// round(v * kCellsPerOne + 16) is the cell, 1 .. 31 for |v| <= 1 + 1 ulp; 2^23 on top rounds it, to an integer in the
+// low bits of the sum.
+constexpr float kCellsPerOne = 15.2f;
+constexpr float kCellOrigin = 0x1p23f + 16.0f;
+
 struct Search {
     alignas(64) float boundary[kCells];
-    alignas(64) int32_t base[kCells];
+    alignas(64) int32_t low[kCells], high[kCells];  // boundaries below the cell; the same, four bits up
 };
 
 constexpr Search make_search() {
     Search search{};
     for (int cell = 0; cell < kCells; ++cell) {
-        const float low = static_cast<float>(cell - kCells / 2) / (kCells / 2);
-        const float high = low + 2.0f / kCells;
+        const float low = (static_cast<float>(cell) - 16.5f) / kCellsPerOne;
+        const float high = (static_cast<float>(cell) - 15.5f) / kCellsPerOne;
         int below = 0;
         while (below < 15 && kBoundaries[below] < low) ++below;
         const bool inside = below < 15 && kBoundaries[below] < high;
-        search.base[cell] = below;
+        search.low[cell] = below;
+        search.high[cell] = below << 4;
         search.boundary[cell] = inside ? kBoundaries[below] : 2.0f;
     }
     return search;
 }
 
 constexpr bool cells_are_safe() {
-    for (int b = 0; b < 15; ++b) {
-        const float scaled = (kBoundaries[b] + 1.0f) * (kCells / 2);
-        const float fraction = scaled - static_cast<float>(static_cast<int>(scaled));
-        if (fraction < 1e-3f || fraction > 1.0f - 1e-3f) return false;
-        if (b > 0 && static_cast<int>(scaled) == static_cast<int>((kBoundaries[b - 1] + 1.0f) * (kCells / 2)))
-            return false;
+    int before = -1;
+    for (const float boundary : kBoundaries) {
+        const float place = boundary * kCellsPerOne + 16.5f;
+        const int cell = static_cast<int>(place);
+        const float fraction = place - static_cast<float>(cell);
+        if (fraction < 1e-3f || fraction > 1.0f - 1e-3f || cell == before) return false;
+        before = cell;
     }
     return true;
 }
@@ -47,74 +54,138 @@ constexpr bool cells_are_safe() {
 constexpr Search kSearch = make_search();
 static_assert(cells_are_safe(), "the boundaries moved: choose another number of cells");
 
+// 2 * kLanes weights, those of even index apart from those of odd index.
+template <class T>
+struct Pairs {
+    F32 even, odd;
+};
+
 #if defined(__AVX512F__)
 
-// Sixteen indices, one a dword.
-__m512i indices(__m512 v) {
-    const __m512 scaled = _mm512_fmadd_ps(v, _mm512_set1_ps(kCells / 2), _mm512_set1_ps(kCells / 2));
-    const __m512i cell = _mm512_min_epi32(_mm512_cvttps_epi32(scaled), _mm512_set1_epi32(kCells - 1));
-    const __m512 boundary =
-        _mm512_permutex2var_ps(_mm512_load_ps(kSearch.boundary), cell, _mm512_load_ps(kSearch.boundary + 16));
-    const __m512i base =
-        _mm512_permutex2var_epi32(_mm512_load_si512(kSearch.base), cell, _mm512_load_si512(kSearch.base + 16));
-    return _mm512_mask_add_epi32(base, _mm512_cmp_ps_mask(v, boundary, _CMP_GT_OQ), base, _mm512_set1_epi32(1));
+Pairs<float> load_pairs(const float* w) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const F32 first = load(w), second = load(w + kLanes);
+    return {_mm512_permutex2var_ps(first, even, second), _mm512_permutex2var_ps(first, odd, second)};
 }
 
-// Sixteen values of w * inverse to eight bytes: pairs meet by a shift within the qword, one narrowing store.
-template <class T>
-void pack16(const T* w, F32 inverse, uint8_t* packed) {
-    const __m512i q = indices(mul(load(w), inverse));
-    const __m512i pair = _mm512_or_si512(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pair));
+Pairs<Bf16> load_pairs(const Bf16* w) {
+    const __m512i words = _mm512_loadu_si512(w);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+
+Pairs<Fp16> load_pairs(const Fp16* w) {
+    const __m512i words = _mm512_loadu_si512(w);
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)),
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)))};
+}
+
+// The tables, kept in registers: a compiler that sees constants loads them anew for each use.
+struct Registers {
+    __m512 boundary[2];
+    __m512i low[2], high[2];
+
+    Registers() {
+        for (int i = 0; i < 2; ++i) {
+            boundary[i] = _mm512_load_ps(kSearch.boundary + 16 * i);
+            low[i] = _mm512_load_si512(kSearch.low + 16 * i);
+            high[i] = _mm512_load_si512(kSearch.high + 16 * i);
+            asm("" : "+v"(boundary[i]), "+v"(low[i]), "+v"(high[i]));
+        }
+    }
+
+    // Four bits of index for each lane, moved up by kShift.
+    template <int kShift>
+    __m512i indices(__m512 v) const {
+        // Rounded to an integer in the low bits, of which the permutes read five: the cell.
+        const __m512 sum = _mm512_fmadd_ps(v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellOrigin));
+        const __m512i cell = _mm512_castps_si512(sum);
+        const __mmask16 above =
+            _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(boundary[0], cell, boundary[1]), _CMP_GT_OQ);
+        const __m512i below = kShift ? _mm512_permutex2var_epi32(high[0], cell, high[1])
+                                     : _mm512_permutex2var_epi32(low[0], cell, low[1]);
+        return _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1 << kShift));
+    }
+};
 
 #elif defined(__AVX2__)
 
-// Two gathers would cost more than counting: v > b is -1 where true, so subtracting the masks counts.
-__m256i indices(__m256 v) {
-    __m256i count = _mm256_setzero_si256();
-#pragma GCC unroll 15
-    for (int b = 0; b < 15; ++b) {
-        const __m256 above = _mm256_cmp_ps(v, _mm256_set1_ps(kBoundaries[b]), _CMP_GT_OQ);
-        count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
-    }
-    return count;
+Pairs<float> load_pairs(const float* w) {
+    const F32 first = load(w), second = load(w + kLanes);
+    const auto in_order = [](F32 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+    return {in_order(_mm256_shuffle_ps(first, second, 0x88)), in_order(_mm256_shuffle_ps(first, second, 0xdd))};
 }
 
-template <class T>
-void pack16(const T* w, F32 inverse, uint8_t* packed) {
-    const __m256i low = indices(mul(load(w), inverse));
-    const __m256i high = indices(mul(load(w + 8), inverse));
-    // In each qword: the even index moves to bits 4..7, the odd one comes down to bits 0..3.
-    const __m256i a = _mm256_or_si256(_mm256_slli_epi64(low, 4), _mm256_srli_epi64(low, 32));
-    const __m256i b = _mm256_or_si256(_mm256_slli_epi64(high, 4), _mm256_srli_epi64(high, 32));
-    const __m256i first = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 8, 0, -1, -1, -1, -1,
-                                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 8, 0);
-    const __m256i a2 = _mm256_shuffle_epi8(a, first);
-    const __m256i b2 = _mm256_shuffle_epi8(b, first);
-    const uint16_t words[4] = {
-        static_cast<uint16_t>(_mm256_extract_epi16(a2, 0)), static_cast<uint16_t>(_mm256_extract_epi16(a2, 8)),
-        static_cast<uint16_t>(_mm256_extract_epi16(b2, 0)), static_cast<uint16_t>(_mm256_extract_epi16(b2, 8))};
-    memcpy(packed, words, sizeof words);
+Pairs<Bf16> load_pairs(const Bf16* w) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+
+Pairs<Fp16> load_pairs(const Fp16* w) {
+    float values[2 * kLanes];
+    store(values, load(w));
+    store(values + kLanes, load(w + kLanes));
+    const Pairs<float> pairs = load_pairs(values);
+    return {pairs.even, pairs.odd};
+}
+
+// A binary search in registers: each step's boundary is looked up by the bits found so far.
+struct Registers {
+    template <int kShift>
+    __m256i indices(__m256 v) const {
+        const auto above = [&](__m256 boundary) { return _mm256_castps_si256(_mm256_cmp_ps(v, boundary, _CMP_GT_OQ)); };
+        const auto doubled_plus = [](__m256i index, __m256i mask) {
+            return _mm256_sub_epi32(_mm256_add_epi32(index, index), mask);
+        };
+        __m256i index = _mm256_sub_epi32(_mm256_setzero_si256(), above(_mm256_set1_ps(kBoundaries[7])));
+        const __m256 second = _mm256_setr_ps(kBoundaries[3], kBoundaries[11], 0, 0, 0, 0, 0, 0);
+        index = doubled_plus(index, above(_mm256_permutevar8x32_ps(second, index)));
+        const __m256 third =
+            _mm256_setr_ps(kBoundaries[1], kBoundaries[5], kBoundaries[9], kBoundaries[13], 0, 0, 0, 0);
+        index = doubled_plus(index, above(_mm256_permutevar8x32_ps(third, index)));
+        const __m256 fourth = _mm256_setr_ps(kBoundaries[0], kBoundaries[2], kBoundaries[4], kBoundaries[6],
+                                             kBoundaries[8], kBoundaries[10], kBoundaries[12], kBoundaries[14]);
+        return _mm256_slli_epi32(doubled_plus(index, above(_mm256_permutevar8x32_ps(fourth, index))), kShift);
+    }
+};
 
 #else
 
-int index_of(float v) {
-    const int scaled = static_cast<int>(v * (kCells / 2) + kCells / 2);
-    const int cell = scaled < kCells - 1 ? scaled : kCells - 1;
-    return kSearch.base[cell] + (v > kSearch.boundary[cell]);
+template <class T>
+Pairs<T> load_pairs(const T* w) {
+    Pairs<T> pairs;
+    for (int i = 0; i < kLanes; ++i) {
+        pairs.even[i] = to_float(w[2 * i]);
+        pairs.odd[i] = to_float(w[2 * i + 1]);
+    }
+    return pairs;
 }
 
-template <class T>
-void pack16(const T* w, F32 inverse, uint8_t* packed) {
-    for (int i = 0; i < 8; ++i) {
-        const int even = index_of(to_float(w[2 * i]) * inverse[0]);
-        packed[i] = static_cast<uint8_t>(even << 4 | index_of(to_float(w[2 * i + 1]) * inverse[0]));
+struct Registers {
+    template <int kShift>
+    I32 indices(F32 v) const {
+        I32 result;
+        for (int i = 0; i < kLanes; ++i) {
+            const float cell = v[i] * kCellsPerOne + kCellOrigin;
+            const uint32_t c = float_bits(cell) % kCells;
+            result[i] = (kSearch.low[c] + (v[i] > kSearch.boundary[c])) << kShift;
+        }
+        return result;
     }
-}
+};
 
 #endif
+
+// 2 * kLanes values of w * inverse to kLanes bytes.
+template <class T>
+inline void pack_pairs(const Registers& search, const T* w, F32 inverse, uint8_t* packed) {
+    const Pairs<T> pairs = load_pairs(w);
+    const auto high = search.indices<4>(mul(pairs.even, inverse));
+    const auto low = search.indices<0>(mul(pairs.odd, inverse));
+    store_bytes(packed, reinterpret_cast<I32>(high) | reinterpret_cast<I32>(low));
+}
 
 // inf where w has one, NaN where w has one: the caller of the op finds them in absmax.
 template <class T>
@@ -123,33 +194,83 @@ float max_abs(const T* w, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
         largest = max_magnitude(largest, load_n(w + i, static_cast<int>(n - i < kLanes ? n - i : kLanes)));
     }
-    float lanes[kLanes];
-    store(lanes, largest);
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits = float_bits(lanes[i]) > bits ? float_bits(lanes[i]) : bits;
-    return bits_float(bits);
+    return largest_lane(largest);
 }
 
+#ifdef __AVX2__
+// Of 16-bit floats without converting them: magnitudes order as their bits do. 32 words at least.
 template <class T>
-float quantize_block(const T* w, int64_t n, uint8_t* packed) {
-    const float absmax = max_abs(w, n);
-    const bool finite = float_bits(absmax) < 0x7f800000;
-    if (absmax < kSmallestAbsmax || !finite) {
-        memset(packed, kZeroIndex << 4 | kZeroIndex, static_cast<size_t>(n + 1) >> 1);
-        return finite ? 0.0f : absmax;
+float max_abs_words(const T* w, int64_t n) {
+#ifdef __AVX512BW__
+    __m512i all = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 32) {
+        const __m512i words = _mm512_loadu_si512(w + i);
+        all = _mm512_max_epu16(all, _mm512_and_si512(words, _mm512_set1_epi16(0x7fff)));
     }
-    const F32 inverse = set1(1.0f / absmax);
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+#else
+    __m256i half = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i));
+        half = _mm256_max_epu16(half, _mm256_and_si256(words, _mm256_set1_epi16(0x7fff)));
+    }
+#endif
+    const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // The instruction finds the smallest.
+    const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+    return to_float(T{static_cast<uint16_t>(~_mm_cvtsi128_si32(smallest))});
+}
+
+float max_abs(const Bf16* w, int64_t n) { return n % 32 == 0 ? max_abs_words(w, n) : max_abs<Bf16>(w, n); }
+float max_abs(const Fp16* w, int64_t n) { return n % 32 == 0 ? max_abs_words(w, n) : max_abs<Fp16>(w, n); }
+#endif
+
+template <class T>
+inline void pack_block(const Registers& search, const T* w, int64_t n, float absmax, float inverse, uint8_t* packed) {
+    constexpr int kStep = 2 * kLanes;
+    if (absmax == 0.0f || float_bits(absmax) >= 0x7f800000) {
+        memset(packed, kZeroIndex << 4 | kZeroIndex, static_cast<size_t>(n + 1) >> 1);
+        return;
+    }
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) pack16(w + i, inverse, packed + (i >> 1));
+    for (; i + kStep <= n; i += kStep) pack_pairs(search, w + i, set1(inverse), packed + (i >> 1));
     if (i < n) {
         // The last block's rest. A zero quantizes to kZeroIndex, which is also what an odd tail's missing nibble holds.
-        T rest[16] = {};
-        uint8_t bytes[8];
+        T rest[kStep] = {};
+        uint8_t bytes[kStep / 2];
         memcpy(rest, w + i, static_cast<size_t>(n - i) * sizeof(T));
-        pack16(rest, inverse, bytes);
+        pack_pairs(search, rest, set1(inverse), bytes);
         memcpy(packed + (i >> 1), bytes, static_cast<size_t>((n - i + 1) >> 1));
     }
-    return absmax;
+}
+
+// Blocks whose constants are found before any is packed: one block's maximum, reciprocal and products depend on each
+// other for longer than a core looks ahead.
+constexpr int64_t kAhead = 16;
+
+template <class T>
+void quantize_blocks(const T* w, int64_t numel, int block_shift, int64_t block0, int64_t block1, uint8_t* packed,
+                     float* absmax) {
+    const Registers search;
+    const int64_t blocksize = int64_t{1} << block_shift;
+    const auto size = [=](int64_t block) {
+        const int64_t left = numel - (block << block_shift);
+        return left < blocksize ? left : blocksize;
+    };
+    for (int64_t first = block0; first < block1; first += kAhead) {
+        const int64_t end = first + kAhead < block1 ? first + kAhead : block1;
+        float largest[kAhead] = {}, inverse[kAhead];
+        for (int64_t b = first; b < end; ++b) {
+            const float value = max_abs(w + (b << block_shift), size(b));
+            largest[b - first] = value < kSmallestAbsmax ? 0.0f : value;
+        }
+        for (int i = 0; i < kAhead; ++i) inverse[i] = 1.0f / largest[i];
+        for (int64_t b = first; b < end; ++b) {
+            absmax[b] = largest[b - first];
+            const int64_t begin = b << block_shift;
+            pack_block(search, w + begin, size(b), largest[b - first], inverse[b - first], packed + (begin >> 1));
+        }
+    }
 }
 
 template <class T>
@@ -157,12 +278,7 @@ void quantize(const T* w, int64_t numel, int block_shift, uint8_t* packed, float
     const int64_t blocks = (numel + (int64_t{1} << block_shift) - 1) >> block_shift;
     const int64_t grain = (int64_t{1} << 15) >> block_shift;
     parallel_ranges(blocks, grain, [&](int64_t block0, int64_t block1) {
-        for (int64_t block = block0; block < block1; ++block) {
-            const int64_t begin = block << block_shift;
-            const int64_t end =
-                begin + (int64_t{1} << block_shift) < numel ? begin + (int64_t{1} << block_shift) : numel;
-            absmax[block] = quantize_block(w + begin, end - begin, packed + (begin >> 1));
-        }
+        quantize_blocks(w, numel, block_shift, block0, block1, packed, absmax);
     });
 }
 
