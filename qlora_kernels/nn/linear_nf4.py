@@ -165,8 +165,11 @@ class LinearNF4(nn.Module):
 
     @property
     def _operand(self) -> Weight:
-        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
-        return Weight(self.packed, *constants, self.blocksize, self.out_features, self.in_features)
+        # Not by attribute: Module looks for each in three dictionaries, which takes as long as a small layer's product.
+        buffers = self._buffers
+        constants = (buffers[name] for name in _CONSTANTS)
+        packed = cast(Tensor, buffers["packed"])
+        return Weight(packed, *constants, self.blocksize, self.out_features, self.in_features)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""
