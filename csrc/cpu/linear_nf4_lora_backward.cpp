@@ -12,15 +12,24 @@
 namespace qlora::QLORA_ISA {
 namespace {
 
+// Asks for `count` elements of a later row of a matrix that ends at `end`: panels read short pieces of many rows, which
+// the hardware's own prefetchers do not follow.
+template <class T>
+void prefetch_row(const T* row, int64_t count, const T* end) {
+    if (row + count > end) return;
+    for (const T* line = row; line < row + count; line += 64 / sizeof(T)) __builtin_prefetch(line);
+}
+
 // The rows of a row-major [M, width] matrix as panels that contract over m.
 template <class Mac, class T>
 auto token_panels(const T* src, int64_t M, int64_t width) {
     using Elem = typename Mac::Elem;
     return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel,
-                                         [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
-                                             convert_row(src + m * width + begin, count, dst);
-                                         });
+        fill_from_columns<Mac, kColumns>(
+            column0, columns, step0, step1, M, panel, [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
+                prefetch_row(src + (m + kRowsAhead) * width + begin, count, src + M * width);
+                convert_row(src + m * width + begin, count, dst);
+            });
     };
 }
 
@@ -28,10 +37,11 @@ template <class Mac, class T>
 auto masked_token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
     using Elem = typename Mac::Elem;
     return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel,
-                                         [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
-                                             masked_row(src + m * width + begin, count, bits, m * width + begin, dst);
-                                         });
+        fill_from_columns<Mac, kColumns>(
+            column0, columns, step0, step1, M, panel, [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
+                prefetch_row(src + (m + kRowsAhead) * width + begin, count, src + M * width);
+                masked_row(src + m * width + begin, count, bits, m * width + begin, dst);
+            });
     };
 }
 
