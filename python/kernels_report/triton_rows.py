@@ -118,10 +118,16 @@ def lora_call(problem: Problem, r: int) -> object:
 
 def adapter_cases(full: bool) -> Iterator[Case]:
     """What surrounds the base matmul: the low-rank kernels at training sizes, and the multi-adapter ones."""
-    M, dtype = 4096, torch.bfloat16
-    decode = Plan("decode")
+    yield from adapter_cases_of(torch.bfloat16, (8, 64, 256) if full else (16,))
+    if full:
+        yield from adapter_cases_of(torch.float32, (16, 64))
+
+
+def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]:
+    """The same for activations of one dtype."""
+    M, decode = 4096, Plan("decode")
     seed = meta(1, dtype=torch.int64)
-    for r in (8, 64, 256) if full else (16,):
+    for r in ranks:
         for op in ("linear_nf4", "linear_nf4_grad_x"):
             problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
             yield Case(lambda p=problem, r=r: lora_call(p, r), problem, decode)

@@ -133,10 +133,11 @@ def test_dequantize_is_compiled_within_its_budget(arch):
     assert broken_gates([row]) == []
 
 
-def test_rank_64_gradients_do_not_spill():
-    """The widest accumulators of the adapter kernels, at the rank of the QLoRA paper, where sm_80 has least room."""
-    bf16 = torch.bfloat16
-    grad_y, s, lora_B = meta(4096, 4096, dtype=bf16), meta(4096, 64, dtype=bf16), meta(4096, 64)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rank_64_gradients_do_not_spill(dtype):
+    """The widest accumulators of the adapter kernels, at the rank of the QLoRA paper, where sm_80 has least room; and
+    fp32, whose products hold the operands of a whole step."""
+    grad_y, s, lora_B = meta(4096, 4096, dtype=dtype), meta(4096, 64, dtype=dtype), meta(4096, 64)
     case = Case(lambda: lora_ds_grad_B(grad_y, s, lora_B, 2.0))
     rows = [row_of(launch, case, 80) for launch in compile_case(case, 80)]
     assert rows[0].kernel == "lora_ds_grad_B_kernel"

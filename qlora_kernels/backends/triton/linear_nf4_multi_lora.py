@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops._operands import MultiLoRA, Weight
 from ._dropout import Dropout, dropout_of, keep_tile
-from ._partials import block_r_of, split_count, sum_partials
+from ._partials import block_r_of, split_count, step_of, sum_partials
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
 
@@ -244,7 +244,7 @@ def multi_lora_up(
     """out [M, C] += its rows' low-rank terms. right: lora_B [E, C, r] if right_is_transposed, else lora_A [E, r, C]."""
     M, C = out.shape
     r = left.shape[1]
-    block_c = 128
+    block_c = 64 if out.dtype == torch.float32 else 128
     multi_lora_up_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(C, block_c))](
         left,
         right,
@@ -266,7 +266,7 @@ def multi_lora_up(
         DROPOUT=dropout.draws(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=block_c,
-        BLOCK_R=block_r_of(r),
+        BLOCK_R=block_r_of(r, out.dtype),
         num_warps=NUM_WARPS,
     )
 
@@ -276,7 +276,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
     M, K = x.shape
     r = lora.r
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r, block_k = block_r_of(r), block_k_of(x.dtype)
+    block_r, block_k = block_r_of(r, x.dtype), block_k_of(x.dtype)
     tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
     steps, splits = split_count(triton.cdiv(K, block_k), tiles_m * tiles_r, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
@@ -321,8 +321,8 @@ def linear_nf4_multi_lora_backward(
     M, N = grad_y.shape
     adapters, r, K = lora.A.shape
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r = block_r_of(r)
-    tiles_n, tiles_r = triton.cdiv(N, BLOCK_N), triton.cdiv(r, block_r)
+    block_r, block_m, block_n = block_r_of(r, x.dtype), step_of(BLOCK_M, x.dtype), step_of(BLOCK_N, x.dtype)
+    tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
     ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
     grad_A, grad_B = torch.empty_like(lora.A), torch.empty_like(lora.B)
     multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, tiles_r)](
@@ -336,8 +336,8 @@ def linear_nf4_multi_lora_backward(
         M,
         N,
         r,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
@@ -355,7 +355,7 @@ def linear_nf4_multi_lora_backward(
         float(dropout.scale),
         dropout.threshold,
         DROPOUT=dropout.draws(K),
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=block_m,
         BLOCK_K=128,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,

@@ -68,7 +68,7 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     """s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
     M, K = x.shape
     r = lora_A.shape[0]
-    block_r, block_k = block_r_of(r), block_k_of(x.dtype)
+    block_r, block_k = block_r_of(r, x.dtype), block_k_of(x.dtype)
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(r, block_r)
     steps, splits = split_count(triton.cdiv(K, block_k), tiles, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)

@@ -111,6 +111,6 @@ def lora_up(
         DROPOUT=dropout.draws(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
-        BLOCK_R=block_r_of(r),
+        BLOCK_R=block_r_of(r, out.dtype),
         num_warps=NUM_WARPS,
     )
