@@ -15,11 +15,13 @@ from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
+from .ops.linear_nf4_lora_group import linear_nf4_lora_group
 from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
 from .ops.quantize_nf4 import quantize_nf4
 from .optim import PagedAdamW, PagedAdamW8bit
 from .peft.lora_plus import lora_plus_groups
 from .peft.prepare import prepare_for_training
+from .peft.shared_input import fuse_shared_input, unfuse_shared_input
 
 __all__ = [
     "ExpertsNF4",
@@ -30,8 +32,10 @@ __all__ = [
     "ReplaceReport",
     "backends",
     "dequantize_nf4",
+    "fuse_shared_input",
     "linear_nf4",
     "linear_nf4_lora",
+    "linear_nf4_lora_group",
     "linear_nf4_multi_lora",
     "lora_plus_groups",
     "peft",
@@ -39,5 +43,6 @@ __all__ = [
     "quantize_nf4",
     "replace_experts",
     "replace_linear",
+    "unfuse_shared_input",
     "use_backend",
 ]

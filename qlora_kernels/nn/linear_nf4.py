@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..format import bnb_layout, nf4
 from ..format.quant_state import FLOAT_DTYPES, QuantState, n_blocks
 from ..ops._checks import check_blocksize, check_last_dim
-from ..ops._operands import LoRA, MultiLoRA, Weight
+from ..ops._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
+from ..ops.linear_nf4_lora_group import call_group
 from ..ops.quantize_nf4 import quantize_nf4
 
 _CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
@@ -155,6 +156,24 @@ class LinearNF4(nn.Module):
         y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x.to(compute), *self._operand, self.bias, *lora)[0]
         return y.to(result)
 
+    @staticmethod
+    def forward_lora_group(
+        layers: Sequence[LinearNF4],
+        x: Tensor,
+        updates: Sequence[tuple[Tensor, Tensor, float]],
+        dropout_p: float = 0.0,
+    ) -> list[Tensor]:
+        """Each layer's forward_lora on the same x, as one op with one dropout mask, forward and backward.
+
+        layers: of one in_features and compute_dtype; their biases are constants.   updates: (lora_A, lora_B, scaling)
+        of each.   Returns each layer's y.
+        """
+        compute, result = layers[0]._dtypes(x)
+        lora_A, lora_B, scalings = zip(*updates, strict=True)
+        lora = GroupLoRA(torch.cat(lora_A), lora_B, seed_for(dropout_p, x.device), scalings, dropout_p)
+        weights, biases = [layer._operand for layer in layers], [layer.bias for layer in layers]
+        return [y.to(result) for y in call_group(x.to(compute), weights, biases, lora)]
+
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""
         kind = "double-quantized" if self.absmax_q is not None else "fp32 absmax"
@@ -165,18 +184,8 @@ class LinearNF4(nn.Module):
 
     @property
     def _operand(self) -> Weight:
-        # Not by attribute: Module looks for each in three dictionaries, which takes as long as a small layer's product.
-        packed, absmax, absmax_q, absmax_scale, absmax_offset = map(self._buffers.get, ("packed", *_CONSTANTS))
-        return Weight(
-            cast(Tensor, packed),
-            absmax,
-            absmax_q,
-            absmax_scale,
-            absmax_offset,
-            self.blocksize,
-            self.out_features,
-            self.in_features,
-        )
+        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
+        return Weight(self.packed, *constants, self.blocksize, self.out_features, self.in_features)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""

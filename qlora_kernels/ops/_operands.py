@@ -6,8 +6,10 @@ torch.compile and export. `_implement.spread` bundles them on the way in; `*weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..format.quant_state import Constants, QuantState
@@ -89,6 +91,34 @@ class MultiLoRA(NamedTuple):
     def r(self) -> int:
         """Common rank; smaller ones are padded with zeros."""
         return self.A.shape[1]
+
+
+class GroupLoRA(NamedTuple):
+    """An adapter for each of several linears on one x: scalings[i] * B_i A_i dropout(x), one mask for all.
+
+    A: [sum of r_i, K], the A_i on top of each other, B_i: [N_i, r_i], any float dtype.   seed: int64 [1] or None.
+    """
+
+    A: Tensor
+    B: Sequence[Tensor]
+    seed: Tensor | None
+    scalings: Sequence[float]
+    dropout_p: float
+
+    @property
+    def ranks(self) -> list[int]:
+        """r_i of each linear."""
+        return [B.shape[1] for B in self.B]
+
+    @property
+    def r(self) -> int:
+        """Their sum."""
+        return self.A.shape[0]
+
+    def each(self) -> list[LoRA]:
+        """One by one; the A are views."""
+        members = zip(torch.split(self.A, self.ranks), self.B, self.scalings, strict=True)
+        return [LoRA(A, B, self.seed, scaling, self.dropout_p) for A, B, scaling in members]
 
 
 def weight_of(op: str, packed: Tensor, state: QuantState) -> Weight:

@@ -56,9 +56,12 @@ def linear_nf4_lora(
 
 
 def seed_for(dropout_p: float, device: torch.device, seed: Tensor | None = None) -> Tensor | None:
-    """None without dropout; else `seed`, int64 [1], or a fresh one from `device`'s torch generator: reproducible under
-    torch.manual_seed.
-    """
+    """None without dropout; else `seed`, or a fresh one."""
     if dropout_p <= 0:
         return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device) if seed is None else seed
+    return draw_seed(device) if seed is None else seed
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh dropout seed, int64 [1], from `device`'s torch generator: reproducible under torch.manual_seed."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .base_layer import dense_weight, features, with_weight
-from .lowrank import LowRank, add_lowrank, forward_lowrank
+from .lowrank import LowRank, add_lowrank, concatenated, forward_lowrank
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
 
 
 class Delta(nn.Module):
@@ -61,6 +64,7 @@ class AdaptedLinear(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.unmerged: list[nn.Module] = []  # [the base] while merged; a list keeps it out of the module tree
         self.merged_names: tuple[str, ...] = ()
+        self.shared_input: SharedInput | None = None
         self.train(base_layer.training)
 
     @property
@@ -108,6 +112,10 @@ class AdaptedLinear(nn.Module):
 
     def _lowrank(self, x: Tensor, updates: dict[str, LowRank]) -> Tensor:
         """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout."""
+        if self.shared_input is not None:
+            shared = self.shared_input.output_of(self, x)
+            if shared is not None:
+                return shared
         groups: dict[float, list[str]] = {}
         for name in updates:
             delta = self.deltas[name]
@@ -120,6 +128,16 @@ class AdaptedLinear(nn.Module):
             else:
                 y = add_lowrank(x, y, group, dropout_p=dropout_p, owner=owner)
         return cast(Tensor, y)
+
+    def sole_call(self) -> tuple[LowRank, float] | None:
+        """(the active low-rank updates as one, its dropout) where they are one call of forward_lora; else None."""
+        if self.merged_names or self.selection.rows is not None:
+            return None
+        chosen = [delta for name, delta in self.deltas.items() if self.selection.has(name)]
+        factors = [(delta.factors(), delta.dropout_p if delta.training else 0.0) for delta in chosen]
+        updates = [update for update, _ in factors if update is not None]
+        rates = {rate for update, rate in factors if update is not None}
+        return (concatenated(updates), rates.pop()) if len(rates) == 1 else None
 
     def why_not_fused(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""

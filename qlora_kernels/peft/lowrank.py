@@ -20,7 +20,7 @@ def forward_lowrank(
     x [B, ..., K].   owner: int64 [B], which of the updates each row gets, -1 for none; None = every row gets all.
     """
     if owner is None and hasattr(base, "forward_lora"):
-        lora_A, lora_B, scaling = _concatenated(updates)
+        lora_A, lora_B, scaling = concatenated(updates)
         return base.forward_lora(x, lora_A, lora_B, scaling, dropout_p)  # type: ignore[no-any-return, operator]
     if owner is not None and hasattr(base, "forward_multi_lora"):
         tokens = x[..., 0].numel() // max(x.shape[0], 1)
@@ -36,7 +36,7 @@ def add_lowrank(
 
     One pair serves all updates; with owners the middle [B, ..., sum of r] is masked by row.
     """
-    lora_A, lora_B, scaling = _concatenated(updates)
+    lora_A, lora_B, scaling = concatenated(updates)
     s = F.linear(F.dropout(x.to(lora_A.dtype), dropout_p), lora_A)
     if owner is not None:
         ranks = torch.tensor([A.shape[0] for A, _, _ in updates], device=x.device)
@@ -46,7 +46,7 @@ def add_lowrank(
     return (y + F.linear(s, lora_B) * scaling).to(y.dtype)
 
 
-def _concatenated(updates: Sequence[LowRank]) -> LowRank:
+def concatenated(updates: Sequence[LowRank]) -> LowRank:
     """The sum as one update of rank sum_i r_i."""
     if len(updates) == 1:
         return updates[0]

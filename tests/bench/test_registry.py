@@ -19,8 +19,13 @@ MEASURED_WITH_ANOTHER = {
 }
 """Ops that run inside another op's benchmark."""
 
-NOT_MEASURED = {"linear_nf4_multi_lora", "linear_nf4_multi_lora_backward"}
-"""Ops without a peer: nothing else runs a batch of many adapters on a CPU."""
+NOT_MEASURED = {
+    "linear_nf4_multi_lora",
+    "linear_nf4_multi_lora_backward",
+    "linear_nf4_lora_group",
+    "linear_nf4_lora_group_backward",
+}
+"""Ops without a peer: nothing else runs a batch of many adapters, or linears on one x, on a CPU."""
 
 PEAKS = {name: Peak(name, 1e9, "given") for name in ("read", "copy", "bf16_dot", "fma")}
 

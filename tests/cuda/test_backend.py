@@ -21,7 +21,7 @@ from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops import _registry
-from qlora_kernels.ops._operands import LoRA, Weight
+from qlora_kernels.ops._operands import GroupLoRA, LoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
 from tests.support.problems import DTYPES, gaussian
@@ -192,6 +192,32 @@ def test_linear_with_lora(M: int, N: int, K: int, r: int, dtype: torch.dtype) ->
     for name, mine, theirs, truth in zip(("grad_x", "grad_A", "grad_B"), gradients, expected, exact64, strict=True):
         assert_within_baseline(mine, theirs, truth, factor=GRADIENT_FACTOR, name=name)
     assert cuda.linear_nf4_grad_x(grad_y, weight).shape == (M, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [3, 65])
+def test_group_equals_its_linears_one_by_one(M: int, dtype: torch.dtype) -> None:
+    """Up to the rounding of grad_x's sum; small M is fused, large M decoded and summed inside torch's matmul."""
+    K, widths, ranks = 64, (24, 17), (4, 3)
+    weights = [quantized_matrix(N, K) for N in widths]
+    x, biases = gaussian(M, K, dtype=dtype, seed=2), [gaussian(widths[0], seed=3), None]
+    B = [gaussian(N, r, seed=5) * 0.1 for N, r in zip(widths, ranks, strict=True)]
+    lora = GroupLoRA(gaussian(sum(ranks), K, seed=4) * 0.1, B, None, [0.5, 2.0], 0.0)
+    ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
+    grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
+    grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+    parts, total = s.split(list(ranks), dim=1), torch.zeros_like(grad_x, dtype=torch.float32)
+    grads_A = grad_A.split(list(ranks))
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    for i, member in enumerate(lora.each()):
+        y, part = cuda.linear_nf4_lora(x, weights[i], biases[i], member)
+        torch.testing.assert_close(ys[i], y, **close)
+        torch.testing.assert_close(parts[i], part, **close)
+        alone = cuda.linear_nf4_lora_backward(grad_ys[i], x, part, weights[i], member, need_grad_x=True)
+        total += alone[0].float()
+        torch.testing.assert_close(grads_A[i], alone[1], **close)
+        torch.testing.assert_close(grads_B[i], alone[2], **close)
+    torch.testing.assert_close(grad_x.float(), total, **close)
 
 
 def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:

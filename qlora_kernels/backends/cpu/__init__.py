@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops import _multi_lora
+from ...ops import _lora_group, _multi_lora
 from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .kernels import (
@@ -35,6 +35,7 @@ _FUNCTIONS = (
     linear_nf4_lora,
     linear_nf4_lora_backward,
     *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
+    *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
 )
 KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)

@@ -16,7 +16,14 @@ from ...ops._registry import KernelSpec, Problem, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4, quantize_nf4_double
-from .linear_nf4 import linear_nf4, linear_nf4_grad_x, linear_nf4_lora, linear_nf4_lora_backward
+from .linear_nf4 import (
+    linear_nf4,
+    linear_nf4_grad_x,
+    linear_nf4_lora,
+    linear_nf4_lora_backward,
+    linear_nf4_lora_group,
+    linear_nf4_lora_group_backward,
+)
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -44,8 +51,15 @@ KERNELS = (
             managed_memory.managed_prefetch,
         )
     ),
-    KernelSpec("linear_nf4_lora", "cuda", linear_nf4_lora, _no_dropout),
-    KernelSpec("linear_nf4_lora_backward", "cuda", linear_nf4_lora_backward, _no_dropout),
+    *(
+        KernelSpec(function.__name__, "cuda", function, _no_dropout)
+        for function in (
+            linear_nf4_lora,
+            linear_nf4_lora_backward,
+            linear_nf4_lora_group,
+            linear_nf4_lora_group_backward,
+        )
+    ),
 )
 
 

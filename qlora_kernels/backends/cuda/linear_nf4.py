@@ -9,10 +9,13 @@ The bounds follow from the bytes each way moves (docs/kernels.md); they are not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...ops._operands import LoRA, Weight
+from ...ops._lora_group import parts_of
+from ...ops._operands import GroupLoRA, LoRA, Weight
 from .codec import dequantize_nf4
 
 _C = torch.ops.qlora_kernels_C
@@ -55,6 +58,36 @@ def linear_nf4_lora_backward(
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
 
+def linear_nf4_lora_group(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """([y_i [M, N_i]], s [M, sum of r_i]) without dropout; one product of x with all adapters."""
+    s = x @ lora.A.to(x.dtype).T
+    members = zip(weights, biases, parts_of(s, lora), lora.each(), strict=True)
+    return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
+
+
+def linear_nf4_lora_group_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(grad_x [M, K] or empty, grad_A, grads of B) without dropout; grad_x is summed in place."""
+    ds, grads_B = [], []
+    for grad_y, part, B, scaling in zip(grad_ys, parts_of(s, lora), lora.B, lora.scalings, strict=True):
+        ds.append(scaling * (grad_y @ B.to(x.dtype)))
+        grads_B.append((scaling * (grad_y.T @ part)).to(B.dtype))
+    all_ds = torch.cat(ds, dim=1)
+    grad_A = (all_ds.T @ x).to(lora.A.dtype)
+    if not need_grad_x:
+        return x.new_empty(0), grad_A, grads_B
+    grad_x = _grad_x(grad_ys[0], weights[0], all_ds, lora.A.to(x.dtype))
+    for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
+        if _grad_x_is_fused(grad_y, weight):
+            grad_x += _grad_x(grad_y, weight, None, None)
+        else:
+            grad_x.addmm_(grad_y, _dequantized(weight, grad_y))
+    return grad_x, grad_A, grads_B
+
+
 def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None) -> Tensor:
     M, N, K = x.shape[0], weight.N, weight.K
     bias = None if bias is None else bias.contiguous()
@@ -79,12 +112,16 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
 
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
     """grad_y W + ds A; lora_A in grad_y's dtype."""
-    M = grad_y.shape[0]
-    if weight.K % 32 == 0 and weight.N % 8 == 0 and M <= FUSED_ROWS and grad_y.dtype != torch.float32:
+    if _grad_x_is_fused(grad_y, weight):
         up = None if lora_A is None else lora_A.T
         return _gemm(grad_y, weight, None, ds, up, 1.0, transposed=True)
     grad_x = grad_y @ _dequantized(weight, grad_y)
     return grad_x if ds is None or lora_A is None else grad_x.addmm_(ds, lora_A)
+
+
+def _grad_x_is_fused(grad_y: Tensor, weight: Weight) -> bool:
+    whole_pieces = weight.K % 32 == 0 and weight.N % 8 == 0
+    return whole_pieces and grad_y.shape[0] <= FUSED_ROWS and grad_y.dtype != torch.float32
 
 
 def _gemm(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...ops import _multi_lora
+from ...ops import _lora_group, _multi_lora
 from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
@@ -18,6 +18,7 @@ _FUNCTIONS = (
     linear_nf4_lora,
     linear_nf4_lora_backward,
     *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
+    *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
 )
 KERNELS = tuple(

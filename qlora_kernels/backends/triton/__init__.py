@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops._operands import Weight
 from ...ops._registry import KernelSpec, Problem
 
 _MODULES = {
@@ -26,6 +25,8 @@ _MODULES = {
     "linear_nf4_grad_x": "linear_nf4",
     "linear_nf4_lora": "linear_nf4_lora",
     "linear_nf4_lora_backward": "linear_nf4_lora",
+    "linear_nf4_lora_group": "linear_nf4_lora_group",
+    "linear_nf4_lora_group_backward": "linear_nf4_lora_group",
     "linear_nf4_multi_lora": "linear_nf4_multi_lora",
     "linear_nf4_multi_lora_backward": "linear_nf4_multi_lora",
 }
@@ -57,7 +58,7 @@ def _launcher(op: str) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
         # Triton launches on the current device, whichever its arguments lie on.
-        on: Tensor = args[0].packed if isinstance(args[0], Weight) else args[0]
+        on: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]  # of a bundle or list, its first
         with torch.cuda.device_of(on) if on.is_cuda else nullcontext():
             return getattr(module, op)(*args, **kwargs)
 

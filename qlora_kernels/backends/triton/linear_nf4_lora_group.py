@@ -1,0 +1,51 @@
+"""linear_nf4_lora_group and its backward over the single linear's kernels: each pass reads x once, grad_x is one sum.
+
+forward    s of all adapters by one lora_down over x;  then each y_i as linear_nf4_lora's
+backward   ds_i, grad_B_i from one pass over each grad_y_i;  grad_A of all by one pass over x;
+           grad_x begins as grad_y_1 W_1 + keep * scale * (ds A), the low-rank term of all; the others add themselves
+           inside torch's matmul where the weight is decoded first, by an addition where it is decoded in the main loop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...ops._lora_group import parts_of
+from ...ops._operands import GroupLoRA, Weight
+from ._dropout import dropout_of
+from .linear_nf4 import LowRank, backward, decoded, forward, plan_for
+from .lora_down import lora_down
+from .lora_grads import lora_ds_grad_B, lora_grad_A
+
+
+def linear_nf4_lora_group(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """(ys, s). See ops/linear_nf4_lora_group.py for the contract."""
+    s = lora_down(x, lora.A, dropout_of(lora.seed, lora.dropout_p, x))
+    members = zip(weights, biases, parts_of(s, lora), lora.B, lora.scalings, strict=True)
+    return [forward(x, weight, bias, LowRank(part, B, scaling)) for weight, bias, part, B, scaling in members], s
+
+
+def linear_nf4_lora_group_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(grad_x or empty, grad_A, grads of B). See ops/linear_nf4_lora_group.py for the contract."""
+    dropout = dropout_of(lora.seed, lora.dropout_p, x)
+    members = zip(grad_ys, parts_of(s, lora), lora.B, lora.scalings, strict=True)
+    parts_of_ds, grads_B = zip(*(lora_ds_grad_B(*member) for member in members), strict=True)
+    ds = torch.cat(parts_of_ds, dim=1)
+    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
+    if not need_grad_x:
+        return x.new_empty(0), grad_A, list(grads_B)
+    grad_x = backward(grad_ys[0], weights[0], LowRank(ds, lora.A, dropout.scale), dropout)
+    no_dropout = dropout_of(None, 0.0, x)
+    for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
+        if plan_for("linear_nf4_grad_x", grad_y, weight).path == "decode":
+            grad_x.addmm_(grad_y, decoded(weight, grad_y.dtype))
+        else:
+            grad_x += backward(grad_y, weight, None, no_dropout)
+    return grad_x, grad_A, list(grads_B)

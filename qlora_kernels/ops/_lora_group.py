@@ -1,0 +1,49 @@
+"""linear_nf4_lora_group made from a backend's linear_nf4_lora: one linear after another, with one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._operands import GroupLoRA, Weight
+
+
+def over(
+    linear_nf4_lora: Callable[..., tuple[Tensor, Tensor]],
+    linear_nf4_lora_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Callable[..., tuple[list[Tensor], Tensor]], Callable[..., tuple[Tensor, Tensor, list[Tensor]]]]:
+    """linear_nf4_lora_group and linear_nf4_lora_group_backward over one backend's single linear and its backward."""
+
+    def linear_nf4_lora_group(
+        x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+    ) -> tuple[list[Tensor], Tensor]:
+        """(ys, s)."""
+        results = [linear_nf4_lora(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
+        return [y for y, _ in results], torch.cat([part for _, part in results], dim=1)
+
+    def linear_nf4_lora_group_backward(
+        grad_ys: Sequence[Tensor],
+        x: Tensor,
+        s: Tensor,
+        weights: Sequence[Weight],
+        lora: GroupLoRA,
+        *,
+        need_grad_x: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(grad_x or empty, grad_A, grads of B)."""
+        grad_x, grads_A, grads_B = x.new_empty(0), [], []
+        for grad_y, part, weight, member in zip(grad_ys, parts_of(s, lora), weights, lora.each(), strict=True):
+            of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, need_grad_x=need_grad_x)
+            grad_x = grad_x.add_(of_x) if grad_x.numel() else of_x
+            grads_A.append(of_A)
+            grads_B.append(of_B)
+        return grad_x, torch.cat(grads_A), grads_B
+
+    return linear_nf4_lora_group, linear_nf4_lora_group_backward
+
+
+def parts_of(s: Tensor, lora: GroupLoRA) -> list[Tensor]:
+    """Each linear's [M, r_i] of s [M, sum of r_i], contiguous."""
+    return [part.contiguous() for part in torch.split(s, lora.ranks, dim=1)]

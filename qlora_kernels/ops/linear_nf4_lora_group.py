@@ -1,0 +1,207 @@
+"""linear_nf4_lora_group: LoRA linears over NF4 that read the same x, such as q, k and v, as one op.
+
+    s   = dropout(x) A^T, A = [A_1; A_2; ...], one mask    ds_i     = scaling_i * grad_y_i B_i,  ds = [ds_1 ds_2 ...]
+    y_i = x W_i^T + bias_i + scaling_i * s_i B_i^T         grad_B_i = scaling_i * grad_y_i^T s_i
+                                                           grad_A   = ds^T dropout(x)
+                                                           grad_x   = sum_i grad_y_i W_i + dropout'(ds A)
+
+y_i is what linear_nf4_lora gives with the same seed; x is read once for all adapters, and grad_x is one sum.
+
+Ops: qlora_kernels::linear_nf4_lora_group (differentiable in x, lora_A, lora_B; biases are constants) and
+qlora_kernels::linear_nf4_lora_group_backward. Where a schema has a list, it has an entry for each linear.
+
+Kernel contract: x [M, K] and grad_y_i [M, N_i] contiguous, M, K, N_i, r_i >= 1; lora: GroupLoRA, factors contiguous.
+    linear_nf4_lora_group           run(x, weights, biases, lora) -> ([y_i [M, N_i]], s [M, sum of r_i]) of x.dtype
+    linear_nf4_lora_group_backward  run(grad_ys, x, s, weights, lora, *, need_grad_x)
+                                    -> (grad_x [M, K] of x.dtype or empty, grad_A, [grad_B_i])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..format.quant_state import QuantState
+from ._checks import check_bias, check_grad_y, check_lora, check_x
+from ._implement import fake, implement
+from ._linear import bias_alone, is_empty, matrix
+from ._operands import GroupLoRA, Weight, weight_of
+from ._registry import Problem, select
+from .linear_nf4_lora import seed_for
+
+_OP, _BACKWARD_OP = "linear_nf4_lora_group", "linear_nf4_lora_group_backward"
+_WEIGHTS = (
+    "Tensor[] packed, Tensor?[] absmax, Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset, "
+    "int[] blocksizes, SymInt[] out_features, SymInt[] in_features"
+)
+_LORA = "Tensor lora_A, Tensor[] lora_B, Tensor? seed, float[] scalings, float dropout_p"
+torch.library.define(
+    f"qlora_kernels::{_OP}", f"(Tensor x, Tensor?[] biases, {_WEIGHTS}, {_LORA}) -> (Tensor[], Tensor)"
+)
+torch.library.define(
+    f"qlora_kernels::{_BACKWARD_OP}",
+    f"(Tensor[] grad_ys, Tensor x, Tensor s, {_WEIGHTS}, {_LORA}, bool need_grad_x) -> (Tensor, Tensor, Tensor[])",
+)
+_OF_WEIGHTS = len(Weight._fields)
+
+
+def linear_nf4_lora_group(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    states: Sequence[QuantState],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """[x W_i^T + bias_i + scaling_i * (dropout(x) A_i^T) B_i^T], all with one dropout mask, forward and backward.
+
+    Sequences have an entry for each linear; entries, dropout_p and seed are as linear_nf4_lora takes them.
+    Returns y_i [..., N_i] of x.dtype. Differentiable in x, lora_A and lora_B; biases are constants.
+    Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
+    """
+    weights = [weight_of(_OP, *pair) for pair in zip(packed, states, strict=True)]
+    lora = GroupLoRA(torch.cat(list(lora_A)), lora_B, seed_for(dropout_p, x.device, seed), scalings, dropout_p)
+    return call_group(x, weights, biases or [None] * len(weights), lora)
+
+
+def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA) -> list[Tensor]:
+    """The op, from bundles."""
+    fields = [list(field) for field in zip(*weights, strict=True)]
+    A, B, seed, scalings, dropout_p = lora
+    factors = (A, list(B), seed, list(scalings), dropout_p)
+    ys: list[Tensor] = torch.ops.qlora_kernels.linear_nf4_lora_group(x, list(biases), *fields, *factors)[0]
+    return ys
+
+
+@implement(f"qlora_kernels::{_OP}")
+def linear_nf4_lora_group_impl(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
+    """Checks, then the selected kernel over x as a matrix."""
+    weights, lora = _bundled(fields)
+    _check_forward(x, biases, weights, lora)
+    if any(is_empty(x, weight) for weight in weights):
+        empty = [bias_alone(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return empty, x.new_zeros(x.shape[:-1].numel(), lora.r)
+    ys, s = select(_problem(_OP, x, weights, lora)).run(matrix(x), weights, biases, _contiguous(lora))
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
+
+
+@fake(f"qlora_kernels::{_OP}")
+def linear_nf4_lora_group_fake(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
+    """Shapes and dtypes of the ys and of s."""
+    weights, lora = _bundled(fields)
+    _check_forward(x, biases, weights, lora)
+    ys = [x.new_empty((*x.shape[:-1], weight.N)) for weight in weights]
+    return ys, x.new_empty((x.shape[:-1].numel(), lora.r))
+
+
+@implement(f"qlora_kernels::{_BACKWARD_OP}")
+def linear_nf4_lora_group_backward_impl(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Checks, then the selected kernel over x and the grad_ys as matrices."""
+    *members, need_grad_x = fields
+    weights, lora = _bundled(members)
+    _check_backward(grad_ys, x, weights, lora)
+    if any(is_empty(x, weight) for weight in weights):
+        grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
+        return grad_x, torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B]
+    run = select(_problem(_BACKWARD_OP, x, weights, lora)).run
+    rows = [matrix(grad_y) for grad_y in grad_ys]
+    grad_x, grad_A, grads_B = run(rows, matrix(x), s, weights, _contiguous(lora), need_grad_x=need_grad_x)
+    return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grads_B
+
+
+@fake(f"qlora_kernels::{_BACKWARD_OP}")
+def linear_nf4_lora_group_backward_fake(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Shapes and dtypes of the gradients."""
+    *members, need_grad_x = fields
+    weights, lora = _bundled(members)
+    _check_backward(grad_ys, x, weights, lora)
+    grad_x = x.new_empty(x.shape if need_grad_x else (0,))
+    return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, biases, *fields = inputs
+    s = output[1]
+    ctx.mark_non_differentiable(s)
+    items = [item for field in fields for item in (field if isinstance(field, list) else [field])]
+    ctx.save_for_backward(x, s, *(item if isinstance(item, Tensor) else None for item in items))
+    ctx.numbers = [None if isinstance(item, Tensor) else item for item in items]
+    ctx.lengths = [len(field) if isinstance(field, list) else None for field in fields]
+    ctx.no_grads = [_no_grad(field) for field in (biases, *fields)]
+
+
+def _backward(ctx: Any, grad_ys: list[Tensor], grad_s: Tensor | None) -> tuple[Any, ...]:
+    x, s, *tensors = ctx.saved_tensors
+    items = iter([number if t is None else t for t, number in zip(tensors, ctx.numbers, strict=True)])
+    fields = [next(items) if length is None else [next(items) for _ in range(length)] for length in ctx.lengths]
+    need_grad_x = ctx.needs_input_grad[0]
+    grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
+        grad_ys, x, s, *fields, need_grad_x
+    )
+    of_fields = list(ctx.no_grads)
+    of_fields[1 + _OF_WEIGHTS : 3 + _OF_WEIGHTS] = grad_A, grads_B  # after biases and weights
+    return grad_x if need_grad_x else None, *of_fields
+
+
+def _no_grad(field: Any) -> list[None] | None:
+    """What autograd takes as the gradient of a constant: a list for a list of tensors, None for all else."""
+    if isinstance(field, list) and all(isinstance(item, Tensor) for item in field):
+        return [None] * len(field)
+    return None
+
+
+torch.library.register_autograd(f"qlora_kernels::{_OP}", _backward, setup_context=_setup_context)
+
+
+def _bundled(fields: Sequence[Any]) -> tuple[list[Weight], GroupLoRA]:
+    weights = [Weight(*each) for each in zip(*fields[:_OF_WEIGHTS], strict=True)]
+    return weights, GroupLoRA(*fields[_OF_WEIGHTS:])
+
+
+def _problem(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> Problem:
+    return Problem(
+        op,
+        x.device.type,
+        x.dtype,
+        x.shape[:-1].numel(),
+        sum(weight.N for weight in weights),
+        x.shape[-1],
+        lora.r,
+        weights[0].blocksize,
+        all(weight.double_quant for weight in weights),
+        lora.dropout_p > 0,
+    )
+
+
+def _contiguous(lora: GroupLoRA) -> GroupLoRA:
+    return lora._replace(A=lora.A.contiguous(), B=[B.contiguous() for B in lora.B])
+
+
+def _check_forward(x: Tensor, biases: Sequence[Tensor | None], weights: Sequence[Weight], lora: GroupLoRA) -> None:
+    if not len(biases) == len(weights) == len(lora.B) == len(lora.scalings):
+        counts = f"{len(weights)} weights, {len(biases)} biases, {len(lora.B)} lora_B, {len(lora.scalings)} scalings"
+        raise ValueError(f"{_OP}: every linear must have each of its arguments, got {counts}")
+    if lora.A.shape[0] != sum(lora.ranks):
+        raise ValueError(f"{_OP}: lora_A must have as many rows as lora_B have columns, {lora.ranks}, got {lora.r}")
+    for weight, bias, member in zip(weights, biases, lora.each(), strict=True):
+        check_x(_OP, x, weight)
+        check_bias(_OP, bias, weight.N, x.device)
+        check_lora(_OP, x, weight, member)
+
+
+def _check_backward(grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> None:
+    for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
+        check_x(_BACKWARD_OP, x, weight)
+        check_grad_y(_BACKWARD_OP, grad_y, weight)
+        check_lora(_BACKWARD_OP, x, weight, member)
