@@ -105,7 +105,7 @@ def check_installed(wheel: Path, environment: str) -> str:
             packages = [requirement, str(wheel.resolve())]
         else:
             lend_packages(interpreter, python)
-            packages = ["--no-deps", str(wheel.resolve())]
+            packages = ["--no-deps", "--ignore-installed", str(wheel.resolve())]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
         # -I: from the installed package alone, whatever folder and variables this process has.
         smoke = [python, "-I", SMOKE, *archs_of(wheel)]
