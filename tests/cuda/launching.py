@@ -21,8 +21,23 @@ needs_emulator = pytest.mark.skipif(cuda_host.missing_tools() is not None, reaso
 needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))
 
 all_modes = pytest.mark.parametrize("mode", ["plain", "asan", "tsan", pytest.param("ptx", marks=needs_nvcc)])
+ptx_under_sanitizers = pytest.mark.parametrize("mode", ["ptx-asan", "ptx-tsan"])
 source_and_ptx = pytest.mark.parametrize("mode", ["plain", pytest.param("ptx", marks=needs_nvcc)])
 SCHEDULES = (("random", 1), ("random", 2), ("forward", 1), ("reverse", 1))
+
+PTX_KERNELS = {
+    "linear_nf4_small_m": "kernelI(13__nv_bfloat16Li[148]E|fLi(1|16)E|6__halfLi(2|16)E)",
+    "linear_nf4_gemm": "gemm_kernelI(13__nv_bfloat16Li(16|64)E|6__halfLi32E|6__halfLi64E.*Forward)|reduce_kernel",
+}
+"""Of csrc/cuda/<stem>.cu what the tests launch from PTX, by mangled name; all kernels where nothing is said."""
+
+SANITIZED_PTX_KERNELS = {
+    "linear_nf4_small_m": "kernelI13__nv_bfloat16Li4E",
+    "linear_nf4_gemm": "(gemm_kernelI13__nv_bfloat16Li16E|reduce_kernelI13__nv_bfloat16)",
+    "quantize_nf4": "(quantize_nf4_kernelI13__nv_bfloat16|absmax_kernel)",
+    "dequantize_nf4": "I13__nv_bfloat16",
+}
+"""The same under sanitizers: one of each kernel."""
 
 Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -34,7 +49,14 @@ def source(stem: str) -> tuple:  # type: ignore[type-arg]
 
 def library(stem: str, mode: str) -> cuda_host.Library:
     """csrc/cuda/<stem>.cu built for `mode`."""
-    return cuda_host.build(source(stem), mode)
+    return cuda_host.build(source(stem), mode, kernels=kernels_of(stem, mode))
+
+
+def kernels_of(stem: str, mode: str) -> str:
+    """Which kernels of csrc/cuda/<stem>.cu are translated for `mode`."""
+    if mode not in cuda_host.PTX_MODES:
+        return ""
+    return (PTX_KERNELS if mode == "ptx" else SANITIZED_PTX_KERNELS).get(stem, "")
 
 
 def over_schedules(mode: str, run: Callable[[str, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -19,7 +19,9 @@ from .launching import (
     all_modes,
     library,
     needs_emulator,
+    needs_nvcc,
     over_schedules,
+    ptx_under_sanitizers,
     same_bits,
     source_and_ptx,
 )
@@ -121,6 +123,12 @@ def test_other_branches_of_the_formula(mode: str) -> None:
     expected.reference(hyper=hyper)
     mine.emulated(mode, hyper=hyper)
     assert all(same_bits(a, b) for a, b in zip(mine.tensors(), expected.tensors(), strict=True))
+
+
+@needs_nvcc
+@ptx_under_sanitizers
+def test_compiled_under_sanitizers(mode: str) -> None:
+    test_step_equals_reference(mode, torch.bfloat16, 8)
 
 
 def test_nothing_is_written_after_an_overflow() -> None:

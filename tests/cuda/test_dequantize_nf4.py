@@ -11,8 +11,10 @@ from .launching import (
     all_modes,
     library,
     needs_emulator,
+    needs_nvcc,
     over_schedules,
     poisoned,
+    ptx_under_sanitizers,
     quantized,
     same_bits,
     shift,
@@ -50,6 +52,12 @@ def test_equals_reference(mode: str, n: int, blocksize: int, double: bool, dtype
 
     (result,) = over_schedules(mode, run)
     assert same_bits(result, reference.dequantize_nf4(packed, absmax, blocksize, torch.Size((n,)), dtype))
+
+
+@needs_nvcc
+@ptx_under_sanitizers
+def test_compiled_under_sanitizers(mode: str) -> None:
+    test_equals_reference(mode, *CASES[4], torch.bfloat16)
 
 
 def test_nothing_is_launched_for_nothing() -> None:

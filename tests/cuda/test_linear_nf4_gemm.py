@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.cuda_host import out
 
-from .launching import all_modes, library, needs_emulator, needs_nvcc, poisoned, same_bits
+from .launching import all_modes, library, needs_emulator, needs_nvcc, poisoned, ptx_under_sanitizers, same_bits
 from .linear_problems import LinearProblem, check_forward
 
 pytestmark = needs_emulator
@@ -69,6 +69,13 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS[:2] + PROBLEMS[5:7], ids=str)
 def test_compiled_and_source_agree_bit_for_bit(problem: LinearProblem) -> None:
     assert same_bits(run("ptx", problem), run("plain", problem))
+
+
+@needs_nvcc
+@ptx_under_sanitizers
+@pytest.mark.parametrize(("problem", "splits"), [(SPLIT[0], 2), (PROBLEMS[5], 1)], ids=str)
+def test_compiled_under_sanitizers(mode: str, problem: LinearProblem, splits: int) -> None:
+    check_forward(run(mode, problem, splits), problem)
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:

@@ -6,13 +6,17 @@ from torch import Tensor
 
 from tests.support.cuda_host import out
 
-from .launching import all_modes, library, needs_emulator, needs_nvcc, same_bits
+from .launching import all_modes, library, needs_emulator, needs_nvcc, ptx_under_sanitizers, same_bits
 from .linear_problems import LinearProblem, check_forward
 
 pytestmark = needs_emulator
 
+WARPS, STAGES, DEPTH = 4, 3, 1024
+LONG = WARPS * (STAGES + 1) * DEPTH + 3 * DEPTH + 32  # a warp fetches five times: every stage is refilled; a tail of 32
+
 PROBLEMS = [
-    LinearProblem(1, 9, 4128, dtype=torch.bfloat16),  # five fetches, three stages; a tail of 32
+    LinearProblem(1, 5, LONG, dtype=torch.bfloat16),
+    LinearProblem(1, 9, 4128, dtype=torch.bfloat16),
     LinearProblem(1, 3, 96, dtype=torch.float32, double=False, bias=torch.float32),
     LinearProblem(2, 17, 1024, dtype=torch.float16, r=5, bias=torch.bfloat16),
     LinearProblem(3, 6, 1056, dtype=torch.bfloat16, r=40, lora_dtype=torch.float32, blocksize=32),
@@ -35,6 +39,12 @@ def run(mode: str, problem: LinearProblem, seed: int = 1, order: str = "random")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_forward(mode: str, problem: LinearProblem) -> None:
     check_forward(run(mode, problem), problem)
+
+
+@needs_nvcc
+@ptx_under_sanitizers
+def test_compiled_under_sanitizers(mode: str) -> None:
+    check_forward(run(mode, PROBLEMS[4]), PROBLEMS[4])
 
 
 @needs_nvcc

@@ -13,8 +13,10 @@ from .launching import (
     all_modes,
     library,
     needs_emulator,
+    needs_nvcc,
     over_schedules,
     poisoned,
+    ptx_under_sanitizers,
     same_bits,
     shift,
     source_and_ptx,
@@ -143,6 +145,13 @@ def test_both_levels_in_two_launches(mode: str) -> None:
     assert same_bits(q, expected_q)
     assert same_bits(scale, expected_scale)
     assert abs(offset.item() - absmax.double().mean().item()) <= torch.finfo(torch.float32).eps * offset.item()
+
+
+@needs_nvcc
+@ptx_under_sanitizers
+def test_compiled_under_sanitizers(mode: str) -> None:
+    test_equals_reference(mode, *CASES[2], torch.bfloat16)
+    test_second_level(mode, 257)
 
 
 def test_constants_that_are_all_equal() -> None:

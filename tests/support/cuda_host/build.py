@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,13 @@ _SANITIZE = {
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_host_shared"),
     "tsan": ("-fsanitize=thread",),
 }
+# A translated kernel is one function of thousands of registers: what the optimizer and UBSan cost there is minutes, and
+# UBSan has nothing to find, because every operation means what PTX says.
+_TRANSLATED = {
+    "plain": (),
+    "asan": ("-O0", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"),
+    "tsan": ("-O0", "-fsanitize=thread"),
+}
 _LIMIT_SECONDS = 300
 
 
@@ -44,30 +52,40 @@ class CompilerError(RuntimeError):
 
 
 def build(
-    sources: Sequence[Path], mode: str = "plain", *, defines: Sequence[str] = (), include: Sequence[Path] = ()
+    sources: Sequence[Path],
+    mode: str = "plain",
+    *,
+    defines: Sequence[str] = (),
+    include: Sequence[Path] = (),
+    kernels: str = "",
 ) -> Library:
     """Compiles CUDA C++ sources and loads them in a worker process.
 
     sources: .cu files; their launchers must be `extern "C"`.   mode: one of MODES.
     defines: "NAME" or "NAME=VALUE".   include: folders beside csrc/include.
+    kernels: a regular expression; of the PTX only the kernels whose mangled names it finds are translated, which is
+    most of a build's time. A launch of another one fails and names it.
     The same arguments give the same Library, whose worker process stays.
     Raises CompilerError with the compiler's message.
     """
-    return _library(tuple(sources), mode, tuple(defines), tuple(include))
+    return _library(tuple(sources), mode, tuple(defines), tuple(include), kernels)
 
 
 @cache
-def _library(sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Library:
-    return Library(_link(sources, mode, defines, include), _sanitizer(mode))
+def _library(
+    sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str
+) -> Library:
+    return Library(_link(sources, mode, defines, include, kernels), _sanitizer(mode))
 
 
-def prebuild(sources: Sequence[Path], modes: Sequence[str]) -> None:
-    """Compiles `sources` for every mode at once, two compilers at a time, so that later builds are found."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(_object, source, mode, (), ()) for mode in modes for source in sources]
-        jobs += [pool.submit(_object, source, _sanitizer(mode), (), ()) for mode in modes for source in _RUNTIME]
-        for job in jobs:
-            job.result()
+def prebuild(jobs: Iterable[tuple[Path, str, str]]) -> None:
+    """Compiles each (source, mode, kernels) on all cores, or MAX_JOBS, so that later builds find their libraries."""
+    jobs = list(jobs)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        # What several libraries link comes first, so that it is compiled once.
+        shared = {(s, _sanitizer(mode)): None for source, mode, _ in jobs for s in (*_RUNTIME, source)}
+        list(pool.map(lambda job: _object(*job, (), ()), shared))
+        list(pool.map(lambda job: _link((job[0],), job[1], (), (), job[2]), jobs))
 
 
 def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module:
@@ -91,20 +109,31 @@ def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] 
     return path.read_text()
 
 
-def _link(sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
+def _link(
+    sources: tuple[Path, ...], mode: str, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str
+) -> Path:
     if mode not in MODES:
         raise ValueError(f"build: mode must be one of {MODES}, got {mode!r}")
     objects = [_object(s, _sanitizer(mode), defines, include) for s in (*sources, *_RUNTIME)]
     if mode in PTX_MODES:
-        objects += [_object(_translated(s, defines, include), _sanitizer(mode), (), ()) for s in sources]
+        objects += [_object(_translated(s, defines, include, kernels), _sanitizer(mode), (), ()) for s in sources]
     return _shared_library(objects, mode)
 
 
-def _translated(source: Path, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
-    translation: Translation = translate(emit_ptx(source, defines, include), f"{source.stem}.ptx")
+def _translated(source: Path, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str) -> Path:
+    text = only_kernels(emit_ptx(source, defines, include), kernels)
+    translation: Translation = translate(text, f"{source.stem}.ptx")
+    if not translation.parameters:
+        raise CompilerError(f"{source.name}: no kernel's name matches {kernels!r}")
     if translation.unsupported:
         raise CompilerError(f"{source.name}: PTX the emulator does not know: {dict(translation.unsupported)}")
     return _store_text(translation.cpp, ".cpp")
+
+
+def only_kernels(ptx: str, pattern: str) -> str:
+    """PTX text with the kernels whose names `pattern` finds, and what all kernels share."""
+    shared, *entries = re.split(r"(?=^\.visible \.entry )", ptx, flags=re.MULTILINE)
+    return shared + "".join(entry for entry in entries if re.search(pattern, entry.split("(", 1)[0]))
 
 
 def _sanitizer(mode: str) -> str:
@@ -112,10 +141,7 @@ def _sanitizer(mode: str) -> str:
 
 
 def _object(source: Path, mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
-    if mode in PTX_MODES:
-        _translated(source, defines, include)
-        mode = _sanitizer(mode)
-    flags = (*_COMMON, *_SANITIZE[mode], *[f"-D{d}" for d in defines])
+    flags = (*_COMMON, *(_TRANSLATED if source.parent == CACHE else _SANITIZE)[mode], *[f"-D{d}" for d in defines])
     flags += tuple(f"-I{path}" for path in (_HERE / "include", _PRODUCT_INCLUDE, *include))
     flags += tuple(f"-isystem{path}" for path in cuda_includes())
     flags += ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
