@@ -8,6 +8,10 @@
 //
 // Each lane computes the absmax of one 32-weight piece; a shuffle gives a word its own. Weights enter the products as
 // code values: absmax multiplies the sum of eight. Rows of w must be whole 32-weight pieces: K % 32 == 0.
+//
+// At M = 1 the bound is instruction issue, so nothing is computed twice: indices count pieces in 32 bits, the
+// pipeline's slot is carried along, and only rows of x that a tile may lack are tested for (docs/kernels.md has the
+// counts).
 #include "launchers.h"
 #include "qlora/floats.cuh"
 #include "qlora/launch.cuh"
@@ -20,7 +24,8 @@ namespace qlora {
 constexpr int kSmallMWarps = 4;
 constexpr int kSmallMThreads = kSmallMWarps * 32;
 constexpr int kSmallMStages = 3;
-constexpr int kSmallMDepth = 1024;  // k of one fetch: 32 lanes x 32 weights
+constexpr int kSmallMDepth = 1024;  // k of one fetch: 32 lanes x a piece of 32 weights
+constexpr int kPieceShift = 5;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
 struct SmallMProblem {
@@ -57,57 +62,62 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
     __syncthreads();
 
     // Rows past the end repeat the last one and are not stored.
-    int64_t row_start[ROWS];
+    const int pieces = p.K / 32, fetches = ceil_div(pieces, 32), block_shift = p.absmax.block_shift - kPieceShift;
+    uint32_t row_start[ROWS];  // index of its first piece
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) row_start[row] = int64_t(min(n0 + row, p.N - 1)) * p.K;
+    for (int row = 0; row < ROWS; row++) row_start[row] = uint32_t(min(n0 + row, p.N - 1)) * pieces;
 
-    const int fetches = ceil_div(p.K, kSmallMDepth);
-    auto fetch = [&](int index) {
-        const int k = index * kSmallMDepth + lane * 32, slot = index / p.warps_per_row % kSmallMStages;
+    auto fetch = [&](int index, int slot) {
+        const int piece = index * 32 + lane;
+        const bool valid = piece < pieces;
+        const uint4* from = reinterpret_cast<const uint4*>(p.packed) + (valid ? piece : 0);
         if (index < fetches) {
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
-                const bool valid = k < p.K;
-                ptx::cp_async<16>(&shared.packed[warp][slot][row][lane],
-                                  p.packed + (row_start[row] + (valid ? k : 0)) / 2, valid);
+                ptx::cp_async<16>(&shared.packed[warp][slot][row][lane], from + row_start[row], valid);
             }
         }
         ptx::cp_async_commit();
     };
-    // Zero past the end of K, where the missing bytes would decode to -1.
-    auto piece_absmax = [&](int index, int row) {
-        const int k = index * kSmallMDepth + lane * 32;
-        return k < p.K ? first_level(p.absmax, (row_start[row] + k) >> p.absmax.block_shift) : 0.0f;
+    // Past the end of K any absmax of the row will do: x is zero there.
+    auto load_absmax = [&](float (&absmax)[ROWS], int index) {
+        const int piece = min(index * 32 + lane, pieces - 1);
+        uint32_t block[ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) block[row] = (row_start[row] + piece) >> block_shift;
+        first_levels(absmax, p.absmax, block);
     };
 
     float sum[M_TILE][ROWS] = {};
     float absmax[ROWS];
-    for (int i = 0; i < kSmallMStages - 1; i++) fetch(part + i * p.warps_per_row);
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) absmax[row] = piece_absmax(part, row);
+    for (int i = 0; i < kSmallMStages - 1; i++) fetch(part + i * p.warps_per_row, i);
+    load_absmax(absmax, part);
 
+    int slot = 0;
     for (int index = part; index < fetches; index += p.warps_per_row) {
         ptx::cp_async_wait<kSmallMStages - 2>();
         __syncwarp();  // every lane's bytes are there, and every lane has left the slot that is fetched into next
-        fetch(index + (kSmallMStages - 1) * p.warps_per_row);
-        const int slot = index / p.warps_per_row % kSmallMStages;
+        fetch(index + (kSmallMStages - 1) * p.warps_per_row, slot == 0 ? kSmallMStages - 1 : slot - 1);
         float next_absmax[ROWS];
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) next_absmax[row] = piece_absmax(index + p.warps_per_row, row);
+        load_absmax(next_absmax, index + p.warps_per_row);
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(shared.packed[warp][slot]) + lane;
+        slot = slot == kSmallMStages - 1 ? 0 : slot + 1;
+        const T* x_gl = static_cast<const T*>(p.x) + index * kSmallMDepth + lane * 8;
         // Unrolled, the compiler would gather the x of all four steps first, which many rows have no registers for.
 #pragma unroll(M_TILE > 4 ? 1 : 4)
         for (int step = 0; step < 4; step++) {
-            const int word = step * 32 + lane, k = index * kSmallMDepth + word * 8;
+            const bool valid = index * kSmallMDepth + lane * 8 + step * 256 < p.K;
             float w[ROWS][8], scale[ROWS];
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
-                shared.code.decode8(w[row], reinterpret_cast<const uint32_t*>(shared.packed[warp][slot][row])[word]);
-                scale[row] = __shfl_sync(kWholeWarp, absmax[row], word / 4);
+                shared.code.decode8(w[row], words[row * 128 + step * 32]);
+                scale[row] = __shfl_sync(kWholeWarp, absmax[row], lane / 4 + step * 8);
             }
 #pragma unroll
             for (int m = 0; m < M_TILE; m++) {
-                float x[8] = {};
-                if (m < p.M && k < p.K) load8(x, static_cast<const T*>(p.x) + int64_t(m) * p.K + k);
+                float x[8];
+                // A tile is chosen for more than half its rows.
+                load8_or_zeros(x, x_gl + int64_t(m) * p.K + step * 256, valid && (m <= M_TILE / 2 || m < p.M));
 #pragma unroll
                 for (int row = 0; row < ROWS; row++) {
                     float product = x[0] * w[row][0];
@@ -194,7 +204,8 @@ cudaError_t launch_linear_nf4_small_m(const void* x, int x_type, const uint8_t* 
                                       const void* lora_B, int lora_type, int r, float scaling, void* y, int M, int N,
                                       int K, cudaStream_t stream) {
     using namespace qlora;
-    if (M < 1 || M > 16 || N < 1 || K < 32 || K % 32 || !is_aligned(x, 16) || !is_aligned(packed, 16)) {
+    const bool indexable = int64_t(N) * (K / 32) <= int64_t(UINT32_MAX);
+    if (M < 1 || M > 16 || N < 1 || K < 32 || K % 32 || !indexable || !is_aligned(x, 16) || !is_aligned(packed, 16)) {
         return cudaErrorInvalidValue;
     }
     const SmallMProblem problem{x,       packed,    {absmax, absmax_q, absmax_scale, absmax_offset, block_shift},

@@ -56,10 +56,10 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t word) {
     return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-// Eight elements at a 16-byte aligned address.
+// Eight elements at a 16-byte aligned address, which is not read where !valid: they are zero then.
 template <typename T>
-__device__ __forceinline__ void load8(float (&to)[8], const T* from) {
-    const uint4 words = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ void load8_or_zeros(float (&to)[8], const T* from, bool valid) {
+    const uint4 words = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -69,10 +69,15 @@ __device__ __forceinline__ void load8(float (&to)[8], const T* from) {
     }
 }
 template <>
-__device__ __forceinline__ void load8<float>(float (&to)[8], const float* from) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
+__device__ __forceinline__ void load8_or_zeros<float>(float (&to)[8], const float* from, bool valid) {
+    float4 low = make_float4(0, 0, 0, 0), high = low;
+    if (valid) low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
     to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
     to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+}
+template <typename T>
+__device__ __forceinline__ void load8(float (&to)[8], const T* from) {
+    load8_or_zeros(to, from, true);
 }
 template <typename T>
 __device__ __forceinline__ void store8(T* to, const float (&from)[8]) {

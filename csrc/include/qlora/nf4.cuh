@@ -30,12 +30,30 @@ __device__ __forceinline__ float absmax_code(int q) {
     return table[q];
 }
 
-// The first-level constant of block `index`: an fp32 product and an fp32 sum, never fused.
-__device__ __forceinline__ float first_level(const Absmax& constants, int64_t index) {
-    if (constants.absmax) return __ldg(constants.absmax + index);
+// The first-level constant of block `index` under double quantization: an fp32 product and an fp32 sum, never fused.
+template <class Index>
+__device__ __forceinline__ float first_level_of_nested(const Absmax& constants, Index index) {
     const float value = absmax_code(__ldg(constants.absmax_q + index));
     const float scale = __ldg(constants.absmax_scale + (index >> kNestedShift));
     return __fadd_rn(__fmul_rn(value, scale), __ldg(constants.absmax_offset));
+}
+
+// The first-level constant of block `index`.
+__device__ __forceinline__ float first_level(const Absmax& constants, int64_t index) {
+    return constants.absmax ? __ldg(constants.absmax + index) : first_level_of_nested(constants, index);
+}
+
+// The same of several blocks, with one branch for all of them.
+template <int COUNT>
+__device__ __forceinline__ void first_levels(float (&to)[COUNT], const Absmax& constants,
+                                             const uint32_t (&index)[COUNT]) {
+    if (constants.absmax) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) to[i] = __ldg(constants.absmax + index[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) to[i] = first_level_of_nested(constants, index[i]);
+    }
 }
 
 // The 16 code values in shared memory: 16 banks, one wavefront for any 32 indices. Measured against the alternatives in
