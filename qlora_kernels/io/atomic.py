@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial-"
+"""How the names of files that are being written begin; a process that is killed leaves them behind."""
+
 
 @contextmanager
 def folder_appearing_by_rename(path: Path) -> Iterator[Path]:
@@ -36,13 +39,36 @@ def folder_appearing_by_rename(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def file_appearing_by_rename(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, whose file takes its place at the end and vanishes where writing raises."""
+def file_appearing_by_rename(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A path beside `path` to write to, whose file takes its place at the end and vanishes where writing raises.
+
+    durable: the file is on disk before it gets its name, and the name is when this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial.{path.name}")  # keeps the suffix: writers choose the format by it
+    # Keeps the suffix, by which writers choose the format; of this process, so that several may write one file.
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}.{path.name}")
     try:
         yield partial
+        if durable:
+            _sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    if durable:
+        _sync(path.parent)
+
+
+@contextmanager
+def file_vanishing(path: Path) -> Iterator[None]:
+    """Removes a file at the end, if there is one, and keeps it where the block raises."""
+    yield
+    path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .atomic import file_appearing_by_rename, file_vanishing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXTRA_CONFIG, EXTRA_WEIGHTS = "qlora_kernels.json", "qlora_kernels.safetensors"
@@ -32,15 +34,26 @@ class AdapterFiles:
 
 
 def write_adapter(directory: str | os.PathLike[str], files: AdapterFiles) -> None:
-    """Writes the folder, made if it is not there. Each file appears complete; the configuration last."""
+    """Writes the folder, made if it is not there; of an adapter that it held before nothing stays behind.
+
+    All is written beside the old files before the first of them is touched: where writing raises, they are whole.
+    """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    if files.extra_tensors:
-        _replace(folder / EXTRA_WEIGHTS, lambda path: _save_tensors(files.extra_tensors, path))
-    if files.extras is not None:
-        write_json(folder / EXTRA_CONFIG, files.extras)
-    _replace(folder / WEIGHTS, lambda path: _save_tensors(files.tensors, path))
-    write_json(folder / CONFIG, files.config)
+    # Exits run backwards: the sidecar's files take their places first, the configuration last.
+    with ExitStack() as stack:
+        _put_json(stack, folder / CONFIG, files.config)
+        _put_tensors(stack, folder / WEIGHTS, files.tensors)
+        _put_json(stack, folder / EXTRA_CONFIG, files.extras)
+        _put_tensors(stack, folder / EXTRA_WEIGHTS, files.extra_tensors or None)
+
+
+def write_parts(directory: str | os.PathLike[str], parts: Sequence[str]) -> None:
+    """Makes the folder one of several adapters, which lie in its subfolders `parts`, and none itself."""
+    folder = Path(directory)
+    with ExitStack() as stack:
+        for name in (CONFIG, WEIGHTS, EXTRA_WEIGHTS):
+            stack.enter_context(file_vanishing(folder / name))
+        _put_json(stack, folder / EXTRA_CONFIG, {"parts": list(parts)})
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
@@ -65,24 +78,18 @@ def read_extras(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n"))
+def _put_json(stack: ExitStack, path: Path, values: dict[str, Any] | None) -> None:
+    if values is None:
+        stack.enter_context(file_vanishing(path))
+    else:
+        partial = stack.enter_context(file_appearing_by_rename(path))
+        partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"}
-    )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _put_tensors(stack: ExitStack, path: Path, tensors: dict[str, Tensor] | None) -> None:
+    if tensors is None:
+        stack.enter_context(file_vanishing(path))
+        return
+    partial = stack.enter_context(file_appearing_by_rename(path))
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": "pt"})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -61,7 +61,7 @@ class SafetensorsWriter:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         end = self._offset + tensor.nbytes
-        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
         self._header[name] = entry
         self._offset = end
         if tensor.numel():

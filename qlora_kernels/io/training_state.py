@@ -22,37 +22,25 @@ JSON in the file's metadata, floats exact by Python's shortest repr. Nothing is 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .atomic import PARTIAL, file_appearing_by_rename
+from .safetensors_writer import DTYPE_NAMES, SafetensorsWriter
+
 _FILE = re.compile(r"step-(\d+)\.safetensors")
 _METADATA_KEY = "training_state"
 _RNG = "rng"
-
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "counter": Counter}
 
 
@@ -110,8 +98,12 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
         _RNG: _pack(_capture_rng(), _RNG, tensors),
     }
     path = directory / f"step-{step:08d}.safetensors"
-    with _appearing_by_rename(path) as file:
-        _write_safetensors(file, tensors, {_METADATA_KEY: json.dumps(tree)})
+    for stale in directory.glob(f"{PARTIAL}*.step-*"):  # left by a kill; one run writes to a directory at a time
+        stale.unlink()
+    metadata = {_METADATA_KEY: json.dumps(tree)}
+    with file_appearing_by_rename(path, durable=True) as partial, SafetensorsWriter(partial, tensors, metadata) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
     for _, old in _checkpoints(directory)[:-keep]:
         old.unlink()
     return path
@@ -147,51 +139,10 @@ def _state_of(part: Any) -> Any:
     return part.state_dict() if isinstance(part, Stateful) else part
 
 
-@contextmanager
-def _appearing_by_rename(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its name once it is complete and on disk, and vanishes where writing raises."""
-    for stale in path.parent.glob(".step-*.partial"):  # left by a kill; one run writes to a directory at a time
-        stale.unlink()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
-
-
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """The safetensors layout: u64 header length, JSON header, raw tensors. One tensor in memory at a time."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        dtype = _SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start 8-byte aligned
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for tensor in tensors.values():
-        if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(flat.numpy().data)
-
-
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON: tensors move to `tensors` under their place; tuples and dicts (any keys) are tagged."""
     if isinstance(value, Tensor):
-        if value.dtype not in _SAFETENSORS_NAMES:
+        if value.dtype not in DTYPE_NAMES:
             raise TypeError(f"save_training_state: {place} must be of a dtype that safetensors has, got {value.dtype}")
         name = place if place not in tensors else f"{place}#{len(tensors)}"  # {"a.b": t} beside {"a": {"b": t}}
         tensors[name] = value

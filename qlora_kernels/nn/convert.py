@@ -70,8 +70,17 @@ def replace_linear(
     layer's name, before that layer is touched.
     """
     report = ReplaceReport()
-    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)}
-    other_users = _users_of_parameters(model, linears)
+    linears: dict[str, nn.Module] = {}
+    other_users: dict[int, str] = {}  # id of a parameter that something beside linear layers holds -> its name there
+    for owner_name, owner in model.named_modules(remove_duplicate=False):
+        if _is_linear(owner):
+            linears[owner_name] = owner
+            continue
+        for child, parameter in owner.named_parameters(recurse=False):
+            parameter_name = f"{owner_name}.{child}" if owner_name else child
+            if _is_expert_stack(owner, parameter) and id(parameter) not in other_users:
+                report.skipped[parameter_name] = "a stack of experts; see replace_experts"
+            other_users[id(parameter)] = parameter_name
     chosen = {}
     for name, module in linears.items():
         if not (targets == ALL_LINEAR or matches(targets, name, module)):
@@ -82,10 +91,6 @@ def replace_linear(
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
         else:
             chosen[name] = module
-    for owner_name, owner in model.named_modules():
-        for child, parameter in owner.named_parameters(recurse=False):
-            if _is_expert_stack(owner, parameter):
-                report.skipped[f"{owner_name}.{child}"] = "a stack of experts; see replace_experts"
     if not chosen:
         raise ValueError(_nothing_matched(targets, skip, linears))
     made: dict[int, LinearNF4] = {}
@@ -150,16 +155,6 @@ def _is_linear(module: nn.Module) -> bool:
     # Subclasses of nn.Linear may compute something else. NonDynamicallyQuantizableLinear (nn.MultiheadAttention's
     # out_proj) differs in name only.
     return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module)
-
-
-def _users_of_parameters(model: nn.Module, linears: dict[str, nn.Module]) -> dict[int, str]:
-    """id of each parameter that something beside the linear layers holds -> its name there."""
-    return {
-        id(parameter): f"{owner_name}.{name}"
-        for owner_name, owner in model.named_modules(remove_duplicate=False)
-        if owner_name not in linears
-        for name, parameter in owner.named_parameters(recurse=False)
-    }
 
 
 def _nothing_matched(targets: Pattern, skip: Pattern, linears: dict[str, nn.Module]) -> str:

@@ -22,7 +22,7 @@ def save_adapter(methods: Sequence[Method], directory: str | os.PathLike[str]) -
     parts = [f"{i}_{method.config.peft_type.lower()}" for i, method in enumerate(methods)]
     for part, method in zip(parts, methods, strict=True):
         _save_method(method, Path(directory) / part)
-    peft_checkpoint.write_json(Path(directory) / peft_checkpoint.EXTRA_CONFIG, {"parts": parts})
+    peft_checkpoint.write_parts(directory, parts)
 
 
 def _save_method(method: Method, directory: str | os.PathLike[str]) -> None:

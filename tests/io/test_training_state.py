@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_kernels.io import training_state
+from qlora_kernels.io.safetensors_writer import DTYPE_NAMES
 from qlora_kernels.io.training_state import load_latest, load_training_state, save_training_state
 
 from . import killed_run
@@ -41,7 +41,7 @@ def test_plain_data_comes_back_equal_and_of_the_same_type(tmp_path, value):
     assert type(loaded) is type(value)
 
 
-@pytest.mark.parametrize("dtype", sorted(training_state._SAFETENSORS_NAMES, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted(DTYPE_NAMES, key=str), ids=str)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 7)], ids=str)
 def test_tensors_come_back_bit_for_bit(tmp_path, dtype, shape):
     tensor = torch.randint(0, 2, shape).to(dtype)
@@ -92,7 +92,7 @@ def test_a_write_that_fails_leaves_the_former_checkpoint_alone(tmp_path, monkeyp
     def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training_state.os, "fsync", disk_full)
+    monkeypatch.setattr("qlora_kernels.io.atomic.os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_training_state(tmp_path, 2, {"x": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
@@ -134,7 +134,7 @@ def test_killed_run_resumes_with_bit_identical_losses(tmp_path, moment):
         assert died.returncode == -signal.SIGKILL
         before = _losses(died.stdout)
         assert load_latest(directory).step == 8
-        assert list(directory.glob(".step-*.partial"))
+        assert list(directory.glob(".partial-*.step-*"))
     else:
         with subprocess.Popen(_program(directory), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             lines = [process.stdout.readline() for _ in range(10)]
@@ -147,4 +147,4 @@ def test_killed_run_resumes_with_bit_identical_losses(tmp_path, moment):
     assert min(after) > killed_run.SAVE_EVERY  # it did resume
     assert max(after) == TOTAL_STEPS
     assert {**before, **after} == expected
-    assert not list(directory.glob(".step-*.partial"))
+    assert not list(directory.glob(".partial-*.step-*"))

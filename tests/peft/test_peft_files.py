@@ -111,3 +111,37 @@ def test_the_encoders_weights_are_pefts(hf_peft):
         renamed = {k.replace("mlp.", "mlp_head.").replace("lstm.", "lstm_head."): v for k, v in state.items()}
         theirs.load_state_dict(renamed)
         torch.testing.assert_close(theirs(torch.arange(N)[None])[0], ours.prompt())
+
+
+def names_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_saving_over_another_adapter_leaves_nothing_of_it(tmp_path):
+    """Neither its sidecar's tensors under a single adapter, nor a whole adapter under a combination; the rest stays."""
+    (tmp_path / "README.md").write_text("mine")
+    tuned = peft.PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=16)
+    get_peft_model(make("llama"), tuned).save_pretrained(tmp_path)
+    assert "qlora_kernels.safetensors" in names_in(tmp_path)
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    get_peft_model(make("llama"), lora).save_pretrained(tmp_path)
+    single = {"adapter_config.json", "adapter_model.safetensors", "qlora_kernels.json", "README.md"}
+    assert names_in(tmp_path) == single
+    get_peft_model(make("llama"), [lora, peft.BitFitConfig(add_missing=True)]).save_pretrained(tmp_path)
+    assert {name for name in names_in(tmp_path) if "/" not in name} == {"qlora_kernels.json", "README.md"}
+    assert len(PeftModel.from_pretrained(make("llama"), tmp_path).peft_config["default"]) == 2
+
+
+def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
+    model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
+    randomize(model)
+
+    def full_disk(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("qlora_kernels.io.peft_checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
