@@ -49,8 +49,9 @@ def cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
-    """report.md."""
+def markdown(rows: list[Row], broken: list[str], quick: list[int]) -> str:
+    """report.md. quick: architectures of which only the default configs were compiled."""
+    quick_names = ", ".join(f"sm_{arch}" for arch in quick)
     lines = [
         "# Kernels, compiled",
         "",
@@ -62,7 +63,10 @@ def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
         "fused kernels. `bound`: what limits the reference problem, by the model of `ops/_config.py`. `occupancy`:",
         "resident warps over the most that an SM holds. `< 16 B copies`: narrower cp.async. `split`: partial sums",
         "along the reduction; `dq`: double quantization; M, N, K, C, R: the tile.",
-        *(["", "Of the configs only those that untuned dispatch picks in bf16 (--quick)."] if quick else []),
+        *(
+            ["", f"Triton for {quick_names}: only the configs that untuned dispatch picks in bf16 (--quick)."]
+            * bool(quick)
+        ),
         "",
         "Gates:",
         *(f"- {promise}: {sum(concerns(r) for r in rows)} rows" for promise, concerns, _ in GATES),
@@ -79,17 +83,17 @@ def markdown(rows: list[Row], broken: list[str], quick: bool) -> str:
     return "\n".join(lines)
 
 
-def kept_rows(report: Path, archs: list[int], parts: list[str]) -> list[Row]:
-    """Rows of other architectures and parts in an earlier report, which this version of Triton must have made."""
+def kept_rows(report: Path, archs: list[int], parts: list[str]) -> tuple[list[Row], list[int]]:
+    """(rows of other architectures and parts in an earlier report, its quick ones), by this version of Triton."""
     if not report.exists():
-        return []
+        return [], []
     content = json.loads(report.read_text())
     if content["triton"] != triton.__version__:
         raise SystemExit(
             f"{report} was made by Triton {content['triton']}, not {triton.__version__}: run without --merge"
         )
     rows = [Row(**fields) for fields in content["rows"]]
-    return [row for row in rows if row.arch not in archs or part_of(row) not in parts]
+    return [row for row in rows if row.arch not in archs or part_of(row) not in parts], content.get("quick", [])
 
 
 def part_of(row: Row) -> str:
@@ -106,18 +110,17 @@ def main() -> int:
     parser.add_argument("--merge", action="store_true", help="keep all other rows of the report in --out")
     parser.add_argument("--out", type=Path, default=Path("out/kernels"))
     arguments = parser.parse_args()
-    if arguments.merge and arguments.quick:
-        parser.error("--merge must go without --quick, whose rows are a choice of the full report's")
     report = arguments.out / "report.json"
-    rows = kept_rows(report, arguments.archs, arguments.parts) if arguments.merge else []
+    rows, quick = kept_rows(report, arguments.archs, arguments.parts) if arguments.merge else ([], [])
     if "triton" in arguments.parts:
+        quick = sorted({*quick, *arguments.archs} if arguments.quick else {*quick} - {*arguments.archs})
         rows += triton_rows(arguments.archs, full=not arguments.quick)
     if "cuda" in arguments.parts:
         rows += cuda_rows(arguments.archs)
     broken = broken_gates(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "report.md").write_text(markdown(rows, broken, arguments.quick))
-    content = {"triton": triton.__version__, "rows": [row.as_json() for row in rows], "broken": broken}
+    (arguments.out / "report.md").write_text(markdown(rows, broken, quick))
+    content = {"triton": triton.__version__, "quick": quick, "rows": [row.as_json() for row in rows], "broken": broken}
     report.write_text(json.dumps(content, indent=1) + "\n")
     for line in broken:
         print(line, file=sys.stderr)

@@ -94,6 +94,10 @@ def test_architectures_merge_into_one_report(monkeypatch, tmp_path):
     assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge") == 0
     kept = [(row["kernel"], row["arch"]) for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
     assert sorted(kept) == [("dequantize_nf4_kernel", 80), ("linear_nf4_kernel", 90)]
+    assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge", "--quick") == 0
+    assert "Triton for sm_90: only" in (tmp_path / "report.md").read_text()
+    assert run_report(monkeypatch, [GOOD], *out, "--archs", "90", "--merge") == 0
+    assert "only the configs" not in (tmp_path / "report.md").read_text()
     stale = (tmp_path / "report.json").read_text().replace('"triton": "', '"triton": "0.', 1)
     (tmp_path / "report.json").write_text(stale)
     with pytest.raises(SystemExit, match="run without --merge"):
