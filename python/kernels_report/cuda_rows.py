@@ -37,9 +37,14 @@ WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "quantize_nf4": 8}
 PEER_KERNELS = {
     # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
     r"kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>": ("dequantize_nf4, one level", 16),
+    r"kQuantizeBlockwiseSmall<__nv_bfloat16, 64, 2>": ("quantize_nf4, first level", None),
+    r"kOptimizer32bit2State<__nv_bfloat16, 0>": ("adamw_step, 32-bit states", None),
     r"gemm_4bit_simt<__nv_bfloat16, 1>": ("linear_nf4_small_m", None),
     r"gemm_4bit_sm80_m16n8k16<__nv_bfloat16,.*": ("linear_nf4_gemm", None),
 }
+
+EMPTY = 8
+"""Instructions of a kernel that the peer leaves without a body on an architecture."""
 
 
 class CompileError(RuntimeError):
@@ -107,8 +112,8 @@ def _peer_rows_of(library: Path, arch: int) -> list[Row]:
                     wanted[name] = (job, signature.removeprefix("void ").split("(", 1)[0], weights)
         facts = all_facts(content, list(wanted))
         for name, (job, config, weights) in wanted.items():
-            row = _row("bitsandbytes", job, config, arch, facts[name], weights)
-            rows.append(row)
+            if facts[name].total > EMPTY:
+                rows.append(_row("bitsandbytes", job, config, arch, facts[name], weights))
     return rows
 
 

@@ -55,7 +55,8 @@ def test_the_gates_concern_our_rows() -> None:
 def test_the_peer_is_counted_the_same_way() -> None:
     pytest.importorskip("bitsandbytes")
     peers = {row.kernel: row for row in peer_rows([80])}
-    assert "dequantize_nf4, one level" in peers
+    jobs = {"dequantize_nf4, one level", "quantize_nf4, first level", "adamw_step, 32-bit states"}
+    assert set(peers) == jobs | {"linear_nf4_small_m", "linear_nf4_gemm"}
     ours = next(r for r in rows("dequantize_nf4", 80) if r.kernel == "dequantize_nf4" and r.config == "bf16")
     theirs = peers["dequantize_nf4, one level"]
     assert ours.per_weight is not None
