@@ -12,9 +12,9 @@
 
 namespace qlora::QLORA_ISA {
 
-// Rows of W worked on together, and elements of K: their decoded values take half of a first-level cache.
+// Rows of W worked on together, and bytes of a piece of K: half of a first-level cache.
 inline constexpr int kGroup = 8;
-inline constexpr int64_t kPieceBytes = (16 << 10) / kGroup;
+inline constexpr int64_t kPieceBytes = 16 << 10;
 
 // Rows of W in a register tile, and tokens beside them.
 inline constexpr int kTileRows = 4;
@@ -132,6 +132,12 @@ static inline void add_lanes(const F32 (&sum)[kRows][kM], float* sums) {
     }
 }
 
+// Asks for `count` bytes at the same place in the next group, into the second-level cache: this group's bytes and x
+// fill the first.
+static inline void prefetch_next(const uint8_t* bytes, int64_t group_bytes, int64_t count) {
+    for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(bytes + group_bytes + byte, 0, 2);
+}
+
 // A few tokens: sums[m * kGroup + i] += row i of W times token m over blocks [block0, block1), for the kGroup rows
 // whose packed bytes start at `packed` and whose first levels at `levels`. Past `valid` rows, whose sums nobody reads,
 // the last one serves.
@@ -144,7 +150,7 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
     constexpr int kRows = kM <= kDirectTokens / 2 ? 4 : 2;
     const int64_t row_blocks = w.K >> w.block_shift;
     const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
-    const int64_t ahead = kGroup * row_blocks * block_bytes;
+    const int64_t group_bytes = kGroup * row_blocks * block_bytes;
     x += block0 * 2 * block_bytes * kM;
     for (int row = 0; row < kGroup; row += kRows, sums += kRows) {
         const uint8_t* bytes[kRows];
@@ -164,7 +170,7 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 code[i] = Arithmetic<T>::Rounding::code(level[i][b]);
-                __builtin_prefetch(bytes[i] + ahead);
+                prefetch_next(bytes[i], group_bytes, block_bytes);
             }
             for (int64_t byte = 0; byte < block_bytes; byte += kElements) {
                 Vector even[kRows], odd[kRows];
@@ -267,10 +273,12 @@ static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* 
     const PackedTokens<Mac> tokens = pack_tokens<Mac>(x, M, w.K, direct ? kDirectTokens : kTileTokens);
     const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
     const int64_t row_blocks = w.K >> w.block_shift;
-    const int64_t most = kPieceBytes / static_cast<int64_t>(sizeof(Elem)) >> w.block_shift;
+    const int64_t piece_rows = direct ? M : kGroup;  // of x, or of decoded weights
+    const int64_t most = kPieceBytes / (piece_rows * static_cast<int64_t>(sizeof(Elem))) >> w.block_shift;
     const int64_t pieces = most > 0 ? (row_blocks + most - 1) / most : row_blocks;
     const int64_t step = (row_blocks + pieces - 1) / pieces;
     const int64_t stride = step << w.block_shift;
+    const int64_t group_bytes = kGroup * row_blocks * block_bytes;
 
     parallel_ranges(w.N, kGroup, [&](int64_t n0, int64_t n1) {
         const size_t level_bytes = static_cast<size_t>(kGroup * row_blocks) * sizeof(float);
@@ -293,8 +301,8 @@ static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* 
                 }
                 for (int i = 0; i < kGroup; ++i) {
                     const int64_t row = i < valid ? i : valid - 1;
-                    prefetch_range(w, ((n + kGroup + row) * row_blocks + block) << w.block_shift,
-                                   (end - block) << w.block_shift);
+                    prefetch_next(packed + (row * row_blocks + block) * block_bytes, group_bytes,
+                                  (end - block) * block_bytes);
                     decode_halves<T>(packed + row * row_blocks * block_bytes, levels + row * row_blocks, block_bytes,
                                      block, end, values + i * stride);
                 }
