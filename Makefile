@@ -67,10 +67,13 @@ endif
 demo: $(READY)
 	$(PYTHON) -m qlora_kernels.cli finetune --model builtin --data builtin --out out/demo
 
+# A process for each core, whose OpenMP threads sleep while they wait: they share the cores.
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile
+
 test: $(READY)
-	$(PYTHON) -m pytest
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/triton
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/ops -k triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -q tests/triton
+	TRITON_INTERPRET=1 $(PYTEST) -q tests/ops -k triton
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -7,6 +7,7 @@ Modes: how the host code is compiled, and whose kernels its launches run.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -173,11 +174,17 @@ def _store_text(text: str, suffix: str) -> Path:
 
 
 def _made(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
-    """The cached file, made first where it is not there: under another name, so that no half-written one is found."""
+    """The cached file, made first where it is not there: under another name, so that no half-written one is found.
+
+    Of several processes that want it one makes it, and the others wait.
+    """
     path = CACHE / f"{key}{suffix}"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{path.name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
             unfinished = Path(folder) / path.name
             make(unfinished)
             os.replace(unfinished, path)
