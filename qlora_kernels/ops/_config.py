@@ -24,7 +24,7 @@ from ._registry import Problem
 TUNED = Path(__file__).parent / "tuned"
 
 PATHS = ("small_m", "fused", "decode")
-"""small_m: decoded into multiply-adds, no tensor core; forward of one to four rows. fused: decoded inside the matmul.
+"""small_m: decoded into multiply-adds, no tensor core; forward of one or two rows. fused: decoded inside the matmul.
 decode: once into a workspace, then the library's matmul."""
 
 
@@ -56,8 +56,9 @@ FUSED_EFFICIENCY = 0.5
 kernels that decode 4-bit weights in registers."""
 DECODE_INSTRUCTIONS = 8.0
 """SASS instructions per decoded weight in a fused main loop, all else of the loop included (docs/kernels/report.md)."""
-SMALL_M_INSTRUCTIONS = {1: 5.2, 2: 7.4, 3: 11.6, 4: 14.4}
-"""The same of the small_m main loop, products included, by rows of x."""
+SMALL_M_INSTRUCTIONS = {1: 5.2, 2: 7.8}
+"""The same of the small_m main loop, products included, by rows of x. Three rows take over 9, and in fp32 they spill on
+sm_120."""
 SMALL_M_WARPS = 8
 """Warps that keep an SM busy in small_m: 2 KiB in flight each, against the 14 KiB that an H100's bandwidth times
 600 ns comes to for each SM."""
@@ -93,7 +94,7 @@ def candidates(problem: Problem) -> list[Plan]:
     plans = [Plan("decode")]
     if fused_obstacles(problem):
         return plans
-    if problem.op == "linear_nf4" and small_m_rows(problem.dtype) >= problem.M:
+    if problem.op == "linear_nf4" and problem.M in SMALL_M_INSTRUCTIONS:
         plans += small_m_plans(problem)
     block_k = min(64, problem.blocksize)
     reduction = problem.K if problem.op != "linear_nf4_grad_x" else problem.N
@@ -112,18 +113,13 @@ def candidates(problem: Problem) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
-def small_m_rows(dtype: torch.dtype) -> int:
-    """Most rows that small_m takes. From three rows on its products are more instructions than the tensor-core loop's
-    8 a weight (SMALL_M_INSTRUCTIONS); fp32 has no such loop."""
-    return 4 if dtype == torch.float32 else 2
-
-
 def small_m_plans(problem: Problem) -> list[Plan]:
-    """A warp takes two or four rows of w, as its registers allow, and steps along K by whichever pads less."""
-    block_n = 4 if problem.M <= 2 else 2
-    block_k = min((1024, 512), key=lambda block: -(-problem.K // block) * block)
+    """A warp takes four rows of w. With one row of x it steps along K by whichever pads less; two rows need the shorter
+    step's registers (the longer one spills on sm_120)."""
+    widths = (1024, 512) if problem.M == 1 else (512,)
+    block_k = min(widths, key=lambda width: -(-problem.K // width) * width)
     splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * block_k <= problem.K]
-    return [Plan("small_m", problem.M, block_n, block_k, split, num_warps=1, num_stages=1) for split in splits]
+    return [Plan("small_m", problem.M, 4, block_k, split, num_warps=1, num_stages=1) for split in splits]
 
 
 def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, float]:

@@ -26,16 +26,10 @@ def test_small_batches_are_fused_and_large_ones_decoded(capability, op):
     assert paths == sorted(paths, key=PATHS.index), "one crossover each"
 
 
-@pytest.mark.parametrize("capability", ARCHS)
-def test_fp32_needs_no_tensor_core(capability):
-    paths = [plan(problem(M, dtype=torch.float32), capability).path for M in (1, 3, 4, 5)]
-    assert paths[:3] == ["small_m"] * 3
-    assert paths[3] != "small_m"
-
-
 def test_a_small_m_step_pads_least():
     for K, width in ((512, 512), (576, 1024), (4096, 1024), (4608, 512)):
         assert {c.block_k for c in candidates(problem(1, K=K)) if c.path == "small_m"} == {width}
+    assert {c.block_k for c in candidates(problem(2)) if c.path == "small_m"} == {512}
 
 
 @pytest.mark.parametrize("capability", ARCHS)

@@ -1,6 +1,6 @@
 """y = x W^T + bias and grad_x = grad_y W: the launchers, which follow ops/_config.py's plan.
 
-small_m: linear_nf4_small_m.py multiplies up to four rows without a tensor core; forward only.
+small_m: linear_nf4_small_m.py multiplies one or two rows without a tensor core; forward only.
 fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the parts of split sums.
 decode:  the weight is decoded once into a workspace, and torch's matmul multiplies.
 
