@@ -45,6 +45,7 @@ PATHS = (
     Shape(13, 256, 128, r=20, blocksize=128),  # a rank of more than one vector
     Shape(25, 96, 64, r=64),
     Shape(2, 130, 4160, r=3),
+    Shape(10, 41, 2112),  # several pieces of K, rows and tokens that fill no tile
 )
 shapes = pytest.mark.parametrize("shape", [s for s in PATHS if s.M], ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
