@@ -108,20 +108,61 @@ _BEYOND_ROOFLINE = (
     "bitsandbytes at 4096x4096 and M 1024: there the bound is beyond the roofline."
 )
 
+_DISPATCH = (
+    "on layers of 576 a call's fixed costs (36 us: module, dispatcher, two Python kernels, the native call) and the "
+    "second thread's wake-up take longer than the weight's bytes (6 us)"
+)
+
 _SMALL_M = (
-    "at M 8 the products alone take longer than the bytes on this machine; on layers of 576 a call's dispatch (36 us) "
-    "takes longer than the weight's bytes (6 us)."
+    "decoding 64 weights takes 6.5 cycles and their products 2 for each token, against 7 to 8 cycles for reading their "
+    "bytes: from M 4 on arithmetic takes longer than memory; " + _DISPATCH + "."
+)
+
+_BNB_EVAL = (
+    "bitsandbytes decodes the 8-bit constants once, rounds them to bf16 and keeps a repacked copy; ours are decoded "
+    "from the stored bytes in each call, exactly; and " + _DISPATCH + "."
+)
+
+_PANELS = (
+    "a panel of W is decoded for each call, 5 to 8 % of the time at K 4096; short K (576, 1536) leaves a panel few "
+    "products to hide it behind, and oneDNN decodes nothing."
+)
+
+_TRAINING_SMALL = (
+    "layers of 576 and 1536: bitsandbytes' one decode of a weight that stays in the cache costs it little there, and "
+    "its matmul is oneDNN's dense one."
+)
+
+_DEQUANTIZE = (
+    "an ordinary store reads the line it overwrites, 4.5 bytes moved for 2.5 counted (56 %) where the output leaves "
+    "the cache; streaming stores were 12 % faster in fp32 and 18 % slower in bf16 on a loaded machine, and were not "
+    "kept. Small layers: fixed costs of a call."
+)
+
+_QUANTIZE = (
+    "the kernel alone takes 45 cycles for 64 fp32 weights, whose bytes take 53 to copy, and 37 for bf16, whose bytes "
+    "take 30 (docs/kernels.md); the op adds fresh outputs, whose pages fault, the mean and the second level, not yet "
+    "profiled apart, and on layers of 576 the fixed costs of a call."
+)
+
+_ADAMW_8BIT = (
+    "encoding both states takes 42 instructions for 16 elements, decoding 22, the update 17: 70 cycles, where copying "
+    "their bytes takes 47 (docs/kernels.md). The states are a quarter of torch's."
+)
+
+_LORA_SMALL = (
+    "at 576 the low-rank products alone are 1.08 times the plain layer's flops, and a dropout mask another 0.04; at "
+    "4096 the bound is kept but for noise."
 )
 
 _STEP = (
-    "of the peers' 3.2 to 3.4 s attention, head, loss and norms are 1.5 s that all contenders share; the adapted "
-    "linears are 1.7 s, and 1.0 s of that is their flops at peak. Linears at peak and a loss in place of the logits "
-    "would give 1.4 times."
+    "attention, head, norms and activations, which all contenders share, took 1.2 s of the profiled step (above), and "
+    "the adapted linears' flops alone take 1.0 s at peak."
 )
 
 
 TARGETS = (
-    Target("quantize + double quantize", "quantize_nf4", speedup_over("bnb"), at_least=40),
+    Target("quantize + double quantize", "quantize_nf4", speedup_over("bnb"), at_least=40, cause=_QUANTIZE),
     Target(
         "quantize fp32, bandwidth",
         "quantize_nf4",
@@ -129,8 +170,9 @@ TARGETS = (
         lambda row: not _bf16(row) and row["N"] >= 4096,
         at_least=0.6,
         stretch=True,
+        cause=_QUANTIZE,
     ),
-    Target("dequantize into reused output", "dequantize_nf4", fraction_of("copy"), at_least=0.8),
+    Target("dequantize into reused output", "dequantize_nf4", fraction_of("copy"), at_least=0.8, cause=_DEQUANTIZE),
     Target(
         "forward M 1..8 cold, bandwidth",
         "linear_nf4",
@@ -139,15 +181,54 @@ TARGETS = (
         at_least=0.8,
         cause=_SMALL_M,
     ),
-    Target("forward M 1..8 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(1, 8), at_least=1.3),
-    Target("forward M 1 cold over dense", "linear_nf4", speedup_over("dense"), _rows(1, 1, mode="cold"), at_least=3.5),
-    Target("forward M 16..128 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(9, 255), at_least=1.0),
+    Target(
+        "forward M 1..8 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(1, 8),
+        at_least=1.3,
+        cause=_BNB_EVAL,
+    ),
+    Target(
+        "forward M 1 cold over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _rows(1, 1, mode="cold"),
+        at_least=3.5,
+        cause=_DISPATCH,
+    ),
+    Target(
+        "forward M 16..128 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(9, 255),
+        at_least=1.0,
+        cause=_BNB_EVAL,
+    ),
     Target("forward M 16..128 over bnb train", "linear_nf4", speedup_over("bnb train"), _rows(9, 255), at_least=1.0),
-    Target("forward M 16..128 over dense", "linear_nf4", speedup_over("dense"), _rows(9, 255), at_least=0.9),
-    Target("forward M >= 256, arithmetic", "linear_nf4", fraction_of("bf16_dot"), _rows(256), at_least=0.85),
-    Target("forward M >= 256 over dense", "linear_nf4", speedup_over("dense"), _rows(256), at_least=1.0),
-    Target("forward M >= 256 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(256), at_least=1.25),
-    Target("forward M >= 256 over bnb train", "linear_nf4", speedup_over("bnb train"), _rows(256), at_least=1.3),
+    Target(
+        "forward M 16..128 over dense", "linear_nf4", speedup_over("dense"), _rows(9, 255), at_least=0.9, cause=_PANELS
+    ),
+    Target(
+        "forward M >= 256, arithmetic", "linear_nf4", fraction_of("bf16_dot"), _rows(256), at_least=0.85, cause=_PANELS
+    ),
+    Target("forward M >= 256 over dense", "linear_nf4", speedup_over("dense"), _rows(256), at_least=1.0, cause=_PANELS),
+    Target(
+        "forward M >= 256 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(256),
+        at_least=1.25,
+        cause=_PANELS,
+    ),
+    Target(
+        "forward M >= 256 over bnb train",
+        "linear_nf4",
+        speedup_over("bnb train"),
+        _rows(256),
+        at_least=1.3,
+        cause=_TRAINING_SMALL,
+    ),
     Target("1 -> 2 threads at M 256", "linear_nf4", speedup_over("ours, 1 thread"), _rows(256, 256), at_least=1.8),
     Target(
         "AVX2 and AVX-512 without BF16, fp32 M 256",
@@ -171,7 +252,9 @@ TARGETS = (
         at_least=2.5,
         cause=_BEYOND_ROOFLINE,
     ),
-    Target("LoRA beside our plain layer", "linear_nf4_lora", time_of("ours without LoRA"), at_most=1.10),
+    Target(
+        "LoRA beside our plain layer", "linear_nf4_lora", time_of("ours without LoRA"), at_most=1.10, cause=_LORA_SMALL
+    ),
     Target("AdamW step, fp32 states, bandwidth", "adamw_step", fraction_of("copy"), _beyond_cache, at_least=0.8),
     Target("AdamW step, fp32 states, over torch", "adamw_step", speedup_over("torch"), at_least=1.0),
     Target(
@@ -181,6 +264,7 @@ TARGETS = (
         _beyond_cache,
         at_least=0.8,
         contender="ours 8-bit",
+        cause=_ADAMW_8BIT,
     ),
     Target(
         "AdamW step, 8-bit states, over torch",
@@ -188,6 +272,7 @@ TARGETS = (
         speedup_over("torch"),
         at_least=1.0,
         contender="ours 8-bit",
+        cause=_ADAMW_8BIT,
     ),
     Target(
         "training step over bnb + PEFT",
