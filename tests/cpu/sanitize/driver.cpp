@@ -201,7 +201,8 @@ void check_adamw(DType dtype, int64_t n, bool quantized) {
         qlora::cpu_kernels().adamw_step(s);
     }
     bool close = true;
-    const double largest = *std::max_element(gradient.begin(), gradient.end());
+    double largest = 0.0;
+    for (const float g : gradient) largest = std::max<double>(largest, std::fabs(g));
     for (int64_t i = 0; i < n; ++i) {
         float value, scale = 0.0f;
         if (quantized) {
