@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._operands import LoRA, MultiLoRA, Weight
+from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
 
 NO_GRAD_OF_WEIGHT = (None,) * len(Weight._fields)
@@ -18,7 +18,7 @@ def matrix(rows: Tensor) -> Tensor:
     return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).contiguous()
 
 
-def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | None = None) -> Problem:
+def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | GroupLoRA | None = None) -> Problem:
     """What `op` asks of a kernel. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,

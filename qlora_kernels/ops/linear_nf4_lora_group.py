@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_grad_y, check_lora, check_x
-from ._implement import fake, implement
-from ._linear import bias_alone, is_empty, matrix
+from ._implement import fake, implement, save, saved
+from ._linear import bias_alone, is_empty, matrix, problem_of
 from ._operands import GroupLoRA, Weight, weight_of
 from ._registry import Problem, select
 from .linear_nf4_lora import seed_for
@@ -135,15 +135,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor]
     s = output[1]
     ctx.mark_non_differentiable(s)
     items = [item for field in fields for item in (field if isinstance(field, list) else [field])]
-    ctx.save_for_backward(x, s, *(item if isinstance(item, Tensor) else None for item in items))
-    ctx.numbers = [None if isinstance(item, Tensor) else item for item in items]
+    save(ctx, x, s, *items)
     ctx.lengths = [len(field) if isinstance(field, list) else None for field in fields]
     ctx.no_grads = [_no_grad(field) for field in (biases, *fields)]
 
 
 def _backward(ctx: Any, grad_ys: list[Tensor], grad_s: Tensor | None) -> tuple[Any, ...]:
-    x, s, *tensors = ctx.saved_tensors
-    items = iter([number if t is None else t for t, number in zip(tensors, ctx.numbers, strict=True)])
+    x, s, *rest = saved(ctx)
+    items = iter(rest)
     fields = [next(items) if length is None else [next(items) for _ in range(length)] for length in ctx.lengths]
     need_grad_x = ctx.needs_input_grad[0]
     grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
@@ -170,18 +169,9 @@ def _bundled(fields: Sequence[Any]) -> tuple[list[Weight], GroupLoRA]:
 
 
 def _problem(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> Problem:
-    return Problem(
-        op,
-        x.device.type,
-        x.dtype,
-        x.shape[:-1].numel(),
-        sum(weight.N for weight in weights),
-        x.shape[-1],
-        lora.r,
-        weights[0].blocksize,
-        all(weight.double_quant for weight in weights),
-        lora.dropout_p > 0,
-    )
+    one = problem_of(op, x, weights[0], lora)
+    every = all(weight.double_quant for weight in weights)
+    return one._replace(N=sum(weight.N for weight in weights), double_quant=every)
 
 
 def _contiguous(lora: GroupLoRA) -> GroupLoRA:
