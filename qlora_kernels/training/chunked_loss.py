@@ -6,8 +6,11 @@ far more than the activations of a small model. So the model runs up to its outp
 logits are there; recomputing them in the backward pass instead would cost one more product with the head.
 
 A frozen linear head, the usual case beside adapters, needs no autograd: its logits become their own gradient, softmax
-minus one-hot, in place, a few rows at a time in one fp32 scratch that stays in cache. Fresh fp32 tensors of a chunk's
+minus one-hot, a few rows at a time by way of two fp32 scratches that stay in cache. Fresh fp32 tensors of a chunk's
 size, which autograd would make several of, cost more in page faults than in arithmetic.
+
+A chunk is large enough for its products to run near the machine's peak: over 128 tokens they took a third longer than
+over 256 (two Zen 4 cores, vocabulary 49152), over 1024 a tenth less.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class ChunkedLoss:
     few tokens; such a model computes its logits whole.
     """
 
-    def __init__(self, model: nn.Module, chunk: int = 128) -> None:
+    def __init__(self, model: nn.Module, chunk: int = 256) -> None:
         self.model = cast(Any, model)
         self.chunk = chunk
         self.chunked = self._head_is_last()
@@ -123,10 +126,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _FrozenLinearHead:
-    """Loss and gradient through logits = hidden W^T + b, W and b constant, in two buffers that every chunk reuses."""
+    """Loss and gradient through logits = hidden W^T + b, W and b constant, in buffers that every chunk reuses."""
 
     SCRATCH_ROWS = 16
-    """Of fp32 logits at one time: 3 MB at a vocabulary of 49152."""
+    """Of fp32 logits at one time: 3 MB at a vocabulary of 49152, and as much for their softmax."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor, chunk: int) -> None:
         self.weight = head.weight.detach().to(hidden.dtype)
@@ -134,7 +137,7 @@ class _FrozenLinearHead:
         vocabulary = len(self.weight)
         self.logits = hidden.new_empty(min(chunk, len(hidden)), vocabulary)
         kind = torch.promote_types(hidden.dtype, torch.float32)
-        self.scratch = hidden.new_empty(self.SCRATCH_ROWS, vocabulary, dtype=kind)
+        self.scratch = hidden.new_empty(2, self.SCRATCH_ROWS, vocabulary, dtype=kind)
 
     def loss(self, hidden: Tensor, labels: Tensor, grad_hidden: Tensor | None) -> Tensor:
         """Sum over hidden's rows; writes the gradient into grad_hidden, if given."""
@@ -150,13 +153,13 @@ class _FrozenLinearHead:
         return total
 
     def _rows_loss(self, logits: Tensor, labels: Tensor, wants_grad: bool) -> Tensor:
-        scratch = self.scratch[: len(logits)]
-        scratch.copy_(logits)
-        scratch -= scratch.amax(dim=1, keepdim=True)
-        chosen = scratch.gather(1, labels)
-        normalizer = scratch.exp_().sum(dim=1, keepdim=True)
+        wide, probabilities = self.scratch[:, : len(logits)]
+        wide.copy_(logits)
+        chosen = wide.gather(1, labels) - wide.amax(dim=1, keepdim=True)
+        torch.softmax(wide, dim=1, out=probabilities)
+        # The largest logit's probability is exp(0) / sum of exp(logit - largest): it tells the sum.
+        log_normalizer = -probabilities.amax(dim=1, keepdim=True).log()
         if wants_grad:
-            scratch /= normalizer
-            scratch.scatter_add_(1, labels, scratch.new_full((1, 1), -1.0).expand_as(labels))
-            logits.copy_(scratch)
-        return (normalizer.log() - chosen).sum()
+            probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))
+            logits.copy_(probabilities)
+        return (log_normalizer - chosen).sum()
