@@ -115,13 +115,14 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
                 bound,
                 verdict.status,
                 f"{verdict.kept} of {len(verdict.measured)}",
+                f"{verdict.reachable}",
                 f"{worst:.2f}",
                 " ".join(filter(None, (row["case"], row["mode"]))),
             )
         )
     if not lines:
         return ""
-    table = _markdown(("target", "formula", "bound", "verdict", "cases kept", "worst", "where"), lines)
+    table = _markdown(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
     causes = [
         f"- {verdict.target.name}: {verdict.target.cause}"
         for verdict in verdicts

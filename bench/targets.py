@@ -73,6 +73,15 @@ class Verdict:
         """Rows that keep the threshold."""
         return sum(self.target.keeps(value) for _, value in self.measured)
 
+    @property
+    def reachable(self) -> int:
+        """Rows that would keep the threshold if our time were the roofline's: in the others it lies beyond."""
+        return sum(self.target.keeps(self._at_roofline(row, value)) for row, value in self.measured)
+
+    def _at_roofline(self, row: Row, value: float) -> float:
+        faster = 1 / min(row["roofline"], 1.0)
+        return value / faster if self.target.at_least is None else value * faster
+
 
 def judge(rows: Iterable[Row]) -> list[Verdict]:
     """Every target's verdict over green rows with a time."""

@@ -59,6 +59,16 @@ def test_an_upper_bound_is_judged_by_the_largest():
     assert verdict("LoRA beside our plain layer", [row, slow]).measured[0][1] == 2.0
 
 
+def test_a_bound_beyond_the_roofline_is_told_from_one_that_is_only_missed():
+    slow = {**ROW, "roofline": 0.5, "speedup": {"bnb eval": 0.6}}
+    near = {**ROW, "roofline": 0.95, "speedup": {"bnb eval": 1.2}}
+    assert verdict("forward M 1..8 over bnb eval", [near]).reachable == 0  # 1.26 at the roofline
+    assert verdict("forward M 1..8 over bnb eval", [{**slow, "speedup": {"bnb eval": 0.7}}, slow]).reachable == 1
+    assert verdict("forward M 1..8 over bnb eval", [{**near, "roofline": 1.2}]).reachable == 0
+    lora = {**ROW, "op": "linear_nf4_lora", "roofline": 0.8, "speedup": {"ours without LoRA": 0.75}}
+    assert verdict("LoRA beside our plain layer", [lora]).reachable == 1
+
+
 def test_runs_merge_to_medians():
     runs = [{**ROW, "median_us": us, "speedup": {"dense": s}} for us, s in ((100.0, 2.0), (300.0, 6.0), (120.0, 5.0))]
     (merged,) = report.merge(runs)
