@@ -162,4 +162,5 @@ class _FrozenLinearHead:
         if wants_grad:
             probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))
             logits.copy_(probabilities)
-        return (log_normalizer - chosen).sum()
+        total: Tensor = (log_normalizer - chosen).sum()
+        return total
