@@ -35,7 +35,7 @@ WORKING_SET = 4
 
 MAX_COPIES = 1024
 
-QUICK = Budget(rounds=1, samples=1, seconds=0.5)
+QUICK = Budget(rounds=1, samples=1, seconds=0.5, least=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a few small cases, to see that everything works")
     made.add_argument("--json", action="store_true", help="rows as JSON lines on standard output, no table")
     made.add_argument("--out", type=Path, metavar="FILE", help="append the rows to this file, too")
-    made.add_argument("--seconds", type=float, default=Budget.seconds, help="longest time for one case and mode")
+    made.add_argument(
+        "--seconds", type=float, default=Budget.seconds, help="time for one case and mode, at least three rounds"
+    )
     made.add_argument("--isa", help=argparse.SUPPRESS)  # the child of a forced instruction set
     return made
 

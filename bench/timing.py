@@ -31,11 +31,12 @@ SETTLE_S = 0.002
 
 @dataclass(frozen=True)
 class Budget:
-    """When a measurement may stop: enough quiet rounds and samples, or no time left."""
+    """When a measurement may stop: enough quiet rounds and samples, or no time left and `least` rounds of any kind."""
 
     rounds: int = 5
     samples: int = 15
-    seconds: float = 10.0
+    seconds: float = 4.0
+    least: int = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dic
             samples = sum(min(lengths.values()) for _ in quiet)
             slow = min(lengths.values()) == 1
             enough = len(quiet) >= budget.rounds and (samples >= budget.samples or slow)
-            if enough or time.perf_counter() - started > budget.seconds:
+            late = len(rounds) >= budget.least and time.perf_counter() - started > budget.seconds
+            if enough or late:
                 break
     finally:
         gc.enable()

@@ -65,3 +65,11 @@ def test_quiet_rounds_are_preferred(monkeypatch):
     timed = measure({"a": Entrant([list], threads=1)}, "cpu", Budget(rounds=3, samples=3, seconds=60.0))
     assert timed["a"].median == pytest.approx(1.1)
     assert timed["a"].foreign == pytest.approx(0.01)
+
+
+def test_a_late_measurement_still_has_three_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_run_round", lambda *arguments: timing._Round(0.5, {"a": [next(times)]}))
+    monkeypatch.setattr(timing, "_turn_length", lambda *arguments: 1)
+    times = iter([9.0, 1.0, 2.0])
+    timed = measure({"a": Entrant([list], threads=1)}, "cpu", Budget(seconds=0.0))
+    assert (timed["a"].median, timed["a"].samples) == (2.0, 3)
