@@ -55,15 +55,6 @@ static inline bool suits_dots(const NF4Weight& w, int64_t M) {
     return M <= (w.K < 1024 ? 32 : 64) && w.K % blocksize == 0 && blocksize % (2 * Halves<Mac>::kElements) == 0;
 }
 
-// How M tokens are cut into tiles of at most `most`, as even as can be.
-struct TokenTiling {
-    int64_t M, count;
-
-    TokenTiling(int64_t tokens, int most) : M(tokens), count((tokens + most - 1) / most) {}
-    int64_t begin(int64_t tile) const { return tile * M / count; }
-    int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
-};
-
 // Two vectors' elements to one of the even and one of the odd ones, `stride` apart.
 template <class T>
 static inline void split_pair(const T* x, float* split, int64_t stride) {
@@ -92,7 +83,7 @@ struct PackedTokens {
     using Elem = typename Mac::Elem;
     Elem* data;
     int64_t K;
-    TokenTiling tiling;
+    Tiling tiling;
 
     Elem* tile(int64_t t) const { return data + tiling.begin(t) * K; }
 };
@@ -103,7 +94,7 @@ static PackedTokens<Mac> pack_tokens(const T* x, int64_t M, int64_t K, int most)
     using Elem = typename Mac::Elem;
     constexpr int kElements = Halves<Mac>::kElements;
     const size_t bytes = static_cast<size_t>(M * K) * sizeof(Elem);
-    const PackedTokens<Mac> packed{static_cast<Elem*>(workspace(Slot::kPackedA, bytes)), K, {M, most}};
+    const PackedTokens<Mac> packed{static_cast<Elem*>(workspace(Slot::kRows, bytes)), K, {M, most}};
     parallel_ranges(packed.tiling.count, 4, [&](int64_t tile0, int64_t tile1) {
         for (int64_t t = tile0; t < tile1; ++t) {
             const int tokens = packed.tiling.size(t);

@@ -1,15 +1,16 @@
 // The matrix product that every linear op is made of: C[M, N] = start + A[M, L] * B[L, N] with fp32 accumulators.
 //
-// A is packed once per call into tiles of up to kMaxRows rows, [L][rows]. B is never stored: each task owns a group of
-// column strips, decodes a panel [steps][kColumns] of them into its L2, and runs every tile of A over it, so that a
-// weight is decoded once per call however large M is. A tile's accumulators live in registers for a whole panel:
+// A is read in place, a few rows at a time: a broadcast of one element, or pair, takes it from wherever its row lies.
+// B is never stored: each task owns a group of column strips, decodes a panel [steps][kColumns] of them into its L2,
+// and runs every tile of A over it, so that a weight is decoded once per call however large M is. A tile's accumulators
+// live in registers for a whole panel:
 //
 //     for each panel (a piece of L, a group of strips)            decode: fill(...)
 //         for each tile of A, for each strip of the group         rows x kColumns accumulators, kept over `steps`
-//             c += a[step][row] * b[step][column]
+//             c += a[row][step] * b[step][column]
 //
 // One step is one element of L, or a pair of them for vdpbf16ps (kPair = 2), where a and b hold 32-bit pairs. L is
-// padded with zeros to whole steps, strips to whole columns and the last tile to whole rows.
+// padded with zeros to whole steps, strips to whole columns.
 //
 // The order of additions for one element of C depends only on the shapes: any number of threads gives the same bits.
 #pragma once
@@ -58,12 +59,19 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// c[rows][kVectors * kLanes] += a[steps][rows] * b[steps][kVectors * kLanes]
+// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes], the rows of a `stride` elements apart.
 //
 // Sums run in chains of kChain steps that are then added to c: the rounding error of a long sum grows with the length
 // of its chains.
 template <class Mac, int kRows, int kVectors>
-static void tile_kernel(const typename Mac::Elem* a, const typename Mac::Elem* b, int64_t steps, float* c) {
+static void tile_kernel(const typename Mac::Elem* a, int64_t stride, const typename Mac::Elem* b, int64_t steps,
+                        float* c) {
+    // Every third row has a pointer, the others are `stride` and 2 * `stride` past one: the addresses of twelve rows in
+    // the registers that there are.
+    constexpr int kPointers = (kRows + 2) / 3;
+    const typename Mac::Elem* rows[kPointers];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) rows[i] = a + 3 * i * stride;
     while (steps > 0) {
         const int64_t chain = steps < Mac::kChain ? steps : Mac::kChain;
         F32 acc[kRows][kVectors];
@@ -78,11 +86,12 @@ static void tile_kernel(const typename Mac::Elem* a, const typename Mac::Elem* b
             for (int j = 0; j < kVectors; ++j) vb[j] = Mac::load_b(b + j * kLanes * Mac::kPair);
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
-                const auto va = Mac::broadcast(a + i * Mac::kPair);
+                const auto va = Mac::broadcast(rows[i / 3] + i % 3 * stride);
 #pragma GCC unroll 2
                 for (int j = 0; j < kVectors; ++j) acc[i][j] = Mac::mac(acc[i][j], va, vb[j]);
             }
-            a += kRows * Mac::kPair;
+#pragma GCC unroll 4
+            for (int i = 0; i < kPointers; ++i) rows[i] += Mac::kPair;
             b += kVectors * kLanes * Mac::kPair;
         }
 #pragma GCC unroll 16
@@ -100,7 +109,7 @@ static void tile_kernel(const typename Mac::Elem* a, const typename Mac::Elem* b
 }
 
 template <class Mac>
-using TileKernel = void (*)(const typename Mac::Elem*, const typename Mac::Elem*, int64_t, float*);
+using TileKernel = void (*)(const typename Mac::Elem*, int64_t, const typename Mac::Elem*, int64_t, float*);
 
 template <class Mac, int kVectors, int kRows = kMaxRows>
 static TileKernel<Mac> tile_kernel_for(int rows) {
@@ -110,32 +119,14 @@ static TileKernel<Mac> tile_kernel_for(int rows) {
     return tile_kernel<Mac, kRows, kVectors>;
 }
 
-// How M rows are cut: equal tiles, so that no tile is left with too few accumulators to hide the multiply's latency.
+// How M rows are cut into tiles of at most `most`: as even as can be, so that none is left with too few accumulators to
+// hide the multiply's latency.
 struct Tiling {
-    int64_t M;
-    int64_t count;
-    int rows;
+    int64_t M, count;
 
-    int64_t begin(int64_t tile) const { return tile * rows; }
-    int valid(int64_t tile) const { return static_cast<int>(M - begin(tile) < rows ? M - begin(tile) : rows); }
-};
-
-static inline Tiling tiling_of(int64_t M) {
-    const int64_t count = (M + kMaxRows - 1) / kMaxRows;
-    const int rows = static_cast<int>((M + count - 1) / count);
-    return {M, (M + rows - 1) / rows, rows};
-}
-
-// A packed operand: tile t at data + t * tile_size(), [steps][rows][kPair].
-template <class Mac>
-struct Packed {
-    using Elem = typename Mac::Elem;
-    Elem* data;
-    int64_t steps;
-    Tiling tiling;
-
-    int64_t tile_size() const { return steps * tiling.rows * Mac::kPair; }
-    Elem* tile(int64_t t) const { return data + t * tile_size(); }
+    Tiling(int64_t rows, int most) : M(rows), count((rows + most - 1) / most) {}
+    int64_t begin(int64_t tile) const { return tile * M / count; }
+    int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
 };
 
 template <class Mac>
@@ -143,92 +134,98 @@ static inline int64_t steps_of(int64_t length) {
     return (length + Mac::kPair - 1) / Mac::kPair;
 }
 
+// The operand A: rows of whole steps, `stride` elements apart.
 template <class Mac>
-static Packed<Mac> packed_operand(Slot slot, int64_t M, int64_t length) {
-    Packed<Mac> packed{nullptr, steps_of<Mac>(length), tiling_of(M)};
-    const size_t elements = static_cast<size_t>(packed.tile_size() * packed.tiling.count);
-    packed.data = static_cast<typename Mac::Elem*>(workspace(slot, elements * sizeof(typename Mac::Elem)));
-    return packed;
-}
+struct Rows {
+    using Elem = typename Mac::Elem;
+    const Elem* data;
+    int64_t stride;
+    int64_t steps;
+    Tiling tiling;
+
+    const Elem* tile(int64_t t) const { return data + tiling.begin(t) * stride; }
+
+    // c[rows of tile t] += its steps from step0 on times b's.
+    template <int kVectors>
+    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, float* c) const {
+        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile(t) + step0 * Mac::kPair, stride, b, count, c);
+    }
+};
 
 // One task's share: the strips [strip0, strip1) for the tiles [tile0, tile1).
 struct Share {
     int64_t strip0, strip1, tile0, tile1;
 };
 
-struct Plan {
-    int64_t strips, group, tile_step, tasks, tile_tasks, panel_steps;
+// A group of four strips reads a tile of A from the first-level cache three times out of four. Their panels of at most
+// kPanelBytes leave half of a 1 MiB L2 to the tiles of A that stream past them.
+inline constexpr int64_t kMaxGroup = 4;
+inline constexpr int64_t kPanelBytes = 512 << 10;
 
-    Share share(int64_t task, int64_t tiles) const {
-        const int64_t s = task / tile_tasks * group;
-        const int64_t t = task % tile_tasks * tile_step;
-        return {s, s + group < strips ? s + group : strips, t, t + tile_step < tiles ? t + tile_step : tiles};
+// Groups shrink towards the end, so that all threads end together. M is split only where there are too few strips to
+// keep all threads busy, since each part decodes its panels again. Neither changes the order of additions.
+struct Plan {
+    int64_t strips, tiles, threads, tile_tasks, tasks;
+
+    Plan(int64_t all_strips, int64_t all_tiles) : strips(all_strips), tiles(all_tiles), threads(num_threads()) {
+        int64_t groups = 0;
+        for (int64_t strip = 0; strip < strips; strip += group(strip)) ++groups;
+        tile_tasks = groups >= threads ? 1 : (threads + groups - 1) / groups;
+        if (tile_tasks > tiles) tile_tasks = tiles;
+        tasks = groups * tile_tasks;
+    }
+
+    int64_t group(int64_t strip) const {
+        const int64_t even = (strips - strip) / (2 * threads);
+        return even < 1 ? 1 : even > kMaxGroup ? kMaxGroup : even;
+    }
+
+    Share share(int64_t task) const {
+        int64_t strip = 0;
+        for (int64_t i = task / tile_tasks; i > 0; --i) strip += group(strip);
+        const int64_t part = task % tile_tasks;
+        return {strip, strip + group(strip), part * tiles / tile_tasks, (part + 1) * tiles / tile_tasks};
     }
 };
-
-// Panels of at most kPanelBytes leave half of a 1 MiB L2 to the tiles of A that stream past them. M is split only where
-// there are too few strips to keep all threads busy, since each part decodes its panel again.
-inline constexpr int64_t kPanelBytes = 512 << 10;
-inline constexpr int64_t kMaxGroup = 4;
-
-template <class Mac>
-static inline Plan plan_of(int64_t columns, int64_t steps, int64_t tiles, int strip_columns) {
-    Plan plan;
-    const int64_t threads = num_threads();
-    plan.strips = (columns + strip_columns - 1) / strip_columns;
-    plan.group = plan.strips / (4 * threads);
-    plan.group = plan.group < 1 ? 1 : plan.group > kMaxGroup ? kMaxGroup : plan.group;
-    const int64_t groups = (plan.strips + plan.group - 1) / plan.group;
-    plan.tile_tasks = groups >= threads ? 1 : (threads + groups - 1) / groups;
-    if (plan.tile_tasks > tiles) plan.tile_tasks = tiles;
-    plan.tile_step = (tiles + plan.tile_tasks - 1) / plan.tile_tasks;
-    plan.tile_tasks = (tiles + plan.tile_step - 1) / plan.tile_step;
-    plan.tasks = groups * plan.tile_tasks;
-    const int64_t step_bytes =
-        plan.group * strip_columns * Mac::kPair * static_cast<int64_t>(sizeof(typename Mac::Elem));
-    const int64_t pieces = (steps * step_bytes + kPanelBytes - 1) / kPanelBytes;
-    plan.panel_steps = (steps + pieces - 1) / pieces;
-    return plan;
-}
 
 // fill(column0, columns, step0, step1, panel): write the strips of [column0, column0 + columns), zero-padded, each
 //     [step1 - step0][strip width][kPair], one after the other.
 // start(tile, column0, columns, c): the accumulators' first values, c[rows][strip width].
 // finish(tile, column0, columns, c): take the result away.
 template <class Mac, int kVectors, class Fill, class Start, class Finish>
-static void panel_gemm(const Packed<Mac>& a, int64_t columns, const Fill& fill, const Start& start,
+static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, const Start& start,
                        const Finish& finish) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
-    const Tiling tiling = a.tiling;
-    const Plan plan = plan_of<Mac>(columns, a.steps, tiling.count, kColumns);
-    const TileKernel<Mac> kernel = tile_kernel_for<Mac, kVectors>(tiling.rows);
-    const int64_t tile_floats = tiling.rows * kColumns;
-    const bool single_panel = plan.panel_steps >= a.steps;
+    constexpr int64_t kStepElements = kColumns * Mac::kPair;
+    constexpr int64_t kMaxSteps = kPanelBytes / (kMaxGroup * kStepElements * static_cast<int64_t>(sizeof(Elem)));
+    constexpr int64_t kTileFloats = kMaxRows * kColumns;
+    const Plan plan((columns + kColumns - 1) / kColumns, a.tiling.count);
+    const int64_t panels = (a.steps + kMaxSteps - 1) / kMaxSteps;
+    const int64_t panel_steps = (a.steps + panels - 1) / panels;
 
     parallel_tasks(plan.tasks, [&](int64_t task) {
-        const Share share = plan.share(task, tiling.count);
+        const Share share = plan.share(task);
         const int64_t group = share.strip1 - share.strip0;
         const int64_t column0 = share.strip0 * kColumns;
         const int64_t column1 = share.strip1 * kColumns < columns ? share.strip1 * kColumns : columns;
-        const int64_t strip_step = plan.panel_steps * kColumns * Mac::kPair;
-        Elem* panel =
-            static_cast<Elem*>(workspace(Slot::kPanel, static_cast<size_t>(group * strip_step) * sizeof(Elem)));
-        const int64_t held = single_panel ? 1 : (share.tile1 - share.tile0) * group;
+        Elem* panel = static_cast<Elem*>(
+            workspace(Slot::kPanel, static_cast<size_t>(group * panel_steps * kStepElements) * sizeof(Elem)));
+        const int64_t held = panels == 1 ? 1 : (share.tile1 - share.tile0) * group;
         float* partial =
-            static_cast<float*>(workspace(Slot::kPartial, static_cast<size_t>(held * tile_floats) * sizeof(float)));
+            static_cast<float*>(workspace(Slot::kPartial, static_cast<size_t>(held * kTileFloats) * sizeof(float)));
 
-        for (int64_t step0 = 0; step0 < a.steps; step0 += plan.panel_steps) {
-            const int64_t step1 = step0 + plan.panel_steps < a.steps ? step0 + plan.panel_steps : a.steps;
+        for (int64_t step0 = 0; step0 < a.steps; step0 += panel_steps) {
+            const int64_t step1 = step0 + panel_steps < a.steps ? step0 + panel_steps : a.steps;
             fill(column0, column1 - column0, step0, step1, panel);
             for (int64_t t = share.tile0; t < share.tile1; ++t) {
-                const Elem* a_tile = a.tile(t) + step0 * tiling.rows * Mac::kPair;
                 for (int64_t g = 0; g < group; ++g) {
                     const int64_t c0 = column0 + g * kColumns;
                     const int64_t width = column1 - c0 < kColumns ? column1 - c0 : kColumns;
-                    float* c = single_panel ? partial : partial + ((t - share.tile0) * group + g) * tile_floats;
+                    float* c = panels == 1 ? partial : partial + ((t - share.tile0) * group + g) * kTileFloats;
                     if (step0 == 0) start(t, c0, width, c);
-                    kernel(a_tile, panel + g * (step1 - step0) * kColumns * Mac::kPair, step1 - step0, c);
+                    a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,
+                                                  c);
                     if (step1 == a.steps) finish(t, c0, width, c);
                 }
             }

@@ -66,8 +66,7 @@ static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile
         const int n = static_cast<int>(columns - j < 0 ? 0 : columns - j < kLanes ? columns - j : kLanes);
         added[j / kLanes] = bias && n > 0 ? load_n(bias + column0 + j, n) : zero();
     }
-    const int rows = tiling.valid(tile);
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < tiling.size(tile); ++i) {
         T* row = out + (tiling.begin(tile) + i) * row_length + column0;
         for (int64_t j = 0; j < columns; j += kLanes) {
             const F32 sum = add(load(c + i * kWidth + j), added[j / kLanes]);

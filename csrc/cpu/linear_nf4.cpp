@@ -14,10 +14,10 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
     const int64_t N = p.weight.N;
     const float* bias_values = bias_as_float(bias, N);
     if (suits_dots<Mac>(p.weight, p.M)) return linear_dots(p.weight, p.M, x, bias_values, y);
-    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, x, p.M, p.weight.K);
+    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, p.M, p.weight.K);
     panel_gemm<Mac, kVectors>(
         a, N, weight_columns<T>(p.weight),
-        [&](int64_t, int64_t, int64_t, float* c) { clear(c, a.tiling.rows * kColumns); },
+        [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kColumns); },
         [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
             store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
         });

@@ -23,27 +23,20 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
 
     const uint8_t* bits = dropout_bitmap(lora, M * K);
     if (bits) {
-        const Packed<Mac> masked = packed_operand<Mac>(Slot::kPackedA, M, K);
-        parallel_ranges(masked.tiling.count, 1, [&](int64_t tile0, int64_t tile1) {
-            for (int64_t t = tile0; t < tile1; ++t) {
-                pack_tile(masked, t, K, [&](int64_t row, int64_t begin, int64_t n, Elem* dst) {
-                    masked_row(x + row * K + begin, n, bits, row * K + begin, dst);
-                });
-            }
-        });
+        const Rows<Mac> masked = copied_rows<Mac>(
+            Slot::kRows, M, K, [&](int64_t m, Elem* dst) { masked_row(x + m * K, K, bits, m * K, dst); });
         narrow_product(masked, r, keep_scale(lora), lora_a, s);
     }
-    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, x, M, K);
+    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, M, K);
     if (!bits) narrow_product(a, r, 1.0f, lora_a, s);
 
-    const Packed<Mac> low_rank = pack_rows<Mac>(Slot::kPackedB, s, M, r);
+    const Rows<Mac> low_rank = rows_of<Mac>(Slot::kFactorRows, s, M, r);
     const Factor<Mac> factor = factor_from_rows<Mac, T>(lora.B, N, r, lora.scaling);
-    const TileKernel<Mac> kernel = tile_kernel_for<Mac, kVectors>(a.tiling.rows);
     panel_gemm<Mac, kVectors>(
         a, N, weight_columns<T>(p.weight),
         [&](int64_t tile, int64_t column0, int64_t, float* c) {
-            clear(c, a.tiling.rows * kColumns);
-            kernel(low_rank.tile(tile), factor.strip(column0), factor.steps, c);
+            clear(c, a.tiling.size(tile) * kColumns);
+            low_rank.template multiply<kVectors>(tile, 0, factor.strip(column0), factor.steps, c);
         },
         [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
             store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);

@@ -54,16 +54,15 @@ void multiply(float* c, int64_t floats, float scale) {
 template <class Mac, class Fill>
 void grad_factor(const typename Mac::Elem* factors, int64_t M, int64_t r, int64_t columns, float scale,
                  const Fill& fill, bool transposed, float* out) {
-    const Packed<Mac> a = pack_columns<Mac>(Slot::kPackedB, factors, M, r);
-    const int64_t tile_floats = a.tiling.rows * kColumns;
+    const Rows<Mac> a = columns_of<Mac>(Slot::kFactorRows, factors, M, r);
     panel_gemm<Mac, kVectors>(
-        a, columns, fill, [&](int64_t, int64_t, int64_t, float* c) { clear(c, tile_floats); },
+        a, columns, fill, [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kColumns); },
         [&](int64_t tile, int64_t column0, int64_t width, float* c) {
-            multiply(c, tile_floats, scale);
+            multiply(c, a.tiling.size(tile) * kColumns, scale);
             if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
             for (int64_t n = 0; n < width; ++n) {
                 float* row = out + (column0 + n) * r + a.tiling.begin(tile);
-                for (int j = 0; j < a.tiling.valid(tile); ++j) row[j] = c[j * kColumns + n];
+                for (int j = 0; j < a.tiling.size(tile); ++j) row[j] = c[j * kColumns + n];
             }
         });
 }
@@ -72,7 +71,7 @@ void grad_factor(const typename Mac::Elem* factors, int64_t M, int64_t r, int64_
 void apply_mask(const uint8_t* bits, const Tiling& tiling, int64_t tile, int64_t column0, int64_t K, float scale,
                 float* c) {
     const F32 factor = set1(scale);
-    for (int i = 0; i < tiling.valid(tile); ++i) {
+    for (int i = 0; i < tiling.size(tile); ++i) {
         const uint64_t mask = bits_at(bits, (tiling.begin(tile) + i) * K + column0);
         for (int j = 0; j < kColumns; j += kLanes) {
             float* lane = c + i * kColumns + j;
@@ -94,7 +93,7 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
     T* ds = static_cast<T*>(workspace(Slot::kSmall, small * (sizeof(T) + sizeof(Elem)) + 64));
     Elem* factors = reinterpret_cast<Elem*>(reinterpret_cast<uint8_t*>(ds) + (small * sizeof(T) + 63) / 64 * 64);
 
-    const Packed<Mac> a = pack_rows<Mac>(Slot::kPackedA, grad_y, M, N);
+    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, grad_y, M, N);
     narrow_product(
         a, r, lora.scaling,
         [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
@@ -115,14 +114,13 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
     }
     if (!grad_x) return;
 
-    const Packed<Mac> low_rank = pack_rows<Mac>(Slot::kPackedB, ds, M, r);
+    const Rows<Mac> low_rank = rows_of<Mac>(Slot::kFactorRows, ds, M, r);
     const Factor<Mac> factor = factor_from_columns<Mac, T>(lora.A, K, r);
-    const TileKernel<Mac> kernel = tile_kernel_for<Mac, kVectors>(a.tiling.rows);
     panel_gemm<Mac, kVectors>(
         a, K, weight_rows<T>(p.weight),
         [&](int64_t tile, int64_t column0, int64_t, float* c) {
-            clear(c, a.tiling.rows * kColumns);
-            kernel(low_rank.tile(tile), factor.strip(column0), factor.steps, c);
+            clear(c, a.tiling.size(tile) * kColumns);
+            low_rank.template multiply<kVectors>(tile, 0, factor.strip(column0), factor.steps, c);
             if (bits) apply_mask(bits, a.tiling, tile, column0, K, keep_scale(lora), c);
         },
         [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {

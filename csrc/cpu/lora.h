@@ -54,7 +54,7 @@ static Factor<Mac> factor_from_columns(const AnyFloat& a, int64_t K, int64_t r) 
 
 // out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: one strip of kLanes columns where r allows.
 template <class Mac, class T, class Fill>
-static void narrow_product(const Packed<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
+static void narrow_product(const Rows<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
     const F32 factor = set1(scale);
     const auto run = [&](auto vectors) {
         constexpr int kWidth = decltype(vectors)::value * kLanes;
@@ -63,9 +63,10 @@ static void narrow_product(const Packed<Mac>& a, int64_t r, float scale, const F
             [&](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
                 fill(std::integral_constant<int, kWidth>(), column0, columns, step0, step1, panel);
             },
-            [&](int64_t, int64_t, int64_t, float* c) { clear(c, a.tiling.rows * kWidth); },
+            [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kWidth); },
             [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
-                for (int64_t i = 0; i < a.tiling.rows * kWidth; i += kLanes) store(c + i, mul(load(c + i), factor));
+                for (int64_t i = 0; i < a.tiling.size(tile) * kWidth; i += kLanes)
+                    store(c + i, mul(load(c + i), factor));
                 store_tile<kWidth>(c, a.tiling, tile, column0, columns, r, out);
             });
     };

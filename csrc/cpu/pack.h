@@ -1,5 +1,7 @@
-// Operands for panel_gemm (gemm.h): rows of x, of gradients and of LoRA factors into tiles and panels.
+// Operands for panel_gemm (gemm.h): rows of x, of gradients and of LoRA factors as they lie, copied, or as panels.
 #pragma once
+
+#include <type_traits>
 
 #include "gemm.h"
 
@@ -81,59 +83,46 @@ static inline void masked_row(const Bf16* src, int64_t n, const uint8_t* bits, i
 }
 #endif
 
-// Packs rows [tile rows) x [0, length) of a source that `read(row, begin, n, dst)` delivers.
-template <class Mac, class Read>
-static void pack_tile(const Packed<Mac>& a, int64_t t, int64_t length, const Read& read) {
-    using Elem = typename Mac::Elem;
-    constexpr int kBufferRows = (kMaxRows + kTranspose - 1) / kTranspose * kTranspose;
-    alignas(64) Elem rows[kBufferRows][kSpan];
-    const int height = a.tiling.rows;
-    const int valid = a.tiling.valid(t);
-    Elem* out = a.tile(t);
-    for (int i = valid; i < height; ++i) zero_row(rows[i], kSpan);
-    for (int64_t begin = 0; begin < length; begin += kSpan) {
-        const int64_t n = length - begin < kSpan ? length - begin : kSpan;
-        const int64_t steps = steps_of<Mac>(n);
-        for (int i = 0; i < valid; ++i) {
-            read(a.tiling.begin(t) + i, begin, n, rows[i]);
-            zero_row(rows[i] + n, steps * Mac::kPair - n);
-        }
-        transpose_dwords(reinterpret_cast<const uint32_t*>(rows), kSpan / Mac::kPair, height, steps,
-                         reinterpret_cast<uint32_t*>(out), height);
-        out += steps * height * Mac::kPair;
-    }
-}
+// Rows this far apart fall into two of a first-level cache's sets, 4 KiB a way: too few for the rows of a tile.
+inline constexpr int64_t kConflict = 2048;
 
-// A[m, l] = src[m * length + l]
-template <class Mac, class T>
-static Packed<Mac> pack_rows(Slot slot, const T* src, int64_t M, int64_t length) {
-    const Packed<Mac> a = packed_operand<Mac>(slot, M, length);
-    parallel_ranges(a.tiling.count, 1, [&](int64_t tile0, int64_t tile1) {
-        for (int64_t t = tile0; t < tile1; ++t) {
-            pack_tile(a, t, length, [&](int64_t row, int64_t begin, int64_t n, typename Mac::Elem* dst) {
-                convert_row(src + row * length + begin, n, dst);
-            });
+// A[m, l] for l < length from read(m, dst), which writes a row.
+template <class Mac, class Read>
+static Rows<Mac> copied_rows(Slot slot, int64_t M, int64_t length, const Read& read) {
+    using Elem = typename Mac::Elem;
+    constexpr int64_t kLine = 64 / sizeof(Elem);
+    const int64_t steps = steps_of<Mac>(length);
+    int64_t stride = (length + kLine - 1) / kLine * kLine;
+    if (stride * static_cast<int64_t>(sizeof(Elem)) % kConflict == 0) stride += kLine;
+    Elem* data = static_cast<Elem*>(workspace(slot, static_cast<size_t>(M * stride) * sizeof(Elem)));
+    parallel_ranges(M, kMaxRows, [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; ++m) {
+            Elem* row = data + m * stride;
+            read(m, row);
+            zero_row(row + length, steps * Mac::kPair - length);
         }
     });
-    return a;
+    return {data, stride, steps, {M, kMaxRows}};
+}
+
+// A[m, l] = src[m * length + l]: in place where it can be.
+template <class Mac, class T>
+static Rows<Mac> rows_of(Slot slot, const T* src, int64_t M, int64_t length) {
+    if constexpr (std::is_same_v<T, typename Mac::Elem>) {
+        if (length % Mac::kPair == 0 && length * static_cast<int64_t>(sizeof(T)) % kConflict != 0) {
+            return {src, length, length / Mac::kPair, {M, kMaxRows}};
+        }
+    }
+    return copied_rows<Mac>(slot, M, length,
+                            [&](int64_t m, typename Mac::Elem* dst) { convert_row(src + m * length, length, dst); });
 }
 
 // A[j, m] = src[m * r + j]: the transpose, for products that contract over tokens. src is [M, r], already Elem.
 template <class Mac>
-static Packed<Mac> pack_columns(Slot slot, const typename Mac::Elem* src, int64_t M, int64_t r) {
-    const Packed<Mac> a = packed_operand<Mac>(slot, r, M);
-    const int height = a.tiling.rows;
-    for (int64_t t = 0; t < a.tiling.count; ++t) {
-        typename Mac::Elem* out = a.tile(t);
-        const int64_t j0 = a.tiling.begin(t);
-        const int valid = a.tiling.valid(t);
-        memset(out, 0, static_cast<size_t>(a.tile_size()) * sizeof(*out));
-        for (int64_t m = 0; m < M; ++m) {
-            typename Mac::Elem* step = out + m / Mac::kPair * height * Mac::kPair + m % Mac::kPair;
-            for (int i = 0; i < valid; ++i) step[i * Mac::kPair] = src[m * r + j0 + i];
-        }
-    }
-    return a;
+static Rows<Mac> columns_of(Slot slot, const typename Mac::Elem* src, int64_t M, int64_t r) {
+    return copied_rows<Mac>(slot, r, M, [&](int64_t j, typename Mac::Elem* dst) {
+        for (int64_t m = 0; m < M; ++m) dst[m] = src[m * r + j];
+    });
 }
 
 // Panel strips whose columns are rows of the source: B[l, n] = row n, element l. `read(n, begin, count, dst)`.

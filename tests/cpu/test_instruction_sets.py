@@ -144,19 +144,24 @@ def test_linear_lora(isa, dtype, shape):
         assert_within_baseline(ours, theirs, exact, factor=factor, name=name)
 
 
-def test_threads_do_not_change_the_bits(isa):
-    packed, state = qk.quantize_nf4(gaussian(200, 320, seed=1))
-    x = gaussian(77, 320, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])
+def test_threads_do_not_change_the_bits(isa, N, K):
+    """Neither y's nor grad_x's, where a thread's share of the columns fits one panel and where it takes several."""
+    packed, state = qk.quantize_nf4(gaussian(N, K, seed=1))
+    x = gaussian(77, K, dtype=torch.bfloat16).requires_grad_()
+    grad_y = gaussian(77, N, dtype=torch.bfloat16, seed=3)
     results = []
     threads = torch.get_num_threads()
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(qk.linear_nf4(x, packed, state))
+            y = qk.linear_nf4(x, packed, state)
+            results.append((y.detach(), *torch.autograd.grad(y, x, grad_y)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for y, grad_x in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(grad_x, results[0][1])
 
 
 @pytest.mark.parametrize(("value", "message"), [("sse9", "must be avx512_bf16, avx512, avx2 or portable, got sse9")])

@@ -7,7 +7,7 @@
 namespace qlora {
 
 // One buffer per purpose and thread; two purposes never alias, one purpose is used by one op at a time.
-enum class Slot { kPackedA, kPackedB, kPanel, kPartial, kBits, kSmall, kFactors, kCount };
+enum class Slot { kRows, kFactorRows, kPanel, kPartial, kBits, kSmall, kFactors, kCount };
 
 // At least `bytes` bytes, 64-byte aligned, owned by the calling thread until it ends; contents are undefined.
 void* workspace(Slot slot, size_t bytes);
