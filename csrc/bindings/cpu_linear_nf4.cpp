@@ -9,7 +9,7 @@ Tensor linear_nf4(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor
     const LinearProblem problem{
         weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K), dtype_of(x, "x"),
         M};
-    Tensor y = empty_like_rows(x, M, out_features);
+    Tensor y = empty({M, out_features}, x.scalar_type());
     cpu_kernels().linear_nf4(problem, checked(x, "x", M * K).const_data_ptr(), any_float(bias, "bias", out_features),
                              y.mutable_data_ptr());
     return y;
@@ -22,7 +22,7 @@ Tensor linear_nf4_grad_x(Tensor grad_y, Tensor packed, OptionalTensor absmax, Op
     const LinearProblem problem{
         weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, in_features),
         dtype_of(grad_y, "grad_y"), M};
-    Tensor grad_x = empty_like_rows(grad_y, M, in_features);
+    Tensor grad_x = empty({M, in_features}, grad_y.scalar_type());
     cpu_kernels().linear_nf4_grad_x(problem, checked(grad_y, "grad_y", M * N).const_data_ptr(),
                                     grad_x.mutable_data_ptr());
     return grad_x;

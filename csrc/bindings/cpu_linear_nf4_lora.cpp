@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor> linear_nf4_lora(Tensor x, Tensor packed, OptionalTens
         weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K), dtype_of(x, "x"),
         M};
     const Lora lora = lora_of(lora_A, lora_B, seed, scaling, dropout_p, out_features, K);
-    Tensor y = empty_like_rows(x, M, out_features);
-    Tensor s = empty_like_rows(x, M, lora.r);
+    Tensor y = empty({M, out_features}, x.scalar_type());
+    Tensor s = empty({M, lora.r}, x.scalar_type());
     cpu_kernels().linear_nf4_lora(problem, lora, checked(x, "x", M * K).const_data_ptr(),
                                   any_float(bias, "bias", out_features), y.mutable_data_ptr(), s.mutable_data_ptr());
     return {y, s};
@@ -49,9 +49,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_lora_backward(Tensor grad_y, Tenso
     STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && s.scalar_type() == x.scalar_type(),
                     "grad_y, x and s must share one dtype");
     const Lora lora = lora_of(lora_A, lora_B, seed, scaling, dropout_p, N, K);
-    Tensor grad_x = need_grad_x ? empty_like_rows(x, M, K) : torch::stable::new_empty(x, {0});
-    Tensor grad_A = torch::stable::new_empty(x, {lora.r, K}, ScalarType::Float);
-    Tensor grad_B = torch::stable::new_empty(x, {N, lora.r}, ScalarType::Float);
+    Tensor grad_x = need_grad_x ? empty({M, K}, x.scalar_type()) : empty({0}, x.scalar_type());
+    Tensor grad_A = empty({lora.r, K}, ScalarType::Float);
+    Tensor grad_B = empty({N, lora.r}, ScalarType::Float);
     cpu_kernels().linear_nf4_lora_backward(
         problem, lora, checked(grad_y, "grad_y", M * N).const_data_ptr(), checked(x, "x", M * K).const_data_ptr(),
         checked(s, "s", M * lora.r).const_data_ptr(), need_grad_x ? grad_x.mutable_data_ptr() : nullptr,

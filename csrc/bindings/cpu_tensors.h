@@ -80,8 +80,18 @@ inline NF4Weight weight_of(const Tensor& packed, const OptionalTensor& absmax, c
     return weight;
 }
 
-inline Tensor empty_like_rows(const Tensor& like, int64_t rows, int64_t columns) {
-    return torch::stable::new_empty(like, {rows, columns});
+// A fresh contiguous CPU tensor. On the CPU this entry goes straight to the allocator; torch::stable::new_empty goes
+// through the dispatcher, which takes as long as a small kernel.
+template <size_t kDims>
+Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
+    int64_t strides[kDims];
+    int64_t stride = 1;
+    for (size_t dim = kDims; dim-- > 0; stride *= sizes[dim]) strides[dim] = stride;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        kDims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
 }
 
 }  // namespace qlora::bindings

@@ -48,18 +48,18 @@ class QuantState:
             raise TypeError(f"QuantState: dtype must be one of {FLOAT_DTYPES}, got {self.dtype}")
         if self.blocksize not in nf4.BLOCKSIZES:
             raise ValueError(f"QuantState: blocksize must be one of {nf4.BLOCKSIZES}, got {self.blocksize}")
-        nested = (self.absmax_q, self.absmax_scale, self.absmax_offset)
-        if self.absmax_exact is None and any(t is None for t in nested):
+        absmax_q, absmax_scale, absmax_offset = self.absmax_q, self.absmax_scale, self.absmax_offset
+        if self.absmax_exact is None and (absmax_q is None or absmax_scale is None or absmax_offset is None):
             raise ValueError(
                 "QuantState: either absmax_exact or all of absmax_q, absmax_scale and absmax_offset must be given"
             )
-        if self.absmax_exact is not None and any(t is not None for t in nested):
+        if self.absmax_exact is not None and any(t is not None for t in (absmax_q, absmax_scale, absmax_offset)):
             raise ValueError("QuantState: absmax_exact excludes absmax_q, absmax_scale and absmax_offset, got both")
         blocks = n_blocks(self.numel, self.blocksize)
         _expect("absmax_exact", self.absmax_exact, torch.float32, blocks)
-        _expect("absmax_q", self.absmax_q, torch.uint8, blocks)
-        _expect("absmax_scale", self.absmax_scale, torch.float32, n_blocks(blocks, NESTED_BLOCKSIZE))
-        _expect("absmax_offset", self.absmax_offset, torch.float32, 1)
+        _expect("absmax_q", absmax_q, torch.uint8, blocks)
+        _expect("absmax_scale", absmax_scale, torch.float32, n_blocks(blocks, NESTED_BLOCKSIZE))
+        _expect("absmax_offset", absmax_offset, torch.float32, 1)
 
     @property
     def numel(self) -> int:

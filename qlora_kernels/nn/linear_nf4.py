@@ -18,6 +18,7 @@ from ..ops.linear_nf4_lora_group import call_group
 from ..ops.quantize_nf4 import quantize_nf4
 
 _CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+_BUFFERS = ("packed", *_CONSTANTS)
 
 
 class LinearNF4(nn.Module):
@@ -129,8 +130,8 @@ class LinearNF4(nn.Module):
         """x [..., in_features] -> y [..., out_features]."""
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4(x.to(compute), *self._operand, self.bias)
-        return y.to(result)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4(_cast(x, compute), *self._operand, self.bias)
+        return _cast(y, result)
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
         """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
@@ -140,8 +141,8 @@ class LinearNF4(nn.Module):
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
         lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device), scaling, dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x.to(compute), *self._operand, self.bias, *lora)[0]
-        return y.to(result)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(_cast(x, compute), *self._operand, self.bias, *lora)[0]
+        return _cast(y, result)
 
     def forward_multi_lora(
         self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, adapter: Tensor, dropout_p: float = 0.0
@@ -153,8 +154,10 @@ class LinearNF4(nn.Module):
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x.to(compute), *self._operand, self.bias, *lora)[0]
-        return y.to(result)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(_cast(x, compute), *self._operand, self.bias, *lora)[
+            0
+        ]
+        return _cast(y, result)
 
     @staticmethod
     def forward_lora_group(
@@ -172,7 +175,7 @@ class LinearNF4(nn.Module):
         lora_A, lora_B, scalings = zip(*updates, strict=True)
         lora = GroupLoRA(torch.cat(lora_A), lora_B, seed_for(dropout_p, x.device), scalings, dropout_p)
         weights, biases = [layer._operand for layer in layers], [layer.bias for layer in layers]
-        return [y.to(result) for y in call_group(x.to(compute), weights, biases, lora)]
+        return [_cast(y, result) for y in call_group(_cast(x, compute), weights, biases, lora)]
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""
@@ -184,8 +187,13 @@ class LinearNF4(nn.Module):
 
     @property
     def _operand(self) -> Weight:
-        constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
-        return Weight(self.packed, *constants, self.blocksize, self.out_features, self.in_features)
+        # Read where nn.Module keeps them: its attributes look through three dictionaries for each name.
+        buffers: dict[str, Any] = self._buffers
+        try:
+            tensors = [buffers[name] for name in _BUFFERS]
+        except KeyError:  # something else stands in a buffer's place, such as a parametrization
+            tensors = [getattr(self, name) for name in _BUFFERS]
+        return Weight._make((*tensors, self.blocksize, self.out_features, self.in_features))
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""
@@ -258,6 +266,11 @@ class LinearNF4(nn.Module):
         self._set_weight(
             packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
         )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes a microsecond also where it has nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

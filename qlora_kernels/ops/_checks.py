@@ -32,17 +32,16 @@ def check_last_dim(op: str, name: str, tensor: Tensor, expected: int, symbol: st
 
 def check_weight(op: str, weight: Weight, device: torch.device) -> None:
     """Packed bytes and constants belong to one weight of N * K elements on `device`."""
-    check_blocksize(op, weight.blocksize)
-    numel = weight.N * weight.K
-    blocks = n_blocks(numel, weight.blocksize)
-    _check_tensor(op, "packed", weight.packed, torch.uint8, (numel + 1) // 2, device)
-    nested = weight.constants[1:]
-    if weight.absmax is not None:
-        if any(tensor is not None for tensor in nested):
+    packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K = weight
+    check_blocksize(op, blocksize)
+    numel = N * K
+    blocks = n_blocks(numel, blocksize)
+    _check_tensor(op, "packed", packed, torch.uint8, (numel + 1) // 2, device)
+    if absmax is not None:
+        if absmax_q is not None or absmax_scale is not None or absmax_offset is not None:
             raise ValueError(f"{op}: absmax excludes absmax_q, absmax_scale and absmax_offset, got both")
-        _check_tensor(op, "absmax", weight.absmax, torch.float32, blocks, device)
+        _check_tensor(op, "absmax", absmax, torch.float32, blocks, device)
         return
-    absmax_q, absmax_scale, absmax_offset = nested
     if absmax_q is None or absmax_scale is None or absmax_offset is None:
         raise ValueError(f"{op}: either absmax or all of absmax_q, absmax_scale and absmax_offset must be given")
     _check_tensor(op, "absmax_q", absmax_q, torch.uint8, blocks, device)

@@ -9,20 +9,25 @@ from torch import Tensor
 from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
 
-NO_GRAD_OF_WEIGHT = (None,) * len(Weight._fields)
-"""Weights are constants."""
+BIAS = 1 + len(Weight._fields)
+"""Place of the bias among an op's arguments."""
 
 
 def matrix(rows: Tensor) -> Tensor:
     """[..., C] as [M, C], contiguous."""
-    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).contiguous()
+    return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()
+
+
+def as_rows(result: Tensor, rows: Tensor) -> Tensor:
+    """A kernel's [M, C] with the leading dimensions of rows."""
+    return result if rows.dim() == 2 else result.view(*rows.shape[:-1], result.shape[1])
 
 
 def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | GroupLoRA | None = None) -> Problem:
     """What `op` asks of a kernel. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,
-        rows.device.type,
+        "cpu" if rows.is_cpu else rows.device.type,  # the name of a device is a new string each time
         rows.dtype,
         rows.shape[:-1].numel(),
         weight.N,
@@ -51,7 +56,7 @@ def save_bias_dtype(ctx: Any, bias: Tensor | None) -> None:
 
 
 def grad_bias(ctx: Any, grad_y: Tensor) -> Tensor | None:
-    """The sum of grad_y's rows in the bias's dtype, where it is wanted."""
-    if not ctx.needs_input_grad[1 + len(Weight._fields)]:
+    """The sum of grad_y's rows in the dtype of the bias, the second argument with a gradient, where it is wanted."""
+    if not ctx.needs_input_grad[1]:
         return None
     return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=ctx.bias_dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._checks import check_bias, check_grad_y, check_x
 from ._implement import differentiate, fake, implement, save, saved
-from ._linear import NO_GRAD_OF_WEIGHT, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from ._linear import BIAS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
 from ._operands import LoRA, MultiLoRA, Weight
 from ._registry import select
 
@@ -54,7 +54,7 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
         if is_empty(x, weight):
             return bias_alone(x, weight, bias), x.new_zeros((x.shape[:-1].numel(), lora.r))
         y, s = select(problem_of(op, x, weight, lora)).run(matrix(x), weight, bias, _contiguous(lora))
-        return y.view(*x.shape[:-1], weight.N), s
+        return as_rows(y, x), s
 
     @fake(forward, takes_forward)
     def lora_forward_fake(x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
             return grad_x, torch.zeros_like(lora.A), torch.zeros_like(lora.B)
         run = select(problem_of(f"{op}_backward", x, weight, lora)).run
         grad_x, grad_A, grad_B = run(matrix(grad_y), matrix(x), s, weight, _contiguous(lora), need_grad_x=need_grad_x)
-        return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grad_B
+        return as_rows(grad_x, x) if need_grad_x else grad_x, grad_A, grad_B
 
     @fake(backward, takes_backward)
     def lora_backward_fake(
@@ -81,12 +81,11 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
         grad_x = x.new_empty(x.shape if need_grad_x else (0,))
         return grad_x, torch.empty_like(lora.A), torch.empty_like(lora.B)
 
-    run_backward = getattr(torch.ops.qlora_kernels, f"{op}_backward")
-    no_grad_of_rest = (None,) * (len(kind._fields) - 2)
+    run_backward = getattr(torch.ops.qlora_kernels, f"{op}_backward").default
 
-    def setup_context(ctx: Any, inputs: list[Any], output: tuple[Tensor, Tensor]) -> None:
-        after_weight = 1 + len(Weight._fields)
-        x, weight, bias, lora = inputs[0], inputs[1:after_weight], inputs[after_weight], inputs[after_weight + 1 :]
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, *weight = args[:BIAS]
+        bias, *lora = args[BIAS:]
         ctx.mark_non_differentiable(output[1])
         save(ctx, x, output[1], *weight, *lora)
         save_bias_dtype(ctx, bias)
@@ -94,12 +93,11 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
     def gradients(ctx: Any, grad_y: Tensor, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
         need_grad_x = ctx.needs_input_grad[0]
         grad_x, grad_A, grad_B = run_backward(grad_y, *saved(ctx), need_grad_x)
-        of_x = grad_x if need_grad_x else None
-        return of_x, *NO_GRAD_OF_WEIGHT, grad_bias(ctx, grad_y), grad_A, grad_B, *no_grad_of_rest
+        return grad_x if need_grad_x else None, grad_bias(ctx, grad_y), grad_A, grad_B
 
-    differentiate(forward, gradients, setup_context=setup_context)
+    differentiate(forward, gradients, setup_context=setup_context, wanted=(0, BIAS, BIAS + 1, BIAS + 2))
 
 
 def _contiguous(lora: Adapter) -> Adapter:
     """Kernels walk the factors row by row."""
-    return type(lora)._make(field.contiguous() if isinstance(field, Tensor) else field for field in lora)
+    return lora._replace(A=lora.A.contiguous(), B=lora.B.contiguous())

@@ -68,7 +68,9 @@ def dequantize_nf4_out_impl(weight: Weight, *, out: Tensor) -> None:
         blocksize=weight.blocksize,
         double_quant=weight.double_quant,
     )
-    select(problem).run(weight._replace(packed=weight.packed.contiguous()), out=out)
+    if not weight.packed.is_contiguous():
+        weight = weight._replace(packed=weight.packed.contiguous())
+    select(problem).run(weight, out=out)
 
 
 @fake("qlora_kernels::dequantize_nf4", _TAKES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_grad_y, check_weight, check_x
 from ._implement import differentiate, fake, implement, save, saved
-from ._linear import NO_GRAD_OF_WEIGHT, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from ._linear import BIAS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
 from ._operands import Weight, weight_of
 from ._registry import select
 
@@ -47,7 +47,7 @@ def linear_nf4_impl(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if is_empty(x, weight):
         return bias_alone(x, weight, bias)
     y: Tensor = select(problem_of("linear_nf4", x, weight)).run(matrix(x), weight, bias)
-    return y.view(*x.shape[:-1], weight.N)
+    return as_rows(y, x)
 
 
 @fake("qlora_kernels::linear_nf4", _FORWARD)
@@ -61,11 +61,10 @@ def linear_nf4_fake(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def linear_nf4_grad_x_impl(grad_y: Tensor, weight: Weight) -> Tensor:
     """Checks, then the selected kernel over grad_y as a matrix."""
     _check_grad_x(grad_y, weight)
-    shape = (*grad_y.shape[:-1], weight.K)
     if is_empty(grad_y, weight):
-        return grad_y.new_zeros(shape)
+        return grad_y.new_zeros((*grad_y.shape[:-1], weight.K))
     grad_x: Tensor = select(problem_of("linear_nf4_grad_x", grad_y, weight)).run(matrix(grad_y), weight)
-    return grad_x.view(shape)
+    return as_rows(grad_x, grad_y)
 
 
 @fake("qlora_kernels::linear_nf4_grad_x", _GRAD_X)
@@ -85,10 +84,10 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qlora_kernels.linear_nf4_grad_x(grad_y, *saved(ctx))
-    return grad_x, *NO_GRAD_OF_WEIGHT, grad_bias(ctx, grad_y)
+    return grad_x, grad_bias(ctx, grad_y)
 
 
-differentiate("qlora_kernels::linear_nf4", _backward, setup_context=_setup_context)
+differentiate("qlora_kernels::linear_nf4", _backward, setup_context=_setup_context, wanted=(0, BIAS))
 
 
 def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> None:

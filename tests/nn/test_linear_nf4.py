@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -115,6 +116,29 @@ def test_casts_move_activations_not_constants():
     assert layer.absmax_scale.dtype == torch.float32
     assert torch.equal(layer.quant_state.absmax, absmax)
     assert layer(gaussian(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_whatever_replaces_a_buffer_is_what_forward_uses():
+    layer, other, x = qk.LinearNF4.from_linear(dense()), qk.LinearNF4.from_linear(dense(seed=1)), gaussian(2, 96)
+    other.bias = layer.bias
+    before, expected = layer(x), other(x)
+    names = ("packed", "absmax_q", "absmax_scale", "absmax_offset")
+    swapped = torch.func.functional_call(layer, {name: getattr(other, name) for name in names}, (x,))
+    assert torch.equal(swapped, expected)
+    assert torch.equal(layer(x), before)
+    for replace in (
+        lambda layer, name, tensor: setattr(layer, name, tensor),
+        lambda layer, name, tensor: layer.register_buffer(name, tensor, persistent=False),
+        lambda layer, name, tensor: layer._buffers.update({name: tensor}),
+        lambda layer, name, tensor: setattr(getattr(layer, name), "data", tensor),
+        lambda layer, name, tensor: (delattr(layer, name), setattr(layer, name, tensor)),
+    ):
+        changed = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(changed(x), before)
+        for name in names:
+            replace(changed, name, getattr(other, name).clone())
+        assert torch.equal(changed(x), expected)
+        assert torch.equal(copy.deepcopy(changed)(x), expected)
 
 
 def test_output_dtype_follows_x_compute_dtype_and_autocast():

@@ -22,6 +22,7 @@ from .kernels import (
     linear_nf4_lora_backward,
     quantize_absmax,
     quantize_nf4,
+    quantize_nf4_double,
 )
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -29,6 +30,7 @@ LIBRARY = Path(__file__).with_name("_C.abi3.so")
 _FUNCTIONS = (
     quantize_nf4,
     quantize_absmax,
+    quantize_nf4_double,
     dequantize_nf4,
     linear_nf4,
     linear_nf4_grad_x,

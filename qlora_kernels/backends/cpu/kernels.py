@@ -18,9 +18,14 @@ def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(absmax_q, absmax_scale, absmax_offset); the mean is torch's, whose order of summation the format takes over."""
-    offset = absmax.mean()
-    absmax_q, absmax_scale = _C.cpu_quantize_absmax(absmax, offset)
-    return absmax_q, absmax_scale, offset
+    absmax_q, absmax_scale, absmax_offset = _C.cpu_quantize_absmax(absmax)
+    return absmax_q, absmax_scale, absmax_offset
+
+
+def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w."""
+    packed, absmax, absmax_q, absmax_scale, absmax_offset = _C.cpu_quantize_nf4_double(w, blocksize)
+    return packed, absmax, absmax_q, absmax_scale, absmax_offset
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:

@@ -1,0 +1,174 @@
+"""A call of an op: modes, transforms and subclasses see it, and where there are none it costs no more than it must."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qlora_kernels as qk
+from qlora_kernels.ops._registry import unavailable
+from tests.support.problems import gaussian
+
+native = pytest.mark.skipif(unavailable("cpu") is not None, reason="the native CPU backend is not built")
+with_and_without_grad = pytest.mark.parametrize("grad", [False, True], ids=["constant", "trained"])
+
+
+@pytest.fixture
+def plain():
+    """x -> y by linear_nf4."""
+    packed, state = qk.quantize_nf4(gaussian(8, 64))
+    return lambda x: qk.linear_nf4(x, packed, state)
+
+
+@pytest.fixture(params=["linear_nf4", "linear_nf4_lora"])
+def op_and_call(request, plain):
+    """An op's name, and x -> y by it."""
+    packed, state = qk.quantize_nf4(gaussian(8, 64))
+    lora_A, lora_B = gaussian(4, 64), gaussian(8, 4)
+    lora = lambda x: qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=2.0)  # noqa: E731
+    return request.param, plain if request.param == "linear_nf4" else lora
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    """Sees what it takes part in, and computes as the tensor inside."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner, requires_grad):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=requires_grad)
+
+    def __init__(self, inner, requires_grad):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.name())
+        return func(*[arg.inner if isinstance(arg, Wrapped) else arg for arg in args], **(kwargs or {}))
+
+
+@with_and_without_grad
+def test_a_dispatch_mode_sees_forward_and_backward(op_and_call, grad):
+    op, call = op_and_call
+    x = gaussian(3, 64).requires_grad_(grad)
+    with Recorder() as forward:
+        y = call(x)
+    assert f"qlora_kernels::{op}" in forward.seen
+    if grad:
+        with Recorder() as backward:
+            y.sum().backward()
+        of_backward = {"linear_nf4": "linear_nf4_grad_x", "linear_nf4_lora": "linear_nf4_lora_backward"}[op]
+        assert f"qlora_kernels::{of_backward}" in backward.seen
+
+
+@with_and_without_grad
+def test_a_subclass_sees_the_call(plain, grad):
+    Wrapped.seen.clear()
+    y = plain(Wrapped(gaussian(3, 64), grad))
+    assert Wrapped.seen == ["qlora_kernels::linear_nf4"]
+    assert torch.equal(y.detach(), plain(gaussian(3, 64)))
+
+
+@with_and_without_grad
+def test_fake_tensors_stay_fake(grad):
+    packed, state = qk.quantize_nf4(gaussian(8, 64))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(3, 64).requires_grad_(grad)
+        y = qk.linear_nf4(x, packed, state)
+    assert isinstance(y, FakeTensor)
+    assert (y.shape, y.requires_grad) == ((3, 8), grad)
+
+
+def test_make_fx_traces_the_op_and_not_what_it_does(op_and_call):
+    op, call = op_and_call
+    graph = make_fx(call)(gaussian(3, 64)).graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert [target for target in targets if "getitem" not in target] == [f"qlora_kernels.{op}.default"]
+
+
+def test_functorch_maps_and_refuses_gradients_aloud(plain):
+    x = gaussian(3, 64)
+    assert torch.allclose(torch.func.vmap(plain)(x), plain(x), atol=1e-6)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: plain(x).sum())(x)
+
+
+@with_and_without_grad
+def test_a_lazily_negated_x_is_negated(plain, grad):
+    x = gaussian(3, 64)
+    assert torch.equal(plain(torch._neg_view(x.clone().requires_grad_(grad))).detach(), plain(-x))
+
+
+def test_inference_mode_and_no_grad_give_the_same_bits(plain):
+    x = gaussian(3, 64)
+    with torch.inference_mode():
+        inference = plain(x)
+    with torch.no_grad():
+        assert torch.equal(plain(x.clone().requires_grad_()), inference)
+    assert inference.is_inference()
+
+
+@native
+@with_and_without_grad
+def test_the_dispatcher_is_entered_for_the_op_and_for_its_kernel_alone(grad):
+    """No op of torch's beside them on a matrix: x is taken as it is and the result returned as it comes."""
+    layer, x = qk.LinearNF4.from_linear(nn.Linear(64, 8, bias=False)), gaussian(3, 64).requires_grad_(grad)
+    with profile() as profiled:
+        layer(x)
+    entered = [event.name for event in profiled.events() if "::" in event.name]
+    assert entered == ["qlora_kernels::linear_nf4", "qlora_kernels_C::cpu_linear_nf4"]
+
+
+def own_functions_called(call):
+    """How many Python functions of the package `call` runs."""
+    package, count = str(Path(qk.__file__).parent), 0
+
+    def counted(frame, event, arg):
+        nonlocal count
+        # Comprehensions are functions to some versions of Python and not to others.
+        own = event == "call" and frame.f_code.co_filename.startswith(package)
+        count += own and not frame.f_code.co_name.startswith("<")
+
+    call()  # whatever is cached is cached now
+    before = sys.getprofile()
+    sys.setprofile(counted)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@native
+def test_a_call_runs_few_functions_of_ours():
+    """A function takes about a tenth of a microsecond, and on small layers the sum of them is most of a call's time.
+
+    What raises a bound should be worth it: measure a 64x64 layer at M = 1 before and after (docs/kernels.md, "CPU").
+    """
+    layer, x = qk.LinearNF4.from_linear(nn.Linear(64, 64, bias=False)), gaussian(1, 64)
+    lora_A, lora_B = gaussian(8, 64).requires_grad_(), gaussian(64, 8).requires_grad_()
+    with torch.no_grad():
+        assert own_functions_called(lambda: layer(x)) <= 32
+        assert own_functions_called(lambda: layer.forward_lora(x, lora_A, lora_B, 2.0)) <= 45
+    trained = x.clone().requires_grad_()
+    assert own_functions_called(lambda: layer(trained)) <= 40
+    assert own_functions_called(lambda: layer.forward_lora(trained, lora_A, lora_B, 2.0)) <= 50
