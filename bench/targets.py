@@ -118,7 +118,7 @@ _BEYOND_ROOFLINE = (
 )
 
 _DISPATCH = (
-    "on layers of 576 a call's fixed costs (36 us: module, dispatcher, two Python kernels, the native call) and the "
+    "on layers of 576 a call's fixed costs (20 us: module, dispatcher, a Python kernel, the native call) and the "
     "second thread's wake-up take longer than the weight's bytes (6 us)"
 )
 

@@ -140,3 +140,12 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.qlora_kernels.quantize_nf4, (gaussian(100),), {"blocksize": 64})
         torch.library.opcheck(torch.ops.qlora_kernels.quantize_absmax, (gaussian(100),))
         torch.library.opcheck(torch.ops.qlora_kernels.quantize_nf4_double, (gaussian(100),), {"blocksize": 64})
+
+
+@backends
+def test_the_largest_finite_weights_are_finite(backend):
+    """Their magnitudes sum to infinity."""
+    w = torch.full((256,), torch.finfo(torch.float32).max)
+    with qk.use_backend(backend):
+        packed, state = qk.quantize_nf4(w, double_quant=False)
+    assert torch.equal(qk.dequantize_nf4(packed, state), w)
