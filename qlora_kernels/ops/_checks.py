@@ -91,15 +91,16 @@ def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, 
     """A [r, K] and B [N, r] share a rank of at least one; with three dims each has E of them."""
     check_float(op, "lora_A", A)
     check_float(op, "lora_B", B)
-    if A.dim() != dims or A.shape[-1] != weight.K or A.shape[-2] < 1:
+    shape, device = A.shape, x.device
+    if len(shape) != dims or shape[-1] != weight.K or shape[-2] < 1:
         expected = f"[{'E, ' * (dims == 3)}r, K={weight.K}]"
-        raise ValueError(f"{op}: lora_A must have shape {expected}, got {tuple(A.shape)}")
-    if B.shape != (*A.shape[:-2], weight.N, A.shape[-2]):
-        expected = f"[{f'E={A.shape[0]}, ' * (dims == 3)}N={weight.N}, r={A.shape[-2]}]"
+        raise ValueError(f"{op}: lora_A must have shape {expected}, got {tuple(shape)}")
+    if B.shape != (*shape[:-2], weight.N, shape[-2]):
+        expected = f"[{f'E={shape[0]}, ' * (dims == 3)}N={weight.N}, r={shape[-2]}]"
         raise ValueError(f"{op}: lora_B must have shape {expected}, got {tuple(B.shape)}")
     for name, tensor in (("lora_A", A), ("lora_B", B)):
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
 def _check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:

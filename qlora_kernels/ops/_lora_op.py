@@ -100,4 +100,6 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
 
 def _contiguous(lora: Adapter) -> Adapter:
     """Kernels walk the factors row by row."""
+    if lora.A.is_contiguous() and lora.B.is_contiguous():
+        return lora
     return lora._replace(A=lora.A.contiguous(), B=lora.B.contiguous())

@@ -92,6 +92,7 @@ class LoraLinear(Delta):
         self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
         self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
+        self.has_bias = config.lora_bias
         self.register_buffer("fixed_A", None)
         self.register_buffer("fixed_B", None)
         self._init(config.init_lora_weights)
@@ -110,12 +111,13 @@ class LoraLinear(Delta):
         self.lora_B.weight.data.copy_(lora_B)
 
     def offset(self) -> Tensor | None:
-        return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
+        return self.scaling * self.lora_B.bias if self.has_bias else None
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
         lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
-        if self.fixed_A is not None and self.fixed_B is not None:
-            lora_A, lora_B = torch.cat([lora_A, self.fixed_A]), torch.cat([lora_B, self.fixed_B], dim=1)
+        fixed_A, fixed_B = self._buffers["fixed_A"], self._buffers["fixed_B"]
+        if fixed_A is not None and fixed_B is not None:
+            lora_A, lora_B = torch.cat([lora_A, fixed_A]), torch.cat([lora_B, fixed_B], dim=1)
         return lora_A, lora_B, self.scaling
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:

@@ -60,7 +60,9 @@ def linear_nf4_lora_backward(
     grad_x, grad_A, grad_B = _C.cpu_linear_nf4_lora_backward(
         grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, need_grad_x
     )
-    return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
+    if lora.A.dtype != torch.float32 or lora.B.dtype != torch.float32:
+        grad_A, grad_B = grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
+    return grad_x, grad_A, grad_B
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
