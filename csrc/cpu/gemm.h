@@ -59,13 +59,14 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes], the rows of a `stride` elements apart.
+// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes], a's rows `stride` elements apart and its
+// steps `step`.
 //
 // Sums run in chains of kChain steps that are then added to c: the rounding error of a long sum grows with the length
 // of its chains.
 template <class Mac, int kRows, int kVectors>
-static void tile_kernel(const typename Mac::Elem* a, int64_t stride, const typename Mac::Elem* b, int64_t steps,
-                        float* c) {
+static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t step, const typename Mac::Elem* b,
+                        int64_t steps, float* c) {
     // Every third row has a pointer, the others are `stride` and 2 * `stride` past one: the addresses of twelve rows in
     // the registers that there are.
     constexpr int kPointers = (kRows + 2) / 3;
@@ -91,7 +92,7 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, const typen
                 for (int j = 0; j < kVectors; ++j) acc[i][j] = Mac::mac(acc[i][j], va, vb[j]);
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < kPointers; ++i) rows[i] += Mac::kPair;
+            for (int i = 0; i < kPointers; ++i) rows[i] += step;
             b += kVectors * kLanes * Mac::kPair;
         }
 #pragma GCC unroll 16
@@ -109,7 +110,7 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, const typen
 }
 
 template <class Mac>
-using TileKernel = void (*)(const typename Mac::Elem*, int64_t, const typename Mac::Elem*, int64_t, float*);
+using TileKernel = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, int64_t, float*);
 
 template <class Mac, int kVectors, int kRows = kMaxRows>
 static TileKernel<Mac> tile_kernel_for(int rows) {
@@ -134,21 +135,19 @@ static inline int64_t steps_of(int64_t length) {
     return (length + Mac::kPair - 1) / Mac::kPair;
 }
 
-// The operand A: rows of whole steps, `stride` elements apart.
+// The operand A: rows `stride` elements apart, of whole steps `step` elements apart.
 template <class Mac>
 struct Rows {
     using Elem = typename Mac::Elem;
     const Elem* data;
-    int64_t stride;
-    int64_t steps;
+    int64_t stride, step, steps;
     Tiling tiling;
 
-    const Elem* tile(int64_t t) const { return data + tiling.begin(t) * stride; }
-
-    // c[rows of tile t] += its steps from step0 on times b's.
+    // c[rows of tile t] += its steps [step0, step0 + count) times b's.
     template <int kVectors>
     void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, float* c) const {
-        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile(t) + step0 * Mac::kPair, stride, b, count, c);
+        const Elem* tile = data + tiling.begin(t) * stride + step0 * step;
+        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile, stride, step, b, count, c);
     }
 };
 

@@ -53,6 +53,7 @@ static inline auto weight_rows(const NF4Weight& w) {
                 const int64_t begin = n * w.K + k;
                 prefetch_range(w, begin + kRowsAhead * w.K, count);
                 decode_range<typename A::Rounding>(w, begin, begin + count, dst);
+                return dst;
             });
     };
 }

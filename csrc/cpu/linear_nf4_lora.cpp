@@ -30,14 +30,16 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
     const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, M, K);
     if (!bits) narrow_product(a, r, 1.0f, lora_a, s);
 
-    const Rows<Mac> low_rank = rows_of<Mac>(Slot::kFactorRows, s, M, r);
-    const Factor<Mac> factor = factor_from_rows<Mac, T>(lora.B, N, r, lora.scaling);
+    const LowRank<Mac> low_rank{rows_of<Mac>(Slot::kFactorRows, s, M, r)};
+    const auto lora_b = [&](int64_t column0, int64_t columns, Elem* strip) {
+        fill_from_rows<Mac, kColumns>(column0, columns, 0, low_rank.rows.steps, r, strip,
+                                      [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
+                                          factor_row<T>(lora.B, n * r + j, count, lora.scaling, dst);
+                                      });
+    };
     panel_gemm<Mac, kVectors>(
-        a, N, weight_columns<T>(p.weight),
-        [&](int64_t tile, int64_t column0, int64_t, float* c) {
-            clear(c, a.tiling.size(tile) * kColumns);
-            low_rank.template multiply<kVectors>(tile, 0, factor.strip(column0), factor.steps, c);
-        },
+        a, N, low_rank.beside(weight_columns<T>(p.weight), lora_b),
+        [&](int64_t tile, int64_t column0, int64_t, float* c) { low_rank.start(tile, column0, c); },
         [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
             store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
         });

@@ -20,28 +20,26 @@ void prefetch_row(const T* row, int64_t count, const T* end) {
     for (const T* line = row; line < row + count; line += 64 / sizeof(T)) __builtin_prefetch(line);
 }
 
-// The rows of a row-major [M, width] matrix as panels that contract over m.
+// The rows of a row-major [M, width] matrix, dropped elements zeroed where there are `bits`, as panels that contract
+// over m.
 template <class Mac, class T>
-auto token_panels(const T* src, int64_t M, int64_t width) {
+auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
     using Elem = typename Mac::Elem;
     return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-        fill_from_columns<Mac, kColumns>(
-            column0, columns, step0, step1, M, panel, [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
-                prefetch_row(src + (m + kRowsAhead) * width + begin, count, src + M * width);
-                convert_row(src + m * width + begin, count, dst);
-            });
-    };
-}
-
-template <class Mac, class T>
-auto masked_token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
-    using Elem = typename Mac::Elem;
-    return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-        fill_from_columns<Mac, kColumns>(
-            column0, columns, step0, step1, M, panel, [=](int64_t m, int64_t begin, int64_t count, Elem* dst) {
-                prefetch_row(src + (m + kRowsAhead) * width + begin, count, src + M * width);
-                masked_row(src + m * width + begin, count, bits, m * width + begin, dst);
-            });
+        const auto read = [=](int64_t m, int64_t begin, int64_t count, Elem* dst) -> const Elem* {
+            const T* row = src + m * width + begin;
+            prefetch_row(row + kRowsAhead * width, count, src + M * width);
+            if (bits) {
+                masked_row(row, count, bits, m * width + begin, dst);
+                return dst;
+            }
+            if constexpr (std::is_same_v<T, Elem>) {
+                if (count % kColumns == 0) return row;
+            }
+            convert_row(row, count, dst);
+            return dst;
+        };
+        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel, read);
     };
 }
 
@@ -50,10 +48,10 @@ void multiply(float* c, int64_t floats, float scale) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, mul(load(c + i), factor));
 }
 
-// out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r] of Elem.
-template <class Mac, class Fill>
-void grad_factor(const typename Mac::Elem* factors, int64_t M, int64_t r, int64_t columns, float scale,
-                 const Fill& fill, bool transposed, float* out) {
+// out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r].
+template <class Mac, class T, class Fill>
+void grad_factor(const T* factors, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
+                 bool transposed, float* out) {
     const Rows<Mac> a = columns_of<Mac>(Slot::kFactorRows, factors, M, r);
     panel_gemm<Mac, kVectors>(
         a, columns, fill, [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kColumns); },
@@ -88,10 +86,7 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
     const int64_t M = p.M, N = p.weight.N, K = p.weight.K, r = lora.r;
     const uint8_t* bits = dropout_bitmap(lora, M * K);
 
-    // ds and s as the products' operands.
-    const size_t small = static_cast<size_t>(M * r);
-    T* ds = static_cast<T*>(workspace(Slot::kSmall, small * (sizeof(T) + sizeof(Elem)) + 64));
-    Elem* factors = reinterpret_cast<Elem*>(reinterpret_cast<uint8_t*>(ds) + (small * sizeof(T) + 63) / 64 * 64);
+    T* ds = static_cast<T*>(workspace(Slot::kSmall, static_cast<size_t>(M * r) * sizeof(T)));
 
     const Rows<Mac> a = rows_of<Mac>(Slot::kRows, grad_y, M, N);
     narrow_product(
@@ -100,28 +95,29 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
             fill_from_columns<Mac, decltype(width)::value>(column0, columns, step0, step1, N, panel,
                                                            [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
                                                                factor_row<T>(lora.B, n * r + j, count, 1.0f, dst);
+                                                               return dst;
                                                            });
         },
         ds);
 
-    convert_row(s, M * r, factors);
-    grad_factor<Mac>(factors, M, r, N, lora.scaling, token_panels<Mac>(grad_y, M, N), true, grad_B);
-    convert_row(ds, M * r, factors);
-    if (bits) {
-        grad_factor<Mac>(factors, M, r, K, keep_scale(lora), masked_token_panels<Mac>(x, M, K, bits), false, grad_A);
-    } else {
-        grad_factor<Mac>(factors, M, r, K, 1.0f, token_panels<Mac>(x, M, K), false, grad_A);
-    }
+    const float scale = bits ? keep_scale(lora) : 1.0f;
+    grad_factor<Mac>(s, M, r, N, lora.scaling, token_panels<Mac>(grad_y, M, N, nullptr), true, grad_B);
+    grad_factor<Mac>(ds, M, r, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
     if (!grad_x) return;
 
-    const Rows<Mac> low_rank = rows_of<Mac>(Slot::kFactorRows, ds, M, r);
-    const Factor<Mac> factor = factor_from_columns<Mac, T>(lora.A, K, r);
+    const LowRank<Mac> low_rank{rows_of<Mac>(Slot::kFactorRows, ds, M, r)};
+    const auto lora_a = [&](int64_t column0, int64_t columns, Elem* strip) {
+        fill_from_columns<Mac, kColumns>(column0, columns, 0, low_rank.rows.steps, r, strip,
+                                         [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
+                                             factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
+                                             return dst;
+                                         });
+    };
     panel_gemm<Mac, kVectors>(
-        a, K, weight_rows<T>(p.weight),
+        a, K, low_rank.beside(weight_rows<T>(p.weight), lora_a),
         [&](int64_t tile, int64_t column0, int64_t, float* c) {
-            clear(c, a.tiling.size(tile) * kColumns);
-            low_rank.template multiply<kVectors>(tile, 0, factor.strip(column0), factor.steps, c);
-            if (bits) apply_mask(bits, a.tiling, tile, column0, K, keep_scale(lora), c);
+            low_rank.start(tile, column0, c);
+            if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, c);
         },
         [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
             store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);

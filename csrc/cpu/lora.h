@@ -8,49 +8,36 @@
 
 namespace qlora::QLORA_ISA {
 
-// Panel strips of a factor, prepared once for all columns: [strip][steps][kColumns][kPair].
+// The low-rank product that starts the large one's accumulators. Its panel strips are made with the weight's, by the
+// task that uses them, in a buffer of the thread's own: the strips of one group never share a place.
 template <class Mac>
-struct Factor {
-    const typename Mac::Elem* strips;
-    int64_t steps;
+struct LowRank {
+    Rows<Mac> rows;
 
-    const typename Mac::Elem* strip(int64_t column0) const { return strips + column0 * steps * Mac::kPair; }
-};
-
-template <class Mac>
-static typename Mac::Elem* factor_space(int64_t columns, int64_t r) {
-    const int64_t padded = (columns + kColumns - 1) / kColumns * kColumns;
-    const size_t elements = static_cast<size_t>(padded * steps_of<Mac>(r) * Mac::kPair);
-    return static_cast<typename Mac::Elem*>(workspace(Slot::kFactors, elements * sizeof(typename Mac::Elem)));
-}
-
-// Columns n of scale * B^T, for y += s (scale B)^T; B is [N, r].
-template <class Mac, class T>
-static Factor<Mac> factor_from_rows(const AnyFloat& b, int64_t N, int64_t r, float scale) {
-    typename Mac::Elem* space = factor_space<Mac>(N, r);
-    const int64_t steps = steps_of<Mac>(r);
-    fill_from_rows<Mac, kColumns>(0, N, 0, steps, r, space,
-                                  [&](int64_t n, int64_t begin, int64_t count, typename Mac::Elem* dst) {
-                                      factor_row<T>(b, n * r + begin, count, scale, dst);
-                                  });
-    return {space, steps};
-}
-
-// Columns k of A, for grad_x += ds A; A is [r, K].
-template <class Mac, class T>
-static Factor<Mac> factor_from_columns(const AnyFloat& a, int64_t K, int64_t r) {
-    typename Mac::Elem* space = factor_space<Mac>(K, r);
-    const int64_t steps = steps_of<Mac>(r);
-    constexpr int64_t kWidest = kColumns * kMaxGroup;
-    for (int64_t k = 0; k < K; k += kWidest) {
-        fill_from_columns<Mac, kColumns>(k, K - k < kWidest ? K - k : kWidest, 0, steps, r,
-                                         space + k * steps * Mac::kPair,
-                                         [&](int64_t j, int64_t begin, int64_t count, typename Mac::Elem* dst) {
-                                             factor_row<T>(a, j * K + begin, count, 1.0f, dst);
-                                         });
+    typename Mac::Elem* strip(int64_t column0) const {
+        const int64_t size = rows.steps * kColumns * Mac::kPair;
+        const size_t bytes = static_cast<size_t>(kMaxGroup * size) * sizeof(typename Mac::Elem);
+        auto* strips = static_cast<typename Mac::Elem*>(workspace(Slot::kFactors, bytes));
+        return strips + column0 / kColumns % kMaxGroup * size;
     }
-    return {space, steps};
-}
+
+    // weight: the large product's fill. fill(column0, columns, strip): one strip of the factor.
+    template <class Weight, class Fill>
+    auto beside(const Weight& weight, const Fill& fill) const {
+        return [=, this](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
+            weight(column0, columns, step0, step1, panel);
+            for (int64_t c = 0; step0 == 0 && c < columns; c += kColumns) {
+                fill(column0 + c, columns - c < kColumns ? columns - c : kColumns, strip(column0 + c));
+            }
+        };
+    }
+
+    // c = the low-rank product's tile.
+    void start(int64_t tile, int64_t column0, float* c) const {
+        clear(c, rows.tiling.size(tile) * kColumns);
+        rows.template multiply<kVectors>(tile, 0, strip(column0), rows.steps, c);
+    }
+};
 
 // out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: one strip of kLanes columns where r allows.
 template <class Mac, class T, class Fill>

@@ -102,7 +102,7 @@ static Rows<Mac> copied_rows(Slot slot, int64_t M, int64_t length, const Read& r
             zero_row(row + length, steps * Mac::kPair - length);
         }
     });
-    return {data, stride, steps, {M, kMaxRows}};
+    return {data, stride, Mac::kPair, steps, {M, kMaxRows}};
 }
 
 // A[m, l] = src[m * length + l]: in place where it can be.
@@ -110,19 +110,37 @@ template <class Mac, class T>
 static Rows<Mac> rows_of(Slot slot, const T* src, int64_t M, int64_t length) {
     if constexpr (std::is_same_v<T, typename Mac::Elem>) {
         if (length % Mac::kPair == 0 && length * static_cast<int64_t>(sizeof(T)) % kConflict != 0) {
-            return {src, length, length / Mac::kPair, {M, kMaxRows}};
+            return {src, length, Mac::kPair, length / Mac::kPair, {M, kMaxRows}};
         }
     }
     return copied_rows<Mac>(slot, M, length,
                             [&](int64_t m, typename Mac::Elem* dst) { convert_row(src + m * length, length, dst); });
 }
 
-// A[j, m] = src[m * r + j]: the transpose, for products that contract over tokens. src is [M, r], already Elem.
-template <class Mac>
-static Rows<Mac> columns_of(Slot slot, const typename Mac::Elem* src, int64_t M, int64_t r) {
-    return copied_rows<Mac>(slot, r, M, [&](int64_t j, typename Mac::Elem* dst) {
-        for (int64_t m = 0; m < M; ++m) dst[m] = src[m * r + j];
-    });
+// A[j, m] = src[m * r + j], for products that contract over tokens: in place, or with the rows of a pair interleaved.
+template <class Mac, class T>
+static Rows<Mac> columns_of(Slot slot, const T* src, int64_t M, int64_t r) {
+    using Elem = typename Mac::Elem;
+    constexpr int64_t kPair = Mac::kPair;
+    const int64_t steps = steps_of<Mac>(M);
+    if constexpr (kPair == 1 && std::is_same_v<T, Elem>) {
+        return {src, 1, r, steps, {r, kMaxRows}};
+    } else {
+        Elem* out = static_cast<Elem*>(workspace(slot, static_cast<size_t>(steps * r * kPair) * sizeof(Elem)));
+        if constexpr (kPair == 1) {
+            convert_row(src, M * r, out);
+        } else {
+            static_assert(std::is_same_v<T, Elem>);
+            for (int64_t m = 0; m < M; m += kPair) {
+                const Elem* next = m + 1 < M ? src + (m + 1) * r : nullptr;
+                for (int64_t j = 0; j < r; ++j) {
+                    const Elem pair[kPair] = {src[m * r + j], next ? next[j] : Elem{}};
+                    memcpy(out + m * r + kPair * j, pair, sizeof pair);
+                }
+            }
+        }
+        return {out, kPair, kPair * r, steps, {r, kMaxRows}};
+    }
 }
 
 // Panel strips whose columns are rows of the source: B[l, n] = row n, element l. `read(n, begin, count, dst)`.
@@ -154,7 +172,8 @@ static void fill_from_rows(int64_t column0, int64_t columns, int64_t step0, int6
     }
 }
 
-// Panel strips whose columns are columns of the source: B[l, n] = row l, element n. `read(l, begin, count, dst)`.
+// Panel strips whose columns are columns of the source: B[l, n] = row l, element n. `read(l, begin, count, dst)`
+// returns the elements: dst, or where they lie if all columns of the strips exist.
 template <class Mac, int kColumns, class Read>
 static void fill_from_columns(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
                               typename Mac::Elem* panel, const Read& read) {
@@ -163,13 +182,18 @@ static void fill_from_columns(int64_t column0, int64_t columns, int64_t step0, i
     constexpr int kWidest = kColumns * static_cast<int>(kMaxGroup);
     const int64_t strips = (columns + kColumns - 1) / kColumns;
     const int64_t strip_size = (step1 - step0) * kColumns * kPair;
-    alignas(64) Elem rows[kPair][kWidest];
+    alignas(64) Elem buffers[kPair][kWidest];
+    for (int p = 0; p < kPair; ++p) zero_row(buffers[p] + columns, strips * kColumns - columns);
     for (int64_t s = step0; s < step1; ++s) {
+        const Elem* rows[kPair];
         for (int p = 0; p < kPair; ++p) {
             const int64_t l = s * kPair + p;
-            const int64_t n = l < length ? columns : 0;
-            if (n > 0) read(l, column0, n, rows[p]);
-            zero_row(rows[p] + n, strips * kColumns - n);
+            if (l < length) {
+                rows[p] = read(l, column0, columns, buffers[p]);
+            } else {
+                zero_row(buffers[p], columns);
+                rows[p] = buffers[p];
+            }
         }
         for (int64_t strip = 0; strip < strips; ++strip) {
             Elem* out = panel + strip * strip_size + (s - step0) * kColumns * kPair;
