@@ -254,9 +254,9 @@ static DotTile<Mac> dot_tile_for(int tokens) {
     return dot_tile<Mac, kM>;
 }
 
-// y [M, N] = x W^T + bias.
-template <class T>
-static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* bias, T* y) {
+// y [M, N] = start + x W^T + bias. start(n, valid, sums): the first values of rows n to n + valid, sums[M][kGroup].
+template <class T, class Start>
+static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* bias, T* y, const Start& start) {
     using Mac = typename Arithmetic<T>::Mac;
     using Elem = typename Mac::Elem;
     constexpr int kElements = Halves<Mac>::kElements;
@@ -283,7 +283,7 @@ static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* 
             const int valid = static_cast<int>(n1 - n < kGroup ? n1 - n : kGroup);
             const uint8_t* packed = w.packed + (n * w.K >> 1);
             first_levels(w, n * row_blocks, valid * row_blocks, levels);
-            memset(sums, 0, sum_bytes);
+            start(n, valid, sums);
             for (int64_t block = 0; block < row_blocks; block += step) {
                 const int64_t end = block + step < row_blocks ? block + step : row_blocks;
                 if (direct) {

@@ -13,7 +13,11 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
     using Mac = typename Arithmetic<T>::Mac;
     const int64_t N = p.weight.N;
     const float* bias_values = bias_as_float(bias, N);
-    if (suits_dots<Mac>(p.weight, p.M)) return linear_dots(p.weight, p.M, x, bias_values, y);
+    if (suits_dots<Mac>(p.weight, p.M)) {
+        return linear_dots(p.weight, p.M, x, bias_values, y, [&](int64_t, int, float* sums) {
+            memset(sums, 0, static_cast<size_t>(p.M * kGroup) * sizeof(float));
+        });
+    }
     const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, p.M, p.weight.K);
     panel_gemm<Mac, kVectors>(
         a, N, weight_columns<T>(p.weight),

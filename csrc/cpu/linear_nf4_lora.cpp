@@ -2,11 +2,36 @@
 //
 // s comes first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). In the large
 // product each tile's accumulators then start as s (scaling B)^T, r more steps of the same kernel, so that y is
-// written once and the low-rank path costs r / K of the product instead of three passes over y.
+// written once and the low-rank path costs r / K of the product instead of three passes over y. For a few
+// tokens the sums of dots.h start the same way.
+#include "dots.h"
 #include "lora.h"
 
 namespace qlora::QLORA_ISA {
 namespace {
+
+// sums[m * kGroup + i] = scaling * sum_j s[m, j] * B[n + i, j] for kGroup rows of B [N, r], of which `valid` exist.
+template <class T>
+void start_sums(const Lora& lora, const T* s, int64_t M, int64_t n, int valid, float* sums) {
+    float columns[kSpan][kGroup];  // of scaling * B^T, a piece of r
+    float row[kSpan];
+    memset(sums, 0, static_cast<size_t>(M * kGroup) * sizeof(float));
+    for (int64_t j0 = 0; j0 < lora.r; j0 += kSpan) {
+        const int64_t count = lora.r - j0 < kSpan ? lora.r - j0 : kSpan;
+        for (int i = 0; i < kGroup; ++i) {
+            factor_row<T>(lora.B, (n + (i < valid ? i : valid - 1)) * lora.r + j0, count, lora.scaling, row);
+            for (int64_t j = 0; j < count; ++j) columns[j][i] = row[j];
+        }
+        for (int64_t m = 0; m < M; ++m) {
+            float sum[kGroup] = {};
+            for (int64_t j = 0; j < count; ++j) {
+                const float factor = to_float(s[m * lora.r + j0 + j]);
+                for (int i = 0; i < kGroup; ++i) sum[i] += factor * columns[j][i];
+            }
+            for (int i = 0; i < kGroup; ++i) sums[m * kGroup + i] += sum[i];
+        }
+    }
+}
 
 template <class T>
 void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat bias, T* y, T* s) {
@@ -30,6 +55,10 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
     const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, M, K);
     if (!bits) narrow_product(a, r, 1.0f, lora_a, s);
 
+    if (M <= kDirectTokens && suits_dots<Mac>(p.weight, M)) {
+        return linear_dots(p.weight, M, x, bias_values, y,
+                           [&](int64_t n, int valid, float* sums) { start_sums(lora, s, M, n, valid, sums); });
+    }
     const LowRank<Mac> low_rank{rows_of<Mac>(Slot::kFactorRows, s, M, r)};
     const auto lora_b = [&](int64_t column0, int64_t columns, Elem* strip) {
         fill_from_rows<Mac, kColumns>(column0, columns, 0, low_rank.rows.steps, r, strip,
