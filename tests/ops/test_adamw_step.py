@@ -142,6 +142,21 @@ def test_encoding_is_exact_at_every_boundary(backend):
 
 
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
+def test_encoding_is_exact_where_no_neighbour_is_close_to_a_boundary(backend):
+    """Each boundary alone among values far from any: a neighbour's second look must not be what makes it right."""
+    boundaries = dynamic_boundaries()
+    up, down = boundaries.nextafter(torch.tensor(9.0)), boundaries.nextafter(torch.tensor(-9.0))
+    points = torch.cat([boundaries, up, down])
+    values = dynamic_map()[200].expand(len(points), STATE_BLOCKSIZE).clone()
+    values[:, 0], values[:, 100] = 1.0, points
+    values = values.reshape(-1)
+    with qk.use_backend(backend):
+        arena = encoded_states(values)
+    q, _ = quantize_blockwise(values, signed=True)
+    assert torch.equal(arena[: values.numel()], q)
+
+
+@pytest.mark.parametrize("backend", usable_backends("adamw_step"))
 def test_encoding_of_squares_is_exact_at_every_boundary(backend):
     """The unsigned map's boundaries, as near as squares of fp32 numbers come to them on either side."""
     roots = dynamic_boundaries(signed=False).double().sqrt().float()
