@@ -154,9 +154,8 @@ class LinearNF4(nn.Module):
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(_cast(x, compute), *self._operand, self.bias, *lora)[
-            0
-        ]
+        multi_lora = torch.ops.qlora_kernels.linear_nf4_multi_lora
+        y: Tensor = multi_lora(_cast(x, compute), *self._operand, self.bias, *lora)[0]
         return _cast(y, result)
 
     @staticmethod
