@@ -41,7 +41,7 @@ class Weight(NamedTuple):
     @property
     def constants(self) -> Constants:
         """The four constants in their order."""
-        return self[1:5]
+        return self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset
 
     @property
     def double_quant(self) -> bool:

@@ -92,7 +92,6 @@ class LoraLinear(Delta):
         self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
         self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
-        self.has_bias = config.lora_bias
         self.register_buffer("fixed_A", None)
         self.register_buffer("fixed_B", None)
         self._init(config.init_lora_weights)
@@ -111,7 +110,8 @@ class LoraLinear(Delta):
         self.lora_B.weight.data.copy_(lora_B)
 
     def offset(self) -> Tensor | None:
-        return self.scaling * self.lora_B.bias if self.has_bias else None
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
         lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
