@@ -69,8 +69,6 @@ int64_t nf4_partial_sums(int64_t numel, int64_t blocksize) {
     return quantize_nf4_partial_sums(numel, block_shift_of(blocksize));
 }
 
-std::string built_archs() { return QLORA_BUILT_ARCHS; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
@@ -86,7 +84,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
         "Tensor(c!) partial_sums, Tensor(d!) absmax_q, Tensor(e!) absmax_scale, Tensor(f!) absmax_offset) -> ()");
     m.def("cuda_absmax_partial_sums(int n_blocks) -> int");
     m.def("cuda_nf4_partial_sums(int numel, int blocksize) -> int");
-    m.def("cuda_archs() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) {
@@ -99,7 +96,6 @@ STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
     m.impl("cuda_absmax_partial_sums", TORCH_BOX(&absmax_partial_sums));
     m.impl("cuda_nf4_partial_sums", TORCH_BOX(&nf4_partial_sums));
-    m.impl("cuda_archs", TORCH_BOX(&built_archs));
 }
 
 }  // namespace qlora::cuda_bindings

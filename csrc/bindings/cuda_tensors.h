@@ -14,10 +14,6 @@
 
 #include "launchers.h"
 
-// Absent from a torch that was built without CUDA: weak, or the library would not load there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
-
 namespace qlora::cuda_bindings {
 
 using torch::headeronly::ScalarType;
@@ -25,12 +21,8 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 using OptionalTensor = std::optional<Tensor>;
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    return static_cast<cudaStream_t>(stream);
-}
+// torch's current stream on the device of `tensor`. Raises where torch offers none. (cuda_platform.cpp)
+cudaStream_t current_stream(const Tensor& tensor);
 
 // Raises for a launcher's error, with the fix where the binaries are for other GPUs.
 inline void check(cudaError_t error, const char* op) {

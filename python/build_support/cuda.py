@@ -103,10 +103,9 @@ class CudaLibrary:
         if runtime is None:
             raise CannotBuild("libcudart_static.a is not found beside nvcc; install the nvidia-cuda-runtime package.")
         _, library_folder = torch_paths()
-        # Undefined is allowed: the stream function is weak and absent from a torch without CUDA. The runtime is linked
-        # in and its symbols are hidden, so that torch's own copy is not disturbed.
+        # The runtime is linked in and its symbols are hidden, so that torch's own copy is not disturbed.
         hidden_runtime = (str(runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
-        link = (*hidden_runtime, f"-L{library_folder}", "-ltorch_cpu")
+        link = (*hidden_runtime, f"-L{library_folder}", "-ltorch_cpu", "-Wl,--no-undefined")
         inputs = tuple(str(path) for path in objects)
         command = (tool("CXX", "c++", "g++", "clang++"), "-shared", *inputs, *link, "-o", str(output))
         return Step(command, output, tuple(objects))

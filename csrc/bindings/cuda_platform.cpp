@@ -1,0 +1,55 @@
+// What surrounds the library: torch's function for the current stream, the versions of driver and runtime, and what
+// this library was built for.
+#include <dlfcn.h>
+
+#include "cuda_tensors.h"
+
+namespace qlora::cuda_bindings {
+namespace {
+
+constexpr const char* kTorchCuda = "libtorch_cuda.so";
+constexpr const char* kStreamSymbol = "aoti_torch_get_current_cuda_stream";
+
+using StreamFunction = AOTITorchError (*)(int32_t device_index, void** stream);
+
+// Null where this torch has none. The function is exported by libtorch_cuda.so, which `import torch` loads with
+// RTLD_LOCAL: an undefined symbol of ours would never be bound to it. RTLD_NOLOAD finds the copy that is loaded
+// already; RTLD_DEFAULT serves builds of torch that keep CUDA in another library of the global scope.
+StreamFunction find_stream_function() {
+    void* const torch_cuda = dlopen(kTorchCuda, RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = torch_cuda ? dlsym(torch_cuda, kStreamSymbol) : nullptr;
+    if (symbol == nullptr) symbol = dlsym(RTLD_DEFAULT, kStreamSymbol);
+    return reinterpret_cast<StreamFunction>(symbol);
+}
+
+StreamFunction stream_function() {
+    static const StreamFunction function = find_stream_function();
+    return function;
+}
+
+bool has_current_stream() { return stream_function() != nullptr; }
+
+std::string built_archs() { return QLORA_BUILT_ARCHS; }
+
+}  // namespace
+
+cudaStream_t current_stream(const Tensor& tensor) {
+    const StreamFunction function = stream_function();
+    STD_TORCH_CHECK(function != nullptr, "the current CUDA stream is unknown: ", kTorchCuda,
+                    " is not loaded or does not export ", kStreamSymbol, "; install a torch that is built with CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(function(tensor.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace qlora::cuda_bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
+    m.def("cuda_has_current_stream() -> bool");
+    m.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
+    m.impl("cuda_has_current_stream", TORCH_BOX(&qlora::cuda_bindings::has_current_stream));
+    m.impl("cuda_archs", TORCH_BOX(&qlora::cuda_bindings::built_archs));
+}
