@@ -95,11 +95,12 @@ bench: $(READY)
 	$(PYTHON) -m bench.run
 
 # QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture. The manylinux tag is the one
-# that auditwheel finds justified; libtorch_cpu.so stays outside, torch being a dependency.
+# that auditwheel finds justified; libtorch_cpu.so and libcudart.so.13 stay outside: torch brings them.
 build_wheel = rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheels && \
 	QLORA_CUDA_ARCHS="$(2)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w build/wheels $(1) && \
 	PATH="$(abspath $(dir $(PYTHON))):$$PATH" \
-	    $(PYTHON) -m auditwheel repair --plat auto --exclude libtorch_cpu.so -w $(DIST) build/wheels/*.whl
+	    $(PYTHON) -m auditwheel repair --plat auto --exclude libtorch_cpu.so --exclude libcudart.so.13 \
+	    -w $(DIST) build/wheels/*.whl
 
 wheel: $(READY)
 	$(call build_wheel,.,$(QLORA_CUDA_ARCHS))

@@ -1,5 +1,5 @@
-// What surrounds the library: torch's function for the current stream, the versions of driver and runtime, and what
-// this library was built for.
+// What surrounds the library: torch's function for the current stream, the versions of driver and runtime, and the
+// record of what this library was built for.
 #include <dlfcn.h>
 
 #include "cuda_tensors.h"
@@ -29,7 +29,23 @@ StreamFunction stream_function() {
 
 bool has_current_stream() { return stream_function() != nullptr; }
 
-std::string built_archs() { return QLORA_BUILT_ARCHS; }
+int64_t driver_version() {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), "cuda_driver_version");
+    return version;
+}
+
+int64_t runtime_version() {
+    int version = 0;
+    check(cudaRuntimeGetVersion(&version), "cuda_runtime_version");
+    return version;
+}
+
+// Read from the file, without loading it, by qlora_kernels/backends/cuda/availability.py.
+#define QLORA_TEXT(macro) QLORA_TEXT_OF(macro)
+#define QLORA_TEXT_OF(value) #value
+__attribute__((used)) const char kBuildRecord[] =
+    "qlora_kernels build: archs=" QLORA_BUILT_ARCHS " cuda=" QLORA_TEXT(CUDART_VERSION);
 
 }  // namespace
 
@@ -46,10 +62,12 @@ cudaStream_t current_stream(const Tensor& tensor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def("cuda_has_current_stream() -> bool");
-    m.def("cuda_archs() -> str");
+    m.def("cuda_driver_version() -> int");
+    m.def("cuda_runtime_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
     m.impl("cuda_has_current_stream", TORCH_BOX(&qlora::cuda_bindings::has_current_stream));
-    m.impl("cuda_archs", TORCH_BOX(&qlora::cuda_bindings::built_archs));
+    m.impl("cuda_driver_version", TORCH_BOX(&qlora::cuda_bindings::driver_version));
+    m.impl("cuda_runtime_version", TORCH_BOX(&qlora::cuda_bindings::runtime_version));
 }

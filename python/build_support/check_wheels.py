@@ -55,6 +55,8 @@ def check_content(wheel: Path) -> str:
             if symbols := python_symbols(path):
                 raise BadWheel(f"{wheel.name}: {path.parent.name} uses {', '.join(sorted(symbols))} of one Python")
         kernels = check_kernels(paths[1], archs) if archs else 0
+        if archs:
+            check_runtime(paths[1], wheel.name)
     for_archs = f", {kernels} kernels for each of {', '.join(archs)}" if archs else ""
     return f"{wheel.name}: {size / 1e6:.2f} MB{for_archs}"
 
@@ -67,6 +69,21 @@ def check_kernels(library: Path, archs: list[str]) -> int:
     if sorted(kernels) != sorted(archs) or any(missing.values()) or not everything:
         raise BadWheel(f"{library}: compiled for {sorted(kernels)}, said to be for {archs}; missing: {missing}")
     return len(everything)
+
+
+def check_runtime(library: Path, wheel_name: str) -> None:
+    """The CUDA library uses torch's libcudart of the version in the wheel's name. Raises BadWheel where it does not."""
+    major = re.search(r"\+cu(\d\d)\d", wheel_name)
+    expected = f"libcudart.so.{major[1]}" if major else "libcudart"
+    needed = needed_libraries(library)
+    if expected not in needed:
+        raise BadWheel(f"{wheel_name}: the CUDA library must need {expected}, it needs {', '.join(sorted(needed))}")
+
+
+def needed_libraries(library: Path) -> set[str]:
+    """Names of the shared libraries that `library` is linked to."""
+    listing = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.+?)\]", listing))
 
 
 def python_symbols(library: Path) -> set[str]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cuda_toolkit import cuda_home, static_runtime, version
+from .cuda_toolkit import cuda_home, shared_runtime, version
 from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
 
 ARCHS_VARIABLE = "QLORA_CUDA_ARCHS"
@@ -99,13 +99,12 @@ class CudaLibrary:
 
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:
         home = cuda_home()
-        runtime = static_runtime(home) if home else None
+        runtime = shared_runtime(home) if home else None
         if runtime is None:
-            raise CannotBuild("libcudart_static.a is not found beside nvcc; install the nvidia-cuda-runtime package.")
+            raise CannotBuild("libcudart.so.13 is not found beside nvcc; install the nvidia-cuda-runtime package.")
         _, library_folder = torch_paths()
-        # The runtime is linked in and its symbols are hidden, so that torch's own copy is not disturbed.
-        hidden_runtime = (str(runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread")
-        link = (*hidden_runtime, f"-L{library_folder}", "-ltorch_cpu", "-Wl,--no-undefined")
+        # The runtime is torch's own: a CUDA build of torch has libcudart.so.13 in the process before this library.
+        link = (str(runtime), f"-L{library_folder}", "-ltorch_cpu", "-ldl", "-Wl,--no-undefined", "-Wl,--as-needed")
         inputs = tuple(str(path) for path in objects)
         command = (tool("CXX", "c++", "g++", "clang++"), "-shared", *inputs, *link, "-o", str(output))
         return Step(command, output, tuple(objects))

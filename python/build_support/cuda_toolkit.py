@@ -28,10 +28,11 @@ def cuda_home() -> Path | None:
     return Path(stated) if stated and (Path(stated) / "include" / "cuda_runtime.h").exists() else None
 
 
-def static_runtime(home: Path) -> Path | None:
-    """libcudart_static.a, which toolkits keep in lib64 and packages in lib."""
-    places = (home / folder / "libcudart_static.a" for folder in ("lib64", "lib"))
-    return next((path for path in places if path.exists()), None)
+def shared_runtime(home: Path) -> Path | None:
+    """libcudart.so under its versioned name, libcudart.so.13; toolkits keep it in lib64 and packages in lib."""
+    places = (home / folder for folder in ("lib64", "lib"))
+    found = (path for place in places for path in sorted(place.glob("libcudart.so.*")) if path.suffix[1:].isdigit())
+    return next(found, None)
 
 
 def version(home: Path) -> str:

@@ -1,4 +1,4 @@
-"""Run by an environment into which a wheel was installed: imports it, runs the CPU's kernels, loads the CUDA library.
+"""Run by an environment into which a wheel was installed: imports it, runs the CPU's kernels, checks the CUDA library.
 
 Arguments: the architectures that the CUDA library must be built for; none for a wheel of the CPU alone.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.ops._registry import built_for
 
 
 def check_cpu() -> None:
@@ -32,14 +33,21 @@ def check_cpu() -> None:
 
 
 def check_cuda(archs: list[str]) -> None:
-    """The library's ops are registered, GPU or not, and it says what it was built for."""
+    """The library says what it was built for without being loaded; under a CUDA torch of its major version it loads."""
     reason = qk.backends()["cuda"]
     if not archs:
         assert "not built" in reason, reason
         return
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("qlora_kernels_C::cuda_dequantize_nf4", "CUDA")
-    built = torch.ops.qlora_kernels_C.cuda_archs()
-    assert [f"sm_{arch.removesuffix('+PTX')}" for arch in built.split(";")] == archs, built
+    built = built_for("cuda")
+    assert built is not None
+    names, _, toolkit = built.partition(" by CUDA ")
+    assert [f"sm_{arch.removesuffix('+PTX')}" for arch in names.split(";")] == archs, built
+    if (torch.version.cuda or "").partition(".")[0] == toolkit.partition(".")[0]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("qlora_kernels_C::cuda_dequantize_nf4", "CUDA")
+        assert torch.ops.qlora_kernels_C.cuda_has_current_stream()
+    else:
+        assert "this torch is built with" in reason, reason
+        assert names in reason, reason
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..ops._registry import ENVIRONMENT
+from ..ops._registry import ENVIRONMENT, built_for
 from .arguments import Subparsers, add_command
 
 _PACKAGES = (
@@ -57,7 +57,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
-        "gpu": {"cuda": _gpu(), "kernels built for": _built_archs()},
+        "gpu": {"cuda": _gpu(), "kernels built for": built_for("cuda") or "nothing: the library is not built"},
         "environment": {name: os.environ.get(name, f"not set ({meaning})") for name, meaning in _VARIABLES.items()},
     }
 
@@ -81,12 +81,6 @@ def _cpu_model() -> str:
 
 def _cpu_flags() -> list[str]:
     return _cpu_field("flags").split()
-
-
-def _built_archs() -> str:
-    """What the cuda backend's library is compiled for; backends() has loaded it where there is one."""
-    archs = getattr(torch.ops.qlora_kernels_C, "cuda_archs", None)
-    return "nothing: its library is not built" if archs is None else str(archs())
 
 
 def _gpu() -> str:

@@ -4,6 +4,7 @@ A backend is a module that exposes
 
     KERNELS: tuple[KernelSpec, ...]
     def unavailable() -> str | None       None where it can run here, else the reason and the fix
+    def built_for() -> str | None         optional: what its compiled library is built for, without loading it
 
 and is imported when the first op needs it, by name, from nowhere else. `select(problem)` answers with the usable kernel
 of highest priority. Nothing falls back in silence: a forced backend that cannot serve raises with its reasons, and an
@@ -80,6 +81,14 @@ def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run on this machine, with the fix; None where it can."""
     reason: str | None = importlib.import_module(f"qlora_kernels.backends.{backend}").unavailable()
     return reason
+
+
+def built_for(backend: str) -> str | None:
+    """What a backend's compiled library is built for, whether or not it can run here; None where it has none to say."""
+    say: Callable[[], str | None] = getattr(
+        importlib.import_module(f"qlora_kernels.backends.{backend}"), "built_for", lambda: None
+    )
+    return say()
 
 
 def reasons_against(problem: Problem, backend: str) -> list[str]:

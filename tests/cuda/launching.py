@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from python.build_support.cuda_toolkit import cuda_home, shared_runtime
+from qlora_kernels.backends import cuda
 from qlora_kernels.format import double_quant, reference
 from tests.support import cuda_host
 from tests.support.cuda_host.toolchain import ROOT
@@ -19,6 +22,10 @@ FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 needs_emulator = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
 needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))
+
+needs_library = pytest.mark.skipif(
+    not cuda.LIBRARY.exists(), reason=f"{cuda.LIBRARY.name} is not built: put nvcc on PATH and run `make ext`"
+)
 
 all_modes = pytest.mark.parametrize("mode", ["plain", "asan", "tsan", pytest.param("ptx", marks=needs_nvcc)])
 ptx_under_sanitizers = pytest.mark.parametrize("mode", ["ptx-asan", "ptx-tsan"])
@@ -45,6 +52,20 @@ Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 @cache
 def source(stem: str) -> tuple:  # type: ignore[type-arg]
     return (CUDA_SOURCES / f"{stem}.cu",)
+
+
+def runtime_to_preload() -> list[str]:
+    """The toolkit's libcudart where torch brings none of its own; the compiled library is loaded after it."""
+    home = cuda_home()
+    runtime = None if torch.version.cuda or home is None else shared_runtime(home)
+    return [] if runtime is None else [str(runtime)]
+
+
+def load_bindings() -> None:
+    """Loads the compiled library, which the package itself does only under a CUDA build of torch."""
+    for path in runtime_to_preload():
+        ctypes.CDLL(path)
+    cuda.load()
 
 
 def library(stem: str, mode: str) -> cuda_host.Library:

@@ -20,18 +20,23 @@ from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops import _registry
 from qlora_kernels.ops._operands import GroupLoRA, LoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
 from tests.support.problems import DTYPES, gaussian
 from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
 
-from .launching import FLOAT_TYPES, library, needs_emulator, quantized, same_bits, shift
-
-needs_library = pytest.mark.skipif(
-    not cuda.LIBRARY.exists(), reason=f"{cuda.LIBRARY.name} is not built: put nvcc on PATH and run `make ext`"
+from .launching import (
+    FLOAT_TYPES,
+    library,
+    load_bindings,
+    needs_emulator,
+    needs_library,
+    quantized,
+    same_bits,
+    shift,
 )
+
 pytestmark = [needs_library, needs_emulator]
 
 OP = importlib.import_module("qlora_kernels.ops.quantize_nf4")
@@ -95,7 +100,7 @@ def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
 @pytest.fixture(autouse=True)
 def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU implementations of the private ops, for the time of one test."""
-    assert cuda.load()
+    load_bindings()
     implementations = torch.library.Library("qlora_kernels_C", "IMPL", "CPU")
     for name, function in {
         "cuda_dequantize_nf4": emulate_dequantize,
@@ -111,7 +116,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     implementations._destroy()
 
 
-def test_library_lists_every_op_in_a_torch_without_cuda() -> None:
+def test_library_lists_every_op() -> None:
     listed = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qlora_kernels_C::cuda_")]
     with_kernels = [name for name in listed if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
     assert {name.split("::cuda_")[1] for name in with_kernels} >= {
@@ -124,7 +129,6 @@ def test_library_lists_every_op_in_a_torch_without_cuda() -> None:
         "managed_allocate",
         "managed_prefetch",
     }
-    assert cuda.built_archs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,46 +232,6 @@ def test_a_misaligned_slice_is_copied() -> None:
     weight = quantized_matrix(8, 64)
     x = torch.empty(65)[1:].view(1, 64).copy_(gaussian(1, 64))
     assert same_bits(cuda.linear_nf4(x, weight, None), cuda.linear_nf4(x.clone(), weight, None))
-
-
-@pytest.mark.parametrize(
-    ("archs", "capability", "works"),
-    [
-        ("80", (8, 0), True),
-        ("80", (8, 6), True),
-        ("86", (8, 0), False),
-        ("80;90a", (9, 0), True),
-        ("80", (9, 0), False),
-        ("80+PTX", (12, 0), True),
-        ("90a", (10, 0), False),
-        ("90+PTX", (8, 0), False),
-    ],
-)
-def test_built_archs_against_a_gpu(archs: str, capability: tuple[int, int], works: bool) -> None:
-    reason = cuda.arch_mismatch(archs, capability)
-    if works:
-        assert reason is None
-    else:
-        assert reason is not None
-        assert archs in reason
-        assert f"QLORA_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
-
-
-def test_a_gpu_that_the_build_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H100 and a library built for sm_80: the backend says so, and so does whoever forces it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(cuda, "built_archs", lambda: "80")
-    for caching in (cuda.unavailable, _registry.unavailable):
-        caching.cache_clear()
-    reason = "built for 80 and this GPU is sm_90; install a wheel for sm_90, or rebuild with QLORA_CUDA_ARCHS=90"
-    try:
-        assert reason in qk.backends()["cuda"]
-        with qk.use_backend("cuda"), pytest.raises(NotImplementedError, match=reason):
-            qk.quantize_nf4(torch.zeros(64))
-    finally:
-        for caching in (cuda.unavailable, _registry.unavailable):
-            caching.cache_clear()
 
 
 def test_dropout_is_left_to_triton() -> None:

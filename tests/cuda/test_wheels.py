@@ -17,10 +17,11 @@ from python.build_support.check_wheels import CPU_LIBRARY, CUDA_LIBRARY, BadWhee
 from python.build_support.cuda import ARCHS_VARIABLE
 from python.build_support.native import CSRC, ROOT, SKIP_VARIABLE
 from qlora_kernels.backends import cuda
+from qlora_kernels.backends.cuda.availability import read_build
+
+from .launching import needs_library
 
 NAME = "qlora_kernels-0.1.0+{}-cp310-abi3-manylinux_2_34_x86_64.whl"
-
-needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA library is not built: make ext")
 
 
 def built(kind: str, source: Path, to: Path, **environment: str) -> Path:
@@ -62,7 +63,7 @@ def test_version_of_a_wheel_from_the_sdist(unpacked_sdist: Path, tmp_path: Path,
 def test_a_wheel_installs_and_computes(tmp_path: Path) -> None:
     """`make wheel` for the architectures of this tree's library, whose objects are there already."""
     pytest.importorskip("auditwheel", reason="auditwheel gives the manylinux tag: make setup")
-    archs = cuda.built_archs()
+    archs = read_build(cuda.LIBRARY).archs
     command = [
         "make",
         "-s",
@@ -84,12 +85,19 @@ def test_a_wheel_installs_and_computes(tmp_path: Path) -> None:
 def test_every_kernel_is_there_for_every_architecture() -> None:
     pytest.importorskip("triton", reason="cuobjdump comes with triton's wheel: make setup")
     kernels = check_wheels.kernels_by_arch(cuda.LIBRARY)
-    archs = [f"sm_{arch.removesuffix('+PTX')}" for arch in cuda.built_archs().split(";")]
+    archs = [f"sm_{arch.removesuffix('+PTX')}" for arch in read_build(cuda.LIBRARY).archs.split(";")]
     assert check_wheels.check_kernels(cuda.LIBRARY, archs) == len(kernels[archs[0]])
     for stem in ("dequantize_nf4", "quantize_nf4", "linear_nf4_small_m", "linear_nf4_gemm", "adamw_step"):
         assert any(f"{stem}_kernel" in name for name in kernels[archs[0]]), stem
     with pytest.raises(BadWheel, match=r"said to be for .*sm_75"):
         check_wheels.check_kernels(cuda.LIBRARY, [*archs, "sm_75"])
+
+
+@needs_library
+def test_the_cuda_library_uses_torchs_runtime() -> None:
+    check_wheels.check_runtime(cuda.LIBRARY, NAME.format("cu130.sm80"))
+    with pytest.raises(BadWheel, match=r"must need libcudart\.so\.12, it needs .*libcudart\.so\.13"):
+        check_wheels.check_runtime(cuda.LIBRARY, NAME.format("cu126.sm80"))
 
 
 @pytest.mark.parametrize(
