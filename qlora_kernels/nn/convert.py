@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..format import nf4
-from .experts_nf4 import ExpertsNF4
+from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d
-from .match import Pattern, matches, nearest
+from .match import Pattern, check_names, contained_in, matches, nearest
 
 ALL_LINEAR = "all-linear"
 
@@ -62,30 +62,37 @@ def replace_linear(
 
     targets: "all-linear"; or names and suffixes; or a regular expression for whole names; or a predicate of (name,
     module).
-    skip: the same kinds; what it means is kept.   blocksize, double_quant, compute_dtype: as LinearNF4.
+    skip: the same kinds; what it means is kept, and a block that it means is kept with every layer inside it.
+    blocksize, double_quant, compute_dtype: as LinearNF4.
     progress: show a bar (needs tqdm).
     Linear layers that share one weight share one packed weight. A layer whose weight is also used by something else,
     such as an output head tied to the embedding, is kept, and the report says so.
-    Raises ValueError where nothing matched, naming the nearest layers; what quantization of a weight raises, with the
+    Raises ValueError where a name in targets or skip means nothing in the model, naming the nearest layers ("lm_head"
+    in skip, the default, is excepted); where nothing is left to replace; what quantization of a weight raises, with the
     layer's name, before that layer is touched.
     """
     report = ReplaceReport()
+    modules = dict(model.named_modules(remove_duplicate=False))
     linears: dict[str, nn.Module] = {}
     other_users: dict[int, str] = {}  # id of a parameter that something beside linear layers holds -> its name there
-    for owner_name, owner in model.named_modules(remove_duplicate=False):
+    for owner_name, owner in modules.items():
         if _is_linear(owner):
             linears[owner_name] = owner
             continue
         for child, parameter in owner.named_parameters(recurse=False):
             parameter_name = f"{owner_name}.{child}" if owner_name else child
-            if _is_expert_stack(owner, parameter) and id(parameter) not in other_users:
+            if is_expert_stack(owner, parameter) and id(parameter) not in other_users:
                 report.skipped[parameter_name] = "a stack of experts; see replace_experts"
             other_users[id(parameter)] = parameter_name
+    if not callable(targets) and targets != ALL_LINEAR and not isinstance(targets, str):
+        known = [name for name, module in modules.items() if name in linears or isinstance(module, LinearNF4)]
+        check_names("replace_linear: targets", targets, known, of="a linear layer")
+    _check_skip("replace_linear", skip, modules)
     chosen = {}
     for name, module in linears.items():
         if not (targets == ALL_LINEAR or matches(targets, name, module)):
             report.skipped[name] = "not among targets"
-        elif matches(skip, name, module):
+        elif _skipped(skip, name, module):
             report.skipped[name] = "in skip"
         elif id(module.weight) in other_users:
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
@@ -121,17 +128,18 @@ def replace_experts(
 ) -> ReplaceReport:
     """Replace the [experts, out, in] parameters of `model` (mixtures of experts) by ExpertsNF4, in place.
 
-    skip: names of parameters to keep, as for `replace_linear`. A transformers model is told to use its plain loop over
-    experts, the implementation that multiplies by one expert's weight at a time.
-    Raises ValueError where the model has no such parameter.
+    skip: parameters to keep, or modules that hold them, as for `replace_linear`. A transformers model is told to use
+    its plain loop over experts, the implementation that multiplies by one expert's weight at a time.
+    Raises ValueError where the model has no such parameter, and where a name in skip means nothing in the model.
     """
     report = ReplaceReport()
+    _check_skip("replace_experts", skip, [*dict(model.named_modules()), *dict(model.named_parameters())])
     for owner_name, owner in list(model.named_modules()):
         for child, parameter in list(owner.named_parameters(recurse=False)):
             name = f"{owner_name}.{child}" if owner_name else child
-            if not _is_expert_stack(owner, parameter):
+            if not is_expert_stack(owner, parameter):
                 continue
-            if matches(skip, name, owner):
+            if _skipped(skip, name, owner):
                 report.skipped[name] = "in skip"
                 continue
             experts = ExpertsNF4.from_parameter(parameter, blocksize=blocksize, double_quant=double_quant)
@@ -146,9 +154,15 @@ def replace_experts(
     return report
 
 
-def _is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    # Convolutions also hold three-dimensional weights.
-    return parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd)
+def _skipped(skip: Pattern, name: str, module: nn.Module) -> bool:
+    return matches(skip, name, module) if callable(skip) else contained_in(skip, name)
+
+
+def _check_skip(op: str, skip: Pattern, names: Iterable[str]) -> None:
+    if callable(skip) or skip in ("", "lm_head"):
+        return
+    wanted = skip if isinstance(skip, str) else [item for item in skip if item != "lm_head"]
+    check_names(f"{op}: skip", wanted, [name for name in names if name])
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -118,6 +118,11 @@ class ExpertsNF4(nn.Module):
         return self
 
 
+def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether it is an [experts, out, in] parameter. Convolutions also hold three-dimensional weights."""
+    return parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd)
+
+
 class ExpertWeight:
     """One expert's [N, K]: not a tensor, but torch functions take it as one."""
 

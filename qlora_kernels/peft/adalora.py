@@ -20,6 +20,7 @@ from .linear_method import LinearMethod
 from .method import FILE_PREFIX
 from .rank_allocator import TRIPLET_DIM, BudgetSchedule, RankAllocator, Triplets
 from .registry import register_method
+from .targets import check_pattern_names, matched_layers
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -64,6 +65,7 @@ class AdaLoraConfig(PeftConfig):
     own_fields: ClassVar[tuple[str, ...]] = ("orth_reg_squared",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field, holds, rule in (
             ("target_r", 1 <= self.target_r <= self.init_r, f"lie between 1 and init_r={self.init_r}"),
             ("tfinal", 0 <= self.tfinal < self.total_step, f"be >= 0 and below total_step={self.total_step}"),
@@ -167,6 +169,14 @@ class AdaLora(LinearMethod[SvdLinear]):
         self.missed_gradients = False
         for delta in deltas:
             delta.lora_E.register_post_accumulate_grad_hook(self._saw_gradient)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        assert isinstance(config, AdaLoraConfig)
+        if config.rank_pattern:
+            targets = [f"{path}.lora_E" for path in matched_layers(host, config)]
+            check_pattern_names("rank_pattern", config.rank_pattern, targets)
 
     def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
         config = self.config

@@ -46,6 +46,7 @@ class AdapterConfig(PeftConfig):
     train_layer_norm: bool | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.placement not in ("houlsby", "pfeiffer", "parallel"):
             known = "'houlsby', 'pfeiffer' or 'parallel'"
             raise ValueError(f"AdapterConfig: placement must be {known}, got {self.placement!r}")

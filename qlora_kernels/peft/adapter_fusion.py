@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..nn.match import as_names
 from .adapter import Adapter, on_stream
 from .base_layer import device_of
 from .config import PeftConfig
@@ -29,7 +30,7 @@ class AdapterFusionConfig(PeftConfig):
 
     peft_type = "ADAPTER_FUSION"
 
-    adapters: list[str] | tuple[str, ...] = ()
+    adapters: list[str] | tuple[str, ...] | str = ()
     value: bool = True
     regularization: float = 0.01
 
@@ -75,9 +76,9 @@ class AdapterFusion(Method):
     config: AdapterFusionConfig
 
     def __init__(self, config: AdapterFusionConfig, host: Host, name: str) -> None:
-        fused = {adapter: _pfeiffer(host, adapter) for adapter in config.adapters}
+        fused = {adapter: _pfeiffer(host, adapter) for adapter in as_names(config.adapters)}
         if len(fused) < 2:
-            raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(config.adapters)}")
+            raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(fused)}")
         super().__init__(config, host, name)
         self.needs = tuple(fused)
         self.fusions: list[Fusion] = []

@@ -12,14 +12,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..nn.match import Names, check_names, matches
 from .base_layer import device_of, features, is_linear
 from .config import PeftConfig
 from .host import Host
 from .method import Method
 from .registry import register_method
-from .targets import matches
-
-Names = list[str] | tuple[str, ...] | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,19 @@ class BitFit(Method):
         for path in with_bias:
             self.overrides.add(f"{path}.bias")
 
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        assert isinstance(config, BitFitConfig)
+        if config.biases not in ("all", "query+mlp"):
+            able = [
+                name
+                for name, module in host.modules().items()
+                if module._parameters.get("bias") is not None or (config.add_missing and is_linear(module))
+            ]
+            kind = "a linear layer or a module with a bias" if config.add_missing else "a module with a bias"
+            check_names("BitFit: biases", config.biases, able, of=kind)
+
     def _chosen(self, biases: Names) -> Iterator[tuple[str, nn.Module]]:
         modules = self.host.modules()
         if biases == "query+mlp":
@@ -67,11 +78,11 @@ class BitFit(Method):
             return
         for path, module in modules.items():
             # By the parameter's own name: T5's relative_attention_bias is an embedding.
-            if biases == "all" or matches(path, biases):
+            if biases == "all" or matches(biases, path):
                 yield path, module
 
     def _add_missing(self, chosen: dict[str, nn.Module]) -> None:
-        heads = {id(module) for path, module in chosen.items() if matches(path, self.config.heads)}
+        heads = {id(module) for path, module in chosen.items() if matches(self.config.heads, path)}
         output = getattr(self.host.model, "get_output_embeddings", lambda: None)()
         for module in chosen.values():
             if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:

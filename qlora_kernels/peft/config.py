@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from ..nn.match import as_names
+
 # Heads that PEFT trains and saves without being asked, by task.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -26,12 +28,16 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    modules_to_save: list[str] | tuple[str, ...] | None = None
+    modules_to_save: list[str] | tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modules_to_save, str):  # one name; PEFT's file has a list
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
 
     @property
     def heads(self) -> tuple[str, ...]:
         """`modules_to_save` and the task's usual head."""
-        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *TASK_HEADS.get(self.task_type or "", ()))))
+        return tuple(dict.fromkeys((*as_names(self.modules_to_save), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from .adapted_linear import AdaptedEmbedding, AdaptedLinear, move_hooks
 from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_embedding, is_linear
@@ -58,6 +59,16 @@ class Host:
 
     def linears(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.modules().items() if is_linear(module)}
+
+    def expert_stacks(self) -> list[str]:
+        """Paths of the [experts, out, in] weights that a module holds as parameters, dense or as ExpertsNF4."""
+        found = []
+        for name, module in self.modules().items():
+            if isinstance(module, ExpertsNF4):
+                found.append(name)
+            leaves = module.named_parameters(prefix=name, recurse=False)
+            found += [path for path, leaf in leaves if is_expert_stack(module, leaf) and leaf.shape[0] > 1]
+        return found
 
     def module(self, path: str) -> nn.Module:
         """The module at a canonical path, unwrapped."""

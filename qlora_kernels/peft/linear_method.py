@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from torch import nn
@@ -11,7 +12,7 @@ from .adapted_linear import Delta
 from .config import PeftConfig
 from .host import Host
 from .method import Method
-from .targets import TargetConfig, is_all_linear, matched_layers
+from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers
 
 
 class LinearConfig(TargetConfig, Protocol):
@@ -42,6 +43,18 @@ class LinearMethod(Method, Generic[D]):
         for path, base in targets.items():
             self.add_delta(path, self.new_delta(path, base))
         self._add_biases(where.bias)
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        where = cast(LinearConfig, config)
+        check_target_names(host, where)
+        if is_all_linear(where.target_modules) and (stacks := host.expert_stacks()):
+            warnings.warn(
+                f"target_modules: 'all-linear' leaves out {len(stacks)} expert weights that are no linear layers "
+                f"({stacks[0]}, ...): they get no adapter",
+                stacklevel=4,
+            )
 
     def new_delta(self, path: str, base: nn.Module) -> D:
         raise NotImplementedError

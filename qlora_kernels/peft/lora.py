@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .adapted_linear import Delta
 from .base_layer import dense_weight, device_of, features, is_embedding
 from .config import PeftConfig
+from .host import Host
 from .linear_method import LinearMethod
 from .lora_init import init_loftq, init_pissa
 from .method import by_path, load_into
 from .registry import register_method
-from .targets import pattern_value
+from .targets import check_pattern_names, matched_layers, pattern_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.r < 1:
             raise ValueError(f"LoraConfig: r must be >= 1, got {self.r}")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -193,6 +195,15 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
 
     config: LoraConfig
     adapts_embeddings = True
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        assert isinstance(config, LoraConfig)
+        if config.rank_pattern or config.alpha_pattern:
+            targets = matched_layers(host, config, embeddings=True)
+            check_pattern_names("rank_pattern", config.rank_pattern, targets)
+            check_pattern_names("alpha_pattern", config.alpha_pattern, targets)
 
     def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
         config = self.config

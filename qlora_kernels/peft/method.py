@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import PeftConfig
+from ..nn.match import check_names, matches
+from .config import TASK_HEADS, PeftConfig
 from .host import Host
 from .overrides import Overrides
 from .tree import Tree
@@ -38,6 +40,22 @@ class Method(nn.Module):
         self.overrides = Overrides(host, self.tree)
         self.overrides.add_modules(config.heads)
         self.hooks: list[RemovableHandle] = []
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        """Raises ValueError where a name in `config` means nothing in the model, and gives the nearest names.
+
+        For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
+        """
+        modules = [name for name in host.modules() if name]
+        check_names("modules_to_save", config.modules_to_save or (), modules)
+        usual = TASK_HEADS.get(config.task_type or "", ())
+        if usual and not config.modules_to_save and not any(matches(usual, name) for name in modules):
+            warnings.warn(
+                f"task_type: the head of a {config.task_type} model is called {' or '.join(usual)}, and this model has "
+                "none; name the head to train in modules_to_save",
+                stacklevel=4,
+            )
 
     @property
     def parts(self) -> list[Method]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..nn.match import as_names
 from . import checkpoint
 from .base_layer import features, is_quantized
 from .combine import Combination, weighted_lora
@@ -24,6 +25,10 @@ from .registry import method_for
 from .selection import BASE
 
 Configs = PeftConfig | Sequence[PeftConfig]
+
+
+def _as_list(configs: Configs) -> list[PeftConfig]:
+    return [configs] if isinstance(configs, PeftConfig) else list(configs)
 
 
 def get_peft_model(
@@ -143,7 +148,15 @@ class PeftModel(nn.Module):
         return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
 
     def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
-        """Adds an adapter beside the others; set_adapter makes it active. Its parameters do not train until then."""
+        """Adds an adapter beside the others; set_adapter makes it active. Its parameters do not train until then.
+
+        Raises ValueError where a name in the configuration means nothing in the model.
+        """
+        for config in _as_list(peft_config):
+            method_for(config).check_names(config, self.host)
+        self._add(adapter_name, peft_config)
+
+    def _add(self, adapter_name: str, peft_config: Configs) -> None:
         if adapter_name in self.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
             raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {adapter_name!r}")
         with self._nothing_applied():
@@ -151,7 +164,7 @@ class PeftModel(nn.Module):
             self.host.adapters[adapter_name] = cast("list[Method]", parts)
             self.adapters[adapter_name] = parts
             try:
-                for config in [peft_config] if isinstance(peft_config, PeftConfig) else peft_config:
+                for config in _as_list(peft_config):
                     parts.append(method_for(config)(config, self.host, adapter_name))
             except BaseException:
                 self._remove(adapter_name)
@@ -160,7 +173,7 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = as_names(adapter_name)
         for name in names:
             self._methods(name)
         replaced = [path for name in names for m in self._methods(name) for path in m.overrides.copies]
@@ -263,7 +276,7 @@ class PeftModel(nn.Module):
         layer that is quantized again warns with |error| / |update|: NF4's steps are often larger than the update.
         Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
         """
-        names = tuple(adapter_names if adapter_names is not None else self.selection.active)
+        names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         for name in names:
             for method in self._methods(name):
                 if reason := method.why_no_merge():
@@ -287,7 +300,7 @@ class PeftModel(nn.Module):
         self, target: str = "16bit", *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
-        names = tuple(adapter_names if adapter_names is not None else self.selection.active)
+        names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         self.merge_adapter(names, safe_merge, target=target)
         self._untie_merged()
         for layer in self.host.adapted().values():
@@ -342,7 +355,10 @@ class PeftModel(nn.Module):
         self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
     ) -> None:
         """Writes each adapter: "default" into the folder, any other into a folder of its name inside it."""
-        for name in selected_adapters if selected_adapters is not None else list(self.adapters):
+        names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.adapters)
+        for name in names:
+            self._methods(name)  # refuses an unknown name before anything is written
+        for name in names:
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             checkpoint.save_adapter(self.host.adapters[name], folder)
 
@@ -353,7 +369,7 @@ class PeftModel(nn.Module):
 
         is_trainable: also what only training needs, such as the encoders of prefix and P-tuning.
         """
-        self.add_adapter(adapter_name, checkpoint.load_configs(model_id))
+        self._add(adapter_name, checkpoint.load_configs(model_id))
         try:
             checkpoint.load_weights(self.host.adapters[adapter_name], model_id, is_trainable=is_trainable)
         except BaseException:

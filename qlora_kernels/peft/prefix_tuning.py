@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..nn.match import as_names
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
@@ -52,7 +53,7 @@ class PrefixTuningConfig(PeftConfig):
     init_weights: Literal["zero"] | None = None
     init_token_ids: list[int] | tuple[int, ...] | None = None
     prefix_dropout: float = 0.0
-    sites: list[str] | tuple[str, ...] | None = None
+    sites: list[str] | tuple[str, ...] | str | None = None
     position_offset: bool | None = None
     peft_layers: bool = False
     token_dim: int | None = None
@@ -69,9 +70,10 @@ class PrefixTuningConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_virtual_tokens < 1:
             raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
-        if unknown := set(self.sites or ()) - set(SITES):
+        if unknown := set(as_names(self.sites)) - set(SITES):
             raise ValueError(f"{type(self).__name__}: sites must be of {SITES}, got {sorted(unknown)}")
         if self.init_token_ids and self.prefix_projection:
             raise ValueError(f"{type(self).__name__}: prefix_projection must be False with init_token_ids")
@@ -178,8 +180,8 @@ class PrefixTuning(Method):
 
     def __init__(self, config: PrefixTuningConfig, host: Host, name: str) -> None:
         self.attentions = _attentions(host)
-        sites = tuple(site for site in SITES if site in self.attentions and site in (config.sites or SITES))
-        if missing := set(config.sites or ()) - set(sites):
+        sites = tuple(site for site in SITES if site in self.attentions and site in (as_names(config.sites) or SITES))
+        if missing := set(as_names(config.sites)) - set(sites):
             raise ValueError(f"prefix: the model has no site {sorted(missing)}; it has {sorted(self.attentions)}")
         heads, head_dim = _heads(host, self.attentions[sites[0]][0])
         offset = config.position_offset if config.position_offset is not None else "decoder" in sites

@@ -36,6 +36,7 @@ class SoftPromptConfig(PeftConfig):
     own_fields: ClassVar[tuple[str, ...]] = ("placeholder_token_id",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_virtual_tokens < 1:
             raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
 

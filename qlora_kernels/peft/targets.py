@@ -1,15 +1,15 @@
-"""Which layers a configuration means: PEFT's matching rules over canonical module names."""
+"""Which layers a configuration means: PEFT's rules over canonical module names."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from torch import nn
 
-from .base_layer import is_embedding
+from ..nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
+from .base_layer import is_embedding, is_linear
 from .host import Host
 from .torch_attention import SplitAttention
 
@@ -23,16 +23,14 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
     ("query_key_value",): "bloom gpt_neox chatglm falcon",
 }
 
-Names = list[str] | tuple[str, ...] | set[str] | str | None
-
 
 class TargetConfig(Protocol):
     """The matching fields of LoraConfig and AdaLoraConfig."""
 
     @property
-    def target_modules(self) -> Names: ...
+    def target_modules(self) -> Names | None: ...
     @property
-    def exclude_modules(self) -> Names: ...
+    def exclude_modules(self) -> Names | None: ...
     @property
     def layers_to_transform(self) -> list[int] | tuple[int, ...] | int | None: ...
     @property
@@ -50,12 +48,8 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     architecture without a default; TypeError where a name in target_modules leads to another kind of layer.
     """
     _check(config)
-    linears = host.linears()
-    if is_all_linear(config.target_modules):
-        targets: Names = [name for name in linears if name not in _output_heads(host.model, config.task_type)]
-    else:
-        targets = config.target_modules if config.target_modules is not None else _default_targets(host.model)
-    matched = {n: module for n, module in host.modules().items() if n and _is_target(n, targets, config)}
+    linears, targets = host.linears(), _targets(host, config)
+    matched = {name: module for name, module in _named(host, targets, config).items() if _in_layers(name, config)}
     if not matched:
         raise ValueError(_no_match(targets, linears))
     for name, module in matched.items():
@@ -67,23 +61,58 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     return matched
 
 
-def is_all_linear(targets: Names) -> bool:
+def check_target_names(host: Host, config: TargetConfig) -> None:
+    """Raises ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform means
+    nothing in the model.
+
+    For configurations that a user writes. One out of a file may list names of other models: its tensors say what it
+    adapts, and each of them must find its place.
+    """
+    _check(config)
+    modules = [name for name in host.modules() if name]
+    listed = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    if lost := unmatched(listed, modules):
+        raise ValueError(_no_match(lost, host.linears()))
+    if config.exclude_modules:
+        layers = [name for name, module in host.modules().items() if is_linear(module) or is_embedding(module)]
+        check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer or an embedding")
+    for pattern in as_names(config.layers_pattern):
+        if not any(_numbered(pattern, name) for name in modules):
+            raise ValueError(
+                f"layers_pattern: {pattern!r} must be followed by a layer's number in some module's name; "
+                f"nearest names: {nearest([pattern], modules)}"
+            )
+    if wanted := layer_numbers(config):
+        numbers = {_layer_of(name, config) for name in _named(host, _targets(host, config), config)}
+        if missing := sorted(wanted - numbers):
+            there = sorted(number for number in numbers if number is not None)
+            raise ValueError(
+                f"layers_to_transform: every number must be that of a targeted layer, got {missing}; there are {there}"
+            )
+
+
+def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
+    """Raises ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
+    if lost := [key for key in pattern if not any(_pattern_matches(key, name) for name in targets)]:
+        raise ValueError(
+            f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
+        )
+
+
+def is_all_linear(targets: Names | None) -> bool:
     return isinstance(targets, str) and targets.lower() == "all-linear"
-
-
-def matches(name: str, patterns: Names) -> bool:
-    """A string is a regular expression for the whole name; a list holds names or their dotted endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns or ())
 
 
 def pattern_value(name: str, pattern: Mapping[str, int | float], default: float) -> float:
     """rank_pattern and alpha_pattern: the value of the first key that matches the name or a dotted ending of it."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _pattern_matches(key, name):
             return value
     return default
+
+
+def _pattern_matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _check(config: TargetConfig) -> None:
@@ -95,24 +124,44 @@ def _check(config: TargetConfig) -> None:
         raise ValueError("layers_pattern: must be None where layers_to_transform is None")
 
 
-def _is_target(name: str, targets: Names, config: TargetConfig) -> bool:
-    if matches(name, config.exclude_modules):
-        return False
-    if any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.heads):
-        return False
-    return matches(name, targets) and _in_layers(name, config)
+def _targets(host: Host, config: TargetConfig) -> Names:
+    """target_modules with "all-linear" and None spelt out."""
+    if is_all_linear(config.target_modules):
+        heads = _output_heads(host.model, config.task_type)
+        return [name for name in host.linears() if name not in heads]
+    return config.target_modules if config.target_modules is not None else _default_targets(host.model)
+
+
+def _named(host: Host, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
+    """The modules that `targets` names and that are neither excluded nor part of a head."""
+    left_out = config.exclude_modules or ()
+    return {
+        name: module
+        for name, module in host.modules().items()
+        if name and matches(targets, name) and not matches(left_out, name) and not contained_in(config.heads, name)
+    }
+
+
+def layer_numbers(config: TargetConfig) -> set[int]:
+    """layers_to_transform as a set; empty where it restricts nothing."""
+    wanted = config.layers_to_transform
+    return {wanted} if isinstance(wanted, int) else set(wanted or ())
 
 
 def _in_layers(name: str, config: TargetConfig) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted in ([], ()):
-        return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first numbered segment is the layer; a later one may be an expert.
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found[1]) in ({wanted} if isinstance(wanted, int) else set(wanted))
-    return False
+    wanted = layer_numbers(config)
+    return not wanted or _layer_of(name, config) in wanted
+
+
+def _layer_of(name: str, config: TargetConfig) -> int | None:
+    """The number of the layer that the module belongs to, by layers_pattern."""
+    found = (_numbered(pattern, name) for pattern in as_names(config.layers_pattern) or (r"[^.]*",))
+    return next((int(match[1]) for match in found if match), None)
+
+
+def _numbered(pattern: str, name: str) -> re.Match[str] | None:
+    # The first numbered segment is the layer; a later one may be an expert.
+    return re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
 
 
 def _output_heads(model: nn.Module, task_type: str | None) -> set[str]:
@@ -124,7 +173,7 @@ def _output_heads(model: nn.Module, task_type: str | None) -> set[str]:
     return {next((h for h in ("score", "classifier") if hasattr(model, h)), "")} if task_type == "SEQ_CLS" else set()
 
 
-def _default_targets(model: nn.Module) -> Names:
+def _default_targets(model: nn.Module) -> tuple[str, ...]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for targets, model_types in _DEFAULT_TARGETS.items():
         if model_type in model_types.split():
@@ -136,9 +185,9 @@ def _default_targets(model: nn.Module) -> Names:
 
 def _no_match(targets: Names, linears: Iterable[str]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in linears})
-    asked = [targets] if isinstance(targets, str) else list(targets or ())
-    near = {n for a in asked for n in difflib.get_close_matches(a.rpartition(".")[2], endings, n=3, cutoff=0.4)}
+    asked = [targets] if isinstance(targets, str) else list(targets)
+    rule = " (a string is a regular expression for the whole name)" if isinstance(targets, str) else ""
     return (
-        f"target_modules: {targets!r} matches no module; nearest names: {sorted(near) or endings}, "
+        f"target_modules: {targets!r} matches no module{rule}; nearest names: {nearest(asked, endings)}, "
         f"linear layers of this model: {endings}"
     )

@@ -45,6 +45,10 @@ class UniPELTConfig(PeftConfig):
     non_linearity: str = "relu"
     position_offset: bool | None = None
 
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=self.lora_r, lora_dropout=self.lora_dropout, target_modules=self.target_modules)
+
 
 class GatedLoraLinear(Delta):
     """y + g(x) * B A dropout(x)."""
@@ -144,13 +148,16 @@ def new_gate(host: Host, path: str, d: int) -> Gate:
 class UniPELT(Composite):
     """See UniPELTConfig. Gates average over the sequence in encoders, and stand for each token alone in decoders."""
 
+    config: UniPELTConfig
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        assert isinstance(config, UniPELTConfig)
+        GatedLora.check_names(config.lora, host)
+
     def __init__(self, config: UniPELTConfig, host: Host, name: str) -> None:
         super().__init__(config, host, name)
-        lora = LoraConfig(
-            r=config.lora_r,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,  # type: ignore[arg-type]
-        )
         sites = tuple({layer.stack for layer in host.anatomy.layers})
         prefix = PrefixTuningConfig(
             num_virtual_tokens=config.prefix_length,
@@ -163,7 +170,7 @@ class UniPELT(Composite):
         )
         self.add(
             {
-                "lora": GatedLora(lora, host, name),
+                "lora": GatedLora(config.lora, host, name),
                 "prefix": GatedPrefix(prefix, host, name),
                 "adapter": GatedAdapter(adapter, host, name),
             }

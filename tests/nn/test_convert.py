@@ -57,6 +57,17 @@ def test_skip_takes_the_same_kinds():
     assert names_of(model) == {"layers.0.q_proj", "layers.1.q_proj"}
 
 
+def test_a_skipped_block_is_kept_whole():
+    model = Model()
+    report = qk.replace_linear(model, skip=["layers.1"])
+    assert names_of(model) == {"layers.0.q_proj", "layers.0.k_proj", "lm_head"}
+    assert report.skipped == {"layers.1.q_proj": "in skip", "layers.1.k_proj": "in skip"}
+
+
+def test_the_default_skip_need_not_be_there():
+    qk.replace_linear(nn.Sequential(nn.Linear(64, 64)))
+
+
 def test_report():
     report = qk.replace_linear(Model())
     assert report.bytes_before == 4 * 2 * (64 * 64 + 64 * 32)
@@ -102,8 +113,15 @@ def test_subclasses_are_left_alone():
 
 
 def test_nothing_matched_names_the_nearest():
-    with pytest.raises(ValueError, match=r"replace_linear: targets must match a linear layer, got \['q_prj'\].*q_proj"):
-        qk.replace_linear(Model(), targets=["q_prj"])
+    for targets in (["q_prj"], ["q_proj", "q_prj"], ["layers"]):
+        with pytest.raises(
+            ValueError, match=rf"targets: every name must match a linear layer, got '{targets[-1]}'.*q_proj"
+        ):
+            qk.replace_linear(Model(), targets=targets)
+    with pytest.raises(ValueError, match=r"replace_linear: targets must match a linear layer, got 'q_prj'.*q_proj"):
+        qk.replace_linear(Model(), targets="q_prj")
+    with pytest.raises(ValueError, match=r"skip: every name must match a module, got 'k_prj'; nearest names: .*k_proj"):
+        qk.replace_linear(Model(), skip=["k_prj", "lm_head"])
     with pytest.raises(ValueError, match=r"model must contain nn.Linear layers, got none"):
         qk.replace_linear(nn.ReLU())
 

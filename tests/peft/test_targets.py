@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from torch import nn
 
-from qlora_kernels.peft import LoraConfig, get_peft_model
+from qlora_kernels.peft import (
+    AdaLoraConfig,
+    BitFitConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    UniPELTConfig,
+    get_peft_model,
+)
 from tests.peft.models import make
 
 RULES = [
@@ -72,3 +84,62 @@ def test_unknown_architecture_needs_targets():
 def test_layer_fields_do_not_go_with_a_regex(field):
     with pytest.raises(ValueError, match=field):
         get_peft_model(make("llama"), LoraConfig(target_modules=r".*q_proj", **{field: [0]}))
+
+
+NAMES_OF_NOTHING = [
+    ("llama", LoraConfig(target_modules=["q_proj", "v_porj"]), r"target_modules: \['v_porj'\].*'v_proj'"),
+    ("llama", LoraConfig(target_modules="q_proj"), r"target_modules: 'q_proj' .*regular expression.*'q_proj'"),
+    ("llama", LoraConfig(exclude_modules=["v_porj"]), r"exclude_modules: .*'v_porj'.*'v_proj'"),
+    ("llama", LoraConfig(target_modules="all-linear", exclude_modules=["mlp"]), "exclude_modules: .*'mlp'"),
+    ("llama", LoraConfig(exclude_modules=r".*\.v_porj"), "exclude_modules: .*regular expression"),
+    ("llama", LoraConfig(layers_to_transform=[0, 2]), r"layers_to_transform: .* got \[2\]; there are \[0, 1\]"),
+    ("llama", LoraConfig(layers_to_transform=0, layers_pattern="layrs"), "layers_pattern: 'layrs'.*'layers'"),
+    ("llama", LoraConfig(rank_pattern={"up_proj": 2}), r"rank_pattern: .*\['up_proj'\]"),
+    ("llama", LoraConfig(alpha_pattern={"v_porj": 2}), r"alpha_pattern: .*\['v_porj'\].*'v_proj'"),
+    ("llama", LoraConfig(modules_to_save=["lm_haed"]), "modules_to_save: .*'lm_haed'.*'lm_head'"),
+    ("llama", AdaLoraConfig(total_step=9, target_modules=["q_porj"]), "target_modules: .*'q_proj'"),
+    ("llama", UniPELTConfig(target_modules=["q_porj"]), "target_modules: .*'q_proj'"),
+    ("llama", PromptTuningConfig(modules_to_save="lm_haed"), "modules_to_save: .*'lm_head'"),
+    ("llama", PrefixTuningConfig(modules_to_save="lm_haed"), "modules_to_save: .*'lm_head'"),
+    ("bert", BitFitConfig(biases=["query", "kye"]), "BitFit: biases: .*'kye'.*'key'"),
+    ("bert", BitFitConfig(biases=["word_embeddings"]), "BitFit: biases: .*'word_embeddings'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "message"), NAMES_OF_NOTHING)
+def test_a_name_that_matches_nothing_is_refused(kind, config, message):
+    """Also beside names that match; nothing is changed in the model."""
+    model = make(kind)
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_string_is_one_name(tmp_path):
+    model = get_peft_model(make("llama"), LoraConfig(modules_to_save="lm_head"))
+    assert model.peft_config["default"].modules_to_save == ("lm_head",)
+    assert "base_model.lm_head.weight" in [name for name, p in model.named_parameters() if p.requires_grad]
+    model.save_pretrained(tmp_path, selected_adapters="default")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
+    with pytest.raises(ValueError, match="must be one of"):
+        model.save_pretrained(tmp_path, selected_adapters=["defualt"])
+
+
+def test_a_file_may_name_modules_of_other_models(hf_peft, tmp_path):
+    """People share one list of targets for all models; the tensors of the file say what was adapted."""
+    config = hf_peft.LoraConfig(target_modules=["q_proj", "query_key_value"], modules_to_save=["score"])
+    hf_peft.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
+    assert len(PeftModel.from_pretrained(make("llama"), tmp_path).host.adapted()) == 2
+
+
+def test_a_head_of_another_name_is_asked_for():
+    with pytest.warns(UserWarning, match="name the head to train in modules_to_save"):
+        get_peft_model(make("llama"), LoraConfig(task_type="SEQ_CLS"))
+
+
+def test_all_linear_tells_which_experts_it_leaves_out():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 8, 8))})
+    with pytest.warns(UserWarning, match=r"leaves out 1 expert weights .*experts.up"):
+        get_peft_model(model, LoraConfig(target_modules="all-linear"))
