@@ -93,7 +93,8 @@ class _Finetune:
         with bad_input():
             self.tokenizer = load_tokenizer(dense)
             train_examples = self._encode(corpus.source, corpus.train)
-            self.unseen = self._encode(f"{corpus.source} (its unseen part)", corpus.unseen)[: self.options.eval_windows]
+            unseen = self._encode(f"{corpus.source} (its unseen part)", corpus.unseen) if corpus.unseen else []
+            self.unseen = unseen[: self.options.eval_windows]
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
         if not is_quantized(dense):
@@ -116,7 +117,16 @@ class _Finetune:
         with bad_input():
             if self.options.data == "builtin":
                 return language_reference()
-            return read_corpus(Path(self.options.data), self.options.unseen)
+            corpus = read_corpus(Path(self.options.data), self.options.unseen)
+        if corpus.unused:
+            self._note(f"keys of the data that are not used: {', '.join(corpus.unused)}")
+        if not corpus.unseen:
+            self._note("no data is kept unseen: no perplexity is measured, so the reloaded adapter is not compared")
+        return corpus
+
+    def _note(self, note: str) -> None:
+        self.report.notes.append(note)
+        self.console.say(note)
 
     def _encode(self, source: str, records: Any) -> list[Example]:
         return encode(source, records, self.tokenizer, self.options.seq_len)
@@ -202,7 +212,7 @@ class _Finetune:
     def _finish(self) -> None:
         report, out = self.report, self.options.out
         if self.options.model == "builtin":
-            report.notes = [
+            report.notes += [
                 "the 16-bit base is itself dequantized from Q4_1, so NF4 is compared with that, not with the original",
                 "at this size the 4-bit saving shows in the weights, not in peak memory, which activations and the "
                 "16-bit base that was measured first make up",

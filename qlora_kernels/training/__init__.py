@@ -5,9 +5,10 @@ Plain PyTorch: any model whose forward takes `input_ids` and returns an object w
 
 from .batches import BatchOrder, collate
 from .chunked_loss import ChunkedLoss
+from .corpus import Corpus, language_reference, read_corpus
 from .evaluate import Perplexity, perplexity
 from .loop import StepRecord, TrainConfig, train
-from .records import Chat, Completion, Corpus, DataError, Plain, language_reference, read_corpus
+from .records import Chat, Completion, DataError, Plain
 from .windows import Example, encode
 
 __all__ = [

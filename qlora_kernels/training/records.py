@@ -1,12 +1,16 @@
-"""Records of text, read from files and split into what is trained on and what stays unseen."""
+"""Records of text: what one row of a data file may hold, and its checks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from .strict_json import JSONRefused, parse_json
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which a message carries its reasoning."""
+_KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list"}
 
 
 class DataError(ValueError):
@@ -15,115 +19,122 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Plain:
-    """Running text: every token is learned."""
+    """Running text: every token is learned.   place: where it was read, for messages."""
 
     text: str
+    place: str = field(default="", compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Only the completion's tokens are learned."""
+    """Only the completion's tokens are learned.   place: where it was read, for messages."""
 
     prompt: str
     completion: str
+    place: str = field(default="", compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, written out by the tokenizer's chat template; only the assistant's turns are learned."""
+    """A conversation, written out by the tokenizer's chat template; only the assistant's turns are learned.
 
-    messages: tuple[dict[str, str], ...]
+    messages: dicts with at least "role"; every key reaches the template.   tools: the functions that the model is
+    offered, as JSON schemas.   place: where it was read, for messages.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    place: str = field(default="", compare=False, repr=False, kw_only=True)
 
 
 Record = Plain | Completion | Chat
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Records to train on, and records of the same kind that training never sees.   source: for messages."""
+def parse_record(place: str, value: Any) -> Record:
+    """The record that a row holds: {"text"}, {"prompt", "completion"} or {"messages"}, the last with "tools" or not.
 
-    source: str
-    train: tuple[Record, ...]
-    unseen: tuple[Record, ...]
-
-
-def read_corpus(path: Path, unseen_fraction: float) -> Corpus:
-    """A .jsonl file, one record a line, or any other file as UTF-8 text.
-
-    A line holds {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}, all values strings.
-    unseen_fraction: of the records, spread evenly over the file; of a text, its end, cut at a paragraph or a space.
-    Raises DataError, with the line's number, for anything else; and where nothing is left for one of the two parts.
+    place: for messages.   value: of any type. Other keys are ignored (`unused_keys` lists them).
+    Raises DataError where the row is none of these.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#04x}") from error
-    if not text.strip():
-        raise DataError(f"{path}: must hold text, got an empty file")
-    if path.suffix != ".jsonl":
-        return _split_text(str(path), text, unseen_fraction)
-    lines = enumerate(text.splitlines(), start=1)
-    records = [_parse(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    return _split_records(str(path), records, unseen_fraction)
-
-
-def language_reference() -> Corpus:
-    """Python's language reference, which comes with Python itself: every eighth topic, by name, stays unseen."""
-    from pydoc_data.topics import topics
-
-    texts = [topics[name].strip() for name in sorted(topics)]
-    return _split_records("builtin", [Plain(text) for text in texts if text], 1 / 8)
-
-
-def _split_text(source: str, text: str, unseen_fraction: float) -> Corpus:
-    wanted = round(len(text) * (1 - unseen_fraction))
-    paragraph = text.rfind("\n\n", wanted // 2, wanted)
-    cut = paragraph if paragraph > 0 else max(text.rfind(space, 0, wanted) for space in " \n")
-    if cut <= 0:
-        raise DataError(f"{source}: must be long enough to keep a part unseen, got {len(text)} characters")
-    return Corpus(source, (Plain(text[:cut].strip()),), (Plain(text[cut:].strip()),))
-
-
-def _split_records(source: str, records: Sequence[Record], unseen_fraction: float) -> Corpus:
-    if len(records) < 2:
-        raise DataError(f"{source}: must hold at least 2 records, one to train on and one unseen, got {len(records)}")
-    every = max(2, round(1 / unseen_fraction))
-    last = min(every, len(records)) - 1
-    unseen = tuple(record for i, record in enumerate(records) if i % every == last)
-    train = tuple(record for i, record in enumerate(records) if i % every != last)
-    return Corpus(source, train, unseen)
-
-
-def _parse(place: str, line: str) -> Record:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: must be JSON, got {_excerpt(line)} ({error.msg})") from error
     if isinstance(value, dict):
-        if _has_texts(value, "text"):
-            return Plain(value["text"])
-        if _has_texts(value, "prompt", "completion"):
-            return Completion(value["prompt"], value["completion"])
         if "messages" in value:
-            return _parse_chat(place, value["messages"])
+            tools = _list_of_objects(place, "tools", value.get("tools"))
+            return Chat(_messages(place, value["messages"]), tools, place=place)
+        if "prompt" in value and "completion" in value:
+            prompt, completion = _string(place, value, "prompt"), _string(place, value, "completion")
+            return Completion(prompt, completion, place=place)
+        if "text" in value:
+            return Plain(_string(place, value, "text"), place=place)
     raise DataError(
-        f'{place}: must hold {{"text"}}, {{"prompt", "completion"}} or {{"messages"}}, got {_excerpt(line)}'
+        f'{place}: must hold {{"text"}}, {{"prompt", "completion"}} or {{"messages"}}, got {excerpt(value)}'
     )
 
 
-def _parse_chat(place: str, messages: Any) -> Chat:
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and _has_texts(message, "role", "content") for message in messages
-    ):
-        raise DataError(f'{place}: messages must be a list of {{"role": str, "content": str}}')
-    if not any(message["role"] == "assistant" for message in messages):
+def unused_keys(value: Mapping[str, Any]) -> set[str]:
+    """Keys of a row that `parse_record` ignored."""
+    for used in ({"messages", "tools"}, {"prompt", "completion"}, {"text"}):
+        if used - {"tools"} <= value.keys():
+            return set(value) - used
+    return set(value)
+
+
+def excerpt(value: Any) -> str:
+    """A short form of a value for a message: a string's beginning, an object's keys, or the kind of value."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    if isinstance(value, dict):
+        keys = ", ".join(repr(key[:30]) for key in list(value)[:6])
+        return f"the keys {keys}{', ...' if len(value) > 6 else ''}" if value else "no key"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return excerpt(", ".join(value))
+    return _KINDS[type(value)]
+
+
+def _string(place: str, row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise DataError(f"{place}: must hold a string under {key!r}, got {excerpt(row[key])}")
+    return str(row[key])
+
+
+def _messages(place: str, messages: Any) -> tuple[Mapping[str, Any], ...]:
+    rule = f'{place}: messages must be a list of {{"role": str, "content": str}}'
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{rule}, got {excerpt(messages)}")
+    checked = tuple(_message(f"{rule}; messages[{i}]", message) for i, message in enumerate(messages))
+    if not any(message["role"] == "assistant" for message in checked):
         raise DataError(f"{place}: messages must hold a turn of the assistant, which is what is learned")
-    return Chat(tuple({"role": message["role"], "content": message["content"]} for message in messages))
+    return checked
 
 
-def _has_texts(value: dict[str, Any], *keys: str) -> bool:
-    return all(isinstance(value.get(key), str) for key in keys)
+def _message(place: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message without the keys that are null."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    role = kept.get("role")
+    if not isinstance(role, str):
+        raise DataError(f"{place} must hold a string under 'role', got {excerpt(role)}")
+    for key in ("content", *REASONING):
+        if not isinstance(kept.get(key, ""), str):
+            raise DataError(
+                f"{place} must hold a string under {key!r}, got {excerpt(kept[key])}; content in parts, such as "
+                "images, is not supported"
+            )
+    if "tool_calls" in kept:
+        kept["tool_calls"] = list(_list_of_objects(place, "tool_calls", kept["tool_calls"]))
+    carriers = ("content", "tool_calls", *REASONING) if role == "assistant" else ("content",)
+    if not any(key in kept for key in carriers):
+        raise DataError(f"{place}, of role {excerpt(role)}, must hold {' or '.join(carriers)}")
+    return kept
 
 
-def _excerpt(line: str) -> str:
-    return repr(line if len(line) <= 60 else line[:57] + "...")
+def _list_of_objects(place: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    """`value` as a tuple of dicts; a string is parsed as JSON, because tables cannot hold objects of mixed kinds."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except JSONRefused as error:
+            raise DataError(f"{place}: {key} must be a list of objects, got {excerpt(value)} ({error})") from error
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{place}: {key} must be a list of objects, got {excerpt(value)}")
+    return tuple(value)

@@ -162,6 +162,19 @@ def test_killed_and_resumed_is_the_same_run(capsys, model, text, tmp_path):
         assert torch.equal(tensor, load_file(killed / "adapter" / "adapter_model.safetensors")[name]), name
 
 
+@pytest.mark.parametrize(("unseen", "measured"), [("0", False), ("0.9", True)])
+def test_unseen_fractions(capsys, model, tmp_path, unseen, measured):
+    rows = [{"prompt": "count ", "completion": "one two", "id": i} for i in range(20)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = finetune(capsys, model, data, tmp_path, "--unseen", unseen, "--eval-windows", "99")
+    assert len(report["steps"]) == 6
+    predictions_of_a_row = len("one two") + 1
+    assert report["predictions"] == (18 * predictions_of_a_row if measured else 0)
+    assert ("NF4 + adapter, reloaded" in report["perplexity"]) == measured
+    assert "keys of the data that are not used: id" in report["notes"]
+    assert any("no perplexity is measured" in note for note in report["notes"]) != measured
+
+
 def refused(capsys, *argv) -> str:
     """The one line of an exit with code 2."""
     try:

@@ -1,14 +1,14 @@
-"""From files to windows: what is learned, what stays unseen, and what is refused with which words."""
+"""From records to windows of tokens with labels, and from those to batches."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qlora_kernels.training import Chat, Completion, DataError, Plain, encode, language_reference, read_corpus
+from qlora_kernels.training import Chat, Completion, DataError, Plain, encode
 from qlora_kernels.training.batches import BatchOrder, collate
 from qlora_kernels.training.windows import IGNORED, Example
-from tests.support.tiny_model import write_jsonl, write_tokenizer
+from tests.support.tiny_model import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -22,53 +22,6 @@ def tokenizer(tmp_path_factory):
 
 def learned(example: Example, tokenizer) -> str:
     return tokenizer.decode(example.input_ids[example.labels != IGNORED])
-
-
-def test_jsonl_kinds_and_split(tmp_path):
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    records = [{"text": str(i)} for i in range(8)] + [{"prompt": "p", "completion": "c"}, {"messages": chat}]
-    corpus = read_corpus(write_jsonl(tmp_path / "data.jsonl", records), unseen_fraction=0.2)
-    assert corpus.unseen == (Plain("4"), Chat(tuple(chat)))
-    assert corpus.train[-1] == Completion("p", "c")
-    assert len(corpus.train) == 8
-
-
-def test_text_is_cut_between_paragraphs(tmp_path):
-    path = tmp_path / "data.txt"
-    path.write_text("a b c d\n\n" * 50)
-    corpus = read_corpus(path, unseen_fraction=0.1)
-    assert "\n\n".join([corpus.train[0].text, corpus.unseen[0].text]) == path.read_text().strip()
-    assert corpus.unseen[0].text.startswith("a b c d\n\n")
-    assert 0.05 < len(corpus.unseen[0].text) / len(path.read_text()) < 0.15
-
-
-def test_language_reference():
-    corpus = language_reference()
-    assert len(corpus.train) > 6 * len(corpus.unseen) > 0
-    assert not set(corpus.train) & set(corpus.unseen)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: must be JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', r'a\.jsonl:2: must hold \{"text"\}'),
-        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: must hold"),
-        ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: must hold"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: messages must be a list"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "a turn of the assistant"),
-        ("a.jsonl", b'{"text": "x"}\n', "at least 2 records"),
-        ("a.jsonl", b" \n", "empty file"),
-        ("a.txt", b"", "empty file"),
-        ("a.txt", b"word", "long enough to keep a part unseen"),
-        ("a.txt", b"\xff\xfe", "must be UTF-8 text, got byte 0xff"),
-    ],
-)
-def test_refusals(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_corpus(path, unseen_fraction=0.1)
 
 
 def test_plain_texts_are_packed_with_an_end_between(tokenizer):

@@ -1,0 +1,117 @@
+"""Data files: from a path to its rows, or to its running text, by the file's suffix."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .records import DataError, excerpt
+from .strict_json import JSONRefused, parse_json
+
+LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Suffix -> the delimiter of its columns."""
+TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
+SUFFIXES = (*LINES, ".json", *TABLES, *TEXTS)
+
+
+class Row(NamedTuple):
+    """place: the file and the line or record number, for messages.   value: one record as parsed, not yet checked."""
+
+    place: str
+    value: Any
+
+
+def read_file(path: Path) -> list[Row] | str:
+    """The rows of a file of records, or the text of a file of running text.
+
+    The suffix, in any case, decides: .jsonl and .ndjson hold one JSON value a line; .json holds an array of values, or
+    one value a line; .csv and .tsv hold a header and one record a line; .txt, .text, .md, .markdown and .rst are
+    running text. Files are UTF-8, with or without a byte order mark; line ends are LF, CRLF or CR.
+    Raises DataError, naming the place, for any other suffix, for a folder and for content that is not of its kind.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: must be a file, got a folder")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: must end in one of {' '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}; convert the data to "
+            "JSON lines, or rename a text to .txt to train on it as running text"
+        )
+    text = _decode(path)
+    if not text.strip():
+        raise DataError(f"{path}: must hold text, got an empty file")
+    if suffix in TEXTS:
+        return text
+    if suffix in TABLES:
+        return list(_table_rows(path, text, TABLES[suffix]))
+    if suffix == ".json" and not _is_one_value_a_line(text):
+        return _array_rows(path, text)
+    return list(_line_rows(path, text))
+
+
+def _decode(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+    # Only these end a line. U+2028, U+2029 and U+0085, which str.splitlines takes too, are characters of a JSON string.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_rows(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield Row(place, _parse(place, line))
+
+
+def _is_one_value_a_line(text: str) -> bool:
+    """Whether a .json file is JSON lines, which many programs write under that suffix."""
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith("["):
+        return False
+    try:
+        parse_json(first)
+    except JSONRefused:
+        return False
+    return True
+
+
+def _array_rows(path: Path, text: str) -> list[Row]:
+    values = _parse(str(path), text)
+    if not isinstance(values, list):
+        raise DataError(f"{path}: must hold an array of records, or one record a line, got {excerpt(values)}")
+    return [Row(f"{path}: record {number}", value) for number, value in enumerate(values, start=1)]
+
+
+def _parse(place: str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except JSONRefused as error:
+        raise DataError(f"{place}: must be JSON, got {excerpt(text)} ({error})") from error
+
+
+def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    """One dict of strings for each row, by the header's names."""
+    limit = csv.field_size_limit(len(text) + 1)  # the module's own is 128 KiB, for the whole process
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next(rows)]
+        if len(set(header)) < len(header) or "" in header:
+            raise DataError(f"{path}:1: must begin with a header of different names, got {excerpt(header)}")
+        for cells in rows:
+            place = f"{path}:{rows.line_num}"
+            if not cells:
+                continue  # an empty line
+            if len(cells) != len(header):
+                raise DataError(f"{place}: must hold {len(header)} cells, as the header does, got {len(cells)}")
+            yield Row(place, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: must be cells with {delimiter!r} between ({error})") from error
+    finally:
+        csv.field_size_limit(limit)

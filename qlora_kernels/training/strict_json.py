@@ -1,0 +1,60 @@
+"""JSON as RFC 8259 defines it: the values that Python's parser accepts or loses in silence are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+
+
+class JSONRefused(ValueError):
+    """The text is not JSON, or holds a value that cannot be kept. The message is a short clause without the text."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises JSONRefused for malformed text, NaN and Infinity, numbers beyond float64 or 4300 digits, a key that occurs
+    twice in one object, nesting too deep for Python's parser, and an escaped half of a surrogate pair without the
+    other half, which UTF-8 cannot hold.
+    """
+    try:
+        value = json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise JSONRefused(error.msg) from error
+    except UnicodeEncodeError as error:
+        raise JSONRefused("half of a surrogate pair, which UTF-8 cannot hold") from error
+    except RecursionError as error:
+        raise JSONRefused("nested too deeply") from error
+    except JSONRefused:
+        raise
+    except ValueError as error:  # an integer with more digits than Python converts
+        raise JSONRefused("an integer with too many digits") from error
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise JSONRefused(f"{name} is not a JSON value")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JSONRefused("a number beyond the range of float64")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in value if keys.count(key) > 1)
+        raise JSONRefused(f"the key {twice[:40]!r} occurs twice in one object")
+    return value
