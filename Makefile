@@ -117,9 +117,9 @@ wheels: $(READY)
 	done
 	$(PYTHON) -m python.build_support.check_wheels $(DIST) $(WHEEL_ENVIRONMENTS)
 
-# Every kernel x config compiled for every architecture, into docs/kernels; kernels-gate: CI's subset, the same gates.
+# Every kernel x config compiled for every architecture, into out/kernels; kernels-gate: CI's subset, the same gates.
 kernels-report: $(READY)
-	$(PYTHON) -m python.kernels_report --out docs/kernels
+	$(PYTHON) -m python.kernels_report --summary docs/kernels/summary.md
 
 # On a machine with a CUDA device: GPU tests, compute-sanitizer, benchmarks; writes bench/results/<gpu>.jsonl.
 gpu-check: $(READY)

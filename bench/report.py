@@ -6,14 +6,17 @@ Markdown, so that the same text stands in docs/benchmarks.md (`--update docs/ben
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .targets import Row, Verdict, judge
+from .row_file import Row, read_rows, write_rows
+from .targets import Verdict, judge
 
 BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
+
+CAUSES = "docs/notebook/missed-targets.md"
+"""The page with one heading for each missed target and the measured cause below it."""
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "bf16_dot": "GFLOP/s", "fma": "GFLOP/s"}
 
@@ -31,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", type=Path, metavar="PAGE", help="replace the marked part of this page")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="write the merged rows to this file")
     options = parser.parse_args(arguments)
-    rows = merge(json.loads(line) for file in options.files for line in file.read_text().splitlines())
+    rows = merge(row for file in options.files for row in read_rows(file))
     if options.merge:
-        options.merge.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(options.merge, rows)
     if options.update:
         before, _, rest = options.update.read_text().partition(BEGIN)
         after = rest.partition(END)[2]
@@ -123,12 +126,8 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
     if not lines:
         return ""
     table = _markdown(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
-    causes = [
-        f"- {verdict.target.name}: {verdict.target.cause}"
-        for verdict in verdicts
-        if verdict.status == "missed" and verdict.target.cause
-    ]
-    explained = ["Causes of what is missed:", "\n".join(causes)] if causes else []
+    missed = any(verdict.status == "missed" for verdict in verdicts)
+    explained = [f"Why targets are missed: `{CAUSES}`."] if missed else []
     return "\n\n".join(["### Targets", table, *explained])
 
 

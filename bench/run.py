@@ -26,9 +26,8 @@ from .machine import ROOT, cache_bytes, provenance
 from .peaks import Peak, measure_peaks
 from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite, suites
 from .report import print_report
+from .row_file import Row, RowWriter
 from .timing import Budget, Entrant, Timing, measure
-
-Row = dict[str, Any]
 
 WORKING_SET = 4
 """Cold weights fill this many last-level caches before one is seen again."""
@@ -43,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     budget = QUICK if options.quick else Budget(seconds=options.seconds)
     rows = []
-    for row in run(options.device, options.only, quick=options.quick, isa=options.isa, budget=budget):
-        rows.append(row)
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if options.json:
-            print(json.dumps(row), flush=True)
+    with contextlib.ExitStack() as files:
+        # Line buffering: a run that is interrupted leaves every row it has measured.
+        out = RowWriter(files.enter_context(options.out.open("a", buffering=1))) if options.out else None
+        for row in run(options.device, options.only, quick=options.quick, isa=options.isa, budget=budget):
+            rows.append(row)
+            if out:
+                out.write(row)
+            if options.json:
+                print(json.dumps(row), flush=True)
     if not options.json:
         print_report(rows, targets=not options.quick)
     return int(any(row["gate"] != "green" for row in rows))

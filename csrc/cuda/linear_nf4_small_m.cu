@@ -10,8 +10,8 @@
 // code values: absmax multiplies the sum of eight. Rows of w must be whole 32-weight pieces: K % 32 == 0.
 //
 // At M = 1 the bound is instruction issue, so nothing is computed twice: indices count pieces in 32 bits, the
-// pipeline's slot is carried along, and only rows of x that a tile may lack are tested for (docs/kernels.md has the
-// counts).
+// pipeline's slot is carried along, and only rows of x that a tile may lack are tested for. docs/notebook has the
+// counts.
 #include "launchers.h"
 #include "qlora/floats.cuh"
 #include "qlora/launch.cuh"

@@ -55,7 +55,7 @@ FUSED_EFFICIENCY = 0.5
 """Share of the library's matmul rate that a fused main loop is assumed to reach: the conservative end of published
 kernels that decode 4-bit weights in registers."""
 DECODE_INSTRUCTIONS = 8.0
-"""SASS instructions per decoded weight in a fused main loop, all else of the loop included (docs/kernels/report.md)."""
+"""SASS instructions per decoded weight in a fused main loop, all instructions of the loop included (kernels report)."""
 SMALL_M_INSTRUCTIONS = {1: 5.2, 2: 7.8}
 """The same of the small_m main loop, products included, by rows of x. Three rows take over 9, and in fp32 they spill on
 sm_120."""

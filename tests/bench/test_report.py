@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+
+import pytest
 
 from bench import report
+from bench.row_file import read_rows, write_rows
 from bench.targets import TARGETS, judge
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
 
 ROW = {
     "op": "linear_nf4",
@@ -115,3 +123,23 @@ def test_state_bytes_stand_beside_the_times():
     step = {**ROW, "op": "adamw_step", "case": "160M", "mode": "cold", "state_bytes_per_element": 8.0}
     text = report.report([step, {**step, "contender": "ours 8-bit", "state_bytes_per_element": 2.031}])
     assert "| 160M | 8.00 | 2.03       |" in text
+
+
+def test_row_file_writes_provenance_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [ROW, {**ROW, "M": 2}, {**ROW, "isa": "avx512"}]
+    write_rows(path, rows)
+    assert list(read_rows(path)) == rows
+    lines = path.read_text().splitlines()
+    assert [("provenance" in json.loads(line)) for line in lines] == [True, False, False, True, False]
+    assert "a machine" not in lines[1]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_missed_target_of_committed_rows_has_a_cause(path):
+    page = (ROOT / report.CAUSES).read_text()
+    explained = {name for heading in re.findall(r"^## (.+)$", page, re.MULTILINE) for name in heading.split("; ")}
+    assert explained <= {target.name for target in TARGETS}
+    verdicts = judge(read_rows(path))
+    assert verdicts
+    assert {verdict.target.name for verdict in verdicts if verdict.status == "missed"} <= explained

@@ -87,6 +87,15 @@ def test_a_broken_gate_fails_the_command(monkeypatch, tmp_path, capsys):
     assert "no spills" in (tmp_path / "report.md").read_text().split("Broken:")[1]
 
 
+def test_summary_has_one_line_for_each_kernel(monkeypatch, tmp_path):
+    page = tmp_path / "summary.md"
+    rows = [GOOD, replace(GOOD, registers=GOOD.registers + 8), replace(CODEC, arch=80)]
+    assert run_report(monkeypatch, rows, "--out", str(tmp_path), "--summary", str(page)) == 0
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 60
+    assert sum(line.startswith(f"| {GOOD.source} | {GOOD.kernel} | 2 | {GOOD.registers} to") for line in lines) == 1
+
+
 def test_architectures_merge_into_one_report(monkeypatch, tmp_path):
     out = ("--out", str(tmp_path))
     assert run_report(monkeypatch, [replace(GOOD, spills=1), replace(CODEC, arch=80)], *out) == 1

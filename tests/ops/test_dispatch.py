@@ -167,7 +167,7 @@ def count_of_ours(called):
 def test_a_call_runs_few_functions_of_ours_and_the_dispatcher_once():
     """A function takes about a tenth of a microsecond, and on small layers the sum of them is most of a call's time.
 
-    What raises a bound should be worth it: measure a 64x64 layer at M = 1 before and after (docs/kernels.md, "CPU").
+    What raises a bound should be worth it: measure a 64x64 layer at M = 1 before and after (docs/notebook).
     """
     layer, x = qk.LinearNF4.from_linear(nn.Linear(64, 64, bias=False)), gaussian(1, 64)
     config = qk.peft.LoraConfig(r=8, target_modules=["0"])

@@ -57,7 +57,7 @@ __device__ __forceinline__ void first_levels(float (&to)[COUNT], const Absmax& c
 }
 
 // The 16 code values in shared memory: 16 banks, one wavefront for any 32 indices. Measured against the alternatives in
-// docs/kernels.md.
+// docs/kernels/cuda.md.
 struct CodeTable {
     float value[16];
 

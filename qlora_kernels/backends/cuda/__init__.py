@@ -1,6 +1,6 @@
 """Hand-written CUDA kernels (csrc/cuda) behind torch's stable ABI: one library for every torch from 2.10 on.
 
-docs/kernels.md says for which problems these kernels are the default and for which Triton's are.
+docs/kernels/cuda.md says for which problems these kernels are the default and for which Triton's are.
 """
 
 from __future__ import annotations

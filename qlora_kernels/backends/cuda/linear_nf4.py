@@ -4,7 +4,7 @@
     rows <= FUSED_ROWS        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
 
-The bounds follow from the bytes each way moves (docs/kernels.md); they are not measured on a GPU.
+The bounds follow from the bytes each way moves (docs/kernels/cuda.md); they are not measured on a GPU.
 """
 
 from __future__ import annotations

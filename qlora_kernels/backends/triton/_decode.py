@@ -3,7 +3,7 @@
 The 16 code values live in a warp, not in memory: lane l keeps code[l % 16], and a value is one shuffle whose source
 lane is the 4-bit index. That costs one shift and one shuffle per weight: no table in shared memory, no bank conflict,
 no layout change, so the compiler may decode straight into a matmul's register operand. The whole dequantize kernel
-takes 4.2..5.5 SASS instructions per weight (docs/kernels/report.md), where a tree of selects took 17, tl.gather 8.
+takes 4.2..5.5 SASS instructions per weight (docs/kernels/summary.md), where a tree of selects took 17, tl.gather 8.
 
 Inline PTX has no meaning in the interpreter, so `INTERPRETED` selects a twin in plain Triton there.
 """

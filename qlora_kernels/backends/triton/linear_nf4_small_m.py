@@ -1,7 +1,7 @@
 """y = x W^T for one or two rows, without a tensor core: products in fp32, bound by reading the packed weight.
 
 tl.dot multiplies at least 16 rows; with one, decoding and fragment layouts are nearly all its work. Here a warp
-decodes its rows of W straight into multiply-adds. How this compares, in instructions a weight: docs/kernels.md.
+decodes its rows of W straight into multiply-adds. How this compares, in instructions a weight: docs/kernels/triton.md.
 """
 
 from __future__ import annotations
