@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from ..training import (
     ChunkedLoss,
     Corpus,
     Example,
+    Record,
     StepRecord,
-    encode,
+    encode_rows,
     language_reference,
     perplexity,
     read_corpus,
@@ -92,8 +94,8 @@ class _Finetune:
         dense = dense_folder(self.options.model, self.options.cache_folder, self.console)
         with bad_input():
             self.tokenizer = load_tokenizer(dense)
-            train_examples = self._encode(corpus.source, corpus.train)
-            unseen = self._encode(f"{corpus.source} (its unseen part)", corpus.unseen) if corpus.unseen else []
+            train_examples = self._encode("train", corpus.source, corpus.train)
+            unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen)
             self.unseen = unseen[: self.options.eval_windows]
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
@@ -128,8 +130,13 @@ class _Finetune:
         self.report.notes.append(note)
         self.console.say(note)
 
-    def _encode(self, source: str, records: Any) -> list[Example]:
-        return encode(source, records, self.tokenizer, self.options.seq_len)
+    def _encode(self, part: str, source: str, records: Sequence[Record]) -> list[Example]:
+        if not records:
+            return []
+        examples, rows = encode_rows(source, records, self.tokenizer, self.options.seq_len)
+        self.report.rows[part] = rows
+        self.console.say(f"{part}: {rows}")
+        return examples
 
     def _quantize(self, dense: Path) -> Path:
         options = self.options

@@ -125,9 +125,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--data",
         required=True,
-        metavar="JSONL|TXT|builtin",
-        help='lines of {"text"}, {"prompt", "completion"} or {"messages"}; running text; or builtin: the language '
-        "reference that comes with Python",
+        metavar="FILE|builtin",
+        help='.jsonl, .json or .csv with rows of {"text"}, {"prompt", "completion"} or {"messages"}; .txt or .md with '
+        "running text; or builtin: the language reference that comes with Python",
     )
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for adapter, report, loss curve")
     files.add_argument("--cache", type=Path, metavar="DIR", help="folder for converted models (default: OUT/cache)")

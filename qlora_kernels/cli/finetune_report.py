@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..io.atomic import file_appearing_by_rename
-from ..training import StepRecord
+from ..training import RowCounts, StepRecord
 from .console import megabytes
 
 
@@ -16,6 +16,7 @@ from .console import megabytes
 class FinetuneReport:
     """Filled as the command goes on.
 
+    rows: of the data, by part ("train", "unseen"): how many were kept, cut and dropped, and why.
     perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
     bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
     seconds: by stage.
@@ -24,6 +25,7 @@ class FinetuneReport:
     model: str
     data: str
     out: str
+    rows: dict[str, RowCounts] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     predictions: int = 0
     layers: int = 0
@@ -47,7 +49,7 @@ class FinetuneReport:
 
     def table(self) -> str:
         """For people."""
-        rows: list[tuple[str, str]] = []
+        rows = [(f"data, {part}", str(counts)) for part, counts in self.rows.items()]
         if self.perplexity:
             rows.append(("perplexity on unseen text", f"({self.predictions:,} predictions)"))
             rows += [(f"  {name}", f"{value:.3f}") for name, value in self.perplexity.items()]

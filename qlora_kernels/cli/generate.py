@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..peft import PeftModel
-from .arguments import Subparsers, add_command, bad_input, not_negative_float, positive
+from ..training import TextTokens, write_chat
+from .arguments import Subparsers, UsageError, add_command, bad_input, not_negative_float, positive
 from .console import Console
 from .model_source import add_base, load_base
 
@@ -39,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
             model = PeftModel.from_pretrained(model, arguments.adapter)
     prompt = arguments.prompt
     if arguments.chat:
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        with bad_input():
+            prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True)
     torch.manual_seed(arguments.seed)
     text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
     if arguments.json:
@@ -52,16 +53,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0) -> str:
-    """What the model writes after `prompt`.   temperature: 0 for greedy."""
+    """What the model writes after `prompt`, which is tokenized as in training.   temperature: 0 for greedy.
+
+    Raises UsageError where the prompt holds no token.
+    """
     model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = TextTokens(tokenizer).ids(prompt)
+    if not ids:
+        raise UsageError("--prompt must hold at least one token, got an empty text")
+    input_ids = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     return text

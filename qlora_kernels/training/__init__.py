@@ -4,12 +4,14 @@ Plain PyTorch: any model whose forward takes `input_ids` and returns an object w
 """
 
 from .batches import BatchOrder, collate
+from .chat_text import write_chat
 from .chunked_loss import ChunkedLoss
 from .corpus import Corpus, language_reference, read_corpus
 from .evaluate import Perplexity, perplexity
 from .loop import StepRecord, TrainConfig, train
-from .records import Chat, Completion, DataError, Plain
-from .windows import Example, encode
+from .records import Chat, Completion, DataError, Plain, Record
+from .text_tokens import TextTokens
+from .windows import Encoding, Example, RowCounts, encode, encode_rows
 
 __all__ = [
     "BatchOrder",
@@ -18,15 +20,21 @@ __all__ = [
     "Completion",
     "Corpus",
     "DataError",
+    "Encoding",
     "Example",
     "Perplexity",
     "Plain",
+    "Record",
+    "RowCounts",
     "StepRecord",
+    "TextTokens",
     "TrainConfig",
     "collate",
     "encode",
+    "encode_rows",
     "language_reference",
     "perplexity",
     "read_corpus",
     "train",
+    "write_chat",
 ]

@@ -1,27 +1,20 @@
-"""From records to token windows with labels."""
+"""From records to token windows with labels, and what became of every row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .records import Chat, Completion, DataError, Plain, Record
+from .chat_text import ChatTokenizer
+from .records import Completion, DataError, Plain, Record
+from .text_tokens import MarkedTokens, TextTokens, Tokenizer
 
 IGNORED = -100
 """Label of a token that is not learned."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    eos_token_id: int | None
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
-
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
 
 
 class Example(NamedTuple):
@@ -31,68 +24,146 @@ class Example(NamedTuple):
     labels: Tensor
 
 
-def encode(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
-    """Plain texts are joined by the end-of-text token and cut into windows of seq_len; the last, shorter rest is left.
+@dataclass
+class RowCounts:
+    """What became of the rows of a corpus.
 
-    Prompts with completions and conversations become one example each, cut at seq_len, without what has no learned
-    token left.   source: for messages.
-    Raises DataError where not one example comes of it.
+    kept: rows of which every token is used.   cut: rows of which tokens beyond a window's end are not used.
+    dropped: reason -> rows of which nothing is used.   context_turns: turns of the assistant that are not learned,
+    because the chat template rewrites them once others follow.   straddling: prompts that end inside a token, which
+    the tokenizer therefore splits otherwise when it gets the prompt alone.
     """
-    stream: list[int] = []
+
+    kept: int = 0
+    cut: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    context_turns: int = 0
+    straddling: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return self.kept + self.cut + sum(self.dropped.values())
+
+    def drop(self, reason: str) -> None:
+        """One more dropped row."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows: {self.kept:,} whole"]
+        parts += [f"{self.cut:,} cut"] if self.cut else []
+        parts += [f"{number:,} dropped ({reason})" for reason, number in self.dropped.items()]
+        parts += [f"earlier turns as context only: {self.context_turns:,}"] if self.context_turns else []
+        parts += [f"prompts that end inside a token: {self.straddling:,}"] if self.straddling else []
+        return ", ".join(parts)
+
+
+class Encoding(NamedTuple):
+    """examples: what training takes.   rows: what became of the records."""
+
+    examples: list[Example]
+    rows: RowCounts
+
+
+def encode(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
+    """The examples of `encode_rows`."""
+    return encode_rows(source, records, tokenizer, seq_len).examples
+
+
+def encode_rows(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> Encoding:
+    """Examples of at most seq_len tokens, whose ids are the tokenizer's for the whole text (`text_tokens.TextTokens`).
+
+    Plain: each record is a document. Documents are joined by the end-of-text token and cut into windows of seq_len; the
+    last, shorter rest is left. Where the tokenizer begins a text with a token, so does each document and each window.
+    Completion: one example, prompt and completion as one text, then the end-of-text token.
+    Chat: one example, the conversation in the chat template, up to the assistant's last turn.
+    The latter two are cut at seq_len; an example without a learned token left is dropped. A token that holds characters
+    of both a prompt and a completion is learned.
+    source: for messages.
+    Raises DataError for a seq_len too short to predict a token, for a conversation that the chat template refuses, and
+    where not one example comes of the records.
+    """
+    texts = TextTokens(tokenizer)
+    shortest = len(texts.before) + 2
+    if seq_len < shortest:
+        raise DataError(f"{source}: --seq-len must be >= {shortest} to predict a token, got {seq_len}")
+    rows = RowCounts()
+    documents = _Documents(texts)
+    conversations = ChatTokenizer(texts)
     examples: list[Example] = []
     for record in records:
         if isinstance(record, Plain):
-            if stream and tokenizer.eos_token_id is not None:
-                stream.append(tokenizer.eos_token_id)
-            stream += _ids(tokenizer, record.text)
-        else:
-            examples += _cut(_spans(source, record, tokenizer), seq_len)
-    for start in range(0, len(stream) - seq_len + 1, seq_len):
-        window = torch.tensor(stream[start : start + seq_len])
-        examples.append(Example(window, window))
-    if not examples:
-        raise DataError(
-            f"{source}: must fill a window of {seq_len} tokens, got {len(stream)}; use more text or a shorter --seq-len"
-            if stream
-            else f"{source}: must hold a completion that begins within {seq_len} tokens; use a longer --seq-len"
-        )
-    return examples
-
-
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _spans(source: str, record: Completion | Chat, tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Runs of tokens, each with whether it is learned."""
-    if isinstance(record, Completion):
-        yield _ids(tokenizer, record.prompt), False
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        yield _ids(tokenizer, record.completion) + end, True
-        return
-    written = ""
-    for i, message in enumerate(record.messages):
-        if message["role"] != "assistant":
+            if record.text:
+                documents.add(record.text)
+            else:
+                rows.drop("empty text")
             continue
-        for until, generation_prompt in ((i, True), (i + 1, False)):
-            if until == 0:
-                continue  # templates refuse to write nothing; a conversation may begin with the assistant
-            text = tokenizer.apply_chat_template(
-                list(record.messages[:until]), tokenize=False, add_generation_prompt=generation_prompt
-            )
-            if not text.startswith(written):
-                raise DataError(f"{source}: the chat template must only append as turns are added, to tell them apart")
-            yield _ids(tokenizer, text[len(written) :]), not generation_prompt
-            written = text
+        if isinstance(record, Completion):
+            tokens = _completion(texts, record)
+        else:
+            tokens, context_turns = conversations.encode(record)
+            rows.context_turns += context_turns
+        rows.straddling += tokens.straddling
+        example = _example(tokens, seq_len)
+        if bool((example.labels[1:] == IGNORED).all()):
+            rows.drop(f"no learned token within {seq_len} tokens")
+            continue
+        rows.cut += len(tokens.ids) > seq_len
+        rows.kept += len(tokens.ids) <= seq_len
+        examples.append(example)
+    examples += [Example(window, window) for window in map(torch.tensor, documents.windows(seq_len, rows))]
+    if not examples and documents.stream:
+        filled = f"must fill a window of {seq_len} tokens, got {len(documents.stream)}"
+        raise DataError(f"{source}: {filled}; use more text or a shorter --seq-len")
+    if not examples:
+        raise DataError(f"{source}: must hold a completion that begins within {seq_len} tokens; use a longer --seq-len")
+    return Encoding(examples, rows)
 
 
-def _cut(spans: Iterator[tuple[list[int], bool]], seq_len: int) -> list[Example]:
-    ids: list[int] = []
-    labels: list[int] = []
-    for tokens, learned in spans:
-        ids += tokens
-        labels += tokens if learned else [IGNORED] * len(tokens)
-    ids, labels = ids[:seq_len], labels[:seq_len]
-    if all(label == IGNORED for label in labels[1:]):
-        return []
-    return [Example(torch.tensor(ids), torch.tensor(labels))]
+def _completion(texts: TextTokens, record: Completion) -> MarkedTokens:
+    text = record.prompt + record.completion
+    ids, learned, straddling = texts.marked(text, [(len(record.prompt), len(text))])
+    ended = texts.ended(ids + texts.after)
+    return MarkedTokens(ended, learned + [True] * (len(ended) - len(ids)), straddling)
+
+
+def _example(tokens: MarkedTokens, seq_len: int) -> Example:
+    ids = torch.tensor(tokens.ids[:seq_len])
+    learned = torch.tensor(tokens.learned[:seq_len])
+    return Example(ids, torch.where(learned, ids, IGNORED))
+
+
+class _Documents:
+    """Plain texts as one stream of tokens, cut into windows."""
+
+    def __init__(self, texts: TextTokens) -> None:
+        self.texts = texts
+        self.stream: list[int] = []
+        self.bounds: list[tuple[int, int]] = []
+
+    def add(self, text: str) -> None:
+        """One more document, behind an end-of-text token."""
+        if self.stream:
+            self.stream += self.texts.ended(self.stream[-1:])[1:]
+        start = len(self.stream)
+        self.stream += self.texts.ids(text)
+        self.bounds.append((start, len(self.stream)))
+
+    def windows(self, seq_len: int, rows: RowCounts) -> list[list[int]]:
+        """All full windows. Counts the documents in `rows`."""
+        windows: list[list[int]] = []
+        used = 0
+        while True:
+            following = self.stream[used : used + seq_len]
+            window = self.texts.led(following)[:seq_len]
+            if len(window) < seq_len:
+                break
+            windows.append(window)
+            used += seq_len - (len(self.texts.led(following)) - len(following))
+        for start, end in self.bounds:
+            if start >= used:
+                rows.drop(f"in the rest that fills no window of {seq_len} tokens")
+            else:
+                rows.cut += end > used
+                rows.kept += end <= used
+        return windows

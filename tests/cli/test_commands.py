@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from qlora_kernels.cli import main
+from qlora_kernels.cli.arguments import UsageError
+from qlora_kernels.cli.generate import continuation
 from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.integrations.transformers import load_model
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.support.tiny_model import LINEARS, write_tiny_llama
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 IDS = torch.arange(20).view(1, 20)
 
@@ -85,6 +89,35 @@ def test_generate(capsys, model, nf4, adapter):
         "<user>abc\n<assistant>"
     )
     assert main(["generate", "--model", str(nf4), "--prompt", "x", "--adapter", "no/such"]) == 2
+
+
+@pytest.mark.parametrize(("family", "ids"), [("llama3", [0]), ("gpt2", [])])
+def test_generation_begins_with_one_beginning_of_text(family, ids):
+    tokenizer = tiny_tokenizer(family)
+    seen = []
+
+    class Model(torch.nn.Module):
+        def generate(self, input_ids, **options):
+            seen.append(input_ids)
+            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+    text = "the answer is yes"
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert continuation(Model(), tokenizer, text, 1) == " yes"
+    assert seen.pop().tolist() == [ids + plain]
+    if ids:
+        continuation(Model(), tokenizer, "<s>" + text, 1)
+        assert seen.pop().tolist() == [ids + plain]
+    else:
+        with pytest.raises(UsageError, match="--prompt must hold at least one token"):
+            continuation(Model(), tokenizer, "", 1)
+
+
+def test_generate_without_a_chat_template(capsys, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    assert main(["generate", "--model", str(folder), "--dense", "--prompt", "x", "--chat"]) == 2
+    assert "the tokenizer must have a chat template" in capsys.readouterr().err
 
 
 def test_merge(capsys, model, nf4, adapter, tmp_path):

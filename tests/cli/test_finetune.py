@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,42 @@ def test_unseen_fractions(capsys, model, tmp_path, unseen, measured):
     assert ("NF4 + adapter, reloaded" in report["perplexity"]) == measured
     assert "keys of the data that are not used: id" in report["notes"]
     assert any("no perplexity is measured" in note for note in report["notes"]) != measured
+
+
+def test_dropped_and_cut_rows_are_reported(capsys, model, tmp_path):
+    rows = [
+        {"prompt": "x" * (40 if i % 10 in (3, 4, 5) else 1), "completion": "y" * (40 if i % 10 == 6 else 1)}
+        for i in range(40)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = finetune(capsys, model, data, tmp_path)
+    counts = {"context_turns": 0, "straddling": 0}
+    dropped = {"no learned token within 32 tokens": 12}
+    assert report["rows"] == {
+        "train": {"kept": 20, "cut": 4, "dropped": dropped, **counts},
+        "unseen": {"kept": 4, "cut": 0, "dropped": {}, **counts},
+    }
+    assert main(arguments(model, data, tmp_path)) == 0
+    captured = capsys.readouterr()
+    line = "36 rows: 20 whole, 4 cut, 12 dropped (no learned token within 32 tokens)"
+    assert line in captured.out
+    assert line in captured.err
+
+
+def test_refusal_of_the_chat_template_names_the_record(capsys, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = folder / "chat_template.jinja"
+    template.write_text(refusing + template.read_text())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = (
+        [{"messages": chat}] * 12
+        + [{"messages": [{"role": "system", "content": "s"}, *chat]}]
+        + [{"messages": chat}] * 7
+    )
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    line = refused(capsys, *arguments(folder, data, tmp_path / "out"))
+    assert f"{data}:13: the chat template refuses the conversation: no system role" in line
 
 
 def refused(capsys, *argv) -> str:

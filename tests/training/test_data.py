@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_kernels.training import Chat, Completion, DataError, Plain, encode
+from qlora_kernels.training import Chat, Completion, DataError, Plain, RowCounts, encode, encode_rows
 from qlora_kernels.training.batches import BatchOrder, collate
 from qlora_kernels.training.windows import IGNORED, Example
 from tests.support.tiny_model import write_tokenizer
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,39 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
             encode("x", [Chat(messages)], tokenizer, seq_len=64)
     finally:
         tokenizer.chat_template = before
+
+
+def test_rows_are_counted(tokenizer):
+    records = [
+        Completion("2+2=", "4"),
+        Completion("2+2=", "four, of course"),
+        Completion("a prompt beyond the window", "x"),
+        Plain("abcdef"),
+        Plain(""),
+        Plain("gh"),
+        Plain("ijkl"),
+    ]
+    examples, rows = encode_rows("x", records, tokenizer, seq_len=8)
+    assert rows == RowCounts(
+        kept=2,
+        cut=2,
+        dropped={
+            "no learned token within 8 tokens": 1,
+            "empty text": 1,
+            "in the rest that fills no window of 8 tokens": 1,
+        },
+    )
+    # "abcdef<eos>g" is the only window of running text.
+    assert [len(example.input_ids) for example in examples] == [6, 8, 8]
+    assert rows.rows == len(records)
+    assert str(rows).startswith("7 rows: 2 whole, 2 cut, 1 dropped (no learned token within 8 tokens), ")
+
+
+def test_windows_too_short_to_predict_are_refused(tokenizer):
+    with pytest.raises(DataError, match="--seq-len must be >= 2 to predict a token, got 1"):
+        encode("x", [Plain("abc")], tokenizer, seq_len=1)
+    with pytest.raises(DataError, match="--seq-len must be >= 3 to predict a token, got 2"):
+        encode("x", [Plain("abc")], tiny_tokenizer("llama3"), seq_len=2)
 
 
 def test_collate_pads_on_the_right():

@@ -1,0 +1,201 @@
+"""Conversations as the tokenizer's chat template writes them, and which of their tokens are the assistant's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .records import REASONING, Chat, DataError
+from .text_tokens import MarkedTokens, Span, TextTokens, shared_beginning
+
+Messages = Sequence[Mapping[str, Any]]
+
+_PROGRAM_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template, which is a program, raises beside its own refusals: for null + "text" and the like."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TemplateRefusal(ValueError):
+    """The chat template does not write this conversation. The message holds the template's own, on one line."""
+
+
+class ChatTokens(NamedTuple):
+    """tokens: of the conversation up to the assistant's last turn.   context_turns: the assistant's turns that are not
+    learned, because the template writes them in another form than the one in which the model generates them."""
+
+    tokens: MarkedTokens
+    context_turns: int
+
+
+def write_chat(tokenizer: Any, messages: Messages, tools: Messages = (), *, generation_prompt: bool) -> str:
+    """The text of a conversation.   generation_prompt: with what makes the model begin the assistant's next turn.
+
+    Raises TemplateRefusal where the tokenizer has no chat template or the template fails.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", True):
+        raise TemplateRefusal("the tokenizer must have a chat template; use a model that was trained on conversations")
+    options = {"tools": list(tools)} if tools else {}
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
+        )
+    # A template is a program: beside its own refusals it raises what Python raises for null + "text" and the like.
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TemplateRefusal(f"the chat template refuses the conversation: {reason}") from error
+    return str(text)
+
+
+class ChatTokenizer:
+    """Turns conversations into tokens, of which those of the assistant's turns are learned.
+
+    Where the template marks the assistant's words ({% generation %}), those are learned. Else a turn is learned where
+    the whole conversation begins with the conversation up to that turn: then the turn is written as the model generates
+    it. Templates that rewrite earlier turns (dropping their reasoning) leave at least the last one.
+    """
+
+    def __init__(self, texts: TextTokens) -> None:
+        self.texts = texts
+        self.tokenizer: Any = texts.tokenizer
+
+    def encode(self, chat: Chat) -> ChatTokens:
+        """Raises DataError, with the conversation's place, where the template refuses it or leaves out a part of it."""
+        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+        try:
+            messages = self._with_fitting_arguments(chat.messages[: last + 1], chat.tools)
+            whole = self._write(messages, chat.tools)
+            self._check_all_is_written(messages, chat.tools, whole)
+            if self._marks_generation(chat.tools):
+                return ChatTokens(self._generated(messages, chat.tools), 0)
+            spans, context_turns = self._learned_spans(messages, chat.tools, whole)
+        except (TemplateRefusal, DataError) as error:
+            raise DataError(f"{chat.place or 'a conversation'}: {error}") from error
+        return ChatTokens(self.texts.marked(whole, spans), context_turns)
+
+    def _write(self, messages: Messages, tools: Messages, *, generation_prompt: bool = False) -> str:
+        return write_chat(self.tokenizer, messages, tools, generation_prompt=generation_prompt)
+
+    def _write_or_none(self, messages: Messages, tools: Messages, *, generation_prompt: bool = False) -> str | None:
+        try:
+            return self._write(messages, tools, generation_prompt=generation_prompt)
+        except TemplateRefusal:
+            return None
+
+    def _marks_generation(self, tools: Messages) -> bool:
+        if not self.texts.has_offsets or not hasattr(self.tokenizer, "get_chat_template"):
+            return False
+        return _GENERATION.search(self.tokenizer.get_chat_template(None, list(tools) or None)) is not None
+
+    def _generated(self, messages: Messages, tools: Messages) -> MarkedTokens:
+        """By the template's own marks."""
+        output = self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) or None,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, learned = list(output["input_ids"]), [bool(mark) for mark in output["assistant_masks"]]
+        led = self.texts.led(ids)
+        return MarkedTokens(led, [False] * (len(led) - len(ids)) + learned, 0)
+
+    def _learned_spans(self, messages: Messages, tools: Messages, whole: str) -> tuple[list[Span], int]:
+        spans: list[Span] = []
+        context_turns = 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            is_last = i == len(messages) - 1
+            until = whole if is_last else self._write_or_none(messages[: i + 1], tools)
+            start = self._start_of_turn(messages, i, tools, whole)
+            if until is not None and whole.startswith(until) and start is not None and start < len(until):
+                spans.append((max(start, spans[-1][1] if spans else 0), len(until)))
+            elif is_last:
+                raise DataError(
+                    "the chat template must only append the assistant's last turn to what it writes before it, to tell "
+                    "them apart"
+                )
+            else:
+                context_turns += 1
+        return spans, context_turns
+
+    def _start_of_turn(self, messages: Messages, i: int, tools: Messages, whole: str) -> int | None:
+        """Where turn i begins in `whole`: behind the generation prompt, or the part of it that is there."""
+        if i == 0:  # templates refuse to write nothing; a conversation may begin with the assistant
+            return max(whole.find(str(messages[0].get("content", ""))), 0)
+        prompted = self._write_or_none(messages[:i], tools, generation_prompt=True)
+        if prompted is not None and whole.startswith(prompted):
+            return len(prompted)
+        # The prompt may say more than the turn does ("<think>" where the turn has no reasoning).
+        before = self._write(messages[:i], tools)
+        if not whole.startswith(before):
+            return None
+        return max(len(before), shared_beginning(prompted or "", whole))
+
+    def _with_fitting_arguments(self, messages: Messages, tools: Messages) -> Messages:
+        """Arguments of tool calls as objects where the template would quote the JSON string that they are.
+
+        APIs hand out `arguments` as a string of JSON; most templates write them with the filter `tojson`.
+        """
+        given = [_arguments(call) for message in messages for call in message.get("tool_calls", ())]
+        strings = [arguments for arguments in given if isinstance(arguments, str)]
+        if not strings:
+            return messages
+        text = self._write_or_none(messages, tools)
+        if text is not None and not any(json.dumps(s, ensure_ascii=False) in text for s in strings):
+            return messages
+        return [_with_objects(message) for message in messages]
+
+    def _check_all_is_written(self, messages: Messages, tools: Messages, whole: str) -> None:
+        """Raises DataError where the text is the same without the tools, the tool calls or the reasoning."""
+        if tools and self._write_or_none(messages, ()) == whole:
+            raise DataError("the chat template does not write `tools`; use a model whose template does")
+        for keys in (("tool_calls",), REASONING):
+            holders = [i for i, message in enumerate(messages) if any(message.get(key) for key in keys)]
+            if not holders:
+                continue
+            # The last one, at the end of its conversation: templates may leave out the reasoning of earlier turns.
+            *earlier, message = messages[: holders[-1] + 1]
+            without = {key: value for key, value in message.items() if key not in keys}
+            text = self._write_or_none([*earlier, message], tools)
+            if text is not None and text == self._write_or_none([*earlier, without], tools):
+                key = next(key for key in keys if message.get(key))
+                raise DataError(
+                    f"the chat template does not write `{key}` of messages[{holders[-1]}]; use a model whose template "
+                    "does, or put it into `content` the way the model is to write it"
+                )
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    function = call.get("function", call)
+    return function.get("arguments") if isinstance(function, dict) else None
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(_arguments(call), str):
+        return call
+    try:
+        value = json.loads(_arguments(call))
+    except (json.JSONDecodeError, RecursionError):
+        return call
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": value}}
+    return {**call, "arguments": value}

@@ -1,0 +1,138 @@
+"""Token ids of whole texts: one beginning-of-text token where the tokenizer adds it, and which tokens are learned.
+
+A text is tokenized in one piece. Tokenizing its parts one by one gives other tokens: SentencePiece-like tokenizers put
+a word mark before every piece, and byte-level ones merge across the seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+Span = tuple[int, int]
+"""Characters [start, end) of a text."""
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used.
+
+    Used besides, where it exists: `is_fast`, whether calls take return_offsets_mapping; `bos_token_id`;
+    `chat_template`, to see whether it marks the assistant's turns.
+    """
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+
+
+class MarkedTokens(NamedTuple):
+    """ids: tokens of a text.   learned: for each, whether it holds a character of the learned spans.
+
+    straddling: how many of the learned tokens also hold characters before their span.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    straddling: int
+
+
+class TextTokens:
+    """The token ids of texts as a model is to see them.
+
+    `ids` are the tokenizer's ids of the whole text, after the tokens that the tokenizer itself puts before a text (the
+    beginning of text, for Llama, Mistral, Gemma). A text that begins with them in writing, as many chat templates write
+    it, gets no second ones.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
+        # Texts beyond model_max_length are meant to be cut here, so transformers' warning would mislead.
+        self._options: dict[str, Any] = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
+        self.before, self.after = self._added_around()
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text that goes on: a prompt, or a document that the caller ends."""
+        return self.led(self._plain(text))
+
+    def led(self, ids: list[int]) -> list[int]:
+        """`ids`, with the tokens that begin a text before them unless they are there."""
+        there = ids[: len(self.before)] == self.before or ids[:1] == [getattr(self.tokenizer, "bos_token_id", None)]
+        return ids if there else self.before + ids
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """`ids`, with the end-of-text token behind them unless it is there or the tokenizer has none."""
+        eos = self.tokenizer.eos_token_id
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+    def marked(self, text: str, spans: Sequence[Span]) -> MarkedTokens:
+        """The ids of `text` and which of them are learned: those with at least one character in one of the `spans`.
+
+        spans: in order, without overlap.
+        """
+        if self.has_offsets:
+            output = self.tokenizer(  # type: ignore[call-arg]
+                text, add_special_tokens=False, return_offsets_mapping=True, **self._options
+            )
+            ids = list(output["input_ids"])
+            learned, straddling = _covered(output["offset_mapping"], spans)
+        else:
+            ids = self._plain(text)
+            learned, straddling = self._covered_by_prefixes(text, ids, spans)
+        led = self.led(ids)
+        return MarkedTokens(led, [False] * (len(led) - len(ids)) + learned, straddling)
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, **self._options)["input_ids"])
+
+    def _added_around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and after a text."""
+        for probe in ("a", "0", "the"):
+            plain = self._plain(probe)
+            whole = list(self.tokenizer(probe, add_special_tokens=True, **self._options)["input_ids"])
+            for start in range(len(whole) - len(plain) + 1) if plain else ():
+                if whole[start : start + len(plain)] == plain:
+                    return whole[:start], whole[start + len(plain) :]
+        return [], []
+
+    def _covered_by_prefixes(self, text: str, ids: list[int], spans: Sequence[Span]) -> tuple[list[bool], int]:
+        """For tokenizers that do not tell offsets: tokens that `text` shares with a beginning of it lie inside that."""
+        learned = [False] * len(ids)
+        straddling = 0
+        for start, end in spans:
+            first, apart = self._tokens_within(text[:start], ids)
+            last, clean = self._tokens_within(text[:end], ids) if end < len(text) else (len(ids), True)
+            stop = last if clean else last + 1
+            learned[first:stop] = [True] * (stop - first)
+            straddling += not apart
+        return learned, straddling
+
+    def _tokens_within(self, beginning: str, ids: list[int]) -> tuple[int, bool]:
+        """(leading tokens of `ids` that `beginning` has alone too, whether these are all its tokens)."""
+        alone = self._plain(beginning) if beginning else []
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids))
+        )
+        return shared, shared == len(alone)
+
+
+def shared_beginning(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    shortest = min(len(one), len(other))
+    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[bool], int]:
+    learned: list[bool] = []
+    straddling = 0
+    following = 0  # the first span that does not end before the token
+    for start, end in offsets:
+        while following < len(spans) and start >= spans[following][1]:
+            following += 1
+        # A token of no characters (a word mark that was inserted) belongs to the character that follows it.
+        inside = following < len(spans) and max(end, start + 1) > spans[following][0]
+        learned.append(inside)
+        straddling += inside and start < spans[following][0]
+    return learned, straddling
