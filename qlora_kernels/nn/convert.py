@@ -13,6 +13,7 @@ from ..format import nf4
 from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d
 from .match import Pattern, check_names, contained_in, matches, nearest
+from .module_tree import move_hooks, set_submodule
 
 ALL_LINEAR = "all-linear"
 
@@ -22,10 +23,12 @@ class ReplaceReport:
     """What `replace_linear` did. Printing it shows a table.
 
     replaced: name -> (bytes before, bytes after).   skipped: name of a linear layer -> why it was left alone.
+    lost: name of a replaced layer -> what was attached to it and is not attached to its replacement.
     """
 
     replaced: dict[str, tuple[int, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -42,6 +45,7 @@ class ReplaceReport:
         lines = [f"{'layer':<{width}}  {'before':>12}  {'after':>12}"]
         lines += [f"{name:<{width}}  {b:>12,}  {a:>12,}" for name, (b, a) in self.replaced.items()]
         lines += [f"{name:<{width}}  kept: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"{name:<{width}}  lost: {what}" for name, what in self.lost.items()]
         ratio = self.bytes_before / max(self.bytes_after, 1)
         lines.append(
             f"{len(self.replaced)} layers replaced: {self.bytes_before:,} -> {self.bytes_after:,} bytes ({ratio:.2f}x)"
@@ -66,7 +70,9 @@ def replace_linear(
     blocksize, double_quant, compute_dtype: as LinearNF4.
     progress: show a bar (needs tqdm).
     Linear layers that share one weight share one packed weight. A layer whose weight is also used by something else,
-    such as an output head tied to the embedding, is kept, and the report says so.
+    such as an output head tied to the embedding, is kept, and the report says so. A module that the model has under
+    several names is replaced, or kept, under all of them. Forward and backward hooks move to the new layer; the report
+    names what cannot move.
     Raises ValueError where a name in targets or skip means nothing in the model, naming the nearest layers ("lm_head"
     in skip, the default, is excepted); where nothing is left to replace; what quantization of a weight raises, with the
     layer's name, before that layer is touched.
@@ -89,34 +95,46 @@ def replace_linear(
         check_names("replace_linear: targets", targets, known, of="a linear layer")
     _check_skip("replace_linear", skip, modules)
     chosen = {}
+    kept_modules = {id(module) for name, module in linears.items() if _skipped(skip, name, module)}
+    wanted_modules = {
+        id(module) for name, module in linears.items() if targets == ALL_LINEAR or matches(targets, name, module)
+    }
     for name, module in linears.items():
-        if not (targets == ALL_LINEAR or matches(targets, name, module)):
+        if id(module) not in wanted_modules:
             report.skipped[name] = "not among targets"
-        elif _skipped(skip, name, module):
+        elif id(module) in kept_modules:
             report.skipped[name] = "in skip"
+        elif module._parameters.get("weight") is None:
+            report.skipped[name] = "its weight is no parameter; a hook such as weight_norm computes it"
         elif id(module.weight) in other_users:
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
         else:
             chosen[name] = module
     if not chosen:
         raise ValueError(_nothing_matched(targets, skip, linears))
-    made: dict[int, LinearNF4] = {}
+    made: dict[int, LinearNF4] = {}  # by id of the replaced module
+    by_weight: dict[int, LinearNF4] = {}
     for name, module in _with_progress(chosen.items(), len(chosen), progress):
         weight = cast(torch.Tensor, module.weight)
+        if id(module) in made:
+            set_submodule(model, name, made[id(module)])
+            report.replaced[name] = (0, 0)
+            continue
         try:
             layer = LinearNF4.from_linear(
                 module, blocksize=blocksize, double_quant=double_quant, compute_dtype=compute_dtype
             )
         except ValueError as error:
             raise ValueError(f"replace_linear: {name}: {error}") from error
-        shared = made.get(id(weight))
-        if shared is not None:
+        shared = by_weight.setdefault(id(weight), layer)
+        if shared is not layer:
             layer._set_weight(shared.packed, shared.quant_state)
-        made[id(weight)] = layer
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-        after = 0 if shared is not None else layer.quant_state.nbytes
-        report.replaced[name] = (0 if shared is not None else weight.nbytes, after)
+        made[id(module)] = layer
+        move_hooks(module, layer)
+        if "forward" in vars(module):
+            report.lost[name] = "a forward that was set on the layer itself, as accelerate's hooks do"
+        set_submodule(model, name, layer)
+        report.replaced[name] = (weight.nbytes, layer.quant_state.nbytes) if shared is layer else (0, 0)
     return report
 
 

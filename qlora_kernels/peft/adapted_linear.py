@@ -204,26 +204,3 @@ class AdaptedEmbedding(AdaptedLinear):
     @property
     def padding_idx(self) -> int | None:
         return self.base_layer.padding_idx  # type: ignore[return-value]
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Hooks stay at the place in the model where they were registered when another module takes that place.
-
-    Left on a wrapped base they would miss forward_lora. The dictionaries themselves change hands, since the handles
-    that remove a hook refer to them.
-    """
-    for name in _HOOKS:
-        mine, theirs = source.__dict__[name], target.__dict__[name]
-        source.__dict__[name], target.__dict__[name] = theirs, mine
-    source._is_full_backward_hook, target._is_full_backward_hook = None, source._is_full_backward_hook

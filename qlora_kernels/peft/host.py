@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from .adapted_linear import AdaptedEmbedding, AdaptedLinear, move_hooks
+from ..nn.module_tree import move_hooks, set_submodule
+from .adapted_linear import AdaptedEmbedding, AdaptedLinear
 from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_embedding, is_linear
 from .selection import Selection
 from .torch_attention import rejoin, split
-from .tree import set_module
 
 if TYPE_CHECKING:
     from .method import Method
@@ -34,7 +34,7 @@ class Host:
         """Takes torch's packed attention apart; rejoin_attention puts it back."""
         for name, module in list(self.model.named_modules()):
             if (part := split(module, self.selection)) is not module:
-                set_module(self.model, name, part)
+                set_submodule(self.model, name, part)
             if isinstance(module, nn.TransformerEncoder):
                 # Nested tensors lead to the fast path that the parts must not take.
                 module.use_nested_tensor = False
@@ -42,7 +42,7 @@ class Host:
     def rejoin_attention(self) -> None:
         for name, module in list(self.model.named_modules()):
             if (whole := rejoin(module)) is not module:
-                set_module(self.model, name, whole)
+                set_submodule(self.model, name, whole)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -94,7 +94,7 @@ class Host:
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
             move_hooks(base, layer)
-            set_module(self.model, path, layer)
+            set_submodule(self.model, path, layer)
         return layer
 
     def layer_of(self, path: str) -> Layer | None:
@@ -114,4 +114,4 @@ class Host:
 
     def unwrap(self, path: str, layer: AdaptedLinear) -> None:
         move_hooks(layer, layer.base_layer)
-        set_module(self.model, path, layer.base_layer)
+        set_submodule(self.model, path, layer.base_layer)

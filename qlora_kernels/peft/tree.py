@@ -22,9 +22,3 @@ class Tree(nn.Module):
             parent.register_parameter(last, value)
         else:
             parent.add_module(last, value)
-
-
-def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` where root has one at the dotted path."""
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)

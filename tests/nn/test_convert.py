@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -143,3 +145,42 @@ def test_training_flag_and_requires_grad_survive():
     assert not model.layers[0].q_proj.bias.requires_grad
     assert model.layers[1].q_proj.bias.requires_grad
     model.layers[0].q_proj(gaussian(2, 64))
+
+
+def test_one_module_under_two_names_is_wanted_or_kept_under_both():
+    model = Model()
+    model.layers[1] = model.layers[0]
+    report = qk.replace_linear(model, targets=["layers.1.q_proj"])
+    assert set(report.replaced) == {"layers.0.q_proj", "layers.1.q_proj"}
+    assert report.bytes_before == report.replaced["layers.0.q_proj"][0] > 0
+    model = Model()
+    model.layers[1] = model.layers[0]
+    report = qk.replace_linear(model, skip=["layers.1.q_proj"])
+    assert report.skipped["layers.0.q_proj"] == report.skipped["layers.1.q_proj"] == "in skip"
+
+
+def test_hooks_stay_at_their_place():
+    model = Model()
+    layer, seen = model.layers[0].q_proj, []
+    layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    handle = layer.register_forward_hook(lambda module, args, y: seen.append("after"))
+    layer.register_full_backward_hook(lambda module, grad_x, grad_y: seen.append("backward"))
+    qk.replace_linear(model)
+    x = torch.randn(2, model.layers[0].q_proj.in_features, requires_grad=True)
+    model.layers[0].q_proj(x).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    handle.remove()
+    model.layers[0].q_proj(x)
+    assert seen == ["before", "after", "backward", "before"]
+
+
+def test_what_cannot_move_is_named():
+    model = Model()
+    model.layers[0].q_proj.forward = lambda x: x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.layers[1].q_proj)
+    report = qk.replace_linear(model)
+    assert "lost: a forward that was set on the layer itself" in str(report)
+    assert "a hook such as weight_norm computes it" in report.skipped["layers.1.q_proj"]
+    assert type(model.layers[1].q_proj) is nn.Linear
