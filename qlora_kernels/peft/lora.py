@@ -129,8 +129,9 @@ class LoraLinear(Delta):
 class DoraLinear(LoraLinear):
     """W' = m * V / |V|_row, V = W + scaling * B A; m = lora_magnitude_vector [N] starts as |W|_row: identity.
 
-    |V|_row is a constant for the gradient (DoRA section 4.3). With dropout, PEFT drops x in the W part of the update as
-    well; here W x is the layer's own output, computed once.
+    |V|_row is a constant for the gradient (DoRA section 4.3). A row of V that is zero has no direction: it stays as it
+    is, with no factor, until B gives it one. With dropout, PEFT drops x in the W part of the update as well; here W x
+    is the layer's own output, computed once.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
@@ -143,8 +144,10 @@ class DoraLinear(LoraLinear):
     def _row_scale(self, weight: Tensor) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()
         norm = (weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())).norm(dim=1)
-        scale: Tensor = self.lora_magnitude_vector / norm.to(self.lora_magnitude_vector.dtype)
-        return scale
+        norm = norm.to(self.lora_magnitude_vector.dtype)
+        zero = norm == 0
+        scale: Tensor = self.lora_magnitude_vector / norm.masked_fill(zero, 1.0)
+        return scale.masked_fill(zero, 1.0)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()

@@ -108,6 +108,32 @@ def test_dora_equation():
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dora_over_rows_of_zeros(nf4, dtype):
+    """The identity at first; finite, and still training, afterwards. Some mixtures of experts have such rows."""
+    linear = nn.Linear(64, 8, bias=False)
+    linear.weight.data[2:4] = 0
+    base = qk.LinearNF4.from_linear(linear) if nf4 else linear
+    x = torch.randn(3, 64)
+    before = base(x).detach()
+    config = LoraConfig(target_modules=["0"], r=2, use_dora=True)
+    model = get_peft_model(nn.Sequential(base), config, adapter_dtype=dtype)
+    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        y = model(x)
+        y.square().sum().add(y.sum()).backward()
+        assert torch.isfinite(y).all()
+        assert all(torch.isfinite(p.grad).all() for p in trained)
+        optimizer.step()
+    assert model(x)[:, 2:4].any()
+    expected = model(x).detach()
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "gaussian"}])
 def test_identity_at_init(nf4, options):
     base, inputs = make("llama", nf4=nf4), batch("llama")
