@@ -367,7 +367,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Adds the adapter that lies in a folder, written here or by PEFT; set_adapter makes it active.
 
-        is_trainable: also what only training needs, such as the encoders of prefix and P-tuning.
+        is_trainable: also what only training needs, such as the encoders of prefix and P-tuning. Without it the model
+        is put in eval mode, as PEFT does.
         """
         self._add(adapter_name, checkpoint.load_configs(model_id))
         try:
@@ -375,6 +376,8 @@ class PeftModel(nn.Module):
         except BaseException:
             self._remove(adapter_name)
             raise
+        if not is_trainable:
+            self.eval()
 
     @classmethod
     def from_pretrained(
@@ -386,7 +389,10 @@ class PeftModel(nn.Module):
         *,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> PeftModel:
-        """`model` with the adapter that lies in a folder, active; it trains only with is_trainable."""
+        """`model` with the adapter that lies in a folder, active; it trains only with is_trainable.
+
+        Without is_trainable the model is in eval mode: no dropout of the base or of the adapter acts.
+        """
         peft_model = cls(model, adapter_dtype=adapter_dtype)
         peft_model.load_adapter(model_id, adapter_name, is_trainable)
         peft_model.set_adapter(adapter_name, inference_mode=not is_trainable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -19,6 +19,8 @@ def prepare_for_training(
 
     upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all (as PEFT's
     prepare_model_for_kbit_training does, which takes 4 bytes for every weight of the embeddings and the head too).
+    A normalisation layer that becomes fp32 still returns its input's dtype, so the model runs with and without
+    autocast.
     gradient_checkpointing: needs a transformers model; "reentrant" also makes the embeddings' output require a
     gradient, without which reentrant checkpointing trains nothing.
     """
@@ -31,10 +33,12 @@ def prepare_for_training(
         )
     model.requires_grad_(False)
     for module in model.modules():
-        if upcast == "all" or (upcast == "norms" and _is_norm(module)):
-            for parameter in module.parameters(recurse=False):
-                if parameter.dtype in _HALF:
-                    parameter.data = parameter.data.float()
+        half = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype in _HALF]
+        if half and (upcast == "all" or (upcast == "norms" and _is_norm(module))):
+            for parameter in half:
+                parameter.data = parameter.data.float()
+            if upcast == "norms":
+                module.register_forward_hook(_return_input_dtype)
     if gradient_checkpointing:
         _checkpoint(model, reentrant=gradient_checkpointing == "reentrant")
     return model
@@ -43,6 +47,13 @@ def prepare_for_training(
 def _is_norm(module: nn.Module) -> bool:
     """LayerNorm, RMSNorm, GroupNorm and the models' own of such names."""
     return type(module).__name__.lower().endswith("norm")
+
+
+def _return_input_dtype(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook. Some models multiply the fp32 weight last, so that their output is fp32 for any input."""
+    if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        return output.to(args[0].dtype)
+    return output
 
 
 def _checkpoint(model: nn.Module, *, reentrant: bool) -> None:

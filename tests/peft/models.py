@@ -28,6 +28,26 @@ def llama(layers=2):
     )
 
 
+def qwen3(layers=2):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=False,
+        )
+    )
+
+
 def bert(layers=2):
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -112,10 +132,10 @@ class TorchTransformer(nn.Module):
         return self.head(y)
 
 
-MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": TorchTransformer}
+MODELS = {"llama": llama, "qwen3": qwen3, "bert": bert, "gpt2": gpt2, "t5": t5, "torch": TorchTransformer}
 
 # The output head, kept dense; the rest may be quantized.
-HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "gpt2", "t5"), "lm_head")
+HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "qwen3", "gpt2", "t5"), "lm_head")
 
 
 def make(kind: str, *, nf4: bool = False, seed: int = 0, layers: int = 2) -> nn.Module:

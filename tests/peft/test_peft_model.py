@@ -10,7 +10,7 @@ from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
-from tests.peft.models import batch, logits, make, randomize
+from tests.peft.models import HEADS, batch, logits, make, randomize
 
 FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 
@@ -283,6 +283,20 @@ def test_save_and_load_are_bit_equal(tmp_path, nf4):
         assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
+def test_an_adapter_loaded_for_use_is_in_eval_mode(tmp_path):
+    """Also where the base was in training mode; two calls agree although the adapter has dropout."""
+    config = LoraConfig(target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path)
+    inputs = batch("llama")
+    model = PeftModel.from_pretrained(make("llama").train(), tmp_path)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    model.train().load_adapter(tmp_path, "second")
+    assert not any(module.training for module in model.modules())
+    trainable = PeftModel.from_pretrained(make("llama").train(), tmp_path, is_trainable=True)
+    assert all(module.training for module in trainable.modules())
+
+
 def test_files_are_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json must exist"):
         PeftModel.from_pretrained(make("llama"), tmp_path)
@@ -349,6 +363,24 @@ def test_prepare_for_training():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with pytest.raises(NotImplementedError, match="gradient_checkpointing_enable"):
         qk.peft.prepare_for_training(make("torch"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_prepared_models_train_and_generate_in_bf16(kind, autocast):
+    """With the defaults, in a plain loop: fp32 norms must not make the rest of the model see fp32."""
+    base = make(kind).bfloat16()
+    qk.replace_linear(base, skip=(HEADS[kind],))
+    model = get_peft_model(qk.prepare_for_training(base), LoraConfig(r=2, target_modules="all-linear")).train()
+    inputs = batch(kind, rows=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = logits(model, inputs)
+        y.float().square().mean().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    if kind != "bert":
+        inputs.pop("decoder_input_ids", None)
+        assert model.eval().generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
 def test_lora_plus_groups():
