@@ -1,13 +1,14 @@
-// The CPU kernels on ragged shapes against naive loops, in a program of its own, for sanitizers: every buffer is a heap
-// block of exactly its size, so that one element too far is an error. Usage: driver ISA
+// The CPU kernels on ragged shapes against naive loops, in a program of its own, for sanitizers and for emulators of
+// other CPUs: every buffer is a heap block of exactly its size, so that one element too far is an error.
+// Usage: driver ISA
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
-#include <random>
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
 #include "qlora/cpu_isa.h"
 #include "qlora/parallel.h"
@@ -29,8 +30,22 @@ void run_tasks(int64_t tasks, TaskFunction run, const void* context) {
 
 }  // namespace qlora
 
+namespace checks {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, const char* where) {
+    if (ok) return;
+    ++failures;
+    std::printf("%s differs %s\n", what, where);
+}
+
+}  // namespace checks
+
 namespace {
 
+using checks::normal;
+using checks::rounded;
 using qlora::AnyFloat;
 using qlora::DType;
 
@@ -39,33 +54,16 @@ struct Shape {
     int block_shift;
 };
 
+void expect(bool ok, const char* what, const Shape& s) {
+    char where[100];
+    std::snprintf(where, sizeof where, "at M%ld N%ld K%ld r%ld shift %d", long(s.M), long(s.N), long(s.K), long(s.r),
+                  s.block_shift);
+    checks::expect(ok, what, where);
+}
+
 constexpr Shape kShapes[] = {{1, 1, 1, 1, 5},     {1, 5, 64, 1, 6},   {7, 33, 96, 3, 6},     {13, 17, 31, 16, 5},
                              {8, 64, 128, 4, 6},  {4, 40, 192, 2, 5}, {27, 130, 257, 20, 7}, {2, 3, 4099, 2, 12},
                              {10, 9, 2112, 2, 6}, {21, 43, 192, 5, 6}};
-
-int failures = 0;
-
-void expect(bool ok, const char* what, const Shape& s) {
-    if (ok) return;
-    ++failures;
-    std::printf("%s differs at M%ld N%ld K%ld r%ld shift %d\n", what, long(s.M), long(s.N), long(s.K), long(s.r),
-                s.block_shift);
-}
-
-std::vector<float> normal(int64_t n, unsigned seed) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<float> distribution;
-    std::vector<float> values(static_cast<size_t>(n));
-    for (float& value : values) value = distribution(generator);
-    return values;
-}
-
-template <class T>
-std::vector<T> rounded(const std::vector<float>& values) {
-    std::vector<T> result(values.size());
-    std::transform(values.begin(), values.end(), result.begin(), [](float v) { return qlora::from_float<T>(v); });
-    return result;
-}
 
 template <class T>
 std::vector<double> exact(const std::vector<T>& values) {
@@ -175,47 +173,6 @@ void check(const Shape& s, DType dtype, double tolerance, uint32_t threshold) {
     expect(near(exact(grad_x), through, tolerance), "linear_nf4_lora_backward's grad_x", s);
 }
 
-// Two steps over a parameter whose last block is short: the second decodes what the first encoded. With beta1 = beta2 =
-// 0 the first state is the gradient, which comes back within a cell of the map.
-template <class T>
-void check_adamw(DType dtype, int64_t n, bool quantized) {
-    const std::vector<float> gradient = normal(n, 7);
-    std::vector<T> param = rounded<T>(normal(n, 8)), grad = rounded<T>(gradient);
-    const int64_t state = n * (quantized ? 1 : 4), blocks = (n + 255) / 256;
-    const int64_t absmax = (2 * state + 3) / 4 * 4;
-    std::vector<uint8_t> arena(static_cast<size_t>(quantized ? absmax + 8 * blocks : 2 * state));
-    for (int step = 1; step <= 2; ++step) {
-        const qlora::AdamWParam p{param.data(), grad.data(), dtype, static_cast<float>(step)};
-        const int64_t constants = quantized ? absmax : -1;
-        const qlora::AdamWSegment segment{0, 0, n, 0, state, constants, quantized ? absmax + 4 * blocks : -1, 0};
-        const uint64_t seed = 99;
-        qlora::AdamWStep s{};
-        s.params = &p;
-        s.segments = &segment;
-        s.n_segments = 1;
-        s.arena = arena.data();
-        s.seed = dtype == DType::kBfloat16 ? &seed : nullptr;
-        s.lr = 1e-3;
-        s.eps = 1e-8;
-        s.grad_multiplier = 1.0f;
-        qlora::cpu_kernels().adamw_step(s);
-    }
-    bool close = true;
-    double largest = 0.0;
-    for (const float g : gradient) largest = std::max<double>(largest, std::fabs(g));
-    for (int64_t i = 0; i < n; ++i) {
-        float value, scale = 0.0f;
-        if (quantized) {
-            memcpy(&scale, arena.data() + absmax + i / 256 * 4, sizeof scale);
-            value = qlora::kAbsmaxCode[arena[i]] * scale;
-        } else {
-            memcpy(&value, arena.data() + 4 * i, sizeof value);
-        }
-        close = close && std::fabs(value - gradient[i]) <= 0.03 * std::max<double>(largest, scale);
-    }
-    expect(close, quantized ? "adamw_step with 8-bit states" : "adamw_step", {0, n, 0, 0, 0});
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -227,13 +184,9 @@ int main(int argc, char** argv) {
             check<qlora::Fp16>(shape, DType::kFloat16, 4e-3, threshold);
         }
     }
-    for (const int64_t n : {1, 255, 256, 700}) {
-        for (const bool quantized : {false, true}) {
-            check_adamw<float>(DType::kFloat32, n, quantized);
-            check_adamw<qlora::Bf16>(DType::kBfloat16, n, quantized);
-            check_adamw<qlora::Fp16>(DType::kFloat16, n, quantized);
-        }
-    }
-    std::printf("%s: %d failures\n", qlora::isa_name(qlora::cpu_isa()), failures);
-    return failures != 0;
+    checks::check_codec();
+    checks::check_dropout();
+    checks::check_adamw();
+    std::printf("%s: %d failures\n", qlora::isa_name(qlora::cpu_isa()), checks::failures);
+    return checks::failures != 0;
 }

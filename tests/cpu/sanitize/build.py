@@ -1,0 +1,30 @@
+"""Compiles the driver: the CPU kernels for all instruction sets of a compiler's target, without torch and Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from python.build_support.cpu import kernel_commands
+from python.build_support.native import CSRC, Step, headers
+
+SOURCES = Path(__file__).parent
+
+
+def build_driver(compiler: str, folder: Path, flags: Sequence[str], link_flags: Sequence[str]) -> Path:
+    """The program, compiled with `flags` in `folder`. Usage: PROGRAM ISA; exit code 1 where a comparison fails."""
+    steps = kernel_commands(compiler, folder, flags)
+    includes = (f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}")
+    inputs = (*SOURCES.glob("*.h"), *headers())
+    for source in sorted(SOURCES.glob("*.cpp")):
+        output = folder / f"{source.stem}.o"
+        command = (compiler, *flags, *includes, "-c", str(source), "-o", str(output))
+        steps.append(Step(command, output, (source, *inputs)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(Step.run, steps))
+    program = folder / "driver"
+    objects = tuple(step.output for step in steps)
+    Step((compiler, *link_flags, *map(str, objects), "-pthread", "-o", str(program)), program, objects).run()
+    return program
