@@ -18,9 +18,12 @@ inline constexpr int64_t kPieceBytes = 16 << 10;
 
 // Rows of W in a register tile, and tokens beside them.
 inline constexpr int kTileRows = 4;
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 inline constexpr int kTileTokens = 6;
 inline constexpr int kDirectTokens = 8;
+#elif defined(QLORA_NEON)
+inline constexpr int kTileTokens = 6;
+inline constexpr int kDirectTokens = 4;  // a row's table of floats takes four registers
 #else
 inline constexpr int kTileTokens = 3;
 inline constexpr int kDirectTokens = 4;

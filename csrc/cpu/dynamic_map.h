@@ -164,6 +164,10 @@ static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
 static inline F32 lookup8(const float* table, I32 i) {
 #ifdef __AVX2__
     return _mm256_permutevar8x32_ps(_mm256_load_ps(table), reinterpret_cast<__m256i>(i));
+#elif defined(QLORA_NEON)
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
+    const uint8x16x2_t entries = {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
+    return vreinterpretq_f32_u8(vqtbl2q_u8(entries, dword_bytes(reinterpret_cast<uint32x4_t>(i & 7))));
 #else
     return F32{table[i[0] & 7], table[i[1] & 7], table[i[2] & 7], table[i[3] & 7]};
 #endif
@@ -173,6 +177,8 @@ static inline F32 lookup8(const float* table, I32 i) {
 static inline I32 nearest(F32 x) {
 #ifdef __AVX2__
     return reinterpret_cast<I32>(_mm256_cvtps_epi32(x));
+#elif defined(QLORA_NEON)
+    return reinterpret_cast<I32>(vcvtnq_s32_f32(x));
 #else
     return __builtin_convertvector(x + 0.5f, I32);
 #endif

@@ -51,7 +51,7 @@ struct Bf16Mac {
 #endif
 
 // Rows of accumulators: 2 * kMaxRows registers of C, 2 of B and 1 of A have to fit the register file.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(QLORA_NEON)
 inline constexpr int kMaxRows = 12;
 #elif defined(__AVX2__)
 inline constexpr int kMaxRows = 6;

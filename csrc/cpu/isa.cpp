@@ -19,11 +19,33 @@ QLORA_DECLARE_TABLE(avx2)
 QLORA_DECLARE_TABLE(avx512)
 QLORA_DECLARE_TABLE(avx512_bf16)
 #endif
+#ifdef QLORA_ARM_KERNELS
+QLORA_DECLARE_TABLE(neon)
+#endif
 #undef QLORA_DECLARE_TABLE
 
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
+// Those of this build.
+constexpr Isa kBestFirst[] = {
+#ifdef QLORA_X86_KERNELS
+    Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
+#endif
+#ifdef QLORA_ARM_KERNELS
+    Isa::kNeon,
+#endif
+    Isa::kPortable,
+};
+
+// "avx512_bf16, avx512, avx2 or portable"
+std::string choices() {
+    std::string names;
+    for (const Isa isa : kBestFirst) {
+        if (!names.empty()) names += isa == Isa::kPortable ? " or " : ", ";
+        names += isa_name(isa);
+    }
+    return names;
+}
 
 Isa choose(const char* name, const char* source) {
     if (!name || !*name) {
@@ -34,11 +56,11 @@ Isa choose(const char* name, const char* source) {
     for (const Isa isa : kBestFirst) {
         if (strcmp(name, isa_name(isa)) != 0) continue;
         if (isa_supported(isa)) return isa;
-        throw std::invalid_argument(std::string(source) + "=" + name +
-                                    ": this CPU, its operating system or this build " +
-                                    "lacks it; unset it to use the best one there is");
+        throw std::invalid_argument(
+            std::string(source) + "=" + name +
+            ": this CPU or its operating system lacks it; unset it to use the best one there is");
     }
-    throw std::invalid_argument(std::string(source) + " must be avx512_bf16, avx512, avx2 or portable, got " + name);
+    throw std::invalid_argument(std::string(source) + " must be " + choices() + ", got " + name);
 }
 
 constexpr int kUndecided = -1;
@@ -54,6 +76,8 @@ const char* isa_name(Isa isa) {
             return "avx512";
         case Isa::kAvx2:
             return "avx2";
+        case Isa::kNeon:
+            return "neon";
         case Isa::kPortable:
             return "portable";
     }
@@ -64,7 +88,9 @@ const char* isa_name(Isa isa) {
 // counts as lacking the instructions.
 bool isa_supported(Isa isa) {
     if (isa == Isa::kPortable) return true;
-#ifdef QLORA_X86_KERNELS
+#if defined(QLORA_ARM_KERNELS)
+    return isa == Isa::kNeon;  // part of the AArch64 base architecture
+#elif defined(QLORA_X86_KERNELS)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -104,6 +130,10 @@ const Kernels& cpu_kernels() {
             return avx512::kKernels;
         case Isa::kAvx2:
             return avx2::kKernels;
+#endif
+#ifdef QLORA_ARM_KERNELS
+        case Isa::kNeon:
+            return neon::kKernels;
 #endif
         default:
             return portable::kKernels;

@@ -17,7 +17,7 @@ constexpr int kCells = 32;
 // round(v * kCellsPerOne + 16) is the cell, 1 .. 31 for |v| <= 1 + 1 ulp; 2^23 on top rounds it, to an integer in the
 // low bits of the sum.
 constexpr float kCellsPerOne = 15.2f;
-constexpr float kCellOrigin = 0x1p23f + 16.0f;
+[[maybe_unused]] constexpr float kCellOrigin = 0x1p23f + 16.0f;
 
 struct Search {
     alignas(64) float boundary[kCells];
@@ -51,7 +51,7 @@ constexpr bool cells_are_safe() {
     return true;
 }
 
-constexpr Search kSearch = make_search();
+[[maybe_unused]] constexpr Search kSearch = make_search();
 static_assert(cells_are_safe(), "the boundaries moved: choose another number of cells");
 
 // 2 * kLanes weights, those of even index apart from those of odd index.
@@ -151,6 +151,45 @@ struct Registers {
     }
 };
 
+#elif defined(QLORA_NEON)
+
+Pairs<float> load_pairs(const float* w) {
+    const float32x4x2_t pairs = vld2q_f32(w);
+    return {pairs.val[0], pairs.val[1]};
+}
+
+Pairs<Bf16> load_pairs(const Bf16* w) {
+    const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(w)));
+    return {vreinterpretq_f32_u32(vshlq_n_u32(words, 16)),
+            vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)))};
+}
+
+Pairs<Fp16> load_pairs(const Fp16* w) {
+    const uint16x4x2_t words = vld2_u16(reinterpret_cast<const uint16_t*>(w));
+    return {vcvt_f32_f16(vreinterpret_f16_u16(words.val[0])), vcvt_f32_f16(vreinterpret_f16_u16(words.val[1]))};
+}
+
+// A binary search in registers, as with AVX2: each step's boundary is looked up by the bits found so far.
+struct Registers {
+    template <int kShift>
+    uint32x4_t indices(F32 v) const {
+        const auto doubled_plus = [](uint32x4_t index, uint32x4_t mask) {
+            return vsubq_u32(vaddq_u32(index, index), mask);
+        };
+        const F32 second = {kBoundaries[3], kBoundaries[11], 0.0f, 0.0f};
+        const F32 third = {kBoundaries[1], kBoundaries[5], kBoundaries[9], kBoundaries[13]};
+        const F32 fourth_low = {kBoundaries[0], kBoundaries[2], kBoundaries[4], kBoundaries[6]};
+        const F32 fourth_high = {kBoundaries[8], kBoundaries[10], kBoundaries[12], kBoundaries[14]};
+        const uint8x16x2_t fourth = {{vreinterpretq_u8_f32(fourth_low), vreinterpretq_u8_f32(fourth_high)}};
+        const auto above = [&](uint8x16_t boundary) { return vcgtq_f32(v, vreinterpretq_f32_u8(boundary)); };
+        uint32x4_t index = vsubq_u32(vdupq_n_u32(0), vcgtq_f32(v, vdupq_n_f32(kBoundaries[7])));
+        index = doubled_plus(index, above(vqtbl1q_u8(vreinterpretq_u8_f32(second), dword_bytes(index))));
+        index = doubled_plus(index, above(vqtbl1q_u8(vreinterpretq_u8_f32(third), dword_bytes(index))));
+        index = doubled_plus(index, above(vqtbl2q_u8(fourth, dword_bytes(index))));
+        return vshlq_n_u32(index, kShift);
+    }
+};
+
 #else
 
 template <class T>
@@ -197,10 +236,18 @@ float max_abs(const T* w, int64_t n) {
     return largest_lane(largest);
 }
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(QLORA_NEON)
 // Of 16-bit floats without converting them: magnitudes order as their bits do. 32 words at least.
 template <class T>
 float max_abs_words(const T* w, int64_t n) {
+#ifdef QLORA_NEON
+    uint16x8_t largest = vdupq_n_u16(0);
+    for (int64_t i = 0; i < n; i += 8) {
+        const uint16x8_t words = vld1q_u16(reinterpret_cast<const uint16_t*>(w + i));
+        largest = vmaxq_u16(largest, vandq_u16(words, vdupq_n_u16(0x7fff)));
+    }
+    return to_float(T{vmaxvq_u16(largest)});
+#else
 #ifdef __AVX512BW__
     __m512i all = _mm512_setzero_si512();
     for (int64_t i = 0; i < n; i += 32) {
@@ -219,6 +266,7 @@ float max_abs_words(const T* w, int64_t n) {
     // The instruction finds the smallest.
     const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
     return to_float(T{static_cast<uint16_t>(~_mm_cvtsi128_si32(smallest))});
+#endif
 }
 
 float max_abs(const Bf16* w, int64_t n) { return n % 32 == 0 ? max_abs_words(w, n) : max_abs<Bf16>(w, n); }

@@ -16,13 +16,15 @@
 #include "qlora/dtypes.h"
 
 #ifndef QLORA_ISA
-#error "compile with -DQLORA_ISA=portable|avx2|avx512|avx512_bf16 (python/build_support/cpu.py)"
+#error "compile with -DQLORA_ISA=..., one of the names in python/build_support/cpu.py"
 #endif
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#elif defined(QLORA_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif
@@ -47,7 +49,9 @@ static inline void store_n(T* p, F32 v, int n) {
 
 // The largest of the lanes of what max_magnitude collects; NaN and inf win.
 static inline float largest_lane(F32 v) {
-#ifdef __AVX2__
+#if defined(QLORA_NEON)
+    return bits_float(vmaxvq_u32(vreinterpretq_u32_f32(v)));
+#elif defined(__AVX2__)
 #ifdef __AVX512F__
     const __m512i all = _mm512_castps_si512(v);
     const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));

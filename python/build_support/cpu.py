@@ -7,10 +7,12 @@ runs on a smaller CPU.
 
 from __future__ import annotations
 
-import platform
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
@@ -18,6 +20,8 @@ from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torc
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 X86_FLAGS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+# NEON belongs to the base architecture: the compiler needs no flag for it, simd.h needs to be told.
+ARM_FLAGS = {"portable": (), "neon": ("-DQLORA_NEON",)}
 
 COMMON_FLAGS = (
     "-std=c++20",
@@ -28,19 +32,32 @@ COMMON_FLAGS = (
     "-fno-math-errno",  # sqrtf is an instruction, in vectors too
     "-Wall",
     "-Wextra",
+    "-Wno-unknown-warning-option",  # clang has not all of the following ones
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",  # gcc 12 finds fault with its own AVX-512 headers, in both ways
     "-Wno-uninitialized",
 )
 
 
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+@dataclass(frozen=True)
+class Family:
+    """CPUs that share an architecture.   defines: for all sources.   sets: instruction set -> compiler flags."""
+
+    defines: tuple[str, ...]
+    sets: dict[str, tuple[str, ...]]
 
 
-def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """Instruction set -> compiler flags, for this machine's family of CPUs."""
-    return X86_FLAGS if is_x86() else {"portable": ()}
+X86 = Family(("-DQLORA_X86_KERNELS",), X86_FLAGS)
+ARM = Family(("-DQLORA_ARM_KERNELS",), ARM_FLAGS)
+OTHER = Family((), {"portable": ()})
+
+
+@cache
+def family_of(compiler: str) -> Family:
+    """What `compiler` generates code for, by its own report: a cross compiler's target is not this machine."""
+    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
+    architecture = done.stdout.strip().partition("-")[0]
+    return {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(architecture, OTHER)
 
 
 def is_kernel(source: Path) -> bool:
@@ -50,16 +67,17 @@ def is_kernel(source: Path) -> bool:
 
 def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[Step]:
     """Objects of everything in csrc/cpu. The sanitizer driver (tests/cpu/sanitize) is built from the same list."""
-    family = ("-DQLORA_X86_KERNELS",) if is_x86() else ()
+    family = family_of(compiler)
     shared = headers()
     steps = []
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        variants = instruction_sets() if is_kernel(source) else {"": ()}
+        variants = family.sets if is_kernel(source) else {"": ()}
         for name, isa_flags in variants.items():
             define = (f"-DQLORA_ISA={name}",) if name else ()
             output = build / (name or "common") / f"{source.stem}.o"
             include = f"-I{CSRC / 'include'}"
-            command = (compiler, *flags, *isa_flags, *family, *define, include, "-c", str(source), "-o", str(output))
+            defines = (*family.defines, *define)
+            command = (compiler, *flags, *isa_flags, *defines, include, "-c", str(source), "-o", str(output))
             steps.append(Step(command, output, (source, *shared)))
     return steps
 

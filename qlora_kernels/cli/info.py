@@ -22,11 +22,14 @@ _PACKAGES = (
 )  # fmt: skip
 _VARIABLES = {
     ENVIRONMENT: "backend that every op must use: reference, cpu, triton or cuda",
-    "QLORA_CPU_ISA": "instruction set of the cpu backend: avx512_bf16, avx512, avx2 or portable",
+    "QLORA_CPU_ISA": "instruction set of the cpu backend: avx512_bf16, avx512, avx2 (x86), neon (AArch64) or portable",
     "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
     "QLORA_SKIP_NATIVE": "1: install without compiling anything",
 }
-_ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+_ISA_FLAGS = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16",  # x86
+    "asimd", "bf16", "i8mm", "sve",  # AArch64
+)  # fmt: skip
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -55,6 +58,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "model": _cpu_model(),
             "threads": torch.get_num_threads(),
             "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
+            "kernels use": _kernel_isa(),
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
         "gpu": {"cuda": _gpu(), "kernels built for": built_for("cuda") or "nothing: the library is not built"},
@@ -80,7 +84,18 @@ def _cpu_model() -> str:
 
 
 def _cpu_flags() -> list[str]:
-    return _cpu_field("flags").split()
+    return (_cpu_field("flags") or _cpu_field("Features")).split()
+
+
+def _kernel_isa() -> str:
+    """The instruction set of the cpu backend, or why there is none. backends() must have loaded it."""
+    isa = getattr(torch.ops.qlora_kernels_C, "cpu_isa", None)
+    if isa is None:
+        return "none: the cpu library is not built"
+    try:
+        return str(isa(None))
+    except RuntimeError as reason:  # QLORA_CPU_ISA names one that cannot run here
+        return str(reason)
 
 
 def _gpu() -> str:

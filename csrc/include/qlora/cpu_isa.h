@@ -3,10 +3,10 @@
 
 namespace qlora {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon };
 
 // The best one that this machine and its operating system support, or the one QLORA_CPU_ISA names.
-// Throws std::invalid_argument if the variable names none, or one that cannot run here.
+// Throws std::invalid_argument if the variable names none of this build, or one that cannot run here.
 Isa cpu_isa();
 
 // Overrides the choice for the rest of the process (tests, benchmarks); nullptr or "" restores the automatic one.

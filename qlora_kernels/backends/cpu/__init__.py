@@ -1,7 +1,7 @@
 """The native CPU backend: C++ kernels over the format's own bytes (csrc/cpu), one library for every torch from 2.10 on.
 
-The library picks its instruction set when first used; QLORA_CPU_ISA=avx512_bf16|avx512|avx2|portable forces one, and is
-read in csrc/cpu/isa.cpp alone.
+The library picks its instruction set when first used: avx512_bf16, avx512 or avx2 on x86, neon on AArch64, portable
+anywhere. QLORA_CPU_ISA forces one, and is read in csrc/cpu/isa.cpp alone.
 """
 
 from __future__ import annotations

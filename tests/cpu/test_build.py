@@ -1,0 +1,67 @@
+"""How the CPU library is built for CPUs other than this one. `make test-aarch64` runs what is built."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from python.build_support import cpu
+from python.build_support.native import CSRC
+
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A function that makes a compiler which reports the given target."""
+
+    def make(target: str) -> str:
+        path = tmp_path / target
+        path.write_text(f"#!/bin/sh\necho {target}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("target", "sets"),
+    [
+        ("x86_64-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16"]),
+        ("x86_64-conda-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16"]),
+        ("aarch64-linux-gnu", ["portable", "neon"]),
+        ("arm64-apple-darwin23.6.0", ["portable", "neon"]),
+        ("powerpc64le-linux-gnu", ["portable"]),
+    ],
+)
+def test_sets_follow_the_compilers_target(compiler, tmp_path, target, sets):
+    """The instruction sets are those of the target, which a cross compiler's host says nothing about."""
+    steps = cpu.kernel_commands(compiler(target), tmp_path, cpu.COMMON_FLAGS)
+    built = {step.output.parent.name for step in steps}
+    assert built == {"common", *sets}
+    others = {"QLORA_X86_KERNELS", "QLORA_ARM_KERNELS", "-mavx2"}
+    expected = {"x": {"QLORA_X86_KERNELS", "-mavx2"}, "a": {"QLORA_ARM_KERNELS"}, "p": set()}[target[0]]
+    commands = " ".join(argument for step in steps for argument in step.command)
+    assert {flag for flag in others if flag in commands} == expected
+
+
+@pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"{CROSS_COMPILER} is not installed")
+def test_neon_is_compiled_to_table_lookups(tmp_path):
+    """The decode of the neon set is a tbl instruction; nothing of x86 is compiled."""
+    command = (CROSS_COMPILER, *cpu.COMMON_FLAGS, *cpu.ARM_FLAGS["neon"], "-DQLORA_ISA=neon", f"-I{CSRC / 'include'}")
+    source = CSRC / "cpu" / "dequantize_nf4.cpp"
+    assembly = subprocess.run(
+        [*command, "-S", str(source), "-o", "-"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "tbl\t" in assembly
+
+
+@pytest.mark.parametrize("platform", ["win32", "cygwin"])
+def test_other_systems_are_refused(monkeypatch, tmp_path, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(cpu.CannotBuild, match="built on Linux and macOS, not on " + platform):
+        cpu.CpuLibrary().compile_steps(tmp_path)
