@@ -3,6 +3,8 @@
 #   make setup      .venv with everything the tests, the demo and the benchmarks need; the native libraries compiled
 #   make demo       fine-tune SmolLM2-135M in NF4 + LoRA on this machine's CPU, and report        (about 3 minutes)
 #   make test       the whole test suite
+#   make test-aarch64
+#                   the CPU kernels for AArch64 under qemu (make aarch64-tools installs what that needs, on Debian)
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
@@ -39,7 +41,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help sanitize setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
+.PHONY: help sanitize test-aarch64 aarch64-tools setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -90,6 +92,14 @@ format:
 # The CPU kernels under ASan and UBSan.
 sanitize: $(READY)
 	$(PYTHON) -m tests.cpu.sanitize
+
+# The CPU kernels cross-compiled for AArch64 and run under qemu; skipped, with a message, where a tool is missing.
+test-aarch64: $(READY)
+	$(PYTHON) -m tests.cpu.aarch64
+
+# Those tools, on Debian and Ubuntu, as root.
+aarch64-tools:
+	apt-get update -q && apt-get install -q -y g++-aarch64-linux-gnu qemu-user
 
 bench: $(READY)
 	$(PYTHON) -m bench.run

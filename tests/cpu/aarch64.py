@@ -1,0 +1,52 @@
+"""The CPU kernels on AArch64: cross-compiled as a wheel would hold them, and run under qemu.
+
+    python -m tests.cpu.aarch64 [ISA ...]          exit code 1 where a comparison fails
+
+Needs an AArch64 compiler and qemu's user-mode emulator (Debian: g++-aarch64-linux-gnu, qemu-user). Without them it says
+so and exits with 0, or with 1 where QLORA_REQUIRE_AARCH64=1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+from python.build_support.cpu import ARM, COMMON_FLAGS, family_of
+from python.build_support.native import ROOT
+
+from .sanitize.build import build_driver
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+REQUIRE = "QLORA_REQUIRE_AARCH64"
+PACKAGES = "apt-get install g++-aarch64-linux-gnu qemu-user"
+ELF_AARCH64 = 183
+"""EM_AARCH64 of the ELF specification."""
+
+
+def machine_of(elf: bytes) -> int:
+    """The machine that an ELF file is for."""
+    return int.from_bytes(elf[18:20], "little")
+
+
+def main(names: list[str]) -> int:
+    if missing := [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]:
+        sys.stdout.write(f"test-aarch64 is skipped: {' and '.join(missing)} not found; on Debian: {PACKAGES}\n")
+        return int(os.environ.get(REQUIRE) == "1")
+    if family_of(COMPILER) is not ARM:
+        sys.stderr.write(f"{COMPILER} does not generate code for AArch64\n")
+        return 1
+    program = build_driver(COMPILER, ROOT / "build" / "aarch64", COMMON_FLAGS, ("-static",))
+    if (machine := machine_of(program.read_bytes())) != ELF_AARCH64:
+        sys.stderr.write(f"{program} is for the ELF machine {machine}, not for AArch64 ({ELF_AARCH64})\n")
+        return 1
+    sys.stdout.write(f"{program.relative_to(ROOT)}: ELF for AArch64, run by {EMULATOR}\n")
+    failed = False
+    for isa in names or ARM.sets:
+        failed |= subprocess.run([EMULATOR, str(program), isa], check=False).returncode != 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
