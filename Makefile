@@ -7,6 +7,7 @@
 #                   the CPU kernels for AArch64 under qemu (make aarch64-tools installs what that needs, on Debian)
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
+#   make faults     saves under injected faults (3 minutes)
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
@@ -100,6 +101,11 @@ test-aarch64: $(READY)
 # Those tools, on Debian and Ubuntu, as root.
 aarch64-tools:
 	apt-get update -q && apt-get install -q -y g++-aarch64-linux-gnu qemu-user
+
+# Every save killed, interrupted and starved of disk space at each of its file operations: docs/reliability.md.
+.PHONY: faults
+faults: $(READY)
+	$(PYTHON) -m tests.io.faults
 
 bench: $(READY)
 	$(PYTHON) -m bench.run

@@ -1,74 +1,247 @@
-"""Files and folders that appear by rename: whole, or not at all."""
+"""Publishing files and folders: at every moment a reader finds the whole old state or the whole new one.
+
+All is written in a private staging folder and flushed to the disk, then switched into place in one step:
+
+- a file by rename;
+- a new folder by rename, a folder in place of another by an exchange of the two (exchange.py);
+- several files of a folder that holds other files too, and folders where no exchange is possible, by a commit: the
+  staging folder, renamed to `.commit-<random>` inside the target, is from then on what the target holds. Its files move
+  to their names after that, once all the former ones are gone, so that no reader sees old beside new. A process killed
+  between those moves leaves the commit behind; `settle`, which readers and writers of this package call first,
+  completes it.
+
+Concurrent writers do not disturb each other: the last to switch wins. What a killed writer left is removed by the next.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-PARTIAL = ".partial-"
-"""How the names of files that are being written begin; a process that is killed leaves them behind."""
+from .exchange import exchange
+from .json_file import read_json_object
+from .locks import folder_lock
+from .staging import PARTIAL, staging
+
+COMMIT = ".commit-"
+_FILES, _REMOVED = "files", "removed.json"
 
 
 @contextmanager
-def folder_appearing_by_rename(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` to fill, which takes its place at the end and vanishes where filling it raises.
-
-    A folder already at `path` is replaced, and is whole until then. One process at a time writes to `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
-    partial.mkdir()
-    try:
+def file_appearing_by_rename(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of `path` at the end, or vanishes where the block raises."""
+    _make_folder(path.parent)
+    with staging(path.parent, path.name) as private:
+        partial = private / path.name  # keeps the suffix, by which writers choose the format
         yield partial
-        if path.exists():
-            # A folder cannot be renamed onto one that holds files.
-            replaced = path.with_name(f".{path.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(path, replaced)
-            os.rename(partial, path)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def file_appearing_by_rename(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to, whose file takes its place at the end and vanishes where writing raises.
-
-    durable: the file is on disk before it gets its name, and the name is when this returns.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Keeps the suffix, by which writers choose the format; of this process, so that several may write one file.
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}.{path.name}")
-    try:
-        yield partial
-        if durable:
-            _sync(partial)
+        _sync(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if durable:
         _sync(path.parent)
 
 
 @contextmanager
-def file_vanishing(path: Path) -> Iterator[None]:
-    """Removes a file at the end, if there is one, and keeps it where the block raises."""
-    yield
-    path.unlink(missing_ok=True)
+def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path` at the end, or vanishes where the block raises.
+
+    replace: a folder that is at `path` already is replaced as a whole; without it, FileExistsError.
+    """
+    path = Path(os.path.realpath(path))
+    _make_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} must be a folder, it is a file")
+    with staging(path.parent, path.name) as private:
+        partial = private / path.name
+        partial.mkdir()
+        yield partial
+        _sync_tree(partial)
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} must not exist; another process has made it")
+        if path.exists():
+            shutil.copymode(path, partial)
+            if not exchange(partial, path):
+                _commit(private, partial, path, _files_below(path))
+        else:
+            os.rename(partial, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """An empty folder to fill with files, which then become files of `folder` all at once.
+
+    names: of files, relative to the folder, that vanish where they are not written. All others stay as they are.
+    """
+    folder = Path(os.path.realpath(folder))
+    _make_folder(folder)
+    with staging(folder, folder.name) as private:
+        partial = private / _FILES
+        partial.mkdir()
+        yield partial
+        _sync_tree(partial)
+        _commit(private, partial, folder, names)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside, no other process switches files of `folder`; a commit that a killed process left is completed first."""
+    settle(folder)
+    with folder_lock(folder, shared=True) if folder.is_dir() else nullcontext():
+        yield
+
+
+def settle(folder: Path) -> None:
+    """Completes the commits in `folder` that killed processes left; does nothing where there is no such folder.
+
+    Raises OSError, saying so, where the folder cannot be written to; ValueError for a commit that leads out of it.
+    """
+    if not _commits(folder):
+        return
+    with folder_lock(folder):
+        try:
+            for commit in _commits(folder):
+                _apply(commit, folder)
+        except OSError as error:
+            raise OSError(
+                f"{folder}: a save into this folder was interrupted and must be completed before it is read, which "
+                f"failed ({error.strerror or error}); make the folder writable"
+            ) from error
+
+
+def _commit(private: Path, partial: Path, folder: Path, names: Collection[str]) -> None:
+    """Switches `folder` to the files in `partial`, which lies in the staging folder `private`."""
+    written = set(_files_below(partial))
+    _require_inside(folder, [*names, *written])
+    _require_room(folder, written, set(names))
+    if partial.name != _FILES:
+        os.rename(partial, private / _FILES)
+    (private / _REMOVED).write_text(json.dumps({"names": sorted(set(names) - written)}))
+    _sync(private / _REMOVED)
+    _sync(private)
+    settle(folder)
+    with folder_lock(folder):
+        commit = folder / (COMMIT + private.name.removeprefix(PARTIAL))
+        os.rename(private, commit)  # from here on, the new files are what the folder holds
+        try:
+            _sync(folder)
+            _apply(commit, folder)
+        except BaseException:  # an interrupt, a disk that fails: once more, and else the next reader completes it
+            with suppress(OSError):
+                _apply(commit, folder)
+            raise
+
+
+def _apply(commit: Path, folder: Path) -> None:
+    """Moves the commit's files to their names. May be repeated after an interruption at any point."""
+    waiting = _files_below(commit / _FILES)  # those that have moved already are not among them
+    removed = _removed(commit)
+    _require_inside(folder, [*removed, *waiting])
+    for name in [*removed, *waiting]:
+        (folder / name).unlink(missing_ok=True)
+        _remove_empty(folder, (folder / name).parent)
+    for name in waiting:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(commit / _FILES / name, folder / name)
+        _sync((folder / name).parent)
+    _sync(folder)
+    (commit / _REMOVED).unlink(missing_ok=True)
+    for place, _, _ in os.walk(commit, topdown=False, onerror=_raise):
+        os.rmdir(place)  # fails, and loses nothing, where a file should be left
+
+
+def _removed(commit: Path) -> list[str]:
+    try:
+        names = read_json_object(commit / _REMOVED).get("names")
+    except FileNotFoundError:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{commit / _REMOVED}: names must be a list of strings")
+    return names
+
+
+def _require_inside(folder: Path, names: Collection[str]) -> None:
+    """A folder may come from anybody: what its commits name must not lead out of it, by `..` or by a link."""
+    top = os.path.realpath(folder)
+    for name in names:
+        inside = Path(os.path.realpath((folder / name).parent)).is_relative_to(top)
+        if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
+            raise ValueError(f"{folder}: a save must not write outside of it, got {name!r}")
+
+
+def _require_room(folder: Path, written: Collection[str], replaced: Collection[str]) -> None:
+    """No folder of others stands where a file is to be, and no file of others where a folder is to be."""
+    for name in written:
+        path = folder / name
+        if path.is_dir() and not {os.path.join(name, below) for below in _files_below(path)} <= set(replaced):
+            raise IsADirectoryError(f"{path} must be a file, it is a folder")
+        for above in path.parents[: len(Path(name).parts) - 1]:
+            if above.is_file() and os.path.relpath(above, folder) not in replaced:
+                raise NotADirectoryError(f"{above} must be a folder, it is a file")
+
+
+def _commits(folder: Path) -> list[Path]:
+    """Oldest first; none where there is no such folder."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(COMMIT)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [Path(entry.path) for entry in entries]
+    if links := [path for path in found if path.is_symlink() or (path / _FILES).is_symlink()]:
+        raise ValueError(f"{links[0]} must not be, or hold, a link: no save makes one; remove it")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names of all files in `folder` and its folders, relative to it, without those of unfinished writers."""
+    names: list[str] = []
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith((PARTIAL, COMMIT))]
+        names += [os.path.relpath(os.path.join(place, name), folder) for name in files]
+    return sorted(names)
+
+
+def _raise(error: OSError) -> None:
+    """os.walk passes over a folder that it cannot list, unless told otherwise; one that is not there has no files."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _remove_empty(top: Path, folder: Path) -> None:
+    """Removes `folder` and those above it up to `top`, as far as they are empty."""
+    while folder != top and folder.is_dir() and not os.listdir(folder):
+        folder.rmdir()
+        folder = folder.parent
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} must be a folder; it, or a folder above it, is a file") from error
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, files in os.walk(folder, topdown=False, onerror=_raise):
+        for name in files:
+            _sync(Path(place, name))
+        _sync(Path(place))
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file, or the names in a folder, to the disk."""
+    is_folder = path.is_dir()
+    if sys.platform == "win32" and is_folder:
+        return  # Windows has no such call
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):  # some network drives
+            raise
     finally:
         os.close(descriptor)

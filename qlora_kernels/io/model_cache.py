@@ -1,7 +1,8 @@
 """Folders of derived models, named by what they were derived from: <kind>-<16 hex digits>.
 
 The digits are of the source's contents and of the settings, so a changed file or setting is another folder and nothing
-is ever stale. A folder that is there is complete, because it appears by rename.
+is ever stale. A folder lists its files with their sizes in `qlora_kernels_cache.json`; one that lacks a file, or holds
+one of another size, is made again. Processes that want the same folder at once wait for the first of them to make it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from .atomic import folder_appearing_by_rename
+from .atomic import folder_appearing_by_rename, settle
+from .locks import name_lock
+from .staging import remove_abandoned
+
+MANIFEST = "qlora_kernels_cache.json"
 
 
 def cached_folder(
@@ -22,11 +28,37 @@ def cached_folder(
     source: a file, or a folder whose files are all of the source.
     """
     folder = cache / f"{kind}-{_key(source, settings)}"
-    if folder.is_dir():
+    lock = cache / f".lock-{folder.name}"
+    if _is_whole(folder):
+        remove_abandoned(cache)
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)  # of a process that was killed: nobody makes a folder that is there
         return folder, True
-    with folder_appearing_by_rename(folder) as partial:
-        make(partial)
+    cache.mkdir(parents=True, exist_ok=True)
+    with name_lock(lock):
+        if _is_whole(folder):
+            return folder, True
+        try:
+            with folder_appearing_by_rename(folder, replace=folder.exists()) as partial:
+                make(partial)
+                (partial / MANIFEST).write_text(json.dumps(_sizes(partial), indent=2) + "\n")
+        except FileExistsError:  # where there are no locks, another process was first; ours is discarded
+            if not _is_whole(folder):
+                raise
     return folder, False
+
+
+def _is_whole(folder: Path) -> bool:
+    settle(folder)
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+        return isinstance(expected, dict) and expected.items() <= _sizes(folder).items()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST}
 
 
 def _key(source: Path, settings: Mapping[str, object]) -> str:

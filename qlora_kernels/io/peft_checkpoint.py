@@ -1,26 +1,33 @@
-"""Adapter folders in PEFT's layout: adapter_config.json + adapter_model.safetensors, written by rename, never pickled.
+"""Adapter folders in PEFT's layout: adapter_config.json + adapter_model.safetensors, never pickled.
 
 What PEFT has no place for (the encoder that a P-tuning run needs to resume, ...) lies beside them in
-qlora_kernels.json and qlora_kernels.safetensors, which PEFT does not look at.
+qlora_kernels.json and qlora_kernels.safetensors, which PEFT does not look at. A save publishes all files of all folders
+at once (atomic.py). The tensor files carry checksums; qlora_kernels.json that of adapter_config.json, so that a
+configuration that was changed by hand, which is allowed, or by a fault of the disk, is at least warned of.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import file_appearing_by_rename, file_vanishing
+from .atomic import files_appearing_together, reading
+from .checksum import with_checksum
+from .json_file import json_object, read_json_object
+from .safetensors_reader import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXTRA_CONFIG, EXTRA_WEIGHTS = "qlora_kernels.json", "qlora_kernels.safetensors"
+_PARTS, _CONFIG_CHECKSUM = "parts", "config_sha256"
 
 
 @dataclass
@@ -33,63 +40,90 @@ class AdapterFiles:
     extra_tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def write_adapter(directory: str | os.PathLike[str], files: AdapterFiles) -> None:
-    """Writes the folder, made if it is not there; of an adapter that it held before nothing stays behind.
+def write_adapters(directory: str | os.PathLike[str], folders: Mapping[str, AdapterFiles | Sequence[str]]) -> None:
+    """Writes adapter folders, made if they are not there, as one change: all of them are the new ones, or none is.
 
-    All is written beside the old files before the first of them is touched: where writing raises, they are whole.
+    folders: by path relative to `directory` ("." for itself), an adapter; or, where a folder stands for a combination,
+    the names of its subfolders that hold the parts. Of an adapter that a folder held before nothing stays behind.
+    """
+    names = [str(Path(folder, name)) for folder in folders for name in (CONFIG, WEIGHTS, EXTRA_CONFIG, EXTRA_WEIGHTS)]
+    with files_appearing_together(Path(directory), names) as partial:
+        for folder, contents in folders.items():
+            (partial / folder).mkdir(parents=True, exist_ok=True)
+            if isinstance(contents, AdapterFiles):
+                _write(partial / folder, contents)
+            else:
+                _write_json(partial / folder / EXTRA_CONFIG, {_PARTS: list(contents)})
+
+
+def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFiles]:
+    """The adapter in a folder, or the parts of the combination that it stands for.
+
+    Raises FileNotFoundError that says which file is missing; ValueError that names a damaged one, or a tensor with inf
+    or NaN.
     """
     folder = Path(directory)
-    # Exits run backwards: the sidecar's files take their places first, the configuration last.
-    with ExitStack() as stack:
-        _put_json(stack, folder / CONFIG, files.config)
-        _put_tensors(stack, folder / WEIGHTS, files.tensors)
-        _put_json(stack, folder / EXTRA_CONFIG, files.extras)
-        _put_tensors(stack, folder / EXTRA_WEIGHTS, files.extra_tensors or None)
+    with reading(folder):
+        extras = _read_extras(folder) or {}
+        parts = extras.get(_PARTS)
+        if parts is None:
+            return [_read(folder)]
+        if not (isinstance(parts, list) and parts and all(isinstance(p, str) and p == Path(p).name for p in parts)):
+            raise ValueError(f"{folder / EXTRA_CONFIG}: {_PARTS} must be a list of names of subfolders, got {parts!r}")
+        return [_read(folder / part) for part in parts]
 
 
-def write_parts(directory: str | os.PathLike[str], parts: Sequence[str]) -> None:
-    """Makes the folder one of several adapters, which lie in its subfolders `parts`, and none itself."""
-    folder = Path(directory)
-    with ExitStack() as stack:
-        for name in (CONFIG, WEIGHTS, EXTRA_WEIGHTS):
-            stack.enter_context(file_vanishing(folder / name))
-        _put_json(stack, folder / EXTRA_CONFIG, {"parts": list(parts)})
+def _write(folder: Path, files: AdapterFiles) -> None:
+    _write_json(folder / CONFIG, files.config)
+    _write_tensors(folder / WEIGHTS, files.tensors)
+    if files.extras is not None:
+        checksum = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+        _write_json(folder / EXTRA_CONFIG, {**files.extras, _CONFIG_CHECKSUM: checksum})
+    if files.extra_tensors:
+        _write_tensors(folder / EXTRA_WEIGHTS, files.extra_tensors)
 
 
-def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
-    """Raises FileNotFoundError that says which of the two files the folder lacks."""
-    folder = Path(directory)
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(contiguous, path, metadata=with_checksum({"format": "pt"}, contiguous))
+
+
+def _read(folder: Path) -> AdapterFiles:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             pickled = (
                 " (adapter_model.bin is a pickle, which is not read)" if (folder / "adapter_model.bin").exists() else ""
             )
             raise FileNotFoundError(f"{folder}: {name} must exist{pickled}")
+    text = (folder / CONFIG).read_bytes()
+    extras = _read_extras(folder)
+    saved = (extras or {}).pop(_CONFIG_CHECKSUM, None)
+    if saved not in (None, hashlib.sha256(text).hexdigest()):
+        warnings.warn(
+            f"{folder / CONFIG} is not as it was saved: edited, or damaged. It is used as it is.", stacklevel=4
+        )
+    extra_tensors = _read_tensors(folder / EXTRA_WEIGHTS) if (folder / EXTRA_WEIGHTS).is_file() else {}
     return AdapterFiles(
-        config=json.loads((folder / CONFIG).read_text()),
-        tensors=load_file(folder / WEIGHTS),
-        extras=read_extras(folder),
-        extra_tensors=load_file(folder / EXTRA_WEIGHTS) if (folder / EXTRA_WEIGHTS).is_file() else {},
+        config=json_object(text, str(folder / CONFIG)),
+        tensors=_read_tensors(folder / WEIGHTS),
+        extras=extras,
+        extra_tensors=extra_tensors,
     )
 
 
-def read_extras(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    path = Path(directory) / EXTRA_CONFIG
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read_extras(folder: Path) -> dict[str, Any] | None:
+    path = folder / EXTRA_CONFIG
+    return read_json_object(path) if path.is_file() else None
 
 
-def _put_json(stack: ExitStack, path: Path, values: dict[str, Any] | None) -> None:
-    if values is None:
-        stack.enter_context(file_vanishing(path))
-    else:
-        partial = stack.enter_context(file_appearing_by_rename(path))
-        partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def _put_tensors(stack: ExitStack, path: Path, tensors: dict[str, Tensor] | None) -> None:
-    if tensors is None:
-        stack.enter_context(file_vanishing(path))
-        return
-    partial = stack.enter_context(file_appearing_by_rename(path))
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": "pt"})
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    tensors, _ = read_safetensors(path)
+    for name, tensor in tensors.items():
+        # isfinite does not know 8-bit floats.
+        if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+            raise ValueError(f"{path}: {name} must be finite, got inf or NaN")
+    return tensors

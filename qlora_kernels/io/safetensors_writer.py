@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checksum import KEY, Checksum
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -37,10 +39,22 @@ class SafetensorsWriter:
 
     The header comes first and is known last. So room for it is reckoned from `names`, and spaces, which the format
     allows, fill what is left of it. Small tensors of an odd size go last, to keep the others on 8 bytes.
+    checksum: the metadata carry one, which `read_safetensors` checks.
     """
 
-    def __init__(self, path: Path, names: Collection[str], metadata: Mapping[str, str] | None = None) -> None:
-        self._header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    def __init__(
+        self,
+        path: Path,
+        names: Collection[str],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        checksum: bool = False,
+    ) -> None:
+        self._metadata = dict(metadata or {"format": "pt"})
+        self._checksum = Checksum() if checksum else None
+        if checksum:
+            self._metadata[KEY] = "0" * 64  # its room; the value is known last
+        self._header: dict[str, Any] = {"__metadata__": self._metadata}
         self._expected = set(names)
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
         self._room = room + -room % _ALIGNMENT
@@ -54,6 +68,8 @@ class SafetensorsWriter:
         if name not in self._expected:
             raise ValueError(f"SafetensorsWriter: name must be one of the announced names, and once, got {name!r}")
         self._expected.remove(name)
+        if self._checksum is not None:
+            self._checksum.add(name, tensor)
         if tensor.nbytes % _ALIGNMENT and tensor.nbytes < _SMALL:
             self._last[name] = tensor
         else:
@@ -80,6 +96,8 @@ class SafetensorsWriter:
                 )
             for name, tensor in self._last.items():
                 self._append(name, tensor)
+            if self._checksum is not None:
+                self._metadata[KEY] = self._checksum.hexdigest(self._metadata)
             text = json.dumps(self._header).encode()
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..format import bnb_layout
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..ops.quantize_nf4 import quantize_nf4
+from .model_cache import MANIFEST
+from .safetensors_reader import open_safetensors, read_safetensors
 from .safetensors_writer import SafetensorsWriter
 
 CONFIG = "config.json"
@@ -73,12 +73,12 @@ def quantize_folder(
     kept: list[str] = []
     weight_map: dict[str, str] = {}
     for shard in shards:
-        with _reader(shard) as file:
+        with open_safetensors(shard) as file:
             names = list(file.keys())
             chosen = {n for n in names if _layer_of(n) in layers and file.get_slice(n).get_dtype() in _FLOATS}
             written = [out for n in names for out in (_quantized_names(n, double_quant) if n in chosen else [n])]
             weight_map |= dict.fromkeys(written, shard.name)
-            with SafetensorsWriter(target / shard.name, written) as writer:
+            with SafetensorsWriter(target / shard.name, written, checksum=True) as writer:
                 for name in names:
                     tensor = file.get_tensor(name)
                     if name in chosen:
@@ -113,18 +113,11 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of the model's tensors, memory-mapped: what is not read takes no memory."""
+    """All of the model's tensors, memory-mapped, after the check of the files' checksums where they carry any."""
     tensors: dict[str, Tensor] = {}
     for shard in shards_of(folder):
-        with _reader(shard) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        tensors |= read_safetensors(shard)[0]
     return tensors
-
-
-@contextmanager
-def _reader(path: Path) -> Iterator[Any]:
-    with safe_open(path, framework="pt") as file:
-        yield file
 
 
 def _layer_of(name: str) -> str:
@@ -167,6 +160,6 @@ def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, kept: C
 def _copy_other_files(source: Path, target: Path) -> None:
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
     for path in source.iterdir():
-        known = (target / path.name).exists() or path.name.endswith((*weights, ".index.json"))
+        known = (target / path.name).exists() or path.name.endswith((*weights, ".index.json", MANIFEST))
         if path.is_file() and not known:
             shutil.copyfile(path, target / path.name)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,10 +33,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .atomic import PARTIAL, file_appearing_by_rename
+from .atomic import file_appearing_by_rename
+from .safetensors_reader import DamagedFileError, read_safetensors
 from .safetensors_writer import DTYPE_NAMES, SafetensorsWriter
 
 _FILE = re.compile(r"step-(\d+)\.safetensors")
@@ -81,7 +82,8 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
     step: what `load_latest` orders by and returns; by custom the number of finished optimizer steps.
     parts: by name, either an object with state_dict() or a nest of dicts, lists, tuples, tensors, numbers, strings and
         None. A `packed_state_dict()` is preferred where the object has one (PagedAdamW: 8-bit states stay 8-bit).
-    The file is complete and on disk (fsync) before it gets its name: a kill at any moment leaves the previous one.
+    The file is complete and on disk (fsync) before it gets its name: a kill at any moment leaves the previous one. It
+    carries a checksum, by which a damaged one is told when it is loaded.
     Raises TypeError, naming the place, for a value that neither JSON nor safetensors can hold; OSError from the disk,
     with the partial file removed.
     """
@@ -98,32 +100,47 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
         _RNG: _pack(_capture_rng(), _RNG, tensors),
     }
     path = directory / f"step-{step:08d}.safetensors"
-    for stale in directory.glob(f"{PARTIAL}*.step-*"):  # left by a kill; one run writes to a directory at a time
-        stale.unlink()
     metadata = {_METADATA_KEY: json.dumps(tree)}
-    with file_appearing_by_rename(path, durable=True) as partial, SafetensorsWriter(partial, tensors, metadata) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+    with file_appearing_by_rename(path) as partial:
+        writer = SafetensorsWriter(partial, tensors, metadata, checksum=True)
+        with writer:  # closed before the file gets its name
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
     for _, old in _checkpoints(directory)[:-keep]:
         old.unlink()
     return path
 
 
 def load_latest(directory: str | Path) -> TrainingState | None:
-    """The checkpoint with the highest step in `directory`, on the CPU; None where there is none."""
-    found = _checkpoints(Path(directory))
-    return load_training_state(found[-1][1]) if found else None
+    """The checkpoint with the highest step in `directory`, on the CPU; None where there is none.
+
+    A checkpoint that is damaged is passed over with a warning, and the one before it loaded. Raises DamagedFileError
+    where all are.
+    """
+    damaged: DamagedFileError | None = None
+    for _, path in reversed(_checkpoints(Path(directory))):
+        try:
+            return load_training_state(path)
+        except DamagedFileError as error:
+            warnings.warn(f"load_latest: {error}; the checkpoint before it is taken", stacklevel=2)
+            damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def load_training_state(path: str | Path) -> TrainingState:
-    """The checkpoint in one file. Raises ValueError where the file was not written by `save_training_state`."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if _METADATA_KEY not in metadata:
-            raise ValueError(f"load_training_state: path must be a file of save_training_state, got {path}")
+    """The checkpoint in one file.
+
+    Raises DamagedFileError for a file that is cut short or changed; ValueError where it was not written by
+    `save_training_state`.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
         tree = json.loads(metadata[_METADATA_KEY])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    return TrainingState(tree["step"], _unpack(tree["parts"], tensors), _unpack(tree[_RNG], tensors))
+        return TrainingState(tree["step"], _unpack(tree["parts"], tensors), _unpack(tree[_RNG], tensors))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"load_training_state: path must be a file of save_training_state, got {path}") from error
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -1,50 +1,45 @@
-"""From an adapter to the folder it lies in, and back. A combination of methods is a folder of folders."""
+"""From adapters to the folder they lie in, and back. A combination of methods is a folder of folders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..io import peft_checkpoint
-from ..io.peft_checkpoint import AdapterFiles
+from ..io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
 from .config import PeftConfig
 from .method import Method
 from .registry import config_from_dict
 
 
-def save_adapter(methods: Sequence[Method], directory: str | os.PathLike[str]) -> None:
-    for method in methods:
-        method.before_save()
-    if len(methods) == 1:
-        _save_method(methods[0], directory)
-        return
-    parts = [f"{i}_{method.config.peft_type.lower()}" for i, method in enumerate(methods)]
-    for part, method in zip(parts, methods, strict=True):
-        _save_method(method, Path(directory) / part)
-    peft_checkpoint.write_parts(directory, parts)
+def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
+    """Writes all of them as one change.   adapters: by path relative to the directory, "." for itself."""
+    folders: dict[str, AdapterFiles | Sequence[str]] = {}
+    for folder, methods in adapters.items():
+        for method in methods:
+            method.before_save()
+        if len(methods) == 1:
+            folders[folder] = _files(methods[0])
+            continue
+        parts = {f"{i}_{method.config.peft_type.lower()}": method for i, method in enumerate(methods)}
+        folders[folder] = list(parts)
+        folders |= {str(Path(folder, part)): _files(method) for part, method in parts.items()}
+    write_adapters(directory, folders)
 
 
-def _save_method(method: Method, directory: str | os.PathLike[str]) -> None:
+def _files(method: Method) -> AdapterFiles:
     values, tensors = method.extras()
-    peft_checkpoint.write_adapter(
-        directory,
-        AdapterFiles(
-            config=method.file_config(),
-            tensors=method.tensors(),
-            extras={"loads_in_peft": method.loads_in_peft, **values},
-            extra_tensors=tensors,
-        ),
+    return AdapterFiles(
+        config=method.file_config(),
+        tensors=method.tensors(),
+        extras={"loads_in_peft": method.loads_in_peft, **values},
+        extra_tensors=tensors,
     )
 
 
-def _folders(directory: str | os.PathLike[str]) -> list[Path]:
-    extras = peft_checkpoint.read_extras(directory) or {}
-    return [Path(directory) / part for part in extras.get("parts", ["."])]
-
-
-def load_configs(directory: str | os.PathLike[str]) -> list[PeftConfig]:
-    return [_config(peft_checkpoint.read_adapter(folder)) for folder in _folders(directory)]
+def load_adapter(directory: str | os.PathLike[str]) -> list[tuple[PeftConfig, AdapterFiles]]:
+    """The methods that an adapter's folder describes, each with what `load_weights` takes: one state of the folder."""
+    return [(_config(files), files) for files in read_adapters(directory)]
 
 
 def _config(files: AdapterFiles) -> PeftConfig:
@@ -52,9 +47,9 @@ def _config(files: AdapterFiles) -> PeftConfig:
     return config_from_dict({**files.config, **(files.extras or {}).get("config", {})})
 
 
-def load_weights(methods: Sequence[Method], directory: str | os.PathLike[str], *, is_trainable: bool) -> None:
-    for method, folder in zip(methods, _folders(directory), strict=True):
-        files = peft_checkpoint.read_adapter(folder)
-        method.load_tensors(files.tensors)
-        if files.extras is not None:
-            method.load_extras(files.extras, files.extra_tensors, is_trainable=is_trainable)
+def load_weights(methods: Sequence[Method], files: Sequence[AdapterFiles], *, is_trainable: bool) -> None:
+    """files: as `load_adapter` gives them, one for each method."""
+    for method, contents in zip(methods, files, strict=True):
+        method.load_tensors(contents.tensors)
+        if contents.extras is not None:
+            method.load_extras(contents.extras, contents.extra_tensors, is_trainable=is_trainable)

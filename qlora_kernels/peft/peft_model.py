@@ -354,13 +354,15 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
     ) -> None:
-        """Writes each adapter: "default" into the folder, any other into a folder of its name inside it."""
+        """Writes each adapter: "default" into the folder, any other into a folder of its name inside it.
+
+        An interrupted save leaves the whole old state or the whole new one (docs/reliability.md).
+        """
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.adapters)
         for name in names:
             self._methods(name)  # refuses an unknown name before anything is written
-        for name in names:
-            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            checkpoint.save_adapter(self.host.adapters[name], folder)
+        adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
+        checkpoint.save_adapters(adapters, save_directory)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
@@ -370,9 +372,10 @@ class PeftModel(nn.Module):
         is_trainable: also what only training needs, such as the encoders of prefix and P-tuning. Without it the model
         is put in eval mode, as PEFT does.
         """
-        self._add(adapter_name, checkpoint.load_configs(model_id))
+        configs, files = zip(*checkpoint.load_adapter(model_id), strict=True)
+        self._add(adapter_name, configs)
         try:
-            checkpoint.load_weights(self.host.adapters[adapter_name], model_id, is_trainable=is_trainable)
+            checkpoint.load_weights(self.host.adapters[adapter_name], files, is_trainable=is_trainable)
         except BaseException:
             self._remove(adapter_name)
             raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_kernels.io.safetensors_reader import DamagedFileError
 from qlora_kernels.io.safetensors_writer import DTYPE_NAMES
 from qlora_kernels.io.training_state import load_latest, load_training_state, save_training_state
 
@@ -97,6 +100,37 @@ def test_a_write_that_fails_leaves_the_former_checkpoint_alone(tmp_path, monkeyp
         save_training_state(tmp_path, 2, {"x": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
     assert load_latest(tmp_path).parts == {"x": 1}
+
+
+def damaged(content: bytes) -> list[bytes]:
+    """Cut short at many lengths, and with one bit changed at many places."""
+    cuts = [content[:length] for length in {0, 1, 7, 8, 9, *range(16, len(content), 101), len(content) - 1}]
+    flips = [
+        content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :]
+        for i in {*range(10), *range(10, len(content), 37)}
+    ]
+    return cuts + flips
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path):
+    save_training_state(tmp_path, 1, {"x": torch.arange(50.0)})
+    path = save_training_state(tmp_path, 2, {"x": torch.arange(50.0) + 1})
+    harmless = 0
+    for content in damaged(path.read_bytes()):
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = load_latest(tmp_path)
+        if found.step == 1:
+            assert re.search("step-00000002.*the checkpoint before it is taken", str(caught[0].message))
+        else:  # hit was the name of a metadata entry that nobody reads
+            harmless += 1
+            assert torch.equal(found.parts["x"], torch.arange(50.0) + 1)
+    assert harmless < 2
+    path.write_bytes(b"")
+    (tmp_path / "step-00000001.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-0000000"), pytest.raises(DamagedFileError, match="step-00000002"):
+        load_latest(tmp_path)
 
 
 def test_refusals_name_the_place(tmp_path):

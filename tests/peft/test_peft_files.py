@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qlora_kernels import peft
+from qlora_kernels.io import peft_checkpoint
 from qlora_kernels.peft import PeftModel, get_peft_model
 from tests.peft.models import batch, logits, make, randomize
 
@@ -142,6 +144,60 @@ def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("qlora_kernels.io.peft_checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    """Cut short or with a bit changed: refused; a changed configuration, which may be meant, is warned of."""
+    model = get_peft_model(make("llama"), peft.PTuningConfig(num_virtual_tokens=N, encoder_hidden_size=16))
+    model.save_pretrained(tmp_path)
+    for name in ("adapter_model.safetensors", "qlora_kernels.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        middle = len(whole) - 30
+        flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+        for content in (b"", whole[:7], whole[:100], whole[:-1], flipped):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=name):
+                PeftModel.from_pretrained(make("llama"), tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace('"revision": null', '"revision": "x"'))
+    with pytest.warns(UserWarning, match=r"adapter_config\.json is not as it was saved"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+    for text in ("[1]", "{", "[" * 100_000, config.replace("null", "NaN"), config.replace("null", "1e999")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json: "), pytest.warns(UserWarning, match="as it was"):
+            PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_a_tensor_that_is_not_finite_is_named(tmp_path):
+    model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .*lora_B.* must be finite"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+def test_several_adapters_are_saved_as_one(tmp_path, monkeypatch):
+    """Adapters that belong together, as a fusion and its parts do, are never of two saves."""
+    model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("second", peft.LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
+    assert {"adapter_config.json", "second/adapter_config.json"} <= before.keys()
+    randomize(model)
+    calls = []
+
+    def full_disk_later(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError("no space left")
+        return save_file(*arguments, **options)
+
+    monkeypatch.setattr(peft_checkpoint, "save_file", full_disk_later)
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before

@@ -1,0 +1,53 @@
+"""Safetensors files read whole and checked: a damaged one is refused by its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checksum import KEY, Checksum
+
+
+class DamagedFileError(ValueError):
+    """A file is cut short, or its bytes are not those that were saved."""
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """safetensors.safe_open, whose errors become DamagedFileError with the path."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise DamagedFileError(
+            f"{path}: must be a whole safetensors file, got one that is cut short or damaged ({error}); "
+            "restore it from a copy"
+        ) from error
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file, memory-mapped, after its checksum, if it carries one, has been found right.
+
+    Raises FileNotFoundError; DamagedFileError, naming the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} must be a file, there is none")
+    with open_safetensors(path) as file:
+        metadata: dict[str, str] = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    if KEY in metadata:
+        checksum = Checksum()
+        for name, tensor in tensors.items():
+            checksum.add(name, tensor)
+        if checksum.hexdigest(metadata) != metadata[KEY]:
+            raise DamagedFileError(
+                f"{path}: must hold the bytes that were saved, its checksum says that they have changed; restore it "
+                f"from a copy, or write it anew without the metadata entry {KEY!r} if the change was meant"
+            )
+    return tensors, metadata

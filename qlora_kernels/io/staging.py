@@ -1,0 +1,85 @@
+"""Private folders in which files are written before they are published, and the removal of those that a kill left.
+
+A staging folder is called `.partial-<random>.<name>` and lies beside (or in) what it is written for, so that a rename
+moves its contents. Its owner holds a lock on it: a staging folder that can be locked belongs to no living process.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .locks import open_for_lock, try_lock
+
+PARTIAL = ".partial-"
+_ABANDONED_AFTER = 24 * 3600.0
+"""Seconds after which a staging folder counts as abandoned where locks cannot tell."""
+
+
+@contextmanager
+def staging(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder inside `parent` that no other process uses, removed at the end if it is still there.
+
+    name: what it is for; a part of its own name. The staging folders that dead processes left in `parent` are removed.
+    """
+    remove_abandoned(parent)
+    path, descriptor = _new(parent, name)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes what dead processes were writing in `parent`. Never raises: leftovers cost space alone."""
+    try:
+        found = [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(PARTIAL)]
+    except OSError:
+        return
+    for path in found:
+        try:
+            if path.is_dir():
+                _remove_if_unlocked(path)
+            elif _is_old(path):
+                path.unlink()
+        except OSError:
+            continue
+
+
+def _new(parent: Path, name: str) -> tuple[Path, int | None]:
+    while True:
+        path = parent / f"{PARTIAL}{secrets.token_hex(4)}.{name[:100]}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        try:
+            descriptor = open_for_lock(path)
+        except FileNotFoundError:
+            continue  # taken for abandoned between the two calls
+        if try_lock(descriptor) is not False and path.is_dir():
+            return path, descriptor
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    descriptor = open_for_lock(path)
+    try:
+        free = try_lock(descriptor)
+        if free or (free is None and _is_old(path)):
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _ABANDONED_AFTER

@@ -1,0 +1,273 @@
+"""Publishing: what is switched, what stays, who cleans up, and what a hostile folder may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_kernels.io import atomic
+from qlora_kernels.io.atomic import (
+    COMMIT,
+    file_appearing_by_rename,
+    files_appearing_together,
+    folder_appearing_by_rename,
+    reading,
+    settle,
+)
+from qlora_kernels.io.exchange import exchange
+from qlora_kernels.io.locks import folder_lock, name_lock
+from qlora_kernels.io.model_cache import MANIFEST, cached_folder
+from qlora_kernels.io.staging import PARTIAL, staging
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def in_child(action) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+@pytest.mark.parametrize("possible", [True, False], ids=["exchange", "no-exchange"])
+def test_a_folder_replaces_another_as_a_whole(tmp_path, monkeypatch, possible):
+    if not possible:
+        monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
+    folder = tmp_path / "folder"
+    for content in ({"a": "1", "sub/b": "2"}, {"a": "3"}, {"sub": "4", "c/d/e": "5"}, {"c": "6"}):
+        with folder_appearing_by_rename(folder) as partial:
+            for name, text in content.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_text(text)
+        assert contents(folder) == content
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(FileExistsError, match="must not exist"), folder_appearing_by_rename(folder, replace=False):
+        pass
+    (tmp_path / "link").symlink_to(folder)
+    with folder_appearing_by_rename(tmp_path / "link") as partial:
+        (partial / "x").write_text("7")
+    assert contents(folder) == {"x": "7"}
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_files_of_a_folder_that_holds_others(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("config", "old", "sub/old", "mine"):
+        (tmp_path / name).write_text("old")
+    with files_appearing_together(tmp_path, ["config", "old", "sub/old", "never"]) as partial:
+        (partial / "config").write_text("new")
+        assert contents(tmp_path)["config"] == "old"
+    assert contents(tmp_path) == {"config": "new", "mine": "old"}
+    assert not (tmp_path / "sub").exists()  # it has no file left
+    with pytest.raises(TypeError), files_appearing_together(tmp_path, ["config"]) as partial:
+        (partial / "config").write_text(3)
+    assert contents(tmp_path) == {"config": "new", "mine": "old"}
+
+
+def test_places_that_are_no_folders_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match="must be a folder"), folder_appearing_by_rename(path):
+            pass
+        with pytest.raises(NotADirectoryError, match="must be a folder"), files_appearing_together(path, []):
+            pass
+    (tmp_path / "name").mkdir()
+    (tmp_path / "name" / "mine").touch()
+    (tmp_path / "source" / "file").mkdir(parents=True)
+    (tmp_path / "source" / "file" / "below").touch()
+    for name, message in (("file", "file must be a folder, it is a file"), ("name", "must be a file, it is a folder")):
+        with pytest.raises(OSError, match=message), files_appearing_together(tmp_path, ["name"]) as partial:
+            os.rename(tmp_path / "source" / name, partial / name) if name == "file" else (partial / name).touch()
+    shutil.rmtree(tmp_path / "source")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "name"}
+
+
+def test_leftovers_of_the_dead_are_removed_and_the_living_left_alone(tmp_path):
+    def die():
+        with staging(tmp_path, "dead"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with staging(tmp_path, "living") as living:
+        os.waitpid(in_child(die), 0)
+        (tmp_path / f"{PARTIAL}1234.file").touch()  # as other versions left them; too young to be removed
+        assert len(list(tmp_path.glob(f"{PARTIAL}*"))) == 3
+        with file_appearing_by_rename(tmp_path / "file") as partial:
+            partial.touch()
+        assert {path.name for path in tmp_path.iterdir()} == {living.name, f"{PARTIAL}1234.file", "file"}
+        os.utime(tmp_path / f"{PARTIAL}1234.file", (0, 0))
+        with file_appearing_by_rename(tmp_path / "file") as partial:
+            partial.touch()
+        assert {path.name for path in tmp_path.iterdir()} == {living.name, "file"}
+
+
+def unfinished_commit(folder: Path, removed: object, **files: str) -> Path:
+    commit = folder / f"{COMMIT}1234"
+    (commit / "files").mkdir(parents=True)
+    (commit / "removed.json").write_text(json.dumps(removed))
+    for name, text in files.items():
+        (commit / "files" / name).write_text(text)
+    return commit
+
+
+def test_a_reader_completes_a_commit(tmp_path):
+    (tmp_path / "config").write_text("old")
+    (tmp_path / "gone").write_text("old")
+    unfinished_commit(tmp_path, {"names": ["gone"]}, config="new", weights="new")
+    with reading(tmp_path):
+        assert contents(tmp_path) == {"config": "new", "weights": "new"}
+    assert not list(tmp_path.glob(f"{COMMIT}*"))
+    with reading(tmp_path / "absent"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_commit_in_a_folder_that_cannot_be_written(tmp_path):
+    unfinished_commit(tmp_path, {"names": []}, config="new")
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OSError, match=r"interrupted and must be completed .* make the folder writable"):
+            settle(tmp_path)
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("removed", [{"names": ["../mine"]}, {"names": ["out/mine"]}, [1], {"names": 3}, "absolute"])
+def test_a_hostile_commit_reaches_nothing_outside(tmp_path, removed):
+    mine, folder = tmp_path / "mine", tmp_path / "folder"
+    mine.write_text("mine")
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    unfinished_commit(folder, {"names": [str(mine)]} if removed == "absolute" else removed)
+    with pytest.raises(ValueError, match=r"must not write outside|must be a list|must hold a JSON object"):
+        settle(folder)
+    assert mine.read_text() == "mine"
+
+
+def test_a_linked_commit_is_refused(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    (elsewhere / "files").mkdir(parents=True)
+    (elsewhere / "files" / "mine").write_text("mine")
+    (folder / f"{COMMIT}1").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="must not be, or hold, a link"):
+        settle(folder)
+    assert contents(elsewhere) == {"files/mine": "mine"}
+
+
+def test_exchange(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("not on this system")
+    assert contents(tmp_path) == {"a/file": "b", "b/file": "a"}
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "none")
+
+
+def test_locks_are_waited_for_and_end_with_their_holder(tmp_path):
+    pytest.importorskip("fcntl")
+    order = tmp_path / "order"
+    order.touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def hold():
+        with folder_lock(folder), name_lock(tmp_path / "lock"):
+            (tmp_path / "held").touch()
+            time.sleep(0.2)
+            order.write_text("held")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = in_child(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with folder_lock(folder, shared=True), name_lock(tmp_path / "lock"):
+        assert order.read_text() == "held"
+    os.waitpid(child, 0)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_three_processes_fill_one_cache(tmp_path):
+    """One of them makes the folder, the others wait for it; nobody fails."""
+    source = tmp_path / "source"
+    source.write_text("s")
+    made = tmp_path / "made"
+
+    def make(partial):
+        with open(made, "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+        (partial / "weights").write_text("w" * 1000)
+
+    children = [in_child(lambda: cached_folder(tmp_path / "cache", "kind", source, {}, make)) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert made.read_text() == "x"
+    [folder] = (tmp_path / "cache").iterdir()
+    assert contents(folder)["weights"] == "w" * 1000
+
+
+@pytest.mark.parametrize("damage", ["missing file", "other size", "no manifest", "broken manifest"])
+def test_a_cached_folder_that_is_not_whole_is_made_again(tmp_path, damage):
+    source = tmp_path / "source"
+    source.write_text("s")
+
+    def get():
+        return cached_folder(tmp_path / "cache", "kind", source, {}, lambda partial: (partial / "w").write_text("w"))
+
+    folder, _ = get()
+    (folder / "note").write_text("mine")
+    assert get() == (folder, True)
+    if damage == "missing file":
+        (folder / "w").unlink()
+    elif damage == "other size":
+        (folder / "w").write_text("")
+    elif damage == "no manifest":
+        (folder / MANIFEST).unlink()
+    else:
+        (folder / MANIFEST).write_text("[")
+    assert get() == (folder, False)
+    assert (folder / "w").read_text() == "w"
+    assert get() == (folder, True)
+
+
+def test_importing_the_package_needs_no_lock(tmp_path):
+    """Windows has no fcntl: all works, and nothing waits."""
+    script = """
+import sys
+sys.modules["fcntl"] = None
+from pathlib import Path
+from qlora_kernels.io import atomic, locks, model_cache
+assert locks.fcntl is None
+atomic.exchange = lambda first, second: False
+folder = Path(sys.argv[1])
+for text in "ab":
+    with atomic.folder_appearing_by_rename(folder / "model") as partial:
+        (partial / "file").write_text(text)
+    with atomic.files_appearing_together(folder, ["x"]) as partial:
+        (partial / "x").write_text(text)
+    with atomic.reading(folder):
+        assert (folder / "x").read_text() == (folder / "model" / "file").read_text() == text
+    model_cache.cached_folder(folder, "kind", folder / "x", {}, lambda partial: (partial / "w").write_text("w"))
+assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,26 @@
+"""A short form of `make faults`: saves that are killed, interrupted or run out of space lose and mix nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.io.fault_injection import Fault
+from tests.io.faults import SAVES, inject, inject_full_disk
+
+pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+
+
+@pytest.mark.parametrize("save", SAVES, ids=lambda save: save.name)
+def test_killed_at_file_operations(save):
+    """A step that has no factor in common with the operations' rhythm; `make faults` takes every one."""
+    assert inject(save, Fault.KILL, step=5) > 2
+
+
+@pytest.mark.parametrize("fault", [Fault.INTERRUPT, Fault.ERROR, Fault.FULL], ids=lambda fault: fault.value)
+def test_interrupts_and_errors_at_file_operations(fault):
+    assert inject(SAVES[0], fault, step=11) > 2
+
+
+def test_writes_that_fail():
+    assert inject_full_disk(SAVES[0], iter(range(0, 4096, 400))) > 1
+    assert inject_full_disk(SAVES[1], iter(range(0, 4096, 400))) > 1
