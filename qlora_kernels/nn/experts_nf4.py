@@ -13,6 +13,7 @@ from ..format.quant_state import QuantState
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
 from ..ops.quantize_nf4 import quantize_nf4
+from .linear_nf4 import cast_dtype
 
 
 class ExpertsNF4(nn.Module):
@@ -115,6 +116,7 @@ class ExpertsNF4(nn.Module):
             after = cast(Tensor, getattr(self, name))
             if after.dtype != buffer.dtype:  # constants are defined in fp32 whatever the module is cast to
                 setattr(self, name, buffer.to(after.device))
+        self.weight_dtype = cast_dtype(fn, self.weight_dtype, self.packed.device)
         return self
 
 

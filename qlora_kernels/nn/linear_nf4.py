@@ -16,6 +16,7 @@ from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
 from ..ops.linear_nf4_lora_group import call_group
 from ..ops.quantize_nf4 import quantize_nf4
+from .read_only import ReadOnlyTensor
 
 _CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
 _BUFFERS = ("packed", *_CONSTANTS)
@@ -119,11 +120,14 @@ class LinearNF4(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, computed on each access: for code that reads it, not for speed."""
-        return self.dequantize()
+        """The dequantized weight, computed on each access: for code that reads it, not for speed.
+
+        It is read-only: writing to it, which would change nothing, raises RuntimeError.
+        """
+        return ReadOnlyTensor.of(self.dequantize())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W [out_features, in_features] in `dtype`, by default the dtype it was quantized from."""
+        """W [out_features, in_features] in `dtype`; None = weight_dtype, quantized from or last cast to."""
         return dequantize_nf4(self.packed, self.quant_state, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,6 +221,7 @@ class LinearNF4(nn.Module):
             if after is not None and after.dtype != before.dtype:
                 # A cast (module.half(), .to(bf16)) reaches every float buffer; the constants are defined in fp32.
                 setattr(self, name, before.to(after.device))
+        self.weight_dtype = cast_dtype(fn, self.weight_dtype, self.packed.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -265,6 +270,12 @@ class LinearNF4(nn.Module):
         self._set_weight(
             packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
         )
+
+
+def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a cast, module._apply(fn), makes of the dtype of a weight that is kept as codes."""
+    after = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+    return after if after in FLOAT_DTYPES else dtype
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -155,9 +155,12 @@ class AdaptedLinear(nn.Module):
             return "the active adapters differ in dropout"
         return None
 
-    def merge(self, names: Sequence[str], *, target: str, safe_merge: bool) -> tuple[float, float]:
+    def merge(
+        self, names: Sequence[str], *, target: str, safe_merge: bool, default: torch.dtype = torch.float32
+    ) -> tuple[float, float]:
         """Replaces the base by one whose weight includes the named updates.
 
+        default: dtype of a dense merged weight whose base does not say which it was quantized from.
         Returns Frobenius norms (|error|, |delta|): how far the stored weight is from base + delta, and the update.
         Raises ValueError with safe_merge if the merged weight is not finite.
         """
@@ -169,10 +172,10 @@ class AdaptedLinear(nn.Module):
         for name in names:
             wanted = self.deltas[name].merged(wanted)
             if (offset := self.deltas[name].offset()) is not None:
-                bias = offset.to(cast(Tensor, base.weight).dtype) if bias is None else (bias + offset).to(bias.dtype)
+                bias = offset if bias is None else (bias + offset).to(bias.dtype)
         if safe_merge and not torch.isfinite(wanted).all():
             raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
-        merged = with_weight(base, wanted, bias, target)
+        merged = with_weight(base, wanted, bias, target, default=default)
         self.unmerged, self.base_layer, self.merged_names = [base], merged, names
         return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
 

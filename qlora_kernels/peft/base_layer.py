@@ -3,7 +3,8 @@
 A base layer has in_features, out_features, bias and forward; a quantized one also dequantize(dtype) -> [N, K]; one
 with a fused low-rank path also forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K] as
 `weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf; an nn.Embedding is a linear
-layer of one-hot tokens that holds the transpose too. Only this file knows.
+layer of one-hot tokens that holds the transpose too; bitsandbytes' layers hold codes. Only this file and
+foreign_layer.py know.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
+from .foreign_layer import bitsandbytes_weight, is_bitsandbytes, why_unreadable
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -24,6 +26,10 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
+    return _can_dequantize(module) or is_bitsandbytes(module)
+
+
+def _can_dequantize(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and callable(getattr(module, "dequantize", None))
 
 
@@ -35,28 +41,50 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """[N, K] fp32, detached: the weight as the forward uses it."""
-    if is_quantized(base):
+    """[N, K] fp32, detached: the weight as the forward uses it.
+
+    Raises NotImplementedError for a layer of another library whose stored weight is something else.
+    """
+    if _can_dequantize(base):
         weight: Tensor = base.dequantize(torch.float32)  # type: ignore[operator]
+    elif is_bitsandbytes(base):
+        weight = bitsandbytes_weight(base)  # type: ignore[arg-type]
+    elif isinstance(base, nn.Linear):
+        if reason := why_unreadable(base):
+            raise NotImplementedError(
+                f"base layer: must be an nn.Linear, LinearNF4, Conv1D or a bitsandbytes layer where its weight is read "
+                f"(merging, DoRA, PiSSA), got {type(base).__name__}: {reason}"
+            )
+        weight = base.weight
     else:
-        weight = base.weight.T if is_conv1d(base) or is_embedding(base) else base.weight  # type: ignore[union-attr, assignment]
+        weight = base.weight.T  # type: ignore[union-attr, operator, assignment]
     return weight.detach().float()
+
+
+def weight_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the weight, or the one it was quantized from; `default` where the layer does not say."""
+    own = getattr(base, "weight_dtype", None)
+    return own or (default if is_quantized(base) else base.weight.dtype)  # type: ignore[union-attr, return-value]
 
 
 def device_of(base: nn.Module) -> torch.device:
     return next(t for t in (*base.parameters(), *base.buffers())).device
 
 
-def with_weight(base: nn.Module, weight: Tensor, bias: Tensor | None, target: str) -> nn.Module:
+def with_weight(
+    base: nn.Module, weight: Tensor, bias: Tensor | None, target: str, *, default: torch.dtype = torch.float32
+) -> nn.Module:
     """A new layer y = x weight^T + bias in the storage `target`; `base` is not touched.
 
-    weight: fp32 [N, K].   target: "16bit" = dense, in the dtype the base's weights have or were quantized from;
-    "nf4" = LinearNF4;  "same" = as the base is. An embedding stays dense.
+    weight: fp32 [N, K].   target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the
+    base is, which must be no layer of another library. An embedding stays dense.
     """
     if target not in ("16bit", "nf4", "same"):
         raise ValueError(f"merge: target must be '16bit', 'nf4' or 'same', got {target!r}")
+    if target == "same" and is_bitsandbytes(base):
+        raise NotImplementedError(f"merge: target must be '16bit' or 'nf4' over a {type(base).__name__}, got 'same'")
     n, k = weight.shape
-    dtype: torch.dtype = base.weight_dtype if is_quantized(base) else base.weight.dtype  # type: ignore[assignment, union-attr]
+    dtype = weight_dtype(base, default)
     if isinstance(base, nn.Embedding):
         options = {name: getattr(base, name) for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
         table = weight.T.contiguous().to(dtype)
@@ -68,7 +96,7 @@ def with_weight(base: nn.Module, weight: Tensor, bias: Tensor | None, target: st
         layer = nn.Linear(k, n, bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
     if target == "nf4" or (target == "same" and is_quantized(base)):
         layer = quantized(layer, like=base)
     return layer.train(base.training)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.match import Names, check_names, matches
-from .base_layer import device_of, features, is_linear
+from .base_layer import device_of, features, is_linear, weight_dtype
 from .config import PeftConfig
 from .host import Host
 from .method import Method
@@ -84,9 +84,10 @@ class BitFit(Method):
     def _add_missing(self, chosen: dict[str, nn.Module]) -> None:
         heads = {id(module) for path, module in chosen.items() if matches(self.config.heads, path)}
         output = getattr(self.host.model, "get_output_embeddings", lambda: None)()
+        default = self.host.dtype()
         for module in chosen.values():
             if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:
-                dtype = getattr(module, "weight_dtype", None) or module.weight.dtype
+                dtype = weight_dtype(module, default)
                 zeros = torch.zeros(features(module)[1], dtype=dtype, device=device_of(module))
                 module.bias = nn.Parameter(zeros, requires_grad=False)
                 self.added.append(module)

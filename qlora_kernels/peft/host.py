@@ -12,7 +12,7 @@ from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from ..nn.module_tree import move_hooks, set_submodule
 from .adapted_linear import AdaptedEmbedding, AdaptedLinear
 from .anatomy import Anatomy, Layer, anatomy
-from .base_layer import is_embedding, is_linear
+from .base_layer import is_embedding, is_linear, is_quantized
 from .selection import Selection
 from .torch_attention import rejoin, split
 
@@ -82,6 +82,16 @@ class Host:
     def place(self, path: str) -> nn.Module:
         """What stands at `path` now, wrapped or not: hooks registered on it stay at that place."""
         return self.model.get_submodule(path)
+
+    def dtype(self) -> torch.dtype:
+        """That of most of the model's own dense parameters."""
+        trained = {id(p) for methods in self.adapters.values() for m in methods for p in m.parameters()}
+        coded = {id(p) for m in self.modules().values() if is_quantized(m) for p in m.parameters(recurse=False)}
+        sizes: dict[torch.dtype, int] = {}
+        for p in self.model.parameters():
+            if p.is_floating_point() and id(p) not in trained | coded:
+                sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
 
     def width(self, layer: Layer) -> int:
         """Size d of the residual stream."""

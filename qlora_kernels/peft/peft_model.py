@@ -18,6 +18,7 @@ from .base_layer import features, is_quantized
 from .combine import Combination, weighted_lora
 from .config import PeftConfig
 from .explain import Explanation, explain
+from .foreign_layer import forget_quantization
 from .host import Host
 from .lora import Lora
 from .method import Method
@@ -281,8 +282,9 @@ class PeftModel(nn.Module):
             for method in self._methods(name):
                 if reason := method.why_no_merge():
                     raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
+        dtype = self.host.dtype()
         norms = [
-            layer.merge(names, target=target, safe_merge=safe_merge)
+            layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
             for layer in self.host.adapted().values()
             if any(name in layer.deltas for name in names)
         ]
@@ -308,7 +310,9 @@ class PeftModel(nn.Module):
         for name in names:
             for method in self._methods(name):
                 method.overrides.keep()
-        return self.unload()
+        base = self.unload()
+        forget_quantization(base)
+        return base
 
     def _untie_merged(self) -> None:
         owners: dict[int, int] = {}
@@ -341,8 +345,10 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all), numbers of weights; a quantized layer counts as its dense shape."""
         unique = {id(p): p for p in self.parameters()}.values()
-        quantized = sum(math.prod(features(m)) for m in self.modules() if is_quantized(m))
-        return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique) + quantized
+        layers = [m for m in self.modules() if is_quantized(m)]
+        codes = {id(p): p for m in layers for p in m.parameters(recurse=False) if p is not m.bias}
+        total = sum(p.numel() for p in unique) - sum(p.numel() for p in codes.values())
+        return sum(p.numel() for p in unique if p.requires_grad), total + sum(math.prod(features(m)) for m in layers)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()

@@ -1,0 +1,91 @@
+"""Linear layers that another library quantizes: their weight is read as their forward uses it, or refused.
+
+bitsandbytes' Linear4bit and Linear8bitLt are subclasses of nn.Linear whose `weight` holds codes. They are known by the
+class of that weight, so that bitsandbytes need not be installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether `module` holds a weight that bitsandbytes has quantized. Before it is moved to a device, it has not."""
+    weight: Any = module._parameters.get("weight")
+    kind = type(weight).__name__
+    return (kind == "Params4bit" and weight.quant_state is not None) or (
+        kind == "Int8Params" and not weight.is_floating_point()
+    )
+
+
+def why_unreadable(linear: nn.Linear) -> str | None:
+    """Why `linear.weight` is not the W of y = x W^T + bias; None where it is."""
+    weight = linear.weight
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"its weight holds codes in {weight.dtype}"
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return None
+    # The common case first: torch.compile traces no further.
+    if type(weight) not in (Tensor, nn.Parameter) and not type(weight).__module__.startswith("torch."):
+        return f"its weight is a {type(weight).__name__}"
+    if type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward:
+        return "its forward is not that of nn.Linear"
+    return None
+
+
+def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
+    """[N, K] fp32 of a layer for which is_bitsandbytes holds. The layer is not changed."""
+    weight: Any = linear.weight
+    if type(weight).__name__ == "Int8Params":
+        state: Any = linear.state
+        codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
+        return codes.float() * (scales.view(-1, 1) / 127.0)  # type: ignore[no-any-return]
+    state = weight.quant_state
+    absmax = _absmax(state)
+    if _in_cpu_format(state):
+        common = copy.deepcopy(linear)
+        common.state_dict()  # puts the indices back into the common order, but not always the absmax
+        weight = common.weight
+    packed = weight.data.view(torch.uint8).flatten()
+    indices = torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten()[: state.shape.numel()]
+    values: Tensor = state.code.float()[indices.int()]
+    return (values * absmax.repeat_interleave(state.blocksize)[: values.numel()]).view(state.shape)
+
+
+def _absmax(state: Any) -> Tensor:
+    """fp32, one per block of a Linear4bit's weight in row-major order."""
+    if _in_cpu_format(state):
+        return state.absmax.T.flatten().float()  # type: ignore[no-any-return]
+    if not state.nested:
+        return state.absmax.flatten().float()  # type: ignore[no-any-return]
+    scales = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)[: state.absmax.numel()]
+    return state.state2.code.float()[state.absmax.flatten().int()] * scales + state.offset  # type: ignore[no-any-return]
+
+
+def _in_cpu_format(state: Any) -> bool:
+    """Whether the layer has run in eval mode on a CPU with AVX512-BF16: the absmax of row n, block b lies at [b, n]."""
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Tells a transformers model that bitsandbytes had quantized what is dense now, so that it saves and reloads.
+
+    Where no quantized layer is left, all that speaks of quantization goes; else the dense layers are named as those
+    that loading must not quantize.
+    """
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if config is None or quantizer is None or not hasattr(config, "llm_int8_skip_modules"):
+        return
+    if any(is_bitsandbytes(module) for module in model.modules()):
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        config.llm_int8_skip_modules = [name for name, module in linears.items() if not is_bitsandbytes(module)]
+        return
+    quantizer.remove_quantization_config(model)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, flag):
+            setattr(model, flag, False)

@@ -1,0 +1,146 @@
+"""LoRA over layers that bitsandbytes has quantized: a merge is right, or refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.peft import BitFitConfig, FullFTConfig, LoraConfig, get_peft_model
+from qlora_kernels.peft.foreign_layer import bitsandbytes_weight
+from tests.peft.models import VOCAB, batch, logits, randomize
+
+bnb = pytest.importorskip("bitsandbytes", reason="dev dependency bitsandbytes is not installed")
+
+KINDS = {
+    "nf4": lambda: bnb.nn.Linear4bit(128, 64, quant_type="nf4"),
+    "fp4_single": lambda: bnb.nn.Linear4bit(128, 64, quant_type="fp4", compress_statistics=False),
+    "nf4_in_bf16": lambda: bnb.nn.Linear4bit(128, 64, quant_type="nf4", quant_storage=torch.bfloat16),
+    "int8": lambda: bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False),
+    "int8_outliers": lambda: bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False, threshold=6.0),
+}
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    layer = KINDS[kind]()
+    layer.load_state_dict(nn.Linear(128, 64).state_dict())
+    return nn.Sequential(layer.to("cpu"), nn.Linear(64, 64)).to(torch.bfloat16)
+
+
+# int8 layers quantize their input as well.
+TOLERANCE = {"int8": 0.02, "int8_outliers": 0.02}
+
+
+@pytest.mark.parametrize("ran_in_eval", [False, True], ids=["", "ran_in_eval"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_keeps_the_function(kind, options, ran_in_eval):
+    """Running in eval mode changes the layout of a Linear4bit on CPUs with AVX512-BF16."""
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    base = model_of(kind)
+    if ran_in_eval:
+        base.eval()(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=4, **options))
+    delta = model.base_model[0].deltas["default"]
+    nn.init.normal_(delta.lora_B.weight, std=0.3)
+    model.eval()
+    expected = model(x).float()
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    assert merged[0].weight.dtype == merged[0].bias.dtype == torch.bfloat16
+    error = (merged(x).float() - expected).norm() / expected.norm()
+    assert error < TOLERANCE.get(kind, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4_single", "nf4_in_bf16", "int8"])
+def test_weights_are_those_of_bitsandbytes(kind):
+    """Bit for bit, as far as sums of two fp32 numbers are."""
+    layer = model_of(kind)[0]
+    if kind == "int8":
+        theirs = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    else:
+        theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(bitsandbytes_weight(layer), theirs.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmerging_gives_the_same_layer_back(kind):
+    base = model_of(kind)
+    layer, x = base[0], torch.randn(5, 128, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    before = model(x)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert model.base_model[0].base_layer is layer
+    assert torch.equal(model(x), before)
+
+
+def test_what_codes_cannot_serve_is_refused():
+    model = get_peft_model(model_of("int8"), LoraConfig(target_modules=["0"]))
+    with pytest.raises(NotImplementedError, match="target must be '16bit' or 'nf4' over a Linear8bitLt"):
+        model.merge_adapter(target="same")
+    assert isinstance(model.merge_and_unload(target="nf4")[0], qk.LinearNF4)
+    with pytest.raises(ValueError, match="must be dense, got 1 quantized layers"):
+        get_peft_model(model_of("nf4"), FullFTConfig())
+    with pytest.raises(ValueError, match="modules_to_save: 0 must not be quantized"):
+        get_peft_model(model_of("nf4"), LoraConfig(target_modules=["1"], modules_to_save=["0"]))
+
+
+def test_missing_biases_get_the_dtype_of_the_model():
+    base = model_of("nf4")
+    base[0].bias = None
+    model = get_peft_model(base, BitFitConfig(add_missing=True))
+    assert model.base_model[0].bias.dtype == torch.bfloat16
+
+
+def test_parameters_are_counted_by_dense_shapes():
+    for kind in KINDS:
+        model = get_peft_model(model_of(kind), LoraConfig(target_modules=["0"], r=2))
+        assert model.get_nb_trainable_parameters() == (2 * 192, 128 * 64 + 64 + 64 * 64 + 64 + 2 * 192)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("layer", ["own forward", "float8"])
+def test_a_weight_that_is_not_the_functions_is_refused(layer):
+    """LoRA beside such a layer is right; merging into it would not be."""
+    base = nn.Sequential(Doubled(32, 32))
+    if layer == "float8":
+        base = nn.Sequential(nn.Linear(32, 32))
+        base[0].weight.data = base[0].weight.data.to(torch.float8_e4m3fn)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with pytest.raises(NotImplementedError, match=r"base layer: must be an nn.Linear, .* got (Doubled|Linear): its"):
+        model.merge_adapter()
+    with pytest.raises(NotImplementedError, match="base layer"):
+        get_peft_model(copy.deepcopy(model.unload()), LoraConfig(target_modules=["0"], use_dora=True))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_merged_transformers_model_reloads(tmp_path, bits, targets):
+    """Its configuration says which layers are still quantized; dense ones must not be quantized anew."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)  # bitsandbytes' CPU kernel wants N % 32 == 0
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    loading = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    auto = transformers.AutoModelForCausalLM
+    base = auto.from_pretrained(tmp_path / "dense", quantization_config=loading, dtype=torch.bfloat16, device_map="cpu")
+    model = get_peft_model(base, LoraConfig(target_modules=targets, r=4)).eval()
+    randomize(model)
+    inputs = batch("llama")
+    merged = model.merge_and_unload()
+    expected = logits(merged, inputs).float()
+    merged.save_pretrained(tmp_path / "merged")
+    again = auto.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16, device_map="cpu").eval()
+    assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert hasattr(again.config, "quantization_config") == (targets != "all-linear")
+    difference = (logits(again, inputs).float() - expected).norm() / expected.norm()
+    assert difference < 0.01
