@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .adapted_linear import Delta
 from .base_layer import device_of, features
@@ -23,6 +22,8 @@ from .registry import register_method
 from .targets import check_pattern_names, matched_layers
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .peft_model import PeftModel
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ..nn.match import as_names
 from .base_layer import device_of
@@ -23,6 +22,9 @@ from .prefix_init import words_rows
 from .prefix_slot import Prefix, attention_slot, restore_attention
 from .registry import register_method
 from .relative_bias import bias_source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SITES = ("decoder", "encoder", "cross")
 
