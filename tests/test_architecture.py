@@ -107,3 +107,29 @@ assert not torch.cuda.is_initialized()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def text_calls_without_encoding(source: str) -> list[int]:
+    """Lines of calls that read or write text in whatever encoding the system prefers."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        opens_text = name == "open" and owner != "os" and not any("b" in mode for mode in modes)
+        if name in ("read_text", "write_text") or opens_text:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_text_files_have_an_encoding():
+    """UTF-8 wherever the package reads or writes text: the default of Windows is another one."""
+    assert text_calls_without_encoding('p.read_text(); open(p, "w"); open(p, "rb"); os.open(p, 0)') == [1, 1]
+    found = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in PACKAGE.rglob("*.py")
+        if (lines := text_calls_without_encoding(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}

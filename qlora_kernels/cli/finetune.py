@@ -228,7 +228,7 @@ class _Finetune:
         report.seconds = {**self.console.stages, "all": self.console.seconds}
         report.peak_rss_bytes = peak_rss_bytes()
         with file_appearing_by_rename(out / "report.json") as partial:
-            partial.write_text(report.to_json() + "\n")
+            partial.write_text(report.to_json() + "\n", encoding="utf-8")
 
 
 def _optimizer(trained: list[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:

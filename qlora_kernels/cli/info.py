@@ -75,7 +75,7 @@ def _version(name: str) -> str:
 
 def _cpu_field(field: str) -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 

@@ -61,7 +61,7 @@ def _builtin_gguf() -> Path:
 
 def is_quantized(folder: Path) -> bool:
     """Whether config.json says that the weights are in NF4. Raises ModelError for any other quantization."""
-    quantization = json.loads((folder / CONFIG).read_text()).get("quantization_config")
+    quantization = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("quantization_config")
     if quantization is None:
         return False
     if quantization.get("quant_method") != "bitsandbytes" or quantization.get("bnb_4bit_quant_type") != "nf4":

@@ -120,7 +120,7 @@ def _commit(private: Path, partial: Path, folder: Path, names: Collection[str]) 
     _require_room(folder, written, set(names))
     if partial.name != _FILES:
         os.rename(partial, private / _FILES)
-    (private / _REMOVED).write_text(json.dumps({"names": sorted(set(names) - written)}))
+    (private / _REMOVED).write_text(json.dumps({"names": sorted(set(names) - written)}), encoding="utf-8")
     _sync(private / _REMOVED)
     _sync(private)
     settle(folder)

@@ -41,7 +41,7 @@ def cached_folder(
         try:
             with folder_appearing_by_rename(folder, replace=folder.exists()) as partial:
                 make(partial)
-                (partial / MANIFEST).write_text(json.dumps(_sizes(partial), indent=2) + "\n")
+                (partial / MANIFEST).write_text(json.dumps(_sizes(partial), indent=2) + "\n", encoding="utf-8")
         except FileExistsError:  # where there are no locks, another process was first; ours is discarded
             if not _is_whole(folder):
                 raise
@@ -51,7 +51,7 @@ def cached_folder(
 def _is_whole(folder: Path) -> bool:
     settle(folder)
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return isinstance(expected, dict) and expected.items() <= _sizes(folder).items()
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False

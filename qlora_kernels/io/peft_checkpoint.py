@@ -84,7 +84,7 @@ def _write(folder: Path, files: AdapterFiles) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -64,7 +64,7 @@ def quantize_folder(
     on_tensor: called with every name as it is done.   Peak memory is about that of the largest tensor.
     Raises ValueError where the source is quantized already, lacks a file, or none of its tensors is among `layers`.
     """
-    config = json.loads((source / CONFIG).read_text())
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise ValueError(f"quantize_folder: {source} must hold 16- or 32-bit weights, got quantization {method!r}")
@@ -90,11 +90,11 @@ def quantize_folder(
     if not quantized:
         raise ValueError(f"quantize_folder: {source} must hold the weight of at least one of {len(layers)} layers")
     config["quantization_config"] = _quantization_config(double_quant, compute_dtype, kept)
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(shards) > 1:
         total = sum((target / shard.name).stat().st_size for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_other_files(source, target)
     return StreamReport(quantized, tuple(kept))
 
@@ -102,7 +102,7 @@ def quantize_folder(
 def shards_of(folder: Path) -> list[Path]:
     """The safetensors files that make up the model in `folder`. Raises ValueError where there are none."""
     if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: must hold every file that {_INDEX} names, {missing[0]} is missing")

@@ -216,7 +216,7 @@ def tuned_plans(capability: int) -> dict[str, Plan]:
     path = TUNED / f"sm_{capability}.json"
     if not path.exists():
         return {}
-    return {key: Plan(**fields) for key, fields in json.loads(path.read_text())["plans"].items()}
+    return {key: Plan(**fields) for key, fields in json.loads(path.read_text(encoding="utf-8"))["plans"].items()}
 
 
 def write_tuned(capability: int, plans: dict[str, Plan], measured_on: dict[str, str], folder: Path = TUNED) -> Path:
@@ -225,7 +225,7 @@ def write_tuned(capability: int, plans: dict[str, Plan], measured_on: dict[str, 
     path = folder / f"sm_{capability}.json"
     content = {"measured_on": measured_on, "plans": {key: asdict(best) for key, best in sorted(plans.items())}}
     draft = path.with_suffix(".json.partial")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
     return path
 
