@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from .paging_plan import Chunk, plan_schedule
 from .state_memory import Update, segment_table
 
+_FILL_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,7 +50,7 @@ class MappedMemory:
                 self._will_need(self.chunks[index])
 
     def _will_need(self, chunk: Chunk) -> None:
-        for start, stop in chunk.ranges:
+        for start, stop in chunk.ranges if hasattr(mmap, "MADV_WILLNEED") else ():  # Windows has no such call
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, first, stop - first)
         self.prefetched_bytes += chunk.nbytes
@@ -58,7 +60,7 @@ class MappedMemory:
 
     def resident_bytes(self) -> int | None:
         """Pages in memory by mincore(2), the file's cache included."""
-        mincore = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+        mincore = None if os.name == "nt" else getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
         if mincore is None:
             return None
         pages = -(-len(self._map) // mmap.PAGESIZE)
@@ -69,12 +71,23 @@ class MappedMemory:
         return min(int((resident & 1).sum()) * mmap.PAGESIZE, self.arena.nbytes)
 
 
+def _fill(file: FileIO, nbytes: int) -> None:
+    """Gives an empty file `nbytes` zeros that have their blocks on the disk. Raises OSError where it has no room."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    # macOS and Windows: what is written has its blocks.
+    zeros, left = bytes(_FILL_BYTES), nbytes
+    while left > 0:
+        left -= file.write(zeros[:left])
+
+
 def _allocate(nbytes: int, page_dir: Path) -> mmap.mmap:
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
-    with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-") as file:
+    with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0) as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            _fill(file, nbytes)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise

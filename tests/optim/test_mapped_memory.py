@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,39 @@ def test_full_disk_is_an_error_before_the_first_step(monkeypatch, tmp_path, code
         PagedAdamW([nn.Parameter(torch.zeros(1024))], page_dir=tmp_path)
     assert caught.value.errno == code
     assert asked == [(0, 8192)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("nbytes", [1, 1 << 20, (2 << 20) + 5])
+def test_without_fallocate_the_file_is_written(monkeypatch, tmp_path, nbytes):
+    """macOS and Windows have no posix_fallocate, Windows neither madvise; the steps are the same."""
+    monkeypatch.delattr(mapped_memory.os, "posix_fallocate")
+    monkeypatch.delattr(mapped_memory.mmap, "MADV_WILLNEED")
+    mapped = mapped_memory._allocate(nbytes, tmp_path)
+    assert len(mapped) == nbytes
+    assert mapped[:] == bytes(nbytes)
+    params, expected = parameters(), parameters()
+    for group, page_dir in ((params, tmp_path), (expected, None)):
+        optimizer = PagedAdamW(group, page_dir=page_dir)
+        set_gradients(group, 0)
+        optimizer.step()
+    for mine, theirs in zip(params, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_full_disk_while_the_file_is_written(monkeypatch, tmp_path):
+    monkeypatch.delattr(mapped_memory.os, "posix_fallocate")
+    monkeypatch.setattr(mapped_memory, "_FILL_BYTES", 4096)
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="page_dir must have room for 8,192 bytes"):
+            PagedAdamW([nn.Parameter(torch.zeros(1024))], page_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
 
 

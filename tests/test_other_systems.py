@@ -1,0 +1,59 @@
+"""What the package may take for granted of an operating system: what Linux, macOS and Windows all have.
+
+Those systems are not here; their Pythons are imitated by hiding what they lack.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qlora_kernels"
+
+WITHOUT_POSIX = """
+import mmap, os, pkgutil, sys
+import torch, numpy, safetensors.torch                # have branches of their own for each system
+hidden = ("resource", "fcntl", "pwd", "grp", "termios", "tty", "syslog", "typing_extensions")
+for name in hidden:
+    sys.modules[name] = None                          # an import raises ModuleNotFoundError
+for name in ("posix_fallocate", "sched_getaffinity", "fork", "geteuid", "getuid", "sysconf", "uname", "statvfs"):
+    delattr(os, name)
+for name in [name for name in dir(mmap) if name.startswith(("MADV_", "MAP_", "PROT_"))]:
+    delattr(mmap, name)
+import qlora_kernels
+for module in pkgutil.walk_packages(qlora_kernels.__path__, "qlora_kernels."):
+    if ".triton" in module.name or module.name.endswith((".__main__", "._C", ".integrations.transformers")):
+        continue
+    try:
+        __import__(module.name)
+    except ModuleNotFoundError as error:              # an extra that is not installed
+        if error.name in hidden:
+            raise
+from qlora_kernels.cli import main
+sys.exit(main(["info"]))
+"""
+
+
+def test_package_and_command_import_without_posix_modules():
+    command = [sys.executable, "-c", WITHOUT_POSIX]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "instruction sets" in done.stdout
+
+
+def test_peak_memory_without_resource(monkeypatch):
+    """Windows: psutil knows it."""
+    psutil = pytest.importorskip("psutil")
+    from qlora_kernels.cli import console
+
+    class Process:
+        def memory_info(self):
+            return type("Info", (), {"peak_wset": 123})
+
+    assert console.peak_rss_bytes() > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(psutil, "Process", Process)
+    assert console.peak_rss_bytes() == 123
