@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..nn.match import contained_in
 from .lora import Lora, LoraConfig
 from .lora_init import principal_factors
 
@@ -114,15 +115,37 @@ class Combination:
         return tensor * kept.view_as(tensor)
 
 
+@dataclass(frozen=True)
+class Combined:
+    """What a new LoRA adapter of scaling 1 consists of.
+
+    factors: (A, B) of each layer that one of the parts adapts.   replaced: values of the parameters that it replaces.
+    """
+
+    config: LoraConfig
+    factors: dict[str, tuple[Tensor, Tensor]]
+    replaced: dict[str, Tensor]
+
+
 @torch.no_grad()
-def weighted_lora(
-    parts: Sequence[Lora], weights: Sequence[float], combination: Combination
-) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """The configuration (scaling 1) and (A, B) for each layer that one of the parts adapts."""
+def weighted_lora(parts: Sequence[Lora], weights: Sequence[float], combination: Combination) -> Combined:
+    """The weighted combination of the parts.
+
+    Biases that bias="all" or "lora_only" trains are updates like the others: their differences from the base's are
+    summed by weight. Other parameters that an adapter replaces (modules_to_save) are no updates: where one adapter has
+    them, they are taken from it as they are.
+    Raises ValueError, naming the adapter and the part, for what cannot be combined: parameters that two adapters
+    replace, DoRA's magnitudes, biases of lora_bias.
+    """
     if not parts or len(parts) != len(weights):
         raise ValueError(f"add_weighted_adapter: weights must be one per adapter, got {len(weights)} for {len(parts)}")
-    if any(part.config.lora_bias for part in parts):
-        raise ValueError("add_weighted_adapter: no adapter may have lora_bias=True")
+    for part in parts:
+        for option, why in (("lora_bias", "B's biases"), ("use_dora", "DoRA's magnitudes")):
+            if getattr(part.config, option):
+                raise ValueError(
+                    f"add_weighted_adapter: adapter {part.name!r} must not have {option}=True, {why} are no part of a "
+                    "low-rank sum; merge it instead"
+                )
     combined = {}
     for path in dict.fromkeys(path for part in parts for path in part.deltas):
         there = [(part, weight) for part, weight in zip(parts, weights, strict=True) if path in part.deltas]
@@ -137,5 +160,31 @@ def weighted_lora(
         rank_pattern={path: rank for path, rank in ranks.items() if rank != r},
         alpha_pattern={path: rank for path, rank in ranks.items() if rank != r},
         task_type=parts[0].config.task_type,
+        bias=_joint_bias(parts),
+        modules_to_save=list(dict.fromkeys(name for part in parts for name in part.config.modules_to_save or ()))
+        or None,
     )
-    return config, combined
+    return Combined(config, combined, _replaced(parts, weights))
+
+
+def _joint_bias(parts: Sequence[Lora]) -> Literal["none", "all", "lora_only"]:
+    trained = {part.config.bias for part in parts}
+    return "all" if "all" in trained else "lora_only" if "lora_only" in trained else "none"
+
+
+def _replaced(parts: Sequence[Lora], weights: Sequence[float]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for path in dict.fromkeys(path for part in parts for path in part.overrides.copies):
+        owners = [(part, weight) for part, weight in zip(parts, weights, strict=True) if path in part.overrides.copies]
+        copies = [(part.overrides.copies[path].float(), weight) for part, weight in owners]
+        if path.endswith("bias") and not any(contained_in(part.config.heads, path) for part, _ in owners):
+            base = owners[0][0].overrides.originals[path].float()
+            values[path] = base + sum(weight * (copy - base) for copy, weight in copies)
+        elif len(owners) == 1:
+            values[path] = copies[0][0]
+        else:
+            raise ValueError(
+                f"add_weighted_adapter: adapters {[part.name for part, _ in owners]} must not both replace {path} "
+                "(modules_to_save): trained copies of a module are no updates that add up"
+            )
+    return values

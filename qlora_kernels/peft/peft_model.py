@@ -140,6 +140,9 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
+        """The first active one. Raises ValueError where none is."""
+        if not self.selection.active:
+            raise ValueError(f"active_adapter: an adapter must be active, got none of {list(self.adapters)}")
         return self.selection.active[0]
 
     @property
@@ -177,11 +180,7 @@ class PeftModel(nn.Module):
         names = as_names(adapter_name)
         for name in names:
             self._methods(name)
-        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.copies]
-        if twice := {path for path in replaced if replaced.count(path) > 1}:
-            raise ValueError(
-                f"set_adapter: adapters {list(names)} must not replace the same parameters, got {min(twice)}"
-            )
+        self._check_replaced("set_adapter", names)
         if both := {need for name in names for need in self._needs(name)} & set(names):
             raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
         self._put_in_place(())
@@ -191,12 +190,28 @@ class PeftModel(nn.Module):
             for method in self._methods(name):
                 method.set_trainable(name in names and not inference_mode)
 
+    def _check_replaced(self, op: str, names: Sequence[str]) -> None:
+        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.copies]
+        if twice := {path for path in replaced if replaced.count(path) > 1}:
+            raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
+
     def delete_adapter(self, adapter_name: str) -> None:
-        self._methods(adapter_name)
+        """Takes the adapter off the model. Where no other is active then, the first of those left becomes active.
+
+        Raises ValueError for an adapter that is merged or that another one is made of.
+        """
+        methods = self._methods(adapter_name)
         if users := [name for name in self.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
-        self.unmerge_adapter()
+        if any(adapter_name in layer.merged_names for layer in self.host.adapted().values()):
+            raise ValueError(f"delete_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
+        was_active = adapter_name in self.selection.active
+        trained = any(p.requires_grad for method in methods for p in method.parameters())
         self._remove(adapter_name)
+        if was_active and not self.selection.active and self.adapters:
+            first = next(iter(self.adapters))
+            warnings.warn(f"delete_adapter: {adapter_name!r} was active; {first!r} is active now", stacklevel=2)
+            self.set_adapter(first, inference_mode=not trained)
 
     def _remove(self, name: str) -> None:
         for method in reversed(self._methods(name)):
@@ -218,15 +233,17 @@ class PeftModel(nn.Module):
         """A new LoRA adapter made of others', the weighted sum of their updates or a sparser one: combine.Combination.
 
         combination_type: "cat" (exact), "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties", and the
-        last four with "_svd"; those that prune need `density`.
+        last four with "_svd"; those that prune need `density`. Biases and modules_to_save: combine.weighted_lora.
         """
         parts = [self._single_lora(name) for name in adapters]
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
-        config, deltas = weighted_lora(parts, weights, combination)
-        self.add_adapter(adapter_name, config)
+        combined = weighted_lora(parts, weights, combination)
+        self.add_adapter(adapter_name, combined.config)
         new = self._single_lora(adapter_name)
-        for path, (lora_A, lora_B) in deltas.items():
+        for path, (lora_A, lora_B) in combined.factors.items():
             new.deltas[path].set_factors(lora_A, lora_B)
+        for path, value in combined.replaced.items():
+            new.overrides.copies[path].data.copy_(value)
 
     def _single_lora(self, name: str) -> Lora:
         methods = self._methods(name)
@@ -282,6 +299,11 @@ class PeftModel(nn.Module):
             for method in self._methods(name):
                 if reason := method.why_no_merge():
                     raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
+                if method.overrides.copies and not method.overrides.applied:
+                    path = min(method.overrides.copies)
+                    raise ValueError(
+                        f"merge: adapter {name!r} must be active, since it replaces {path}; call set_adapter"
+                    )
         dtype = self.host.dtype()
         norms = [
             layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
@@ -303,6 +325,8 @@ class PeftModel(nn.Module):
     ) -> nn.Module:
         """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
+        self._check_replaced("merge", names)
+        self._put_in_place(names)
         self.merge_adapter(names, safe_merge, target=target)
         self._untie_merged()
         for layer in self.host.adapted().values():
