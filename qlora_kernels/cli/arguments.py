@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -15,6 +16,10 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Number = TypeVar("Number", int, float)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+SEEDS = 2**43
+"""Seeds are below this. BatchOrder shifts a seed by 20 bits, and torch takes 64, signed."""
 
 
 class UsageError(Exception):
@@ -99,13 +104,18 @@ def fraction(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    """A number > 0."""
-    return _checked(float(text), text, "> 0", lambda value: value > 0)
+    """A finite number > 0."""
+    return _checked(float(text), text, "finite and > 0", lambda value: 0 < value < math.inf)
 
 
 def not_negative_float(text: str) -> float:
-    """A number >= 0."""
-    return _checked(float(text), text, ">= 0", lambda value: value >= 0)
+    """A finite number >= 0."""
+    return _checked(float(text), text, "finite and >= 0", lambda value: 0 <= value < math.inf)
+
+
+def seed(text: str) -> int:
+    """An integer that torch's generators take, also after the training loop has made room in it for the epoch."""
+    return _checked(int(text), text, f"in [0, {SEEDS})", lambda value: 0 <= value < SEEDS)
 
 
 def _checked(value: Number, text: str, rule: str, holds: Callable[[Number], bool]) -> Number:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import sys
 import tempfile
@@ -14,15 +15,16 @@ import torch
 from torch import nn
 
 from .. import LinearNF4, PagedAdamW, prepare_for_training
-from ..integrations.transformers import is_quantized, load_model, load_tokenizer
+from ..integrations.transformers import is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename
-from ..peft import PeftModel, get_peft_model
+from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, get_peft_model
 from ..training import (
     ChunkedLoss,
     Corpus,
     Example,
     Record,
     StepRecord,
+    TextTokens,
     encode_rows,
     language_reference,
     perplexity,
@@ -32,9 +34,11 @@ from ..training import (
 from .arguments import Subparsers, add_command, bad_input
 from .console import Console, peak_rss_bytes, rss_bytes
 from .finetune_options import FinetuneOptions, add_options
-from .finetune_report import FinetuneReport, write_loss_curve
-from .generate import continuation
-from .model_source import dense_folder, nf4_folder
+from .finetune_report import FinetuneReport, can_plot, write_loss_curve
+from .generate import check_prompt, continuation
+from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
+from .model_source import dense_folder, load_adapter, nf4_folder
+from .patterns import check_patterns
 
 _PROMPT_TOKENS = 24
 """Of the unseen text, where no --prompt is given."""
@@ -57,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns 1 where training diverged or the reloaded adapter gives another perplexity."""
     options = FinetuneOptions.of(arguments)
     console = Console(quiet=options.json)
+    _check_needs()
     _prepare_output(options)
     try:
         report = _Finetune(options, console).run()
@@ -69,6 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"qlora-kernels finetune: the reloaded adapter gives {reloaded}, not {trained}\n")
         return 1
     return 0
+
+
+def _check_needs() -> None:
+    """Raises ModuleNotFoundError for an optional package that the command uses, before it has done any work."""
+    for name in ("transformers", "accelerate", "tqdm", "psutil"):
+        importlib.import_module(name)
 
 
 def _prepare_output(options: FinetuneOptions) -> None:
@@ -90,6 +101,10 @@ class _Finetune:
         self.report = FinetuneReport(options.model, options.data, str(options.out))
 
     def run(self) -> FinetuneReport:
+        with bad_input():
+            self.adapter_config = self.options.adapter_config()
+        if not can_plot():
+            self._note("loss.png is not drawn: matplotlib is missing; `pip install 'qlora_kernels[plot]'` brings it")
         corpus = self._corpus()
         dense = dense_folder(self.options.model, self.options.cache_folder, self.console)
         with bad_input():
@@ -97,6 +112,7 @@ class _Finetune:
             train_examples = self._encode("train", corpus.source, corpus.train)
             unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen)
             self.unseen = unseen[: self.options.eval_windows]
+            self._check_limits(model_outline(dense), [*train_examples, *self.unseen])
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
         if not is_quantized(dense):
@@ -104,12 +120,12 @@ class _Finetune:
         model = self._load(quantized)
         self._measure("NF4 base", model)
         adapted = self._train(model, train_examples)
-        self._measure("NF4 + adapter, trained", adapted)
         adapter = self.options.out / "adapter"
         with folder_appearing_by_rename(adapter) as partial:
             adapted.save_pretrained(partial)
+        self._measure("NF4 + adapter, trained", adapted)
         del model, adapted
-        reloaded = PeftModel.from_pretrained(self._load(quantized), adapter)
+        reloaded = load_adapter(self._load(quantized), adapter)
         self._measure("NF4 + adapter, reloaded", reloaded)
         self._sample(reloaded)
         self._finish()
@@ -138,6 +154,28 @@ class _Finetune:
         self.console.say(f"{part}: {rows}")
         return examples
 
+    def _check_limits(self, model: nn.Module, examples: Sequence[Example]) -> None:
+        """Before anything is computed: whether `model`, of which only the shapes are known, can take the examples."""
+        options = self.options
+        longest = max(len(example.input_ids) for example in examples)
+        check_token_ids(max(int(example.input_ids.max()) for example in examples), self.tokenizer, model)
+        check_positions(longest + self._virtual_tokens, model, "--seq-len")
+        check_memory(model, batch=options.batch, micro_batch=options.micro_batch or options.batch, longest=longest)
+        check_rank(model, getattr(self.adapter_config, "r", None) or 0)
+        check_patterns(self.adapter_config, model)
+        if options.prompt and options.max_new_tokens:
+            beyond = options.max_new_tokens + self._virtual_tokens
+            check_prompt(options.prompt, "--prompt", self.tokenizer, model, beyond)
+        pad = self.tokenizer.pad_token_id
+        # A padding token that was added to the tokenizer alone has no row. Padded positions are masked: any id will do.
+        self.pad_token_id = pad if pad is not None and pad < embedding_rows(model) else 0
+
+    @property
+    def _virtual_tokens(self) -> int:
+        """Positions that the method puts before every text."""
+        config = self.adapter_config
+        return config.num_virtual_tokens if isinstance(config, (PromptTuningConfig, PTuningConfig)) else 0
+
     def _quantize(self, dense: Path) -> Path:
         options = self.options
         return nf4_folder(
@@ -164,7 +202,7 @@ class _Finetune:
             return
         batch = self.options.micro_batch or self.options.batch
         with self.console.stage("evaluate"), self.console.bar(-(-len(self.unseen) // batch), name, "batch") as bar:
-            measured = perplexity(ChunkedLoss(model), self.unseen, batch, self.tokenizer.pad_token_id or 0, bar.update)
+            measured = perplexity(ChunkedLoss(model), self.unseen, batch, self.pad_token_id, bar.update)
         self.report.perplexity[name] = measured.value
         self.report.predictions = measured.tokens
         self.console.say(f"perplexity, {name}: {measured.value:.3f}")
@@ -176,7 +214,7 @@ class _Finetune:
         with bad_input():
             # Norms stay in the compute dtype: fp32 ones would make the whole residual stream fp32.
             prepared = prepare_for_training(model, upcast="none", gradient_checkpointing=checkpointing)
-            adapted = get_peft_model(prepared, options.adapter_config())
+            adapted = get_peft_model(prepared, self.adapter_config)
         self.report.trainable = adapted.get_nb_trainable_parameters()[0]
         self.console.say(f"training {self.report.trainable:,} parameters for {options.steps} steps")
         with bad_input(), self.console.stage("train"), self.console.bar(options.steps, "training", "step") as bar:
@@ -185,7 +223,7 @@ class _Finetune:
                 examples,
                 lambda trained: _optimizer(trained, options),
                 options.train_config(),
-                pad_token_id=self.tokenizer.pad_token_id or 0,
+                pad_token_id=self.pad_token_id,
                 checkpoints=options.out / "checkpoints",
                 settings=options.identity(),
                 resume=options.resume,
@@ -211,9 +249,14 @@ class _Finetune:
         prompt = options.prompt
         if prompt is None and self.unseen:
             prompt = self.tokenizer.decode(self.unseen[0].input_ids[:_PROMPT_TOKENS])
-        if prompt:
+        if not prompt:
+            return
+        most = max_positions(model)
+        used = len(TextTokens(self.tokenizer).ids(prompt)) + self._virtual_tokens
+        new_tokens = options.max_new_tokens if most is None else min(options.max_new_tokens, most - used)
+        if new_tokens > 0:
             with self.console.stage("generate"):
-                text = continuation(model, self.tokenizer, prompt, options.max_new_tokens)
+                text = continuation(model, self.tokenizer, prompt, new_tokens)
             self.report.sample = {"prompt": prompt, "text": text}
 
     def _finish(self) -> None:
@@ -224,7 +267,8 @@ class _Finetune:
                 "at this size the 4-bit saving shows in the weights, not in peak memory, which activations and the "
                 "16-bit base that was measured first make up",
             ]
-        write_loss_curve(out / "loss.png", report.steps)
+        if can_plot():
+            write_loss_curve(out / "loss.png", report.steps)
         report.seconds = {**self.console.stages, "all": self.console.seconds}
         report.peak_rss_bytes = peak_rss_bytes()
         with file_appearing_by_rename(out / "report.json") as partial:

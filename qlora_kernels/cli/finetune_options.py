@@ -22,6 +22,7 @@ from .arguments import (
     not_negative_float,
     positive,
     positive_float,
+    seed,
 )
 from .methods import METHODS, adapter_config, assignment
 
@@ -182,7 +183,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="adamw", help="paged_adamw: states in paged memory"
     )
-    training.add_argument("--seed", type=not_negative, default=0, help="of the adapter's start, data order and dropout")
+    training.add_argument("--seed", type=seed, default=0, help="of the adapter's start, data order and dropout")
     training.add_argument(
         "--gradient-checkpointing",
         action="store_true",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from ..io.atomic import file_appearing_by_rename
@@ -64,7 +65,7 @@ class FinetuneReport:
             ("training", f"{self.tokens_per_second:,.0f} tokens/s"),
             ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())),
             ("peak memory (RSS)", megabytes(self.peak_rss_bytes)),
-            ("written to", f"{self.out}: adapter/, loss.png, report.json"),
+            ("written to", f"{self.out}: adapter/, {'loss.png, ' if can_plot() else ''}report.json"),
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
@@ -72,6 +73,16 @@ class FinetuneReport:
         if self.sample:
             lines += ["", f"prompt:       {self.sample['prompt']!r}", f"continuation: {self.sample['text']!r}"]
         return "\n".join(lines)
+
+
+@cache
+def can_plot() -> bool:
+    """Whether matplotlib can be imported."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def write_loss_curve(path: Path, steps: Sequence[StepRecord]) -> None:

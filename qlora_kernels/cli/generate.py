@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..peft import PeftModel
 from ..training import TextTokens, write_chat
-from .arguments import Subparsers, UsageError, add_command, bad_input, not_negative_float, positive
+from .arguments import Subparsers, UsageError, add_command, bad_input, not_negative_float, positive, seed
 from .console import Console
-from .model_source import add_base, load_base
+from .limits import check_positions, check_token_ids
+from .model_source import add_base, load_adapter, load_base
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -28,20 +28,21 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--temperature", type=not_negative_float, default=0.0, help="0: always the most likely token; above: sampling"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads, generates, prints."""
     console = Console(quiet=arguments.json)
-    model, tokenizer = load_base(arguments, console)
+    base, tokenizer = load_base(arguments, console)
+    model = base
     if arguments.adapter is not None:
-        with bad_input():
-            model = PeftModel.from_pretrained(model, arguments.adapter)
+        model = load_adapter(model, arguments.adapter)
     prompt = arguments.prompt
     if arguments.chat:
         with bad_input():
             prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True)
+    check_prompt(prompt, "--prompt", tokenizer, base, arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
     text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
     if arguments.json:
@@ -51,16 +52,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@torch.inference_mode()
-def continuation(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0) -> str:
-    """What the model writes after `prompt`, which is tokenized as in training.   temperature: 0 for greedy.
-
-    Raises UsageError where the prompt holds no token.
-    """
-    model.eval()
+def check_prompt(prompt: str, option: str, tokenizer: Any, model: nn.Module, max_new_tokens: int = 1) -> None:
+    """Raises UsageError where `model` cannot continue `prompt` by that many tokens.   option: for the message."""
     ids = TextTokens(tokenizer).ids(prompt)
     if not ids:
-        raise UsageError("--prompt must hold at least one token, got an empty text")
+        raise UsageError(f"{option}: must hold at least one token, got an empty text")
+    check_token_ids(max(ids), tokenizer, model)
+    check_positions(len(ids) + max_new_tokens, model, f"{option} and --max-new-tokens")
+
+
+@torch.inference_mode()
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0) -> str:
+    """What the model writes after `prompt`, which is tokenized as in training.   temperature: 0 for greedy."""
+    model.eval()
+    ids = TextTokens(tokenizer).ids(prompt)
     input_ids = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(  # type: ignore[operator]

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from . import bench, finetune, generate, info, merge, quantize
 from .arguments import UsageError
 
@@ -26,7 +28,8 @@ _EXTRAS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line; argparse's own prints the whole usage before it."""
+        """One line, which may quote a long argument; argparse's own prints the whole usage before it."""
+        message = message if len(message) <= 300 else f"{message[:200]} ... {message[-90:]}"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -42,12 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         message = f"{error.name} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[error.name]}]'`"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "no more can be allocated"
+        sys.stderr.write(f"qlora-kernels {arguments.command}: out of memory: {reason}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
     else:
         return code
     sys.stderr.write(f"qlora-kernels {arguments.command}: {message}\n")
     return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also torch's: OutOfMemoryError of devices, and the RuntimeError of its CPU allocator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,10 +11,9 @@ from torch import nn
 
 from .. import LinearNF4
 from ..io.atomic import folder_appearing_by_rename
-from ..peft import PeftModel
 from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
-from .model_source import add_base, load_base
+from .model_source import add_base, load_adapter, load_base
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -40,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out.exists():
         raise UsageError(f"--out must not exist, got {out}")
     base, tokenizer = load_base(arguments, console)
-    with bad_input():
-        model = PeftModel.from_pretrained(base, arguments.adapter)
+    model = load_adapter(base, arguments.adapter)
     merged = cast(Any, model.merge_and_unload(target="16bit"))
     left = [name for name, module in merged.named_modules() if isinstance(module, LinearNF4)]
     for name in left:

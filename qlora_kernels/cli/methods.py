@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..peft import METHODS as REGISTERED
 from ..peft import PeftConfig
+from ..training.strict_json import JSONRefused, parse_json
 
 _ELSEWHERE = {
     "full_ft",  # needs a dense model
@@ -39,8 +41,10 @@ def assignment(text: str) -> tuple[str, Any]:
     """FIELD=VALUE, the value in JSON; what is no JSON is a string."""
     name, separator, value = text.partition("=")
     if not separator or not name:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text[:60]!r}")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+        return name, parse_json(value)
+    except JSONRefused as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return name, value
+        raise argparse.ArgumentTypeError(f"{name} must have a value in JSON, got {value[:60]!r} ({error})") from error

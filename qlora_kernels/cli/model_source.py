@@ -21,8 +21,10 @@ from ..integrations.transformers import (
 )
 from ..io.model_cache import cached_folder
 from ..io.streaming import StreamReport, quantize_folder
+from ..peft import PeftModel, checkpoint
 from .arguments import DTYPES, add_model, add_quantization, bad_input
 from .console import Console
+from .patterns import check_patterns
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,14 @@ def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Modul
             )
         with bad_input():
             return load_model(folder, dtype), load_tokenizer(folder)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """`model` with the adapter that lies in a folder, for inference."""
+    with bad_input():
+        for config, _ in checkpoint.load_adapter(folder):
+            check_patterns(config, model)
+        return PeftModel.from_pretrained(model, folder)
 
 
 def dense_folder(model: str, cache: Path, console: Console) -> Path:

@@ -138,6 +138,17 @@ def linear_layers(folder: Path, skip: Pattern = ("lm_head",)) -> list[str]:
     return [name for name, module in linears.items() if not matches(skip, name, module)]
 
 
+def model_outline(folder: Path) -> nn.Module:
+    """The folder's model with its weights on the meta device, from config.json alone; quantized layers appear dense."""
+    from transformers import AutoConfig
+
+    with _quiet(), _no_custom_code(folder):
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers would ask for bitsandbytes
+        return _without_weights(config, torch.bfloat16)
+
+
 def _load_quantized(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, GenerationConfig
 

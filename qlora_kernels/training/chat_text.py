@@ -74,7 +74,8 @@ class ChatTokenizer:
         """Raises DataError, with the conversation's place, where the template refuses it or leaves out a part of it."""
         last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
         try:
-            messages = self._with_fitting_arguments(chat.messages[: last + 1], chat.tools)
+            messages = self._with_content(chat.messages[: last + 1], chat.tools)
+            messages = self._with_fitting_arguments(messages, chat.tools)
             whole = self._write(messages, chat.tools)
             self._check_all_is_written(messages, chat.tools, whole)
             if self._marks_generation(chat.tools):
@@ -143,6 +144,12 @@ class ChatTokenizer:
         if not whole.startswith(before):
             return None
         return max(len(before), shared_beginning(prompted or "", whole))
+
+    def _with_content(self, messages: Messages, tools: Messages) -> Messages:
+        """An empty content for turns that have none, where the template needs one."""
+        if all("content" in message for message in messages) or self._write_or_none(messages, tools) is not None:
+            return messages
+        return [{"content": "", **message} for message in messages]
 
     def _with_fitting_arguments(self, messages: Messages, tools: Messages) -> Messages:
         """Arguments of tool calls as objects where the template would quote the JSON string that they are.

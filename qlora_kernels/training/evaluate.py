@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from .batches import collate
 from .chunked_loss import ChunkedLoss
 from .windows import Example
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ def perplexity(
     pad_token_id: int = 0,
     on_batch: Callable[[], object] = lambda: None,
 ) -> Perplexity:
-    """Of loss.model, in eval mode, over `examples`. The sums are taken in fp64, in the examples' order."""
+    """Of loss.model, in eval mode, over `examples`. The sums are taken in fp64, in the examples' order.
+
+    Raises FloatingPointError where it is not a number of float64.
+    """
     training = loss.model.training
     loss.model.eval()
     total, tokens = 0.0, 0
@@ -39,4 +45,7 @@ def perplexity(
         tokens += batch.learned_tokens
         on_batch()
     loss.model.train(training)
-    return Perplexity(math.exp(total / tokens), tokens)
+    mean = total / tokens
+    if not mean < _LARGEST:  # NaN too
+        raise FloatingPointError(f"perplexity: the loss must be below {_LARGEST:.0f} nats a token, got {mean}")
+    return Perplexity(math.exp(mean), tokens)

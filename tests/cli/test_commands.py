@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from qlora_kernels.cli import main
-from qlora_kernels.cli.arguments import UsageError
 from qlora_kernels.cli.generate import continuation
 from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.integrations.transformers import load_model
@@ -109,9 +108,6 @@ def test_generation_begins_with_one_beginning_of_text(family, ids):
     if ids:
         continuation(Model(), tokenizer, "<s>" + text, 1)
         assert seen.pop().tolist() == [ids + plain]
-    else:
-        with pytest.raises(UsageError, match="--prompt must hold at least one token"):
-            continuation(Model(), tokenizer, "", 1)
 
 
 def test_generate_without_a_chat_template(capsys, model, tmp_path):

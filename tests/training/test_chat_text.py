@@ -172,6 +172,13 @@ def test_tools_calls_and_reasoning_reach_the_template(tmp_path, key, content):
     assert spoken == '<think>because</think><call>weather {"city": "Rome"}<|im_end|>\n'
 
 
+def test_template_that_needs_content_gets_an_empty_one():
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    needs = TOOLS_TEMPLATE.replace("m.content or ''", "m.content + ''").replace("ARGUMENTS", "''")
+    assert encoded(with_template("gpt2", needs), [*turns("hi"), call])[1] == "<call>weather <|im_end|>\n"
+    assert "does not write `tool_calls`" in refusal(with_template("gpt2", CHATML), [*turns("hi"), call])
+
+
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'], ids=["object", "string"])
 @pytest.mark.parametrize(
     "written",

@@ -1,0 +1,92 @@
+"""What a model and this machine can hold, checked before any work: token ids, positions, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .arguments import UsageError
+
+
+def check_token_ids(largest: int, tokenizer: Any, model: nn.Module) -> None:
+    """Raises UsageError where the tokenizer is another model's, or a token of the text has no row in the embedding.
+
+    Tokens that were added to a tokenizer (for padding, for images) may be beyond the embedding while no text has them.
+    largest: the largest token id of the text.   model: its weights may be on the meta device.
+    """
+    rows = embedding_rows(model)
+    if tokenizer.vocab_size > rows:
+        raise UsageError(
+            f"the tokenizer's vocabulary must fit the {rows} rows of the model's embedding, got {tokenizer.vocab_size} "
+            "tokens; use the model's own tokenizer, or resize its embedding and save it"
+        )
+    if largest >= rows:
+        raise UsageError(
+            f"the tokenizer must only give ids below {rows}, the rows of the model's embedding, got {largest} for "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}; resize the model's embedding and save it"
+        )
+
+
+def check_positions(longest: int, model: nn.Module, option: str) -> None:
+    """Raises UsageError where a text of `longest` tokens has more than the model has positions for.
+
+    option: the one that sets the length, for the message.
+    """
+    most = max_positions(model)
+    if most is not None and longest > most:
+        raise UsageError(f"{option}: must leave at most {most} tokens, the model's positions, got {longest}")
+
+
+def check_memory(model: nn.Module, *, batch: int, micro_batch: int, longest: int) -> None:
+    """Raises UsageError where a training step cannot fit this machine's memory.
+
+    The bound is a lower one, the input of every layer for the backward pass: a step that passes may still be too large.
+    batch, micro_batch: examples of a step, and those in memory at one time.   longest: tokens of an example.
+    """
+    config = _text_config(model)
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    width = getattr(config, "hidden_size", None) or 1
+    activations = micro_batch * longest * layers * width * 2
+    ids_and_labels = batch * longest * 16
+    memory = _memory_bytes()
+    for option, needed in (("--batch", ids_and_labels), ("--micro-batch (or --batch, without it)", activations)):
+        if needed > memory:
+            examples = batch if option == "--batch" else micro_batch
+            raise UsageError(
+                f"{option}: must fit this machine's memory of {memory / 1e9:,.0f} GB, got {examples} examples of "
+                f"{longest} tokens, which take at least {needed / 1e9:,.0f} GB; use fewer, or a shorter --seq-len"
+            )
+
+
+def check_rank(model: nn.Module, rank: int) -> None:
+    """Raises UsageError where low-rank factors on every linear layer cannot fit this machine's memory."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    needed = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
+    if needed > _memory_bytes():
+        raise UsageError(
+            f"--r: must fit this machine's memory of {_memory_bytes() / 1e9:,.0f} GB, got {rank}, whose factors take "
+            f"{needed / 1e9:,.0f} GB"
+        )
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Token ids that the model knows."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[operator]
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest text that the model is made for; None where its configuration sets no bound."""
+    most = getattr(_text_config(model), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    return model.config.get_text_config()  # type: ignore[operator,union-attr]
+
+
+def _memory_bytes() -> int:
+    """RAM and swap."""
+    import psutil
+
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)

@@ -1,0 +1,76 @@
+"""Regular expressions of options and adapter files, tried under a time limit before they are used.
+
+Python's `re` backtracks: a pattern such as (a|a)*b takes longer than anybody waits on the name of one module.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from ..peft import PeftConfig
+from .arguments import UsageError
+
+SECONDS = 2.0
+"""For all names of a model; a sound pattern takes microseconds for each."""
+
+
+def check_patterns(config: PeftConfig, model: nn.Module) -> None:
+    """Raises UsageError where a regular expression of `config` is malformed or too slow on the names of `model`."""
+    names = [name for name, _ in model.named_modules()]
+    for field, pattern, matches in _patterns(config):
+        try:
+            with _time_limit(SECONDS):
+                for name in names:
+                    matches(name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UsageError(f"{field}: must be a regular expression, got {pattern[:60]!r} ({error})") from error
+        except TimeoutError as error:
+            raise UsageError(
+                f"{field}: must match the model's {len(names)} names within {SECONDS:g} s, got {pattern[:60]!r}; "
+                "repeat no group that itself repeats or has alternatives"
+            ) from error
+
+
+def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
+    """(field, expression, what is asked of a name) of each regular expression, as peft/targets.py asks it."""
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field, None)
+        if isinstance(value, str):
+            yield field, value, partial(re.fullmatch, value)
+    layers = getattr(config, "layers_pattern", None) or ()
+    for value in (layers,) if isinstance(layers, str) else layers:
+        yield "layers_pattern", value, partial(re.match, rf"(?:^|.*?\.){value}\.(\d+)\.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for value in getattr(config, field, None) or ():
+            yield field, value, partial(re.match, rf"(.*\.)?({value})$")
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside after so long.
+
+    Only the main thread of a POSIX system can be interrupted; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
