@@ -14,13 +14,13 @@ from torch import nn
 from ..integrations.transformers import (
     convert_gguf,
     is_quantized,
-    linear_layers,
     load_model,
     load_tokenizer,
+    quantize_model,
     resolve_model,
 )
 from ..io.model_cache import cached_folder
-from ..io.streaming import StreamReport, quantize_folder
+from ..io.streaming import StreamReport
 from ..peft import PeftModel, checkpoint
 from .arguments import DTYPES, add_model, add_quantization, bad_input
 from .console import Console
@@ -123,15 +123,15 @@ def quantize_with_bar(
     double_quant: bool,
     compute_dtype: torch.dtype,
 ) -> StreamReport:
-    """io.streaming.quantize_folder over all linear layers but `skip`."""
-    layers = set(linear_layers(dense, skip))
-    with console.bar(len(layers), "quantizing", "layer") as bar:
-        return quantize_folder(
+    """quantize_model, with a bar over the layers."""
+    with console.bar(0, "quantizing", "layer") as bar:
+        return quantize_model(
             dense,
             target,
-            layers,
+            skip=skip,
             blocksize=blocksize,
             double_quant=double_quant,
             compute_dtype=compute_dtype,
-            on_tensor=lambda name: bar.update(name.removesuffix(".weight") in layers),
+            on_layers=bar.reset,
+            on_layer=bar.update,
         )

@@ -26,6 +26,7 @@ from .double_quant import NESTED_BLOCKSIZE, dynamic_map
 from .quant_state import QuantState
 
 META_KEY = "quant_state.bitsandbytes__nf4"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", META_KEY)
 """What may follow `<name>.`."""
 
@@ -66,29 +67,56 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
     missing = [suffix for suffix in ("absmax", META_KEY) if suffix not in tensors]
     if missing:
         raise ValueError(f"{name}: checkpoint must hold {name}.{missing[0]}, got only {sorted(tensors)}")
-    meta = json.loads(bytes(tensors[META_KEY].cpu().tolist()))
+    meta = _read_meta(name, tensors[META_KEY])
     _require(name, "quant_type", meta.get("quant_type"), "nf4")
     absmax = tensors["absmax"]
     device = absmax.device
     if "quant_map" in tensors:
         _require_table(name, "quant_map", tensors["quant_map"], nf4.code(device))
-    dtype = getattr(torch, meta["dtype"])
-    shape = torch.Size(meta["shape"])
+    dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), meta.get("shape"), meta.get("blocksize")
+    if dtype is None:
+        raise ValueError(f"{name}: dtype of the checkpoint must be one of {list(_DTYPES)}, got {meta.get('dtype')!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise ValueError(f"{name}: shape of the checkpoint must be a list of sizes, got {shape!r}")
+    if type(blocksize) is not int:
+        raise ValueError(f"{name}: blocksize of the checkpoint must be an integer, got {blocksize!r}")
     if absmax.dtype != torch.uint8:
-        return QuantState(shape, dtype, meta["blocksize"], absmax_exact=absmax)
+        _require_finite(name, "absmax", absmax)
+        return QuantState(torch.Size(shape), dtype, blocksize, absmax_exact=absmax)
     for suffix in ("nested_absmax", "nested_quant_map"):
         if suffix not in tensors:
             raise ValueError(f"{name}: checkpoint must hold {name}.{suffix} beside 8-bit absmax, got {sorted(tensors)}")
     _require(name, "nested_blocksize", meta.get("nested_blocksize"), NESTED_BLOCKSIZE)
     _require_table(name, "nested_quant_map", tensors["nested_quant_map"], dynamic_map(device))
+    offset = meta.get("nested_offset")
+    if isinstance(offset, bool) or not isinstance(offset, int | float):
+        raise ValueError(f"{name}: nested_offset of the checkpoint must be a number, got {offset!r}")
+    absmax_offset = torch.tensor(float(offset), dtype=torch.float32, device=device)
+    _require_finite(name, "nested_offset", absmax_offset)
+    _require_finite(name, "nested_absmax", tensors["nested_absmax"])
     return QuantState(
-        shape,
+        torch.Size(shape),
         dtype,
-        meta["blocksize"],
+        blocksize,
         absmax_q=absmax,
         absmax_scale=tensors["nested_absmax"],
-        absmax_offset=torch.tensor(meta["nested_offset"], dtype=torch.float32, device=device),
+        absmax_offset=absmax_offset,
     )
+
+
+def _read_meta(name: str, stored: Tensor) -> dict[str, Any]:
+    try:
+        meta = json.loads(bytes(stored.cpu().tolist()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: {META_KEY} must be JSON in bytes ({error})") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{name}: {META_KEY} must be a JSON object, got a {type(meta).__name__}")
+    return meta
+
+
+def _require_finite(name: str, field: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: {field} of the checkpoint must be finite, got inf or NaN")
 
 
 def _require(name: str, field: str, value: object, expected: object) -> None:

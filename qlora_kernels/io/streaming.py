@@ -19,6 +19,7 @@ from torch import Tensor
 from ..format import bnb_layout
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..ops.quantize_nf4 import quantize_nf4
+from .json_file import read_json_object
 from .model_cache import MANIFEST
 from .safetensors_reader import open_safetensors, read_safetensors
 from .safetensors_writer import SafetensorsWriter
@@ -55,41 +56,51 @@ def quantize_folder(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     on_tensor: Callable[[str], object] = lambda name: None,
+    parameter_of: Callable[[str], str | None] = lambda name: name,
+    transposed: Collection[str] = (),
 ) -> StreamReport:
     """Fill the empty folder `target` with `source`, the weights of `layers` in NF4 and all else as it is.
 
     source: config.json and model.safetensors, or shards with model.safetensors.index.json; one file of the target for
     each of the source. Other files are copied, but for other formats of the same weights.
     layers: names of linear layers.   compute_dtype: noted in config.json, for those who load the folder.
-    on_tensor: called with every name as it is done.   Peak memory is about that of the largest tensor.
+    on_tensor: called with every name in the files as it is done.   Peak memory is about that of the largest tensor.
+    parameter_of: from a name in the files to the parameter's name in the model, None for what is no parameter alone.
+    transposed: those of `layers` whose weight lies in the files as [in_features, out_features], and not the other way.
     Raises ValueError where the source is quantized already, lacks a file, or none of its tensors is among `layers`.
     """
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+    config = read_json_object(source / CONFIG)
+    if config.get("quantization_config") is not None:
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"quantize_folder: {source} must hold 16- or 32-bit weights, got quantization {method!r}")
     shards = shards_of(source)
     quantized: dict[str, tuple[int, int]] = {}
     kept: list[str] = []
+    dense: list[str] = []
     weight_map: dict[str, str] = {}
     for shard in shards:
         with open_safetensors(shard) as file:
             names = list(file.keys())
-            chosen = {n for n in names if _layer_of(n) in layers and file.get_slice(n).get_dtype() in _FLOATS}
+            layer_of = {name: _layer_of(parameter_of(name) or "") for name in names}
+            chosen = {n for n in names if layer_of[n] in layers and file.get_slice(n).get_dtype() in _FLOATS}
             written = [out for n in names for out in (_quantized_names(n, double_quant) if n in chosen else [n])]
             weight_map |= dict.fromkeys(written, shard.name)
             with SafetensorsWriter(target / shard.name, written, checksum=True) as writer:
                 for name in names:
                     tensor = file.get_tensor(name)
                     if name in chosen:
-                        quantized[_layer_of(name)] = _write_quantized(writer, name, tensor, blocksize, double_quant)
+                        layer = layer_of[name]
+                        weight = tensor.T.contiguous() if layer in transposed else tensor
+                        quantized[layer] = _write_quantized(writer, name, weight, blocksize, double_quant)
                     else:
                         kept.append(name)
+                        dense.append(layer_of[name])
                         writer.write(name, tensor)
                     on_tensor(name)
     if not quantized:
         raise ValueError(f"quantize_folder: {source} must hold the weight of at least one of {len(layers)} layers")
-    config["quantization_config"] = _quantization_config(double_quant, compute_dtype, kept)
+    config["quantization_config"] = _quantization_config(double_quant, compute_dtype, dense)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(shards) > 1:
         total = sum((target / shard.name).stat().st_size for shard in shards)
@@ -102,7 +113,10 @@ def quantize_folder(
 def shards_of(folder: Path) -> list[Path]:
     """The safetensors files that make up the model in `folder`. Raises ValueError where there are none."""
     if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        index = read_json_object(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) and n == Path(n).name for n in index.values()):
+            raise ValueError(f"{folder / _INDEX}: weight_map must map names of tensors to files of the folder")
+        names = sorted(set(index.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ValueError(f"{folder}: must hold every file that {_INDEX} names, {missing[0]} is missing")
@@ -110,6 +124,15 @@ def shards_of(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise ValueError(f"{folder}: must hold model.safetensors or {_INDEX}; pickled weights are not read")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's tensors, from the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards_of(folder):
+        with open_safetensors(shard) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -142,9 +165,8 @@ def _write_quantized(
     return weight.nbytes, state.nbytes
 
 
-def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, kept: Collection[str]) -> dict[str, Any]:
-    """transformers' BitsAndBytesConfig. It must list the dense linear layers; more names do no harm."""
-    dense = sorted(_layer_of(name) for name in kept if _layer_of(name))
+def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: Collection[str]) -> dict[str, Any]:
+    """transformers' BitsAndBytesConfig.   dense: the linear layers that are; more names do no harm."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -153,7 +175,7 @@ def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, kept: C
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *(name for name in dense if name != "lm_head")],
+        "llm_int8_skip_modules": ["lm_head", *sorted({*dense} - {"lm_head", ""})],
     }
 
 

@@ -1,0 +1,187 @@
+"""A folder's model without its weights: its modules, and which tensor of the files becomes which parameter.
+
+transformers keeps the names that a model was published under, and converts them while loading: Mixtral's experts lie in
+the files one by one and in the model as one stack, Gemma 3's language model under another path. The same mapping is
+asked here, so that quantizing, fine-tuning and loading agree on it. Everything is on the meta device: whatever a
+config.json claims, no memory is taken before its claims have been compared with the files.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..io.json_file import read_json_object
+from ..nn.linear_nf4 import is_conv1d
+from ..nn.match import Pattern, matches, nearest, unmatched
+
+CONFIG = "config.json"
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""For every from_pretrained: no network, and no code that a model folder brings (None would ask at the terminal)."""
+_COUNTS = re.compile(r"layers?$|^n_layer|blocks?$|experts|depths?$")
+_MOST_PARTS = 4096
+"""Layers or experts: beyond what anybody has published, and built in seconds."""
+
+
+class ModelError(ValueError):
+    """The path holds no model that can be loaded. The message says what was looked for."""
+
+
+class ModelStructure:
+    """model: on the meta device, as config.json describes it.   config: without a quantization_config."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        values = read_json_object(folder / CONFIG)
+        _require_bounded(values, folder / CONFIG)
+        self.config, self.model = _build(folder)
+        self.shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        self._names = _names_of(self.model)
+
+    def linear_layers(self, skip: Pattern = ("lm_head",)) -> list[str]:
+        """Names of the nn.Linear and Conv1D layers but for those that `skip` means; "lm_head" is the output head.
+
+        The projection inside torch's MultiheadAttention, which reads its weight itself, is none of them.
+        Raises ModelError where a name in `skip` matches no layer, which is most likely a slip.
+        """
+        linears = {
+            name: module
+            for name, module in self.model.named_modules()
+            if type(module) is nn.Linear or is_conv1d(module)
+        }
+        if not isinstance(skip, str) and not callable(skip):
+            head = self._output_head()
+            skip = [head if item == "lm_head" and head else item for item in skip]
+            if lost := unmatched(skip, linears):
+                near = nearest(lost, linears)
+                raise ModelError(f"skip: {lost[0]!r} matches no linear layer; did you mean one of {near}?")
+        return [name for name, module in linears.items() if not matches(skip, name, module)]
+
+    def _output_head(self) -> str | None:
+        """The name of the output head: `lm_head` is the name that most models give it, and a few do not."""
+        head = cast(Any, self.model).get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None)
+
+    def is_transposed(self, layer: str) -> bool:
+        """Whether the layer's weight lies in the files as [in_features, out_features]."""
+        return is_conv1d(self.model.get_submodule(layer))
+
+    def parameter_of(self, name: str) -> str | None:
+        """The parameter that a tensor of the files becomes as it is; None if it is combined with others or changed."""
+        renamed, converted = self._names(name, self.shapes)
+        return None if converted else renamed[0]
+
+    def require_match(self, tensors: Mapping[str, Collection[int]]) -> None:
+        """tensors: names and shapes of what the files hold; an empty shape is not compared.
+
+        Raises ModelError that names what is missing, what the model has no place for, and what has another shape.
+        """
+        found: set[str] = set()
+        misshapen = []
+        for name, shape in tensors.items():
+            renamed, converted = self._names(name, self.shapes)
+            found.update(renamed)
+            want = self.shapes.get(renamed[0])
+            if not converted and want is not None and shape and torch.Size(shape) != want:
+                misshapen.append(f"{name} is {list(shape)}, must be {list(want)}")
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        have = found | {name for pair in tied.items() if found & set(pair) for name in pair}
+        missing = _without(parameters - have, getattr(self.model, "_keys_to_ignore_on_load_missing", None))
+        ignored = {*(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"}
+        unexpected = _without(found - self.shapes.keys(), {*ignored, r"(^|\.)(position_ids|attn\.(masked_)?bias)$"})
+        require_nothing(self.folder, missing, unexpected, misshapen)
+
+
+def require_nothing(
+    folder: Path, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str] = ()
+) -> None:
+    """Raises ModelError that names the tensors which stand between a folder and its model, unless there are none."""
+    problems = []
+    if lost := sorted(missing):
+        problems.append(f"{_listed(lost)} {'is' if len(lost) == 1 else 'are'} missing")
+    if others := sorted(unexpected):
+        problems.append(f"got {_listed(others)} too")
+    if wrong := sorted(misshapen):
+        problems.append(_listed(wrong))
+    if problems:
+        raise ModelError(f"{folder}: must hold exactly the weights that its {CONFIG} describes: {'; '.join(problems)}")
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _without(names: set[str], patterns: Collection[str] | None) -> set[str]:
+    return {name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())}
+
+
+def _require_bounded(values: Any, place: Path, key: str = "") -> None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _require_bounded(value, place, name)
+    elif isinstance(values, list):
+        for value in values:
+            _require_bounded(value, place, key)
+    elif isinstance(values, int) and values > _MOST_PARTS and _COUNTS.search(key):
+        raise ModelError(f"{place}: {key} must be at most {_MOST_PARTS}, got {values}")
+
+
+def _build(folder: Path) -> tuple[Any, nn.Module]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with as_model_error(folder, f"{CONFIG} must describe a causal language model"):
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers would ask for bitsandbytes
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.config, cast(nn.Module, model)
+
+
+@contextmanager
+def as_model_error(path: Path, rule: str) -> Iterator[None]:
+    """What is in a folder may come from anybody, and transformers raises whatever its code happens to meet in it."""
+    try:
+        yield
+    except (ImportError, MemoryError, ModelError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):  # advice to set what no function or command here takes
+            raise ModelError(
+                f"{path}: must hold a model that transformers itself implements; this folder's own code (auto_map in "
+                "its JSON files) is never run"
+            ) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: {rule}; {reason}") from error
+
+
+def _names_of(model: Any) -> Any:
+    """(name on disk, names of the model) -> (names in the model, whether it is converted beyond a new name)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+    def names(name: str, known: Mapping[str, object]) -> tuple[list[str], bool]:
+        prefix = model.base_model_prefix
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None  # it has its name in the model already
+        if pattern is None:
+            return [renamed], False
+        targets = by_pattern[pattern].target_patterns
+        return [renamed, *(renamed.replace(targets[0], target) for target in targets[1:])], True
+
+    return names
