@@ -1,4 +1,4 @@
-// The matrix product that every linear op is made of: C[M, N] = start + A[M, L] * B[L, N] with fp32 accumulators.
+// The matrix product that every linear op is made of: C[M, N] = A[M, L] * B[L, N] with fp32 accumulators.
 //
 // A is read in place, a few rows at a time: a broadcast of one element, or pair, takes it from wherever its row lies.
 // B is never stored: each task owns a group of column strips, decodes a panel [steps][kColumns] of them into its L2,
@@ -151,6 +151,10 @@ struct Rows {
     }
 };
 
+static inline void clear(float* c, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
+}
+
 // One task's share: the strips [strip0, strip1) for the tiles [tile0, tile1).
 struct Share {
     int64_t strip0, strip1, tile0, tile1;
@@ -189,11 +193,9 @@ struct Plan {
 
 // fill(column0, columns, step0, step1, panel): write the strips of [column0, column0 + columns), zero-padded, each
 //     [step1 - step0][strip width][kPair], one after the other.
-// start(tile, column0, columns, c): the accumulators' first values, c[rows][strip width].
-// finish(tile, column0, columns, c): take the result away.
-template <class Mac, int kVectors, class Fill, class Start, class Finish>
-static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, const Start& start,
-                       const Finish& finish) {
+// finish(tile, column0, columns, c): take the result c[rows][strip width] away; it may change c.
+template <class Mac, int kVectors, class Fill, class Finish>
+static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
     constexpr int64_t kStepElements = kColumns * Mac::kPair;
@@ -222,7 +224,7 @@ static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, co
                     const int64_t c0 = column0 + g * kColumns;
                     const int64_t width = column1 - c0 < kColumns ? column1 - c0 : kColumns;
                     float* c = panels == 1 ? partial : partial + ((t - share.tile0) * group + g) * kTileFloats;
-                    if (step0 == 0) start(t, c0, width, c);
+                    if (step0 == 0) clear(c, kTileFloats);
                     a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,
                                                   c);
                     if (step1 == a.steps) finish(t, c0, width, c);
@@ -230,10 +232,6 @@ static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, co
             }
         }
     });
-}
-
-static inline void clear(float* c, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
 }
 
 }  // namespace qlora::QLORA_ISA

@@ -19,12 +19,10 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
         });
     }
     const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, p.M, p.weight.K);
-    panel_gemm<Mac, kVectors>(
-        a, N, weight_columns<T>(p.weight),
-        [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kColumns); },
-        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
-            store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
-        });
+    panel_gemm<Mac, kVectors>(a, N, weight_columns<T>(p.weight),
+                              [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+                              });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // linear_nf4_lora: s = dropout(x) A^T;  y = x W^T + bias + scaling * s B^T.
 //
-// s comes first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). In the large
-// product each tile's accumulators then start as s (scaling B)^T, r more steps of the same kernel, so that y is
-// written once and the low-rank path costs r / K of the product instead of three passes over y. For a few
-// tokens the sums of dots.h start the same way.
+// s comes first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). s (scaling
+// B)^T is added to each finished tile of the large product, r more steps of the same kernel, so that y is written once
+// and the low-rank path costs r / K of the product instead of three passes over y. For a few tokens the sums of dots.h
+// start as s (scaling B)^T.
 #include "dots.h"
 #include "lora.h"
 
@@ -11,6 +11,7 @@ namespace qlora::QLORA_ISA {
 namespace {
 
 // sums[m * kGroup + i] = scaling * sum_j s[m, j] * B[n + i, j] for kGroup rows of B [N, r], of which `valid` exist.
+// Summed in chains, as the tiles of gemm.h are and for the same reason.
 template <class T>
 void start_sums(const Lora& lora, const T* s, int64_t M, int64_t n, int valid, float* sums) {
     float columns[kSpan][kGroup];  // of scaling * B^T, a piece of r
@@ -23,12 +24,15 @@ void start_sums(const Lora& lora, const T* s, int64_t M, int64_t n, int valid, f
             for (int64_t j = 0; j < count; ++j) columns[j][i] = row[j];
         }
         for (int64_t m = 0; m < M; ++m) {
-            float sum[kGroup] = {};
-            for (int64_t j = 0; j < count; ++j) {
-                const float factor = to_float(s[m * lora.r + j0 + j]);
-                for (int i = 0; i < kGroup; ++i) sum[i] += factor * columns[j][i];
+            for (int64_t j = 0; j < count;) {
+                const int64_t end = j + FloatMac::kChain < count ? j + FloatMac::kChain : count;
+                float sum[kGroup] = {};
+                for (; j < end; ++j) {
+                    const float factor = to_float(s[m * lora.r + j0 + j]);
+                    for (int i = 0; i < kGroup; ++i) sum[i] += factor * columns[j][i];
+                }
+                for (int i = 0; i < kGroup; ++i) sums[m * kGroup + i] += sum[i];
             }
-            for (int i = 0; i < kGroup; ++i) sums[m * kGroup + i] += sum[i];
         }
     }
 }
@@ -66,12 +70,11 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
                                           factor_row<T>(lora.B, n * r + j, count, lora.scaling, dst);
                                       });
     };
-    panel_gemm<Mac, kVectors>(
-        a, N, low_rank.beside(weight_columns<T>(p.weight), lora_b),
-        [&](int64_t tile, int64_t column0, int64_t, float* c) { low_rank.start(tile, column0, c); },
-        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
-            store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
-        });
+    panel_gemm<Mac, kVectors>(a, N, low_rank.beside(weight_columns<T>(p.weight), lora_b),
+                              [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
+                                  low_rank.add_to(c, tile, column0, [](float*) {});
+                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+                              });
 }
 
 }  // namespace

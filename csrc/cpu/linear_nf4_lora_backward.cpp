@@ -3,7 +3,7 @@
 //     ds     = scaling * G B               narrow product over n, from the tiles of G that grad_x needs anyway
 //     grad_B = scaling * (s^T G)^T         r x N product over tokens, panels of G
 //     grad_A = ds^T dropout(x)             r x K product over tokens, panels of x with the dropped elements zeroed
-//     grad_x = G W + mask * (ds A) / keep  the large product, its accumulators started by the low-rank one
+//     grad_x = G W + mask * (ds A) / keep  the large product, the low-rank one added to its tiles
 //
 // The mask is one bitmap made once and read twice. Everything accumulates in fp32; ds is rounded to x's type, as the
 // composed operations would.
@@ -53,16 +53,14 @@ template <class Mac, class T, class Fill>
 void grad_factor(const T* factors, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
                  bool transposed, float* out) {
     const Rows<Mac> a = columns_of<Mac>(Slot::kFactorRows, factors, M, r);
-    panel_gemm<Mac, kVectors>(
-        a, columns, fill, [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kColumns); },
-        [&](int64_t tile, int64_t column0, int64_t width, float* c) {
-            multiply(c, a.tiling.size(tile) * kColumns, scale);
-            if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
-            for (int64_t n = 0; n < width; ++n) {
-                float* row = out + (column0 + n) * r + a.tiling.begin(tile);
-                for (int j = 0; j < a.tiling.size(tile); ++j) row[j] = c[j * kColumns + n];
-            }
-        });
+    panel_gemm<Mac, kVectors>(a, columns, fill, [&](int64_t tile, int64_t column0, int64_t width, float* c) {
+        multiply(c, a.tiling.size(tile) * kColumns, scale);
+        if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
+        for (int64_t n = 0; n < width; ++n) {
+            float* row = out + (column0 + n) * r + a.tiling.begin(tile);
+            for (int j = 0; j < a.tiling.size(tile); ++j) row[j] = c[j * kColumns + n];
+        }
+    });
 }
 
 // c *= scale where kept, 0 where dropped, for the tile of an [M, K] tensor.
@@ -113,15 +111,13 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
                                              return dst;
                                          });
     };
-    panel_gemm<Mac, kVectors>(
-        a, K, low_rank.beside(weight_rows<T>(p.weight), lora_a),
-        [&](int64_t tile, int64_t column0, int64_t, float* c) {
-            low_rank.start(tile, column0, c);
-            if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, c);
-        },
-        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
-            store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
-        });
+    panel_gemm<Mac, kVectors>(a, K, low_rank.beside(weight_rows<T>(p.weight), lora_a),
+                              [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
+                                  low_rank.add_to(c, tile, column0, [&](float* product) {
+                                      if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, product);
+                                  });
+                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
+                              });
 }
 
 }  // namespace

@@ -8,8 +8,10 @@
 
 namespace qlora::QLORA_ISA {
 
-// The low-rank product that starts the large one's accumulators. Its panel strips are made with the weight's, by the
-// task that uses them, in a buffer of the thread's own: the strips of one group never share a place.
+// The low-rank product that is added to the large one's finished sums. It comes last: the large product adds up its
+// chains in c, and each of those additions would round the low-rank part, often the larger of the two, once more. Its
+// panel strips are made with the weight's, by the task that uses them, in a buffer of the thread's own: the strips of
+// one group never share a place.
 template <class Mac>
 struct LowRank {
     Rows<Mac> rows;
@@ -32,10 +34,15 @@ struct LowRank {
         };
     }
 
-    // c = the low-rank product's tile.
-    void start(int64_t tile, int64_t column0, float* c) const {
-        clear(c, rows.tiling.size(tile) * kColumns);
-        rows.template multiply<kVectors>(tile, 0, strip(column0), rows.steps, c);
+    // c += the low-rank product's tile, which change(product) may alter first.
+    template <class Change>
+    void add_to(float* c, int64_t tile, int64_t column0, const Change& change) const {
+        alignas(64) float product[kMaxRows * kColumns];
+        const int64_t floats = rows.tiling.size(tile) * kColumns;
+        clear(product, floats);
+        rows.template multiply<kVectors>(tile, 0, strip(column0), rows.steps, product);
+        change(product);
+        for (int64_t i = 0; i < floats; i += kLanes) store(c + i, add(load(c + i), load(product + i)));
     }
 };
 
@@ -50,7 +57,6 @@ static void narrow_product(const Rows<Mac>& a, int64_t r, float scale, const Fil
             [&](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
                 fill(std::integral_constant<int, kWidth>(), column0, columns, step0, step1, panel);
             },
-            [&](int64_t tile, int64_t, int64_t, float* c) { clear(c, a.tiling.size(tile) * kWidth); },
             [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
                 for (int64_t i = 0; i < a.tiling.size(tile) * kWidth; i += kLanes)
                     store(c + i, mul(load(c + i), factor));
