@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tests.support import tolerances
-from tests.support.tolerances import assert_within_baseline
+from tests.support.linear_formulas import (
+    Arithmetic,
+    Dropout,
+    arithmetic_of,
+    linear,
+    linear_grad_x,
+    lora_backward,
+    lora_down,
+    lora_forward,
+)
+from tests.support.tolerances import Expected, assert_within
 
-__all__ = ["assert_close_to_peer", "assert_within_baseline", "tolerances", "wider"]
+__all__ = [
+    "Dropout",
+    "Expected",
+    "arithmetic",
+    "assert_close_to_peer",
+    "assert_within",
+    "linear",
+    "linear_grad_x",
+    "lora_backward",
+    "lora_down",
+    "lora_forward",
+]
 
 PEER_ERROR = 0.02
 """A peer rounds block constants or intermediate results to bf16, each an error below 0.4 % of its factor; a block read
 with another's constant, a lost scale or an update left out is far beyond this."""
+
+
+def arithmetic(dtype: torch.dtype, device: str) -> Arithmetic:
+    """What our kernels for a device may round. 16-bit operands are multiplied exactly enough in float32."""
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    return replace(arithmetic_of("cpu" if device == "cpu" else "cuda", dtype), wide=wide)
 
 
 def assert_close_to_peer(actual: Tensor, exact: Tensor, *, name: str) -> None:
@@ -20,8 +48,3 @@ def assert_close_to_peer(actual: Tensor, exact: Tensor, *, name: str) -> None:
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     error = (torch.linalg.vector_norm(actual.to(exact.dtype) - exact) / torch.linalg.vector_norm(exact)).item()
     assert error <= PEER_ERROR, f"{name}: relative error {error:.3f} exceeds {PEER_ERROR}"
-
-
-def wider(tensor: Tensor) -> Tensor:
-    """The tensor in the next wider dtype, in which sums are exact beside the narrow dtype's roundings."""
-    return tensor.double() if tensor.dtype == torch.float32 else tensor.float()

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layers
-from ..gate import assert_close_to_peer, assert_within_baseline, tolerances, wider
+from ..gate import Expected, arithmetic, assert_close_to_peer, assert_within, linear, linear_grad_x
 from ..registry import Call, Case, Contender, Cost, Suite
 from .bench_linear_nf4 import SHAPES
 
@@ -37,17 +36,13 @@ class Inputs:
         self.x = layers.gaussian(case.M, case.K, dtype=case.dtype, device=case.device, seed=4).requires_grad_()
         self.grad_y = layers.gaussian(case.M, case.N, dtype=case.dtype, device=case.device, seed=5)
         self.w = layers.dequantized(*case.weight)
+        self.arithmetic = arithmetic(case.dtype, case.device)
 
     @cached_property
-    def composed(self) -> tuple[Tensor, Tensor]:
-        """By torch in the case's dtype."""
-        return F.linear(self.x.detach(), self.w), self.grad_y @ self.w
-
-    @cached_property
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """In the next wider dtype."""
-        w = wider(self.w)
-        return F.linear(wider(self.x.detach()), w), wider(self.grad_y) @ w
+    def expected(self) -> tuple[Expected, ...]:
+        """y and grad_x, and by how much ours may be off."""
+        y = linear(self.x, self.w, None, self.arithmetic)
+        return y, linear_grad_x(self.grad_y, self.w, self.arithmetic)
 
 
 def forward_backward(layer: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -66,12 +61,12 @@ def over(build_layers: Callable[..., list[nn.Module]]) -> Callable[[Case, Inputs
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, Tensor]) -> None:
-    """Both tensors: ours within torch's own error, peers within their coarser roundings."""
-    for name, actual, composed, exact in zip(("y", "grad_x"), result, inputs.composed, inputs.exact, strict=True):
+    """Both tensors: ours within the tests' bounds, peers within their coarser roundings."""
+    for name, actual, expected in zip(("y", "grad_x"), result, inputs.expected, strict=True):
         if contender == "ours":
-            assert_within_baseline(actual, composed, exact, factor=tolerances.GRADIENT_FACTOR, name=name)
+            assert_within(actual, expected, name)
         else:
-            assert_close_to_peer(actual, exact, name=name)
+            assert_close_to_peer(actual, expected.value, name=name)
 
 
 SUITE = Suite(

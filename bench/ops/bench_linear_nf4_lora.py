@@ -16,7 +16,7 @@ from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops.linear_nf4_lora import draw_seed
 
 from .. import layers
-from ..gate import assert_close_to_peer, assert_within_baseline, tolerances, wider
+from ..gate import Dropout, Expected, assert_close_to_peer, assert_within, lora_backward, lora_down, lora_forward
 from ..registry import GATE_SEED, Call, Case, Contender, Cost, Suite
 from . import bench_linear_nf4_grad_x as plain
 from .bench_linear_nf4 import SHAPES
@@ -53,34 +53,23 @@ class Inputs(plain.Inputs):
         self.lora_A, self.lora_B = (factor.requires_grad_() for factor in layers.lora_factors(case))
 
     @cached_property
-    def mask(self) -> Tensor | None:
-        """The dropout factor of each element of x under GATE_SEED."""
+    def dropout(self) -> Dropout | None:
+        """The mask under GATE_SEED."""
         if self.case.dropout == 0:
             return None
         with torch.random.fork_rng():
             torch.manual_seed(GATE_SEED)
             seed = draw_seed(self.x.device)
-        return dropout_keep(seed, self.case.M, self.case.K, self.case.dropout) * keep_scale(self.case.dropout)
+        keep = dropout_keep(seed, self.case.M, self.case.K, self.case.dropout)
+        return Dropout(keep, keep_scale(self.case.dropout))
 
     @cached_property
-    def composed(self) -> tuple[Tensor, ...]:
-        """By torch in the case's dtype."""
-        factors = (factor.detach().to(self.case.dtype) for factor in (self.lora_A, self.lora_B))
-        return self._results(self.x.detach(), self.grad_y, self.w, *factors)
-
-    @cached_property
-    def exact(self) -> tuple[Tensor, ...]:
-        """In the next wider dtype, from factors as the products use them: rounded to the case's dtype."""
-        factors = (wider(factor.detach().to(self.case.dtype)) for factor in (self.lora_A, self.lora_B))
-        return self._results(wider(self.x.detach()), wider(self.grad_y), wider(self.w), *factors)
-
-    def _results(self, x: Tensor, grad_y: Tensor, w: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, ...]:
-        drop = (lambda t: t) if self.mask is None else (lambda t: t * self.mask.to(t.dtype))
-        s = drop(x) @ lora_A.T
-        ds = self.scaling * (grad_y @ lora_B)
-        y = x @ w.T + self.scaling * (s @ lora_B.T)
-        grad_x = grad_y @ w + drop(ds @ lora_A)
-        return y, grad_x, ds.T @ drop(x), self.scaling * (grad_y.T @ s)
+    def expected(self) -> tuple[Expected, ...]:
+        """The results, and by how much ours may be off."""
+        factors, scaling, kind = (self.lora_A, self.lora_B), self.scaling, self.arithmetic
+        s = lora_down(self.x, self.lora_A, self.dropout, kind)
+        y = lora_forward(self.x, self.w, None, s, self.lora_B, scaling, kind)
+        return y, *lora_backward(self.grad_y, self.x, s, self.w, *factors, scaling, self.dropout, kind)
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
@@ -122,11 +111,11 @@ def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...
     if contender == "ours without LoRA":
         plain.verify(case, plain.Inputs(case), "ours", result)
         return
-    for name, actual, composed, exact in zip(RESULTS, result, inputs.composed, inputs.exact, strict=True):
+    for name, actual, expected in zip(RESULTS, result, inputs.expected, strict=True):
         if contender == "ours":
-            assert_within_baseline(actual, composed, exact, factor=tolerances.GRADIENT_FACTOR, name=name)
+            assert_within(actual, expected, name)
         elif case.dropout == 0:
-            assert_close_to_peer(actual, exact, name=name)
+            assert_close_to_peer(actual, expected.value, name=name)
 
 
 def with_peft(case: Case) -> bool:

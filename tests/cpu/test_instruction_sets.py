@@ -16,9 +16,11 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
-from qlora_kernels.ops._philox import dropout_keep
+from qlora_kernels.ops._operands import LoRA, weight_of
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_within
 
 if (reason := cpu.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -101,47 +103,29 @@ def test_linear(isa, dtype, shape):
     grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=3)
     y = qk.linear_nf4(x, packed, state)
     y.backward(grad_y)
-    w = qk.dequantize_nf4(packed, state, dtype)
-    exact = x.detach().double() @ w.double().T
-    assert_within_baseline(y.detach(), x.detach() @ w.T, exact, factor=FORWARD_FACTOR, name="y")
-    assert_within_baseline(x.grad, grad_y @ w, grad_y.double() @ w.double(), factor=GRADIENT_FACTOR, name="grad_x")
+    w, arithmetic = qk.dequantize_nf4(packed, state, dtype), arithmetic_of("cpu", dtype)
+    assert_within(y, linear(x, w, None, arithmetic), "y")
+    assert_within(x.grad, linear_grad_x(grad_y, w, arithmetic), "grad_x")
 
 
 @dtypes
 @shapes
 def test_linear_lora(isa, dtype, shape):
-    """Forward and the three gradients against torch's own composition, with the same mask."""
+    """Forward and the three gradients; unrounded masters of the factors, and a scaling that is no power of two."""
     packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
-    tensors = [
-        gaussian(shape.M, shape.K, dtype=dtype),
-        gaussian(shape.r, shape.K, seed=4) / shape.K**0.5,
-        gaussian(shape.N, shape.r, seed=5),
-    ]
-    grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=3)
-    seed = torch.tensor([123456789012345])
-    scaling = 1.7
-    dropout_p = 0.3 if shape.N % 2 == 0 else 0.0
-    w = qk.dequantize_nf4(packed, state, dtype)
-    keep = dropout_keep(seed, shape.M, shape.K, dropout_p)
-    threshold = round(dropout_p * 65536)
-
-    def composed(compute):
-        x, a, b = (t.to(compute, copy=True).requires_grad_() for t in tensors)
-        dropped = torch.where(keep, x * (65536 / (65536 - threshold)), 0.0) if dropout_p else x
-        y = x @ w.to(compute).T + scaling * ((dropped @ a.T) @ b.T)
-        y.backward(grad_y.to(compute))
-        return y.detach(), x.grad, a.grad, b.grad
-
-    x, a, b = (t.clone().requires_grad_() for t in tensors)
-    y = qk.linear_nf4_lora(x, packed, state, a, b, scaling=scaling, dropout_p=dropout_p, seed=seed)
+    x = gaussian(shape.M, shape.K, dtype=dtype).requires_grad_()
+    lora_A = (gaussian(shape.r, shape.K, seed=4) / shape.K**0.5).requires_grad_()
+    lora_B = gaussian(shape.N, shape.r, seed=5).requires_grad_()
+    grad_y, seed = gaussian(shape.M, shape.N, dtype=dtype, seed=3), torch.tensor([123456789012345])
+    scaling, p = 1.7, 0.3 if shape.N % 2 == 0 else 0.0
+    lora = LoRA(lora_A, lora_B, seed, scaling, p)
+    y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight_of("test", packed, state), None, *lora)
     y.backward(grad_y)
-    results = (y.detach(), x.grad, a.grad.to(dtype), b.grad.to(dtype))
-    factors = (FORWARD_FACTOR, GRADIENT_FACTOR, GRADIENT_FACTOR, GRADIENT_FACTOR)
-    names = ("y", "grad_x", "grad_A", "grad_B")
-    for ours, theirs, exact, factor, name in zip(
-        results, composed(dtype), composed(torch.float64), factors, names, strict=True
-    ):
-        assert_within_baseline(ours, theirs, exact, factor=factor, name=name)
+
+    w, arithmetic = qk.dequantize_nf4(packed, state, dtype), arithmetic_of("cpu", dtype)
+    dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
+    results = (y, s, x.grad, lora_A.grad, lora_B.grad)
+    assert_lora(results, (x, w, None, lora_A, lora_B, grad_y), scaling, dropout, arithmetic)
 
 
 @pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])

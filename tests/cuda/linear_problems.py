@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_kernels.format import nf4
 from tests.support.problems import dtype_name
-from tests.support.tolerances import FORWARD_FACTOR, assert_within_baseline
+from tests.support.tolerances import Expected, exactly, product
 
 from .launching import FLOAT_TYPES, Constants, poisoned, quantized, shift
 
@@ -91,30 +91,16 @@ class LinearProblem:
     def poisoned_y(self) -> Tensor:
         return poisoned(self.M, self.outputs, dtype=self.dtype)
 
-    def exact(self) -> Tensor:
-        """In float64, of the unrounded code * absmax."""
-        t = self.tensors
-        n = self.N * self.K
-        scale = t["absmax"].double().repeat_interleave(self.blocksize)[:n]
-        w = (nf4.code().double()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K)
-        return self._compose(w, t["x"].double(), *[None if t[k] is None else t[k].double() for k in ("bias", "s", "B")])
-
-    def composed(self) -> Tensor:
-        """Torch's own operations in the dtype of x, W decoded and rounded to it first."""
+    def expected(self, *, rounded: bool) -> Expected:
+        """The result, with fp32 sums and one rounding at the end; rounded: whether W is rounded to x's dtype first."""
         t, n = self.tensors, self.N * self.K
         scale = t["absmax"].repeat_interleave(self.blocksize)[:n]
-        w = (nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).to(self.dtype).view(self.N, self.K)
-        return self._compose(w, t["x"], *[None if t[k] is None else t[k].to(self.dtype) for k in ("bias", "s", "B")])
-
-    def _compose(self, w: Tensor, x: Tensor, bias: Tensor | None, s: Tensor | None, B: Tensor | None) -> Tensor:
-        y = x @ (w if self.transposed else w.T)
-        if bias is not None:
-            y = y + bias
-        if s is not None and B is not None:
-            y = y + self.scaling * (s @ B.T)
-        return y
-
-
-def check_forward(y: Tensor, problem: LinearProblem) -> None:
-    """Within twice the error of torch's composition."""
-    assert_within_baseline(y, problem.composed(), problem.exact(), factor=FORWARD_FACTOR, name=str(problem))
+        w = exactly((nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K))
+        w = w.to(self.dtype) if rounded else w
+        terms = self.depth + self.r  # in one fp32 accumulator
+        y = product(exactly(t["x"]), w if self.transposed else w.T, terms)
+        if self.r:
+            y = y + product(exactly(t["s"]), exactly(t["B"]).T, terms).scaled(self.scaling)
+        if self.bias is not None:
+            y = y + exactly(t["bias"])
+        return y.to(self.dtype)

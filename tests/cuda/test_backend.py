@@ -18,13 +18,13 @@ from torch import Tensor
 import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
-from qlora_kernels.backends.reference.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops._operands import GroupLoRA, LoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
+from tests.support.linear_formulas import arithmetic_of, assert_lora, lora_backward, lora_down, lora_forward
 from tests.support.problems import DTYPES, gaussian
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_within
 
 from .launching import (
     FLOAT_TYPES,
@@ -172,60 +172,52 @@ def quantized_matrix(N: int, K: int) -> Weight:
     return Weight(packed, *constants, 64, N, K)
 
 
+def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
+    first_level = double_quant.dequantize_absmax(*weight.constants[1:])
+    return reference.dequantize_nf4(
+        weight.packed, first_level, weight.blocksize, torch.Size((weight.N, weight.K)), dtype
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K", "r"), SHAPES)
 def test_linear_with_lora(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
     weight = quantized_matrix(N, K)
-    x, bias = gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3)
-    lora = LoRA(gaussian(r, K, seed=4) * 0.1, gaussian(N, r, seed=5) * 0.1, None, 0.5, 0.0)
-
-    def reference_y(kind: torch.dtype) -> Tensor:
-        y: Tensor = linear_nf4_lora(x.to(kind), weight, bias.to(kind), _cast(lora, kind))[0]
-        return y
-
+    x, bias, grad_y = gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3), gaussian(M, N, dtype=dtype, seed=6)
+    lora_A = (gaussian(r, K, seed=4) * 0.1).to(dtype).float()
+    lora = LoRA(lora_A, (gaussian(N, r, seed=5) * 0.1).to(dtype).float(), None, 0.5, 0.0)
     y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
-    assert_within_baseline(y, reference_y(dtype), reference_y(torch.float64), factor=FORWARD_FACTOR, name="y")
-    assert s.shape == (M, r)
-    assert cuda.linear_nf4(x, weight, None).shape == (M, N)
-
-    grad_y = gaussian(M, N, dtype=dtype, seed=6)
     gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
-    expected = linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
-    saved64 = (grad_y.double(), x.double(), s.double(), weight, _cast(lora, torch.float64))
-    exact64 = linear_nf4_lora_backward(*saved64, need_grad_x=True)
-    for name, mine, theirs, truth in zip(("grad_x", "grad_A", "grad_B"), gradients, expected, exact64, strict=True):
-        assert_within_baseline(mine, theirs, truth, factor=GRADIENT_FACTOR, name=name)
+    inputs = (x, dequantized(weight, dtype), bias, lora.A, lora.B, grad_y)
+    assert_lora((y, s, *gradients), inputs, lora.scaling, None, arithmetic_of("cuda", dtype))
+    assert cuda.linear_nf4(x, weight, None).shape == (M, N)
     assert cuda.linear_nf4_grad_x(grad_y, weight).shape == (M, K)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [3, 65])
-def test_group_equals_its_linears_one_by_one(M: int, dtype: torch.dtype) -> None:
-    """Up to the rounding of grad_x's sum; small M is fused, large M decoded and summed inside torch's matmul."""
+def test_group(M: int, dtype: torch.dtype) -> None:
+    """Each linear as if alone, grad_x their sum. Small M is fused, large M decoded and summed inside torch's matmul."""
     K, widths, ranks = 64, (24, 17), (4, 3)
     weights = [quantized_matrix(N, K) for N in widths]
     x, biases = gaussian(M, K, dtype=dtype, seed=2), [gaussian(widths[0], seed=3), None]
-    B = [gaussian(N, r, seed=5) * 0.1 for N, r in zip(widths, ranks, strict=True)]
-    lora = GroupLoRA(gaussian(sum(ranks), K, seed=4) * 0.1, B, None, [0.5, 2.0], 0.0)
+    B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
+    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, None, [0.5, 2.0], 0.0)
     ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
     grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
     grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
-    parts, total = s.split(list(ranks), dim=1), torch.zeros_like(grad_x, dtype=torch.float32)
-    grads_A = grad_A.split(list(ranks))
-    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
+    arithmetic = arithmetic_of("cuda", dtype)
     for i, member in enumerate(lora.each()):
-        y, part = cuda.linear_nf4_lora(x, weights[i], biases[i], member)
-        torch.testing.assert_close(ys[i], y, **close)
-        torch.testing.assert_close(parts[i], part, **close)
-        alone = cuda.linear_nf4_lora_backward(grad_ys[i], x, part, weights[i], member, need_grad_x=True)
-        total += alone[0].float()
-        torch.testing.assert_close(grads_A[i], alone[1], **close)
-        torch.testing.assert_close(grads_B[i], alone[2], **close)
-    torch.testing.assert_close(grad_x.float(), total, **close)
-
-
-def _cast(lora: LoRA, dtype: torch.dtype) -> LoRA:
-    return lora._replace(A=lora.A.to(dtype), B=lora.B.to(dtype))
+        w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
+        assert_within(parts[i], lora_down(x, member.A, None, arithmetic), f"s_{i}")
+        assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
+        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, None, arithmetic)
+        assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
+        assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
+        total = expected.x if total is None else (total + expected.x).to(dtype)
+    assert total is not None
+    assert_within(grad_x, total, "grad_x")
 
 
 def test_a_misaligned_slice_is_copied() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.support.cuda_host import out
+from tests.support.tolerances import assert_within
 
 from .launching import all_modes, library, needs_emulator, needs_nvcc, poisoned, ptx_under_sanitizers, same_bits
-from .linear_problems import LinearProblem, check_forward
+from .linear_problems import LinearProblem
 
 pytestmark = needs_emulator
 
@@ -48,14 +49,14 @@ def run(mode: str, problem: LinearProblem, splits: int = 1, seed: int = 1, order
 @all_modes
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_product(mode: str, problem: LinearProblem) -> None:
-    check_forward(run(mode, problem), problem)
+    assert_within(run(mode, problem), problem.expected(rounded=True), str(problem))
 
 
 @all_modes
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("problem", SPLIT, ids=str)
 def test_split_contraction(mode: str, splits: int, problem: LinearProblem) -> None:
-    check_forward(run(mode, problem, splits), problem)
+    assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS[2], PROBLEMS[7]], ids=str)
@@ -75,7 +76,7 @@ def test_compiled_and_source_agree_bit_for_bit(problem: LinearProblem) -> None:
 @ptx_under_sanitizers
 @pytest.mark.parametrize(("problem", "splits"), [(SPLIT[0], 2), (PROBLEMS[5], 1)], ids=str)
 def test_compiled_under_sanitizers(mode: str, problem: LinearProblem, splits: int) -> None:
-    check_forward(run(mode, problem, splits), problem)
+    assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:

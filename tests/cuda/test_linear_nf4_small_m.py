@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from tests.support.cuda_host import out
+from tests.support.tolerances import assert_within
 
 from .launching import all_modes, library, needs_emulator, needs_nvcc, ptx_under_sanitizers, same_bits
-from .linear_problems import LinearProblem, check_forward
+from .linear_problems import LinearProblem
 
 pytestmark = needs_emulator
 
@@ -38,13 +39,14 @@ def run(mode: str, problem: LinearProblem, seed: int = 1, order: str = "random")
 @all_modes
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_forward(mode: str, problem: LinearProblem) -> None:
-    check_forward(run(mode, problem), problem)
+    # W is not rounded to x's dtype: absmax multiplies fp32 sums of eight code values.
+    assert_within(run(mode, problem), problem.expected(rounded=False), str(problem))
 
 
 @needs_nvcc
 @ptx_under_sanitizers
 def test_compiled_under_sanitizers(mode: str) -> None:
-    check_forward(run(mode, PROBLEMS[4]), PROBLEMS[4])
+    assert_within(run(mode, PROBLEMS[4]), PROBLEMS[4].expected(rounded=False), str(PROBLEMS[4]))
 
 
 @needs_nvcc

@@ -6,22 +6,16 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import weight_of
+from qlora_kernels.ops._operands import LoRA, weight_of
 from qlora_kernels.ops._philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
+from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian, usable_backends
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_within, exactly, total
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 RANKS = (Shape(6, 50, 128, r=64), Shape(5, 40, 192, r=256))
 SCALING = 2.0
-
-
-def composed_lora(x, w, bias, lora_A, lora_B, keep, p):
-    """Torch's own composition, at the dtype of its arguments."""
-    dropped = x if keep is None else torch.where(keep, x * keep_scale(p), 0.0)
-    y = x @ w.T + SCALING * (dropped @ lora_A.T) @ lora_B.T
-    return y if bias is None else y + bias
 
 
 def problem(shape, dtype, master):
@@ -43,41 +37,20 @@ def test_forward_and_gradients(backend, dtype, shape, p):
     packed, state, leaves = problem(shape, dtype, torch.float32)
     grad_y = gaussian(shape.M, shape.N, dtype=dtype, seed=5)
     seed = torch.tensor([0x1234567890ABCDEF])
+    x, lora_A, lora_B, bias = leaves.values()
+    lora = LoRA(lora_A, lora_B, seed, SCALING, p)
     with qk.use_backend(backend):
-        y = qk.linear_nf4_lora(
-            leaves["x"],
-            packed,
-            state,
-            leaves["lora_A"],
-            leaves["lora_B"],
-            leaves["bias"],
-            scaling=SCALING,
-            dropout_p=p,
-            seed=seed,
-        )
+        y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight_of("test", packed, state), bias, *lora)
         y.backward(grad_y)
     assert y.dtype == dtype
-    keep = dropout_keep(seed, shape.M, shape.K, p) if p else None
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+
     w = qk.dequantize_nf4(packed, state, dtype)
-
-    def run(kind):
-        copies = {name: t.detach().to(kind).requires_grad_() for name, t in leaves.items()}
-        out = composed_lora(copies["x"], w.to(kind), copies["bias"], copies["lora_A"], copies["lora_B"], keep, p)
-        out.backward(grad_y.to(kind))
-        return out.detach(), {name: t.grad for name, t in copies.items()}
-
-    composed, composed_grads = run(dtype)
-    exact, exact_grads = run(torch.float64)
-    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
-    for name, leaf in leaves.items():
-        assert leaf.grad.dtype == leaf.dtype
-        assert_within_baseline(
-            leaf.grad.to(dtype),
-            composed_grads[name],
-            exact_grads[name],
-            factor=GRADIENT_FACTOR,
-            name=f"grad of {name}",
-        )
+    dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
+    results = (y, s, x.grad, lora_A.grad, lora_B.grad)
+    inputs = (x, w, bias, lora_A, lora_B, grad_y)
+    assert_lora(results, inputs, SCALING, dropout, arithmetic_of(backend, dtype))
+    assert_within(bias.grad, total(exactly(grad_y)).to(dtype), "grad of bias")
 
 
 @backends

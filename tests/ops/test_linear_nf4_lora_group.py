@@ -8,8 +8,9 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import Dropout, arithmetic_of, lora_backward, lora_down, lora_forward
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_same_function, assert_within
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora_group"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -39,17 +40,6 @@ def run_group(weights, biases, leaves, dropout_p, seed):
     return qk.linear_nf4_lora_group(x, packed, states, A, B, biases, scalings=scalings, dropout_p=dropout_p, seed=seed)
 
 
-def composed(weights, biases, leaves, dtype, kind, keep):
-    leaves = [leaf.detach().to(kind).requires_grad_() for leaf in leaves]
-    x, A, B = leaves[0], leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
-    dropped = x if keep is None else x * keep.to(kind)
-    ys = []
-    for (packed, state), bias, a, b, scaling in zip(weights, biases, A, B, SCALINGS, strict=False):
-        y = x @ qk.dequantize_nf4(packed, state, dtype).to(kind).T + scaling * (dropped @ a.T) @ b.T
-        ys.append(y if bias is None else y + bias.to(kind))
-    return ys, leaves
-
-
 @backends
 @dtypes
 @pytest.mark.parametrize(("M", "K", "widths", "ranks"), SHAPES)
@@ -58,25 +48,27 @@ def test_forward_and_gradients(backend, dtype, M, K, widths, ranks, p):
     weights, biases, leaves = problem(M, K, widths, ranks, dtype)
     seed = torch.tensor([0x1234567890ABCDEF])
     grads = [gaussian(M, N, dtype=dtype, seed=50 + i) for i, N in enumerate(widths)]
+    fields = [list(field) for field in zip(*(weight_of("test", *pair) for pair in weights), strict=True)]
+    x, factors_A, factors_B = leaves[0], leaves[1 : 1 + len(widths)], leaves[1 + len(widths) :]
+    lora = (torch.cat(factors_A), factors_B, seed if p else None, list(SCALINGS[: len(widths)]), p)
     with qk.use_backend(backend):
-        ys = run_group(weights, biases, leaves, p, seed)
+        ys, s = torch.ops.qlora_kernels.linear_nf4_lora_group(x, biases, *fields, *lora)
         torch.autograd.backward(ys, grads)
-    keep = dropout_keep(seed, M, K, p) * keep_scale(p) if p else None
+    assert all(y.dtype == dtype for y in ys)
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
 
-    def reference(kind):
-        outs, copies = composed(weights, biases, leaves, dtype, kind, keep)
-        torch.autograd.backward(outs, [g.to(kind) for g in grads])
-        return [y.detach() for y in outs], [copy.grad for copy in copies]
-
-    (base, base_grads), (exact, exact_grads) = reference(dtype), reference(torch.float64)
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
+    arithmetic, parts, grad_x = arithmetic_of(backend, dtype), s.split(list(ranks), dim=1), None
     for i, y in enumerate(ys):
-        assert y.dtype == dtype
-        assert_within_baseline(y, base[i], exact[i], factor=FORWARD_FACTOR, name=f"y_{i}")
-    for i, leaf in enumerate(leaves):
-        assert leaf.grad.dtype == leaf.dtype
-        assert_within_baseline(
-            leaf.grad.to(dtype), base_grads[i], exact_grads[i], factor=GRADIENT_FACTOR, name=f"grad of leaf {i}"
-        )
+        w, lora_A, lora_B = qk.dequantize_nf4(*weights[i], dtype), factors_A[i], factors_B[i]
+        assert_within(parts[i], lora_down(x, lora_A, dropout, arithmetic), f"s_{i}")
+        assert_within(y, lora_forward(x, w, biases[i], parts[i], lora_B, SCALINGS[i], arithmetic), f"y_{i}")
+        operands = (grads[i], x, parts[i], w, lora_A, lora_B, SCALINGS[i], dropout, arithmetic)
+        expected = lora_backward(*operands)
+        assert_within(lora_A.grad, expected.lora_A, f"grad of lora_A_{i}")
+        assert_within(lora_B.grad, expected.lora_B, f"grad of lora_B_{i}")
+        grad_x = expected.x if grad_x is None else (grad_x + expected.x).to(dtype)
+    assert_within(x.grad, grad_x, "grad of x")
 
 
 @backends
@@ -97,7 +89,7 @@ def test_each_is_linear_nf4_lora_with_the_same_seed(backend):
                 dropout_p=0.4,
                 seed=seed,
             )
-            torch.testing.assert_close(ys[i], alone, rtol=1e-5, atol=1e-5)
+            assert_same_function(ys[i], alone)  # another mask would be far from it
 
 
 @backends

@@ -6,25 +6,17 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import weight_of
+from qlora_kernels.ops._operands import MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import Arithmetic, Dropout, assert_multi_lora
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian, usable_backends
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_within, exactly, total
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_multi_lora"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 SHAPES = (Shape(0, 32, 64), Shape(7, 33, 96), Shape(19, 130, 257, r=8), Shape(64, 96, 128, r=16))
 N_ADAPTERS = 3
 SCALINGS = torch.tensor([2.0, 0.5, 1.0])
-
-
-def composed(x, w, bias, lora_A, lora_B, adapter, keep, p):
-    """Row by row, by indexing every row's own factors."""
-    chosen = adapter.clamp(min=0)
-    scale = (SCALINGS.to(x.dtype)[chosen] * (adapter >= 0)).unsqueeze(1)
-    dropped = x if keep is None else torch.where(keep, x * keep_scale(p), 0.0)
-    s = torch.einsum("mk,mrk->mr", dropped, lora_A[chosen])
-    return x @ w.T + bias + scale * torch.einsum("mr,mnr->mn", s, lora_B[chosen])
 
 
 @backends
@@ -42,36 +34,19 @@ def test_forward_and_gradients(backend, dtype, shape, p):
     }
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     grad_y, seed = gaussian(shape.M, shape.N, dtype=dtype, seed=5), torch.tensor([77])
+    x, lora_A, lora_B, bias = leaves.values()
+    lora = MultiLoRA(lora_A, lora_B, SCALINGS, adapter, seed, p)
     with qk.use_backend(backend):
-        y = qk.linear_nf4_multi_lora(
-            leaves["x"],
-            packed,
-            state,
-            leaves["lora_A"],
-            leaves["lora_B"],
-            SCALINGS,
-            adapter,
-            leaves["bias"],
-            dropout_p=p,
-            seed=seed,
-        )
+        y, s = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *weight_of("test", packed, state), bias, *lora)
         y.backward(grad_y)
-    keep = dropout_keep(seed, shape.M, shape.K, p) if p else None
+    dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
     w = qk.dequantize_nf4(packed, state, dtype)
-
-    def run(kind):
-        copies = {name: t.detach().to(kind).requires_grad_() for name, t in leaves.items()}
-        out = composed(copies["x"], w.to(kind), copies["bias"], copies["lora_A"], copies["lora_B"], adapter, keep, p)
-        out.backward(grad_y.to(kind))
-        return out.detach(), {name: t.grad for name, t in copies.items()}
-
-    baseline, baseline_grads = run(dtype)
-    exact, exact_grads = run(torch.float64)
-    assert_within_baseline(y.detach(), baseline, exact, factor=FORWARD_FACTOR, name="y")
-    for name, leaf in leaves.items():
-        assert_within_baseline(
-            leaf.grad.to(dtype), baseline_grads[name], exact_grads[name], factor=GRADIENT_FACTOR, name=f"grad of {name}"
-        )
+    results = (y, s, x.grad, lora_A.grad, lora_B.grad)
+    inputs = (x, w, bias, lora_A, lora_B, grad_y)
+    # Also on the CPU, where torch computes the low-rank part (ops/_multi_lora.py).
+    arithmetic = Arithmetic(dtype, weight_may_be_exact=backend == "triton")
+    assert_multi_lora(results, inputs, SCALINGS, adapter, dropout, arithmetic)
+    assert_within(bias.grad, total(exactly(grad_y)).to(dtype), "grad of bias")
 
 
 @backends

@@ -1,4 +1,4 @@
-"""Class 2 (matmul and gradients): the linear kernels against float64, bounded by torch's own composition; interpreted.
+"""Class 2 (matmul and gradients): the linear kernels against float64, interpreted.
 
 Every path runs on every dtype: the plan is forced, so that small shapes reach split sums and partial tiles.
 """
@@ -16,10 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qlora_kernels as qk
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, whole_words
 from qlora_kernels.ops._config import Plan, use_plan
-from qlora_kernels.ops._operands import weight_of
+from qlora_kernels.ops._operands import LoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import (
+    Arithmetic,
+    Dropout,
+    linear,
+    linear_grad_x,
+    lora_backward,
+    lora_down,
+    lora_forward,
+)
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian
-from tests.support.tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_baseline
+from tests.support.tolerances import assert_within, exactly, total
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 PLANS = {
@@ -69,12 +78,17 @@ class Problem:
         with qk.use_backend("reference"):
             packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K) / shape.K**0.5, shape.blocksize, double_quant)
             self.w = qk.dequantize_nf4(packed, state, dtype)
+            self.fp32_w = qk.dequantize_nf4(packed, state)
         self.packed, self.state = packed, state
         self.x = gaussian(shape.M, shape.K, seed=1, dtype=dtype)
         self.grad_y = gaussian(shape.M, shape.N, seed=2, dtype=dtype)
         self.bias = gaussian(shape.N, seed=3, dtype=dtype)
         self.lora_A = (gaussian(shape.r, shape.K, seed=4) / shape.K**0.5).to(dtype).float()
         self.lora_B = gaussian(shape.N, shape.r, seed=5).to(dtype).float()
+
+    def weight(self, plan):
+        """W as the forward multiplies by it: small_m does not round code * absmax to x's dtype."""
+        return self.fp32_w if PLANS[plan].path == "small_m" else self.w
 
     def forced(self, plan, blocksize):
         stack = ExitStack()
@@ -88,6 +102,12 @@ class Problem:
         return stack
 
 
+def arithmetic_of(plan, dtype):
+    """Of y and grad_x: torch multiplies by the decoded weight, and lora_up adds to its rounded result; the other
+    kernels round once."""
+    return Arithmetic(dtype, composed=plan == "decode")
+
+
 @cases
 def test_linear(shape, plan, dtype, double_quant):
     problem = Problem(shape, dtype, double_quant)
@@ -95,11 +115,9 @@ def test_linear(shape, plan, dtype, double_quant):
     with problem.forced(plan, shape.blocksize):
         y = qk.linear_nf4(x, problem.packed, problem.state, problem.bias)
         (grad_x,) = torch.autograd.grad(y, x, problem.grad_y)
-    x, w, bias, grad_y = (t.detach() for t in (x, problem.w, problem.bias, problem.grad_y))
-    composed = torch.nn.functional.linear(x, w, bias)
-    exact = torch.nn.functional.linear(x.double(), w.double(), bias.double())
-    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
-    assert_within_baseline(grad_x, grad_y @ w, grad_y.double() @ w.double(), factor=GRADIENT_FACTOR, name="grad_x")
+    arithmetic = arithmetic_of(plan, dtype)
+    assert_within(y, linear(x, problem.weight(plan), problem.bias, arithmetic), "y")
+    assert_within(grad_x, linear_grad_x(problem.grad_y, problem.w, arithmetic), "grad_x")
 
 
 @cases
@@ -108,29 +126,23 @@ def test_linear_lora(shape, plan, dtype, double_quant, dropout_p):
     problem = Problem(shape, dtype, double_quant)
     seed = torch.tensor([0x1234_5678_9ABC_DEF1])
     scaling = 1.7
-    leaves = [t.requires_grad_() for t in (problem.x, problem.bias, problem.lora_A, problem.lora_B)]
+    x, bias, A, B = leaves = [t.requires_grad_() for t in (problem.x, problem.bias, problem.lora_A, problem.lora_B)]
+    lora = LoRA(A, B, seed, scaling, dropout_p)
     with problem.forced(plan, shape.blocksize):
-        y = qk.linear_nf4_lora(
-            problem.x, problem.packed, problem.state, problem.lora_A, problem.lora_B, problem.bias,
-            scaling=scaling, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
-        grads = torch.autograd.grad(y, leaves, problem.grad_y)
+        weight = weight_of("test", problem.packed, problem.state)
+        y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, bias, *lora)
+        grad_x, grad_bias, grad_A, grad_B = torch.autograd.grad(y, leaves, problem.grad_y)
 
-    keep = dropout_keep(seed, shape.M, shape.K, dropout_p) * keep_scale(dropout_p)
-
-    def composition(dtype):
-        x, bias, lora_A, lora_B = (t.detach().to(dtype).requires_grad_() for t in leaves)
-        s = (x * keep.to(dtype)) @ lora_A.T
-        y = torch.nn.functional.linear(x, problem.w.to(dtype), bias) + scaling * (s @ lora_B.T)
-        return y.detach(), torch.autograd.grad(y, (x, bias, lora_A, lora_B), problem.grad_y.to(dtype))
-
-    composed, composed_grads = composition(dtype)
-    exact, exact_grads = composition(torch.float64)
-    assert_within_baseline(y, composed, exact, factor=FORWARD_FACTOR, name="y")
-    for name, grad, composed_grad, exact_grad in zip(
-        ("grad_x", "grad_bias", "grad_A", "grad_B"), grads, composed_grads, exact_grads, strict=True
-    ):
-        assert_within_baseline(grad, composed_grad.to(grad.dtype), exact_grad, factor=GRADIENT_FACTOR, name=name)
+    dropout = Dropout(dropout_keep(seed, shape.M, shape.K, dropout_p), keep_scale(dropout_p)) if dropout_p else None
+    arithmetic = arithmetic_of(plan, dtype)
+    fused = Arithmetic(dtype, composed=False)  # the kernels of the factors, under every plan
+    assert_within(s, lora_down(x, A, dropout, fused), "s")
+    assert_within(y, lora_forward(x, problem.weight(plan), bias, s, B, scaling, arithmetic), "y")
+    operands = (problem.grad_y, x, s, problem.w, A, B, scaling, dropout)
+    assert_within(grad_x, lora_backward(*operands, arithmetic).x, "grad_x")
+    assert_within(grad_A, lora_backward(*operands, fused).lora_A, "grad_A")
+    assert_within(grad_B, lora_backward(*operands, fused).lora_B, "grad_B")
+    assert_within(grad_bias, total(exactly(problem.grad_y)).to(dtype), "grad_bias")
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -15,8 +15,11 @@ import qlora_kernels as qk
 from qlora_kernels.backends import triton as backend
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora
 from tests.support.problems import gaussian
+from tests.support.tolerances import assert_within, exactly, total
 
 PACKAGE = "qlora_kernels.backends.triton"
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
@@ -39,42 +42,45 @@ def codec():
 
 
 def lora(plan, M=5, N=40, K=192):
-    """Forward and gradients in fp32, within 1e-4 of float64: far below any planted fault."""
+    """Forward and gradients in fp32, within the bounds of tests/support/tolerances.py: far below any planted fault."""
     r, scaling, p = 4, 1.7, 0.3
     with qk.use_backend("reference"):
         packed, state = qk.quantize_nf4(gaussian(N, K))
-        w = qk.dequantize_nf4(packed, state).double()
-    leaves = [gaussian(M, K, seed=1), gaussian(N, seed=2), gaussian(r, K, seed=3), gaussian(N, r, seed=4)]
+        w = qk.dequantize_nf4(packed, state)
+    x, bias, A, B = leaves = [
+        gaussian(M, K, seed=1),
+        gaussian(N, seed=2),
+        gaussian(r, K, seed=3),
+        gaussian(N, r, seed=4),
+    ]
     grad_y, seed = gaussian(M, N, seed=5), torch.tensor([2**40 + 3])
-    x, bias, A, B = (t.requires_grad_() for t in leaves)
+    for leaf in leaves:
+        leaf.requires_grad_()
     with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", FUSED if plan is SMALL_M else plan):
-        y = qk.linear_nf4_lora(x, packed, state, A, B, bias, scaling=scaling, dropout_p=p, seed=seed)
-        actual = (y, *torch.autograd.grad(y, leaves, grad_y))
-    x, bias, A, B = exact = [t.detach().double().requires_grad_() for t in leaves]
-    keep = dropout_keep(seed, M, K, p) * keep_scale(p)
-    y = x @ w.T + bias + scaling * ((x * keep) @ A.T) @ B.T
-    for a, e in zip(actual, (y, *torch.autograd.grad(y, exact, grad_y.double())), strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+        weight = weight_of("test", packed, state)
+        y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, bias, *LoRA(A, B, seed, scaling, p))
+        grad_x, grad_bias, grad_A, grad_B = torch.autograd.grad(y, leaves, grad_y)
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p))
+    inputs = (x, w, bias, A, B, grad_y)
+    assert_lora((y, s, grad_x, grad_A, grad_B), inputs, scaling, dropout, Arithmetic(torch.float32))
+    assert_within(grad_bias, total(exactly(grad_y)).to(torch.float32), "grad_bias")
 
 
 def multi():
-    M, N, K, r = 37, 40, 72, 4
+    M, N, K, r, p = 37, 40, 72, 4, 0.3
     with qk.use_backend("reference"):
         packed, state = qk.quantize_nf4(gaussian(N, K))
-    leaves = [gaussian(M, K, seed=1), gaussian(2, r, K, seed=3), gaussian(2, N, r, seed=4)]
-    adapter, seed = torch.arange(M) % 3 - 1, torch.tensor([11])
-
-    def run():
-        x, A, B = (t.detach().requires_grad_() for t in leaves)
-        arguments = (packed, state, A, B, torch.tensor([2.0, 0.5]), adapter)
-        y = qk.linear_nf4_multi_lora(x, *arguments, dropout_p=0.3, seed=seed)
-        return y, *torch.autograd.grad(y, (x, A, B), gaussian(M, N, seed=5))
-
-    actual = run()
-    with qk.use_backend("reference"):
-        expected = run()
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+        w = qk.dequantize_nf4(packed, state)
+    x, A, B = leaves = [gaussian(M, K, seed=1), gaussian(2, r, K, seed=3), gaussian(2, N, r, seed=4)]
+    adapter, seed, scalings = torch.arange(M) % 3 - 1, torch.tensor([11]), torch.tensor([2.0, 0.5])
+    grad_y = gaussian(M, N, seed=5)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    lora = MultiLoRA(A, B, scalings, adapter, seed, p)
+    y, s = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *weight_of("test", packed, state), None, *lora)
+    results = (y, s, *torch.autograd.grad(y, leaves, grad_y))
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p))
+    assert_multi_lora(results, (x, w, None, A, B, grad_y), scalings, adapter, dropout, Arithmetic(torch.float32))
 
 
 CHECKS = {
