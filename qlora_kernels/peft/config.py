@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..nn.match import as_names
+from .field_types import admits, check_field_types, field_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +21,10 @@ _BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "q
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head."""
+    """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head.
+
+    Raises ValueError for a field whose value is not of its annotation's type.
+    """
 
     peft_type: ClassVar[str]
     own_fields: ClassVar[tuple[str, ...]] = ()  # those that PEFT's file of this type has no place for
@@ -32,6 +36,7 @@ class PeftConfig:
     modules_to_save: list[str] | tuple[str, ...] | str | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if isinstance(self.modules_to_save, str):  # one name; PEFT's file has a list
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
 
@@ -51,7 +56,7 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration a file describes.
+        """The configuration a file describes; null is a field's default where the field cannot be None.
 
         Raises NotImplementedError for a key this method does not have unless its value is null, false or empty, that
         is, unless it asks for nothing: dropping it in silence would compute another function than the file's author.
@@ -60,7 +65,8 @@ class PeftConfig:
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
         if unknown:
             raise NotImplementedError(f"{cls.__name__}: the file asks for {unknown}, which this method does not have")
-        return cls(**{k: v for k, v in values.items() if k in fields})
+        types = field_types(cls)
+        return cls(**{k: v for k, v in values.items() if k in fields and (v is not None or admits(types[k], None))})
 
 
 def _plain(value: Any) -> Any:
