@@ -103,6 +103,17 @@ def fraction(text: str) -> float:
     return _checked(float(text), text, "in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def dropout(text: str) -> float:
+    """A number in [0, 1) whose mask, which has 16 bits of resolution, keeps something."""
+    return _checked(fraction(text), text, "below 1 - 2**-17", lambda value: value < 1 - 2**-17)
+
+
+def temperature(text: str) -> float:
+    """0, or a number by which logits can be divided without an overflow."""
+    rule = "0, or finite and >= 1e-6"
+    return _checked(float(text), text, rule, lambda value: value == 0 or 1e-6 <= value < math.inf)
+
+
 def positive_float(text: str) -> float:
     """A finite number > 0."""
     return _checked(float(text), text, "finite and > 0", lambda value: 0 < value < math.inf)

@@ -16,6 +16,7 @@ from .arguments import (
     DTYPES,
     add_model,
     add_quantization,
+    dropout,
     fraction,
     names,
     not_negative,
@@ -153,7 +154,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     adapter.add_argument("--r", type=positive, default=16, metavar="RANK", help="rank of a low-rank update")
     adapter.add_argument("--alpha", type=positive_float, default=32.0, help="the update is scaled by alpha / r")
-    adapter.add_argument("--dropout", type=fraction, default=0.0, metavar="P", help="dropout on the adapter's input")
+    adapter.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="dropout on the adapter's input")
     adapter.add_argument(
         "--target-modules",
         type=_targets,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..training import TextTokens, write_chat
-from .arguments import Subparsers, UsageError, add_command, bad_input, not_negative_float, positive, seed
+from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
 from .console import Console
 from .limits import check_positions, check_token_ids
 from .model_source import add_base, load_adapter, load_base
@@ -26,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a conversation")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="TOKENS", help="stop after this many")
     parser.add_argument(
-        "--temperature", type=not_negative_float, default=0.0, help="0: always the most likely token; above: sampling"
+        "--temperature", type=temperature, default=0.0, help="0: always the most likely token; above: sampling"
     )
     parser.add_argument("--seed", type=seed, default=0, help="of sampling")
 
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.adapter is not None:
         model = load_adapter(model, arguments.adapter)
     prompt = arguments.prompt
+    check_text(prompt, "--prompt")
     if arguments.chat:
         with bad_input():
             prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True)
@@ -52,8 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_text(text: str, option: str) -> None:
+    """Raises UsageError where an argument held bytes that are no UTF-8, which Python keeps as half surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{option}: must be text in UTF-8, got {text[:40]!r}") from error
+
+
 def check_prompt(prompt: str, option: str, tokenizer: Any, model: nn.Module, max_new_tokens: int = 1) -> None:
     """Raises UsageError where `model` cannot continue `prompt` by that many tokens.   option: for the message."""
+    check_text(prompt, option)
     ids = TextTokens(tokenizer).ids(prompt)
     if not ids:
         raise UsageError(f"{option}: must hold at least one token, got an empty text")

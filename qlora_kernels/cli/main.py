@@ -45,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         message = f"{error.name} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[error.name]}]'`"
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200] or "no more can be allocated"
-        sys.stderr.write(f"qlora-kernels {arguments.command}: out of memory: {reason}\n")
+        reason = " ".join(str(error).split())[:300] or "no more can be allocated"
+        kind = "" if isinstance(error, OSError) else "out of memory: "
+        sys.stderr.write(f"qlora-kernels {arguments.command}: {kind}{reason}\n")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -36,8 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Loads, merges, writes."""
     console = Console(quiet=arguments.json)
     out: Path = arguments.out
-    if out.exists():
-        raise UsageError(f"--out must not exist, got {out}")
+    with bad_input():
+        if out.exists():
+            raise UsageError(f"--out must not exist, got {out}")
     base, tokenizer = load_base(arguments, console)
     model = load_adapter(base, arguments.adapter)
     merged = cast(Any, model.merge_and_unload(target="16bit"))

@@ -37,8 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantizes, then prints sizes."""
     console = Console(quiet=arguments.json)
     target: Path = arguments.target
-    if target.exists():
-        raise UsageError(f"DST must not exist, got {target}")
+    with bad_input():
+        if target.exists():
+            raise UsageError(f"DST must not exist, got {target}")
     with tempfile.TemporaryDirectory() as scratch, bad_input():
         dense = dense_folder(arguments.source, Path(scratch), console)
         if is_quantized(dense):

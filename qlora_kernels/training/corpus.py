@@ -75,7 +75,7 @@ def _split_records(
     if not records or (unseen_fraction > 0 and len(records) < 2):
         rule = "at least 2 records, one to train on and one unseen" if unseen_fraction > 0 else "at least 1 record"
         raise DataError(f"{source}: must hold {rule}, got {len(records)}")
-    share = Fraction(unseen_fraction).limit_denominator(1_000_000)
+    share = min(Fraction(unseen_fraction).limit_denominator(1_000_000), Fraction(999_999, 1_000_000))
     a, b = share.as_integer_ratio()
     unseen = {i for i in range(len(records)) if (i + 1) * a // b > i * a // b}
     if not unseen and unseen_fraction > 0:

@@ -148,6 +148,7 @@ def test_seq_len_beyond_all_examples_is_no_burden(capsys, model, data, tmp_path)
         (["--lr", "inf"], "--lr: must be finite and > 0"),
         (["--lr", "nan"], "--lr: must be finite and > 0"),
         (["--clip", "1e999"], "--clip: must be finite and >= 0"),
+        (["--dropout", "0.9999999999999999"], "--dropout: must be below 1 - 2**-17"),
         (["--unseen", "nan"], "--unseen: must be in [0, 1)"),
         (["--steps", "9" * 5000], "--steps"),
         (["--set", "lora_alpha=NaN"], "lora_alpha must have a value in JSON, got 'NaN' (NaN is not a JSON value)"),
@@ -159,6 +160,34 @@ def test_seq_len_beyond_all_examples_is_no_burden(capsys, model, data, tmp_path)
 def test_numbers_and_values(capsys, model, data, tmp_path, options, words):
     line = refused(capsys, [*finetune_arguments(model, data, tmp_path), *options])
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt", "caf\udce9"], "--prompt: must be text in UTF-8"),
+        (["--prompt", "caf\udce9", "--chat"], "--prompt: must be text in UTF-8"),
+        (["--prompt", "x", "--temperature", "1e-320"], "--temperature: must be 0, or finite and >= 1e-6"),
+        (["--prompt", "x", "--temperature", "inf"], "--temperature: must be 0, or finite and >= 1e-6"),
+    ],
+)
+def test_generate_options(capsys, model, options, words):
+    assert words in refused(capsys, ["generate", "--model", model, "--dense", *options])
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\x00b"])
+def test_impossible_names_of_folders(capsys, model, tmp_path, name):
+    refused(capsys, ["quantize", model, tmp_path / name])
+    refused(capsys, ["merge", "--model", model, "--adapter", model, "--out", tmp_path / name])
+
+
+def test_full_disk_is_one_line(capsys, model, data, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_kernels.cli.finetune_report.FinetuneReport.to_json", fail)
+    line = refused(capsys, finetune_arguments(model, data, tmp_path), code=1)
+    assert line == "qlora-kernels finetune: [Errno 28] No space left on device"
 
 
 def test_largest_seed_works(model, data, tmp_path):
