@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,9 @@ from torch import nn
 from .. import LinearNF4, PagedAdamW, prepare_for_training
 from ..integrations.transformers import is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename
-from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, get_peft_model
+from ..io.json_file import read_json_object
+from ..io.streaming import folder_fingerprint
+from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, checkpoint, get_peft_model
 from ..training import (
     ChunkedLoss,
     Corpus,
@@ -31,6 +34,7 @@ from ..training import (
     read_corpus,
     train,
 )
+from ..training.loop import fingerprint
 from .arguments import Subparsers, add_command, bad_input
 from .console import Console, peak_rss_bytes, rss_bytes
 from .finetune_options import FinetuneOptions, add_options
@@ -87,9 +91,6 @@ def _prepare_output(options: FinetuneOptions) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.out):
             pass  # it can be written to
-    checkpoints = options.out / "checkpoints"
-    if not options.resume and checkpoints.is_dir():
-        shutil.rmtree(checkpoints)  # of an earlier run, which a later --resume must not pick up
 
 
 class _Finetune:
@@ -105,6 +106,8 @@ class _Finetune:
             self.adapter_config = self.options.adapter_config()
         if not can_plot():
             self._note("loss.png is not drawn: matplotlib is missing; `pip install 'qlora_kernels[plot]'` brings it")
+        if self.options.resume and not any((self.options.out / "checkpoints").glob("step-*.safetensors")):
+            self._note(f"nothing to resume: {self.options.out / 'checkpoints'} holds no checkpoint, so it starts anew")
         corpus = self._corpus()
         dense = dense_folder(self.options.model, self.options.cache_folder, self.console)
         with bad_input():
@@ -115,6 +118,12 @@ class _Finetune:
             self._check_limits(model_outline(dense), [*train_examples, *self.unseen])
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
+        with bad_input():
+            self.report.options = json.loads(json.dumps(self.options.result_options()))
+            self.report.base, self.report.examples = folder_fingerprint(quantized), fingerprint(train_examples)
+        if self.options.resume and (finished := self._finished()) is not None:
+            self.console.say(f"finished already: {self.options.out} is left as it is")
+            return finished
         if not is_quantized(dense):
             self._measure("16-bit base", load_model(dense, self.options.dtype))
         model = self._load(quantized)
@@ -130,6 +139,16 @@ class _Finetune:
         self._sample(reloaded)
         self._finish()
         return self.report
+
+    def _finished(self) -> FinetuneReport | None:
+        """The report of the very run that --resume asks for, if it has ended and its adapter is whole."""
+        out = self.options.out
+        try:
+            report = FinetuneReport.of(read_json_object(out / "report.json"))
+            checkpoint.load_adapter(out / "adapter")
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        return report if report.result_of() == self.report.result_of() else None
 
     def _corpus(self) -> Corpus:
         with bad_input():
@@ -217,6 +236,9 @@ class _Finetune:
             adapted = get_peft_model(prepared, self.adapter_config)
         self.report.trainable = adapted.get_nb_trainable_parameters()[0]
         self.console.say(f"training {self.report.trainable:,} parameters for {options.steps} steps")
+        checkpoints = options.out / "checkpoints"
+        if not options.resume and checkpoints.is_dir():
+            shutil.rmtree(checkpoints)  # of an earlier run, which a later --resume must not pick up
         with bad_input(), self.console.stage("train"), self.console.bar(options.steps, "training", "step") as bar:
             self.report.steps = train(
                 ChunkedLoss(adapted),
@@ -224,8 +246,8 @@ class _Finetune:
                 lambda trained: _optimizer(trained, options),
                 options.train_config(),
                 pad_token_id=self.pad_token_id,
-                checkpoints=options.out / "checkpoints",
-                settings=options.identity(),
+                checkpoints=checkpoints,
+                settings={**options.identity(), "base": self.report.base},
                 resume=options.resume,
                 on_step=lambda step: self._show(bar, step),
             )

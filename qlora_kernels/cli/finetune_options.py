@@ -116,7 +116,12 @@ class FinetuneOptions:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run: all that losses depend on."""
-        free = {"out", "cache", "json", "checkpoint_every", "resume", "eval_windows", "prompt", "max_new_tokens"}
+        free = {"eval_windows", "prompt", "max_new_tokens"}
+        return {name: value for name, value in self.result_options().items() if name not in free}
+
+    def result_options(self) -> dict[str, Any]:
+        """All that the adapter and the report depend on."""
+        free = {"out", "cache", "json", "checkpoint_every", "resume"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..io.atomic import file_appearing_by_rename
 from ..training import RowCounts, StepRecord
@@ -20,7 +21,8 @@ class FinetuneReport:
     rows: of the data, by part ("train", "unseen"): how many were kept, cut and dropped, and why.
     perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
     bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
-    seconds: by stage.
+    seconds: by stage.   options: all that the results depend on, beside the fingerprints of the NF4 folder (`base`) and
+    of what was trained on (`examples`).
     """
 
     model: str
@@ -38,6 +40,21 @@ class FinetuneReport:
     peak_rss_bytes: int = 0
     sample: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+    examples: str = ""
+
+    def result_of(self) -> tuple[object, ...]:
+        """What two runs must agree on to be the same run."""
+        return self.options, self.base, self.examples
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> FinetuneReport:
+        """From the object that to_json wrote. Raises TypeError or KeyError for another one."""
+        own = {name: values[name] for name in cls.__dataclass_fields__}
+        own["rows"] = {part: RowCounts(**counts) for part, counts in own["rows"].items()}
+        own["steps"] = [StepRecord(**step) for step in own["steps"]]
+        return cls(**own)
 
     @property
     def tokens_per_second(self) -> float:

@@ -31,11 +31,3 @@ class Checksum:
         """metadata: of the file, whose own entry for the checksum does not count."""
         others = {key: value for key, value in metadata.items() if key != KEY}
         return hashlib.sha256(json.dumps([self._tensors, others], sort_keys=True).encode()).hexdigest()
-
-
-def with_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`metadata` and the checksum of a file that holds it and `tensors`."""
-    checksum = Checksum()
-    for name, tensor in tensors.items():
-        checksum.add(name, tensor)
-    return {**metadata, KEY: checksum.hexdigest(metadata)}

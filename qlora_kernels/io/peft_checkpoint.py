@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import files_appearing_together, reading
-from .checksum import with_checksum
 from .json_file import json_object, read_json_object
 from .safetensors_reader import read_safetensors
+from .safetensors_writer import SafetensorsWriter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXTRA_CONFIG, EXTRA_WEIGHTS = "qlora_kernels.json", "qlora_kernels.safetensors"
@@ -75,21 +74,23 @@ def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFiles]:
 
 def _write(folder: Path, files: AdapterFiles) -> None:
     _write_json(folder / CONFIG, files.config)
-    _write_tensors(folder / WEIGHTS, files.tensors)
+    save_file(files.tensors, folder / WEIGHTS)
     if files.extras is not None:
         checksum = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
         _write_json(folder / EXTRA_CONFIG, {**files.extras, _CONFIG_CHECKSUM: checksum})
     if files.extra_tensors:
-        _write_tensors(folder / EXTRA_WEIGHTS, files.extra_tensors)
+        save_file(files.extra_tensors, folder / EXTRA_WEIGHTS)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(contiguous, path, metadata=with_checksum({"format": "pt"}, contiguous))
+def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Like safetensors' function of this name, whose order of several metadata entries is another in every run."""
+    with SafetensorsWriter(path, sorted(tensors), checksum=True) as writer:
+        for name in sorted(tensors):
+            writer.write(name, tensors[name])
 
 
 def _read(folder: Path) -> AdapterFiles:

@@ -6,6 +6,7 @@ loads it, and so does integrations.transformers.load_model without bitsandbytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..format import bnb_layout
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..ops.quantize_nf4 import quantize_nf4
-from .json_file import read_json_object
+from .json_file import MOST_BYTES, read_json_object
 from .model_cache import MANIFEST
 from .safetensors_reader import open_safetensors, read_safetensors
 from .safetensors_writer import SafetensorsWriter
@@ -133,6 +134,16 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with open_safetensors(shard) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits of config.json and the headers of the weights, which hold checksums where we wrote them."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    for shard in shards_of(folder):
+        with open(shard, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            digest.update(shard.name.encode() + file.read(min(size, MOST_BYTES)))
+    return digest.hexdigest()[:16]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -135,7 +135,9 @@ def load_training_state(path: str | Path) -> TrainingState:
     Raises DamagedFileError for a file that is cut short or changed; ValueError where it was not written by
     `save_training_state`.
     """
-    tensors, metadata = read_safetensors(path)
+    mapped, metadata = read_safetensors(path)
+    # Copies: in the file tensors lie at any address, and matrix products may round otherwise for it.
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     try:
         tree = json.loads(metadata[_METADATA_KEY])
         return TrainingState(tree["step"], _unpack(tree["parts"], tensors), _unpack(tree[_RNG], tensors))

@@ -256,8 +256,19 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Before the end of training: all triplets, since pruned ones may come back, and their importance."""
+        finished = self.last_step is not None and self.last_step >= self.config.total_step - 1
+        return super().extras() if finished else self._unfinished()
+
+    def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The same at the end too: a run is compared and continued there by all its triplets."""
+        return self._unfinished()
+
+    def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.load_extras(values, tensors, is_trainable=True)
+
+    def _unfinished(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().extras()
-        if self.last_step is None or self.last_step >= self.config.total_step - 1:
+        if self.last_step is None:
             return values, tensors
         values |= {"step": self.last_step, "final": self._is_final(), "rank_pattern": self.config.rank_pattern}
         tensors.update({f"{path}.kept": delta.kept for path, delta in self.deltas.items()})
@@ -275,10 +286,10 @@ class AdaLora(LinearMethod[SvdLinear]):
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
         for name, weight in zip(self._weight_names(), self.allocator.weights, strict=True):
-            weight.data = tensors[name].to(weight)
+            weight.data = tensors[name].to(weight, copy=True)
             for average in ("sensitivity", "uncertainty"):
                 if f"{name}.{average}" in tensors:
-                    getattr(self.allocator, average).append(tensors[f"{name}.{average}"].to(weight.device))
+                    getattr(self.allocator, average).append(tensors[f"{name}.{average}"].to(weight.device, copy=True))
         for path, delta in self.deltas.items():
             delta.kept = tensors[f"{path}.kept"].to(delta.kept.device)
             if values["final"]:

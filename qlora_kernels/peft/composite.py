@@ -55,6 +55,16 @@ class Composite(Method):
         for name, part in self._named().items():
             part.load_extras({}, _taken(rest, f"{name}:"), is_trainable=is_trainable)
 
+    def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        states = {name: part.training_state() for name, part in self._named().items()}
+        tensors = {f"{name}:{key}": tensor for name, (_, own) in states.items() for key, tensor in own.items()}
+        return {name: values for name, (values, _) in states.items()}, tensors
+
+    def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        rest = dict(tensors)
+        for name, part in self._named().items():
+            part.load_training_state(values.get(name, {}), _taken(rest, f"{name}:"))
+
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Removes and returns the entries below a prefix, without it."""

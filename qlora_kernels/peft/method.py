@@ -15,6 +15,9 @@ from .host import Host
 from .overrides import Overrides
 from .tree import Tree
 
+_BUFFER = "buffer:"
+"""Before the names of buffers in a run's checkpoint."""
+
 # PEFT's names for the base model in the keys of a file: of layers' adapters, and of the head beside a prompt.
 FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
 
@@ -137,6 +140,20 @@ class Method(nn.Module):
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         """Takes what extras() gave; not called for a file that PEFT wrote."""
+
+    # In checkpoints of a run, which needs more to go on than a finished adapter needs to be used.
+
+    def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(values, tensors) that a run needs, beside the trained parameters, to go on exactly as if never stopped."""
+        values, tensors = self.extras()
+        return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.named_buffers()}}
+
+    def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Takes what training_state() gave, also at the end of a run."""
+        self.load_extras(values, {n: t for n, t in tensors.items() if not n.startswith(_BUFFER)}, is_trainable=True)
+        for name, buffer in self.named_buffers():
+            if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none
+                buffer.copy_(tensors[f"{_BUFFER}{name}"])
 
 
 def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -27,7 +28,8 @@ class TrainConfig:
     """steps: optimizer steps of `batch_size` examples, of which `micro_batch` at a time are in memory (0: all).
 
     lr: peak learning rate, reached after warmup_steps.   max_grad_norm: gradients are clipped to it; 0 for never.
-    checkpoint_every: steps between checkpoints; 0 for none.   seed: of the order of the examples.
+    checkpoint_every: steps between checkpoints, of which the last step is always one; 0 for none.
+    seed: of the order of the examples.
     """
 
     steps: int
@@ -78,7 +80,10 @@ def train(
     Raises ResumeError where the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
     """
     model = loss.model
-    identity = json.dumps({**asdict(config), "checkpoint_every": None, **(settings or {})}, sort_keys=True)
+    identity = json.dumps(
+        {**asdict(config), "checkpoint_every": None, "examples": fingerprint(examples), **(settings or {})},
+        sort_keys=True,
+    )
     state = load_latest(checkpoints) if resume and checkpoints is not None else None
     records: list[StepRecord] = []
     if state is not None:
@@ -98,10 +103,21 @@ def train(
         chosen = [examples[i] for i in order.indices(step)]
         records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id))
         on_step(records[-1])
-        if checkpoints is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+        last = step + 1 == config.steps
+        due = config.checkpoint_every and (last or (step + 1) % config.checkpoint_every == 0)
+        if checkpoints is not None and due:
             parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
             save_training_state(checkpoints, step + 1, {**parts, **_model_parts(model)})
     return records
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """16 hexadecimal digits that change with any token or label of the examples, or with their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.input_ids, example.labels):
+            digest.update(len(ids).to_bytes(8, "little") + ids.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _step(
@@ -146,6 +162,8 @@ def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch]) -> float:
 
 def _check_identity(place: str, state: TrainingState, identity: str) -> None:
     saved, wanted = json.loads(state.parts["settings"]), json.loads(identity)
+    for key in {"examples", "base"} & wanted.keys():  # not yet in checkpoints of older versions
+        saved.setdefault(key, wanted[key])
     changed = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if changed:
         differences = ", ".join(f"{key} ({saved.get(key)} -> {wanted.get(key)})" for key in changed)
@@ -153,19 +171,23 @@ def _check_identity(place: str, state: TrainingState, identity: str) -> None:
 
 
 def _model_parts(model: nn.Module) -> dict[str, Any]:
-    """The trained parameters, and what a PEFT method has beside them (AdaLoRA's importances)."""
+    """The trained parameters, and what a PEFT method needs beside them to go on (AdaLoRA's importances)."""
     return {
         "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
-        "methods": [method.extras() for method in _methods(model)],
+        "methods": [method.training_state() for method in _methods(model)],
     }
 
 
 def _restore_model(model: nn.Module, state: TrainingState) -> None:
     for method, (values, tensors) in zip(_methods(model), state.parts["methods"], strict=True):
-        method.load_extras(values, tensors, is_trainable=True)
+        method.load_training_state(values, tensors)
+    trained, saved = _trained(model), state.parts["trained"]
+    if trained.keys() != saved.keys():
+        other = sorted(trained.keys() ^ saved.keys())
+        raise ResumeError(f"train: the checkpoint must hold the parameters that are trained, {other[0]} differs")
     with torch.no_grad():
-        for name, parameter in _trained(model).items():
-            parameter.copy_(state.parts["trained"][name])
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

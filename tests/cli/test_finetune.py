@@ -106,15 +106,70 @@ def test_options(capsys, model, text, tmp_path, options):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
 def test_every_method_runs_and_resumes(capsys, model, text, tmp_path, method):
-    """From a checkpoint in its middle, to the same losses and perplexity."""
+    """From a checkpoint in its middle, to the same losses and perplexity; training/test_resume.py has the others."""
     options = ["--method", method, "--checkpoint-every", "4"]
     options += ["--set", "add_missing=true"] if method == "bitfit" else []
     whole = finetune(capsys, model, text, tmp_path, *options)
     assert whole["trainable"] > 0
     assert len(set(losses(whole))) == 6
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000006.safetensors").unlink()
     resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
     assert losses(resumed) == losses(whole)
     assert resumed["perplexity"] == whole["perplexity"]
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_a_finished_run_is_left_as_it_is(capsys, model, text, tmp_path, method):
+    options = ["--method", method, "--checkpoint-every", "4"]
+    whole = finetune(capsys, model, text, tmp_path, *options)
+    before = files_of(tmp_path)
+    assert finetune(capsys, model, text, tmp_path, *options, "--resume") == whole
+    assert files_of(tmp_path) == before
+    # Without the report, it goes on from the last checkpoint, which the last step is: to the same adapter.
+    (tmp_path / "report.json").unlink()
+    again = finetune(capsys, model, text, tmp_path, *options, "--resume")
+    assert losses(again) == losses(whole)
+    assert again["perplexity"] == whole["perplexity"]
+    after = files_of(tmp_path)
+    kept = [name for name in before if name.startswith(("adapter", "cache", "checkpoints"))]
+    assert [name for name in kept if after[name] != before[name]] == []
+    # A damaged adapter is not whole: it is made again.
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(before["adapter/adapter_model.safetensors"][:-1])
+    finetune(capsys, model, text, tmp_path, *options, "--resume")
+    assert files_of(tmp_path)["adapter/adapter_model.safetensors"] == before["adapter/adapter_model.safetensors"]
+    changed = main(arguments(model, text, tmp_path, *options, "--resume", "--max-new-tokens", "5"))
+    assert changed == 0
+    assert "finished already" not in capsys.readouterr().err
+
+
+def test_nothing_to_resume_is_said(capsys, model, text, tmp_path):
+    report = finetune(capsys, model, text, tmp_path, "--resume")
+    assert any("nothing to resume" in note for note in report["notes"])
+    assert len(report["steps"]) == 6
+
+
+def test_a_torn_checkpoint_costs_its_steps_alone(capsys, model, text, tmp_path):
+    options = ["--checkpoint-every", "2"]
+    whole = finetune(capsys, model, text, tmp_path, *options)
+    (tmp_path / "report.json").unlink()
+    newest = tmp_path / "checkpoints" / "step-00000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="step-00000006.*the checkpoint before it is taken"):
+        resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
+    assert losses(resumed) == losses(whole)
+
+
+def test_a_run_that_is_refused_takes_nothing_away(capsys, model, text, tmp_path):
+    finetune(capsys, model, text, tmp_path, "--checkpoint-every", "4")
+    before = files_of(tmp_path)
+    assert main(arguments(model, "no/such.txt", tmp_path)) == 2
+    assert files_of(tmp_path) == before
 
 
 def test_gradient_checkpointing_changes_no_gradient(capsys, model, text, tmp_path):
