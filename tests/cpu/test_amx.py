@@ -26,7 +26,7 @@ if (reason := cpu.unavailable()) is not None:
 def runs_here(isa):
     try:
         return cpu.instruction_set(isa) == isa
-    except (RuntimeError, ValueError):
+    except ValueError:
         return False
     finally:
         cpu.instruction_set("")
@@ -109,8 +109,8 @@ def run(M, N, K, blocksize, double_quant, *, r, dropout_p, bias):
         factor * (ds.T @ (keep * X)),
         scaling * (G.T @ s),
     ]
-    # A sum of n products accumulated in fp32 errs by at most n u times the sum of the products' magnitudes. Our s and ds
-    # may be neighbours of these in bf16, where the rounded sums lie close to the middle between two numbers.
+    # A sum of n products accumulated in fp32 errs by at most n u times the sum of the products' magnitudes. Our s and
+    # ds may be neighbours of these in bf16, where the rounded sums lie close to the middle between two numbers.
     u, bf16 = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
     low_rank, low_rank_grad = s.abs() @ B_scaled.abs().T, factor * (ds.abs() @ A.abs())
     magnitudes = [
