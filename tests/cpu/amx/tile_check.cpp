@@ -1,6 +1,6 @@
-// Compares the tile product of csrc/cpu/amx/tile.h with a scalar model of TDPBF16PS, on random bit patterns of bf16 that
-// include subnormal numbers, infinities and NaN. Built with QLORA_EMULATE_AMX it checks the emulation; built without, on a
-// machine with AMX, it checks that the model, and so the emulation, is what the hardware computes.
+// Compares the tile product of csrc/cpu/amx/tile.h with a scalar model of TDPBF16PS, on random bit patterns of bf16
+// that include subnormal numbers, infinities and NaN. Built with QLORA_EMULATE_AMX it checks the emulation; built
+// without, on a machine with AMX, it checks that the model, and so the emulation, is what the hardware computes.
 //
 // Prints the number of values that differ; exit code 1 if there is one, 77 if this process may not use AMX.
 #include <cmath>
