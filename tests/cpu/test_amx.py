@@ -16,8 +16,11 @@ import qlora_kernels as qk
 from python.build_support.cpu import AMX_FLAGS, COMMON_FLAGS
 from python.build_support.native import CSRC, tool
 from qlora_kernels.backends import cpu
-from qlora_kernels.ops._philox import dropout_keep
+from qlora_kernels.ops._operands import LoRA, weight_of
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import gaussian
+from tests.support.tolerances import assert_within
 
 if (reason := cpu.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -58,6 +61,8 @@ def test_tile_product_equals_the_scalar_model(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+SCALING = 1.5
+
 PROBLEMS = {
     "one tile of tokens": (16, 130, 320, 64, True),
     "two tiles, last block of one": (33, 96, 192, 64, True),
@@ -76,68 +81,39 @@ PROBLEMS = {
 
 
 def run(M, N, K, blocksize, double_quant, *, r, dropout_p, bias):
-    """(results of linear_nf4, linear_nf4_lora and their gradients, the same in float64, bounds by element)."""
+    """Run linear_nf4 and linear_nf4_lora forward and backward on one problem.
+
+    Returns (y, grad_x) without LoRA, (y, s, grad_x, grad_A, grad_B) with LoRA, and the inputs.
+    """
     packed, state = qk.quantize_nf4(gaussian(N, K, seed=1) / K**0.5, blocksize, double_quant=double_quant)
-    w = qk.dequantize_nf4(packed, state, torch.bfloat16).double()
-    x, grad_y = gaussian(M, K, dtype=torch.bfloat16), gaussian(M, N, dtype=torch.bfloat16, seed=3)
-    a, b = gaussian(r, K, seed=4) / K**0.5, gaussian(N, r, seed=5)
     bias = gaussian(N, seed=6) if bias else None
-    seed, scaling = torch.tensor([987654321]), 1.5
-    leaves = [x.clone().requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
-    plain_x = x.clone().requires_grad_()
-    plain = qk.linear_nf4(plain_x, packed, state, bias)
-    plain.backward(grad_y)
-    y = qk.linear_nf4_lora(
-        leaves[0], packed, state, leaves[1], leaves[2], bias, scaling=scaling, dropout_p=dropout_p, seed=seed
-    )
+    grad_y = gaussian(M, N, dtype=torch.bfloat16, seed=3)
+    plain_x = gaussian(M, K, dtype=torch.bfloat16).requires_grad_()
+    plain_y = qk.linear_nf4(plain_x, packed, state, bias)
+    plain_y.backward(grad_y)
+
+    x = plain_x.detach().clone().requires_grad_()
+    lora_A = (gaussian(r, K, seed=4) / K**0.5).requires_grad_()
+    lora_B = gaussian(N, r, seed=5).requires_grad_()
+    lora = LoRA(lora_A, lora_B, torch.tensor([987654321]), SCALING, dropout_p)
+    y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight_of("test", packed, state), bias, *lora)
     y.backward(grad_y)
-    ours = [plain.detach(), plain_x.grad, y.detach(), *(leaf.grad for leaf in leaves)]
-
-    # The roundings of the kernel's own definition: factors, s and ds in bf16; every sum exact.
-    X, G = x.double(), grad_y.double()
-    A, B, B_scaled = (t.bfloat16().double() for t in (a, b, scaling * b))
-    keep = dropout_keep(seed, M, K, dropout_p).double() if dropout_p else torch.ones(M, K, dtype=torch.float64)
-    factor = 65536 / (65536 - round(dropout_p * 65536))
-    s = (factor * ((keep * X) @ A.T)).bfloat16().double()
-    ds = (scaling * (G @ B)).bfloat16().double()
-    base = X @ w.T + (0 if bias is None else bias.double())
-    exact = [
-        base,
-        G @ w,
-        base + s @ B_scaled.T,
-        G @ w + keep * factor * (ds @ A),
-        factor * (ds.T @ (keep * X)),
-        scaling * (G.T @ s),
-    ]
-    # A sum of n products accumulated in fp32 errs by at most n u times the sum of the products' magnitudes. Our s and
-    # ds may be neighbours of these in bf16, where the rounded sums lie close to the middle between two numbers.
-    u, bf16 = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
-    low_rank, low_rank_grad = s.abs() @ B_scaled.abs().T, factor * (ds.abs() @ A.abs())
-    magnitudes = [
-        u * (K + 1) * (X.abs() @ w.abs().T),
-        u * N * (G.abs() @ w.abs()),
-        u * (K + r) * (X.abs() @ w.abs().T + low_rank) + bf16 * low_rank,
-        u * (N + r) * (G.abs() @ w.abs() + low_rank_grad) + bf16 * low_rank_grad,
-        (u * M + bf16) * factor * (ds.abs().T @ X.abs()),
-        (u * M + bf16) * scaling * (G.abs().T @ s.abs()),
-    ]
-    bounds = []
-    for magnitude, e, result in zip(magnitudes, exact, ours, strict=True):
-        half_ulp = torch.finfo(result.dtype).eps / 2
-        bounds.append(magnitude + half_ulp * (e.abs() + magnitude))
-    return ours, exact, bounds
-
-
-NAMES = ("y", "grad_x", "y with LoRA", "grad_x with LoRA", "grad_A", "grad_B")
+    w = qk.dequantize_nf4(packed, state, torch.bfloat16)
+    inputs = (x, w, bias, lora_A, lora_B, grad_y)
+    return (plain_y.detach(), plain_x.grad), (y.detach(), s, x.grad, lora_A.grad, lora_B.grad), inputs
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize(("r", "dropout_p", "bias"), [(4, 0.0, True), (40, 0.3, False)], ids=["r4", "r40 dropout"])
 def test_linear_ops(isa, problem, r, dropout_p, bias):
-    ours, exact, bounds = run(*PROBLEMS[problem], r=r, dropout_p=dropout_p, bias=bias)
-    for name, result, expected, bound in zip(NAMES, ours, exact, bounds, strict=True):
-        error = (result.double() - expected).abs()
-        assert (error <= bound).all(), f"{name}: error is up to {(error / bound).max():.3g} times its bound"
+    (y, grad_x), results, inputs = run(*PROBLEMS[problem], r=r, dropout_p=dropout_p, bias=bias)
+    x, w, bias, _, _, grad_y = inputs
+    arithmetic = arithmetic_of("cpu", torch.bfloat16)
+    assert_within(y, linear(x, w, bias, arithmetic), "y without LoRA")
+    assert_within(grad_x, linear_grad_x(grad_y, w, arithmetic), "grad_x without LoRA")
+    keep = dropout_keep(torch.tensor([987654321]), *x.shape, dropout_p)
+    dropout = Dropout(keep, keep_scale(dropout_p)) if dropout_p else None
+    assert_lora(results, inputs, SCALING, dropout, arithmetic)
 
 
 @pytest.mark.parametrize("problem", ["tokens divided among threads", "rows too long to be resident", "odd K"])
@@ -147,7 +123,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, problem):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(*PROBLEMS[problem], r=20, dropout_p=0.25, bias=True)[0])
+            plain, lora, _ = run(*PROBLEMS[problem], r=20, dropout_p=0.25, bias=True)
+            results.append((*plain, *lora))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
