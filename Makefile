@@ -5,6 +5,8 @@
 #   make test       the whole test suite
 #   make test-aarch64
 #                   the CPU kernels for AArch64 under qemu (make aarch64-tools installs what that needs, on Debian)
+#   make test-cuda-torch
+#                   the GPU tests under a CUDA build of torch (in .venv-cuda, 5.5 GB) on a fake device: no GPU needed
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make faults     saves under injected faults (3 minutes)
@@ -42,7 +44,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help sanitize test-aarch64 aarch64-tools setup ext demo test lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
+.PHONY: help sanitize test-aarch64 aarch64-tools setup ext demo test test-cuda-torch lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -77,6 +79,9 @@ test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/triton
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/ops -k triton
+
+test-cuda-torch: $(READY)
+	$(PYTHON) -m tests.support.fake_cuda $(VENV)-cuda
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -34,7 +34,7 @@ struct ManagedTensor {
 };
 
 void free_managed(DLManagedTensor* tensor) {
-    managed_free(tensor->tensor.data);
+    if (managed_free(tensor->tensor.data) != cudaSuccess) cudaGetLastError();  // a deleter has nobody to tell
     delete static_cast<ManagedTensor*>(tensor->context);
 }
 
@@ -43,7 +43,8 @@ int64_t allocate(Tensor stream_of, int64_t nbytes) {
     const int32_t device = stream_of.get_device_index();
     const DeviceGuard guard(device);
     void* memory = nullptr;
-    check(managed_allocate(&memory, nbytes, current_stream(stream_of)), "managed_alloc");
+    check(managed_allocate(&memory, nbytes, current_stream(stream_of)),
+          "managed_alloc: " + std::to_string(nbytes) + " bytes of unified memory");
     auto* owner = new ManagedTensor{
         {{memory, {kDLCUDA, device}, 1, {kDLUInt, 8, 1}, nullptr, nullptr, 0}, nullptr, free_managed}, {nbytes}};
     owner->dlpack.tensor.shape = owner->shape;

@@ -11,6 +11,8 @@
 
 #include <bit>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "launchers.h"
 
@@ -24,18 +26,22 @@ using OptionalTensor = std::optional<Tensor>;
 // torch's current stream on the device of `tensor`. Raises where torch offers none. (cuda_platform.cpp)
 cudaStream_t current_stream(const Tensor& tensor);
 
-// Raises for a launcher's error, with the fix where the binaries are for other GPUs.
-inline void check(cudaError_t error, const char* op) {
+// Raises for a launcher's error, with the fix where the binaries are for other GPUs. what: the op, and what it was
+// doing. The runtime's own record of the error is cleared: torch looks there after its next launch and would blame that
+// one.
+inline void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
+    cudaGetLastError();
     if (error == cudaErrorNoKernelImageForDevice) {
         int device = 0, major = 0, minor = 0;
         cudaGetDevice(&device);
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-        STD_TORCH_CHECK(false, op, ": the CUDA kernels were built for ", QLORA_BUILT_ARCHS, ", this GPU is sm_", major,
-                        minor, "; rebuild with QLORA_CUDA_ARCHS=", major, minor);
+        const std::string arch = std::to_string(major) + std::to_string(minor);
+        throw std::runtime_error(what + ": the CUDA kernels were built for " QLORA_BUILT_ARCHS ", this GPU is sm_" +
+                                 arch + "; rebuild with QLORA_CUDA_ARCHS=" + arch);
     }
-    STD_TORCH_CHECK(false, op, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+    throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 // qlora::FloatType.

@@ -12,7 +12,7 @@ from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops._config import Plan, use_plan
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
-from qlora_kernels.ops._registry import kernels_of, unavailable
+from qlora_kernels.ops._registry import Problem, kernels_of, unavailable
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, assert_multi_lora
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import assert_within, exactly, total
@@ -38,9 +38,13 @@ def backend(request):
         yield name
 
 
-def needs(backend, op):
-    if op not in kernels_of(backend):
+def needs(backend, op, **of_problem):
+    """Skips where the backend has no kernel for op, or refuses such a Problem."""
+    spec = kernels_of(backend).get(op)
+    if spec is None:
         pytest.skip(f"{backend} has no kernel for {op}")
+    if reasons := spec.unsupported(Problem(op, "cuda", of_problem.pop("dtype", torch.bfloat16), **of_problem)):
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
 
 
 @dtypes
@@ -66,7 +70,7 @@ def test_codec(backend, dtype, double, numel, blocksize):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.M] + list(LARGE), ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_linear_lora(backend, dtype, shape, p):
-    needs(backend, "linear_nf4_lora")
+    needs(backend, "linear_nf4_lora", dtype=dtype, dropout=p > 0)
     check_linear_lora(backend, dtype, shape, p)
 
 
@@ -91,7 +95,7 @@ def test_every_path(backend, plan):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_rows(backend, dtype, rows, split):
     """Two steps along K, the second of 64; and a row of W alone in its tile."""
-    needs(backend, "linear_nf4_lora")
+    needs(backend, "linear_nf4_lora", dtype=dtype, dropout=True)
     with use_plan("linear_nf4", Plan("small_m", block_n=4, block_k=1024, split_k=split, num_warps=1)):
         check_linear_lora(backend, dtype, Shape(rows, 521, 1088, r=16), 0.1)
 
@@ -158,7 +162,7 @@ def test_compiles_without_graph_breaks(backend):
 
 
 def test_opcheck(backend):
-    needs(backend, "linear_nf4_lora")
+    needs(backend, "linear_nf4_lora", dropout=True)
     packed, state = qk.quantize_nf4(gaussian(64, 128).cuda())
     A, B = gaussian(8, 128).cuda().requires_grad_(), gaussian(64, 8).cuda().requires_grad_()
     x = gaussian(5, 128).cuda().requires_grad_()

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from .library import Library, Module
+from .ptx.parser import Parameter
 from .ptx.translate import Translation, translate
 from .toolchain import CACHE, ROOT, cuda_includes, nvcc, versions
 
@@ -82,10 +83,10 @@ def _library(
 def prebuild(jobs: Iterable[tuple[Path, str, str]]) -> None:
     """Compiles each (source, mode, kernels) on all cores, or MAX_JOBS, so that later builds find their libraries."""
     jobs = list(jobs)
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_jobs()) as pool:
         # What several libraries link comes first, so that it is compiled once.
         shared = {(s, _sanitizer(mode)): None for source, mode, _ in jobs for s in (*_RUNTIME, source)}
-        list(pool.map(lambda job: _object(*job, (), ()), shared))
+        list(pool.map(lambda job: compile_object(*job, (), ()), shared))
         list(pool.map(lambda job: _link((job[0],), job[1], (), (), job[2]), jobs))
 
 
@@ -95,8 +96,8 @@ def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module
     mode: "plain", "asan" or "tsan".   name: stands in reports beside PTX line numbers.
     """
     translation = translate(text, name)
-    source = _store_text(translation.cpp, ".cpp")
-    objects = [_object(s, mode, (), ()) for s in (source, *_RUNTIME)]
+    source = store_text(translation.cpp, ".cpp")
+    objects = [compile_object(s, mode, (), ()) for s in (source, *_RUNTIME)]
     return Module(_shared_library(objects, mode), mode, translation.parameters, translation.unsupported)
 
 
@@ -104,10 +105,26 @@ def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] 
     """nvcc's PTX of one .cu for sm_80."""
     folders = [f"-I{path}" for path in (_PRODUCT_INCLUDE, *include)]
     flags = ("-std=c++20", f"-arch={_PTX_ARCH}", "-ptx", "-lineinfo", *[f"-D{d}" for d in defines], *folders)
-    path = _made(
-        _key(source, flags), ".ptx", lambda output: _run([str(nvcc()), *flags, str(source), "-o", str(output)])
+    path = cached(
+        _key(source, flags), ".ptx", lambda output: run_compiler([str(nvcc()), *flags, str(source), "-o", str(output)])
     )
     return path.read_text()
+
+
+def translated_kernels(sources: Sequence[Path]) -> tuple[list[Path], dict[str, list[Parameter]]]:
+    """Objects of all kernels of `sources`, from nvcc's PTX, and of the emulator's runtime; each kernel's parameters."""
+    texts, parameters = [], {}
+    for source in sources:
+        translation = _translation(source, (), (), "")
+        texts.append(store_text(translation.cpp, ".cpp"))
+        parameters |= translation.parameters
+    with ThreadPoolExecutor(_jobs()) as pool:
+        objects = pool.map(lambda path: compile_object(path, "plain", (), ()), (*texts, *_RUNTIME))
+        return list(objects), parameters
+
+
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def _link(
@@ -115,20 +132,27 @@ def _link(
 ) -> Path:
     if mode not in MODES:
         raise ValueError(f"build: mode must be one of {MODES}, got {mode!r}")
-    objects = [_object(s, _sanitizer(mode), defines, include) for s in (*sources, *_RUNTIME)]
+    objects = [compile_object(s, _sanitizer(mode), defines, include) for s in (*sources, *_RUNTIME)]
     if mode in PTX_MODES:
-        objects += [_object(_translated(s, defines, include, kernels), _sanitizer(mode), (), ()) for s in sources]
+        objects += [
+            compile_object(_translated(s, defines, include, kernels), _sanitizer(mode), (), ()) for s in sources
+        ]
     return _shared_library(objects, mode)
 
 
 def _translated(source: Path, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str) -> Path:
-    text = only_kernels(emit_ptx(source, defines, include), kernels)
-    translation: Translation = translate(text, f"{source.stem}.ptx")
+    translation = _translation(source, defines, include, kernels)
     if not translation.parameters:
         raise CompilerError(f"{source.name}: no kernel's name matches {kernels!r}")
+    return store_text(translation.cpp, ".cpp")
+
+
+def _translation(source: Path, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str) -> Translation:
+    text = only_kernels(emit_ptx(source, defines, include), kernels)
+    translation: Translation = translate(text, f"{source.stem}.ptx")
     if translation.unsupported:
         raise CompilerError(f"{source.name}: PTX the emulator does not know: {dict(translation.unsupported)}")
-    return _store_text(translation.cpp, ".cpp")
+    return translation
 
 
 def only_kernels(ptx: str, pattern: str) -> str:
@@ -141,21 +165,21 @@ def _sanitizer(mode: str) -> str:
     return mode.removeprefix("ptx-").replace("ptx", "plain")
 
 
-def _object(source: Path, mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
+def compile_object(source: Path, mode: str, defines: tuple[str, ...], include: tuple[Path, ...]) -> Path:
     flags = (*_COMMON, *(_TRANSLATED if source.parent == CACHE else _SANITIZE)[mode], *[f"-D{d}" for d in defines])
     flags += tuple(f"-I{path}" for path in (_HERE / "include", _PRODUCT_INCLUDE, *include))
     flags += tuple(f"-isystem{path}" for path in cuda_includes())
     flags += ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
     kind = ("-x", "c++", "-include", "cuda_host.h") if source.suffix == ".cu" else ()
     command = ["g++", *flags, "-c", *kind, str(source)]
-    return _made(_key(source, (*flags, *kind)), ".o", lambda output: _run([*command, "-o", str(output)]))
+    return cached(_key(source, (*flags, *kind)), ".o", lambda output: run_compiler([*command, "-o", str(output)]))
 
 
 def _shared_library(objects: Sequence[Path], mode: str) -> Path:
     sanitize = [flag for flag in _SANITIZE[_sanitizer(mode)] if flag.startswith("-fsanitize=")]
     key = hashlib.sha256("\n".join([*map(str, objects), *sanitize]).encode()).hexdigest()[:24]
     command = ["g++", "-shared", *sanitize, *map(str, objects), "-ldl"]
-    return _made(key, ".so", lambda output: _run([*command, "-o", str(output)]))
+    return cached(key, ".so", lambda output: run_compiler([*command, "-o", str(output)]))
 
 
 def _key(source: Path, flags: Sequence[str]) -> str:
@@ -168,12 +192,12 @@ def _key(source: Path, flags: Sequence[str]) -> str:
     return f"{source.stem[:40]}-{digest.hexdigest()[:24]}"
 
 
-def _store_text(text: str, suffix: str) -> Path:
+def store_text(text: str, suffix: str) -> Path:
     key = hashlib.sha256(text.encode()).hexdigest()[:24]
-    return _made(key, suffix, lambda output: output.write_text(text))
+    return cached(key, suffix, lambda output: output.write_text(text))
 
 
-def _made(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
+def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
     """The cached file, made first where it is not there: under another name, so that no half-written one is found.
 
     Of several processes that want it one makes it, and the others wait.
@@ -191,7 +215,7 @@ def _made(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
     return path
 
 
-def _run(command: list[str]) -> None:
+def run_compiler(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS)
     if result.returncode != 0:
         raise CompilerError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

@@ -1,0 +1,123 @@
+"""One small call of each op of the cuda backend, with what the CPU gives for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import qlora_kernels as qk
+from tests.support.problems import gaussian
+
+N, K, R = 40, 96, 8
+DTYPE = torch.bfloat16
+CODEC_CALLS = ("quantize", "quantize_double", "dequantize")
+"""Results must be equal bit for bit."""
+
+
+@cache
+def _weight() -> tuple[Tensor, qk.QuantState]:
+    with qk.use_backend("cpu"):
+        return qk.quantize_nf4(gaussian(N, K) / K**0.5)
+
+
+def _on(device: str, tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device)
+
+
+def _weight_on(device: str) -> tuple[Tensor, qk.QuantState]:
+    packed, state = _weight()
+    return _on(device, packed), state.to(device)
+
+
+def _quantize(device: str) -> list[Tensor]:
+    packed, state = qk.quantize_nf4(_on(device, gaussian(N, K)), 64, False)
+    return [packed, state.absmax]
+
+
+def _quantize_double(device: str) -> list[Tensor]:
+    packed, state = qk.quantize_nf4(_on(device, gaussian(N, K)))
+    assert state.absmax_q is not None
+    return [packed, state.absmax_q]
+
+
+def _dequantize(device: str) -> list[Tensor]:
+    return [qk.dequantize_nf4(*_weight_on(device), DTYPE)]
+
+
+def _linear(rows: int) -> Callable[[str], list[Tensor]]:
+    def call(device: str) -> list[Tensor]:
+        x = _on(device, gaussian(rows, K, seed=1, dtype=DTYPE)).requires_grad_()
+        y = qk.linear_nf4(x, *_weight_on(device), _on(device, gaussian(N, seed=2, dtype=DTYPE)))
+        grad_y = _on(device, gaussian(rows, N, seed=3, dtype=DTYPE))
+        return [y.detach(), *torch.autograd.grad(y, x, grad_y)]
+
+    return call
+
+
+def _linear_lora(rows: int, dropout_p: float) -> Callable[[str], list[Tensor]]:
+    def call(device: str) -> list[Tensor]:
+        x = _on(device, gaussian(rows, K, seed=1, dtype=DTYPE)).requires_grad_()
+        A = _on(device, gaussian(R, K, seed=4) / K**0.5).requires_grad_()
+        B = _on(device, gaussian(N, R, seed=5)).requires_grad_()
+        seed = _on(device, torch.tensor([7]))
+        y = qk.linear_nf4_lora(x, *_weight_on(device), A, B, scaling=0.5, dropout_p=dropout_p, seed=seed)
+        grad_y = _on(device, gaussian(rows, N, seed=3, dtype=DTYPE))
+        return [y.detach(), *torch.autograd.grad(y, (x, A, B), grad_y)]
+
+    return call
+
+
+def _group(device: str) -> list[Tensor]:
+    x = _on(device, gaussian(5, K, seed=1, dtype=DTYPE)).requires_grad_()
+    A = [_on(device, gaussian(R, K, seed=s) / K**0.5).requires_grad_() for s in (4, 6)]
+    B = [_on(device, gaussian(N, R, seed=s)).requires_grad_() for s in (5, 7)]
+    packed, states = zip(*[_weight_on(device)] * 2, strict=True)
+    ys = qk.linear_nf4_lora_group(x, packed, states, A, B, scalings=[0.5, 2.0])
+    grads = [_on(device, gaussian(5, N, seed=s, dtype=DTYPE)) for s in (3, 8)]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, (x, *A, *B), grads)]
+
+
+def _paged_adamw(device: str) -> list[Tensor]:
+    params = [torch.nn.Parameter(_on(device, gaussian(n, seed=n))) for n in (5000, 70)]
+    for param in params:
+        param.grad = _on(device, gaussian(param.numel(), seed=1))
+    with qk.PagedAdamW(params, lr=1e-2) as optimizer:
+        optimizer.step()
+        states = [state.clone() for param in params for state in optimizer.state[param].values()]
+    return [*(param.detach() for param in params), *states]
+
+
+CALLS: dict[str, Callable[[str], list[Tensor]]] = {
+    "quantize": _quantize,
+    "quantize_double": _quantize_double,
+    "dequantize": _dequantize,
+    "linear_small_m": _linear(2),
+    "linear_gemm": _linear(20),
+    "linear_dequantize": _linear(80),
+    "lora_small_m": _linear_lora(2, 0.0),
+    "lora_gemm": _linear_lora(20, 0.0),
+    "lora_dequantize": _linear_lora(80, 0.0),
+    "lora_group": _group,
+    "paged_adamw": _paged_adamw,
+}
+
+
+@cache
+def _expected(name: str) -> list[Tensor]:
+    with qk.use_backend("cpu"):
+        return CALLS[name]("cpu")
+
+
+def check(name: str, results: list[Tensor]) -> None:
+    """Compares a call's results with the CPU's: codec bits exactly, products to a few roundings of bf16."""
+    for result, expected in zip(results, _expected(name), strict=True):
+        actual = result.cpu()
+        assert actual.shape == expected.shape
+        if name in CODEC_CALLS:
+            assert torch.equal(actual, expected), name
+        else:
+            bound = 8 * torch.finfo(DTYPE).eps * expected.abs().max().float()
+            assert (actual.float() - expected.float()).abs().max() <= bound, name

@@ -1,0 +1,82 @@
+"""Failing runtime calls: each op raises an error that names it and CUDA's reason, and the next call works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from tests.support.fake_cuda import FakeDevice
+
+from .calls import CALLS, check
+
+LIBRARY = "backends/cuda/_C"
+OPS = {
+    "quantize_nf4",
+    "quantize_absmax",
+    "dequantize_nf4",
+    "linear_nf4",
+    "linear_nf4_grad_x",
+    "adamw_step",
+    "managed_alloc",
+    "managed_concurrent_access",
+    "managed_prefer_device",
+    "managed_prefetch",
+}
+"""What an error's message may begin with."""
+
+NO_KERNEL_IMAGE, ILLEGAL_ADDRESS = 209, 700
+
+
+def test_each_call_of_the_library_may_fail(device: FakeDevice) -> None:
+    """The 1st, 2nd, ... runtime call that the compiled library makes during an op fails."""
+    with qk.use_backend("cuda"):
+        for name, call in CALLS.items():
+            with device.recorded_calls(LIBRARY) as made:
+                check(name, call("cuda"))
+            assert made, f"{name}: the compiled library made no runtime call"
+            allocated = None
+            for after in range(len(made)):
+                with device.failing(ILLEGAL_ADDRESS, caller=LIBRARY, after=after):
+                    try:
+                        call("cuda")
+                        raised = None
+                    except RuntimeError as error:
+                        raised = str(error)
+                    assert device.failed(), f"{name}: call {after} was not made"
+                where = f"{name}, {made[after]} (call {after + 1} of {len(made)})"
+                if made[after] != "cudaFree":  # made by a deleter, which has nobody to tell; the memory stays
+                    assert raised is not None, f"{where}: the failure was swallowed"
+                    assert raised.endswith("cudaErrorIllegalAddress: an illegal memory access was encountered"), where
+                    assert raised.split(":")[0] in OPS, where
+                assert device.pending_error() == 0, f"{where}: the error is left for the next kernel launch to report"
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                allocated = allocated or device.allocated()
+                assert made[after] == "cudaFree" or device.allocated() <= allocated, f"{where}: memory leaks"
+            check(name, call("cuda"))
+
+
+def test_a_library_without_kernels_for_this_gpu(device: FakeDevice) -> None:
+    x = torch.ones(64, device="cuda")
+    with (
+        qk.use_backend("cuda"),
+        device.failing(NO_KERNEL_IMAGE, caller=LIBRARY),
+        pytest.raises(
+            RuntimeError, match=r"quantize_nf4: the CUDA kernels were built for .*, this GPU is sm_80; rebuild"
+        ),
+    ):
+        qk.quantize_nf4(x, 64, False)
+    assert device.pending_error() == 0
+
+
+def test_no_memory_for_a_result(device: FakeDevice) -> None:
+    """torch's own allocation fails: torch's error, and nothing of ours stays behind."""
+    w = torch.ones(1 << 20, device="cuda")
+    with qk.use_backend("cuda"):
+        packed, state = qk.quantize_nf4(w)
+        torch.cuda.empty_cache()
+        free = 1 << 20
+        with device.memory(device.allocated() + free, 1 << 30), pytest.raises(torch.OutOfMemoryError):
+            [qk.dequantize_nf4(packed, state) for _ in range(8)]
+        assert torch.equal(qk.dequantize_nf4(packed, state), w)

@@ -1,0 +1,80 @@
+"""PagedAdamW's unified memory: states beyond the device's memory, and what is said where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from tests.support.fake_cuda import FakeDevice
+from tests.support.problems import gaussian
+
+SIZES = (300_000, 70, 200_000)
+
+
+def run(on: str, bits: int, limits: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:
+    """Parameters after two steps whose states are several chunks; made and stepped within limits()."""
+    params = [torch.nn.Parameter(gaussian(n, seed=n).to(on)) for n in SIZES]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    with limits(), qk.PagedAdamW(params, lr=1e-2, state_bits=bits) as optimizer:
+        for step in range(2):
+            for param in params:
+                assert param.grad is not None
+                param.grad.copy_(gaussian(param.numel(), seed=step))
+            optimizer.step()
+        if on == "cuda":
+            assert optimizer.paging_report().kinds == ("managed",)
+            assert optimizer.paging_report().prefetched_bytes > 0
+            assert optimizer.paging_report().chunks > 2
+    return [param.detach().cpu() for param in params]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_states_beyond_the_devices_memory(device: FakeDevice, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has no room for the states, once it holds parameters and gradients; the result is the CPU's."""
+    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", (1 << 20) * bits // 32)
+
+    def no_more_than_now() -> AbstractContextManager[None]:
+        torch.cuda.empty_cache()
+        return device.memory(device.allocated(), 1 << 30)
+
+    expected = run("cpu", bits, nullcontext)
+    with qk.use_backend("cuda"):
+        actual = run("cuda", bits, no_more_than_now)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_no_managed_memory(device: FakeDevice) -> None:
+    """The optimizer cannot be made; nothing is kept, and it can be made once there is room."""
+    param = torch.nn.Parameter(torch.ones(100_000, device="cuda"))
+    before = device.allocated()
+    with (
+        qk.use_backend("cuda"),
+        device.memory(1 << 30, 4096),
+        pytest.raises(
+            RuntimeError, match=r"^managed_alloc: \d+ bytes of unified memory: cudaErrorMemoryAllocation: out"
+        ),
+    ):
+        qk.PagedAdamW([param])
+    assert device.pending_error() == 0
+    assert device.allocated() <= before + (2 << 20)
+    with qk.use_backend("cuda"), qk.PagedAdamW([param]) as optimizer:
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+
+
+def test_states_are_freed(device: FakeDevice) -> None:
+    param = torch.nn.Parameter(torch.ones(1_000_000, device="cuda"))
+    torch.cuda.empty_cache()
+    before = device.allocated()
+    optimizer = qk.PagedAdamW([param])
+    assert device.allocated() >= before + 8_000_000
+    optimizer.close()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert device.allocated() == before

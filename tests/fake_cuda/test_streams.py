@@ -1,0 +1,40 @@
+"""Every op works in the caller's stream: its result is there when that stream is waited for, whatever the schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+
+from .calls import CALLS, check
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_side_stream(name: str) -> None:
+    """Under a lazy schedule nothing but the side stream works: a launch in another one is not finished."""
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), qk.use_backend("cuda"):
+        results = CALLS[name]("cuda")
+        side.synchronize()
+        check(name, results)
+
+
+def test_streams_wait_for_each_other_by_events() -> None:
+    """A weight quantized in one stream, used in another behind an event."""
+    dense = torch.nn.Linear(96, 40, dtype=torch.bfloat16)
+    x = torch.randn(3, 96, dtype=torch.bfloat16)
+    with qk.use_backend("cpu"):
+        expected = qk.LinearNF4.from_linear(dense)(x)
+    producer, consumer = torch.cuda.Stream(), torch.cuda.Stream()
+    with qk.use_backend("cuda"):
+        with torch.cuda.stream(producer):
+            layer = qk.LinearNF4.from_linear(dense.cuda())
+            on_device = x.cuda()
+            ready = producer.record_event()
+        consumer.wait_event(ready)
+        with torch.cuda.stream(consumer):
+            y = layer(on_device)
+            consumer.synchronize()
+            assert (y.cpu() - expected).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()

@@ -1,0 +1,87 @@
+"""The tests that need a CUDA build of torch, in an environment of their own: `make test-cuda-torch`.
+
+    python -m tests.support.fake_cuda ENVIRONMENT_FOLDER
+
+Makes the environment where it is not there or not current, with this interpreter; then runs tests/gpu and
+tests/fake_cuda on the fake device, and the CPU tests of the ops under that torch as it is. Where the environment cannot
+be made, prints why and succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from qlora_kernels.backends import cuda
+from tests.support.cuda_host import nvcc_missing
+
+REQUIREMENTS = ("torch==2.14.1", "numpy", "safetensors>=0.4", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+"""PyPI's torch is a CUDA build."""
+
+NEEDED_BYTES = 12 << 30
+"""5.5 GB installed, the packages beside it while pip works, and some room."""
+
+ON_THE_FAKE_DEVICE = ("-p", "tests.support.fake_cuda.pytest_plugin", "tests/gpu", "tests/fake_cuda")
+AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py")
+
+
+class CannotRun(Exception):
+    """Why these tests are skipped."""
+
+
+def report(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def environment(folder: Path) -> Path:
+    """The environment's interpreter; installed where the folder does not hold REQUIREMENTS yet. Raises CannotRun."""
+    python, stamp = folder / "bin" / "python", folder / ".installed"
+    wanted = f"{sys.version_info[:2]} {' '.join(REQUIREMENTS)}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if not folder.exists() and free < NEEDED_BYTES:
+        raise CannotRun(f"a CUDA build of torch needs {NEEDED_BYTES >> 30} GB of disk, {free >> 30} GB are free")
+    report(f"installing {' '.join(REQUIREMENTS)} into {folder}")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *REQUIREMENTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise CannotRun(f"pip cannot install {REQUIREMENTS[0]}: {done.stderr.strip().splitlines()[-1]}")
+    version = subprocess.run(
+        [python, "-c", "import torch; print(torch.version.cuda)"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not version.startswith("13."):
+        raise CannotRun(f"pip's {REQUIREMENTS[0]} is built with CUDA {version}, the tests need CUDA 13")
+    stamp.write_text(wanted)
+    return python
+
+
+def main() -> int:
+    try:
+        if (missing := nvcc_missing()) is not None:
+            raise CannotRun(missing)
+        if not cuda.LIBRARY.exists():
+            raise CannotRun(f"{cuda.LIBRARY.name} is not built; run `make ext`")
+        python = environment(Path(sys.argv[1]))
+    except CannotRun as reason:
+        report(f"test-cuda-torch is skipped: {reason}")
+        return 0
+    folder = subprocess.run(
+        [sys.executable, "-m", "tests.support.fake_cuda.build"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+    variables = os.environ | {"FAKE_CUDA_FOLDER": folder, "OMP_WAIT_POLICY": "passive"}
+    for selection in (ON_THE_FAKE_DEVICE, AS_IT_IS):
+        command = [python, "-m", "pytest", "-q", "-n", "auto", *selection]
+        if (code := subprocess.run(command, env=variables).returncode) != 0:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Compiles the fake driver, the fake runtime and the project's kernels into one folder, kept by content.
+
+    python -m tests.support.fake_cuda.build        prints the folder
+
+A process of its own, because it imports torch, which must not be loaded before the fake device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.support.cuda_host import nvcc_missing
+from tests.support.cuda_host.build import cached, run_compiler, translated_kernels
+from tests.support.cuda_host.ptx.parser import Parameter
+from tests.support.cuda_host.toolchain import ROOT, cuda_includes, versions
+
+from .stubs import driver_stubs, runtime_stubs
+
+DRIVER, RUNTIME, KERNELS = "libcuda.so.1", "libcudart.so.13", "libkernels.so"
+
+_HERE = Path(__file__).parent
+_SOURCES = _HERE / "src"
+_EMULATOR = _HERE.parent / "cuda_host"
+_KERNELS = tuple(path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if "__global__" in path.read_text())
+_COMMON = ("-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-shared")
+
+
+def build() -> Path:
+    """The folder with the three libraries, made where it is not there. Raises CompilerError."""
+    if (missing := nvcc_missing()) is not None:
+        raise FileNotFoundError(missing)
+    digest = hashlib.sha256(versions().encode())
+    inputs = [*_KERNELS, *(ROOT / "csrc" / "include").rglob("*.cuh"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
+    inputs += [path for folder in (_HERE, _EMULATOR) for path in folder.rglob("*") if path.suffix in _SUFFIXES]
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    return cached(f"fake_cuda-{digest.hexdigest()[:24]}", "", _make)
+
+
+_SUFFIXES = {".py", ".h", ".cpp", ".map"}
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir()
+    include, _ = cuda_includes()
+    _libraries(folder, include)
+    objects, parameters = translated_kernels(_KERNELS)
+    _kernel_library(folder, objects, parameters)
+
+
+def _libraries(folder: Path, include: Path) -> None:
+    """libcuda.so.1 and, linked to it, libcudart.so.13."""
+    compiler = ["g++", "-std=c++20", *_COMMON, f"-isystem{include}"]
+    for name, source in ((DRIVER, driver_stubs(include)), (RUNTIME, runtime_stubs(include))):
+        stubs = folder / f"{name}.stubs.c"
+        stubs.write_text(source)
+        run_compiler(["gcc", "-fPIC", "-c", f"-I{_SOURCES}", str(stubs), "-o", str(stubs.with_suffix(".o"))])
+    driver: list[Path | str] = [
+        _SOURCES / f"{stem}.cpp" for stem in ("control", "devices", "kernels", "memory", "streams")
+    ]
+    driver += [folder / f"{DRIVER}.stubs.o", "-ldl", "-o", folder / DRIVER]
+    run_compiler([*compiler, f"-Wl,-soname,{DRIVER}", *map(str, driver)])
+    runtime: list[Path | str] = [*sorted(_SOURCES.glob("runtime_*.cpp")), folder / f"{RUNTIME}.stubs.o"]
+    runtime += [f"-Wl,--version-script={_SOURCES / 'runtime.map'}", "-Wl,-rpath,$ORIGIN"]
+    runtime += [f"-L{folder}", f"-l:{DRIVER}", "-o", folder / RUNTIME]
+    run_compiler([*compiler, f"-Wl,-soname,{RUNTIME}", *map(str, runtime)])
+
+
+def _kernel_library(folder: Path, objects: Sequence[Path], parameters: Mapping[str, Sequence[Parameter]]) -> None:
+    table = folder / "kernel_parameters.cpp"
+    rows = [
+        f'{{"{name}", {{{", ".join(f"{{{p.offset}, {p.bytes}}}" for p in declared)}}}}},'
+        for name, declared in parameters.items()
+    ]
+    table.write_text(
+        '#include "kernels_of_project.h"\n'
+        "const std::vector<KernelParameters>& kernel_parameters() {\n"
+        f"static const std::vector<KernelParameters> all{{\n{chr(10).join(rows)}\n}};\nreturn all;\n}}\n"
+    )
+    # The emulator has CUDA runtime functions of its own: -Bsymbolic keeps them inside.
+    command = ["g++", "-std=c++20", *_COMMON, "-fvisibility=default", "-Wl,-Bsymbolic", f"-I{_SOURCES}"]
+    sources = [str(_SOURCES / "kernels_of_project.cpp"), str(table)]
+    link = [f"-L{folder}", f"-l:{DRIVER}", "-Wl,-rpath,$ORIGIN", "-ldl", "-o", str(folder / KERNELS)]
+    run_compiler([*command, *sources, *map(str, objects), *link])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{build()}\n")

@@ -1,0 +1,128 @@
+"""Starts the fake device in this process, and controls it: schedules, memory, failing calls.
+
+Standard library only: it must run before torch is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER_VARIABLE = "FAKE_CUDA_FOLDER"
+"""Folder of the compiled libraries; without it `build` is run to find or make them."""
+
+SCHEDULES = ("eager", "lazy", "random:1")
+"""eager: a stream works at once.   lazy: only what somebody waits for, as late as possible.   random:SEED: whatever the
+events allow, one step at a time, whenever somebody waits."""
+
+_active: FakeDevice | None = None
+
+
+class FakeDevice:
+    """The devices of this process. All settings hold for all of them."""
+
+    def __init__(self, driver: ctypes.CDLL, runtime: ctypes.CDLL) -> None:
+        self._driver, self._runtime = driver, runtime
+        driver.fake_cuda_calls.restype = ctypes.c_char_p
+        driver.fake_cuda_allocated.restype = ctypes.c_ulonglong
+        driver.fake_cuda_set_memory.argtypes = (ctypes.c_ulonglong, ctypes.c_ulonglong)
+
+    def set_schedule(self, schedule: str) -> None:
+        """One of SCHEDULES, with any seed. What is queued is worked off first."""
+        if self._driver.fake_cuda_set_schedule(schedule.encode()) != 0:
+            raise ValueError(f"set_schedule: schedule must be eager, lazy or random:SEED, got {schedule!r}")
+
+    @contextmanager
+    def memory(self, device_bytes: int, managed_bytes: int) -> Iterator[None]:
+        """Limits of each device's own memory and of managed memory, inside the block."""
+        self._driver.fake_cuda_set_memory(device_bytes, managed_bytes)
+        try:
+            yield
+        finally:
+            self._driver.fake_cuda_set_memory(16 << 30, 64 << 30)
+
+    def allocated(self) -> int:
+        """Bytes of live device and managed memory, in pages."""
+        return int(self._driver.fake_cuda_allocated())
+
+    @contextmanager
+    def failing(self, error: int, *, caller: str = "", call: str = "", after: int = 0) -> Iterator[None]:
+        """One runtime call inside the block returns `error`, a cudaError_t.
+
+        caller: part of the path of the library that makes it.   call: its name.   after: how many such calls succeed
+        before it.   "" stands for any.
+        """
+        self._driver.fake_cuda_fail(caller.encode(), call.encode(), after, error)
+        try:
+            yield
+        finally:
+            self._driver.fake_cuda_clear_failure()
+
+    def failed(self) -> bool:
+        """Whether the failure of the innermost `failing` has happened; to be asked inside the block."""
+        return bool(self._driver.fake_cuda_failed())
+
+    @contextmanager
+    def recorded_calls(self, caller: str = "") -> Iterator[list[str]]:
+        """Names of the runtime calls inside the block, complete at its end; of one library, as in `failing`."""
+        calls: list[str] = []
+        self._driver.fake_cuda_clear_calls()
+        yield calls
+        lines = self._driver.fake_cuda_calls().decode().splitlines()
+        calls += [name for name, _, path in (line.partition(" ") for line in lines) if caller in path]
+
+    def pending_error(self) -> int:
+        """The error that the thread's next cudaGetLastError would report."""
+        return int(self._runtime.cudaPeekAtLastError())
+
+    def launch_host_function(self, stream: int, function: object) -> None:
+        """Puts a ctypes function of one void* onto a stream, or into the graph that the stream is captured into."""
+        code = self._driver.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
+        if code != 0:
+            raise RuntimeError(f"cuLaunchHostFunc: error {code}")
+
+
+def activate(devices: int = 1, *, capability: str = "8.0", driver_version: int = 13000, log: str = "") -> FakeDevice:
+    """Loads the fake runtime and driver. torch, imported later, finds their names taken by them and uses them.
+
+    driver_version: what the driver says of itself, 12080 for CUDA 12.8.   log: file for the runtime's calls, "-" for
+    stderr.
+    Raises RuntimeError where torch is imported already.
+    """
+    global _active
+    if "torch" in sys.modules:
+        raise RuntimeError("activate: torch must not be imported yet; call activate() first")
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or _built_folder())
+    os.environ.update(
+        {
+            FOLDER_VARIABLE: str(folder),
+            "FAKE_CUDA_DEVICES": str(devices),
+            "FAKE_CUDA_CAPABILITY": capability,
+            "FAKE_CUDA_DRIVER_VERSION": str(driver_version),
+            "FAKE_CUDA_KERNELS": str(folder / "libkernels.so"),
+            "FAKE_CUDA_LOG": log,
+        }
+    )
+    # torch's libraries find theirs by DT_RPATH, before LD_LIBRARY_PATH; a library that is loaded under the same SONAME
+    # comes before both.
+    libraries = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in ("libcuda.so.1", "libcudart.so.13")]
+    _active = FakeDevice(*libraries)
+    return _active
+
+
+def active() -> FakeDevice | None:
+    """The fake device of this process, None where torch sees what there really is."""
+    return _active
+
+
+def _built_folder() -> str:
+    command = [sys.executable, "-m", "tests.support.fake_cuda.build"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the fake CUDA device does not build:\n{done.stderr}")
+    return done.stdout.strip()

@@ -1,0 +1,157 @@
+// Modules, kernels and launches. A module's image is not read: a kernel is a name, and a kernel library that tests
+// bring runs it on the CPU.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "model.h"
+
+namespace fake_cuda {
+namespace {
+
+constexpr int kMaxParameters = 64;
+constexpr int kDefaultDynamicShared = 48 << 10;
+
+struct KernelLibrary {
+    fake_cuda_parameters_function parameters = nullptr;
+    fake_cuda_launch_function launch = nullptr;
+};
+
+// FAKE_CUDA_KERNELS: one shared library. It may ask for fake_cuda_owner, which this library exports.
+const KernelLibrary& kernel_library() {
+    static const KernelLibrary library = [] {
+        KernelLibrary loaded;
+        const char* path = getenv("FAKE_CUDA_KERNELS");
+        if (!path || !*path) return loaded;
+        void* const handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!handle) {
+            fprintf(stderr, "fake_cuda: %s\n", dlerror());
+            return loaded;
+        }
+        loaded.parameters = reinterpret_cast<fake_cuda_parameters_function>(dlsym(handle, FAKE_CUDA_PARAMETERS));
+        loaded.launch = reinterpret_cast<fake_cuda_launch_function>(dlsym(handle, FAKE_CUDA_LAUNCH));
+        return loaded;
+    }();
+    return library;
+}
+
+// A launch's parameters, copied so that it can run after the call has returned.
+struct Parameters {
+    std::vector<uint64_t> words;
+    std::vector<void*> pointers;
+};
+
+std::shared_ptr<Parameters> copied(void** parameters, const unsigned* offsets, const unsigned* bytes, int count) {
+    auto copy = std::make_shared<Parameters>();
+    size_t size = 0;
+    for (int i = 0; i < count; i++) size = std::max<size_t>(size, offsets[i] + bytes[i]);
+    copy->words.resize(size / sizeof(uint64_t) + 1);
+    char* const start = reinterpret_cast<char*>(copy->words.data());
+    for (int i = 0; i < count; i++) {
+        memcpy(start + offsets[i], parameters[i], bytes[i]);
+        copy->pointers.push_back(start + offsets[i]);
+    }
+    return copy;
+}
+
+CUfunction function(CUmodule module, const char* name) {
+    const Guard guard(model().lock);
+    auto [found, added] = module->functions.try_emplace(name, CUfunc_st{name, module, kDefaultDynamicShared});
+    return &found->second;
+}
+
+CUresult variable(CUmodule module, const char* name, CUdeviceptr* pointer, size_t* bytes) {
+    constexpr size_t kBytes = 1 << 16;  // the real size stands in the image
+    const Guard guard(model().lock);
+    auto& [memory, size] = module->variables[name];
+    if (!memory) {
+        const int device = current_context() ? current_context()->device : 0;
+        if (const CUresult result = allocate(&memory, kBytes, device, false)) return result;
+        size = kBytes;
+    }
+    if (pointer) *pointer = reinterpret_cast<CUdeviceptr>(memory);
+    if (bytes) *bytes = size;
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+}  // namespace fake_cuda
+
+using namespace fake_cuda;
+
+FAKE_CUDA_API CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode* mode) {
+    *mode = CU_MODULE_LAZY_LOADING;
+    return CUDA_SUCCESS;
+}
+FAKE_CUDA_API CUresult cuModuleLoadData(CUmodule* module, const void*) {
+    *module = new CUmod_st;
+    return CUDA_SUCCESS;
+}
+FAKE_CUDA_API CUresult cuModuleLoadFatBinary(CUmodule* module, const void* image) {
+    return cuModuleLoadData(module, image);
+}
+FAKE_CUDA_API CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }  // launches may still refer to it
+FAKE_CUDA_API CUresult cuModuleGetFunction(CUfunction* result, CUmodule module, const char* name) {
+    *result = function(module, name);
+    return CUDA_SUCCESS;
+}
+FAKE_CUDA_API CUresult cuModuleGetGlobal(CUdeviceptr* pointer, size_t* bytes, CUmodule module, const char* name) {
+    return variable(module, name, pointer, bytes);
+}
+FAKE_CUDA_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute name, CUfunction function) {
+    switch (name) {
+        case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+            *value = 1024;
+            break;
+        case CU_FUNC_ATTRIBUTE_NUM_REGS:
+            *value = 32;
+            break;
+        case CU_FUNC_ATTRIBUTE_PTX_VERSION:
+        case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
+            *value = model().capability_major * 10 + model().capability_minor;
+            break;
+        case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+            *value = function->dynamic_shared_limit;
+            break;
+        default:
+            *value = 0;
+    }
+    return CUDA_SUCCESS;
+}
+FAKE_CUDA_API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int value) {
+    if (name == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) function->dynamic_shared_limit = value;
+    return CUDA_SUCCESS;
+}
+FAKE_CUDA_API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
+
+FAKE_CUDA_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                      unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                                      CUstream stream, void** parameters, void** extra) {
+    if (!current_context()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (resolve(stream)->context != current_context()) return CUDA_ERROR_INVALID_HANDLE;
+    if (static_cast<int>(shared_bytes) > function->dynamic_shared_limit) return CUDA_ERROR_INVALID_VALUE;
+    if (extra) return CUDA_ERROR_NOT_SUPPORTED;
+    const KernelLibrary& library = kernel_library();
+    unsigned offsets[kMaxParameters], bytes[kMaxParameters];
+    const char* const name = function->name.c_str();
+    const int count = library.parameters ? library.parameters(name, offsets, bytes, kMaxParameters) : -1;
+    if (count < 0) {
+        fprintf(stderr, "fake_cuda: nothing runs the kernel %s\n", name);
+        return CUDA_ERROR_NOT_SUPPORTED;
+    }
+    const auto copy = copied(parameters, offsets, bytes, count);
+    const fake_cuda_launch launch{name,         {grid_x, grid_y, grid_z},  {block_x, block_y, block_z},
+                                  shared_bytes, current_context()->device, copy->pointers.data()};
+    return enqueue(stream, [=] {
+        (void)copy;  // keeps the parameters
+        return static_cast<CUresult>(kernel_library().launch(&launch));
+    });
+}
+FAKE_CUDA_API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** parameters, void** extra) {
+    return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
+                          c->sharedMemBytes, c->hStream, parameters, extra);
+}
