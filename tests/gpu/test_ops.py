@@ -23,10 +23,18 @@ LARGE = (Shape(16, 4096, 4096, r=16), Shape(300, 1024, 4096, r=64), Shape(2048, 
 
 
 @pytest.fixture(autouse=True)
-def _fp32_sums(monkeypatch):
+def _fp32_sums():
     """Torch's own matmul sums in fp32, as the analysis of tests/support/tolerances.py assumes: no TF32, no 16 bits."""
-    for setting in ("tf32", "bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, f"allow_{setting}", False)
+    settings = torch.backends.cuda.matmul  # computes its attributes, so monkeypatch would try to delete them
+    names = [
+        f"allow_{name}" for name in ("tf32", "bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction")
+    ]
+    before = {name: getattr(settings, name) for name in names}
+    for name in names:
+        setattr(settings, name, False)
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 @pytest.fixture(params=GPU_BACKENDS)
