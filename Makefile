@@ -108,6 +108,11 @@ aarch64-tools:
 	apt-get update -q && apt-get install -q -y g++-aarch64-linux-gnu qemu-user
 
 # Every save killed, interrupted and starved of disk space at each of its file operations: docs/reliability.md.
+# Damaged and hostile model and adapter folders given to the commands.
+.PHONY: fuzz-files
+fuzz-files: $(READY)
+	$(PYTHON) -m tests.cli.hostile_files 2000
+
 .PHONY: faults
 faults: $(READY)
 	$(PYTHON) -m tests.io.faults

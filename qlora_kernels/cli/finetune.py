@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .. import LinearNF4, PagedAdamW, prepare_for_training
-from ..integrations.transformers import is_quantized, load_model, load_tokenizer, model_outline
-from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename
+from ..integrations.transformers import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
+from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
 from ..io.streaming import folder_fingerprint
 from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, checkpoint, get_peft_model
@@ -88,7 +88,7 @@ def _check_needs() -> None:
 
 def _prepare_output(options: FinetuneOptions) -> None:
     with bad_input():
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         with tempfile.TemporaryFile(dir=options.out):
             pass  # it can be written to
 
@@ -220,7 +220,12 @@ class _Finetune:
         if not self.unseen:
             return
         batch = self.options.micro_batch or self.options.batch
-        with self.console.stage("evaluate"), self.console.bar(-(-len(self.unseen) // batch), name, "batch") as bar:
+        with (
+            self.console.stage("evaluate"),
+            self.console.bar(-(-len(self.unseen) // batch), name, "batch") as bar,
+            bad_input(),
+            as_model_error(Path(self.options.model), "must be a model that can be run"),
+        ):
             measured = perplexity(ChunkedLoss(model), self.unseen, batch, self.pad_token_id, bar.update)
         self.report.perplexity[name] = measured.value
         self.report.predictions = measured.tokens

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..integrations.transformers import as_model_error
 from ..training import TextTokens, write_chat
 from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
 from .console import Console
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True)
     check_prompt(prompt, "--prompt", tokenizer, base, arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
-    text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
+    with bad_input(), as_model_error(Path(arguments.model), "must be a model that can be run"):
+        text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
     if arguments.json:
         print(json.dumps({"prompt": prompt, "text": text, "seconds": console.seconds}))
     else:

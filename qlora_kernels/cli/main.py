@@ -6,12 +6,19 @@ Exit codes: 0; 1 where the work failed; 2, with one line that says what to chang
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import torch
 
+from ..integrations.transformers import ModelError
+from ..io.safetensors_reader import DamagedFileError
 from . import bench, finetune, generate, info, merge, quantize
 from .arguments import UsageError
 
@@ -38,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
     try:
-        code: int = arguments.run(arguments)
-    except UsageError as error:
-        message = str(error)
+        with _ended_by_signals():
+            code: int = arguments.run(arguments)
+            sys.stdout.flush()  # here, where a full disk behind it still becomes an exit code
+    except (UsageError, ModelError, DamagedFileError) as error:
+        message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
         message = f"{error.name} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[error.name]}]'`"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        return 1
     except (MemoryError, RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not _is_out_of_memory(error):
             raise
@@ -58,6 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     sys.stderr.write(f"qlora-kernels {arguments.command}: {message}\n")
     return 2
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM unwinds the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers belong to the main thread
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -152,14 +152,16 @@ def as_model_error(path: Path, rule: str) -> Iterator[None]:
     """What is in a folder may come from anybody, and transformers raises whatever its code happens to meet in it."""
     try:
         yield
-    except (ImportError, MemoryError, ModelError):
+    except (ImportError, MemoryError, FloatingPointError, ModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # panics of the tokenizers library are no Exceptions
         if "trust_remote_code" in str(error):  # advice to set what no function or command here takes
             raise ModelError(
                 f"{path}: must hold a model that transformers itself implements; this folder's own code (auto_map in "
                 "its JSON files) is never run"
             ) from error
+        if "can't allocate memory" in str(error):  # of torch's allocator; no fault of the folder's
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: {rule}; {reason}") from error
 

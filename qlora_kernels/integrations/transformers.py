@@ -28,6 +28,7 @@ from .model_structure import CONFIG, LOCAL, ModelError, ModelStructure, as_model
 __all__ = [
     "BUILTIN_PACKAGE",
     "ModelError",
+    "as_model_error",
     "convert_gguf",
     "is_quantized",
     "linear_layers",
@@ -114,6 +115,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     with _quiet(), as_model_error(folder, "must hold a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some of its settings are looked at here only
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -36,7 +36,7 @@ _FILES, _REMOVED = "files", "removed.json"
 @contextmanager
 def file_appearing_by_rename(path: Path) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `path` at the end, or vanishes where the block raises."""
-    _make_folder(path.parent)
+    make_folder(path.parent)
     with staging(path.parent, path.name) as private:
         partial = private / path.name  # keeps the suffix, by which writers choose the format
         yield partial
@@ -52,7 +52,7 @@ def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[
     replace: a folder that is at `path` already is replaced as a whole; without it, FileExistsError.
     """
     path = Path(os.path.realpath(path))
-    _make_folder(path.parent)
+    make_folder(path.parent)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} must be a folder, it is a file")
     with staging(path.parent, path.name) as private:
@@ -78,7 +78,7 @@ def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[P
     names: of files, relative to the folder, that vanish where they are not written. All others stay as they are.
     """
     folder = Path(os.path.realpath(folder))
-    _make_folder(folder)
+    make_folder(folder)
     with staging(folder, folder.name) as private:
         partial = private / _FILES
         partial.mkdir()
@@ -218,7 +218,8 @@ def _remove_empty(top: Path, folder: Path) -> None:
         folder = folder.parent
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it. Raises NotADirectoryError where one of them is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

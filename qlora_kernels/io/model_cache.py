@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from .atomic import folder_appearing_by_rename, settle
+from .atomic import folder_appearing_by_rename, make_folder, settle
 from .locks import name_lock
 from .staging import remove_abandoned
 
@@ -34,7 +34,7 @@ def cached_folder(
         with suppress(OSError):
             lock.unlink(missing_ok=True)  # of a process that was killed: nobody makes a folder that is there
         return folder, True
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     with name_lock(lock):
         if _is_whole(folder):
             return folder, True

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .atomic import file_appearing_by_rename
+from .atomic import file_appearing_by_rename, make_folder
 from .safetensors_reader import DamagedFileError, read_safetensors
 from .safetensors_writer import DTYPE_NAMES, SafetensorsWriter
 
@@ -92,7 +92,7 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
     if keep < 1:
         raise ValueError(f"save_training_state: keep must be >= 1, got {keep}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     tensors: dict[str, Tensor] = {}
     tree = {
         "step": step,

@@ -27,6 +27,9 @@ from ._registry import Problem, kernels_of, select
 
 Nonfinite = Literal["raise", "zero"]
 
+_LARGEST_SUM = 3.4e38
+"""Of a tensor's absmax, just below fp32's range. Backends that sum in fp32 reach inf beyond it, others do not."""
+
 torch.library.define("qlora_kernels::quantize_nf4", "(Tensor w, *, int blocksize) -> (Tensor, Tensor)")
 torch.library.define("qlora_kernels::quantize_absmax", "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -49,7 +52,8 @@ def quantize_nf4(
     double_quant: keep the constants in 8 bits (4.127 bits per weight instead of 4.5 at blocks of 64).
     nonfinite: "raise", or "zero" to quantize inf and NaN as zeros.
     Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable.
-    Raises TypeError for other dtypes; ValueError for a bad blocksize or, with nonfinite="raise", for inf or NaN.
+    Raises TypeError for other dtypes; ValueError for a bad blocksize, with nonfinite="raise" for inf or NaN, and with
+    double_quant for finite weights so large (about 1e38) that their constants' mean overflows.
     Source: QLoRA (arXiv:2305.14314) section 3; format/nf4.py is the specification.
     """
     if nonfinite not in ("raise", "zero"):
@@ -66,6 +70,11 @@ def quantize_nf4(
         raise ValueError(
             f"quantize_nf4: w must be finite, got inf or NaN in {bad} of {absmax.numel()} blocks; "
             'clean the weight or pass nonfinite="zero"'
+        )
+    if double_quant and not total.item() * absmax.numel() < _LARGEST_SUM:
+        raise ValueError(
+            f"quantize_nf4: w must be small enough that the largest magnitudes of its {absmax.numel()} blocks sum to "
+            "less than 3.4e38, since double quantization subtracts their mean; scale w or pass double_quant=False"
         )
     packed = packed.unsqueeze(1)
     if not double_quant:

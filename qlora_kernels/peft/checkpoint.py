@@ -45,7 +45,10 @@ def load_adapter(directory: str | os.PathLike[str]) -> list[tuple[PeftConfig, Ad
 
 def _config(files: AdapterFiles) -> PeftConfig:
     """adapter_config.json, and over it the fields that only our sidecar knows."""
-    return config_from_dict({**files.config, **(files.extras or {}).get("config", {})})
+    own = (files.extras or {}).get("config", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"adapter's sidecar: config must be an object, got {own!r}")
+    return config_from_dict({**files.config, **own})
 
 
 def buildable(config: PeftConfig, files: AdapterFiles, host: Host) -> PeftConfig:

@@ -115,6 +115,21 @@ def test_nonfinite(backend, bad, where):
 
 
 @backends
+@pytest.mark.parametrize("size", [256, 1280])
+@pytest.mark.parametrize("value", [3e38, torch.finfo(torch.float32).max])
+def test_finite_weights_whose_constants_overflow(backend, size, value):
+    """The mean of their absmax overflows in fp32 on some backends: refused on all, and right in one level."""
+    w = torch.full((size,), value)
+    w[size // 2 :] = 1.0
+    with qk.use_backend(backend):
+        for nonfinite in ("raise", "zero"):
+            with pytest.raises(ValueError, match=r"w must be small enough .* pass double_quant=False"):
+                qk.quantize_nf4(w, nonfinite=nonfinite)
+        assert torch.equal(qk.dequantize_nf4(*qk.quantize_nf4(w, double_quant=False)), w)
+        assert qk.dequantize_nf4(*qk.quantize_nf4(torch.full((size,), 3e37 / size * 64))).isfinite().all()
+
+
+@backends
 def test_noncontiguous_equals_contiguous(backend):
     w = gaussian(37, 50).T
     with qk.use_backend(backend):
