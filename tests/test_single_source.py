@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from qlora_kernels.format import nf4
@@ -24,3 +27,11 @@ def test_no_second_copy_of_the_code():
                 continue
             found = pattern.search(path.read_text(errors="replace"))
             assert found is None, f"{path.relative_to(ROOT)} repeats the code value {found.group() if found else ''}"
+
+
+def test_maps_of_the_format_do_not_depend_on_the_cpu():
+    """Where torch has no fused multiply-adds, Python still computes what the kernels were compiled with."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    command = [sys.executable, "-m", "python.codegen.nf4_header", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

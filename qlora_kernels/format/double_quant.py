@@ -22,6 +22,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,15 +41,26 @@ def dynamic_map_values(signed: bool = True) -> tuple[float, ...]:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        cells = 2 ** (exponent if signed else exponent + 1)
-        # Every step is rounded to fp32, product included: the published map is built that way, and its values are part
-        # of the checkpoint format.
-        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32)
-        magnitudes = ((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (exponent - 6)).tolist()
+        edges = _edges(2 ** (exponent if signed else exponent + 1))
+        magnitudes = ((edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (exponent - 6))).tolist()
         values += magnitudes
         if signed:
             values += [-magnitude for magnitude in magnitudes]
     return tuple(float(v) for v in np.sort(np.asarray(values, dtype=np.float32)))
+
+
+def _edges(cells: int) -> npt.NDArray[np.float32]:
+    """`cells` + 1 points from 0.1 to 1, fp32, by torch.linspace's formula with fused multiply-adds.
+
+    Each half starts from its own end: fma(i, step, 0.1) and fma(-i, step, 1). The published map was built by a
+    torch.linspace that fuses, and its values are part of the checkpoint format; where a CPU has no such instruction
+    torch rounds the product as well, so the map must not be computed by torch. Products and sums are exact in double.
+    """
+    start, end = np.float32(0.1), np.float32(1.0)
+    step = float((end - start) / np.float32(cells))
+    i = np.arange(cells + 1, dtype=np.float64)
+    from_start, from_end = float(start) + step * i, float(end) - step * i[::-1]
+    return np.where(i < (cells + 1) // 2, from_start, from_end).astype(np.float32)
 
 
 def dynamic_map(device: torch.device | str | None = None, *, signed: bool = True) -> Tensor:
