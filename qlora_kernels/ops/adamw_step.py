@@ -3,9 +3,9 @@
 Op: qlora_kernels::adamw_step, in place on params and arena.
 
 With g = grad * grad_multiplier in fp32, each operation rounded once to fp32 (the root too), `fma` two operations in
-one, this order makes fp32 parameters bit-equal to torch.optim.AdamW(fused=True), all but the last numel % 16 elements,
-which torch contracts otherwise. Its default and foreach paths have the same states to the bit; they take the root from
-MKL, which is off by an ulp now and then:
+one. On CPUs with fused multiply-adds this order makes fp32 parameters bit-equal to torch.optim.AdamW(fused=True), all
+but the last numel % 16 elements, which torch contracts otherwise; its default and foreach paths take the root from MKL,
+which is off by an ulp now and then. Elsewhere torch rounds its products as well:
 
     p   = p * (1 - lr * weight_decay)                                where weight_decay != 0
     m   = fma(1 - beta1, g - m, m)                                   where beta1 > 0.5

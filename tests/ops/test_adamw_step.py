@@ -7,6 +7,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
+from qlora_kernels.backends.reference.adamw_step import fma
 from qlora_kernels.format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from qlora_kernels.format.double_quant import dynamic_boundaries, dynamic_map
 from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Segment, Step, adamw_step
@@ -70,6 +71,13 @@ def assert_equal(actual, expected):
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         # As bytes: a NaN equals itself.
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{index}: {(a != b).sum()} of {a.numel()} differ"
+
+
+def test_reference_multiplies_and_adds_with_one_rounding():
+    """The exact result lies just below the middle of two fp32 numbers; rounded to float64 first, it is the middle."""
+    a, b, c = (torch.tensor(value) for value in (2.0**-24 * (1 + 2.0**-23), 1 - 2.0**-23, 1 + 2.0**-23))
+    assert fma(a, b, c) == c
+    assert (a.double() * b.double() + c.double()).float() != c
 
 
 @hypers

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qlora_kernels.backends.reference.adamw_step import fma
+
 SHAPES = ((7,), (64, 130), (5003,), (3, 3, 5), (), (0, 4), (96, 256))
 
-WHOLE_VECTORS = ((16,), (64, 130), (5008,), (3, 16, 5), (0, 4), (96, 256))
-"""Multiples of 16 elements: what remains beyond those, torch's fused kernel rounds in another order."""
+
+class DefinedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with the arithmetic of ops/adamw_step.py, tensor by tensor.
+
+    Torch's fused kernel computes the same bits only on CPUs where it is compiled with fused multiply-adds, and there
+    only in whole vectors; its other paths take square roots from MKL.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p: torch.Tensor, g: torch.Tensor, group: dict[str, Any]) -> None:
+        state, rate, (beta1, beta2) = self.state[p], float(group["lr"]), group["betas"]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        t, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
+        p.mul_(1 - rate * group["weight_decay"])
+        weight = torch.tensor(1 - beta1, dtype=torch.float32)
+        m.copy_(fma(weight, g - m, m) if weight < 0.5 else fma(weight - 1, g - m, g))
+        v.copy_(fma(g * (1 - beta2), g, v * beta2))
+        root = v.double().sqrt().float()
+        denominator = root / (1 - beta2**t) ** 0.5 + group["eps"]
+        p.add_(m * -(rate / (1 - beta1**t)) / denominator)
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:

@@ -1,4 +1,8 @@
-"""AdamW in torch's own in-place operations, in torch's own order, but for the square root: torch's is not exact."""
+"""AdamW by the definition of ops/adamw_step.py, in operations that round the same way on every device.
+
+Torch's lerp, addcmul and addcdiv fuse or do not fuse their product and sum depending on the CPU, and many of its fp32
+square roots come from MKL, 17 % of them off by an ulp. Single operations round once everywhere.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +35,34 @@ def adamw_step(step: Step) -> None:
 
         if step.weight_decay != 0:
             p.mul_(1 - rate * step.weight_decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        # Through double, hence correctly rounded. On many CPUs torch takes fp32 roots from MKL, 17 % off by an ulp.
-        root = v.double().sqrt_().float()
+        weight = torch.tensor(1 - beta1, dtype=torch.float32, device=g.device)
+        m.copy_(fma(weight, g - m, m) if weight < 0.5 else fma(weight - 1, g - m, g))
+        v.copy_(fma(g * (1 - beta2), g, v * beta2))
+        root = v.double().sqrt_().float()  # a double's root, rounded to fp32, is the correctly rounded one
         denominator = root.div_((1 - beta2**t) ** 0.5).add_(step.eps)
-        p.addcdiv_(m, denominator, value=-(rate / (1 - beta1**t)))
+        p.add_(m * -(rate / (1 - beta1**t)) / denominator)
 
         _store(step.arena, segment, m, v)
         if param.dtype == torch.bfloat16 and step.seed is not None:
             param.copy_(_stochastic_bf16(p, int(step.seed.item()), segment.counter))
         elif param.dtype != torch.float32:
             param.copy_(p)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of fp32 tensors, rounded once.
+
+    The product is exact in float64. Their sum is rounded to odd there, so that rounding it to fp32 gives the correctly
+    rounded result (Boldo and Melquiond, Emulation of FMA and Correctly Rounded Sums, IEEE Trans. Comput. 57, 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)  # what the sum lost: Knuth's TwoSum
+    bits = total.view(torch.int64)
+    inexact_and_even = error.isfinite() & (error != 0) & (bits & 1 == 0)
+    towards_error = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where(inexact_and_even, bits + towards_error, bits).view(torch.float64).float()
 
 
 def _flat(tensor: Tensor) -> Tensor:
