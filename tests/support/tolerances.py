@@ -39,6 +39,7 @@ Matrix products of bf16 and fp16 operands are summed in fp32, in our kernels as 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -166,26 +167,28 @@ def assert_within(actual: Tensor, expected: Expected, name: str = "result") -> N
     )
 
 
-def model_error(products: int = 10, terms: int = 32) -> float:
-    """By how much two correct fp32 computations of one model's output may differ, relative to the largest output.
+def model_error(products: int = 10, dtype: torch.dtype = torch.float32, terms: int = 32) -> float:
+    """By how much two correct computations of one model's output may differ, relative to the largest output.
 
     Where a whole model is computed twice, merged and unmerged, ours and another library's, the order of every sum may
     differ: it depends on shapes, strides, threads and, in MKL, on the alignment of tensors. Let its output depend on
     `products` matrix products in a row, of `terms` terms a sum. Each leaves gamma(terms) of |A| |B|, which exceeds
     |A B| sqrt(terms) times if the terms' signs are random, and normalisation keeps errors from growing between
     products. The tests' tiny transformers have 32 hidden units and two layers of four products in a row, then a head:
-    1.1e-4. An adapter that is left out, applied twice or read from another layer changes outputs by 1e-2 and more.
+    1.1e-4 in fp32. A 16-bit model rounds each product's result as well, 2e-2 in bf16; most models are compared in fp32.
+    An adapter that is left out, applied twice or read from another layer changes outputs by 1e-2 and more.
     """
-    return products * terms**0.5 * gamma(terms, torch.float32)
+    rounding = 0.0 if dtype == torch.float32 else unit_roundoff(dtype)
+    return products * (terms**0.5 * gamma(terms, torch.float32) + rounding)
 
 
 def assert_same_function(
-    actual: Tensor, expected: Tensor, name: str = "result", *, scale: float | None = None, error: float | None = None
+    actual: Tensor, expected: Tensor, name: str = "result", *, products: int = 10, scale: float | None = None
 ) -> None:
-    """Two fp32 computations of one model's output, or of its gradients, agree to `model_error`.
+    """Two computations of one model's output agree to `model_error`.
 
+    products: in a row, for less than a whole model.
     scale: the size of what the error is relative to; by default the largest element of `expected`.
-    error: instead of model_error(), for other models.
     """
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, not {expected.dtype}"
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
@@ -193,5 +196,17 @@ def assert_same_function(
         return
     value = expected.detach().double()
     size = value.abs().max().item() if scale is None else scale
-    bound = torch.full_like(value, (model_error() if error is None else error) * size)
+    bound = torch.full_like(value, model_error(products, expected.dtype) * size)
     assert_within(actual, Expected(value, bound), name)
+
+
+def assert_same_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], products: int = 20) -> None:
+    """Two computations of one model's gradients agree to `model_error`, relative to the largest element of all.
+
+    The gradient of one parameter may be small because its terms cancel, as that of an attention's key bias does.
+    products: in a row, forward and backward.
+    """
+    assert actual.keys() == expected.keys()
+    scale = max((gradient.abs().max().item() for gradient in expected.values() if gradient.numel()), default=0.0)
+    for name, gradient in expected.items():
+        assert_same_function(actual[name], gradient, name, products=products, scale=scale)
