@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(Tensor w, int64_t blocksize) {
 Tensor mean(const Tensor& tensor) {
     StableIValue stack[] = {torch::stable::detail::from(tensor),
                             torch::stable::detail::from(std::optional<ScalarType>())};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -88,7 +88,7 @@ Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
     int64_t stride = 1;
     for (size_t dim = kDims; dim-- > 0; stride *= sizes[dim]) strides[dim] = stride;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         kDims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);

@@ -1,0 +1,38 @@
+"""Whether the bindings compile against the headers of the torch that is installed here, of which 2.10's are the oldest.
+
+    python -m python.build_support.check_headers       exit code 1, and the compiler's words, where one does not
+
+The rest of csrc knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from .cpu import CpuLibrary
+from .cuda import CudaLibrary
+from .native import CannotBuild
+
+
+def main() -> int:
+    failed = False
+    for library in (CpuLibrary(), CudaLibrary()):
+        try:
+            steps = library.compile_steps(Path("unused"))
+        except CannotBuild as reason:
+            print(f"{library.name}: not checked; {reason}")
+            continue
+        for step in steps:
+            source = step.inputs[0]
+            if source.parent.name == "bindings":
+                command = [argument for argument in step.command if argument not in ("-c", "-o", str(step.output))]
+                done = subprocess.run([*command, "-fsyntax-only"], capture_output=True, text=True, check=False)
+                failed |= done.returncode != 0
+                print(f"{source.name}: {'compiles' if done.returncode == 0 else done.stderr}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
