@@ -120,6 +120,9 @@ class CpuLibrary:
         link = ("-shared", f"-L{library_folder}", "-ltorch_cpu")
         if sys.platform == "linux":
             link = (*link, "-Wl,--no-undefined", "-Wl,--as-needed")
+        else:
+            # macOS looks for @rpath/libtorch_cpu.dylib: beside the installed package, and in the torch of this build.
+            link = (*link, "-Wl,-rpath,@loader_path/../../../torch/lib", f"-Wl,-rpath,{library_folder}")
         inputs = tuple(str(path) for path in objects)
         command = (tool("CXX", "c++", "g++", "clang++"), *inputs, *link, "-o", str(output))
         return Step(command, output, tuple(objects))
