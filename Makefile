@@ -10,6 +10,7 @@
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make faults     saves under injected faults (3 minutes)
+#   make compat     that wheel with the oldest and the newest Python, torch, Triton and transformers (not in CI)
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
@@ -44,7 +45,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help sanitize test-aarch64 aarch64-tools setup ext demo test test-cuda-torch lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
+.PHONY: help sanitize test-aarch64 aarch64-tools compat setup ext demo test test-cuda-torch lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -119,6 +120,13 @@ faults: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m bench.run
+
+# One CPU wheel with the oldest and the newest versions of everything it admits; writes docs/compatibility.md. An hour, 10 GB
+# of downloads, 6 GB of disk at a time; COMPAT_FLAGS="--environments /tmp/environments --only oldest" for one row again.
+compat: $(READY)
+	rm -rf build/compatibility
+	$(MAKE) wheel QLORA_CUDA_ARCHS= DIST=build/compatibility WHEEL_ENVIRONMENTS=
+	$(PYTHON) -m python.build_support.compatibility build/compatibility/*.whl $(COMPAT_FLAGS)
 
 # QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture. The manylinux tag is the one
 # that auditwheel finds justified; libtorch_cpu.so and libcudart.so.13 stay outside: torch brings them.
