@@ -19,6 +19,7 @@ from .. import LinearNF4, PagedAdamW, prepare_for_training
 from ..integrations.transformers import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
+from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
 from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, checkpoint, get_peft_model
 from ..training import (
@@ -35,7 +36,7 @@ from ..training import (
     train,
 )
 from ..training.loop import fingerprint
-from .arguments import Subparsers, add_command, bad_input
+from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console, peak_rss_bytes, rss_bytes
 from .finetune_options import FinetuneOptions, add_options
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
@@ -68,7 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check_needs()
     _prepare_output(options)
     try:
-        report = _Finetune(options, console).run()
+        with held_alone(options.out) as alone:
+            if not alone:
+                raise UsageError(f"--out: {options.out} must be this run's alone, another run is writing to it")
+            report = _Finetune(options, console).run()
     except FloatingPointError as error:
         sys.stderr.write(f"qlora-kernels finetune: {error}\n")
         return 1

@@ -59,6 +59,11 @@ def encode(state: QuantState) -> dict[str, Tensor]:
     return tensors
 
 
+def stored_shape(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of the weight whose tensors, by suffix, these are. Raises ValueError where they do not say."""
+    return _read_shape(name, _read_meta(name, tensors[META_KEY]))
+
+
 def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
     """QuantState from the tensors of `encode`, by suffix. `name` is for messages.
 
@@ -73,11 +78,9 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
     device = absmax.device
     if "quant_map" in tensors:
         _require_table(name, "quant_map", tensors["quant_map"], nf4.code(device))
-    dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), meta.get("shape"), meta.get("blocksize")
+    dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), _read_shape(name, meta), meta.get("blocksize")
     if dtype is None:
         raise ValueError(f"{name}: dtype of the checkpoint must be one of {list(_DTYPES)}, got {meta.get('dtype')!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
-        raise ValueError(f"{name}: shape of the checkpoint must be a list of sizes, got {shape!r}")
     if type(blocksize) is not int:
         raise ValueError(f"{name}: blocksize of the checkpoint must be an integer, got {blocksize!r}")
     if absmax.dtype != torch.uint8:
@@ -112,6 +115,13 @@ def _read_meta(name: str, stored: Tensor) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise ValueError(f"{name}: {META_KEY} must be a JSON object, got a {type(meta).__name__}")
     return meta
+
+
+def _read_shape(name: str, meta: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = meta.get("shape")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise ValueError(f"{name}: shape of the checkpoint must be a list of sizes, got {shape!r}")
+    return tuple(shape)
 
 
 def _require_finite(name: str, field: str, values: Tensor) -> None:

@@ -71,7 +71,7 @@ class ModelStructure:
 
     def is_transposed(self, layer: str) -> bool:
         """Whether the layer's weight lies in the files as [in_features, out_features]."""
-        return is_conv1d(self.model.get_submodule(layer))
+        return f"{layer}.weight" in self.shapes and is_conv1d(self.model.get_submodule(layer))
 
     def parameter_of(self, name: str) -> str | None:
         """The parameter that a tensor of the files becomes as it is; None if it is combined with others or changed."""
@@ -79,7 +79,7 @@ class ModelStructure:
         return None if converted else renamed[0]
 
     def require_match(self, tensors: Mapping[str, Collection[int]]) -> None:
-        """tensors: names and shapes of what the files hold; an empty shape is not compared.
+        """tensors: names and shapes of what the files hold.
 
         Raises ModelError that names what is missing, what the model has no place for, and what has another shape.
         """
@@ -89,7 +89,7 @@ class ModelStructure:
             renamed, converted = self._names(name, self.shapes)
             found.update(renamed)
             want = self.shapes.get(renamed[0])
-            if not converted and want is not None and shape and torch.Size(shape) != want:
+            if not converted and want is not None and torch.Size(shape) != want:
                 misshapen.append(f"{name} is {list(shape)}, must be {list(want)}")
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..format.bnb_layout import META_KEY
+from ..format.bnb_layout import META_KEY, stored_shape
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..io.atomic import settle
 from ..io.json_file import read_json_object
@@ -185,7 +185,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         structure = ModelStructure(folder)
         tensors = read_tensors(folder)
         layers = _take_quantized(tensors, structure) if quantized else {}
-        weights = {f"{layer}{_WEIGHT}": () for layer in layers}
+        weights = {f"{layer}{_WEIGHT}": _shape_in_file(layer, state, structure) for layer, state in layers.items()}
         structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights})
         model = _load(structure, tensors, layers, dtype)
     if quantized:
@@ -204,6 +204,12 @@ def _take_quantized(tensors: dict[str, Tensor], structure: ModelStructure) -> di
             layer = (structure.parameter_of(weight) or weight).removesuffix(_WEIGHT)
             layers.setdefault(layer, {})[f"weight.{suffix}" if stem else "weight"] = tensors.pop(name)
     return layers
+
+
+def _shape_in_file(layer: str, state: Mapping[str, Tensor], structure: ModelStructure) -> tuple[int, ...]:
+    """Of the dense weight that the state stands for."""
+    shape = stored_shape(layer, {name.removeprefix("weight."): tensor for name, tensor in state.items()})
+    return shape[::-1] if structure.is_transposed(layer) else shape
 
 
 class _Awaiting(nn.Module):

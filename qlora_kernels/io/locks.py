@@ -52,6 +52,17 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def held_alone(folder: Path) -> Iterator[bool]:
+    """Holds the lock on an existing folder if no other process does. Yields whether that is so, at once."""
+    descriptor = open_for_lock(folder)
+    try:
+        yield try_lock(descriptor) is not False
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
 def name_lock(path: Path) -> Iterator[None]:
     """Holds the lock on a name, waiting for it; the file at `path` exists for that time only."""
     if fcntl is None:

@@ -107,7 +107,7 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
     for _, old in _checkpoints(directory)[:-keep]:
-        old.unlink()
+        old.unlink(missing_ok=True)  # another process may have been first
     return path
 
 
@@ -121,6 +121,8 @@ def load_latest(directory: str | Path) -> TrainingState | None:
     for _, path in reversed(_checkpoints(Path(directory))):
         try:
             return load_training_state(path)
+        except FileNotFoundError:
+            continue  # removed by a run that goes on meanwhile
         except DamagedFileError as error:
             warnings.warn(f"load_latest: {error}; the checkpoint before it is taken", stacklevel=2)
             damaged = damaged or error

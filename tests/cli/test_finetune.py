@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from qlora_kernels.cli import main
 from qlora_kernels.cli.methods import METHODS
+from qlora_kernels.io.locks import held_alone
 from tests.support.tiny_model import LINEARS, write_jsonl, write_tiny_llama
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -163,6 +164,14 @@ def test_a_torn_checkpoint_costs_its_steps_alone(capsys, model, text, tmp_path):
     with pytest.warns(UserWarning, match="step-00000006.*the checkpoint before it is taken"):
         resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
     assert losses(resumed) == losses(whole)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(capsys, model, text, tmp_path):
+    pytest.importorskip("fcntl")
+    with held_alone(tmp_path) as alone:
+        assert alone
+        assert "another run is writing to it" in refused(capsys, *arguments(model, text, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_refused_takes_nothing_away(capsys, model, text, tmp_path):

@@ -223,6 +223,28 @@ def test_three_processes_fill_one_cache(tmp_path):
     assert contents(folder)["weights"] == "w" * 1000
 
 
+def test_processes_that_save_into_one_folder(tmp_path):
+    """Two writers and a reader: what is read is always of one save."""
+
+    def write(which):
+        for i in range(15):
+            with files_appearing_together(tmp_path, ["config", "weights"]) as partial:
+                for name in ("config", "weights"):
+                    (partial / name).write_text(f"{which} {i}")
+
+    def read():
+        for _ in range(100):
+            with reading(tmp_path):
+                found = contents(tmp_path)
+            values = {found[name] for name in ("config", "weights") if name in found}
+            assert len(values) <= 1, found
+            assert {"config", "weights"} & found.keys() in (set(), {"config", "weights"})
+
+    children = [in_child(lambda i=i: write(i)) for i in (0, 1)] + [in_child(read)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"config", "weights"}
+
+
 @pytest.mark.parametrize("damage", ["missing file", "other size", "no manifest", "broken manifest"])
 def test_a_cached_folder_that_is_not_whole_is_made_again(tmp_path, damage):
     source = tmp_path / "source"

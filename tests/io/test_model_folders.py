@@ -157,9 +157,13 @@ def test_an_nf4_layer_of_another_size_is_refused(folder, tmp_path):
     (tmp_path / "nf4").mkdir()
     quantize_model(folder, tmp_path / "nf4")
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
-    (tmp_path / "nf4" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
-    with pytest.raises(ModelError, match=r"down_proj: .*quantized weight must have shape \(64, 64\)"):
-        load_model(tmp_path / "nf4")
+    for field, value, message in (
+        ("intermediate_size", 64, r"down_proj\.weight is \[64, 96\], must be \[64, 64\]"),
+        ("head_dim", 2**40, r"q_proj\.weight is \[64, 64\], must be "),
+    ):
+        (tmp_path / "nf4" / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ModelError, match=message):
+            load_model(tmp_path / "nf4")
 
 
 def test_names_without_the_prefix_of_the_base_model(folder):
