@@ -13,7 +13,7 @@ from ..format import nf4
 from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d
 from .match import Pattern, check_names, contained_in, matches, nearest
-from .module_tree import move_hooks, set_submodule
+from .module_tree import layers_of, move_hooks, set_submodule
 
 ALL_LINEAR = "all-linear"
 
@@ -78,7 +78,7 @@ def replace_linear(
     layer's name, before that layer is touched.
     """
     report = ReplaceReport()
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = layers_of(model)
     linears: dict[str, nn.Module] = {}
     other_users: dict[int, str] = {}  # id of a parameter that something beside linear layers holds -> its name there
     for owner_name, owner in modules.items():

@@ -4,6 +4,33 @@ from __future__ import annotations
 
 from torch import nn
 
+
+def layers_of(root: nn.Module) -> dict[str, nn.Module]:
+    """Every module below root, and root, by all its names, without the modules that adapters have added."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if not getattr(module, "holds_adapters", False):
+            found[name] = module
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", root)
+    return found
+
+
+def names_of(root: nn.Module, module: nn.Module) -> list[str]:
+    """All the dotted names under which `module` is below root."""
+    return [name for name, other in root.named_modules(remove_duplicate=False) if name and other is module]
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted path below root, in the place of the module that is there."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -13,12 +40,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted path below root, in the place of the module that is there."""
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:

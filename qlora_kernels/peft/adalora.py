@@ -16,7 +16,9 @@ from .base_layer import device_of, features
 from .config import PeftConfig
 from .host import Host
 from .linear_method import LinearMethod
+from .lowrank import add_lowrank
 from .method import FILE_PREFIX
+from .offloaded import has_hooks, weight_of
 from .rank_allocator import TRIPLET_DIM, BudgetSchedule, RankAllocator, Triplets
 from .registry import register_method
 from .targets import check_pattern_names, matched_layers
@@ -127,9 +129,10 @@ class SvdLinear(Delta):
 
     def live(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, E and B of the triplets that take part."""
+        lora_A, lora_E, lora_B = (weight_of(self, name) for name in TRIPLET_DIM)
         if self.rows is None:
-            return self.triplets
-        return self.lora_A[self.rows], (self.lora_E * self.kept[:, None])[self.rows], self.lora_B[:, self.rows]
+            return lora_A, lora_E, lora_B
+        return lora_A[self.rows], (lora_E * self.kept[:, None])[self.rows], lora_B[:, self.rows]
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
         # E goes into A's rows: the fused path sees a LoRA, and autograd takes its gradient for E * A apart.
@@ -137,10 +140,12 @@ class SvdLinear(Delta):
         return lora_E * lora_A, lora_B, self.scaling
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return self.lowrank() if len(self.kept) else None
+        return self.lowrank() if len(self.kept) and not has_hooks(self) else None
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return y  # rank zero, out of a file
+        if not len(self.kept):
+            return y  # rank zero, out of a file
+        return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
 
     def orthogonality(self) -> list[Tensor]:
         """||A A^T - I||_F and ||B^T B - I||_F."""
@@ -157,7 +162,7 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     def __init__(self, config: AdaLoraConfig, host: Host, name: str) -> None:
         super().__init__(config, host, name)
-        deltas = self.deltas.values()
+        deltas = self.deltas
         self.schedule = BudgetSchedule(
             start=config.init_r * len(deltas),
             end=config.target_r * len(deltas),
@@ -165,11 +170,20 @@ class AdaLora(LinearMethod[SvdLinear]):
             last=config.last_allocation,
             deltaT=config.deltaT,
         )
-        self.allocator = RankAllocator([delta.triplets for delta in deltas], config.beta1, config.beta2)
+        self.allocator = RankAllocator(self._triplets, config.beta1, config.beta2)
         self.last_step: int | None = None
         self.missed_gradients = False
-        for delta in deltas:
-            delta.lora_E.register_post_accumulate_grad_hook(self._saw_gradient)  # type: ignore[no-untyped-call]
+        self.watch_training()
+
+    def _triplets(self) -> list[Triplets]:
+        return [delta.triplets for delta in self.deltas.values()]
+
+    def watch_training(self) -> None:
+        """Notes gradients, to tell at save whether step() was called. Parameters may have been replaced since."""
+        for delta in self.deltas.values():
+            hooks = getattr(delta.lora_E, "_post_accumulate_grad_hooks", None) or {}
+            if not any(getattr(hook, "__self__", None) is self for hook in hooks.values()):
+                delta.lora_E.register_post_accumulate_grad_hook(self._saw_gradient)  # type: ignore[no-untyped-call]
 
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
@@ -179,14 +193,10 @@ class AdaLora(LinearMethod[SvdLinear]):
             targets = [f"{path}.lora_E" for path in matched_layers(host, config)]
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
 
-    @classmethod
-    def rank(cls, config: PeftConfig, path: str) -> int:
-        assert isinstance(config, AdaLoraConfig)
-        pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        return config.init_r if pattern is None else sum(pattern)
-
     def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
-        config, r = self.config, self.rank(self.config, path)
+        config = self.config
+        pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
+        r = config.init_r if pattern is None else sum(pattern)
         # Pruned or not, the scale is that of the initial rank.
         return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.host.adapter_dtype)
 
@@ -289,7 +299,6 @@ class AdaLora(LinearMethod[SvdLinear]):
             return
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
-        # Copies: a file's tensors are not aligned as torch's own, and the order of sums depends on that.
         for name, weight in zip(self._weight_names(), self.allocator.weights, strict=True):
             weight.data = tensors[name].to(weight, copy=True)
             for average in ("sensitivity", "uncertainty"):

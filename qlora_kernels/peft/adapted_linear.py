@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from .adapter_tree import AdapterModules
 from .base_layer import dense_weight, features, with_weight
 from .lowrank import LowRank, add_lowrank, concatenated, forward_lowrank
 from .selection import Selection
@@ -52,7 +53,7 @@ class AdaptedLinear(nn.Module):
     fused call where the base offers forward_lora; where each row names its own (`adapter_names`), as one call of
     forward_multi_lora, or one pair of matmuls with the middle masked by row.
 
-    Merging puts a merged layer in the base's place and keeps the base aside: unmerging is exact, nothing is undone.
+    Merging puts a merged layer beside the base and lets it compute: unmerging is exact, nothing is undone.
     """
 
     def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
@@ -60,29 +61,38 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.selection = selection
         self.in_features, self.out_features = features(base_layer)
-        # Plain dict: the parameters belong to the adapters' trees.
-        self.deltas: dict[str, Delta] = {}
-        self.unmerged: list[nn.Module] = []  # [the base] while merged; a list keeps it out of the module tree
+        self.deltas = AdapterModules()
+        self.merged_layer: nn.Module | None = None
         self.merged_names: tuple[str, ...] = ()
         self.shared_input: SharedInput | None = None
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """The base's; models look at its dtype and device."""
-        return self.base_layer.weight  # type: ignore[return-value]
+        """Of the layer that computes; models look at its dtype and device."""
+        return self._computing_layer().weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
+        return self._computing_layer().bias  # type: ignore[return-value]
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={type(delta).__name__}" for name, delta in self.deltas.items())
+    def _computing_layer(self) -> nn.Module:
+        if self.merged_layer is None or not self.selection.state.enabled:
+            return self.base_layer
+        return self.merged_layer
+
+    def _chosen(self) -> dict[str, Delta]:
+        """The updates that act in the running call."""
+        return {name: cast(Delta, delta) for name, delta in self.deltas.items() if self.selection.has(name)}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged_names:
-            return self._forward_merged(x)
-        chosen = {name: delta for name, delta in self.deltas.items() if self.selection.has(name)}
+        if self.merged_layer is not None:
+            if self.selection.state.enabled and self.selection.state.rows is not None:
+                raise ValueError(
+                    "adapter_names: must not be given while adapters are merged; call unmerge_adapter first"
+                )
+            return self._computing_layer()(x)  # type: ignore[no-any-return]
+        chosen = self._chosen()
         if not chosen:
             return self.base_layer(x)  # type: ignore[no-any-return]
         # Without an assignment inside the comprehension: torch.compile would break the graph there.
@@ -92,20 +102,13 @@ class AdaptedLinear(nn.Module):
         for name, delta in chosen.items():
             rows = self.selection.row_index(name, x)
             if name not in lowrank:
-                y = self._own_way(delta, x, y, rows)
+                y = self._apply_delta(delta, x, y, rows)
             elif (offset := delta.offset()) is not None:
                 offset = offset.to(y.dtype)
                 y = y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
         return y
 
-    def _forward_merged(self, x: Tensor) -> Tensor:
-        if not self.selection.enabled:
-            return self.unmerged[0](x)  # type: ignore[no-any-return]
-        if self.selection.rows is not None:
-            raise ValueError("adapter_names: must not be given while adapters are merged; call unmerge_adapter first")
-        return self.base_layer(x)  # type: ignore[no-any-return]
-
-    def _own_way(self, delta: Delta, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+    def _apply_delta(self, delta: Delta, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
         if rows is None:
             return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
         return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
@@ -118,7 +121,7 @@ class AdaptedLinear(nn.Module):
                 return shared
         groups: dict[float, list[str]] = {}
         for name in updates:
-            delta = self.deltas[name]
+            delta = cast(Delta, self.deltas[name])
             groups.setdefault(delta.dropout_p if delta.training else 0.0, []).append(name)
         y: Tensor | None = None
         for dropout_p, names in groups.items():
@@ -129,11 +132,11 @@ class AdaptedLinear(nn.Module):
                 y = add_lowrank(x, y, group, dropout_p=dropout_p, owner=owner)
         return cast(Tensor, y)
 
-    def sole_call(self) -> tuple[LowRank, float] | None:
+    def fusable_update(self) -> tuple[LowRank, float] | None:
         """(the active low-rank updates as one, its dropout) where they are one call of forward_lora; else None."""
-        if self.merged_names or self.selection.rows is not None:
+        if self.merged_layer is not None or self.selection.state.rows is not None:
             return None
-        chosen = [delta for name, delta in self.deltas.items() if self.selection.has(name)]
+        chosen = self._chosen().values()
         factors = [(delta.factors(), delta.dropout_p if delta.training else 0.0) for delta in chosen]
         updates = [update for update, _ in factors if update is not None]
         rates = {rate for update, rate in factors if update is not None}
@@ -141,15 +144,15 @@ class AdaptedLinear(nn.Module):
 
     def why_not_fused(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""
-        chosen = [delta for name, delta in self.deltas.items() if self.selection.has(name)]
-        if self.merged_names or not chosen:
-            return "merged: the base layer alone runs" if self.merged_names else "no adapter is active here"
+        chosen = self._chosen().values()
+        if self.merged_layer is not None or not chosen:
+            return "merged: one layer runs" if self.merged_layer is not None else "no adapter is active here"
         if not hasattr(self.base_layer, "forward_lora"):
             return f"{type(self.base_layer).__name__} offers no forward_lora"
-        own_way = sorted({type(d).__name__ for d in chosen if d.factors() is None})
-        if own_way:
-            return f"{', '.join(own_way)} is not a plain low-rank update"
-        if self.selection.rows is not None and not hasattr(self.base_layer, "forward_multi_lora"):
+        others = sorted({type(d).__name__ for d in chosen if d.factors() is None})
+        if others:
+            return f"{', '.join(others)} is not a plain low-rank update, or hooks watch its layers"
+        if self.selection.state.rows is not None and not hasattr(self.base_layer, "forward_multi_lora"):
             return "adapter_names: one masked pair of matmuls serves all rows"
         if len({d.dropout_p for d in chosen}) > 1 and self.training:
             return "the active adapters differ in dropout"
@@ -158,35 +161,36 @@ class AdaptedLinear(nn.Module):
     def merge(
         self, names: Sequence[str], *, target: str, safe_merge: bool, default: torch.dtype = torch.float32
     ) -> tuple[float, float]:
-        """Replaces the base by one whose weight includes the named updates.
+        """Makes a layer whose weight includes the named updates, and those merged before, compute.
 
         default: dtype of a dense merged weight whose base does not say which it was quantized from.
         Returns Frobenius norms (|error|, |delta|): how far the stored weight is from base + delta, and the update.
         Raises ValueError with safe_merge if the merged weight is not finite.
         """
-        base = self.unmerged[0] if self.unmerged else self.base_layer
+        base = self.base_layer
         names = (*self.merged_names, *(n for n in names if n in self.deltas and n not in self.merged_names))
         weight = dense_weight(base)
         wanted = weight
         bias = cast("Tensor | None", getattr(base, "bias", None))
         for name in names:
-            wanted = self.deltas[name].merged(wanted)
-            if (offset := self.deltas[name].offset()) is not None:
+            delta = cast(Delta, self.deltas[name])
+            wanted = delta.merged(wanted)
+            if (offset := delta.offset()) is not None:
                 bias = offset if bias is None else (bias + offset).to(bias.dtype)
         if safe_merge and not torch.isfinite(wanted).all():
             raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
         merged = with_weight(base, wanted, bias, target, default=default)
-        self.unmerged, self.base_layer, self.merged_names = [base], merged, names
+        self.merged_layer, self.merged_names = merged, names
         return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
 
     def unmerge(self) -> None:
-        """Puts the kept base layer back: the same object, so the same bits."""
-        if self.unmerged:
-            self.base_layer, self.unmerged, self.merged_names = self.unmerged[0], [], ()
+        """Lets the base layer compute again: the same object, so the same bits."""
+        self.merged_layer, self.merged_names = None, ()
 
     def keep_merged(self) -> None:
         """Makes the merged layer the base for good."""
-        self.unmerged, self.merged_names = [], ()
+        if self.merged_layer is not None:
+            self.base_layer, self.merged_layer, self.merged_names = self.merged_layer, None, ()
 
 
 class AdaptedEmbedding(AdaptedLinear):
@@ -207,3 +211,8 @@ class AdaptedEmbedding(AdaptedLinear):
     @property
     def padding_idx(self) -> int | None:
         return self.base_layer.padding_idx  # type: ignore[return-value]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of an adapted layer; any other module itself."""
+    return module.base_layer if isinstance(module, AdaptedLinear) else module

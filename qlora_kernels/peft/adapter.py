@@ -15,10 +15,10 @@ from .anatomy import Layer
 from .base_layer import device_of
 from .bottleneck import ACTIVATIONS, Bottleneck
 from .config import PeftConfig
+from .hook_points import AdapterHook
 from .host import Host
 from .method import Method
 from .registry import register_method
-from .taps import Tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,33 +72,36 @@ class AdapterConfig(PeftConfig):
 
 @register_method(AdapterConfig)
 class Adapter(Method):
-    """`tree`: at `<layer>.attention_adapter` and `<layer>.ffn_adapter` a Bottleneck each."""
+    """A Bottleneck at `<layer>.attention_adapter` and `<layer>.ffn_adapter` each, by the names in the file."""
 
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, host: Host, name: str) -> None:
         super().__init__(config, host, name)
-        self.after_ffn: dict[str, nn.Module] = {}  # by path of the layer
         modules = host.modules()
         for layer in host.anatomy.layers:
             if config.placement == "houlsby":
-                self.hooks += self._new_tap(layer, "attention_adapter").behind(host.place(layer.attention_output))
-            tap = self._new_tap(layer, "ffn_adapter")
+                hook = self._add_bottleneck(layer, "attention_adapter", layer.attention_output)
+                self.hooks += hook.after(host.place(layer.attention_output))
+            hook = self._add_bottleneck(layer, "ffn_adapter", self.ffn_owner(layer))
             if config.placement == "parallel":
-                self.hooks += tap.beside(host.place(layer.ffn_input), host.place(layer.ffn_output))
+                # The FFN's input itself, not the last layer of a container.
+                self.hooks += hook.parallel(host.model.get_submodule(layer.ffn_input), host.place(layer.ffn_output))
             elif config.placement == "houlsby":
-                self.hooks += tap.behind(host.place(layer.ffn_output))
+                self.hooks += hook.after(host.place(layer.ffn_output))
             else:
-                self.hooks += on_stream(tap, layer, host)
+                self.hooks += on_stream(hook, layer, host)
             for norm in layer.norms if config.trains_layer_norm else ():
                 for leaf in modules[norm]._parameters:
                     self.overrides.add(f"{norm}.{leaf}")
 
-    def _new_tap(self, layer: Layer, place: str) -> Tap:
-        bottleneck = self.new_bottleneck(layer)
-        self.tree.put(f"{layer.path}.{place}", bottleneck)
-        self.after_ffn[layer.path] = bottleneck
-        return Tap(self.host.selection, self.name, bottleneck)
+    def ffn_owner(self, layer: Layer) -> str:
+        """Path of the module whose output, or for a LayerNorm whose input, the bottleneck after the FFN changes."""
+        return layer.stream if self.config.placement == "pfeiffer" else layer.ffn_output
+
+    def _add_bottleneck(self, layer: Layer, slot: str, owner: str) -> AdapterHook:
+        place = self.tree.add(f"{layer.path}.{slot}", self.new_bottleneck(layer), owner=owner, slot=slot)
+        return AdapterHook(self.host.selection, self.name, place)
 
     def new_bottleneck(self, layer: Layer) -> nn.Module:
         d = self.host.width(layer)
@@ -115,7 +118,7 @@ class Adapter(Method):
         )
 
 
-def on_stream(tap: Tap, layer: Layer, host: Host) -> list[RemovableHandle]:
-    """Pfeiffer's place: what the tap reads is the residual stream after the FFN, normalised where the layer does so."""
+def on_stream(hook: AdapterHook, layer: Layer, host: Host) -> list[RemovableHandle]:
+    """Pfeiffer's place: the hook reads the residual stream after the FFN, normalised where the layer does so."""
     stream = host.place(layer.stream)
-    return tap.before_norm(stream) if layer.post_norm else tap.behind(stream)
+    return hook.before_norm(stream) if layer.post_norm else hook.after(stream)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.match import as_names
 from .adapter import Adapter, on_stream
+from .adapter_tree import Place
 from .base_layer import device_of
 from .config import PeftConfig
+from .hook_points import AdapterHook
 from .host import Host
 from .method import Method
 from .registry import register_method
-from .taps import Tap
+from .selection import Selection
+
+SLOT = "adapter_fusion"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class Fusion(nn.Module):
     Q and K are linear with bias, weights N(0, 0.02); V has ones on the diagonal and 1e-6 elsewhere.
     """
 
-    def __init__(self, d: int, value: bool, bottlenecks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype):
+    def __init__(self, d: int, value: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.query = nn.Linear(d, d, device=device, dtype=dtype)
         self.key = nn.Linear(d, d, device=device, dtype=dtype)
@@ -52,11 +57,10 @@ class Fusion(nn.Module):
         if self.value is not None:
             with torch.no_grad():
                 self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
-        self.bottlenecks = list(bottlenecks)  # a list: their parameters are their own adapters'
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, bottlenecks: Sequence[nn.Module]) -> Tensor:
         inner = h.to(self.query.weight.dtype)
-        z = torch.stack([bottleneck(inner) for bottleneck in self.bottlenecks], dim=-2)  # [..., N, d]
+        z = torch.stack([bottleneck(inner) for bottleneck in bottlenecks], dim=-2)  # [..., N, d]
         scores = (self.key(z) @ self.query(inner)[..., None])[..., 0]  # [..., N]
         mixed: Tensor = (scores.softmax(-1)[..., None] * (z if self.value is None else self.value(z))).sum(-2)
         return mixed.to(h.dtype)
@@ -69,9 +73,23 @@ class Fusion(nn.Module):
         return (self.value.weight - identity).square().sum()
 
 
+class FusionHook(AdapterHook):
+    """`bottlenecks`: where the fused bottlenecks are below the module that has the fusion."""
+
+    def __init__(self, selection: Selection, name: str, place: Place, bottlenecks: Sequence[Place]) -> None:
+        super().__init__(selection, name, place)
+        self.bottlenecks = tuple(bottlenecks)
+
+    def update(self, module: nn.Module, x: Tensor) -> Tensor:
+        fusion = cast(nn.ModuleDict, module._modules[self.place.slot])[self.place.key]
+        bottlenecks = [cast(nn.ModuleDict, module._modules[place.slot])[place.key] for place in self.bottlenecks]
+        return fusion(x, bottlenecks)  # type: ignore[no-any-return]
+
+
 @register_method(AdapterFusionConfig)
 class AdapterFusion(Method):
-    """`tree`: a Fusion at `<layer>.fusion`. The adapters it fuses are its `needs`; they stay as they are."""
+    """A Fusion at `<layer>.fusion`, by its name in the file. The adapters it fuses are its `needs`; they stay as they
+    are."""
 
     config: AdapterFusionConfig
 
@@ -81,17 +99,16 @@ class AdapterFusion(Method):
             raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(fused)}")
         super().__init__(config, host, name)
         self.needs = tuple(fused)
-        self.fusions: list[Fusion] = []
         for layer in host.anatomy.layers:
-            bottlenecks = [adapter.after_ffn[layer.path] for adapter in fused.values()]
+            bottlenecks = [adapter.tree.places[f"{layer.path}.ffn_adapter"] for adapter in fused.values()]
             device = device_of(host.module(layer.norms[0]))
-            fusion = Fusion(host.width(layer), config.value, bottlenecks, device, host.adapter_dtype)
-            self.tree.put(f"{layer.path}.fusion", fusion)
-            self.fusions.append(fusion)
-            self.hooks += on_stream(Tap(host.selection, name, fusion), layer, host)
+            fusion = Fusion(host.width(layer), config.value, device, host.adapter_dtype)
+            place = self.tree.add(f"{layer.path}.fusion", fusion, owner=layer.stream, slot=SLOT)
+            self.hooks += on_stream(FusionHook(host.selection, name, place, bottlenecks), layer, host)
 
     def peft_loss(self) -> Tensor | None:
-        penalties = [p for fusion in self.fusions if (p := fusion.penalty()) is not None]
+        fusions = [cast(Fusion, self.tree[path]) for path, place in self.tree.places.items() if place.slot == SLOT]
+        penalties = [penalty for fusion in fusions if (penalty := fusion.penalty()) is not None]
         return self.config.regularization * torch.stack(penalties).sum() if penalties else None
 
 

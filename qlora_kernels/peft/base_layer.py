@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from .foreign_layer import bitsandbytes_weight, is_bitsandbytes, why_unreadable
+from .offloaded import weight_of
+from .overridden_module import plain_class
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -22,7 +24,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_embedding(module: nn.Module) -> bool:
     """Whether it is nn.Embedding itself: a subclass may compute something else."""
-    return type(module) is nn.Embedding
+    return plain_class(module) is nn.Embedding
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -55,9 +57,9 @@ def dense_weight(base: nn.Module) -> Tensor:
                 f"base layer: must be an nn.Linear, LinearNF4, Conv1D or a bitsandbytes layer where its weight is read "
                 f"(merging, DoRA, PiSSA), got {type(base).__name__}: {reason}"
             )
-        weight = base.weight
+        weight = weight_of(base, "weight")
     else:
-        weight = base.weight.T  # type: ignore[union-attr, operator, assignment]
+        weight = weight_of(base, "weight").T
     return weight.detach().float()
 
 
@@ -90,7 +92,7 @@ def with_weight(
         table = weight.T.contiguous().to(dtype)
         return nn.Embedding(k, n, base.padding_idx, **options, _weight=table, _freeze=True).train(base.training)
     if is_conv1d(base) and target != "nf4":
-        layer: nn.Module = type(base)(n, k)
+        layer: nn.Module = plain_class(base)(n, k)
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)
     else:
         layer = nn.Linear(k, n, bias=bias is not None, device="meta")

@@ -42,14 +42,13 @@ class BitFit(Method):
     config: BitFitConfig
 
     def __init__(self, config: BitFitConfig, host: Host, name: str) -> None:
+        self.added: list[str] = []  # paths of the layers that had no bias
         super().__init__(config, host, name)
-        self.added: list[nn.Module] = []
         chosen = dict(self._chosen(config.biases))
         if config.add_missing:
             self._add_missing(chosen)
         with_bias = [path for path, module in chosen.items() if module._parameters.get("bias") is not None]
         if not with_bias:
-            self.detach()
             raise ValueError(
                 f"BitFit: biases={config.biases!r} must name modules with a bias, and this model's have none; "
                 "add_missing=True gives its linear layers one"
@@ -85,17 +84,17 @@ class BitFit(Method):
         heads = {id(module) for path, module in chosen.items() if matches(self.config.heads, path)}
         output = getattr(self.host.model, "get_output_embeddings", lambda: None)()
         default = self.host.dtype()
-        for module in chosen.values():
+        for path, module in chosen.items():
             if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:
                 dtype = weight_dtype(module, default)
                 zeros = torch.zeros(features(module)[1], dtype=dtype, device=device_of(module))
                 module.bias = nn.Parameter(zeros, requires_grad=False)
-                self.added.append(module)
+                self.added.append(path)
 
     def detach(self) -> None:
         super().detach()
-        for module in self.added if self.overrides.copies else ():  # kept for good otherwise
-            module.register_parameter("bias", None)
+        for path in self.added if not self.overrides.kept else ():
+            self.host.module(path).register_parameter("bias", None)
 
     def why_no_merge(self) -> Literal[None]:
         return None

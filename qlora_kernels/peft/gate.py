@@ -35,10 +35,10 @@ class Gate(nn.Module):
 
 def padding_of(selection: Selection, name: str, h: Tensor) -> Tensor | None:
     """The rows of the call's padding mask that go with h, a batch that holds adapter `name`'s rows only; or None."""
-    padding = selection.padding
+    padding = selection.state.padding
     if padding is None:
         return None
-    if selection.rows is not None and h.shape[0] != padding.shape[0]:
+    if selection.state.rows is not None and h.shape[0] != padding.shape[0]:
         own = [i for i, row in enumerate(selection.rows_of(padding.shape[0])) if row == name]
         padding = padding[own]
     return padding if padding.shape == h.shape[:2] else None

@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from ..nn.module_tree import move_hooks, set_submodule
+from ..nn.module_tree import move_hooks, names_of, set_submodule
 from .adapted_linear import AdaptedEmbedding, AdaptedLinear
+from .adapter_tree import AdapterModules
 from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_embedding, is_linear, is_quantized
+from .overridden_module import Overrides
 from .selection import Selection
-from .torch_attention import rejoin, split
+from .torch_attention import join_attention, split_attention
 
 if TYPE_CHECKING:
     from .method import Method
 
 
 class Host:
-    """The base model, the selection of adapters, and the adapters themselves."""
+    """The base model, the selection of adapters, the adapters themselves, and where their modules go.
 
-    def __init__(self, model: nn.Module, adapter_dtype: torch.dtype = torch.float32) -> None:
+    prompts: the place of the modules that belong to the whole model, a child of the PeftModel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_dtype: torch.dtype = torch.float32,
+        prompts: AdapterModules | None = None,
+    ) -> None:
         self.model = model
         self.adapter_dtype = adapter_dtype
+        self.prompts = AdapterModules() if prompts is None else prompts
         self.selection = Selection()
         self.adapters: dict[str, list[Method]] = {}
+        self.unfinished: list[Method] = []  # those of the adapter that is being added
         self.split_attention()
 
     def split_attention(self) -> None:
-        """Takes torch's packed attention apart; rejoin_attention puts it back."""
-        for name, module in list(self.model.named_modules()):
-            if (part := split(module, self.selection)) is not module:
-                set_submodule(self.model, name, part)
-            if isinstance(module, nn.TransformerEncoder):
-                # Nested tensors lead to the fast path that the parts must not take.
-                module.use_nested_tensor = False
+        """Takes torch's packed attention apart; join_attention puts it back."""
+        split_attention(self.model, self.selection)
 
-    def rejoin_attention(self) -> None:
-        for name, module in list(self.model.named_modules()):
-            if (whole := rejoin(module)) is not module:
-                set_submodule(self.model, name, whole)
+    def join_attention(self) -> None:
+        join_attention(self.model)
+
+    # The model by names
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -53,9 +60,27 @@ class Host:
         """The name before wrapping: `q_proj.base_layer.bias` is `q_proj.bias`."""
         return name.replace(".base_layer.", ".").removesuffix(".base_layer")
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Every module of the base model by its canonical name; a wrapped layer stands for itself, unwrapped."""
-        return {self.canonical(n): m for n, m in self.model.named_modules() if not isinstance(m, AdaptedLinear)}
+    def modules(self, *, aliases: bool = False) -> dict[str, nn.Module]:
+        """Every module of the base model by its canonical name, those of adapters left out; wrapped layers unwrapped.
+
+        aliases: also the further names of a module that the model has under several.
+        """
+        found: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+
+        def visit(name: str, module: nn.Module) -> None:
+            if isinstance(module, AdaptedLinear):
+                module = module.base_layer
+            if isinstance(module, AdapterModules) or (id(module) in seen and not aliases):
+                return
+            seen.add(id(module))
+            found[name] = module
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    visit(f"{name}.{child_name}" if name else child_name, child)
+
+        visit("", self.model)
+        return found
 
     def linears(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.modules().items() if is_linear(module)}
@@ -80,8 +105,14 @@ class Host:
         return module
 
     def place(self, path: str) -> nn.Module:
-        """What stands at `path` now, wrapped or not: hooks registered on it stay at that place."""
-        return self.model.get_submodule(path)
+        """What is called at `path`, wrapped or not: hooks registered on it stay at that place.
+
+        Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
+        """
+        module = self.model.get_submodule(path)
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        return module
 
     def dtype(self) -> torch.dtype:
         """That of most of the model's own dense parameters."""
@@ -97,31 +128,60 @@ class Host:
         """Size d of the residual stream."""
         return next(self.module(layer.norms[0]).parameters()).numel()
 
-    def adapt(self, path: str) -> AdaptedLinear:
-        """The AdaptedLinear at `path`, put there if it is not yet."""
-        layer = self.model.get_submodule(path)
-        if not isinstance(layer, AdaptedLinear):
-            base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
-            layer = kind(base, self.selection)
-            move_hooks(base, layer)
-            set_submodule(self.model, path, layer)
-        return layer
-
     def layer_of(self, path: str) -> Layer | None:
         """The transformer layer that the module at `path` is a part of."""
         return next((layer for layer in self.anatomy.layers if path.startswith(f"{layer.path}.")), None)
 
+    # Adapted layers
+
+    def adapt(self, path: str) -> AdaptedLinear:
+        """The AdaptedLinear at `path`, put there, under all names of the layer, if it is not yet."""
+        layer = self.model.get_submodule(path)
+        if not isinstance(layer, AdaptedLinear):
+            base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
+            layer = kind(base, self.selection)
+            self._replace(base, layer)
+        return layer
+
     def adapted(self) -> dict[str, AdaptedLinear]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
 
-    def release(self, path: str, name: str) -> None:
-        """Takes adapter `name` off the layer at `path`, and the wrapper with the last of them."""
-        layer = self.model.get_submodule(path)
-        if isinstance(layer, AdaptedLinear):
-            layer.deltas.pop(name, None)
-            if not layer.deltas:
-                self.unwrap(path, layer)
+    def unwrap(self, layer: AdaptedLinear) -> None:
+        self._replace(layer, layer.base_layer)
 
-    def unwrap(self, path: str, layer: AdaptedLinear) -> None:
-        move_hooks(layer, layer.base_layer)
-        set_submodule(self.model, path, layer.base_layer)
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Puts `new` where `old` is, with the hooks and with the adapters' modules that the hooks run."""
+        names = names_of(self.model, old)
+        move_hooks(old, new)
+        for slot, child in list(old._modules.items()):
+            if isinstance(child, AdapterModules) and not isinstance(child, Overrides) and slot != "deltas":
+                del old._modules[slot]
+                new.add_module(slot, child)
+        for name in names:
+            set_submodule(self.model, name, new)
+
+    # Where the modules of adapters are
+
+    def slot(self, owner: str | None, slot: str) -> AdapterModules:
+        """The child `slot` of the model's module at `owner`, which holds the adapters' modules; made if not there."""
+        if owner is None:
+            return self.prompts
+        module = self.place(owner)
+        if slot not in module._modules:
+            module.add_module(slot, AdapterModules())
+        return cast(AdapterModules, module._modules[slot])
+
+    def remove(self, owner: str | None, slot: str, key: str) -> None:
+        """Takes an entry out of a slot, the slot with its last entry, and a wrapper with the last of its updates."""
+        if owner is None:
+            self.prompts.pop(key)
+            return
+        module = self.place(owner)
+        entries = cast(AdapterModules, module._modules.get(slot) or AdapterModules())
+        if key in entries:
+            del entries[key]
+        if isinstance(module, AdaptedLinear) and slot == "deltas":
+            if not len(module.deltas):
+                self.unwrap(module)
+        elif not len(entries):
+            module._modules.pop(slot, None)

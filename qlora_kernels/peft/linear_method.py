@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.linear_nf4 import is_conv1d
 from .adapted_linear import Delta
+from .base_layer import is_embedding
 from .config import PeftConfig
 from .host import Host
-from .method import Method, by_path
+from .method import Method
 from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers
 
 
@@ -28,7 +30,7 @@ D = TypeVar("D", bound=Delta)
 
 
 class LinearMethod(Method, Generic[D]):
-    """`deltas`: the update of each targeted layer, by the layer's name; new_delta makes them."""
+    """An update of each targeted layer, a child of the AdaptedLinear in the layer's place; new_delta makes them."""
 
     loads_in_peft = True
     adapts_embeddings: ClassVar[bool] = False
@@ -39,7 +41,6 @@ class LinearMethod(Method, Generic[D]):
         if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
         super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
-        self.deltas: dict[str, D] = {}
         for path, base in targets.items():
             self.add_delta(path, self.new_delta(path, base))
         self._add_biases(where.bias)
@@ -49,6 +50,7 @@ class LinearMethod(Method, Generic[D]):
         super().check_names(config, host)
         where = cast(LinearConfig, config)
         check_target_names(host, where)
+        _check_called(host, matched_layers(host, where, embeddings=cls.adapts_embeddings))
         if is_all_linear(where.target_modules) and (stacks := host.expert_stacks()):
             warnings.warn(
                 f"target_modules: 'all-linear' leaves out {len(stacks)} expert weights that are no linear layers "
@@ -56,49 +58,45 @@ class LinearMethod(Method, Generic[D]):
                 stacklevel=4,
             )
 
-    @classmethod
-    def rank(cls, config: PeftConfig, path: str) -> int:
-        """Rank of the update of the layer at `path`."""
-        raise NotImplementedError
-
-    @classmethod
-    def check_file(
-        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
-    ) -> None:
-        stored = by_path(tensors, cls.file_prefix)
-        for path in matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings):
-            names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
-            lora_A = next((stored[name] for name in names if name in stored), None)
-            if lora_A is None:
-                raise ValueError(f"adapter file: missing the lora_A of {path}, which adapter_config.json targets")
-            if lora_A.shape[:1] != (cls.rank(config, path),):
-                raise ValueError(
-                    f"adapter_config.json: the rank of {path} must be that of its tensors, of shape "
-                    f"{list(lora_A.shape)}, got {cls.rank(config, path)}"
-                )
-
     def new_delta(self, path: str, base: nn.Module) -> D:
         raise NotImplementedError
 
+    @property
+    def deltas(self) -> dict[str, D]:
+        """The updates by the names of their layers."""
+        return {path: cast(D, self.tree[path]) for path, place in self.tree.places.items() if place.slot == "deltas"}
+
     def add_delta(self, path: str, delta: D) -> None:
-        self.host.adapt(path).deltas[self.name] = delta
-        self.deltas[path] = delta
-        self.tree.put(path, delta)
+        if self.name in self.host.adapt(path).deltas:
+            raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
+        self.tree.add(path, delta, owner=path, slot="deltas")
 
     def _add_biases(self, which: Literal["none", "all", "lora_only"]) -> None:
         if which == "none":
             return
+        deltas = self.deltas
         for owner, module in self.host.modules().items():
-            adapted = owner in self.deltas
+            adapted = owner in deltas
             if module._parameters.get("bias") is not None and (adapted or which == "all"):
                 # PEFT's place for the bias of a wrapped layer.
                 stored_as = f"{owner}.base_layer.bias" if adapted else None
                 self.overrides.add(f"{owner}.bias", stored_as=stored_as)
 
-    def detach(self) -> None:
-        super().detach()
-        for path in self.deltas:
-            self.host.release(path, self.name)
-
     def why_no_merge(self) -> str | None:
         return None
+
+
+def _check_called(host: Host, targets: Iterable[str]) -> None:
+    """Raises ValueError for an embedding that other embeddings take their table from: models call those instead.
+
+    T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
+    """
+    tied: Mapping[str, str] = getattr(host.model, "all_tied_weights_keys", None) or {}
+    for path in targets:
+        users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
+        called = [user for user in users if user != path and is_embedding(host.module(user))]
+        if called and is_embedding(host.module(path)):
+            raise ValueError(
+                f"target_modules: {path} must be called by the model, which calls {', '.join(called)} over its table; "
+                "name those"
+            )

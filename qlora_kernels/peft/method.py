@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.match import check_names, matches
-from .config import SIZES, TASK_HEADS, PeftConfig
+from .adapter_tree import AdapterTree
+from .config import TASK_HEADS, PeftConfig
 from .host import Host
-from .overrides import Overrides
-from .tree import Tree
+from .overrides import ParameterOverrides
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
 
 _BUFFER = "buffer:"
 """Before the names of buffers in a run's checkpoint."""
@@ -22,15 +26,20 @@ _BUFFER = "buffer:"
 FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
 
 
-_HARMLESS_SIZE = 16384  # a size that may stand in a configuration without a tensor of that size in the file
+class PreparedCall(NamedTuple):
+    """The arguments of the base model's forward or generate, and what is done with its output before it is returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    finish: Callable[[Any], Any] | None = None
 
 
-class Method(nn.Module):
+class Method:
     """What a method must say; each default is the answer of a method that has nothing special to do.
 
-    `tree` mirrors the model and holds what belongs to its modules; `overrides` are trained copies of the model's own
-    parameters. A subclass's __init__ builds the parameters and attaches itself to the host (adapted layers, hooks);
-    `selection.has(self.name)` says in each forward whether it is to act.
+    A subclass's __init__ makes the modules that train and adds them to the model: `tree` knows where they are,
+    `overrides` are trained copies of the model's own parameters. The instance holds none of them. What runs in the
+    model's forward is in the modules and hooks; `selection.has(self.name)` tells them whether to act.
     """
 
     loads_in_peft: ClassVar[bool] = False
@@ -38,14 +47,14 @@ class Method(nn.Module):
     needs: tuple[str, ...] = ()  # other adapters that this one is made of
 
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
-        super().__init__()
         self.config = config
         self.host = host
         self.name = name
-        self.tree = Tree()
-        self.overrides = Overrides(host, self.tree)
-        self.overrides.add_modules(config.heads)
+        self.tree = AdapterTree(host, name)
+        self.overrides = ParameterOverrides(host, name)
         self.hooks: list[RemovableHandle] = []
+        host.unfinished.append(self)
+        self.overrides.add_modules(config.heads)
 
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
@@ -53,7 +62,7 @@ class Method(nn.Module):
 
         For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
         """
-        modules = [name for name in host.modules() if name]
+        modules = [name for name in host.modules(aliases=True) if name]
         check_names("modules_to_save", config.modules_to_save or (), modules)
         usual = TASK_HEADS.get(config.task_type or "", ())
         if usual and not config.modules_to_save and not any(matches(usual, name) for name in modules):
@@ -63,29 +72,6 @@ class Method(nn.Module):
                 stacklevel=4,
             )
 
-    @classmethod
-    def config_of_file(cls, config: PeftConfig) -> PeftConfig:
-        """The configuration with which the adapter of a file is built, given the file's own.
-
-        Start values that the file's tensors replace need not be computed.
-        """
-        return config
-
-    @classmethod
-    def check_file(
-        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
-    ) -> None:
-        """Raises ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
-        held = (*tensors.values(), *extra_tensors.values())
-        longest = max((size for tensor in held for size in tensor.shape), default=0)
-        for field in SIZES:
-            size = getattr(config, field, None)
-            if size is not None and size > max(longest, _HARMLESS_SIZE):
-                raise ValueError(
-                    f"adapter_config.json: {field} must fit the tensors of the file, whose longest side is {longest}, "
-                    f"got {size}"
-                )
-
     @property
     def parts(self) -> list[Method]:
         """The methods that this one consists of; they run as methods of their own."""
@@ -93,44 +79,49 @@ class Method(nn.Module):
 
     # In the model
 
-    def set_applied(self, applied: bool) -> None:
-        """Makes the model's own modules use this adapter's copies of parameters, or the originals again."""
-        self.overrides.set_applied(applied)
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter of the adapter once, by its name in the adapter's file where it is there."""
+        yield from self.tree.named_parameters()
+        yield from self.overrides.named_parameters().items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the file by their paths in the model."""
+        return {**self.tree.state_dict(), **self.overrides.state_dict()}
 
     def detach(self) -> None:
         """Leaves the model as if this adapter had never been added."""
-        self.set_applied(False)
         for hook in self.hooks:
             hook.remove()
+        self.overrides.detach()
+        self.tree.detach()
 
     def why_no_rows(self) -> str | None:
         """Why this adapter cannot serve some rows of a batch only; None if it can."""
-        return f"it replaces {min(self.overrides.copies)} for the whole batch" if self.overrides.copies else None
+        return f"it replaces {min(self.overrides.paths)} for the whole batch" if self.overrides.paths else None
 
     def why_no_merge(self) -> str | None:
         """Why this adapter is not an update of weights; None if it is."""
         return f"{type(self).__name__} is not an update of weights"
 
     def set_trainable(self, trainable: bool) -> None:
-        self.requires_grad_(trainable)
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable and parameter.is_floating_point())
 
-    def prepare_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which the base model's forward runs."""
-        return args, kwargs
+    def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+        """Called before the base model's forward.   model: the one that is called, which may be a replica."""
+        return PreparedCall(args, kwargs)
 
-    def finish_output(self, output: Any) -> Any:
-        """What the caller of forward gets."""
-        return output
-
-    def prepare_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which the base model's generate runs."""
-        return args, kwargs
-
-    def finish_generate(self, output: Any) -> Any:
-        """What the caller of generate gets."""
-        return output
+    def prepare_generate(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+        """Called before the base model's generate."""
+        return PreparedCall(args, kwargs)
 
     # In training
+
+    def watch_training(self) -> None:
+        """Called where training may begin: in train(), set_adapter and peft_loss."""
 
     def peft_loss(self) -> Tensor | None:
         """The method's auxiliary loss, to be added to the task's; None if it has none."""
@@ -151,11 +142,11 @@ class Method(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
-        return {f"{self.file_prefix}{key}": value for key, value in self.tree.state_dict().items()}
+        return {f"{self.file_prefix}{key}": value for key, value in self.state_dict().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
-        load_into(self.tree, by_path(tensors, self.file_prefix))
+        load_into(self, by_path(tensors, self.file_prefix))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(values, tensors) that PEFT's layout has no place for; values["config"]: fields over the file's."""
@@ -172,14 +163,50 @@ class Method(nn.Module):
     def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(values, tensors) that a run needs, beside the trained parameters, to go on exactly as if never stopped."""
         values, tensors = self.extras()
-        return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.named_buffers()}}
+        return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.tree.named_buffers()}}
 
     def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Takes what training_state() gave, also at the end of a run."""
         self.load_extras(values, {n: t for n, t in tensors.items() if not n.startswith(_BUFFER)}, is_trainable=True)
-        for name, buffer in self.named_buffers():
+        for name, buffer in self.tree.named_buffers():
             if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none
                 buffer.copy_(tensors[f"{_BUFFER}{name}"])
+
+
+class AdapterMethods(list[Method]):
+    """The methods that one adapter combines, and their parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(number of the method.name in the adapter's file, parameter)."""
+        for number, method in enumerate(self):
+            yield from ((f"{number}.{path}", parameter) for path, parameter in method.named_parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+
+class Adapters(Mapping[str, AdapterMethods]):
+    """The adapters of a model and their parameters."""
+
+    def __init__(self, methods: Mapping[str, list[Method]]) -> None:
+        self._methods = methods
+
+    def __getitem__(self, name: str) -> AdapterMethods:
+        return AdapterMethods(self._methods[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(adapter.number of the method.name in the adapter's file, parameter)."""
+        for name, methods in self.items():
+            yield from ((f"{name}.{path}", parameter) for path, parameter in methods.named_parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
 
 
 def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
@@ -192,22 +219,23 @@ def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, 
     return {p: v for p, v in paths.items() if ".modules_to_save." not in p and ".original_module." not in p}
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+class HasTensors(Protocol):
+    """A module or a Method."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def load_into(module: HasTensors, tensors: dict[str, Tensor]) -> None:
     """A strict copy into `module`'s parameters and buffers, in their own dtypes.
 
     Raises ValueError that names the missing, unexpected and misshapen keys.
     """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    both = sorted(own.keys() & tensors.keys())
-    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in both
+    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in own.keys() & tensors.keys()
                  if own[k].shape != tensors[k].shape]  # fmt: skip
     if missing or unexpected or misshapen:
         raise ValueError(f"adapter file: missing {missing}, unexpected {unexpected}, of another shape {misshapen}")
-    if unlike := [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]:
-        raise ValueError(
-            f"adapter file: {unlike[0]} must be of a type like {own[unlike[0]].dtype}, got {tensors[unlike[0]].dtype}"
-        )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(tensors[key])

@@ -1,47 +1,53 @@
-"""Overrides: an adapter's own copies of some of the model's parameters, in place while the adapter is active."""
+"""ParameterOverrides: an adapter's own copies of some of the model's parameters, used while the adapter is active."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .base_layer import is_quantized
-from .host import Host
-from .tree import Tree
+from .overridden_module import SLOT, Copies, override, restore
+
+if TYPE_CHECKING:
+    from .host import Host
 
 
-class Overrides:
+class ParameterOverrides:
     """The mechanism under full fine-tuning, BitFit, trained LayerNorms, bias options and modules_to_save.
 
-    The copies are nn.Parameters of the adapter's tree, at the path of the original; while applied they stand in the
-    model's modules in place of the originals. Disabling an adapter puts the same objects back: the base exactly.
+    `paths`: canonical path of an overridden parameter -> its path in the adapter's file. Modules and copies are looked
+    up by these paths whenever they are needed. The copies of tied parameters are one parameter.
+    Copies of fp16 and bf16 parameters are kept in the host's adapter_dtype, fp32 by default, and used in the dtype of
+    the original: what trains has fp32 masters.
     """
 
-    def __init__(self, host: Host, tree: Tree) -> None:
-        self.host = host
-        self.tree = tree
-        self.places: dict[str, tuple[nn.Module, str]] = {}  # path -> (owning module, attribute)
-        self.copies: dict[str, nn.Parameter] = {}
-        self.originals: dict[str, nn.Parameter] = {}
-        self.applied = False
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name = host, name
+        self.paths: dict[str, str] = {}
+        self.keys: dict[str, str] = {}  # path of the owning module -> entry of its overrides
+        self.kept = False
 
     def add(self, path: str, *, stored_as: str | None = None) -> None:
         """Copies the parameter at `path`; one copy for all the paths of a tied one.
 
-        stored_as: where the copy lies in the tree, if not at the same path.
+        stored_as: its path in the file, if that is not `path`.
         """
-        if path in self.copies:
-            return
         owner, _, attribute = path.rpartition(".")
         module = self.host.module(owner)
+        if path in self.paths or any(self.host.module(o) is module for o in self._owners_of(attribute)):
+            return
         original = cast(nn.Parameter, module._parameters[attribute])
-        tied = next((self.copies[p] for p, other in self.originals.items() if other is original), None)
-        self.places[path], self.originals[path] = (module, attribute), original
-        self.copies[path] = tied if tied is not None else nn.Parameter(original.detach().clone())
-        if tied is None:
-            self.tree.put(stored_as or path, self.copies[path])
+        tied = next((p for p in self.paths if self.original(p) is original), None)
+        overrides = override(module, attribute, self.host.selection)
+        if owner not in self.keys:
+            self.keys[owner] = overrides.add(self.name, Copies(self.name))
+        copy = self.copy(tied) if tied is not None else self._new_copy(original)
+        overrides[self.keys[owner]].register_parameter(attribute, copy)
+        self.paths[path] = stored_as or path
 
     def add_modules(self, suffixes: Iterable[str]) -> None:
         """Every parameter of the modules whose name is, or ends with, one of the suffixes.
@@ -49,22 +55,98 @@ class Overrides:
         Raises ValueError if such a module has quantized weights: those cannot be trained.
         """
         wanted = [f".{suffix}" for suffix in suffixes]
-        for name, module in self.host.modules().items():
+        modules = self.host.modules(aliases=True)
+        for name in modules:
             if any(f".{name}".endswith(suffix) for suffix in wanted):
-                if any(is_quantized(m) for m in module.modules()):
+                inside = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{name}.")}
+                if any(is_quantized(m) for m in inside.values()):
                     raise ValueError(f"modules_to_save: {name} must not be quantized; name it in replace_linear's skip")
-                for path, _ in module.named_parameters():
-                    self.add(self.host.canonical(f"{name}.{path}"))
+                for owner, part in inside.items():
+                    for attribute, parameter in part._parameters.items():
+                        if parameter is not None:
+                            self.add(f"{owner}.{attribute}" if owner else attribute)
 
-    def set_applied(self, applied: bool) -> None:
-        applied = applied and bool(self.copies)
-        if applied != self.applied:
-            for path, parameter in (self.copies if applied else self.originals).items():
-                module, attribute = self.places[path]
-                module._parameters[attribute] = parameter
-            self.applied = applied
+    def _owners_of(self, attribute: str) -> list[str]:
+        return [path.rpartition(".")[0] for path in self.paths if path.rpartition(".")[2] == attribute]
+
+    def _new_copy(self, original: nn.Parameter) -> nn.Parameter:
+        dtype = original.dtype
+        if original.is_floating_point():
+            dtype = torch.promote_types(dtype, self.host.adapter_dtype)
+        return nn.Parameter(original.detach().to(dtype, copy=True), requires_grad=original.is_floating_point())
+
+    def original(self, path: str) -> nn.Parameter | None:
+        """The model's own parameter at `path`."""
+        owner, _, attribute = path.rpartition(".")
+        return self.host.module(owner)._parameters.get(attribute)
+
+    def copy(self, path: str) -> nn.Parameter | None:
+        """The adapter's copy of the parameter at `path`; None where the module has been replaced by another since."""
+        owner, _, attribute = path.rpartition(".")
+        overrides = self.host.module(owner)._modules.get(SLOT)
+        key = self.keys[owner]
+        if overrides is None or key not in cast(nn.ModuleDict, overrides):
+            return None
+        return cast(nn.ModuleDict, overrides)[key]._parameters.get(attribute)
+
+    def set_copy(self, path: str, copy: nn.Parameter) -> None:
+        """Puts another parameter in the place of the copy at `path`, also where the module there is a new one."""
+        owner, _, attribute = path.rpartition(".")
+        overrides = override(self.host.module(owner), attribute, self.host.selection)
+        if self.keys[owner] not in overrides:
+            overrides[self.keys[owner]] = Copies(self.name)
+        overrides[self.keys[owner]].register_parameter(attribute, copy)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The copies by the paths of the originals, each of tied ones once."""
+        copies = self.copies
+        return {path: copy for path, copy in copies.items() if _first(copies, copy) == path}
+
+    @property
+    def copies(self) -> dict[str, nn.Parameter]:
+        """The copies by the paths of the originals, tied ones under each path."""
+        return {path: copy for path in self.paths if (copy := self.copy(path)) is not None}
+
+    @property
+    def originals(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters of which there are copies."""
+        return {path: original for path in self.paths if (original := self.original(path)) is not None}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the file: what the model computes with while the adapter is active; of tied ones the first.
+
+        Where a module was replaced or re-parametrized after the adapter was added, that is not the copy.
+        """
+        tensors: dict[str, Tensor] = {}
+        with self.host.selection.within(active=(self.name,), enabled=True, rows=None):
+            for path in self.paths:
+                owner, _, attribute = path.rpartition(".")
+                module = self.host.module(owner)
+                copy = None if parametrize.is_parametrized(module, attribute) else self.copy(path)
+                tensors[path] = getattr(module, attribute).detach() if copy is None else copy
+        return {self.paths[path]: t.detach() for path, t in tensors.items() if _first(tensors, t) == path}
+
+    def detach(self) -> None:
+        """Takes the copies out of the model."""
+        for owner, key in self.keys.items():
+            module = self.host.module(owner)
+            overrides = module._modules.get(SLOT)
+            if overrides is not None and key in cast(nn.ModuleDict, overrides):
+                del cast(nn.ModuleDict, overrides)[key]
+            restore(module)
+        self.paths, self.keys = {}, {}
 
     def keep(self) -> None:
-        """Makes the copies the model's own for good."""
-        self.set_applied(True)
-        self.copies, self.originals = {}, {}
+        """Makes the copies the model's own parameters for good, in the dtypes of the originals."""
+        made: dict[int, nn.Parameter] = {}
+        for path in self.paths:
+            original, copy = self.original(path), self.copy(path)
+            if original is not None and copy is not None:  # a merged layer has its bias already
+                own = nn.Parameter(copy.detach().to(original.dtype), requires_grad=False)
+                owner, _, attribute = path.rpartition(".")
+                self.host.module(owner).register_parameter(attribute, made.setdefault(id(copy), own))
+        self.kept = True
+
+
+def _first(tensors: dict[str, Tensor] | dict[str, nn.Parameter], wanted: Tensor) -> str:
+    return next(path for path, tensor in tensors.items() if tensor is wanted)

@@ -12,8 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .host import Host
+from .adapter_tree import effective_state
 from .method import load_into
+from .offloaded import weight_of
+from .prompt_tuning import PromptTable
 from .registry import register_method
 from .soft_prompt import SoftPrompt, SoftPromptConfig
 
@@ -63,7 +65,7 @@ class PromptEncoder(nn.Module):
         self.mlp = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
 
     def forward(self) -> Tensor:
-        x = self.embedding.weight
+        x = weight_of(self.embedding, "weight")
         if self.lstm is not None:
             x = self.lstm(x[None])[0][0]
         y: Tensor = self.mlp(x)
@@ -72,35 +74,24 @@ class PromptEncoder(nn.Module):
 
 @register_method(PTuningConfig)
 class PTuning(SoftPrompt):
-    """`encoder` while training; `embedding.weight` [n, d], what it gave at last, once loaded for use."""
+    """A PromptEncoder while training; a PromptTable of what it gave at last, once loaded for use."""
 
     config: PTuningConfig
 
-    def __init__(self, config: PTuningConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
-        self.config = self.config.replace(encoder_hidden_size=config.encoder_hidden_size or self.config.token_dim)
-        self.encoder: PromptEncoder | None = self._new_encoder()
-        self.embedding: nn.Embedding | None = None
-
-    def _new_encoder(self) -> PromptEncoder:
+    def new_prompt(self) -> PromptEncoder:
+        self.config = self.config.replace(encoder_hidden_size=self.config.encoder_hidden_size or self.config.token_dim)
         return PromptEncoder(self.config, self.embedding_device(), self.host.adapter_dtype)
-
-    def prompt(self) -> Tensor:
-        if self.embedding is not None:
-            return self.embedding.weight
-        rows: Tensor = cast(PromptEncoder, self.encoder)()
-        return rows
 
     def set_prompt(self, rows: Tensor) -> None:
         """The embeddings alone, trained as they are from here on."""
-        weight = rows.to(self.embedding_device(), self.host.adapter_dtype, copy=True)
-        self.embedding, self.encoder = nn.Embedding(rows.shape[0], rows.shape[1], _weight=weight), None
+        self.replace_module(PromptTable(rows.to(self.embedding_device(), self.host.adapter_dtype, copy=True)))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().extras()
-        return values, {**tensors, **(self.encoder.state_dict() if self.encoder is not None else {})}
+        return values, {**tensors, **(effective_state(self.module) if isinstance(self.module, PromptEncoder) else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         if tensors and is_trainable:
-            self.encoder, self.embedding = self._new_encoder(), None
-            load_into(self.encoder, tensors)
+            encoder = self.new_prompt()
+            load_into(encoder, tensors)
+            self.replace_module(encoder)

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.match import as_names
 from . import checkpoint
+from .adapter_tree import AdapterModules
 from .base_layer import features, is_quantized
 from .combine import Combination, weighted_lora
 from .config import PeftConfig
@@ -21,9 +22,12 @@ from .explain import Explanation, explain
 from .foreign_layer import forget_quantization
 from .host import Host
 from .lora import Lora
-from .method import Method
+from .method import Adapters, Method
+from .recomputation import save_state_with_regions
 from .registry import method_for
-from .selection import BASE
+from .resize import resize_token_embeddings
+from .rows import batch_size, expanded_rows
+from .selection import BASE, States, captured, entered
 
 Configs = PeftConfig | Sequence[PeftConfig]
 
@@ -48,7 +52,11 @@ def get_peft_model(
 
 
 class PeftModel(nn.Module):
-    """What is called, trained, merged and saved. Attributes it lacks are the base model's."""
+    """What is called, trained, merged and saved. Attributes it lacks are the base model's.
+
+    The adapters' parameters are inside `base_model`, in the modules whose output they change, those of prompts in
+    `prompt_encoder`; docs/methods.md says under which names.
+    """
 
     def __init__(
         self,
@@ -61,10 +69,12 @@ class PeftModel(nn.Module):
         super().__init__()
         if isinstance(model, PeftModel):
             raise TypeError("get_peft_model: model must not have adapters yet; use add_adapter")
+        save_state_with_regions()
         self.base_model = model.requires_grad_(False)
-        self.adapters = nn.ModuleDict()
-        self.host = Host(model, adapter_dtype)
+        self.prompt_encoder = AdapterModules()
+        self.host = Host(model, adapter_dtype, self.prompt_encoder)
         self.selection = self.host.selection
+        self.replica_states: States | None = None  # of a replica: what held where it was made
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
             self.set_adapter(adapter_name)
@@ -81,46 +91,81 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward.   adapter_names: for each row of the batch an adapter, or "__base__" for none."""
-        with self._call(adapter_names, kwargs):
-            for method in self._speaking():
-                args, kwargs = method.prepare_inputs(args, kwargs)
+        if self.replica_states is not None:
+            with entered(self.replica_states):
+                return self._forward(args, kwargs, adapter_names)
+        return self._forward(args, kwargs, adapter_names)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Sequence[str] | None) -> Any:
+        with self._call(args, kwargs, adapter_names):
+            finishing = []
+            for method in self._acting():
+                args, kwargs, finish = method.prepare_forward(self, args, kwargs)
+                finishing.append(finish)
             output = self.base_model(*args, **kwargs)
-            for method in self._speaking():
-                output = method.finish_output(output)
+            for finish in finishing:
+                output = output if finish is None else finish(output)
             return output
 
     @torch.no_grad()
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's generate; every step computes what forward would."""
-        with self._call(adapter_names, kwargs):
-            for method in self._speaking():
-                args, kwargs = method.prepare_generate(args, kwargs)
-            output = self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
-            for method in self._speaking():
-                output = method.finish_generate(output)
+        with self._call(args, kwargs, adapter_names):
+            finishing = []
+            for method in self._acting():
+                args, kwargs, finish = method.prepare_generate(self, args, kwargs)
+                finishing.append(finish)
+            with self.selection.within(rows=expanded_rows(self.selection.state.rows, self.base_model, kwargs)):
+                output = self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+            for finish in finishing:
+                output = output if finish is None else finish(output)
             return output
 
-    @contextmanager
-    def _call(self, adapter_names: Sequence[str] | None, kwargs: dict[str, Any]) -> Iterator[None]:
-        if adapter_names is not None:
-            for name in set(adapter_names) - {BASE}:
-                for method in self._methods(name):
-                    if reason := method.why_no_rows():
-                        raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
-            if any(m.overrides.applied for name in self.adapters for m in self._methods(name)):
-                raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
-        padding = kwargs.get("attention_mask")
-        with self.selection.for_call(adapter_names, padding if padding is not None and padding.dim() == 2 else None):
-            yield
+    def _call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Sequence[str] | None
+    ) -> AbstractContextManager[None]:
+        """In it the base model computes one call.   adapter_names: as forward has it."""
+        mask = kwargs.get("attention_mask")
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if adapter_names is None:
+            return self.selection.within(rows=None, padding=padding)
+        self._check_rows(adapter_names, batch_size(args, kwargs))
+        return self.selection.within(rows=tuple(adapter_names), padding=padding)
 
-    def _speaking(self) -> list[Method]:
+    def _check_rows(self, adapter_names: Sequence[str], batch: int | None) -> None:
+        if batch is not None and len(adapter_names) != batch:
+            raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
+        for name in set(adapter_names) - {BASE}:
+            for method in self._methods(name):
+                if reason := method.why_no_rows():
+                    raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
+        if self.selection.state.enabled and any(method.overrides.paths for method in self._active()):
+            raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
+
+    def _acting(self) -> list[Method]:
         """The methods that act in this call."""
-        return [m for name in self.adapters if self.selection.has(name) for m in self._methods(name)]
+        return [m for name in self.host.adapters if self.selection.has(name) for m in self._methods(name)]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # A replica runs in a thread of its own, which does not know what holds in this one.
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.replica_states = captured()
+        return replica
+
+    def train(self, mode: bool = True) -> PeftModel:
+        super().train(mode)
+        for name in self.host.adapters:
+            for method in self._methods(name):
+                method.watch_training()
+        return self
 
     def peft_loss(self) -> Tensor:
         """The active adapters' auxiliary losses, to be added to the task's loss; zero in eval mode."""
         device = next(self.parameters()).device
-        losses = [m.peft_loss() for m in self._active()] if self.training else []
+        active = self._active() if self.training else []
+        for method in active:
+            method.watch_training()
+        losses = [method.peft_loss() for method in active]
         return sum((loss for loss in losses if loss is not None), torch.zeros((), device=device))
 
     def step(self, global_step: int) -> None:
@@ -135,6 +180,11 @@ class PeftModel(nn.Module):
     # Adapters
 
     @property
+    def adapters(self) -> Adapters:
+        """The adapters by name, with parameters() and named_parameters() of their own."""
+        return Adapters(self.host.adapters)
+
+    @property
     def active_adapters(self) -> list[str]:
         return list(self.selection.active)
 
@@ -142,13 +192,13 @@ class PeftModel(nn.Module):
     def active_adapter(self) -> str:
         """The first active one. Raises ValueError where none is."""
         if not self.selection.active:
-            raise ValueError(f"active_adapter: an adapter must be active, got none of {list(self.adapters)}")
+            raise ValueError(f"active_adapter: an adapter must be active, got none of {list(self.host.adapters)}")
         return self.selection.active[0]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
         """By adapter; a list where it combines several methods."""
-        configs = {name: [m.config for m in self.host.adapters[name]] for name in self.adapters}
+        configs = {name: [method.config for method in methods] for name, methods in self.host.adapters.items()}
         return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
 
     def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
@@ -161,19 +211,28 @@ class PeftModel(nn.Module):
         self._add(adapter_name, peft_config)
 
     def _add(self, adapter_name: str, peft_config: Configs) -> None:
-        if adapter_name in self.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
+        if adapter_name in self.host.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
             raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {adapter_name!r}")
-        with self._nothing_applied():
-            parts = nn.ModuleList()
-            self.host.adapters[adapter_name] = cast("list[Method]", parts)
-            self.adapters[adapter_name] = parts
-            try:
+        if hasattr(AdapterModules, adapter_name):
+            raise ValueError(
+                f"add_adapter: adapter_name must be no attribute of nn.ModuleDict, got {adapter_name!r}; use another"
+            )
+        methods: list[Method] = []
+        self.host.adapters[adapter_name] = methods
+        try:
+            with self.selection.disabled():
                 for config in _as_list(peft_config):
-                    parts.append(method_for(config)(config, self.host, adapter_name))
-            except BaseException:
-                self._remove(adapter_name)
-                raise
-            parts.requires_grad_(False).train(self.training)
+                    methods.append(method_for(config)(config, self.host, adapter_name))
+        except BaseException:
+            for method in reversed(self.host.unfinished):
+                method.detach()
+            del self.host.adapters[adapter_name]
+            raise
+        finally:
+            self.host.unfinished = []
+        for method in self._methods(adapter_name):
+            method.set_trainable(False)
+            method.tree.train(self.training)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
@@ -183,15 +242,14 @@ class PeftModel(nn.Module):
         self._check_replaced("set_adapter", names)
         if both := {need for name in names for need in self._needs(name)} & set(names):
             raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
-        self._put_in_place(())
         self.selection.active = names
-        self._put_in_place(names)
-        for name in self.adapters:
+        for name in self.host.adapters:
             for method in self._methods(name):
                 method.set_trainable(name in names and not inference_mode)
+                method.watch_training()
 
     def _check_replaced(self, op: str, names: Sequence[str]) -> None:
-        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.copies]
+        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.paths]
         if twice := {path for path in replaced if replaced.count(path) > 1}:
             raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
 
@@ -201,22 +259,22 @@ class PeftModel(nn.Module):
         Raises ValueError for an adapter that is merged or that another one is made of.
         """
         methods = self._methods(adapter_name)
-        if users := [name for name in self.adapters if adapter_name in self._needs(name)]:
+        if users := [name for name in self.host.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
         if any(adapter_name in layer.merged_names for layer in self.host.adapted().values()):
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
         was_active = adapter_name in self.selection.active
         trained = any(p.requires_grad for method in methods for p in method.parameters())
         self._remove(adapter_name)
-        if was_active and not self.selection.active and self.adapters:
-            first = next(iter(self.adapters))
+        if was_active and not self.selection.active and self.host.adapters:
+            first = next(iter(self.host.adapters))
             warnings.warn(f"delete_adapter: {adapter_name!r} was active; {first!r} is active now", stacklevel=2)
             self.set_adapter(first, inference_mode=not trained)
 
     def _remove(self, name: str) -> None:
         for method in reversed(self._methods(name)):
             method.detach()
-        del self.adapters[name], self.host.adapters[name]
+        del self.host.adapters[name]
         self.selection.active = tuple(n for n in self.selection.active if n != name)
 
     def add_weighted_adapter(
@@ -253,28 +311,16 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model exactly, also while adapters are merged; the merge state does not change."""
-        with self._nothing_applied(), self.selection.disabled():
-            yield
+        """The base model exactly, also while adapters are merged; the merge state does not change.
 
-    @contextmanager
-    def _nothing_applied(self) -> Iterator[None]:
-        applied = [m for name in self.adapters for m in self._methods(name) if m.overrides.applied]
-        self._put_in_place(())
-        try:
+        It holds for calls inside the `with` in this thread or asyncio task, and for no others.
+        """
+        with self.selection.disabled():
             yield
-        finally:
-            for method in applied:
-                method.set_applied(True)
-
-    def _put_in_place(self, names: Sequence[str]) -> None:
-        for name in self.adapters:
-            for method in self._methods(name):
-                method.set_applied(name in names)
 
     def _methods(self, name: str) -> list[Method]:
-        if name not in self.adapters:
-            raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
+        if name not in self.host.adapters:
+            raise ValueError(f"adapter_name: must be one of {list(self.host.adapters)}, got {name!r}")
         return [part for method in self.host.adapters[name] for part in (method, *method.parts)]
 
     def _needs(self, name: str) -> set[str]:
@@ -295,24 +341,33 @@ class PeftModel(nn.Module):
         Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
         """
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
+        self._check_mergeable(names)
+        for name in names:
+            replaced = [path for method in self._methods(name) for path in method.overrides.paths]
+            if replaced and name not in self.selection.active:
+                raise ValueError(
+                    f"merge: adapter {name!r} must be active, since it replaces {min(replaced)}; call set_adapter"
+                )
+        self._merge(names, target=target, safe_merge=safe_merge)
+
+    def _check_mergeable(self, names: Sequence[str]) -> None:
         for name in names:
             for method in self._methods(name):
                 if reason := method.why_no_merge():
                     raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
-                if method.overrides.copies and not method.overrides.applied:
-                    path = min(method.overrides.copies)
-                    raise ValueError(
-                        f"merge: adapter {name!r} must be active, since it replaces {path}; call set_adapter"
-                    )
+
+    def _merge(self, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
         dtype = self.host.dtype()
-        norms = [
-            layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
-            for layer in self.host.adapted().values()
-            if any(name in layer.deltas for name in names)
-        ]
+        with self.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
+            norms = [
+                layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
+                for layer in self.host.adapted().values()
+                if any(name in layer.deltas for name in names)
+            ]
         error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
         if update and any(
-            is_quantized(layer.base_layer) for layer in self.host.adapted().values() if layer.merged_names
+            layer.merged_layer is not None and is_quantized(layer.merged_layer)
+            for layer in self.host.adapted().values()
         ):
             warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=2)
 
@@ -326,8 +381,8 @@ class PeftModel(nn.Module):
         """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         self._check_replaced("merge", names)
-        self._put_in_place(names)
-        self.merge_adapter(names, safe_merge, target=target)
+        self._check_mergeable(names)
+        self._merge(names, target=target, safe_merge=safe_merge)
         self._untie_merged()
         for layer in self.host.adapted().values():
             layer.keep_merged()
@@ -339,13 +394,15 @@ class PeftModel(nn.Module):
         return base
 
     def _untie_merged(self) -> None:
-        owners: dict[int, int] = {}
-        for module in self.base_model.modules():
-            for parameter in module.parameters(recurse=False):
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        for path, layer in self.host.adapted().items():
-            weight = layer.unmerged[0]._parameters.get("weight") if layer.unmerged else None
-            if weight is not None and owners.get(id(weight), 0):
+        merged = {path: layer for path, layer in self.host.adapted().items() if layer.merged_layer is not None}
+        others = {
+            id(parameter)
+            for path, module in self.host.modules().items()
+            if path not in merged
+            for parameter in module.parameters(recurse=False)
+        }
+        for path, layer in merged.items():
+            if id(layer.base_layer._parameters.get("weight")) in others:
                 # The merged weight is another tensor than the one it was tied to, which keeps its values.
                 warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=3)
                 if hasattr(self.base_model, "config"):
@@ -354,25 +411,40 @@ class PeftModel(nn.Module):
     def unload(self) -> nn.Module:
         """The base model as it was before any adapter."""
         self.unmerge_adapter()
-        for name in list(self.adapters):
+        for name in list(self.host.adapters):
             self._remove(name)
-        for path, layer in self.host.adapted().items():
-            self.host.unwrap(path, layer)
-        self.host.rejoin_attention()
+        self.host.join_attention()
         return self.base_model
 
     def get_base_model(self) -> nn.Module:
         return self.base_model
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, of transformers; the adapters' copies of the embeddings and of the head are resized too.
+
+        Rows that are added to a copy are those that the base model gets.
+        Raises ValueError where the embeddings or the head have a LoRA.
+        """
+        return resize_token_embeddings(self.host, *args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's, over its own parameters."""
+        with self.selection.disabled():
+            return self.base_model.tie_weights(*args, **kwargs)  # type: ignore[operator]
+
     # Counting
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all), numbers of weights; a quantized layer counts as its dense shape."""
-        unique = {id(p): p for p in self.parameters()}.values()
-        layers = [m for m in self.modules() if is_quantized(m)]
-        codes = {id(p): p for m in layers for p in m.parameters(recurse=False) if p is not m.bias}
-        total = sum(p.numel() for p in unique) - sum(p.numel() for p in codes.values())
-        return sum(p.numel() for p in unique if p.requires_grad), total + sum(math.prod(features(m)) for m in layers)
+        aside = {id(layer.base_layer) for layer in self.host.adapted().values() if layer.merged_layer is not None}
+        replaced = {id(original) for method in self._active() for original in method.overrides.originals.values()}
+        modules = [module for module in self.modules() if id(module) not in aside]
+        layers = [module for module in modules if is_quantized(module)]
+        codes = {id(p) for layer in layers for p in layer.parameters(recurse=False) if p is not layer.bias}
+        parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+        counted = [p for key, p in parameters.items() if key not in codes | replaced]
+        trained = sum(p.numel() for p in counted if p.requires_grad)
+        return trained, sum(p.numel() for p in counted) + sum(math.prod(features(layer)) for layer in layers)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
@@ -388,7 +460,7 @@ class PeftModel(nn.Module):
 
         An interrupted save leaves the whole old state or the whole new one (docs/reliability.md).
         """
-        names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.adapters)
+        names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
         for name in names:
             self._methods(name)  # refuses an unknown name before anything is written
         adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
@@ -403,7 +475,7 @@ class PeftModel(nn.Module):
         is put in eval mode, as PEFT does.
         """
         configs, files = zip(*checkpoint.load_adapter(model_id), strict=True)
-        self._add(adapter_name, [checkpoint.buildable(c, f, self.host) for c, f in zip(configs, files, strict=True)])
+        self._add(adapter_name, configs)
         try:
             checkpoint.load_weights(self.host.adapters[adapter_name], files, is_trainable=is_trainable)
         except BaseException:

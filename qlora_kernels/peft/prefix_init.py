@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base_layer import device_of
 from .host import Host
-from .prefix_slot import PrefixSlot
+from .prefix_slot import SLOT, PrefixSlot
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def words_rows(host: Host, attentions: Sequence[str], ids: Sequence[int]) -> Ten
     """
     if host.anatomy.seq2seq or not callable(getattr(host.model, "get_input_embeddings", None)):
         raise ValueError("init_token_ids: the model must be a decoder or an encoder that takes input_ids")
-    slots = [cast(PrefixSlot, host.module(path).prefix_slot) for path in attentions]
+    slots = [cast(PrefixSlot, getattr(host.module(path), SLOT)) for path in attentions]
     training = host.model.training
     try:
         for slot in slots:

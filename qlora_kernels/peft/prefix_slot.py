@@ -7,15 +7,16 @@ generate() computes what forward() does, gradient checkpointing recomputes them,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter_tree import AdapterModules
 from .selection import Selection
 
 
@@ -32,7 +33,7 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefixes:
-    """The prefixes of the adapters that speak, side by side.   visible: bool [B, 1, 1, n], or None where every row sees
+    """The prefixes of the adapters that act, side by side.   visible: bool [B, 1, 1, n], or None where every row sees
     all n positions of them."""
 
     parts: dict[str, Prefix]
@@ -80,33 +81,49 @@ def _in_slice(place: int, gates: int, x: Tensor) -> Tensor:
     return F.pad(x, (d * place, d * (gates - place))) if gates else x
 
 
-@dataclass
-class PrefixSlot:
-    """`providers`: adapter -> function that gives its Prefix.
+class PrefixSource(nn.Module):
+    """One adapter's part in one attention; its call gives a Prefix.
 
-    `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n] where a prefix has positions.
+    `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n] where the prefix has positions.
+    """
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.bias: nn.Module | None = None
+
+    def forward(self) -> Prefix:
+        raise NotImplementedError
+
+
+class PrefixSlot(AdapterModules):
+    """Child `prefix_slot` of an attention module: a PrefixSource of each adapter that has one there.
+
     `seen`: a list to which the model's own keys and values are to be added, or None.
     """
 
-    selection: Selection
-    providers: dict[str, Callable[[], Prefix]]
-    bias: dict[str, Callable[[int, int, int], Tensor]]
-    seen: list[tuple[Tensor, Tensor]] | None = None
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+        self.seen: list[tuple[Tensor, Tensor]] | None = None
 
     def read(self, k: Tensor, v: Tensor) -> Prefixes | None:
-        """What the adapters that speak put before k and v [B, heads_kv, S, head_dim]; a row sees its own adapter's."""
+        """What the adapters that act put before k and v [B, heads_kv, S, head_dim]; a row sees its own adapter's."""
         if self.seen is not None:
             self.seen.append((k, v))
-        parts = {name: provide() for name, provide in self.providers.items() if self.selection.has(name)}
-        if not parts:
+        sources = {
+            key: source for key, source in self.items() if self.selection.has(cast(PrefixSource, source).adapter)
+        }
+        if not sources:
             return None
-        prefixes = Prefixes(parts)
-        if self.selection.rows is None:
+        prefixes = Prefixes({key: source() for key, source in sources.items()})
+        if self.selection.state.rows is None:
             return prefixes
         rows = self.selection.rows_of(k.shape[0])
-        seen = [[row == name for name, n in prefixes.lengths.items() for _ in range(n)] for row in rows]
-        device = next(iter(parts.values())).keys.device
-        return Prefixes(parts, torch.tensor(seen, device=device)[:, None, None])
+        adapters = {key: cast(PrefixSource, source).adapter for key, source in sources.items()}
+        seen = [[row == adapters[key] for key, n in prefixes.lengths.items() for _ in range(n)] for row in rows]
+        device = next(iter(prefixes.parts.values())).keys.device
+        return Prefixes(prefixes.parts, torch.tensor(seen, device=device)[:, None, None])
 
 
 def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, causal: bool) -> Tensor | None:
@@ -131,18 +148,18 @@ def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, 
 
 def attention_slot(attention: nn.Module, selection: Selection) -> PrefixSlot:
     """The slot of an attention module, made if it has none."""
-    slot = getattr(attention, _SLOT, None)
+    slot: PrefixSlot | None = getattr(attention, SLOT, None)
     if slot is None:
-        slot = PrefixSlot(selection, {}, {})
-        setattr(attention, _SLOT, slot)
-        if not hasattr(attention, "packed"):
+        if not getattr(attention, "reads_prefix_slot", False):
             _use_prefix_attention(attention)
+        slot = PrefixSlot(selection)
+        attention.add_module(SLOT, slot)
     return slot
 
 
 # transformers' models look their attention function up by the name in config._attn_implementation.
 
-_SLOT = "prefix_slot"
+SLOT = "prefix_slot"
 _PREFIXED = "qlora_kernels_prefix_"
 
 
@@ -171,13 +188,14 @@ def _use_prefix_attention(attention: nn.Module) -> None:
     config._attn_implementation = _PREFIXED + name
 
 
-def restore_attention(attention: nn.Module) -> None:
-    """Undoes attention_slot once no adapter uses it."""
-    slot = getattr(attention, _SLOT, None)
-    if slot is not None and not slot.providers:
-        setattr(attention, _SLOT, None)
+def restore_attention(attention: nn.Module, others: Iterable[nn.Module]) -> None:
+    """Undoes attention_slot once no adapter uses the slot.
+
+    others: the attention modules that have a slot; those of one configuration use one implementation.
+    """
+    if SLOT not in attention._modules:
         config = getattr(attention, "config", None)
-        if config is not None:
+        if config is not None and not any(getattr(other, "config", None) is config for other in others):
             config._attn_implementation = config._attn_implementation.removeprefix(_PREFIXED)
 
 
@@ -204,7 +222,7 @@ def attention_with_prefix(
 ) -> tuple[Tensor, Tensor | None]:
     """`inner`, an attention function of transformers, over [prefix; key] and [prefix; value]."""
     extra: dict[str, Any] = {} if is_causal is None else {"is_causal": is_causal}
-    slot: PrefixSlot | None = getattr(attention, _SLOT, None)
+    slot: PrefixSlot | None = getattr(attention, SLOT, None)
     prefix = slot.read(key, value) if slot is not None else None
     if slot is None or prefix is None:
         if position_bias is not None:
@@ -222,10 +240,9 @@ def _prefix_bias(slot: PrefixSlot, prefix: Prefixes, query: Tensor, key: Tensor,
     """T5's position bias for the prefix columns: zero, or by distance where the adapter's prefix has positions."""
     queries = query.shape[2]
     past = key.shape[2] - queries
-    columns = [
-        slot.bias[name](queries, n, past).to(position_bias.dtype)
-        if name in slot.bias
-        else position_bias.new_zeros(1, position_bias.shape[1], queries, n)
-        for name, n in prefix.lengths.items()
-    ]
+    columns = []
+    for entry, n in prefix.lengths.items():
+        part = cast(PrefixSource, slot[entry])
+        zeros = position_bias.new_zeros(1, position_bias.shape[1], queries, n)
+        columns.append(zeros if part.bias is None else part.bias(queries, n, past).to(position_bias.dtype))
     return torch.cat(columns, dim=-1).expand(position_bias.shape[0], -1, -1, -1)

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.match import as_names
+from .adapter_tree import effective_state
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
 from .method import PROMPT_PREFIX, Method, by_path, load_into
+from .offloaded import weight_of
 from .prefix_init import words_rows
-from .prefix_slot import Prefix, attention_slot, restore_attention
+from .prefix_slot import SLOT, Prefix, PrefixSource, attention_slot, restore_attention
 from .registry import register_method
 from .relative_bias import bias_source
 
@@ -142,9 +144,9 @@ class PrefixEncoder(nn.Module):
 
     def _rows(self, rows: slice) -> Tensor:
         if self.down is None or self.up is None:
-            return self.embedding.weight[:, rows]
-        hidden = torch.tanh(self.down(self.embedding.weight))
-        return F.linear(hidden, self.up.weight[rows], self.up.bias[rows])
+            return weight_of(self.embedding, "weight")[:, rows]
+        hidden = torch.tanh(self.down(weight_of(self.embedding, "weight")))
+        return F.linear(hidden, weight_of(self.up, "weight")[rows], weight_of(self.up, "bias")[rows])
 
     @torch.no_grad()
     def flat(self) -> Tensor:
@@ -161,20 +163,20 @@ class PrefixEncoder(nn.Module):
         self.down = self.up = None
 
 
-@dataclass
-class PrefixPart:
-    """One attention's share of an encoder; what the attention's slot calls."""
+class PrefixPart(PrefixSource):
+    """One attention's share of an encoder, which is a child of all the attentions that it serves."""
 
-    encoder: PrefixEncoder
-    layer: int
+    def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
+        super().__init__(adapter)
+        self.encoder, self.layer = encoder, layer
 
-    def read(self) -> Prefix:
+    def forward(self) -> Prefix:
         return Prefix(*self.encoder(self.layer))
 
 
 @register_method(PrefixTuningConfig)
 class PrefixTuning(Method):
-    """`prefixes`: site -> PrefixEncoder over the layers that have the site."""
+    """In each attention's slot a part of the encoder of its site; `prefixes`: site -> encoder."""
 
     config: PrefixTuningConfig
     file_prefix = PROMPT_PREFIX
@@ -197,15 +199,16 @@ class PrefixTuning(Method):
             encoder_hidden_size=(config.encoder_hidden_size or 512) if config.prefix_projection else heads * head_dim,
         )
         super().__init__(config, host, name)
-        self.prefixes = nn.ModuleDict()
-        for site, paths in ((site, self.attentions[site]) for site in sites):
-            encoder = self.prefixes[site] = self._new_encoder(paths)
+        self.sites = sites
+        for site in sites:
+            paths = self.attentions[site]
+            encoder = self._new_encoder(paths)
             for i, path in enumerate(paths):
                 layer = 2 * i % len(paths) if config.peft_layers else i
-                self._attach(site, path, self.part_type(encoder, layer))
+                self._attach(site, path, self.part_type(name, encoder, layer))
         if words := list(config.init_token_ids or ()):
             n = config.num_virtual_tokens
-            for site, encoder in self._encoders().items():
+            for site, encoder in self.prefixes.items():
                 encoder.set_flat(words_rows(host, self.attentions[site], (words * (n // len(words) + 1))[:n]))
             self.config = self.config.replace(init_token_ids=None)
         if offset:
@@ -228,12 +231,16 @@ class PrefixTuning(Method):
         return encoder
 
     def _attach(self, site: str, path: str, part: PrefixPart) -> None:
-        slot = attention_slot(self.host.module(path), self.host.selection)
-        slot.providers[self.name] = part.read
+        attention_slot(self.host.module(path), self.host.selection)
         if site == "decoder" and self.config.position_offset:
-            source = bias_source(self.host.module(self.attentions[site][0]))
-            if source is not None:
-                slot.bias[self.name] = source
+            part.bias = bias_source(self.host.module(self.attentions[site][0]))
+        self.tree.add(part_path(path), part, owner=path, slot=SLOT, in_file=False)
+
+    @property
+    def prefixes(self) -> dict[str, PrefixEncoder]:
+        """The encoder of each site."""
+        parts = {site: cast(PrefixPart, self.tree[part_path(self.attentions[site][0])]) for site in self.sites}
+        return {site: part.encoder for site, part in parts.items()}
 
     def _shift_positions(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -247,34 +254,28 @@ class PrefixTuning(Method):
         if not isinstance(value, Tensor) or value.is_floating_point():
             return value
         selection, n = self.host.selection, self.config.num_virtual_tokens
-        if selection.rows is None:
+        rows = selection.state.rows
+        if rows is None:
             return value + n
-        rows = selection.rows
         value = value.expand(len(rows), *value.shape[1:]) if value.shape[0] == 1 else value
         own = torch.tensor([name == self.name for name in selection.rows_of(value.shape[0])], device=value.device)
         return value + n * own.view(-1, *(1,) * (value.dim() - 1))
 
     def detach(self) -> None:
         super().detach()
-        for paths in self.attentions.values():
-            for path in paths:
-                attention = self.host.module(path)
-                if (slot := getattr(attention, "prefix_slot", None)) is not None:
-                    slot.providers.pop(self.name, None)
-                    slot.bias.pop(self.name, None)
-                    restore_attention(attention)
+        attentions = [self.host.module(path) for paths in self.attentions.values() for path in paths]
+        others = [module for module in self.host.modules().values() if SLOT in module._modules]
+        for attention in attentions:
+            restore_attention(attention, others)
 
     # In files: PEFT's prompt_embeddings is the decoder's prefix of a seq2seq model, else the only one.
-
-    def _encoders(self) -> dict[str, PrefixEncoder]:
-        return {site: cast(PrefixEncoder, encoder) for site, encoder in self.prefixes.items()}
 
     @property
     def loads_in_peft(self) -> bool:  # type: ignore[override]
         """PEFT knows one site only, numbers positions in one way, and has its own order of a decoder's layers."""
         config = self.config
         same_layers = config.peft_layers or not self.host.anatomy.seq2seq
-        return tuple(self.prefixes) in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
+        return self.sites in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
 
     def file_config(self) -> dict[str, Any]:
         return {
@@ -283,35 +284,40 @@ class PrefixTuning(Method):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self._encoders()[self._main].flat(), **super().tensors()}
+        return {"prompt_embeddings": self.prefixes[self._main].flat(), **super().tensors()}
 
     @property
     def _main(self) -> str:
-        return next(iter(self.prefixes))
+        return self.sites[0]
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         tensors = by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
-        self._encoders()[self._main].set_flat(tensors.pop("prompt_embeddings"))
-        load_into(self.tree, tensors)
+        self.prefixes[self._main].set_flat(tensors.pop("prompt_embeddings"))
+        load_into(self, tensors)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, _ = super().extras()
-        others = {f"flat.{site}": e.flat() for site, e in self._encoders().items() if site != self._main}
-        projected = {f"projection.{key}": v for key, v in self.prefixes.state_dict().items()}
-        has_mlp = any(encoder.down is not None for encoder in self._encoders().values())
+        prefixes = self.prefixes
+        others = {f"flat.{site}": encoder.flat() for site, encoder in prefixes.items() if site != self._main}
+        projected = {
+            f"projection.{site}.{key}": value
+            for site, encoder in prefixes.items()
+            for key, value in effective_state(encoder).items()
+        }
+        has_mlp = any(encoder.down is not None for encoder in prefixes.values())
         return values, {**others, **(projected if has_mlp else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         projected = {k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("projection.")}
         if projected and is_trainable:
-            for site, encoder in self._encoders().items():
+            for site, encoder in self.prefixes.items():
                 fresh = self._new_encoder(self.attentions[site])
                 encoder.embedding, encoder.down, encoder.up = fresh.embedding, fresh.down, fresh.up
-            load_into(self.prefixes, projected)
+            load_into(nn.ModuleDict(self.prefixes), projected)
         else:
-            for site, encoder in self._encoders().items():
+            for site, encoder in self.prefixes.items():
                 if site != self._main:
                     encoder.set_flat(tensors[f"flat.{site}"])
 
@@ -319,6 +325,10 @@ class PrefixTuning(Method):
 @register_method(PTuningV2Config)
 class PTuningV2(PrefixTuning):
     """Prefix tuning without the MLP."""
+
+
+def part_path(attention: str) -> str:
+    return f"{attention}.prefix"
 
 
 def _attentions(host: Host) -> dict[str, list[str]]:

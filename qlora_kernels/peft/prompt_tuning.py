@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .host import Host
+from .offloaded import weight_of
 from .registry import register_method
 from .soft_prompt import SoftPrompt, SoftPromptConfig, input_embeddings
 
@@ -56,31 +56,35 @@ class PromptTuningConfig(SoftPromptConfig):
         return cls(prompt_tuning_init="TEXT", prompt_tuning_init_text=text, init_token_ids=ids, **fields)
 
 
+class PromptTable(nn.Module):
+    """`embedding.weight` [n, d] is the prompt."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
+
+    def forward(self) -> Tensor:
+        return weight_of(self.embedding, "weight")
+
+
 @register_method(PromptTuningConfig)
 class PromptTuning(SoftPrompt):
-    """`embedding.weight` [n, d] is the prompt."""
+    """The prompt itself trains."""
 
     config: PromptTuningConfig
 
-    def __init__(self, config: PromptTuningConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
-        n, d = config.num_virtual_tokens, self.config.token_dim
-        device, dtype = self.embedding_device(), host.adapter_dtype
-        self.embedding = nn.Embedding(n, d, device=device, dtype=dtype)  # type: ignore[arg-type]
-        with torch.no_grad():
-            self.embedding.weight.copy_(self._start())
-
-    def prompt(self) -> Tensor:
-        return self.embedding.weight
+    @torch.no_grad()
+    def new_prompt(self) -> PromptTable:
+        return PromptTable(self._start().to(self.embedding_device(), self.host.adapter_dtype, copy=True))
 
     def set_prompt(self, rows: Tensor) -> None:
         with torch.no_grad():
-            self.embedding.weight.copy_(rows)
+            self.prompt().copy_(rows)
 
     def _start(self) -> Tensor:
         config, n = self.config, self.config.num_virtual_tokens
         if config.prompt_tuning_init == "RANDOM":
-            return torch.rand_like(self.embedding.weight) - 0.5
+            return torch.rand(n, cast(int, config.token_dim), device=self.embedding_device()) - 0.5
         embeddings = input_embeddings(self.host)
         if embeddings is None:
             raise ValueError("prompt_tuning_init: must be 'RANDOM' for a model without get_input_embeddings")

@@ -5,7 +5,7 @@ Source: AdaLoRA (arXiv:2303.10512) sections 3.2 and 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,9 @@ class RankAllocator:
     uncertainty <- beta2 * uncertainty + (1 - beta2) * |I - sensitivity|;  a weight's score is their product.
     """
 
-    def __init__(self, layers: Sequence[Triplets], beta1: float, beta2: float) -> None:
-        self.layers = layers
+    def __init__(self, triplets: Callable[[], Sequence[Triplets]], beta1: float, beta2: float) -> None:
+        """triplets: gives those of every layer, in an order that stays."""
+        self.triplets = triplets
         self.beta1, self.beta2 = beta1, beta2
         # fp32, made where the weights are at the first update.
         self.sensitivity: list[Tensor] = []
@@ -55,7 +56,7 @@ class RankAllocator:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        return [weight for triplets in self.layers for weight in triplets]
+        return [weight for triplets in self.triplets() for weight in triplets]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -94,6 +95,6 @@ class RankAllocator:
         kept = torch.zeros_like(everything, dtype=torch.bool)
         kept[everything.topk(min(budget, everything.numel())).indices] = True
         masks = list(torch.split(kept, [score.numel() for score in scores]))
-        for (_, lora_E, _), mask in zip(self.layers, masks, strict=True):
+        for (_, lora_E, _), mask in zip(self.triplets(), masks, strict=True):
             lora_E.masked_fill_(~mask[:, None], 0.0)
         return masks

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+_SETTINGS = ("is_decoder", "relative_attention_num_buckets", "relative_attention_max_distance")
 
-@dataclass
-class RelativeBias:
-    """Bias of queries after n prefix positions: [1, heads, queries, n].   attention: the layer that owns the table."""
 
-    attention: nn.Module
+class RelativeBias(nn.Module):
+    """Bias of queries after n prefix positions: [1, heads, queries, n].
 
-    def __call__(self, queries: int, n: int, past: int) -> Tensor:
-        bias: Tensor = cast(Any, self.attention).compute_bias(queries, n, past_seen_tokens=n + past)
+    Computed as `attention`, the layer that owns the table, computes it, over the same table: a child here, because
+    other layers use it and a replica of the model has its own.
+    """
+
+    of_base_model = True  # no parameter below it is the adapter's
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        for name in _SETTINGS:
+            setattr(self, name, getattr(attention, name))
+        self.relative_attention_bias = attention.relative_attention_bias
+        self.attention_type = cast(Any, type(attention))
+        self._relative_position_bucket = self.attention_type._relative_position_bucket
+
+    def forward(self, queries: int, n: int, past: int) -> Tensor:
+        bias: Tensor = self.attention_type.compute_bias(self, queries, n, past_seen_tokens=n + past)
         return bias
 
 

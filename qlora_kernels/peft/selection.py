@@ -1,10 +1,19 @@
-"""Which adapters speak in a forward: one object per PeftModel, read by every adapted layer and hook."""
+"""Which adapters act: one Selection per PeftModel, read by every adapted layer and hook while it runs.
+
+`set_adapter` changes what all calls do from then on. What holds for one call only (`disable_adapter`, `adapter_names`,
+the padding mask) is a CallState in a ContextVar: other threads and asyncio tasks do not see it, and nothing of it is
+left after the call. torch.compile cannot read a ContextVar, so compiled code reads a copy of it that each thread has.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +21,13 @@ from torch import Tensor
 BASE = "__base__"  # PEFT's name for a row that no adapter touches
 
 
-@dataclass
-class Selection:
-    """`active`: adapters whose contributions add up.   `rows`: one adapter name per row of the batch, or None.
+@dataclass(frozen=True)
+class CallState:
+    """What a call computes with.
 
-    `padding`: [B, S], 1 where a token is real; the model's own attention_mask, for gates that average over tokens.
+    active: adapters whose contributions add up.   enabled: False gives the base model.
+    rows: one adapter name per row of the batch, or None.
+    padding: [B, S], 1 where a token is real; the model's own attention_mask, for gates that average over tokens.
     """
 
     active: tuple[str, ...] = ()
@@ -24,48 +35,149 @@ class Selection:
     rows: tuple[str, ...] | None = None
     padding: Tensor | None = None
 
+
+States = tuple[tuple["Selection", CallState], ...]
+"""The states that hold for the running call, outermost first; of one selection the last one counts."""
+
+_states: ContextVar[States] = ContextVar("qlora_kernels_call_states", default=())
+
+
+class _ThreadStates(threading.local):
+    states: States = ()
+
+
+_compiled = _ThreadStates()  # the copy for compiled code
+
+_selections: weakref.WeakSet[Selection] = weakref.WeakSet()
+_selections_lock = threading.Lock()
+
+
+class Selection:
+    """The adapters of one PeftModel that act, by default and in the running call."""
+
+    def __new__(cls) -> Selection:
+        # Copies and unpickled selections are made here too.
+        self = super().__new__(cls)
+        with _selections_lock:
+            _selections.add(self)
+        return self
+
+    def __init__(self) -> None:
+        self.default = CallState()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The active adapters where no call says otherwise."""
+        return self.default.active
+
+    @active.setter
+    def active(self, names: tuple[str, ...]) -> None:
+        self.default = CallState(active=names)
+
+    @property
+    def state(self) -> CallState:
+        """What holds for the running call."""
+        for owner, state in reversed(_current()):
+            if owner is self:
+                return state
+        return self.default
+
+    def within(self, **changes: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside the `with`, in this thread or task, the state has these fields."""
+        return entered((*_current(), (self, replace(self.state, **changes))))
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the `with` the base model computes."""
+        return self.within(enabled=False)
+
     def has(self, name: str) -> bool:
-        if not self.enabled:
+        """Whether adapter `name` acts in the running call."""
+        state = self.state
+        if not state.enabled:
             return False
-        return name in self.rows if self.rows is not None else name in self.active
+        return name in state.rows if state.rows is not None else name in state.active
+
+    def replaces(self, name: str) -> bool:
+        """Whether the parameters that adapter `name` replaces are replaced in the running call; never for some rows."""
+        state = self.state
+        return state.enabled and state.rows is None and name in state.active
 
     def row_index(self, name: str, x: Tensor) -> Tensor | None:
         """Rows of x that belong to adapter `name`; None = all of them. Call only where has(name)."""
-        if self.rows is None:
+        if self.state.rows is None:
             return None
         return torch.tensor([i for i, row in enumerate(self.rows_of(x.shape[0])) if row == name], device=x.device)
 
     def owners(self, names: Sequence[str], x: Tensor) -> Tensor | None:
         """For each row of x the place of its adapter in names, -1 if it is none of them; None without rows."""
-        if self.rows is None:
+        if self.state.rows is None:
             return None
         place = {name: i for i, name in enumerate(names)}
         return torch.tensor([place.get(row, -1) for row in self.rows_of(x.shape[0])], device=x.device)
 
     def rows_of(self, batch: int) -> tuple[str, ...]:
-        """`rows` stretched to `batch`: beams and flattened tokens repeat each row of the batch."""
-        rows = self.rows or ()
+        """`rows` for the `batch` rows that a layer sees: more where beams or a row's tokens are rows of their own."""
+        rows = self.state.rows or ()
         repeats, rest = divmod(batch, max(len(rows), 1))
         if rest:
             raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(rows)}")
         return tuple(name for name in rows for _ in range(repeats))
 
-    @contextmanager
-    def for_call(self, rows: Sequence[str] | None, padding: Tensor | None) -> Iterator[None]:
-        before = self.rows, self.padding
-        self.rows, self.padding = (tuple(rows) if rows is not None else None), padding
-        try:
-            yield
-        finally:
-            # Gradient checkpointing runs the layers again in backward, after this call has returned: a training step's
-            # rows stay until the next call, only inference forgets them here.
-            if not torch.is_grad_enabled():
-                self.rows, self.padding = before
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        before, self.enabled = self.enabled, False
+def _current() -> States:
+    return _compiled.states if torch.compiler.is_compiling() else _states.get()
+
+
+@contextlib.contextmanager
+def entered(states: States) -> Iterator[None]:
+    """Inside the `with`, in this thread or task, these states hold and no others."""
+    if torch.compiler.is_compiling():
+        before = _compiled.states
+        _compiled.states = states
         try:
             yield
         finally:
-            self.enabled = before
+            _compiled.states = before
+        return
+    token = _states.set(states)
+    _compiled.states = states
+    try:
+        yield
+    finally:
+        _states.reset(token)
+        _compiled.states = _states.get()
+
+
+def captured() -> States:
+    """What holds now for every selection there is, to be entered later or in another thread."""
+    with _selections_lock:
+        selections = list(_selections)
+    return tuple((selection, selection.state) for selection in selections)
+
+
+class PerThread:
+    """One value for each thread: what a hook of a call leaves for a later hook of the same call.
+
+    Copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, Any] = {}
+
+    def put(self, value: Any) -> None:
+        self._values[_thread()] = value
+
+    def get(self) -> Any:
+        return self._values.get(_thread())
+
+    def take(self) -> Any:
+        """The value, which is then forgotten; None if there is none."""
+        return self._values.pop(_thread(), None)
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return PerThread, ()
+
+
+def _thread() -> int:
+    # torch.compile does not know get_ident; it runs one call at a time.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

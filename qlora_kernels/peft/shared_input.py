@@ -115,7 +115,7 @@ class SharedInput:
 
     def _compute(self, x: Tensor) -> Tensor | None:
         self._shares = None
-        calls = [layer.sole_call() for layer in self.layers]
+        calls = [layer.fusable_update() for layer in self.layers]
         bases = [layer.base_layer for layer in self.layers]
         updates = [call[0] for call in calls if call is not None]
         rates = {call[1] for call in calls if call is not None}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
-from .method import PROMPT_PREFIX, Method, by_path, load_into
+from .method import PROMPT_PREFIX, Method, PreparedCall, by_path, load_into
 from .prompt_layout import PromptLayout
 from .torch_prompt import EncoderPrompt
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
+
+SLOT = "prompt_encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,9 @@ class SoftPromptConfig(PeftConfig):
 
 
 class SoftPrompt(Method):
-    """A subclass gives prompt() [n, d]. All soft prompts that speak in a call are laid out by the first of them, so
-    rows with adapters of different length share a batch.
+    """A subclass makes a module whose call gives the prompt [n, d]; it is a child of the PeftModel, or of torch's
+    encoder where that reads the prompt. All soft prompts that act in a call are laid out by the first of them, so rows
+    with adapters of different length share a batch.
 
     forward: the logits and last_hidden_state returned are those of the input's own positions. Labels of virtual
     positions are ignored by the loss. An encoder-decoder has its prompt before the encoder's input.
@@ -64,50 +71,63 @@ class SoftPrompt(Method):
             num_transformer_submodules=1,
         )
         super().__init__(config, host, name)
-        # Between the two halves of a call: the layout with the tokens' length; the ids that generate was asked with.
-        self.joined: tuple[PromptLayout, int] | None = None
-        self.asked: Tensor | None = None
+        self.owner: str | None = None
         if embeddings is None:
-            self.hooks += EncoderPrompt(self._layout, self._leads).attach(host)
+            encoder = EncoderPrompt(self._layout, self._leads)
+            self.owner = encoder.place(host)
+            self.hooks += encoder.attach(host.place(self.owner))
+        self.tree.add("prompt", self.new_prompt(), owner=self.owner, slot=SLOT, in_file=False)
+
+    def new_prompt(self) -> nn.Module:
+        """The module that trains; self.config is complete."""
+        raise NotImplementedError
+
+    @property
+    def module(self) -> nn.Module:
+        return self.tree["prompt"]
+
+    def replace_module(self, module: nn.Module) -> None:
+        self.host.slot(self.owner, SLOT)[self.tree.places["prompt"].key] = module
 
     def prompt(self) -> Tensor:
         """[n, d], in the parameters' dtype."""
-        raise NotImplementedError
+        return self.module()  # type: ignore[no-any-return]
 
     # Where the prompt goes
 
     def _leads(self) -> bool:
-        """Whether this method lays out the prompts of the call: the first soft prompt that speaks does."""
-        speaking = (m for name in self.host.adapters if self.host.selection.has(name) for m in self.host.adapters[name])
-        return next((m is self for m in speaking if isinstance(m, SoftPrompt)), False)
+        """Whether this method lays out the prompts of the call: the first soft prompt that acts does."""
+        acting = (m for name in self.host.adapters if self.host.selection.has(name) for m in self.host.adapters[name])
+        return next((m is self for m in acting if isinstance(m, SoftPrompt)), False)
 
-    def _layout(self, x: Tensor) -> PromptLayout:
-        """x [B, ...]: the batch."""
+    def _layout(self, x: Tensor, modules: nn.ModuleDict) -> PromptLayout:
+        """x [B, ...]: the batch.   modules: the prompts' modules, those of a replica in a replica."""
         selection = self.host.selection
         prompts: dict[str, list[Tensor]] = {}
         for name in self.host.adapters:
             if selection.has(name):
                 soft = [m for m in self.host.adapters[name] if isinstance(m, SoftPrompt)]
-                prompts[name] = [m.prompt() for m in soft]
-        if selection.rows is None:
+                prompts[name] = [modules[m.tree.places["prompt"].key]() for m in soft]
+        if selection.state.rows is None:
             rows = [[p for parts in prompts.values() for p in parts]] * x.shape[0]
         else:
             rows = [prompts.get(name, []) for name in selection.rows_of(x.shape[0])]
         encoder_only = not (self.host.anatomy.causal or self.host.anatomy.seq2seq)
         return PromptLayout.of(rows, "right" if encoder_only else "left")
 
-    def prepare_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if input_embeddings(self.host) is None or not self._leads():
-            return args, kwargs
+    def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+        if self.owner is not None or not self._leads():
+            return PreparedCall(args, kwargs)
         kwargs = self._named(args, kwargs)
         ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         past = _cached(kwargs)
         if self.config.placeholder_token_id is not None:
-            return (), {**kwargs, **({"input_ids": ids} if past else {"inputs_embeds": self._placed(ids)})}
+            inputs = {"input_ids": ids} if past else {"inputs_embeds": self._placed(model, ids)}
+            return PreparedCall((), {**kwargs, **inputs})
         given = next((t for t in (ids, embeds, kwargs.get("decoder_input_ids")) if t is not None), None)
         if given is None:
             raise ValueError("soft prompt: input_ids or inputs_embeds must be given")
-        layout = self._layout(given)
+        layout = self._layout(given, model.prompt_encoder)
         length = given.shape[1]
         if (mask := layout.mask(kwargs.get("attention_mask"), past + length)) is not None:
             kwargs["attention_mask"] = mask
@@ -117,11 +137,12 @@ class SoftPrompt(Method):
                 kwargs["position_ids"] = kwargs["position_ids"] + layout.lengths[:, None]
             elif layout.ragged and past and self._numbers_positions():
                 kwargs["position_ids"] = past + torch.arange(length, device=given.device) - layout.filling
-            return (), {**kwargs, "input_ids": ids, "inputs_embeds": embeds}
-        embeds = self._embedded(ids) if embeds is None else embeds
-        self.joined = layout, length
+            return PreparedCall((), {**kwargs, "input_ids": ids, "inputs_embeds": embeds})
+        embeds = _embedded(model, ids) if embeds is None else embeds
         self._extend_companions(layout, kwargs, length)
-        return (), {**kwargs, "inputs_embeds": layout.join(layout.front, embeds)}
+        kwargs["inputs_embeds"] = layout.join(layout.front, embeds)
+        finish = None if self.host.anatomy.seq2seq else partial(_own_positions, layout, length)
+        return PreparedCall((), kwargs, finish)
 
     def _extend_companions(self, layout: PromptLayout, kwargs: dict[str, Any], length: int) -> None:
         """What goes with the tokens, one value each, gets values for the virtual ones."""
@@ -139,60 +160,31 @@ class SoftPrompt(Method):
             numbers = torch.arange(layout.n + length, device=layout.front.device) - layout.filling
             kwargs["position_ids"] = numbers.clamp(min=0)
 
-    def finish_output(self, output: Any) -> Any:
-        joined, self.joined = self.joined, None
-        if joined is None or self.host.anatomy.seq2seq:
-            return output
-        if isinstance(output, tuple):
-            raise NotImplementedError("soft prompt: return_dict must be True")
-        layout, length = joined
-        for field in ("logits", "last_hidden_state", "start_logits", "end_logits"):
-            value = getattr(output, field, None)
-            if value is not None and value.dim() > 1 and value.shape[1] == layout.n + length:
-                output[field] = layout.tokens(value)
-        return output
-
-    def prepare_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def prepare_generate(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         if not self._leads():
-            return args, kwargs
+            return PreparedCall(args, kwargs)
         kwargs = self._named(args, kwargs, first="inputs")
         ids = kwargs.pop("inputs", None) if "input_ids" not in kwargs else kwargs.pop("input_ids")
         seq2seq = self.host.anatomy.seq2seq
-        self.asked = None if seq2seq else ids
+        finish = None if seq2seq else partial(_with_input, ids)
         if kwargs.get("max_length") is not None and not seq2seq:
             # generate counts from its input, of which it sees embeddings only.
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
         if self.config.placeholder_token_id is not None:
-            return (), {**kwargs, "inputs_embeds": self._placed(ids)}
-        layout = self._layout(ids)
+            return PreparedCall((), {**kwargs, "inputs_embeds": self._placed(model, ids)}, finish)
+        layout = self._layout(ids, model.prompt_encoder)
         mask = layout.mask(kwargs.pop("attention_mask", None), ids.shape[1])
         if mask is None:
             mask = torch.ones(ids.shape[0], layout.n + ids.shape[1], dtype=torch.long, device=ids.device)
-        embeds = layout.join(layout.front, self._embedded(ids))
-        return (), {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
-
-    def finish_generate(self, output: Any) -> Any:
-        """With embeddings as input, generate returns new tokens only; callers expect the input before them."""
-        asked, self.asked = self.asked, None
-        if asked is None:
-            return output
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        whole = torch.cat([asked.repeat_interleave(sequences.shape[0] // asked.shape[0], 0), sequences], dim=1)
-        if isinstance(output, Tensor):
-            return whole
-        output.sequences = whole
-        return output
+        embeds = layout.join(layout.front, _embedded(model, ids))
+        return PreparedCall((), {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}, finish)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: str = "input_ids") -> dict[str, Any]:
         if len(args) > 1:
             raise TypeError(f"soft prompt: all arguments but {first} must be given by name")
         return {**({first: args[0]} if args else {}), **kwargs}
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        embeds: Tensor = input_embeddings(self.host)(ids)  # type: ignore[misc]
-        return embeds
-
-    def _placed(self, ids: Tensor | None) -> Tensor:
+    def _placed(self, model: PeftModel, ids: Tensor | None) -> Tensor:
         """The embeddings of ids [B, S] with the prompt in the places of the placeholder."""
         if ids is None:
             raise ValueError("soft prompt: input_ids must be given where placeholder_token_id is set")
@@ -200,8 +192,9 @@ class SoftPrompt(Method):
         n, counts = self.config.num_virtual_tokens, places.sum(1)
         if (counts != n).any():
             raise ValueError(f"soft prompt: each row must have {n} placeholders, got {counts.tolist()}")
-        embeds = self._embedded(ids.masked_fill(places, 0))
-        return embeds.masked_scatter(places[..., None], self.prompt().to(embeds.dtype).repeat(ids.shape[0], 1))
+        embeds = _embedded(model, ids.masked_fill(places, 0))
+        prompt = model.prompt_encoder[self.tree.places["prompt"].key]()
+        return embeds.masked_scatter(places[..., None], prompt.to(embeds.dtype).repeat(ids.shape[0], 1))
 
     def _numbers_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.host.model.forward).parameters
@@ -233,7 +226,7 @@ class SoftPrompt(Method):
             raise ValueError(f"adapter file: prompt_embeddings must be {want}, got {list(rows.shape)}")
         # PEFT allocates n more rows for a decoder, which its forward never reads.
         self.set_prompt(rows[:n])
-        load_into(self.tree, tensors)
+        load_into(self, tensors)
 
     def set_prompt(self, rows: Tensor) -> None:
         """rows [n, d]: what prompt() shall give from now on."""
@@ -242,6 +235,32 @@ class SoftPrompt(Method):
     def embedding_device(self) -> torch.device:
         embeddings = input_embeddings(self.host)
         return device_of(embeddings if embeddings is not None else self.host.model)
+
+
+def _embedded(model: PeftModel, ids: Tensor) -> Tensor:
+    embeds: Tensor = cast(Any, model.base_model).get_input_embeddings()(ids)
+    return embeds
+
+
+def _own_positions(layout: PromptLayout, length: int, output: Any) -> Any:
+    """The output of forward without the positions of the prompts."""
+    if isinstance(output, tuple):
+        raise NotImplementedError("soft prompt: return_dict must be True")
+    for field in ("logits", "last_hidden_state", "start_logits", "end_logits"):
+        value = getattr(output, field, None)
+        if value is not None and value.dim() > 1 and value.shape[1] == layout.n + length:
+            output[field] = layout.tokens(value)
+    return output
+
+
+def _with_input(ids: Tensor, output: Any) -> Any:
+    """With embeddings as input, generate returns new tokens only; callers expect the input before them."""
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    whole = torch.cat([ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0), sequences], dim=1)
+    if isinstance(output, Tensor):
+        return whole
+    output.sequences = whole
+    return output
 
 
 def input_embeddings(host: Host) -> nn.Embedding | None:

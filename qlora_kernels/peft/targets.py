@@ -53,7 +53,7 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     if not matched:
         raise ValueError(_no_match(targets, linears))
     for name, module in matched.items():
-        if name not in linears and not (embeddings and is_embedding(module)):
+        if not is_linear(module) and not (embeddings and is_embedding(module)):
             wanted = "a linear layer or nn.Embedding" if embeddings else "a linear layer"
             raise TypeError(
                 f"target_modules: {name} must be {wanted}, got {type(module).__name__}; name the layers inside it"
@@ -69,7 +69,7 @@ def check_target_names(host: Host, config: TargetConfig) -> None:
     adapts, and each of them must find its place.
     """
     _check(config)
-    modules = [name for name in host.modules() if name]
+    modules = [name for name in host.modules(aliases=True) if name]
     listed = () if isinstance(config.target_modules, str) else config.target_modules or ()
     if lost := unmatched(listed, modules):
         raise ValueError(_no_match(lost, host.linears()))
@@ -133,13 +133,19 @@ def _targets(host: Host, config: TargetConfig) -> Names:
 
 
 def _named(host: Host, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
-    """The modules that `targets` names and that are neither excluded nor part of a head."""
+    """The modules that `targets` names and that are neither excluded nor part of a head.
+
+    A module that the model has under several names is there once, by the first of them that is meant.
+    """
     left_out = config.exclude_modules or ()
-    return {
-        name: module
-        for name, module in host.modules().items()
-        if name and matches(targets, name) and not matches(left_out, name) and not contained_in(config.heads, name)
-    }
+    modules = host.modules(aliases=True)
+    spared = {id(m) for name, m in modules.items() if matches(left_out, name) or contained_in(config.heads, name)}
+    named: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if name and matches(targets, name) and id(module) not in spared:
+            named[name] = module
+            spared.add(id(module))
+    return named
 
 
 def layer_numbers(config: TargetConfig) -> set[int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.module_tree import move_hooks, names_of, set_submodule
+from .adapted_linear import base_of
 from .prefix_slot import PrefixSlot, extend_mask
 from .selection import Selection
 
@@ -16,7 +20,8 @@ class SplitAttention(nn.Module):
     """nn.MultiheadAttention's function and signature over q_proj, k_proj, v_proj and out_proj.
 
     The packed original computes with raw weights, where neither a wrapped layer nor a prefix can act, and torch's
-    encoder layers have a fast path that reads them directly. The projections here are views of the same storage.
+    encoder layers have a fast path that reads them directly. The projections here are views of the same storage, until
+    one of them is cast, moved or merged.
     """
 
     # What nn.TransformerEncoderLayer asks before it takes its fast path: this says no.
@@ -24,18 +29,21 @@ class SplitAttention(nn.Module):
     in_proj_bias = None
     is_causal = False
 
+    reads_prefix_slot = True  # without transformers' attention interface
+
     def __init__(self, packed: nn.MultiheadAttention, selection: Selection) -> None:
         super().__init__()
-        self.packed = [packed]  # kept aside, outside the module tree
         self.selection = selection
-        self.num_heads, self.head_dim = packed.num_heads, packed.head_dim
+        self.embed_dim, self.num_heads, self.head_dim = packed.embed_dim, packed.num_heads, packed.head_dim
         self.dropout, self.batch_first = packed.dropout, packed.batch_first
         separate = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
         weights = packed.in_proj_weight.chunk(3) if packed._qkv_same_embed_dim else cast("tuple[Tensor, ...]", separate)
         biases = packed.in_proj_bias.chunk(3) if packed.in_proj_bias is not None else (None, None, None)
         self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.out_proj = packed.out_proj
-        self.prefix_slot: PrefixSlot | None = None
+        # The original, outside the module tree and without its parameters until join() puts them back.
+        packed._parameters, packed._modules = dict.fromkeys(packed._parameters), {}
+        self.shell = (packed,)
         self.train(packed.training)
 
     def forward(
@@ -49,10 +57,13 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.selection.enabled:
-            # One matmul for three projections rounds otherwise than three: the base exactly is the original's business.
-            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return self.packed[0].train(self.training)(query, key, value, *masks)  # type: ignore[no-any-return]
+        if not self.selection.state.enabled and not torch.compiler.is_compiling():
+            # One matmul for three projections rounds otherwise than three: for the base exactly, the original computes.
+            original = copy.copy(self.shell[0])
+            original._parameters, original._modules = dict(original._parameters), {}
+            if self._fill(original):
+                masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+                return original(query, key, value, *masks)  # type: ignore[no-any-return]
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -60,7 +71,8 @@ class SplitAttention(nn.Module):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (self._heads(p, t) for p, t in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
         mask = _merged_mask(attn_mask, key_padding_mask, q)
-        prefix = self.prefix_slot.read(k, v) if self.prefix_slot is not None else None
+        slot: PrefixSlot | None = getattr(self, "prefix_slot", None)
+        prefix = slot.read(k, v) if slot is not None else None
         if prefix is not None:
             mask = extend_mask(mask, prefix, q, k, causal=False)
             q, k, v = prefix.join(q, k, v)
@@ -79,6 +91,30 @@ class SplitAttention(nn.Module):
         if not batched:
             return y[0], None if weights is None else weights[0]
         return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def join(self) -> nn.MultiheadAttention | None:
+        """The original again, with the weights as they are now; None where one of them is not dense any more, as after
+        a merge with target="nf4"."""
+        return self.shell[0] if self._fill(self.shell[0]) else None
+
+    def _fill(self, packed: nn.MultiheadAttention) -> bool:
+        """Gives `packed` the present weights, if they are dense, without a copy where they still lie side by side."""
+        projections = [base_of(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        if not all(isinstance(projection, nn.Linear) for projection in projections):
+            return False
+        weights = [cast(nn.Linear, projection).weight for projection in projections]
+        biases = [cast("Tensor | None", projection.bias) for projection in projections]
+        if packed._qkv_same_embed_dim:
+            packed.in_proj_weight = _parameter(_side_by_side(weights))
+        else:
+            for name, weight in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights, strict=True):
+                setattr(packed, name, _parameter(weight))
+        if any(bias is not None for bias in biases):  # after a merge perhaps not all of them
+            rows = zip(biases, weights, strict=True)
+            packed.in_proj_bias = _parameter(_side_by_side([w.new_zeros(len(w)) if b is None else b for b, w in rows]))
+        packed.out_proj = base_of(self.out_proj)  # type: ignore[assignment]
+        packed.training = self.training
+        return True
 
     def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         """[B, S, E] -> [B, heads, S, head_dim]."""
@@ -113,19 +149,46 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
-def split(module: nn.Module, selection: Selection) -> nn.Module:
-    """`module` taken apart if it is an nn.MultiheadAttention that can be."""
-    if isinstance(module, nn.MultiheadAttention) and module.bias_k is None and not module.add_zero_attn:
-        return SplitAttention(module, selection)
-    return module
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def rejoin(module: nn.Module) -> nn.Module:
-    """The nn.MultiheadAttention that `module` was made from, if it was and still holds its weights."""
-    if not isinstance(module, SplitAttention):
-        return module
-    packed = module.packed[0]
-    views = (module.q_proj, module.k_proj, module.v_proj)
-    rows = packed.in_proj_weight if packed._qkv_same_embed_dim else packed.q_proj_weight
-    same = all(isinstance(view, nn.Linear) for view in views) and views[0].weight.data_ptr() == rows.data_ptr()
-    return packed if same and module.out_proj is packed.out_proj else module
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat(parts), without a copy where the parts are already consecutive in one storage."""
+    first = parts[0].detach()
+    place = first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != place:
+            return torch.cat([part.detach() for part in parts])
+        place += part.numel()
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def split_attention(model: nn.Module, selection: Selection) -> None:
+    """Puts a SplitAttention in the place of every nn.MultiheadAttention of the model that can be taken apart.
+
+    torch's encoders are told to use no nested tensors, which lead to a fast path that adapters cannot act in.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor = False
+            module.nested_tensor_before_adapters = True  # type: ignore[assignment]
+        if isinstance(module, nn.MultiheadAttention) and module.bias_k is None and not module.add_zero_attn:
+            names = names_of(model, module)
+            split = SplitAttention(module, selection)
+            move_hooks(module, split)
+            for name in names:
+                set_submodule(model, name, split)
+
+
+def join_attention(model: nn.Module) -> None:
+    """Undoes split_attention: the modules are nn.MultiheadAttention again, with the weights as they are now."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.TransformerEncoder) and "nested_tensor_before_adapters" in vars(module):
+            del module.nested_tensor_before_adapters
+            module.use_nested_tensor = True
+        if isinstance(module, SplitAttention) and (packed := module.join()) is not None:
+            move_hooks(module, packed)
+            for name in names_of(model, module):
+                set_submodule(model, name, packed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,33 @@ from torch.utils.hooks import RemovableHandle
 
 from .host import Host
 from .prompt_layout import PromptLayout
+from .selection import PerThread
 
 
 @dataclass
 class EncoderPrompt:
     """The encoder reads [prompt, src] and returns the positions of src, as its callers expect.
 
-    layout: batch -> PromptLayout.   leads: whether this prompt is the one to lay out the call's.
+    layout: (batch, the prompts' modules) -> PromptLayout.
+    leads: whether this prompt is the one to lay out all the prompts of the call.
     A mask among tokens is kept; virtual positions are seen by all and see one another.
     """
 
-    layout: Callable[[Tensor], PromptLayout]
+    layout: Callable[[Tensor, nn.ModuleDict], PromptLayout]
     leads: Callable[[], bool]
-    joined: PromptLayout | None = None
+    joined: PerThread = field(default_factory=PerThread)
 
-    def attach(self, host: Host) -> list[RemovableHandle]:
+    @staticmethod
+    def place(host: Host) -> str:
+        """The path of the encoder."""
         encoders = [path for path, m in host.modules().items() if isinstance(m, nn.TransformerEncoder)]
         if not encoders:
             raise NotImplementedError(
                 "soft prompt: the model must have get_input_embeddings or an nn.TransformerEncoder, to put it before"
             )
-        encoder = host.place(encoders[0])
+        return encoders[0]
+
+    def attach(self, encoder: nn.Module) -> list[RemovableHandle]:
         before = encoder.register_forward_pre_hook(self.before, with_kwargs=True)
         return [before, encoder.register_forward_hook(self.after)]
 
@@ -44,7 +50,8 @@ class EncoderPrompt:
         names = ("src", "mask", "src_key_padding_mask", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         src = self._batch_first(encoder, given.pop("src"))
-        layout = self.joined = self.layout(src)
+        layout = self.layout(src, cast(nn.ModuleDict, encoder.prompt_encoder))
+        self.joined.put(layout)
         given["is_causal"] = False  # a hint that the mask is the causal one, which it is no more
         if (mask := given.get("mask")) is not None:
             given["mask"] = _extended(mask, layout.n)
@@ -54,7 +61,7 @@ class EncoderPrompt:
         return (self._batch_first(encoder, layout.join(layout.front, src)),), given
 
     def after(self, encoder: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        layout, self.joined = self.joined, None
+        layout: PromptLayout | None = self.joined.take()
         if layout is None:
             return output
         return self._batch_first(encoder, layout.tokens(self._batch_first(encoder, output)))

@@ -21,9 +21,10 @@ from .gate import Gate, padding_of
 from .host import Host
 from .linear_method import LinearMethod
 from .lora import LoraConfig, LoraLinear
-from .prefix_slot import Prefix
-from .prefix_tuning import PrefixPart, PrefixTuning, PrefixTuningConfig
+from .prefix_slot import SLOT, Prefix
+from .prefix_tuning import PrefixEncoder, PrefixPart, PrefixTuning, PrefixTuningConfig, part_path
 from .registry import register_method
+from .selection import PerThread, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +106,20 @@ class GatedPrefixPart(PrefixPart):
     """One gate for keys and values, from the attention's input h."""
 
     gate: Gate
-    host: Host
-    name: str
-    h: Tensor | None = None
+    selection: Selection
 
-    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.h = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
+    def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
+        super().__init__(adapter, encoder, layer)
+        self.h = PerThread()
 
-    def read(self) -> Prefix:
+    def forward(self) -> Prefix:
         keys, values = self.encoder(self.layer)
-        if self.h is None:
+        h = self.h.get()
+        if h is None:
             raise RuntimeError("UniPELT: an attention must get its input as its first argument or as hidden_states")
-        padding = self.host.selection.padding
-        fits = padding is not None and padding.shape == self.h.shape[:2]
-        g = self.gate(self.h, padding if fits else None)
+        padding = self.selection.state.padding
+        fits = padding is not None and padding.shape == h.shape[:2]
+        g = self.gate(h, padding if fits else None)
         if self.gate.per_token:
             return Prefix(keys, values, gate=g)
         return Prefix(keys * g[..., None], values * g[..., None])
@@ -133,9 +134,22 @@ class GatedPrefix(PrefixTuning):
         super()._attach(site, path, part)
         gated = cast(GatedPrefixPart, part)
         layer = cast(Layer, self.host.layer_of(path))
-        gated.gate, gated.host, gated.name = new_gate(self.host, path, self.host.width(layer)), self.host, self.name
-        self.tree.put(f"{layer.path}.prefix_gate", gated.gate)
-        self.hooks.append(self.host.place(path).register_forward_pre_hook(gated.remember, with_kwargs=True))
+        gated.gate, gated.selection = new_gate(self.host, path, self.host.width(layer)), self.host.selection
+        place = self.tree.places[part_path(path)]
+        self.tree.add_inner(f"{layer.path}.prefix_gate", place, "gate")
+        remember = RememberInput(place.key)
+        self.hooks.append(self.host.place(path).register_forward_pre_hook(remember, with_kwargs=True))
+
+
+@dataclass
+class RememberInput:
+    """A hook: an attention's input h, for the gate of the prefix at entry `key` of its slot."""
+
+    key: str
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        part = cast(GatedPrefixPart, cast(nn.ModuleDict, attention._modules[SLOT])[self.key])
+        part.h.put(args[0] if args else kwargs.get("hidden_states", kwargs.get("query")))
 
 
 def new_gate(host: Host, path: str, d: int) -> Gate:

@@ -47,13 +47,12 @@ def gate(module, place: str) -> None:
 def adapters(method, kind: str, case: str) -> None:
     for layer in method.host.anatomy.layers:
         attention, ffn = (place.format(layer.path, layer.stream[-1]) for place in PLACES[kind])
-        tree = method.tree.get_submodule(layer.path)
-        inner = tree.ffn_adapter if case != "unipelt" else tree.ffn_adapter.bottleneck
-        bottleneck(inner, ffn, case)
-        if hasattr(tree, "attention_adapter"):
-            bottleneck(tree.attention_adapter, attention, case)
+        module = method.tree[f"{layer.path}.ffn_adapter"]
+        bottleneck(module.bottleneck if case == "unipelt" else module, ffn, case)
+        if f"{layer.path}.attention_adapter" in method.tree.places:
+            bottleneck(method.tree[f"{layer.path}.attention_adapter"], attention, case)
         if case == "unipelt":
-            gate(tree.ffn_adapter.gate, f"{ffn}.adapters.{case}.gate")
+            gate(module.gate, f"{ffn}.adapters.{case}.gate")
 
 
 def prefix(method, kind: str, case: str) -> None:
@@ -73,7 +72,7 @@ def unipelt(method, kind: str, case: str) -> None:
     adapters(adapter, kind, case)
     for layer in method.host.anatomy.layers:
         gate(
-            prefixes.tree.get_submodule(layer.path).prefix_gate,
+            prefixes.tree[f"{layer.path}.prefix_gate"],
             f"{layer.self_attention}.prefix_tuning.prefix_gates.{case}",
         )
     for path, delta in lora.deltas.items():
@@ -107,7 +106,7 @@ def with_method(case: str, kind: str) -> PeftModel | torch.nn.Module:
         method = model.host.adapters["fusion"][0]
         for layer in method.host.anatomy.layers:
             place = PLACES[kind][1].format(layer.path, layer.stream[-1])
-            module = dict(method.tree.get_submodule(f"{layer.path}.fusion").named_parameters())
+            module = dict(method.tree[f"{layer.path}.fusion"].named_parameters())
             take(module, {name: f"{place}.adapter_fusion_layer.one,two.{name}" for name in module})
         return model
     model = get_peft_model(model, configs[case])

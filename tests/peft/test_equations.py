@@ -57,8 +57,9 @@ def bottleneck(module, activation):
 def test_houlsby():
     model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=8)).eval()
     randomize(model)
-    node = model.host.adapters["default"][0].tree.get_submodule("bert.encoder.layer.0")
-    first, second = (bottleneck(getattr(node, f"{place}_adapter"), F.gelu) for place in ("attention", "ffn"))
+    tree = model.host.adapters["default"][0].tree
+    places = [f"bert.encoder.layer.0.{place}_adapter" for place in ("attention", "ffn")]
+    first, second = (bottleneck(tree[place], F.gelu) for place in places)
     x = torch.randn(2, 5, 32)
     expected = bert_reference(bert_layer(model), x, attention=lambda h: h + first(h), ffn=lambda h: h + second(h))
     torch.testing.assert_close(bert_layer(model)(x), expected)
@@ -80,7 +81,7 @@ def test_pfeiffer_and_parallel(placement):
     config = peft.AdapterConfig(placement=placement, bottleneck_size=8, scale=2.0, non_linearity="relu")
     model = get_peft_model(make("bert"), config).eval()
     randomize(model)
-    f = bottleneck(model.host.adapters["default"][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter"), F.relu)
+    f = bottleneck(model.host.adapters["default"][0].tree["bert.encoder.layer.0.ffn_adapter"], F.relu)
     where = {"normed" if placement == "pfeiffer" else "parallel": lambda x: 2 * f(x)}
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(bert_layer(model)(x), bert_reference(bert_layer(model), x, **where))
@@ -103,7 +104,7 @@ def test_mam_is_prefix_and_parallel_adapter():
     model = get_peft_model(make("bert"), peft.MAMConfig(prefix_length=3, bottleneck_size=8)).eval()
     randomize(model)
     prefix, adapter = model.host.adapters["default"][0].parts
-    f = bottleneck(adapter.tree.get_submodule("bert.encoder.layer.0.ffn_adapter"), F.relu)
+    f = bottleneck(adapter.tree["bert.encoder.layer.0.ffn_adapter"], F.relu)
     x = torch.randn(2, 5, 32)
     keys, values = prefix.prefixes["encoder"](0)
     expected = bert_reference(bert_layer(model), x, prefix=(keys, values), parallel=lambda x: 4 * f(x))
@@ -116,7 +117,7 @@ def test_unipelt():
     randomize(model)
     lora, prefix, adapter = model.host.adapters["default"][0].parts
     node = "bert.encoder.layer.0"
-    f = adapter.tree.get_submodule(f"{node}.ffn_adapter")
+    f = adapter.tree[f"{node}.ffn_adapter"]
     small = bottleneck(f.bottleneck, F.relu)
 
     def gate(g, h):
@@ -124,12 +125,12 @@ def test_unipelt():
 
     def project(name, x):
         base = bert_layer(model).attention.self.get_submodule(name).base_layer
-        delta = lora.tree.get_submodule(f"{node}.attention.self.{name}")
+        delta = lora.tree[f"{node}.attention.self.{name}"]
         return base(x) + gate(delta.gate, x) * delta.lora_B(delta.lora_A(x))
 
     x = torch.randn(2, 5, 32)
     layer = bert_layer(model)
-    g = gate(prefix.tree.get_submodule(f"{node}.prefix_gate"), x)[..., None]
+    g = gate(prefix.tree[f"{node}.prefix_gate"], x)[..., None]
     q, k, v = heads(project("query", x)), heads(layer.attention.self.key(x)), heads(project("value", x))
     keys, values = prefix.prefixes["encoder"](0)
     context = attend(q, torch.cat([g * keys, k], 2), torch.cat([g * values, v], 2), 8**-0.5)
@@ -185,8 +186,8 @@ def test_pfeiffer_where_layers_normalise_their_input(kind):
     randomize(wrapped)
     see()
     model(**inputs)
-    tree = wrapped.host.adapters["default"][0].after_ffn[path.removesuffix(".layer.1")]
-    torch.testing.assert_close(streams[1], streams[0] + bottleneck(tree, F.relu)(streams[0]))
+    module = wrapped.host.adapters["default"][0].tree[f"{path.removesuffix('.layer.1')}.ffn_adapter"]
+    torch.testing.assert_close(streams[1], streams[0] + bottleneck(module, F.relu)(streams[0]))
 
 
 def fused_model() -> PeftModel:
@@ -202,13 +203,13 @@ def fused_model() -> PeftModel:
 
 def test_adapter_fusion():
     model = fused_model()
-    fusion = model.host.adapters["fusion"][0].tree.get_submodule("bert.encoder.layer.0.fusion")
+    fusion = model.host.adapters["fusion"][0].tree["bert.encoder.layer.0.fusion"]
     assert torch.equal(fusion.value.weight.diagonal(), torch.ones(32))
     assert fusion.value.weight.sum().item() == pytest.approx(32 + (32 * 32 - 32) * 1e-6)
     assert model.train().peft_loss().item() == pytest.approx(2 * 0.01 * (32 * 32 - 32) * 1e-12)
     model.eval()
     randomize(model)
-    trees = [model.host.adapters[name][0].tree.get_submodule("bert.encoder.layer.0.ffn_adapter") for name in ("a", "b")]
+    trees = [model.host.adapters[name][0].tree["bert.encoder.layer.0.ffn_adapter"] for name in ("a", "b")]
     f_a, f_b = (bottleneck(tree, F.relu) for tree in trees)
 
     def mix(h):
@@ -260,7 +261,7 @@ def test_gemmas_sublayers_end_in_a_norm():
 
 def test_bitfit_subset():
     model = get_peft_model(make("bert"), peft.BitFitConfig(biases="query+mlp"))
-    names = {n.partition("tree.")[2] for n, p in model.adapters.named_parameters()}
+    names = {n.split(".", 2)[2] for n, p in model.adapters.named_parameters()}
     parts = ("attention.self.query.bias", "intermediate.dense.bias")
     assert names == {f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in parts}
     for kind, linears in (("llama", ("gate_proj", "up_proj")), ("gpt2", ("c_fc",)), ("t5", ("wi",))):
@@ -272,7 +273,7 @@ def test_bitfit_subset():
 def test_bitfit_trains_biases_only():
     model = get_peft_model(make("bert"), peft.BitFitConfig())
     expected = {n for n, _ in make("bert").named_parameters() if n.endswith(".bias")}
-    assert {n.partition("tree.")[2] for n, _ in model.adapters.named_parameters()} == expected
+    assert {n.split(".", 2)[2] for n, _ in model.adapters.named_parameters()} == expected
     for kind in ("llama", "t5"):  # T5's relative_attention_bias is an embedding
         with pytest.raises(ValueError, match="add_missing=True"):
             get_peft_model(make(kind), peft.BitFitConfig())

@@ -16,7 +16,7 @@ EMBEDDING = {
     "llama": ["embed_tokens", "v_proj"],
     "bert": ["word_embeddings", "value"],
     "gpt2": ["wte", "c_attn"],
-    "t5": ["shared", "v"],
+    "t5": ["embed_tokens", "v"],
 }
 
 

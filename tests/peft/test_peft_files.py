@@ -108,7 +108,7 @@ def test_the_encoders_weights_are_pefts(hf_peft):
             task_type="CAUSAL_LM", token_dim=32, num_transformer_submodules=1, **options
         )
         theirs = PromptEncoder(config)
-        state = ours.encoder.state_dict()
+        state = ours.module.state_dict()
         renamed = {k.replace("mlp.", "mlp_head.").replace("lstm.", "lstm_head."): v for k, v in state.items()}
         theirs.load_state_dict(renamed)
         torch.testing.assert_close(theirs(torch.arange(N)[None])[0], ours.prompt())

@@ -30,7 +30,7 @@ def test_only_active_adapters_train():
     model = two_adapters()
     for active in ("default", "b", ["default", "b"]):
         model.set_adapter(active)
-        training = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+        training = {name.split(".")[0] for name, p in model.adapters.named_parameters() if p.requires_grad}
         assert training == {active} if isinstance(active, str) else set(active)
 
 

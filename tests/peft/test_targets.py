@@ -119,7 +119,7 @@ def test_a_name_that_matches_nothing_is_refused(kind, config, message):
 def test_a_string_is_one_name(tmp_path):
     model = get_peft_model(make("llama"), LoraConfig(modules_to_save="lm_head"))
     assert model.peft_config["default"].modules_to_save == ("lm_head",)
-    assert "base_model.lm_head.weight" in [name for name, p in model.named_parameters() if p.requires_grad]
+    assert "default.0.lm_head.weight" in [name for name, p in model.adapters.named_parameters() if p.requires_grad]
     model.save_pretrained(tmp_path, selected_adapters="default")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
     with pytest.raises(ValueError, match="must be one of"):

@@ -1,0 +1,409 @@
+"""Adapters are in the module tree: what walks over a model, copies it or replaces parts of it is right."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import qlora_kernels as qk
+from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
+from qlora_kernels.training.chunked_loss import ChunkedLoss
+from tests.peft.cases import CASES, build
+from tests.peft.models import batch, logits, make, randomize
+
+METHOD = pytest.mark.parametrize("case", CASES)
+
+
+def replicated(network: nn.Module, change) -> nn.Module:
+    """What torch.nn.parallel.replicate makes of a network, without its devices: modules are copied one by one, and
+    every parameter becomes an attribute of its copy, here `change` of it."""
+    modules = list(network.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    tensors = {id(p): change(p.detach()) for p in network.parameters()}
+    for module, replica in copies.items():
+        replica._former_parameters = {}
+        for name, child in module._modules.items():
+            if child is None:
+                replica._modules[name] = None
+            else:
+                setattr(replica, name, copies[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, tensors[id(parameter)])
+                replica._former_parameters[name] = tensors[id(parameter)]
+    return copies[network]
+
+
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "t5", "torch"])
+def test_replicas_compute_with_their_own_parameters(case, kind):
+    """A replica of which all parameters are changed equals a copy with the same change; so with its own thread."""
+    model, inputs = build(case, kind), batch(kind, rows=2)
+    randomize(model)
+
+    def change(p):
+        return p * 0.9 + 0.01 if p.is_floating_point() else p
+
+    with torch.no_grad():
+        replica = replicated(model, change)
+        changed = copy.deepcopy(model)
+        for parameter in changed.parameters():
+            parameter.copy_(change(parameter))
+        expected, disabled = logits(changed, inputs), None
+        with changed.disable_adapter():
+            disabled = logits(changed, inputs)
+        assert torch.equal(logits(replica, inputs), expected)
+        with model.disable_adapter():
+            silent = replicated(model, change)
+        found = []
+
+        def run():
+            with torch.no_grad():
+                found.append(logits(silent, inputs))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(found[0], disabled)
+
+
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_every_parameter_is_in_the_tree_once(case, kind):
+    model = build(case, kind)
+    trained = {id(p) for p in model.adapters["default"].parameters()}
+    names = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert set(names.values()) == trained
+    assert len(names) == len(trained)
+    prompts = {id(p) for p in model.prompt_encoder.parameters()}
+    assert {id(p) for p in model.base_model.parameters() if p.requires_grad} == trained - prompts
+    state = model.state_dict()
+    assert all(name in state for name in names)
+
+
+def test_a_modules_parameters_are_those_it_computes_with():
+    model = get_peft_model(
+        make("llama", nf4=True), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
+    )
+    layer = model.base_model.model.layers[0].self_attn
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
+        "q_proj.deltas.default.lora_A.weight",
+        "q_proj.deltas.default.lora_B.weight",
+    }
+    assert {n for n, p in model.base_model.lm_head.named_parameters() if p.requires_grad} == {
+        "overrides.default.weight"
+    }
+    for case, path, module in (
+        ("pfeiffer", "ffn_adapter", lambda m: m.model.layers[0]),
+        ("parallel", "ffn_adapter", lambda m: m.model.layers[0].mlp),
+        ("houlsby", "attention_adapter", lambda m: m.model.layers[0].self_attn.o_proj),
+        ("fusion", "adapter_fusion", lambda m: m.model.layers[0]),
+        ("prefix_tuning", "prefix_slot", lambda m: m.model.layers[0].self_attn),
+        ("unipelt", "prefix_slot", lambda m: m.model.layers[1].self_attn),
+    ):
+        children = dict(module(build(case, "llama").base_model).named_children())
+        assert any(p.requires_grad for p in children[path].parameters()), case
+
+
+def test_hooks_on_the_factors_fire():
+    model = get_peft_model(make("llama", nf4=True), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model.eval(), batch("llama"))
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(("lora_A", "lora_B")):
+            module.register_forward_hook(lambda module, args, y, name=name: seen.append(name))
+    torch.testing.assert_close(logits(model, batch("llama")), expected)
+    assert len(seen) == 4
+    assert "hooks watch" in model.explain()["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("how", ["lora", "modules_to_save"])
+def test_chunked_loss_trains_an_adapted_head(how):
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False}
+    if how == "modules_to_save":
+        options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(make("llama"), LoraConfig(r=2, **options))
+    inputs = batch("llama")
+    from qlora_kernels.training.batches import Batch
+
+    part = Batch(inputs["input_ids"], inputs["input_ids"], inputs["attention_mask"])
+    ChunkedLoss(model, chunk=4)(part).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and "lm_head" in n}
+    model.zero_grad()
+    y = logits(model, inputs)[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(y, inputs["input_ids"][:, 1:].flatten(), reduction="sum").backward()
+    assert got
+    for name, parameter in model.named_parameters():
+        if name in got:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+# What is kept by name, not by object
+
+
+def saved(model: PeftModel, path) -> torch.Tensor:
+    """The outputs of a fresh base with the file that the model writes."""
+    model.save_pretrained(path)
+    return logits(PeftModel.from_pretrained(make("llama"), path), batch("llama"))
+
+
+def with_copies() -> PeftModel:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], bias="all")
+    model = get_peft_model(make("llama"), config)
+    randomize(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "change", ["load_state_dict", "assign", "to_empty", "overwrite", "swap", "float64", "parametrize", "weight_norm"]
+)
+def test_the_file_is_the_model_after_a_replacement_of_its_parameters(change, tmp_path):
+    model = with_copies()
+    base = logits(make("llama"), batch("llama"))
+    state = {key: value.clone() for key, value in with_copies().state_dict().items()}
+    for key in state:
+        if "overrides" in key or "lora" in key:
+            state[key] += 0.05
+    if change in ("load_state_dict", "assign"):
+        model.load_state_dict(state, assign=change == "assign")
+    elif change == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(state)
+        for ours, theirs in zip(model.base_model.buffers(), make("llama").buffers(), strict=True):
+            ours.copy_(theirs)  # no state dict has them
+    elif change in ("overwrite", "swap"):
+        setter = getattr(
+            torch.__future__,
+            f"set_{change}_module_params_on_conversion",
+        )
+        setter(True)
+        try:
+            model.double().float()
+        finally:
+            setter(False)
+    elif change == "float64":
+        model.double().float()
+    elif change == "parametrize":
+        parametrize.register_parametrization(model.base_model.lm_head, "weight", Doubled())
+        parametrize.register_parametrization(
+            model.host.adapted()["model.layers.0.self_attn.q_proj"].deltas["default"].lora_A, "weight", Doubled()
+        )
+    else:
+        nn.utils.parametrizations.weight_norm(model.base_model.lm_head)
+        randomize(model)
+    expected = logits(model, batch("llama"))
+    torch.testing.assert_close(saved(model, tmp_path), expected, rtol=1e-5, atol=1e-6)
+    if change not in ("parametrize", "weight_norm"):
+        with model.disable_adapter():
+            assert torch.equal(logits(model, batch("llama")), base)
+        # Training goes on with what is in the model now.
+        randomize(model, seed=7)
+        assert not torch.equal(logits(model, batch("llama")), expected)
+        torch.testing.assert_close(saved(model, tmp_path), logits(model, batch("llama")), rtol=1e-5, atol=1e-6)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resized_embeddings(tmp_path, dtype):
+    """Trained rows stay, base and copies grow by the same rows, and the file fits a base of the new size."""
+    model = with_copies().to(dtype)
+    plain = logits(model, batch("llama")).float()
+    assert model.resize_token_embeddings(51, mean_resizing=False) is model.base_model.get_input_embeddings()
+    assert model.get_input_embeddings().weight.shape[0] == model.base_model.lm_head.weight.shape[0] == 51
+    torch.testing.assert_close(logits(model, batch("llama"))[..., :48].float(), plain)
+    ids = torch.tensor([[1, 48, 50]])
+    with model.disable_adapter():
+        assert model(input_ids=ids).logits.shape[-1] == 51
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "overrides" in n}
+    assert {p.shape[0] for n, p in trained.items() if "weight" in n} == {51}
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    base = make("llama").to(dtype)
+    base.resize_token_embeddings(51, mean_resizing=False)
+    again = PeftModel.from_pretrained(base, tmp_path, adapter_dtype=torch.float32)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # the factors were cast to bf16 here, and are fp32 there
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance)
+
+
+def test_resizing_under_a_lora_is_refused():
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match=r"resize_token_embeddings: model.embed_tokens must have no LoRA"):
+        model.resize_token_embeddings(51)
+    assert model.get_input_embeddings().weight.shape[0] == 48
+
+
+def test_half_precision_copies_have_fp32_masters():
+    """What trains is fp32 and is used in the model's dtype, so that fp16 training with a GradScaler works."""
+    base = make("llama").half()
+    inputs = batch("llama")
+    before = logits(base, inputs)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.equal(logits(model, inputs), before)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert not torch.equal(logits(model, inputs), before)
+    trained = logits(model, inputs)
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.float16}
+    torch.testing.assert_close(logits(merged, inputs), trained, rtol=1e-2, atol=1e-2)
+
+
+def test_a_recurrent_module_is_overridden():
+    """It reads its parameters from a list of its own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.out(self.lstm(x)[0])
+
+    base, x = Net(), torch.randn(2, 3, 8)
+    before = base(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["out"], modules_to_save=["lstm"]))
+    torch.testing.assert_close(model(x), before)
+    randomize(model)
+    changed = model(x)
+    changed.sum().backward()
+    assert all(p.grad is not None for p in base.lstm.overrides.parameters())
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(copy.deepcopy(model)(x), changed)
+    assert type(model.unload().lstm) is nn.LSTM
+    torch.testing.assert_close(base(x), before)
+
+
+def test_merged_layers_follow_a_cast():
+    model = get_peft_model(make("llama"), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    model.merge_adapter()
+    model.bfloat16()
+    assert logits(model, batch("llama")).dtype == torch.bfloat16
+    with model.disable_adapter():
+        assert logits(model, batch("llama")).dtype == torch.bfloat16
+    model.unmerge_adapter()
+    assert logits(model, batch("llama")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("targets", [["enc", "dec"], ["enc"], ["dec"]])
+def test_one_layer_under_two_names(nf4, targets, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc = nn.Linear(16, 16)
+            self.dec, self.out = self.enc, nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.dec(torch.relu(self.enc(x)))))
+
+    def fresh():
+        torch.manual_seed(0)
+        net = Net()
+        if nf4:
+            qk.replace_linear(net)
+        return net
+
+    net, x = fresh(), torch.randn(5, 16)
+    before = net(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    assert net.enc is net.dec
+    assert len(list(model.adapters.parameters())) == 2
+    changed = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(fresh(), tmp_path)(x), changed)
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), changed, rtol=1e-4, atol=1e-5)
+    assert model.unload().enc is net.dec
+    assert torch.equal(net(x), before)
+
+
+def test_a_table_that_only_others_use_is_refused():
+    with pytest.raises(ValueError, match=r"shared must be called by the model, which calls encoder.embed_tokens, deco"):
+        get_peft_model(make("t5"), LoraConfig(target_modules=["shared"]))
+    model = get_peft_model(make("t5"), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    assert not torch.equal(logits(model, batch("t5")), logits(make("t5"), batch("t5")))
+
+
+@pytest.mark.parametrize(
+    ("nf4", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)], ids=str
+)
+def test_torchs_attention_is_itself_again(nf4, dtype):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
+    if nf4:
+        qk.replace_linear(encoder)
+    attention, seen, x = encoder.layers[0].self_attn, [], torch.randn(2, 5, 32)
+    attention.register_forward_hook(lambda *_: seen.append("hook"))
+    names, nested, before = list(encoder.state_dict()), encoder.use_nested_tensor, encoder(x)
+    for targets in (["out_proj"], ["q_proj", "v_proj"], ["linear1"]):
+        config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(encoder), config).eval().to(dtype)
+        expected = model(x.to(dtype))
+        merged = model.merge_and_unload()
+        assert type(merged.layers[0].self_attn) is nn.MultiheadAttention
+        torch.testing.assert_close(merged(x.to(dtype)), expected, rtol=3e-2, atol=3e-2)
+    model = get_peft_model(encoder, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    seen.clear()
+    model(x)
+    assert seen == ["hook"]
+    assert model.unload().layers[0].self_attn is attention
+    assert list(encoder.state_dict()) == names
+    assert encoder.use_nested_tensor == nested
+    assert torch.equal(encoder(x), before)
+    assert encoder.layers[0].self_attn.in_proj_weight.shape == (96, 32)
+
+
+def test_adapters_are_no_layers_of_the_model():
+    """Neither a second adapter nor replace_linear touches the layers of the first."""
+    model = get_peft_model(make("llama"), LoraConfig(target_modules="all-linear"))
+    adapted = set(model.host.adapted())
+    model.add_adapter("second", LoraConfig(target_modules="all-linear"))
+    assert set(model.host.adapted()) == adapted
+    qk.replace_linear(model)
+    layer = model.host.adapted()["model.layers.0.self_attn.q_proj"]
+    assert type(layer.base_layer) is qk.LinearNF4
+    assert type(layer.deltas["default"].lora_A) is nn.Linear
+
+
+def test_a_failed_adapter_leaves_nothing_behind():
+    base = make("bert")
+    names, inputs = list(base.state_dict()), batch("bert")
+    before = logits(base, inputs)
+    model = PeftModel(base)
+    lora = LoraConfig(target_modules=["query"], modules_to_save=["pooler"])
+    with pytest.raises(ValueError, match="must update"):
+        model.add_adapter("default", [lora, LoraConfig(target_modules=["query"])])
+    assert list(base.state_dict()) == names
+    assert torch.equal(logits(model, inputs), before)
+    with pytest.raises(ValueError, match=r"must be no attribute of nn.ModuleDict, got 'keys'"):
+        model.add_adapter("keys", lora)
+
+
+def test_offloaded_weights_are_brought():
+    accelerate = pytest.importorskip("accelerate")
+    for case in ("lora", "dora", "adalora", "prefix_tuning", "pfeiffer", "bitfit"):
+        model, inputs = build(case, "llama", nf4=True, layers=1), batch("llama", rows=2)
+        randomize(model)
+        expected = logits(model, inputs)
+        accelerate.cpu_offload(model.base_model, "cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5, msg=case)
