@@ -1,9 +1,12 @@
 """train_step: one optimizer step of a language model with LoRA on every linear layer of its blocks.
 
-SmolLM2-135M's architecture with random weights (speed does not depend on their values) in bf16, 4 sequences of 256
-tokens, rank 16, gradient norm clipped, AdamW. Ours keeps fp32 masters of the factors; PEFT runs as it is fastest, with
-bf16 factors, and once with the fp32 factors that get_peft_model makes by default, under autocast as trainers run them.
-Dense holds our dequantized weights, so all contenders start from one loss.
+The architectures of SmolLM2-135M and of a Llama with 1.04 billion parameters, with random weights (speed does not
+depend on their values) in bf16, 4 sequences of 256 tokens, rank 16, gradient norm clipped, AdamW. Ours keeps fp32
+masters of the factors; PEFT runs as it is fastest, with bf16 factors, and once with the fp32 factors that
+get_peft_model makes by default, under autocast as trainers run them. Dense holds our dequantized weights, so all
+contenders start from one loss.
+
+Peak memory is that of a process which holds the contender's model alone and takes two steps.
 
 `python -m bench.end_to_end [contender]` prints where the time of a step goes (bench/step_profile.py).
 """
@@ -13,9 +16,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +36,39 @@ from qlora_kernels.training.batches import Batch
 from qlora_kernels.training.chunked_loss import ChunkedLoss
 
 from . import layers, step_profile
+from .machine import ROOT
 from .registry import COLD, Call, Case, Contender, Cost, Suite
 
-HIDDEN, FFN, BLOCKS, HEADS, KV_HEADS, VOCABULARY = 576, 1536, 30, 9, 3, 49152
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Llama whose head is tied to its embedding."""
+
+    hidden: int
+    ffn: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def block_weights(self) -> int:
+        """Weights of the linear layers of one block."""
+        return int(self.hidden * self.hidden * (2 + 2 * self.kv_heads / self.heads)) + 3 * self.hidden * self.ffn
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of all blocks, and of the head."""
+        return self.blocks * self.block_weights + self.hidden * self.vocabulary
+
+
+ARCHITECTURES = {
+    "SmolLM2-135M": Architecture(576, 1536, 30, 9, 3, 49152),
+    "llama-1b": Architecture(2048, 8192, 16, 32, 8, 32000),
+    "2 blocks": Architecture(576, 1536, 2, 9, 3, 49152),
+}
+"""By a case's label."""
+
 SEQUENCES, TOKENS, RANK = 4, 256, 16
 
 LEARNING_RATE = 1e-4
@@ -42,48 +81,63 @@ LOSS_ERROR = 5e-3
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The whole model; two of its blocks on few tokens for the quick run."""
-    case = Case("train_step", SEQUENCES * TOKENS, r=RANK, device=device, label="SmolLM2-135M")
-    yield case
+    """The whole models; two blocks of the smaller one on few tokens for the quick run."""
+    for label in ("SmolLM2-135M", "llama-1b"):
+        yield Case("train_step", SEQUENCES * TOKENS, r=RANK, device=device, label=label)
     yield Case("train_step", SEQUENCES * 16, r=RANK, device=device, label="2 blocks", quick=True)
-
-
-def blocks(case: Case) -> int:
-    """Transformer blocks of the case's model."""
-    return 2 if case.quick else BLOCKS
 
 
 def cost(case: Case) -> Cost:
     """Two passes over the linear layers and the head; attention's products and all else are left out."""
-    per_block = HIDDEN * HIDDEN * (2 + 2 * KV_HEADS / HEADS) + 3 * HIDDEN * FFN
-    return Cost(0, int(4 * case.M * (blocks(case) * per_block + HIDDEN * VOCABULARY)))
+    return Cost(0, 4 * case.M * ARCHITECTURES[case.label].linear_weights)
+
+
+def llama(architecture: Architecture, device: str) -> nn.Module:
+    """The model in bf16, with weights from a fixed seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=architecture.hidden,
+        intermediate_size=architecture.ffn,
+        num_hidden_layers=architecture.blocks,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        vocab_size=architecture.vocabulary,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    torch.manual_seed(1)
+    return LlamaForCausalLM(config).to(device, torch.bfloat16)
+
+
+def random_tokens(architecture: Architecture, sequences: int, length: int, device: str) -> Tensor:
+    """Token ids [sequences, length] from a fixed seed."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(architecture.vocabulary, (sequences, length), generator=generator).to(device)
+
+
+def with_linears(source: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A copy of a model in which `make` has replaced every linear layer but the head."""
+    model = copy.deepcopy(source)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, make(module))
+    return model
 
 
 class Inputs:
     """A model before quantization and one batch."""
 
     def __init__(self, case: Case) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=FFN,
-            num_hidden_layers=blocks(case),
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            vocab_size=VOCABULARY,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-        torch.manual_seed(1)
-        self.source = LlamaForCausalLM(config).to(case.device, torch.bfloat16)
-        generator = torch.Generator().manual_seed(2)
-        self.tokens = torch.randint(VOCABULARY, (SEQUENCES, case.M // SEQUENCES), generator=generator).to(case.device)
+        architecture = ARCHITECTURES[case.label]
+        self.source = llama(architecture, case.device)
+        self.tokens = random_tokens(architecture, SEQUENCES, case.M // SEQUENCES, case.device)
 
     @cached_property
     def dequantized(self) -> nn.Module:
         """The source with each quantized weight read back."""
-        return self._replaced(lambda linear: dense_twin(qk.LinearNF4.from_linear(linear)))
+        return with_linears(self.source, lambda linear: dense_twin(qk.LinearNF4.from_linear(linear)))
 
     @cached_property
     def first_loss(self) -> float:
@@ -93,15 +147,7 @@ class Inputs:
 
     def bitsandbytes(self) -> nn.Module:
         """The source over Linear4bit layers that train."""
-        return self._replaced(lambda linear: layers.trainable(layers.linear4bit(linear.weight.detach())))
-
-    def _replaced(self, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-        model = copy.deepcopy(self.source)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name != "lm_head":
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, make(module))
-        return model
+        return with_linears(self.source, lambda linear: layers.trainable(layers.linear4bit(linear.weight.detach())))
 
 
 def dense_twin(layer: qk.LinearNF4) -> nn.Linear:
@@ -203,6 +249,41 @@ def has_bitsandbytes(case: Case) -> bool:
     return has_peft(case) and importlib.util.find_spec("bitsandbytes") is not None
 
 
+def is_small(case: Case) -> bool:
+    """All contenders of the large model together would need too much memory."""
+    return case.label != "llama-1b"
+
+
+def peak_memory(contender: str) -> Callable[[Case, Call], dict[str, Any]]:
+    """A function that measures a contender's peak memory in a process of its own; nothing for the quick run."""
+
+    def measure(case: Case, call: Call) -> dict[str, Any]:
+        if case.quick or case.device != "cpu" or not CLEAR_REFS.exists():
+            return {}
+        command = [sys.executable, "-W", "ignore", "-m", "bench.end_to_end", contender, "--model", case.label]
+        done = subprocess.run([*command, "--peak-memory"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    return measure
+
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+"""Linux: writing 5 resets the process's peak of resident memory to its present size."""
+
+
+def peak_bytes_of(build: Callable[[Case, Inputs, int], Sequence[Call]], case: Case) -> int:
+    """Peak resident memory while two steps run, with the contender's model and optimizer alone in memory."""
+    inputs = Inputs(case)
+    (call,) = build(case, inputs, 1)
+    del inputs
+    gc.collect()
+    CLEAR_REFS.write_text("5")
+    for _ in range(2):
+        call()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
 def _once(case: Case) -> int:
     """No copies: a step touches far more than the last-level cache holds."""
     return 1 << 40
@@ -214,11 +295,13 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", ours, _once),
-        Contender("ours, full logits", ours_full_logits, _once),
-        Contender("bnb + PEFT", bnb_peft, _once, applies=has_bitsandbytes),
-        Contender("bnb + PEFT fp32", bnb_peft_fp32, _once, applies=has_bitsandbytes),
-        Contender("dense + PEFT", dense_peft, _once, applies=has_peft),
+        Contender("ours", ours, _once, measures=peak_memory("ours")),
+        Contender("ours, full logits", ours_full_logits, _once, applies=is_small),
+        Contender("bnb + PEFT", bnb_peft, _once, applies=has_bitsandbytes, measures=peak_memory("bnb + PEFT")),
+        Contender(
+            "bnb + PEFT fp32", bnb_peft_fp32, _once, applies=lambda case: has_bitsandbytes(case) and is_small(case)
+        ),
+        Contender("dense + PEFT", dense_peft, _once, applies=has_peft, measures=peak_memory("dense + PEFT")),
     ),
     verify=verify,
     modes=(COLD,),
@@ -226,16 +309,22 @@ SUITE = Suite(
 
 
 def main() -> int:
-    """Print one contender's profile."""
+    """Print one contender's profile, or its peak memory."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.end_to_end", description="Where a training step's time goes."
     )
     names = [contender.name for contender in SUITE.contenders]
     parser.add_argument("contender", nargs="?", default="ours", choices=names)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", default="SmolLM2-135M", choices=ARCHITECTURES)
+    parser.add_argument("--peak-memory", action="store_true", help="print peak_bytes as JSON instead of the profile")
     options = parser.parse_args()
-    case = next(iter(cases(options.device)))
-    (call,) = next(c for c in SUITE.contenders if c.name == options.contender).build(case, Inputs(case), 1)
+    case = next(case for case in cases(options.device) if case.label == options.model)
+    build = next(c for c in SUITE.contenders if c.name == options.contender).build
+    if options.peak_memory:
+        print(json.dumps({"peak_bytes": peak_bytes_of(build, case)}))
+        return 0
+    (call,) = build(case, Inputs(case), 1)
     model = call.args[0]
     parts = step_profile.profile_step(model, call)
     print(step_profile.table(parts))

@@ -2,11 +2,11 @@
 
     read      GB/s     all threads read a buffer far beyond the last-level cache
     copy      GB/s     bytes read plus bytes written while one such buffer is copied to another
-    bf16_dot  GFLOP/s  bf16 products into fp32 sums, operands in registers
+    bf16      GFLOP/s  bf16 products into fp32 sums, by the fastest unit there is: AMX tiles, vdpbf16ps or fp32 FMA
     fma       GFLOP/s  fp32 multiply-adds, operands in registers
 
-On an x86 CPU with a C++ compiler they come from probes.cpp. Elsewhere torch's own functions stand in, which may fall
-short of the peak and so flatter a fraction: the row says which it was.
+On an x86 CPU with a C++ compiler they come from probes.cpp; `how` names the unit. Elsewhere torch's own functions stand
+in, which may fall short of the peak and so flatter a fraction: the row says which it was.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ from .machine import ROOT, cache_bytes
 from .timing import clock_of
 
 SOURCE = Path(__file__).with_name("probes.cpp")
+AMX = ROOT / "csrc" / "cpu" / "amx"
+AMX_SOURCES = (AMX / "tile.h", AMX / "support.h", AMX / "support.cpp")
+
+NAMES = ("read", "copy", "bf16", "fma")
+"""Every device has these peaks."""
 
 STAND_IN_S = 1.0
 """How long a stand-in is repeated: the best of many, for other processes can only slow one down."""
@@ -39,7 +44,7 @@ NARROW = ("avx2", "portable")
 
 @dataclass(frozen=True)
 class Peak:
-    """A rate: bytes or flops in a second.   how: "probe", or the torch function that stands in."""
+    """A rate: bytes or flops in a second.   how: the unit that was probed, or the torch function that stands in."""
 
     name: str
     rate: float
@@ -49,7 +54,7 @@ class Peak:
 def measure_peaks(device: str, isa: str | None = None) -> dict[str, Peak]:
     """All of them, by name.   isa: the instruction set that arithmetic is limited to."""
     peaks = {peak.name: peak for peak in _probed(isa)} if device == "cpu" else {}
-    if missing := [name for name in ("read", "copy", "bf16_dot", "fma") if name not in peaks]:
+    if missing := [name for name in NAMES if name not in peaks]:
         peaks |= {peak.name: peak for peak in _stand_ins(device) if peak.name in missing}
     return peaks
 
@@ -59,13 +64,19 @@ def _probed(isa: str | None) -> Iterator[Peak]:
     if library is None:
         return
     threads, size = torch.get_num_threads(), ctypes.c_size_t(_working_set("cpu"))
-    rates = {
-        "read": library.probe_read(threads, size),
-        "copy": library.probe_copy(threads, size),
-        "bf16_dot": library.probe_bf16_dot(threads),
-        "fma": library.probe_fma(threads, int(isa not in NARROW)),
-    }
-    yield from (Peak(name, rate, "probe") for name, rate in rates.items() if rate)
+    fma = Peak("fma", library.probe_fma(threads, int(isa not in NARROW)), "FMA")
+    units = [Peak("bf16", fma.rate, "FMA")]
+    if isa in (None, "amx_bf16"):
+        units.append(Peak("bf16", library.probe_amx(threads), "AMX"))
+    if isa in (None, "amx_bf16", "avx512_bf16"):
+        units.append(Peak("bf16", library.probe_bf16_dot(threads), "vdpbf16ps"))
+    peaks = [
+        Peak("read", library.probe_read(threads, size), "probe"),
+        Peak("copy", library.probe_copy(threads, size), "probe"),
+        max(units, key=lambda peak: peak.rate),
+        fma,
+    ]
+    yield from (peak for peak in peaks if peak.rate)
 
 
 @functools.cache
@@ -74,14 +85,17 @@ def _library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if platform.machine() != "x86_64" or compiler is None:
         return None
-    path = ROOT / "build" / f"probes-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    content = b"".join(path.read_bytes() for path in (SOURCE, *AMX_SOURCES))
+    path = ROOT / "build" / f"probes-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", SOURCE, "-o", unfinished], check=True)
+        command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-DQLORA_ISA=probes"]
+        command += [f"-I{AMX.parent}", str(SOURCE), str(AMX / "support.cpp"), "-o", str(unfinished)]
+        subprocess.run(command, check=True)
         unfinished.rename(path)
     library = ctypes.CDLL(str(path))
-    for name in ("read", "copy", "bf16_dot", "fma"):
+    for name in ("read", "copy", "bf16_dot", "amx", "fma"):
         getattr(library, f"probe_{name}").restype = ctypes.c_double
     return library
 
@@ -95,7 +109,7 @@ def _stand_ins(device: str) -> Iterator[Peak]:
     target = torch.ones_like(source)
     yield Peak("read", source.nbytes / _best(device, source.sum), "torch.sum")
     yield Peak("copy", 2 * source.nbytes / _best(device, lambda: target.copy_(source)), "torch.copy_")
-    for name, dtype in (("bf16_dot", torch.bfloat16), ("fma", torch.float32)):
+    for name, dtype in (("bf16", torch.bfloat16), ("fma", torch.float32)):
         size = 8192 if device == "cuda" else 2048
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         yield Peak(name, 2 * size**3 / _best(device, lambda a=a, b=b: a @ b), "torch.matmul")

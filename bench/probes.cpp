@@ -18,6 +18,9 @@
 #include <thread>
 #include <vector>
 
+#include "amx/support.h"
+#include "amx/tile.h"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -93,6 +96,31 @@ __attribute__((target("avx2,fma"))) void fma_256(Sink* sink) {
     for (int i = 0; i < kSums256; ++i) _mm256_store_ps(sink->values[i], sums[i]);
 }
 
+// Steps of a product of 2 x 2 tiles whose operands lie in L1 and are random: operands that do not change, or zeros,
+// would run up to a fifth faster than any real product.
+void amx_tiles(Sink* sink) {
+    using namespace qlora::QLORA_ISA;
+    constexpr int kDepth = 8;
+    alignas(64) static thread_local uint8_t left[kDepth][2][kTileBytes], right[kDepth][2][kTileBytes];
+    uint32_t state = 1;
+    for (auto* operand : {&left[0][0][0], &right[0][0][0]}) {
+        for (size_t i = 0; i < sizeof left; i += 2) {
+            state = state * 1664525u + 1013904223u;
+            const auto word = static_cast<uint16_t>((state >> 16 & 0x80ff) | 0x3f00);  // magnitudes from 0.5 to 2
+            memcpy(operand + i, &word, sizeof word);
+        }
+    }
+    const TileSession session;
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    for (int64_t step = 0; step < kSteps / 64; ++step) {
+        const int64_t k = step % kDepth;
+        load_tile<4>(left[k][0]), load_tile<6>(right[k][0]), tile_dot<0, 4, 6>();
+        load_tile<7>(right[k][1]), tile_dot<1, 4, 7>();
+        load_tile<5>(left[k][1]), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+    }
+    store_tile<0>(sink->values);
+}
+
 double arithmetic(int threads, double flops_per_step, void (*work)(Sink*)) {
     std::vector<Sink> sinks(threads);
     return best_rate(threads, flops_per_step * kSteps * threads, [&](int t) { work(&sinks[t]); });
@@ -135,6 +163,13 @@ extern "C" {
 double probe_bf16_dot(int threads) {
     if (!__builtin_cpu_supports("avx512bf16")) return 0;
     return arithmetic(threads, 64.0 * kSums, bf16_dot_512);
+}
+
+double probe_amx(int threads) {
+    if (qlora::amx_unavailable()) return 0;
+    constexpr double kFlops = 4 * 2.0 * 16 * 16 * 32;
+    std::vector<Sink> sinks(threads);
+    return best_rate(threads, kFlops * (kSteps / 64) * threads, [&](int t) { amx_tiles(&sinks[t]); });
 }
 
 double probe_fma(int threads, int wide) {

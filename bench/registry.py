@@ -52,7 +52,7 @@ class Case:
     @property
     def arithmetic(self) -> str:
         """The peak (bench/peaks.py) that bounds its flops."""
-        return "fma" if self.dtype == torch.float32 else "bf16_dot"
+        return "fma" if self.dtype == torch.float32 else "bf16"
 
     @property
     def name(self) -> str:
@@ -122,9 +122,9 @@ class Suite:
 
 
 def suites() -> dict[str, Suite]:
-    """Every op's benchmark, and the training step's, by name."""
-    from . import end_to_end, ops
+    """Every op's benchmark, the training step's and generation's, by name."""
+    from . import end_to_end, generation, ops
 
     names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.name.startswith("bench_"))
     found = [importlib.import_module(f"{ops.__name__}.{name}").SUITE for name in names]
-    return {suite.op: suite for suite in (*found, end_to_end.SUITE)}
+    return {suite.op: suite for suite in (*found, end_to_end.SUITE, generation.SUITE)}

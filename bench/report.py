@@ -18,9 +18,22 @@ BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
 CAUSES = "docs/notebook/missed-targets.md"
 """The page with one heading for each missed target and the measured cause below it."""
 
-UNITS = {"read": "GB/s", "copy": "GB/s", "bf16_dot": "GFLOP/s", "fma": "GFLOP/s"}
+UNITS = {"read": "GB/s", "copy": "GB/s", "bf16": "GFLOP/s", "fma": "GFLOP/s"}
 
-MERGED = ("median_us", "p10_us", "p90_us", "gbps", "gflops", "roofline", "foreign", "rate", "speedup", "fraction")
+MERGED = (
+    "median_us",
+    "p10_us",
+    "p90_us",
+    "gbps",
+    "gflops",
+    "roofline",
+    "foreign",
+    "rate",
+    "speedup",
+    "fraction",
+    "peak_bytes",
+    "memory_ratio",
+)
 """Fields of which several runs' rows leave their median."""
 
 DISTURBED = 0.1
@@ -140,6 +153,15 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
             held = [row for row in chosen if "state_bytes_per_element" in row]
             if held:
                 yield f"Bytes of optimizer state per parameter element:\n\n{_state_table(held)}"
+            if peaks := [row for row in chosen if "peak_bytes" in row]:
+                yield f"Peak memory of a process that holds the contender alone:\n\n{_memory_table(peaks)}"
+
+
+def _memory_table(rows: Sequence[Row]) -> str:
+    return _markdown(
+        ["case", "contender", "peak memory, MB"],
+        [[row["case"], row["contender"], f"{row['peak_bytes'] / 1e6:.0f}"] for row in rows],
+    )
 
 
 def _op_table(rows: Sequence[Row]) -> str:

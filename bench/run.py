@@ -135,7 +135,8 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
         for name, timing in timings.items():
             contender = right[name][0]
             row = case_row(case, contender, threads, mode) | timing_fields(timing) | measures[name]
-            yield row | rates(case, (contender.cost or suite.cost)(case), timing, peaks) | ratios(name, timings)
+            row |= rates(case, (contender.cost or suite.cost)(case), timing, peaks) | ratios(name, timings)
+            yield row | memory_ratios(name, measures)
 
 
 def copies_beyond_cache(contender: Contender, case: Case) -> int:
@@ -211,6 +212,14 @@ def ratios(name: str, timings: dict[str, Timing]) -> Row:
     """How many times faster this contender is than each other."""
     others = {other: timing for other, timing in timings.items() if other != name}
     return {"speedup": {other: round(timing.median / timings[name].median, 3) for other, timing in others.items()}}
+
+
+def memory_ratios(name: str, measures: dict[str, Row]) -> Row:
+    """This contender's peak memory over each other's; nothing where it was not measured."""
+    peaks = {other: fields["peak_bytes"] for other, fields in measures.items() if "peak_bytes" in fields}
+    if name not in peaks:
+        return {}
+    return {"memory_ratio": {other: round(peaks[name] / peak, 3) for other, peak in peaks.items() if other != name}}
 
 
 def peak_row(peak: Peak, isa: str | None) -> Row:

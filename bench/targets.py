@@ -35,12 +35,29 @@ def fraction_of(peak: str) -> Formula:
     return Formula(f"share of {peak} peak", lambda row: row["fraction"].get(peak))
 
 
+def memory_beside(peer: str) -> Formula:
+    """Our peak memory over the peer's."""
+    return Formula(f"our peak memory / {peer}", lambda row: row.get("memory_ratio", {}).get(peer))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of processor.   isa: the instruction set that the kernels use there."""
+
+    words: str
+    isa: str
+
+
+AMX = Machine("AMX", "amx_bf16")
+AVX512_BF16 = Machine("AVX512-BF16", "avx512_bf16")
+
+
 @dataclass(frozen=True)
 class Target:
     """One performance target.
 
     at_least, at_most: the threshold; exactly one is set.   where: the rows that the target applies to.
-    stretch: the target is desired but not promised.
+    machine: the machines that the target is about.   stretch: the target is desired but not promised.
     """
 
     name: str
@@ -50,6 +67,7 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     contender: str = "ours"
+    machine: Machine | None = None
     stretch: bool = False
 
     def keeps(self, value: float) -> bool:
@@ -92,6 +110,8 @@ def judge(rows: Iterable[Row]) -> list[Verdict]:
     verdicts = []
     for target in TARGETS:
         about = [row for row in timed if (row["op"], row["contender"]) == (target.op, target.contender)]
+        if target.machine is not None:
+            about = [row for row in about if row["isa"] == target.machine.isa]
         values = [(row, target.formula.of(row)) for row in about if target.where(row)]
         measured = [(row, value) for row, value in values if value is not None]
         measured.sort(key=lambda pair: pair[1], reverse=target.at_least is None)
@@ -111,8 +131,19 @@ def _beyond_cache(row: Row) -> bool:
     return bool(row["N"] > 10_000_000)
 
 
-def _whole_model(row: Row) -> bool:
-    return bool(row["M"] == 1024)
+def _large(low: int, high: int = 1 << 30) -> Callable[[Row], bool]:
+    return lambda row: _bf16(row) and low <= row["M"] <= high and max(row["N"], row["K"]) >= 4096
+
+
+def _small(row: Row) -> bool:
+    return _bf16(row) and max(row["N"], row["K"]) < 4096
+
+
+def _model(label: str) -> Callable[[Row], bool]:
+    return lambda row: str(row["case"]).startswith(label)
+
+
+_whole_model = _model("SmolLM2-135M")
 
 
 TARGETS = (
@@ -127,15 +158,78 @@ TARGETS = (
     ),
     Target("dequantize into reused output", "dequantize_nf4", fraction_of("copy"), at_least=0.8),
     Target("forward M 1..8 cold, bandwidth", "linear_nf4", fraction_of("read"), _rows(1, 8, mode="cold"), at_least=0.8),
-    Target("forward M 1..8 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(1, 8), at_least=1.3),
-    Target("forward M 1 cold over dense", "linear_nf4", speedup_over("dense"), _rows(1, 1, mode="cold"), at_least=3.5),
-    Target("forward M 16..128 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(9, 255), at_least=1.0),
-    Target("forward M 16..128 over bnb train", "linear_nf4", speedup_over("bnb train"), _rows(9, 255), at_least=1.0),
-    Target("forward M 16..128 over dense", "linear_nf4", speedup_over("dense"), _rows(9, 255), at_least=0.9),
-    Target("forward M >= 256, arithmetic", "linear_nf4", fraction_of("bf16_dot"), _rows(256), at_least=0.85),
-    Target("forward M >= 256 over dense", "linear_nf4", speedup_over("dense"), _rows(256), at_least=1.0),
-    Target("forward M >= 256 over bnb eval", "linear_nf4", speedup_over("bnb eval"), _rows(256), at_least=1.25),
-    Target("forward M >= 256 over bnb train", "linear_nf4", speedup_over("bnb train"), _rows(256), at_least=1.3),
+    Target(
+        "forward M 1..8 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(1, 8),
+        at_least=1.3,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M 1 cold over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _rows(1, 1, mode="cold"),
+        at_least=3.5,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M 16..128 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(9, 255),
+        at_least=1.0,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M 16..128 over bnb train",
+        "linear_nf4",
+        speedup_over("bnb train"),
+        _rows(9, 255),
+        at_least=1.0,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M 16..128 over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _rows(9, 255),
+        at_least=0.9,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M >= 256, arithmetic",
+        "linear_nf4",
+        fraction_of("bf16"),
+        _rows(256),
+        at_least=0.85,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M >= 256 over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _rows(256),
+        at_least=1.0,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M >= 256 over bnb eval",
+        "linear_nf4",
+        speedup_over("bnb eval"),
+        _rows(256),
+        at_least=1.25,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "forward M >= 256 over bnb train",
+        "linear_nf4",
+        speedup_over("bnb train"),
+        _rows(256),
+        at_least=1.3,
+        machine=AVX512_BF16,
+    ),
     Target("1 -> 2 threads at M 256", "linear_nf4", speedup_over("ours, 1 thread"), _rows(256, 256), at_least=1.8),
     Target(
         "AVX2 and AVX-512 without BF16, fp32 M 256",
@@ -150,9 +244,22 @@ TARGETS = (
         speedup_over("bnb train"),
         _rows(1024),
         at_least=2.0,
+        machine=AVX512_BF16,
     ),
-    Target("LoRA forward + backward over bnb + PEFT", "linear_nf4_lora", speedup_over("bnb + PEFT"), at_least=2.5),
-    Target("LoRA beside our plain layer", "linear_nf4_lora", time_of("ours without LoRA"), at_most=1.10),
+    Target(
+        "LoRA forward + backward over bnb + PEFT",
+        "linear_nf4_lora",
+        speedup_over("bnb + PEFT"),
+        at_least=2.5,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "LoRA beside our plain layer",
+        "linear_nf4_lora",
+        time_of("ours without LoRA"),
+        at_most=1.10,
+        machine=AVX512_BF16,
+    ),
     Target("AdamW step, fp32 states, bandwidth", "adamw_step", fraction_of("copy"), _beyond_cache, at_least=0.8),
     Target("AdamW step, fp32 states, over torch", "adamw_step", speedup_over("torch"), at_least=1.0),
     Target(
@@ -170,8 +277,22 @@ TARGETS = (
         at_least=1.0,
         contender="ours 8-bit",
     ),
-    Target("training step over bnb + PEFT", "train_step", speedup_over("bnb + PEFT"), _whole_model, at_least=1.8),
-    Target("training step over dense + PEFT", "train_step", speedup_over("dense + PEFT"), _whole_model, at_least=1.8),
+    Target(
+        "training step over bnb + PEFT",
+        "train_step",
+        speedup_over("bnb + PEFT"),
+        _whole_model,
+        at_least=1.8,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "training step over dense + PEFT",
+        "train_step",
+        speedup_over("dense + PEFT"),
+        _whole_model,
+        at_least=1.8,
+        machine=AVX512_BF16,
+    ),
     Target(
         "training step over bnb + PEFT",
         "train_step",
@@ -179,5 +300,78 @@ TARGETS = (
         _whole_model,
         at_least=2.5,
         stretch=True,
+        machine=AVX512_BF16,
+    ),
+    Target(
+        "AMX: forward M 1..64 over dense", "linear_nf4", speedup_over("dense"), _large(1, 64), at_least=2.0, machine=AMX
+    ),
+    Target(
+        "AMX: forward M 128..512 over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _large(128, 512),
+        at_least=1.5,
+        machine=AMX,
+    ),
+    Target(
+        "AMX: forward M 1024, 4096 over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _large(1024),
+        at_least=1.4,
+        machine=AMX,
+    ),
+    Target(
+        "AMX: forward on small layers over dense",
+        "linear_nf4",
+        speedup_over("dense"),
+        _small,
+        at_least=1.0,
+        machine=AMX,
+    ),
+    Target("AMX: forward + grad_x over dense", "linear_nf4_grad_x", speedup_over("dense"), at_least=1.15, machine=AMX),
+    Target(
+        "AMX: LoRA beside our plain layer", "linear_nf4_lora", time_of("ours without LoRA"), at_most=1.06, machine=AMX
+    ),
+    Target(
+        "AMX: training step over bnb + PEFT",
+        "train_step",
+        speedup_over("bnb + PEFT"),
+        _model("SmolLM2-135M"),
+        at_least=1.3,
+        machine=AMX,
+    ),
+    Target(
+        "AMX: 1B training step over bnb + PEFT",
+        "train_step",
+        speedup_over("bnb + PEFT"),
+        _model("llama-1b"),
+        at_least=1.5,
+        machine=AMX,
+    ),
+    Target(
+        "AMX: 1B training step over dense + PEFT",
+        "train_step",
+        speedup_over("dense + PEFT"),
+        _model("llama-1b"),
+        at_least=1.5,
+        machine=AMX,
+    ),
+    Target("1B training step, peak memory", "train_step", memory_beside("bnb + PEFT"), _model("llama-1b"), at_most=0.6),
+    Target(
+        "AMX: 1B prefill over dense",
+        "generate",
+        speedup_over("dense"),
+        lambda row: row["M"] > 1,
+        at_least=1.3,
+        machine=AMX,
+    ),
+    Target(
+        "AMX: 1B decoding over bnb",
+        "generate",
+        speedup_over("bnb"),
+        lambda row: row["M"] == 1,
+        at_least=1.2,
+        machine=AMX,
     ),
 )

@@ -22,6 +22,7 @@ def cases(device: str) -> Iterator[Case]:
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4", M, N, K, device=device, quick=(N, K) == (1536, 576) and M in (1, 16, 256))
+    yield Case("linear_nf4", 4096, 4096, 4096, device=device)
     if device == "cpu":
         for isa in (None, *FORCED_ISAS):
             yield Case("linear_nf4", 256, 4096, 4096, dtype=torch.float32, isa=isa)

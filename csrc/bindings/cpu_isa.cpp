@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx/support.h"
 #include "cpu_tensors.h"
 
 namespace qlora::bindings {
@@ -14,10 +15,22 @@ std::string cpu_isa(std::optional<std::string> force) {
     return isa_name(qlora::cpu_isa());
 }
 
+// Why this process cannot use AMX tiles, in one sentence; empty if it can.
+std::string cpu_amx_unavailable() {
+    const char* reason = amx_unavailable();
+    return reason ? reason : "";
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) { m.def("cpu_isa(str? force) -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
+    m.def("cpu_isa(str? force) -> str");
+    m.def("cpu_amx_unavailable() -> str");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
+    m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+    m.impl("cpu_amx_unavailable", TORCH_BOX(&cpu_amx_unavailable));
+}
 
 }  // namespace qlora::bindings

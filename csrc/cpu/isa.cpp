@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx/support.h"
 #include "kernels.h"
 #include "qlora/cpu_isa.h"
 
@@ -18,6 +19,17 @@ QLORA_DECLARE_TABLE(portable)
 QLORA_DECLARE_TABLE(avx2)
 QLORA_DECLARE_TABLE(avx512)
 QLORA_DECLARE_TABLE(avx512_bf16)
+
+// Tables that take most kernels from another one (amx/table.cpp, fma_for_bf16.cpp).
+namespace avx512_bf16_fma {
+const Kernels& kernels();
+}
+namespace amx_bf16 {
+const Kernels& kernels();
+}
+namespace amx_bf16_emulated {
+const Kernels& kernels();
+}
 #endif
 #ifdef QLORA_ARM_KERNELS
 QLORA_DECLARE_TABLE(neon)
@@ -26,16 +38,19 @@ QLORA_DECLARE_TABLE(neon)
 
 namespace {
 
-// Those of this build.
+// The instruction sets of this build from which the automatic choice takes the first that the machine supports.
 constexpr Isa kBestFirst[] = {
 #ifdef QLORA_X86_KERNELS
-    Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
+    Isa::kAmxBf16,  Isa::kAvx512Bf16Fma, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
 #endif
 #ifdef QLORA_ARM_KERNELS
     Isa::kNeon,
 #endif
     Isa::kPortable,
 };
+
+// Those that only a name chooses.
+constexpr Isa kByNameOnly[] = {Isa::kAmxBf16Emulated};
 
 // "avx512_bf16, avx512, avx2 or portable"
 std::string choices() {
@@ -47,18 +62,36 @@ std::string choices() {
     return names;
 }
 
+// Whether the automatic choice prefers fp32 multiply-adds to vdpbf16ps: on Intel's cores vdpbf16ps has half the rate of
+// fp32 multiply-adds (224 and 440 GFLOP/s on two cores of a Xeon), on AMD's Zen 4 and 5 twice the rate.
+bool prefers_fma() {
+#ifdef QLORA_X86_KERNELS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
+Isa best() {
+    for (const Isa isa : kBestFirst) {
+        if (isa_supported(isa) && (isa != Isa::kAvx512Bf16Fma || prefers_fma())) return isa;
+    }
+    return Isa::kPortable;
+}
+
 Isa choose(const char* name, const char* source) {
-    if (!name || !*name) {
-        for (const Isa isa : kBestFirst) {
-            if (isa_supported(isa)) return isa;
-        }
+    if (!name || !*name) return best();
+    for (const Isa isa : kByNameOnly) {
+        if (strcmp(name, isa_name(isa)) == 0 && isa_supported(isa)) return isa;
     }
     for (const Isa isa : kBestFirst) {
         if (strcmp(name, isa_name(isa)) != 0) continue;
         if (isa_supported(isa)) return isa;
-        throw std::invalid_argument(
-            std::string(source) + "=" + name +
-            ": this CPU or its operating system lacks it; unset it to use the best one there is");
+        const char* reason = "this CPU or its operating system lacks it";
+        if (isa == Isa::kAmxBf16 && amx_unavailable()) reason = amx_unavailable();
+        throw std::invalid_argument(std::string(source) + "=" + name + ": " + reason +
+                                    "; unset it to use the best one there is");
     }
     throw std::invalid_argument(std::string(source) + " must be " + choices() + ", got " + name);
 }
@@ -70,8 +103,14 @@ std::atomic<int> chosen{kUndecided};
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAmxBf16:
+            return "amx_bf16";
+        case Isa::kAmxBf16Emulated:
+            return "amx_bf16_emulated";
         case Isa::kAvx512Bf16:
             return "avx512_bf16";
+        case Isa::kAvx512Bf16Fma:
+            return "avx512_bf16_fma";
         case Isa::kAvx512:
             return "avx512";
         case Isa::kAvx2:
@@ -101,7 +140,11 @@ bool isa_supported(Isa isa) {
         case Isa::kAvx512:
             return avx512;
         case Isa::kAvx512Bf16:
+        case Isa::kAvx512Bf16Fma:
+        case Isa::kAmxBf16Emulated:
             return avx512 && __builtin_cpu_supports("avx512bf16");
+        case Isa::kAmxBf16:
+            return avx512 && __builtin_cpu_supports("avx512bf16") && !amx_unavailable();
         default:
             return false;
     }
@@ -124,6 +167,12 @@ void force_cpu_isa(const char* name) { chosen.store(static_cast<int>(choose(name
 const Kernels& cpu_kernels() {
     switch (cpu_isa()) {
 #ifdef QLORA_X86_KERNELS
+        case Isa::kAmxBf16:
+            return amx_bf16::kernels();
+        case Isa::kAmxBf16Emulated:
+            return amx_bf16_emulated::kernels();
+        case Isa::kAvx512Bf16Fma:
+            return avx512_bf16_fma::kernels();
         case Isa::kAvx512Bf16:
             return avx512_bf16::kKernels;
         case Isa::kAvx512:

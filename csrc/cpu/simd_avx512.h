@@ -80,11 +80,9 @@ static inline void store(Fp16* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<
 
 inline constexpr int kTranspose = 16;
 
-// Four rounds of 2 x 2 exchanges: dwords, qwords, then 128-bit lanes twice.
-static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uint32_t* dst, int64_t dst_ld) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_si512(src + i * ld) : _mm512_setzero_si512();
+// Transposes 16 x 16 dwords by four rounds of 2 x 2 exchanges: dwords, qwords, then 128-bit lanes twice.
+__attribute__((always_inline)) static inline void transpose_registers(__m512i (&a)[16]) {
+    __m512i b[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -109,9 +107,18 @@ static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uin
         b[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
         b[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = b[i];
+}
+
+static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uint32_t* dst, int64_t dst_ld) {
+    __m512i a[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_loadu_si512(src + i * ld) : _mm512_setzero_si512();
+    transpose_registers(a);
     const __mmask16 valid = static_cast<__mmask16>((1u << rows) - 1);
 #pragma GCC unroll 16
-    for (int c = 0; c < 16; ++c) _mm512_mask_storeu_epi32(dst + c * dst_ld, valid, b[c]);
+    for (int c = 0; c < 16; ++c) _mm512_mask_storeu_epi32(dst + c * dst_ld, valid, a[c]);
 }
 
 // Sixteen values of one block, ready to be looked up: as floats, or twice over as words, so that an index's fifth bit

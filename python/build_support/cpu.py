@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,11 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mpre
 X86_FLAGS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
 # NEON belongs to the base architecture: the compiler needs no flag for it, simd.h needs to be told.
 ARM_FLAGS = {"portable": (), "neon": ("-DQLORA_NEON",)}
+# The sources of csrc/cpu/amx. The tile instructions are inline assembly, so the compiler needs no flag for them.
+AMX_FLAGS = {
+    "amx_bf16": X86_FLAGS["avx512_bf16"],
+    "amx_bf16_emulated": (*X86_FLAGS["avx512_bf16"], "-DQLORA_EMULATE_AMX"),
+}
 
 COMMON_FLAGS = (
     "-std=c++20",
@@ -41,13 +46,18 @@ COMMON_FLAGS = (
 
 @dataclass(frozen=True)
 class Family:
-    """CPUs that share an architecture.   defines: for all sources.   sets: instruction set -> compiler flags."""
+    """CPUs that share an architecture.
+
+    defines: compiler flags for all sources.   sets: instruction set -> compiler flags for the kernels of csrc/cpu.
+    amx: the same for the kernels of csrc/cpu/amx.
+    """
 
     defines: tuple[str, ...]
     sets: dict[str, tuple[str, ...]]
+    amx: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-X86 = Family(("-DQLORA_X86_KERNELS",), X86_FLAGS)
+X86 = Family(("-DQLORA_X86_KERNELS",), X86_FLAGS, AMX_FLAGS)
 ARM = Family(("-DQLORA_ARM_KERNELS",), ARM_FLAGS)
 OTHER = Family((), {"portable": ()})
 
@@ -70,8 +80,11 @@ def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[St
     family = family_of(compiler)
     shared = headers()
     steps = []
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        variants = family.sets if is_kernel(source) else {"": ()}
+    sources = sorted((CSRC / "cpu").glob("*.cpp"))
+    sources += sorted((CSRC / "cpu" / "amx").glob("*.cpp")) if family.amx else []
+    for source in sources:
+        sets = family.amx if source.parent.name == "amx" else family.sets
+        variants = sets if is_kernel(source) else {"": ()}
         for name, isa_flags in variants.items():
             define = (f"-DQLORA_ISA={name}",) if name else ()
             output = build / (name or "common") / f"{source.stem}.o"

@@ -184,7 +184,7 @@ class _Finetune:
         check_token_ids(max(int(example.input_ids.max()) for example in examples), self.tokenizer, model)
         check_positions(longest + self._virtual_tokens, model, "--seq-len")
         check_memory(model, batch=options.batch, micro_batch=options.micro_batch or options.batch, longest=longest)
-        check_rank(model, getattr(self.adapter_config, "r", None) or 0)
+        check_rank(model, max(getattr(self.adapter_config, name, None) or 0 for name in ("r", "init_r")))
         check_patterns(self.adapter_config, model)
         if options.prompt and options.max_new_tokens:
             beyond = options.max_new_tokens + self._virtual_tokens

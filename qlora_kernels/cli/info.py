@@ -22,7 +22,7 @@ _PACKAGES = (
 )  # fmt: skip
 _VARIABLES = {
     ENVIRONMENT: "backend that every op must use: reference, cpu, triton or cuda",
-    "QLORA_CPU_ISA": "instruction set of the cpu backend: avx512_bf16, avx512, avx2 (x86), neon (AArch64) or portable",
+    "QLORA_CPU_ISA": "instruction set of the cpu backend: amx_bf16, avx512_bf16, avx512, avx2, neon or portable",
     "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
     "QLORA_SKIP_NATIVE": "1: install without compiling anything",
 }
@@ -59,6 +59,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "threads": torch.get_num_threads(),
             "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
             "kernels use": _kernel_isa(),
+            "amx": _amx(),
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
         "gpu": {"cuda": _gpu(), "kernels built for": built_for("cuda") or "nothing: the library is not built"},
@@ -87,6 +88,14 @@ def _cpu_flags() -> list[str]:
     return (_cpu_field("flags") or _cpu_field("Features")).split()
 
 
+def _amx() -> str:
+    """Whether the cpu backend may use AMX tiles, or why not. backends() must have loaded it."""
+    reason = getattr(torch.ops.qlora_kernels_C, "cpu_amx_unavailable", None)
+    if reason is None:
+        return "not known: the cpu library is not built"
+    return str(reason()) or "usable"
+
+
 def _kernel_isa() -> str:
     """The instruction set of the cpu backend, or why there is none. backends() must have loaded it."""
     isa = getattr(torch.ops.qlora_kernels_C, "cpu_isa", None)
@@ -94,7 +103,7 @@ def _kernel_isa() -> str:
         return "none: the cpu library is not built"
     try:
         return str(isa(None))
-    except RuntimeError as reason:  # QLORA_CPU_ISA names one that cannot run here
+    except (RuntimeError, ValueError) as reason:  # QLORA_CPU_ISA names one that cannot run here
         return str(reason)
 
 

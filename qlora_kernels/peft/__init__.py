@@ -5,6 +5,7 @@ from .adapter import AdapterConfig
 from .adapter_fusion import AdapterFusionConfig
 from .bitfit import BitFitConfig
 from .config import PeftConfig
+from .eva import initialize_eva
 from .full_ft import FullFTConfig
 from .lora import LoraConfig
 from .lora_plus import lora_plus_groups
@@ -35,6 +36,7 @@ __all__ = [
     "UniPELTConfig",
     "adalora_ranks",
     "get_peft_model",
+    "initialize_eva",
     "lora_plus_groups",
     "prepare_for_training",
     "register_method",

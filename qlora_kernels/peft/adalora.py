@@ -193,10 +193,14 @@ class AdaLora(LinearMethod[SvdLinear]):
             targets = [f"{path}.lora_E" for path in matched_layers(host, config)]
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
 
-    def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
-        config = self.config
+    @classmethod
+    def rank(cls, config: PeftConfig, path: str) -> int:
+        assert isinstance(config, AdaLoraConfig)
         pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
-        r = config.init_r if pattern is None else sum(pattern)
+        return config.init_r if pattern is None else sum(pattern)
+
+    def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
+        config, r = self.config, self.rank(self.config, path)
         # Pruned or not, the scale is that of the initial rank.
         return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.host.adapter_dtype)
 
@@ -299,6 +303,7 @@ class AdaLora(LinearMethod[SvdLinear]):
             return
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
+        # Copies: a file's tensors are not aligned as torch's own, and the order of sums depends on that.
         for name, weight in zip(self._weight_names(), self.allocator.weights, strict=True):
             weight.data = tensors[name].to(weight, copy=True)
             for average in ("sensitivity", "uncertainty"):

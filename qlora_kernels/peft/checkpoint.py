@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
 from .config import PeftConfig
+from .host import Host
 from .method import Method
-from .registry import config_from_dict
+from .registry import config_from_dict, method_for
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
@@ -48,6 +49,17 @@ def _config(files: AdapterFiles) -> PeftConfig:
     if not isinstance(own, dict):
         raise ValueError(f"adapter's sidecar: config must be an object, got {own!r}")
     return config_from_dict({**files.config, **own})
+
+
+def buildable(config: PeftConfig, files: AdapterFiles, host: Host) -> PeftConfig:
+    """The configuration with which the method is built before `load_weights` fills it.
+
+    Raises ValueError where it asks for more than the files hold.
+    """
+    method = method_for(config)
+    config = method.config_of_file(config)
+    method.check_file(config, host, files.tensors, files.extra_tensors)
+    return config
 
 
 def load_weights(methods: Sequence[Method], files: Sequence[AdapterFiles], *, is_trainable: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..nn.match import as_names
-from .field_types import admits, check_field_types, field_types
+from .field_types import check_field_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -15,8 +15,22 @@ if TYPE_CHECKING:
 # Heads that PEFT trains and saves without being asked, by task.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-# Keys that PEFT writes beside a method's own fields and that say nothing about the function computed.
+# Fields that say how much is allocated.
+SIZES = (
+    "r",
+    "lora_r",
+    "init_r",
+    "num_virtual_tokens",
+    "bottleneck_size",
+    "encoder_hidden_size",
+    "prefix_length",
+    "prefix_hidden_size",
+)
+
+# Keys that PEFT writes beside a method's own fields and that say nothing about the function computed: the last three
+# tell how training started.
 _BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
+_BOOKKEEPING |= {"eva_config", "corda_config", "lora_ga_config"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +70,7 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration a file describes; null is a field's default where the field cannot be None.
+        """The configuration a file describes; null is a field's default.
 
         Raises NotImplementedError for a key this method does not have unless its value is null, false or empty, that
         is, unless it asks for nothing: dropping it in silence would compute another function than the file's author.
@@ -65,8 +79,11 @@ class PeftConfig:
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
         if unknown:
             raise NotImplementedError(f"{cls.__name__}: the file asks for {unknown}, which this method does not have")
-        types = field_types(cls)
-        return cls(**{k: v for k, v in values.items() if k in fields and (v is not None or admits(types[k], None))})
+        given = {k: v for k, v in values.items() if k in fields and v is not None}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - given.keys()):
+            raise ValueError(f"{cls.__name__}: the file must give {missing}")
+        return cls(**given)
 
 
 def _plain(value: Any) -> Any:

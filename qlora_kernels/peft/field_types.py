@@ -6,6 +6,7 @@ Configurations come from files and command lines too, where use_rslora="false" w
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
@@ -16,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 def check_field_types(config: Any) -> None:
     """Raises ValueError where a field of a dataclass holds a value that its annotation does not admit.
 
-    Lists may be any collection but a string; an integer is a float, but a bool is no number. For a Literal, the type of
-    its values is enough: the class itself says which values there are.
+    Lists may be any collection but a string; an integer is a float, but a bool is no number, and inf and NaN are not
+    admitted. For a Literal, the type of its values is enough: the class itself says which values there are.
     """
     for name, hint in field_types(type(config)).items():
         value = getattr(config, name)
@@ -49,5 +50,13 @@ def admits(hint: Any, value: Any) -> bool:
         is_collection = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
         return is_collection and all(admits(arguments[0], element) for element in value)
     if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        return number and (hint is int or _is_finite(value))
     return isinstance(value, hint)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.linear_nf4 import is_conv1d
 from .adapted_linear import Delta
 from .base_layer import is_embedding
 from .config import PeftConfig
 from .host import Host
-from .method import Method
+from .method import Method, by_path
 from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers
 
 
@@ -57,6 +57,27 @@ class LinearMethod(Method, Generic[D]):
                 f"({stacks[0]}, ...): they get no adapter",
                 stacklevel=4,
             )
+
+    @classmethod
+    def rank(cls, config: PeftConfig, path: str) -> int:
+        """Rank of the update of the layer at `path`."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_file(
+        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+    ) -> None:
+        stored = by_path(tensors, cls.file_prefix)
+        for path in matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings):
+            names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
+            lora_A = next((stored[name] for name in names if name in stored), None)
+            if lora_A is None:
+                raise ValueError(f"adapter file: missing the lora_A of {path}, which adapter_config.json targets")
+            if lora_A.shape[:1] != (cls.rank(config, path),):
+                raise ValueError(
+                    f"adapter_config.json: the rank of {path} must be that of its tensors, of shape "
+                    f"{list(lora_A.shape)}, got {cls.rank(config, path)}"
+                )
 
     def new_delta(self, path: str, base: nn.Module) -> D:
         raise NotImplementedError

@@ -6,6 +6,8 @@ Source: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.093
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -18,7 +20,7 @@ from .base_layer import dense_weight, device_of, features, is_embedding
 from .config import PeftConfig
 from .host import Host
 from .linear_method import LinearMethod
-from .lora_init import init_loftq, init_pissa
+from .lora_init import init_from_base, init_loftq, init_orthogonal, starts_in_base
 from .method import by_path, load_into
 from .offloaded import has_hooks, weight_of
 from .registry import register_method
@@ -30,7 +32,9 @@ class LoraConfig(PeftConfig):
     """Fields, names and defaults of PEFT's LoraConfig.
 
     init_lora_weights: True (A Kaiming uniform, B zero: identity), "gaussian" (A normal of std 1/r, B zero: identity),
-    "pissa" or "pissa_niter_<n>" (the principal part of W), "loftq" (quantizes a dense base and fits the error), False
+    "orthogonal" (random, the rows of A orthogonal to the columns of B in the r dimensions: identity; r must be even),
+    "pissa" or "pissa_niter_<n>" (the principal part of W), "olora" (the first part of W's QR decomposition), "loftq"
+    (quantizes a dense base and fits the error), "eva" (A from the layer's inputs: initialize_eva fills it in), False
     (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
     lora_bias: B has a bias, which is scaled and merged with it.
     target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
@@ -64,12 +68,15 @@ class LoraConfig(PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"LoraConfig: bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         init = self.init_lora_weights
-        if init not in (True, False, "gaussian", "loftq", "pissa") and not str(init).startswith("pissa_niter_"):
+        known = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+        if not isinstance(init, bool) and init not in known and not re.fullmatch(r"pissa_niter_\d+", init):
             raise ValueError(
-                f"LoraConfig: init_lora_weights must be a bool, 'gaussian', 'pissa' or 'loftq', got {init!r}"
+                f"LoraConfig: init_lora_weights must be a bool, 'pissa_niter_<n>' or one of {known}, got {init!r}"
             )
-        if self.use_dora and str(init).startswith("pissa"):
-            raise ValueError("LoraConfig: use_dora must be False with init_lora_weights='pissa'")
+        if self.use_dora and starts_in_base(init):
+            raise ValueError(f"LoraConfig: use_dora must be False with init_lora_weights={init!r}")
+        if init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError(f"LoraConfig: r must be even with init_lora_weights='orthogonal', got {self.r}")
         if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
             raise ValueError(
                 "LoraConfig: lora_bias must be False with use_dora or another init_lora_weights than a bool"
@@ -82,7 +89,8 @@ class LoraConfig(PeftConfig):
 class LoraLinear(Delta):
     """lora_A.weight [r, K], lora_B.weight [N, r]; the update is scaling * B A.
 
-    `fixed_A` [r, K], `fixed_B` [N, r], where present, are a second, untrained pair: the part PiSSA takes out of W.
+    `fixed_A` [r, K], `fixed_B` [N, r], where present, are a second, untrained pair: the part that PiSSA and OLoRA take
+    out of W.
     """
 
     fixed_A: Tensor | None
@@ -102,6 +110,9 @@ class LoraLinear(Delta):
     def _init(self, how: bool | str) -> None:
         if how is False:
             return  # nn.Linear's own, Kaiming uniform for both
+        if how == "orthogonal":
+            init_orthogonal(self)
+            return
         if how == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         nn.init.zeros_(self.lora_B.weight)
@@ -211,6 +222,10 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
     config: LoraConfig
     adapts_embeddings = True
 
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        super().__init__(config, host, name)
+        self.needs_eva = self.config.init_lora_weights == "eva"
+
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
         super().check_names(config, host)
@@ -220,9 +235,31 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
             check_pattern_names("alpha_pattern", config.alpha_pattern, targets)
 
+    @classmethod
+    def rank(cls, config: PeftConfig, path: str) -> int:
+        assert isinstance(config, LoraConfig)
+        return int(pattern_value(path, config.rank_pattern, config.r))
+
+    @classmethod
+    def config_of_file(cls, config: PeftConfig) -> PeftConfig:
+        """PEFT takes the start values of PiSSA and OLoRA out of the base's weights each time it loads such a file; here
+        the fixed pair stands for that. LoftQ's base is not in the file."""
+        assert isinstance(config, LoraConfig)
+        if config.init_lora_weights == "loftq":
+            raise NotImplementedError(
+                "adapter_config.json: init_lora_weights is 'loftq': the adapter fits a base that LoftQ quantized, "
+                "which is not in the file; load that base and set init_lora_weights to true in the file"
+            )
+        if str(config.init_lora_weights).startswith("pissa_niter_"):
+            warnings.warn(
+                "adapter_config.json: the start of 'pissa_niter_<n>' is a random approximation, which loading repeats "
+                "with other random numbers, here as in PEFT; outputs may differ a little from those of training",
+                stacklevel=6,
+            )
+        return config if starts_in_base(config.init_lora_weights) else config.replace(init_lora_weights=True)
+
     def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
-        config = self.config
-        r = int(pattern_value(path, config.rank_pattern, config.r))
+        config, r = self.config, self.rank(self.config, path)
         scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
         kind = LoraEmbedding if is_embedding(base) else DoraLinear if config.use_dora else LoraLinear
         return kind(base, r, scaling, config, self.host.adapter_dtype)
@@ -232,14 +269,18 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
         if isinstance(delta, LoraEmbedding):
             return
         layer, how = self.host.adapt(path), str(self.config.init_lora_weights)
-        if how.startswith("pissa"):
-            init_pissa(delta, layer.base_layer, how)
+        if starts_in_base(how):
+            init_from_base(delta, layer.base_layer, how)
         elif how == "loftq":
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
 
+    def before_save(self) -> None:
+        if self.needs_eva:
+            raise RuntimeError("LoRA: initialize_eva(model, batches) must be called before training with 'eva'")
+
     def file_config(self) -> dict[str, Any]:
         config = self.config.replace(init_lora_weights=True, loftq_config={})
-        if not str(self.config.init_lora_weights).startswith("pissa"):
+        if not starts_in_base(self.config.init_lora_weights):
             return {**config.to_dict(), "inference_mode": True}
         # Trained and taken-out parts side by side are a LoRA of twice the rank at the same scaling, over the same base.
         alpha = math.sqrt(2) if config.use_rslora else 2
@@ -268,8 +309,10 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
 
         Raises ValueError, beside load_into's, if such a table is not this base's.
         """
-        wanted, modules = by_path(tensors, self.file_prefix), self.host.modules()
-        for key in wanted.keys() - self.state_dict().keys():
+        wanted, modules, own = by_path(tensors, self.file_prefix), self.host.modules(), self.state_dict()
+        # A file of PEFT's holds the trained pair alone: the fixed one was computed from the base a moment ago.
+        wanted |= {key: value for key, value in own.items() if key.endswith((".fixed_A", ".fixed_B"))}
+        for key in wanted.keys() - own.keys():
             owner, _, leaf = self.host.canonical(key).rpartition(".")
             table = modules[owner]._parameters.get(leaf) if owner in modules else None
             if table is not None:

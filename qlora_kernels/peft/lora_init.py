@@ -1,6 +1,6 @@
-"""LoRA initialisations that look at the base weight: PiSSA and LoftQ.
+"""LoRA initialisations beyond random A and zero B: PiSSA, OLoRA, LoftQ and orthogonal factors.
 
-Source: PiSSA (arXiv:2404.02948), LoftQ (arXiv:2310.08659).
+Source: PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), LoftQ (arXiv:2310.08659); orthogonal: PEFT.
 """
 
 from __future__ import annotations
@@ -30,18 +30,40 @@ def principal_factors(weight: Tensor, r: int, niter: int | None = None) -> tuple
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
-@torch.no_grad()
-def init_pissa(delta: LoraLinear, base: nn.Module, how: str) -> None:
-    """scaling * B A = the principal rank-r part of W; the same part is subtracted by the fixed pair: identity.
+def starts_in_base(how: bool | str) -> bool:
+    """Whether the start values are a part of the base's weight, which is taken out of it: PiSSA and OLoRA."""
+    return str(how).startswith("pissa") or how == "olora"
 
+
+@torch.no_grad()
+def init_from_base(delta: LoraLinear, base: nn.Module, how: str) -> None:
+    """scaling * B A = a rank-r part of W; the same part is subtracted by the fixed pair: identity.
+
+    "pissa": the principal part.   "olora": B A = Q[:, :r] R[:r] of W = Q R, times scaling, as in PEFT.
     PEFT subtracts it from the base's weight instead. Left here it costs r more columns in the fused call, and the base
     stays what it was: other adapters, disable_adapter and the saved file (a LoRA of rank 2r) stand on the original.
     """
-    niter = int(how.removeprefix("pissa_niter_")) if how != "pissa" else None
-    lora_A, lora_B = principal_factors(dense_weight(base) / delta.scaling, delta.r, niter)
+    weight = dense_weight(base)
+    if how == "olora":
+        q, upper = torch.linalg.qr(weight)
+        if delta.r > q.shape[1]:
+            raise ValueError(f"olora: r must be <= {q.shape[1]} over a weight of {list(weight.shape)}, got {delta.r}")
+        lora_A, lora_B = upper[: delta.r], q[:, : delta.r]
+    else:
+        niter = int(how.removeprefix("pissa_niter_")) if how != "pissa" else None
+        lora_A, lora_B = principal_factors(weight / delta.scaling, delta.r, niter)
     delta.lora_A.weight.copy_(lora_A)
     delta.lora_B.weight.copy_(lora_B)
     delta.fixed_A, delta.fixed_B = delta.lora_A.weight.detach().clone(), -delta.lora_B.weight.detach()
+
+
+@torch.no_grad()
+def init_orthogonal(delta: LoraLinear) -> None:
+    """Random A and B with B A = 0: A's columns lie in the span of half an orthogonal basis, B's rows in the rest."""
+    half, (lora_A, lora_B) = delta.r // 2, (delta.lora_A.weight, delta.lora_B.weight)
+    q, _ = torch.linalg.qr(torch.randn(delta.r, delta.r))
+    lora_A.copy_(q[0::2].T @ torch.randn(half, lora_A.shape[1]) / 10)
+    lora_B.copy_(torch.randn(lora_B.shape[0], half) @ q[1::2] / 10)
 
 
 @torch.no_grad()

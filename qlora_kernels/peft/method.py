@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..nn.match import check_names, matches
 from .adapter_tree import AdapterTree
-from .config import TASK_HEADS, PeftConfig
+from .config import SIZES, TASK_HEADS, PeftConfig
 from .host import Host
 from .overrides import ParameterOverrides
 
@@ -24,6 +24,9 @@ _BUFFER = "buffer:"
 
 # PEFT's names for the base model in the keys of a file: of layers' adapters, and of the head beside a prompt.
 FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
+
+
+_HARMLESS_SIZE = 16384  # a size that may stand in a configuration without a tensor of that size in the file
 
 
 class PreparedCall(NamedTuple):
@@ -71,6 +74,29 @@ class Method:
                 "none; name the head to train in modules_to_save",
                 stacklevel=4,
             )
+
+    @classmethod
+    def config_of_file(cls, config: PeftConfig) -> PeftConfig:
+        """The configuration with which the adapter of a file is built, given the file's own.
+
+        Start values that the file's tensors replace need not be computed.
+        """
+        return config
+
+    @classmethod
+    def check_file(
+        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+    ) -> None:
+        """Raises ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
+        held = (*tensors.values(), *extra_tensors.values())
+        longest = max((size for tensor in held for size in tensor.shape), default=0)
+        for field in SIZES:
+            size = getattr(config, field, None)
+            if size is not None and size > max(longest, _HARMLESS_SIZE):
+                raise ValueError(
+                    f"adapter_config.json: {field} must fit the tensors of the file, whose longest side is {longest}, "
+                    f"got {size}"
+                )
 
     @property
     def parts(self) -> list[Method]:
@@ -232,10 +258,15 @@ def load_into(module: HasTensors, tensors: dict[str, Tensor]) -> None:
     """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in own.keys() & tensors.keys()
+    both = sorted(own.keys() & tensors.keys())
+    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in both
                  if own[k].shape != tensors[k].shape]  # fmt: skip
     if missing or unexpected or misshapen:
         raise ValueError(f"adapter file: missing {missing}, unexpected {unexpected}, of another shape {misshapen}")
+    if unlike := [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]:
+        raise ValueError(
+            f"adapter file: {unlike[0]} must be of a type like {own[unlike[0]].dtype}, got {tensors[unlike[0]].dtype}"
+        )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(tensors[key])

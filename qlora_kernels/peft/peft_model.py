@@ -475,7 +475,7 @@ class PeftModel(nn.Module):
         is put in eval mode, as PEFT does.
         """
         configs, files = zip(*checkpoint.load_adapter(model_id), strict=True)
-        self._add(adapter_name, configs)
+        self._add(adapter_name, [checkpoint.buildable(c, f, self.host) for c, f in zip(configs, files, strict=True)])
         try:
             checkpoint.load_weights(self.host.adapters[adapter_name], files, is_trainable=is_trainable)
         except BaseException:

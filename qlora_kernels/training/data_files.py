@@ -101,16 +101,17 @@ def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     limit = csv.field_size_limit(len(text) + 1)  # the module's own is 128 KiB, for the whole process
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = [name.strip() for name in next(rows)]
-        if len(set(header)) < len(header) or "" in header:
-            raise DataError(f"{path}:1: must begin with a header of different names, got {excerpt(header)}")
+        header = [name.strip() for name in next(filter(None, rows))]
+        names = [name for name in header if name]  # the index that pandas writes has none
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}:{rows.line_num}: must begin with different names, got {excerpt(header)}")
         for cells in rows:
             place = f"{path}:{rows.line_num}"
             if not cells:
                 continue  # an empty line
             if len(cells) != len(header):
                 raise DataError(f"{place}: must hold {len(header)} cells, as the header does, got {len(cells)}")
-            yield Row(place, dict(zip(header, cells, strict=True)))
+            yield Row(place, {name: cell for name, cell in zip(header, cells, strict=True) if name})
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: must be cells with {delimiter!r} between ({error})") from error
     finally:

@@ -6,7 +6,7 @@ import pytest
 
 from bench import peaks
 
-NAMES = {"read", "copy", "bf16_dot", "fma"}
+NAMES = {"read", "copy", "bf16", "fma"}
 
 
 @pytest.fixture

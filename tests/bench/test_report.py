@@ -33,11 +33,11 @@ ROW = {
     "foreign": 0.01,
     "gbps": 43.0,
     "gflops": 168.0,
-    "fraction": {"read": 0.9, "bf16_dot": 0.2},
+    "fraction": {"read": 0.9, "bf16": 0.2},
     "roofline": 0.9,
     "speedup": {"bnb eval": 1.4, "dense": 3.0},
     "machine": "a machine",
-    "isa": "avx2",
+    "isa": "avx512_bf16",
     "commit": "0123456789",
     "versions": {"torch": "2"},
 }

@@ -56,7 +56,16 @@ def test_info(capsys):
     assert facts["backends"].keys() == {"reference", "cpu", "triton", "cuda"}
     assert facts["backends"]["reference"].startswith("available")
     assert {"QLORA_BACKEND", "QLORA_CPU_ISA"} <= facts["environment"].keys()
-    assert facts["cpu"]["kernels use"] in ("avx512_bf16", "avx512", "avx2", "neon", "portable")
+    assert facts["cpu"]["kernels use"] in (
+        "amx_bf16",
+        "avx512_bf16_fma",
+        "avx512_bf16",
+        "avx512",
+        "avx2",
+        "neon",
+        "portable",
+    )
+    assert facts["cpu"]["amx"]
     text = output(capsys, "info")
     assert "backends" in text
     assert "instruction sets" in text

@@ -129,6 +129,7 @@ def test_positions(capsys, model, tmp_path):
         (["--batch", 1, "--micro-batch", 10**12], "--micro-batch (or --batch, without it): must fit"),
         (["--r", 10**10], "--r: must fit this machine's memory of"),
         (["--set", "r=10000000000"], "--r: must fit this machine's memory of"),
+        (["--method", "adalora", "--set", "init_r=10000000000"], "--r: must fit this machine's memory of"),
         (["--seq-len", 1], "--seq-len must be >= 2 to predict a token"),
     ],
 )

@@ -31,8 +31,8 @@ def compiler(tmp_path):
 @pytest.mark.parametrize(
     ("target", "sets"),
     [
-        ("x86_64-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16"]),
-        ("x86_64-conda-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16"]),
+        ("x86_64-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated"]),
+        ("x86_64-conda-linux-gnu", ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated"]),
         ("aarch64-linux-gnu", ["portable", "neon"]),
         ("arm64-apple-darwin23.6.0", ["portable", "neon"]),
         ("powerpc64le-linux-gnu", ["portable"]),

@@ -26,14 +26,14 @@ if (reason := cpu.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-ALL_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+ALL_SETS = ("amx_bf16", "amx_bf16_emulated", "avx512_bf16_fma", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 def runs_here(isa: str) -> bool:
     """Whether forcing `isa` succeeds."""
     try:
         return cpu.instruction_set(isa) == isa
-    except RuntimeError:
+    except ValueError:
         return False
     finally:
         cpu.instruction_set("")
@@ -148,7 +148,10 @@ def test_threads_do_not_change_the_bits(isa, N, K):
         assert torch.equal(grad_x, results[0][1])
 
 
-@pytest.mark.parametrize(("value", "message"), [("sse9", "must be avx512_bf16, avx512, avx2 or portable, got sse9")])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("sse9", "must be amx_bf16, avx512_bf16_fma, avx512_bf16, avx512, avx2 or portable, got sse9")],
+)
 def test_wrong_environment_value(value, message):
     code = "import torch, qlora_kernels as qk; qk.quantize_nf4(torch.ones(64))"
     environment = {**os.environ, "QLORA_CPU_ISA": value}

@@ -83,10 +83,10 @@ def arithmetic_of(backend: str, dtype: torch.dtype) -> Arithmetic:
 
 
 def _bf16_pairs() -> bool:
-    """Whether csrc/cpu multiplies bf16 by vdpbf16ps, in one chain."""
+    """Whether csrc/cpu may multiply bf16 by vdpbf16ps, in one chain. AMX has shorter chains, but one token has not."""
     from qlora_kernels.backends import cpu
 
-    return cpu.unavailable() is None and cpu.instruction_set() == "avx512_bf16"
+    return cpu.unavailable() is None and cpu.instruction_set().startswith(("avx512_bf16", "amx_bf16"))
 
 
 class Dropout(NamedTuple):

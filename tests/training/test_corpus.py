@@ -59,6 +59,7 @@ LINES = "\n".join(json.dumps(pair) for pair in PAIRS)
         ("lines.json", LINES),
         ("a.csv", "prompt,completion\n" + "\n".join(f'"q{i} ",a{i}' for i in range(8))),
         ("a.CSV", "\ufeffcompletion,prompt\r\n" + "\r\n".join(f"a{i},q{i} " for i in range(8)) + "\r\n\r\n"),
+        ("index.csv", "\n\n,prompt,completion\n" + "\n".join(f"{i},q{i} ,a{i}" for i in range(8))),
         ("a.tsv", "prompt\tcompletion\n" + "\n".join(f"q{i} \ta{i}" for i in range(8))),
     ],
 )
@@ -115,7 +116,7 @@ def test_csv_cells(tmp_path):
         ("prompt;completion\na;b\n", 'a.csv:2: must hold {"text"}, {"prompt", "completion"} or {"messages"}, got the'),
         ("prompt,completion\na,b\na\n", "a.csv:3: must hold 2 cells, as the header does, got 1"),
         ("prompt,completion\na,b,c\n", "a.csv:2: must hold 2 cells, as the header does, got 3"),
-        ("text,text\na,b\n", "a.csv:1: must begin with a header of different names"),
+        ("text,text\na,b\n", "a.csv:1: must begin with different names"),
         ('text\n"a\n', "a.csv:2: must be cells with ',' between"),
         ("text\n", "must hold at least 2 records"),
         ("messages\n[]\n", "messages must be a list"),

@@ -3,7 +3,10 @@
 
 namespace qlora {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon };
+// kAvx512Bf16Fma: avx512_bf16, except that many bf16 tokens run on fp32 multiply-adds; chosen where vdpbf16ps is slow.
+// kAmxBf16Emulated: the kernels of kAmxBf16 over emulated tile instructions, for tests on machines without AMX; never
+// chosen automatically.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAvx512Bf16Fma, kAmxBf16, kAmxBf16Emulated, kNeon };
 
 // The best one that this machine and its operating system support, or the one QLORA_CPU_ISA names.
 // Throws std::invalid_argument if the variable names none of this build, or one that cannot run here.

@@ -1,7 +1,7 @@
 """The native CPU backend: C++ kernels over the format's own bytes (csrc/cpu), one library for every torch from 2.10 on.
 
-The library picks its instruction set when first used: avx512_bf16, avx512 or avx2 on x86, neon on AArch64, portable
-anywhere. QLORA_CPU_ISA forces one, and is read in csrc/cpu/isa.cpp alone.
+The library picks its instruction set when first used: amx_bf16, avx512_bf16, avx512 or avx2 on x86, neon on AArch64,
+portable anywhere. QLORA_CPU_ISA forces one, and is read in csrc/cpu/isa.cpp alone.
 """
 
 from __future__ import annotations
@@ -58,12 +58,26 @@ def unavailable() -> str | None:
 def instruction_set(force: str | None = None) -> str:
     """The instruction set in use, after changing it to `force` if given ("" restores the automatic choice).
 
-    Raises RuntimeError for a name that QLORA_CPU_ISA or `force` gives and that cannot run here.
+    Raises RuntimeError if the library is not built, and ValueError for a name in QLORA_CPU_ISA or `force` that is
+    unknown or cannot run here.
     """
     if (reason := unavailable()) is not None:
         raise RuntimeError(f"cpu backend: {reason}")
-    isa: str = torch.ops.qlora_kernels_C.cpu_isa(force)
-    return isa
+    try:
+        return str(torch.ops.qlora_kernels_C.cpu_isa(force))
+    except RuntimeError as error:
+        # Some versions of torch translate std::invalid_argument to RuntimeError, others to ValueError.
+        raise ValueError(str(error)) from None
 
 
-__all__ = ["KERNELS", "LIBRARY", "instruction_set", "unavailable"]
+def amx_unavailable() -> str | None:
+    """Why this process cannot use AMX tiles, in one sentence; None if it can.
+
+    Raises RuntimeError if the library is not built.
+    """
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(f"cpu backend: {reason}")
+    return torch.ops.qlora_kernels_C.cpu_amx_unavailable() or None
+
+
+__all__ = ["KERNELS", "LIBRARY", "amx_unavailable", "instruction_set", "unavailable"]

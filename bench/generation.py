@@ -1,0 +1,132 @@
+"""generate: what a language model does for each prompt and each new token, over ours, bitsandbytes and dense layers.
+
+Prefill is a forward pass over a prompt that fills the key-value cache; decoding is a forward pass over one token behind
+such a prompt. The architectures are those of the training step (bench/end_to_end.py), with random weights in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qlora_kernels as qk
+
+from . import layers
+from .end_to_end import ARCHITECTURES, dense_twin, has_peft, llama, random_tokens, with_linears
+from .registry import COLD, Call, Case, Contender, Cost, Suite
+
+PREFILL, BEHIND = 512, 64
+"""Tokens of the prompt that is prefilled, and of the prompt behind which a token is decoded."""
+
+LOGITS_ERROR = 0.05
+"""Relative, in the Euclidean norm: every layer rounds its output to bf16, and peers round block constants, too."""
+
+
+def cases(device: str) -> Iterator[Case]:
+    """A prompt and a token of the large model; both of two blocks for the quick run."""
+    for tokens in (PREFILL, 1):
+        yield Case("generate", tokens, device=device, label="llama-1b")
+        yield Case("generate", tokens, device=device, label="2 blocks", quick=True)
+
+
+def cost(case: Case) -> Cost:
+    """The weights of the linear layers in NF4 and of the head in bf16 read once; one pass over them."""
+    architecture = ARCHITECTURES[case.label]
+    blocks = architecture.blocks * architecture.block_weights
+    head = architecture.linear_weights - blocks
+    return Cost(int(blocks * 4.127 / 8) + 2 * head, 2 * (case.M * blocks + head))
+
+
+class Inputs:
+    """A model before quantization and a prompt."""
+
+    def __init__(self, case: Case) -> None:
+        architecture = ARCHITECTURES[case.label]
+        self.source = llama(architecture, case.device).eval()
+        self.tokens = random_tokens(architecture, 1, BEHIND + 1 if case.M == 1 else case.M, case.device)
+
+    @cached_property
+    def dequantized(self) -> nn.Module:
+        """The source with each quantized weight read back."""
+        return with_linears(self.source, lambda linear: dense_twin(qk.LinearNF4.from_linear(linear))).eval()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the last token, by the dequantized model without a cache."""
+        with torch.no_grad():
+            return self.dequantized(self.tokens).logits[:, -1].float()
+
+
+def over(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
+    """The call of one model."""
+    return (
+        [partial(decode, model, inputs.tokens, prompt_cache(model, inputs))]
+        if case.M == 1
+        else [partial(prefill, model, inputs.tokens)]
+    )
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits of the last token [1, vocabulary]."""
+    return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+@torch.no_grad()
+def prompt_cache(model: nn.Module, inputs: Inputs) -> Any:
+    """The key-value cache of all tokens but the last."""
+    return model(inputs.tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.no_grad()
+def decode(model: nn.Module, tokens: Tensor, cache: Any) -> Tensor:
+    """Logits of the last token [1, vocabulary]; the cache is left as it was."""
+    logits = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    cache.crop(-1)
+    return logits
+
+
+def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """LinearNF4."""
+    return over(with_linears(inputs.source, qk.LinearNF4.from_linear).eval(), case, inputs)
+
+
+def bitsandbytes(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Linear4bit in eval mode."""
+    return over(
+        with_linears(inputs.source, lambda linear: layers.linear4bit(linear.weight.detach())).eval(), case, inputs
+    )
+
+
+def dense(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """nn.Linear in bf16."""
+    return over(inputs.dequantized, case, inputs)
+
+
+def verify(case: Case, inputs: Inputs, contender: str, logits: Tensor) -> None:
+    """The logits of the last token."""
+    error = ((logits.float() - inputs.logits).norm() / inputs.logits.norm()).item()
+    assert error <= LOGITS_ERROR, f"logits differ by {error:.3f} of their norm"
+
+
+def _once(case: Case) -> int:
+    return 1 << 40
+
+
+SUITE = Suite(
+    op="generate",
+    cases=cases,
+    cost=cost,
+    inputs=Inputs,
+    contenders=(
+        Contender("ours", ours, _once, applies=has_peft),
+        Contender("bnb", bitsandbytes, _once, applies=lambda case: has_peft(case) and layers.has_bitsandbytes(case)),
+        Contender("dense", dense, _once, applies=has_peft),
+    ),
+    verify=verify,
+    modes=(COLD,),
+)

@@ -1,0 +1,22 @@
+// The ops that tiles compute, and the table whose kernels compute everything else.
+#pragma once
+
+#include "../kernels.h"
+
+namespace qlora {
+
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+
+namespace QLORA_ISA {
+
+void linear_nf4(const LinearProblem& p, const void* x, AnyFloat bias, void* y);
+void linear_nf4_grad_x(const LinearProblem& p, const void* grad_y, void* grad_x);
+void linear_nf4_lora(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s);
+void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
+                              const void* s, void* grad_x, float* grad_A, float* grad_B);
+void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
+
+}  // namespace QLORA_ISA
+}  // namespace qlora
