@@ -80,9 +80,8 @@ def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[St
     family = family_of(compiler)
     shared = headers()
     steps = []
-    sources = sorted((CSRC / "cpu").glob("*.cpp"))
-    sources += sorted((CSRC / "cpu" / "amx").glob("*.cpp")) if family.amx else []
-    for source in sources:
+    # Of csrc/cpu/amx, other families have what says that there is no AMX.
+    for source in (*sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "cpu" / "amx").glob("*.cpp"))):
         sets = family.amx if source.parent.name == "amx" else family.sets
         variants = sets if is_kernel(source) else {"": ()}
         for name, isa_flags in variants.items():

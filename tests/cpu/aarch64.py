@@ -1,4 +1,4 @@
-"""The CPU kernels on AArch64: cross-compiled as a wheel would hold them, and run under qemu.
+"""The CPU kernels on AArch64: cross-compiled as a wheel would hold them, linked with the bindings, and run under qemu.
 
     python -m tests.cpu.aarch64 [ISA ...]          exit code 1 where a comparison fails
 
@@ -12,13 +12,16 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from python.build_support.cpu import ARM, COMMON_FLAGS, family_of
-from python.build_support.native import ROOT
+from python.build_support.cpu import ARM, COMMON_FLAGS, CpuLibrary, family_of
+from python.build_support.native import ROOT, Step
 
 from .sanitize.build import build_driver
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+SYMBOLS = "aarch64-linux-gnu-nm"
 REQUIRE = "QLORA_REQUIRE_AARCH64"
 PACKAGES = "apt-get install g++-aarch64-linux-gnu qemu-user"
 ELF_AARCH64 = 183
@@ -30,6 +33,20 @@ def machine_of(elf: bytes) -> int:
     return int.from_bytes(elf[18:20], "little")
 
 
+def undefined_symbols(folder: Path) -> list[str]:
+    """What the package's library would miss of its own functions. It is linked without torch, which is not here."""
+    os.environ["CXX"] = COMPILER
+    steps = CpuLibrary().compile_steps(folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(Step.run, steps))
+    library = folder / "_C.abi3.so"
+    objects = tuple(step.output for step in steps)
+    Step((COMPILER, "-shared", *map(str, objects), "-o", str(library)), library, objects).run()
+    listing = [SYMBOLS, "--dynamic", "--undefined-only", "--demangle", library]
+    lines = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines if "qlora::" in line]
+
+
 def main(names: list[str]) -> int:
     if missing := [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]:
         sys.stdout.write(f"test-aarch64 is skipped: {' and '.join(missing)} not found; on Debian: {PACKAGES}\n")
@@ -37,12 +54,15 @@ def main(names: list[str]) -> int:
     if family_of(COMPILER) is not ARM:
         sys.stderr.write(f"{COMPILER} does not generate code for AArch64\n")
         return 1
-    program = build_driver(COMPILER, ROOT / "build" / "aarch64", COMMON_FLAGS, ("-static",))
+    folder = ROOT / "build" / "aarch64"
+    program = build_driver(COMPILER, folder, COMMON_FLAGS, ("-static",))
     if (machine := machine_of(program.read_bytes())) != ELF_AARCH64:
         sys.stderr.write(f"{program} is for the ELF machine {machine}, not for AArch64 ({ELF_AARCH64})\n")
         return 1
     sys.stdout.write(f"{program.relative_to(ROOT)}: ELF for AArch64, run by {EMULATOR}\n")
-    failed = False
+    missing_symbols = undefined_symbols(folder)
+    sys.stdout.writelines(f"the library lacks {symbol}\n" for symbol in missing_symbols)
+    failed = bool(missing_symbols)
     for isa in names or ARM.sets:
         failed |= subprocess.run([EMULATOR, str(program), isa], check=False).returncode != 0
     return int(failed)

@@ -43,6 +43,9 @@ def test_sets_follow_the_compilers_target(compiler, tmp_path, target, sets):
     steps = cpu.kernel_commands(compiler(target), tmp_path, cpu.COMMON_FLAGS)
     built = {step.output.parent.name for step in steps}
     assert built == {"common", *sets}
+    assert {"isa", "support", "workspace"} <= {
+        step.output.stem for step in steps if step.output.parent.name == "common"
+    }
     others = {"QLORA_X86_KERNELS", "QLORA_ARM_KERNELS", "-mavx2"}
     expected = {"x": {"QLORA_X86_KERNELS", "-mavx2"}, "a": {"QLORA_ARM_KERNELS"}, "p": set()}[target[0]]
     commands = " ".join(argument for step in steps for argument in step.command)
