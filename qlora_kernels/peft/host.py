@@ -49,6 +49,12 @@ class Host:
     def join_attention(self) -> None:
         join_attention(self.model)
 
+    def methods(self, name: str) -> list[Method]:
+        """The methods of adapter `name`, with those that they are made of. Raises ValueError for an unknown name."""
+        if name not in self.adapters:
+            raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
+        return [part for method in self.adapters[name] for part in (method, *method.parts)]
+
     # The model by names
 
     @cached_property

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.match import as_names
-from . import checkpoint
+from . import checkpoint, merging
 from .adapter_tree import AdapterModules
-from .base_layer import features, is_quantized
 from .combine import Combination, weighted_lora
 from .config import PeftConfig
+from .counting import count_parameters
 from .explain import Explanation, explain
 from .foreign_layer import forget_quantization
 from .host import Host
@@ -25,8 +24,8 @@ from .lora import Lora
 from .method import Adapters, Method
 from .recomputation import save_state_with_regions
 from .registry import method_for
-from .resize import resize_token_embeddings
-from .rows import batch_size, expanded_rows
+from .resize import resize_token_embeddings, warn_of_resized_embeddings
+from .rows import batch_size, check_rows, expanded_rows
 from .selection import BASE, States, captured, entered
 
 Configs = PeftConfig | Sequence[PeftConfig]
@@ -129,22 +128,12 @@ class PeftModel(nn.Module):
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if adapter_names is None:
             return self.selection.within(rows=None, padding=padding)
-        self._check_rows(adapter_names, batch_size(args, kwargs))
+        check_rows(self.host, adapter_names, batch_size(args, kwargs))
         return self.selection.within(rows=tuple(adapter_names), padding=padding)
-
-    def _check_rows(self, adapter_names: Sequence[str], batch: int | None) -> None:
-        if batch is not None and len(adapter_names) != batch:
-            raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
-        for name in set(adapter_names) - {BASE}:
-            for method in self._methods(name):
-                if reason := method.why_no_rows():
-                    raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
-        if self.selection.state.enabled and any(method.overrides.paths for method in self._active()):
-            raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
 
     def _acting(self) -> list[Method]:
         """The methods that act in this call."""
-        return [m for name in self.host.adapters if self.selection.has(name) for m in self._methods(name)]
+        return [m for name in self.host.adapters if self.selection.has(name) for m in self.host.methods(name)]
 
     def _replicate_for_data_parallel(self) -> Any:
         # A replica runs in a thread of its own, which does not know what holds in this one.
@@ -155,7 +144,7 @@ class PeftModel(nn.Module):
     def train(self, mode: bool = True) -> PeftModel:
         super().train(mode)
         for name in self.host.adapters:
-            for method in self._methods(name):
+            for method in self.host.methods(name):
                 method.watch_training()
         return self
 
@@ -230,7 +219,7 @@ class PeftModel(nn.Module):
             raise
         finally:
             self.host.unfinished = []
-        for method in self._methods(adapter_name):
+        for method in self.host.methods(adapter_name):
             method.set_trainable(False)
             method.tree.train(self.training)
 
@@ -238,18 +227,18 @@ class PeftModel(nn.Module):
         """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
         names = as_names(adapter_name)
         for name in names:
-            self._methods(name)
+            self.host.methods(name)
         self._check_replaced("set_adapter", names)
         if both := {need for name in names for need in self._needs(name)} & set(names):
             raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
         self.selection.active = names
         for name in self.host.adapters:
-            for method in self._methods(name):
+            for method in self.host.methods(name):
                 method.set_trainable(name in names and not inference_mode)
                 method.watch_training()
 
     def _check_replaced(self, op: str, names: Sequence[str]) -> None:
-        replaced = [path for name in names for m in self._methods(name) for path in m.overrides.paths]
+        replaced = [path for name in names for m in self.host.methods(name) for path in m.overrides.paths]
         if twice := {path for path in replaced if replaced.count(path) > 1}:
             raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
 
@@ -258,7 +247,7 @@ class PeftModel(nn.Module):
 
         Raises ValueError for an adapter that is merged or that another one is made of.
         """
-        methods = self._methods(adapter_name)
+        methods = self.host.methods(adapter_name)
         if users := [name for name in self.host.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
         if any(adapter_name in layer.merged_names for layer in self.host.adapted().values()):
@@ -272,7 +261,7 @@ class PeftModel(nn.Module):
             self.set_adapter(first, inference_mode=not trained)
 
     def _remove(self, name: str) -> None:
-        for method in reversed(self._methods(name)):
+        for method in reversed(self.host.methods(name)):
             method.detach()
         del self.host.adapters[name]
         self.selection.active = tuple(n for n in self.selection.active if n != name)
@@ -304,7 +293,7 @@ class PeftModel(nn.Module):
             new.overrides.copies[path].data.copy_(value)
 
     def _single_lora(self, name: str) -> Lora:
-        methods = self._methods(name)
+        methods = self.host.methods(name)
         if len(methods) != 1 or type(methods[0]) is not Lora:
             raise TypeError(f"add_weighted_adapter: adapter {name!r} must be a LoRA adapter")
         return methods[0]
@@ -318,16 +307,11 @@ class PeftModel(nn.Module):
         with self.selection.disabled():
             yield
 
-    def _methods(self, name: str) -> list[Method]:
-        if name not in self.host.adapters:
-            raise ValueError(f"adapter_name: must be one of {list(self.host.adapters)}, got {name!r}")
-        return [part for method in self.host.adapters[name] for part in (method, *method.parts)]
-
     def _needs(self, name: str) -> set[str]:
-        return {need for method in self._methods(name) for need in method.needs}
+        return {need for method in self.host.methods(name) for need in method.needs}
 
     def _active(self) -> list[Method]:
-        return [method for name in self.selection.active for method in self._methods(name)]
+        return [method for name in self.selection.active for method in self.host.methods(name)]
 
     # Merging
 
@@ -341,35 +325,14 @@ class PeftModel(nn.Module):
         Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
         """
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
-        self._check_mergeable(names)
+        merging.check_mergeable(self.host, names)
         for name in names:
-            replaced = [path for method in self._methods(name) for path in method.overrides.paths]
+            replaced = [path for method in self.host.methods(name) for path in method.overrides.paths]
             if replaced and name not in self.selection.active:
                 raise ValueError(
                     f"merge: adapter {name!r} must be active, since it replaces {min(replaced)}; call set_adapter"
                 )
-        self._merge(names, target=target, safe_merge=safe_merge)
-
-    def _check_mergeable(self, names: Sequence[str]) -> None:
-        for name in names:
-            for method in self._methods(name):
-                if reason := method.why_no_merge():
-                    raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
-
-    def _merge(self, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
-        dtype = self.host.dtype()
-        with self.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
-            norms = [
-                layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
-                for layer in self.host.adapted().values()
-                if any(name in layer.deltas for name in names)
-            ]
-        error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
-        if update and any(
-            layer.merged_layer is not None and is_quantized(layer.merged_layer)
-            for layer in self.host.adapted().values()
-        ):
-            warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=2)
+        merging.merge(self.host, names, target=target, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         for layer in self.host.adapted().values():
@@ -381,32 +344,12 @@ class PeftModel(nn.Module):
         """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         self._check_replaced("merge", names)
-        self._check_mergeable(names)
-        self._merge(names, target=target, safe_merge=safe_merge)
-        self._untie_merged()
-        for layer in self.host.adapted().values():
-            layer.keep_merged()
-        for name in names:
-            for method in self._methods(name):
-                method.overrides.keep()
+        merging.check_mergeable(self.host, names)
+        merging.merge(self.host, names, target=target, safe_merge=safe_merge)
+        merging.keep_merged(self.host, names)
         base = self.unload()
         forget_quantization(base)
         return base
-
-    def _untie_merged(self) -> None:
-        merged = {path: layer for path, layer in self.host.adapted().items() if layer.merged_layer is not None}
-        others = {
-            id(parameter)
-            for path, module in self.host.modules().items()
-            if path not in merged
-            for parameter in module.parameters(recurse=False)
-        }
-        for path, layer in merged.items():
-            if id(layer.base_layer._parameters.get("weight")) in others:
-                # The merged weight is another tensor than the one it was tied to, which keeps its values.
-                warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=3)
-                if hasattr(self.base_model, "config"):
-                    cast(Any, self.base_model.config).tie_word_embeddings = False
 
     def unload(self) -> nn.Module:
         """The base model as it was before any adapter."""
@@ -436,15 +379,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all), numbers of weights; a quantized layer counts as its dense shape."""
-        aside = {id(layer.base_layer) for layer in self.host.adapted().values() if layer.merged_layer is not None}
-        replaced = {id(original) for method in self._active() for original in method.overrides.originals.values()}
-        modules = [module for module in self.modules() if id(module) not in aside]
-        layers = [module for module in modules if is_quantized(module)]
-        codes = {id(p) for layer in layers for p in layer.parameters(recurse=False) if p is not layer.bias}
-        parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}
-        counted = [p for key, p in parameters.items() if key not in codes | replaced]
-        trained = sum(p.numel() for p in counted if p.requires_grad)
-        return trained, sum(p.numel() for p in counted) + sum(math.prod(features(layer)) for layer in layers)
+        return count_parameters(self, self.host)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
@@ -462,7 +397,8 @@ class PeftModel(nn.Module):
         """
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
         for name in names:
-            self._methods(name)  # refuses an unknown name before anything is written
+            self.host.methods(name)  # refuses an unknown name before anything is written
+            warn_of_resized_embeddings(self.host, name)
         adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
         checkpoint.save_adapters(adapters, save_directory)
 

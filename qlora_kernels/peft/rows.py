@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from .host import Host
+from .selection import BASE
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 
@@ -15,6 +19,19 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
     first = next(tensors, None)
     return None if first is None else first.shape[0]
+
+
+def check_rows(host: Host, adapter_names: Sequence[str], batch: int | None) -> None:
+    """Raises ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
+    if batch is not None and len(adapter_names) != batch:
+        raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
+    for name in set(adapter_names) - {BASE}:
+        for method in host.methods(name):
+            if reason := method.why_no_rows():
+                raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
+    active = [method for name in host.selection.active for method in host.methods(name)]
+    if host.selection.state.enabled and any(method.overrides.paths for method in active):
+        raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
 
 
 def expanded_rows(rows: tuple[str, ...] | None, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...] | None:

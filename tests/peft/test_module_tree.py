@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_replicas_compute_with_their_own_parameters(case, kind):
         return p * 0.9 + 0.01 if p.is_floating_point() else p
 
     with torch.no_grad():
+        logits(model, inputs)  # nothing of this call may be kept for the replicas
         replica = replicated(model, change)
         changed = copy.deepcopy(model)
         for parameter in changed.parameters():
@@ -236,6 +238,49 @@ def test_resized_embeddings(tmp_path, dtype):
     again = PeftModel.from_pretrained(base, tmp_path, adapter_dtype=torch.float32)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # the factors were cast to bf16 here, and are fp32 there
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance)
+
+
+def test_new_rows_that_no_file_has_are_warned_of(tmp_path):
+    base = make("llama")
+    base.resize_token_embeddings(51, mean_resizing=False)
+    with pytest.warns(UserWarning, match=r"embeddings have 51 rows, those of the base model 48, .*modules_to_save"):
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+        base = make("llama")
+        base.resize_token_embeddings(51, mean_resizing=False)
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+        get_peft_model(base, config).save_pretrained(tmp_path)
+
+
+def test_a_missed_step_is_noticed_after_parameters_were_replaced(tmp_path):
+    model = build("adalora", "llama")
+    model = copy.deepcopy(model).train()
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    (logits(model, batch("llama")).sum() + model.peft_loss()).backward()
+    with pytest.raises(RuntimeError, match="must be called after every backward"):
+        model.save_pretrained(tmp_path)
+    model.step(1)
+    model.save_pretrained(tmp_path)
+    (logits(model, batch("llama")).sum() + model.peft_loss()).backward()
+    model.step(2)
+    method = model.adapters["default"][0]
+    assert {id(weight) for weight in method.allocator.weights} == {id(p) for p in method.parameters()}
+
+
+def test_a_fused_sibling_may_be_replaced():
+    model = get_peft_model(make("llama", nf4=True), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    plain = copy.deepcopy(model)
+    qk.fuse_shared_input(model)
+    for each in (model, plain):
+        each.base_model.model.layers[0].self_attn.k_proj = copy.deepcopy(
+            model.base_model.model.layers[1].self_attn.k_proj
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            logits(model.eval(), batch("llama")), logits(plain.eval(), batch("llama")), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_resizing_under_a_lora_is_refused():
