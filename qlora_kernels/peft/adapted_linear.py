@@ -92,15 +92,16 @@ class AdaptedLinear(nn.Module):
                     "adapter_names: must not be given while adapters are merged; call unmerge_adapter first"
                 )
             return self._computing_layer()(x)  # type: ignore[no-any-return]
-        chosen = self._chosen()
+        state = self.selection.state
+        chosen = {name: cast(Delta, delta) for name, delta in self.deltas.items() if state.has(name)}
         if not chosen:
             return self.base_layer(x)  # type: ignore[no-any-return]
         # Without an assignment inside the comprehension: torch.compile would break the graph there.
         factors = {name: delta.factors() for name, delta in chosen.items()}
         lowrank = {name: update for name, update in factors.items() if update is not None}
-        y = self._lowrank(x, lowrank) if lowrank else self.base_layer(x)
+        y = self._lowrank(x, lowrank, by_row=state.rows is not None) if lowrank else self.base_layer(x)
         for name, delta in chosen.items():
-            rows = self.selection.row_index(name, x)
+            rows = None if state.rows is None else self.selection.row_index(name, x)
             if name not in lowrank:
                 y = self._apply_delta(delta, x, y, rows)
             elif (offset := delta.offset()) is not None:
@@ -113,8 +114,11 @@ class AdaptedLinear(nn.Module):
             return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
         return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
 
-    def _lowrank(self, x: Tensor, updates: dict[str, LowRank]) -> Tensor:
-        """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout."""
+    def _lowrank(self, x: Tensor, updates: dict[str, LowRank], *, by_row: bool) -> Tensor:
+        """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout.
+
+        by_row: whether each row of x has an adapter of its own.
+        """
         if self.shared_input is not None:
             shared = self.shared_input.output_of(self, x)
             if shared is not None:
@@ -125,7 +129,7 @@ class AdaptedLinear(nn.Module):
             groups.setdefault(delta.dropout_p if delta.training else 0.0, []).append(name)
         y: Tensor | None = None
         for dropout_p, names in groups.items():
-            group, owner = [updates[name] for name in names], self.selection.owners(names, x)
+            group, owner = [updates[name] for name in names], self.selection.owners(names, x) if by_row else None
             if y is None:
                 y = forward_lowrank(self.base_layer, x, group, dropout_p=dropout_p, owner=owner)
             else:

@@ -127,7 +127,9 @@ class LoraLinear(Delta):
         return None if self.lora_B.bias is None else self.scaling * weight_of(self.lora_B, "bias")
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
-        lora_A, lora_B = weight_of(self.lora_A, "weight"), weight_of(self.lora_B, "weight")
+        lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
+        if lora_A.is_meta or lora_B.is_meta:
+            lora_A, lora_B = weight_of(self.lora_A, "weight"), weight_of(self.lora_B, "weight")
         fixed_A, fixed_B = self._buffers["fixed_A"], self._buffers["fixed_B"]
         if fixed_A is not None and fixed_B is not None:
             lora_A, lora_B = torch.cat([lora_A, fixed_A]), torch.cat([lora_B, fixed_B], dim=1)
@@ -135,9 +137,10 @@ class LoraLinear(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         # Hooks act where layers are called, and FSDP wraps layers in others.
-        linears = (self.lora_A, self.lora_B)
-        called = has_hooks(self) or any(type(linear) is not nn.Linear or has_hooks(linear) for linear in linears)
-        return None if called else self.lowrank()
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or has_hooks(self, lora_A, lora_B):
+            return None
+        return self.lowrank()
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout_p, self.training)

@@ -20,7 +20,7 @@ def forward_lowrank(
     x [B, ..., K].   owner: int64 [B], which of the updates each row gets, -1 for none; None = every row gets all.
     """
     if owner is None and hasattr(base, "forward_lora"):
-        lora_A, lora_B, scaling = concatenated(updates)
+        lora_A, lora_B, scaling = updates[0] if len(updates) == 1 else concatenated(updates)
         return base.forward_lora(x, lora_A, lora_B, scaling, dropout_p)  # type: ignore[no-any-return, operator]
     if owner is not None and hasattr(base, "forward_multi_lora"):
         tokens = x[..., 0].numel() // max(x.shape[0], 1)

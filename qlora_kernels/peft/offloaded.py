@@ -22,12 +22,15 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward says."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether a call of one of the modules does more than its forward says."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False

@@ -35,6 +35,10 @@ class CallState:
     rows: tuple[str, ...] | None = None
     padding: Tensor | None = None
 
+    def has(self, name: str) -> bool:
+        """Whether adapter `name` acts."""
+        return self.enabled and name in (self.active if self.rows is None else self.rows)
+
 
 States = tuple[tuple["Selection", CallState], ...]
 """The states that hold for the running call, outermost first; of one selection the last one counts."""
@@ -77,7 +81,8 @@ class Selection:
     @property
     def state(self) -> CallState:
         """What holds for the running call."""
-        for owner, state in reversed(_current()):
+        # Every adapted layer asks in every call, so _current() is written out here.
+        for owner, state in reversed(_compiled.states if torch.compiler.is_compiling() else _states.get()):
             if owner is self:
                 return state
         return self.default
@@ -92,10 +97,7 @@ class Selection:
 
     def has(self, name: str) -> bool:
         """Whether adapter `name` acts in the running call."""
-        state = self.state
-        if not state.enabled:
-            return False
-        return name in state.rows if state.rows is not None else name in state.active
+        return self.state.has(name)
 
     def replaces(self, name: str) -> bool:
         """Whether the parameters that adapter `name` replaces are replaced in the running call; never for some rows."""
