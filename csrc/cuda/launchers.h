@@ -46,6 +46,11 @@ cudaError_t launch_linear_nf4_gemm(const void* x, int x_type, const uint8_t* pac
                                    int r, float scaling, void* y, float* partial, int splits, int transposed, int M,
                                    int N, int K, cudaStream_t stream);
 
+// y[i] = keep(i) ? x[i] * scale : 0, or y[i] += that where add is 1. x and y T [numel], seed int64 [1] in device
+// memory; keep(i): the draw of qlora_kernels/ops/_philox.py for (seed, i) is at least threshold. y may not be x.
+cudaError_t launch_dropout(const void* x, int type, const int64_t* seed, int threshold, float scale, int add, void* y,
+                           int64_t numel, cudaStream_t stream);
+
 // Hyperparameters of a step; lr counts where the learning rate is not in device memory.
 struct AdamWScalars {
     double beta1, beta2, eps, weight_decay, lr;

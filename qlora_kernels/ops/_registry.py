@@ -54,14 +54,14 @@ class KernelSpec:
 
     run: takes the op's arguments as documented in ops/<op>.py ("kernel contract").
     unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
-    priority: among the usable kernels of several backends the highest runs.
+    priority: for a Problem; among the usable kernels of several backends the highest runs, of equals the first listed.
     """
 
     op: str
     backend: str
     run: Callable[..., Any]
     unsupported: Callable[[Problem], list[str]]
-    priority: int = 0
+    priority: Callable[[Problem], int] = lambda problem: 0
 
 
 def supports_all(problem: Problem) -> list[str]:
@@ -125,7 +125,7 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
             refused.append(f"{backend}: " + "; ".join(reasons))
         else:
             candidates.append(kernels_of(backend)[problem.op])
-    best = max(candidates, key=lambda spec: spec.priority)
+    best = max(candidates, key=lambda spec: spec.priority(problem))
     if best.backend == "reference" and refused:
         _warn_once(f"{problem.op} runs on the reference backend, which is slow ({' | '.join(refused)})")
     elif best.backend == "reference" and absent:

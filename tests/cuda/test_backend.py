@@ -19,10 +19,12 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.format import double_quant, reference
+from qlora_kernels.ops import _registry
 from qlora_kernels.ops._operands import GroupLoRA, LoRA, Weight
+from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops._registry import Problem
 from tests.support.cuda_host import out
-from tests.support.linear_formulas import arithmetic_of, assert_lora, lora_backward, lora_down, lora_forward
+from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, lora_backward, lora_down, lora_forward
 from tests.support.problems import DTYPES, gaussian
 from tests.support.tolerances import assert_within
 
@@ -97,6 +99,11 @@ def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
     launch("linear_nf4_gemm", "launch_linear_nf4_gemm", *arguments, scratch, splits, int(transposed), *sizes, None)
 
 
+def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: bool, y: Tensor) -> None:
+    arguments = (x, type_of(x), seed, threshold, float(scale), int(add), out(y), x.numel(), None)
+    launch("dropout", "launch_dropout", *arguments)
+
+
 @pytest.fixture(autouse=True)
 def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU implementations of the private ops, for the time of one test."""
@@ -109,6 +116,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_quantize_nf4_double": emulate_quantize_double,
         "cuda_linear_nf4_small_m": emulate_small_m,
         "cuda_linear_nf4_gemm": emulate_gemm,
+        "cuda_dropout": emulate_dropout,
     }.items():
         implementations.impl(name, function)
     monkeypatch.setattr(ROUTING, "_multiprocessors", lambda x: MULTIPROCESSORS)
@@ -181,28 +189,34 @@ def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K", "r"), SHAPES)
-def test_linear_with_lora(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_linear_with_lora(p: float, M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
     weight = quantized_matrix(N, K)
     x, bias, grad_y = gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3), gaussian(M, N, dtype=dtype, seed=6)
     lora_A = (gaussian(r, K, seed=4) * 0.1).to(dtype).float()
-    lora = LoRA(lora_A, (gaussian(N, r, seed=5) * 0.1).to(dtype).float(), None, 0.5, 0.0)
+    seed = torch.tensor([9])
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
+    lora = LoRA(lora_A, (gaussian(N, r, seed=5) * 0.1).to(dtype).float(), seed, 0.5, p)
     y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
     gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
     inputs = (x, dequantized(weight, dtype), bias, lora.A, lora.B, grad_y)
-    assert_lora((y, s, *gradients), inputs, lora.scaling, None, arithmetic_of("cuda", dtype))
+    assert_lora((y, s, *gradients), inputs, lora.scaling, dropout, arithmetic_of("cuda", dtype))
     assert cuda.linear_nf4(x, weight, None).shape == (M, N)
     assert cuda.linear_nf4_grad_x(grad_y, weight).shape == (M, K)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [3, 65])
-def test_group(M: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_group(p: float, M: int, dtype: torch.dtype) -> None:
     """Each linear as if alone, grad_x their sum. Small M is fused, large M decoded and summed inside torch's matmul."""
     K, widths, ranks = 64, (24, 17), (4, 3)
     weights = [quantized_matrix(N, K) for N in widths]
     x, biases = gaussian(M, K, dtype=dtype, seed=2), [gaussian(widths[0], seed=3), None]
     B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
-    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, None, [0.5, 2.0], 0.0)
+    seed = torch.tensor([9])
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
+    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, seed, [0.5, 2.0], p)
     ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
     grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
     grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
@@ -210,9 +224,9 @@ def test_group(M: int, dtype: torch.dtype) -> None:
     arithmetic = arithmetic_of("cuda", dtype)
     for i, member in enumerate(lora.each()):
         w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
-        assert_within(parts[i], lora_down(x, member.A, None, arithmetic), f"s_{i}")
+        assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
         assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
-        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, None, arithmetic)
+        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, dropout, arithmetic)
         assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
         assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
         total = expected.x if total is None else (total + expected.x).to(dtype)
@@ -226,10 +240,25 @@ def test_a_misaligned_slice_is_copied() -> None:
     assert same_bits(cuda.linear_nf4(x, weight, None), cuda.linear_nf4(x.clone(), weight, None))
 
 
-def test_dropout_is_left_to_triton() -> None:
-    spec = next(spec for spec in cuda.KERNELS if spec.op == "linear_nf4_lora")
-    assert "triton" in spec.unsupported(Problem("linear_nf4_lora", "cuda", torch.bfloat16, dropout=True))[0]
-    assert spec.unsupported(Problem("linear_nf4_lora", "cuda", torch.bfloat16)) == []
+@pytest.mark.parametrize(
+    ("available", "with_dropout", "without"),
+    [(("cuda", "triton"), "triton", "cuda"), (("cuda",), "cuda", "cuda"), ((), "reference", "reference")],
+)
+def test_dropout_goes_to_triton_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, available: tuple[str, ...], with_dropout: str, without: str
+) -> None:
+    usable = (*available, "reference")
+    monkeypatch.setattr(_registry, "unavailable", lambda name: None if name in usable else "not here")
+    monkeypatch.setattr(_registry, "_warn_once", lambda message: None)
+    for op in (
+        "linear_nf4_lora",
+        "linear_nf4_lora_backward",
+        "linear_nf4_lora_group",
+        "linear_nf4_lora_group_backward",
+    ):
+        for dropout, expected in ((True, with_dropout), (False, without)):
+            problem = Problem(op, "cuda", torch.bfloat16, 64, 128, 128, 8, dropout=dropout)
+            assert _registry._select.__wrapped__(problem, None).backend == expected
 
 
 def test_tensor_of_frees_its_memory() -> None:

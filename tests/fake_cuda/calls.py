@@ -100,6 +100,7 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "lora_small_m": _linear_lora(2, 0.0),
     "lora_gemm": _linear_lora(20, 0.0),
     "lora_dequantize": _linear_lora(80, 0.0),
+    "lora_dropout": _linear_lora(20, 0.3),
     "lora_group": _group,
     "paged_adamw": _paged_adamw,
 }

@@ -17,6 +17,7 @@ OPS = {
     "dequantize_nf4",
     "linear_nf4",
     "linear_nf4_grad_x",
+    "linear_nf4_lora",
     "adamw_step",
     "managed_alloc",
     "managed_concurrent_access",

@@ -20,10 +20,9 @@ from .linear_nf4 import (
 )
 
 
-def _no_dropout(problem: Problem) -> list[str]:
-    if problem.dropout:
-        return ["dropout is not fused here; the triton backend's kernels regenerate its mask"]
-    return []
+def _behind_triton_with_dropout(problem: Problem) -> int:
+    """Dropout takes passes over [M, K] of its own here; Triton's kernels draw the mask where they read x."""
+    return -1 if problem.dropout else 0
 
 
 KERNELS = (
@@ -44,7 +43,7 @@ KERNELS = (
         )
     ),
     *(
-        KernelSpec(function.__name__, "cuda", function, _no_dropout)
+        KernelSpec(function.__name__, "cuda", function, supports_all, _behind_triton_with_dropout)
         for function in (
             linear_nf4_lora,
             linear_nf4_lora_backward,

@@ -4,6 +4,8 @@
     rows <= FUSED_ROWS        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
 
+Dropout is a pass of its own (dropout.cu): over x for s and for grad_A, over ds A for grad_x.
+
 The bounds follow from the bytes each way moves (docs/kernels/cuda.md); they are not measured on a GPU.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ...ops._lora_group import parts_of
 from ...ops._operands import GroupLoRA, LoRA, Weight
+from ...ops._philox import keep_scale, keep_threshold
 from .codec import dequantize_nf4
 
 _C = torch.ops.qlora_kernels_C
@@ -42,27 +45,27 @@ def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
 
 
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """(y [M, N], s [M, r]) without dropout."""
-    s = x @ lora.A.to(x.dtype).T
+    """(y [M, N], s [M, r])."""
+    s = _dropped(x, lora) @ lora.A.to(x.dtype).T
     return _forward(x, weight, bias, s, lora), s
 
 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x [M, K] or empty, grad_A, grad_B) without dropout."""
+    """(grad_x [M, K] or empty, grad_A, grad_B)."""
     ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
     grad_B = lora.scaling * (grad_y.T @ s)
-    grad_A = ds.T @ x
-    grad_x = _grad_x(grad_y, weight, ds, lora.A.to(x.dtype)) if need_grad_x else x.new_empty(0)
+    grad_A = ds.T @ _dropped(x, lora)
+    grad_x = _lora_grad_x(grad_y, weight, ds, lora) if need_grad_x else x.new_empty(0)
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
 
 def linear_nf4_lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """([y_i [M, N_i]], s [M, sum of r_i]) without dropout; one product of x with all adapters."""
-    s = x @ lora.A.to(x.dtype).T
+    """([y_i [M, N_i]], s [M, sum of r_i]); one product of x with all adapters."""
+    s = _dropped(x, lora) @ lora.A.to(x.dtype).T
     members = zip(weights, biases, parts_of(s, lora), lora.each(), strict=True)
     return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
 
@@ -70,16 +73,16 @@ def linear_nf4_lora_group(
 def linear_nf4_lora_group_backward(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(grad_x [M, K] or empty, grad_A, grads of B) without dropout; grad_x is summed in place."""
+    """(grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
     ds, grads_B = [], []
     for grad_y, part, B, scaling in zip(grad_ys, parts_of(s, lora), lora.B, lora.scalings, strict=True):
         ds.append(scaling * (grad_y @ B.to(x.dtype)))
         grads_B.append((scaling * (grad_y.T @ part)).to(B.dtype))
     all_ds = torch.cat(ds, dim=1)
-    grad_A = (all_ds.T @ x).to(lora.A.dtype)
+    grad_A = (all_ds.T @ _dropped(x, lora)).to(lora.A.dtype)
     if not need_grad_x:
         return x.new_empty(0), grad_A, grads_B
-    grad_x = _grad_x(grad_ys[0], weights[0], all_ds, lora.A.to(x.dtype))
+    grad_x = _lora_grad_x(grad_ys[0], weights[0], all_ds, lora)
     for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
         if _grad_x_is_fused(grad_y, weight):
             grad_x += _grad_x(grad_y, weight, None, None)
@@ -108,6 +111,35 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
     if bias is not None:
         y += bias
     return y if s is None or lora_B is None else y.addmm_(s, lora_B.to(x.dtype).T, alpha=scaling)
+
+
+def _lora_grad_x(grad_y: Tensor, weight: Weight, ds: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
+    """grad_y W + dropout'(ds A)."""
+    A = lora.A.to(grad_y.dtype)
+    if not _drops(lora):
+        return _grad_x(grad_y, weight, ds, A)
+    grad_x = _grad_x(grad_y, weight, None, None)
+    _dropout(ds @ A, lora, grad_x, add=True)
+    return grad_x
+
+
+def _dropped(x: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
+    """dropout(x) [M, K], a copy in x's dtype; x itself without dropout."""
+    if not _drops(lora):
+        return x
+    y = torch.empty_like(x)
+    _dropout(x, lora, y, add=False)
+    return y
+
+
+def _dropout(x: Tensor, lora: LoRA | GroupLoRA, y: Tensor, *, add: bool) -> None:
+    """y = dropout(x), or y += dropout(x): contiguous [M, K]. The mask is drawn again in each call, never stored."""
+    p = lora.dropout_p
+    _C.cuda_dropout(x, lora.seed, keep_threshold(p), keep_scale(p), add, y)
+
+
+def _drops(lora: LoRA | GroupLoRA) -> bool:
+    return lora.seed is not None and lora.dropout_p > 0
 
 
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:

@@ -22,7 +22,8 @@ _FUNCTIONS = (
     adamw_step,
 )
 KERNELS = tuple(
-    KernelSpec(function.__name__, "reference", function, supports_all, priority=-1) for function in _FUNCTIONS
+    KernelSpec(function.__name__, "reference", function, supports_all, priority=lambda problem: -2)
+    for function in _FUNCTIONS
 )
 
 

@@ -1,0 +1,88 @@
+// y[i] = keep(i) ? x[i] * scale : 0, or with `add` y[i] += that, in fp32 and rounded once. The mask is that of
+// qlora_kernels/ops/_philox.py: a pure function of (seed, i), so that backward draws the same one again.
+//
+// One philox call gives the 16-bit draws of eight neighbours, which are one thread's work.
+#include "launchers.h"
+#include "qlora/floats.cuh"
+#include "qlora/launch.cuh"
+#include "qlora/philox.cuh"
+
+namespace qlora {
+
+constexpr int kDropoutThreads = 256;
+constexpr int kDrawsPerCall = 8;
+
+// keep[j] of element 8 * call + j: its draw is 16-bit half (j & 1) of word j >> 1.
+__device__ __forceinline__ void draw8(bool (&keep)[kDrawsPerCall], int64_t seed, int64_t call, uint32_t threshold) {
+    const uint4 words = philox(seed, call);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < kDrawsPerCall; j++) keep[j] = (word[j / 2] >> (16 * (j & 1)) & 0xFFFFu) >= threshold;
+}
+
+// ADD: y is read and added to. ALIGNED: x and y are 16-byte aligned, so that whole groups of eight take wide accesses.
+template <typename T, bool ADD, bool ALIGNED>
+__global__ void __launch_bounds__(kDropoutThreads)
+    dropout_kernel(const T* __restrict__ x, const int64_t* __restrict__ seed, const uint32_t threshold,
+                   const float scale, T* __restrict__ y, const int64_t numel) {
+    const int64_t call = int64_t(blockIdx.x) * kDropoutThreads + threadIdx.x;
+    const int64_t first = call * kDrawsPerCall;
+    if (first >= numel) return;
+    bool keep[kDrawsPerCall];
+    draw8(keep, *seed, call, threshold);
+    if (ALIGNED && first + kDrawsPerCall <= numel) {
+        float value[kDrawsPerCall], sum[kDrawsPerCall] = {};
+        load8(value, x + first);
+        if (ADD) load8(sum, y + first);
+#pragma unroll
+        for (int j = 0; j < kDrawsPerCall; j++) {
+            const float scaled = keep[j] ? __fmul_rn(value[j], scale) : 0.0f;
+            sum[j] = ADD ? __fadd_rn(sum[j], scaled) : scaled;
+        }
+        store8(y + first, sum);
+        return;
+    }
+    for (int j = 0; j < kDrawsPerCall && first + j < numel; j++) {
+        const float scaled = keep[j] ? __fmul_rn(to_float(x[first + j]), scale) : 0.0f;
+        y[first + j] = round_to<T>(ADD ? __fadd_rn(to_float(y[first + j]), scaled) : scaled);
+    }
+}
+
+namespace {
+
+template <typename T, bool ADD>
+cudaError_t launch_dropout(const void* x, const int64_t* seed, uint32_t threshold, float scale, void* y, int64_t numel,
+                           cudaStream_t stream) {
+    const int64_t blocks = ceil_div<int64_t>(numel, int64_t{kDropoutThreads} * kDrawsPerCall);
+    const LaunchShape shape{static_cast<unsigned>(blocks), kDropoutThreads, 0, stream};
+    const bool aligned = is_aligned(x, 16) && is_aligned(y, 16);
+    const auto kernel = aligned ? dropout_kernel<T, ADD, true> : dropout_kernel<T, ADD, false>;
+    return launch(shape, kernel, static_cast<const T*>(x), seed, threshold, scale, static_cast<T*>(y), numel);
+}
+
+template <typename T>
+cudaError_t launch_dropout(const void* x, const int64_t* seed, uint32_t threshold, float scale, bool add, void* y,
+                           int64_t numel, cudaStream_t stream) {
+    const auto launcher = add ? launch_dropout<T, true> : launch_dropout<T, false>;
+    return launcher(x, seed, threshold, scale, y, numel, stream);
+}
+
+}  // namespace
+}  // namespace qlora
+
+cudaError_t launch_dropout(const void* x, int type, const int64_t* seed, int threshold, float scale, int add, void* y,
+                           int64_t numel, cudaStream_t stream) {
+    using namespace qlora;
+    if (numel == 0) return cudaSuccess;
+    const auto draws = static_cast<uint32_t>(threshold);
+    switch (type) {
+        case kFloat32:
+            return launch_dropout<float>(x, seed, draws, scale, add != 0, y, numel, stream);
+        case kBfloat16:
+            return launch_dropout<__nv_bfloat16>(x, seed, draws, scale, add != 0, y, numel, stream);
+        case kFloat16:
+            return launch_dropout<__half>(x, seed, draws, scale, add != 0, y, numel, stream);
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
