@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def layers_of(root: nn.Module) -> dict[str, nn.Module]:
@@ -18,6 +19,25 @@ def layers_of(root: nn.Module) -> dict[str, nn.Module]:
 
     visit("", root)
     return found
+
+
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers of torch's, which call it and nothing else; any other module itself."""
+    while True:
+        names = ("module",) if isinstance(module, (DistributedDataParallel, nn.DataParallel)) else WRAPPED
+        inner = next((module._modules[name] for name in names if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def synchronizes(module: nn.Module) -> bool:
+    """Whether it is a wrapper that synchronizes, between processes, the parameters that it found when it was made."""
+    return isinstance(module, DistributedDataParallel) or "_fsdp_wrapped_module" in module._modules
 
 
 def names_of(root: nn.Module, module: nn.Module) -> list[str]:

@@ -86,7 +86,7 @@ class Adapter(Method):
             hook = self._add_bottleneck(layer, "ffn_adapter", self.ffn_owner(layer))
             if config.placement == "parallel":
                 # The FFN's input itself, not the last layer of a container.
-                self.hooks += hook.parallel(host.model.get_submodule(layer.ffn_input), host.place(layer.ffn_output))
+                self.hooks += hook.parallel(host.called(layer.ffn_input), host.place(layer.ffn_output))
             elif config.placement == "houlsby":
                 self.hooks += hook.after(host.place(layer.ffn_output))
             else:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from ..nn.module_tree import move_hooks, names_of, set_submodule
-from .adapted_linear import AdaptedEmbedding, AdaptedLinear
+from ..nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
+from .adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
 from .adapter_tree import AdapterModules
 from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_embedding, is_linear, is_quantized
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Host:
     """The base model, the selection of adapters, the adapters themselves, and where their modules go.
 
+    model: the one inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
+    Wrappers further inside have no part in names either, whether they were there before the adapters or came later.
     prompts: the place of the modules that belong to the whole model, a child of the PeftModel.
     """
 
@@ -34,7 +36,7 @@ class Host:
         adapter_dtype: torch.dtype = torch.float32,
         prompts: AdapterModules | None = None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.adapter_dtype = adapter_dtype
         self.prompts = AdapterModules() if prompts is None else prompts
         self.selection = Selection()
@@ -63,8 +65,8 @@ class Host:
 
     @staticmethod
     def canonical(name: str) -> str:
-        """The name before wrapping: `q_proj.base_layer.bias` is `q_proj.bias`."""
-        return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+        """The name before wrapping: `_orig_mod.q_proj.base_layer.bias` is `q_proj.bias`."""
+        return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
 
     def modules(self, *, aliases: bool = False) -> dict[str, nn.Module]:
         """Every module of the base model by its canonical name, those of adapters left out; wrapped layers unwrapped.
@@ -75,8 +77,7 @@ class Host:
         seen: set[int] = set()
 
         def visit(name: str, module: nn.Module) -> None:
-            if isinstance(module, AdaptedLinear):
-                module = module.base_layer
+            module = base_of(unwrapped(module))
             if isinstance(module, AdapterModules) or (id(module) in seen and not aliases):
                 return
             seen.add(id(module))
@@ -103,11 +104,13 @@ class Host:
 
     def module(self, path: str) -> nn.Module:
         """The module at a canonical path, unwrapped."""
+        return base_of(self.called(path))
+
+    def called(self, path: str) -> nn.Module:
+        """The module at a canonical path, an AdaptedLinear where there is one."""
         module: nn.Module = self.model
         for part in path.split(".") if path else ():
-            module = module.get_submodule(part)
-            if isinstance(module, AdaptedLinear):
-                module = module.base_layer
+            module = unwrapped(base_of(module).get_submodule(part))
         return module
 
     def place(self, path: str) -> nn.Module:
@@ -115,9 +118,9 @@ class Host:
 
         Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
         """
-        module = self.model.get_submodule(path)
+        module = self.called(path)
         while isinstance(module, nn.Sequential) and len(module):
-            module = module[-1]
+            module = unwrapped(module[-1])
         return module
 
     def dtype(self) -> torch.dtype:
@@ -142,15 +145,21 @@ class Host:
 
     def adapt(self, path: str) -> AdaptedLinear:
         """The AdaptedLinear at `path`, put there, under all names of the layer, if it is not yet."""
-        layer = self.model.get_submodule(path)
+        layer = self.called(path)
         if not isinstance(layer, AdaptedLinear):
+            parent = base_of(self.called(path.rpartition(".")[0]))
+            if "_orig_mod" in parent.get_submodule(path.rpartition(".")[2])._modules:
+                raise ValueError(
+                    f"target_modules: {path} must not be compiled by itself, since its compiled forward would not see "
+                    "the adapter; compile the layer after get_peft_model, or a module that contains it"
+                )
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
             self._replace(base, layer)
         return layer
 
     def adapted(self) -> dict[str, AdaptedLinear]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
+        return {self.canonical(name): m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
 
     def unwrap(self, layer: AdaptedLinear) -> None:
         self._replace(layer, layer.base_layer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..nn.match import check_names, matches
+from ..nn.module_tree import WRAPPED
 from .adapter_tree import AdapterTree
 from .config import SIZES, TASK_HEADS, PeftConfig
 from .host import Host
@@ -239,9 +240,11 @@ def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, 
     """Tensors of a file by their paths in the model.
 
     PEFT writes a prefix before each, a shorter one for prompts; a model's own paths may begin alike. With bias="all" it
-    also writes the biases of modules_to_save a second and third time, under names of its wrapper.
+    also writes the biases of modules_to_save a second and third time, under names of its wrapper. Names of wrappers of
+    torch's, which PEFT writes where they were there before the adapter, are left out.
     """
     paths = {key.removeprefix(prefix).removeprefix("base_model."): value for key, value in tensors.items()}
+    paths = {".".join(part for part in key.split(".") if part not in WRAPPED): value for key, value in paths.items()}
     return {p: v for p, v in paths.items() if ".modules_to_save." not in p and ".original_module." not in p}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.match import as_names
+from ..nn.module_tree import synchronizes
 from . import checkpoint, merging
 from .adapter_tree import AdapterModules
 from .combine import Combination, weighted_lora
@@ -68,6 +69,12 @@ class PeftModel(nn.Module):
         super().__init__()
         if isinstance(model, PeftModel):
             raise TypeError("get_peft_model: model must not have adapters yet; use add_adapter")
+        if parallel := next((type(m).__name__ for m in model.modules() if synchronizes(m)), None):
+            warnings.warn(
+                f"get_peft_model: {parallel} does not synchronize parameters that are added inside it; to train, wrap "
+                "the model that get_peft_model returns",
+                stacklevel=3,
+            )
         save_state_with_regions()
         self.base_model = model.requires_grad_(False)
         self.prompt_encoder = AdapterModules()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..nn.module_tree import unwrapped
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
@@ -238,7 +239,7 @@ class SoftPrompt(Method):
 
 
 def _embedded(model: PeftModel, ids: Tensor) -> Tensor:
-    embeds: Tensor = cast(Any, model.base_model).get_input_embeddings()(ids)
+    embeds: Tensor = cast(Any, unwrapped(model.base_model)).get_input_embeddings()(ids)
     return embeds
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 from torch import nn
 
 from ..nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
+from ..nn.module_tree import unwrapped
+from .adapted_linear import base_of
 from .base_layer import is_embedding, is_linear
 from .host import Host
 from .torch_attention import SplitAttention
@@ -127,7 +129,7 @@ def _check(config: TargetConfig) -> None:
 def _targets(host: Host, config: TargetConfig) -> Names:
     """target_modules with "all-linear" and None spelt out."""
     if is_all_linear(config.target_modules):
-        heads = _output_heads(host.model, config.task_type)
+        heads = _output_heads(host, config.task_type)
         return [name for name in host.linears() if name not in heads]
     return config.target_modules if config.target_modules is not None else _default_targets(host.model)
 
@@ -170,13 +172,15 @@ def _numbered(pattern: str, name: str) -> re.Match[str] | None:
     return re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
 
 
-def _output_heads(model: nn.Module, task_type: str | None) -> set[str]:
+def _output_heads(host: Host, task_type: str | None) -> set[str]:
     """What 'all-linear' leaves out: the output embedding of a language model, else the head of a classifier."""
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    get_output_embeddings = getattr(host.model, "get_output_embeddings", None)
     output = get_output_embeddings() if callable(get_output_embeddings) else None
     if output is not None:
-        return {Host.canonical(name) for name, m in model.named_modules() if m is output}
-    return {next((h for h in ("score", "classifier") if hasattr(model, h)), "")} if task_type == "SEQ_CLS" else set()
+        layer = base_of(unwrapped(output))
+        return {name for name, module in host.modules(aliases=True).items() if module is layer}
+    heads = (head for head in ("score", "classifier") if hasattr(host.model, head))
+    return {next(heads, "")} if task_type == "SEQ_CLS" else set()
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...]:
