@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
+from .base_tables import resized_tables
 from .config import PeftConfig
 from .host import Host
 from .method import Method
@@ -30,9 +31,11 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
 
 def _files(method: Method) -> AdapterFiles:
     values, tensors = method.extras()
+    base_model = method.config.base_model_name_or_path or getattr(method.host.model, "name_or_path", None)
+    tables = resized_tables(method.host, base_model, method.overrides.paths)
     return AdapterFiles(
         config=method.file_config(),
-        tensors=method.tensors(),
+        tensors={**{f"{method.file_prefix}{key}": table for key, table in tables.items()}, **method.tensors()},
         extras={"loads_in_peft": method.loads_in_peft, **values},
         extra_tensors=tensors,
     )

@@ -21,10 +21,11 @@ from .config import PeftConfig
 from .host import Host
 from .linear_method import LinearMethod
 from .lora_init import init_from_base, init_loftq, init_orthogonal, starts_in_base
-from .method import by_path, load_into
+from .method import by_path
 from .offloaded import has_hooks, weight_of
 from .registry import register_method
 from .targets import check_pattern_names, matched_layers, pattern_value
+from .ties import paths_of_tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class LoraConfig(PeftConfig):
     (quantizes a dense base and fits the error), "eva" (A from the layer's inputs: initialize_eva fills it in), False
     (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
     lora_bias: B has a bias, which is scaled and merged with it.
+    ensure_weight_tying: modules_to_save train as one with what is tied to them, such as the head with the embedding.
+    Files of PEFT's with LoRA over both load for use; training such a LoRA is not implemented.
     target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
     """
 
@@ -58,6 +61,7 @@ class LoraConfig(PeftConfig):
     loftq_config: dict[str, Any] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,6 +281,16 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
         elif how == "loftq":
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
 
+    def set_trainable(self, trainable: bool) -> None:
+        if trainable and self.config.ensure_weight_tying:
+            tied = paths_of_tied(self.host.modules(aliases=True))
+            if both := [path for path in self.deltas if f"{path}.weight" in tied]:
+                raise NotImplementedError(
+                    "LoRA: ensure_weight_tying must be False where target_modules names layers that share a weight, "
+                    f"got {both}; name them in modules_to_save instead"
+                )
+        super().set_trainable(trainable)
+
     def before_save(self) -> None:
         if self.needs_eva:
             raise RuntimeError("LoRA: initialize_eva(model, batches) must be called before training with 'eva'")
@@ -308,21 +322,9 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
             self.host.module(path).load_state_dict(own)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes PEFT's files of adapted embeddings, which hold the base's tables too.
-
-        Raises ValueError, beside load_into's, if such a table is not this base's.
-        """
-        wanted, modules, own = by_path(tensors, self.file_prefix), self.host.modules(), self.state_dict()
         # A file of PEFT's holds the trained pair alone: the fixed one was computed from the base a moment ago.
-        wanted |= {key: value for key, value in own.items() if key.endswith((".fixed_A", ".fixed_B"))}
-        for key in wanted.keys() - own.keys():
-            owner, _, leaf = self.host.canonical(key).rpartition(".")
-            table = modules[owner]._parameters.get(leaf) if owner in modules else None
-            if table is not None:
-                saved = wanted.pop(key)
-                if saved.shape != table.shape or not torch.equal(saved.to(table), table):
-                    raise ValueError(f"adapter file: {key} must be the base model's own {leaf}, got other values")
-        load_into(self, wanted)
+        fixed = {k: v for k, v in self.state_dict().items() if k.endswith((".fixed_A", ".fixed_B"))}
+        self.fill({**by_path(tensors, self.file_prefix), **fixed})
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
 
 from .base_layer import is_quantized
 from .host import Host
@@ -36,7 +35,7 @@ def merge(host: Host, names: Sequence[str], *, target: str, safe_merge: bool) ->
 
 def keep_merged(host: Host, names: Sequence[str]) -> None:
     """Makes the merged layers, and the parameters that the adapters replace, the model's own for good."""
-    _untie_merged(host)
+    _warn_of_ties(host)
     for layer in host.adapted().values():
         layer.keep_merged()
     for name in names:
@@ -44,7 +43,7 @@ def keep_merged(host: Host, names: Sequence[str]) -> None:
             method.overrides.keep()
 
 
-def _untie_merged(host: Host) -> None:
+def _warn_of_ties(host: Host) -> None:
     merged = {path: layer for path, layer in host.adapted().items() if layer.merged_layer is not None}
     others = {
         id(parameter)
@@ -56,5 +55,3 @@ def _untie_merged(host: Host) -> None:
         if id(layer.base_layer._parameters.get("weight")) in others:
             # The merged weight is another tensor than the one it was tied to, which keeps its values.
             warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=4)
-            if hasattr(host.model, "config"):
-                cast(Any, host.model.config).tie_word_embeddings = False

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..nn.match import check_names, matches
 from ..nn.module_tree import WRAPPED
 from .adapter_tree import AdapterTree
+from .base_tables import take_tables
 from .config import SIZES, TASK_HEADS, PeftConfig
 from .host import Host
 from .overrides import ParameterOverrides
@@ -59,6 +60,8 @@ class Method:
         self.hooks: list[RemovableHandle] = []
         host.unfinished.append(self)
         self.overrides.add_modules(config.heads)
+        if getattr(config, "ensure_weight_tying", False):
+            self.overrides.add_tied()
 
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
@@ -134,8 +137,9 @@ class Method:
         return f"{type(self).__name__} is not an update of weights"
 
     def set_trainable(self, trainable: bool) -> None:
+        fixed = {id(copy) for path, copy in self.overrides.copies.items() if path in self.overrides.fixed}
         for parameter in self.parameters():
-            parameter.requires_grad_(trainable and parameter.is_floating_point())
+            parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
 
     def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         """Called before the base model's forward.   model: the one that is called, which may be a replica."""
@@ -169,11 +173,30 @@ class Method:
 
     def tensors(self) -> dict[str, Tensor]:
         """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
-        return {f"{self.file_prefix}{key}": value for key, value in self.state_dict().items()}
+        tensors = self.state_dict()
+        if self.loads_in_peft:  # PEFT wants each parameter under each of its names
+            tensors |= {name: tensors[first].clone() for name, first in self.overrides.tied().items()}
+        return {f"{self.file_prefix}{key}": value for key, value in tensors.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
-        load_into(self, by_path(tensors, self.file_prefix))
+        self.fill(by_path(tensors, self.file_prefix))
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """load_into for the adapter's own tensors; those of the base model that the file has too are compared.
+
+        Copies of parameters that are tied in the model, and have different values in the file, are tied no more.
+        """
+        tensors = dict(tensors)
+        for name, first in self.overrides.tied().items():
+            if name in tensors and not torch.equal(tensors[name], tensors.setdefault(first, tensors[name])):
+                self.overrides.untie(name)
+            else:
+                tensors.pop(name, None)
+        replacing = take_tables(self.host, tensors, set(self.state_dict()))
+        load_into(self, tensors)
+        for path, (stored_as, value) in replacing.items():
+            self.overrides.add_fixed(path, value, stored_as=stored_as)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(values, tensors) that PEFT's layout has no place for; values["config"]: fields over the file's."""

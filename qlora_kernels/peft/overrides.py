@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .base_layer import is_quantized
 from .overridden_module import SLOT, Copies, override, restore
+from .ties import paths_of_tied
 
 if TYPE_CHECKING:
     from .host import Host
@@ -30,6 +31,7 @@ class ParameterOverrides:
         self.paths: dict[str, str] = {}
         self.keys: dict[str, str] = {}  # path of the owning module -> entry of its overrides
         self.kept = False
+        self.fixed: set[str] = set()  # paths of copies that never train
 
     def add(self, path: str, *, stored_as: str | None = None) -> None:
         """Copies the parameter at `path`; one copy for all the paths of a tied one.
@@ -65,6 +67,30 @@ class ParameterOverrides:
                     for attribute, parameter in part._parameters.items():
                         if parameter is not None:
                             self.add(f"{owner}.{attribute}" if owner else attribute)
+
+    def add_tied(self) -> None:
+        """Copies what is tied to the parameters that have copies: one copy for all of them."""
+        tied = paths_of_tied(self.host.modules(aliases=True))
+        for path in list(self.paths):
+            for other in tied.get(path, ()):
+                self.add(other)
+
+    def add_fixed(self, path: str, value: Tensor, *, stored_as: str | None = None) -> None:
+        """Replaces the parameter at `path` by a value that does not train."""
+        self.add(path, stored_as=stored_as)
+        self.set_copy(path, nn.Parameter(value.to(cast(Tensor, self.copy(path))), requires_grad=False))
+        self.fixed.add(path)
+
+    def tied(self) -> dict[str, str]:
+        """Path in the file of each copy that is another's too -> path in the file of the first that has it."""
+        copies = self.copies
+        return {self.paths[p]: self.paths[f] for p, copy in copies.items() if (f := _first(copies, copy)) != p}
+
+    def untie(self, stored_as: str) -> None:
+        """Gives the parameter with this path in the file a copy of its own."""
+        path = next(path for path, stored in self.paths.items() if stored == stored_as)
+        copy = cast(nn.Parameter, self.copy(path))
+        self.set_copy(path, nn.Parameter(copy.detach().clone(), requires_grad=copy.requires_grad))
 
     def _owners_of(self, attribute: str) -> list[str]:
         return [path.rpartition(".")[0] for path in self.paths if path.rpartition(".")[2] == attribute]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.match import as_names
-from ..nn.module_tree import synchronizes
+from ..nn.module_tree import synchronizes, unwrapped
 from . import checkpoint, merging
 from .adapter_tree import AdapterModules
 from .combine import Combination, weighted_lora
@@ -25,9 +25,10 @@ from .lora import Lora
 from .method import Adapters, Method
 from .recomputation import save_state_with_regions
 from .registry import method_for
-from .resize import resize_token_embeddings, warn_of_resized_embeddings
+from .resize import resize_token_embeddings
 from .rows import batch_size, check_rows, expanded_rows
 from .selection import BASE, States, captured, entered
+from .ties import declare_ties
 
 Configs = PeftConfig | Sequence[PeftConfig]
 
@@ -355,7 +356,8 @@ class PeftModel(nn.Module):
         merging.merge(self.host, names, target=target, safe_merge=safe_merge)
         merging.keep_merged(self.host, names)
         base = self.unload()
-        forget_quantization(base)
+        forget_quantization(unwrapped(base))
+        declare_ties(unwrapped(base))
         return base
 
     def unload(self) -> nn.Module:
@@ -405,7 +407,6 @@ class PeftModel(nn.Module):
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
         for name in names:
             self.host.methods(name)  # refuses an unknown name before anything is written
-            warn_of_resized_embeddings(self.host, name)
         adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
         checkpoint.save_adapters(adapters, save_directory)
 

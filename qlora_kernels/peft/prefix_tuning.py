@@ -295,7 +295,7 @@ class PrefixTuning(Method):
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
         self.prefixes[self._main].set_flat(tensors.pop("prompt_embeddings"))
-        load_into(self, tensors)
+        self.fill(tensors)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, _ = super().extras()

@@ -14,7 +14,7 @@ from ..nn.module_tree import unwrapped
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
-from .method import PROMPT_PREFIX, Method, PreparedCall, by_path, load_into
+from .method import PROMPT_PREFIX, Method, PreparedCall, by_path
 from .prompt_layout import PromptLayout
 from .torch_prompt import EncoderPrompt
 
@@ -227,7 +227,7 @@ class SoftPrompt(Method):
             raise ValueError(f"adapter file: prompt_embeddings must be {want}, got {list(rows.shape)}")
         # PEFT allocates n more rows for a decoder, which its forward never reads.
         self.set_prompt(rows[:n])
-        load_into(self, tensors)
+        self.fill(tensors)
 
     def set_prompt(self, rows: Tensor) -> None:
         """rows [n, d]: what prompt() shall give from now on."""

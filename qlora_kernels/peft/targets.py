@@ -13,6 +13,7 @@ from ..nn.module_tree import unwrapped
 from .adapted_linear import base_of
 from .base_layer import is_embedding, is_linear
 from .host import Host
+from .ties import paths_of_tied
 from .torch_attention import SplitAttention
 
 # What PEFT adapts where target_modules is None.
@@ -52,6 +53,8 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     _check(config)
     linears, targets = host.linears(), _targets(host, config)
     matched = {name: module for name, module in _named(host, targets, config).items() if _in_layers(name, config)}
+    if getattr(config, "ensure_weight_tying", False):
+        matched |= _tied_to(matched, host)
     if not matched:
         raise ValueError(_no_match(targets, linears))
     for name, module in matched.items():
@@ -99,6 +102,13 @@ def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Coll
         raise ValueError(
             f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
         )
+
+
+def _tied_to(matched: Collection[str], host: Host) -> dict[str, nn.Module]:
+    modules = host.modules(aliases=True)
+    groups = paths_of_tied(modules)
+    tied = (path.removesuffix(".weight") for name in matched for path in groups.get(f"{name}.weight", ()))
+    return {name: modules[name] for name in tied if is_linear(modules[name]) or is_embedding(modules[name])}
 
 
 def is_all_linear(targets: Names | None) -> bool:

@@ -240,7 +240,7 @@ def test_resized_embeddings(tmp_path, dtype):
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance)
 
 
-def test_new_rows_that_no_file_has_are_warned_of(tmp_path):
+def test_new_rows_are_warned_of_unless_they_train(tmp_path):
     base = make("llama")
     base.resize_token_embeddings(51, mean_resizing=False)
     with pytest.warns(UserWarning, match=r"embeddings have 51 rows, those of the base model 48, .*modules_to_save"):

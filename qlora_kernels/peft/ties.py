@@ -1,0 +1,69 @@
+"""Tied parameters: what a transformers model says of its ties follows what its weights are."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+
+def paths_of_tied(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Path of each parameter that the model has under several paths -> all its paths, itself included.
+
+    modules: Host.modules(aliases=True).
+    """
+    groups: dict[int, list[str]] = {}
+    for owner, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                groups.setdefault(id(parameter), []).append(f"{owner}.{leaf}" if owner else leaf)
+    return {path: paths for paths in groups.values() if len(paths) > 1 for path in paths}
+
+
+def declare_ties(model: nn.Module) -> None:
+    """Makes the configuration of a transformers model, and the list that tie_weights() follows, agree with its weights.
+
+    Where parameters that the configuration ties are different ones by now (a head was trained in full, or merged),
+    tie_word_embeddings becomes False. It speaks for all ties of the model, so that those which still hold become
+    parameters of their own: else a saved model would lack them. An encoder-decoder keeps its flag, with a warning: some
+    scale their output by it, and transformers does not tie what a folder holds twice with different values.
+    """
+    keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    broken = [target for target, source in keys.items() if not _same(model, target, source)]
+    if not broken:
+        return
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        for target in broken:
+            del keys[target]
+        warnings.warn(
+            f"merge: {broken[0]} is tied to other weights no more, while tie_word_embeddings, on which the forward of "
+            "an encoder-decoder may depend, stays True; calling tie_weights() would undo the merge",
+            stacklevel=3,
+        )
+        return
+    for target in keys.keys() - set(broken):
+        owner, _, leaf = target.rpartition(".")
+        module, own = model.get_submodule(owner), model.get_parameter(target)
+        module.register_parameter(leaf, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+    for part in model.modules():
+        part_keys: Any = getattr(part, "all_tied_weights_keys", None)
+        if isinstance(part_keys, dict):
+            part_keys.clear()
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def _same(model: nn.Module, target: str, source: str) -> bool:
+    return _parameter(model, target) is _parameter(model, source)
+
+
+def _parameter(model: nn.Module, path: str) -> object:
+    owner, _, leaf = path.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    # A quantized head has no parameter of that name; it is tied to nothing.
+    return module._parameters.get(leaf, module)

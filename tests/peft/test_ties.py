@@ -1,0 +1,238 @@
+"""Tied embeddings and heads: flags, files and weights agree in every order of operations."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.peft import FullFTConfig, LoraConfig, PeftModel, get_peft_model
+from tests.peft.models import HIDDEN, VOCAB, batch, logits, randomize
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(was tied to another layer|embeddings have)")
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PARTS = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "lora on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "neither": {},
+}
+
+
+def tied(seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
+
+
+def adapted(options, config=LoraConfig):
+    model = get_peft_model(tied(), config(**{"target_modules": ["q_proj"], "r": 2, **options})).eval()
+    randomize(model)
+    return model
+
+
+def ours_and_theirs(hf_peft):
+    return PeftModel.from_pretrained, hf_peft.PeftModel.from_pretrained
+
+
+@pytest.mark.parametrize("order", ["save", "quantize, save", "tie, save", "resize, save", "quantize first"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_merged_model_reloads(tmp_path, part, order):
+    from transformers import AutoModelForCausalLM
+
+    base = tied()
+    if order == "quantize first":
+        qk.replace_linear(base, targets=["v_proj"])
+    model = get_peft_model(base, LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **PARTS[part]})).eval()
+    randomize(model)
+    inputs = batch("llama")
+    expected = logits(model, inputs)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    same = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert same == (part in ("both", "neither"))
+    assert merged.config.tie_word_embeddings == same
+    if order == "quantize, save":
+        report = qk.replace_linear(merged, skip=())
+        assert ("lm_head" in report.replaced) != same
+        quantized = logits(merged, inputs)
+        merged.tie_weights()
+        assert torch.equal(logits(merged, inputs), quantized)
+        return
+    if order == "quantize first":
+        merged.tie_weights()
+        torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+        return
+    if order == "tie, save":
+        merged.tie_weights()
+    if order == "resize, save":
+        merged.resize_token_embeddings(VOCAB + 2)
+    merged.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, inputs)[..., :VOCAB], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unload_leaves_the_tie():
+    for part in PARTS.values():
+        base = adapted(part).unload()
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+        assert base.config.tie_word_embeddings
+        assert base.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("part", ["head", "embedding", "both"])
+def test_our_files_in_both(hf_peft, tmp_path, part):
+    model, inputs = adapted(PARTS[part]), batch("llama")
+    model.save_pretrained(tmp_path)
+    for load in ours_and_theirs(hf_peft):
+        torch.testing.assert_close(logits(load(tied(), tmp_path).eval(), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("ensure", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_their_files_in_both(hf_peft, tmp_path, part, ensure):
+    """PEFT trains two copies of tied modules, which may differ, unless ensure_weight_tying is set."""
+    options = {"target_modules": ["q_proj"], "r": 2, **copy.deepcopy(PARTS[part])}  # PEFT changes the lists
+    if ensure and part == "lora on the head":
+        pytest.skip("PEFT ties heads to embeddings only")
+    theirs = hf_peft.get_peft_model(tied(), hf_peft.LoraConfig(**options, ensure_weight_tying=ensure)).eval()
+    randomize(theirs)
+    inputs = batch("llama")
+    expected = logits(theirs, inputs).detach()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(tied(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, inputs), expected, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    for load in ours_and_theirs(hf_peft):
+        torch.testing.assert_close(
+            logits(load(tied(), tmp_path / "ours").eval(), inputs), expected, rtol=1e-4, atol=1e-5
+        )
+    torch.testing.assert_close(logits(ours.merge_and_unload(), inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["head", "embedding", "both"])
+def test_ensure_weight_tying_trains_both_ends_as_one(hf_peft, tmp_path, part):
+    model, inputs = adapted({**PARTS[part], "ensure_weight_tying": True}), batch("llama")
+    with_copy = model.host.adapters["default"][0].overrides.copies
+    assert with_copy[EMBED] is with_copy[HEAD]
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert {f"base_model.model.{key}" for key in (EMBED, HEAD)} <= load_file(
+        tmp_path / "adapter_model.safetensors"
+    ).keys()
+    for load in ours_and_theirs(hf_peft):
+        torch.testing.assert_close(logits(load(tied(), tmp_path).eval(), inputs), expected)
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_lora_does_not_train():
+    with pytest.raises(NotImplementedError, match=r"ensure_weight_tying must be False .* 'lm_head'"):
+        adapted({**PARTS["lora on the embedding"], "ensure_weight_tying": True})
+
+
+def test_full_fine_tuning_keeps_the_tie(tmp_path):
+    """Its own file holds the shared tensor once."""
+    model, inputs = get_peft_model(tied(), FullFTConfig()).eval(), batch("llama")
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    assert (
+        sum("embed_tokens" in key or "lm_head" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == 1
+    )
+    again = PeftModel.from_pretrained(tied(), tmp_path)
+    torch.testing.assert_close(logits(again, inputs), logits(model, inputs))
+    assert again.merge_and_unload().config.tie_word_embeddings
+
+
+def test_an_encoder_decoder_keeps_its_flag(tmp_path):
+    """T5 scales its logits where the flag of its configuration is set."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    from tests.peft.models import t5
+
+    torch.manual_seed(0)
+    model = get_peft_model(t5(1).eval(), LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])).eval()
+    randomize(model)
+    inputs = batch("t5")
+    expected = logits(model, inputs)
+    with pytest.warns(UserWarning, match="lm_head.weight is tied to other weights no more"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestResizedVocabulary:
+    @staticmethod
+    def resized(seed, base=tied, rows=VOCAB + 3):
+        model = base()
+        torch.manual_seed(seed)  # of the new rows
+        model.resize_token_embeddings(rows)
+        return model
+
+    @pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "embed_tokens"]}, PARTS["head"]], ids=str)
+    @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+    def test_new_rows_are_saved_with_the_adapter(self, hf_peft, tmp_path, options, is_tied):
+        def base():
+            model = tied()
+            if not is_tied:
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+                model.config.tie_word_embeddings = False
+            return model.eval()
+
+        model = get_peft_model(self.resized(1, base), LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **options}))
+        randomize(model.eval())
+        inputs = {"input_ids": torch.tensor([[1, VOCAB + 1, VOCAB + 2, 5]])}
+        expected = logits(model, inputs)
+        with pytest.warns(UserWarning, match=f"embeddings have {VOCAB + 3} rows"):
+            model.save_pretrained(tmp_path)
+        for load in ours_and_theirs(hf_peft):
+            torch.testing.assert_close(logits(load(self.resized(2, base), tmp_path).eval(), inputs), expected)
+        again = PeftModel.from_pretrained(self.resized(2, base), tmp_path, is_trainable=True)
+        assert not any("embed_tokens.overrides" in n for n, p in again.named_parameters() if p.requires_grad)
+        again.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(
+            logits(PeftModel.from_pretrained(self.resized(3, base), tmp_path / "again"), inputs), expected
+        )
+        with pytest.raises(ValueError, match=r"call resize_token_embeddings on the base first|of another shape"):
+            PeftModel.from_pretrained(base(), tmp_path)
+
+    def test_rows_by_the_configuration_of_the_base(self, tmp_path):
+        """Where no module says how many rows there were."""
+        tied().save_pretrained(tmp_path / "base")
+        base = self.resized(1)
+        base.model.vocab_size = VOCAB + 3
+        for known in (False, True):
+            base.config._name_or_path = base.name_or_path = str(tmp_path / "base") if known else ""
+            model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.save_pretrained(tmp_path / "adapter")
+            assert any("saved with the adapter" in str(warning.message) for warning in caught) == known
+            base = model.unload()
+
+    def test_another_base_is_refused(self, tmp_path):
+        model = get_peft_model(self.resized(1), LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="must be the base model's own weight, got other values"):
+            PeftModel.from_pretrained(self.resized(1, lambda: tied(seed=5)), tmp_path)
+
+    def test_a_vocabulary_of_its_own_size_is_not_saved(self, tmp_path):
+        adapted({}).save_pretrained(tmp_path)
+        assert all("lora" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
