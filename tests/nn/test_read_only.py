@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qlora_kernels as qk
+from tests.support.tolerances import assert_same_function
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_reading_gives_ordinary_tensors(layer):
     assert not weight.numpy().flags.writeable
     x = torch.randn(2, 64, requires_grad=True)
     F.linear(x, weight).sum().backward()
-    torch.testing.assert_close(x.grad, plain.sum(0).expand(2, -1))
+    assert_same_function(x.grad, plain.sum(0).expand(2, -1), products=1)
     weight.clone().mul_(2)
 
 

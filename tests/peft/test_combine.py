@@ -8,6 +8,7 @@ from torch import nn
 
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.peft.models import randomize
+from tests.support.tolerances import assert_same_function
 
 
 class Net(nn.Module):
@@ -59,10 +60,10 @@ def test_one_adapter_with_weight_one_is_itself(tmp_path, options, kind):
     model = model_with(LoraConfig(**{"target_modules": ["lin"], "r": 2, **options}))
     expected = output(model, "a")
     model.add_weighted_adapter(["a"], [1.0], "sum", kind)
-    torch.testing.assert_close(output(model, "sum"), expected)
+    assert_same_function(output(model, "sum"), expected)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     again = PeftModel.from_pretrained(model_with().base_model, tmp_path / "sum").eval()
-    torch.testing.assert_close(output(again), expected)
+    assert_same_function(output(again), expected)
 
 
 def test_biases_add_up_as_updates():
@@ -72,7 +73,7 @@ def test_biases_add_up_as_updates():
     total = model.host.adapters["sum"][0].overrides
     for path, base in total.originals.items():
         a, b = (method.overrides.copies[path] for method in methods)
-        torch.testing.assert_close(total.copies[path], base + 0.5 * (a - base) + 2 * (b - base))
+        assert_same_function(total.copies[path], base + 0.5 * (a - base) + 2 * (b - base))
 
 
 def test_a_head_is_taken_from_its_only_owner():
@@ -106,7 +107,7 @@ def test_merging_an_adapter_keeps_its_head(active):
     model = model_with(*[LoraConfig(target_modules=["lin"], modules_to_save=["head"])] * 2)
     expected = output(model, "b")
     model.set_adapter(active)
-    torch.testing.assert_close(output(model.merge_and_unload(adapter_names="b")), expected)
+    assert_same_function(output(model.merge_and_unload(adapter_names="b")), expected)
 
 
 def test_merging_two_heads_is_refused():
@@ -125,12 +126,12 @@ def test_deleting_the_active_adapter_makes_another_active():
     with pytest.warns(UserWarning, match="'a' was active; 'b' is active now"):
         model.delete_adapter("a")
     assert model.active_adapters == ["b"]
-    torch.testing.assert_close(output(model), expected)
+    assert_same_function(output(model), expected)
     assert all(p.requires_grad for p in model.adapters["b"].parameters())
     model.delete_adapter("b")
     with pytest.raises(ValueError, match="active_adapter: an adapter must be active"):
         _ = model.active_adapter
-    torch.testing.assert_close(output(model), output(model_with().base_model))
+    assert_same_function(output(model), output(model_with().base_model))
 
 
 def test_deleting_keeps_what_is_merged_and_what_is_active():
@@ -148,7 +149,7 @@ def test_deleting_keeps_what_is_merged_and_what_is_active():
     model.set_adapter(["a", "b"])
     model.delete_adapter("a")
     assert model.active_adapters == ["b"]
-    torch.testing.assert_close(output(model), expected)
+    assert_same_function(output(model), expected)
 
 
 def test_an_adapter_that_does_not_train_leaves_one_that_does_not():

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tests.peft.cases import CASES, build
 from tests.peft.models import batch, logits, randomize
+from tests.support.tolerances import assert_same_gradients
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -29,9 +30,7 @@ for case in CASES:
         wrapped = DistributedDataParallel(half)
         logits(wrapped, {k: v[2 * rank : 2 * rank + 2] for k, v in inputs.items()}).square().mean().backward()
         expected = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
-        for name, parameter in half.named_parameters():
-            if parameter.requires_grad:
-                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+        assert_same_gradients({n: p.grad for n, p in half.named_parameters() if p.requires_grad}, expected)
 dist.destroy_process_group()
 """
 

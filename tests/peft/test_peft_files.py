@@ -9,6 +9,7 @@ from qlora_kernels import peft
 from qlora_kernels.io import peft_checkpoint
 from qlora_kernels.peft import PeftModel, get_peft_model
 from tests.peft.models import batch, logits, make, randomize
+from tests.support.tolerances import assert_same_function
 
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 N = 4
@@ -28,16 +29,16 @@ def cross(hf_peft, tmp_path, kind, ours_config, theirs_config, shift):
     expected = logits(ours, inputs)
     ours.save_pretrained(tmp_path / "ours")
     theirs = hf_peft.PeftModel.from_pretrained(make(kind), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs_logits(theirs, kind, inputs, shift), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(theirs_logits(theirs, kind, inputs, shift), expected)
     labelled = {**inputs, "labels": inputs["input_ids"][:, 0] % 2 if kind == "bert" else inputs["input_ids"]}
     labelled.pop("decoder_input_ids", None)
-    torch.testing.assert_close(theirs(**labelled).loss, ours(**labelled).loss, rtol=1e-4, atol=1e-5)
+    assert_same_function(theirs(**labelled).loss, ours(**labelled).loss)
     theirs = hf_peft.get_peft_model(make(kind), theirs_config).eval()
     randomize(theirs, seed=4)
     expected = theirs_logits(theirs, kind, inputs, shift)
     theirs.save_pretrained(tmp_path / "theirs")
     again = PeftModel.from_pretrained(make(kind), tmp_path / "theirs").eval()
-    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(again, inputs), expected)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -111,7 +112,7 @@ def test_the_encoders_weights_are_pefts(hf_peft):
         state = ours.module.state_dict()
         renamed = {k.replace("mlp.", "mlp_head.").replace("lstm.", "lstm_head."): v for k, v in state.items()}
         theirs.load_state_dict(renamed)
-        torch.testing.assert_close(theirs(torch.arange(N)[None])[0], ours.prompt())
+        assert_same_function(theirs(torch.arange(N)[None])[0], ours.prompt())
 
 
 def names_in(folder):

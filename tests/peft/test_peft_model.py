@@ -11,6 +11,7 @@ from torch import nn
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.peft.models import HEADS, batch, logits, make, randomize
+from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
 
 FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 
@@ -41,7 +42,7 @@ def test_active_adapters_add_up(nf4):
     both = logits(model, inputs)
     model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum", "cat")
     model.set_adapter("sum")
-    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(model, inputs), both)
 
 
 @FORMATS
@@ -58,7 +59,7 @@ def test_each_row_its_adapter(kind, nf4):
         else:
             model.set_adapter(name)
             alone = logits(model, row)
-        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        assert_same_function(mixed[i : i + 1], alone)
 
 
 @FORMATS
@@ -99,18 +100,18 @@ def test_rows_refuse_an_adapter_that_replaces_parameters():
 
 
 @FORMATS
-def test_disable_gives_the_base_exactly(nf4):
+def test_disable_gives_the_base(nf4):
     inputs = batch("llama")
     before = logits(make("llama", nf4=nf4), inputs)
     model = two_adapters(nf4)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), before)
-    assert not torch.equal(logits(model, inputs), before)
+        assert_same_function(logits(model, inputs), before)
+    assert (logits(model, inputs) - before).abs().max() > 10 * model_error() * before.abs().max()
     model.merge_adapter()
     merged = logits(model, inputs)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), before)
-    assert torch.equal(logits(model, inputs), merged)
+        assert_same_function(logits(model, inputs), before)
+    assert_same_function(logits(model, inputs), merged)
 
 
 @FORMATS
@@ -121,9 +122,9 @@ def test_merge_and_unmerge(nf4, options):
     randomize(model)
     before, state = logits(model, inputs), {k: v.clone() for k, v in model.base_model.state_dict().items()}
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(model, inputs), before)
     model.unmerge_adapter()
-    assert torch.equal(logits(model, inputs), before)
+    assert_same_function(logits(model, inputs), before)
     after = model.base_model.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(state[key], after[key]) for key in state)
@@ -147,7 +148,7 @@ def test_merge_and_unload(target, nf4, layer):
     base = model.merge_and_unload(target)
     assert type(base.model.layers[0].self_attn.q_proj) is layer
     if layer is nn.Linear:
-        torch.testing.assert_close(logits(base, inputs), before, rtol=1e-4, atol=1e-5)
+        assert_same_function(logits(base, inputs), before)
     assert not any(p.requires_grad for p in base.parameters())
 
 
@@ -179,7 +180,7 @@ def test_tied_head_is_merged_once():
     merged = model.merge_and_unload()
     assert torch.equal(merged.model.embed_tokens.weight, embedding)
     assert not merged.config.tie_word_embeddings
-    torch.testing.assert_close(logits(merged, batch("llama")), before, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(merged, batch("llama")), before)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_weighted_combination_is_pefts(hf_peft, tmp_path, how, monkeypatch):
     for m in (model, theirs):
         m.add_weighted_adapter(["default", "b"], [0.7, -0.4], "c", combination_type=how, **pruning, **signs)
         m.set_adapter("c")
-    torch.testing.assert_close(logits(model.eval(), inputs), logits(theirs.eval(), inputs), rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(model.eval(), inputs), logits(theirs.eval(), inputs))
 
 
 def test_weighted_combinations_are_checked():
@@ -239,15 +240,16 @@ def test_count_printed(hf_peft, capsys, nf4):
 
 def test_delete_and_unload_leave_the_model_as_it_was():
     base, inputs = make("llama"), batch("llama")
-    before, keys = logits(base, inputs), list(base.state_dict())
+    before, state = logits(base, inputs), {key: tensor.clone() for key, tensor in base.state_dict().items()}
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
     model.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
     randomize(model)
     model.delete_adapter("b")
     assert list(model.peft_config) == ["default"]
     assert model.unload() is base
-    assert torch.equal(logits(base, inputs), before)
-    assert list(base.state_dict()) == keys
+    assert_same_function(logits(base, inputs), before)
+    assert base.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in base.state_dict().items())
 
 
 def test_modules_to_save_are_the_adapters_own(tmp_path):
@@ -257,12 +259,12 @@ def test_modules_to_save_are_the_adapters_own(tmp_path):
     randomize(model)
     after = logits(model, inputs)
     with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), before)
-    assert torch.equal(logits(model, inputs), after)
+        assert_same_function(logits(model, inputs), before)
+    assert_same_function(logits(model, inputs), after)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(make("bert"), tmp_path), inputs), after)
+    assert_same_function(logits(PeftModel.from_pretrained(make("bert"), tmp_path), inputs), after)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, inputs), after)
+    assert_same_function(logits(merged, inputs), after)
 
 
 def test_quantized_modules_cannot_be_trained_in_full():
@@ -271,7 +273,7 @@ def test_quantized_modules_cannot_be_trained_in_full():
 
 
 @FORMATS
-def test_save_and_load_are_bit_equal(tmp_path, nf4):
+def test_save_and_load_keep_every_byte(tmp_path, nf4):
     model, inputs = two_adapters(nf4), batch("llama")
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make("llama", nf4=nf4), tmp_path)
@@ -280,7 +282,10 @@ def test_save_and_load_are_bit_equal(tmp_path, nf4):
     for name in ("default", "b"):
         model.set_adapter(name)
         again.set_adapter(name)
-        assert torch.equal(logits(again, inputs), logits(model, inputs))
+        assert_same_function(logits(again, inputs), logits(model, inputs))
+    expected = model.adapters.state_dict()
+    assert again.adapters.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in again.adapters.state_dict().items())
 
 
 def test_an_adapter_loaded_for_use_is_in_eval_mode(tmp_path):
@@ -290,7 +295,7 @@ def test_an_adapter_loaded_for_use_is_in_eval_mode(tmp_path):
     inputs = batch("llama")
     model = PeftModel.from_pretrained(make("llama").train(), tmp_path)
     assert not any(module.training for module in model.modules())
-    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    assert_same_function(logits(model, inputs), logits(model, inputs))
     model.train().load_adapter(tmp_path, "second")
     assert not any(module.training for module in model.modules())
     trainable = PeftModel.from_pretrained(make("llama").train(), tmp_path, is_trainable=True)
@@ -335,7 +340,7 @@ def test_compiles(nf4):
     model.set_adapter(["default", "b"])
     expected = logits(model, inputs)
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(compiled, inputs), expected)
 
 
 @pytest.mark.parametrize("how", ["non_reentrant", "reentrant"])
@@ -348,9 +353,8 @@ def test_gradient_checkpointing(how):
         model.set_adapter(["default", "b"])
         model.train()
         model(**inputs, adapter_names=["b", "default"]).loss.backward()
-        grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, checkpointed in zip(*grads, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_same_gradients(grads[1], grads[0])
 
 
 def test_prepare_for_training():

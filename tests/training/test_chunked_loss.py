@@ -12,6 +12,7 @@ from torch import nn
 from qlora_kernels.training import ChunkedLoss, collate, perplexity
 from qlora_kernels.training.batches import Batch
 from qlora_kernels.training.windows import IGNORED, Example
+from tests.support.tolerances import assert_same_gradients, gamma
 
 VOCABULARY, HIDDEN = 37, 16
 
@@ -65,11 +66,10 @@ def test_value_and_gradients(cap, trained, chunk):
     got = loss(batch)
     (3 * whole).backward()
     (3 * got).backward()
-    torch.testing.assert_close(got, whole, rtol=1e-6, atol=0)
-    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=name)
+    # Softmax and the sum over 29 tokens, of one sign, are fp32: so many roundings and a few for the logarithm.
+    assert got.item() == pytest.approx(whole.item(), rel=gamma(2 * 40, torch.float32))
+    found, wanted = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, expected))
+    assert_same_gradients(found, wanted, products=3)
 
 
 def test_head_is_in_its_place_afterwards_even_where_forward_raises():
@@ -107,7 +107,9 @@ def test_perplexity_is_of_learned_tokens_and_independent_of_batching():
         examples.append(Example(ids, torch.where(torch.arange(length) < 2, IGNORED, ids)))
     one, all_at_once = (perplexity(ChunkedLoss(model), examples, size) for size in (1, 4))
     assert one.tokens == all_at_once.tokens == 3 + 7 + 7 + 2
-    assert one.value == pytest.approx(all_at_once.value, rel=1e-6)
+    # exp(loss) is relatively as wrong as the loss, below 4, is absolutely: logits of 16 terms, a softmax and a sum.
+    error = 4 * gamma(2 * 40, torch.float32)
+    assert one.value == pytest.approx(all_at_once.value, rel=error)
     total = sum(whole_loss(model, collate([e])).item() for e in examples)
-    assert one.value == pytest.approx(torch.tensor(total / one.tokens).exp().item(), rel=1e-5)
+    assert one.value == pytest.approx(torch.tensor(total / one.tokens).exp().item(), rel=error)
     assert model.training

@@ -57,9 +57,8 @@ def test_learns_and_repeats_itself():
 
 
 def test_micro_batches_give_the_same_gradient():
-    plain = Model(dtype=torch.float32)
-    whole, _ = run(model=plain)
-    parts, _ = run(dataclasses.replace(CONFIG, micro_batch=2), model=Model(dtype=torch.float32))
+    whole, _ = run(model=Model())  # in float64: AdamW's first steps follow the sign of a gradient, however small
+    parts, _ = run(dataclasses.replace(CONFIG, micro_batch=2), model=Model())
     for a, b in zip(whole, parts, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
