@@ -5,10 +5,12 @@ namespace {
 
 void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q, OptionalTensor absmax_scale,
                     OptionalTensor absmax_offset, int64_t blocksize, Tensor out) {
+    const CpuArguments arguments("dequantize_nf4");
+    const int64_t numel = out.numel();
     const NF4Weight weight =
-        weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, 1, out.numel());
-    checked(out, "out", out.numel());
-    cpu_kernels().dequantize_nf4(weight, dtype_of(out, "out"), out.mutable_data_ptr());
+        arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, 1, numel);
+    const DType dtype = arguments.any_float(out, "out", numel).dtype;
+    cpu_kernels().dequantize_nf4(weight, dtype, out.mutable_data_ptr());
 }
 
 }  // namespace

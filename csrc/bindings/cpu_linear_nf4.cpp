@@ -5,26 +5,26 @@ namespace {
 
 Tensor linear_nf4(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q, OptionalTensor absmax_scale,
                   OptionalTensor absmax_offset, OptionalTensor bias, int64_t blocksize, int64_t out_features) {
-    const int64_t M = x.size(0), K = x.size(1);
-    const LinearProblem problem{
-        weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K), dtype_of(x, "x"),
-        M};
-    Tensor y = empty({M, out_features}, x.scalar_type());
-    cpu_kernels().linear_nf4(problem, checked(x, "x", M * K).const_data_ptr(), any_float(bias, "bias", out_features),
-                             y.mutable_data_ptr());
+    const CpuArguments arguments("linear_nf4");
+    const auto [M, K] = arguments.matrix(x, "x");
+    const int64_t N = arguments.positive(out_features, "the weight");
+    const AnyFloat rows = arguments.any_float(x, "x", M * K), summand = arguments.any_float(bias, "bias", N);
+    const NF4Weight weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K);
+    Tensor y = empty({M, N}, x.scalar_type());
+    cpu_kernels().linear_nf4({weight, rows.dtype, M}, rows.data, summand, y.mutable_data_ptr());
     return y;
 }
 
 Tensor linear_nf4_grad_x(Tensor grad_y, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
                          OptionalTensor absmax_scale, OptionalTensor absmax_offset, int64_t blocksize,
                          int64_t in_features) {
-    const int64_t M = grad_y.size(0), N = grad_y.size(1);
-    const LinearProblem problem{
-        weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, in_features),
-        dtype_of(grad_y, "grad_y"), M};
-    Tensor grad_x = empty({M, in_features}, grad_y.scalar_type());
-    cpu_kernels().linear_nf4_grad_x(problem, checked(grad_y, "grad_y", M * N).const_data_ptr(),
-                                    grad_x.mutable_data_ptr());
+    const CpuArguments arguments("linear_nf4_grad_x");
+    const auto [M, N] = arguments.matrix(grad_y, "grad_y");
+    const int64_t K = arguments.positive(in_features, "the weight");
+    const AnyFloat rows = arguments.any_float(grad_y, "grad_y", M * N);
+    const NF4Weight weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K);
+    Tensor grad_x = empty({M, K}, grad_y.scalar_type());
+    cpu_kernels().linear_nf4_grad_x({weight, rows.dtype, M}, rows.data, grad_x.mutable_data_ptr());
     return grad_x;
 }
 

@@ -5,18 +5,19 @@
 namespace qlora::bindings {
 namespace {
 
-Lora lora_of(const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& seed, double scaling, double dropout_p,
-             int64_t N, int64_t K) {
+Lora lora_of(const CpuArguments& arguments, const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& seed,
+             double scaling, double dropout_p, int64_t N, int64_t K) {
     Lora lora{};
-    lora.r = lora_A.size(0);
-    lora.A = any_float(lora_A, "lora_A", lora.r * K);
-    lora.B = any_float(lora_B, "lora_B", N * lora.r);
+    lora.r = arguments.matrix(lora_A, "lora_A").rows;
+    lora.A = arguments.any_float(lora_A, "lora_A", arguments.product(lora.r, K, "lora_A"));
+    lora.B = arguments.any_float(lora_B, "lora_B", arguments.product(N, lora.r, "lora_B"));
     lora.scaling = static_cast<float>(scaling);
     if (dropout_p > 0.0) {
+        STD_TORCH_CHECK(dropout_p < 1.0 - 0x1p-17, "linear_nf4_lora: dropout_p must be below 1 - 2**-17, got ",
+                        dropout_p);
         // nearbyint rounds halves to even, as Python's round does: the mask is one function of (seed, p) everywhere.
         lora.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
-        STD_TORCH_CHECK(lora.threshold < 65536, "dropout_p must be below 1 - 2**-17, got ", dropout_p);
-        lora.seed = static_cast<uint64_t>(*data_of<int64_t>(seed, "seed", ScalarType::Long, 1));
+        lora.seed = static_cast<uint64_t>(arguments.only<int64_t>(seed, "seed"));
     }
     return lora;
 }
@@ -25,15 +26,16 @@ std::tuple<Tensor, Tensor> linear_nf4_lora(Tensor x, Tensor packed, OptionalTens
                                            OptionalTensor absmax_scale, OptionalTensor absmax_offset,
                                            OptionalTensor bias, Tensor lora_A, Tensor lora_B, OptionalTensor seed,
                                            double scaling, double dropout_p, int64_t blocksize, int64_t out_features) {
-    const int64_t M = x.size(0), K = x.size(1);
-    const LinearProblem problem{
-        weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, out_features, K), dtype_of(x, "x"),
-        M};
-    const Lora lora = lora_of(lora_A, lora_B, seed, scaling, dropout_p, out_features, K);
-    Tensor y = empty({M, out_features}, x.scalar_type());
+    const CpuArguments arguments("linear_nf4_lora");
+    const auto [M, K] = arguments.matrix(x, "x");
+    const int64_t N = arguments.positive(out_features, "the weight");
+    const AnyFloat rows = arguments.any_float(x, "x", M * K), summand = arguments.any_float(bias, "bias", N);
+    const NF4Weight weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K);
+    const Lora lora = lora_of(arguments, lora_A, lora_B, seed, scaling, dropout_p, N, K);
+    Tensor y = empty({M, N}, x.scalar_type());
     Tensor s = empty({M, lora.r}, x.scalar_type());
-    cpu_kernels().linear_nf4_lora(problem, lora, checked(x, "x", M * K).const_data_ptr(),
-                                  any_float(bias, "bias", out_features), y.mutable_data_ptr(), s.mutable_data_ptr());
+    cpu_kernels().linear_nf4_lora({weight, rows.dtype, M}, lora, rows.data, summand, y.mutable_data_ptr(),
+                                  s.mutable_data_ptr());
     return {y, s};
 }
 
@@ -43,18 +45,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_lora_backward(Tensor grad_y, Tenso
                                                             Tensor lora_A, Tensor lora_B, OptionalTensor seed,
                                                             double scaling, double dropout_p, int64_t blocksize,
                                                             bool need_grad_x) {
-    const int64_t M = x.size(0), K = x.size(1), N = grad_y.size(1);
-    const LinearProblem problem{weight_of(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K),
-                                dtype_of(x, "x"), M};
-    STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && s.scalar_type() == x.scalar_type(),
-                    "grad_y, x and s must share one dtype");
-    const Lora lora = lora_of(lora_A, lora_B, seed, scaling, dropout_p, N, K);
+    const CpuArguments arguments("linear_nf4_lora_backward");
+    const auto [M, K] = arguments.matrix(x, "x");
+    const int64_t N = arguments.matrix(grad_y, "grad_y").columns;
+    const DType dtype = arguments.float_type(x, "x");
+    const NF4Weight weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K);
+    const Lora lora = lora_of(arguments, lora_A, lora_B, seed, scaling, dropout_p, N, K);
+    const void* rows = arguments.floats(x, "x", M * K, dtype);
+    const void* grad_rows = arguments.floats(grad_y, "grad_y", arguments.product(M, N, "grad_y"), dtype);
+    const void* down = arguments.floats(s, "s", arguments.product(M, lora.r, "s"), dtype);
     Tensor grad_x = need_grad_x ? empty({M, K}, x.scalar_type()) : empty({0}, x.scalar_type());
     Tensor grad_A = empty({lora.r, K}, ScalarType::Float);
     Tensor grad_B = empty({N, lora.r}, ScalarType::Float);
     cpu_kernels().linear_nf4_lora_backward(
-        problem, lora, checked(grad_y, "grad_y", M * N).const_data_ptr(), checked(x, "x", M * K).const_data_ptr(),
-        checked(s, "s", M * lora.r).const_data_ptr(), need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+        {weight, dtype, M}, lora, grad_rows, rows, down, need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
         static_cast<float*>(grad_A.mutable_data_ptr()), static_cast<float*>(grad_B.mutable_data_ptr()));
     return {grad_x, grad_A, grad_B};
 }

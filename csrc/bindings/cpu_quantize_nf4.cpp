@@ -4,11 +4,13 @@ namespace qlora::bindings {
 namespace {
 
 std::tuple<Tensor, Tensor> quantize_nf4(Tensor w, int64_t blocksize) {
+    const CpuArguments arguments("quantize_nf4");
+    const int block_shift = arguments.block_shift(blocksize);
     const int64_t numel = w.numel();
-    const AnyFloat source = any_float(w, "w", numel);
+    const AnyFloat source = arguments.any_float(w, "w", numel);
     Tensor packed = empty({ceil_div(numel, 2)}, ScalarType::Byte);
     Tensor absmax = empty({ceil_div(numel, blocksize)}, ScalarType::Float);
-    cpu_kernels().quantize_nf4(source.data, source.dtype, numel, block_shift_of(blocksize),
+    cpu_kernels().quantize_nf4(source.data, source.dtype, numel, block_shift,
                                static_cast<uint8_t*>(packed.mutable_data_ptr()),
                                static_cast<float*>(absmax.mutable_data_ptr()));
     return {packed, absmax};
@@ -23,12 +25,13 @@ Tensor mean(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(Tensor absmax) {
+    const CpuArguments arguments("quantize_absmax");
     const int64_t blocks = absmax.numel();
-    const float* source = data_of<float>(absmax, "absmax", ScalarType::Float, blocks);
+    const float* source = arguments.data<float>(absmax, "absmax", blocks);
     Tensor absmax_q = empty({blocks}, ScalarType::Byte);
     Tensor absmax_scale = empty({ceil_div(blocks, kNestedBlocksize)}, ScalarType::Float);
     Tensor offset = mean(absmax);
-    cpu_kernels().quantize_absmax(source, blocks, *data_of<float>(offset, "offset", ScalarType::Float, 1),
+    cpu_kernels().quantize_absmax(source, blocks, arguments.only<float>(offset, "offset"),
                                   static_cast<uint8_t*>(absmax_q.mutable_data_ptr()),
                                   static_cast<float*>(absmax_scale.mutable_data_ptr()));
     return {absmax_q, absmax_scale, offset};

@@ -1,26 +1,20 @@
-"""AdamW over raw pointers: the lists of tensors cross into the library as one table."""
+"""AdamW in the native library: every tensor of a step in one call."""
 
 from __future__ import annotations
-
-from array import array
 
 import torch
 
 from ...ops.adamw_step import Step
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Numbers of csrc/bindings/cpu_adamw_step.cpp."""
 
 
 def adamw_step(step: Step) -> None:
     """The contract of ops/adamw_step.py in one native call."""
     if step.found_inf is not None and step.found_inf.item() != 0:
         return
-    rows: list[int] = []
-    for param, grad in zip(step.params, step.grads, strict=True):
-        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), param.numel(), _DTYPES[param.dtype])
+    skipped = torch.empty(0, device="cpu")  # the library skips a parameter whose gradient is empty
     torch.ops.qlora_kernels_C.cpu_adamw_step(
-        torch.frombuffer(array("q", rows), dtype=torch.int64),
+        step.params,
+        [skipped if grad is None else grad for grad in step.grads],
         step.steps,
         step.segments,
         step.arena,

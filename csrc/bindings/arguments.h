@@ -1,0 +1,130 @@
+// The checks of an op's arguments that guard memory, shared by the CPU and the CUDA library. Every address that a
+// kernel gets comes from here: a caller may pass any tensor, and none may make a kernel leave its memory.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <bit>
+#include <cstdint>
+#include <optional>
+
+namespace qlora::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+constexpr ScalarType kScalarTypeOf = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kScalarTypeOf<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kScalarTypeOf<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kScalarTypeOf<uint8_t> = ScalarType::Byte;
+template <>
+inline constexpr ScalarType kScalarTypeOf<int64_t> = ScalarType::Long;
+
+// For a >= 0 and b > 0; a + b may exceed int64.
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+enum class Device { kCpu, kCuda };
+
+// The arguments of one op on one device. Each method raises `<op>: <argument> must <rule>, got <value>`.
+template <Device kDevice>
+class Arguments {
+  public:
+    explicit Arguments(const char* op) : op_(op) {}
+
+    struct Matrix {
+        int64_t rows, columns;
+    };
+
+    // The sizes of a matrix, both positive: the kernels are never asked for empty products.
+    Matrix matrix(const Tensor& tensor, const char* name) const {
+        STD_TORCH_CHECK(tensor.dim() == 2, op_, ": ", name, " must have two dimensions, got ", tensor.dim());
+        const Matrix sizes{tensor.size(0), tensor.size(1)};
+        positive(sizes.rows, name);
+        positive(sizes.columns, name);
+        return sizes;
+    }
+
+    int64_t positive(int64_t size, const char* name) const {
+        STD_TORCH_CHECK(size > 0, op_, ": sizes of ", name, " must be positive, got ", size);
+        return size;
+    }
+
+    int64_t product(int64_t a, int64_t b, const char* name) const {
+        int64_t result = 0;
+        STD_TORCH_CHECK(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &result), op_, ": the size of ", name,
+                        " must fit int64, got ", a, " * ", b);
+        return result;
+    }
+
+    int block_shift(int64_t blocksize) const {
+        STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && std::has_single_bit(static_cast<uint64_t>(blocksize)),
+                        op_, ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
+        return std::countr_zero(static_cast<uint64_t>(blocksize));
+    }
+
+    // The address of `numel` contiguous elements of T.
+    template <class T>
+    const T* data(const Tensor& tensor, const char* name, int64_t numel) const {
+        check_dtype<T>(tensor, name);
+        check_contiguous(tensor, name, numel);
+        return static_cast<const T*>(address(tensor, name, numel, sizeof(T)));
+    }
+
+    template <class T>
+    const T* data(const OptionalTensor& tensor, const char* name, int64_t numel) const {
+        return tensor.has_value() ? data<T>(*tensor, name, numel) : nullptr;
+    }
+
+    template <class T>
+    T* written(const Tensor& tensor, const char* name, int64_t numel) const {
+        data<T>(tensor, name, numel);
+        return static_cast<T*>(tensor.mutable_data_ptr());
+    }
+
+  protected:
+    template <class T>
+    void check_dtype(const Tensor& tensor, const char* name) const {
+        STD_TORCH_CHECK(tensor.scalar_type() == kScalarTypeOf<T>, op_, ": ", name, " has the wrong dtype");
+    }
+
+    void check_contiguous(const Tensor& tensor, const char* name, int64_t numel) const {
+        check_device(tensor, name);
+        STD_TORCH_CHECK(tensor.is_contiguous(), op_, ": ", name, " must be contiguous");
+        STD_TORCH_CHECK(tensor.numel() == numel, op_, ": ", name, " must have ", numel, " elements, got ",
+                        tensor.numel());
+    }
+
+    void check_device(const Tensor& tensor, const char* name) const {
+        const bool here = kDevice == Device::kCpu ? tensor.is_cpu() : tensor.is_cuda();
+        STD_TORCH_CHECK(here, op_, ": ", name, " must be a ", kDevice == Device::kCpu ? "CPU" : "CUDA", " tensor");
+    }
+
+    // The tensor's address, from where its storage holds `elements` elements: a view may outlive its storage's memory
+    // (untyped_storage().resize_(0), by which FSDP frees parameters), and a wrapper may have none of its own.
+    const void* address(const Tensor& tensor, const char* name, int64_t elements, int64_t item_size) const {
+        if (elements == 0) return nullptr;
+        int64_t storage_bytes = 0, last = 0, needed = 0;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+        const bool fits = !__builtin_add_overflow(tensor.storage_offset(), elements, &last) &&
+                          !__builtin_mul_overflow(last, item_size, &needed) && needed <= storage_bytes;
+        STD_TORCH_CHECK(fits, op_, ": ", name, " must have memory for its ", elements, " elements of ", item_size,
+                        " bytes, got a storage of ", storage_bytes, " bytes; was it freed?");
+        const void* data = tensor.const_data_ptr();
+        STD_TORCH_CHECK(data != nullptr, op_, ": ", name,
+                        " must have memory of its own, got none; pass the tensor that a wrapper or fake stands for");
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(item_size) == 0, op_, ": ", name,
+                        " must be aligned to its element size of ", item_size, " bytes; pass a clone");
+        return data;
+    }
+
+    const char* op_;
+};
+
+}  // namespace qlora::bindings
