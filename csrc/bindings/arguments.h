@@ -9,6 +9,8 @@
 #include <bit>
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 namespace qlora::bindings {
 
@@ -32,11 +34,24 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 enum class Device { kCpu, kCuda };
 
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+    if (!condition) fail(parts...);
+}
+
 // The arguments of one op on one device. Each method raises `<op>: <argument> must <rule>, got <value>`.
 template <Device kDevice>
 class Arguments {
   public:
     explicit Arguments(const char* op) : op_(op) {}
+    Arguments(const char* op, const Tensor& on_device) : op_(op), device_index_(on_device.get_device_index()) {}
 
     struct Matrix {
         int64_t rows, columns;
@@ -44,7 +59,7 @@ class Arguments {
 
     // The sizes of a matrix, both positive: the kernels are never asked for empty products.
     Matrix matrix(const Tensor& tensor, const char* name) const {
-        STD_TORCH_CHECK(tensor.dim() == 2, op_, ": ", name, " must have two dimensions, got ", tensor.dim());
+        require(tensor.dim() == 2, op_, ": ", name, " must have two dimensions, got ", tensor.dim());
         const Matrix sizes{tensor.size(0), tensor.size(1)};
         positive(sizes.rows, name);
         positive(sizes.columns, name);
@@ -52,20 +67,20 @@ class Arguments {
     }
 
     int64_t positive(int64_t size, const char* name) const {
-        STD_TORCH_CHECK(size > 0, op_, ": sizes of ", name, " must be positive, got ", size);
+        require(size > 0, op_, ": sizes of ", name, " must be positive, got ", size);
         return size;
     }
 
     int64_t product(int64_t a, int64_t b, const char* name) const {
         int64_t result = 0;
-        STD_TORCH_CHECK(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &result), op_, ": the size of ", name,
-                        " must fit int64, got ", a, " * ", b);
+        require(a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &result), op_, ": the size of ", name,
+                " must fit int64, got ", a, " * ", b);
         return result;
     }
 
     int block_shift(int64_t blocksize) const {
-        STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && std::has_single_bit(static_cast<uint64_t>(blocksize)),
-                        op_, ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
+        require(blocksize >= 32 && blocksize <= 4096 && std::has_single_bit(static_cast<uint64_t>(blocksize)), op_,
+                ": blocksize must be a power of two from 32 to 4096, got ", blocksize);
         return std::countr_zero(static_cast<uint64_t>(blocksize));
     }
 
@@ -91,19 +106,22 @@ class Arguments {
   protected:
     template <class T>
     void check_dtype(const Tensor& tensor, const char* name) const {
-        STD_TORCH_CHECK(tensor.scalar_type() == kScalarTypeOf<T>, op_, ": ", name, " has the wrong dtype");
+        require(tensor.scalar_type() == kScalarTypeOf<T>, op_, ": ", name, " has the wrong dtype");
     }
 
     void check_contiguous(const Tensor& tensor, const char* name, int64_t numel) const {
         check_device(tensor, name);
-        STD_TORCH_CHECK(tensor.is_contiguous(), op_, ": ", name, " must be contiguous");
-        STD_TORCH_CHECK(tensor.numel() == numel, op_, ": ", name, " must have ", numel, " elements, got ",
-                        tensor.numel());
+        require(tensor.is_contiguous(), op_, ": ", name, " must be contiguous");
+        require(tensor.numel() == numel, op_, ": ", name, " must have ", numel, " elements, got ", tensor.numel());
     }
 
     void check_device(const Tensor& tensor, const char* name) const {
-        const bool here = kDevice == Device::kCpu ? tensor.is_cpu() : tensor.is_cuda();
-        STD_TORCH_CHECK(here, op_, ": ", name, " must be a ", kDevice == Device::kCpu ? "CPU" : "CUDA", " tensor");
+        if constexpr (kDevice == Device::kCpu) {
+            require(tensor.is_cpu(), op_, ": ", name, " must be a CPU tensor");
+        } else {
+            require(tensor.is_cuda() && tensor.get_device_index() == device_index_, op_, ": ", name,
+                    " must be a CUDA tensor on device ", device_index_);
+        }
     }
 
     // The tensor's address, from where its storage holds `elements` elements: a view may outlive its storage's memory
@@ -114,17 +132,20 @@ class Arguments {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
         const bool fits = !__builtin_add_overflow(tensor.storage_offset(), elements, &last) &&
                           !__builtin_mul_overflow(last, item_size, &needed) && needed <= storage_bytes;
-        STD_TORCH_CHECK(fits, op_, ": ", name, " must have memory for its ", elements, " elements of ", item_size,
-                        " bytes, got a storage of ", storage_bytes, " bytes; was it freed?");
+        require(fits, op_, ": ", name, " must have memory for its ", elements, " elements of ", item_size,
+                " bytes, got a storage of ", storage_bytes, " bytes; was it freed?");
         const void* data = tensor.const_data_ptr();
-        STD_TORCH_CHECK(data != nullptr, op_, ": ", name,
-                        " must have memory of its own, got none; pass the tensor that a wrapper or fake stands for");
-        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(item_size) == 0, op_, ": ", name,
-                        " must be aligned to its element size of ", item_size, " bytes; pass a clone");
+        require(data != nullptr, op_, ": ", name,
+                " must have memory of its own, got none; pass the tensor that a wrapper or fake stands for");
+        require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(item_size) == 0, op_, ": ", name,
+                " must be aligned to its element size of ", item_size, " bytes; pass a clone");
         return data;
     }
 
     const char* op_;
+
+  private:
+    int32_t device_index_ = -1;
 };
 
 }  // namespace qlora::bindings

@@ -22,7 +22,7 @@ class CpuArguments : public Arguments<Device::kCpu> {
             case ScalarType::Half:
                 return DType::kFloat16;
             default:
-                STD_TORCH_CHECK(false, op_, ": ", name, " must be float32, bfloat16 or float16");
+                fail(op_, ": ", name, " must be float32, bfloat16 or float16");
         }
     }
 
@@ -38,7 +38,7 @@ class CpuArguments : public Arguments<Device::kCpu> {
 
     const void* floats(const Tensor& tensor, const char* name, int64_t numel, DType dtype) const {
         const AnyFloat elements = any_float(tensor, name, numel);
-        STD_TORCH_CHECK(elements.dtype == dtype, op_, ": ", name, " must have the dtype of the op's other activations");
+        require(elements.dtype == dtype, op_, ": ", name, " must have the dtype of the op's other activations");
         return elements.data;
     }
 
@@ -73,7 +73,7 @@ class CpuArguments : public Arguments<Device::kCpu> {
     static constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
     void given(const OptionalTensor& tensor, const char* name) const {
-        STD_TORCH_CHECK(tensor.has_value(), op_, ": ", name, " must be given");
+        require(tensor.has_value(), op_, ": ", name, " must be given");
     }
 };
 

@@ -1,26 +1,39 @@
+#include <algorithm>
+#include <vector>
+
 #include "cuda_tensors.h"
+#include "step_arguments.h"
 
 namespace qlora::cuda_bindings {
 namespace {
 
+// table: int64 [n_params, 4] in device memory, (address, gradient's address or 0, type, numel) of each of `params`.
 // lr as a number is used where lr_tensor, on the device, is not given.
-void adamw_step(Tensor table, Tensor segments, Tensor steps, Tensor arena, OptionalTensor lr_tensor, double lr,
-                OptionalTensor seed, OptionalTensor grad_multiplier, OptionalTensor found_inf, double beta1,
-                double beta2, double eps, double weight_decay, int64_t largest) {
+void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor table, Tensor segments, Tensor steps,
+                Tensor arena, OptionalTensor lr_tensor, double lr, OptionalTensor seed, OptionalTensor grad_multiplier,
+                OptionalTensor found_inf, double beta1, double beta2, double eps, double weight_decay) {
+    const bindings::StepArguments<CudaArguments> arguments("adamw_step", arena);
     const DeviceGuard guard(arena.get_device_index());
-    const int64_t n_params = steps.numel(), n_segments = segments.size(0);
+    bindings::require(grads.size() == params.size(), "adamw_step: grads must be one for each of params");
+    const auto n_params = static_cast<int64_t>(params.size());
+    int64_t largest = 0;
+    for (size_t i = 0; i < params.size(); ++i) {
+        arguments.check_pair(params[i], grads[i]);
+        largest = std::max(largest, params[i].numel());
+    }
     constexpr int kFloat64 = 3;
     const bool is_double = lr_tensor && lr_tensor->scalar_type() == ScalarType::Double;
-    const int lr_type = is_double ? kFloat64 : type_of(lr_tensor, "lr");
+    const int lr_type = is_double ? kFloat64 : arguments.type_of(lr_tensor, "lr");
+    const void* rate = is_double ? arguments.data<double>(lr_tensor, "lr", 1) : arguments.floats(lr_tensor, "lr", 1);
     const AdamWScalars scalars{beta1, beta2, eps, weight_decay, lr};
-    check(launch_adamw_step(data_of(table, "table", n_params * 3),
-                            data_of<int64_t>(segments, "segments", ScalarType::Long, n_segments * 8), n_segments,
-                            data_of<float>(steps, "steps", ScalarType::Float, n_params),
-                            written<uint8_t>(arena, "arena", ScalarType::Byte, arena.numel()),
-                            data_of(lr_tensor, "lr", 1), lr_type, data_of<int64_t>(seed, "seed", ScalarType::Long, 1),
-                            data_of<float>(grad_multiplier, "grad_multiplier", ScalarType::Float, 1),
-                            data_of<float>(found_inf, "found_inf", ScalarType::Float, 1), &scalars, largest,
-                            current_stream(arena)),
+    const int64_t n_segments = segments.numel() / 8, arena_bytes = arena.numel();
+    check(launch_adamw_step(arguments.data<int64_t>(table, "table", n_params * 4), n_params,
+                            arguments.data<int64_t>(segments, "segments", n_segments * 8), n_segments,
+                            arguments.data<float>(steps, "steps", n_params),
+                            arguments.written<uint8_t>(arena, "arena", arena_bytes), arena_bytes, rate, lr_type,
+                            arguments.data<int64_t>(seed, "seed", 1),
+                            arguments.data<float>(grad_multiplier, "grad_multiplier", 1),
+                            arguments.data<float>(found_inf, "found_inf", 1), &scalars, largest, current_stream(arena)),
           "adamw_step");
 }
 
@@ -28,9 +41,9 @@ void adamw_step(Tensor table, Tensor segments, Tensor steps, Tensor arena, Optio
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def(
-        "cuda_adamw_step(Tensor table, Tensor segments, Tensor steps, Tensor(a!) arena, Tensor? lr_tensor, float lr, "
-        "Tensor? seed, Tensor? grad_multiplier, Tensor? found_inf, float beta1, float beta2, float eps, "
-        "float weight_decay, int largest) -> ()");
+        "cuda_adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor table, Tensor segments, Tensor steps, "
+        "Tensor(b!) arena, Tensor? lr_tensor, float lr, Tensor? seed, Tensor? grad_multiplier, Tensor? found_inf, "
+        "float beta1, float beta2, float eps, float weight_decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) { m.impl("cuda_adamw_step", TORCH_BOX(&adamw_step)); }

@@ -6,10 +6,11 @@ namespace {
 void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q, OptionalTensor absmax_scale,
                     OptionalTensor absmax_offset, int64_t blocksize, Tensor out) {
     const DeviceGuard guard(packed.get_device_index());
+    const CudaArguments arguments("dequantize_nf4", packed);
     const int64_t numel = out.numel();
-    const Weight w(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, numel);
-    const int type = type_of(out, "out");
-    void* data = checked(out, "out", numel).mutable_data_ptr();
+    const Weight w(arguments, packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, numel);
+    const int type = arguments.type_of(out, "out");
+    void* data = arguments.written_floats(out, "out", numel);
     check(launch_dequantize_nf4(w.packed, w.absmax, w.absmax_q, w.absmax_scale, w.absmax_offset, w.block_shift, data,
                                 type, numel, current_stream(packed)),
           "dequantize_nf4");
@@ -17,11 +18,13 @@ void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_
 
 // partial_sums: sums of absmax for the second level, or null.
 void quantize_first_level(const Tensor& w, int64_t blocksize, Tensor& packed, Tensor& absmax, double* partial_sums) {
+    const CudaArguments arguments("quantize_nf4", w);
+    const int block_shift = arguments.block_shift(blocksize);
     const int64_t numel = w.numel();
-    check(launch_quantize_nf4(data_of(w, "w", numel), type_of(w, "w"),
-                              written<uint8_t>(packed, "packed", ScalarType::Byte, ceil_div(numel, 2)),
-                              written<float>(absmax, "absmax", ScalarType::Float, ceil_div(numel, blocksize)),
-                              partial_sums, numel, block_shift_of(blocksize), current_stream(w)),
+    check(launch_quantize_nf4(arguments.floats(w, "w", numel), arguments.type_of(w, "w"),
+                              arguments.written<uint8_t>(packed, "packed", ceil_div(numel, 2)),
+                              arguments.written<float>(absmax, "absmax", ceil_div(numel, blocksize)), partial_sums,
+                              numel, block_shift, current_stream(w)),
           "quantize_nf4");
 }
 
@@ -33,23 +36,25 @@ void quantize_nf4(Tensor w, int64_t blocksize, Tensor packed, Tensor absmax) {
 // The second level from absmax and sums of its parts: one launch.
 void quantize_second_level(const Tensor& absmax, const double* partial_sums, int64_t n_partial_sums, Tensor& absmax_q,
                            Tensor& absmax_scale, Tensor& absmax_offset) {
+    const CudaArguments arguments("quantize_absmax", absmax);
     const int64_t n_blocks = absmax.numel();
-    check(launch_quantize_absmax(
-              data_of<float>(absmax, "absmax", ScalarType::Float, n_blocks), partial_sums, n_partial_sums,
-              written<uint8_t>(absmax_q, "absmax_q", ScalarType::Byte, n_blocks),
-              written<float>(absmax_scale, "absmax_scale", ScalarType::Float, ceil_div(n_blocks, 256)),
-              written<float>(absmax_offset, "absmax_offset", ScalarType::Float, 1), n_blocks, current_stream(absmax)),
+    check(launch_quantize_absmax(arguments.data<float>(absmax, "absmax", n_blocks), partial_sums, n_partial_sums,
+                                 arguments.written<uint8_t>(absmax_q, "absmax_q", n_blocks),
+                                 arguments.written<float>(absmax_scale, "absmax_scale", ceil_div(n_blocks, 256)),
+                                 arguments.written<float>(absmax_offset, "absmax_offset", 1), n_blocks,
+                                 current_stream(absmax)),
           "quantize_absmax");
 }
 
 // Two launches: partial sums of absmax, then the second level.
 void quantize_absmax(Tensor absmax, Tensor partial_sums, Tensor absmax_q, Tensor absmax_scale, Tensor absmax_offset) {
     const DeviceGuard guard(absmax.get_device_index());
+    const CudaArguments arguments("quantize_absmax", absmax);
     const int64_t n_blocks = absmax.numel(), sums = sum_absmax_partial_sums(n_blocks);
-    auto* partial = written<double>(partial_sums, "partial_sums", ScalarType::Double, sums);
-    check(launch_sum_absmax(data_of<float>(absmax, "absmax", ScalarType::Float, n_blocks), partial, n_blocks,
-                            current_stream(absmax)),
-          "quantize_absmax");
+    auto* partial = arguments.written<double>(partial_sums, "partial_sums", sums);
+    check(
+        launch_sum_absmax(arguments.data<float>(absmax, "absmax", n_blocks), partial, n_blocks, current_stream(absmax)),
+        "quantize_absmax");
     quantize_second_level(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
@@ -57,16 +62,21 @@ void quantize_absmax(Tensor absmax, Tensor partial_sums, Tensor absmax_q, Tensor
 void quantize_nf4_double(Tensor w, int64_t blocksize, Tensor packed, Tensor absmax, Tensor partial_sums,
                          Tensor absmax_q, Tensor absmax_scale, Tensor absmax_offset) {
     const DeviceGuard guard(w.get_device_index());
-    const int64_t sums = quantize_nf4_partial_sums(w.numel(), block_shift_of(blocksize));
-    auto* partial = written<double>(partial_sums, "partial_sums", ScalarType::Double, sums);
+    const CudaArguments arguments("quantize_nf4", w);
+    const int64_t sums = quantize_nf4_partial_sums(w.numel(), arguments.block_shift(blocksize));
+    auto* partial = arguments.written<double>(partial_sums, "partial_sums", sums);
     quantize_first_level(w, blocksize, packed, absmax, partial);
     quantize_second_level(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
 // Doubles that quantize_absmax and quantize_nf4_double need as scratch.
-int64_t absmax_partial_sums(int64_t n_blocks) { return sum_absmax_partial_sums(n_blocks); }
+int64_t absmax_partial_sums(int64_t n_blocks) {
+    bindings::require(n_blocks >= 0, "quantize_absmax: n_blocks must be >= 0, got ", n_blocks);
+    return sum_absmax_partial_sums(n_blocks);
+}
 int64_t nf4_partial_sums(int64_t numel, int64_t blocksize) {
-    return quantize_nf4_partial_sums(numel, block_shift_of(blocksize));
+    bindings::require(numel >= 0, "quantize_nf4: numel must be >= 0, got ", numel);
+    return quantize_nf4_partial_sums(numel, CudaArguments("quantize_nf4").block_shift(blocksize));
 }
 
 }  // namespace

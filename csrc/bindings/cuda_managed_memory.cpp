@@ -40,6 +40,7 @@ void free_managed(DLManagedTensor* tensor) {
 
 // The address of a DLManagedTensor of uint8 [nbytes], zeroed on `stream_of`'s current stream, for a "dltensor" capsule.
 int64_t allocate(Tensor stream_of, int64_t nbytes) {
+    bindings::require(nbytes >= 0, "managed_alloc: nbytes must be >= 0, got ", nbytes);
     const int32_t device = stream_of.get_device_index();
     const DeviceGuard guard(device);
     void* memory = nullptr;
@@ -54,21 +55,22 @@ int64_t allocate(Tensor stream_of, int64_t nbytes) {
 
 void prefer_device(Tensor arena) {
     const DeviceGuard guard(arena.get_device_index());
-    check(managed_prefer_device(arena.mutable_data_ptr(), arena.numel(), arena.get_device_index()),
-          "managed_prefer_device");
+    auto* bytes = CudaArguments("managed_prefer_device", arena).written<uint8_t>(arena, "arena", arena.numel());
+    check(managed_prefer_device(bytes, arena.numel(), arena.get_device_index()), "managed_prefer_device");
 }
 
 void prefetch(Tensor arena, int64_t start, int64_t stop) {
     const DeviceGuard guard(arena.get_device_index());
-    STD_TORCH_CHECK(0 <= start && start <= stop && stop <= arena.numel(), "managed_prefetch: [", start, ", ", stop,
-                    ") must lie in the arena of ", arena.numel(), " bytes");
-    check(managed_prefetch(arena.mutable_data_ptr(), start, stop, arena.get_device_index(), current_stream(arena)),
-          "managed_prefetch");
+    auto* bytes = CudaArguments("managed_prefetch", arena).written<uint8_t>(arena, "arena", arena.numel());
+    bindings::require(0 <= start && start <= stop && stop <= arena.numel(), "managed_prefetch: [", start, ", ", stop,
+                      ") must lie in the arena of ", arena.numel(), " bytes");
+    check(managed_prefetch(bytes, start, stop, arena.get_device_index(), current_stream(arena)), "managed_prefetch");
 }
 
 bool concurrent_access(int64_t device) {
     int supported = 0;
-    check(managed_concurrent_access(static_cast<int>(device), &supported), "managed_concurrent_access");
+    check(managed_concurrent_access(CudaArguments("managed_concurrent_access").to_int(device, "device"), &supported),
+          "managed_concurrent_access");
     return supported != 0;
 }
 

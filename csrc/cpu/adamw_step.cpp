@@ -100,6 +100,19 @@ const uint8_t* padded(const uint8_t* q, int n, uint8_t* space) {
     return space;
 }
 
+bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
+
+// 8-bit codes have no NaN, and an absmax that is not finite would spread to the whole block: an element whose moments
+// are not finite starts anew from zero. Its parameter is NaN, or stays where an infinite root left it.
+void restart_nonfinite(float* m, float* v, F32& largest_m, F32& largest_v) {
+    for (int i = 0; i < kBlock; ++i) {
+        if (!is_finite(m[i]) || !is_finite(v[i])) m[i] = v[i] = 0.0f;
+    }
+    largest_m = largest_v = zero();
+    collect_largest(m, kBlock, largest_m);
+    collect_largest(v, kBlock, largest_v);
+}
+
 // One block with 8-bit states. Decoded piece by piece, so that the divisions of one overlap with the lookups of the
 // next; encoded when the block's largest values are known.
 void step_quantized(float* p, const float* g, const States& states, int n, const Scalars& c) {
@@ -119,6 +132,9 @@ void step_quantized(float* p, const float* g, const States& states, int n, const
         }
         collect_largest(m + i, kPiece, largest_m);
         collect_largest(v + i, kPiece, largest_v);
+    }
+    if (!is_finite(largest_lane(largest_m)) || !is_finite(largest_lane(largest_v))) {
+        restart_nonfinite(m, v, largest_m, largest_v);
     }
     *states.m_absmax = encode_block<true>(m, largest_m, states.m, n);
     *states.v_absmax = encode_block<false>(v, largest_v, states.v, n);

@@ -27,15 +27,17 @@ struct AdamWSegment {
 struct AdamWTensor {
     void* param;
     const void* grad;  // null: the parameter is skipped
-    int64_t type;
+    int64_t type, numel;
 };
 
 struct AdamWProblem {
     const AdamWTensor* tensors;
+    int64_t n_params;
     const AdamWSegment* segments;
     int64_t n_segments;
     const float* steps;
     uint8_t* arena;
+    int64_t arena_bytes;
     const void* lr;  // one element of lr_type in device memory, or null
     int lr_type;
     const int64_t* seed;
@@ -215,6 +217,11 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
 #pragma unroll
     for (int i = 0; i < 8; i++) update(p[i], __fmul_rn(g[i], multiplier), m[i], v[i], shared.factors, decays);
     if (eight_bit) {
+        // 8-bit codes have no NaN, and an infinite absmax would spread to the whole block: such an element starts anew.
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (!isfinite(m[i]) || !isfinite(v[i])) m[i] = v[i] = 0.0f;
+        }
         encode_states(exp_avg + offset, absmax, shared.exp_avg_code, m, count);
         encode_states(exp_avg_sq + offset, sq_absmax, shared.exp_avg_sq_code, v, count);
     } else {
@@ -233,6 +240,25 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
     }
 }
 
+__device__ __forceinline__ bool in_arena(const AdamWProblem& p, int64_t offset, int64_t bytes, int64_t alignment) {
+    return offset >= 0 && offset % alignment == 0 && offset <= p.arena_bytes && bytes <= p.arena_bytes - offset;
+}
+
+// The rows of `segments` are data in device memory, which no host code has checked.
+__device__ __forceinline__ bool is_sound(const AdamWProblem& p, const AdamWSegment& segment) {
+    if (segment.param < 0 || segment.param >= p.n_params) return false;
+    const int64_t numel = p.tensors[segment.param].numel;
+    if (segment.start < 0 || segment.start > numel || segment.numel < 0 || segment.numel > numel - segment.start) {
+        return false;
+    }
+    const bool eight_bit = segment.exp_avg_absmax >= 0;
+    const int64_t width = eight_bit ? 1 : 4, absmax_bytes = 4 * ceil_div<int64_t>(segment.numel, kStateBlocksize);
+    return in_arena(p, segment.exp_avg, segment.numel * width, width) &&
+           in_arena(p, segment.exp_avg_sq, segment.numel * width, width) &&
+           (!eight_bit || (in_arena(p, segment.exp_avg_absmax, absmax_bytes, 4) &&
+                           in_arena(p, segment.exp_avg_sq_absmax, absmax_bytes, 4)));
+}
+
 __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const AdamWProblem problem) {
     AdamWShared& shared = block_shared<AdamWShared>();
     if (problem.found_inf && *problem.found_inf != 0) return;
@@ -241,6 +267,7 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const Adam
     bool has_codes = false;
     for (int64_t index = blockIdx.y; index < problem.n_segments; index += gridDim.y) {
         const AdamWSegment& segment = problem.segments[index];
+        if (!is_sound(problem, segment)) continue;
         const AdamWTensor& tensor = problem.tensors[segment.param];
         const int64_t units = ceil_div<int64_t>(segment.numel, kStateBlocksize);
         __syncthreads();  // the factors of the segment before are no longer read
@@ -261,17 +288,19 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const Adam
 
 }  // namespace qlora
 
-cudaError_t launch_adamw_step(const void* tensors, const int64_t* segments, int64_t n_segments, const float* steps,
-                              uint8_t* arena, const void* lr, int lr_type, const int64_t* seed,
-                              const float* grad_multiplier, const float* found_inf, const AdamWScalars* scalars,
-                              int64_t largest_segment, cudaStream_t stream) {
+cudaError_t launch_adamw_step(const void* tensors, int64_t n_params, const int64_t* segments, int64_t n_segments,
+                              const float* steps, uint8_t* arena, int64_t arena_bytes, const void* lr, int lr_type,
+                              const int64_t* seed, const float* grad_multiplier, const float* found_inf,
+                              const AdamWScalars* scalars, int64_t largest_segment, cudaStream_t stream) {
     using namespace qlora;
     if (n_segments == 0) return cudaSuccess;
     const AdamWProblem problem{static_cast<const AdamWTensor*>(tensors),
+                               n_params,
                                reinterpret_cast<const AdamWSegment*>(segments),
                                n_segments,
                                steps,
                                arena,
+                               arena_bytes,
                                lr,
                                lr_type,
                                seed,

@@ -56,14 +56,14 @@ struct AdamWScalars {
     double beta1, beta2, eps, weight_decay, lr;
 };
 
-// One step of qlora_kernels/ops/adamw_step.py. In device memory: tensors int64 [n_params, 3] (param, grad or 0, type),
-// segments int64 [n_segments, 8], steps fp32 [n_params], arena, lr (one element of lr_type, 3 being double) or null,
-// seed, grad_multiplier, found_inf or null. scalars: in host memory. largest_segment: elements, a bound that sizes the
-// grid.
-cudaError_t launch_adamw_step(const void* tensors, const int64_t* segments, int64_t n_segments, const float* steps,
-                              uint8_t* arena, const void* lr, int lr_type, const int64_t* seed,
-                              const float* grad_multiplier, const float* found_inf, const AdamWScalars* scalars,
-                              int64_t largest_segment, cudaStream_t stream);
+// One step of qlora_kernels/ops/adamw_step.py. In device memory: tensors int64 [n_params, 4] (param, grad or 0, type,
+// numel), segments int64 [n_segments, 8], steps fp32 [n_params], arena, lr (one element of lr_type, 3 being double) or
+// null, seed, grad_multiplier, found_inf or null. scalars: in host memory. largest_segment: elements, a bound that
+// sizes the grid. A segment that lies outside its parameter or outside the arena is skipped.
+cudaError_t launch_adamw_step(const void* tensors, int64_t n_params, const int64_t* segments, int64_t n_segments,
+                              const float* steps, uint8_t* arena, int64_t arena_bytes, const void* lr, int lr_type,
+                              const int64_t* seed, const float* grad_multiplier, const float* found_inf,
+                              const AdamWScalars* scalars, int64_t largest_segment, cudaStream_t stream);
 
 // Unified memory. allocate: zeroed on `stream`, *memory null where it fails. prefetch: bytes [start, stop) to `device`.
 cudaError_t managed_concurrent_access(int device, int* supported);

@@ -261,12 +261,12 @@ int linear_nf4_gemm_splits(int M, int out, int depth, int multiprocessors) {
     using namespace qlora;
     constexpr int kBlocksPerMultiprocessor = 2, kFewestSteps = 2 * kGemmStages;
     const int tile = M <= 16 ? 16 : M <= 32 ? 32 : 64;
-    const int blocks = ceil_div(out, kBlockOut) * ceil_div(M, tile);
-    int splits = multiprocessors * kBlocksPerMultiprocessor / blocks;
+    const int64_t blocks = ceil_div<int64_t>(out, kBlockOut) * ceil_div<int64_t>(M, tile);
+    int64_t splits = int64_t(multiprocessors) * kBlocksPerMultiprocessor / blocks;
     // A part that is shorter than two fillings of the pipeline costs more in its ends than it gains.
-    const int most = ceil_div(depth, kBlockDepth) / kFewestSteps;
+    const int64_t most = ceil_div<int64_t>(depth, kBlockDepth) / kFewestSteps;
     if (splits > most) splits = most;
-    return splits < 1 ? 1 : splits;
+    return splits < 1 ? 1 : static_cast<int>(splits);
 }
 
 cudaError_t launch_linear_nf4_gemm(const void* x, int x_type, const uint8_t* packed, const float* absmax,

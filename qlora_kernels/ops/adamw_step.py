@@ -16,7 +16,8 @@ which is off by an ulp now and then. Elsewhere torch rounds its products as well
 Scalars are computed in double from the Python floats and rounded once. 16-bit parameters are read exactly, updated in
 fp32 and rounded once at the end: to nearest even, or, bf16 with a `seed`, up with a probability equal to the fraction
 that truncation would lose: 16 random bits are added below the bf16 mantissa, draw(COUNTER + i - START) of ops/_philox.
-8-bit states (format/blockwise8.py) are decoded to fp32, updated, used, and only then encoded again.
+8-bit states (format/blockwise8.py) are decoded to fp32, updated, used, and only then encoded again. They have no NaN:
+where m or v is not finite, both are encoded as zero, so that one bad gradient spoils one parameter and not its block.
 
 Kernel contract:
     run(step: Step) -> None

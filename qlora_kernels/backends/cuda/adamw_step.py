@@ -17,9 +17,12 @@ def adamw_step(step: Step) -> None:
     """The contract of ops/adamw_step.py in one launch."""
     rows: list[int] = []
     for param, grad in zip(step.params, step.grads, strict=True):
-        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), _DTYPES[param.dtype])
+        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), _DTYPES[param.dtype], param.numel())
     on_device = step.lr.device == step.arena.device
+    skipped = torch.empty(0, device=step.arena.device)  # the library skips a parameter whose gradient is empty
     torch.ops.qlora_kernels_C.cuda_adamw_step(
+        step.params,
+        [skipped if grad is None else grad for grad in step.grads],
         _on_device(tuple(rows), step.arena.device),
         step.segments,
         step.steps,
@@ -33,7 +36,6 @@ def adamw_step(step: Step) -> None:
         step.beta2,
         step.eps,
         step.weight_decay,
-        max(param.numel() for param in step.params),
     )
 
 

@@ -83,8 +83,9 @@ def _load(arena: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
 def _store(arena: Tensor, segment: Segment, m: Tensor, v: Tensor) -> None:
     if segment.exp_avg_absmax < 0:
         return  # updated in place
+    finite = m.isfinite() & v.isfinite()
     for target, state, signed in zip(_quantized(arena, segment), (m, v), (True, False), strict=True):
-        for view, value in zip(target, quantize_blockwise(state, signed=signed), strict=True):
+        for view, value in zip(target, quantize_blockwise(torch.where(finite, state, 0.0), signed=signed), strict=True):
             view.copy_(value)
 
 
