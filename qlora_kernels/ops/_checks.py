@@ -56,10 +56,31 @@ def check_x(op: str, x: Tensor, weight: Weight) -> None:
     check_weight(op, weight, x.device)
 
 
-def check_grad_y(op: str, grad_y: Tensor, weight: Weight) -> None:
-    """grad_y [..., N] is float and fits the weight."""
+def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = None) -> None:
+    """grad_y [..., N] is float and fits the weight, and x where there is one."""
     check_float(op, "grad_y", grad_y)
     check_last_dim(op, "grad_y", grad_y, weight.N, "N")
+    if x is None:
+        return
+    if grad_y.shape[:-1] != x.shape[:-1]:
+        expected, got = tuple(x.shape[:-1]), tuple(grad_y.shape)
+        raise ValueError(f"{op}: grad_y must have the leading dimensions of x, {expected}, got shape {got}")
+    _check_like_x(op, "grad_y", grad_y, x)
+
+
+def check_s(op: str, s: Tensor, x: Tensor, r: int) -> None:
+    """s [M, r] is what forward kept for backward."""
+    shape = (x.shape[:-1].numel(), r)
+    if tuple(s.shape) != shape:
+        raise ValueError(f"{op}: s must have shape [M, r]={shape}, got {tuple(s.shape)}")
+    _check_like_x(op, "s", s, x)
+
+
+def _check_like_x(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
 
 
 def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.device) -> None:
@@ -73,7 +94,7 @@ def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.de
 def check_lora(op: str, x: Tensor, weight: Weight, lora: LoRA) -> None:
     """The adapter fits the weight, and has a seed where it has dropout."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=2)
-    _check_dropout(op, lora.dropout_p, lora.seed)
+    _check_dropout(op, lora.dropout_p, lora.seed, x.device)
 
 
 def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> None:
@@ -84,7 +105,10 @@ def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> Non
         raise ValueError(f"{op}: scalings must be float32 [E={E}], got {scalings.dtype} {tuple(scalings.shape)}")
     if adapter.shape != (M,) or adapter.dtype != torch.int64:
         raise ValueError(f"{op}: adapter must be int64 [M={M}], got {adapter.dtype} {tuple(adapter.shape)}")
-    _check_dropout(op, lora.dropout_p, lora.seed)
+    for name, tensor in (("scalings", scalings), ("adapter", adapter)):
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+    _check_dropout(op, lora.dropout_p, lora.seed, x.device)
 
 
 def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, dims: int) -> None:
@@ -103,12 +127,16 @@ def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, 
             raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
-def _check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+def _check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
     """0 <= dropout_p < 1, and a seed where it is positive."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
+    if dropout_p >= 1.0 - 2**-17:
+        raise ValueError(f"{op}: dropout_p must be below 1 - 2**-17, where the mask keeps nothing, got {dropout_p}")
     if dropout_p > 0 and seed is None:
         raise ValueError(f"{op}: seed must be given when dropout_p > 0, got None; pass an int64 tensor of one element")
+    if dropout_p > 0 and seed is not None:
+        _check_tensor(op, "seed", seed, torch.int64, 1, device)
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]
@@ -71,50 +73,133 @@ def saved(ctx: Any) -> list[Any]:
 
 
 def differentiate(
-    qualname: str, backward: Callable[..., Any], *, setup_context: Callable[..., None], wanted: Sequence[int]
+    qualname: str,
+    backward: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None],
+    wanted: Callable[[Sequence[Any]], Sequence[Tensor | None]],
+    compose: Callable[..., Any],
+    constants: Sequence[str],
 ) -> None:
-    """Register the gradient of `qualname`, an implemented op without keyword-only and default arguments and aliases.
+    """Register the derivatives of `qualname`, an implemented op without keyword-only and default arguments and aliases.
 
-    wanted: places of the arguments that have a gradient, tensors or None; the others are constants.
-    setup_context(ctx, args, output).   backward(ctx, *grads) -> a gradient or None for each of `wanted`, in the order
-    of which ctx.needs_input_grad counts too.
+    backward(ctx, *grads) -> a gradient or None for each of `wanted`, in the order of which ctx.needs_input_grad counts.
+    setup_context(ctx, args, output).   wanted(args) -> the tensors, or None, that have a gradient.
+    compose: the op in torch's own differentiable ops. It runs where a derivative is asked for that `backward` does not
+        give: in forward mode and under the transforms of torch.func.
+    constants: names of the arguments that must not require a gradient.
 
     torch.library.register_autograd registers the same, but reads the op's schema on each call to fill in defaults,
     which takes longer than a small layer's product. For the same reason the kernel is called without a second turn of
     the dispatcher wherever that turn would find nothing on its way to it: no mode, transform or subclass.
     """
-    namespace, name = qualname.split("::")
-    op = getattr(getattr(torch.ops, namespace), name).default
-    kernel = _kernels[qualname]
-
-    def run_below(keyset: Any, args: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() & _BELOW_AUTOGRAD in _BACKEND_ALONE:
-                return kernel(*args)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    name = qualname.split("::")[1]
+    op = getattr(torch.ops.qlora_kernels, name).default
+    run_below = _below_autograd(qualname)
+    names = [argument.name for argument in op._schema.arguments]
+    frozen = itemgetter(*[names.index(constant) for constant in constants])
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         *_, args, keyset = inputs
         output = run_below(keyset, args)
         setup_context(ctx, args, output)
-        return output
+        # A list among the outputs is spread for autograd, and gathered again below.
+        return (*output[0], *output[1:]) if isinstance(output, tuple) and isinstance(output[0], list) else output
 
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> Any:
         return *backward(ctx, *grads), None, None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
     node: Any = type(f"{name}_", (torch.autograd.Function,), methods)
+    gathers = str(op._schema.returns[0].type) == "List[Tensor]"
+    has_lists = any("List[" in str(argument.type) for argument in op._schema.arguments)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            inputs = [args[place] for place in wanted]
+        if _transforms_active() or forward_ad._current_level >= 0:
+            _check_constants(name, constants, frozen(args))
+            return compose(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*(_spread_lists(args) if has_lists else args)):
+            if _any_requires_grad(*(_spread_lists(frozen(args)) if has_lists else frozen(args))):
+                _check_constants(name, constants, frozen(args))
+            inputs = wanted(args)
             if any(tensor is not None and tensor.requires_grad for tensor in inputs):
-                return node.apply(*inputs, args, keyset)
+                outputs = node.apply(*inputs, args, keyset)
+                return (list(outputs[:-1]), outputs[-1]) if gathers else outputs
         return run_below(keyset, args)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
+def compose_derivatives(qualname: str, compose: Callable[..., Any]) -> None:
+    """Register the derivatives of `qualname`, the gradient of another op: where any is asked for, `compose` runs instead.
+
+    compose: the op in torch's own differentiable ops.
+    """
+    run_below = _below_autograd(qualname)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if _transforms_active() or forward_ad._current_level >= 0 or _requires_grad(args):
+            return compose(*args)
+        return run_below(keyset, args)
+
+    _autograd_kernels.impl(  # type: ignore[no-untyped-call]
+        qualname.split("::")[1], autograd, "Autograd", with_keyset=True
+    )
+
+
+def refuse_derivatives(qualname: str) -> None:
+    """Make `qualname`, which has no derivative, raise where one is asked for."""
+    name = qualname.split("::")[1]
+    run_below = _below_autograd(qualname)
+
+    def autograd(keyset: Any, *args: Any, **keywords: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+        if _requires_grad(tensors) or any(_has_tangent(tensor) for tensor in tensors):
+            raise NotImplementedError(f"{name}: no argument may require a gradient or have a tangent; detach() it")
+        return run_below(keyset, args, **keywords)
+
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _below_autograd(qualname: str) -> Callable[..., Any]:
+    """run(keyset, args): the op without autograd, without a turn of the dispatcher where that would change nothing."""
+    kernel = _kernels[qualname]
+    packet, _, overload = qualname.split("::")[1].partition(".")
+    op = getattr(getattr(torch.ops.qlora_kernels, packet), overload or "default")
+
+    def run_below(keyset: Any, args: Sequence[Any], **keywords: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset.raw_repr() & _BELOW_AUTOGRAD in _BACKEND_ALONE:
+                return kernel(*args, **keywords)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **keywords)
+
+    return run_below
+
+
+def _check_constants(name: str, constants: Sequence[str], args: Sequence[Any]) -> None:
+    for constant, arg in zip(constants, args, strict=True):
+        for tensor in _spread_lists([arg]):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
+                    raise NotImplementedError(
+                        f"{name}: {constant} must not require a gradient, which this op does not compute; detach() it"
+                    )
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and bool(_any_requires_grad(*_spread_lists(args)))
+
+
+def _spread_lists(args: Sequence[Any]) -> list[Any]:
+    return [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+_any_requires_grad = torch._C._any_requires_grad
+_transforms_active = torch._C._are_functorch_transforms_active
 _Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
 # ADInplaceOrView stands in every keyset, for ops that write or alias; these do neither.
 _BELOW_AUTOGRAD: int = torch._C._after_autograd_keyset.remove(_Key.ADInplaceOrView).raw_repr()

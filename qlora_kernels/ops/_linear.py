@@ -13,6 +13,10 @@ BIAS = 1 + len(Weight._fields)
 """Place of the bias among an op's arguments."""
 
 
+CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
+"""Arguments of floats that belong to W, with respect to which nothing has a gradient."""
+
+
 def matrix(rows: Tensor) -> Tensor:
     """[..., C] as [M, C], contiguous."""
     return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()

@@ -12,14 +12,16 @@ M, N, K, r >= 1, lora's factors contiguous:
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_bias, check_grad_y, check_x
-from ._implement import differentiate, fake, implement, save, saved
-from ._linear import BIAS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from ._checks import check_bias, check_grad_y, check_s, check_x
+from . import _compose
+from ._implement import compose_derivatives, differentiate, fake, implement, save, saved, spread
+from ._linear import BIAS, CONSTANTS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
 from ._operands import LoRA, MultiLoRA, Weight
 from ._registry import select
 
@@ -43,10 +45,11 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
         check_bias(op, bias, weight.N, x.device)
         check_adapter(op, x, weight, lora)
 
-    def check_backward(grad_y: Tensor, x: Tensor, weight: Weight, lora: Adapter) -> None:
+    def check_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter) -> None:
         check_x(f"{op}_backward", x, weight)
-        check_grad_y(f"{op}_backward", grad_y, weight)
+        check_grad_y(f"{op}_backward", grad_y, weight, x)
         check_adapter(f"{op}_backward", x, weight, lora)
+        check_s(f"{op}_backward", s, x, lora.r)
 
     @implement(forward, takes_forward)
     def lora_forward(x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,7 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
     def lora_backward(
         grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_backward(grad_y, x, weight, lora)
+        check_backward(grad_y, x, s, weight, lora)
         if is_empty(x, weight):
             grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
             return grad_x, torch.zeros_like(lora.A), torch.zeros_like(lora.B)
@@ -77,9 +80,19 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
     def lora_backward_fake(
         grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_backward(grad_y, x, weight, lora)
+        check_backward(grad_y, x, s, weight, lora)
         grad_x = x.new_empty(x.shape if need_grad_x else (0,))
         return grad_x, torch.empty_like(lora.A), torch.empty_like(lora.B)
+
+    def composed(x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> tuple[Tensor, Tensor]:
+        check_forward(x, weight, bias, lora)
+        return _compose.lora_linear(x, weight, bias, lora)
+
+    def composed_backward(
+        grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_backward(grad_y, x, s, weight, lora)
+        return _compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
 
     run_backward = getattr(torch.ops.qlora_kernels, f"{op}_backward").default
 
@@ -95,7 +108,15 @@ def define_lora_op(op: str, kind: type[Adapter], check_adapter: Callable[..., No
         grad_x, grad_A, grad_B = run_backward(grad_y, *saved(ctx), need_grad_x)
         return grad_x if need_grad_x else None, grad_bias(ctx, grad_y), grad_A, grad_B
 
-    differentiate(forward, gradients, setup_context=setup_context, wanted=(0, BIAS, BIAS + 1, BIAS + 2))
+    differentiate(
+        forward,
+        gradients,
+        setup_context=setup_context,
+        wanted=itemgetter(0, BIAS, BIAS + 1, BIAS + 2),
+        compose=spread(composed, takes_forward),
+        constants=(*CONSTANTS, "scalings") if kind is MultiLoRA else CONSTANTS,
+    )
+    compose_derivatives(backward, spread(composed_backward, takes_backward))
 
 
 def _contiguous(lora: Adapter) -> Adapter:

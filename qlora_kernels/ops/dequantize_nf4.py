@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_float, check_weight
-from ._implement import fake, implement
+from ._implement import fake, implement, refuse_derivatives
 from ._operands import Weight
 from ._registry import Problem, select
 
@@ -90,3 +90,7 @@ def dequantize_nf4_out_fake(weight: Weight, *, out: Tensor) -> None:
     if out.numel() != weight.N * weight.K:
         raise ValueError(f"dequantize_nf4: out must have {weight.N * weight.K} elements, got {out.numel()}")
     check_weight("dequantize_nf4", weight, out.device)
+
+
+refuse_derivatives("qlora_kernels::dequantize_nf4")
+refuse_derivatives("qlora_kernels::dequantize_nf4.out")

@@ -6,10 +6,13 @@ Kernel contract: x [M, K] and grad_y [M, N] contiguous, M, N, K >= 1; weight: We
     linear_nf4         run(x, weight, bias) -> y [M, N] of x.dtype
     linear_nf4_grad_x  run(grad_y, weight)  -> grad_x [M, K] of grad_y.dtype
 W is used as dequantized to x's dtype, or unrounded in fp32; sums are kept in fp32, and the result is rounded once.
+Each of the two is the other's gradient, so derivatives of any order run on the kernels; forward mode and the transforms
+of torch.func run on _compose.py.
 """
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_bias, check_grad_y, check_weight, check_x
-from ._implement import differentiate, fake, implement, save, saved
-from ._linear import BIAS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from . import _compose
+from ._implement import differentiate, fake, implement, save, saved, spread
+from ._linear import BIAS, CONSTANTS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
 from ._operands import Weight, weight_of
 from ._registry import select
 
@@ -74,6 +78,16 @@ def linear_nf4_grad_x_fake(grad_y: Tensor, weight: Weight) -> Tensor:
     return grad_y.new_empty((*grad_y.shape[:-1], weight.K))
 
 
+def _composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    _check_linear(x, weight, bias)
+    return _compose.linear(x, weight, bias)
+
+
+def _composed_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
+    _check_grad_x(grad_y, weight)
+    return _compose.grad_x(grad_y, weight)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *weight, bias = inputs
     save(ctx, *weight)
@@ -87,7 +101,30 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_bias(ctx, grad_y)
 
 
-differentiate("qlora_kernels::linear_nf4", _backward, setup_context=_setup_context, wanted=(0, BIAS))
+def _setup_context_grad_x(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save(ctx, *inputs[1:])
+
+
+def _backward_grad_x(ctx: Any, grad_of_grad_x: Tensor) -> tuple[Tensor | None]:
+    return (torch.ops.qlora_kernels.linear_nf4(grad_of_grad_x, *saved(ctx), None),)
+
+
+differentiate(
+    "qlora_kernels::linear_nf4",
+    _backward,
+    setup_context=_setup_context,
+    wanted=itemgetter(0, BIAS),
+    compose=spread(_composed, _FORWARD),
+    constants=CONSTANTS,
+)
+differentiate(
+    "qlora_kernels::linear_nf4_grad_x",
+    _backward_grad_x,
+    setup_context=_setup_context_grad_x,
+    wanted=itemgetter(slice(0, 1)),
+    compose=spread(_composed_grad_x, _GRAD_X),
+    constants=CONSTANTS,
+)
 
 
 def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> None:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_bias, check_grad_y, check_lora, check_x
-from ._implement import fake, implement, save, saved
-from ._linear import bias_alone, is_empty, matrix, problem_of
+from . import _compose
+from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
+from ._implement import compose_derivatives, differentiate, fake, implement, save, saved
+from ._linear import CONSTANTS, bias_alone, is_empty, matrix, problem_of
 from ._operands import GroupLoRA, Weight, weight_of
 from ._registry import Problem, select
 from .linear_nf4_lora import seed_for
@@ -46,6 +47,8 @@ torch.library.define(
     f"(Tensor[] grad_ys, Tensor x, Tensor s, {_WEIGHTS}, {_LORA}, bool need_grad_x) -> (Tensor, Tensor, Tensor[])",
 )
 _OF_WEIGHTS = len(Weight._fields)
+_LORA_START = 2 + _OF_WEIGHTS
+"""Place of lora_A among forward's arguments."""
 
 
 def linear_nf4_lora_group(
@@ -108,7 +111,7 @@ def linear_nf4_lora_group_backward_impl(
     """Checks, then the selected kernel over x and the grad_ys as matrices."""
     *members, need_grad_x = fields
     weights, lora = _bundled(members)
-    _check_backward(grad_ys, x, weights, lora)
+    _check_backward(grad_ys, x, s, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
         grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
         return grad_x, torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B]
@@ -125,42 +128,61 @@ def linear_nf4_lora_group_backward_fake(
     """Shapes and dtypes of the gradients."""
     *members, need_grad_x = fields
     weights, lora = _bundled(members)
-    _check_backward(grad_ys, x, weights, lora)
+    _check_backward(grad_ys, x, s, weights, lora)
     grad_x = x.new_empty(x.shape if need_grad_x else (0,))
     return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    x, biases, *fields = inputs
+def _setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, _, *fields = args
     s = output[1]
     ctx.mark_non_differentiable(s)
-    items = [item for field in fields for item in (field if isinstance(field, list) else [field])]
+    items = [item for field in fields for item in (field if isinstance(field, (list, tuple)) else [field])]
     save(ctx, x, s, *items)
-    ctx.lengths = [len(field) if isinstance(field, list) else None for field in fields]
-    ctx.no_grads = [_no_grad(field) for field in (biases, *fields)]
+    ctx.lengths = [len(field) if isinstance(field, (list, tuple)) else None for field in fields]
 
 
-def _backward(ctx: Any, grad_ys: list[Tensor], grad_s: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     x, s, *rest = saved(ctx)
     items = iter(rest)
     fields = [next(items) if length is None else [next(items) for _ in range(length)] for length in ctx.lengths]
     need_grad_x = ctx.needs_input_grad[0]
     grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
-        grad_ys, x, s, *fields, need_grad_x
+        list(grads[:-1]), x, s, *fields, need_grad_x
     )
-    of_fields = list(ctx.no_grads)
-    of_fields[1 + _OF_WEIGHTS : 3 + _OF_WEIGHTS] = grad_A, grads_B  # after biases and weights
-    return grad_x if need_grad_x else None, *of_fields
+    return grad_x if need_grad_x else None, grad_A, *grads_B
 
 
-def _no_grad(field: Any) -> list[None] | None:
-    """What autograd takes as the gradient of a constant: a list for a list of tensors, None for all else."""
-    if isinstance(field, list) and all(isinstance(item, Tensor) for item in field):
-        return [None] * len(field)
-    return None
+def _wanted(args: Sequence[Any]) -> list[Tensor]:
+    """x, lora_A and each lora_B."""
+    lora = GroupLoRA(*args[_LORA_START:])
+    return [args[0], lora.A, *lora.B]
 
 
-torch.library.register_autograd(f"qlora_kernels::{_OP}", _backward, setup_context=_setup_context)
+def _composed(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
+    weights, lora = _bundled(fields)
+    _check_forward(x, biases, weights, lora)
+    return _compose.lora_group(x, weights, biases, lora)
+
+
+def _composed_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *members, need_grad_x = fields
+    weights, lora = _bundled(members)
+    _check_backward(grad_ys, x, s, weights, lora)
+    return _compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
+
+
+differentiate(
+    f"qlora_kernels::{_OP}",
+    _backward,
+    setup_context=_setup_context,
+    wanted=_wanted,
+    compose=_composed,
+    constants=("biases", *CONSTANTS),
+)
+compose_derivatives(f"qlora_kernels::{_BACKWARD_OP}", _composed_backward)
 
 
 def _bundled(fields: Sequence[Any]) -> tuple[list[Weight], GroupLoRA]:
@@ -182,16 +204,34 @@ def _check_forward(x: Tensor, biases: Sequence[Tensor | None], weights: Sequence
     if not len(biases) == len(weights) == len(lora.B) == len(lora.scalings):
         counts = f"{len(weights)} weights, {len(biases)} biases, {len(lora.B)} lora_B, {len(lora.scalings)} scalings"
         raise ValueError(f"{_OP}: every linear must have each of its arguments, got {counts}")
-    if lora.A.shape[0] != sum(lora.ranks):
-        raise ValueError(f"{_OP}: lora_A must have as many rows as lora_B have columns, {lora.ranks}, got {lora.r}")
+    _check_group(_OP, lora)
     for weight, bias, member in zip(weights, biases, lora.each(), strict=True):
         check_x(_OP, x, weight)
         check_bias(_OP, bias, weight.N, x.device)
         check_lora(_OP, x, weight, member)
 
 
-def _check_backward(grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> None:
+def _check_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA
+) -> None:
+    if not len(grad_ys) == len(weights) == len(lora.B) == len(lora.scalings):
+        counts = f"{len(weights)} weights, {len(grad_ys)} grad_ys, {len(lora.B)} lora_B, {len(lora.scalings)} scalings"
+        raise ValueError(f"{_BACKWARD_OP}: every linear must have each of its arguments, got {counts}")
+    check_s(_BACKWARD_OP, s, x, lora.r)
+    _check_group(_BACKWARD_OP, lora)
     for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
         check_x(_BACKWARD_OP, x, weight)
-        check_grad_y(_BACKWARD_OP, grad_y, weight)
+        check_grad_y(_BACKWARD_OP, grad_y, weight, x)
         check_lora(_BACKWARD_OP, x, weight, member)
+
+
+def _check_group(op: str, lora: GroupLoRA) -> None:
+    if not lora.B:
+        raise ValueError(f"{op}: a group must have at least one linear, got none")
+    for B in lora.B:
+        if B.dim() != 2:
+            raise ValueError(f"{op}: lora_B must have two dimensions each, got shape {tuple(B.shape)}")
+    if lora.A.dim() != 2:
+        raise ValueError(f"{op}: lora_A must have two dimensions, got shape {tuple(lora.A.shape)}")
+    if lora.r != sum(lora.ranks):
+        raise ValueError(f"{op}: lora_A must have as many rows as lora_B have columns, {lora.ranks}, got {lora.r}")

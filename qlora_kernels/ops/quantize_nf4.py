@@ -22,7 +22,7 @@ from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import QuantState, n_blocks
 from ._checks import check_blocksize, check_float
-from ._implement import fake, implement
+from ._implement import fake, implement, refuse_derivatives
 from ._registry import Problem, kernels_of, select
 
 Nonfinite = Literal["raise", "zero"]
@@ -155,6 +155,10 @@ def quantize_nf4_double_fake(w: Tensor, *, blocksize: int) -> BothLevels:
     """Shapes of the result."""
     packed, absmax = quantize_nf4_fake(w, blocksize=blocksize)
     return packed, absmax, *quantize_absmax_fake(absmax)
+
+
+for _name in ("quantize_nf4", "quantize_absmax", "quantize_nf4_double"):
+    refuse_derivatives(f"qlora_kernels::{_name}")
 
 
 def _check_absmax(absmax: Tensor) -> None:

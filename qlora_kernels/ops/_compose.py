@@ -1,0 +1,107 @@
+"""The linear ops and their gradients in torch's own ops, differentiable to any order, in either mode.
+
+They run where a derivative is asked for that the kernels do not compute: second derivatives, forward mode and the
+transforms of torch.func. W is dequantized for the length of the product, and results round as torch's products do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
+from ._philox import dropped
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias."""
+    y = x @ _dense(weight, x.dtype).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
+    """grad_y W."""
+    return grad_y @ _dense(weight, grad_y.dtype)
+
+
+def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:
+    """(y, s) of an op of _lora_op.py."""
+    rows = _matrix(x)
+    s, update = _low_rank(dropped(rows, lora.seed, lora.dropout_p), lora)
+    return linear(x, weight, bias) + update.reshape(*x.shape[:-1], weight.N), s
+
+
+def lora_backward(
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA | MultiLoRA, need_grad_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x or empty, grad_A, grad_B) of such an op; s is computed again, because it depends on x and A."""
+    rows, grad_rows = _matrix(x), _matrix(grad_y)
+    x_dropped = dropped(rows, lora.seed, lora.dropout_p)
+    through_dropout = torch.zeros_like(rows)
+    grads_A, grads_B = [], []
+    for A, B, scaling, mask in _adapters(lora, x.dtype):
+        own = grad_rows if mask is None else grad_rows * mask
+        ds = scaling * (own @ B)
+        grads_A.append(ds.T @ x_dropped)
+        grads_B.append(scaling * (own.T @ (x_dropped @ A.T)))
+        through_dropout = through_dropout + ds @ A
+    grad_A, grad_B = (
+        (torch.stack(grads_A), torch.stack(grads_B)) if isinstance(lora, MultiLoRA) else (grads_A[0], grads_B[0])
+    )
+    of_x = x.new_empty(0)
+    if need_grad_x:
+        through_dropout = dropped(through_dropout, lora.seed, lora.dropout_p)
+        of_x = grad_x(grad_y, weight) + through_dropout.reshape(x.shape)
+    return of_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
+
+
+def lora_group(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """(ys, s) of linear_nf4_lora_group."""
+    results = [lora_linear(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
+    return [y for y, _ in results], torch.cat([s for _, s in results], dim=1)
+
+
+def lora_group_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA, need_grad_x: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(grad_x or empty, grad_A, grads of B) of linear_nf4_lora_group."""
+    of_x, grads_A, grads_B = x.new_empty(0), [], []
+    for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
+        of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, need_grad_x)
+        of_x = of_x + of_member if of_x.numel() else of_member
+        grads_A.append(of_A)
+        grads_B.append(of_B)
+    return of_x, torch.cat(grads_A), grads_B
+
+
+def _low_rank(x_dropped: Tensor, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:
+    """(s [M, r], the update of y [M, N])."""
+    s, update = x_dropped.new_zeros(x_dropped.shape[0], lora.r), x_dropped.new_zeros(())
+    for A, B, scaling, mask in _adapters(lora, x_dropped.dtype):
+        part = x_dropped @ A.T
+        part = part if mask is None else part * mask
+        s, update = s + part, update + scaling * (part @ B.T)
+    return s, update.expand(x_dropped.shape[0], lora.B.shape[-2])
+
+
+def _adapters(lora: LoRA | MultiLoRA, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float | Tensor, Tensor | None]]:
+    """(A, B, scaling, mask [M, 1] of the rows that use it, or None for all) of each adapter, in x's dtype."""
+    if isinstance(lora, LoRA):
+        return [(lora.A.to(dtype), lora.B.to(dtype), lora.scaling, None)]
+    return [
+        (lora.A[e].to(dtype), lora.B[e].to(dtype), lora.scalings[e].to(dtype), (lora.adapter == e).to(dtype)[:, None])
+        for e in range(lora.A.shape[0])
+    ]
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    w: Tensor = torch.ops.qlora_kernels.dequantize_nf4(*weight, dtype=dtype)
+    return w.view(weight.N, weight.K)
+
+
+def _matrix(rows: Tensor) -> Tensor:
+    return rows.reshape(-1, rows.shape[-1])
