@@ -1,5 +1,6 @@
 """Optimizers whose states page."""
 
-from .adamw_paged import PagedAdamW, PagedAdamW8bit, PagingReport
+from .adamw_paged import PagedAdamW, PagedAdamW8bit
+from .paging_report import PagingReport
 
 __all__ = ["PagedAdamW", "PagedAdamW8bit", "PagingReport"]

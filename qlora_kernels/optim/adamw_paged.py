@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from ..ops._memory import check_memory
 from ..ops.adamw_step import Step, run_adamw_step
 from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots
-from .state_arena import DTYPES, StateArena
+from .paging_report import PagingReport
+from .parameter_rules import HYPERPARAMETERS, check_flags, check_group, check_param
+from .state_arena import StateArena
 from .state_memory import ResidentMemory, StateMemory
+from .state_watch import StateWatch
 
 CHUNK_BYTES = 32 << 20
 """State per chunk of a paged arena: long enough to saturate a disk or PCIe, short against any memory worth saving."""
@@ -29,38 +33,11 @@ LOOK_AHEAD = 2
 COUNTERS_PER_ARENA = 1 << 40
 """Arenas draw their stochastic rounding from disjoint counts."""
 
-_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
-
-
-@dataclass(frozen=True)
-class PagingReport:
-    """Where the states are, in bytes. `print(report)` shows it in a line."""
-
-    kinds: tuple[str, ...]
-    """Of each arena: resident, mapped, managed or staged."""
-    parameters: int
-    state_bytes: int
-    resident_bytes: int | None
-    """In the memory where they are used; None where the system does not say."""
-    paged_bytes: int | None
-    """The rest: on disk, or on the host's side of unified memory."""
-    prefetched_bytes: int
-    """Fetched ahead of their use since the optimizer was made."""
-    chunks: int
-    look_ahead: int
-
-    def __str__(self) -> str:
-        resident = "unknown" if self.resident_bytes is None else f"{self.resident_bytes:,}"
-        return (
-            f"{self.state_bytes:,} bytes of states for {self.parameters:,} parameters in {self.chunks} chunks "
-            f"({', '.join(self.kinds) or 'none'}): {resident} resident, {self.prefetched_bytes:,} prefetched"
-        )
-
 
 class PagedAdamW(Optimizer):
     """AdamW with decoupled decay before the update, as torch.optim.AdamW, fp32 parameters bit-equal to it.
 
-    params, lr, betas, eps, weight_decay: as torch.optim.AdamW's; `lr` may be a tensor of one element.
+    params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW's; `lr` may be a tensor of one element.
     state_bits: 32, or 8: block-wise quantized states (format/blockwise8.py), but 32 for parameters of fewer than 4096
         elements.
     max_grad_norm: clip the norm over all gradients, as clip_grad_norm_ would before step(), without writing them.
@@ -85,6 +62,7 @@ class PagedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        maximize: bool = False,
         state_bits: int = 32,
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
@@ -95,8 +73,9 @@ class PagedAdamW(Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"PagedAdamW: max_grad_norm must be positive or None, got {max_grad_norm}")
         self._set_options(state_bits, max_grad_norm, stochastic_rounding, page_dir)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._reserve(lambda param: param.requires_grad)
+        values = (lr, betas, eps, weight_decay, maximize)
+        super().__init__(params, dict(zip(HYPERPARAMETERS, values, strict=True)))
+        self._replan_if_edited()
 
     def _set_options(
         self, state_bits: int, max_grad_norm: float | None, stochastic_rounding: bool, page_dir: str | Path | None
@@ -108,15 +87,21 @@ class PagedAdamW(Optimizer):
         self._arenas: list[StateArena] = []
         self._places: dict[Tensor, tuple[StateArena, int]] = {}
         self._unplaced: list[Tensor] = []
+        self._planned: list[list[Tensor]] = []  # the groups' params that the arenas' chunks were planned for
+        self._watch = StateWatch()
         self._closed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. The group's states get an arena of their own; `params` given at first share one per device."""
-        started = hasattr(self, "param_groups") and bool(self._arenas)
+        started = bool(self._planned)
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
-        if started:
-            self._reserve(lambda param: param.requires_grad)
+        try:
+            check_group(self.param_groups[-1])
+            if started:
+                self._replan_if_edited()
+        except Exception:
+            del self.param_groups[-1]
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,21 +111,96 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(param.grad is not None for param in self._unplaced):
-            self._reserve(lambda param: param.grad is not None)
-
+        self._follow_changes()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.device.type == "cpu":
             if found_inf.item() != 0:
                 return loss
             found_inf = None
         grads_of = {arena: arena.grads() for arena in self._arenas}
+        chunks_of = {arena: arena.active_chunks(grads) for arena, grads in grads_of.items()}
+        several = sum(map(len, chunks_of.values())) > 1
+        if several:  # a single kernel call makes this check itself, before it writes anything
+            for arena, grads in grads_of.items():
+                stepped = [(p, g) for p, g in zip(arena.params, grads, strict=True) if g is not None]
+                check_memory("PagedAdamW", stepped)
         multiplier = self._grad_multiplier([g for grads in grads_of.values() for g in grads if g is not None])
         seeds: dict[torch.device, Tensor] = {}
         for arena, grads in grads_of.items():
+            steps = None if several else arena.steps.clone()
             self._count_step(arena, grads, found_inf)
-            self._update(arena, grads, multiplier, found_inf, seeds)
+            try:
+                self._update(arena, chunks_of[arena], grads, multiplier, found_inf, seeds)
+            except Exception:
+                if steps is not None:
+                    arena.steps.copy_(steps)
+                raise
+            self._show_first_states(arena, grads)
         return loss
+
+    def _follow_changes(self) -> None:
+        """Take over what was changed outside since the last step: groups and their flags, parameters, and states."""
+        for group in self.param_groups:
+            check_flags(group)
+        self._replan_if_edited()
+        if any(param.grad is not None for param in self._unplaced):
+            self._reserve(lambda param: param.grad is not None)
+        for arena in self._arenas:
+            for index in arena.follow():
+                if index not in arena.unstepped:
+                    arena.show(index, self.state[arena.params[index]])
+                    self._watch.look(self.state)
+        if not self._watch.is_unchanged(self.state):
+            self._take_states()
+
+    def _replan_if_edited(self) -> None:
+        """Step through each arena by the groups of now, where their lists of parameters were edited."""
+        if _same_items(self._planned, [group["params"] for group in self.param_groups]):
+            return
+        params = self._all_params()
+        if len(set(params)) != len(params):
+            raise ValueError("PagedAdamW: a parameter must stand once in all of the groups, got one that stands twice")
+        group_of = {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
+        for arena in self._arenas:
+            arena.memory.settle()
+            groups = [group_of.get(param) for param in arena.params]
+            arena.members = {index for index, group in enumerate(groups) if group is not None}
+            arena.memory.replan(plan_chunks(arena.slots, groups, self._chunk_bytes(arena.device)))
+        self._reserve(lambda param: param.requires_grad and not param.is_meta)
+        self._planned = [list(group["params"]) for group in self.param_groups]
+
+    def _take_states(self) -> None:
+        """`state` was edited: copy what was put there into the arenas, and begin anew where a state was taken away."""
+        self._reserve(lambda param: bool(self.state.get(param)))
+        taken = {
+            param: entry
+            for param, entry in self.state.items()
+            if entry and param in self._places and not self._watch.holds(param, entry)
+        }
+        self._load(taken)
+        for param, (arena, index) in self._places.items():
+            if not self.state.get(param) and index not in arena.unstepped:
+                arena.clear(index)
+                arena.unstepped.add(index)
+        self._watch.look(self.state)
+
+    def _load(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Copy states into the arenas, all or none of them, and show them in `state`."""
+        for param, entry in states.items():
+            arena, index = self._places[param]
+            arena.check_load(index, entry)
+        copies = {}  # of what is a parameter's own state in another's entry, and may be overwritten before it is read
+        for param, entry in states.items():
+            copies[param] = {
+                name: value.clone() if any(arena.owns(value) for arena in self._arenas) else value
+                for name, value in entry.items()
+            }
+        for param, entry in copies.items():
+            arena, index = self._places[param]
+            arena.load(index, entry)
+            arena.unstepped.discard(index)
+            shown = self.state.setdefault(param, entry)
+            arena.show(index, shown)
 
     def _count_step(self, arena: StateArena, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> None:
         increment: float | Tensor = 1.0 if found_inf is None else 1.0 - found_inf.to(arena.steps.device)
@@ -150,13 +210,19 @@ class PagedAdamW(Optimizer):
             active[absent] = 0.0
             increment = active.to(arena.steps.device) * increment
         arena.steps.add_(increment)
-        for index in arena.unstepped.difference(absent):
-            self.state[arena.params[index]] = arena.state_of(index)
-        arena.unstepped.intersection_update(absent)
+
+    def _show_first_states(self, arena: StateArena, grads: Sequence[Tensor | None]) -> None:
+        first = [index for index in arena.unstepped if grads[index] is not None]
+        for index in first:
+            arena.show(index, self.state.setdefault(arena.params[index], {}))
+        if first:
+            arena.unstepped.difference_update(first)
+            self._watch.look(self.state)
 
     def _update(
         self,
         arena: StateArena,
+        active: Sequence[int],
         grads: list[Tensor | None],
         multiplier: Tensor | None,
         found_inf: Tensor | None,
@@ -170,6 +236,9 @@ class PagedAdamW(Optimizer):
 
         def update(chunk: Any, arena_bytes: Tensor, segments: Tensor) -> None:
             group = self.param_groups[chunk.group]
+            own = multiplier
+            if group["maximize"]:
+                own = torch.full((1,), -1.0, device=device) if own is None else -own
             lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
             here = slice(chunk.first_param, chunk.last_param + 1)
             run_adamw_step(
@@ -181,7 +250,7 @@ class PagedAdamW(Optimizer):
                     segments,
                     lr,
                     seeds.get(device),
-                    multiplier,
+                    own,
                     found_inf,
                     beta1=float(group["betas"][0]),
                     beta2=float(group["betas"][1]),
@@ -190,7 +259,9 @@ class PagedAdamW(Optimizer):
                 )
             )
 
-        arena.memory.run(arena.active_chunks(grads), update)
+        arena.memory.run(active, update)
+        if not torch.is_inference_mode_enabled():
+            increment_version([param for param, grad in zip(arena.params, grads, strict=True) if grad is not None])
 
     def _grad_multiplier(self, grads: list[Tensor]) -> Tensor | None:
         """What the kernel multiplies gradients by: GradScaler's 1 / scale times the clip; fp32, on the device."""
@@ -208,13 +279,19 @@ class PagedAdamW(Optimizer):
         """torch.optim.AdamW's state_dict. 8-bit states are decoded to fp32, beside `<name>_absmax`, which makes loading
         them here again exact; 32-bit states are views, not copies.
         """
-        packed = self.packed_state_dict()
-        params = self._all_params()
-        state = {}
-        for key, value in packed["state"].items():
-            arena, index = self._places[params[key]]
-            state[key] = arena.torch_state_of(index, value)
-        return {**packed, "state": state}
+
+        def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+            params, state = self._all_params(), {}
+            for key, value in packed["state"].items():
+                place = self._places.get(params[key]) if isinstance(key, int) and value else None
+                state[key] = value if place is None else place[0].torch_state_of(place[1], value)
+            return {**packed, "state": state}
+
+        hook = self.register_state_dict_post_hook(decode, prepend=True)  # users' hooks see what they would of torch's
+        try:
+            return self.packed_state_dict()
+        finally:
+            hook.remove()
 
     def packed_state_dict(self) -> dict[str, Any]:
         """As state_dict, but 8-bit states stay 8-bit (`<name>_q`, `<name>_absmax`): views of the arena, for
@@ -222,31 +299,32 @@ class PagedAdamW(Optimizer):
         """
         self._check_open("state_dict")
         self._settle()
+        if not self._watch.is_unchanged(self.state):
+            self._take_states()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Copy a state_dict of PagedAdamW or of torch.optim.AdamW into the arena: the states are as paged as before.
 
-        Raises ValueError for groups or shapes that do not fit, and for amsgrad or maximize, which are not offered.
+        Raises ValueError for groups or shapes that do not fit, and for flags that are not offered, before anything is
+        changed.
         """
         self._check_open("load_state_dict")
+        self._settle()
         saved: dict[str, Any] = {}
 
         # torch checks and replaces the groups, and runs the user's hooks around that. Its own copy of the states, which
         # would lie on the device, cast to the parameter's dtype, is what the two hooks go round.
         def take_states(optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            for group in incoming["param_groups"]:
-                for flag in ("amsgrad", "maximize"):
-                    if group.get(flag):
-                        raise ValueError(f"PagedAdamW.load_state_dict: {flag} must be false, got {group[flag]}")
+            self._check_incoming(incoming)
             saved.update(incoming)
             return {**incoming, "state": {}}
 
         def place_states(optimizer: Optimizer) -> None:
-            params = dict(
-                zip((i for group in saved["param_groups"] for i in group["params"]), self._all_params(), strict=True)
-            )
-            self._place({params[i]: state for i, state in saved["state"].items()})
+            params = dict(zip(_numbers(saved), self._all_params(), strict=True))
+            self._place({params[i]: state for i, state in saved["state"].items() if i in params and state})
+            self.state.update({key: value for key, value in saved["state"].items() if key not in params})
+            self._watch.look(self.state)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_states),
@@ -258,19 +336,32 @@ class PagedAdamW(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
+        groups = incoming["param_groups"]
+        sizes = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]
+        if sizes[0] != sizes[1]:
+            return  # torch refuses it in words of its own
+        for group, own in zip(groups, self.param_groups, strict=True):
+            check_group({**self.defaults, **group, "params": own["params"]})
+        params = dict(zip(_numbers(incoming), self._all_params(), strict=True))
+        states = {params[i]: state for i, state in incoming["state"].items() if i in params and state}
+        self._replan_if_edited()
+        self._reserve(lambda param: param in states)
+        for param, state in states.items():
+            arena, index = self._places[param]
+            arena.check_load(index, state)
+
     def _place(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Write `states` into the arenas and clear all others."""
-        self._settle()
+        self._replan_if_edited()
         self._reserve(lambda param: param in states)
         self.state.clear()
+        self._load(states)
         for param, (arena, index) in self._places.items():
-            if param in states:
-                arena.load(index, states[param])
-                arena.unstepped.discard(index)
-                self.state[param] = arena.state_of(index)
-            else:
+            if param not in states and index not in arena.unstepped:
                 arena.clear(index)
                 arena.unstepped.add(index)
+        self._watch.look(self.state)
 
     def paging_report(self) -> PagingReport:
         """Bytes of states that are resident, paged out, and were prefetched."""
@@ -292,6 +383,7 @@ class PagedAdamW(Optimizer):
     def close(self) -> None:
         """Free the states. The parameters stay; step() and state_dict() raise from now on. May be called twice."""
         self.state.clear()
+        self._watch.look(self.state)
         self._arenas.clear()
         self._places.clear()
         self._unplaced.clear()
@@ -304,6 +396,8 @@ class PagedAdamW(Optimizer):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_process()
+        self._settle()
         options = (self.state_bits, self.max_grad_norm, self.stochastic_rounding, self.page_dir)
         return {**super().__getstate__(), "options": options}
 
@@ -311,11 +405,11 @@ class PagedAdamW(Optimizer):
         options = state.pop("options", None)
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in _HYPERPARAMETERS:
-                group.setdefault(name, self.defaults[name])
+            for name in HYPERPARAMETERS:
+                group.setdefault(name, self.defaults.get(name, False))
         if options is not None:  # unpickled or deep-copied: the states become pages again
             self._set_options(*options)
-            self._place(dict(self.state))
+            self._place({param: entry for param, entry in self.state.items() if entry})
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -327,24 +421,34 @@ class PagedAdamW(Optimizer):
     def _check_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"PagedAdamW.{method}: the optimizer is closed")
+        self._check_process()
+
+    def _check_process(self) -> None:
+        for arena in self._arenas:
+            if isinstance(arena.memory, MappedMemory):
+                arena.memory.check_process()
+
+    def _chunk_bytes(self, device: torch.device) -> int | None:
+        return CHUNK_BYTES if self.page_dir is not None or device.type == "cuda" else None
 
     def _reserve(self, wanted: Callable[[Tensor], bool]) -> None:
         """One more arena for each device that has wanted parameters without a place."""
         missing: dict[torch.device, list[tuple[int, Tensor]]] = {}
+        made: list[StateArena] = []
         for group, param_group in enumerate(self.param_groups):
             for param in param_group["params"]:
                 if param not in self._places and wanted(param):
-                    _check_param(param)
+                    check_param(param)
                     missing.setdefault(param.device, []).append((group, param))
         for device, entries in missing.items():
             groups, params = zip(*entries, strict=True)
-            counter = len(self._arenas) * COUNTERS_PER_ARENA
+            counter = (len(self._arenas) + len(made)) * COUNTERS_PER_ARENA
             slots, nbytes = plan_slots([param.numel() for param in params], self.state_bits, first_counter=counter)
-            paged = self.page_dir is not None or device.type == "cuda"
-            chunks = plan_chunks(slots, groups, CHUNK_BYTES if paged else None)
-            arena = StateArena(params, slots, self._memory(nbytes, chunks, device))
-            self._arenas.append(arena)
-            self._places.update({param: (arena, index) for index, param in enumerate(params)})
+            chunks = plan_chunks(slots, groups, self._chunk_bytes(device))
+            made.append(StateArena(params, slots, self._memory(nbytes, chunks, device)))
+        self._arenas += made
+        for arena in made:
+            self._places.update({param: (arena, index) for index, param in enumerate(arena.params)})
         self._unplaced = [param for param in self._all_params() if param not in self._places]
 
     def _memory(self, nbytes: int, chunks: tuple[Any, ...], device: torch.device) -> StateMemory:
@@ -368,6 +472,7 @@ class PagedAdamW8bit(PagedAdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        maximize: bool = False,
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
         page_dir: str | Path | None = None,
@@ -378,6 +483,7 @@ class PagedAdamW8bit(PagedAdamW):
             betas,
             eps,
             weight_decay,
+            maximize=maximize,
             state_bits=8,
             max_grad_norm=max_grad_norm,
             stochastic_rounding=stochastic_rounding,
@@ -385,29 +491,12 @@ class PagedAdamW8bit(PagedAdamW):
         )
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
-    def refuse(name: str, rule: str) -> NoReturn:
-        raise ValueError(f"PagedAdamW: {name} must {rule}, got {group[name]}")
-
-    if isinstance(group["lr"], Tensor):
-        if group["lr"].numel() != 1:
-            refuse("lr", "be a number or a tensor of one element")
-    elif not 0.0 <= group["lr"] < math.inf:
-        refuse("lr", "be finite and >= 0")
-    if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-        refuse("betas", "be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not 0.0 <= group[name] < math.inf:
-            refuse(name, "be finite and >= 0")
+def _same_items(planned: list[list[Tensor]], current: list[list[Tensor]]) -> bool:
+    return len(planned) == len(current) and all(
+        len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(planned, current, strict=True)
+    )
 
 
-def _check_param(param: Tensor) -> None:
-    if param.dtype not in DTYPES:
-        raise TypeError(f"PagedAdamW: parameters must be float32, bfloat16 or float16, got {param.dtype}")
-    strides = sorted((stride, size) for stride, size in zip(param.stride(), param.shape, strict=True) if size > 1)
-    expected = 1
-    for stride, size in strides:
-        if stride != expected:
-            got = f"shape {tuple(param.shape)} with strides {param.stride()}"
-            raise ValueError(f"PagedAdamW: parameters must fill a block of memory, got {got}; use .contiguous()")
-        expected *= size
+def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:
+    """How a state dict names the parameters, in their order."""
+    return [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -76,12 +76,15 @@ class ManagedMemory:
     kind = "managed"
 
     def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], driver: Driver, *, look_ahead: int) -> None:
-        self.chunks = chunks
         self.look_ahead = look_ahead
         self.prefetched_bytes = 0
         self.arena = driver.allocate_managed(nbytes)
         self._driver = driver
-        self._segments = [driver.to_device(segment_table(chunk.segments)) for chunk in chunks]
+        self.replan(chunks)
+
+    def replan(self, chunks: tuple[Chunk, ...]) -> None:
+        self.chunks = chunks
+        self._segments = [self._driver.to_device(segment_table(chunk.segments)) for chunk in chunks]
 
     def run(self, active: Sequence[int], update: Update) -> None:
         driver = self._driver
@@ -121,15 +124,19 @@ class StagedMemory:
     kind = "staged"
 
     def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], driver: Driver, *, look_ahead: int) -> None:
-        self.chunks = chunks
         self.look_ahead = look_ahead
         self.prefetched_bytes = 0
         self.arena = driver.allocate_pinned(nbytes)
         self._driver = driver
+        self.replan(chunks)
+
+    def replan(self, chunks: tuple[Chunk, ...]) -> None:
+        driver = self._driver
+        self.chunks = chunks
         self._staging = [plan_staging(chunk) for chunk in chunks]
         self._segments = [driver.to_device(segment_table(segments)) for segments, _, _ in self._staging]
         buffer_bytes = max((size for _, _, size in self._staging), default=0)
-        self._buffers = [driver.allocate_device(buffer_bytes) for _ in range(min(look_ahead + 1, len(chunks)))]
+        self._buffers = [driver.allocate_device(buffer_bytes) for _ in range(min(self.look_ahead + 1, len(chunks)))]
 
     def run(self, active: Sequence[int], update: Update) -> None:
         driver = self._driver

@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
@@ -33,12 +34,17 @@ class MappedMemory:
     kind = "mapped"
 
     def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], page_dir: str | Path, *, look_ahead: int) -> None:
-        self.chunks = chunks
         self.look_ahead = look_ahead
         self.prefetched_bytes = 0
-        self._map = _allocate(max(nbytes, 1), Path(page_dir))
+        self._map, self._file = _allocate(max(nbytes, 1), Path(page_dir))
+        self._process = os.getpid()
         # The tensor holds the mapping, and its views hold the tensor: unmapped with the last of them.
         self.arena = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0).byte()
+        self.replan(chunks)
+        _in_children.add(self)
+
+    def replan(self, chunks: tuple[Chunk, ...]) -> None:
+        self.chunks = chunks
         self._segments = [segment_table(chunk.segments) for chunk in chunks]
 
     def run(self, active: Sequence[int], update: Update) -> None:
@@ -57,6 +63,24 @@ class MappedMemory:
 
     def settle(self) -> None:
         """At once: the pages are the file."""
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child, which shares the file with its parent."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"PagedAdamW: the states in page_dir belong to process {self._process}, which goes on changing them, "
+                f"got a call in its fork {os.getpid()}; make a new optimizer there"
+            )
+
+    def make_private(self) -> None:
+        """In a forked child: what it writes through the state tensors is its own from now on, as in other memory."""
+        remap = ctypes.CDLL(None, use_errno=True).mmap
+        remap.restype = ctypes.c_void_p
+        remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+        address, protection = self.arena.data_ptr(), mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        if remap(address, len(self._map), protection, flags, self._file.fileno(), 0) != address:
+            raise OSError(ctypes.get_errno(), "PagedAdamW: a forked child could not unshare the states in page_dir")
 
     def resident_bytes(self) -> int | None:
         """Pages in memory by mincore(2), the file's cache included."""
@@ -82,19 +106,34 @@ def _fill(file: FileIO, nbytes: int) -> None:
         left -= file.write(zeros[:left])
 
 
-def _allocate(nbytes: int, page_dir: Path) -> mmap.mmap:
+_MAP_FIXED = 0x10
+
+_in_children: weakref.WeakSet[MappedMemory] = weakref.WeakSet()
+
+
+def _make_all_private() -> None:
+    for memory in _in_children:
+        memory.make_private()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_all_private)
+
+
+def _allocate(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, FileIO]:
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
-    with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0) as file:
-        try:
-            _fill(file, nbytes)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            free = shutil.disk_usage(page_dir).free
-            message = (
-                f"PagedAdamW: page_dir must have room for {nbytes:,} bytes of optimizer states, got {free:,} free in "
-                f"{page_dir}; choose another directory or state_bits=8"
-            )
-            raise OSError(error.errno, message) from error
-        return mmap.mmap(file.fileno(), nbytes)
+    file = tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0)  # noqa: SIM115
+    try:
+        _fill(file, nbytes)
+    except OSError as error:
+        file.close()
+        if error.errno not in _NO_ROOM:
+            raise
+        free = shutil.disk_usage(page_dir).free
+        message = (
+            f"PagedAdamW: page_dir must have room for {nbytes:,} bytes of optimizer states, got {free:,} free in "
+            f"{page_dir}; choose another directory or state_bits=8"
+        )
+        raise OSError(error.errno, message) from error
+    return mmap.mmap(file.fileno(), nbytes), file

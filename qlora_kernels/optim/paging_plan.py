@@ -109,23 +109,27 @@ def plan_slots(numels: Sequence[int], state_bits: int, *, first_counter: int = 0
     return tuple(slots), offset
 
 
-def plan_chunks(slots: Sequence[Slot], groups: Sequence[int], chunk_bytes: int | None) -> tuple[Chunk, ...]:
-    """Chunks that cover every element once, in order. groups: each slot's param group. chunk_bytes None: one a group.
+def plan_chunks(slots: Sequence[Slot], groups: Sequence[int | None], chunk_bytes: int | None) -> tuple[Chunk, ...]:
+    """Chunks that cover every element once, in order. groups: each slot's param group, or None for a slot that is not
+    stepped. chunk_bytes None: one a group.
 
     A chunk holds at most `chunk_bytes` of state, alignment aside, but at least CUT elements or a whole parameter.
     """
     chunks: list[Chunk] = []
     pieces: list[tuple[int, Slot, int, int]] = []  # (param, slot, start, count) of the chunk that is being filled
-    room = 0.0
+    room, group_of_pieces = 0.0, 0
 
     def close() -> None:
         if pieces:
-            chunks.append(_chunk(pieces, groups[pieces[0][0]]))
+            chunks.append(_chunk(pieces, group_of_pieces))
             pieces.clear()
 
-    for param, slot in enumerate(slots):
-        if pieces and groups[param] != groups[pieces[0][0]]:
+    for param, (slot, group) in enumerate(zip(slots, groups, strict=True)):
+        if group is None:
+            continue
+        if group != group_of_pieces:
             close()
+        group_of_pieces = group
         start = 0
         while start < slot.numel:
             if not pieces:

@@ -7,38 +7,74 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import dlpack
 
-from ..ops.adamw_step import dequantize_blockwise, quantize_blockwise
+from ..ops.adamw_step import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from .paging_plan import Slot
+from .parameter_rules import check_param
 from .state_memory import StateMemory
 
 STATES = {"exp_avg": True, "exp_avg_sq": False}
 """torch's names, and whether the 8-bit map is the signed one."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class StateArena:
-    """params[i] has slots[i] in `memory` and steps[i]."""
+    """params[i] has slots[i] in `memory` and steps[i]; the states lie in the order of the parameter's memory."""
 
     def __init__(self, params: Sequence[Tensor], slots: Sequence[Slot], memory: StateMemory) -> None:
         self.params = list(params)
         self.slots = slots
         self.memory = memory
-        self.steps = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+        self.device = params[0].device
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.unstepped = set(range(len(params)))
         """Indices of the parameters that no step has updated yet."""
+        self.members = set(self.unstepped)
+        """Indices of the parameters that are in the optimizer's groups."""
+        self.shapes = [param.shape for param in params]
+        self.strides = [param.stride() for param in params]
+
+    def follow(self) -> list[int]:
+        """Lay the states out anew where a parameter's memory is in another order than before (channels_last), and
+        return the indices of such parameters. A parameter may change its address and its dtype as it likes.
+
+        Raises ValueError, before anything is changed, for another shape, another device, or memory with gaps.
+        """
+        changed = [
+            index
+            for index, param in enumerate(self.params)
+            if param.stride() != self.strides[index] or param.shape != self.shapes[index] or param.device != self.device
+        ]
+        for index in changed:
+            param = self.params[index]
+            check_param(param)
+            if param.shape != self.shapes[index] or param.device != self.device:
+                states = f"shape {tuple(self.shapes[index])} on {self.device}"
+                raise ValueError(
+                    f"PagedAdamW: a parameter must keep its shape and device, got {tuple(param.shape)} on "
+                    f"{param.device} where its states have {states}; make a new optimizer"
+                )
+        for index in changed:
+            copies = {name: value.clone() for name, value in self.torch_state_of(index).items()}
+            self.strides[index] = self.params[index].stride()
+            for name in STATES:  # an absmax belongs to the old order
+                copies.pop(f"{name}_absmax", None)
+            self.load(index, copies)
+        return changed
 
     def grads(self) -> list[Tensor | None]:
-        """Each parameter's gradient in the parameter's own memory layout; None where it has none."""
+        """Each parameter's gradient in the parameter's own memory layout; None where it has none or is no member."""
         grads: list[Tensor | None] = []
-        for param in self.params:
-            grad = param.grad
+        for index, param in enumerate(self.params):
+            grad = param.grad if index in self.members else None
             if grad is not None:
                 if grad.layout is not torch.strided:
                     raise NotImplementedError(
                         f"PagedAdamW: gradients must be dense, got {grad.layout}; use sparse=False in the embedding"
                     )
+                if grad.dtype != param.dtype or grad.shape != param.shape:
+                    got, expected = f"{grad.dtype} {tuple(grad.shape)}", f"{param.dtype} {tuple(param.shape)}"
+                    raise ValueError(f"PagedAdamW: a gradient must be like its parameter, {expected}, got {got}")
                 if grad.stride() != param.stride():
                     grad = torch.empty_like(param).copy_(grad)
             grads.append(grad)
@@ -53,68 +89,122 @@ class StateArena:
         ]
 
     def state_of(self, index: int) -> dict[str, Tensor]:
-        """`optimizer.state[param]`: views of the arena. An 8-bit state is `<name>_q` and `<name>_absmax`, both flat."""
-        slot = self.slots[index]
-        spans = slot.spans(0, slot.numel)
-        state = {"step": self.steps[index]}
-        for place, name in enumerate(STATES):
-            if slot.bits == 8:
-                state[f"{name}_q"] = self._view(spans[place], torch.uint8)
-                state[f"{name}_absmax"] = self._view(spans[place + 2], torch.float32)
-            else:
-                state[name] = self._shaped(index, self._view(spans[place], torch.float32))
-        return state
+        """`optimizer.state[param]`: tensors in the arena's memory. An 8-bit state is `<name>_q` and `<name>_absmax`,
+        both flat. Each tensor has a storage of its own, so that saving it saves no more than its bytes.
+        """
+        shown = {name: _own_storage(flat) for name, flat in self._flat_views(index).items()}
+        shown["step"] = shown["step"].view(())
+        return {name: self._shaped(index, value) if name in STATES else value for name, value in shown.items()}
 
-    def torch_state_of(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` with each 8-bit state decoded under torch's name, beside the absmax that encodes it again exactly."""
-        result = {"step": state["step"]}
-        for name, signed in STATES.items():
-            if name in state:
-                result[name] = state[name]
-            else:
-                absmax = state[f"{name}_absmax"].clone()  # a view would drag the whole arena into torch.save
-                result[name] = self._shaped(index, dequantize_blockwise(state[f"{name}_q"], absmax, signed=signed))
-                result[f"{name}_absmax"] = absmax
+    def show(self, index: int, entry: dict[str, Any]) -> None:
+        """Put the parameter's state into `entry`, in place of any other form of it; keep what else stands there."""
+        for name in STATES:
+            for form in (name, f"{name}_q", f"{name}_absmax"):
+                entry.pop(form, None)
+        entry.update(self.state_of(index))
+
+    def torch_state_of(self, index: int, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """`state`, by default the parameter's, with each 8-bit state decoded under torch's name, beside the absmax that
+        encodes it again exactly.
+        """
+        state = self.state_of(index) if state is None else state
+        result = {name: value for name, value in state.items() if not name.endswith(("_q", "_absmax"))}
+        for name in STATES:
+            if name not in state:
+                result[name] = self._decoded(index, state, name)
+                result[f"{name}_absmax"] = state[f"{name}_absmax"]
         return result
+
+    def owns(self, value: Any) -> bool:
+        """Whether it is a tensor in the arena's own memory."""
+        if not isinstance(value, Tensor):
+            return False
+        return any(
+            whole.data_ptr() <= value.data_ptr() < whole.data_ptr() + whole.nbytes
+            for whole in (self.memory.arena, self.steps)
+        )
 
     def clear(self, index: int) -> None:
         """The state of a parameter that has never been updated."""
-        for value in self.state_of(index).values():
+        for value in self._flat_views(index).values():
             value.zero_()
 
-    def load(self, index: int, saved: Mapping[str, Any]) -> None:
-        """Copy a saved state, torch's or packed, into the slot, whichever bits that has; nothing else is allocated."""
-        state, param = self.state_of(index), self.params[index]
-        state["step"].fill_(float(saved["step"]))
-        for name, signed in STATES.items():
+    def check_load(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError where `saved` is no state of AdamW for this parameter."""
+        param, where = self.params[index], "PagedAdamW.load_state_dict"
+        step = saved.get("step")
+        if step is None or (isinstance(step, Tensor) and step.numel() != 1):
+            raise ValueError(f"{where}: step must be a number, got {step if step is None else tuple(step.shape)}")
+        for name in STATES:
             packed = f"{name}_q" in saved
-            value = saved[f"{name}_q" if packed else name]
+            value = saved.get(f"{name}_q" if packed else name)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{where}: {name} must be given for each parameter with a state, got {list(saved)}")
             if value.numel() != param.numel() or not (packed or value.shape == param.shape):
                 got = f"{tuple(value.shape)} for a parameter of shape {tuple(param.shape)}"
-                raise ValueError(f"PagedAdamW.load_state_dict: {name} must have its parameter's shape, got {got}")
-            if packed and name in state:
-                value = self._shaped(index, dequantize_blockwise(value, saved[f"{name}_absmax"], signed=signed))
-            if name in state:
-                state[name].copy_(value)
+                raise ValueError(f"{where}: {name} must have its parameter's shape, got {got}")
+            absmax, blocks = saved.get(f"{name}_absmax"), -(-param.numel() // STATE_BLOCKSIZE)
+            if packed and not (isinstance(absmax, Tensor) and value.dtype == torch.uint8):
+                raise ValueError(f"{where}: {name}_q must be uint8 and come with {name}_absmax, got {list(saved)}")
+            if isinstance(absmax, Tensor) and absmax.numel() != blocks:
+                raise ValueError(f"{where}: {name}_absmax must have {blocks} elements, got {absmax.numel()}")
+
+    def load(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Copy a saved state, torch's or packed, into the slot, whichever bits that has; nothing else is allocated.
+
+        Raises ValueError, before anything is written, where check_load does.
+        """
+        self.check_load(index, saved)
+        views = self._flat_views(index)
+        views["step"].fill_(float(saved["step"]))
+        for name, signed in STATES.items():
+            is_packed = f"{name}_q" in saved
+            if name in views:
+                value = saved[name] if not is_packed else self._decoded(index, saved, name)
+                self._shaped(index, views[name]).copy_(value)
                 continue
-            absmax = saved.get(f"{name}_absmax")
-            if not packed:
-                value, absmax = quantize_blockwise(self._flat(index, value), signed=signed, absmax=absmax)
-            if absmax is None:
-                raise ValueError(f"PagedAdamW.load_state_dict: {name}_q must come with {name}_absmax")
-            state[f"{name}_q"].copy_(value)
-            state[f"{name}_absmax"].copy_(absmax)
+            if is_packed:
+                packed, absmax = saved[f"{name}_q"].view(-1), saved[f"{name}_absmax"]
+            else:
+                values, absmax = self._encodable(index, saved, name), saved.get(f"{name}_absmax")
+                packed, absmax = quantize_blockwise(values, signed=signed, absmax=absmax)
+            views[f"{name}_q"].copy_(packed)
+            views[f"{name}_absmax"].copy_(absmax)
+
+    def _decoded(self, index: int, packed: Mapping[str, Any], name: str) -> Tensor:
+        values = dequantize_blockwise(packed[f"{name}_q"], packed[f"{name}_absmax"], signed=STATES[name])
+        return self._shaped(index, values)
+
+    def _encodable(self, index: int, saved: Mapping[str, Any], name: str) -> Tensor:
+        """The state as fp32 [numel] in the order of the parameter's memory; zero where it has no 8-bit code."""
+        values = [saved[each] for each in STATES if each in saved]
+        finite = torch.stack([value.isfinite() for value in values]).all(dim=0)
+        value = torch.where(finite, saved[name].to(torch.float32), 0.0)
+        laid_out = torch.empty_strided(self.shapes[index], self.strides[index], device=value.device).copy_(value)
+        return laid_out.as_strided((laid_out.numel(),), (1,))
 
     def _shaped(self, index: int, flat: Tensor) -> Tensor:
         """Elements in the order of the parameter's memory, as a view of the parameter's shape."""
-        param = self.params[index]
-        return flat.as_strided(param.shape, param.stride(), flat.storage_offset())
+        return flat.as_strided(self.shapes[index], self.strides[index], flat.storage_offset())
 
-    def _flat(self, index: int, value: Tensor) -> Tensor:
-        """The reverse, as a copy: fp32 [numel]."""
-        laid_out = torch.empty_like(self.params[index], dtype=torch.float32, device=value.device).copy_(value)
-        return laid_out.as_strided((laid_out.numel(),), (1,))
+    def _flat_views(self, index: int) -> dict[str, Tensor]:
+        """Each state of a parameter, flat, as a view of the arena; the step as a view of `steps`."""
+        slot = self.slots[index]
+        spans = slot.spans(0, slot.numel)
+        views = {"step": self.steps[index : index + 1]}
+        for place, name in enumerate(STATES):
+            if slot.bits == 8:
+                views[f"{name}_q"] = self._view(spans[place], torch.uint8)
+                views[f"{name}_absmax"] = self._view(spans[place + 2], torch.float32)
+            else:
+                views[name] = self._view(spans[place], torch.float32)
+        return views
 
     def _view(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
         offset, nbytes = span
         return self.memory.arena[offset : offset + nbytes].view(dtype)
+
+
+def _own_storage(flat: Tensor) -> Tensor:
+    """A tensor over the same memory whose storage is that memory alone."""
+    return dlpack.from_dlpack(dlpack.to_dlpack(flat))  # type: ignore[attr-defined, no-any-return]

@@ -29,6 +29,10 @@ class StateMemory(Protocol):
         """Call `update` on each active chunk in order, its bytes fetched ahead."""
         ...
 
+    def replan(self, chunks: tuple[Chunk, ...]) -> None:
+        """Step through other chunks of the same arena from now on."""
+        ...
+
     def settle(self) -> None:
         """Return when the arena may be read and written through its tensors."""
         ...
@@ -45,9 +49,12 @@ class ResidentMemory:
     prefetched_bytes = 0
 
     def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], device: torch.device) -> None:
-        self.chunks = chunks
         self.arena = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        self._segments = [segment_table(chunk.segments).to(device) for chunk in chunks]
+        self.replan(chunks)
+
+    def replan(self, chunks: tuple[Chunk, ...]) -> None:
+        self.chunks = chunks
+        self._segments = [segment_table(chunk.segments).to(self.arena.device) for chunk in chunks]
 
     def run(self, active: Sequence[int], update: Update) -> None:
         for index in active:
