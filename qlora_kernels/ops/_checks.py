@@ -11,8 +11,16 @@ from ..format.quant_state import FLOAT_DTYPES, n_blocks
 from ._operands import LoRA, MultiLoRA, Weight
 
 
+def check_given(op: str, name: str, tensor: Tensor | None) -> None:
+    """A tensor is there: torch hands None through where a schema asks for a tensor."""
+    if tensor is None:
+        raise TypeError(f"{op}: {name} must be a tensor, got None")
+
+
 def check_float(op: str, name: str, tensor: Tensor) -> None:
     """Weights and activations are fp32, bf16 or fp16."""
+    if tensor is None:
+        check_given(op, name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
 
@@ -70,6 +78,7 @@ def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = Non
 
 def check_s(op: str, s: Tensor, x: Tensor, r: int) -> None:
     """s [M, r] is what forward kept for backward."""
+    check_given(op, "s", s)
     shape = (x.shape[:-1].numel(), r)
     if tuple(s.shape) != shape:
         raise ValueError(f"{op}: s must have shape [M, r]={shape}, got {tuple(s.shape)}")
@@ -100,6 +109,8 @@ def check_lora(op: str, x: Tensor, weight: Weight, lora: LoRA) -> None:
 def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> None:
     """The adapters fit the weight, and each row of x names one."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=3)
+    check_given(op, "scalings", lora.scalings)
+    check_given(op, "adapter", lora.adapter)
     M, E, scalings, adapter = x.shape[:-1].numel(), lora.A.shape[0], lora.scalings, lora.adapter
     if scalings.shape != (E,) or scalings.dtype != torch.float32:
         raise ValueError(f"{op}: scalings must be float32 [E={E}], got {scalings.dtype} {tuple(scalings.shape)}")
@@ -140,6 +151,8 @@ def _check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if tensor is None:
+        check_given(op, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
     if tensor.numel() != numel:

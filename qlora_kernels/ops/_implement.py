@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._memory import check_memory
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]
 """A function's positional arguments: bundles of _operands.py, and Tensor for what is one argument to the op too."""
@@ -117,7 +119,7 @@ def differentiate(
     def autograd(keyset: Any, *args: Any) -> Any:
         if _transforms_active() or forward_ad._current_level >= 0:
             _check_constants(name, constants, frozen(args))
-            return compose(*args)
+            return _composed(name, compose, args)
         if torch.is_grad_enabled() and _any_requires_grad(*(_spread_lists(args) if has_lists else args)):
             if _any_requires_grad(*(_spread_lists(frozen(args)) if has_lists else frozen(args))):
                 _check_constants(name, constants, frozen(args))
@@ -131,20 +133,18 @@ def differentiate(
 
 
 def compose_derivatives(qualname: str, compose: Callable[..., Any]) -> None:
-    """Register the derivatives of `qualname`, the gradient of another op: where any is asked for, `compose` runs instead.
+    """Register the derivatives of `qualname`, the gradient of another op: `compose` runs where any is asked for.
 
     compose: the op in torch's own differentiable ops.
     """
-    run_below = _below_autograd(qualname)
+    name, run_below = qualname.split("::")[1], _below_autograd(qualname)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if _transforms_active() or forward_ad._current_level >= 0 or _requires_grad(args):
-            return compose(*args)
+            return _composed(name, compose, args)
         return run_below(keyset, args)
 
-    _autograd_kernels.impl(  # type: ignore[no-untyped-call]
-        qualname.split("::")[1], autograd, "Autograd", with_keyset=True
-    )
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def refuse_derivatives(qualname: str) -> None:
@@ -159,6 +159,12 @@ def refuse_derivatives(qualname: str) -> None:
         return run_below(keyset, args, **keywords)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _composed(name: str, compose: Callable[..., Any], args: Sequence[Any]) -> Any:
+    if not _transforms_active():  # under a transform tensors are wrappers, whose memory is that of others
+        check_memory(name, args)
+    return compose(*args)
 
 
 def _below_autograd(qualname: str) -> Callable[..., Any]:
@@ -178,12 +184,11 @@ def _below_autograd(qualname: str) -> Callable[..., Any]:
 
 def _check_constants(name: str, constants: Sequence[str], args: Sequence[Any]) -> None:
     for constant, arg in zip(constants, args, strict=True):
-        for tensor in _spread_lists([arg]):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                if (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor):
-                    raise NotImplementedError(
-                        f"{name}: {constant} must not require a gradient, which this op does not compute; detach() it"
-                    )
+        tensors = [item for item in _spread_lists([arg]) if isinstance(item, Tensor) and item.is_floating_point()]
+        if _requires_grad(tensors) or any(map(_has_tangent, tensors)):
+            raise NotImplementedError(
+                f"{name}: {constant} must not require a gradient, which this op does not compute; detach() it"
+            )
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:
@@ -195,7 +200,9 @@ def _spread_lists(args: Sequence[Any]) -> list[Any]:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 _any_requires_grad = torch._C._any_requires_grad

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._memory import check_memory
 from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
 
@@ -19,6 +20,8 @@ CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 
 def matrix(rows: Tensor) -> Tensor:
     """[..., C] as [M, C], contiguous."""
+    if not rows.is_contiguous():
+        check_memory("qlora_kernels", rows)
     return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()
 
 
@@ -50,6 +53,7 @@ def is_empty(rows: Tensor, weight: Weight) -> bool:
 
 def bias_alone(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """y [..., N] where the product is empty."""
+    check_memory("qlora_kernels", bias)
     zeros = x.new_zeros((*x.shape[:-1], weight.N))
     return zeros if bias is None else zeros + bias.to(x.dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ._memory import check_memory
 from ._operands import GroupLoRA, Weight
 
 
@@ -46,4 +47,5 @@ def over(
 
 def parts_of(s: Tensor, lora: GroupLoRA) -> list[Tensor]:
     """Each linear's [M, r_i] of s [M, sum of r_i], contiguous."""
+    check_memory("linear_nf4_lora_group_backward", s)
     return [part.contiguous() for part in torch.split(s, lora.ranks, dim=1)]

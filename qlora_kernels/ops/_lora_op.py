@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_bias, check_grad_y, check_s, check_x
 from . import _compose
+from ._checks import check_bias, check_grad_y, check_s, check_x
 from ._implement import compose_derivatives, differentiate, fake, implement, save, saved, spread
 from ._linear import BIAS, CONSTANTS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from ._memory import contiguous
 from ._operands import LoRA, MultiLoRA, Weight
 from ._registry import select
 
@@ -123,4 +124,4 @@ def _contiguous(lora: Adapter) -> Adapter:
     """Kernels walk the factors row by row."""
     if lora.A.is_contiguous() and lora.B.is_contiguous():
         return lora
-    return lora._replace(A=lora.A.contiguous(), B=lora.B.contiguous())
+    return lora._replace(A=contiguous("lora_A", lora.A), B=contiguous("lora_B", lora.B))

@@ -18,11 +18,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
+
+from ._memory import check_memory
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Every backend, by the name of its module under qlora_kernels.backends."""
@@ -55,6 +57,7 @@ class KernelSpec:
     run: takes the op's arguments as documented in ops/<op>.py ("kernel contract").
     unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
     priority: for a Problem; among the usable kernels of several backends the highest runs, of equals the first listed.
+    checks_memory: it refuses tensors without memory itself, as the native libraries do; for others the registry does.
     """
 
     op: str
@@ -62,6 +65,7 @@ class KernelSpec:
     run: Callable[..., Any]
     unsupported: Callable[[Problem], list[str]]
     priority: Callable[[Problem], int] = lambda problem: 0
+    checks_memory: bool = False
 
 
 def supports_all(problem: Problem) -> list[str]:
@@ -73,7 +77,16 @@ def supports_all(problem: Problem) -> list[str]:
 def kernels_of(backend: str) -> dict[str, KernelSpec]:
     """The kernels of one backend by op, whether or not they can run here."""
     module = importlib.import_module(f"qlora_kernels.backends.{backend}")
-    return {spec.op: spec for spec in module.KERNELS}
+    return {spec.op: spec if spec.checks_memory else _with_memory_checked(spec) for spec in module.KERNELS}
+
+
+def _with_memory_checked(spec: KernelSpec) -> KernelSpec:
+    @wraps(spec.run)
+    def run(*args: Any, **keywords: Any) -> Any:
+        check_memory(spec.op, (*args, *keywords.values()))
+        return spec.run(*args, **keywords)
+
+    return replace(spec, run=run)
 
 
 @cache

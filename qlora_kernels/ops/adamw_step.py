@@ -36,6 +36,7 @@ from ..format.blockwise8 import dequantize_blockwise as dequantize_blockwise
 from ..format.blockwise8 import quantize_blockwise as quantize_blockwise
 from ._checks import check_float
 from ._implement import fake, implement
+from ._memory import check_memory
 from ._registry import Problem, select
 
 
@@ -100,6 +101,7 @@ torch.library.define(
 def adamw_step(step: Step) -> None:
     """The step that this module's docstring defines, checked, by the selected kernel; in place."""
     adamw_step_fake(step)
+    check_memory("adamw_step", (step.lr, step.seed, step.grad_multiplier, step.found_inf, step.steps))
     run_adamw_step(step)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_float, check_weight
+from ._checks import check_float, check_given, check_weight
 from ._implement import fake, implement, refuse_derivatives
+from ._memory import contiguous
 from ._operands import Weight
 from ._registry import Problem, select
 
@@ -49,6 +50,7 @@ def dequantize_nf4(
 @implement("qlora_kernels::dequantize_nf4", _TAKES)
 def dequantize_nf4_impl(weight: Weight, *, dtype: torch.dtype) -> Tensor:
     """A fresh [N, K], filled by the out variant."""
+    check_given("dequantize_nf4", "packed", weight.packed)
     out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
     dequantize_nf4_out_impl(weight, out=out)
     return out
@@ -69,13 +71,14 @@ def dequantize_nf4_out_impl(weight: Weight, *, out: Tensor) -> None:
         double_quant=weight.double_quant,
     )
     if not weight.packed.is_contiguous():
-        weight = weight._replace(packed=weight.packed.contiguous())
+        weight = weight._replace(packed=contiguous("dequantize_nf4", weight.packed))
     select(problem).run(weight, out=out)
 
 
 @fake("qlora_kernels::dequantize_nf4", _TAKES)
 def dequantize_nf4_fake(weight: Weight, *, dtype: torch.dtype) -> Tensor:
     """Shape and dtype of the result."""
+    check_given("dequantize_nf4", "packed", weight.packed)
     out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
     dequantize_nf4_out_fake(weight, out=out)
     return out

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_bias, check_grad_y, check_weight, check_x
 from . import _compose
+from ._checks import check_bias, check_grad_y, check_weight, check_x
 from ._implement import differentiate, fake, implement, save, saved, spread
 from ._linear import BIAS, CONSTANTS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
 from ._operands import Weight, weight_of

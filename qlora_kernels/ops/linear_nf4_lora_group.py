@@ -29,6 +29,7 @@ from . import _compose
 from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from ._implement import compose_derivatives, differentiate, fake, implement, save, saved
 from ._linear import CONSTANTS, bias_alone, is_empty, matrix, problem_of
+from ._memory import contiguous
 from ._operands import GroupLoRA, Weight, weight_of
 from ._registry import Problem, select
 from .linear_nf4_lora import seed_for
@@ -197,7 +198,7 @@ def _problem(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> 
 
 
 def _contiguous(lora: GroupLoRA) -> GroupLoRA:
-    return lora._replace(A=lora.A.contiguous(), B=[B.contiguous() for B in lora.B])
+    return lora._replace(A=contiguous("lora_A", lora.A), B=[contiguous("lora_B", B) for B in lora.B])
 
 
 def _check_forward(x: Tensor, biases: Sequence[Tensor | None], weights: Sequence[Weight], lora: GroupLoRA) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import QuantState, n_blocks
-from ._checks import check_blocksize, check_float
+from ._checks import check_blocksize, check_float, check_given
 from ._implement import fake, implement, refuse_derivatives
+from ._memory import contiguous
 from ._registry import Problem, kernels_of, select
 
 Nonfinite = Literal["raise", "zero"]
@@ -99,7 +100,7 @@ def quantize_nf4_impl(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
     if w.numel() == 0:
         return quantize_nf4_fake(w, blocksize=blocksize)
     problem = Problem("quantize_nf4", w.device.type, w.dtype, N=w.numel(), blocksize=blocksize)
-    packed, absmax = select(problem).run(w.contiguous(), blocksize=blocksize)
+    packed, absmax = select(problem).run(contiguous("quantize_nf4", w), blocksize=blocksize)
     return packed, absmax
 
 
@@ -121,7 +122,7 @@ def quantize_absmax_impl(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         absmax_q, absmax_scale, absmax_offset = quantize_absmax_fake(absmax)
         return absmax_q, absmax_scale, absmax_offset.zero_()
     problem = Problem("quantize_absmax", absmax.device.type, absmax.dtype, N=absmax.numel())
-    absmax_q, absmax_scale, absmax_offset = select(problem).run(absmax.contiguous())
+    absmax_q, absmax_scale, absmax_offset = select(problem).run(contiguous("quantize_absmax", absmax))
     return absmax_q, absmax_scale, absmax_offset
 
 
@@ -144,9 +145,9 @@ def quantize_nf4_double_impl(w: Tensor, *, blocksize: int) -> BothLevels:
     spec = select(Problem("quantize_nf4", w.device.type, w.dtype, N=w.numel(), blocksize=blocksize))
     both = kernels_of(spec.backend).get("quantize_nf4_double")
     if both is None:
-        packed, absmax = spec.run(w.contiguous(), blocksize=blocksize)
+        packed, absmax = spec.run(contiguous("quantize_nf4", w), blocksize=blocksize)
         return packed, absmax, *quantize_absmax_impl(absmax)
-    result: BothLevels = both.run(w.contiguous(), blocksize=blocksize)
+    result: BothLevels = both.run(contiguous("quantize_nf4", w), blocksize=blocksize)
     return result
 
 
@@ -162,6 +163,7 @@ for _name in ("quantize_nf4", "quantize_absmax", "quantize_nf4_double"):
 
 
 def _check_absmax(absmax: Tensor) -> None:
+    check_given("quantize_absmax", "absmax", absmax)
     if absmax.dtype != torch.float32:
         raise TypeError(f"quantize_absmax: absmax must be torch.float32, got {absmax.dtype}")
     if absmax.dim() != 1:

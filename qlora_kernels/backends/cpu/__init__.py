@@ -36,11 +36,14 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
     *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
 )
-KERNELS = tuple(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _FUNCTIONS)
+_PARTLY_TORCH = _multi_lora.over(linear_nf4, linear_nf4_grad_x)
+KERNELS = (
+    *(KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True) for function in _FUNCTIONS),
+    *(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _PARTLY_TORCH),
+)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops._memory import contiguous
 from ...ops._operands import LoRA, Weight
 
 _C = torch.ops.qlora_kernels_C
@@ -66,4 +67,4 @@ def linear_nf4_lora_backward(
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+    return None if bias is None else contiguous("linear_nf4", bias)

@@ -27,7 +27,7 @@ def _behind_triton_with_dropout(problem: Problem) -> int:
 
 KERNELS = (
     *(
-        KernelSpec(function.__name__, "cuda", function, supports_all)
+        KernelSpec(function.__name__, "cuda", function, supports_all, checks_memory=True)
         for function in (
             quantize_nf4,
             quantize_absmax,

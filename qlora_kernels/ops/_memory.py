@@ -1,0 +1,41 @@
+"""Tensors without memory: refused before torch or a kernel touches them.
+
+torch reads and writes where a tensor points without looking whether its storage is still there, and the process ends
+with a segmentation fault: untyped_storage().resize_(0) is how FSDP frees parameters. The native libraries check what
+they are handed (csrc/bindings/arguments.h); what torch's own ops are handed is checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def check_memory(op: str, value: Any) -> None:
+    """Raise RuntimeError unless the storage of every tensor in `value` holds its elements.
+
+    value: a tensor, a bundle or a list of such; all else is passed over.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() and value.untyped_storage().nbytes() < _bytes_needed(value):
+            raise RuntimeError(
+                f"{op}: every argument must have memory, got shape {tuple(value.shape)} over a storage of "
+                f"{value.untyped_storage().nbytes()} bytes; was it freed?"
+            )
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_memory(op, item)
+
+
+def contiguous(op: str, tensor: Tensor) -> Tensor:
+    """tensor.contiguous(), which reads the tensor where it is not contiguous yet."""
+    if tensor.is_contiguous():
+        return tensor
+    check_memory(op, tensor)
+    return tensor.contiguous()
+
+
+def _bytes_needed(tensor: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()

@@ -1,0 +1,140 @@
+"""Sound arguments for every op, by the names in its schema, in memory whose surroundings are watched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
+
+GUARD, PATTERN = 64, 0xA5
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Block:
+    """A tensor's bytes, or those of a watched tensor: between two guards."""
+
+    memory: Tensor
+    before: Tensor
+    written: bool
+
+    def is_intact(self) -> bool:
+        """Whether the guards, and where nothing may be written the bytes between them, are as they were."""
+        if self.written:
+            return bool((self.memory[:GUARD] == PATTERN).all() and (self.memory[-GUARD:] == PATTERN).all())
+        return torch.equal(self.memory, self.before)
+
+
+@dataclass
+class Problem:
+    """Sizes of a call, and what it has been given."""
+
+    rng: random.Random
+    blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = self.rng
+        self.M, self.N, self.K = rng.choice((1, 2, 7, 40)), rng.choice((1, 8, 33, 64)), rng.choice((1, 31, 64, 96))
+        self.r, self.E = rng.choice((1, 4, 9)), rng.choice((1, 3))
+        self.members = rng.choice((1, 2))
+        self.blocksize = rng.choice((32, 64, 256, 4096))
+        self.dtype = rng.choice(FLOATS)
+        self.double = rng.random() < 0.5
+        self.n_blocks = -(-self.N * self.K // self.blocksize)
+        self.numels = [rng.choice((0, 1, 255, 256, 4096, 5003)) for _ in range(rng.choice((1, 3)))]
+        slots, self.arena_bytes = plan_slots(self.numels, rng.choice((8, 32)))
+        chunks = plan_chunks(slots, [0] * len(slots), None)
+        self.segments = [list(segment) for chunk in chunks for segment in chunk.segments]
+
+    def tensor(
+        self, shape: Sequence[int], dtype: torch.dtype, *, written: bool = False, fill: str = "normal"
+    ) -> Tensor:
+        """A contiguous tensor between guards."""
+        count = torch.Size(shape).numel() * dtype.itemsize
+        memory = torch.full((GUARD + count + GUARD,), PATTERN, dtype=torch.uint8)
+        tensor = memory[GUARD : GUARD + count].view(dtype).view(tuple(shape))
+        if fill == "normal" and dtype.is_floating_point:
+            tensor.copy_(torch.randn(tuple(shape)))
+        elif dtype == torch.uint8:
+            tensor.random_(0, 256)
+        else:
+            tensor.fill_(1)
+        self.blocks.append(Block(memory, memory.clone(), written))
+        return tensor
+
+
+def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any:
+    """The argument `name` of `op`, of the schema's type `kind`, as the op's documentation asks for it."""
+    p, rng = problem, problem.rng
+    grouped, multi = "group" in op, "multi" in op
+    in_list = kind.startswith("List")
+
+    def each(make: Any) -> Any:
+        return [make() for _ in range(p.members)] if in_list else make()
+
+    is_constant = name in ("absmax", "absmax_q", "absmax_scale", "absmax_offset") and "quantize_absmax" not in op
+    if is_constant and (name == "absmax") == p.double:
+        return [None] * p.members if in_list else None
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "x": ((p.M, p.K), p.dtype),
+        "w": ((p.N, p.K), p.dtype),
+        "y": ((p.M, p.N), p.dtype),
+        "grad_y": ((p.M, p.N), p.dtype),
+        "grad_ys": ((p.M, p.N), p.dtype),
+        "s": ((p.M, p.r * (p.members if grouped else 1)), p.dtype),
+        "bias": ((p.N,), rng.choice(FLOATS)),
+        "biases": ((p.N,), rng.choice(FLOATS)),
+        "packed": (((p.N * p.K + 1) // 2,), torch.uint8),
+        "absmax": ((p.n_blocks,), torch.float32),
+        "absmax_q": ((p.n_blocks,), torch.uint8),
+        "absmax_scale": ((-(-p.n_blocks // 256),), torch.float32),
+        "absmax_offset": ((), torch.float32),
+        "lora_A": (((p.E,) if multi else ()) + (p.r * (p.members if grouped else 1), p.K), rng.choice(FLOATS)),
+        "lora_B": (((p.E,) if multi else ()) + (p.N, p.r), rng.choice(FLOATS)),
+        "seed": ((1,), torch.int64),
+        "adapter": ((p.M,), torch.int64),
+        "out": ((p.N, p.K), p.dtype),
+        "arena": ((p.arena_bytes,), torch.uint8),
+        "steps": ((len(p.numels),), torch.float32),
+        "lr": ((), torch.float32),
+        "grad_multiplier": ((1,), torch.float32),
+        "found_inf": ((1,), torch.float32),
+    }
+    if name in ("params", "grads"):
+        return [p.tensor((n,), p.dtype, written=written) for n in p.numels]
+    if name == "segments":
+        table = p.tensor((len(p.segments), 8), torch.int64)
+        table.copy_(torch.tensor(p.segments, dtype=torch.int64).view(-1, 8))
+        p.blocks[-1].before = p.blocks[-1].memory.clone()
+        return table
+    if name == "scalings":
+        return p.tensor((p.E,), torch.float32) if multi else [1.5] * p.members
+    if "Tensor" in kind:
+        shape, dtype = shapes.get(name, ((p.M,), torch.float32))
+        fill = "ones" if name in ("steps", "lr", "found_inf") else "normal"
+        return each(lambda: p.tensor(shape, dtype, written=written, fill=fill))
+    numbers: dict[str, Any] = {
+        "blocksize": p.blocksize,
+        "blocksizes": p.blocksize,
+        "out_features": p.N,
+        "in_features": p.K,
+        "scaling": 0.5,
+        "dropout_p": rng.choice((0.0, 0.3)),
+        "need_grad_x": rng.random() < 0.5,
+        "dtype": rng.choice(FLOATS),
+        "force": "",
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "eps": 1e-8,
+        "lr": 0.1,
+        "weight_decay": 0.01,
+        "grad_multiplier": 1.0,
+        "transposed": False,
+    }
+    return each(lambda: numbers.get(name, 3))
