@@ -77,7 +77,8 @@ class State:
             table += [out(param), grad, FLOAT_TYPES[param.dtype], param.numel()]
         scalars = struct.pack("<5d", *[hyper[k] for k in ("beta1", "beta2", "eps", "weight_decay")], 0.0)
         arguments = (pointers(tuple(table)), len(self.params), self.segments, len(self.segments), self.steps)
-        arguments += (out(self.arena), self.arena.numel(), torch.tensor([lr]), 0, seed, multiplier, found_inf, scalars, max(NUMELS), None)
+        arguments += (out(self.arena), self.arena.numel(), torch.tensor([lr]), 0, seed, multiplier, found_inf)
+        arguments += (scalars, max(NUMELS), None)
         tested = library("adamw_step", mode)
         tested.calls()
         assert tested.call("launch_adamw_step", *arguments, seed=schedule, order=order) == 0

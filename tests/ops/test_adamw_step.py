@@ -114,6 +114,51 @@ def test_instruction_sets_give_the_references_bits(isa):
         cpu.instruction_set("")
 
 
+BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "square overflows": 1e30}
+
+
+def spoiled(value):
+    """(parameter, arena) after a step with a bad element in the first and in the short last block, and one without."""
+    n = 2 * STATE_BLOCKSIZE + 77
+    segments, nbytes = layout((n,), bits=8)
+    param, arena = torch.zeros(n), torch.zeros(nbytes, dtype=torch.uint8)
+    grad = torch.linspace(0.5, 1.0, n)
+    grad[5] = grad[n - 1] = value
+    for t, g in enumerate((grad, torch.linspace(0.5, 1.0, n))):
+        scalars = (torch.tensor(0.1), None, None, None)
+        adamw_step(Step([param], [g], arena, torch.full((1,), t + 1.0), segments, *scalars, **HYPER["usual"]))
+    return param, arena
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("backend", usable_backends("adamw_step"))
+def test_a_bad_gradient_does_not_spread_through_its_8bit_block(backend, value):
+    with qk.use_backend(backend):
+        param, arena = spoiled(value)
+    good = torch.ones(len(param), dtype=torch.bool)
+    good[5] = good[-1] = False
+    assert param[good].isfinite().all()
+    assert (param[good] != 0).all()
+    with qk.use_backend("reference"):
+        expected, expected_arena = spoiled(value)
+    assert torch.equal(arena, expected_arena)
+    assert torch.equal(param.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_a_bad_gradient_does_not_spread_on_any_instruction_set(isa):
+    try:
+        cpu.instruction_set(isa)
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    try:
+        for value in BAD.values():
+            test_a_bad_gradient_does_not_spread_through_its_8bit_block("cpu", value)
+    finally:
+        cpu.instruction_set("")
+
+
 def encoded_states(values):
     """What a step leaves in the 8-bit states if it would store `values` (exp_avg) and their squares (exp_avg_sq).
 
