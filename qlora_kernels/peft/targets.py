@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ..nn.functional_use import read_but_never_called
 from ..nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
 from ..nn.module_tree import unwrapped
 from .adapted_linear import base_of
@@ -57,7 +58,13 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
         matched |= _tied_to(matched, host)
     if not matched:
         raise ValueError(_no_match(targets, linears))
+    unused = _never_called(host)
     for name, module in matched.items():
+        if module in unused:
+            raise ValueError(
+                f"target_modules: {name} must be called by the model, got a layer of which {unused[module]} reads the "
+                "weight instead: an adapter on it would do nothing; leave it out"
+            )
         if not is_linear(module) and not (embeddings and is_embedding(module)):
             wanted = "a linear layer or nn.Embedding" if embeddings else "a linear layer"
             raise TypeError(
@@ -136,11 +143,20 @@ def _check(config: TargetConfig) -> None:
         raise ValueError("layers_pattern: must be None where layers_to_transform is None")
 
 
+def _never_called(host: Host) -> dict[nn.Module, str]:
+    """Layers that no forward calls -> the class that reads their weight. torch's attention is taken apart first."""
+    return {
+        host.model.get_submodule(name): holder
+        for name, holder in read_but_never_called(host.model).items()
+        if holder != nn.MultiheadAttention.__name__
+    }
+
+
 def _targets(host: Host, config: TargetConfig) -> Names:
     """target_modules with "all-linear" and None spelt out."""
     if is_all_linear(config.target_modules):
-        heads = _output_heads(host, config.task_type)
-        return [name for name in host.linears() if name not in heads]
+        heads, unused = _output_heads(host, config.task_type), _never_called(host)
+        return [name for name, module in host.linears().items() if name not in heads and module not in unused]
     return config.target_modules if config.target_modules is not None else _default_targets(host.model)
 
 

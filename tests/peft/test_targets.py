@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import qlora_kernels as qk
 from qlora_kernels.peft import (
     AdaLoraConfig,
     BitFitConfig,
@@ -143,3 +144,25 @@ def test_all_linear_tells_which_experts_it_leaves_out():
     model.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 8, 8))})
     with pytest.warns(UserWarning, match=r"leaves out 1 expert weights .*experts.up"):
         get_peft_model(model, LoraConfig(target_modules="all-linear"))
+
+
+class ReadsAWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x @ self.read.weight.T)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_layer_that_is_never_called_is_refused_by_name_and_left_out_of_all_linear(quantized):
+    model = nn.Sequential(ReadsAWeight())
+    if quantized:
+        qk.replace_linear(model)
+    with pytest.raises(ValueError, match=r"target_modules: 0\.read must be called by the model, got .* ReadsAWeight"):
+        qk.peft.get_peft_model(model, qk.peft.LoraConfig(target_modules=["read"]))
+    adapted = qk.peft.get_peft_model(model, qk.peft.LoraConfig(target_modules="all-linear"))
+    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert names
+    assert not any("read" in name for name in names)

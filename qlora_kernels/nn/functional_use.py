@@ -1,0 +1,78 @@
+"""Linear layers that a model never calls: code of the module that holds them reads `self.proj.weight` instead.
+
+A quantized layer serves such code, because its weight reads as the dequantized one. An adapter on it would do nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+_METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"})
+"""What may be read of a weight without computing with it."""
+
+
+def read_but_never_called(model: nn.Module) -> dict[str, str]:
+    """Name of each module whose holder's code computes with its `weight` and never calls it -> the holder's class.
+
+    Found in the source of the holder's class. A module that is called, handed on, or reached in another way than as
+    `self.<name>` is not among them, nor is one whose holder's source is not to be had.
+    """
+    found = {}
+    for name, holder in model.named_modules():
+        kind: Any = type(holder)
+        functional = _functional_children(kind)
+        for child, module in holder.named_children():
+            if child in functional and not any(True for _ in module.children()):
+                found[f"{name}.{child}" if name else child] = type(holder).__name__
+    return found
+
+
+@cache
+def _functional_children(kind: Any) -> frozenset[str]:
+    """Attributes of self that the code of a class reads `.weight` of, and uses in no other way."""
+    if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.MultiheadAttention:
+        return frozenset()
+    computed: set[str] = set()
+    used_otherwise: set[str] = set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            return frozenset()
+        for child, use in _uses(tree):
+            (computed if use == "weight" else used_otherwise).add(child)
+    return frozenset(computed - used_otherwise)
+
+
+def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(child, "weight" or "other") of each `self.<child>` outside __init__ that is no metadata and no assignment."""
+    parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
+            continue
+        if isinstance(node.ctx, ast.Store) or _function_of(node, parents) in ("__init__", "reset_parameters"):
+            continue
+        read = parents.get(node)
+        if not (isinstance(read, ast.Attribute) and read.value is node):
+            yield node.attr, "other"
+        elif read.attr == "weight":
+            of_weight = parents.get(read)
+            if not (isinstance(of_weight, ast.Attribute) and of_weight.attr in _METADATA):
+                yield node.attr, "weight"
+        elif read.attr not in ("bias", "in_features", "out_features"):
+            yield node.attr, "other"
+
+
+def _function_of(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
+    while node in parents and not isinstance(node, ast.FunctionDef):
+        node = parents[node]
+    return node.name if isinstance(node, ast.FunctionDef) else ""
