@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from ..format.quant_state import QuantState
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
 from ..ops.quantize_nf4 import quantize_nf4
-from .linear_nf4 import cast_dtype
+from .format_dtypes import apply_but_keep_dtypes
+from .read_only import ReadOnlyTensor
 
 
 class ExpertsNF4(nn.Module):
@@ -110,13 +111,10 @@ class ExpertsNF4(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertsNF4:
-        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = cast(Tensor, getattr(self, name))
-            if after.dtype != buffer.dtype:  # constants are defined in fp32 whatever the module is cast to
-                setattr(self, name, buffer.to(after.device))
-        self.weight_dtype = cast_dtype(fn, self.weight_dtype, self.packed.device)
+        def apply() -> None:
+            super(ExpertsNF4, self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        apply_but_keep_dtypes(self, list(self._buffers), fn, apply)
         return self
 
 
@@ -157,6 +155,8 @@ class ExpertWeight:
             x, weight = args[:2]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return weight.experts(x, weight.expert, bias)
-        dense = [a.experts.dequantize(a.expert) if isinstance(a, cls) else a for a in args]
-        dense_kwargs = {k: v.experts.dequantize(v.expert) if isinstance(v, cls) else v for k, v in kwargs.items()}
-        return func(*dense, **dense_kwargs)
+
+        def dense(value: Any) -> Any:
+            return ReadOnlyTensor.of(value.experts.dequantize(value.expert)) if isinstance(value, cls) else value
+
+        return func(*map(dense, args), **{name: dense(value) for name, value in kwargs.items()})

@@ -16,6 +16,7 @@ from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
 from ..ops.linear_nf4_lora_group import call_group
 from ..ops.quantize_nf4 import quantize_nf4
+from .format_dtypes import apply_but_keep_dtypes
 from .read_only import ReadOnlyTensor
 
 _CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
@@ -200,7 +201,7 @@ class LinearNF4(nn.Module):
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
             dtype = torch.get_autocast_dtype(x.device.type)
             return dtype, dtype
         return self.compute_dtype or x.dtype, x.dtype
@@ -214,14 +215,10 @@ class LinearNF4(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearNF4:
-        constants = {name: getattr(self, name) for name in _CONSTANTS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in constants.items():
-            after = getattr(self, name)
-            if after is not None and after.dtype != before.dtype:
-                # A cast (module.half(), .to(bf16)) reaches every float buffer; the constants are defined in fp32.
-                setattr(self, name, before.to(after.device))
-        self.weight_dtype = cast_dtype(fn, self.weight_dtype, self.packed.device)
+        def apply() -> None:
+            super(LinearNF4, self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        apply_but_keep_dtypes(self, _BUFFERS, fn, apply)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -270,12 +267,6 @@ class LinearNF4(nn.Module):
         self._set_weight(
             packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
         )
-
-
-def cast_dtype(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a cast, module._apply(fn), makes of the dtype of a weight that is kept as codes."""
-    after = fn(torch.empty(0, dtype=dtype, device=device)).dtype
-    return after if after in FLOAT_DTYPES else dtype
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

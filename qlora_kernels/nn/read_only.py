@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SETTERS = (Tensor.data.__set__, Tensor.__setitem__)  # type: ignore[attr-defined]
 _OPERATORS = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift"
@@ -18,8 +18,11 @@ class ReadOnlyTensor(Tensor):
 
     @classmethod
     def of(cls, values: Tensor) -> Tensor:
-        """`values`, read-only. Compiled graphs get an ordinary tensor: they hold no code that would write to it."""
-        return values if torch.compiler.is_compiling() else values.as_subclass(cls)
+        """`values`, read-only. Where something records what is done with tensors (a compiler, a dispatch mode), and for
+        tensors of other kinds, they stay as they are.
+        """
+        recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return values if recorded or type(values) is not Tensor else values.as_subclass(cls)
 
     @classmethod
     def __torch_function__(
@@ -32,31 +35,42 @@ class ReadOnlyTensor(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-        written = kwargs.get("out", args[0] if args and (in_place or func in _SETTERS) else None)
-        all_written = written if isinstance(written, (list, tuple)) else [written]  # torch._foreach_* take lists
-        if name != "requires_grad_" and any(isinstance(tensor, cls) for tensor in all_written):
+        in_place = in_place or func in _SETTERS or bool(getattr(getattr(func, "_schema", None), "is_mutable", False))
+        targets = (args[:1] or tuple(kwargs.values())) if in_place else ()  # torch.nn.init passes keywords
+        written = [kwargs.get("out"), *targets]
+        all_written = [t for item in written for t in (item if isinstance(item, (list, tuple)) else [item])]
+        if name != "requires_grad_" and any(isinstance(t, cls) and not _is_parameter(t) for t in all_written):
             raise RuntimeError(
                 f"{name}: the weight of a LinearNF4 must not be written to, since it is dequantized on each access and "
                 "the change would be lost; put an nn.Linear in the layer's place, or merge with qlora_kernels.peft"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if type(result) is Tensor and _is_view(result, args):
+        if isinstance(result, (list, tuple)) and any(_is_view(item, args) for item in result):
+            return type(result)([item.as_subclass(cls) for item in result])
+        if _is_view(result, args):
             return result.as_subclass(cls)
         if name in ("numpy", "__array__"):
             result.flags.writeable = False
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone()
+        return nn.Parameter(self.detach().clone(), self.requires_grad) if _is_parameter(self) else self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def _is_view(result: Tensor, args: tuple[Any, ...]) -> bool:
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether nn.Parameter made a parameter of it, which is its owner's to change."""
+    return hasattr(tensor, "_is_param")
+
+
+def _is_view(result: Any, args: tuple[Any, ...]) -> bool:
     source = args[0] if args else None
-    if not isinstance(source, ReadOnlyTensor) or result.is_meta or result.layout != torch.strided:
+    if type(result) is not Tensor or not isinstance(source, ReadOnlyTensor):
+        return False
+    if result.is_meta or result.layout != torch.strided:
         return False
     with torch._C.DisableTorchFunctionSubclass():
         return bool(result.untyped_storage()._cdata == source.untyped_storage()._cdata)

@@ -214,6 +214,24 @@ def test_from_linear_takes_conv1d():
     assert_within(layer(x), linear(x, w, conv1d.bias, arithmetic_of("reference", torch.float32)), "y")
 
 
+def test_shapes_on_the_meta_device():
+    layer = qk.LinearNF4(8, 4).to("meta")
+    assert layer(torch.randn(2, 8, device="meta")).shape == (2, 4)
+
+
+def test_module_type_leaves_packed_bytes():
+    layer = qk.LinearNF4.from_linear(dense())
+    packed, x = layer.packed.clone(), gaussian(2, 96)
+    y = layer(x)
+    layer.type(torch.bfloat16)
+    assert torch.equal(layer.packed, packed)
+    assert layer.absmax_q.dtype == torch.uint8
+    assert layer.weight_dtype == layer.bias.dtype == torch.bfloat16
+    layer.float()
+    assert layer.weight_dtype == torch.float32
+    torch.testing.assert_close(layer(x), y, rtol=1e-2, atol=1e-2)
+
+
 def test_inside_multihead_attention():
     attention = nn.MultiheadAttention(64, 4, batch_first=True)
     reference = copy.deepcopy(attention)

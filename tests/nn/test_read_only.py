@@ -30,6 +30,10 @@ WRITES = {
     "setitem": lambda layer: layer.weight.__setitem__(0, 1.0),
     "copy_": lambda layer: layer.weight.copy_(torch.zeros(32, 64)),
     "init": lambda layer: nn.init.zeros_(layer.weight),
+    "init by keyword": lambda layer: nn.init.normal_(layer.weight),
+    "split": lambda layer: layer.weight.split(16)[1].zero_(),
+    "unbind": lambda layer: layer.weight.unbind()[0].zero_(),
+    "op": lambda layer: torch.ops.aten.mul_.Tensor(layer.weight, torch.tensor(2.0)),
     "view": lambda layer: layer.weight.T.mul_(2),
     "detached row": lambda layer: layer.weight.detach()[0].zero_(),
     "out": lambda layer: torch.add(layer.weight, 1, out=layer.weight),
@@ -79,3 +83,21 @@ def test_a_cast_reaches_the_dtype_of_the_weight(layer, dtype):
     again.load_state_dict(layer.state_dict())
     assert again.weight_dtype == dtype
     assert layer.double().weight_dtype == dtype  # no dtype that a weight is dequantized to
+
+
+def test_an_expert_is_read_only_too():
+    experts = qk.ExpertsNF4.from_parameter(torch.randn(2, 32, 64))
+    with pytest.raises(RuntimeError, match="must not be written to"):
+        nn.init.normal_(experts[1])
+    assert type(torch.mul(experts[1], 2)) is Tensor
+
+
+def test_a_parameter_made_of_it_is_its_owners(layer):
+    dense = nn.Linear(64, 32, bias=False)
+    dense.weight = nn.Parameter(layer.weight)
+    twin = copy.deepcopy(dense)
+    for module in (dense, twin):
+        assert isinstance(module.weight, nn.Parameter)
+        module(torch.ones(1, 64)).sum().backward()
+        torch.optim.SGD(module.parameters(), lr=1.0).step()
+        torch.testing.assert_close(module.weight.detach(), layer.dequantize() - 1)
