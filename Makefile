@@ -11,6 +11,7 @@
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make faults     saves under injected faults (3 minutes)
 #   make compat     that wheel with the oldest and the newest Python, torch, Triton and transformers (not in CI)
+#   make fuzz       100,000 unsound calls of the ops, and failing allocations (20 minutes)
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
@@ -96,9 +97,10 @@ format:
 	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 	$(if $(CXX_FILES),$(dir $(PYTHON))clang-format -i $(CXX_FILES))
 
-# The CPU kernels under ASan and UBSan.
+# The CPU kernels under ASan and UBSan, and their threads under TSan.
 sanitize: $(READY)
 	$(PYTHON) -m tests.cpu.sanitize
+	$(PYTHON) -m tests.cpu.sanitize --thread
 
 # The CPU kernels cross-compiled for AArch64 and run under qemu; skipped, with a message, where a tool is missing.
 test-aarch64: $(READY)
@@ -117,6 +119,13 @@ fuzz-files: $(READY)
 .PHONY: faults
 faults: $(READY)
 	$(PYTHON) -m tests.io.faults
+
+# Unsound calls of every op, and every allocation of the native library made to fail: docs/reliability.md.
+.PHONY: fuzz
+fuzz: $(READY)
+	$(PYTHON) -m tests.fuzz.native_ops --calls 100000
+	$(PYTHON) -m tests.cpu.failing_allocator --threads 1
+	$(PYTHON) -m tests.cpu.failing_allocator --threads 2
 
 bench: $(READY)
 	$(PYTHON) -m bench.run

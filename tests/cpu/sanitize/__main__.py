@@ -1,6 +1,10 @@
-"""Build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and run driver.cpp on every ISA.
+"""Build the CPU kernels with sanitizers, and run driver.cpp on every ISA.
 
-    python -m tests.cpu.sanitize [ISA ...]         exit code 1 where a sanitizer or a comparison objects
+    python -m tests.cpu.sanitize [--thread] [ISA ...]         exit code 1 where a sanitizer or a comparison objects
+
+AddressSanitizer and UndefinedBehaviorSanitizer, or with --thread ThreadSanitizer, under which two threads call the
+kernels at the same time and each call uses three threads of its own (std::thread: no OpenMP, whose barriers the
+sanitizer does not know).
 
 Instruction sets that this machine lacks are named and left out.
 """
@@ -15,18 +19,21 @@ from python.build_support.native import ROOT, tool
 
 from .build import build_driver
 
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
+THREADS = ("-fsanitize=thread", "-fno-omit-frame-pointer", "-g1")
 REPLACED = {"-O3": "-O1"}
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    threads, names = "--thread" in arguments, [name for name in arguments if name != "--thread"]
+    sanitizers, folder, callers = (THREADS, "sanitize-thread", "2") if threads else (MEMORY, "sanitize", "1")
     compiler = tool("CXX", "c++", "g++", "clang++")
-    flags = tuple(REPLACED.get(flag, flag) for flag in COMMON_FLAGS) + SANITIZERS
-    program = build_driver(compiler, ROOT / "build" / "sanitize", flags, SANITIZERS)
+    flags = tuple(REPLACED.get(flag, flag) for flag in COMMON_FLAGS) + sanitizers
+    program = build_driver(compiler, ROOT / "build" / folder, flags, sanitizers)
     failed = False
     family = family_of(compiler)
     for isa in names or (*family.sets, *family.amx):
-        done = subprocess.run([str(program), isa], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(program), isa, callers], capture_output=True, text=True, check=False)
         if "unset it to use the best one there is" in done.stderr:
             sys.stdout.write(f"{isa}: not on this machine\n")
             continue

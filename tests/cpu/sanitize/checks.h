@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -10,7 +11,7 @@
 
 namespace checks {
 
-extern int failures;
+extern std::atomic<int> failures;
 
 // Counts and reports a failure unless `ok`.
 void expect(bool ok, const char* what, const char* where);

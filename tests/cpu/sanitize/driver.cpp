@@ -1,10 +1,11 @@
 // The CPU kernels on ragged shapes against naive loops, in a program of its own, for sanitizers and for emulators of
 // other CPUs: every buffer is a heap block of exactly its size, so that one element too far is an error.
-// Usage: driver ISA
+// Usage: driver ISA [CALLERS], where CALLERS threads call the kernels at the same time.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -32,7 +33,7 @@ void run_tasks(int64_t tasks, TaskFunction run, const void* context) {
 
 namespace checks {
 
-int failures = 0;
+std::atomic<int> failures{0};
 
 void expect(bool ok, const char* what, const char* where) {
     if (ok) return;
@@ -173,10 +174,7 @@ void check(const Shape& s, DType dtype, double tolerance, uint32_t threshold) {
     expect(near(exact(grad_x), through, tolerance), "linear_nf4_lora_backward's grad_x", s);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-    qlora::force_cpu_isa(argc > 1 ? argv[1] : nullptr);
+void check_linears_and_codec() {
     for (const Shape& shape : kShapes) {
         for (const uint32_t threshold : {0u, 20000u}) {
             check<float>(shape, DType::kFloat32, 1e-5, threshold);
@@ -186,7 +184,16 @@ int main(int argc, char** argv) {
     }
     checks::check_codec();
     checks::check_dropout();
-    checks::check_adamw();
-    std::printf("%s: %d failures\n", qlora::isa_name(qlora::cpu_isa()), checks::failures);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    qlora::force_cpu_isa(argc > 1 ? argv[1] : nullptr);
+    std::vector<std::thread> callers(argc > 2 ? static_cast<size_t>(std::atoi(argv[2])) : 1);
+    for (std::thread& caller : callers) caller = std::thread(check_linears_and_codec);
+    for (std::thread& caller : callers) caller.join();
+    checks::check_adamw();  // it changes the instruction set, which is the whole process's
+    std::printf("%s: %d failures\n", qlora::isa_name(qlora::cpu_isa()), checks::failures.load());
     return checks::failures != 0;
 }
