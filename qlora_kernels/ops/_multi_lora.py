@@ -16,7 +16,15 @@ from ._philox import dropped
 
 
 def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Tensor]]:
-    """(adapter, its row numbers) for each adapter that has rows. adapter: int64 [M], -1 means none."""
+    """(adapter, its row numbers) for each adapter that has rows. adapter: int64 [M], -1 means none.
+
+    Raises IndexError for a number beyond the adapters.
+    """
+    if adapter.numel():
+        lowest, highest = (int(end) for end in adapter.aminmax())
+        if lowest < -1 or highest >= n_adapters:
+            got = highest if highest >= n_adapters else lowest
+            raise IndexError(f"linear_nf4_multi_lora: adapter must lie in [-1, {n_adapters}), got {got}")
     order = adapter.argsort(stable=True)
     counts = torch.bincount(adapter + 1, minlength=n_adapters + 1).tolist()
     for index, rows in enumerate(torch.split(order, counts)):

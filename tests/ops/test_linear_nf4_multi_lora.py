@@ -80,3 +80,17 @@ def test_opcheck(backend):
             torch.ops.qlora_kernels.linear_nf4_multi_lora,
             (x, *weight_of("opcheck", packed, state), None, A, B, torch.ones(2), adapter, None, 0.0),
         )
+
+
+@pytest.mark.parametrize("backend", usable_backends("linear_nf4_multi_lora"))
+def test_a_number_beyond_the_adapters_reaches_no_memory(backend):
+    """An error where the numbers are on the host; on a GPU, which would have to wait for them, the base alone."""
+    packed, state = qk.quantize_nf4(gaussian(8, 64))
+    x, A, B = gaussian(3, 64), gaussian(2, 4, 64), gaussian(2, 8, 4)
+    adapter = torch.tensor([0, 2**40, -1])
+    with qk.use_backend(backend):
+        try:
+            y = qk.linear_nf4_multi_lora(x, packed, state, A, B, torch.ones(2), adapter)
+        except (IndexError, RuntimeError):
+            return
+        assert torch.equal(y[1:], qk.linear_nf4(x, packed, state)[1:])

@@ -33,6 +33,7 @@ def multi_lora_down_kernel(
     M,
     K,
     R,
+    E,
     steps,
     threshold,
     DROPOUT: tl.constexpr,
@@ -50,6 +51,7 @@ def multi_lora_down_kernel(
     m_m = o_m < M
     row_m = o_m.to(tl.int64)
     b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
+    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # a number beyond the adapters would be an address
     if DROPOUT:
         seed = tl.load(p_seed)
     first = i_split * steps
@@ -88,6 +90,7 @@ def multi_lora_up_kernel(
     M,
     C,
     R,
+    E,
     stride_right_e,
     stride_right_r,
     stride_right_c,
@@ -111,6 +114,7 @@ def multi_lora_up_kernel(
     m_m, m_c = o_m < M, o_c < C
     row_m = o_m.to(tl.int64)
     b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
+    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # a number beyond the adapters would be an address
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     e_last = tl.max(b_adapter, axis=0)
     e = tl.min(tl.where(b_adapter < 0, e_last, b_adapter), axis=0)
@@ -256,6 +260,7 @@ def multi_lora_up(
         M,
         C,
         r,
+        right.shape[0],
         C * r,
         1 if right_is_transposed else C,
         r if right_is_transposed else 1,
@@ -289,6 +294,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
         M,
         K,
         r,
+        lora.A.shape[0],
         steps,
         dropout.threshold,
         DROPOUT=dropout.draws(K),
