@@ -37,6 +37,7 @@ class MappedMemory:
         self.look_ahead = look_ahead
         self.prefetched_bytes = 0
         self._map, self._file = _allocate(max(nbytes, 1), Path(page_dir))
+        weakref.finalize(self, os.close, self._file)
         self._process = os.getpid()
         # The tensor holds the mapping, and its views hold the tensor: unmapped with the last of them.
         self.arena = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0).byte()
@@ -79,7 +80,7 @@ class MappedMemory:
         remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
         address, protection = self.arena.data_ptr(), mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | _MAP_FIXED
-        if remap(address, len(self._map), protection, flags, self._file.fileno(), 0) != address:
+        if remap(address, len(self._map), protection, flags, self._file, 0) != address:
             raise OSError(ctypes.get_errno(), "PagedAdamW: a forked child could not unshare the states in page_dir")
 
     def resident_bytes(self) -> int | None:
@@ -120,20 +121,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_all_private)
 
 
-def _allocate(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, FileIO]:
+def _allocate(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, int]:
+    """The mapping of a new file without a name, and a descriptor of that file."""
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
-    file = tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0)  # noqa: SIM115
-    try:
-        _fill(file, nbytes)
-    except OSError as error:
-        file.close()
-        if error.errno not in _NO_ROOM:
-            raise
-        free = shutil.disk_usage(page_dir).free
-        message = (
-            f"PagedAdamW: page_dir must have room for {nbytes:,} bytes of optimizer states, got {free:,} free in "
-            f"{page_dir}; choose another directory or state_bits=8"
-        )
-        raise OSError(error.errno, message) from error
-    return mmap.mmap(file.fileno(), nbytes), file
+    with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0) as file:
+        try:
+            _fill(file, nbytes)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            free = shutil.disk_usage(page_dir).free
+            message = (
+                f"PagedAdamW: page_dir must have room for {nbytes:,} bytes of optimizer states, got {free:,} free in "
+                f"{page_dir}; choose another directory or state_bits=8"
+            )
+            raise OSError(error.errno, message) from error
+        return mmap.mmap(file.fileno(), nbytes), os.dup(file.fileno())

@@ -68,7 +68,8 @@ def test_without_fallocate_the_file_is_written(monkeypatch, tmp_path, nbytes):
     """macOS and Windows have no posix_fallocate, Windows neither madvise; the steps are the same."""
     monkeypatch.delattr(mapped_memory.os, "posix_fallocate")
     monkeypatch.delattr(mapped_memory.mmap, "MADV_WILLNEED")
-    mapped = mapped_memory._allocate(nbytes, tmp_path)
+    mapped, descriptor = mapped_memory._allocate(nbytes, tmp_path)
+    os.close(descriptor)
     assert len(mapped) == nbytes
     assert mapped[:] == bytes(nbytes)
     params, expected = parameters(), parameters()
