@@ -191,6 +191,8 @@ __device__ __forceinline__ void update(float& p, float g, float& m, float& v, co
     p = __fadd_rn(p, __fdiv_rn(__fmul_rn(f.step_size, m), denominator));
 }
 
+__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u; }
+
 __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const AdamWSegment& segment,
                                             const AdamWTensor& tensor, AdamWShared& shared, float multiplier,
                                             int64_t unit) {
@@ -220,7 +222,7 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
         // 8-bit codes have no NaN, and an infinite absmax would spread to the whole block: such an element starts anew.
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            if (!isfinite(m[i]) || !isfinite(v[i])) m[i] = v[i] = 0.0f;
+            if (!is_finite(m[i]) || !is_finite(v[i])) m[i] = v[i] = 0.0f;
         }
         encode_states(exp_avg + offset, absmax, shared.exp_avg_code, m, count);
         encode_states(exp_avg_sq + offset, sq_absmax, shared.exp_avg_sq_code, v, count);

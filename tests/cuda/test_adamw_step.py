@@ -212,3 +212,33 @@ def test_device_says_whether_it_pages() -> None:
     assert managed("managed_concurrent_access", 0, out(answer)) == 0
     tested.set_attribute(89, 1)
     assert answer.item() == 0
+
+
+@source_and_ptx
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_bad_gradient_does_not_spread_through_its_8bit_block(mode: str, value: float) -> None:
+    mine = State.make(torch.float32, 8)
+    grad = mine.grads[2]
+    assert grad is not None
+    mine.grads[2] = grad.clone()
+    mine.grads[2][[5, -1]] = value
+    expected = mine.copy()
+    expected.reference()
+    mine.emulated(mode)
+    assert torch.equal(mine.arena, expected.arena)
+    for param, reference in zip(mine.params, expected.params, strict=True):
+        assert torch.equal(param.nan_to_num(), reference.nan_to_num())
+
+
+@source_and_ptx
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("param", 9), ("param", -1), ("start", 1 << 40), ("numel", 1 << 62), ("exp_avg", -64), ("exp_avg_sq", 1 << 50)],
+)
+def test_segments_outside_their_tensors_are_skipped(mode: str, column: str, value: int) -> None:
+    mine = State.make(torch.float32, 32)
+    before = mine.copy()
+    mine.segments = mine.segments[:1].clone()
+    mine.segments[0, SEGMENT_COLUMNS.index(column)] = value
+    mine.emulated(mode)
+    assert all(same_bits(a, b) for a, b in zip(mine.tensors(), before.tensors(), strict=True))
