@@ -146,6 +146,11 @@ def weighted_lora(parts: Sequence[Lora], weights: Sequence[float], combination: 
                     f"add_weighted_adapter: adapter {part.name!r} must not have {option}=True, {why} are no part of a "
                     "low-rank sum; merge it instead"
                 )
+        if part.config.target_parameters:
+            raise NotImplementedError(
+                f"add_weighted_adapter: adapter {part.name!r} must not have target_parameters, got "
+                f"{list(part.config.target_parameters)}; merge it instead"
+            )
     combined = {}
     for path in dict.fromkeys(path for part in parts for path in part.deltas):
         there = [(part, weight) for part, weight in zip(parts, weights, strict=True) if path in part.deltas]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from ..nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
@@ -14,7 +14,8 @@ from .adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
 from .adapter_tree import AdapterModules
 from .anatomy import Anatomy, Layer, anatomy
 from .base_layer import is_embedding, is_linear, is_quantized
-from .overridden_module import Overrides
+from .overridden_module import UPDATES, Overrides, override, restore
+from .parameter_lora import ParameterUpdates
 from .selection import Selection
 from .torch_attention import join_attention, split_attention
 
@@ -175,6 +176,37 @@ class Host:
         for name in names:
             set_submodule(self.model, name, new)
 
+    def adapt_parameter(self, path: str) -> ParameterUpdates:
+        """The ParameterUpdates of the parameter at `path`, put there if they are not yet."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        if attribute + UPDATES not in module._modules:
+            override(module, attribute, self.selection)
+            module.add_module(attribute + UPDATES, ParameterUpdates(self.selection))
+        return cast(ParameterUpdates, module._modules[attribute + UPDATES])
+
+    def adapted_parameters(self) -> dict[str, ParameterUpdates]:
+        updates = {n: m for n, m in self.model.named_modules() if isinstance(m, ParameterUpdates)}
+        return {self.canonical(name).removesuffix(UPDATES): module for name, module in updates.items()}
+
+    def own_value(self, path: str) -> nn.Parameter | ExpertsNF4:
+        """What the model itself has at the path of a parameter."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        stored: Any = module._parameters.get(attribute)
+        return stored if stored is not None else cast(ExpertsNF4, module._modules[attribute])
+
+    def set_own_value(self, path: str, value: Tensor | ExpertsNF4) -> None:
+        """Puts another value in its place for good."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        if isinstance(value, ExpertsNF4):
+            module._parameters.pop(attribute, None)
+            module._modules[attribute] = value
+        else:
+            module._modules.pop(attribute, None)
+            module._parameters[attribute] = nn.Parameter(value.detach(), requires_grad=False)
+
     # Where the modules of adapters are
 
     def slot(self, owner: str | None, slot: str) -> AdapterModules:
@@ -200,3 +232,5 @@ class Host:
                 self.unwrap(module)
         elif not len(entries):
             module._modules.pop(slot, None)
+            if slot.endswith(UPDATES):
+                restore(module)

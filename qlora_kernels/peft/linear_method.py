@@ -14,7 +14,7 @@ from .base_layer import is_embedding
 from .config import PeftConfig
 from .host import Host
 from .method import Method, by_path
-from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers
+from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers, matched_parameters
 
 
 class LinearConfig(TargetConfig, Protocol):
@@ -37,7 +37,7 @@ class LinearMethod(Method, Generic[D]):
 
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
         where = cast(LinearConfig, config)
-        targets = matched_layers(host, where, embeddings=self.adapts_embeddings)
+        targets = self.targets(config, host)
         if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
         super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
@@ -50,13 +50,20 @@ class LinearMethod(Method, Generic[D]):
         super().check_names(config, host)
         where = cast(LinearConfig, config)
         check_target_names(host, where)
-        _check_called(host, matched_layers(host, where, embeddings=cls.adapts_embeddings))
-        if is_all_linear(where.target_modules) and (stacks := host.expert_stacks()):
+        _check_called(host, cls.targets(config, host))
+        adapted = matched_parameters(host, getattr(config, "target_parameters", None))
+        left_out = [path for path in host.expert_stacks() if path not in adapted]
+        if is_all_linear(where.target_modules) and left_out:
             warnings.warn(
-                f"target_modules: 'all-linear' leaves out {len(stacks)} expert weights that are no linear layers "
-                f"({stacks[0]}, ...): they get no adapter",
+                f"target_modules: 'all-linear' leaves out {len(left_out)} expert weights that are no linear layers "
+                f"({left_out[0]}, ...): they get no adapter; LoRA's target_parameters adapts them",
                 stacklevel=4,
             )
+
+    @classmethod
+    def targets(cls, config: PeftConfig, host: Host) -> dict[str, nn.Module]:
+        """The layers that the configuration targets, by name."""
+        return matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings)
 
     @classmethod
     def rank(cls, config: PeftConfig, path: str) -> int:
@@ -68,7 +75,7 @@ class LinearMethod(Method, Generic[D]):
         cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
         stored = by_path(tensors, cls.file_prefix)
-        for path in matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings):
+        for path in cls.targets(config, host):
             names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
             lora_A = next((stored[name] for name in names if name in stored), None)
             if lora_A is None:

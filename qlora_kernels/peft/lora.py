@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.match import as_names
 from .adapted_linear import Delta
 from .base_layer import dense_weight, device_of, features, is_embedding
 from .config import PeftConfig
@@ -23,8 +24,10 @@ from .linear_method import LinearMethod
 from .lora_init import init_from_base, init_loftq, init_orthogonal, starts_in_base
 from .method import by_path
 from .offloaded import has_hooks, weight_of
+from .overridden_module import UPDATES
+from .parameter_lora import ParameterDelta
 from .registry import register_method
-from .targets import check_pattern_names, matched_layers, pattern_value
+from .targets import check_pattern_names, matched_parameters, pattern_value
 from .ties import paths_of_tied
 
 
@@ -40,6 +43,9 @@ class LoraConfig(PeftConfig):
     lora_bias: B has a bias, which is scaled and merged with it.
     ensure_weight_tying: modules_to_save train as one with what is tied to them, such as the head with the embedding.
     Files of PEFT's with LoRA over both load for use; training such a LoRA is not implemented.
+    target_parameters: names, or endings of names, of parameters that a module multiplies by itself, such as the
+    [experts, out, in] weights of a mixture of experts, dense or ExpertsNF4; with it, None or [] as target_modules means
+    no layers.
     target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
     """
 
@@ -62,6 +68,7 @@ class LoraConfig(PeftConfig):
     use_dora: bool = False
     lora_bias: bool = False
     ensure_weight_tying: bool = False
+    target_parameters: list[str] | tuple[str, ...] | set[str] | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +79,18 @@ class LoraConfig(PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"LoraConfig: bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         init = self.init_lora_weights
+        if isinstance(self.target_parameters, str):
+            object.__setattr__(self, "target_parameters", (self.target_parameters,))
+        if self.target_parameters:
+            for option, allowed in (("lora_dropout", 0.0), ("use_dora", False), ("lora_bias", False)):
+                if getattr(self, option) != allowed:
+                    raise ValueError(
+                        f"LoraConfig: {option} must be {allowed} with target_parameters, got {getattr(self, option)}"
+                    )
+            if init not in (True, False, "gaussian", "eva"):
+                raise ValueError(
+                    f"LoraConfig: init_lora_weights must be a bool or 'gaussian' with target_parameters, got {init!r}"
+                )
         known = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
         if not isinstance(init, bool) and init not in known and not re.fullmatch(r"pissa_niter_\d+", init):
             raise ValueError(
@@ -232,13 +251,56 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
     def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
         super().__init__(config, host, name)
         self.needs_eva = self.config.init_lora_weights == "eva"
+        for path, stored_as in matched_parameters(host, self.config.target_parameters).items():
+            self._add_parameter(path, stored_as)
+
+    @classmethod
+    def targets(cls, config: PeftConfig, host: Host) -> dict[str, nn.Module]:
+        assert isinstance(config, LoraConfig)
+        return {} if config.target_parameters and not config.target_modules else super().targets(config, host)
+
+    def _add_parameter(self, path: str, stored_as: str) -> None:
+        owner, _, attribute = path.rpartition(".")
+        own, r = self.host.own_value(path), self.rank(self.config, path)
+        if len(own.shape) not in (2, 3) or not own.dtype.is_floating_point:
+            raise ValueError(
+                f"target_parameters: {path} must have two or three dimensions, got {list(own.shape)} in {own.dtype}"
+            )
+        if owner in self.deltas:
+            raise ValueError(f"target_parameters: {path} must not belong to a layer that target_modules names")
+        transposed = len(own.shape) == 3 and bool(getattr(self.host.module(owner), "is_transposed", False))
+        scaling = self.config.scaling(r, pattern_value(path, self.config.alpha_pattern, self.config.lora_alpha))
+        init, dtype = self.config.init_lora_weights, self.host.adapter_dtype
+        self.host.adapt_parameter(path)
+        delta = ParameterDelta(own, r, scaling, init, dtype, transposed=transposed)
+        self.tree.add(stored_as, delta, owner=owner, slot=f"{attribute}{UPDATES}")
+
+    @classmethod
+    def check_file(
+        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+    ) -> None:
+        super().check_file(config, host, tensors, extra_tensors)
+        assert isinstance(config, LoraConfig)
+        stored = by_path(tensors, cls.file_prefix)
+        for path, stored_as in matched_parameters(host, config.target_parameters).items():
+            shape = host.own_value(path).shape
+            rows = cls.rank(config, path) * (shape[0] if len(shape) == 3 else 1)
+            lora_A = stored.get(f"{stored_as}.lora_A.weight")
+            if lora_A is None or lora_A.shape[:1] != (rows,):
+                got = "none" if lora_A is None else list(lora_A.shape)
+                raise ValueError(f"adapter file: {stored_as}.lora_A.weight of {path} must have {rows} rows, got {got}")
+
+    def why_no_rows(self) -> str | None:
+        if self.config.target_parameters:
+            return f"it updates parameters for the whole batch, {list(as_names(self.config.target_parameters))}"
+        return super().why_no_rows()
 
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
         super().check_names(config, host)
         assert isinstance(config, LoraConfig)
         if config.rank_pattern or config.alpha_pattern:
-            targets = matched_layers(host, config, embeddings=True)
+            targets = [*cls.targets(config, host), *matched_parameters(host, config.target_parameters)]
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
             check_pattern_names("alpha_pattern", config.alpha_pattern, targets)
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
+from ..nn.experts_nf4 import ExpertsNF4
 from .base_layer import is_quantized
 from .host import Host
 
@@ -27,10 +28,31 @@ def merge(host: Host, names: Sequence[str], *, target: str, safe_merge: bool) ->
             for layer in host.adapted().values()
             if any(name in layer.deltas for name in names)
         ]
+        norms += [
+            updates.merge(host.own_value(path), names, target=target, safe_merge=safe_merge)
+            for path, updates in host.adapted_parameters().items()
+            if any(name in updates for name in names)
+        ]
     error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
     merged = [layer.merged_layer for layer in host.adapted().values() if layer.merged_layer is not None]
-    if update and any(is_quantized(layer) for layer in merged):
+    stacks = [stack for updates in host.adapted_parameters().values() for stack in updates.merged]
+    if update and (any(map(is_quantized, merged)) or any(isinstance(stack, ExpertsNF4) for stack in stacks)):
         warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=3)
+
+
+def unmerge(host: Host) -> None:
+    """Lets the layers' own weights compute again."""
+    for layer in host.adapted().values():
+        layer.unmerge()
+    for updates in host.adapted_parameters().values():
+        updates.unmerge()
+
+
+def is_merged(host: Host, name: str) -> bool:
+    """Whether some weight includes the update of adapter `name`."""
+    merged = [layer.merged_names for layer in host.adapted().values()]
+    merged += [updates.merged_names for updates in host.adapted_parameters().values()]
+    return any(name in names for names in merged)
 
 
 def keep_merged(host: Host, names: Sequence[str]) -> None:
@@ -38,6 +60,9 @@ def keep_merged(host: Host, names: Sequence[str]) -> None:
     _warn_of_ties(host)
     for layer in host.adapted().values():
         layer.keep_merged()
+    for path, updates in host.adapted_parameters().items():
+        if (merged := updates.kept_merged()) is not None:
+            host.set_own_value(path, merged)
     for name in names:
         for method in host.methods(name):
             method.overrides.keep()

@@ -19,6 +19,8 @@ from .offloaded import weight_of
 from .selection import Selection
 
 SLOT = "overrides"
+UPDATES = "_updates"
+"""What follows an attribute's name in that of the child with the adapters' updates of it (parameter_lora.py)."""
 
 
 class Copies(nn.Module):
@@ -78,14 +80,17 @@ def _class_of(plain_class: Any, attributes: frozenset[str]) -> type[nn.Module]:
 
 def _property(attribute: str) -> property:
     def read(module: nn.Module) -> Any:
-        values: Any = module._parameters if attribute in module._parameters else module.__dict__
-        if attribute not in values:
+        places: tuple[Any, ...] = (module._parameters, module._modules, module.__dict__)
+        values = next((place for place in places if attribute in place), None)
+        if values is None:
             raise AttributeError(f"{type(module).__name__} has no attribute {attribute!r}")
         own = values[attribute]
         overrides = module._modules.get(SLOT)
         copy = None if overrides is None else cast(Overrides, overrides).active(attribute)
         # A copy may be kept in a wider dtype than the model computes in.
-        return own if copy is None else copy.to(own.dtype)
+        value = own if copy is None else copy.to(own.dtype)
+        updates: Any = module._modules.get(attribute + UPDATES)
+        return value if updates is None else updates.applied(value)
 
     def write(module: nn.Module, value: Any) -> None:
         # A parameter is assigned by nn.Module itself; a replica of nn.DataParallel gets plain tensors.
@@ -127,6 +132,8 @@ def restore(module: nn.Module) -> None:
     """Undoes `override` once no adapter has a copy any more."""
     if not module._modules.get(SLOT):
         module._modules.pop(SLOT, None)
+        if any(name.endswith(UPDATES) for name in module._modules):
+            return
         # Another library may have put a class of its own over ours, which then stays as it is and reads through.
         if type(module) is not plain_class(module) and "plain_class" in vars(type(module)):
             module.__class__ = plain_class(module)

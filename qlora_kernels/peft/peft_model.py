@@ -258,7 +258,7 @@ class PeftModel(nn.Module):
         methods = self.host.methods(adapter_name)
         if users := [name for name in self.host.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
-        if any(adapter_name in layer.merged_names for layer in self.host.adapted().values()):
+        if merging.is_merged(self.host, adapter_name):
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
         was_active = adapter_name in self.selection.active
         trained = any(p.requires_grad for method in methods for p in method.parameters())
@@ -343,8 +343,7 @@ class PeftModel(nn.Module):
         merging.merge(self.host, names, target=target, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        for layer in self.host.adapted().values():
-            layer.unmerge()
+        merging.unmerge(self.host)
 
     def merge_and_unload(
         self, target: str = "16bit", *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from torch import nn
 
+from ..nn.experts_nf4 import ExpertsNF4
 from ..nn.functional_use import read_but_never_called
 from ..nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
 from ..nn.module_tree import unwrapped
@@ -101,6 +102,38 @@ def check_target_names(host: Host, config: TargetConfig) -> None:
             raise ValueError(
                 f"layers_to_transform: every number must be that of a targeted layer, got {missing}; there are {there}"
             )
+
+
+def matched_parameters(host: Host, wanted: Names | None) -> dict[str, str]:
+    """The parameters that target_parameters names: path -> path of the update in a file.
+
+    PEFT nests a wrapper around the module for each of its parameters, in their order, so that all but the last have
+    `base_layer` in their names. Raises ValueError where a name matches none, and for parameters of the model itself.
+    """
+    names = as_names(wanted)
+    by_owner: dict[str, list[str]] = {}
+    every = list(parameter_paths(host))
+    check_names("target_parameters", names, every, of="a parameter")
+    for path in every:
+        if matches(names, path):
+            by_owner.setdefault(path.rpartition(".")[0], []).append(path)
+    if "" in by_owner:
+        raise ValueError(
+            f"target_parameters: {by_owner['']} must belong to a module inside the model, not to the model"
+        )
+    return {
+        path: owner + ".base_layer" * (len(paths) - 1 - number)
+        for owner, paths in by_owner.items()
+        for number, path in enumerate(paths)
+    }
+
+
+def parameter_paths(host: Host) -> Iterator[str]:
+    """Paths of all parameters of the model, quantized experts included."""
+    for owner, module in host.modules().items():
+        leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+        leaves += [leaf for leaf, child in module._modules.items() if isinstance(child, ExpertsNF4)]
+        yield from (f"{owner}.{leaf}" if owner else leaf for leaf in leaves)
 
 
 def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
