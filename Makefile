@@ -3,6 +3,7 @@
 #   make setup      .venv with everything the tests, the demo and the benchmarks need; the native libraries compiled
 #   make demo       fine-tune SmolLM2-135M in NF4 + LoRA on this machine's CPU, and report        (about 3 minutes)
 #   make test       the whole test suite
+#   make test-blas  the numerical tests under other orders of summation, as other CPUs have them (about 15 minutes)
 #   make test-aarch64
 #                   the CPU kernels for AArch64 under qemu (make aarch64-tools installs what that needs, on Debian)
 #   make test-cuda-torch
@@ -46,7 +47,7 @@ CXX_FILES := $(NATIVE)
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-.PHONY: help sanitize test-aarch64 aarch64-tools compat setup ext demo test test-cuda-torch lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
+.PHONY: help sanitize test-aarch64 aarch64-tools compat setup ext demo test test-blas test-cuda-torch lint format bench kernels-report kernels-gate gpu-check wheel wheels clean
 
 setup: $(VENV)/.installed $(VENV)/.compiled
 
@@ -84,6 +85,16 @@ test: $(READY)
 
 test-cuda-torch: $(READY)
 	$(PYTHON) -m tests.support.fake_cuda $(VENV)-cuda
+
+# The numerical tests under other orders of summation than this CPU's own (about 15 minutes): MKL's portable and AVX2
+# code, torch without AVX, and products whose order changes at every call.
+NUMERICAL := tests/cpu tests/format tests/io tests/nn tests/ops tests/optim tests/peft tests/training tests/test_tolerances.py
+
+test-blas: $(READY)
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(PYTEST) -q $(NUMERICAL)
+	MKL_CBWR=AVX2 OMP_NUM_THREADS=2 $(PYTEST) -q $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -q $(NUMERICAL)
+	$(PYTEST) -q -p tests.support.shuffled_blas tests/nn tests/peft tests/ops
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
