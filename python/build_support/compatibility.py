@@ -122,8 +122,10 @@ def check(outcome: Outcome, name: str, log: str, command: list[str | Path], **wh
     outcome.checks[name] = ", ".join(counts) or "pass"
 
 
-def run_environment(environment: Environment, wheel: Path, bounds: dict[str, str], folder: Path) -> Outcome:
-    """One row, in the virtual environment `folder`, which is made where there is none."""
+def run_environment(
+    environment: Environment, wheel: Path, bounds: dict[str, str], folder: Path, checkout: Path
+) -> Outcome:
+    """One row, in the virtual environment `folder`, which is made where there is none, with the tests of `checkout`."""
     outcome, name = Outcome(environment.name), environment.name.replace(" ", "-")
     python = interpreter(environment.python)
     if python is None:
@@ -136,7 +138,6 @@ def run_environment(environment: Environment, wheel: Path, bounds: dict[str, str
     core = [pin for pin in pins if pin.startswith(CORE)]
     beyond = [pin for pin in pins if not pin.startswith(("safetensors", "numpy"))]  # extras may need newer ones
     with tempfile.TemporaryDirectory() as scratch:
-        checkout = Path(scratch) / "checkout"
         try:
             if not folder.exists():
                 run(f"{name}-venv", [python, "-m", "venv", folder])
@@ -150,16 +151,20 @@ def run_environment(environment: Environment, wheel: Path, bounds: dict[str, str
             return outcome
         outcome.versions = {**versions(inside), "numpy": alone["numpy"], "safetensors": alone["safetensors"]}
         outcome.python = outcome.versions.pop("python")
-        # Without the package, so that tests import the one that is installed.
-        for part in ("tests", "python", "csrc"):
-            shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy2(ROOT / "pyproject.toml", checkout)
         pytest = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         headers = [inside, "-m", "python.build_support.check_headers"]
         check(outcome, "source", f"{name}-source", headers, cwd=checkout)
         check(outcome, "op tests", f"{name}-ops", [*pytest, *OP_TESTS], cwd=checkout)
         check(outcome, "fine-tune", f"{name}-finetune", [*pytest, *FINE_TUNE], cwd=checkout)
     return outcome
+
+
+def copy_checkout(folder: Path) -> Path:
+    """The tests and what they use, without the package, so that they import the one that is installed."""
+    for part in ("tests", "python", "csrc"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    return folder
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -255,11 +260,12 @@ def main() -> int:
         RECORD.unlink(missing_ok=True)
     environments = rows(bounds)
     with tempfile.TemporaryDirectory() as scratch:
+        checkout = copy_checkout(Path(scratch) / "checkout")  # now: the wheel's, whatever is edited meanwhile
         for i, environment in enumerate(environments):
             if not arguments.only or environment.name in arguments.only:
                 print(environment.name, flush=True)
                 folder = (arguments.environments or Path(scratch)) / environment.venv
-                record(run_environment(environment, wheel, bounds, folder))
+                record(run_environment(environment, wheel, bounds, folder, checkout))
             if environment.venv not in [later.venv for later in environments[i + 1 :]]:
                 shutil.rmtree(Path(scratch) / environment.venv, ignore_errors=True)  # several GB with CUDA's libraries
     for requirement in triton_requirements(bounds):
