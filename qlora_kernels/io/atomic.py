@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .exchange import exchange
@@ -90,9 +90,13 @@ def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[P
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Inside, no other process switches files of `folder`; a commit that a killed process left is completed first."""
-    settle(folder)
-    with folder_lock(folder, shared=True) if folder.is_dir() else nullcontext():
-        yield
+    while folder.is_dir():
+        settle(folder)
+        with folder_lock(folder, shared=True):
+            if not _commits(folder):  # a process may have been killed in its commit between the two calls above
+                yield
+                return
+    yield
 
 
 def settle(folder: Path) -> None:
@@ -104,7 +108,7 @@ def settle(folder: Path) -> None:
         return
     with folder_lock(folder):
         try:
-            for commit in _commits(folder):
+            for commit in _commits_in_order(folder):
                 _apply(commit, folder)
         except OSError as error:
             raise OSError(
@@ -185,12 +189,19 @@ def _require_room(folder: Path, written: Collection[str], replaced: Collection[s
 
 
 def _commits(folder: Path) -> list[Path]:
-    """Oldest first; none where there is no such folder."""
+    """The unfinished commits of `folder`; none where there is no such folder.
+
+    Without the lock on `folder`, those in it may vanish at any moment: nothing but their names is read then.
+    """
     try:
-        entries = [entry for entry in os.scandir(folder) if entry.name.startswith(COMMIT)]
+        return [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(COMMIT)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [Path(entry.path) for entry in entries]
+
+
+def _commits_in_order(folder: Path) -> list[Path]:
+    """Oldest first. The caller holds the lock on `folder`."""
+    found = _commits(folder)
     if links := [path for path in found if path.is_symlink() or (path / _FILES).is_symlink()]:
         raise ValueError(f"{links[0]} must not be, or hold, a link: no save makes one; remove it")
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)

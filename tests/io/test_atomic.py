@@ -224,10 +224,10 @@ def test_three_processes_fill_one_cache(tmp_path):
 
 
 def test_processes_that_save_into_one_folder(tmp_path):
-    """Two writers and a reader: what is read is always of one save."""
+    """Four writers and a reader: what is read is always of one save."""
 
     def write(which):
-        for i in range(15):
+        for i in range(40):
             with files_appearing_together(tmp_path, ["config", "weights"]) as partial:
                 for name in ("config", "weights"):
                     (partial / name).write_text(f"{which} {i}")
@@ -240,8 +240,8 @@ def test_processes_that_save_into_one_folder(tmp_path):
             assert len(values) <= 1, found
             assert {"config", "weights"} & found.keys() in (set(), {"config", "weights"})
 
-    children = [in_child(lambda i=i: write(i)) for i in (0, 1)] + [in_child(read)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    children = [in_child(lambda i=i: write(i)) for i in range(4)] + [in_child(read)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5
     assert {path.name for path in tmp_path.iterdir()} == {"config", "weights"}
 
 
