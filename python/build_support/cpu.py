@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
+from .native import CSRC, TARGET_VERSION, CannotBuild, Step, compile_step, tool, torch_paths
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
@@ -78,7 +78,6 @@ def is_kernel(source: Path) -> bool:
 def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[Step]:
     """Objects of everything in csrc/cpu. The sanitizer driver (tests/cpu/sanitize) is built from the same list."""
     family = family_of(compiler)
-    shared = headers()
     steps = []
     # Of csrc/cpu/amx, other families have what says that there is no AMX.
     for source in (*sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "cpu" / "amx").glob("*.cpp"))):
@@ -89,8 +88,8 @@ def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[St
             output = build / (name or "common") / f"{source.stem}.o"
             include = f"-I{CSRC / 'include'}"
             defines = (*family.defines, *define)
-            command = (compiler, *flags, *isa_flags, *defines, include, "-c", str(source), "-o", str(output))
-            steps.append(Step(command, output, (source, *shared)))
+            command = (compiler, *flags, *isa_flags, *defines, include)
+            steps.append(compile_step(command, source, output))
     return steps
 
 
@@ -109,8 +108,7 @@ class CpuLibrary:
         for source in sorted((CSRC / "bindings").glob("cpu*.cpp")):
             output = build / "bindings" / f"{source.stem}.o"
             folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *(f"-isystem{folder}" for folder in includes)]
-            command = (compiler, *COMMON_FLAGS, TARGET_VERSION, *folders, "-c", str(source), "-o", str(output))
-            steps.append(Step(command, output, (source, *headers())))
+            steps.append(compile_step((compiler, *COMMON_FLAGS, TARGET_VERSION, *folders), source, output))
         return steps
 
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cuda_toolkit import cuda_home, shared_runtime, version
-from .native import CSRC, TARGET_VERSION, CannotBuild, Step, headers, tool, torch_paths
+from .native import CSRC, TARGET_VERSION, CannotBuild, Step, compile_step, tool, torch_paths
 
 ARCHS_VARIABLE = "QLORA_CUDA_ARCHS"
 DEFAULT_ARCHS = "80+PTX"
@@ -86,15 +86,15 @@ class CudaLibrary:
         nvcc = (str(home / "bin" / "nvcc"), *NVCC_FLAGS, *gencode(archs), f"-I{CSRC / 'include'}")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             output = build / "kernels" / f"{source.stem}.o"
-            steps.append(Step((*nvcc, "-c", str(source), "-o", str(output)), output, (source, *headers())))
+            steps.append(compile_step(nvcc, source, output))
         compiler = tool("CXX", "c++", "g++", "clang++")
         folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
         folders += [f"-isystem{folder}" for folder in (*includes, home / "include", home / "include" / "cccl")]
         define = f'-DQLORA_BUILT_ARCHS="{archs}"'
         for source in sorted((CSRC / "bindings").glob("cuda*.cpp")):
             output = build / "bindings" / f"{source.stem}.o"
-            command = (compiler, *BINDING_FLAGS, TARGET_VERSION, define, *folders, "-c", str(source), "-o", str(output))
-            steps.append(Step(command, output, (source, *headers())))
+            command = (compiler, *BINDING_FLAGS, TARGET_VERSION, define, *folders)
+            steps.append(compile_step(command, source, output))
         return steps
 
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:

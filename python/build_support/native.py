@@ -8,6 +8,7 @@ reference backend.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -32,11 +33,15 @@ class CannotBuild(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One command that makes `output`; done again where an input is younger."""
+    """One command that makes `output`; done again where an input is younger.
+
+    dependency_file: where the compiler writes which headers it read, as a rule of make (-MD -MF). They are inputs too.
+    """
 
     command: tuple[str, ...]
     output: Path
     inputs: tuple[Path, ...]
+    dependency_file: Path | None = None
 
     def is_current(self) -> bool:
         if not self.output.exists():
@@ -46,7 +51,17 @@ class Step:
         if not made_by.exists() or made_by.read_text() != " ".join(self.command):
             return False
         built = self.output.stat().st_mtime
-        return all(path.stat().st_mtime <= built for path in self.inputs)
+        try:
+            inputs = [*self.inputs, *self._headers()]
+            return all(path.stat().st_mtime <= built for path in inputs)
+        except FileNotFoundError:  # a header was removed, or no dependency file was written
+            return False
+
+    def _headers(self) -> list[Path]:
+        if self.dependency_file is None:
+            return []
+        _, _, names = self.dependency_file.read_text().replace("\\\n", " ").partition(": ")
+        return [Path(name.replace("\\ ", " ")) for name in re.split(r"(?<!\\)\s+", names) if name]
 
     def run(self) -> None:
         if self.is_current():
@@ -58,6 +73,13 @@ class Step:
         if done.stderr.strip():
             print(done.stderr.strip())
         self.output.with_suffix(self.output.suffix + ".cmd").write_text(" ".join(self.command))
+
+
+def compile_step(command: Sequence[str], source: Path, output: Path) -> Step:
+    """The step that compiles `source` to the object `output`.   command: the compiler and its flags."""
+    dependency_file = output.with_suffix(".d")
+    record = ("-MD", "-MF", str(dependency_file))
+    return Step((*command, *record, "-c", str(source), "-o", str(output)), output, (source,), dependency_file)
 
 
 class Library(Protocol):

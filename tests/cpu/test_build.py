@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
 from python.build_support import cpu
-from python.build_support.native import CSRC
+from python.build_support.native import CSRC, compile_step, tool
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
@@ -68,3 +70,22 @@ def test_other_systems_are_refused(monkeypatch, tmp_path, platform):
     monkeypatch.setattr(sys, "platform", platform)
     with pytest.raises(cpu.CannotBuild, match="built on Linux and macOS, not on " + platform):
         cpu.CpuLibrary().compile_steps(tmp_path)
+
+
+def test_an_edited_header_recompiles_what_includes_it(tmp_path):
+    """The compiler's dependency file says which objects a header belongs to; others stay as they are."""
+    header, source, other = tmp_path / "a header.h", tmp_path / "source.cpp", tmp_path / "other.cpp"
+    header.write_text("int value();\n")
+    source.write_text('#include "a header.h"\n')
+    other.write_text("int other() { return 1; }\n")
+    command = (tool("CXX", "c++", "g++", "clang++"), "-std=c++20")
+    steps = [compile_step(command, path, tmp_path / f"{path.stem}.o") for path in (source, other)]
+    assert [step.is_current() for step in steps] == [False, False]
+    for step in steps:
+        step.run()
+    assert [step.is_current() for step in steps] == [True, True]
+    later = time.time() + 10
+    os.utime(header, (later, later))
+    assert [step.is_current() for step in steps] == [False, True]
+    header.unlink()
+    assert [step.is_current() for step in steps] == [False, True]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from python.build_support.cpu import kernel_commands
-from python.build_support.native import CSRC, Step, headers
+from python.build_support.native import CSRC, Step, compile_step
 
 SOURCES = Path(__file__).parent
 
@@ -17,11 +17,8 @@ def build_driver(compiler: str, folder: Path, flags: Sequence[str], link_flags: 
     """The program, compiled with `flags` in `folder`. Usage: PROGRAM ISA; exit code 1 where a comparison fails."""
     steps = kernel_commands(compiler, folder, flags)
     includes = (f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}")
-    inputs = (*SOURCES.glob("*.h"), *headers())
     for source in sorted(SOURCES.glob("*.cpp")):
-        output = folder / f"{source.stem}.o"
-        command = (compiler, *flags, *includes, "-c", str(source), "-o", str(output))
-        steps.append(Step(command, output, (source, *inputs)))
+        steps.append(compile_step((compiler, *flags, *includes), source, folder / f"{source.stem}.o"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(Step.run, steps))
     program = folder / "driver"
