@@ -1,8 +1,13 @@
-"""Registration of an op's implementation, of its fake and of its gradient."""
+"""Registration of an op's implementation, of its fake and of its derivatives.
+
+An op's derivative is an explicit torch.autograd.Function in the file of the op. `differentiate` registers it at the
+dispatcher's Autograd key.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -11,17 +16,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._memory import check_memory
+from .dispatch_fast_path import call_below_autograd
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]
-"""A function's positional arguments: bundles of _operands.py, and Tensor for what is one argument to the op too."""
+"""A function's positional arguments: bundles of _operands.py, and Tensor for everything else."""
 
 DEVICES = ("cpu", "cuda")
 """Both dispatch keys lead to `select`, because Triton and CUDA share one."""
 
 
 _kernels: dict[str, Callable[..., Any]] = {}
-"""By op, what `implement` registered."""
+"""By op, the function that `implement` registered."""
 
 
 def implement(qualname: str, takes: Takes = ()) -> Callable[[Function], Function]:
@@ -46,7 +52,7 @@ def fake(qualname: str, takes: Takes = ()) -> Callable[[Function], Function]:
 
 
 def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
-    """`function` for a caller that has the fields of its bundles side by side, as a schema has them."""
+    """Return `function` for a caller that passes the fields of its bundles side by side, as a schema lists them."""
     if not takes:
         return function
     parts: list[tuple[Any, Any]] = []
@@ -62,59 +68,26 @@ def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
     return flat
 
 
-def save(ctx: Any, *operands: Any) -> None:
-    """Keep operands for backward, bundles spread: tensors where autograd sees them, numbers beside them."""
-    ctx.save_for_backward(*[operand if isinstance(operand, Tensor) else None for operand in operands])
-    ctx.numbers = [None if isinstance(operand, Tensor) else operand for operand in operands]
-
-
-def saved(ctx: Any) -> list[Any]:
-    """The operands of `save`."""
-    tensors = ctx.saved_tensors
-    return [number if tensor is None else tensor for tensor, number in zip(tensors, ctx.numbers, strict=True)]
-
-
 def differentiate(
-    qualname: str,
-    backward: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None],
-    wanted: Callable[[Sequence[Any]], Sequence[Tensor | None]],
-    compose: Callable[..., Any],
-    constants: Sequence[str],
+    qualname: str, takes: Takes, apply: Callable[..., Any], *, compose: Callable[..., Any], constants: Sequence[str]
 ) -> None:
     """Register the derivatives of `qualname`, an implemented op without keyword-only and default arguments and aliases.
 
-    backward(ctx, *grads) -> a gradient or None for each of `wanted`, in the order of which ctx.needs_input_grad counts.
-    setup_context(ctx, args, output).   wanted(args) -> the tensors, or None, that have a gradient.
-    compose: the op in torch's own differentiable ops. It runs where a derivative is asked for that `backward` does not
-        give: in forward mode and under the transforms of torch.func.
+    takes: the bundles of the op's arguments, as `implement` takes them.
+    apply(*bundles, run): calls the op's torch.autograd.Function, whose forward computes the op by run(*args), with the
+        arguments of the schema. It is called where a gradient is wanted; elsewhere the op runs without the Function.
+    compose(*bundles): the op in torch's own differentiable ops. It runs where a derivative is asked for that the
+        Function does not give: in forward mode and under the transforms of torch.func.
     constants: names of the arguments that must not require a gradient.
 
     torch.library.register_autograd registers the same, but reads the op's schema on each call to fill in defaults,
-    which takes longer than a small layer's product. For the same reason the kernel is called without a second turn of
-    the dispatcher wherever that turn would find nothing on its way to it: no mode, transform or subclass.
+    which takes longer than a small layer's product.
     """
-    name = qualname.split("::")[1]
-    op = getattr(torch.ops.qlora_kernels, name).default
-    run_below = _below_autograd(qualname)
+    name, op, run_below = _op_of(qualname)
     names = [argument.name for argument in op._schema.arguments]
     frozen = itemgetter(*[names.index(constant) for constant in constants])
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        *_, args, keyset = inputs
-        output = run_below(keyset, args)
-        setup_context(ctx, args, output)
-        # A list among the outputs is spread for autograd, and gathered again below.
-        return (*output[0], *output[1:]) if isinstance(output, tuple) and isinstance(output[0], list) else output
-
-    def backward_of_all(ctx: Any, *grads: Tensor | None) -> Any:
-        return *backward(ctx, *grads), None, None
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
-    node: Any = type(f"{name}_", (torch.autograd.Function,), methods)
-    gathers = str(op._schema.returns[0].type) == "List[Tensor]"
     has_lists = any("List[" in str(argument.type) for argument in op._schema.arguments)
+    apply, compose = spread(apply, (*takes, Tensor)), spread(compose, takes)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if _transforms_active() or forward_ad._current_level >= 0:
@@ -123,63 +96,53 @@ def differentiate(
         if torch.is_grad_enabled() and _any_requires_grad(*(_spread_lists(args) if has_lists else args)):
             if _any_requires_grad(*(_spread_lists(frozen(args)) if has_lists else frozen(args))):
                 _check_constants(name, constants, frozen(args))
-            inputs = wanted(args)
-            if any(tensor is not None and tensor.requires_grad for tensor in inputs):
-                outputs = node.apply(*inputs, args, keyset)
-                return (list(outputs[:-1]), outputs[-1]) if gathers else outputs
-        return run_below(keyset, args)
+            return apply(*args, partial(run_below, keyset))
+        return run_below(keyset, *args)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-def compose_derivatives(qualname: str, compose: Callable[..., Any]) -> None:
+def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]) -> None:
     """Register the derivatives of `qualname`, the gradient of another op: `compose` runs where any is asked for.
 
-    compose: the op in torch's own differentiable ops.
+    takes: as in `differentiate`.   compose(*bundles): the op in torch's own differentiable ops.
     """
-    name, run_below = qualname.split("::")[1], _below_autograd(qualname)
+    name, _, run_below = _op_of(qualname)
+    compose = spread(compose, takes)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if _transforms_active() or forward_ad._current_level >= 0 or _requires_grad(args):
             return _composed(name, compose, args)
-        return run_below(keyset, args)
+        return run_below(keyset, *args)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def refuse_derivatives(qualname: str) -> None:
     """Make `qualname`, which has no derivative, raise where one is asked for."""
-    name = qualname.split("::")[1]
-    run_below = _below_autograd(qualname)
+    name, _, run_below = _op_of(qualname)
 
     def autograd(keyset: Any, *args: Any, **keywords: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
         if _requires_grad(tensors) or any(_has_tangent(tensor) for tensor in tensors):
             raise NotImplementedError(f"{name}: no argument may require a gradient or have a tangent; detach() it")
-        return run_below(keyset, args, **keywords)
+        return run_below(keyset, *args, **keywords)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
+def _op_of(qualname: str) -> tuple[str, Any, Callable[..., Any]]:
+    """Return the op's name without its namespace, its OpOverload, and run(keyset, *args) of `call_below_autograd`."""
+    name = qualname.split("::")[1]
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.qlora_kernels, packet), overload or "default")
+    return name, op, call_below_autograd(op, _kernels[qualname])
+
+
 def _composed(name: str, compose: Callable[..., Any], args: Sequence[Any]) -> Any:
-    if not _transforms_active():  # under a transform tensors are wrappers, whose memory is that of others
+    if not _transforms_active():  # under a transform the tensors are wrappers, which have no storage of their own
         check_memory(name, args)
     return compose(*args)
-
-
-def _below_autograd(qualname: str) -> Callable[..., Any]:
-    """run(keyset, args): the op without autograd, without a turn of the dispatcher where that would change nothing."""
-    kernel = _kernels[qualname]
-    packet, _, overload = qualname.split("::")[1].partition(".")
-    op = getattr(getattr(torch.ops.qlora_kernels, packet), overload or "default")
-
-    def run_below(keyset: Any, args: Sequence[Any], **keywords: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() & _BELOW_AUTOGRAD in _BACKEND_ALONE:
-                return kernel(*args, **keywords)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **keywords)
-
-    return run_below
 
 
 def _check_constants(name: str, constants: Sequence[str], args: Sequence[Any]) -> None:
@@ -207,9 +170,5 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
-_Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
-# ADInplaceOrView stands in every keyset, for ops that write or alias; these do neither.
-_BELOW_AUTOGRAD: int = torch._C._after_autograd_keyset.remove(_Key.ADInplaceOrView).raw_repr()
-_BACKEND_ALONE = tuple(_KeySet(key).raw_repr() for key in (_Key.CPU, _Key.CUDA))
 
 _autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")  # type: ignore[no-untyped-call]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from ._memory import check_memory
 from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
-
-BIAS = 1 + len(Weight._fields)
-"""Place of the bias among an op's arguments."""
-
 
 CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 """Arguments of floats that belong to W, with respect to which nothing has a gradient."""
@@ -58,13 +53,6 @@ def bias_alone(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return zeros if bias is None else zeros + bias.to(x.dtype)
 
 
-def save_bias_dtype(ctx: Any, bias: Tensor | None) -> None:
-    """For grad_bias."""
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def grad_bias(ctx: Any, grad_y: Tensor) -> Tensor | None:
-    """The sum of grad_y's rows in the dtype of the bias, the second argument with a gradient, where it is wanted."""
-    if not ctx.needs_input_grad[1]:
-        return None
-    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+def sum_over_rows(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a bias: grad_y [..., N] summed over its leading dimensions, [N] of `dtype`."""
+    return grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=dtype)

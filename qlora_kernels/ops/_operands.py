@@ -49,6 +49,34 @@ class Weight(NamedTuple):
         return self.absmax is None
 
 
+class WeightLists(NamedTuple):
+    """Several weights, field by field: entry i of each list belongs to weight i."""
+
+    packed: Sequence[Tensor]
+    absmax: Sequence[Tensor | None]
+    absmax_q: Sequence[Tensor | None]
+    absmax_scale: Sequence[Tensor | None]
+    absmax_offset: Sequence[Tensor | None]
+    blocksizes: Sequence[int]
+    N: Sequence[int]
+    K: Sequence[int]
+
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an op."""
+        constants = "Tensor?[] absmax, Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset"
+        return f"Tensor[] packed, {constants}, int[] blocksizes, SymInt[] out_features, SymInt[] in_features"
+
+    @staticmethod
+    def of(weights: Sequence[Weight]) -> WeightLists:
+        """The lists of `weights`."""
+        return WeightLists(*[list(field) for field in zip(*weights, strict=True)])
+
+    def each(self) -> list[Weight]:
+        """The weights one by one."""
+        return [Weight(*fields) for fields in zip(*self, strict=True)]
+
+
 class LoRA(NamedTuple):
     """One adapter: scaling * B A dropout(x).   A: [r, K], B: [N, r], any float dtype.   seed: int64 [1] or None."""
 
@@ -104,6 +132,11 @@ class GroupLoRA(NamedTuple):
     seed: Tensor | None
     scalings: Sequence[float]
     dropout_p: float
+
+    @staticmethod
+    def schema() -> str:
+        """The fields as arguments of an op."""
+        return "Tensor lora_A, Tensor[] lora_B, Tensor? seed, float[] scalings, float dropout_p"
 
     @property
     def ranks(self) -> list[int]:

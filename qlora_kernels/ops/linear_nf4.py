@@ -12,7 +12,7 @@ of torch.func run on _compose.py.
 
 from __future__ import annotations
 
-from operator import itemgetter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_weight, check_x
-from ._implement import differentiate, fake, implement, save, saved, spread
-from ._linear import BIAS, CONSTANTS, as_rows, bias_alone, grad_bias, is_empty, matrix, problem_of, save_bias_dtype
+from ._implement import differentiate, fake, implement
+from ._linear import CONSTANTS, as_rows, bias_alone, is_empty, matrix, problem_of, sum_over_rows
 from ._operands import Weight, weight_of
 from ._registry import select
 
@@ -78,51 +78,72 @@ def linear_nf4_grad_x_fake(grad_y: Tensor, weight: Weight) -> Tensor:
     return grad_y.new_empty((*grad_y.shape[:-1], weight.K))
 
 
-def _composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+class LinearNF4Function(torch.autograd.Function):
+    """y of linear_nf4 and its gradients with respect to x and the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, run: Callable[..., Any]) -> Tensor:
+        """Return y. x and bias keep their place among the inputs; the weight's tensors are saved, x is not needed."""
+        ctx.save_for_backward(weight.packed, *weight.constants)
+        ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y: Tensor = run(x, *weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        """Return the gradients of (x, weight, bias, run)."""
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = Weight._make((*ctx.saved_tensors, ctx.blocksize, ctx.N, ctx.K))
+            grad_x = torch.ops.qlora_kernels.linear_nf4_grad_x(grad_y, *weight)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum_over_rows(grad_y, ctx.bias_dtype)
+        return grad_x, None, grad_bias, None
+
+
+class LinearNF4GradXFunction(torch.autograd.Function):
+    """grad_x = grad_y W of linear_nf4_grad_x, and its gradient with respect to grad_y."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_y: Tensor, weight: Weight, run: Callable[..., Any]) -> Tensor:
+        """Return grad_x."""
+        ctx.save_for_backward(weight.packed, *weight.constants)
+        ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
+        grad_x: Tensor = run(grad_y, *weight)
+        return grad_x
+
+    @staticmethod
+    def backward(ctx: Any, grad_of_grad_x: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradients of (grad_y, weight, run): the product with W^T is linear_nf4 itself."""
+        weight = Weight._make((*ctx.saved_tensors, ctx.blocksize, ctx.N, ctx.K))
+        return torch.ops.qlora_kernels.linear_nf4(grad_of_grad_x, *weight, None), None, None
+
+
+def linear_nf4_composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Checks, then linear_nf4 in torch's own ops."""
     _check_linear(x, weight, bias)
     return _compose.linear(x, weight, bias)
 
 
-def _composed_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
+def linear_nf4_grad_x_composed(grad_y: Tensor, weight: Weight) -> Tensor:
+    """Checks, then linear_nf4_grad_x in torch's own ops."""
     _check_grad_x(grad_y, weight)
     return _compose.grad_x(grad_y, weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *weight, bias = inputs
-    save(ctx, *weight)
-    save_bias_dtype(ctx, bias)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qlora_kernels.linear_nf4_grad_x(grad_y, *saved(ctx))
-    return grad_x, grad_bias(ctx, grad_y)
-
-
-def _setup_context_grad_x(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save(ctx, *inputs[1:])
-
-
-def _backward_grad_x(ctx: Any, grad_of_grad_x: Tensor) -> tuple[Tensor | None]:
-    return (torch.ops.qlora_kernels.linear_nf4(grad_of_grad_x, *saved(ctx), None),)
-
-
 differentiate(
     "qlora_kernels::linear_nf4",
-    _backward,
-    setup_context=_setup_context,
-    wanted=itemgetter(0, BIAS),
-    compose=spread(_composed, _FORWARD),
+    _FORWARD,
+    LinearNF4Function.apply,
+    compose=linear_nf4_composed,
     constants=CONSTANTS,
 )
 differentiate(
     "qlora_kernels::linear_nf4_grad_x",
-    _backward_grad_x,
-    setup_context=_setup_context_grad_x,
-    wanted=itemgetter(slice(0, 1)),
-    compose=spread(_composed_grad_x, _GRAD_X),
+    _GRAD_X,
+    LinearNF4GradXFunction.apply,
+    compose=linear_nf4_grad_x_composed,
     constants=CONSTANTS,
 )
 

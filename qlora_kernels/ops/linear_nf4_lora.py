@@ -16,15 +16,67 @@ passes only x and s are saved: backward regenerates the dropout mask from the se
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._checks import check_lora
-from ._lora_op import define_lora_op
-from ._operands import LoRA, weight_of
+from ._linear import sum_over_rows
+from ._lora_op import LoRAOp
+from ._operands import LoRA, Weight, weight_of
 
-define_lora_op("linear_nf4_lora", LoRA, check_lora)
+
+class LinearNF4LoRAFunction(torch.autograd.Function):
+    """y of linear_nf4_lora and its gradients with respect to x, the bias, lora_A and lora_B.
+
+    Autograd sees arguments only, not what a bundle holds; so lora_A and lora_B are passed on their own as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weight: Weight,
+        lora: LoRA,
+        run: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return (y, s)."""
+        y, s = run(x, *weight, bias, *lora)
+        ctx.mark_non_differentiable(s)
+        ctx.save_for_backward(x, s, lora_A, lora_B, lora.seed, weight.packed, *weight.constants)
+        ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
+        ctx.scaling, ctx.dropout_p = lora.scaling, lora.dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, s
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of (x, bias, lora_A, lora_B, weight, lora, run)."""
+        x, s, lora_A, lora_B, seed, *of_weight = ctx.saved_tensors
+        weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
+        lora = LoRA(lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p)
+        need_grad_x, need_grad_bias, *_ = ctx.needs_input_grad
+        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_backward(
+            grad_y, x, s, *weight, *lora, need_grad_x
+        )
+        grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
+        return grad_x if need_grad_x else None, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _apply(
+    x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA, run: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    y, s = LinearNF4LoRAFunction.apply(x, bias, lora.A, lora.B, weight, lora, run)  # type: ignore[no-untyped-call]
+    return y, s
+
+
+LoRAOp("linear_nf4_lora", LoRA, check_lora).define(_apply)
 
 
 def linear_nf4_lora(

@@ -18,7 +18,8 @@ Kernel contract: x [M, K] and grad_y_i [M, N_i] contiguous, M, K, N_i, r_i >= 1;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,29 +28,25 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
-from ._implement import compose_derivatives, differentiate, fake, implement, save, saved
+from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, bias_alone, is_empty, matrix, problem_of
 from ._memory import contiguous
-from ._operands import GroupLoRA, Weight, weight_of
+from ._operands import GroupLoRA, Weight, WeightLists, weight_of
 from ._registry import Problem, select
 from .linear_nf4_lora import seed_for
 
 _OP, _BACKWARD_OP = "linear_nf4_lora_group", "linear_nf4_lora_group_backward"
-_WEIGHTS = (
-    "Tensor[] packed, Tensor?[] absmax, Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset, "
-    "int[] blocksizes, SymInt[] out_features, SymInt[] in_features"
-)
-_LORA = "Tensor lora_A, Tensor[] lora_B, Tensor? seed, float[] scalings, float dropout_p"
+_FORWARD = (Tensor, Tensor, WeightLists, GroupLoRA)
+_BACKWARD = (Tensor, Tensor, Tensor, WeightLists, GroupLoRA, Tensor)
 torch.library.define(
-    f"qlora_kernels::{_OP}", f"(Tensor x, Tensor?[] biases, {_WEIGHTS}, {_LORA}) -> (Tensor[], Tensor)"
+    f"qlora_kernels::{_OP}",
+    f"(Tensor x, Tensor?[] biases, {WeightLists.schema()}, {GroupLoRA.schema()}) -> (Tensor[], Tensor)",
 )
 torch.library.define(
     f"qlora_kernels::{_BACKWARD_OP}",
-    f"(Tensor[] grad_ys, Tensor x, Tensor s, {_WEIGHTS}, {_LORA}, bool need_grad_x) -> (Tensor, Tensor, Tensor[])",
+    f"(Tensor[] grad_ys, Tensor x, Tensor s, {WeightLists.schema()}, {GroupLoRA.schema()}, bool need_grad_x)"
+    " -> (Tensor, Tensor, Tensor[])",
 )
-_OF_WEIGHTS = len(Weight._fields)
-_LORA_START = 2 + _OF_WEIGHTS
-"""Place of lora_A among forward's arguments."""
 
 
 def linear_nf4_lora_group(
@@ -77,17 +74,19 @@ def linear_nf4_lora_group(
 
 def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA) -> list[Tensor]:
     """The op, from bundles."""
-    fields = [list(field) for field in zip(*weights, strict=True)]
     A, B, seed, scalings, dropout_p = lora
     factors = (A, list(B), seed, list(scalings), dropout_p)
-    ys: list[Tensor] = torch.ops.qlora_kernels.linear_nf4_lora_group(x, list(biases), *fields, *factors)[0]
+    lists = WeightLists.of(weights)
+    ys: list[Tensor] = torch.ops.qlora_kernels.linear_nf4_lora_group(x, list(biases), *lists, *factors)[0]
     return ys
 
 
-@implement(f"qlora_kernels::{_OP}")
-def linear_nf4_lora_group_impl(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
+@implement(f"qlora_kernels::{_OP}", _FORWARD)
+def linear_nf4_lora_group_impl(
+    x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
     """Checks, then the selected kernel over x as a matrix."""
-    weights, lora = _bundled(fields)
+    weights = lists.each()
     _check_forward(x, biases, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
         empty = [bias_alone(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -96,22 +95,32 @@ def linear_nf4_lora_group_impl(x: Tensor, biases: Sequence[Tensor | None], *fiel
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
 
 
-@fake(f"qlora_kernels::{_OP}")
-def linear_nf4_lora_group_fake(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
+@fake(f"qlora_kernels::{_OP}", _FORWARD)
+def linear_nf4_lora_group_fake(
+    x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
     """Shapes and dtypes of the ys and of s."""
-    weights, lora = _bundled(fields)
+    weights = lists.each()
     _check_forward(x, biases, weights, lora)
     ys = [x.new_empty((*x.shape[:-1], weight.N)) for weight in weights]
     return ys, x.new_empty((x.shape[:-1].numel(), lora.r))
 
 
-@implement(f"qlora_kernels::{_BACKWARD_OP}")
+def linear_nf4_lora_group_composed(
+    x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """Checks, then the ys and s in torch's own ops."""
+    weights = lists.each()
+    _check_forward(x, biases, weights, lora)
+    return _compose.lora_group(x, weights, biases, lora)
+
+
+@implement(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_group_backward_impl(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Checks, then the selected kernel over x and the grad_ys as matrices."""
-    *members, need_grad_x = fields
-    weights, lora = _bundled(members)
+    weights = lists.each()
     _check_backward(grad_ys, x, s, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
         grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
@@ -122,73 +131,82 @@ def linear_nf4_lora_group_backward_impl(
     return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grads_B
 
 
-@fake(f"qlora_kernels::{_BACKWARD_OP}")
+@fake(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_group_backward_fake(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Shapes and dtypes of the gradients."""
-    *members, need_grad_x = fields
-    weights, lora = _bundled(members)
-    _check_backward(grad_ys, x, s, weights, lora)
+    _check_backward(grad_ys, x, s, lists.each(), lora)
     grad_x = x.new_empty(x.shape if need_grad_x else (0,))
     return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
 
 
-def _setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    x, _, *fields = args
-    s = output[1]
-    ctx.mark_non_differentiable(s)
-    items = [item for field in fields for item in (field if isinstance(field, (list, tuple)) else [field])]
-    save(ctx, x, s, *items)
-    ctx.lengths = [len(field) if isinstance(field, (list, tuple)) else None for field in fields]
-
-
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    x, s, *rest = saved(ctx)
-    items = iter(rest)
-    fields = [next(items) if length is None else [next(items) for _ in range(length)] for length in ctx.lengths]
-    need_grad_x = ctx.needs_input_grad[0]
-    grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
-        list(grads[:-1]), x, s, *fields, need_grad_x
-    )
-    return grad_x if need_grad_x else None, grad_A, *grads_B
-
-
-def _wanted(args: Sequence[Any]) -> list[Tensor]:
-    """x, lora_A and each lora_B."""
-    lora = GroupLoRA(*args[_LORA_START:])
-    return [args[0], lora.A, *lora.B]
-
-
-def _composed(x: Tensor, biases: Sequence[Tensor | None], *fields: Any) -> tuple[list[Tensor], Tensor]:
-    weights, lora = _bundled(fields)
-    _check_forward(x, biases, weights, lora)
-    return _compose.lora_group(x, weights, biases, lora)
-
-
-def _composed_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, *fields: Any
+def linear_nf4_lora_group_backward_composed(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *members, need_grad_x = fields
-    weights, lora = _bundled(members)
+    """Checks, then the gradients in torch's own ops."""
+    weights = lists.each()
     _check_backward(grad_ys, x, s, weights, lora)
     return _compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
 
 
+class LinearNF4LoRAGroupFunction(torch.autograd.Function):
+    """The ys of linear_nf4_lora_group and their gradients with respect to x, lora_A and each lora_B.
+
+    Autograd sees arguments only, not what lists and bundles hold; so lora_A and the lora_B are passed on their own too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        lists: WeightLists,
+        lora: GroupLoRA,
+        run: Callable[..., Any],
+        lora_A: Tensor,
+        *lora_B: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return (*ys, s)."""
+        ys, s = run(x, biases, *lists, *lora)
+        ctx.mark_non_differentiable(s)
+        of_weights = (lists.packed, lists.absmax, lists.absmax_q, lists.absmax_scale, lists.absmax_offset)
+        ctx.save_for_backward(x, s, lora.seed, lora_A, *lora_B, *chain(*of_weights))
+        ctx.n_linears, ctx.blocksizes, ctx.N, ctx.K = len(lora_B), lists.blocksizes, lists.N, lists.K
+        ctx.scalings, ctx.dropout_p = lora.scalings, lora.dropout_p
+        return *ys, s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of (x, biases, lists, lora, run, lora_A, *lora_B)."""
+        *grad_ys, _ = grads
+        x, s, seed, lora_A, *rest = ctx.saved_tensors
+        lora_B, *of_weights = [rest[i : i + ctx.n_linears] for i in range(0, len(rest), ctx.n_linears)]
+        lists = WeightLists._make((*of_weights, ctx.blocksizes, ctx.N, ctx.K))
+        lora = GroupLoRA(lora_A, lora_B, seed, ctx.scalings, ctx.dropout_p)
+        need_grad_x = ctx.needs_input_grad[0]
+        grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
+            grad_ys, x, s, *lists, *lora, need_grad_x
+        )
+        return grad_x if need_grad_x else None, None, None, None, None, grad_A, *grads_B
+
+
+def _apply(
+    x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA, run: Callable[..., Any]
+) -> tuple[list[Tensor], Tensor]:
+    outputs = LinearNF4LoRAGroupFunction.apply(x, biases, lists, lora, run, lora.A, *lora.B)  # type: ignore[no-untyped-call]
+    *ys, s = outputs
+    return ys, s
+
+
 differentiate(
     f"qlora_kernels::{_OP}",
-    _backward,
-    setup_context=_setup_context,
-    wanted=_wanted,
-    compose=_composed,
+    _FORWARD,
+    _apply,
+    compose=linear_nf4_lora_group_composed,
     constants=("biases", *CONSTANTS),
 )
-compose_derivatives(f"qlora_kernels::{_BACKWARD_OP}", _composed_backward)
-
-
-def _bundled(fields: Sequence[Any]) -> tuple[list[Weight], GroupLoRA]:
-    weights = [Weight(*each) for each in zip(*fields[:_OF_WEIGHTS], strict=True)]
-    return weights, GroupLoRA(*fields[_OF_WEIGHTS:])
+compose_derivatives(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD, linear_nf4_lora_group_backward_composed)
 
 
 def _problem(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> Problem:

@@ -16,6 +16,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
+from qlora_kernels.ops import dispatch_fast_path
 from qlora_kernels.ops._registry import unavailable
 from tests.support.problems import gaussian
 
@@ -124,6 +125,18 @@ def test_inference_mode_and_no_grad_give_the_same_bits(plain):
     with torch.no_grad():
         assert torch.equal(plain(x.clone().requires_grad_()), inference)
     assert inference.is_inference()
+
+
+@with_and_without_grad
+def test_a_call_without_the_fast_path_gives_the_same_bits(op_and_call, grad, monkeypatch):
+    _, call = op_and_call
+    x = gaussian(3, 64).requires_grad_(grad)
+    y = call(x)
+    monkeypatch.setattr(dispatch_fast_path, "PLAIN_KEYSETS", ())
+    redispatched, called = call(x), {name for _, name in functions_called(lambda: call(x))}
+    assert torch.equal(redispatched, y)
+    assert redispatched.requires_grad == grad
+    assert "redispatch" in called
 
 
 @native
