@@ -10,14 +10,18 @@ from . import peft
 from .format.quant_state import QuantState
 from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
+from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
 from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
+from .ops.glu import glu
 from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.linear_nf4_lora_group import linear_nf4_lora_group
 from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
 from .ops.quantize_nf4 import quantize_nf4
+from .ops.rms_norm import rms_norm
+from .ops.rope import rope
 from .optim import PagedAdamW, PagedAdamW8bit
 from .peft.lora_plus import lora_plus_groups
 from .peft.prepare import prepare_for_training
@@ -25,6 +29,7 @@ from .peft.shared_input import fuse_shared_input, unfuse_shared_input
 
 __all__ = [
     "ExpertsNF4",
+    "FuseReport",
     "LinearNF4",
     "PagedAdamW",
     "PagedAdamW8bit",
@@ -32,7 +37,9 @@ __all__ = [
     "ReplaceReport",
     "backends",
     "dequantize_nf4",
+    "fuse_model",
     "fuse_shared_input",
+    "glu",
     "linear_nf4",
     "linear_nf4_lora",
     "linear_nf4_lora_group",
@@ -43,6 +50,9 @@ __all__ = [
     "quantize_nf4",
     "replace_experts",
     "replace_linear",
+    "rms_norm",
+    "rope",
+    "unfuse_model",
     "unfuse_shared_input",
     "use_backend",
 ]

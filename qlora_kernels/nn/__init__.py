@@ -1,7 +1,17 @@
-"""What users hold: drop-in linear layers in NF4 and the replacement of existing ones."""
+"""What users hold: drop-in linear layers in NF4, the replacement of existing ones, and fused parts of models."""
 
 from .convert import ReplaceReport, replace_experts, replace_linear
 from .experts_nf4 import ExpertsNF4
+from .fuse_model import FuseReport, fuse_model, unfuse_model
 from .linear_nf4 import LinearNF4
 
-__all__ = ["ExpertsNF4", "LinearNF4", "ReplaceReport", "replace_experts", "replace_linear"]
+__all__ = [
+    "ExpertsNF4",
+    "FuseReport",
+    "LinearNF4",
+    "ReplaceReport",
+    "fuse_model",
+    "replace_experts",
+    "replace_linear",
+    "unfuse_model",
+]

@@ -25,6 +25,18 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
 
 
+def check_like(op: str, name: str, tensor: Tensor, of: str, other: Tensor, *, dtype: torch.dtype | None = None) -> None:
+    """`tensor` has the shape and device of `other`, which the message calls `of`, and its dtype or `dtype`."""
+    if tensor is None:
+        check_given(op, name, tensor)
+    if tensor.shape != other.shape:
+        raise ValueError(f"{op}: {name} must have the shape of {of}, {tuple(other.shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != (dtype or other.dtype):
+        raise TypeError(f"{op}: {name} must have dtype {dtype or other.dtype} beside {of}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other.device}, got {tensor.device}")
+
+
 def check_blocksize(op: str, blocksize: int) -> None:
     """Blocksize is one of the format's."""
     if blocksize not in nf4.BLOCKSIZES:

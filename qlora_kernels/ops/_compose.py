@@ -1,4 +1,4 @@
-"""The linear ops and their gradients in torch's own ops, differentiable to any order, in either mode.
+"""The ops and their gradients in torch's own ops, differentiable to any order, in either mode.
 
 They run where a derivative is asked for that the kernels do not compute: second derivatives, forward mode and the
 transforms of torch.func. W is dequantized for the length of the product, and results round as torch's products do.
@@ -76,6 +76,78 @@ def lora_group_backward(
         grads_A.append(of_A)
         grads_B.append(of_B)
     return of_x, torch.cat(grads_A), grads_B
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, s or empty, scale) of ops/rms_norm.py."""
+    s = x if residual is None else x + residual
+    scale = torch.rsqrt(s.float().square().mean(-1, keepdim=True) + eps)
+    n = s.float() * scale
+    y = ((1 + weight.float()) * n).to(x.dtype) if weight_offset else weight * n.to(x.dtype)
+    return y, x.new_empty(0) if residual is None else s, scale.detach().reshape(-1)
+
+
+def rms_norm_backward(
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    need_grad_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_weight or empty) of ops/rms_norm.py; scale is computed again, because it depends on s."""
+    scale = torch.rsqrt(s.float().square().mean(-1, keepdim=True) + eps)
+    n, grad = s.float() * scale, grad_y.float()
+    g = grad * (weight.float() + weight_offset)
+    grad_x = scale * (g - n * (g * n).mean(-1, keepdim=True))
+    grad_x = grad_x if grad_s is None else grad_x + grad_s.float()
+    grad_weight = (grad * n).flatten(0, -2).sum(0) if need_grad_weight else weight.new_empty(0)
+    return grad_x.to(s.dtype), grad_weight.to(weight.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(rotated q, rotated k) of ops/rope.py."""
+    cosines, sines = cos.float()[:, None], sin.float()[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        wide = x.float()
+        if inverse:
+            a, b = (wide * sines).chunk(2, dim=-1)
+            turned = torch.cat([b, -a], dim=-1)
+        else:
+            a, b = wide.chunk(2, dim=-1)
+            turned = torch.cat([-b, a], dim=-1) * sines
+        return (wide * cosines + turned).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y of ops/glu.py."""
+    return (_activated(gate.float(), activation) * up.float()).to(gate.dtype)
+
+
+def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(grad_gate, grad_up) of ops/glu.py."""
+    g, grad = gate.float(), grad_y.float()
+    if activation == "silu":
+        sigmoid = torch.sigmoid(g)
+        slope = sigmoid * (1 + g * (1 - sigmoid))
+    else:
+        inner = (2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)
+        tanh = torch.tanh(inner)
+        inner_slope = (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * g.square())
+        slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh.square()) * inner_slope
+    return (grad * up.float() * slope).to(gate.dtype), (grad * _activated(g, activation)).to(up.dtype)
+
+
+def _activated(g: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(g)
+    return torch.nn.functional.gelu(g, approximate="tanh")
 
 
 def _low_rank(x_dropped: Tensor, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:

@@ -69,11 +69,16 @@ def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
 
 
 def differentiate(
-    qualname: str, takes: Takes, apply: Callable[..., Any], *, compose: Callable[..., Any], constants: Sequence[str]
+    qualname: str,
+    takes: Takes,
+    apply: Callable[..., Any],
+    *,
+    compose: Callable[..., Any],
+    constants: Sequence[str] = (),
 ) -> None:
     """Register the derivatives of `qualname`, an implemented op without keyword-only and default arguments and aliases.
 
-    takes: the bundles of the op's arguments, as `implement` takes them.
+    takes: the bundles of the op's arguments, as `implement` takes them; empty where there are none.
     apply(*bundles, run): calls the op's torch.autograd.Function, whose forward computes the op by run(*args), with the
         arguments of the schema. It is called where a gradient is wanted; elsewhere the op runs without the Function.
     compose(*bundles): the op in torch's own differentiable ops. It runs where a derivative is asked for that the
@@ -85,9 +90,9 @@ def differentiate(
     """
     name, op, run_below = _op_of(qualname)
     names = [argument.name for argument in op._schema.arguments]
-    frozen = itemgetter(*[names.index(constant) for constant in constants])
+    frozen = _getter([names.index(constant) for constant in constants])
     has_lists = any("List[" in str(argument.type) for argument in op._schema.arguments)
-    apply, compose = spread(apply, (*takes, Tensor)), spread(compose, takes)
+    apply, compose = spread(apply, (*takes, Tensor) if takes else ()), spread(compose, takes)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if _transforms_active() or forward_ad._current_level >= 0:
@@ -100,6 +105,13 @@ def differentiate(
         return run_below(keyset, *args)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that gives the elements at `places`; itemgetter gives a single element without a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1)) if places else lambda args: ()
 
 
 def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]) -> None:

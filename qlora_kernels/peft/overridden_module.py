@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..nn.made_class import MadeClass, names_of_class
 from .adapter_tree import AdapterModules
 from .offloaded import weight_of
 from .selection import Selection
@@ -46,21 +47,11 @@ class Overrides(AdapterModules):
         return None
 
 
-class _Overridden:
+class _Overridden(MadeClass):
     """The mixin of all classes that _overridden_class makes."""
 
     plain_class: type[nn.Module]
     attributes: frozenset[str]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made anew where it is unpickled.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _instance, (type(self).plain_class, type(self).attributes), state
-
-
-def _instance(plain_class: type[nn.Module], attributes: frozenset[str]) -> nn.Module:
-    kind = _class_of(plain_class, attributes)
-    return kind.__new__(kind)
 
 
 @cache
@@ -69,9 +60,9 @@ def _overridden_class(plain_class: type[nn.Module], attributes: frozenset[str]) 
     members: dict[str, Any] = {name: _property(name) for name in attributes}
     if issubclass(plain_class, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
-    names = {name: getattr(plain_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"plain_class": plain_class, "attributes": attributes}
-    return type(plain_class.__name__, (_Overridden, plain_class), {**names, **own, **members})
+    made_by = _overridden_class, (plain_class, attributes)
+    own = {"plain_class": plain_class, "attributes": attributes, "made_by": made_by}
+    return type(plain_class.__name__, (_Overridden, plain_class), {**names_of_class(plain_class), **own, **members})
 
 
 def _class_of(plain_class: Any, attributes: frozenset[str]) -> type[nn.Module]:

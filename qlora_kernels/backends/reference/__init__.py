@@ -6,6 +6,7 @@ from ...ops import _lora_group, _multi_lora
 from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
+from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 
@@ -20,6 +21,11 @@ _FUNCTIONS = (
     *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
     *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    glu,
+    glu_backward,
 )
 KERNELS = tuple(
     KernelSpec(function.__name__, "reference", function, supports_all, priority=lambda problem: -2)

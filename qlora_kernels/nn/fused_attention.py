@@ -1,0 +1,146 @@
+"""Attention modules of Hugging Face's models, with the rotary embedding of q and k on the rope op."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.rope import rope
+from .fused_module import FusedModule, served
+from .known_forms import form_of, unwrapped_function
+
+
+class AttentionForm(NamedTuple):
+    """What tells the forward of one family from that of another.
+
+    norms_heads: whether q and k pass through q_norm and k_norm.   optional_rope: whether self.use_rope may leave a
+    layer without positions.   arguments: of the attention function, name -> attribute of the module or of its config.
+    """
+
+    norms_heads: bool = False
+    optional_rope: bool = False
+    arguments: tuple[tuple[str, str], ...] = ()
+
+
+_WINDOW = ("sliding_window", "sliding_window")
+FORMS = {
+    "39b01bc94df3439f": AttentionForm(),  # Llama, Gemma
+    "8050a52a03273d1f": AttentionForm(arguments=(_WINDOW,)),  # Qwen2
+    "e99a993e2393c995": AttentionForm(norms_heads=True, arguments=(_WINDOW,)),  # Qwen3
+    "34c2337325b8fc08": AttentionForm(arguments=(("sliding_window", "config.sliding_window"),)),  # Mistral
+    "a05f904023817eda": AttentionForm(arguments=(_WINDOW, ("softcap", "attn_logit_softcapping"))),  # Gemma 2
+    "9d3b2011c0a2173c": AttentionForm(norms_heads=True, arguments=(_WINDOW,)),  # Gemma 3
+    "7ce3277600428f78": AttentionForm(optional_rope=True, arguments=(_WINDOW,)),  # SmolLM3
+}
+"""By `form_of` the forward, as in transformers 5.24."""
+
+_GLOBALS = {"apply_rotary_pos_emb": "e09c64c381670d00", "rotate_half": "34ac59980bfd6c26"}
+"""Functions that a known forward calls by their global names -> their forms."""
+
+
+def attention_form(kind: type[nn.Module]) -> AttentionForm | None:
+    """The form of an attention class; None for code that is not known."""
+    forward: Any = kind.forward
+    form = FORMS.get(form_of(forward) or "")
+    names = unwrapped_function(forward).__globals__ if form is not None else {}
+    known = all(inspect.isfunction(names.get(name)) and form_of(names[name]) == own for name, own in _GLOBALS.items())
+    return form if known else None
+
+
+class FusedAttention(FusedModule):
+    """q, k and v, rotary embedding, the model's own attention function, and the output projection."""
+
+    form: ClassVar[AttentionForm]
+    attention_functions: ClassVar[Any]
+    """transformers' registry of attention functions."""
+    eager_attention: ClassVar[Any]
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+    head_dim: int
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+    config: Any
+
+    @classmethod
+    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+        form = attention_form(base)
+        assert form is not None
+        names = unwrapped_function(cast(Any, base.forward)).__globals__
+        eager = staticmethod(names["eager_attention_forward"])
+        return {"form": form, "attention_functions": names["ALL_ATTENTION_FUNCTIONS"], "eager_attention": eager}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        rotates = getattr(self, "use_rope", True) if self.form.optional_rope else True
+        if position_embeddings is None or not rotates or "past_key_values" in kwargs:
+            if cache is not None:
+                kwargs["cache"] = cache
+            return cast(
+                "tuple[Tensor, Tensor | None]",
+                super().forward(hidden_states, position_embeddings, attention_mask, **kwargs),
+            )
+        leading = hidden_states.shape[:-1]
+        heads = (*leading, -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if self.form.norms_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = _rotated(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        attend = self.attention_functions.get_interface(self.config._attn_implementation, self.eager_attention)
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **self._arguments(),
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*leading, -1).contiguous()), weights
+
+    def _arguments(self) -> dict[str, Any]:
+        values = {}
+        for name, place in self.form.arguments:
+            holder, _, attribute = place.rpartition(".")
+            values[name] = getattr(self.config, attribute, None) if holder else getattr(self, attribute)
+        return values
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k rotated by the op; where it does not serve them, by the formula of transformers."""
+    dtype = query.dtype
+    if (
+        served(query, key, cos, sin)
+        and key.dtype == dtype
+        and cos.dtype == dtype
+        and sin.dtype == dtype
+        and cos.dim() == 3
+        and cos.shape[-1] == query.shape[-1]
+        and not (cos.requires_grad or sin.requires_grad)
+    ):
+        return rope(query, key, cos, sin)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotated_plainly(query, cos, sin), _rotated_plainly(key, cos, sin)
+
+
+def _rotated_plainly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

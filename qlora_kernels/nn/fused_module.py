@@ -1,0 +1,67 @@
+"""Modules of other libraries whose forward runs on this package's ops: what all kinds of them share.
+
+A fused module is the original module with another class, a made subclass of its own. Its parameters, names, hooks and
+state dict stay, and where an input is not what the ops serve, the original forward runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..format.quant_state import FLOAT_DTYPES
+from .made_class import MadeClass, names_of_class
+
+_DEVICES = ("cpu", "cuda", "meta")
+
+
+class FusedModule(MadeClass, nn.Module):
+    """Base of the mixins that fuse_model puts in front of a module's class."""
+
+    @classmethod
+    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes that depend on the class which is extended."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), "fused"]))
+
+
+@cache
+def fused_class(mixin: Any, base: Any) -> type[FusedModule]:
+    """The subclass of the module class `base` whose forward is that of `mixin`, a subclass of FusedModule."""
+    members = {**names_of_class(base), **mixin.members_for(base), "made_by": (fused_class, (mixin, base))}
+    return cast(type[FusedModule], type(base.__name__, (mixin, base), members))
+
+
+def unfused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """`kind` without its fused layers, which may lie below other made classes; None where they cannot be taken out."""
+    made = vars(kind).get("made_by")
+    if made is None:
+        return None if issubclass(kind, FusedModule) else kind
+    maker, arguments = made
+    if maker is fused_class:
+        return unfused_class(arguments[1])
+    inner = [unfused_class(argument) if isinstance(argument, type) else argument for argument in arguments]
+    return None if None in inner else maker(*inner)
+
+
+def served(*tensors: Tensor) -> bool:
+    """Whether the ops take these tensors: one device and dtypes that they know."""
+    first = tensors[0]
+    return first.device.type in _DEVICES and all(
+        tensor.dtype in FLOAT_DTYPES and tensor.device == first.device for tensor in tensors
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something beside its class takes part in a call of the module: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -1,0 +1,103 @@
+"""RMSNorm and decoder layers of Hugging Face's models on the rms_norm op, which adds the residual in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from ..ops.rms_norm import rms_norm
+from .fused_module import FusedModule, is_watched, served
+
+
+class FusedRMSNorm(FusedModule):
+    """A root mean square norm over the last dimension, with `weight` and an eps."""
+
+    weight: Tensor
+    eps_name: ClassVar[str]
+    """Attribute that holds the eps."""
+    weight_offset: ClassVar[float]
+    """What the op adds to the weight."""
+
+    def normalized(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual)."""
+        eps = getattr(self, self.eps_name)
+        return rms_norm(x, self.weight, eps, residual=residual, weight_offset=self.weight_offset)
+
+
+class FusedLlamaRMSNorm(FusedRMSNorm):
+    """weight * normalized x: Llama, Qwen, Mistral."""
+
+    eps_name = "variance_epsilon"
+    weight_offset = 0.0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not served(hidden_states, self.weight):
+            return cast(Tensor, super().forward(hidden_states))
+        return self.normalized(hidden_states)[0]
+
+
+class FusedGemmaRMSNorm(FusedRMSNorm):
+    """(1 + weight) * normalized x: Gemma."""
+
+    eps_name = "eps"
+    weight_offset = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not served(x, self.weight):
+            return cast(Tensor, super().forward(x))
+        return self.normalized(x)[0]
+
+
+class FusedDecoderLayer(FusedModule):
+    """Attention and MLP, each behind a norm; the first residual addition runs in the second norm."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:  # their order is the original's own
+            return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
+        attended = _attended(self, hidden_states, kwargs)
+        normalized, residual = _added_and_normalized(self.post_attention_layernorm, attended, hidden_states)
+        return cast(Tensor, residual + self.mlp(normalized))
+
+
+class FusedSandwichDecoderLayer(FusedModule):
+    """The same with a norm behind each sublayer as well: Gemma 2 and 3."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    mlp: nn.Module
+    post_feedforward_layernorm: nn.Module
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
+        attended = self.post_attention_layernorm(_attended(self, hidden_states, kwargs))
+        normalized, residual = _added_and_normalized(self.pre_feedforward_layernorm, attended, hidden_states)
+        return cast(Tensor, residual + self.post_feedforward_layernorm(self.mlp(normalized)))
+
+
+def _attended(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    defaults = {"attention_mask": None, "position_ids": None, "position_embeddings": None}
+    output, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **{**defaults, **kwargs})
+    return cast(Tensor, output)
+
+
+def _added_and_normalized(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(residual + x), residual + x), in one op where the norm is fused and nothing watches its calls."""
+    if (
+        isinstance(norm, FusedRMSNorm)
+        and not is_watched(norm)
+        and served(x, residual, norm.weight)
+        and x.dtype == residual.dtype
+        and x.shape == residual.shape
+    ):
+        return norm.normalized(x, residual)
+    total = residual + x
+    return norm(total), total

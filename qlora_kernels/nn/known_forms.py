@@ -1,0 +1,62 @@
+"""Recognition of code: whether a module's methods are, statement by statement, those that a replacement computes.
+
+Names of classes say little: a subclass may override a method, and another version of a library may have changed one. A
+method counts as known if its source, without comments, annotations and docstring, has one of the digests listed with
+the replacement. Everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+_TRANSPARENT = ("transformers.modeling_layers", "transformers.utils.deprecation")
+"""Modules whose decorators call what they wrap unchanged: gradient checkpointing, renamed arguments."""
+
+_IGNORED_FIELDS = ("annotation", "returns", "type_comment", "decorator_list", "ctx", "kind")
+
+
+def unwrapped_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside decorators of _TRANSPARENT."""
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        if getattr(function, "__globals__", {}).get("__name__") not in _TRANSPARENT:
+            break
+        function = inner
+    return function
+
+
+def form_of(function: Callable[..., Any]) -> str | None:
+    """A digest of the function's statements; None where its source cannot be read."""
+    return _form(unwrapped_function(function))
+
+
+@lru_cache(maxsize=1024)
+def _form(function: Callable[..., Any]) -> str | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    if ast.get_docstring(tree, clean=False) is not None:
+        tree.body = tree.body[1:]
+    decorators = [ast.unparse(getattr(decorator, "func", decorator)) for decorator in tree.decorator_list]
+    kept = [name for name in decorators if name not in ("deprecate_kwarg", "use_kernel_forward_from_hub")]
+    return hashlib.sha256(repr((kept, _plain(tree))).encode()).hexdigest()[:16]
+
+
+def _plain(node: Any) -> Any:
+    """Nested tuples that are the same in every version of Python; empty fields, which newer ones add, are left out."""
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        return "Assign", (("targets", (_plain(node.target),)), ("value", _plain(node.value)))
+    if isinstance(node, ast.AST):
+        fields = ((name, getattr(node, name, None)) for name in node._fields if name not in _IGNORED_FIELDS)
+        return type(node).__name__, tuple((name, _plain(value)) for name, value in fields if value not in (None, []))
+    if isinstance(node, list):
+        return tuple(_plain(item) for item in node)
+    return repr(node)

@@ -1,0 +1,244 @@
+"""rms_norm: y = normalized(x + residual) * weight, with the residual addition in the same pass.
+
+Ops: qlora_kernels::rms_norm (differentiable in x, residual and weight) and qlora_kernels::rms_norm_backward.
+
+With s = x + residual, rounded to x's dtype, and scale = 1 / sqrt(mean(s^2) + eps) over the last dimension in fp32:
+
+    weight_offset = 0   y = weight * (s * scale rounded to x's dtype), in the dtype that the two factors promote to
+    weight_offset = 1   y = (1 + weight) * s * scale in fp32, rounded once to x's dtype
+
+These are the two forms of Hugging Face's models: Llama, Qwen and Mistral; Gemma. The gradients are those of the
+function without its roundings, and need s and scale alone:
+
+    g = grad_y * (weight_offset + weight),   n = s * scale
+    grad_x = grad_residual = grad_s + scale * (g - n * mean(g * n)),   grad_weight = sum over rows of grad_y * n
+
+Kernel contract: x, residual, s and the gradients are [M, C] and contiguous, weight [C] contiguous, M, C >= 1.
+    rms_norm           run(x, residual or None, weight, eps, weight_offset) -> (y, s, or empty without residual,
+                       scale fp32 [M])
+    rms_norm_backward  run(grad_y, grad_s or None, s, weight, scale, weight_offset, *, need_grad_weight)
+                       -> (grad_x of s.dtype, grad_weight of weight.dtype or empty)
+Sums are kept in fp32.
+Source: Root Mean Square Layer Normalization (arXiv:1910.07467) equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _compose
+from ._checks import check_float, check_like
+from ._implement import compose_derivatives, differentiate, fake, implement
+from ._linear import as_rows, matrix
+from ._memory import contiguous
+from ._registry import Problem, select
+
+torch.library.define(
+    "qlora_kernels::rms_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "qlora_kernels::rms_norm_backward",
+    "(Tensor grad_y, Tensor? grad_s, Tensor s, Tensor weight, Tensor scale, float eps, float weight_offset,"
+    " bool need_grad_weight) -> (Tensor, Tensor)",
+)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Add a residual, normalize over the last dimension by the root mean square, and multiply by a weight.
+
+    x: [..., C], fp32, bf16 or fp16.   weight: [C], any of the three dtypes.   eps: added to the mean square, > 0 or 0.
+    residual: of x's shape and dtype, or None.
+    weight_offset: 0.0 multiplies by weight (Llama, Qwen, Mistral), 1.0 by 1 + weight (Gemma).
+    Returns (y, x + residual); without a residual the second is x itself. y has x's shape, and x's dtype; with
+    weight_offset 0.0 and a weight of higher precision the weight's. Differentiable in x, residual and weight.
+    Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
+    Source: transformers' LlamaRMSNorm and GemmaRMSNorm, whose roundings it follows.
+    """
+    y, s, _ = torch.ops.qlora_kernels.rms_norm(x, residual, weight, eps, weight_offset)
+    return y, x if residual is None else s
+
+
+@implement("qlora_kernels::rms_norm")
+def rms_norm_impl(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, then the selected kernel over x as a matrix."""
+    _check(x, residual, weight, eps, weight_offset)
+    if x.numel() == 0:
+        return rms_norm_fake(x, residual, weight, eps, weight_offset)
+    run = select(_problem("rms_norm", x)).run
+    rows, added = matrix(x), None if residual is None else matrix(residual)
+    y, s, scale = run(rows, added, contiguous("rms_norm", weight), eps, weight_offset)
+    return as_rows(y, x), s if residual is None else as_rows(s, x), scale
+
+
+@fake("qlora_kernels::rms_norm")
+def rms_norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the results."""
+    _check(x, residual, weight, eps, weight_offset)
+    y = x.new_empty(x.shape, dtype=y_dtype(x, weight, weight_offset))
+    s = x.new_empty((0,) if residual is None else x.shape)
+    return y, s, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@implement("qlora_kernels::rms_norm_backward")
+def rms_norm_backward_impl(
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight_offset: float,
+    need_grad_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks, then the selected kernel over s as a matrix."""
+    _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
+    if s.numel() == 0:
+        return torch.zeros_like(s), weight.new_zeros(weight.shape if need_grad_weight else (0,))
+    run = select(_problem("rms_norm_backward", s)).run
+    added = None if grad_s is None else matrix(grad_s)
+    grad_x, grad_weight = run(
+        matrix(grad_y),
+        added,
+        matrix(s),
+        contiguous("rms_norm", weight),
+        scale,
+        weight_offset,
+        need_grad_weight=need_grad_weight,
+    )
+    return as_rows(grad_x, s), grad_weight
+
+
+@fake("qlora_kernels::rms_norm_backward")
+def rms_norm_backward_fake(
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight_offset: float,
+    need_grad_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the results."""
+    _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
+    return s.new_empty(s.shape), weight.new_empty(weight.shape if need_grad_weight else (0,))
+
+
+def y_dtype(x: Tensor, weight: Tensor, weight_offset: float) -> torch.dtype:
+    """The dtype of y: see the head of this file."""
+    return x.dtype if weight_offset else torch.promote_types(x.dtype, weight.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """(y, s, scale) of rms_norm and the gradients with respect to x, residual and weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        weight_offset: float,
+        run: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (y, s, scale); what is normalized, weight and scale are saved."""
+        y, s, scale = run(x, residual, weight, eps, weight_offset)
+        ctx.has_residual, ctx.eps, ctx.weight_offset = residual is not None, eps, weight_offset
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([scale] if ctx.has_residual else [scale, s]))
+        ctx.save_for_backward(s if ctx.has_residual else x, weight, scale)
+        return y, s, scale
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, grad_scale: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of (x, residual, weight, eps, weight_offset, run)."""
+        s, weight, scale = ctx.saved_tensors
+        need_grad_weight = ctx.needs_input_grad[2]
+        grad_x, grad_weight = grad_s, None
+        if grad_y is not None:
+            grad_x, grad_weight = torch.ops.qlora_kernels.rms_norm_backward(
+                grad_y, grad_s, s, weight, scale, ctx.eps, ctx.weight_offset, need_grad_weight
+            )
+        grad_residual = grad_x if ctx.has_residual else None
+        return grad_x, grad_residual, grad_weight if need_grad_weight else None, None, None, None
+
+
+def rms_norm_composed(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks, then rms_norm in torch's own ops."""
+    _check(x, residual, weight, eps, weight_offset)
+    return _compose.rms_norm(x, residual, weight, eps, weight_offset)
+
+
+def rms_norm_backward_composed(
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight_offset: float,
+    need_grad_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checks, then rms_norm_backward in torch's own ops."""
+    _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
+    return _compose.rms_norm_backward(grad_y, grad_s, s, weight, eps, weight_offset, need_grad_weight)
+
+
+differentiate("qlora_kernels::rms_norm", (), RMSNormFunction.apply, compose=rms_norm_composed)
+compose_derivatives("qlora_kernels::rms_norm_backward", (), rms_norm_backward_composed)
+
+
+def _problem(op: str, x: Tensor) -> Problem:
+    return Problem(op, x.device.type, x.dtype)
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float) -> None:
+    op = "rms_norm"
+    check_float(op, "x", x)
+    _check_weight(op, weight, x, weight_offset)
+    if residual is not None:
+        check_like(op, "residual", residual, "x", x)
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be zero or positive, got {eps}")
+
+
+def _check_weight(op: str, weight: Tensor, x: Tensor, weight_offset: float) -> None:
+    check_float(op, "weight", weight)
+    if x.dim() < 1 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        got = f"shape {tuple(weight.shape)} beside {tuple(x.shape)}"
+        raise ValueError(f"{op}: weight must have one element for each of the last dimension of x, got {got}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight must be on {x.device}, got {weight.device}")
+    if weight_offset not in (0.0, 1.0):
+        raise ValueError(f"{op}: weight_offset must be 0.0 or 1.0, got {weight_offset}")
+
+
+def _check_backward(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor, weight_offset: float
+) -> None:
+    op = "rms_norm_backward"
+    check_float(op, "s", s)
+    _check_weight(op, weight, s, weight_offset)
+    check_like(op, "grad_y", grad_y, "s", s, dtype=y_dtype(s, weight, weight_offset))
+    if grad_s is not None:
+        check_like(op, "grad_s", grad_s, "s", s)
+    rows = s.shape[:-1].numel()
+    if scale.shape != (rows,) or scale.dtype != torch.float32 or not scale.is_contiguous() or scale.device != s.device:
+        got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        raise ValueError(f"{op}: scale must be contiguous float32 [M={rows}] on {s.device}, got {got}")
