@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -19,8 +20,8 @@ def prepare_for_training(
 
     upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all (as PEFT's
     prepare_model_for_kbit_training does, which takes 4 bytes for every weight of the embeddings and the head too).
-    A normalisation layer that becomes fp32 still returns its input's dtype, so the model runs with and without
-    autocast.
+    A normalisation layer that becomes fp32 still returns what the next layer takes, so the model runs with and
+    without autocast.
     gradient_checkpointing: needs a transformers model; "reentrant" also makes the embeddings' output require a
     gradient, without which reentrant checkpointing trains nothing.
     """
@@ -35,10 +36,11 @@ def prepare_for_training(
     for module in model.modules():
         half = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype in _HALF]
         if half and (upcast == "all" or (upcast == "norms" and _is_norm(module))):
+            dtype = half[0].dtype
             for parameter in half:
                 parameter.data = parameter.data.float()
             if upcast == "norms":
-                module.register_forward_hook(_return_input_dtype)
+                module.register_forward_hook(partial(_return_narrow, dtype))
     if gradient_checkpointing:
         _checkpoint(model, reentrant=gradient_checkpointing == "reentrant")
     return model
@@ -49,11 +51,20 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.lower().endswith("norm")
 
 
-def _return_input_dtype(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook. Some models multiply the fp32 weight last, so that their output is fp32 for any input."""
-    if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-        return output.to(args[0].dtype)
-    return output
+def _return_narrow(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook: the output in the input's dtype; without autocast at most as wide as `dtype`.
+
+    Some models multiply the fp32 weight last, so that their output is fp32 for any input. Others cast the input to the
+    weight's dtype first (Mamba, with residuals in fp32), so that an fp32 weight makes the next layer's input fp32.
+
+    dtype: of the weight before it became fp32.
+    """
+    if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+        return output
+    wanted = args[0].dtype
+    if wanted == torch.float32 and not torch.is_autocast_enabled(output.device.type):
+        wanted = dtype
+    return output.to(wanted)
 
 
 def _checkpoint(model: nn.Module, *, reentrant: bool) -> None:
