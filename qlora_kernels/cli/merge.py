@@ -59,7 +59,10 @@ def _make_dense(model: Any, name: str) -> None:
     """A layer that the adapter does not touch, dequantized."""
     quantized = cast(LinearNF4, model.get_submodule(name))
     weight = quantized.dequantize()
-    linear = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
+    if quantized.dense_class is nn.Linear:
+        linear: Any = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
+    else:
+        linear, weight = cast(Any, quantized.dense_class)(*weight.shape), weight.T.contiguous()
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", quantized.bias)
     parent, _, child = name.rpartition(".")

@@ -215,9 +215,9 @@ def _shape_in_file(layer: str, state: Mapping[str, Tensor], structure: ModelStru
 class _Awaiting(nn.Module):
     """Stands for an NF4 layer while transformers loads the rest: it has the layer's bias and no weight to be missed."""
 
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dense_class: Any) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.dense_class = in_features, out_features, dense_class
         self.register_parameter("bias", bias)
         # Some models initialize their layers' weights themselves; transformers passes over those with this mark.
         weight: Any = torch.empty(out_features, in_features, device="meta")
@@ -261,8 +261,9 @@ def _awaiting(model: nn.Module, name: str) -> _Awaiting:
         linear: Any = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"{name}: the checkpoint holds this layer, the model does not") from error
-    shape = (linear.nx, linear.nf) if hasattr(linear, "nx") else (linear.in_features, linear.out_features)
-    return _Awaiting(*shape, linear.bias)
+    if hasattr(linear, "nx"):
+        return _Awaiting(linear.nx, linear.nf, linear.bias, type(linear))
+    return _Awaiting(linear.in_features, linear.out_features, linear.bias, nn.Linear)
 
 
 def _quantized(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> LinearNF4:
@@ -270,6 +271,7 @@ def _quantized(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: 
     bias = awaiting._parameters["bias"]
     has_bias = bias is not None
     layer = LinearNF4(awaiting.in_features, awaiting.out_features, has_bias, compute_dtype=dtype, dtype=dtype)
+    layer.dense_class = awaiting.dense_class
     try:
         layer.load_state_dict(state if bias is None else {**state, "bias": bias.detach()})
     except RuntimeError as error:

@@ -65,6 +65,7 @@ class LinearNF4(nn.Module):
         self.out_features = out_features
         self.blocksize = blocksize
         self.compute_dtype = compute_dtype
+        self.dense_class: type[nn.Module] = nn.Linear  # or Conv1D: the layer in whose place this one stands
         self.weight_dtype = dtype or torch.get_default_dtype()
         numel = in_features * out_features
         blocks = n_blocks(numel, blocksize)
@@ -109,6 +110,7 @@ class LinearNF4(nn.Module):
         )
         layer._set_weight(*quantize_nf4(weight, blocksize, double_quant))
         layer.bias = bias
+        layer.dense_class = type(linear) if is_conv1d(linear) else nn.Linear
         layer.train(linear.training)
         return layer
 
@@ -283,7 +285,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
     raise TypeError(f"from_linear: linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is GPT-2's Conv1D, known by name so that transformers need not be there."""
-    kind = type(module)
+def is_conv1d(module: nn.Module | type[nn.Module]) -> bool:
+    """Whether `module` is GPT-2's Conv1D or its class, known by name so that transformers need not be there."""
+    kind = module if isinstance(module, type) else type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

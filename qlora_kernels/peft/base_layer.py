@@ -27,6 +27,11 @@ def is_embedding(module: nn.Module) -> bool:
     return plain_class(module) is nn.Embedding
 
 
+def stores_transposed(base: nn.Module) -> bool:
+    """Whether `base.weight` is the transpose of W [N, K]."""
+    return isinstance(base, nn.Embedding) or is_conv1d(base)
+
+
 def is_quantized(module: nn.Module) -> bool:
     return _can_dequantize(module) or is_bitsandbytes(module)
 
@@ -91,8 +96,9 @@ def with_weight(
         options = {name: getattr(base, name) for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
         table = weight.T.contiguous().to(dtype)
         return nn.Embedding(k, n, base.padding_idx, **options, _weight=table, _freeze=True).train(base.training)
-    if is_conv1d(base) and target != "nf4":
-        layer: nn.Module = plain_class(base)(n, k)
+    dense_class = getattr(base, "dense_class", plain_class(base))
+    if is_conv1d(dense_class):
+        layer: nn.Module = dense_class(n, k)
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)
     else:
         layer = nn.Linear(k, n, bias=bias is not None, device="meta")

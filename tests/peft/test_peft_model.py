@@ -387,6 +387,46 @@ def test_prepared_models_train_and_generate_in_bf16(kind, autocast):
         assert model.eval().generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
+def test_a_prepared_norm_whose_input_is_cast_to_its_dtype():
+    """As in Mamba, whose residuals are fp32."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.proj = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.proj(self.norm(x.to(self.norm.weight.dtype)))
+
+    model = qk.prepare_for_training(Block().bfloat16(), gradient_checkpointing=False)
+    assert model(torch.randn(2, 8)).dtype == torch.float32
+    assert model(torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantized_first", [False, True])
+def test_a_merged_gpt2_has_its_own_kind_of_layers(tmp_path, quantized_first):
+    """GPT-2's layers store their weights transposed, also where NF4 stood for them in between."""
+    from transformers import GPT2LMHeadModel
+
+    base = make("gpt2")
+    qk.replace_linear(base)
+    inputs, config = batch("gpt2"), LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    randomize(model)
+    if quantized_first:
+        with pytest.warns(UserWarning, match="quantizing again"):
+            base = model.merge_and_unload("same")
+        model = get_peft_model(base, config)
+    model.eval()
+    expected = logits(model, inputs)
+    merged = model.merge_and_unload()
+    assert type(merged.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_lora_plus_groups():
     model = two_adapters()
     model.set_adapter("default")
