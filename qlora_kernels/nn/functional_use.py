@@ -1,6 +1,7 @@
-"""Linear layers that a model never calls: code of the module that holds them reads `self.proj.weight` instead.
+"""Linear layers whose weight is read by the code of the module that holds them, as in `F.linear(x, self.proj.weight)`.
 
-A quantized layer serves such code, because its weight reads as the dequantized one. An adapter on it would do nothing.
+A quantized layer serves such code, because its weight reads as the dequantized one. Mamba's fused kernels take the
+weights of layers that its plain implementation calls.
 """
 
 from __future__ import annotations
@@ -27,18 +28,25 @@ def read_but_never_called(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, holder in model.named_modules():
         kind: Any = type(holder)
-        functional = _functional_children(kind)
+        read, used_otherwise = _children_by_use(kind)
         for child, module in holder.named_children():
-            if child in functional and not any(True for _ in module.children()):
+            if child in read - used_otherwise and not any(True for _ in module.children()):
                 found[f"{name}.{child}" if name else child] = type(holder).__name__
     return found
 
 
+def computes_with_weight(holder: nn.Module, child: str) -> bool:
+    """Whether some code of the class of `holder` computes with `self.<child>.weight`; it may call the child too."""
+    kind: Any = type(holder)
+    return child in _children_by_use(kind)[0]
+
+
 @cache
-def _functional_children(kind: Any) -> frozenset[str]:
-    """Attributes of self that the code of a class reads `.weight` of, and uses in no other way."""
+def _children_by_use(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Attributes of self that the code of a class (computes with `.weight` of, uses in another way)."""
+    nothing: frozenset[str] = frozenset()
     if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.MultiheadAttention:
-        return frozenset()
+        return nothing, nothing
     computed: set[str] = set()
     used_otherwise: set[str] = set()
     for base in kind.__mro__:
@@ -47,10 +55,10 @@ def _functional_children(kind: Any) -> frozenset[str]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):
-            return frozenset()
+            return nothing, nothing
         for child, use in _uses(tree):
             (computed if use == "weight" else used_otherwise).add(child)
-    return frozenset(computed - used_otherwise)
+    return frozenset(computed), frozenset(used_otherwise)
 
 
 def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_tree import AdapterModules
-from .base_layer import dense_weight, features, with_weight
+from .base_layer import dense_weight, features, stores_transposed, with_weight
 from .lowrank import LowRank, add_lowrank, concatenated, forward_lowrank
 from .selection import Selection
 
@@ -39,6 +39,14 @@ class Delta(nn.Module):
         lora_A, lora_B, scaling = self.lowrank()
         return weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())
 
+    def updated(self, weight: Tensor) -> Tensor:
+        """The updated weight in the dtype of `weight` [N, K], differentiable.
+
+        Raises NotImplementedError where the update is not one of the weight.
+        """
+        lora_A, lora_B, scaling = self.lowrank()
+        return weight + (scaling * (lora_B @ lora_A)).to(weight.dtype)
+
     def lowrank(self) -> LowRank:
         factors = self.factors()
         if factors is None:
@@ -65,16 +73,49 @@ class AdaptedLinear(nn.Module):
         self.merged_layer: nn.Module | None = None
         self.merged_names: tuple[str, ...] = ()
         self.shared_input: SharedInput | None = None
+        self.weight_is_read = False
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """Of the layer that computes; models look at its dtype and device."""
-        return self._computing_layer().weight  # type: ignore[return-value]
+        """Of the layer that computes; most models look at its dtype and device only.
+
+        Where code of the model computes with it (`weight_is_read`), it includes the active updates.
+        """
+        layer = self._computing_layer()
+        if self.weight_is_read and layer is self.base_layer:
+            return self._updated_weight()
+        return layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        return self._computing_layer().bias  # type: ignore[return-value]
+        layer = self._computing_layer()
+        bias = cast("Tensor | None", layer.bias)
+        if self.weight_is_read and layer is self.base_layer:
+            offsets = [offset for delta in self._chosen().values() if (offset := delta.offset()) is not None]
+            bias = sum(offsets, bias) if bias is not None else sum(offsets[1:], offsets[0]) if offsets else None
+        return bias
+
+    def _updated_weight(self) -> Tensor:
+        weight = cast(Tensor, self.base_layer.weight)
+        chosen = self._chosen()
+        if not chosen:
+            return weight
+        if self.selection.state.rows is not None:
+            raise NotImplementedError(
+                "adapter_names: must not be given for a model that reads the weight of an adapted layer instead of "
+                "calling the layer; run the rows of each adapter in a batch of their own"
+            )
+        transposed = stores_transposed(self.base_layer)
+        weight = weight.T if transposed else weight
+        for name, delta in chosen.items():
+            if delta.training and delta.dropout_p:
+                raise NotImplementedError(
+                    f"lora_dropout: must be 0 in adapter {name!r}, got {delta.dropout_p}: the model reads the weight "
+                    "of an adapted layer instead of calling the layer, so there is no input to drop from"
+                )
+            weight = delta.updated(weight)
+        return weight.T if transposed else weight
 
     def _computing_layer(self) -> nn.Module:
         if self.merged_layer is None or not self.selection.state.enabled:

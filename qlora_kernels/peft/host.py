@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
+from ..nn.functional_use import computes_with_weight
 from ..nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
 from .adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
 from .adapter_tree import AdapterModules
@@ -157,6 +158,7 @@ class Host:
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
             self._replace(base, layer)
+            layer.weight_is_read = computes_with_weight(parent, path.rpartition(".")[2])
         return layer
 
     def adapted(self) -> dict[str, AdaptedLinear]:

@@ -1,0 +1,70 @@
+"""Adapters on layers whose weight the model reads instead of calling the layer, on some of its paths or on all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+from qlora_kernels.peft import AdaLoraConfig, LoraConfig, get_peft_model
+from tests.peft.models import randomize
+
+
+class ReadsOrCalls(nn.Module):
+    """As Mamba: a fused kernel takes the weights of layers that the plain implementation calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 6)
+        self.fused = False
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias) if self.fused else self.proj(x)
+
+
+OPTIONS = {
+    "lora": LoraConfig(r=2, target_modules=["proj"]),
+    "lora with a bias": LoraConfig(r=2, target_modules=["proj"], lora_bias=True),
+    "trained bias": LoraConfig(r=2, target_modules=["proj"], bias="all"),
+    "dora": LoraConfig(r=2, target_modules=["proj"], use_dora=True),
+    "pissa": LoraConfig(r=2, target_modules=["proj"], init_lora_weights="pissa"),
+    "adalora": AdaLoraConfig(init_r=2, target_r=2, target_modules=["proj"], total_step=10, tfinal=1),
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_a_weight_that_is_read_includes_the_adapters(config, quantized):
+    torch.manual_seed(0)
+    base = ReadsOrCalls().double()
+    if quantized:
+        qk.replace_linear(base.float())
+    model = get_peft_model(base, config).eval()
+    randomize(model)
+    dtype = torch.float32 if quantized else torch.float64
+    x = torch.randn(3, 8, dtype=dtype)
+    results = []
+    for base.fused in (False, True):
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for called, read in zip(*results, strict=True):
+        torch.testing.assert_close(read, called, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(base.proj.weight, base.proj.base_layer.weight)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), results[1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_read_weight_cannot_include_is_refused():
+    base = ReadsOrCalls()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["proj"], lora_dropout=0.5))
+    model(torch.zeros(2, 8))
+    base.fused = True
+    with pytest.raises(NotImplementedError, match=r"lora_dropout: must be 0 in adapter 'default', got 0\.5"):
+        model(torch.zeros(2, 8))
+    model.eval()
+    with pytest.raises(NotImplementedError, match="adapter_names: must not be given for a model that reads the weight"):
+        model(torch.zeros(2, 8), adapter_names=["default", "__base__"])
