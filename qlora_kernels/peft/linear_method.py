@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..nn.linear_nf4 import is_conv1d
 from .adapted_linear import Delta
-from .base_layer import is_embedding
 from .config import PeftConfig
 from .host import Host
 from .method import Method, by_path
-from .targets import TargetConfig, check_target_names, is_all_linear, matched_layers, matched_parameters
+from .targets import TargetConfig, called_instead, check_target_names, is_all_linear, matched_layers, matched_parameters
 
 
 class LinearConfig(TargetConfig, Protocol):
@@ -115,15 +114,9 @@ class LinearMethod(Method, Generic[D]):
 
 
 def _check_called(host: Host, targets: Iterable[str]) -> None:
-    """Raises ValueError for an embedding that other embeddings take their table from: models call those instead.
-
-    T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
-    """
-    tied: Mapping[str, str] = getattr(host.model, "all_tied_weights_keys", None) or {}
+    """Raises ValueError for an embedding that other embeddings take their table from: models call those instead."""
     for path in targets:
-        users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
-        called = [user for user in users if user != path and is_embedding(host.module(user))]
-        if called and is_embedding(host.module(path)):
+        if called := called_instead(host, path):
             raise ValueError(
                 f"target_modules: {path} must be called by the model, which calls {', '.join(called)} over its table; "
                 "name those"

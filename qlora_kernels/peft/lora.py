@@ -5,6 +5,7 @@ Source: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.093
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -21,6 +22,7 @@ from .base_layer import dense_weight, device_of, features, is_embedding
 from .config import PeftConfig
 from .host import Host
 from .linear_method import LinearMethod
+from .lora_embedding import LoraEmbedding
 from .lora_init import init_from_base, init_loftq, init_orthogonal, starts_in_base
 from .method import by_path
 from .offloaded import has_hooks, weight_of
@@ -28,6 +30,7 @@ from .overridden_module import UPDATES
 from .parameter_lora import ParameterDelta
 from .registry import register_method
 from .targets import check_pattern_names, matched_parameters, pattern_value
+from .tied_lora import TransposedLora, same_tensors, shared
 from .ties import paths_of_tied
 
 
@@ -41,8 +44,8 @@ class LoraConfig(PeftConfig):
     (quantizes a dense base and fits the error), "eva" (A from the layer's inputs: initialize_eva fills it in), False
     (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
     lora_bias: B has a bias, which is scaled and merged with it.
-    ensure_weight_tying: modules_to_save train as one with what is tied to them, such as the head with the embedding.
-    Files of PEFT's with LoRA over both load for use; training such a LoRA is not implemented.
+    ensure_weight_tying: layers that share a weight, such as the head and the embedding, train as one. It holds for
+    modules_to_save and for target_modules: one LoRA for all of them, which the head has transposed.
     target_parameters: names, or endings of names, of parameters that a module multiplies by itself, such as the
     [experts, out, in] weights of a mixture of experts, dense or ExpertsNF4; with it, None or [] as target_modules means
     no layers.
@@ -209,40 +212,12 @@ class DoraLinear(LoraLinear):
     def merged(self, weight: Tensor) -> Tensor:
         return self._row_scale(weight).detach().float()[:, None] * super().merged(weight)
 
-
-class LoraEmbedding(Delta):
-    """lora_embedding_A [r, vocab], lora_embedding_B [d, r]; row t of the table gets scaling * B A[:, t].
-
-    A zero and B normal at the start: identity. No dropout, as in PEFT: there is no x to drop from.
-    """
-
-    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        if config.use_dora or config.lora_bias or not isinstance(config.init_lora_weights, bool):
-            raise NotImplementedError(
-                "LoRA: an embedding has no use_dora, no lora_bias and no initialisation but a bool"
-            )
-        vocab, d = features(base)
-        device, self.scaling = device_of(base), scaling
-        A = torch.zeros if config.init_lora_weights else torch.randn
-        self.lora_embedding_A = nn.Parameter(A(r, vocab, device=device, dtype=dtype))
-        self.lora_embedding_B = nn.Parameter(torch.randn(d, r, device=device, dtype=dtype))
-
-    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        self.lora_embedding_A.data.copy_(lora_A)
-        self.lora_embedding_B.data.copy_(lora_B)
-
-    def lowrank(self) -> tuple[Tensor, Tensor, float]:
-        return weight_of(self, "lora_embedding_A"), weight_of(self, "lora_embedding_B"), self.scaling
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        padding_idx = cast("nn.Embedding", base).padding_idx
-        s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
-        return (y + self.scaling * F.linear(s, self.lora_embedding_B)).to(y.dtype)
+    def updated(self, weight: Tensor) -> Tensor:
+        return (self._row_scale(weight.detach().float())[:, None] * super().updated(weight)).to(weight.dtype)
 
 
 @register_method(LoraConfig)
-class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
+class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     """LoRA over the linear layers and embeddings that the configuration targets."""
 
     config: LoraConfig
@@ -327,15 +302,28 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
             )
         return config if starts_in_base(config.init_lora_weights) else config.replace(init_lora_weights=True)
 
-    def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
+    def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding | TransposedLora:
+        delta = self._own_delta(path, base)
+        first = self._first_tied(path)
+        return delta if first is None else cast(Any, shared(delta, self.deltas[first], path))
+
+    def _own_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
         config, r = self.config, self.rank(self.config, path)
         scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
         kind = LoraEmbedding if is_embedding(base) else DoraLinear if config.use_dora else LoraLinear
         return kind(base, r, scaling, config, self.host.adapter_dtype)
 
-    def add_delta(self, path: str, delta: LoraLinear | LoraEmbedding) -> None:
+    def _first_tied(self, path: str) -> str | None:
+        """The first adapted layer with the weight of the layer at `path`, where they are to train as one."""
+        if not self.config.ensure_weight_tying:
+            return None
+        tied = paths_of_tied(self.host.modules(aliases=True)).get(f"{path}.weight", ())
+        earlier = itertools.takewhile(lambda other: other != path, self.deltas)
+        return next((other for other in earlier if f"{other}.weight" in tied), None)
+
+    def add_delta(self, path: str, delta: LoraLinear | LoraEmbedding | TransposedLora) -> None:
         super().add_delta(path, delta)
-        if isinstance(delta, LoraEmbedding):
+        if not isinstance(delta, LoraLinear):
             return
         layer, how = self.host.adapt(path), str(self.config.init_lora_weights)
         if starts_in_base(how):
@@ -343,22 +331,14 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
         elif how == "loftq":
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
 
-    def set_trainable(self, trainable: bool) -> None:
-        if trainable and self.config.ensure_weight_tying:
-            tied = paths_of_tied(self.host.modules(aliases=True))
-            if both := [path for path in self.deltas if f"{path}.weight" in tied]:
-                raise NotImplementedError(
-                    "LoRA: ensure_weight_tying must be False where target_modules names layers that share a weight, "
-                    f"got {both}; name them in modules_to_save instead"
-                )
-        super().set_trainable(trainable)
-
     def before_save(self) -> None:
         if self.needs_eva:
             raise RuntimeError("LoRA: initialize_eva(model, batches) must be called before training with 'eva'")
 
     def file_config(self) -> dict[str, Any]:
         config = self.config.replace(init_lora_weights=True, loftq_config={})
+        if any(self._first_tied(path) for path in self.deltas):
+            config = config.replace(target_modules=list(self.deltas))
         if not starts_in_base(self.config.init_lora_weights):
             return {**config.to_dict(), "inference_mode": True}
         # Trained and taken-out parts side by side are a LoRA of twice the rank at the same scaling, over the same base.
@@ -386,7 +366,20 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding"]):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         # A file of PEFT's holds the trained pair alone: the fixed one was computed from the base a moment ago.
         fixed = {k: v for k, v in self.state_dict().items() if k.endswith((".fixed_A", ".fixed_B"))}
-        self.fill({**by_path(tensors, self.file_prefix), **fixed})
+        stored = by_path(tensors, self.file_prefix)
+        self._untie_different(stored)
+        self.fill({**stored, **fixed})
+
+    def _untie_different(self, stored: dict[str, Tensor]) -> None:
+        """Gives layers that share a weight, and of which a file has different updates, parameters of their own."""
+
+        def update(path: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{path}."): t for key, t in stored.items() if key.startswith(f"{path}.")}
+
+        for path, place in self.tree.places.items() if self.config.ensure_weight_tying else ():
+            first = self._first_tied(path)
+            if first is not None and not same_tensors(update(path), update(first)):
+                self.host.slot(place.owner, place.slot)[place.key] = self._own_delta(path, self.host.module(path))
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..nn.experts_nf4 import ExpertsNF4
 from .base_layer import is_quantized
 from .host import Host
+from .tied_lora import tie_merged
 
 
 def check_mergeable(host: Host, names: Sequence[str]) -> None:
@@ -58,6 +59,7 @@ def is_merged(host: Host, name: str) -> bool:
 def keep_merged(host: Host, names: Sequence[str]) -> None:
     """Makes the merged layers, and the parameters that the adapters replace, the model's own for good."""
     _warn_of_ties(host)
+    tie_merged(host)
     for layer in host.adapted().values():
         layer.keep_merged()
     for path, updates in host.adapted_parameters().items():

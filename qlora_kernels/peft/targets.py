@@ -57,6 +57,8 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     matched = {name: module for name, module in _named(host, targets, config).items() if _in_layers(name, config)}
     if getattr(config, "ensure_weight_tying", False):
         matched |= _tied_to(matched, host)
+        # Embeddings first: the update of a head with the same weight is made of the embedding's.
+        matched = dict(sorted(matched.items(), key=lambda item: not is_embedding(item[1])))
     if not matched:
         raise ValueError(_no_match(targets, linears))
     unused = _never_called(host)
@@ -148,7 +150,19 @@ def _tied_to(matched: Collection[str], host: Host) -> dict[str, nn.Module]:
     modules = host.modules(aliases=True)
     groups = paths_of_tied(modules)
     tied = (path.removesuffix(".weight") for name in matched for path in groups.get(f"{name}.weight", ()))
-    return {name: modules[name] for name in tied if is_linear(modules[name]) or is_embedding(modules[name])}
+    layers = {name: modules[name] for name in tied if is_linear(modules[name]) or is_embedding(modules[name])}
+    return {name: module for name, module in layers.items() if not called_instead(host, name)}
+
+
+def called_instead(host: Host, path: str) -> list[str]:
+    """The embeddings that take their table from the embedding at `path` and that the model calls in its place.
+
+    T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
+    """
+    tied: Mapping[str, str] = getattr(host.model, "all_tied_weights_keys", None) or {}
+    users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
+    called = [user for user in users if user != path and is_embedding(host.module(user))]
+    return called if is_embedding(host.module(path)) else []
 
 
 def is_all_linear(targets: Names | None) -> bool:

@@ -141,9 +141,58 @@ def test_ensure_weight_tying_trains_both_ends_as_one(hf_peft, tmp_path, part):
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tied_lora_does_not_train():
-    with pytest.raises(NotImplementedError, match=r"ensure_weight_tying must be False .* 'lm_head'"):
-        adapted({**PARTS["lora on the embedding"], "ensure_weight_tying": True})
+@pytest.mark.parametrize("part", ["lora on the head", "lora on the embedding", "lora on both"])
+def test_ensure_weight_tying_trains_one_lora(hf_peft, tmp_path, part):
+    model, inputs = adapted({**PARTS[part], "ensure_weight_tying": True}), batch("llama")
+    trained = dict(model.adapters["default"].named_parameters())
+    assert [name for name in trained if "q_proj" not in name] == [
+        "0.model.embed_tokens.lora_embedding_A",
+        "0.model.embed_tokens.lora_embedding_B",
+    ]
+    expected = logits(model, inputs)
+    update = model.host.adapters["default"][0].deltas["model.embed_tokens"]
+    lora_A, lora_B, scaling = update.lowrank()
+    tied_weight = model.base_model.lm_head.base_layer.weight + scaling * (lora_B @ lora_A).T
+    reference = tied()
+    with torch.no_grad():
+        reference.lm_head.weight.copy_(tied_weight)
+        q_proj, q = reference.model.layers[0].self_attn.q_proj, model.host.adapters["default"][0].deltas
+        q_proj.weight += q["model.layers.0.self_attn.q_proj"].merged(q_proj.weight) - q_proj.weight
+    torch.testing.assert_close(expected, logits(reference, inputs), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    for load in ours_and_theirs(hf_peft):
+        loaded = load(tied(), tmp_path / "ours").eval()
+        torch.testing.assert_close(logits(loaded, inputs), expected, rtol=1e-4, atol=1e-5)
+    for again in (copy.deepcopy(model), PeftModel.from_pretrained(tied(), tmp_path / "ours", is_trainable=True)):
+        again.load_state_dict(model.state_dict())
+        torch.testing.assert_close(logits(again.eval(), inputs), expected, rtol=1e-4, atol=1e-5)
+        again(**inputs, labels=inputs["input_ids"]).loss.backward()
+        own = again.host.adapters["default"][0].deltas
+        assert own["lm_head"].lora_embedding_A is own["model.embed_tokens"].lora_embedding_A
+        assert own["lm_head"].lora_embedding_A.grad.abs().sum(0).count_nonzero() == VOCAB
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_lora_for_all_ends_of_t5():
+    """Its `shared` is never called; both stacks and the head have the table."""
+    from tests.peft.models import make
+
+    base = make("t5")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    config = LoraConfig(r=2, target_modules=["encoder.embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(base, config)
+    ends = ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+    assert sorted(model.host.adapters["default"][0].deltas) == sorted(ends)
+    assert len(list(model.adapters["default"].parameters())) == 2
+
+
+def test_tied_lora_wants_one_rank():
+    with pytest.raises(ValueError, match="must have one rank with ensure_weight_tying, got 4 for lm_head and 2"):
+        adapted({**PARTS["lora on both"], "ensure_weight_tying": True, "rank_pattern": {"lm_head": 4}})
 
 
 def test_full_fine_tuning_keeps_the_tie(tmp_path):
