@@ -87,7 +87,8 @@ test-cuda-torch: $(READY)
 	$(PYTHON) -m tests.support.fake_cuda $(VENV)-cuda
 
 # The numerical tests under other orders of summation than this CPU's own (about 15 minutes): MKL's portable and AVX2
-# code, torch without AVX, and products whose order changes at every call.
+# code, torch without AVX, products whose order changes at every call, and, for repeated and resumed runs, products whose
+# order follows from the alignment of their operands.
 NUMERICAL := tests/cpu tests/format tests/io tests/nn tests/ops tests/optim tests/peft tests/training tests/test_tolerances.py
 
 test-blas: $(READY)
@@ -95,6 +96,7 @@ test-blas: $(READY)
 	MKL_CBWR=AVX2 OMP_NUM_THREADS=2 $(PYTEST) -q $(NUMERICAL)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -q $(NUMERICAL)
 	$(PYTEST) -q -p tests.support.shuffled_blas tests/nn tests/peft tests/ops
+	SHUFFLED_BLAS=alignment $(PYTEST) -q -p tests.support.shuffled_blas tests/training tests/cli/test_finetune.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -221,15 +221,15 @@ def test_shapes_on_the_meta_device():
 
 def test_module_type_leaves_packed_bytes():
     layer = qk.LinearNF4.from_linear(dense())
-    packed, x = layer.packed.clone(), gaussian(2, 96)
-    y = layer(x)
+    packed, x, w = layer.packed.clone(), gaussian(2, 96), layer.dequantize()
     layer.type(torch.bfloat16)
     assert torch.equal(layer.packed, packed)
     assert layer.absmax_q.dtype == torch.uint8
     assert layer.weight_dtype == layer.bias.dtype == torch.bfloat16
     layer.float()
     assert layer.weight_dtype == torch.float32
-    torch.testing.assert_close(layer(x), y, rtol=1e-2, atol=1e-2)
+    assert torch.equal(layer.dequantize(), w)
+    assert_within(layer(x), linear(x, w, layer.bias, arithmetic_of("reference", torch.float32)), "y")
 
 
 def test_inside_multihead_attention():

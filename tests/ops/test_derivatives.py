@@ -14,14 +14,16 @@ import qlora_kernels as qk
 from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._philox import dropped
 from tests.support.problems import gaussian
+from tests.support.tolerances import unit_roundoff
 
 M, N, K, R = 5, 16, 32, 4
 DROPOUT_P = 0.3
 SEED = torch.tensor([7])
 ADAPTER = torch.tensor([0, 1, -1, 1, 0])
 SCALINGS = torch.tensor([2.0, 3.0])
-RELATIVE = 2e-6
-"""Of a tensor's norm: a few fp32 roundings, and products that are summed in another order."""
+RELATIVE = 6 * K**0.5 * unit_roundoff(torch.float32)
+"""Relative to a tensor's norm: up to six products in a row of at most K terms a sum. In a norm over many elements the
+roundings of a sum add up like independent random numbers, to the square root of their number."""
 
 
 @pytest.fixture(scope="module")

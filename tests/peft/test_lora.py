@@ -119,7 +119,8 @@ def test_dora_over_rows_of_zeros(nf4, dtype):
     before = base(x).detach()
     config = LoraConfig(target_modules=["0"], r=2, use_dora=True)
     model = get_peft_model(nn.Sequential(base), config, adapter_dtype=dtype)
-    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2)
+    same = {"products": 3, "terms": 64, "arithmetic": dtype}
+    assert_same_function(model(x), before, **same)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(3):
@@ -131,7 +132,7 @@ def test_dora_over_rows_of_zeros(nf4, dtype):
         optimizer.step()
     assert model(x)[:, 2:4].any()
     expected = model(x).detach()
-    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=2e-2, atol=2e-2)
+    assert_same_function(model.merge_and_unload()(x), expected, **same)
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])

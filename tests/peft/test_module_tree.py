@@ -402,7 +402,7 @@ def test_torchs_attention_is_itself_again(nf4, dtype):
         expected = model(x.to(dtype))
         merged = model.merge_and_unload()
         assert type(merged.layers[0].self_attn) is nn.MultiheadAttention
-        torch.testing.assert_close(merged(x.to(dtype)), expected, rtol=3e-2, atol=3e-2)
+        assert_same_function(merged(x.to(dtype)), expected, products=6)  # 4 of the attention and 2 of the layer
     model = get_peft_model(encoder, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
     seen.clear()
     model(x)

@@ -12,9 +12,13 @@ from torch import nn
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.peft.models import randomize
+from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 IDS = torch.arange(1, 15).view(2, 7)
+
+TERMS = 96
+"""Of the longest sums of these models: their intermediate size."""
 
 
 def mixtral(implementation="eager"):
@@ -73,19 +77,18 @@ def test_outputs_gradients_and_files_are_pefts(hf_peft, tmp_path, make, targets)
     expected.square().sum().backward()
     ours = PeftModel.from_pretrained(make(), tmp_path / "theirs", is_trainable=True).eval()
     y = logits(ours)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(y, expected, terms=TERMS)
     y.square().sum().backward()
     wanted = {n.replace(".default", "").removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters()}
     own = dict(ours.adapters["default"][0].named_parameters())
     assert own.keys() == {name for name in wanted if "lora_" in name}
-    for name, parameter in own.items():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert_same_gradients({name: p.grad for name, p in own.items()}, {name: wanted[name] for name in own}, terms=TERMS)
     ours.save_pretrained(tmp_path / "ours")
     again = hf_peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(again), expected, terms=TERMS)
     with ours.disable_adapter():
-        assert torch.equal(logits(ours), logits(make()))
-    torch.testing.assert_close(logits(ours.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+        assert_same_function(logits(ours), logits(make()), terms=TERMS)
+    assert_same_function(logits(ours.merge_and_unload()), expected, terms=TERMS)
 
 
 def test_a_router_and_a_plain_weight(hf_peft, tmp_path):
@@ -95,10 +98,10 @@ def test_a_router_and_a_plain_weight(hf_peft, tmp_path):
     randomize(theirs)
     theirs.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(mixtral(), tmp_path)
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(ours), logits(theirs), terms=TERMS)
     merged = ours.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.k_proj) is nn.Linear
-    torch.testing.assert_close(logits(merged), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(merged), logits(theirs), terms=TERMS)
 
 
 class TestOverQuantizedExperts:
@@ -124,11 +127,11 @@ class TestOverQuantizedExperts:
         dense = PeftModel.from_pretrained(self.dequantized(), tmp_path, is_trainable=True).eval()
         y = logits(dense)
         y.square().sum().backward()
-        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
-        for (name, p), (_, q) in zip(*(m.adapters.named_parameters() for m in (model, dense)), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-2, atol=1e-3, msg=name)
+        assert_same_function(y, expected, terms=TERMS)
+        grads = [{name: p.grad for name, p in m.adapters.named_parameters()} for m in (model, dense)]
+        assert_same_gradients(*grads, terms=TERMS)
         again = PeftModel.from_pretrained(self.quantized(), tmp_path)
-        assert torch.equal(logits(again), expected)
+        assert_same_function(logits(again), expected, terms=TERMS)
 
     @pytest.mark.parametrize(
         ("target", "kind"), [("16bit", nn.Parameter), ("nf4", qk.ExpertsNF4), ("same", qk.ExpertsNF4)]
@@ -139,23 +142,26 @@ class TestOverQuantizedExperts:
         expected, base = logits(model), model.base_model
         model.merge_adapter(target=target)
         merged = logits(model)
-        assert (merged - expected).abs().max() < (1e-4 if target == "16bit" else 0.2)
+        if target == "16bit":
+            assert_same_function(merged, expected, terms=TERMS)
+        else:  # quantized again, which moves weights by up to a seventh of the largest in their block
+            assert (merged - expected).abs().max() < 0.2
         with pytest.raises(ValueError, match="must not be merged"):
             model.delete_adapter("default")
         with model.disable_adapter():
-            assert torch.equal(logits(model), logits(self.quantized()))
+            assert_same_function(logits(model), logits(self.quantized()), terms=TERMS)
         model.unmerge_adapter()
-        assert torch.equal(logits(model), expected)
+        assert_same_function(logits(model), expected, terms=TERMS)
         assert model.merge_and_unload(target=target) is base
         assert type(base.model.layers[0].mlp.experts.down_proj) is kind
-        assert torch.equal(logits(base), merged)
+        assert_same_function(logits(base), merged, terms=TERMS)
 
     def test_unload_leaves_the_model_as_it_was(self):
         model, before = self.quantized(), self.quantized()
         back = adapted(model).unload()
         assert [(n, type(m)) for n, m in back.named_modules()] == [(n, type(m)) for n, m in before.named_modules()]
         assert back.state_dict().keys() == before.state_dict().keys()
-        assert torch.equal(logits(back), logits(before))
+        assert_same_function(logits(back), logits(before), terms=TERMS)
 
 
 def test_several_adapters_add_up_and_go():
@@ -167,9 +173,9 @@ def test_several_adapters_add_up_and_go():
     model.set_adapter(["default", "b"])
     both = logits(model)
     assert not any(torch.allclose(both, y, atol=1e-3) for y in alone.values())
-    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), both, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(copy.deepcopy(model).merge_and_unload()), both, terms=TERMS)
     model.delete_adapter("default")
-    torch.testing.assert_close(logits(model), alone["b"])
+    assert_same_function(logits(model), alone["b"], terms=TERMS)
     with pytest.raises(ValueError, match=r"it updates parameters for the whole batch, .*gate_up_proj"):
         model(input_ids=IDS, adapter_names=["b", "__base__"])
     with pytest.raises(NotImplementedError, match="adapter 'b' must not have target_parameters"):
@@ -179,7 +185,7 @@ def test_several_adapters_add_up_and_go():
 def test_a_new_adapter_is_the_identity_and_trains():
     for init in (True, "gaussian"):
         model = get_peft_model(mixtral(), LoraConfig(**TARGETS["experts"], init_lora_weights=init)).train()
-        assert torch.equal(logits(model), logits(mixtral()))
+        assert_same_function(logits(model), logits(mixtral()), terms=TERMS)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         first = None
         for _ in range(5):

@@ -13,6 +13,7 @@ from torch import nn
 import qlora_kernels as qk
 from qlora_kernels.peft import FullFTConfig, LoraConfig, PeftModel, get_peft_model
 from tests.peft.models import HIDDEN, VOCAB, batch, logits, randomize
+from tests.support.tolerances import assert_same_function
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(was tied to another layer|embeddings have)")
 
@@ -59,7 +60,7 @@ def test_a_merged_model_reloads(tmp_path, part, order):
     inputs = batch("llama")
     expected = logits(model, inputs)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(merged, inputs), expected)
     same = merged.lm_head.weight is merged.model.embed_tokens.weight
     assert same == (part in ("both", "neither"))
     assert merged.config.tie_word_embeddings == same
@@ -68,11 +69,11 @@ def test_a_merged_model_reloads(tmp_path, part, order):
         assert ("lm_head" in report.replaced) != same
         quantized = logits(merged, inputs)
         merged.tie_weights()
-        assert torch.equal(logits(merged, inputs), quantized)
+        assert_same_function(logits(merged, inputs), quantized)
         return
     if order == "quantize first":
         merged.tie_weights()
-        torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_same_function(logits(merged, inputs), expected)
         return
     if order == "tie, save":
         merged.tie_weights()
@@ -82,7 +83,7 @@ def test_a_merged_model_reloads(tmp_path, part, order):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(again, inputs)[..., :VOCAB], expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(again, inputs)[..., :VOCAB], expected)
 
 
 def test_unload_leaves_the_tie():
@@ -98,7 +99,7 @@ def test_our_files_in_both(hf_peft, tmp_path, part):
     model, inputs = adapted(PARTS[part]), batch("llama")
     model.save_pretrained(tmp_path)
     for load in ours_and_theirs(hf_peft):
-        torch.testing.assert_close(logits(load(tied(), tmp_path).eval(), inputs), logits(model, inputs))
+        assert_same_function(logits(load(tied(), tmp_path).eval(), inputs), logits(model, inputs))
 
 
 @pytest.mark.parametrize("ensure", [False, True])
@@ -114,13 +115,11 @@ def test_their_files_in_both(hf_peft, tmp_path, part, ensure):
     expected = logits(theirs, inputs).detach()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PeftModel.from_pretrained(tied(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(ours, inputs), expected)
     ours.save_pretrained(tmp_path / "ours")
     for load in ours_and_theirs(hf_peft):
-        torch.testing.assert_close(
-            logits(load(tied(), tmp_path / "ours").eval(), inputs), expected, rtol=1e-4, atol=1e-5
-        )
-    torch.testing.assert_close(logits(ours.merge_and_unload(), inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_same_function(logits(load(tied(), tmp_path / "ours").eval(), inputs), expected)
+    assert_same_function(logits(ours.merge_and_unload(), inputs), expected)
 
 
 @pytest.mark.parametrize("part", ["head", "embedding", "both"])
@@ -134,11 +133,11 @@ def test_ensure_weight_tying_trains_both_ends_as_one(hf_peft, tmp_path, part):
         tmp_path / "adapter_model.safetensors"
     ).keys()
     for load in ours_and_theirs(hf_peft):
-        torch.testing.assert_close(logits(load(tied(), tmp_path).eval(), inputs), expected)
+        assert_same_function(logits(load(tied(), tmp_path).eval(), inputs), expected)
     merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(merged, inputs), expected)
 
 
 @pytest.mark.parametrize("part", ["lora on the head", "lora on the embedding", "lora on both"])
@@ -204,7 +203,7 @@ def test_full_fine_tuning_keeps_the_tie(tmp_path):
         sum("embed_tokens" in key or "lm_head" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == 1
     )
     again = PeftModel.from_pretrained(tied(), tmp_path)
-    torch.testing.assert_close(logits(again, inputs), logits(model, inputs))
+    assert_same_function(logits(again, inputs), logits(model, inputs))
     assert again.merge_and_unload().config.tie_word_embeddings
 
 
@@ -221,10 +220,10 @@ def test_an_encoder_decoder_keeps_its_flag(tmp_path):
     expected = logits(model, inputs)
     with pytest.warns(UserWarning, match="lm_head.weight is tied to other weights no more"):
         merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(merged, inputs), expected)
     merged.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(again, inputs), expected)
 
 
 class TestResizedVocabulary:
@@ -252,11 +251,11 @@ class TestResizedVocabulary:
         with pytest.warns(UserWarning, match=f"embeddings have {VOCAB + 3} rows"):
             model.save_pretrained(tmp_path)
         for load in ours_and_theirs(hf_peft):
-            torch.testing.assert_close(logits(load(self.resized(2, base), tmp_path).eval(), inputs), expected)
+            assert_same_function(logits(load(self.resized(2, base), tmp_path).eval(), inputs), expected)
         again = PeftModel.from_pretrained(self.resized(2, base), tmp_path, is_trainable=True)
         assert not any("embed_tokens.overrides" in n for n, p in again.named_parameters() if p.requires_grad)
         again.save_pretrained(tmp_path / "again")
-        torch.testing.assert_close(
+        assert_same_function(
             logits(PeftModel.from_pretrained(self.resized(3, base), tmp_path / "again"), inputs), expected
         )
         with pytest.raises(ValueError, match=r"call resize_token_embeddings on the base first|of another shape"):

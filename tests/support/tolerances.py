@@ -183,12 +183,21 @@ def model_error(products: int = 10, dtype: torch.dtype = torch.float32, terms: i
 
 
 def assert_same_function(
-    actual: Tensor, expected: Tensor, name: str = "result", *, products: int = 10, scale: float | None = None
+    actual: Tensor,
+    expected: Tensor,
+    name: str = "result",
+    *,
+    products: int = 10,
+    terms: int = 32,
+    scale: float | None = None,
+    arithmetic: torch.dtype | None = None,
 ) -> None:
     """Two computations of one model's output agree to `model_error`.
 
-    products: in a row, for less than a whole model.
+    products: number of products in a row, for less than a whole model.
+    terms: length of their sums.
     scale: the size of what the error is relative to; by default the largest element of `expected`.
+    arithmetic: the narrowest dtype of an intermediate result; by default the dtype of `expected`.
     """
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, not {expected.dtype}"
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
@@ -196,17 +205,20 @@ def assert_same_function(
         return
     value = expected.detach().double()
     size = value.abs().max().item() if scale is None else scale
-    bound = torch.full_like(value, model_error(products, expected.dtype) * size)
+    bound = torch.full_like(value, model_error(products, arithmetic or expected.dtype, terms) * size)
     assert_within(actual, Expected(value, bound), name)
 
 
-def assert_same_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], products: int = 20) -> None:
+def assert_same_gradients(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], products: int = 20, terms: int = 32
+) -> None:
     """Two computations of one model's gradients agree to `model_error`, relative to the largest element of all.
 
     The gradient of one parameter may be small because its terms cancel, as that of an attention's key bias does.
-    products: in a row, forward and backward.
+    products: number of products in a row, forward and backward.
+    terms: length of their sums.
     """
     assert actual.keys() == expected.keys()
     scale = max((gradient.abs().max().item() for gradient in expected.values() if gradient.numel()), default=0.0)
     for name, gradient in expected.items():
-        assert_same_function(actual[name], gradient, name, products=products, scale=scale)
+        assert_same_function(actual[name], gradient, name, products=products, terms=terms, scale=scale)

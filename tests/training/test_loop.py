@@ -11,6 +11,7 @@ from qlora_kernels.training import ChunkedLoss, TrainConfig, train
 from qlora_kernels.training.loop import ResumeError
 from qlora_kernels.training.schedule import factor
 from qlora_kernels.training.windows import Example
+from tests.support.tolerances import gamma
 from tests.training.test_chunked_loss import VOCABULARY, Model
 
 CONFIG = TrainConfig(steps=8, batch_size=3, lr=1e-2, warmup_steps=2, seed=1)
@@ -57,11 +58,16 @@ def test_learns_and_repeats_itself():
 
 
 def test_micro_batches_give_the_same_gradient():
-    whole, _ = run(model=Model())  # in float64: AdamW's first steps follow the sign of a gradient, however small
+    """The losses of one step are fp32 sums of at most 15 predictions, in another order; all else is in float64.
+
+    AdamW's first steps follow the sign of a gradient, however small, which in fp32 depends on the roundings.
+    """
+    whole, _ = run(model=Model())
+    rounding = gamma(2 * 15, torch.float32)
     parts, _ = run(dataclasses.replace(CONFIG, micro_batch=2), model=Model())
     for a, b in zip(whole, parts, strict=True):
-        assert a.loss == pytest.approx(b.loss, rel=1e-5)
-        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.loss == pytest.approx(b.loss, rel=rounding)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=rounding)
         assert a.tokens == b.tokens
 
 

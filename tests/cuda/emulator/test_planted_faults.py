@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support import cuda_host
+from tests.support.tolerances import exactly, product
 
 pytestmark = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
 needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))
@@ -62,8 +63,9 @@ def run(library: cuda_host.Library, seed: int, order: str = "random") -> str:
         library.call("launch_matmul", a, b, cuda_host.out(c), K, None, seed=seed, order=order)
     except (cuda_host.KernelFault, cuda_host.SanitizerReport) as report:
         return str(report)
-    right = torch.equal(y, table[x.long()]) and bool((c - a.double() @ b.double().T).abs().max() < 1e-3)
-    return "" if right else WRONG_RESULT
+    expected = product(exactly(a), exactly(b).T)
+    within = (c - expected.value).abs() <= expected.error  # False for NaN
+    return "" if torch.equal(y, table[x.long()]) and within.all() else WRONG_RESULT
 
 
 @pytest.mark.parametrize(("mode", "fault", "report"), CASES)

@@ -8,6 +8,7 @@ import torch
 from tests.support import cuda_host
 from tests.support.cuda_host import out
 from tests.support.cuda_host.build import emit_ptx
+from tests.support.tolerances import assert_within, exactly, product
 
 pytestmark = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
 
@@ -66,7 +67,7 @@ def test_async_copy_is_late_and_fills_with_zeros(mode: str) -> None:
 def test_tensor_core_product(mode: str) -> None:
     a, b, d = torch.randn(16, 16).half(), torch.randn(8, 16).half(), torch.zeros(16, 8)
     library(mode).call("launch_mma", a, b, out(d))
-    torch.testing.assert_close(d.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-5)
+    assert_within(d, product(exactly(a), exactly(b).T))
 
 
 @both_paths
@@ -128,4 +129,4 @@ def test_ptx_kernels_launch_by_name() -> None:
     kernel = next(name for name in module.parameters if "mma_kernel" in name)
     a, b, d = torch.randn(16, 16).half(), torch.randn(8, 16).half(), torch.zeros(16, 8)
     module.launch(kernel, (1,), (32,), 0, (a, b, out(d)))
-    torch.testing.assert_close(d.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-5)
+    assert_within(d, product(exactly(a), exactly(b).T))
