@@ -11,8 +11,9 @@
 
 namespace qlora::QLORA_ISA {
 
-// out[i] = first_level(w, block + i), i < n. One at a time it takes longer than a block's 64 products with one token.
-static inline void first_levels(const NF4Weight& w, int64_t block, int64_t n, float* out) {
+// out[i] = block_absmax(w, block + i), i < n. Decoding one absmax at a time costs more than the 64 multiply-adds of its
+// block, so a run of blocks is decoded at once.
+static inline void decode_absmax(const NF4Weight& w, int64_t block, int64_t n, float* out) {
     if (w.absmax) {
         memcpy(out, w.absmax + block, static_cast<size_t>(n) * sizeof(float));
         return;
@@ -91,20 +92,20 @@ static inline void prefetch_range(const NF4Weight& w, int64_t begin, int64_t cou
 // dst[i] = value of the flat element begin + i; the range may start and end anywhere.
 template <class Rounding>
 static inline void decode_range(const NF4Weight& w, int64_t begin, int64_t end, typename Rounding::Elem* dst) {
-    constexpr int64_t kFew = 8;  // blocks whose levels are quicker found one by one
+    constexpr int64_t kFew = 8;  // blocks whose absmax is faster decoded one at a time
     const int64_t last = (end - 1) >> w.block_shift;
     for (int64_t block = begin >> w.block_shift; begin < end; block += kPiece) {
         const int64_t count = last + 1 - block < kPiece ? last + 1 - block : kPiece;
-        float levels[kPiece];
+        float absmax[kPiece];
         if (count > kFew) {
-            first_levels(w, block, count, levels);
+            decode_absmax(w, block, count, absmax);
         } else {
-            for (int64_t i = 0; i < count; ++i) levels[i] = first_level(w, block + i);
+            for (int64_t i = 0; i < count; ++i) absmax[i] = block_absmax(w, block + i);
         }
         for (int64_t i = 0; i < count; ++i) {
             const int64_t block_end = (block + i + 1) << w.block_shift;
             const int64_t stop = block_end < end ? block_end : end;
-            decode_run(Rounding::code(levels[i]), w.packed, begin, stop, dst);
+            decode_run(Rounding::code(absmax[i]), w.packed, begin, stop, dst);
             dst += stop - begin;
             begin = stop;
         }

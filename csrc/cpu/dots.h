@@ -132,11 +132,11 @@ static inline void prefetch_next(const uint8_t* bytes, int64_t group_bytes, int6
     for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(bytes + group_bytes + byte, 0, 2);
 }
 
-// A few tokens: sums[m * kGroup + i] += row i of W times token m over blocks [block0, block1), for the kGroup rows
-// whose packed bytes start at `packed` and whose first levels at `levels`. Past `valid` rows, whose sums nobody reads,
-// the last one serves.
+// For at most kDirectTokens tokens: sums[m * kGroup + i] += (row i of W) . (token m) over blocks [block0, block1), for
+// kGroup rows. `packed` and `absmax` point to the bytes and the block constants of the first row. Rows from `valid` on
+// do not exist: they repeat the last one, and their sums are not read.
 template <class T, int kM>
-static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* levels, int valid, int64_t block0,
+static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* absmax, int valid, int64_t block0,
                         int64_t block1, const typename Arithmetic<T>::Mac::Elem* x, float* sums) {
     using Mac = typename Arithmetic<T>::Mac;
     using Vector = typename Halves<Mac>::Vector;
@@ -148,13 +148,13 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
     x += block0 * 2 * block_bytes * kM;
     for (int row = 0; row < kGroup; row += kRows, sums += kRows) {
         const uint8_t* bytes[kRows];
-        const float* level[kRows];
+        const float* row_absmax[kRows];
         F32 sum[kRows][kM];
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
             const int64_t first = (row + i < valid ? row + i : valid - 1) * row_blocks;
             bytes[i] = packed + (first + block0) * block_bytes;
-            level[i] = levels + first;
+            row_absmax[i] = absmax + first;
 #pragma GCC unroll 8
             for (int m = 0; m < kM; ++m) sum[i][m] = zero();
         }
@@ -163,7 +163,7 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
             decltype(Arithmetic<T>::Rounding::code(0.0f)) code[kRows];
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
-                code[i] = Arithmetic<T>::Rounding::code(level[i][b]);
+                code[i] = Arithmetic<T>::Rounding::code(row_absmax[i][b]);
                 prefetch_next(bytes[i], group_bytes, block_bytes);
             }
             for (int64_t byte = 0; byte < block_bytes; byte += kElements) {
@@ -191,13 +191,13 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
 
 // The values of one row over blocks [block0, block1), in the order of the tokens' vectors.
 template <class T>
-static inline void decode_halves(const uint8_t* packed, const float* levels, int64_t block_bytes, int64_t block0,
+static inline void decode_halves(const uint8_t* packed, const float* absmax, int64_t block_bytes, int64_t block0,
                                  int64_t block1, typename Arithmetic<T>::Mac::Elem* values) {
     using Mac = typename Arithmetic<T>::Mac;
     constexpr int kElements = Halves<Mac>::kElements;
     packed += block0 * block_bytes;
     for (int64_t b = block0; b < block1; ++b) {
-        const auto code = Arithmetic<T>::Rounding::code(levels[b]);
+        const auto code = Arithmetic<T>::Rounding::code(absmax[b]);
         for (int64_t byte = 0; byte < block_bytes; byte += kElements, packed += kElements, values += 2 * kElements) {
             typename Halves<Mac>::Vector even, odd;
             lookup_halves(code, packed, even, odd);
@@ -275,29 +275,29 @@ static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* 
     const int64_t group_bytes = kGroup * row_blocks * block_bytes;
 
     parallel_ranges(w.N, kGroup, [&](int64_t n0, int64_t n1) {
-        const size_t level_bytes = static_cast<size_t>(kGroup * row_blocks) * sizeof(float);
+        const size_t absmax_bytes = static_cast<size_t>(kGroup * row_blocks) * sizeof(float);
         const size_t value_bytes = direct ? 0 : static_cast<size_t>(kGroup * stride) * sizeof(Elem);
         const size_t sum_bytes = static_cast<size_t>(M * kGroup) * sizeof(float);
-        uint8_t* space = static_cast<uint8_t*>(workspace(Slot::kPartial, value_bytes + sum_bytes + level_bytes));
+        uint8_t* space = static_cast<uint8_t*>(workspace(Slot::kPartial, value_bytes + sum_bytes + absmax_bytes));
         Elem* values = reinterpret_cast<Elem*>(space);
         float* sums = reinterpret_cast<float*>(space + value_bytes);
-        float* levels = reinterpret_cast<float*>(space + value_bytes + sum_bytes);
+        float* absmax = reinterpret_cast<float*>(space + value_bytes + sum_bytes);
         for (int64_t n = n0; n < n1; n += kGroup) {
             const int valid = static_cast<int>(n1 - n < kGroup ? n1 - n : kGroup);
             const uint8_t* packed = w.packed + (n * w.K >> 1);
-            first_levels(w, n * row_blocks, valid * row_blocks, levels);
+            decode_absmax(w, n * row_blocks, valid * row_blocks, absmax);
             start(n, valid, sums);
             for (int64_t block = 0; block < row_blocks; block += step) {
                 const int64_t end = block + step < row_blocks ? block + step : row_blocks;
                 if (direct) {
-                    direct_tile_for<T>(M)(w, packed, levels, valid, block, end, tokens.tile(0), sums);
+                    direct_tile_for<T>(M)(w, packed, absmax, valid, block, end, tokens.tile(0), sums);
                     continue;
                 }
                 for (int i = 0; i < kGroup; ++i) {
                     const int64_t row = i < valid ? i : valid - 1;
                     prefetch_next(packed + (row * row_blocks + block) * block_bytes, group_bytes,
                                   (end - block) * block_bytes);
-                    decode_halves<T>(packed + row * row_blocks * block_bytes, levels + row * row_blocks, block_bytes,
+                    decode_halves<T>(packed + row * row_blocks * block_bytes, absmax + row * row_blocks, block_bytes,
                                      block, end, values + i * stride);
                 }
                 const int64_t k = block << w.block_shift;

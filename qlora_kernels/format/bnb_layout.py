@@ -85,7 +85,7 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
         raise ValueError(f"{name}: blocksize of the checkpoint must be an integer, got {blocksize!r}")
     if absmax.dtype != torch.uint8:
         _require_finite(name, "absmax", absmax)
-        return QuantState(torch.Size(shape), dtype, blocksize, absmax_exact=absmax)
+        return QuantState(torch.Size(shape), dtype, blocksize, absmax=absmax)
     for suffix in ("nested_absmax", "nested_quant_map"):
         if suffix not in tensors:
             raise ValueError(f"{name}: checkpoint must hold {name}.{suffix} beside 8-bit absmax, got {sorted(tensors)}")

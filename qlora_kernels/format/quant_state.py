@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,41 +23,52 @@ def n_blocks(numel: int, blocksize: int) -> int:
     return -(-numel // blocksize)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class QuantState:
-    """Shape, dtype and scales of one NF4 tensor; immutable, checked on construction.
+    """Shape, dtype and block constants of one NF4 tensor; immutable, checked on construction.
 
     shape: of the weight before quantization.   dtype: of the weight before quantization (fp32, bf16 or fp16).
     blocksize: elements per absmax.
-    Exactly one kind of constants is present:
-      absmax_exact: fp32 [n_blocks], without double quantization; or
+    Exactly one kind of constants is given:
+      absmax: fp32 [n_blocks], without double quantization; or
       absmax_q: uint8 [n_blocks], absmax_scale: fp32 [ceil(n_blocks / 256)], absmax_offset: fp32 [], with it.
+    The attribute `absmax` exists for both kinds: it is decoded on request where it is not stored.
     Raises ValueError or TypeError, naming the field, where these do not fit together.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     blocksize: int
-    absmax_exact: Tensor | None = None
-    absmax_q: Tensor | None = None
-    absmax_scale: Tensor | None = None
-    absmax_offset: Tensor | None = None
+    _stored_absmax: Tensor | None
+    absmax_q: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", torch.Size(self.shape))
-        if self.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"QuantState: dtype must be one of {FLOAT_DTYPES}, got {self.dtype}")
-        if self.blocksize not in nf4.BLOCKSIZES:
-            raise ValueError(f"QuantState: blocksize must be one of {nf4.BLOCKSIZES}, got {self.blocksize}")
-        absmax_q, absmax_scale, absmax_offset = self.absmax_q, self.absmax_scale, self.absmax_offset
-        if self.absmax_exact is None and (absmax_q is None or absmax_scale is None or absmax_offset is None):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        blocksize: int,
+        absmax: Tensor | None = None,
+        absmax_q: Tensor | None = None,
+        absmax_scale: Tensor | None = None,
+        absmax_offset: Tensor | None = None,
+    ) -> None:
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"QuantState: dtype must be one of {FLOAT_DTYPES}, got {dtype}")
+        if blocksize not in nf4.BLOCKSIZES:
+            raise ValueError(f"QuantState: blocksize must be one of {nf4.BLOCKSIZES}, got {blocksize}")
+        if absmax is None and (absmax_q is None or absmax_scale is None or absmax_offset is None):
             raise ValueError(
-                "QuantState: either absmax_exact or all of absmax_q, absmax_scale and absmax_offset must be given"
+                "QuantState: either absmax or all of absmax_q, absmax_scale and absmax_offset must be given"
             )
-        if self.absmax_exact is not None and any(t is not None for t in (absmax_q, absmax_scale, absmax_offset)):
-            raise ValueError("QuantState: absmax_exact excludes absmax_q, absmax_scale and absmax_offset, got both")
-        blocks = n_blocks(self.numel, self.blocksize)
-        _expect("absmax_exact", self.absmax_exact, torch.float32, blocks)
+        if absmax is not None and any(t is not None for t in (absmax_q, absmax_scale, absmax_offset)):
+            raise ValueError("QuantState: absmax excludes absmax_q, absmax_scale and absmax_offset, got both")
+        given = (torch.Size(shape), dtype, blocksize, absmax, absmax_q, absmax_scale, absmax_offset)
+        for field, value in zip(fields(self), given, strict=True):
+            object.__setattr__(self, field.name, value)  # the class is frozen
+        blocks = n_blocks(self.numel, blocksize)
+        _expect("absmax", absmax, torch.float32, blocks)
         _expect("absmax_q", absmax_q, torch.uint8, blocks)
         _expect("absmax_scale", absmax_scale, torch.float32, n_blocks(blocks, NESTED_BLOCKSIZE))
         _expect("absmax_offset", absmax_offset, torch.float32, 1)
@@ -74,12 +86,12 @@ class QuantState:
     @property
     def constants(self) -> Constants:
         """The four constants in the order in which every op takes them."""
-        return self.absmax_exact, self.absmax_q, self.absmax_scale, self.absmax_offset
+        return self._stored_absmax, self.absmax_q, self.absmax_scale, self.absmax_offset
 
     @property
     def absmax(self) -> Tensor:
-        """fp32 [n_blocks], the first level; computed on each request under double quantization."""
-        return first_level(*self.constants)
+        """The largest magnitude of each block, fp32 [n_blocks]; decoded at each request under double quantization."""
+        return decoded_absmax(*self.constants)
 
     @property
     def absmax_code(self) -> Tensor | None:
@@ -102,14 +114,14 @@ class QuantState:
         return QuantState(self.shape, self.dtype, self.blocksize, *moved)
 
 
-def first_level(
+def decoded_absmax(
     absmax: Tensor | None, absmax_q: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None
 ) -> Tensor:
-    """fp32 [n_blocks] from either kind of constants."""
+    """Return absmax, fp32 [n_blocks], from either kind of constants."""
     if absmax is not None:
         return absmax
     if absmax_q is None or absmax_scale is None or absmax_offset is None:
-        raise ValueError("first_level: either absmax or all of absmax_q, absmax_scale, absmax_offset must be given")
+        raise ValueError("decoded_absmax: either absmax or all of absmax_q, absmax_scale, absmax_offset must be given")
     return dequantize_absmax(absmax_q, absmax_scale, absmax_offset)
 
 

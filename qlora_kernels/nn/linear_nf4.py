@@ -75,7 +75,7 @@ class LinearNF4(nn.Module):
                 torch.Size((out_features, in_features)),
                 self.weight_dtype,
                 blocksize,
-                absmax_exact=None if double_quant else torch.zeros(blocks, device=device),
+                absmax=None if double_quant else torch.zeros(blocks, device=device),
                 absmax_q=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else None,
                 absmax_scale=torch.zeros(n_blocks(blocks, 256), device=device) if double_quant else None,
                 absmax_offset=torch.zeros((), device=device) if double_quant else None,

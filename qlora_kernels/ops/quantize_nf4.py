@@ -79,7 +79,7 @@ def quantize_nf4(
         )
     packed = packed.unsqueeze(1)
     if not double_quant:
-        return packed, QuantState(w.shape, w.dtype, blocksize, absmax_exact=absmax)
+        return packed, QuantState(w.shape, w.dtype, blocksize, absmax=absmax)
     absmax_q, absmax_scale, absmax_offset = second_level
     state = QuantState(
         w.shape,

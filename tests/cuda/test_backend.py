@@ -148,10 +148,10 @@ def test_codec(dtype: torch.dtype) -> None:
     assert same_bits(absmax, expected_absmax)
     nested = cuda.codec.quantize_absmax(absmax)
     assert nested[2].shape == ()
-    first_level = double_quant.dequantize_absmax(*nested)
+    absmax = double_quant.dequantize_absmax(*nested)
     result = torch.empty_like(w)
     cuda.codec.dequantize_nf4(Weight(packed, None, *nested, 64, *w.shape), out=result)
-    assert same_bits(result, reference.dequantize_nf4(packed, first_level, 64, w.shape, dtype))
+    assert same_bits(result, reference.dequantize_nf4(packed, absmax, 64, w.shape, dtype))
 
 
 def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +181,8 @@ def quantized_matrix(N: int, K: int) -> Weight:
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
-    first_level = double_quant.dequantize_absmax(*weight.constants[1:])
-    return reference.dequantize_nf4(
-        weight.packed, first_level, weight.blocksize, torch.Size((weight.N, weight.K)), dtype
-    )
+    absmax = double_quant.dequantize_absmax(*weight.constants[1:])
+    return reference.dequantize_nf4(weight.packed, absmax, weight.blocksize, torch.Size((weight.N, weight.K)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,7 @@ def test_sizes():
     assert nested.bits_per_param == pytest.approx(4.127, abs=1e-3)
 
 
-def test_first_level_on_request():
+def test_absmax_is_decoded_on_request():
     w = gaussian(100, 64)
     _, plain = qk.quantize_nf4(w, double_quant=False)
     _, nested = qk.quantize_nf4(w)
@@ -33,13 +33,13 @@ def test_first_level_on_request():
 
 def test_refuses_what_does_not_fit():
     shape, dtype = torch.Size((4, 64)), torch.float32
-    with pytest.raises(ValueError, match=r"QuantState: either absmax_exact or all of"):
+    with pytest.raises(ValueError, match=r"QuantState: either absmax or all of"):
         qk.QuantState(shape, dtype, 64)
-    with pytest.raises(ValueError, match=r"QuantState: absmax_exact excludes"):
+    with pytest.raises(ValueError, match=r"QuantState: absmax excludes"):
         qk.QuantState(shape, dtype, 64, torch.ones(4), absmax_offset=torch.zeros(()))
-    with pytest.raises(ValueError, match=r"QuantState: absmax_exact must have 4 elements, got 3"):
+    with pytest.raises(ValueError, match=r"QuantState: absmax must have 4 elements, got 3"):
         qk.QuantState(shape, dtype, 64, torch.ones(3))
-    with pytest.raises(TypeError, match=r"QuantState: absmax_exact must be torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"QuantState: absmax must be torch.float32, got torch.float16"):
         qk.QuantState(shape, dtype, 64, torch.ones(4).half())
     with pytest.raises(ValueError, match=r"QuantState: blocksize must be one of"):
         qk.QuantState(shape, dtype, 60, torch.ones(4))

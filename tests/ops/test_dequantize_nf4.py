@@ -36,7 +36,7 @@ def test_every_byte_at_every_scale(backend, dtype):
     """All 256 bytes under absmax values that round up, down and to even in 16 bits; one block each."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(64)
     absmax = gaussian(512).exp()
-    state = qk.QuantState(torch.Size((32768,)), torch.float32, 64, absmax_exact=absmax)
+    state = qk.QuantState(torch.Size((32768,)), torch.float32, 64, absmax=absmax)
     expected = reference.dequantize_nf4(packed, absmax, 64, state.shape, dtype)
     with qk.use_backend(backend):
         assert torch.equal(qk.dequantize_nf4(packed, state, dtype), expected)

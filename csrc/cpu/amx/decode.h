@@ -21,12 +21,12 @@ static inline bool suits_fast_decoder(const NF4Weight& w) { return w.K % kGroup6
 // out[i] = absmax of the weights [64 (group0 + i), 64 (group0 + i + 1)), for weights that suit the fast decoders.
 static inline void absmax_of_groups(const NF4Weight& w, int64_t group0, int64_t groups, float* out) {
     const int shift = w.block_shift - 6;
-    if (shift == 0) return first_levels(w, group0, groups, out);
+    if (shift == 0) return decode_absmax(w, group0, groups, out);
     float blocks[kPiece];
     for (int64_t i = 0; i < groups;) {
         const int64_t block0 = (group0 + i) >> shift;
         const int64_t count = std::min<int64_t>(kPiece, ((group0 + groups - 1) >> shift) + 1 - block0);
-        first_levels(w, block0, count, blocks);
+        decode_absmax(w, block0, count, blocks);
         for (; i < groups && ((group0 + i) >> shift) < block0 + count; ++i) {
             out[i] = blocks[((group0 + i) >> shift) - block0];
         }

@@ -20,9 +20,9 @@ struct NF4Weight {
     int block_shift;
 };
 
-// The first level, fp32. A product, then a sum: two roundings, so that every backend gets the same bits.
+// The absmax of one block. A product, then a sum: two roundings, so that every backend gets the same bits.
 // static: kernels are compiled once per instruction set, and a shared definition could be the AVX-512 one.
-static inline float first_level(const NF4Weight& w, int64_t block) {
+static inline float block_absmax(const NF4Weight& w, int64_t block) {
     if (w.absmax) return w.absmax[block];
     const float product = kAbsmaxCode[w.absmax_q[block]] * w.absmax_scale[block / kNestedBlocksize];
     return product + w.absmax_offset;

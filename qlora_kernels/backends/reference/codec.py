@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...format import double_quant, reference
-from ...format.quant_state import first_level
+from ...format.quant_state import decoded_absmax
 from ...ops._operands import Weight
 
 
@@ -22,5 +22,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     """out = code[q] * absmax."""
     out.copy_(
-        reference.dequantize_nf4(weight.packed, first_level(*weight.constants), weight.blocksize, out.shape, out.dtype)
+        reference.dequantize_nf4(
+            weight.packed, decoded_absmax(*weight.constants), weight.blocksize, out.shape, out.dtype
+        )
     )

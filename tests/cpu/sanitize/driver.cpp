@@ -112,7 +112,7 @@ void check(const Shape& s, DType dtype, double tolerance, uint32_t threshold) {
     bool same = true;
     for (int64_t i = 0; i < numel; ++i) {
         const int q = i % 2 ? packed[i / 2] & 0xf : packed[i / 2] >> 4;
-        const T want = qlora::from_float<T>(qlora::kCode[q] * qlora::first_level(weight, i >> s.block_shift));
+        const T want = qlora::from_float<T>(qlora::kCode[q] * qlora::block_absmax(weight, i >> s.block_shift));
         same = same && memcmp(&want, &decoded[i], sizeof want) == 0;
     }
     expect(same, "dequantize_nf4", s);
