@@ -13,6 +13,7 @@
 #   make faults     saves under injected faults (3 minutes)
 #   make compat     that wheel with the oldest and the newest Python, torch, Triton and transformers (not in CI)
 #   make fuzz       100,000 unsound calls of the ops, and failing allocations (20 minutes)
+#   make docs       the documentation as a site in site/ (in an environment of its own, .venv-docs)
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
@@ -97,6 +98,16 @@ test-blas: $(READY)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -q $(NUMERICAL)
 	$(PYTEST) -q -p tests.support.shuffled_blas tests/nn tests/peft tests/ops
 	SHUFFLED_BLAS=alignment $(PYTEST) -q -p tests.support.shuffled_blas tests/training tests/cli/test_finetune.py
+
+# The pages need no compiled library: signatures and docstrings are read from the sources.
+.PHONY: docs
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --clean --strict
+
+$(VENV)-docs/.installed: pyproject.toml
+	test -x $(VENV)-docs/bin/python || $(SYSTEM_PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=1.0" "ruff>=0.12"
+	touch $@
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -35,6 +35,7 @@ __all__ = [
     "PagedAdamW8bit",
     "QuantState",
     "ReplaceReport",
+    "__version__",
     "backends",
     "dequantize_nf4",
     "fuse_model",
@@ -56,3 +57,12 @@ __all__ = [
     "unfuse_shared_input",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, which is read from the installed package's metadata when it is first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qlora_kernels")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

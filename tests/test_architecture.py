@@ -85,7 +85,7 @@ def test_top_level():
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     expected = {"pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "README.md", "CONTRIBUTING.md", "LICENSE"}
-    expected |= {"SECURITY.md"}
+    expected |= {"SECURITY.md", "CHANGELOG.md", "CITATION.cff", "mkdocs.yml"}
     expected |= {".ci", "qlora_kernels", "csrc", "python", "tests", "bench", "docs"}
     assert {name for name in top if not name.startswith(".")} <= expected
 

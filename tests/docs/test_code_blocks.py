@@ -1,0 +1,69 @@
+"""The code blocks of the documentation run, and the commands in it exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_kernels.cli.main import _parser
+from qlora_kernels.peft import METHODS
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line number, text) of the page's fenced blocks in `language`.
+
+    A block titled "excerpt of ..." shows lines of the code that it names, which runs there; it is left out.
+    """
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}([^\n]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(2)), match[2]) for match in found if 'title="excerpt of' not in match[1]]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture
+def methods_as_before() -> Iterator[None]:
+    """A page may register a method; other tests run over the registered ones."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.usefixtures("methods_as_before")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of a page run in order, as one program, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, text in blocks(page, "python"):
+        padded = "\n" * line + text  # so that a traceback has the page's line numbers
+        exec(compile(padded, str(page), "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name)
+def test_shell_blocks_name_what_exists(page):
+    """Commands of this package parse, make's targets are in the Makefile, and pytest's paths are in the repository."""
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line, text in blocks(page, "bash"):
+        for command in text.replace("\\\n", " ").splitlines():
+            words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
+            where = f"{name(page)}:{line}: {command}"
+            if words[:1] == ["qlora-kernels"] and words[1:2] != ["bench"]:
+                _parser().parse_args(words[1:])  # exits, with a message, where it cannot
+            elif words[:1] == ["make"]:
+                assert set(words[1:]) <= targets, where
+            elif words[:3] == ["python", "-m", "pytest"]:
+                assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/")), where
