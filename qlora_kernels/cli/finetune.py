@@ -44,6 +44,7 @@ from .generate import check_prompt, continuation
 from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
 from .model_source import dense_folder, load_adapter, nf4_folder
 from .patterns import check_patterns
+from .tokenizing import within_time
 
 _PROMPT_TOKENS = 24
 """Of the unseen text, where no --prompt is given."""
@@ -172,7 +173,9 @@ class _Finetune:
     def _encode(self, part: str, source: str, records: Sequence[Record]) -> list[Example]:
         if not records:
             return []
-        examples, rows = encode_rows(source, records, self.tokenizer, self.options.seq_len)
+        examples, rows = within_time(
+            lambda clock: encode_rows(source, clock.each(records), self.tokenizer, self.options.seq_len)
+        )
         self.report.rows[part] = rows
         self.console.say(f"{part}: {rows}")
         return examples

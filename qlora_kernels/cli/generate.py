@@ -16,6 +16,7 @@ from .arguments import Subparsers, UsageError, add_command, bad_input, positive,
 from .console import Console
 from .limits import check_positions, check_token_ids
 from .model_source import add_base, load_adapter, load_base
+from .tokenizing import within_time
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -43,11 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_text(prompt, "--prompt")
     if arguments.chat:
         with bad_input():
-            prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], generation_prompt=True)
-    check_prompt(prompt, "--prompt", tokenizer, base, arguments.max_new_tokens)
+            turn = [{"role": "user", "content": prompt}]
+            prompt = within_time(lambda clock: write_chat(tokenizer, turn, generation_prompt=True))
+    chat = bool(arguments.chat)
+    check_prompt(prompt, "--prompt", tokenizer, base, arguments.max_new_tokens, from_template=chat)
     torch.manual_seed(arguments.seed)
     with bad_input(), as_model_error(Path(arguments.model), "must be a model that can be run"):
-        text = continuation(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature)
+        new_tokens = arguments.max_new_tokens
+        text = continuation(model, tokenizer, prompt, new_tokens, arguments.temperature, from_template=chat)
     if arguments.json:
         print(json.dumps({"prompt": prompt, "text": text, "seconds": console.seconds}))
     else:
@@ -63,10 +67,21 @@ def check_text(text: str, option: str) -> None:
         raise UsageError(f"{option}: must be text in UTF-8, got {text[:40]!r}") from error
 
 
-def check_prompt(prompt: str, option: str, tokenizer: Any, model: nn.Module, max_new_tokens: int = 1) -> None:
-    """Raises UsageError where `model` cannot continue `prompt` by that many tokens.   option: for the message."""
+def check_prompt(
+    prompt: str,
+    option: str,
+    tokenizer: Any,
+    model: nn.Module,
+    max_new_tokens: int = 1,
+    *,
+    from_template: bool = False,
+) -> None:
+    """Raises UsageError where `model` cannot continue `prompt` by that many tokens.
+
+    option: for the message.   from_template: whether the chat template wrote the prompt.
+    """
     check_text(prompt, option)
-    ids = TextTokens(tokenizer).ids(prompt)
+    ids = within_time(lambda clock: TextTokens(tokenizer).ids(prompt, from_template=from_template))
     if not ids:
         raise UsageError(f"{option}: must hold at least one token, got an empty text")
     check_token_ids(max(ids), tokenizer, model)
@@ -74,10 +89,21 @@ def check_prompt(prompt: str, option: str, tokenizer: Any, model: nn.Module, max
 
 
 @torch.inference_mode()
-def continuation(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float = 0.0) -> str:
-    """What the model writes after `prompt`, which is tokenized as in training.   temperature: 0 for greedy."""
+def continuation(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    *,
+    from_template: bool = False,
+) -> str:
+    """What the model writes after `prompt`, which is tokenized as in training.
+
+    temperature: 0 for greedy.   from_template: whether the chat template wrote the prompt.
+    """
     model.eval()
-    ids = TextTokens(tokenizer).ids(prompt)
+    ids = TextTokens(tokenizer).ids(prompt, from_template=from_template)
     input_ids = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(  # type: ignore[operator]

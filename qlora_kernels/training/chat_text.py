@@ -83,7 +83,7 @@ class ChatTokenizer:
             spans, context_turns = self._learned_spans(messages, chat.tools, whole)
         except (TemplateRefusal, DataError) as error:
             raise DataError(f"{chat.place or 'a conversation'}: {error}") from error
-        return ChatTokens(self.texts.marked(whole, spans), context_turns)
+        return ChatTokens(self.texts.marked(whole, spans, from_template=True), context_turns)
 
     def _write(self, messages: Messages, tools: Messages, *, generation_prompt: bool = False) -> str:
         return write_chat(self.tokenizer, messages, tools, generation_prompt=generation_prompt)
@@ -109,8 +109,7 @@ class ChatTokenizer:
             return_assistant_tokens_mask=True,
         )
         ids, learned = list(output["input_ids"]), [bool(mark) for mark in output["assistant_masks"]]
-        led = self.texts.led(ids)
-        return MarkedTokens(led, [False] * (len(led) - len(ids)) + learned, 0)
+        return MarkedTokens(ids, learned, 0)
 
     def _learned_spans(self, messages: Messages, tools: Messages, whole: str) -> tuple[list[Span], int]:
         spans: list[Span] = []

@@ -42,8 +42,8 @@ class TextTokens:
     """The token ids of texts as a model is to see them.
 
     `ids` are the tokenizer's ids of the whole text, after the tokens that the tokenizer itself puts before a text (the
-    beginning of text, for Llama, Mistral, Gemma). A text that begins with them in writing, as many chat templates write
-    it, gets no second ones.
+    beginning of text, for Llama, Mistral, Gemma). A text that begins with them in writing gets no second ones. What a
+    chat template wrote gets none at all, as in transformers: the template writes those that the model is to see.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -53,9 +53,12 @@ class TextTokens:
         self._options: dict[str, Any] = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
         self.before, self.after = self._added_around()
 
-    def ids(self, text: str) -> list[int]:
-        """Of a text that goes on: a prompt, or a document that the caller ends."""
-        return self.led(self._plain(text))
+    def ids(self, text: str, *, from_template: bool = False) -> list[int]:
+        """Of a text that goes on: a prompt, or a document that the caller ends.
+
+        from_template: whether a chat template wrote it, which writes all special tokens itself.
+        """
+        return self._plain(text) if from_template else self.led(self._plain(text))
 
     def led(self, ids: list[int]) -> list[int]:
         """`ids`, with the tokens that begin a text before them unless they are there."""
@@ -67,10 +70,10 @@ class TextTokens:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def marked(self, text: str, spans: Sequence[Span]) -> MarkedTokens:
+    def marked(self, text: str, spans: Sequence[Span], *, from_template: bool = False) -> MarkedTokens:
         """The ids of `text` and which of them are learned: those with at least one character in one of the `spans`.
 
-        spans: in order, without overlap.
+        spans: in order, without overlap.   from_template: as in `ids`.
         """
         if self.has_offsets:
             output = self.tokenizer(  # type: ignore[call-arg]
@@ -81,7 +84,7 @@ class TextTokens:
         else:
             ids = self._plain(text)
             learned, straddling = self._covered_by_prefixes(text, ids, spans)
-        led = self.led(ids)
+        led = ids if from_template else self.led(ids)
         return MarkedTokens(led, [False] * (len(led) - len(ids)) + learned, straddling)
 
     def _plain(self, text: str) -> list[int]:

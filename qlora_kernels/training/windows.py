@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ def encode(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len
     return encode_rows(source, records, tokenizer, seq_len).examples
 
 
-def encode_rows(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> Encoding:
+def encode_rows(source: str, records: Iterable[Record], tokenizer: Tokenizer, seq_len: int) -> Encoding:
     """Examples of at most seq_len tokens, whose ids are the tokenizer's for the whole text (`text_tokens.TextTokens`).
 
     Plain: each record is a document. Documents are joined by the end-of-text token and cut into windows of seq_len; the
