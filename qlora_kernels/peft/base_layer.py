@@ -9,6 +9,8 @@ foreign_layer.py know.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,21 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether it is nn.Embedding itself: a subclass may compute something else."""
-    return plain_class(module) is nn.Embedding
+    """Whether it is nn.Embedding itself, or transformers' kind whose output is scaled (Gemma, BART).
+
+    Any other subclass may compute something else.
+    """
+    kind = plain_class(module)
+    return kind is nn.Embedding or (issubclass(kind, nn.Embedding) and _is_scaled(kind))
+
+
+def _is_scaled(kind: type[nn.Module]) -> bool:
+    return kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
+
+
+def embedding_scale(base: nn.Module) -> Tensor | float:
+    """The factor between a row of an embedding's table and its output; 1.0 for nn.Embedding itself."""
+    return base.embed_scale if _is_scaled(plain_class(base)) else 1.0  # type: ignore[return-value]
 
 
 def stores_transposed(base: nn.Module) -> bool:
@@ -92,13 +107,17 @@ def with_weight(
         raise NotImplementedError(f"merge: target must be '16bit' or 'nf4' over a {type(base).__name__}, got 'same'")
     n, k = weight.shape
     dtype = weight_dtype(base, default)
+    layer: nn.Module
     if isinstance(base, nn.Embedding):
-        options = {name: getattr(base, name) for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
-        table = weight.T.contiguous().to(dtype)
-        return nn.Embedding(k, n, base.padding_idx, **options, _weight=table, _freeze=True).train(base.training)
+        # With the padding index, the scale and other options.
+        layer = copy.copy(base)
+        layer._parameters = {"weight": nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)}
+        layer._buffers, layer._modules = dict(base._buffers), {}
+        layer.__class__ = plain_class(base)  # type: ignore[assignment]
+        return layer
     dense_class = getattr(base, "dense_class", plain_class(base))
     if is_conv1d(dense_class):
-        layer: nn.Module = dense_class(n, k)
+        layer = dense_class(n, k)
         layer.weight = nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)
     else:
         layer = nn.Linear(k, n, bias=bias is not None, device="meta")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted_linear import Delta
-from .base_layer import device_of, features
+from .base_layer import device_of, embedding_scale, features
 from .offloaded import weight_of
 
 if TYPE_CHECKING:
@@ -44,4 +44,5 @@ class LoraEmbedding(Delta):
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         padding_idx = cast("nn.Embedding", base).padding_idx
         s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
-        return (y + self.scaling * F.linear(s, self.lora_embedding_B)).to(y.dtype)
+        update = self.scaling * F.linear(s, self.lora_embedding_B)
+        return (y + update * embedding_scale(base)).to(y.dtype)

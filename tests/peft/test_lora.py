@@ -293,3 +293,49 @@ def test_wrapper_is_transparent():
     assert layer.weight is linear.weight
     assert (layer.in_features, layer.out_features) == (8, 4)
     assert model.unload()[0] is linear
+
+
+def scaled_embedding(kind):
+    """Models whose embedding multiplies its rows by sqrt(d)."""
+    import transformers
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **heads}
+    if kind == "gemma":
+        return transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes)).eval()
+    if kind == "gemma3":
+        return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes)).eval()
+    ends = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    config = transformers.BartConfig(
+        vocab_size=48, d_model=16, scale_embedding=True, max_position_embeddings=32, **ends
+    )
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3", "bart"])
+def test_embedding_with_a_scale(hf_peft, tmp_path, kind):
+    names = ["encoder.embed_tokens", "decoder.embed_tokens"] if kind == "bart" else ["embed_tokens"]
+    options = {"target_modules": names, "r": 2}
+    model = get_peft_model(scaled_embedding(kind), LoraConfig(**options)).eval()
+    inputs = {"input_ids": torch.arange(2, 14).view(2, 6)}
+    base = logits(model, inputs)
+    assert torch.equal(base, logits(scaled_embedding(kind), inputs))
+    randomize(model)
+    expected = logits(model, inputs)
+    assert (expected - base).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "ours")
+    theirs = hf_peft.PeftModel.from_pretrained(scaled_embedding(kind), tmp_path / "ours").eval()
+    assert_same_function(logits(theirs, inputs), expected)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_function(
+        logits(PeftModel.from_pretrained(scaled_embedding(kind), tmp_path / "theirs"), inputs), expected
+    )
+    with torch.no_grad():
+        rows = model(**inputs, adapter_names=["default", "__base__"]).logits
+    assert_same_function(rows, torch.cat([expected[:1], base[1:]]))
+    merged = model.merge_and_unload()
+    assert_same_function(logits(merged, inputs), expected)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged").eval()
+    assert_same_function(logits(again, inputs), expected)
