@@ -15,6 +15,7 @@ from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.glu import glu
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_nf4 import linear_nf4
 from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.linear_nf4_lora_group import linear_nf4_lora_group
@@ -41,6 +42,7 @@ __all__ = [
     "fuse_model",
     "fuse_shared_input",
     "glu",
+    "linear_cross_entropy",
     "linear_nf4",
     "linear_nf4_lora",
     "linear_nf4_lora_group",

@@ -45,6 +45,12 @@ const Kernels& kernels() {
                                            const void* s, void* grad_x, float* grad_A, float* grad_B) {
             table_for(p).linear_nf4_lora_backward(p, lora, grad_y, x, s, grad_x, grad_A, grad_B);
         };
+        made.linear_cross_entropy = [](const CrossEntropyProblem& p, const void* hidden,
+                                       const CrossEntropyResults& results) {
+            const Kernels& few_or_many =
+                p.dtype == DType::kBfloat16 && p.M > kFewTokens ? avx512::kKernels : avx512_bf16::kKernels;
+            few_or_many.linear_cross_entropy(p, hidden, results);
+        };
         return made;
     }();
     return table;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "adamw_step.h"
+#include "cross_entropy.h"
 #include "qlora/dtypes.h"
 #include "qlora/nf4_weight.h"
 
@@ -48,6 +49,8 @@ struct Kernels {
     void (*dropout_bits)(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
     // parameters and states in place
     void (*adamw_step)(const AdamWStep& step);
+    // the loss of each token over logits of hidden [M, K], and its gradient
+    void (*linear_cross_entropy)(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
 };
 
 const Kernels& cpu_kernels();

@@ -15,5 +15,6 @@ void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const vo
                               const void* s, void* grad_x, float* grad_A, float* grad_B);
 void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
 void adamw_step(const AdamWStep& step);
+void linear_cross_entropy(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
 
 }  // namespace qlora::QLORA_ISA

@@ -19,6 +19,7 @@ from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
 from qlora_kernels.ops._operands import LoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from tests.support import cross_entropy_formula
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import assert_within
@@ -147,6 +148,37 @@ def test_threads_do_not_change_the_bits(isa, N, K):
     for y, grad_x in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(grad_x, results[0][1])
+
+
+@dtypes
+@pytest.mark.parametrize(("M", "V", "K"), [(1, 5, 3), (270, 300, 65), (35, 700, 96)])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_cross_entropy(isa, dtype, M, V, K, softcap):
+    hidden = gaussian(M, K, dtype=dtype).requires_grad_()
+    weight, bias = (2 * gaussian(V, K, seed=1) / K**0.5).to(torch.bfloat16), gaussian(V, seed=3)
+    labels = torch.arange(M) * 7 % V
+    labels[2::3] = -100
+    losses = qk.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap, reduction="none")
+    losses.sum().backward()
+    expected = cross_entropy_formula.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap)
+    assert_within(losses, expected.losses, "losses")
+    assert_within(hidden.grad, expected.rows, "grad_hidden")
+
+
+def test_threads_do_not_change_the_bits_of_a_loss(isa):
+    hidden = gaussian(300, 64, dtype=torch.bfloat16).requires_grad_()
+    weight, labels = gaussian(900, 64, dtype=torch.bfloat16, seed=1) / 8, torch.arange(300)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            losses = qk.linear_cross_entropy(hidden, weight, labels, reduction="none")
+            results.append((losses.detach(), *torch.autograd.grad(losses.sum(), hidden)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[0], other, strict=True))
 
 
 def test_wrong_environment_value():

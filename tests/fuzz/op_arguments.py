@@ -100,6 +100,9 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         "seed": ((1,), torch.int64),
         "adapter": ((p.M,), torch.int64),
         "out": ((p.N, p.K), p.dtype),
+        "hidden": ((p.M, p.K), p.dtype),
+        "weight": ((p.N, p.K), rng.choice(FLOATS)),
+        "labels": ((p.M,), torch.int64),
         "arena": ((p.arena_bytes,), torch.uint8),
         "steps": ((len(p.numels),), torch.float32),
         "lr": ((), torch.float32),
@@ -136,5 +139,9 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         "weight_decay": 0.01,
         "grad_multiplier": 1.0,
         "transposed": False,
+        "ignore_index": rng.choice((-100, 1)),
+        "logit_scale": rng.choice((1.0, 0.5)),
+        "softcap": rng.choice((0.0, 5.0)),
+        "need_grad_hidden": rng.random() < 0.5,
     }
     return each(lambda: numbers.get(name, 3))

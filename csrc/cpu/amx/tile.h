@@ -4,9 +4,9 @@
 //     TileSession                 configures the eight tiles of this thread, 16 rows x 64 bytes each; its destructor
 //                                 releases them
 //     zero_tile<T>()              tile T = 0
-//     load_tile<T>(p)             tile T = 1 KiB at p, 16 consecutive rows of 64 bytes
+//     load_tile<T>(p, stride)     tile T = 16 rows of 64 bytes, the first at p, `stride` bytes apart (64 by default)
 //     load_tile_streaming<T>(p)   the same, with a hint that L1 need not keep the lines
-//     store_tile<T>(p)
+//     store_tile<T>(p, stride)    likewise
 //     tile_dot<C, L, R>()         C[i][j] += sum_p L[i][2p] * R[p][2j] + L[i][2p + 1] * R[p][2j + 1], fp32 sums of bf16
 //
 // Tiles 0 to 3 are accumulators in all kernels, tiles 4 to 7 operands.
@@ -56,16 +56,16 @@ static inline void zero_tile() {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
 template <int T>
-static inline void load_tile(const void* p) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{kTileRowBytes}), "i"(T) : "memory");
+static inline void load_tile(const void* p, int64_t stride = kTileRowBytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 static inline void load_tile_streaming(const void* p) {
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{kTileRowBytes}), "i"(T) : "memory");
 }
 template <int T>
-static inline void store_tile(void* p) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{kTileRowBytes}), "i"(T) : "memory");
+static inline void store_tile(void* p, int64_t stride = kTileRowBytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int C, int L, int R>
 static inline void tile_dot() {
@@ -106,16 +106,20 @@ static inline void zero_tile() {
     memset(configured_tiles().data[T], 0, kTileBytes);
 }
 template <int T>
-static inline void load_tile(const void* p) {
-    memcpy(configured_tiles().data[T], p, kTileBytes);
+static inline void load_tile(const void* p, int64_t stride = kTileRowBytes) {
+    for (int row = 0; row < kTileRows; ++row) {
+        memcpy(configured_tiles().data[T][row], static_cast<const uint8_t*>(p) + row * stride, kTileRowBytes);
+    }
 }
 template <int T>
 static inline void load_tile_streaming(const void* p) {
     load_tile<T>(p);
 }
 template <int T>
-static inline void store_tile(void* p) {
-    memcpy(p, configured_tiles().data[T], kTileBytes);
+static inline void store_tile(void* p, int64_t stride = kTileRowBytes) {
+    for (int row = 0; row < kTileRows; ++row) {
+        memcpy(static_cast<uint8_t*>(p) + row * stride, configured_tiles().data[T][row], kTileRowBytes);
+    }
 }
 
 // Subnormal numbers become zero of the same sign.

@@ -16,6 +16,7 @@ from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .kernels import (
     dequantize_nf4,
+    linear_cross_entropy,
     linear_nf4,
     linear_nf4_grad_x,
     linear_nf4_lora,
@@ -38,6 +39,7 @@ _FUNCTIONS = (
     linear_nf4_lora_backward,
     *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
+    linear_cross_entropy,
 )
 _PARTLY_TORCH = _multi_lora.over(linear_nf4, linear_nf4_grad_x)
 KERNELS = (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...ops._memory import contiguous
 from ...ops._operands import LoRA, Weight
+from ...ops.linear_cross_entropy import Head
 
 _C = torch.ops.qlora_kernels_C
 
@@ -64,6 +65,16 @@ def linear_nf4_lora_backward(
     if lora.A.dtype != torch.float32 or lora.B.dtype != torch.float32:
         grad_A, grad_B = grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
     return grad_x, grad_A, grad_B
+
+
+def linear_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [M], log_sums [M], rows [M, K] or empty)."""
+    losses, log_sums, rows = _C.cpu_linear_cross_entropy(
+        hidden, head.weight, head.bias, labels, *head[2:], need_grad_hidden
+    )
+    return losses, log_sums, rows
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

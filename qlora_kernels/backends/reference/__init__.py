@@ -7,6 +7,7 @@ from ...ops._registry import KernelSpec, supports_all
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
+from .linear_cross_entropy import linear_cross_entropy
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 
@@ -26,6 +27,7 @@ _FUNCTIONS = (
     rope,
     glu,
     glu_backward,
+    linear_cross_entropy,
 )
 KERNELS = tuple(
     KernelSpec(function.__name__, "reference", function, supports_all, priority=lambda problem: -2)

@@ -21,6 +21,9 @@ void check_codec();
 void check_dropout();
 void check_adamw();
 
+// cross_entropy.cpp
+void check_cross_entropy();
+
 inline std::vector<float> normal(int64_t n, unsigned seed) {
     std::mt19937 generator(seed);
     std::normal_distribution<float> distribution;

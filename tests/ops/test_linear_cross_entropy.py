@@ -1,0 +1,258 @@
+"""linear_cross_entropy against float64 within the bounds of an error analysis, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qlora_kernels as qk
+from tests.support.cross_entropy_formula import linear_cross_entropy as formula
+from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
+from tests.support.tolerances import assert_same_function, assert_within
+
+OP = "linear_cross_entropy"
+backends = pytest.mark.parametrize("backend", usable_backends(OP))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+SHAPES = {
+    "one token": (1, 5, 3),
+    "blocks and chunks that are not full": (261, 517, 65),
+    "one chunk": (13, 256, 64),
+    "one column beyond a chunk": (40, 257, 32),
+    "a long contraction": (6, 33, 2100),
+    "vocabulary of one": (4, 1, 8),
+}
+VARIANTS = {
+    "plain": {},
+    "bias, scale and softcap": {"bias": True, "logit_scale": 0.7, "softcap": 5.0},
+}
+
+
+def problem(shape, dtype, *, bias=False, weight_dtype=None):
+    """hidden, weight, labels, bias of a head that is neither uniform nor certain; every fifth label is ignored."""
+    M, V, K = SHAPES[shape]
+    hidden = gaussian(M, K, dtype=dtype)
+    weight = (3 * gaussian(V, K, seed=1) / K**0.5).to(weight_dtype or dtype)
+    labels = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(2))
+    labels[3::5] = -100
+    return hidden, weight, labels, gaussian(V, seed=3) if bias else None
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradient_of_hidden(backend, dtype, shape, variant):
+    options = dict(VARIANTS[variant])
+    hidden, weight, labels, bias = problem(shape, dtype, bias=options.pop("bias", False), weight_dtype=torch.bfloat16)
+    hidden.requires_grad_()
+    with qk.use_backend(backend):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none", **options)
+        losses.sum().backward()
+        with torch.no_grad():
+            evaluated = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none", **options)
+    expected = formula(hidden, weight, labels, bias, **options)
+    assert losses.dtype == torch.float32
+    assert_within(losses, expected.losses, "losses")
+    assert_within(evaluated, expected.losses, "losses without a gradient")
+    assert_within(hidden.grad, expected.rows, "grad_hidden")
+
+
+@backends
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_the_head(backend, variant, monkeypatch):
+    """As torch's in float64; the head is longer than a chunk of its gradient."""
+    monkeypatch.setattr("qlora_kernels.ops.linear_cross_entropy.VOCABULARY_CHUNK", 100)
+    options = dict(VARIANTS[variant])
+    hidden, weight, labels, _ = problem("blocks and chunks that are not full", torch.float32)
+    bias = gaussian(len(weight), seed=3) if options.pop("bias", False) else None
+    head = [t.requires_grad_() for t in (weight, bias) if t is not None]
+    factors = gaussian(len(labels), seed=4)
+    with qk.use_backend(backend):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none", **options)
+        actual = torch.autograd.grad(losses, head, factors)
+    z = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    if options:
+        cap = options["softcap"]
+        z = cap * torch.tanh(z * options["logit_scale"] / cap)
+    expected = torch.autograd.grad(F.cross_entropy(z, labels, reduction="none"), head, factors.double())
+    for got, want in zip(actual, expected, strict=True):
+        assert_same_function(got, want, products=4)
+
+
+@backends
+def test_scaling_as_transformers_has_it(backend):
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils")
+    hidden, weight, labels, _ = problem("one chunk", torch.float32)
+    with qk.use_backend(backend):
+        mean = qk.linear_cross_entropy(hidden, weight, labels)
+        accumulated = qk.linear_cross_entropy(hidden, weight, labels, num_items_in_batch=torch.tensor(77))
+        by_number = qk.linear_cross_entropy(hidden, weight, labels, num_items_in_batch=77)
+    logits = hidden @ weight.T
+    assert_same_function(mean, loss_utils.fixed_cross_entropy(logits, labels))
+    assert_same_function(accumulated, loss_utils.fixed_cross_entropy(logits, labels, torch.tensor(77)))
+    assert torch.equal(accumulated, by_number)
+
+
+@backends
+@dtypes
+def test_ignored_tokens_have_no_influence(backend, dtype):
+    """Whatever their hidden states are; the ignored label may be one of the vocabulary."""
+    hidden, weight, labels, _ = problem("one column beyond a chunk", dtype)
+    labels[labels == -100] = 7
+    hidden[labels == 7] = float("nan")
+    hidden.requires_grad_()
+    with qk.use_backend(backend):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, ignore_index=7, reduction="none")
+        losses.sum().backward()
+    assert (losses[labels == 7] == 0).all()
+    assert (hidden.grad[labels == 7] == 0).all()
+    assert hidden.grad.isfinite().all()
+    kept = labels != 7
+    expected = formula(hidden[kept], weight, labels[kept])
+    assert_within(losses[kept], expected.losses)
+    assert_within(hidden.grad[kept], expected.rows)
+
+
+@backends
+def test_ignored_tokens_have_no_influence_on_the_gradient_of_the_head(backend):
+    hidden, weight, labels, _ = problem("one column beyond a chunk", torch.float32)
+    weight.requires_grad_()
+    kept = labels != -100
+    spoiled = hidden.masked_fill(~kept[:, None], float("nan"))
+    with qk.use_backend(backend):
+        qk.linear_cross_entropy(spoiled, weight, labels).backward()
+    (expected,) = torch.autograd.grad(F.cross_entropy(hidden[kept] @ weight.T, labels[kept]), weight)
+    assert_same_function(weight.grad, expected)
+
+
+@backends
+def test_no_token_to_learn_from(backend):
+    hidden, weight, labels, _ = problem("one chunk", torch.float32)
+    hidden.requires_grad_()
+    labels.fill_(-100)
+    with qk.use_backend(backend):
+        assert qk.linear_cross_entropy(hidden, weight, labels).isnan()
+        total = qk.linear_cross_entropy(hidden, weight, labels, reduction="sum")
+        total.backward()
+        empty = qk.linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="sum")
+    assert total == 0
+    assert empty == 0
+    assert (hidden.grad == 0).all()
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("growth", [1, 40], ids=["usual", "certain"])
+def test_logits_that_rise_along_the_vocabulary(backend, dtype, growth):
+    """Each chunk raises the running maximum, and the sums are rescaled."""
+    hidden, weight, labels, _ = problem("blocks and chunks that are not full", dtype)
+    bias = growth * torch.arange(len(weight)) / 100
+    hidden.requires_grad_()
+    with qk.use_backend(backend):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none")
+        losses.sum().backward()
+    expected = formula(hidden, weight, labels, bias)
+    assert_within(losses, expected.losses, "losses")
+    assert_within(hidden.grad, expected.rows, "grad_hidden")
+
+
+@backends
+def test_minus_infinity_and_nan(backend):
+    """A vocabulary that is padded by biases of -inf, over a whole chunk too, has the losses of the one without."""
+    hidden, weight, labels, _ = problem("blocks and chunks that are not full", torch.float32)
+    labels = labels.where(labels < 0, 300 + labels % 100)
+    hidden.requires_grad_()
+    bias = torch.zeros(len(weight))
+    bias[:300] = bias[420:] = -float("inf")
+    spoiled = hidden.detach().clone()
+    spoiled[2, 5] = float("nan")
+    with qk.use_backend(backend):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none")
+        losses.sum().backward()
+        bad = qk.linear_cross_entropy(spoiled, weight, labels, reduction="none")
+    expected = formula(hidden, weight[300:420], torch.where(labels < 0, labels, labels - 300))
+    assert_within(losses, expected.losses)
+    assert_within(hidden.grad, expected.rows)
+    assert bad[2].isnan()
+    assert bad[torch.arange(len(bad)) != 2].isfinite().all()
+
+
+@backends
+def test_leading_dimensions_and_strides(backend):
+    hidden, weight, labels, _ = problem("one column beyond a chunk", torch.float32)
+    strided = torch.stack([hidden, hidden], dim=-1)[..., 0].view(4, 10, -1)
+    transposed = weight.T.contiguous().T
+    with qk.use_backend(backend):
+        expected = qk.linear_cross_entropy(hidden, weight, labels, reduction="none")
+        actual = qk.linear_cross_entropy(strided, transposed, labels.view(4, 10), reduction="none")
+    assert torch.equal(actual, expected.view(4, 10))
+
+
+@backends
+def test_second_derivatives_and_forward_mode(backend):
+    hidden, weight, labels, _ = problem("vocabulary of one", torch.float32)
+    weight, labels = gaussian(9, 8, seed=5), torch.tensor([3, -100, 8, 0])
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def ours(hidden, weight):
+        return qk.linear_cross_entropy(hidden, weight, labels, softcap=2.0)
+
+    def dense(hidden, weight):
+        return F.cross_entropy(2 * torch.tanh(hidden @ weight.T / 2), labels)
+
+    def second(function):
+        grads = torch.autograd.grad(function(hidden, weight), (hidden, weight), create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), (hidden, weight))
+
+    def tangent(function):
+        inputs = (hidden.detach(), weight.detach())
+        return torch.func.jvp(function, inputs, inputs)
+
+    with qk.use_backend(backend):
+        for derivative in (second, tangent):
+            for actual, expected in zip(derivative(ours), derivative(dense), strict=True):
+                assert_same_function(actual, expected)
+
+
+def test_autocast_runs_in_its_dtype():
+    hidden, weight, labels, _ = problem("one chunk", torch.float32)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = qk.linear_cross_entropy(hidden, weight, labels, reduction="none")
+    losses.sum().backward()
+    expected = formula(hidden.to(torch.bfloat16), weight, labels)
+    assert_within(losses, expected.losses)
+    assert_within(hidden.grad, expected.rows)
+
+
+@backends
+def test_opcheck(backend):
+    hidden, weight, labels, bias = problem("vocabulary of one", torch.float32, bias=True)
+    arguments = (hidden.requires_grad_(), labels, weight.requires_grad_(), bias, -100, 1.0, 2.0, True)
+    with qk.use_backend(backend):
+        torch.library.opcheck(torch.ops.qlora_kernels.linear_cross_entropy, arguments)
+
+
+def test_refuses_bad_arguments():
+    hidden, weight, labels, _ = problem("one chunk", torch.float32)
+    call = qk.linear_cross_entropy
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must lie in \[0, V=256\) .* got 256"):
+        call(hidden, weight, labels.clone().fill_(256))
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: hidden.shape\[-1\] must equal K=64"):
+        call(hidden[:, 1:], weight, labels)
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must have the leading dimensions of hidden"):
+        call(hidden, weight, labels[1:])
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: labels must be int64"):
+        call(hidden, weight, labels.int())
+    with pytest.raises(TypeError, match=r"linear_cross_entropy: weight must be float32, bfloat16 or float16"):
+        call(hidden, weight.double(), labels)
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: softcap must be positive and finite, got 0.0"):
+        call(hidden, weight, labels, softcap=0.0)
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: logit_scale and softcap must be finite"):
+        call(hidden, weight, labels, logit_scale=float("nan"))
+    with pytest.raises(ValueError, match=r'linear_cross_entropy: reduction must be "mean", "sum" or "none"'):
+        call(hidden, weight, labels, reduction="max")
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: bias must have 256 elements, got 3"):
+        call(hidden, weight, labels, torch.zeros(3))
