@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..format.bnb_layout import META_KEY, stored_shape
 from ..format.nf4 import DEFAULT_BLOCKSIZE
-from ..io.atomic import settle
+from ..io.atomic import reading, settle
 from ..io.json_file import read_json_object
 from ..io.streaming import StreamReport, quantize_folder, read_tensors, tensor_shapes
 from ..nn.linear_nf4 import LinearNF4
@@ -179,9 +179,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     ValueError that names a damaged file.
     """
     folder = Path(folder)
-    settle(folder)
-    quantized = is_quantized(folder)
-    with _quiet():
+    with reading(folder), _quiet():
+        quantized = is_quantized(folder)
         structure = ModelStructure(folder)
         tensors = read_tensors(folder)
         layers = _take_quantized(tensors, structure) if quantized else {}

@@ -21,13 +21,13 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .exchange import exchange
 from .json_file import read_json_object
 from .locks import folder_lock
-from .staging import PARTIAL, staging
+from .staging import PARTIAL, remove_abandoned, staging
 
 COMMIT = ".commit-"
 _FILES, _REMOVED = "files", "removed.json"
@@ -60,14 +60,15 @@ def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[
         partial.mkdir()
         yield partial
         _sync_tree(partial)
-        if path.exists() and not replace:
-            raise FileExistsError(f"{path} must not exist; another process has made it")
-        if path.exists():
-            shutil.copymode(path, partial)
-            if not exchange(partial, path):
-                _commit(private, partial, path, _files_below(path))
-        else:
-            os.rename(partial, path)
+        while not _move(partial, path):
+            if not replace:
+                raise FileExistsError(f"{path} must not exist; another process has made it")
+            if _exchange(partial, path):
+                break
+            if path.exists():  # it was not removed meanwhile: the system cannot exchange
+                remove_abandoned(path)
+                _commit(private, partial, path, None)
+                break
         _sync(path.parent)
 
 
@@ -82,18 +83,31 @@ def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[P
     with staging(folder, folder.name) as private:
         partial = private / _FILES
         partial.mkdir()
+        made = os.stat(private)
         yield partial
+        if not (private.exists() and os.path.samestat(made, os.stat(private))):
+            raise FileNotFoundError(
+                f"{folder} must stay while files are written into it, another process has replaced or removed it; "
+                "save again"
+            )
         _sync_tree(partial)
         _commit(private, partial, folder, names)
 
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Inside, no other process switches files of `folder`; a commit that a killed process left is completed first."""
+    """Inside, no other process of this package switches `folder` or files of it, where the system has locks.
+
+    A commit that a killed process left is completed first. Where there is no folder, nothing is locked.
+    """
     while folder.is_dir():
         settle(folder)
-        with folder_lock(folder, shared=True):
-            if not _commits(folder):  # a process may have been killed in its commit between the two calls above
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(folder_lock(folder, shared=True))
+            except FileNotFoundError:  # removed since the loop's condition was evaluated
+                continue
+            if not _commits(folder):  # a process may have been killed in its commit before the lock was taken
                 yield
                 return
     yield
@@ -106,29 +120,66 @@ def settle(folder: Path) -> None:
     """
     if not _commits(folder):
         return
-    with folder_lock(folder):
-        try:
-            for commit in _commits_in_order(folder):
-                _apply(commit, folder)
-        except OSError as error:
-            raise OSError(
-                f"{folder}: a save into this folder was interrupted and must be completed before it is read, which "
-                f"failed ({error.strerror or error}); make the folder writable"
-            ) from error
+    try:
+        with folder_lock(folder):
+            _settle_locked(folder)
+    except FileNotFoundError:  # of the lock: another process has removed the folder
+        return
 
 
-def _commit(private: Path, partial: Path, folder: Path, names: Collection[str]) -> None:
-    """Switches `folder` to the files in `partial`, which lies in the staging folder `private`."""
+def _settle_locked(folder: Path) -> None:
+    """The same for a folder whose lock the caller holds."""
+    try:
+        for commit in _commits_in_order(folder):
+            _apply(commit, folder)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: a save into this folder was interrupted and must be completed before it is read, which "
+            f"failed ({error.strerror or error}); make the folder writable"
+        ) from error
+
+
+def _move(partial: Path, path: Path) -> bool:
+    """Moves a folder to a path that is free. Returns False where it is not, or another process has just taken it."""
+    if path.exists():
+        return False
+    try:
+        os.rename(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _exchange(partial: Path, path: Path) -> bool:
+    """Exchanges two folders, once no reader is in `path`. Returns False where the system cannot, or `path` is gone."""
+    try:
+        with folder_lock(path):
+            shutil.copymode(path, partial)
+            return exchange(partial, path)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+        return False
+
+
+def _commit(private: Path, partial: Path, folder: Path, names: Collection[str] | None) -> None:
+    """Switches `folder` to the files in `partial`, which lies in the staging folder `private`.
+
+    names: of the files that vanish where they are not written; None: of all files.
+    """
     written = set(_files_below(partial))
-    _require_inside(folder, [*names, *written])
-    _require_room(folder, written, set(names))
     if partial.name != _FILES:
         os.rename(partial, private / _FILES)
-    (private / _REMOVED).write_text(json.dumps({"names": sorted(set(names) - written)}), encoding="utf-8")
-    _sync(private / _REMOVED)
-    _sync(private)
-    settle(folder)
     with folder_lock(folder):
+        _settle_locked(folder)  # an older commit must not be completed after this one
+        replaced = set(_files_below(folder) if names is None else names)
+        _require_inside(folder, replaced | written)
+        _require_room(folder, written, replaced)
+        (private / _REMOVED).write_text(json.dumps({"names": sorted(replaced - written)}), encoding="utf-8")
+        _sync(private / _REMOVED)
+        _sync(private)
         commit = folder / (COMMIT + private.name.removeprefix(PARTIAL))
         os.rename(private, commit)  # from here on, the new files are what the folder holds
         try:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .locks import open_for_lock, try_lock
+from .locks import open_for_lock, release, try_lock
 
 PARTIAL = ".partial-"
 _ABANDONED_AFTER = 24 * 3600.0
@@ -33,8 +33,7 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        release(descriptor)
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -66,8 +65,7 @@ def _new(parent: Path, name: str) -> tuple[Path, int | None]:
             continue  # taken for abandoned between the two calls
         if try_lock(descriptor) is not False and path.is_dir():
             return path, descriptor
-        if descriptor is not None:
-            os.close(descriptor)
+        release(descriptor)
 
 
 def _remove_if_unlocked(path: Path) -> None:
@@ -77,8 +75,7 @@ def _remove_if_unlocked(path: Path) -> None:
         if free or (free is None and _is_old(path)):
             shutil.rmtree(path, ignore_errors=True)
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        release(descriptor)
 
 
 def _is_old(path: Path) -> bool:

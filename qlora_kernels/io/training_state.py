@@ -117,17 +117,17 @@ def load_latest(directory: str | Path) -> TrainingState | None:
     A checkpoint that is damaged is passed over with a warning, and the one before it loaded. Raises DamagedFileError
     where all are.
     """
-    damaged: DamagedFileError | None = None
-    for _, path in reversed(_checkpoints(Path(directory))):
+    damaged: dict[Path, DamagedFileError] = {}
+    while checkpoints := [path for _, path in _checkpoints(Path(directory)) if path not in damaged]:
         try:
-            return load_training_state(path)
+            return load_training_state(checkpoints[-1])
         except FileNotFoundError:
-            continue  # removed by a run that goes on meanwhile
+            continue  # removed by a run that goes on meanwhile, which has saved newer ones
         except DamagedFileError as error:
             warnings.warn(f"load_latest: {error}; the checkpoint before it is taken", stacklevel=2)
-            damaged = damaged or error
-    if damaged is not None:
-        raise damaged
+            damaged[checkpoints[-1]] = error
+    if damaged:
+        raise next(iter(damaged.values()))
     return None
 
 

@@ -39,7 +39,7 @@ REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Mem
 
 
 class StrayWrite(Exception):
-    """A call wrote outside its arguments."""
+    """A call wrote outside its arguments, or left the dispatcher's state changed."""
 
 
 def ops() -> list[Any]:
@@ -69,7 +69,7 @@ def call(op: Any, number: int) -> str:
     places = rng.sample(range(len(values)), min(len(values), rng.choice((0, 1, 1, 1, 2, 3))))
     changes = {place: unsound(values[place], rng) for place in places}
     # torch's fake mode leaves the dispatcher's state broken where it raises for another argument that is freed memory.
-    fakes = {place: value for place, value in changes.items() if isinstance(value, FakeTensor)}
+    fakes = {place: value for place, value in changes.items() if _has_fake(value)}
     for place, value in (fakes or changes).items():
         values[place] = value
     if rng.random() < 0.05 and not fakes:  # two arguments in one memory
@@ -83,6 +83,7 @@ def call(op: Any, number: int) -> str:
             keywords[argument.name] = value
     values = values[: len(values) - len(keywords)]
     backend = rng.choice((None, None, "cpu", "reference"))
+    dispatcher = _dispatcher_state()
     try:
         with torch.set_grad_enabled(rng.random() < 0.3), torch.inference_mode(rng.random() < 0.1):
             if backend is None:
@@ -96,7 +97,19 @@ def call(op: Any, number: int) -> str:
     for block in problem.blocks:
         if not block.is_intact():
             raise StrayWrite(f"{op}: call {number} wrote outside its arguments")
+    if _dispatcher_state() != dispatcher:
+        raise StrayWrite(f"{op}: call {number} left the dispatcher's state of this thread changed")
     return outcome
+
+
+def _has_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor) or (isinstance(value, list) and any(map(_has_fake, value)))
+
+
+def _dispatcher_state() -> tuple[int, int]:
+    """The dispatch keys that this thread excludes and includes. Left changed, they break later calls of other ops."""
+    exclude, include = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
+    return exclude.raw_repr(), include.raw_repr()
 
 
 def run(first: int, last: int, report: Path) -> None:

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from qlora_kernels.io import atomic
+from qlora_kernels.io import atomic, locks
 from qlora_kernels.io.atomic import (
     COMMIT,
     file_appearing_by_rename,
@@ -26,6 +28,7 @@ from qlora_kernels.io.exchange import exchange
 from qlora_kernels.io.locks import folder_lock, name_lock
 from qlora_kernels.io.model_cache import MANIFEST, cached_folder
 from qlora_kernels.io.staging import PARTIAL, staging
+from tests.io.stress import SYSTEMS, NoFlockBelow, stress
 
 ROOT = Path(__file__).parents[2]
 
@@ -223,26 +226,107 @@ def test_three_processes_fill_one_cache(tmp_path):
     assert contents(folder)["weights"] == "w" * 1000
 
 
-def test_processes_that_save_into_one_folder(tmp_path):
-    """Four writers and a reader: what is read is always of one save."""
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_processes_that_save_read_and_are_killed(system):
+    """A short form of tests/io/stress.py."""
+    for place in ("files", "folder and files"):
+        assert stress(place, 0.4, system)
 
-    def write(which):
-        for i in range(40):
-            with files_appearing_together(tmp_path, ["config", "weights"]) as partial:
-                for name in ("config", "weights"):
-                    (partial / name).write_text(f"{which} {i}")
 
-    def read():
-        for _ in range(100):
-            with reading(tmp_path):
-                found = contents(tmp_path)
-            values = {found[name] for name in ("config", "weights") if name in found}
-            assert len(values) <= 1, found
-            assert {"config", "weights"} & found.keys() in (set(), {"config", "weights"})
+def test_a_folder_is_not_replaced_while_it_is_read(tmp_path):
+    folder = tmp_path / "folder"
 
-    children = [in_child(lambda i=i: write(i)) for i in range(4)] + [in_child(read)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 5
-    assert {path.name for path in tmp_path.iterdir()} == {"config", "weights"}
+    def replace():
+        with folder_appearing_by_rename(folder) as partial:
+            (partial / "config").write_text("new")
+            (tmp_path / "written").touch()
+
+    folder.mkdir()
+    (folder / "config").write_text("old")
+    with reading(folder):
+        child = in_child(replace)
+        while not (tmp_path / "written").exists():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert contents(folder) == {"config": "old"}
+    assert os.waitpid(child, 0)[1] == 0
+    with reading(folder):
+        assert contents(folder) == {"config": "new"}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_another_process_makes_the_folder_first(tmp_path, monkeypatch, replace):
+    folder, rename = tmp_path / "folder", os.rename
+
+    def rename_late(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        folder.mkdir()
+        (folder / "theirs").touch()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    refused = nullcontext() if replace else pytest.raises(FileExistsError, match="another process has made it")
+    with refused, folder_appearing_by_rename(folder, replace=replace) as partial:
+        (partial / "ours").touch()
+    assert contents(folder) == {"ours" if replace else "theirs": ""}
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_commit_left_just_before_ours_does_not_outlive_it(tmp_path, monkeypatch):
+    """A writer is killed after its commit, while another one waits for the lock that it held."""
+
+    @contextmanager
+    def lock_after_the_other(folder):
+        monkeypatch.setattr(atomic, "folder_lock", folder_lock)
+        unfinished_commit(folder, {"names": []}, config="theirs", other="theirs")
+        with folder_lock(folder):
+            yield
+
+    with files_appearing_together(tmp_path, ["config"]) as partial:
+        (partial / "config").write_text("ours")
+        monkeypatch.setattr(atomic, "folder_lock", lock_after_the_other)
+    settle(tmp_path)
+    assert contents(tmp_path) == {"config": "ours", "other": "theirs"}
+
+
+def test_files_of_a_folder_that_is_replaced_meanwhile(tmp_path):
+    """What was written before is lost with the folder: the save must not publish the rest."""
+    folder = tmp_path / "folder"
+
+    def save():
+        with files_appearing_together(folder, ["a", "b"]) as partial:
+            (partial / "a").touch()
+            with folder_appearing_by_rename(folder) as other:
+                (other / "theirs").touch()
+            partial.mkdir(parents=True)
+            (partial / "b").touch()
+
+    with pytest.raises(FileNotFoundError, match="another process has replaced or removed it; save again"):
+        save()
+    assert contents(folder) == {"theirs": ""}
+
+
+def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch):
+    """The machine's processes lock a file in the temporary folder in its place, which is removed again."""
+    pytest.importorskip("fcntl")
+    (tmp_path / "system").mkdir()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    monkeypatch.setattr(locks, "fcntl", NoFlockBelow(locks.fcntl, str(tmp_path / "folder")))
+
+    def hold():
+        with folder_lock(tmp_path / "folder"), name_lock(tmp_path / "folder" / "lock"):
+            (tmp_path / "held").touch()
+            time.sleep(0.2)
+            (tmp_path / "released").touch()
+
+    child = in_child(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with folder_lock(tmp_path / "folder"), name_lock(tmp_path / "folder" / "lock"):
+        assert (tmp_path / "released").exists()
+    assert os.waitpid(child, 0)[1] == 0
+    assert contents(tmp_path / "system") == contents(tmp_path / "folder") == {}
 
 
 @pytest.mark.parametrize("damage", ["missing file", "other size", "no manifest", "broken manifest"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_kernels.io import training_state
 from qlora_kernels.io.safetensors_reader import DamagedFileError
 from qlora_kernels.io.safetensors_writer import DTYPE_NAMES
 from qlora_kernels.io.training_state import load_latest, load_training_state, save_training_state
@@ -182,3 +183,19 @@ def test_killed_run_resumes_with_bit_identical_losses(tmp_path, moment):
     assert max(after) == TOTAL_STEPS
     assert {**before, **after} == expected
     assert not list(directory.glob(".partial-*.step-*"))
+
+
+def test_load_latest_while_a_run_replaces_all_that_were_listed(tmp_path, monkeypatch):
+    """It must not take the folder for empty: the run would start anew."""
+    save_training_state(tmp_path, 1, {"x": 1})
+    load = training_state.load_training_state
+
+    def load_late(path):
+        if path.name == "step-00000001.safetensors":
+            save_training_state(tmp_path, 2, {"x": 2}, keep=1)
+        return load(path)
+
+    monkeypatch.setattr(training_state, "load_training_state", load_late)
+    state = load_latest(tmp_path)
+    assert state is not None
+    assert state.parts == {"x": 2}
