@@ -182,10 +182,23 @@ def bound_of(problem: Problem, candidate: Plan, arch: Arch) -> str:
 
 
 def plan(problem: Problem, capability: int) -> Plan:
-    """The plan for `problem` on a GPU of compute capability `capability` (90 for 9.0)."""
-    if problem.op in _forced:
-        return _forced[problem.op]
-    return _plan(problem, capability)
+    """The plan for `problem` on a GPU of compute capability `capability` (90 for 9.0).
+
+    Raises ValueError for a plan of use_plan whose kernels would read wrong scales.
+    """
+    forced = _forced.get(problem.op)
+    if forced is None:
+        return _plan(problem, capability)
+    if forced.path != "decode" and problem.K % problem.blocksize:
+        raise ValueError(
+            f"use_plan: path must be decode where K is not a multiple of blocksize, got {forced.path} for "
+            f"K={problem.K}, blocksize={problem.blocksize}; use Plan('decode')"
+        )
+    if forced.path == "fused" and problem.blocksize % forced.block_k:
+        raise ValueError(
+            f"use_plan: block_k must divide blocksize={problem.blocksize}, got {forced.block_k}; use a smaller one"
+        )
+    return forced
 
 
 @lru_cache(maxsize=4096)
@@ -235,7 +248,7 @@ _forced: dict[str, Plan] = {}
 
 @contextmanager
 def use_plan(op: str, forced: Plan) -> Iterator[None]:
-    """Run `op` by one plan inside the block: for tests, tuning and the compile report."""
+    """Run `op` by one plan inside the block: for tests, tuning and the compile report; `plan` checks it."""
     before = _forced.get(op)
     _forced[op] = replace(forced)
     try:

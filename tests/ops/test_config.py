@@ -50,6 +50,20 @@ def test_what_fused_kernels_cannot_take_is_decoded(odd):
     assert plan(odd, 90) == Plan("decode")
 
 
+@pytest.mark.parametrize(
+    ("asked", "forced", "message"),
+    [
+        (problem(20, K=96), Plan("fused", block_k=64), "path must be decode where K .* got fused for K=96"),
+        (problem(1, K=96), Plan("small_m", block_k=512), "path must be decode where K .* got small_m for K=96"),
+        (problem(20, blocksize=32), Plan("fused", block_k=64), "block_k must divide blocksize=32, got 64"),
+    ],
+    ids=["fused", "small_m", "block_k"],
+)
+def test_forced_plans_that_would_read_wrong_scales_are_refused(asked, forced, message):
+    with use_plan("linear_nf4", forced), pytest.raises(ValueError, match=message):
+        plan(asked, 80)
+
+
 def test_unknown_gpus_are_planned_as_the_nearest_below():
     assert _config.arch_for(87) is ARCHS[86]
     assert _config.arch_for(103) is ARCHS[100]

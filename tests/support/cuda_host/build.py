@@ -46,7 +46,7 @@ _TRANSLATED = {
     "asan": ("-O0", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"),
     "tsan": ("-O0", "-fsanitize=thread"),
 }
-_LIMIT_SECONDS = 300
+_LIMIT_SECONDS = 1200
 
 
 class CompilerError(RuntimeError):
@@ -113,14 +113,35 @@ def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] 
 
 def translated_kernels(sources: Sequence[Path]) -> tuple[list[Path], dict[str, list[Parameter]]]:
     """Objects of all kernels of `sources`, from nvcc's PTX, and of the emulator's runtime; each kernel's parameters."""
+    return translated_text([part for source in sources for part in _parts(emit_ptx(source))])
+
+
+def translated_text(ptx: Iterable[str]) -> tuple[list[Path], dict[str, list[Parameter]]]:
+    """The same of the kernels in PTX texts. Raises CompilerError where the emulator does not know an instruction."""
     texts, parameters = [], {}
-    for source in sources:
-        translation = _translation(source, (), (), "")
+    for translation in map(translate, ptx):
+        if translation.unsupported:
+            raise CompilerError(f"PTX the emulator does not know: {dict(translation.unsupported)}")
         texts.append(store_text(translation.cpp, ".cpp"))
         parameters |= translation.parameters
     with ThreadPoolExecutor(_jobs()) as pool:
         objects = pool.map(lambda path: compile_object(path, "plain", (), ()), (*texts, *_RUNTIME))
         return list(objects), parameters
+
+
+_PART_BYTES = 300_000
+"""Of PTX in one translated source. g++ needs about MEMORY for that, and that many times more for a whole module."""
+
+
+def _parts(ptx: str) -> list[str]:
+    """PTX text in several, each with as many kernels as fit into _PART_BYTES, at least one."""
+    shared, *entries = _split(ptx)
+    parts = [""]
+    for entry in entries:
+        if parts[-1] and len(parts[-1]) + len(entry) > _PART_BYTES:
+            parts.append("")
+        parts[-1] += entry
+    return [shared + part for part in parts]
 
 
 def _jobs() -> int:
@@ -157,8 +178,13 @@ def _translation(source: Path, defines: tuple[str, ...], include: tuple[Path, ..
 
 def only_kernels(ptx: str, pattern: str) -> str:
     """PTX text with the kernels whose names `pattern` finds, and what all kernels share."""
-    shared, *entries = re.split(r"(?=^\.visible \.entry )", ptx, flags=re.MULTILINE)
+    shared, *entries = _split(ptx)
     return shared + "".join(entry for entry in entries if re.search(pattern, entry.split("(", 1)[0]))
+
+
+def _split(ptx: str) -> list[str]:
+    """What all kernels share, then each kernel."""
+    return re.split(r"(?=^\.visible \.entry )", ptx, flags=re.MULTILINE)
 
 
 def _sanitizer(mode: str) -> str:

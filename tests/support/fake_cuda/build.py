@@ -2,7 +2,8 @@
 
     python -m tests.support.fake_cuda.build        prints the folder
 
-A process of its own, because it imports torch, which must not be loaded before the fake device.
+A process of its own, because it imports torch, which must not be loaded before the fake device. `module_library` is for
+PTX that a program loads later.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.cuda_host import nvcc_missing
-from tests.support.cuda_host.build import cached, run_compiler, translated_kernels
+from tests.support.cuda_host.build import cached, run_compiler, translated_kernels, translated_text
 from tests.support.cuda_host.ptx.parser import Parameter
 from tests.support.cuda_host.toolchain import ROOT, cuda_includes, versions
 
@@ -48,7 +49,23 @@ def _make(folder: Path) -> None:
     include, _ = cuda_includes()
     _libraries(folder, include)
     objects, parameters = translated_kernels(_KERNELS)
-    _kernel_library(folder, objects, parameters)
+    _kernel_library(folder, folder, objects, parameters)
+
+
+def module_library(ptx: str, driver_folder: Path) -> Path:
+    """A kernel library of the kernels in PTX text for sm_80, kept by content. Raises CompilerError.
+
+    driver_folder: where libcuda.so.1 is.
+    """
+    objects, parameters = translated_text([ptx])
+    inputs = [*map(str, objects), *(path.read_text() for path in sorted(_SOURCES.glob("kernels*"))), ptx]
+    key = hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:24]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        _kernel_library(folder, driver_folder, objects, parameters)
+
+    return cached(f"module-{key}", "", make) / KERNELS
 
 
 def _libraries(folder: Path, include: Path) -> None:
@@ -69,7 +86,9 @@ def _libraries(folder: Path, include: Path) -> None:
     run_compiler([*compiler, f"-Wl,-soname,{RUNTIME}", *map(str, runtime)])
 
 
-def _kernel_library(folder: Path, objects: Sequence[Path], parameters: Mapping[str, Sequence[Parameter]]) -> None:
+def _kernel_library(
+    folder: Path, driver_folder: Path, objects: Sequence[Path], parameters: Mapping[str, Sequence[Parameter]]
+) -> None:
     table = folder / "kernel_parameters.cpp"
     rows = [
         f'{{"{name}", {{{", ".join(f"{{{p.offset}, {p.bytes}}}" for p in declared)}}}}},'
@@ -80,10 +99,11 @@ def _kernel_library(folder: Path, objects: Sequence[Path], parameters: Mapping[s
         "const std::vector<KernelParameters>& kernel_parameters() {\n"
         f"static const std::vector<KernelParameters> all{{\n{chr(10).join(rows)}\n}};\nreturn all;\n}}\n"
     )
-    # The emulator has CUDA runtime functions of its own: -Bsymbolic keeps them inside.
-    command = ["g++", "-std=c++20", *_COMMON, "-fvisibility=default", "-Wl,-Bsymbolic", f"-I{_SOURCES}"]
+    # Each library has an emulator of its own, with CUDA runtime functions, whose symbols the map keeps inside.
+    command = ["g++", "-std=c++20", *_COMMON, "-fvisibility=default", f"-I{_SOURCES}"]
+    command += [f"-Wl,--version-script={_SOURCES / 'kernels.map'}"]
     sources = [str(_SOURCES / "kernels_of_project.cpp"), str(table)]
-    link = [f"-L{folder}", f"-l:{DRIVER}", "-Wl,-rpath,$ORIGIN", "-ldl", "-o", str(folder / KERNELS)]
+    link = [f"-L{driver_folder}", f"-l:{DRIVER}", "-Wl,-rpath,$ORIGIN", "-ldl", "-o", str(folder / KERNELS)]
     run_compiler([*command, *sources, *map(str, objects), *link])
 
 

@@ -23,6 +23,20 @@ events allow, one step at a time, whenever somebody waits."""
 _active: FakeDevice | None = None
 
 
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
+def _translate(ptx: bytes, path: int, capacity: int) -> int:
+    """Called by the driver for a module of PTX text, which is Triton's; plugin.h has the contract."""
+    from .build import module_library  # imports torch
+
+    try:
+        library = os.fsencode(module_library(ptx.decode(), Path(os.environ[FOLDER_VARIABLE])))
+    except RuntimeError as reason:
+        sys.stderr.write(f"fake_cuda: {reason}\n")
+        return 1
+    ctypes.memmove(path, library + b"\0", min(len(library) + 1, capacity))
+    return 0
+
+
 class FakeDevice:
     """The devices of this process. All settings hold for all of them."""
 
@@ -31,6 +45,7 @@ class FakeDevice:
         driver.fake_cuda_calls.restype = ctypes.c_char_p
         driver.fake_cuda_allocated.restype = ctypes.c_ulonglong
         driver.fake_cuda_set_memory.argtypes = (ctypes.c_ulonglong, ctypes.c_ulonglong)
+        driver.fake_cuda_set_translator(_translate)
 
     def set_schedule(self, schedule: str) -> None:
         """One of SCHEDULES, with any seed. What is queued is worked off first."""
@@ -80,6 +95,11 @@ class FakeDevice:
         """The error that the thread's next cudaGetLastError would report."""
         return int(self._runtime.cudaPeekAtLastError())
 
+    def load_module(self, image: bytes) -> int:
+        """The driver's result for loading a module: PTX text or any other image."""
+        module = ctypes.c_void_p()
+        return int(self._driver.cuModuleLoadData(ctypes.byref(module), image))
+
     def launch_host_function(self, stream: int, function: object) -> None:
         """Puts a ctypes function of one void* onto a stream, or into the graph that the stream is captured into."""
         code = self._driver.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
@@ -106,6 +126,10 @@ def activate(devices: int = 1, *, capability: str = "8.0", driver_version: int =
             "FAKE_CUDA_DRIVER_VERSION": str(driver_version),
             "FAKE_CUDA_KERNELS": str(folder / "libkernels.so"),
             "FAKE_CUDA_LOG": log,
+            # Triton: its assembler, the driver that it links to, and a cache that no real GPU's kernels are in.
+            "TRITON_PTXAS_PATH": str(Path(__file__).with_name("ptxas")),
+            "TRITON_LIBCUDA_PATH": str(folder),
+            "TRITON_CACHE_DIR": str(folder.parent / "triton"),
         }
     )
     # torch's libraries find theirs by DT_RPATH, before LD_LIBRARY_PATH; a library that is loaded under the same SONAME

@@ -1,5 +1,6 @@
-// Modules, kernels and launches. A module's image is not read: a kernel is a name, and a kernel library that tests
-// bring runs it on the CPU.
+// Modules, kernels and launches. A kernel is a name, which a kernel library (plugin.h) runs on the CPU. An image of PTX
+// text is translated into a library of its own. Other images are not read: their kernels are those of the library that
+// FAKE_CUDA_KERNELS names.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -16,27 +17,40 @@ namespace {
 constexpr int kMaxParameters = 64;
 constexpr int kDefaultDynamicShared = 48 << 10;
 
-struct KernelLibrary {
-    fake_cuda_parameters_function parameters = nullptr;
-    fake_cuda_launch_function launch = nullptr;
-};
+fake_cuda_translate_function translator = nullptr;
 
-// FAKE_CUDA_KERNELS: one shared library. It may ask for fake_cuda_owner, which this library exports.
-const KernelLibrary& kernel_library() {
-    static const KernelLibrary library = [] {
-        KernelLibrary loaded;
-        const char* path = getenv("FAKE_CUDA_KERNELS");
-        if (!path || !*path) return loaded;
-        void* const handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (!handle) {
-            fprintf(stderr, "fake_cuda: %s\n", dlerror());
-            return loaded;
-        }
-        loaded.parameters = reinterpret_cast<fake_cuda_parameters_function>(dlsym(handle, FAKE_CUDA_PARAMETERS));
-        loaded.launch = reinterpret_cast<fake_cuda_launch_function>(dlsym(handle, FAKE_CUDA_LAUNCH));
+// The library at `path`. It may ask for fake_cuda_owner, which this library exports.
+KernelLibrary load_library(const char* path) {
+    KernelLibrary loaded;
+    void* const handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle) {
+        fprintf(stderr, "fake_cuda: %s\n", dlerror());
         return loaded;
+    }
+    loaded.parameters = reinterpret_cast<fake_cuda_parameters_function>(dlsym(handle, FAKE_CUDA_PARAMETERS));
+    loaded.launch = reinterpret_cast<fake_cuda_launch_function>(dlsym(handle, FAKE_CUDA_LAUNCH));
+    return loaded;
+}
+
+const KernelLibrary* compiled_kernels() {
+    static const KernelLibrary library = [] {
+        const char* path = getenv("FAKE_CUDA_KERNELS");
+        return path && *path ? load_library(path) : KernelLibrary{};
     }();
-    return library;
+    return &library;
+}
+
+// PTX starts with a comment or a directive; fat binaries and ELF files start with bytes that are not text.
+bool is_ptx(const char* image) {
+    while (*image == ' ' || *image == '\n') image++;
+    return !strncmp(image, "//", 2) || !strncmp(image, ".version", 8);
+}
+
+const KernelLibrary* translated(const char* ptx) {
+    char path[4096];
+    if (!translator || translator(ptx, path, sizeof path)) return nullptr;
+    const KernelLibrary loaded = load_library(path);
+    return loaded.launch ? new KernelLibrary(loaded) : nullptr;
 }
 
 // A launch's parameters, copied so that it can run after the call has returned.
@@ -87,8 +101,12 @@ FAKE_CUDA_API CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode* mode) {
     *mode = CU_MODULE_LAZY_LOADING;
     return CUDA_SUCCESS;
 }
-FAKE_CUDA_API CUresult cuModuleLoadData(CUmodule* module, const void*) {
-    *module = new CUmod_st;
+FAKE_CUDA_API void fake_cuda_set_translator(fake_cuda_translate_function translate) { translator = translate; }
+FAKE_CUDA_API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+    const char* const text = static_cast<const char*>(image);
+    const KernelLibrary* const library = text && is_ptx(text) ? translated(text) : compiled_kernels();
+    if (!library) return CUDA_ERROR_INVALID_PTX;
+    *module = new CUmod_st{library, {}, {}};
     return CUDA_SUCCESS;
 }
 FAKE_CUDA_API CUresult cuModuleLoadFatBinary(CUmodule* module, const void* image) {
@@ -123,8 +141,11 @@ FAKE_CUDA_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute name,
     return CUDA_SUCCESS;
 }
 FAKE_CUDA_API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute name, int value) {
-    if (name == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) function->dynamic_shared_limit = value;
-    return CUDA_SUCCESS;
+    if (name == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
+        function->dynamic_shared_limit = value;
+        return CUDA_SUCCESS;
+    }
+    return name == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 FAKE_CUDA_API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 
@@ -135,7 +156,7 @@ FAKE_CUDA_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsi
     if (resolve(stream)->context != current_context()) return CUDA_ERROR_INVALID_HANDLE;
     if (static_cast<int>(shared_bytes) > function->dynamic_shared_limit) return CUDA_ERROR_INVALID_VALUE;
     if (extra) return CUDA_ERROR_NOT_SUPPORTED;
-    const KernelLibrary& library = kernel_library();
+    const KernelLibrary& library = *function->module->library;
     unsigned offsets[kMaxParameters], bytes[kMaxParameters];
     const char* const name = function->name.c_str();
     const int count = library.parameters ? library.parameters(name, offsets, bytes, kMaxParameters) : -1;
@@ -146,9 +167,9 @@ FAKE_CUDA_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsi
     const auto copy = copied(parameters, offsets, bytes, count);
     const fake_cuda_launch launch{name,         {grid_x, grid_y, grid_z},  {block_x, block_y, block_z},
                                   shared_bytes, current_context()->device, copy->pointers.data()};
-    return enqueue(stream, [=] {
+    return enqueue(stream, [=, run = library.launch] {
         (void)copy;  // keeps the parameters
-        return static_cast<CUresult>(kernel_library().launch(&launch));
+        return static_cast<CUresult>(run(&launch));
     });
 }
 FAKE_CUDA_API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** parameters, void** extra) {

@@ -1,5 +1,5 @@
-// A kernel library (plugin.h) of the project's CUDA kernels: nvcc's PTX of csrc/cuda, translated to C++ and linked with
-// the emulator's runtime. build.py writes the table of parameters.
+// A kernel library (plugin.h): PTX, nvcc's of csrc/cuda or Triton's of one kernel, translated to C++ and linked with
+// this file and the emulator's runtime. build.py writes the table of parameters.
 #include "kernels_of_project.h"
 
 #include <algorithm>

@@ -61,7 +61,14 @@ struct CUfunc_st {
     int dynamic_shared_limit;
 };
 
+// What runs kernels (plugin.h); empty where it could not be loaded.
+struct KernelLibrary {
+    fake_cuda_parameters_function parameters = nullptr;
+    fake_cuda_launch_function launch = nullptr;
+};
+
 struct CUmod_st {
+    const KernelLibrary* library;
     std::map<std::string, CUfunc_st> functions;
     std::map<std::string, std::pair<void*, size_t>> variables;
 };

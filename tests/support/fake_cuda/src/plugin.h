@@ -2,6 +2,8 @@
 // loaded with dlopen.
 #pragma once
 
+#include <stddef.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -22,6 +24,13 @@ typedef int (*fake_cuda_parameters_function)(const char* kernel, unsigned* offse
 // Exported by a kernel library: runs a launch. Returns a CUresult.
 typedef int (*fake_cuda_launch_function)(const struct fake_cuda_launch*);
 #define FAKE_CUDA_LAUNCH "fake_cuda_kernel_launch"
+
+// Compiles PTX text into a kernel library and writes its path, at most `capacity` bytes with the final zero. Returns 0
+// where that succeeds.
+typedef int (*fake_cuda_translate_function)(const char* ptx, char* path, size_t capacity);
+
+// Exported by the driver: what a module is translated with whose image is PTX text.
+void fake_cuda_set_translator(fake_cuda_translate_function translate);
 
 // Exported by the driver. The device that owns this memory; -1 for host memory and for managed memory.
 int fake_cuda_owner(const void* pointer);
