@@ -21,8 +21,12 @@ def matrix(rows: Tensor) -> Tensor:
 
 
 def as_rows(result: Tensor, rows: Tensor) -> Tensor:
-    """A kernel's [M, C] with the leading dimensions of rows."""
-    return result if rows.dim() == 2 else result.view(*rows.shape[:-1], result.shape[1])
+    """A kernel's [M, C] with the leading dimensions of rows.
+
+    To autograd it is no view: a view that a torch.autograd.Function returns must not be written to, and models write
+    into the output of a linear layer (`y += residual`, `relu_`).
+    """
+    return result if rows.dim() == 2 else result.view(*rows.shape[:-1], result.shape[1]).data
 
 
 def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | GroupLoRA | None = None) -> Problem:

@@ -29,7 +29,7 @@ from ..format.quant_state import QuantState
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import CONSTANTS, bias_alone, is_empty, matrix, problem_of
+from ._linear import CONSTANTS, as_rows, bias_alone, is_empty, matrix, problem_of
 from ._memory import contiguous
 from ._operands import GroupLoRA, Weight, WeightLists, weight_of
 from ._registry import Problem, select
@@ -92,7 +92,7 @@ def linear_nf4_lora_group_impl(
         empty = [bias_alone(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return empty, x.new_zeros(x.shape[:-1].numel(), lora.r)
     ys, s = select(_problem(_OP, x, weights, lora)).run(matrix(x), weights, biases, _contiguous(lora))
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
+    return [as_rows(y, x) for y in ys], s
 
 
 @fake(f"qlora_kernels::{_OP}", _FORWARD)

@@ -224,3 +224,30 @@ def test_a_group_whose_factors_B_alone_are_trained(weight):
     bias = torch.zeros(N, requires_grad=True)
     with pytest.raises(NotImplementedError, match="biases must not require a gradient"):
         qk.linear_nf4_lora_group(x, [packed], [state], [A], [B], [bias], scalings=[2.0])
+
+
+def test_outputs_may_be_written_to(weight):
+    """As those of nn.Linear: models add residuals in place, and ReLU has an option for it."""
+    packed, state = weight
+    A, B = (factor.requires_grad_() for factor in factors().values())
+    x = gaussian(M, K).view(1, M, K).requires_grad_()
+    w = qk.dequantize_nf4(packed, state)
+    update = 2 * x @ A.T @ B.T
+    outputs = {
+        "linear": (qk.linear_nf4(x, packed, state), x @ w.T),
+        "lora": (qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0), x @ w.T + update),
+        "multi": (
+            qk.linear_nf4_multi_lora(
+                x, packed, state, A[None], B[None], torch.full((1,), 2.0), torch.zeros(M, dtype=torch.int64)
+            ),
+            x @ w.T + update,
+        ),
+        "group": (
+            qk.linear_nf4_lora_group(x, [packed] * 2, [state] * 2, [A, A], [B, B], scalings=[2.0, 2.0])[1],
+            x @ w.T + update,
+        ),
+    }
+    for name, (y, expected) in outputs.items():
+        leaves = (x,) if name == "linear" else (x, A, B)
+        actual = torch.autograd.grad(y.mul_(3).relu_().square().sum(), leaves, retain_graph=True)
+        assert_close(actual, torch.autograd.grad((3 * expected).relu().square().sum(), leaves, retain_graph=True))
