@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -26,19 +27,19 @@ def declare_ties(model: nn.Module) -> None:
 
     Where parameters that the configuration ties are different ones by now (a head was trained in full, or merged),
     tie_word_embeddings becomes False. It speaks for all ties of the model, so that those which still hold become
-    parameters of their own: else a saved model would lack them. An encoder-decoder keeps its flag, with a warning: some
-    scale their output by it, and transformers does not tie what a folder holds twice with different values.
+    parameters of their own: else a saved model would lack them. T5 and its kin, which scale their output by the flag,
+    keep it, with a warning: transformers does not tie what a folder holds twice with different values.
     """
     keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
     broken = [target for target, source in keys.items() if not _same(model, target, source)]
     if not broken:
         return
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _output_depends_on_flag(model):
         for target in broken:
             del keys[target]
         warnings.warn(
-            f"merge: {broken[0]} is tied to other weights no more, while tie_word_embeddings, on which the forward of "
-            "an encoder-decoder may depend, stays True; calling tie_weights() would undo the merge",
+            f"merge: {broken[0]} is tied to other weights no more, while tie_word_embeddings, on which the output of "
+            f"a {type(model).__name__} depends, stays True; calling tie_weights() would undo the merge",
             stacklevel=3,
         )
         return
@@ -53,6 +54,22 @@ def declare_ties(model: nn.Module) -> None:
         config: Any = getattr(part, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
+
+
+def _output_depends_on_flag(model: nn.Module) -> bool:
+    """Whether the model's forward, or what it reads of its configuration, depends on tie_word_embeddings."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return False
+    read = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    if read.tie_word_embeddings or any(
+        value != getattr(config, name, value) for name, value in vars(read).items() if name.startswith("scale_")
+    ):
+        return True
+    try:
+        return "tie_word_embeddings" in inspect.getsource(type(model).forward)
+    except (OSError, TypeError):
+        return True
 
 
 def _same(model: nn.Module, target: str, source: str) -> bool:

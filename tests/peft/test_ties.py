@@ -284,3 +284,31 @@ class TestResizedVocabulary:
     def test_a_vocabulary_of_its_own_size_is_not_saved(self, tmp_path):
         adapted({}).save_pretrained(tmp_path)
         assert all("lora" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["bart", "whisper"])
+def test_an_encoder_decoder_whose_output_does_not_depend_on_the_flag(tmp_path, kind):
+    import transformers
+
+    torch.manual_seed(0)
+    ends = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    sizes = {"vocab_size": 32, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **ends}
+    ids = torch.arange(3, 13).view(2, 5)
+    if kind == "bart":
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, max_position_embeddings=32))
+        head, inputs = "lm_head", {"input_ids": ids}
+    else:
+        special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+        lengths = {"max_source_positions": 8, "max_target_positions": 16, "num_mel_bins": 4}
+        config = transformers.WhisperConfig(**sizes, **lengths, **special, begin_suppress_tokens=None)
+        model = transformers.WhisperForConditionalGeneration(config)
+        head, inputs = "proj_out", {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": ids}
+    adapted_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[head])).eval()
+    randomize(adapted_model)
+    expected = logits(adapted_model, inputs)
+    merged = adapted_model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    for each in (merged, type(merged).from_pretrained(tmp_path).eval()):
+        each.tie_weights()
+        torch.testing.assert_close(logits(each, inputs), expected, rtol=1e-4, atol=1e-5)
