@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..io.json_file import read_json_object
-from ..nn.linear_nf4 import is_conv1d
+from ..nn.linear_nf4 import is_conv1d, is_nn_linear
 from ..nn.match import Pattern, matches, nearest, unmatched
 
 CONFIG = "config.json"
@@ -52,9 +52,7 @@ class ModelStructure:
         Raises ModelError where a name in `skip` matches no layer, which is most likely a slip.
         """
         linears = {
-            name: module
-            for name, module in self.model.named_modules()
-            if type(module) is nn.Linear or is_conv1d(module)
+            name: module for name, module in self.model.named_modules() if is_nn_linear(module) or is_conv1d(module)
         }
         if not isinstance(skip, str) and not callable(skip):
             head = self._output_head()

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..format import nf4
 from .experts_nf4 import ExpertsNF4, is_expert_stack
-from .linear_nf4 import LinearNF4, is_conv1d
+from .linear_nf4 import LinearNF4, is_conv1d, is_nn_linear
 from .match import Pattern, check_names, contained_in, matches, nearest
 from .module_tree import layers_of, move_hooks, set_submodule
 
@@ -184,9 +184,9 @@ def _check_skip(op: str, skip: Pattern, names: Iterable[str]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Subclasses of nn.Linear may compute something else. NonDynamicallyQuantizableLinear (nn.MultiheadAttention's
-    # out_proj) differs in name only.
-    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module)
+    # NonDynamicallyQuantizableLinear (nn.MultiheadAttention's out_proj) differs in name only.
+    kind = type(module)
+    return kind is nn.modules.linear.NonDynamicallyQuantizableLinear or is_nn_linear(module) or is_conv1d(module)
 
 
 def _nothing_matched(targets: Pattern, skip: Pattern, linears: dict[str, nn.Module]) -> str:

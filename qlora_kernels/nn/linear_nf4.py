@@ -285,6 +285,13 @@ def dense_weight(linear: nn.Module) -> Tensor:
     raise TypeError(f"from_linear: linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
 
 
+def is_nn_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear itself or Falcon's, which computes the same; other subclasses may not."""
+    kind = type(module)
+    falcons = kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
+    return kind is nn.Linear or falcons
+
+
 def is_conv1d(module: nn.Module | type[nn.Module]) -> bool:
     """Whether `module` is GPT-2's Conv1D or its class, known by name so that transformers need not be there."""
     kind = module if isinstance(module, type) else type(module)

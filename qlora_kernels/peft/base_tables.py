@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn.module_tree import unwrapped
 from .adapted_linear import AdaptedLinear, base_of
-from .base_layer import is_quantized
+from .base_layer import is_linear, is_quantized
 
 if TYPE_CHECKING:
     from .host import Host
@@ -65,8 +65,8 @@ def _layers(host: Host) -> dict[str, Any]:
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model, name, None)
         layer = get() if callable(get) else None
-        if isinstance(layer, nn.Module):
-            layer = base_of(unwrapped(layer))
+        layer = base_of(unwrapped(layer)) if isinstance(layer, nn.Module) else None
+        if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # no patches of an image
             found |= {path: layer for path, module in host.modules(aliases=True).items() if module is layer}
     return found
 

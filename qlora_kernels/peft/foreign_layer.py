@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -32,9 +33,26 @@ def why_unreadable(linear: nn.Linear) -> str | None:
     # The common case first: torch.compile traces no further.
     if type(weight) not in (Tensor, nn.Parameter) and not type(weight).__module__.startswith("torch."):
         return f"its weight is a {type(weight).__name__}"
-    if type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward:
+    if type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward and not _is_affine(linear):
         return "its forward is not that of nn.Linear"
     return None
+
+
+@torch.no_grad()
+def _is_affine(linear: nn.Linear) -> bool:
+    """Whether a subclass with a forward of its own, such as Falcon's, computes y = x W^T + bias, by trying it."""
+    weight = linear.weight
+    x = torch.linspace(-1, 1, 2 * linear.in_features, dtype=torch.float32, device=weight.device)
+    x = x.cos().view(2, -1).to(weight.dtype)
+    try:
+        y = linear.forward(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    expected = F.linear(x, weight, linear.bias)
+    # Each term may be rounded another time; a layer that computes something else is far beyond that.
+    size = F.linear(x.abs().float(), weight.abs().float()) + 1
+    rounding = 8 * torch.finfo(weight.dtype).eps
+    return isinstance(y, Tensor) and y.shape == expected.shape and bool(((y - expected).abs() <= rounding * size).all())
 
 
 def bitsandbytes_weight(linear: nn.Linear) -> Tensor:

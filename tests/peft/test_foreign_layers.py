@@ -161,3 +161,32 @@ def test_a_merged_transformers_model_reloads(tmp_path, bits, targets):
     assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
     assert hasattr(again.config, "quantization_config") == (targets != "all-linear")
     assert_same_function(logits(again, inputs), expected, terms=64)
+
+
+def test_a_subclass_that_computes_the_same_merges(tmp_path):
+    """Falcon's layers are nn.Linear with a forward of their own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    base = transformers.FalconForCausalLM(config).eval()
+    quantized = copy.deepcopy(base)
+    assert len(qk.replace_linear(quantized).replaced) == 4
+    ids = torch.arange(8).view(1, 8)
+    for model in (base, quantized):
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+        expected = adapted(ids).logits
+        merged = adapted.merge_and_unload()
+        assert_same_function(merged(ids).logits, expected)
+        merged.save_pretrained(tmp_path / "merged")
+        again = transformers.FalconForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert_same_function(again(ids).logits, expected)
+
+
+def test_saving_beside_an_input_embedding_without_a_table(tmp_path):
+    """A vision model's input embedding is a module that cuts an image into patches."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=8, patch_size=4))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
