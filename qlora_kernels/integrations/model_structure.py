@@ -26,6 +26,11 @@ CONFIG = "config.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """For every from_pretrained: no network, and no code that a model folder brings (None would ask at the terminal)."""
 _COUNTS = re.compile(r"layers?$|^n_layer|blocks?$|experts|depths?$")
+_BUFFERS = re.compile(
+    r"(rotary_emb|maybe_rotary)\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+    r"|(^|\.)(attn|attention)\.(bias|masked_bias)$"
+)
+"""What older versions of transformers saved beside the weights: constants that the models compute themselves now."""
 _MOST_PARTS = 4096
 """Layers or experts: beyond what anybody has published, and built in seconds."""
 
@@ -76,6 +81,15 @@ class ModelStructure:
         renamed, converted = self._names(name, self.shapes)
         return None if converted else renamed[0]
 
+    def is_former_buffer(self, name: str, shape: Collection[int]) -> bool:
+        """Whether a tensor of the files is a constant of old checkpoints, which the model has no place for.
+
+        Causal masks have four dimensions and their filling value none; a bias that is a parameter has one.
+        """
+        if self._names(name, self.shapes)[0][0] in self.shapes:
+            return False
+        return bool(_BUFFERS.search(name)) and not (name.endswith("bias") and len(shape) == 1)
+
     def require_match(self, tensors: Mapping[str, Collection[int]]) -> None:
         """tensors: names and shapes of what the files hold.
 
@@ -84,6 +98,8 @@ class ModelStructure:
         found: set[str] = set()
         misshapen = []
         for name, shape in tensors.items():
+            if self.is_former_buffer(name, shape):
+                continue
             renamed, converted = self._names(name, self.shapes)
             found.update(renamed)
             want = self.shapes.get(renamed[0])
@@ -93,8 +109,8 @@ class ModelStructure:
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         have = found | {name for pair in tied.items() if found & set(pair) for name in pair}
         missing = _without(parameters - have, getattr(self.model, "_keys_to_ignore_on_load_missing", None))
-        ignored = {*(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"}
-        unexpected = _without(found - self.shapes.keys(), {*ignored, r"(^|\.)(position_ids|attn\.(masked_)?bias)$"})
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None)
+        unexpected = _without(found - self.shapes.keys(), ignored)
         require_nothing(self.folder, missing, unexpected, misshapen)
 
 

@@ -183,6 +183,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         quantized = is_quantized(folder)
         structure = ModelStructure(folder)
         tensors = read_tensors(folder)
+        for name in [name for name, tensor in tensors.items() if structure.is_former_buffer(name, tensor.shape)]:
+            del tensors[name]
         layers = _take_quantized(tensors, structure) if quantized else {}
         weights = {f"{layer}{_WEIGHT}": _shape_in_file(layer, state, structure) for layer, state in layers.items()}
         structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights})

@@ -228,3 +228,44 @@ def test_index_and_pickles(folder):
     shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled weights are not read"):
         load_model(folder)
+
+
+OLD_BUFFERS = {
+    "llama": (
+        lambda: transformers.LlamaConfig(**ALL, tie_word_embeddings=True),
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,), "model.position_ids": (1, 8)},
+        {"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    "gpt2": (
+        FAMILIES["gpt2"][0],
+        {"transformer.h.0.attn.bias": (1, 1, 32, 32), "transformer.h.0.attn.masked_bias": ()},
+        {"lm_head.weight": "transformer.wte.weight"},
+    ),
+    "gpt-neo": (
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=97, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        ),
+        {"transformer.h.0.attn.attention.bias": (1, 1, 8, 8), "transformer.h.0.attn.attention.masked_bias": ()},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("old", OLD_BUFFERS)
+def test_constants_that_older_versions_saved_are_passed_over(tmp_path, old):
+    """And the tied head, which safetensors' own writer leaves out. All else beside the weights is refused."""
+    config, buffers, copies = OLD_BUFFERS[old]
+    folder, quantized = tmp_path / "model", tmp_path / "nf4"
+    model = transformers.AutoModelForCausalLM.from_config(config()).eval()
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    extras = {**{n: torch.ones(s) for n, s in buffers.items()}, **{n: tensors[of].clone() for n, of in copies.items()}}
+    save_file({**tensors, **extras}, folder / "model.safetensors", {"format": "pt"})
+    assert_same_function(logits(load_model(folder, torch.float32)), logits(model))
+    quantized.mkdir()
+    quantize_model(folder, quantized)
+    load_model(quantized)
+    one_more = next(iter(buffers)).rpartition(".")[0] + ".gate"
+    save_file({**tensors, one_more: torch.ones(8)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"got {one_more} too"):
+        load_model(folder)
