@@ -10,7 +10,8 @@
 #                   the GPU tests under a CUDA build of torch (in .venv-cuda, 5.5 GB) on a fake device: no GPU needed
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
-#   make faults     saves under injected faults (3 minutes)
+#   make faults     saves under injected faults, and by processes that are killed at random (8 minutes)
+#   make soak       every PEFT method trained, saved, resumed and merged in a loop (SOAK_MINUTES, default 10)
 #   make compat     that wheel with the oldest and the newest Python, torch, Triton and transformers (not in CI)
 #   make fuzz       100,000 unsound calls of the ops, and failing allocations (20 minutes)
 #   make docs       the documentation as a site in site/ (in an environment of its own, .venv-docs)
@@ -134,12 +135,12 @@ test-aarch64: $(READY)
 aarch64-tools:
 	apt-get update -q && apt-get install -q -y g++-aarch64-linux-gnu qemu-user
 
-# Every save killed, interrupted and starved of disk space at each of its file operations: docs/reliability.md.
 # Damaged and hostile model and adapter folders given to the commands.
 .PHONY: fuzz-files
 fuzz-files: $(READY)
 	$(PYTHON) -m tests.cli.hostile_files 2000
 
+# Every save killed, interrupted and starved of disk space at each of its file operations: docs/reliability.md.
 .PHONY: faults
 faults: $(READY)
 	$(PYTHON) -m tests.io.faults
@@ -151,6 +152,12 @@ fuzz: $(READY)
 	$(PYTHON) -m tests.fuzz.native_ops --calls 100000
 	$(PYTHON) -m tests.cpu.failing_allocator --threads 1
 	$(PYTHON) -m tests.cpu.failing_allocator --threads 2
+
+# Memory, descriptors, threads and temporary files over many runs in one process: docs/reliability.md.
+SOAK_MINUTES ?= 10
+.PHONY: soak
+soak: $(READY)
+	$(PYTHON) -m tests.soak --minutes $(SOAK_MINUTES)
 
 bench: $(READY)
 	$(PYTHON) -m bench.run
