@@ -107,7 +107,8 @@ def llama(architecture: Architecture, device: str) -> nn.Module:
         use_cache=False,
     )
     torch.manual_seed(1)
-    return LlamaForCausalLM(config).to(device, torch.bfloat16)
+    model: nn.Module = LlamaForCausalLM(config).to(device, torch.bfloat16)
+    return model
 
 
 def random_tokens(architecture: Architecture, sequences: int, length: int, device: str) -> Tensor:
@@ -143,7 +144,8 @@ class Inputs:
     def first_loss(self) -> float:
         """Of the dequantized model: adapters start as the identity."""
         with torch.no_grad():
-            return self.dequantized(self.tokens, labels=self.tokens).loss.item()
+            loss: float = self.dequantized(self.tokens, labels=self.tokens).loss.item()
+        return loss
 
     def bitsandbytes(self) -> nn.Module:
         """The source over Linear4bit layers that train."""
@@ -184,7 +186,8 @@ def through_qk(case: Case, inputs: Inputs) -> tuple[nn.Module, Optimizer]:
 
 def transformers_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """As the model computes it when it is given labels."""
-    return model(input_ids=tokens, labels=tokens).loss
+    loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+    return loss
 
 
 def through_peft(model: nn.Module, case: Case, inputs: Inputs, *, masters: bool) -> Sequence[Call]:
@@ -215,7 +218,7 @@ def step(
     context = torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
         value = loss(model, tokens)
-    value.backward()
+    value.backward()  # type: ignore[no-untyped-call]
     with step_profile.optimizer_region():
         clip()
         optimizer.step()
@@ -325,6 +328,7 @@ def main() -> int:
         print(json.dumps({"peak_bytes": peak_bytes_of(build, case)}))
         return 0
     (call,) = build(case, Inputs(case), 1)
+    assert isinstance(call, partial)
     model = call.args[0]
     parts = step_profile.profile_step(model, call)
     print(step_profile.table(parts))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tests.support.linear_formulas import (
+from python.numerics.linear_formulas import (
     Arithmetic,
     Dropout,
     arithmetic_of,
@@ -17,7 +17,7 @@ from tests.support.linear_formulas import (
     lora_down,
     lora_forward,
 )
-from tests.support.tolerances import Expected, assert_within
+from python.numerics.tolerances import Expected, assert_within
 
 __all__ = [
     "Dropout",

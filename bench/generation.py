@@ -58,7 +58,8 @@ class Inputs:
     def logits(self) -> Tensor:
         """Of the last token, by the dequantized model without a cache."""
         with torch.no_grad():
-            return self.dequantized(self.tokens).logits[:, -1].float()
+            logits: Tensor = self.dequantized(self.tokens).logits[:, -1].float()
+        return logits
 
 
 def over(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
@@ -73,7 +74,8 @@ def over(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
 @torch.no_grad()
 def prefill(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits of the last token [1, vocabulary]."""
-    return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits: Tensor = model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return logits
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def prompt_cache(model: nn.Module, inputs: Inputs) -> Any:
 @torch.no_grad()
 def decode(model: nn.Module, tokens: Tensor, cache: Any) -> Tensor:
     """Logits of the last token [1, vocabulary]; the cache is left as it was."""
-    logits = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    logits: Tensor = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     cache.crop(-1)
     return logits
 

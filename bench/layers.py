@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib.util
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -98,7 +99,7 @@ def bitsandbytes_train(N: int, K: int, blocksize: int, dtype: torch.dtype, devic
 
 def trainable(layer: nn.Module) -> nn.Module:
     """The same Linear4bit, kept from the CPU kernel after whose first run it gives no gradient."""
-    layer.support_avx512bf16_for_cpu = False
+    setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010, an attribute that nn.Module does not declare
     return layer
 
 
@@ -114,10 +115,11 @@ def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
     options = {"quant_type": "nf4", "compress_statistics": True}
     layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=weight.dtype, device="meta", **options)
     layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=blocksize, **options)
-    return layer.to(weight.device)
+    moved: nn.Module = layer.to(weight.device)
+    return moved
 
 
-def with_peft(layers: list[nn.Module], case: Case, adapter_dtype: torch.dtype) -> list[nn.Module]:
+def with_peft(layers: Sequence[nn.Module], case: Case, adapter_dtype: torch.dtype) -> list[nn.Module]:
     """Hugging Face PEFT's LoRA around each layer, with lora_factors' values in `adapter_dtype`."""
     import peft
 

@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,11 +113,12 @@ def _stand_ins(device: str) -> Iterator[Peak]:
     for name, dtype in (("bf16", torch.bfloat16), ("fma", torch.float32)):
         size = 8192 if device == "cuda" else 2048
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        yield Peak(name, 2 * size**3 / _best(device, lambda a=a, b=b: a @ b), "torch.matmul")
+        yield Peak(name, 2 * size**3 / _best(device, partial(torch.matmul, a, b)), "torch.matmul")
 
 
 def _best(device: str, call: Callable[[], object]) -> float:
-    clock, until, times = clock_of(device), time.perf_counter() + STAND_IN_S, []
+    clock, until = clock_of(device), time.perf_counter() + STAND_IN_S
+    times: list[float] = []
     while len(times) < 5 or time.perf_counter() < until:
         times.append(clock(call))
     return min(times)

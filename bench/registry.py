@@ -1,13 +1,11 @@
 """What is measured: an op's problems, what each costs at least, who competes and how a result is checked.
 
-bench/ops/bench_<op>.py defines a module constant SUITE; nothing has to be registered elsewhere. Nothing here knows a
+bench/ops/bench_<op>.py defines a module constant SUITE, which bench/suites.py finds. This module is independent of the
 device: a Case names its own, and a Contender says where it applies.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,12 +117,3 @@ class Suite:
     contenders: tuple[Contender, ...]
     verify: Callable[[Case, Any, str, Any], None]
     modes: tuple[str, ...] = (COLD, WARM)
-
-
-def suites() -> dict[str, Suite]:
-    """Every op's benchmark, the training step's and generation's, by name."""
-    from . import end_to_end, generation, ops
-
-    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.name.startswith("bench_"))
-    found = [importlib.import_module(f"{ops.__name__}.{name}").SUITE for name in names]
-    return {suite.op: suite for suite in (*found, end_to_end.SUITE, generation.SUITE)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from .row_file import Row, read_rows, write_rows
@@ -176,7 +177,7 @@ def _op_table(rows: Sequence[Row]) -> str:
     if any(row["gflops"] for row in ours):
         columns.append(("GFLOP/s", lambda row: f"{row['gflops']:.0f}"))
     columns.append(("of roofline", lambda row: f"{row['roofline']:.0%}"))
-    columns += [(f"over {peer}", lambda row, peer=peer: _ratio(row["speedup"].get(peer))) for peer in peers]
+    columns += [(f"over {peer}", partial(_speedup_over, peer)) for peer in peers]
     return _markdown([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
 
 
@@ -202,6 +203,10 @@ def _spread(row: Row) -> str:
 
 def _ms(microseconds: float) -> str:
     return f"{microseconds / 1e3:.3g}" if microseconds < 1e6 else f"{microseconds / 1e3:.0f}"
+
+
+def _speedup_over(peer: str, row: Row) -> str:
+    return _ratio(row["speedup"].get(peer))
 
 
 def _ratio(value: float | None) -> str:

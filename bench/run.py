@@ -24,9 +24,10 @@ import torch
 
 from .machine import ROOT, cache_bytes, provenance
 from .peaks import Peak, measure_peaks
-from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite, suites
+from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite
 from .report import print_report
 from .row_file import Row, RowWriter
+from .suites import suites
 from .timing import Budget, Entrant, Timing, measure
 
 WORKING_SET = 4

@@ -101,7 +101,8 @@ class Verdict:
 
     def _at_roofline(self, row: Row, value: float) -> float:
         faster = 1 / min(row["roofline"], 1.0)
-        return value / faster if self.target.at_least is None else value * faster
+        at_roofline: float = value / faster if self.target.at_least is None else value * faster
+        return at_roofline
 
 
 def judge(rows: Iterable[Row]) -> list[Verdict]:

@@ -111,12 +111,13 @@ def _host_seconds(call: Call) -> float:
 
 
 def _cuda_seconds(call: Call) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    seconds: float = start.elapsed_time(end) / 1e3
+    return seconds
 
 
 def _turn_length(clock: Callable[[Call], float], calls: itertools.cycle[Call], threads: int) -> int:

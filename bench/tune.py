@@ -40,13 +40,14 @@ def median_seconds(call: Callable[[], object], flush: Tensor) -> float:
     times = []
     for _ in range(SAMPLES):
         flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
         call()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    median: float = statistics.median(times)
+    return median
 
 
 def best_plan(problem: Problem, flush: Tensor) -> tuple[Plan, float]:
@@ -58,7 +59,8 @@ def best_plan(problem: Problem, flush: Tensor) -> tuple[Plan, float]:
 
     def call() -> Tensor:
         if backward:
-            return torch.ops.qlora_kernels.linear_nf4_grad_x(rows, *weight_of(problem.op, packed, state))
+            grad_x: Tensor = torch.ops.qlora_kernels.linear_nf4_grad_x(rows, *weight_of(problem.op, packed, state))
+            return grad_x
         return qk.linear_nf4(rows, packed, state)
 
     with use_plan(problem.op, Plan("decode")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora_kernels"
 
 MAY_IMPORT = {
+    "": {"format", "ops", "nn", "optim", "peft", "backends"},
+    "backends": set(),
     "format": {"format"},
     "ops": {"format", "ops"},
     "backends/reference": {"format", "ops"},
@@ -23,8 +26,12 @@ MAY_IMPORT = {
     "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
     "training": {"training", "io", "peft"},
+    "io": {"io", "ops", "format"},
+    "integrations": {"integrations", "io", "nn", "format"},
+    "cli": {"cli", "integrations", "training", "io", "peft", "ops", "format"},
 }
-"""Part of the tree -> parts of the package that its modules may import. io, integrations and cli use the public API."""
+"""Part of the package -> parts that its modules may import, besides the package's own names. "" is the package's
+__init__. docs/architecture.md has the same table."""
 
 THIRD_PARTY = {
     "triton": {"backends/triton"},
@@ -64,14 +71,76 @@ def test_import_rules(path):
     for name, line in imported(path):
         if name.startswith("qlora_kernels."):
             target = part_of(PACKAGE / Path(*name.split(".")[1:]).with_suffix(".py"))
-            allowed = MAY_IMPORT.get(part)
             own = target == part or target == ""
-            assert allowed is None or own or target.split("/")[0] in allowed, f"{path}:{line}: {part} imports {name}"
+            assert own or target.split("/")[0] in MAY_IMPORT[part], f"{path}:{line}: {part} imports {name}"
             if target.startswith("backends/"):
                 assert part == target, f"{path}:{line}: only ops/_registry.py, by name, imports a backend"
         root = name.split(".")[0]
         if root in THIRD_PARTY and not name.startswith("qlora_kernels"):
             assert part in THIRD_PARTY[root], f"{path}:{line}: {part or 'the package'} imports {root}"
+
+
+def test_the_documented_table_is_the_enforced_one():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `?([a-z/]+)`? \| ([a-z, ]+) \|$", text, re.MULTILINE)
+    documented = {part: set(allowed.split(", ")) - {"nothing"} for part, allowed in rows if part != "part"}
+    enforced = {part: allowed - {part.split("/")[0]} for part, allowed in MAY_IMPORT.items() if part}
+    assert documented == enforced
+
+
+IMPORT_CIRCLES = {"qlora_kernels.peft"}
+"""Packages in which modules still import each other in a circle."""
+
+
+def test_no_import_circles_and_no_import_of_tests():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for top in ("qlora_kernels", "bench", "python")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    graph = {module: imported_modules(module, path, set(modules)) for module, path in modules.items()}
+    for module, path in modules.items():
+        assert not any(name.split(".")[0] == "tests" for name in imported_names(module, path)), f"{path} imports tests"
+    circles = [circle for circle in circles_of(graph) if not IMPORT_CIRCLES & {m.rpartition(".")[0] for m in circle}]
+    assert circles == []
+
+
+def test_a_circle_is_found():
+    assert circles_of({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def imported_names(module: str, path: Path) -> set[str]:
+    """Dotted names of all that `module` imports, at its head or inside functions."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported_modules(module: str, path: Path, modules: set[str]) -> set[str]:
+    """The modules among `modules` that `module` imports or from which it imports a name."""
+    found = {name if name in modules else name.rpartition(".")[0] for name in imported_names(module, path)}
+    return (found & modules) - {module}
+
+
+def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which reaches all others of its group, sorted."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, waiting = set(), [start]
+        while waiting:
+            for name in graph.get(waiting.pop(), set()) - seen:
+                seen.add(name)
+                waiting.append(name)
+        reached[start] = seen
+    groups = {tuple(sorted(b for b in reached[a] if a in reached[b])) for a in graph if a in reached[a]}
+    return [list(group) for group in sorted(groups)]
 
 
 def test_files_are_named_for_what_they_know():

@@ -1,4 +1,4 @@
-"""The bounds of tests/support/tolerances.py: right computations keep them in any order of summation, faults do not."""
+"""The bounds of python/numerics/tolerances.py: correct computations keep them in any order of summation."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FACTORS = [shape for N, K in LINEARS * BLOCKS for shape in ((RANK, K), (N, RANK)
 ONE = [(160_000_000,)]
 FEW = [(RANK, 576), (576, RANK)] * 60
 
-HYPERPARAMETERS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 ERROR_FP32 = 1e-6
 """Of a step's size: a few roundings to fp32 between two orders of the same operations."""
@@ -37,8 +37,9 @@ ERROR_8BIT = 0.1
 
 
 def shapes(case: Case) -> list[tuple[int, ...]]:
-    """Of the parameters."""
-    return {len(s): s for s in (FACTORS, ONE, FEW)}[case.tensors]
+    """Parameter shapes of the case."""
+    known: tuple[Sequence[tuple[int, ...]], ...] = (FACTORS, ONE, FEW)
+    return list({len(shapes): shapes for shapes in known}[case.tensors])
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -77,6 +78,7 @@ class Inputs:
     def restart(self) -> None:
         """Give the parameters their first values."""
         for param in self.params:
+            assert param.grad is not None
             param.copy_(param.grad)
 
 
@@ -115,7 +117,8 @@ def state_bytes(case: Case, call: Any) -> dict[str, Any]:
 
 def bnb(params: Sequence[Tensor], *, bits: int, **hyperparameters: Any) -> Optimizer:
     """bitsandbytes' paged AdamW; on a CPU nothing is paged."""
-    return layers.bitsandbytes().optim.PagedAdamW(params, optim_bits=bits, **hyperparameters)
+    optimizer: Optimizer = layers.bitsandbytes().optim.PagedAdamW(params, optim_bits=bits, **hyperparameters)
+    return optimizer
 
 
 def verify(case: Case, inputs: Inputs, contender: str, params: Sequence[Tensor]) -> None:
@@ -123,6 +126,7 @@ def verify(case: Case, inputs: Inputs, contender: str, params: Sequence[Tensor])
     lr, decay = HYPERPARAMETERS["lr"], HYPERPARAMETERS["weight_decay"]
     bound = ERROR_8BIT if "8-bit" in contender else ERROR_FP32
     for param in params[:8]:
+        assert param.grad is not None
         grad = param.grad.flatten()[:4096].double()
         update = grad / (grad.abs() + HYPERPARAMETERS["eps"])  # m / sqrt(v) after one step from zero
         expected = grad * (1 - lr * decay) - lr * update

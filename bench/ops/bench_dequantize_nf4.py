@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def bnb(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
     """bitsandbytes' own: on a CPU it has no out argument and fills a fresh tensor each time."""
     out = None if case.device == "cpu" else reused(case)
     dequantize = layers.bitsandbytes().functional.dequantize_4bit
-    weights = [layer.weight for layer in layers.bitsandbytes_train(*case.weight, copies)]
+    weights: list[Any] = [layer.weight for layer in layers.bitsandbytes_train(*case.weight, copies)]
     return [partial(dequantize, weight, weight.quant_state, out=out) for weight in weights]
 
 

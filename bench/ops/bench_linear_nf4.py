@@ -48,7 +48,7 @@ class Inputs:
         return linear(self.x, self.w, None, self.arithmetic)
 
 
-def over(build_layers: Callable[..., list[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
+def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
     """A contender that calls a layer. Nothing requires a gradient, so no graph is built."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
@@ -81,11 +81,17 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", over(layers.ours), layers.nf4_bytes),
-        Contender("bnb eval", over(layers.bitsandbytes_eval), layers.nf4_bytes, applies=has_fused_bitsandbytes),
-        Contender("bnb train", over(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes),
-        Contender("dense", over(layers.dense), layers.dense_bytes),
-        Contender("ours, 1 thread", over(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1),
+        Contender("ours", layer_contender(layers.ours), layers.nf4_bytes),
+        Contender(
+            "bnb eval", layer_contender(layers.bitsandbytes_eval), layers.nf4_bytes, applies=has_fused_bitsandbytes
+        ),
+        Contender(
+            "bnb train", layer_contender(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes
+        ),
+        Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
+        Contender(
+            "ours, 1 thread", layer_contender(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1
+        ),
     ),
     verify=verify,
 )

@@ -51,7 +51,7 @@ def forward_backward(layer: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return y.detach(), *torch.autograd.grad(y, inputs.x, inputs.grad_y)
 
 
-def over(build_layers: Callable[..., list[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
+def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
     """A contender that trains through a layer."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
@@ -75,9 +75,11 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", over(layers.ours), layers.nf4_bytes),
-        Contender("bnb train", over(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes),
-        Contender("dense", over(layers.dense), layers.dense_bytes),
+        Contender("ours", layer_contender(layers.ours), layers.nf4_bytes),
+        Contender(
+            "bnb train", layer_contender(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes
+        ),
+        Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
     ),
     verify=verify,
 )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels import LinearNF4
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops.linear_nf4_lora import draw_seed
 
@@ -75,7 +77,7 @@ class Inputs(plain.Inputs):
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     """LinearNF4.forward_lora."""
 
-    def call(layer: nn.Module) -> tuple[Tensor, ...]:
+    def call(layer: LinearNF4) -> tuple[Tensor, ...]:
         y = layer.forward_lora(inputs.x, inputs.lora_A, inputs.lora_B, inputs.scaling, case.dropout)
         gradients = torch.autograd.grad(y, (inputs.x, inputs.lora_A, inputs.lora_B), inputs.grad_y)
         return y.detach(), *gradients
@@ -83,10 +85,10 @@ def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     return [partial(call, layer) for layer in layers.ours(*case.weight, copies)]
 
 
-def through_peft(stack: list[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
+def through_peft(stack: Sequence[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
     """Hugging Face PEFT around the layers of `stack`."""
 
-    def call(layer: nn.Module) -> tuple[Tensor, ...]:
+    def call(layer: Any) -> tuple[Tensor, ...]:
         y = layer(inputs.x)
         factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         return y.detach(), *torch.autograd.grad(y, (inputs.x, *factors), inputs.grad_y)
@@ -109,7 +111,8 @@ def dense_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...]) -> None:
     """All results, except a peer's under dropout, whose mask cannot be drawn again: its code is verified without."""
     if contender == "ours without LoRA":
-        plain.verify(case, plain.Inputs(case), "ours", result)
+        y, grad_x = result
+        plain.verify(case, plain.Inputs(case), "ours", (y, grad_x))
         return
     for name, actual, expected in zip(RESULTS, result, inputs.expected, strict=True):
         if contender == "ours":
@@ -133,7 +136,7 @@ SUITE = Suite(
     inputs=Inputs,
     contenders=(
         Contender("ours", ours, layers.nf4_bytes),
-        Contender("ours without LoRA", plain.over(layers.ours), layers.nf4_bytes),
+        Contender("ours without LoRA", plain.layer_contender(layers.ours), layers.nf4_bytes),
         Contender("bnb + PEFT", bnb_peft, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
         Contender("bnb + PEFT fp32", bnb_peft_fp32, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
         Contender("dense + PEFT", dense_peft, layers.dense_bytes, applies=with_peft),

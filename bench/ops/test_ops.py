@@ -6,10 +6,13 @@ with cold weights, which comparisons should go by, are bench/run.py's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from bench.registry import suites
+from bench.registry import Case, Contender, Suite
 from bench.run import build, fault_of
+from bench.suites import suites
 
 RUNS = [
     pytest.param(suite, case, contender, id=f"{case.op}-{case.name}-{contender.name}".replace(" ", "_"))
@@ -21,7 +24,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("suite", "case", "contender"), RUNS)
-def test_op(suite, case, contender, benchmark):
+def test_op(suite: Suite, case: Case, contender: Contender, benchmark: Any) -> None:
     inputs = suite.inputs(case)
     call = build(contender, case, inputs, copies=1)[0]
     fault = fault_of(suite, case, inputs, contender, call)

@@ -125,11 +125,12 @@ def check_installed(wheel: Path, environment: str) -> str:
             packages = ["--no-deps", "--ignore-installed", str(wheel.resolve())]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
         # -I: from the installed package alone, whatever folder and variables this process has.
-        smoke = [python, "-I", SMOKE, *archs_of(wheel)]
+        smoke: list[str | Path] = [python, "-I", SMOKE, *archs_of(wheel)]
         done = subprocess.run(smoke, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise BadWheel(f"{wheel.name} with {environment}:\n{done.stdout}{done.stderr}")
-        return done.stdout.strip()
+        output: str = done.stdout.strip()
+        return output
 
 
 def lend_packages(interpreter: str, to: Path) -> None:

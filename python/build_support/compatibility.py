@@ -151,8 +151,8 @@ def run_environment(
             return outcome
         outcome.versions = {**versions(inside), "numpy": alone["numpy"], "safetensors": alone["safetensors"]}
         outcome.python = outcome.versions.pop("python")
-        pytest = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        headers = [inside, "-m", "python.build_support.check_headers"]
+        pytest: list[str | Path] = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        headers: list[str | Path] = [inside, "-m", "python.build_support.check_headers"]
         check(outcome, "source", f"{name}-source", headers, cwd=checkout)
         check(outcome, "op tests", f"{name}-ops", [*pytest, *OP_TESTS], cwd=checkout)
         check(outcome, "fine-tune", f"{name}-finetune", [*pytest, *FINE_TUNE], cwd=checkout)
@@ -186,16 +186,35 @@ def run_triton(requirement: str) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "triton"
         log = f"triton-{requirement.partition('==')[2] or 'newest'}"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, requirement]
+        pip: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            target,
+            requirement,
+        ]
         report = Path(scratch) / "report"
-        command = [sys.executable, "-m", "python.kernels_report", "--quick", "--parts", "triton", "--out", report]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "python.kernels_report",
+            "--quick",
+            "--parts",
+            "triton",
+            "--out",
+            report,
+        ]
         path = {"PYTHONPATH": str(target), "TRITON_CACHE_DIR": str(Path(scratch) / "cache")}
         try:
             run(f"{log}-install", list(pip))
             outcome.versions["triton"] = (
                 next(target.glob("triton-*.dist-info")).name.split("-")[1].removesuffix(".dist")
             )
-            run(log, [*command, "--archs", *TRITON_ARCHS], **path)
+            run(log, [*command, "--archs", *TRITON_ARCHS], ROOT, **path)
         except Failed as reason:
             outcome.checks["compiled"] = f"fails: {reason}"
             if not (report / "report.json").exists():

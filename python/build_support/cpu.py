@@ -114,7 +114,7 @@ class CpuLibrary:
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:
         _, library_folder = torch_paths()
         # torch_cpu carries the stable ABI's C functions; it is in the process before this library is loaded.
-        link = ("-shared", f"-L{library_folder}", "-ltorch_cpu")
+        link: tuple[str, ...] = ("-shared", f"-L{library_folder}", "-ltorch_cpu")
         if sys.platform == "linux":
             link = (*link, "-Wl,--no-undefined", "-Wl,--as-needed")
         else:

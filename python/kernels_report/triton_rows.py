@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ def codec_cases(full: bool) -> Iterator[Case]:
         for double_quant in (True, False):
             for blocksize in (32, 64, 128, 4096) if full and name == "bf16" else (64,):
                 w, out = weight(double_quant, blocksize), meta(N, K, dtype=DTYPES[name])
-                yield Case(lambda w=w, o=out: dequantize_nf4(w, out=o))
-        yield Case(lambda n=name: quantize_nf4(meta(N, K, dtype=DTYPES[n]), blocksize=64))
+                yield Case(partial(dequantize_nf4, w, out=out))
+        yield Case(partial(quantize_nf4, meta(N, K, dtype=DTYPES[name]), blocksize=64))
     yield Case(lambda: quantize_absmax(meta(N * K // BLOCKSIZE)))
 
 
@@ -99,11 +100,11 @@ def linear_cases(capability: int, full: bool) -> Iterator[Case]:
                 for double_quant in (True, False) if full else (True,):
                     w = weight(double_quant)
                     if op == "linear_nf4":
-                        yield Case(lambda x=rows, w=w: linear_nf4(x, w, meta(N)), problem, chosen)
+                        yield Case(partial(linear_nf4, rows, w, meta(N)), problem, chosen)
                     else:
-                        yield Case(lambda g=rows, w=w: linear_nf4_grad_x(g, w), problem, chosen)
+                        yield Case(partial(linear_nf4_grad_x, rows, w), problem, chosen)
                 if chosen.split_k == 1:
-                    yield Case(lambda p=problem: lora_call(p, 16), problem, chosen)
+                    yield Case(partial(lora_call, problem, 16), problem, chosen)
 
 
 def lora_call(problem: Problem, r: int) -> object:
@@ -130,9 +131,9 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
     for r in ranks:
         for op in ("linear_nf4", "linear_nf4_grad_x"):
             problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
-            yield Case(lambda p=problem, r=r: lora_call(p, r), problem, decode)
+            yield Case(partial(lora_call, problem, r), problem, decode)
         x = meta(M, K, dtype=dtype)
-        yield Case(lambda x=x, r=r: lora_down(x, meta(r, K), dropout_of(seed, 0.1, x)))
+        yield Case(partial(lora_down, x, meta(r, K), dropout_of(seed, 0.1, x)))
     problem = Problem("linear_nf4", "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
     x, grad_y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, 16, dtype=dtype)
     adapters = MultiLoRA(meta(8, 16, K), meta(8, N, 16), meta(8), meta(M, dtype=torch.int64), seed, 0.1)
@@ -158,9 +159,9 @@ def weights_per_thread(launch: Compiled) -> float | None:
     """Weights that a thread of a codec kernel handles: these kernels are unrolled."""
     threads = 32 * launch.constants["num_warps"]
     if launch.name == "dequantize_nf4_kernel":
-        return launch.constants["TILES"] * launch.constants["ROWS"] * launch.constants["ROW_BYTES"] * 2 / threads
+        return float(launch.constants["TILES"] * launch.constants["ROWS"] * launch.constants["ROW_BYTES"] * 2 / threads)
     if launch.name == "quantize_nf4_kernel":
-        return launch.constants["BLOCKS"] * launch.constants["BLOCKSIZE"] / threads
+        return float(launch.constants["BLOCKS"] * launch.constants["BLOCKSIZE"] / threads)
     return None
 
 
@@ -182,7 +183,7 @@ def wide_loads_needed(launch: Compiled) -> int:
         return 1
     c, x = launch.constants, launch.arguments["p_x"]
     lane_bytes = 16 * 32 * c["num_warps"]
-    return (2 * c["BLOCK_N"] * c["BLOCK_K"] // 2 + c["M"] * c["BLOCK_K"] * x.element_size()) // lane_bytes
+    return int((2 * c["BLOCK_N"] * c["BLOCK_K"] // 2 + c["M"] * c["BLOCK_K"] * x.element_size()) // lane_bytes)
 
 
 STEP_COUNTS = "%first"

@@ -207,4 +207,4 @@ class StateArena:
 
 def _own_storage(flat: Tensor) -> Tensor:
     """A tensor over the same memory whose storage is that memory alone."""
-    return dlpack.from_dlpack(dlpack.to_dlpack(flat))  # type: ignore[attr-defined, no-any-return]
+    return dlpack.from_dlpack(dlpack.to_dlpack(flat))  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 def weight_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
     """The dtype of the weight, or the one it was quantized from; `default` where the layer does not say."""
     own = getattr(base, "weight_dtype", None)
-    return own or (default if is_quantized(base) else base.weight.dtype)  # type: ignore[union-attr, return-value]
+    return own or (default if is_quantized(base) else base.weight.dtype)  # type: ignore[return-value]
 
 
 def device_of(base: nn.Module) -> torch.device:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench.peaks import Peak
-from bench.registry import Case, Contender, Cost, Suite, suites
+from bench.registry import Case, Contender, Cost, Suite
 from bench.run import run_case
+from bench.suites import suites
 from bench.timing import Budget
 from qlora_kernels.ops._registry import kernels_of
 

@@ -24,7 +24,7 @@ LARGE = (Shape(16, 4096, 4096, r=16), Shape(300, 1024, 4096, r=64), Shape(2048, 
 
 @pytest.fixture(autouse=True)
 def _fp32_sums():
-    """Torch's own matmul sums in fp32, as the analysis of tests/support/tolerances.py assumes: no TF32, no 16 bits."""
+    """Torch's own matmul sums in fp32, as python/numerics/tolerances.py assumes: no TF32, no 16 bits."""
     settings = torch.backends.cuda.matmul  # computes its attributes, so monkeypatch would try to delete them
     names = [
         f"allow_{name}" for name in ("tf32", "bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction")

@@ -1,4 +1,4 @@
-"""Class 2 (matmul): forward and gradients against float64, within the bounds of tests/support/tolerances.py."""
+"""Class 2 (matmul): forward and gradients against float64, within the bounds of python/numerics/tolerances.py."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def codec():
 
 
 def lora(plan, M=5, N=40, K=192):
-    """Forward and gradients in fp32, within the bounds of tests/support/tolerances.py: far below any planted fault."""
+    """Forward and gradients in fp32, within the bounds of python/numerics/tolerances.py."""
     r, scaling, p = 4, 1.7, 0.3
     with qk.use_backend("reference"):
         packed, state = qk.quantize_nf4(gaussian(N, K))

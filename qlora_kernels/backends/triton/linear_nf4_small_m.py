@@ -86,7 +86,7 @@ def linear_nf4_small_m_kernel(
             for j in tl.static_range(1, 8):
                 words = tl.fma(w[j], x[j][None, :], words)
             runs = tl.sum(tl.reshape(words, (BLOCK_N, RUNS, RUN // 8)), axis=2)
-            longer += (tl.fma(runs, b_absmax, sums[m]),)
+            longer += (tl.fma(runs, b_absmax, sums[m]),)  # type: ignore[assignment]
         sums = longer
 
     m_n = o_n < N

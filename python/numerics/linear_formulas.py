@@ -1,0 +1,230 @@
+"""The linear ops' formulas, with the roundings that a kernel may make, for python/numerics/tolerances.py.
+
+`Arithmetic` says which roundings those are. The formulas are those of ops/linear_nf4_lora.py, with W as dequantized to
+x's dtype and the LoRA factors in x's dtype:
+
+    s = dropout(x) A^T,   y = x W^T + bias + scaling * s B^T
+    ds = scaling * grad_y B,   grad_B = scaling * grad_y^T s,   grad_A = ds^T dropout(x),
+    grad_x = grad_y W + dropout'(ds A)
+
+`lora_forward` and `lora_backward` take the s that the kernel returned, which is compared by itself first. Then the
+rounding of s is no part of the bounds on y and grad_B, and a kernel that used another s than it saved is noticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tolerances import Expected, assert_within, cpu_depth, exactly, product, unit_roundoff
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a computation rounds.
+
+    dtype: x's, to which s, ds and the results are rounded.
+    composed: whether each of torch's operations rounds its result to dtype, as in backends/reference; otherwise sums
+        stay in fp32 until they are finished, and the dropout's scale and `scaling` multiply fp32 sums.
+    cpu: the kernels of csrc/cpu, which know how long their chains are, and multiply B by `scaling` before they round it
+        to dtype.
+    weight_may_be_exact: whether a kernel may have multiplied by code * absmax as it is, as some do for few rows, though
+        the tests give the weight as rounded to dtype.
+    wide: the dtype of the exact computation (`tolerances.exactly`).
+    """
+
+    dtype: torch.dtype
+    composed: bool = True
+    cpu: bool = False
+    weight_may_be_exact: bool = False
+    wide: torch.dtype = torch.float64
+
+    def input(self, tensor: Tensor | Expected) -> Expected:
+        """In the dtype of the computation, to which masters of LoRA factors are rounded first."""
+        if isinstance(tensor, Expected):
+            return tensor
+        return exactly(tensor.detach().to(self.dtype), self.wide)
+
+    def weight(self, w: Tensor) -> Expected:
+        """W [N, K], as dequantized to dtype, or in float64 for kernels that do not round it."""
+        weight = exactly(w, self.wide)
+        if not self.weight_may_be_exact:
+            return weight
+        return Expected(weight.value, unit_roundoff(self.dtype) * weight.value.abs())
+
+    def bias(self, tensor: Tensor) -> Expected:
+        """A bias, which may also have been rounded to dtype where operations are composed."""
+        bias = exactly(tensor, self.wide)
+        return Expected(bias.value, unit_roundoff(self.dtype) * bias.value.abs()) if self.composed else bias
+
+    def product(self, a: Expected, b: Expected, beside: int = 0) -> Expected:
+        """a @ b, rounded to dtype where each operation is.
+
+        beside: the terms of another product that is summed in the same accumulators.
+        """
+        depth = a.value.shape[-1] + beside
+        if self.cpu and not (self.dtype == torch.bfloat16 and _bf16_pairs()):
+            depth = cpu_depth(a.value.shape[-1]) + -(-beside // 512)  # dots.h adds whole pieces of the other product
+        return self.partial(product(a, b, depth))
+
+    def partial(self, result: Expected) -> Expected:
+        """A result that is not the last, rounded where each operation is."""
+        return result.to(self.dtype) if self.composed else result
+
+
+def arithmetic_of(backend: str, dtype: torch.dtype) -> Arithmetic:
+    """Of the linear ops of a backend, whichever kernel it chooses; not of ops that it composes of others."""
+    if backend == "cpu":
+        return Arithmetic(dtype, composed=False, cpu=True)
+    return Arithmetic(dtype, weight_may_be_exact=backend in ("triton", "cuda"))
+
+
+def _bf16_pairs() -> bool:
+    """Whether csrc/cpu may multiply bf16 by vdpbf16ps, in one chain. AMX has shorter chains, but one token has not."""
+    from qlora_kernels.backends import cpu
+
+    return cpu.unavailable() is None and cpu.instruction_set().startswith(("avx512_bf16", "amx_bf16"))
+
+
+class Dropout(NamedTuple):
+    """keep: bool [M, K].   scale: what kept elements are multiplied by."""
+
+    keep: Tensor
+    scale: float
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Expected:
+    """y = x W^T + bias. w: dequantized, [N, K]."""
+    y = arithmetic.product(arithmetic.input(x), arithmetic.weight(w).T)
+    if bias is not None:
+        y = y + arithmetic.bias(bias)
+    return y.to(arithmetic.dtype)
+
+
+def linear_grad_x(grad_y: Tensor, w: Tensor, arithmetic: Arithmetic) -> Expected:
+    """grad_x = grad_y W."""
+    return arithmetic.product(arithmetic.input(grad_y), arithmetic.weight(w)).to(arithmetic.dtype)
+
+
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout | None, arithmetic: Arithmetic) -> Expected:
+    """s = dropout(x) A^T."""
+    if dropout is None:
+        return arithmetic.product(arithmetic.input(x), arithmetic.input(lora_A).T).to(arithmetic.dtype)
+    kept, scale = _dropped(x, dropout, arithmetic)
+    return arithmetic.product(kept, arithmetic.input(lora_A).T).scaled(scale).to(arithmetic.dtype)
+
+
+def lora_forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    s: Tensor | Expected,
+    lora_B: Tensor,
+    scaling: float,
+    arithmetic: Arithmetic,
+) -> Expected:
+    """y = x W^T + bias + scaling * s B^T, given the s [M, r] that was computed, or what it should be."""
+    a, r, K = arithmetic, lora_B.shape[1], w.shape[1]
+    y = a.product(a.input(x), a.weight(w).T, beside=r)
+    if bias is not None:
+        y = a.partial(y + a.bias(bias))
+    return (y + a.partial(scaled_product(a.input(s), lora_B, scaling, a, beside=K))).to(a.dtype)
+
+
+def scaled_product(s: Expected, lora_B: Tensor, scaling: float, arithmetic: Arithmetic, beside: int = 0) -> Expected:
+    """scaling * s B^T."""
+    if arithmetic.cpu:
+        scaled = lora_B.detach().float() * scaling
+        return arithmetic.product(s, arithmetic.input(scaled).T, beside)
+    return arithmetic.product(s, arithmetic.input(lora_B).T, beside).scaled(scaling)
+
+
+class Gradients(NamedTuple):
+    """Of lora_backward, with lora_A's and lora_B's gradients in fp32 or, where composed, rounded to x's dtype."""
+
+    x: Expected
+    lora_A: Expected
+    lora_B: Expected
+
+
+def lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor | Expected,
+    w: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    arithmetic: Arithmetic,
+) -> Gradients:
+    """The three gradients, given the s [M, r] that forward saved, or what it should be."""
+    a, r, N = arithmetic, lora_B.shape[1], lora_B.shape[0]
+    g, down = a.input(grad_y), a.input(lora_A)
+    ds = a.product(g, a.input(lora_B)).scaled(scaling).to(a.dtype)
+    grad_B = a.partial(a.product(g.T, a.input(s)).scaled(scaling))
+    through = a.product(ds, down, beside=N)
+    if dropout is None:
+        grad_A = a.product(ds.T, a.input(x))
+    else:
+        kept, scale = _dropped(x, dropout, a)
+        grad_A = a.product(ds.T, kept).scaled(scale)
+        through = a.partial(through.masked(dropout.keep).scaled(dropout.scale))
+    grad_x = (a.product(g, a.weight(w), beside=r) + through).to(a.dtype)
+    return Gradients(grad_x, grad_A.to(torch.float32), grad_B.to(torch.float32))
+
+
+def assert_lora(
+    results: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    scaling: float,
+    dropout: Dropout | None,
+    arithmetic: Arithmetic,
+    name: str = "",
+) -> None:
+    """Every result of the LoRA op and its backward.
+
+    results: y, s, and the gradients of x, lora_A and lora_B.   inputs: x, w, bias, lora_A, lora_B and y's gradient.
+    """
+    y, s, *gradients = results
+    x, w, bias, lora_A, lora_B, grad_y = inputs
+    assert_within(s, lora_down(x, lora_A, dropout, arithmetic), f"s{name}")
+    assert_within(y, lora_forward(x, w, bias, s, lora_B, scaling, arithmetic), f"y{name}")
+    expected = lora_backward(grad_y, x, s, w, lora_A, lora_B, scaling, dropout, arithmetic)
+    for which, actual, gradient in zip(expected._fields, gradients, expected, strict=True):
+        assert_within(actual, gradient, f"grad of {which}{name}")
+
+
+def assert_multi_lora(
+    results: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    scalings: Tensor,
+    adapter: Tensor,
+    dropout: Dropout | None,
+    arithmetic: Arithmetic,
+) -> None:
+    """As assert_lora, for rows under different adapters: each adapter's rows are those of a LoRA linear of its own."""
+    y, s, grad_x, grad_A, grad_B = results
+    x, w, bias, lora_A, lora_B, grad_y = inputs
+    for e in range(-1, lora_A.shape[0]):
+        rows = (adapter == e).nonzero()[:, 0]
+        if e < 0:
+            assert not s[rows].any(), "s of rows without an adapter is zero"
+            assert_within(y[rows], linear(x[rows], w, bias, arithmetic), "y without an adapter")
+            assert_within(grad_x[rows], linear_grad_x(grad_y[rows], w, arithmetic), "grad_x without an adapter")
+            continue
+        kept = None if dropout is None else Dropout(dropout.keep[rows], dropout.scale)
+        of_rows = (y[rows], s[rows], grad_x[rows], grad_A[e], grad_B[e])
+        operands = (x[rows], w, bias, lora_A[e], lora_B[e], grad_y[rows])
+        assert_lora(of_rows, operands, float(scalings[e]), kept, arithmetic, f" under adapter {e}")
+
+
+def _dropped(x: Tensor, dropout: Dropout, arithmetic: Arithmetic) -> tuple[Expected, float]:
+    """(dropout(x), 1.0) where the scale multiplies x, else (x with the dropped elements zeroed, the scale)."""
+    kept = arithmetic.input(x).masked(dropout.keep)
+    if arithmetic.composed:
+        return kept.scaled(dropout.scale).to(arithmetic.dtype), 1.0
+    return kept, dropout.scale
