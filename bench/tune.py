@@ -2,7 +2,7 @@
 
     python -m bench.tune [--shapes 4096x4096 14336x4096 ...] [--rows 1 8 16 32 64 128 256 512 1024] [--out FOLDER]
 
-For each op, shape NxK and number of rows it times the candidates of qlora_kernels/ops/_config.py, cold in L2, after
+For each op, shape NxK and number of rows it times the candidates of backends/triton/planner.py, cold in L2, after
 checking each one's result against the decode path, and keeps the fastest. The file, tuned/sm_<capability>.json,
 overrides the analytical model from the next process on.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import qlora_kernels as qk
-from qlora_kernels.ops import _config
-from qlora_kernels.ops._config import Plan, bucket, candidates, use_plan, write_tuned
+from qlora_kernels.backends.triton import planner
+from qlora_kernels.backends.triton.planner import Plan, bucket, candidates, use_plan, write_tuned
 from qlora_kernels.ops._operands import weight_of
 from qlora_kernels.ops._registry import Problem
 
@@ -82,14 +82,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="qlora-kernels bench tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")
-    parser.add_argument("--out", type=Path, default=_config.TUNED)
+    parser.add_argument("--out", type=Path, default=planner.TUNED)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tune: no CUDA device is visible to torch; nothing was tuned", file=sys.stderr)
         return 2
-    capability = _config.capability_of(torch.device("cuda"))
+    capability = planner.capability_of(torch.device("cuda"))
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    plans = dict(_config.tuned_plans(capability))
+    plans = dict(planner.tuned_plans(capability))
     with qk.use_backend("triton"):
         for shape in options.shapes:
             N, K = (int(size) for size in shape.split("x"))

@@ -80,7 +80,7 @@ def markdown(rows: list[Row], broken: list[str], quick: list[int]) -> str:
     """The full report, one line for each row."""
     lines = [
         *heading("Kernels, compiled", rows, broken, quick),
-        "`bound`: the limit of the reference problem by the model of `ops/_config.py`. `occupancy`: resident warps",
+        "`bound`: the limit of the reference problem by the model of `triton/planner.py`. `occupancy`: resident warps",
         "over the most that an SM holds. `< 16 B copies`: cp.async of fewer than 16 bytes. `split`: partial sums",
         "along the reduction; `dq`: double quantization; M, N, K, C, R: the tile.",
         "",

@@ -24,7 +24,7 @@ class Row:
     source: "triton" or "cuda".   config: what distinguishes this compilation of the kernel.
     occupancy: resident warps over the most an SM holds.   per_weight: SASS instructions for each decoded or encoded
     weight, of the whole kernel where it is unrolled, else of its main loop; None where it handles no weights.
-    bound: what the model of ops/_config.py says limits the reference problem.
+    bound: what the model of backends/triton/planner.py says limits the reference problem.
     matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can pick the config.
     wide_loads_needed: 16-byte loads that the code has if it reads weights and activations by nothing narrower.
     narrow_products: 32-bit products of two run-time numbers, which an index past 2^31 would overflow.

@@ -17,9 +17,17 @@ from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 from qlora_kernels.backends.triton.lora_down import lora_down
+from qlora_kernels.backends.triton.planner import (
+    Plan,
+    arch_for,
+    assume_capability,
+    bound_of,
+    candidates,
+    plan,
+    use_plan,
+)
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
-from qlora_kernels.ops._config import Plan, arch_for, assume_capability, bound_of, candidates, plan, use_plan
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
 from qlora_kernels.ops._registry import Problem
 

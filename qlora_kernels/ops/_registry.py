@@ -51,6 +51,28 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
+class KernelPlan:
+    """How a backend runs a Problem.
+
+    kernel: name of the kernel, or of the library product after a decode.   tile: its sizes by name; empty where there
+    are none to choose.   reason: why this kernel and tile, in one sentence.
+    """
+
+    kernel: str
+    tile: dict[str, int]
+    reason: str
+
+    def __str__(self) -> str:
+        tile = " ".join(f"{name}={size}" for name, size in self.tile.items())
+        return f"{self.kernel}{f' [{tile}]' if tile else ''}: {self.reason}"
+
+
+def only_kernel(problem: Problem) -> KernelPlan:
+    """The plan of a backend that has one kernel for an op."""
+    return KernelPlan(problem.op, {}, "the backend's only kernel of this op")
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """One backend's implementation of one op.
 
@@ -58,6 +80,7 @@ class KernelSpec:
     unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
     priority: for a Problem; among the usable kernels of several backends the highest runs, of equals the first listed.
     checks_memory: it refuses tensors without memory itself, as the native libraries do; for others the registry does.
+    plan: for a Problem that it supports, which kernel and tile `run` takes and why; callable on any machine.
     """
 
     op: str
@@ -66,6 +89,7 @@ class KernelSpec:
     unsupported: Callable[[Problem], list[str]]
     priority: Callable[[Problem], int] = lambda problem: 0
     checks_memory: bool = False
+    plan: Callable[[Problem], KernelPlan] = only_kernel
 
 
 def supports_all(problem: Problem) -> list[str]:
@@ -145,6 +169,24 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
         # One warning for the machine, not one for each op: the reason is the same.
         _warn_once(f"qlora_kernels runs on its reference backend, which is slow ({' | '.join(absent)})")
     return best
+
+
+def plans(problem: Problem) -> dict[str, str]:
+    """For each backend: what it would run for `problem` and why, or why it has no kernel for it.
+
+    A backend that cannot run on this machine answers as on a machine where it can, and the answer says so.
+    """
+    answers = {}
+    for backend in BACKENDS:
+        spec = kernels_of(backend).get(problem.op)
+        absent = unavailable(backend)
+        if spec is None:
+            answers[backend] = f"no kernel for {problem.op}"
+        elif absent is None and (reasons := spec.unsupported(problem)):
+            answers[backend] = "cannot serve it: " + "; ".join(reasons)
+        else:
+            answers[backend] = str(spec.plan(problem)) + ("" if absent is None else f" (not available here: {absent})")
+    return answers
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import qlora_kernels as qk
-from qlora_kernels.ops._config import Plan, use_plan
+from qlora_kernels.backends.triton.planner import Plan, use_plan
 from tests.support.fake_cuda import FakeDevice
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function

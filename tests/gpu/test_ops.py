@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._config import Plan, use_plan
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops._registry import Problem, kernels_of, unavailable

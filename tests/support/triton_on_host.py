@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from python.kernels_report.mock_gpu import Compiled, compiling_for
-from qlora_kernels.ops._config import assume_capability
+from qlora_kernels.backends.triton.planner import assume_capability
 from tests.support import cuda_host
 
 CAPABILITY = 80

@@ -13,8 +13,8 @@ from triton.runtime.errors import InterpreterError
 
 import qlora_kernels as qk
 from qlora_kernels.backends import triton as backend
+from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._config import Plan, use_plan
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ...ops import _lora_group, _multi_lora
-from ...ops._registry import KernelSpec, supports_all
+from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .kernels import (
     dequantize_nf4,
@@ -41,9 +41,21 @@ _FUNCTIONS = (
     adamw_step,
     linear_cross_entropy,
 )
+
+
+def _plan(problem: Problem) -> KernelPlan:
+    """The instruction set; the library itself chooses the tile, from M and the cache sizes, when it runs."""
+    isa = instruction_set() if unavailable() is None else "the best instruction set of the CPU"
+    choice = "few tokens: dot products of packed rows (dots.h); more: panels (gemm.h) or AMX tiles; chosen at run time"
+    return KernelPlan(f"csrc/cpu/{problem.op}.cpp for {isa}", {}, choice if problem.M else "one kernel")
+
+
 _PARTLY_TORCH = _multi_lora.over(linear_nf4, linear_nf4_grad_x)
 KERNELS = (
-    *(KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True) for function in _FUNCTIONS),
+    *(
+        KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True, plan=_plan)
+        for function in _FUNCTIONS
+    ),
     *(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _PARTLY_TORCH),
 )
 

@@ -5,7 +5,7 @@ docs/kernels/cuda.md says for which problems these kernels are the default and f
 
 from __future__ import annotations
 
-from ...ops._registry import KernelSpec, Problem, supports_all
+from ...ops._registry import KernelPlan, KernelSpec, Problem, only_kernel, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
 from .availability import LIBRARY, built_for, load, unavailable
@@ -18,6 +18,7 @@ from .linear_nf4 import (
     linear_nf4_lora_group,
     linear_nf4_lora_group_backward,
 )
+from .linear_nf4 import plan as linear_plan
 
 
 def _behind_triton_with_dropout(problem: Problem) -> int:
@@ -25,9 +26,13 @@ def _behind_triton_with_dropout(problem: Problem) -> int:
     return -1 if problem.dropout else 0
 
 
+def _plan(problem: Problem) -> KernelPlan:
+    return linear_plan(problem) if problem.op.startswith("linear_nf4") else only_kernel(problem)
+
+
 KERNELS = (
     *(
-        KernelSpec(function.__name__, "cuda", function, supports_all, checks_memory=True)
+        KernelSpec(function.__name__, "cuda", function, supports_all, checks_memory=True, plan=_plan)
         for function in (
             quantize_nf4,
             quantize_absmax,
@@ -43,7 +48,7 @@ KERNELS = (
         )
     ),
     *(
-        KernelSpec(function.__name__, "cuda", function, supports_all, _behind_triton_with_dropout)
+        KernelSpec(function.__name__, "cuda", function, supports_all, _behind_triton_with_dropout, plan=_plan)
         for function in (
             linear_nf4_lora,
             linear_nf4_lora_backward,

@@ -12,6 +12,7 @@ The bounds follow from the bytes each way moves (docs/kernels/cuda.md); they are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...ops._lora_group import parts_of
 from ...ops._operands import GroupLoRA, LoRA, Weight
 from ...ops._philox import keep_scale, keep_threshold
+from ...ops._registry import KernelPlan, Problem
 from .codec import dequantize_nf4
 
 _C = torch.ops.qlora_kernels_C
@@ -32,6 +34,47 @@ FUSED_ROWS = 64
 
 ALIGNMENT = 16
 """Bytes of the kernels' widest access."""
+
+
+SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
+
+
+def plan(problem: Problem) -> KernelPlan:
+    """Which of the three ways serves a product, for the op itself and for the same product with LoRA."""
+    M, N, K, dtype = problem.M, problem.N, problem.K, problem.dtype
+    if problem.op.endswith(("_grad_x", "_backward")):
+        return _grad_x_plan(M, N, K, dtype)
+    return _forward_plan(M, K, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _forward_plan(M: int, K: int, dtype: torch.dtype) -> KernelPlan:
+    small_rows = SMALL_ROWS_FP32 if dtype == torch.float32 else SMALL_ROWS
+    if K % 32:
+        return KernelPlan(DECODE, {}, f"K={K} is not a multiple of 32, the weights of one 16-byte load")
+    if small_rows >= M:
+        return KernelPlan(SMALL_M, {}, f"M={M} <= {small_rows}: bound by reading the packed weight once")
+    if dtype == torch.float32:
+        return KernelPlan(DECODE, {}, f"fp32 has no tensor-core kernel here and M={M} > {small_rows}")
+    if M > FUSED_ROWS:
+        return KernelPlan(DECODE, {}, f"M={M} > {FUSED_ROWS}: a fused kernel would decode each weight more than once")
+    return KernelPlan(GEMM, _gemm_tile(M), f"{small_rows} < M={M} <= {FUSED_ROWS}: tensor cores, weights decoded once")
+
+
+@lru_cache(maxsize=4096)
+def _grad_x_plan(M: int, N: int, K: int, dtype: torch.dtype) -> KernelPlan:
+    if K % 32 or N % 8:
+        return KernelPlan(DECODE, {}, f"K={K} must be a multiple of 32 and N={N} of 8 for 16-byte loads")
+    if dtype == torch.float32:
+        return KernelPlan(DECODE, {}, "fp32 has no tensor-core kernel here")
+    if M > FUSED_ROWS:
+        return KernelPlan(DECODE, {}, f"M={M} > {FUSED_ROWS}: a fused kernel would decode each weight more than once")
+    return KernelPlan(GEMM, _gemm_tile(M), f"M={M} <= {FUSED_ROWS}: tensor cores, weights decoded once")
+
+
+def _gemm_tile(M: int) -> dict[str, int]:
+    """BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
+    return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -95,16 +138,15 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
     M, N, K = x.shape[0], weight.N, weight.K
     bias = None if bias is None else bias.contiguous()
     lora_B, scaling = (None, 0.0) if lora is None else (lora.B, lora.scaling)
-    whole_pieces = K % 32 == 0
-    small_rows = SMALL_ROWS_FP32 if x.dtype == torch.float32 else SMALL_ROWS
-    if whole_pieces and small_rows >= M:
+    kernel = _forward_plan(M, K, x.dtype).kernel
+    if kernel == SMALL_M:
         y = x.new_empty(M, N)
         B = None if lora_B is None else lora_B.contiguous()
         operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
         s = None if s is None else s.contiguous()
         _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, y)
         return y
-    if whole_pieces and M <= FUSED_ROWS and x.dtype != torch.float32:
+    if kernel == GEMM:
         up = None if lora_B is None else lora_B.to(x.dtype)
         return _gemm(x, weight, bias, s, up, scaling, transposed=False)
     y = x @ _dequantized(weight, x).T
@@ -152,8 +194,7 @@ def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | 
 
 
 def _grad_x_is_fused(grad_y: Tensor, weight: Weight) -> bool:
-    whole_pieces = weight.K % 32 == 0 and weight.N % 8 == 0
-    return whole_pieces and grad_y.shape[0] <= FUSED_ROWS and grad_y.dtype != torch.float32
+    return _grad_x_plan(grad_y.shape[0], weight.N, weight.K, grad_y.dtype).kernel == GEMM
 
 
 def _gemm(

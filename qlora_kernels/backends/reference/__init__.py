@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ops import _lora_group, _multi_lora
-from ...ops._registry import KernelSpec, supports_all
+from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
@@ -29,8 +29,14 @@ _FUNCTIONS = (
     glu_backward,
     linear_cross_entropy,
 )
+
+
+def _plan(problem: Problem) -> KernelPlan:
+    return KernelPlan("torch operations over the dequantized weight", {}, "runs where no other backend can")
+
+
 KERNELS = tuple(
-    KernelSpec(function.__name__, "reference", function, supports_all, priority=lambda problem: -2)
+    KernelSpec(function.__name__, "reference", function, supports_all, priority=lambda problem: -2, plan=_plan)
     for function in _FUNCTIONS
 )
 

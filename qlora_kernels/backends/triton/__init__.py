@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops._registry import KernelSpec, Problem
+from ...ops._registry import KernelPlan, KernelSpec, Problem, only_kernel
+from . import planner
 
 _MODULES = {
     "dequantize_nf4": "dequantize_nf4",
@@ -66,4 +67,14 @@ def _launcher(op: str) -> Callable[..., Any]:
     return launch
 
 
-KERNELS = tuple(KernelSpec(op, "triton", _launcher(op), _unsupported) for op in _MODULES)
+def _plan(problem: Problem) -> KernelPlan:
+    """The plan of the base matmul, which is the same with and without an adapter."""
+    if not problem.op.startswith("linear_nf4"):
+        return only_kernel(problem)
+    backward = problem.op.endswith(("_backward", "_grad_x"))
+    base = problem._replace(op="linear_nf4_grad_x" if backward else "linear_nf4", device="cuda", r=0, dropout=False)
+    capability = planner.capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return planner.kernel_plan(base, capability)
+
+
+KERNELS = tuple(KernelSpec(op, "triton", _launcher(op), _unsupported, plan=_plan) for op in _MODULES)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops._config import arch_for, capability_of
+from .planner import arch_for, capability_of
 
 BLOCK = 1024
 NUM_WARPS = 4

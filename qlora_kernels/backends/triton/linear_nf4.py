@@ -1,4 +1,4 @@
-"""y = x W^T + bias and grad_x = grad_y W: the launchers, which follow ops/_config.py's plan.
+"""y = x W^T + bias and grad_x = grad_y W: the launchers, which follow backends/triton/planner.py's plan.
 
 small_m: linear_nf4_small_m.py multiplies one or two rows without a tensor core; forward only.
 fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the parts of split sums.
@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops._config import Plan, capability_of, plan
 from ...ops._operands import Weight
 from ...ops._registry import Problem
 from ._constants import absmax_pointers
@@ -27,6 +26,7 @@ from .dequantize_nf4 import dequantize_nf4
 from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
 from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
+from .planner import Plan, capability_of, plan
 
 GRAD_X_BLOCK_N = 64
 """Step along N of the grad_x kernel."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ._registry import Problem
+from ...ops._registry import KernelPlan, Problem
 
 TUNED = Path(__file__).parent / "tuned"
 
@@ -208,6 +208,20 @@ def _plan(problem: Problem, capability: int) -> Plan:
         return tuned
     arch = arch_for(capability)
     return min(candidates(problem), key=lambda candidate: modelled_seconds(problem, candidate, arch))
+
+
+def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
+    """The plan as the registry prints it, with the modelled time and what bounds it."""
+    chosen, arch = plan(problem, capability), arch_for(capability)
+    tuned = tuned_plans(capability).get(bucket(problem)) == chosen
+    source = "measured best" if tuned else f"least modelled time on {arch.name}"
+    microseconds = 1e6 * modelled_seconds(problem, chosen, arch)
+    reason = f"{source}, {microseconds:.1f} us, bound by {bound_of(problem, chosen, arch)}"
+    if chosen.path == "decode":
+        obstacles = fused_obstacles(problem)
+        return KernelPlan("dequantize_nf4, then torch.matmul", {}, "; ".join([*obstacles, reason]))
+    tile = {name: size for name, size in asdict(chosen).items() if name != "path"}
+    return KernelPlan(f"{problem.op}_{chosen.path}", tile, reason)
 
 
 def arch_for(capability: int) -> Arch:

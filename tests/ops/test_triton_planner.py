@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_kernels.ops import _config
-from qlora_kernels.ops._config import ARCHS, PATHS, Plan, candidates, modelled_seconds, plan, use_plan, write_tuned
+from qlora_kernels.backends.triton import planner
+from qlora_kernels.backends.triton.planner import (
+    ARCHS,
+    PATHS,
+    Plan,
+    candidates,
+    modelled_seconds,
+    plan,
+    use_plan,
+    write_tuned,
+)
 from qlora_kernels.ops._registry import Problem
 
 N, K = 4096, 4096
@@ -65,19 +74,19 @@ def test_forced_plans_that_would_read_wrong_scales_are_refused(asked, forced, me
 
 
 def test_unknown_gpus_are_planned_as_the_nearest_below():
-    assert _config.arch_for(87) is ARCHS[86]
-    assert _config.arch_for(103) is ARCHS[100]
-    assert _config.arch_for(70) is ARCHS[80]
+    assert planner.arch_for(87) is ARCHS[86]
+    assert planner.arch_for(103) is ARCHS[100]
+    assert planner.arch_for(70) is ARCHS[80]
 
 
 def test_measured_plans_override_the_model(tmp_path, monkeypatch):
     measured = Plan("fused", block_m=32, block_n=128, split_k=4)
     asked = problem(1000)
     assert plan(asked, 90).path == "decode"
-    write_tuned(90, {_config.bucket(asked): measured}, {"gpu": "test"}, tmp_path)
-    monkeypatch.setattr(_config, "TUNED", tmp_path)
-    _config.tuned_plans.cache_clear()
-    _config._plan.cache_clear()
+    write_tuned(90, {planner.bucket(asked): measured}, {"gpu": "test"}, tmp_path)
+    monkeypatch.setattr(planner, "TUNED", tmp_path)
+    planner.tuned_plans.cache_clear()
+    planner._plan.cache_clear()
     try:
         assert plan(asked, 90) == measured
         assert plan(problem(1024), 90) == measured, "the same bucket"
@@ -85,5 +94,5 @@ def test_measured_plans_override_the_model(tmp_path, monkeypatch):
         with use_plan("linear_nf4", Plan("decode")):
             assert plan(asked, 90) == Plan("decode")
     finally:
-        _config.tuned_plans.cache_clear()
-        _config._plan.cache_clear()
+        planner.tuned_plans.cache_clear()
+        planner._plan.cache_clear()
