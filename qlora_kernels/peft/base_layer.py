@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
-from .foreign_layer import bitsandbytes_weight, is_bitsandbytes, why_unreadable
+from .foreign_layer import bitsandbytes_weight, gives_rows, is_bitsandbytes, why_unreadable
 from .offloaded import weight_of
 from .overridden_module import plain_class
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, LinearNF4)) or is_conv1d(module)
+    return isinstance(module, LinearNF4) or is_conv1d(module) or (isinstance(module, nn.Linear) and gives_rows(module))
 
 
 def is_embedding(module: nn.Module) -> bool:

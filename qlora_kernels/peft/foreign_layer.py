@@ -38,6 +38,28 @@ def why_unreadable(linear: nn.Linear) -> str | None:
     return None
 
 
+_GIVES_ROWS: dict[type[nn.Module], bool] = {}
+
+
+@torch.no_grad()
+def gives_rows(linear: nn.Linear) -> bool:
+    """Whether the layer gives a tensor [..., N], by trying it; routers that are an nn.Linear give more.
+
+    A forward that raises, as that of a quantized layer may on this device, is taken to be a linear layer's.
+    """
+    kind = type(linear)
+    if kind.forward is nn.Linear.forward:
+        return True
+    if kind not in _GIVES_ROWS:
+        x = torch.zeros(2, linear.in_features, dtype=torch.float32, device=linear.weight.device)
+        try:
+            y = linear.forward(x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x)
+        except Exception:  # whatever another library raises
+            return True
+        _GIVES_ROWS[kind] = isinstance(y, Tensor) and y.shape == (2, linear.out_features)
+    return _GIVES_ROWS[kind]
+
+
 @torch.no_grad()
 def _is_affine(linear: nn.Linear) -> bool:
     """Whether a subclass with a forward of its own, such as Falcon's, computes y = x W^T + bias, by trying it."""

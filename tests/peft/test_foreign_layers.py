@@ -190,3 +190,28 @@ def test_saving_beside_an_input_embedding_without_a_table(tmp_path):
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+class Router(nn.Linear):
+    """As Llama 4's."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.softmax(-1), y
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.up = Router(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(x) * self.router(x)[0][..., :1]
+
+
+def test_a_router_is_no_linear_layer():
+    model = get_peft_model(Routed(), LoraConfig(target_modules="all-linear"))
+    assert list(model.host.adapted()) == ["up"]
+    model(torch.zeros(1, 8))
+    with pytest.raises(TypeError, match=r"router must be a linear layer or nn\.Embedding, got Router"):
+        get_peft_model(Routed(), LoraConfig(target_modules=["router"]))
