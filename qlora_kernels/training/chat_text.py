@@ -23,7 +23,7 @@ class TemplateRefusal(ValueError):
 
 class ChatTokens(NamedTuple):
     """tokens: of the conversation up to the assistant's last turn.   context_turns: the assistant's turns that are not
-    learned, because the template writes them in another form than the one in which the model generates them."""
+    learned: those of weight 0, and those that the template writes in another form than the model generates them in."""
 
     tokens: MarkedTokens
     context_turns: int
@@ -79,6 +79,8 @@ class ChatTokenizer:
             whole = self._write(messages, chat.tools)
             self._check_all_is_written(messages, chat.tools, whole)
             if self._marks_generation(chat.tools):
+                if any(message.get("weight") == 0 for message in messages):
+                    raise DataError("messages must have no weight 0 where the chat template marks what is learned")
                 return ChatTokens(self._generated(messages, chat.tools), 0)
             spans, context_turns = self._learned_spans(messages, chat.tools, whole)
         except (TemplateRefusal, DataError) as error:
@@ -116,6 +118,9 @@ class ChatTokenizer:
         context_turns = 0
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
+                continue
+            if message.get("weight") == 0:
+                context_turns += 1
                 continue
             is_last = i == len(messages) - 1
             until = whole if is_last else self._write_or_none(messages[: i + 1], tools)
@@ -168,7 +173,7 @@ class ChatTokenizer:
         """Raises DataError where the text is the same without the tools, the tool calls or the reasoning."""
         if tools and self._write_or_none(messages, ()) == whole:
             raise DataError("the chat template does not write `tools`; use a model whose template does")
-        for keys in (("tool_calls",), REASONING):
+        for keys in (("tool_calls",), ("function_call",), REASONING):
             holders = [i for i, message in enumerate(messages) if any(message.get(key) for key in keys)]
             if not holders:
                 continue

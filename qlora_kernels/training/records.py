@@ -118,6 +118,8 @@ def _message(place: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"{place} must hold a string under {key!r}, got {excerpt(kept[key])}; content in parts, such as "
                 "images, is not supported"
             )
+    if kept.get("weight", 1) not in (0, 1):
+        raise DataError(f"{place} must hold 0 (context only) or 1 under 'weight', got {excerpt(kept['weight'])}")
     if "tool_calls" in kept:
         kept["tool_calls"] = list(_list_of_objects(place, "tool_calls", kept["tool_calls"]))
     carriers = ("content", "tool_calls", *REASONING) if role == "assistant" else ("content",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
@@ -250,3 +251,29 @@ def test_deep_tools_are_refused():
 def test_unrecorded_place():
     with pytest.raises(DataError, match=r"^a conversation: the chat template refuses"):
         encode("x", [Chat(turns("hi", "yo"))], with_template("gpt2", "{{ raise_exception('no') }}"), 2000)
+
+
+def test_turns_of_weight_zero_are_context(tmp_path):
+    tokenizer = with_template("gpt2", CHATML)
+    messages = [dict(message) for message in turns("What is the answer?", "no", "hello there", "yes")]
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    encoding = encode_rows("x", [Chat(tuple(messages))], tokenizer, 2000)
+    assert learned(tokenizer, encoding.examples[0]) == "yes<|im_end|>\n"
+    assert encoding.rows.context_turns == 1
+    messages[3]["weight"] = 0
+    with pytest.raises(DataError, match="must hold a completion"):
+        encode("x", [Chat(tuple(messages))], tokenizer, 2000)
+    with pytest.raises(DataError, match="must have no weight 0"):
+        encode("x", [Chat(tuple(messages))], with_template("gpt2", MARKED), 2000)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [messages[0], {**messages[1], "weight": 0.5}]}))
+    with pytest.raises(
+        DataError, match=r"messages\[1\] must hold 0 \(context only\) or 1 under 'weight', got a number"
+    ):
+        read_corpus(path, 0.0)
+
+
+def test_a_function_call_that_the_template_leaves_out_is_refused():
+    call = {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": "{}"}}
+    message = refusal(with_template("gpt2", CHATML), [*turns("hi"), call])
+    assert "does not write `function_call` of messages[1]" in message
