@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,6 +51,27 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at the dotted path below root, in the place of the module that is there."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
+
+
+def input_embeddings_of(model: nn.Module) -> nn.Module | None:
+    """The input embeddings of a transformers model; None where it has none, which transformers says by an error."""
+    return _from_getter(model, "get_input_embeddings")
+
+
+def output_embeddings_of(model: nn.Module) -> nn.Module | None:
+    """The output head of a transformers model; None where it has none."""
+    return _from_getter(model, "get_output_embeddings")
+
+
+def _from_getter(model: nn.Module, name: str) -> nn.Module | None:
+    get: Any = getattr(model, name, None)
+    if not callable(get):
+        return None
+    try:
+        found = get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 _HOOKS = (

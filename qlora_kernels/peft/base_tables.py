@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..nn.module_tree import unwrapped
+from ..nn.module_tree import input_embeddings_of, output_embeddings_of, unwrapped
 from .adapted_linear import AdaptedLinear, base_of
 from .base_layer import is_linear, is_quantized
 
@@ -60,12 +60,9 @@ def _dense(path: str, layer: Any) -> Tensor:
 
 
 def _layers(host: Host) -> dict[str, Any]:
-    model: Any = host.model
     found: dict[str, Any] = {}
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        layer = get() if callable(get) else None
-        layer = base_of(unwrapped(layer)) if isinstance(layer, nn.Module) else None
+    for table in (input_embeddings_of(host.model), output_embeddings_of(host.model)):
+        layer = None if table is None else base_of(unwrapped(table))
         if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # no patches of an image
             found |= {path: layer for path, module in host.modules(aliases=True).items() if module is layer}
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.match import Names, check_names, matches
+from ..nn.module_tree import output_embeddings_of
 from .base_layer import device_of, features, is_linear, weight_dtype
 from .config import PeftConfig
 from .host import Host
@@ -82,7 +83,7 @@ class BitFit(Method):
 
     def _add_missing(self, chosen: dict[str, nn.Module]) -> None:
         heads = {id(module) for path, module in chosen.items() if matches(self.config.heads, path)}
-        output = getattr(self.host.model, "get_output_embeddings", lambda: None)()
+        output = output_embeddings_of(self.host.model)
         default = self.host.dtype()
         for path, module in chosen.items():
             if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:

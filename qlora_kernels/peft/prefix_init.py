@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..nn.module_tree import input_embeddings_of
 from .base_layer import device_of
 from .host import Host
 from .prefix_slot import SLOT, PrefixSlot
@@ -23,7 +24,7 @@ def words_rows(host: Host, attentions: Sequence[str], ids: Sequence[int]) -> Ten
 
     Raises ValueError for a model that has an encoder and a decoder, or takes no input_ids.
     """
-    if host.anatomy.seq2seq or not callable(getattr(host.model, "get_input_embeddings", None)):
+    if host.anatomy.seq2seq or input_embeddings_of(host.model) is None:
         raise ValueError("init_token_ids: the model must be a decoder or an encoder that takes input_ids")
     slots = [cast(PrefixSlot, getattr(host.module(path), SLOT)) for path in attentions]
     training = host.model.training

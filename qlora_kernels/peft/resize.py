@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.module_tree import input_embeddings_of, output_embeddings_of
 from .adapted_linear import AdaptedLinear, base_of
 from .host import Host
 
@@ -36,8 +37,7 @@ def resize_token_embeddings(host: Host, *args: Any, **kwargs: Any) -> Any:
 
 def _tables(host: Host) -> list[nn.Module]:
     """The input embeddings and the head, as layers without adapters."""
-    model: Any = host.model
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = [input_embeddings_of(host.model), output_embeddings_of(host.model)]
     return [base_of(table) for table in tables if table is not None]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..nn.module_tree import unwrapped
+from ..nn.module_tree import input_embeddings_of, unwrapped
 from .base_layer import device_of
 from .config import PeftConfig
 from .host import Host
@@ -265,8 +265,7 @@ def _with_input(ids: Tensor, output: Any) -> Any:
 
 
 def input_embeddings(host: Host) -> nn.Embedding | None:
-    get = getattr(host.model, "get_input_embeddings", None)
-    return get() if callable(get) else None
+    return cast("nn.Embedding | None", input_embeddings_of(host.model))
 
 
 def _cached(kwargs: dict[str, Any]) -> int:

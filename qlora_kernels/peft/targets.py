@@ -11,7 +11,7 @@ from torch import nn
 from ..nn.experts_nf4 import ExpertsNF4
 from ..nn.functional_use import read_but_never_called
 from ..nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
-from ..nn.module_tree import unwrapped
+from ..nn.module_tree import output_embeddings_of, unwrapped
 from .adapted_linear import base_of
 from .base_layer import is_embedding, is_linear
 from .host import Host
@@ -247,8 +247,7 @@ def _numbered(pattern: str, name: str) -> re.Match[str] | None:
 
 def _output_heads(host: Host, task_type: str | None) -> set[str]:
     """What 'all-linear' leaves out: the output embedding of a language model, else the head of a classifier."""
-    get_output_embeddings = getattr(host.model, "get_output_embeddings", None)
-    output = get_output_embeddings() if callable(get_output_embeddings) else None
+    output = output_embeddings_of(host.model)
     if output is not None:
         layer = base_of(unwrapped(output))
         return {name for name, module in host.modules(aliases=True).items() if module is layer}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qlora_kernels as qk
-from qlora_kernels.peft import BitFitConfig, FullFTConfig, LoraConfig, get_peft_model
+from qlora_kernels.peft import BitFitConfig, FullFTConfig, LoraConfig, PeftModel, get_peft_model
 from qlora_kernels.peft.foreign_layer import bitsandbytes_weight
 from tests.peft.models import VOCAB, batch, logits, randomize
 from tests.support.tolerances import Expected, assert_same_function, assert_within, gamma
@@ -182,14 +182,24 @@ def test_a_subclass_that_computes_the_same_merges(tmp_path):
         assert_same_function(again(ids).logits, expected)
 
 
-def test_saving_beside_an_input_embedding_without_a_table(tmp_path):
-    """A vision model's input embedding is a module that cuts an image into patches."""
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_saving_beside_input_embeddings_that_are_no_table(tmp_path, kind):
+    """Those of ViT cut an image into patches; transformers raises where it is asked for those of CLIP."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=8, patch_size=4))
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", modules_to_save=["classifier"]))
+    image = {"image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    if kind == "vit":
+        base = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **image))
+    else:
+        text = {**sizes, "vocab_size": 8}
+        base = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config={**sizes, **image}))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    again = PeftModel.from_pretrained(base, tmp_path)
+    stored = [dict(each.adapters["default"].named_parameters()) for each in (model, again)]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
 
 
 class Router(nn.Linear):
