@@ -167,3 +167,23 @@ def test_help_shows_defaults(capsys, command):
     if command == "finetune":
         assert "peak learning rate (default: 0.001)" in text
         assert all(method in text for method in METHODS)
+
+
+def test_merge_of_gpt2_writes_its_own_kind_of_layers(tmp_path):
+    """Adapted layers and those without an adapter are stored transposed, as transformers reads them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tiny_tokenizer("gpt2")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    for part in (GPT2LMHeadModel(GPT2Config(**sizes)).bfloat16(), tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "nf4")]) == 0
+    adapted = get_peft_model(load_model(tmp_path / "nf4"), LoraConfig(r=4, target_modules=["c_attn"]))
+    torch.nn.init.normal_(adapted.host.adapted()["transformer.h.0.attn.c_attn"].deltas["default"].lora_B.weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = ["--model", tmp_path / "nf4", "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    assert main(["merge", *map(str, arguments)]) == 0
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert_same_function(merged(IDS).logits, adapted.eval()(IDS).logits, terms=256)
