@@ -73,11 +73,19 @@ def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:
         if not (isinstance(read, ast.Attribute) and read.value is node):
             yield node.attr, "other"
         elif read.attr == "weight":
-            of_weight = parents.get(read)
-            if not (isinstance(of_weight, ast.Attribute) and of_weight.attr in _METADATA):
+            if not _is_metadata(parents.get(read)):
                 yield node.attr, "weight"
         elif read.attr not in ("bias", "in_features", "out_features"):
             yield node.attr, "other"
+
+
+def _is_metadata(use: ast.AST | None) -> bool:
+    """Whether what is done with a weight, the node around it, computes nothing: `.dtype`, `isinstance`, `is None`."""
+    if isinstance(use, ast.Attribute):
+        return use.attr in _METADATA
+    if isinstance(use, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in use.ops)
+    return isinstance(use, ast.Call) and isinstance(use.func, ast.Name) and use.func.id == "isinstance"
 
 
 def _function_of(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:

@@ -68,3 +68,22 @@ def test_what_a_read_weight_cannot_include_is_refused():
     model.eval()
     with pytest.raises(NotImplementedError, match="adapter_names: must not be given for a model that reads the weight"):
         model(torch.zeros(2, 8), adapter_names=["default", "__base__"])
+
+
+class LooksAtAWeight(nn.Module):
+    """As T5's wo: the dtype of the weight decides a cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo = nn.Linear(8, 6)
+
+    def forward(self, x):
+        if self.wo.weight is not None and isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
+def test_looking_at_a_weight_is_no_computation():
+    model = get_peft_model(LooksAtAWeight(), LoraConfig(r=2, target_modules=["wo"], lora_dropout=0.5)).train()
+    assert not model.host.adapted()["wo"].weight_is_read
+    model(torch.zeros(2, 8)).sum().backward()
