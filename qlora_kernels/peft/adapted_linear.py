@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -110,9 +111,11 @@ class AdaptedLinear(nn.Module):
         weight = weight.T if transposed else weight
         for name, delta in chosen.items():
             if delta.training and delta.dropout_p:
-                raise NotImplementedError(
-                    f"lora_dropout: must be 0 in adapter {name!r}, got {delta.dropout_p}: the model reads the weight "
-                    "of an adapted layer instead of calling the layer, so there is no input to drop from"
+                # A model may read the weight for a kernel that it then has not, and call the layer after all.
+                warnings.warn(
+                    f"lora_dropout: {delta.dropout_p} of adapter {name!r} does not act where a model reads the weight "
+                    "of an adapted layer instead of calling the layer; the update itself does",
+                    stacklevel=3,
                 )
             weight = delta.updated(weight)
         return weight.T if transposed else weight
