@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,20 @@ class SvdLinear(Delta):
         return [torch.linalg.matrix_norm(gram - eye) for gram in (lora_A @ lora_A.T, lora_B.T @ lora_B)]
 
 
+class _NoteGradient:
+    """A hook that notes gradients in a method without keeping it alive.
+
+    The garbage collector does not see what hooks on parameters refer to: a strong reference would keep the whole model.
+    """
+
+    def __init__(self, method: AdaLora) -> None:
+        self.method = ref(method)
+
+    def __call__(self, parameter: Tensor) -> None:
+        if (method := self.method()) is not None:
+            method.missed_gradients = True
+
+
 @register_method(AdaLoraConfig)
 class AdaLora(LinearMethod[SvdLinear]):
     """The training loop adds model.peft_loss() to its loss and calls model.step(t) after backward, before zero_grad."""
@@ -182,8 +197,8 @@ class AdaLora(LinearMethod[SvdLinear]):
         """Notes gradients, to tell at save whether step() was called. Parameters may have been replaced since."""
         for delta in self.deltas.values():
             hooks = getattr(delta.lora_E, "_post_accumulate_grad_hooks", None) or {}
-            if not any(getattr(hook, "__self__", None) is self for hook in hooks.values()):
-                delta.lora_E.register_post_accumulate_grad_hook(self._saw_gradient)  # type: ignore[no-untyped-call]
+            if not any(isinstance(hook, _NoteGradient) and hook.method() is self for hook in hooks.values()):
+                delta.lora_E.register_post_accumulate_grad_hook(_NoteGradient(self))  # type: ignore[no-untyped-call]
 
     @classmethod
     def check_names(cls, config: PeftConfig, host: Host) -> None:
@@ -203,9 +218,6 @@ class AdaLora(LinearMethod[SvdLinear]):
         config, r = self.config, self.rank(self.config, path)
         # Pruned or not, the scale is that of the initial rank.
         return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.host.adapter_dtype)
-
-    def _saw_gradient(self, parameter: Tensor) -> None:
-        self.missed_gradients = True
 
     # In training
 

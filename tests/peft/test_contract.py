@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -247,6 +249,17 @@ def test_compiles(case, kind):
         model.zero_grad()
     assert_same_function(found[1][0], found[0][0])
     assert_same_gradients(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_trained_model_is_freed(case):
+    """Hooks and caches keep nothing alive once nobody holds the model."""
+    model = build(case, "llama").train()
+    task_loss(model, "llama", rows=2).backward()
+    weight = weakref.ref(next(model.parameters()))
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_peft_loss_is_for_training_only():
