@@ -43,8 +43,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     if KEY in metadata:
         checksum = Checksum()
-        for name, tensor in tensors.items():
-            checksum.add(name, tensor)
+        checksum.add_all(tensors)
         if checksum.hexdigest(metadata) != metadata[KEY]:
             raise DamagedFileError(
                 f"{path}: must hold the bytes that were saved, its checksum says that they have changed; restore it "
