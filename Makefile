@@ -144,6 +144,7 @@ fuzz-files: $(READY)
 .PHONY: faults
 faults: $(READY)
 	$(PYTHON) -m tests.io.faults
+	$(PYTHON) -m tests.io.failing_files
 	$(PYTHON) -m tests.io.stress
 
 # Unsound calls of every op, and every allocation of the native library made to fail: docs/reliability.md.

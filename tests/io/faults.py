@@ -7,6 +7,7 @@ an adapter folder must not mix the two, the next save must succeed, and nothing 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -18,18 +19,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_kernels import peft
+from qlora_kernels.integrations.transformers import load_model, load_tokenizer
 from qlora_kernels.io import atomic
 from qlora_kernels.io.atomic import COMMIT, folder_appearing_by_rename, settle
 from qlora_kernels.io.model_cache import cached_folder
 from qlora_kernels.io.peft_checkpoint import CONFIG, WEIGHTS, read_adapters
 from qlora_kernels.io.staging import PARTIAL
+from qlora_kernels.io.streaming import quantize_folder
 from qlora_kernels.io.training_state import load_latest, save_training_state
 from tests.io.fault_injection import Fault, every_point, limited
+from tests.support.tiny_model import write_tiny_llama
 
 FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """A file system in memory, where fsync takes no time."""
@@ -94,8 +99,8 @@ def _read_folder(folder: Path) -> object:
     return _contents(folder / "model")
 
 
-def _contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _write_cache(folder: Path, which: int) -> None:
@@ -114,12 +119,46 @@ def _read_cache(folder: Path) -> object:
     ]
 
 
+@cache
+def _sources() -> Path:
+    """Two dense models, in folders 0 and 1."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for which in (0, 1):
+        write_tiny_llama(folder / str(which), hidden=16, seed=which)
+    return folder
+
+
+def _write_quantized(folder: Path, which: int) -> None:
+    """What `qlora-kernels quantize` does once it knows the model's layers."""
+    source = _sources() / str(which)
+    with folder_appearing_by_rename(folder / "model") as partial:
+        quantize_folder(source, partial, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+
+
+@cache
+def _merged(which: int) -> tuple[Any, Any]:
+    """(merged model, tokenizer), as `qlora-kernels merge` holds them before it writes."""
+    source = _sources() / str(which)
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(load_model(source), config)
+    return model.merge_and_unload(), load_tokenizer(source)
+
+
+def _write_merged(folder: Path, which: int) -> None:
+    with folder_appearing_by_rename(folder / "model") as partial:
+        for part in _merged(which):
+            part.save_pretrained(partial)
+
+
 SAVES = [
     Save("adapters", _write_adapters, _read_adapters),
     Save("checkpoint", _write_checkpoint, _read_checkpoint),
     Save("model folder", _write_folder, _read_folder),
     Save("model folder, no exchange", _write_folder, _read_folder),
     Save("cache", _write_cache, _read_cache),
+    Save("quantized model", _write_quantized, _read_folder),
+    Save("merged model", _write_merged, _read_folder),
 ]
 
 
@@ -138,23 +177,25 @@ def exchange_of(save: Save) -> Iterator[None]:
 def inject(save: Save, fault: Fault, *, step: int = 1) -> int:
     """Hits the save at every `step`-th operation. Returns the number of faults; raises AssertionError for a loss."""
 
-    def runs(write: Callable[[], object]) -> Iterator[str]:
+    def runs(write: Callable[[], object], folder: Path) -> Iterator[str]:
         return (f"{fault.value} at operation {n}" for n in every_point(write, fault, step=step))
 
-    return _inject(save, runs)
+    return inject_runs(save, runs)
 
 
 def inject_full_disk(save: Save, sizes: Iterable[int]) -> int:
     """The same with limits on the files' sizes, which fail in the write calls themselves."""
 
-    def runs(write: Callable[[], object]) -> Iterator[str]:
+    def runs(write: Callable[[], object], folder: Path) -> Iterator[str]:
         return (f"files limited to {size} bytes" for size in itertools.takewhile(lambda n: limited(write, n), sizes))
 
-    return _inject(save, runs)
+    return inject_runs(save, runs)
 
 
-def _inject(save: Save, runs: Callable[[Callable[[], object]], Iterator[str]]) -> int:
-    """runs: runs the save that it is given with one fault after another, and says after each which it was."""
+def inject_runs(save: Save, runs: Callable[[Callable[[], object], Path], Iterator[str]]) -> int:
+    """runs: runs the save that it is given, into that folder, with one fault after another, and says after each which
+    it was. Returns the number of faults; raises AssertionError for a loss.
+    """
     with tempfile.TemporaryDirectory(dir=FAST) as scratch, exchange_of(save):
         start, folder = Path(scratch, "start"), Path(scratch, "folder")
         start.mkdir()
@@ -166,7 +207,7 @@ def _inject(save: Save, runs: Callable[[Callable[[], object]], Iterator[str]]) -
         assert old != new
         _restore(start, folder)
         injected = 0
-        for where in runs(lambda: save.write(folder, 1)):
+        for where in runs(lambda: save.write(folder, 1), folder):
             injected += 1
             _check(save, folder, old, new, f"{save.name}: {where}")
             _restore(start, folder)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 from tests.io.fault_injection import Fault
@@ -24,3 +28,13 @@ def test_interrupts_and_errors_at_file_operations(fault):
 def test_writes_that_fail():
     assert inject_full_disk(SAVES[0], iter(range(0, 4096, 400))) > 1
     assert inject_full_disk(SAVES[1], iter(range(0, 4096, 400))) > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system calls are replaced by LD_PRELOAD")
+def test_system_calls_that_fail():
+    command = [sys.executable, "-m", "tests.io.failing_files", "--step", "23"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    injected = re.search(r"(\d+) system calls hit, lost: 0", done.stdout)
+    assert injected is not None
+    assert int(injected[1]) > 40
