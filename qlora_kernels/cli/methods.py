@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..io.strict_json import JSONRefused, parse_json
 from ..peft import METHODS as REGISTERED
 from ..peft import PeftConfig
-from ..training.strict_json import JSONRefused, parse_json
 
 _ELSEWHERE = {
     "full_ft",  # needs a dense model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from .strict_json import JSONRefused, parse_json
 
 MOST_BYTES = 64 * 2**20
 """Larger than any configuration or index of a model that people publish."""
@@ -18,29 +19,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def json_object(text: bytes | str, place: str) -> dict[str, Any]:
-    """The object that `text` holds.   place: where it stands, for messages."""
+    """The object that `text` holds.   place: where it stands, for messages.
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{place}: numbers must be finite, got {constant}")
-
+    A key may occur twice, as in some published configurations; the last one counts, as everywhere in Python.
+    """
     try:
-        values = json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError(f"{place}: must be JSON without endless nesting") from None
+        values = parse_json(text if isinstance(text, str) else text.decode("utf-8-sig"), repeated_keys=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: must be JSON in UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
+    except JSONRefused as error:
         raise ValueError(f"{place}: must be JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{place}: must hold a JSON object, got a {type(values).__name__}")
-    if not _finite(values):
-        raise ValueError(f"{place}: numbers must be finite, got one too large for a float")
     return values
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or abs(value) != float("inf")

@@ -1,8 +1,8 @@
 """Advisory locks between processes, by flock. Where the system has none (Windows) nothing waits.
 
 A lock belongs to an open file description, so it ends with the process that holds it, however that process ends. On a
-file system without flock (Lustre by default, some FUSE drives) a file in the machine's temporary folder is locked
-instead: this keeps the user's processes on one machine apart, and not those of several machines.
+file system without flock (Lustre by default, NFS for folders, some FUSE drives) a file in the machine's temporary
+folder is locked instead: this keeps the user's processes on one machine apart, and not those of several machines.
 """
 
 from __future__ import annotations
@@ -125,6 +125,9 @@ def _wait(descriptor: int | None, shared: bool) -> bool:
     if fcntl is None or descriptor is None:
         return True
     try:
+        if shared:  # NFS gives read-only descriptors, as those of folders are, this kind alone: no lock against writers
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..io.strict_json import JSONRefused, parse_json
 from .records import DataError, excerpt
-from .strict_json import JSONRefused, parse_json
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}

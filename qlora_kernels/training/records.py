@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .strict_json import JSONRefused, parse_json
+from ..io.strict_json import JSONRefused, parse_json
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which a message carries its reasoning."""

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qlora_kernels.io import atomic, locks
 from qlora_kernels.io.atomic import (
@@ -153,18 +154,22 @@ def _file_system(system: str, scratch: str) -> Iterator[None]:
 
 
 class NoFlockBelow:
-    """The module fcntl, whose flock fails on what lies below a folder."""
+    """The module fcntl, whose flock fails on what lies below a folder.
 
-    def __init__(self, fcntl: object, folder: str) -> None:
-        self._fcntl, self._folder = fcntl, os.path.realpath(folder)
+    shared: shared locks are given nevertheless, as on NFS, where a folder's descriptor cannot be locked exclusively.
+    """
 
-    def __getattr__(self, name: str) -> object:
+    def __init__(self, fcntl: Any, folder: str, *, shared: bool = False) -> None:
+        self._fcntl, self._folder, self._shared = fcntl, os.path.realpath(folder), shared
+
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._fcntl, name)
 
     def flock(self, descriptor: int, operation: int) -> None:
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(self._folder):
+        given = self._shared and operation & self._fcntl.LOCK_SH
+        if not given and os.readlink(f"/proc/self/fd/{descriptor}").startswith(self._folder):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        self._fcntl.flock(descriptor, operation)  # type: ignore[attr-defined]
+        self._fcntl.flock(descriptor, operation)
 
 
 def _in_child(action: Callable[[], object]) -> int:

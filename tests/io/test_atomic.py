@@ -306,13 +306,14 @@ def test_files_of_a_folder_that_is_replaced_meanwhile(tmp_path):
     assert contents(folder) == {"theirs": ""}
 
 
-def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch):
+@pytest.mark.parametrize("nfs", [False, True])
+def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch, nfs):
     """The machine's processes lock a file in the temporary folder in its place, which is removed again."""
     pytest.importorskip("fcntl")
     (tmp_path / "system").mkdir()
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
-    monkeypatch.setattr(locks, "fcntl", NoFlockBelow(locks.fcntl, str(tmp_path / "folder")))
+    monkeypatch.setattr(locks, "fcntl", NoFlockBelow(locks.fcntl, str(tmp_path / "folder"), shared=nfs))
 
     def hold():
         with folder_lock(tmp_path / "folder"), name_lock(tmp_path / "folder" / "lock"):
@@ -323,7 +324,7 @@ def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch):
     child = in_child(hold)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    with folder_lock(tmp_path / "folder"), name_lock(tmp_path / "folder" / "lock"):
+    with folder_lock(tmp_path / "folder", shared=True), name_lock(tmp_path / "folder" / "lock"):
         assert (tmp_path / "released").exists()
     assert os.waitpid(child, 0)[1] == 0
     assert contents(tmp_path / "system") == contents(tmp_path / "folder") == {}

@@ -166,7 +166,7 @@ def test_keys_of_chat_rows_are_kept(tmp_path):
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: must be JSON, got '[[["),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "an integer with too many digits"),
         ("a.jsonl", '{"text": "x", "weight": NaN}', "a.jsonl:1: must be JSON"),
-        ("a.jsonl", '{"text": "x", "weight": 1e999}', "a number beyond the range of float64"),
+        ("a.jsonl", '{"text": "x", "weight": 1e999}', "got one beyond the range of float64"),
         ("a.jsonl", '{"text": "x", "text": "y"}', "the key 'text' occurs twice in one object"),
         ("a.jsonl", r'{"text": "\ud83d"}', "half of a surrogate pair"),
         ("a.json", "[" * 100_000, "nested too deeply"),

@@ -14,16 +14,20 @@ class JSONRefused(ValueError):
     """The text is not JSON, or holds a value that cannot be kept. The message is a short clause without the text."""
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, repeated_keys: bool = False) -> Any:
     """The value of a JSON text.
 
+    repeated_keys: accept a key that occurs twice in one object, the last of which counts.
     Raises JSONRefused for malformed text, NaN and Infinity, numbers beyond float64 or 4300 digits, a key that occurs
     twice in one object, nesting too deep for Python's parser, and an escaped half of a surrogate pair without the
     other half, which UTF-8 cannot hold.
     """
     try:
         value = json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+            text,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=dict if repeated_keys else _without_duplicates,
         )
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -41,13 +45,13 @@ def parse_json(text: str) -> Any:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise JSONRefused(f"{name} is not a JSON value")
+    raise JSONRefused(f"numbers must be finite, got {name}")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise JSONRefused("a number beyond the range of float64")
+        raise JSONRefused("numbers must be finite, got one beyond the range of float64")
     return value
 
 
