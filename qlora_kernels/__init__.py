@@ -6,6 +6,7 @@ Importing this package needs neither a GPU, nor Triton, nor the compiled librari
 from __future__ import annotations
 
 from . import backends as _backends_package  # noqa: F401, first: loaded later it would shadow the function backends()
+from . import distributed as _distributed  # noqa: F401, prepares models for DistributedDataParallel
 from . import peft
 from .format.quant_state import QuantState
 from .nn.convert import ReplaceReport, replace_experts, replace_linear

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops", "format"},
     "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
+    "distributed": {"distributed", "nn"},
     "training": {"training", "io", "peft"},
     "io": {"io", "ops", "format"},
     "integrations": {"integrations", "io", "nn", "format"},

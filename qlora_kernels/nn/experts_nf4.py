@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from ..format.quant_state import QuantState
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
 from ..ops.quantize_nf4 import quantize_nf4
-from .format_dtypes import apply_but_keep_dtypes
+from .quantized_weight import CONSTANTS, TENSORS, QuantizedWeight
 from .read_only import ReadOnlyTensor
 
 
-class ExpertsNF4(nn.Module):
+class ExpertsNF4(QuantizedWeight):
     """Stands where a module keeps a parameter `w` of shape [E, N, K] and multiplies by `w[e]`.
 
     Each expert is quantized by itself, so that its blocks and its second-level statistics are its own:
@@ -29,12 +29,6 @@ class ExpertsNF4(nn.Module):
     numbers is the dequantized stack. The state dict holds the buffers under their own names.
     """
 
-    packed: Tensor
-    absmax: Tensor | None
-    absmax_q: Tensor | None
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
-
     def __init__(self, packed: Sequence[Tensor], states: Sequence[QuantState]) -> None:
         """packed, states: one of each per expert, as from `quantize_nf4`; all experts alike in shape and blocksize."""
         super().__init__()
@@ -43,11 +37,11 @@ class ExpertsNF4(nn.Module):
         self.out_features, self.in_features = first.shape
         self.blocksize = first.blocksize
         self.weight_dtype = first.dtype
-        self.register_buffer("packed", torch.stack([p.reshape(-1) for p in packed]))
-        names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
-        for name, tensors in zip(names, zip(*(s.constants for s in states), strict=True), strict=True):
+        stacked: dict[str, Tensor | None] = {"packed": torch.stack([p.reshape(-1) for p in packed])}
+        for name, tensors in zip(CONSTANTS, zip(*(s.constants for s in states), strict=True), strict=True):
             present = [t for t in tensors if t is not None]
-            self.register_buffer(name, torch.stack(present) if present else None)
+            stacked[name] = torch.stack(present) if present else None
+        self._set_tensors(stacked, persistent=True)
 
     @classmethod
     def from_parameter(
@@ -72,7 +66,7 @@ class ExpertsNF4(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packed bytes are."""
-        return self.packed.device
+        return self.stored_device
 
     def quant_state(self, expert: int) -> QuantState:
         """The constants of one expert."""
@@ -110,12 +104,39 @@ class ExpertsNF4(nn.Module):
             f"blocksize={self.blocksize}"
         )
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertsNF4:
-        def apply() -> None:
-            super(ExpertsNF4, self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _flat_shape(self, name: str) -> tuple[int, ...]:
+        # Flat, so that any number of processes shares the bytes evenly, also more than there are experts.
+        return (self.num_experts,) if name == "absmax_offset" else (self.num_experts, -1)
 
-        apply_but_keep_dtypes(self, list(self._buffers), fn, apply)
-        return self
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._save_rest(destination, prefix, keep_vars) and self.in_parameters:
+            for name, tensor in zip(TENSORS, self._tensors(), strict=True):
+                if tensor is not None:
+                    destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_format(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        report = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not self.in_parameters:
+            nn.Module._load_from_state_dict(self, state_dict, prefix, *report)
+            return
+        found = {name: state_dict[prefix + name] for name in TENSORS if prefix + name in state_dict}
+        self._load_rest(state_dict, {prefix + name for name in found}, prefix, *report)
+        if missing := [name for name in TENSORS if self._stored(name) is not None and name not in found]:
+            missing_keys += [prefix + name for name in missing]
+            return
+        try:
+            self._load_tensors(prefix, {name: found.get(name) for name in TENSORS})
+        except ValueError as error:
+            error_msgs.append(str(error))
 
 
 def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,14 +16,11 @@ from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
 from ..ops.linear_nf4_lora_group import call_group
 from ..ops.quantize_nf4 import quantize_nf4
-from .format_dtypes import apply_but_keep_dtypes
+from .quantized_weight import CONSTANTS, QuantizedWeight
 from .read_only import ReadOnlyTensor
 
-_CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
-_BUFFERS = ("packed", *_CONSTANTS)
 
-
-class LinearNF4(nn.Module):
+class LinearNF4(QuantizedWeight):
     """y = x W^T + bias with W [out_features, in_features] frozen in NF4.
 
     in_features, out_features, bias: as nn.Linear.   blocksize: weights per absmax.   double_quant: constants in 8 bits.
@@ -31,19 +28,14 @@ class LinearNF4(nn.Module):
     both are autocast's dtype, as for nn.Linear.
 
     Buffers: `packed` uint8 [(N * K + 1) // 2, 1]; `absmax` fp32 [n_blocks], or `absmax_q`, `absmax_scale` and
-    `absmax_offset`, which stay fp32 under `.to(dtype)`. The bias is an ordinary parameter. A new layer holds zeros
-    until it is loaded; `from_linear` quantizes an existing one.
+    `absmax_offset`, which stay fp32 under `.to(dtype)`; frozen parameters under DistributedDataParallel and FSDP2
+    (quantized_weight.py). The bias is an ordinary parameter. A new layer holds zeros until it is loaded; `from_linear`
+    quantizes an existing one.
 
     The state dict is plain tensors under bitsandbytes' keys (format/bnb_layout.py); strict loading works both ways, a
     checkpoint's own blocksize and kind of constants are adopted, and a dense `weight` is quantized while it is loaded.
     `train()`, `eval()`, `state_dict()` and forward never change a byte.
     """
-
-    packed: Tensor
-    absmax: Tensor | None
-    absmax_q: Tensor | None
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
 
     def __init__(
         self,
@@ -185,7 +177,7 @@ class LinearNF4(nn.Module):
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""
-        kind = "double-quantized" if self.absmax_q is not None else "fp32 absmax"
+        kind = "double-quantized" if self.double_quant else "fp32 absmax"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize={self.blocksize}, {kind}, compute_dtype={self.compute_dtype}"
@@ -193,13 +185,7 @@ class LinearNF4(nn.Module):
 
     @property
     def _operand(self) -> Weight:
-        # Read where nn.Module keeps them: its attributes look through three dictionaries for each name.
-        buffers: dict[str, Any] = self._buffers
-        try:
-            tensors = [buffers[name] for name in _BUFFERS]
-        except KeyError:  # something else stands in a buffer's place, such as a parametrization
-            tensors = [getattr(self, name) for name in _BUFFERS]
-        return Weight._make((*tensors, self.blocksize, self.out_features, self.in_features))
+        return Weight._make((*self._tensors(), self.blocksize, self.out_features, self.in_features))
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of the product, dtype of the result)."""
@@ -212,24 +198,16 @@ class LinearNF4(nn.Module):
         self.blocksize = state.blocksize
         self.weight_dtype = state.dtype
         # Not persistent: _save_to_state_dict writes them under their checkpoint names.
-        self.register_buffer("packed", packed, persistent=False)
-        for name, tensor in zip(_CONSTANTS, state.constants, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearNF4:
-        def apply() -> None:
-            super(LinearNF4, self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-        apply_but_keep_dtypes(self, _BUFFERS, fn, apply)
-        return self
+        self._set_tensors({"packed": packed, **dict(zip(CONSTANTS, state.constants, strict=True))}, persistent=False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._save_rest(destination, prefix, keep_vars):
+            return
         destination[prefix + "weight"] = self.packed if keep_vars else self.packed.detach()
         for suffix, tensor in bnb_layout.encode(self.quant_state).items():
             destination[f"{prefix}weight.{suffix}"] = tensor
 
-    def _load_from_state_dict(
+    def _load_format(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -241,8 +219,8 @@ class LinearNF4(nn.Module):
     ) -> None:
         name = prefix + "weight"
         found = {s: state_dict[f"{name}.{s}"] for s in bnb_layout.SUFFIXES if f"{name}.{s}" in state_dict}
-        others = {k: v for k, v in state_dict.items() if k != name and k.removeprefix(name + ".") not in found}
-        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        taken = {name, *(f"{name}.{suffix}" for suffix in found)}
+        self._load_rest(state_dict, taken, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if name not in state_dict:
             missing_keys.append(name)
             return
@@ -253,11 +231,11 @@ class LinearNF4(nn.Module):
 
     def _load_weight(self, name: str, weight: Tensor, found: dict[str, Tensor]) -> None:
         shape = (self.out_features, self.in_features)
-        device = self.packed.device
+        device = self.stored_device
         if not found and weight.is_floating_point():
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name}: dense weight must have shape {shape}, got {tuple(weight.shape)}")
-            self._set_weight(*quantize_nf4(weight.to(device), self.blocksize, self.absmax_q is not None))
+            self._set_weight(*quantize_nf4(weight.to(device), self.blocksize, self.double_quant))
             return
         state = bnb_layout.decode(name, found)
         if tuple(state.shape) != shape:

@@ -130,12 +130,11 @@ def with_weight(
 
 
 def quantized(linear: nn.Module, *, like: nn.Module | None = None) -> nn.Module:
-    """`linear` as LinearNF4, with the block size and compute dtype of `like` where that is one."""
+    """`linear` as LinearNF4, with the block size, compute dtype and storage of `like` where that is one."""
     if isinstance(like, LinearNF4):
-        return LinearNF4.from_linear(
-            linear,
-            blocksize=like.blocksize,
-            double_quant=like.quant_state.absmax_q is not None,
-            compute_dtype=like.compute_dtype,
+        layer = LinearNF4.from_linear(
+            linear, blocksize=like.blocksize, double_quant=like.double_quant, compute_dtype=like.compute_dtype
         )
+        layer.store_as(like)
+        return layer
     return LinearNF4.from_linear(linear)

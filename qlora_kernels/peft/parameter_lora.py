@@ -194,5 +194,7 @@ def _quantized(weight: Tensor, like: Stored) -> ExpertsNF4:
             f"merge: target must be '16bit' for a parameter of shape {list(weight.shape)}, got 'nf4'"
         )
     if isinstance(like, ExpertsNF4):
-        return ExpertsNF4.from_parameter(weight, blocksize=like.blocksize, double_quant=like.absmax_q is not None)
+        experts = ExpertsNF4.from_parameter(weight, blocksize=like.blocksize, double_quant=like.double_quant)
+        experts.store_as(like)
+        return experts
     return ExpertsNF4.from_parameter(weight)

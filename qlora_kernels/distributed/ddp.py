@@ -1,0 +1,31 @@
+"""DistributedDataParallel over NF4 layers: the weights are broadcast once, when the wrapper is made.
+
+DistributedDataParallel broadcasts every buffer of the model in every forward. So the NF4 tensors of a model become
+frozen parameters as soon as it is wrapped; state dicts keep their names. A hook on the registration of submodules,
+which torch offers for all modules together, sees the wrapper take the model, wherever in it the NF4 layers are.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ..nn.quantized_weight import QuantizedWeight
+
+
+def freeze_into_parameters(model: nn.Module) -> list[QuantizedWeight]:
+    """Move the tensors of every NF4 module from buffers to frozen parameters; returns the modules."""
+    known: dict[int, nn.Parameter] = {}
+    found = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    for module in found:
+        module.move_to_parameters(known)
+    return found
+
+
+def _prepare(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if isinstance(parent, DistributedDataParallel) and name == "module" and child is not None:
+        freeze_into_parameters(child)
+
+
+register_module_module_registration_hook(_prepare)

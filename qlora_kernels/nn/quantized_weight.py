@@ -1,0 +1,242 @@
+"""QuantizedWeight: where a module keeps the tensors of an NF4 weight, in buffers or in frozen integer parameters.
+
+Buffers are the default. DistributedDataParallel broadcasts buffers in every forward and FSDP2 does not shard them, so
+for both the same tensors become parameters that never require a gradient:
+
+    <name>_flat     packed and absmax_q as they are; fp32 constants as their bits, int32, at least one-dimensional
+
+Integers are left alone by mixed precision policies and by casts. FSDP2 shards dimension 0 at any row, since it gathers
+the whole tensor before it is used. Tensors of one memory stay one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..format.quant_state import FLOAT_DTYPES
+
+CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+TENSORS = ("packed", *CONSTANTS)
+_BYTES = ("packed", "absmax_q")
+_FLAT = "_flat"
+
+
+def _tensor_property(name: str) -> property:
+    def read(module: QuantizedWeight) -> Tensor | None:
+        buffers = module._buffers
+        return buffers[name] if name in buffers else module._from_flat(name, getattr(module, name + _FLAT))
+
+    def write(module: QuantizedWeight, value: Tensor | None) -> None:  # nn.Module itself assigns a buffer
+        flat, stored = None if value is None else module._to_flat(name, value), module._parameters.get(name + _FLAT)
+        if flat is not None and is_sharded(stored):
+            stored.to_local().copy_(_cut(flat, stored).to_local())  # type: ignore[union-attr]
+        else:
+            module.register_parameter(name + _FLAT, flat)
+
+    return property(read, write)
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor: a part of a tensor that several processes hold."""
+    return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def _cut(whole: Tensor, like: Any) -> Any:
+    """The DTensor of `whole`, which every process holds, sharded as `like` is. Nothing is sent.
+
+    Raises ValueError for another shape.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    if whole.shape != like.shape:
+        raise ValueError(f"a sharded tensor must keep its shape, {tuple(like.shape)}, got {tuple(whole.shape)}")
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class QuantizedWeight(nn.Module):
+    """Base class of LinearNF4 and ExpertsNF4: `packed` and its constants, and the two ways to keep them."""
+
+    weight_dtype: torch.dtype
+    packed: Tensor = _tensor_property("packed")  # type: ignore[assignment]
+    absmax: Tensor | None = _tensor_property("absmax")  # type: ignore[assignment]
+    absmax_q: Tensor | None = _tensor_property("absmax_q")  # type: ignore[assignment]
+    absmax_scale: Tensor | None = _tensor_property("absmax_scale")  # type: ignore[assignment]
+    absmax_offset: Tensor | None = _tensor_property("absmax_offset")  # type: ignore[assignment]
+
+    parameter_names_in_state_dict = False
+    """Whether state dicts hold the parameters under their own names, as torch.distributed.checkpoint expects."""
+
+    @property
+    def in_parameters(self) -> bool:
+        """Whether the tensors are frozen parameters instead of buffers."""
+        return "packed" not in self._buffers and "packed" + _FLAT in self._parameters
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the constants are in 8 bits. Known for a sharded weight too."""
+        return self._stored("absmax_q") is not None
+
+    def flat_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors as parameters, by their names; empty while they are buffers. Sharded ones are DTensors."""
+        parameters = {name: self._parameters.get(name + _FLAT) for name in TENSORS}
+        return {name + _FLAT: parameter for name, parameter in parameters.items() if parameter is not None}
+
+    def move_to_parameters(self, known: dict[int, nn.Parameter]) -> None:
+        """Replace the buffers by frozen integer parameters over the same memory.
+
+        known: id of a tensor -> its parameter, for tensors that several modules share; extended here.
+        """
+        if self.in_parameters:
+            return
+        tensors = {name: self._buffers.pop(name) for name in TENSORS}
+        self._non_persistent_buffers_set.difference_update(TENSORS)
+        for name, tensor in tensors.items():
+            if tensor is not None and id(tensor) not in known:
+                known[id(tensor)] = self._to_flat(name, tensor)
+            self.register_parameter(name + _FLAT, None if tensor is None else known[id(tensor)])
+
+    def store_as(self, other: QuantizedWeight) -> None:
+        """Keep the tensors as `other` keeps its own, in buffers or in parameters."""
+        if other.in_parameters:
+            self.move_to_parameters({})
+            self.parameter_names_in_state_dict = other.parameter_names_in_state_dict
+
+    def _set_tensors(self, tensors: Mapping[str, Tensor | None], *, persistent: bool) -> None:
+        """Put all five tensors where the module keeps them. Raises ValueError where a sharded one has another size."""
+        if self.in_parameters:
+            for name, stored in self.flat_parameters().items():
+                value = tensors[name.removesuffix(_FLAT)]
+                if is_sharded(stored) and (value is None or value.numel() != stored.numel()):
+                    got = None if value is None else value.numel()
+                    raise ValueError(f"{name}: a sharded weight must keep its {stored.numel()} elements, got {got}")
+        for name in TENSORS:
+            if self.in_parameters:
+                setattr(self, name, tensors[name])
+                continue
+            self._buffers[name] = tensors[name]
+            if not persistent:
+                self._non_persistent_buffers_set.add(name)
+
+    def _tensors(self) -> list[Tensor | None]:
+        # Read where nn.Module keeps them: its attributes look through three dictionaries for each name.
+        buffers = self._buffers
+        if "packed_flat" not in self._parameters:
+            try:
+                return [buffers[name] for name in TENSORS]
+            except KeyError:  # something else stands in a buffer's place, such as a parametrization
+                pass
+        return [getattr(self, name) for name in TENSORS]
+
+    def _flat_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the tensor in the format where its parameter has another; None where both have the same."""
+        return () if name == "absmax_offset" else None
+
+    def _to_flat(self, name: str, tensor: Tensor) -> nn.Parameter:
+        flat = tensor.detach()
+        if self._flat_shape(name) is not None:
+            flat = flat.reshape(-1)
+        return nn.Parameter(flat if name in _BYTES else flat.view(torch.int32), requires_grad=False)
+
+    def _from_flat(self, name: str, stored: Tensor | None) -> Tensor | None:
+        if stored is None:
+            return None
+        if is_sharded(stored):
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} must be whole to be used, got a shard of it; call fully_shard on a "
+                "module that contains this one and calls it, or unshard() that module first"
+            )
+        tensor = stored if name in _BYTES else stored.view(torch.float32)
+        shape = self._flat_shape(name)
+        return tensor if shape is None else tensor.view(shape)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedWeight:
+        # A cast or a move. The tensors keep their dtypes: module.half() and .to(bf16) reach every float buffer,
+        # module.type(dtype) the packed bytes too. weight_dtype follows the cast of a dense weight.
+        own = {id(tensor) for name in TENSORS if (tensor := self._stored(name)) is not None}
+
+        def keep_dtype(tensor: Tensor) -> Any:
+            result = fn(tensor)
+            return result if id(tensor) not in own or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        of_weight = fn(torch.empty(0, dtype=self.weight_dtype, device=self.stored_device)).dtype
+        if of_weight in FLOAT_DTYPES:  # the constants do not show a cast back to fp32, which they are in
+            self.weight_dtype = of_weight
+        return self
+
+    def _save_rest(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> bool:
+        """Save what nn.Module saves. Returns whether the weight is still to be saved under the checkpoint's names."""
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if self.in_parameters and self.parameter_names_in_state_dict:
+            return False
+        for name in self.flat_parameters():
+            destination.pop(prefix + name, None)
+        return True
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        report = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        flat = {prefix + name + _FLAT: name for name in TENSORS if prefix + name + _FLAT in state_dict}
+        if not flat:
+            self._load_format(state_dict, prefix, *report)
+            return
+        try:
+            if self.in_parameters:
+                whole = {key: state_dict[key] for key, name in flat.items() if not is_sharded(state_dict[key])}
+                cut = {
+                    key: _cut(value, stored)
+                    for key, value in whole.items()
+                    if is_sharded(stored := self._parameters.get(key.removeprefix(prefix)))
+                }
+                nn.Module._load_from_state_dict(self, {**state_dict, **cut}, prefix, *report)
+                return
+            self._load_rest(state_dict, set(flat), prefix, *report)
+            values = {name: self._from_flat(name, state_dict.get(prefix + name + _FLAT)) for name in TENSORS}
+            self._load_tensors(prefix, values)
+        except (ValueError, RuntimeError) as error:
+            error_msgs.append(f"{prefix}: {error}")
+
+    def _load_format(self, state_dict: dict[str, Any], prefix: str, *report: Any) -> None:
+        """Load the weight and all else from a state dict under the checkpoint's names."""
+        raise NotImplementedError
+
+    def _load_rest(
+        self, state_dict: dict[str, Any], taken: set[str], prefix: str, metadata: Any, strict: bool, *report: Any
+    ) -> None:
+        """nn.Module's loading of what is not the weight.   taken: names that the weight's tensors have."""
+        others = {key: value for key, value in state_dict.items() if key not in taken}
+        nn.Module._load_from_state_dict(self, others, prefix, metadata, strict, *report)
+        own = {prefix + name + end for name in TENSORS for end in ("", _FLAT)}
+        missing: list[str] = report[0]
+        missing[:] = [key for key in missing if key not in own]
+
+    def _load_tensors(self, prefix: str, values: Mapping[str, Tensor | None]) -> None:
+        """Copy a weight of the module's own format into it. Raises ValueError for another kind of constants or size."""
+        for name in TENSORS:
+            sizes = [None if t is None else t.numel() for t in (values[name], self._stored(name))]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"{prefix}{name} must have {sizes[1]} elements, got {sizes[0]}")
+        device = self.stored_device
+        copies = {name: None if t is None else t.detach().to(device, copy=True) for name, t in values.items()}
+        self._set_tensors(copies, persistent=not {*TENSORS} & self._non_persistent_buffers_set)
+
+    def _stored(self, name: str) -> Tensor | None:
+        stored = self._buffers.get(name)
+        return self._parameters.get(name + _FLAT) if stored is None else stored
+
+    @property
+    def stored_device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(stored for name in TENSORS if (stored := self._stored(name)) is not None).device

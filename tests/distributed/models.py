@@ -1,0 +1,119 @@
+"""Small models under NF4 and adapters, of sizes that no number of processes divides, and how they are sharded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import qlora_kernels as qk
+from qlora_kernels.peft import AdaLoraConfig, BitFitConfig, LoraConfig, PeftConfig, get_peft_model
+
+WIDTH, HIDDEN, CLASSES = 80, 203, 5
+TARGETS = ["up", "down"]
+
+
+class Block(nn.Module):
+    """A residual MLP of 80 and 203 features: blocks of 64 weights straddle its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class MixtureBlock(nn.Module):
+    """Three experts, each seen by the rows that its number divides up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.Module()
+        self.experts.weight = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).softmax(dim=-1)
+        parts = [nn.functional.linear(x, self.experts.weight[e]) * shares[:, e, None] for e in range(3)]
+        return x + sum(parts)
+
+
+class Net(nn.Module):
+    def __init__(self, *, mixture: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(), *([MixtureBlock()] if mixture else [])])
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+METHODS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS),
+    "dora": LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, use_dora=True),
+    "rslora": LoraConfig(r=2, target_modules=TARGETS, use_rslora=True),
+    "adalora": AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, tinit=0, tfinal=1, total_step=6),
+    "bitfit": BitFitConfig(),
+    "head": LoraConfig(r=3, target_modules=TARGETS, modules_to_save=["head"]),
+}
+
+
+def build(method: str = "lora", *, seed: int = 0, double_quant: bool = True, mixture: bool = False) -> Any:
+    """The model in NF4 with an adapter whose parameters are random, equal in every process."""
+    torch.manual_seed(seed)
+    model = Net(mixture=mixture)
+    qk.replace_linear(model, skip=("head", *(["router"] if mixture else [])), double_quant=double_quant)
+    if mixture:
+        qk.replace_experts(model, double_quant=double_quant)
+    model = get_peft_model(model, METHODS[method])
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def shard(model: Any, mesh: Any = None, **options: Any) -> Any:
+    """make_shardable and fully_shard over the blocks and the whole."""
+    qk.make_shardable(model)
+    mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    apply = partial(fully_shard, mesh=mesh, **options)
+    for block in model.base_model.blocks:
+        apply(block)
+    return apply(model)
+
+
+def batch(seed: int = 2) -> Tensor:
+    """12 rows, which 2, 3 and 4 processes share."""
+    return torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A mean over the rows, so that the mean over equal parts is that over the whole."""
+    return model(x).square().mean()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor; any other itself. Every process has to call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-6) -> None:
+    """Equal names, and each tensor equal within rtol of its largest element."""
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    for name, wanted in expected.items():
+        bound = rtol * max(float(wanted.abs().max()), 1e-8)
+        worst = float((actual[name].detach().float() - wanted.detach().float()).abs().max()) if wanted.numel() else 0.0
+        assert worst <= bound, f"{name}: {worst} > {bound}"

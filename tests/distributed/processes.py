@@ -1,0 +1,95 @@
+"""Run checks in several processes: `run(module, worlds, folder)`.
+
+One parent imports everything once and forks the processes of each world in turn, so that starting them costs nothing.
+A module of checks has a dictionary CHECKS, name -> function(Group). Processes find each other through a file. After
+each check they report; once one has failed the rest of that world is not run, since its group may be out of step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+TIMEOUT = timedelta(seconds=240)
+NOT_RUN = "not run, because an earlier check of this world failed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a check is told.   folder: one for all processes of the world."""
+
+    rank: int
+    world: int
+    folder: Path
+
+
+def run(module: str, worlds: list[int], folder: Path) -> dict[str, str]:
+    """ "<check> with <world> processes" -> what went wrong in some process; "" where nothing did."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tests.distributed.processes", module, str(folder), *map(str, worlds)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    results = {}
+    for world in worlds:
+        for name in names(module):
+            reports = [folder / str(world) / f"{name}.{rank}.json" for rank in range(world)]
+            texts = [json.loads(path.read_text()) if path.is_file() else NOT_RUN for path in reports]
+            wrong = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+            results[f"{name} with {world} processes"] = "\n".join([*wrong, done.stderr[-3000:]]) if wrong else ""
+    return results
+
+
+def names(module: str) -> list[str]:
+    """Names of the module's checks, read without importing what it imports."""
+    return list(importlib.import_module(module).CHECKS)
+
+
+def _process(module: str, group: Group) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(group.folder / "store"), group.world)
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.world, timeout=TIMEOUT)
+    for name, check in importlib.import_module(module).CHECKS.items():
+        error = ""
+        try:
+            check(group)
+        except Exception:
+            error = traceback.format_exc()
+        (group.folder / f"{name}.{group.rank}.json").write_text(json.dumps(error))
+        store.set(f"done/{name}/{group.rank}", "failed" if error else "right")
+        if any(store.get(f"done/{name}/{rank}") != b"right" for rank in range(group.world)):
+            os._exit(1)
+    os._exit(0)  # the group is left as it is: taking it down needs all processes once more
+
+
+def _main(module: str, folder: Path, worlds: list[int]) -> None:
+    importlib.import_module(module)
+    for world in worlds:
+        here = folder / str(world)
+        here.mkdir(parents=True)
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                try:
+                    _process(module, Group(rank, world, here))
+                finally:
+                    traceback.print_exc()
+                    os._exit(2)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]), [int(world) for world in sys.argv[3:]])
