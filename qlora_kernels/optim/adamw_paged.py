@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ..ops._memory import check_memory
@@ -20,6 +19,7 @@ from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots
 from .paging_report import PagingReport
 from .parameter_rules import HYPERPARAMETERS, check_flags, check_group, check_param
+from .shards import is_dtensor, local, total_norm
 from .state_arena import StateArena
 from .state_memory import ResidentMemory, StateMemory
 from .state_watch import StateWatch
@@ -113,6 +113,8 @@ class PagedAdamW(Optimizer):
                 loss = closure()
         self._follow_changes()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if is_dtensor(found_inf):
+            found_inf = found_inf.full_tensor()
         if found_inf is not None and found_inf.device.type == "cpu":
             if found_inf.item() != 0:
                 return loss
@@ -122,9 +124,9 @@ class PagedAdamW(Optimizer):
         several = sum(map(len, chunks_of.values())) > 1
         if several:  # a single kernel call makes this check itself, before it writes anything
             for arena, grads in grads_of.items():
-                stepped = [(p, g) for p, g in zip(arena.params, grads, strict=True) if g is not None]
+                stepped = [(p, g) for p, g in zip(arena.tensors(), grads, strict=True) if g is not None]
                 check_memory("PagedAdamW", stepped)
-        multiplier = self._grad_multiplier([g for grads in grads_of.values() for g in grads if g is not None])
+        multiplier = self._grad_multiplier(grads_of)
         seeds: dict[torch.device, Tensor] = {}
         for arena, grads in grads_of.items():
             steps = None if several else arena.steps.clone()
@@ -228,7 +230,7 @@ class PagedAdamW(Optimizer):
         found_inf: Tensor | None,
         seeds: dict[torch.device, Tensor],
     ) -> None:
-        device = arena.params[0].device
+        device, params = arena.device, arena.tensors()
         if self.stochastic_rounding and device not in seeds:
             seeds[device] = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
         multiplier = None if multiplier is None else multiplier.to(device, non_blocking=True)
@@ -243,7 +245,7 @@ class PagedAdamW(Optimizer):
             here = slice(chunk.first_param, chunk.last_param + 1)
             run_adamw_step(
                 Step(
-                    arena.params[here],
+                    params[here],
                     grads[here],
                     arena_bytes,
                     arena.steps[here],
@@ -261,15 +263,22 @@ class PagedAdamW(Optimizer):
 
         arena.memory.run(active, update)
         if not torch.is_inference_mode_enabled():
-            increment_version([param for param, grad in zip(arena.params, grads, strict=True) if grad is not None])
+            increment_version([param for param, grad in zip(params, grads, strict=True) if grad is not None])
 
-    def _grad_multiplier(self, grads: list[Tensor]) -> Tensor | None:
+    def _grad_multiplier(self, grads_of: Mapping[StateArena, Sequence[Tensor | None]]) -> Tensor | None:
         """What the kernel multiplies gradients by: GradScaler's 1 / scale times the clip; fp32, on the device."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         multiplier = None if grad_scale is None else grad_scale.double().reciprocal().float()
+        # A DTensor's gradient itself: its norm is that over all of its parts.
+        grads = [
+            part if param.grad is None or not is_dtensor(param) else param.grad
+            for arena, parts in grads_of.items()
+            for param, part in zip(arena.params, parts, strict=True)
+            if part is not None
+        ]
         if self.max_grad_norm is None or not grads:
             return multiplier
-        norm = get_total_norm(grads)
+        norm = total_norm(grads)
         if multiplier is not None:
             norm = norm * multiplier.to(norm.device)
         clip = (self.max_grad_norm / (norm.float() + 1e-6)).clamp(max=1.0)
@@ -443,7 +452,9 @@ class PagedAdamW(Optimizer):
         for device, entries in missing.items():
             groups, params = zip(*entries, strict=True)
             counter = (len(self._arenas) + len(made)) * COUNTERS_PER_ARENA
-            slots, nbytes = plan_slots([param.numel() for param in params], self.state_bits, first_counter=counter)
+            slots, nbytes = plan_slots(
+                [local(param).numel() for param in params], self.state_bits, first_counter=counter
+            )
             chunks = plan_chunks(slots, groups, self._chunk_bytes(device))
             made.append(StateArena(params, slots, self._memory(nbytes, chunks, device)))
         self._arenas += made

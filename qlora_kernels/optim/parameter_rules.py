@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .shards import is_dtensor, local
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
@@ -49,11 +51,18 @@ def check_flags(group: Mapping[str, Any]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Raise TypeError or ValueError unless `param` is a plain tensor of floats that fills a block of memory."""
+    """Raise TypeError or ValueError unless `param` is a plain tensor of floats that fills a block of memory, or a
+    DTensor whose local part is one.
+    """
+    if is_dtensor(param):
+        if any(placement.is_partial() for placement in param.placements):
+            raise TypeError(f"PagedAdamW: a DTensor parameter must be sharded or replicated, got {param.placements}")
+        check_param(local(param))
+        return
     if torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):
         raise TypeError(
-            f"PagedAdamW: parameters must be plain tensors, got {type(param.data).__name__}, whose memory is not its "
-            "own; for DTensor parameters (FSDP2, tensor parallelism) use torch.optim.AdamW"
+            f"PagedAdamW: parameters must be plain tensors or DTensors, got {type(param.data).__name__}, whose memory "
+            "is not its own; use torch.optim.AdamW"
         )
     if param.layout is not torch.strided:
         raise TypeError(f"PagedAdamW: parameters must be dense, got {param.layout}")

@@ -12,6 +12,7 @@ from torch.utils import dlpack
 from ..ops.adamw_step import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from .paging_plan import Slot
 from .parameter_rules import check_param
+from .shards import as_part_of, is_dtensor, local, local_grad, local_state
 from .state_memory import StateMemory
 
 STATES = {"exp_avg": True, "exp_avg_sq": False}
@@ -31,8 +32,13 @@ class StateArena:
         """Indices of the parameters that no step has updated yet."""
         self.members = set(self.unstepped)
         """Indices of the parameters that are in the optimizer's groups."""
-        self.shapes = [param.shape for param in params]
-        self.strides = [param.stride() for param in params]
+        self._sharded = any(map(is_dtensor, params))
+        self.shapes = [local(param).shape for param in params]
+        self.strides = [local(param).stride() for param in params]
+
+    def tensors(self) -> list[Tensor]:
+        """The memory of each parameter: the parameter itself, or the part of a DTensor that this process holds."""
+        return [local(param) for param in self.params] if self._sharded else self.params
 
     def follow(self) -> list[int]:
         """Lay the states out anew where a parameter's memory is in another order than before (channels_last), and
@@ -40,13 +46,14 @@ class StateArena:
 
         Raises ValueError, before anything is changed, for another shape, another device, or memory with gaps.
         """
+        tensors = self.tensors()
         changed = [
             index
-            for index, param in enumerate(self.params)
+            for index, param in enumerate(tensors)
             if param.stride() != self.strides[index] or param.shape != self.shapes[index] or param.device != self.device
         ]
         for index in changed:
-            param = self.params[index]
+            param = tensors[index]
             check_param(param)
             if param.shape != self.shapes[index] or param.device != self.device:
                 states = f"shape {tuple(self.shapes[index])} on {self.device}"
@@ -56,7 +63,7 @@ class StateArena:
                 )
         for index in changed:
             copies = {name: value.clone() for name, value in self.torch_state_of(index).items()}
-            self.strides[index] = self.params[index].stride()
+            self.strides[index] = tensors[index].stride()
             for name in STATES:  # an absmax belongs to the old order
                 copies.pop(f"{name}_absmax", None)
             self.load(index, copies)
@@ -65,8 +72,10 @@ class StateArena:
     def grads(self) -> list[Tensor | None]:
         """Each parameter's gradient in the parameter's own memory layout; None where it has none or is no member."""
         grads: list[Tensor | None] = []
-        for index, param in enumerate(self.params):
-            grad = param.grad if index in self.members else None
+        for index, param in enumerate(self.tensors()):
+            grad = None
+            if index in self.members:
+                grad = local_grad(self.params[index]) if self._sharded else param.grad
             if grad is not None:
                 if grad.layout is not torch.strided:
                     raise NotImplementedError(
@@ -94,7 +103,7 @@ class StateArena:
         """
         shown = {name: _own_storage(flat) for name, flat in self._flat_views(index).items()}
         shown["step"] = shown["step"].view(())
-        return {name: self._shaped(index, value) if name in STATES else value for name, value in shown.items()}
+        return {name: self._whole(index, value) if name in STATES else value for name, value in shown.items()}
 
     def show(self, index: int, entry: dict[str, Any]) -> None:
         """Put the parameter's state into `entry`, in place of any other form of it; keep what else stands there."""
@@ -111,14 +120,16 @@ class StateArena:
         result = {name: value for name, value in state.items() if not name.endswith(("_q", "_absmax"))}
         for name in STATES:
             if name not in state:
-                result[name] = self._decoded(index, state, name)
-                result[f"{name}_absmax"] = state[f"{name}_absmax"]
+                result[name] = as_part_of(self.params[index], self._decoded(index, state, name))
+                if not is_dtensor(self.params[index]):  # its blocks are those of one process's part
+                    result[f"{name}_absmax"] = state[f"{name}_absmax"]
         return result
 
     def owns(self, value: Any) -> bool:
         """Whether it is a tensor in the arena's own memory."""
         if not isinstance(value, Tensor):
             return False
+        value = local(value)
         return any(
             whole.data_ptr() <= value.data_ptr() < whole.data_ptr() + whole.nbytes
             for whole in (self.memory.arena, self.steps)
@@ -131,7 +142,8 @@ class StateArena:
 
     def check_load(self, index: int, saved: Mapping[str, Any]) -> None:
         """Raise ValueError where `saved` is no state of AdamW for this parameter."""
-        param, where = self.params[index], "PagedAdamW.load_state_dict"
+        param, where = local(self.params[index]), "PagedAdamW.load_state_dict"
+        saved = local_state(self.params[index], saved)
         step = saved.get("step")
         if step is None or (isinstance(step, Tensor) and step.numel() != 1):
             raise ValueError(f"{where}: step must be a number, got {step if step is None else tuple(step.shape)}")
@@ -155,6 +167,7 @@ class StateArena:
         Raises ValueError, before anything is written, where check_load does.
         """
         self.check_load(index, saved)
+        saved = local_state(self.params[index], saved)
         views = self._flat_views(index)
         views["step"].fill_(float(saved["step"]))
         for name, signed in STATES.items():
@@ -182,6 +195,10 @@ class StateArena:
         value = torch.where(finite, saved[name].to(torch.float32), 0.0)
         laid_out = torch.empty_strided(self.shapes[index], self.strides[index], device=value.device).copy_(value)
         return laid_out.as_strided((laid_out.numel(),), (1,))
+
+    def _whole(self, index: int, flat: Tensor) -> Tensor:
+        """As _shaped; of a DTensor parameter a DTensor over that memory."""
+        return as_part_of(self.params[index], self._shaped(index, flat))
 
     def _shaped(self, index: int, flat: Tensor) -> Tensor:
         """Elements in the order of the parameter's memory, as a view of the parameter's shape."""
