@@ -6,8 +6,8 @@ Importing this package needs neither a GPU, nor Triton, nor the compiled librari
 from __future__ import annotations
 
 from . import backends as _backends_package  # noqa: F401, first: loaded later it would shadow the function backends()
-from . import distributed as _distributed  # noqa: F401, prepares models for DistributedDataParallel
 from . import peft
+from .distributed import make_shardable
 from .format.quant_state import QuantState
 from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
@@ -49,6 +49,7 @@ __all__ = [
     "linear_nf4_lora_group",
     "linear_nf4_multi_lora",
     "lora_plus_groups",
+    "make_shardable",
     "peft",
     "prepare_for_training",
     "quantize_nf4",

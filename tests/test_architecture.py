@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora_kernels"
 
 MAY_IMPORT = {
-    "": {"format", "ops", "nn", "optim", "peft", "backends"},
+    "": {"format", "ops", "nn", "optim", "peft", "distributed", "backends"},
     "backends": set(),
     "format": {"format"},
     "ops": {"format", "ops"},

@@ -38,8 +38,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def synchronizes(module: nn.Module) -> bool:
-    """Whether it is a wrapper that synchronizes, between processes, the parameters that it found when it was made."""
-    return isinstance(module, DistributedDataParallel) or "_fsdp_wrapped_module" in module._modules
+    """Whether it synchronizes, between processes, the parameters that it found when it was wrapped."""
+    return isinstance(module, DistributedDataParallel) or "_fsdp_wrapped_module" in module._modules or shards(module)
+
+
+def shards(module: nn.Module) -> bool:
+    """Whether fully_shard (FSDP2) was applied to it. Does not import torch.distributed.fsdp, which takes long."""
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def names_of(root: nn.Module, module: nn.Module) -> list[str]:

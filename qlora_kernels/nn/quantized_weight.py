@@ -33,7 +33,7 @@ def _tensor_property(name: str) -> property:
     def write(module: QuantizedWeight, value: Tensor | None) -> None:  # nn.Module itself assigns a buffer
         flat, stored = None if value is None else module._to_flat(name, value), module._parameters.get(name + _FLAT)
         if flat is not None and is_sharded(stored):
-            stored.to_local().copy_(_cut(flat, stored).to_local())  # type: ignore[union-attr]
+            stored.to_local().copy_(cut_as(stored, flat).to_local())  # type: ignore[union-attr]
         else:
             module.register_parameter(name + _FLAT, flat)
 
@@ -45,11 +45,13 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "device_mesh")
 
 
-def _cut(whole: Tensor, like: Any) -> Any:
-    """The DTensor of `whole`, which every process holds, sharded as `like` is. Nothing is sent.
+def cut_as(like: Any, whole: Tensor) -> Any:
+    """The DTensor of `whole`, which every process holds, sharded as `like` is; `whole` itself where `like` is none.
 
-    Raises ValueError for another shape.
+    Nothing is sent. Raises ValueError for another shape.
     """
+    if not is_sharded(like):
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
     if whole.shape != like.shape:
@@ -196,7 +198,7 @@ class QuantizedWeight(nn.Module):
             if self.in_parameters:
                 whole = {key: state_dict[key] for key, name in flat.items() if not is_sharded(state_dict[key])}
                 cut = {
-                    key: _cut(value, stored)
+                    key: cut_as(stored, value)
                     for key, value in whole.items()
                     if is_sharded(stored := self._parameters.get(key.removeprefix(prefix)))
                 }

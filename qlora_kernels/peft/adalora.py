@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapted_linear import Delta
 from .base_layer import device_of, features
 from .config import PeftConfig
+from .gathered import gathered
 from .host import Host
 from .linear_method import LinearMethod
 from .lowrank import add_lowrank
@@ -129,8 +130,8 @@ class SvdLinear(Delta):
             self.rows = self.rows.new_zeros(1)
 
     def live(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, E and B of the triplets that take part."""
-        lora_A, lora_E, lora_B = (weight_of(self, name) for name in TRIPLET_DIM)
+        """A, E and B of the triplets that take part; gathered where they are sharded, as outside of a forward."""
+        lora_A, lora_E, lora_B = (gathered(weight_of(self, name)) for name in TRIPLET_DIM)
         if self.rows is None:
             return lora_A, lora_E, lora_B
         return lora_A[self.rows], (lora_E * self.kept[:, None])[self.rows], lora_B[:, self.rows]

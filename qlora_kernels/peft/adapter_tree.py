@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .gathered import gathered
+
 if TYPE_CHECKING:
     from .host import Host
 
@@ -105,7 +107,7 @@ class AdapterTree:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file by their paths in it."""
         return {
-            f"{path}.{name}": tensor
+            f"{path}.{name}": gathered(tensor)
             for path, place in self.places.items()
             if place.in_file
             for name, tensor in effective_state(self[path]).items()

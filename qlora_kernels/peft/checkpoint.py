@@ -7,15 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
+from ..nn.quantized_weight import is_sharded
 from .base_tables import resized_tables
 from .config import PeftConfig
+from .gathered import whole, written_once
 from .host import Host
 from .method import Method
 from .registry import config_from_dict, method_for
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
-    """Writes all of them as one change.   adapters: by path relative to the directory, "." for itself."""
+    """Writes all of them as one change.   adapters: by path relative to the directory, "." for itself.
+
+    Where parameters are sharded every process has to call it, and rank 0 writes.
+    """
     folders: dict[str, AdapterFiles | Sequence[str]] = {}
     for folder, methods in adapters.items():
         for method in methods:
@@ -26,7 +31,13 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
         parts = {f"{i}_{method.config.peft_type.lower()}": method for i, method in enumerate(methods)}
         folders[folder] = list(parts)
         folders |= {str(Path(folder, part)): _files(method) for part, method in parts.items()}
-    write_adapters(directory, folders)
+    if any(is_sharded(p) for methods in adapters.values() for m in methods for p in m.parameters()):
+        for files in folders.values():
+            if isinstance(files, AdapterFiles):
+                files.tensors, files.extra_tensors = whole(files.tensors), whole(files.extra_tensors)
+        written_once(lambda: write_adapters(directory, folders))
+    else:
+        write_adapters(directory, folders)
 
 
 def _files(method: Method) -> AdapterFiles:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..nn.made_class import MadeClass, names_of_class
+from ..nn.quantized_weight import is_sharded
 from .adapter_tree import AdapterModules
 from .offloaded import weight_of
 from .selection import Selection
@@ -76,6 +77,8 @@ def _property(attribute: str) -> property:
         if values is None:
             raise AttributeError(f"{type(module).__name__} has no attribute {attribute!r}")
         own = values[attribute]
+        if is_sharded(own) and "_is_fsdp_managed_module" in module.__dict__:
+            return own  # fully_shard looks for its shards here; in a forward, where copies act, it has gathered them
         overrides = module._modules.get(SLOT)
         copy = None if overrides is None else cast(Overrides, overrides).active(attribute)
         # A copy may be kept in a wider dtype than the model computes in.

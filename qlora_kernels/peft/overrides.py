@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .base_layer import is_quantized
+from .gathered import gathered
 from .overridden_module import SLOT, Copies, override, restore
 from .ties import paths_of_tied
 
@@ -150,7 +151,7 @@ class ParameterOverrides:
                 module = self.host.module(owner)
                 copy = None if parametrize.is_parametrized(module, attribute) else self.copy(path)
                 tensors[path] = getattr(module, attribute).detach() if copy is None else copy
-        return {self.paths[path]: t.detach() for path, t in tensors.items() if _first(tensors, t) == path}
+        return {self.paths[path]: gathered(t.detach()) for path, t in tensors.items() if _first(tensors, t) == path}
 
     def detach(self) -> None:
         """Takes the copies out of the model."""

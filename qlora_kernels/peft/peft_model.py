@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.match import as_names
-from ..nn.module_tree import synchronizes, unwrapped
+from ..nn.module_tree import shards, synchronizes, unwrapped
 from . import checkpoint, merging
 from .adapter_tree import AdapterModules
 from .combine import Combination, weighted_lora
@@ -20,6 +20,7 @@ from .config import PeftConfig
 from .counting import count_parameters
 from .explain import Explanation, explain
 from .foreign_layer import forget_quantization
+from .gathered import gathered
 from .host import Host
 from .lora import Lora
 from .method import Adapters, Method
@@ -163,7 +164,7 @@ class PeftModel(nn.Module):
         for method in active:
             method.watch_training()
         losses = [method.peft_loss() for method in active]
-        return sum((loss for loss in losses if loss is not None), torch.zeros((), device=device))
+        return sum((gathered(loss) for loss in losses if loss is not None), torch.zeros((), device=device))
 
     def step(self, global_step: int) -> None:
         """Lets schedules move on (AdaLoRA): call after backward, before zero_grad, once for each optimizer step."""
@@ -203,6 +204,12 @@ class PeftModel(nn.Module):
 
         Raises ValueError where a name in the configuration means nothing in the model.
         """
+        if any(map(shards, self.modules())):
+            warnings.warn(
+                "add_adapter: fully_shard does not synchronize parameters that are added after it; to train, add "
+                "adapters before",
+                stacklevel=2,
+            )
         for config in _as_list(peft_config):
             method_for(config).check_names(config, self.host)
         self._add(adapter_name, peft_config)
@@ -401,7 +408,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Writes each adapter: "default" into the folder, any other into a folder of its name inside it.
 
-        An interrupted save leaves the whole old state or the whole new one (docs/reliability.md).
+        An interrupted save leaves the whole old state or the whole new one (docs/reliability.md). Under fully_shard
+        every process has to call it; the adapters alone are gathered, and rank 0 writes.
         """
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
         for name in names:

@@ -60,7 +60,7 @@ METHODS: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS),
     "dora": LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, use_dora=True),
     "rslora": LoraConfig(r=2, target_modules=TARGETS, use_rslora=True),
-    "adalora": AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, tinit=0, tfinal=1, total_step=6),
+    "adalora": AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, tinit=0, tfinal=1, total_step=3),
     "bitfit": BitFitConfig(),
     "head": LoraConfig(r=3, target_modules=TARGETS, modules_to_save=["head"]),
 }
@@ -117,3 +117,17 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
         bound = rtol * max(float(wanted.abs().max()), 1e-8)
         worst = float((actual[name].detach().float() - wanted.detach().float()).abs().max()) if wanted.numel() else 0.0
         assert worst <= bound, f"{name}: {worst} > {bound}"
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, group: Any, steps: int = 3) -> None:
+    """A few steps on this process's part of the batch."""
+    for step in range(steps):
+        x = batch(seed=10 + step).chunk(group.world)[group.rank]
+        (loss_of(model, x) + model.peft_loss()).backward()
+        model.step(step)
+        optimizer.step()
+        optimizer.zero_grad()

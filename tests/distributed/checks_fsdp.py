@@ -1,0 +1,332 @@
+"""FSDP2 over NF4 weights beside one process: what each process holds, sends, computes and saves."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import qlora_kernels as qk
+from qlora_kernels.distributed.byte_plan import Rows, dense_rows, gathered_bytes, held_bytes, lora_rows, nf4_rows
+from qlora_kernels.nn.quantized_weight import QuantizedWeight
+from tests.distributed.models import (
+    CLASSES,
+    HIDDEN,
+    METHODS,
+    WIDTH,
+    Net,
+    assert_same,
+    batch,
+    build,
+    gradients,
+    loss_of,
+    shard,
+    train,
+    trained,
+    whole,
+)
+from tests.distributed.processes import Group
+
+
+def expected_gradients(method="lora", **options):
+    reference = build(method, **options)
+    loss = loss_of(reference, batch())
+    loss.backward()
+    return float(loss), gradients(reference)
+
+
+def check_gradients(group: Group, model, expected, rtol: float = 1e-6) -> None:
+    loss = loss_of(model, batch().chunk(group.world)[group.rank])
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert abs(float(total) / group.world - expected[0]) <= rtol * abs(expected[0])
+    assert_same(gradients(model), expected[1], rtol)
+
+
+def quantized(model) -> dict[str, QuantizedWeight]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+
+
+def methods(group: Group) -> None:
+    for method in METHODS:
+        check_gradients(group, shard(build(method)), expected_gradients(method))
+
+
+def bytes_held_and_gathered(group: Group) -> None:
+    """What is held, and what a forward and a backward gather and reduce, are the formulas' numbers."""
+    for double_quant in (True, False):
+        weights = [
+            rows
+            for N, K in 2 * [(HIDDEN, WIDTH), (WIDTH, HIDDEN)]
+            for rows in nf4_rows(N, K, double_quant=double_quant)
+        ]
+        r = METHODS["lora"].r
+        adapters = [rows for N, K in 2 * [(HIDDEN, WIDTH), (WIDTH, HIDDEN)] for rows in lora_rows(N, K, r)]
+        dense = 2 * [Rows(WIDTH, 4), Rows(WIDTH, 4), Rows(WIDTH, 4)]  # LayerNorm's weight and bias, the bias of `down`
+        head = [*dense_rows(CLASSES, WIDTH, itemsize=4), Rows(CLASSES, 4)]
+        model = shard(build(double_quant=double_quant))
+        parts = [p.to_local() for module in quantized(model).values() for p in module.flat_parameters().values()]
+        assert sum(part.nbytes for part in parts) == held_bytes(weights, group.world, group.rank)
+        sizes: list[int] = []
+        with counting(sizes):
+            loss = loss_of(model, batch())
+            forward = sum(sizes)
+            loss.backward()
+        blocks = gathered_bytes([*weights, *adapters, *dense], group.world)
+        assert forward == blocks + gathered_bytes(head, group.world), (forward, blocks)
+        assert sum(sizes) - forward == blocks  # the root stays gathered
+        assert len(sizes) == 5
+
+
+def constants_in_fp32_and_experts(group: Group) -> None:
+    for options in ({"double_quant": False}, {"mixture": True}, {"mixture": True, "double_quant": False}):
+        check_gradients(group, shard(build(**options)), expected_gradients(**options))
+
+
+def reshard_after_forward(group: Group) -> None:
+    expected = expected_gradients()
+    for value in (True, False, 2):
+        if value == 2 and group.world != 4:
+            continue
+        model = shard(build(), reshard_after_forward=value)
+        check_gradients(group, model, expected)
+        for module in quantized(model).values():
+            assert all(isinstance(p, DTensor) for p in module.flat_parameters().values())
+
+
+def hybrid_sharding(group: Group) -> None:
+    if group.world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        check_gradients(group, shard(build(), mesh), expected_gradients())
+
+
+def activation_checkpointing(group: Group) -> None:
+    model = build()
+    qk.make_shardable(model)
+    blocks = model.base_model.blocks
+    for i, block in enumerate(blocks):
+        blocks[i] = fully_shard(checkpoint_wrapper(block))
+    wrapper = "_checkpoint_wrapped_module."
+    loss, expected = expected_gradients()
+    named = {
+        name.replace("blocks.0.", f"blocks.0.{wrapper}").replace("blocks.1.", f"blocks.1.{wrapper}"): grad
+        for name, grad in expected.items()
+    }
+    check_gradients(group, fully_shard(model), (loss, named))
+
+
+def compiled_blocks(group: Group) -> None:
+    """As many graphs as blocks without sharding, and no break."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = qk.make_shardable(build())
+    for block in model.base_model.blocks:
+        block.compile(backend="aot_eager")
+    check_gradients(group, shard(model), expected_gradients())
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+def mixed_precision(group: Group) -> None:
+    """Casts of a policy, and of the model, do not touch the weight; the result is that of a model cast by hand."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = batch().chunk(group.world)[group.rank].to(dtype)
+        reference = build().to(dtype)
+        reference(x).float().square().mean().backward()
+        expected = {name: grad.float() for name, grad in gradients(reference).items()}
+        for grad in expected.values():
+            dist.all_reduce(grad)
+            grad /= group.world
+        model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        model(x).float().square().mean().backward()
+        assert_same(gradients(model), expected, rtol=1e-5)
+    plain, model = build(), shard(build())
+    model.to(torch.bfloat16)
+    for name, module in quantized(model).items():
+        for key, parameter in module.flat_parameters().items():
+            other = plain.get_submodule(name)
+            other.move_to_parameters({})
+            assert torch.equal(whole(parameter), other.flat_parameters()[key])
+
+
+def meta_then_load(group: Group) -> None:
+    """Built without memory, sharded, then filled: under the parameters' names and under those of checkpoints."""
+    source = build(double_quant=True, mixture=True)
+    loss = loss_of(source, batch())
+    loss.backward()
+    expected = float(loss), gradients(source)
+    plain = source.state_dict()
+    flat = get_model_state_dict(qk.make_shardable(build(mixture=True)))
+    for state in (plain, flat):
+        model = shard(build(seed=5, mixture=True).to("meta"))
+        model.to_empty(device="cpu")
+        if state is plain:
+            cut = {
+                name: torch.distributed.tensor.distribute_tensor(
+                    state[name], p.device_mesh, p.placements, src_data_rank=None
+                )
+                for name, p in model.named_parameters()
+                if name in state and isinstance(p, DTensor)
+            }
+            model.load_state_dict({**state, **cut})
+        else:
+            set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+        check_gradients(group, model, expected)
+
+
+def order_of_operations(group: Group) -> None:
+    def quantize():
+        model = Net()
+        qk.replace_linear(model, skip=("head",))
+        return model
+
+    for too_early, word in (
+        (lambda model: fully_shard(model.blocks[0]), "sharded by fully_shard"),
+        (lambda model: model.blocks[0].compile(backend="eager"), "compiled"),
+        (nn.parallel.DistributedDataParallel, "wrapped by DistributedDataParallel"),
+    ):
+        model = quantize()
+        wrapped = too_early(model)
+        with pytest.raises(RuntimeError, match=f"make_shardable: .* must not be {word} yet"):
+            qk.make_shardable(wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else model)
+    model = shard(build())
+    assert qk.make_shardable(model) is model
+    layer = model.base_model.blocks[0].up.base_layer
+    for use in (lambda: layer.weight, lambda: layer(batch()), lambda: model.merge_adapter()):
+        with pytest.raises(RuntimeError, match="packed must be whole to be used, got a shard"):
+            use()
+    model.base_model.blocks[0].unshard()
+    assert torch.equal(layer.dequantize(), build().base_model.blocks[0].up.base_layer.dequantize())
+    with pytest.warns(UserWarning, match="fully_shard does not synchronize parameters that are added after it"):
+        model.add_adapter("second", METHODS["lora"])
+
+
+def training(group: Group) -> None:
+    """Optimizer steps equal those of one process, clipped, with 32- and 8-bit states, in memory and paged to a disk."""
+    for method, options in (
+        ("lora", {}),
+        ("lora", {"max_grad_norm": 0.1}),
+        ("head", {"page_dir": group.folder}),
+        ("adalora", {"max_grad_norm": 0.1}),
+        ("lora", {"state_bits": 8}),
+    ):
+        reference, model = build(method), shard(build(method))
+        train(reference, qk.PagedAdamW(trained(reference).values(), lr=1e-2, **options), Group(0, 1, group.folder))
+        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, **options)
+        train(model, optimizer, group)
+        actual = {name: whole(p) for name, p in trained(model).items()}
+        assert_same(actual, trained(reference), rtol=1e-4 if options.get("state_bits") != 8 else 2e-2)
+        numbers = sum(p.to_local().numel() for p in trained(model).values())
+        assert optimizer.paging_report().parameters == numbers
+        assert set(optimizer.paging_report().kinds) == ({"mapped"} if "page_dir" in options else {"resident"})
+
+
+def adapter_files(group: Group) -> None:
+    """save_pretrained gathers the adapter alone, writes once, and the files are those of one process."""
+    for method in ("lora", "adalora", "head", "bitfit"):
+        reference, model = build(method), shard(build(method))
+        if group.rank == 0:
+            reference.save_pretrained(group.folder / f"{method} whole")
+        model.save_pretrained(group.folder / f"{method} sharded")
+        names = ["whole", "sharded"]
+        files = [load_file(group.folder / f"{method} {name}" / "adapter_model.safetensors") for name in names]
+        assert_same(files[1], files[0], rtol=0.0)
+        for module in quantized(model).values():
+            assert all(isinstance(p, DTensor) for p in module.flat_parameters().values())
+    adapter = get_model_state_dict(shard(build()), options=StateDictOptions(ignore_frozen_params=True))
+    assert adapter, "no parameters"
+    assert all("lora" in name for name in adapter), list(adapter)
+
+
+class counting:
+    """Appends the number of bytes of each all-gather of FSDP2 while it is entered."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        # all_gather_single has taken the place of the older name in newer versions of torch.
+        names = ("all_gather_single", "all_gather_into_tensor")
+        self.sizes, self.originals = sizes, {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+
+    def __enter__(self):
+        for name, function in self.originals.items():
+            setattr(dist, name, partial(self._count, function))
+
+    def __exit__(self, *_):
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def _count(self, function, *arguments, **options):
+        output = arguments[0] if arguments else options["output_tensor"]
+        self.sizes.append(output.nbytes)
+        return function(*arguments, **options)
+
+
+def distributed_checkpoint(group: Group) -> None:
+    """Saved with 4 processes, read with 4, 3, 2 and 1: weights bit for bit, states as paged as they were."""
+    folder = group.folder.parent / "checkpoint"
+    if group.world == max(WORLDS):
+        model = shard(build())
+        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2)
+        train(model, optimizer, group)
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=folder)
+    reference = build()
+    train(reference, one := qk.PagedAdamW(trained(reference).values(), lr=1e-2), Group(0, 1, group.folder))
+    model = shard(build(seed=7))
+    optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, page_dir=group.folder)
+    restore(model, optimizer, folder)
+    for name, module in quantized(model).items():
+        other = reference.get_submodule(name)
+        other.move_to_parameters({})
+        for key, parameter in module.flat_parameters().items():
+            assert torch.equal(whole(parameter), other.flat_parameters()[key])
+    assert optimizer.paging_report().kinds == ("mapped",)
+    train(reference, one, Group(0, 1, group.folder))
+    train(model, optimizer, group)
+    assert_same({name: whole(p) for name, p in trained(model).items()}, trained(reference), rtol=1e-4)
+
+
+def restore(model, optimizer, folder) -> None:
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+WORLDS = [4, 2, 3]
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        methods,
+        bytes_held_and_gathered,
+        constants_in_fp32_and_experts,
+        reshard_after_forward,
+        hybrid_sharding,
+        activation_checkpointing,
+        compiled_blocks,
+        mixed_precision,
+        meta_then_load,
+        order_of_operations,
+        training,
+        adapter_files,
+        distributed_checkpoint,
+    )
+}

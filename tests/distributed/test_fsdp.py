@@ -1,0 +1,22 @@
+"""FSDP2 over NF4 weights, with 2, 3 and 4 processes on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.checks_fsdp import WORLDS
+from tests.distributed.processes import names, run
+
+MODULE = "tests.distributed.checks_fsdp"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run(MODULE, WORLDS, tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("check", names(MODULE))
+def test_fsdp(results, check, world):
+    error = results[f"{check} with {world} processes"]
+    assert not error, error
