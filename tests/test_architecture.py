@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "nn": {"nn", "ops", "format"},
     "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
-    "distributed": {"distributed", "nn"},
+    "distributed": {"distributed", "nn", "peft", "io", "format"},
     "training": {"training", "io", "peft"},
     "io": {"io", "ops", "format"},
     "integrations": {"integrations", "io", "nn", "format"},

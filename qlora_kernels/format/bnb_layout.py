@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,25 +32,48 @@ SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", META_KEY
 """What may follow `<name>.`."""
 
 
+@dataclass(frozen=True)
+class Meta:
+    """What the JSON entry says.   offset: of the second level; None without double quantization."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocksize: int
+    offset: float | None
+
+
 def encode(state: QuantState) -> dict[str, Tensor]:
     """The tensors beside the packed bytes, by suffix."""
-    tensors: dict[str, Tensor] = {}
-    meta: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": state.blocksize,
-        "dtype": str(state.dtype).removeprefix("torch."),
-        "shape": list(state.shape),
-    }
     absmax, absmax_q, absmax_scale, absmax_offset = state.constants
     if absmax is not None:
-        tensors = {"absmax": absmax, "quant_map": nf4.code(absmax.device)}
-    elif absmax_q is not None and absmax_scale is not None and absmax_offset is not None:
-        tensors = {
-            "absmax": absmax_q,
-            "quant_map": nf4.code(absmax_q.device),
-            "nested_absmax": absmax_scale,
-            "nested_quant_map": dynamic_map(absmax_q.device),
-        }
+        tensors = {"absmax": absmax}
+    elif absmax_q is not None and absmax_scale is not None:
+        tensors = {"absmax": absmax_q, "nested_absmax": absmax_scale}
+    made = tables(state.blocksize, state.dtype, tuple(state.shape), absmax_offset, tensors["absmax"].device)
+    return {suffix: (tensors | made)[suffix] for suffix in SUFFIXES if suffix in tensors or suffix in made}
+
+
+def tables(
+    blocksize: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    absmax_offset: Tensor | None,
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """The entries of `encode` that are no constants of the weight: code, map and JSON.
+
+    absmax_offset: fp32 of one element; None without double quantization.
+    """
+    device = torch.device("cpu") if device is None else device
+    meta: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    tensors = {"quant_map": nf4.code(device)}
+    if absmax_offset is not None:
+        tensors["nested_quant_map"] = dynamic_map(device)
         meta |= {
             "nested_blocksize": NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
@@ -57,6 +81,13 @@ def encode(state: QuantState) -> dict[str, Tensor]:
         }
     tensors[META_KEY] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
     return tensors
+
+
+def read_meta(name: str, stored: Tensor) -> Meta:
+    """The JSON entry of the weight `name`. Raises ValueError for another codec, or values that make no sense."""
+    meta = _read_meta(name, stored)
+    double_quant = "nested_offset" in meta or "nested_blocksize" in meta
+    return Meta(*_read_codec(name, meta), _read_offset(name, meta).item() if double_quant else None)
 
 
 def stored_shape(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -78,24 +109,15 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
     device = absmax.device
     if "quant_map" in tensors:
         _require_table(name, "quant_map", tensors["quant_map"], nf4.code(device))
-    dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), _read_shape(name, meta), meta.get("blocksize")
-    if dtype is None:
-        raise ValueError(f"{name}: dtype of the checkpoint must be one of {list(_DTYPES)}, got {meta.get('dtype')!r}")
-    if type(blocksize) is not int:
-        raise ValueError(f"{name}: blocksize of the checkpoint must be an integer, got {blocksize!r}")
+    shape, dtype, blocksize = _read_codec(name, meta)
     if absmax.dtype != torch.uint8:
         _require_finite(name, "absmax", absmax)
         return QuantState(torch.Size(shape), dtype, blocksize, absmax=absmax)
     for suffix in ("nested_absmax", "nested_quant_map"):
         if suffix not in tensors:
             raise ValueError(f"{name}: checkpoint must hold {name}.{suffix} beside 8-bit absmax, got {sorted(tensors)}")
-    _require(name, "nested_blocksize", meta.get("nested_blocksize"), NESTED_BLOCKSIZE)
+    absmax_offset = _read_offset(name, meta).to(device)
     _require_table(name, "nested_quant_map", tensors["nested_quant_map"], dynamic_map(device))
-    offset = meta.get("nested_offset")
-    if isinstance(offset, bool) or not isinstance(offset, int | float):
-        raise ValueError(f"{name}: nested_offset of the checkpoint must be a number, got {offset!r}")
-    absmax_offset = torch.tensor(float(offset), dtype=torch.float32, device=device)
-    _require_finite(name, "nested_offset", absmax_offset)
     _require_finite(name, "nested_absmax", tensors["nested_absmax"])
     return QuantState(
         torch.Size(shape),
@@ -115,6 +137,28 @@ def _read_meta(name: str, stored: Tensor) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise ValueError(f"{name}: {META_KEY} must be a JSON object, got a {type(meta).__name__}")
     return meta
+
+
+def _read_codec(name: str, meta: Mapping[str, Any]) -> tuple[tuple[int, ...], torch.dtype, int]:
+    """(shape, dtype, blocksize) of the weight."""
+    _require(name, "quant_type", meta.get("quant_type"), "nf4")
+    dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), _read_shape(name, meta), meta.get("blocksize")
+    if dtype is None:
+        raise ValueError(f"{name}: dtype of the checkpoint must be one of {list(_DTYPES)}, got {meta.get('dtype')!r}")
+    if type(blocksize) is not int:
+        raise ValueError(f"{name}: blocksize of the checkpoint must be an integer, got {blocksize!r}")
+    return shape, dtype, blocksize
+
+
+def _read_offset(name: str, meta: Mapping[str, Any]) -> Tensor:
+    """fp32 []: of the second level."""
+    _require(name, "nested_blocksize", meta.get("nested_blocksize"), NESTED_BLOCKSIZE)
+    offset = meta.get("nested_offset")
+    if isinstance(offset, bool) or not isinstance(offset, int | float):
+        raise ValueError(f"{name}: nested_offset of the checkpoint must be a number, got {offset!r}")
+    absmax_offset = torch.tensor(float(offset), dtype=torch.float32)
+    _require_finite(name, "nested_offset", absmax_offset)
+    return absmax_offset
 
 
 def _read_shape(name: str, meta: Mapping[str, Any]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import qlora_kernels as qk
+from qlora_kernels.distributed import load_shards, save_shards
 from qlora_kernels.distributed.byte_plan import Rows, dense_rows, gathered_bytes, held_bytes, lora_rows, nf4_rows
 from qlora_kernels.nn.quantized_weight import QuantizedWeight
 from tests.distributed.models import (
@@ -229,8 +230,12 @@ def training(group: Group) -> None:
         ("lora", {"state_bits": 8}),
     ):
         reference, model = build(method), shard(build(method))
-        train(reference, qk.PagedAdamW(trained(reference).values(), lr=1e-2, **options), Group(0, 1, group.folder))
-        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, **options)
+        train(
+            reference,
+            qk.PagedAdamW(trained(reference).values(), lr=1e-2, eps=1e-3, **options),
+            Group(0, 1, group.folder),
+        )
+        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, eps=1e-3, **options)
         train(model, optimizer, group)
         actual = {name: whole(p) for name, p in trained(model).items()}
         assert_same(actual, trained(reference), rtol=1e-4 if options.get("state_bits") != 8 else 2e-2)
@@ -283,14 +288,14 @@ def distributed_checkpoint(group: Group) -> None:
     folder = group.folder.parent / "checkpoint"
     if group.world == max(WORLDS):
         model = shard(build())
-        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2)
+        optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, eps=1e-3)
         train(model, optimizer, group)
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.save(state, checkpoint_id=folder)
     reference = build()
-    train(reference, one := qk.PagedAdamW(trained(reference).values(), lr=1e-2), Group(0, 1, group.folder))
+    train(reference, one := qk.PagedAdamW(trained(reference).values(), lr=1e-2, eps=1e-3), Group(0, 1, group.folder))
     model = shard(build(seed=7))
-    optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, page_dir=group.folder)
+    optimizer = qk.PagedAdamW(trained(model).values(), lr=1e-2, eps=1e-3, page_dir=group.folder)
     restore(model, optimizer, folder)
     for name, module in quantized(model).items():
         other = reference.get_submodule(name)
@@ -308,6 +313,33 @@ def restore(model, optimizer, folder) -> None:
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def files(group: Group) -> None:
+    """Each process reads its rows of a checkpoint, and a sharded model writes the file that one process would."""
+    for double_quant in (True, False):
+        source = build(double_quant=double_quant).unload()
+        folder = group.folder / f"base {double_quant}"
+        if group.rank == 0:
+            folder.mkdir()
+            save_file({name: t.clone() for name, t in source.state_dict().items()}, folder / "model.safetensors")
+        dist.barrier()
+        model = build(seed=6, double_quant=double_quant)
+        before = {name: p.detach().clone() for name, p in trained(model).items()}
+        shard(model)
+        read = load_shards(model.get_base_model(), folder)
+        total = (folder / "model.safetensors").stat().st_size
+        assert read < total / group.world + 3000, (read, total)
+        assert_same({name: whole(p) for name, p in trained(model).items()}, before, rtol=0.0)
+        save_shards(model.get_base_model(), group.folder / "again.safetensors")
+        wanted, got = load_file(folder / "model.safetensors"), load_file(group.folder / "again.safetensors")
+        assert wanted.keys() == got.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(tensor, got[name]), name
+        dist.barrier()
+    other = shard(build(double_quant=True))
+    with pytest.raises(ValueError, match=r"must have the \(shape, blocksize, double_quant\) of the model"):
+        load_shards(other.get_base_model(), folder)
 
 
 WORLDS = [4, 2, 3]
@@ -328,5 +360,6 @@ CHECKS = {
         training,
         adapter_files,
         distributed_checkpoint,
+        files,
     )
 }
