@@ -1,0 +1,207 @@
+"""Tensor parallelism for LinearNF4 with and without LoRA: plans for torch's parallelize_module.
+
+    plan = {"layers.*.mlp.up_proj": ColwiseNF4(), "layers.*.mlp.down_proj": RowwiseNF4()}
+    parallelize_module(model, mesh["tp"], plan)       # after get_peft_model, before make_shardable and fully_shard
+
+A column-parallel layer takes the whole x and gives its part of y; a row-parallel one takes that part and gives the
+whole y, summed over the processes. The NF4 bytes of a part are those of the whole weight. LoRA: the factor on the cut
+side is cut, the other one is whole in every process and its gradient is summed; both are DTensors, so that
+save_pretrained, norms and optimizers see whole tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from ..format.quant_state import QuantState
+from ..nn.linear_nf4 import LinearNF4
+from ..nn.quantized_weight import is_sharded
+from ..peft.adapted_linear import AdaptedLinear
+from ..peft.lora import LoraLinear
+
+NESTED_BLOCKSIZE = 256
+
+
+class ParallelLinearNF4(LinearNF4):
+    """One process's part of a LinearNF4. Made in place by ColwiseNF4 and RowwiseNF4."""
+
+    mesh: DeviceMesh
+    cuts_rows: bool
+    """Whether the weight's rows are cut, so that y is a part, or its columns, so that x is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K], or its part -> the part of y [..., N], or y."""
+        return self._leave(super().forward(self._enter(x)))
+
+    def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
+        """As LinearNF4's.   lora_A, lora_B: DTensors, cut as the weight is."""
+        if dropout_p:
+            raise NotImplementedError(f"ParallelLinearNF4: dropout_p must be 0, got {dropout_p}")
+        local = [self._local_factor(factor) for factor in (lora_A, lora_B)]
+        return self._leave(super().forward_lora(self._enter(x), local[0], local[1], scaling))
+
+    def forward_multi_lora(self, *arguments: Any, **options: Any) -> Tensor:
+        """Not offered: adapters by row."""
+        raise NotImplementedError("ParallelLinearNF4: adapter_names must not be given under tensor parallelism")
+
+    @staticmethod
+    def forward_lora_group(*arguments: Any, **options: Any) -> list[Tensor]:
+        """Not offered: layers fused on one x."""
+        raise NotImplementedError("ParallelLinearNF4: layers must not be fused; call unfuse_shared_input first")
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return _SumGradient.apply(x, self.mesh) if self.cuts_rows else x  # type: ignore[no-untyped-call]
+
+    def _leave(self, y: Tensor) -> Tensor:
+        return y if self.cuts_rows else _Sum.apply(y, self.mesh)  # type: ignore[no-untyped-call]
+
+    def _local_factor(self, factor: Any) -> Tensor:
+        if not is_sharded(factor):
+            raise TypeError("ParallelLinearNF4: lora_A and lora_B must be DTensors; add adapters before the plan")
+        local: Tensor = factor.to_local()
+        if any(placement.is_shard() for placement in factor.placements):
+            return local
+        return _SumGradient.apply(local, self.mesh)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _StyleNF4(ParallelStyle):
+    """What both styles share.   dim: of the weight [N, K] that is cut."""
+
+    dim: ClassVar[int]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = module.base_layer if isinstance(module, AdaptedLinear) else module
+        if type(layer) is not LinearNF4:
+            raise TypeError(
+                f"{type(self).__name__}: the plan must name LinearNF4 layers, got {type(layer).__name__}; for dense "
+                "layers use torch's ColwiseParallel and RowwiseParallel"
+            )
+        if isinstance(module, AdaptedLinear):
+            self._check_adapters(module)
+        _cut(layer, self.dim, device_mesh)
+        if isinstance(module, AdaptedLinear):
+            module.in_features, module.out_features = layer.in_features, layer.out_features
+            for delta in module.deltas.values():
+                self._cut_lora(delta, device_mesh)
+        return module
+
+    def _check_adapters(self, module: AdaptedLinear) -> None:
+        for name, delta in module.deltas.items():
+            plain = type(delta) is LoraLinear and delta.fixed_A is None and delta.lora_B.bias is None
+            if not plain or delta.dropout_p:
+                raise NotImplementedError(
+                    f"{type(self).__name__}: adapters must be LoRA without bias and dropout, and of no PiSSA or OLoRA "
+                    f"start, got {name!r}, a {type(delta).__name__} with dropout {getattr(delta, 'dropout_p', 0)}"
+                )
+        if module.merged_layer is not None or module.shared_input is not None:
+            raise NotImplementedError(f"{type(self).__name__}: adapters must be neither merged nor fused")
+
+    def _cut_lora(self, delta: Any, mesh: DeviceMesh) -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        cut, whole = (delta.lora_B, delta.lora_A) if self.dim == 0 else (delta.lora_A, delta.lora_B)
+        for linear, placement in ((cut, Shard(self.dim)), (whole, Replicate())):
+            weight = linear.weight
+            tensor = distribute_tensor(weight.detach(), mesh, [placement])  # rank 0's start for all processes
+            linear.weight = nn.Parameter(tensor, requires_grad=weight.requires_grad)
+
+
+class ColwiseNF4(_StyleNF4):
+    """Column-parallel: cuts the rows of W [N, K], so that each process computes N / world features of y.
+
+    Raises ValueError unless N is divisible by the number of processes and N / world * K by the block size.
+    """
+
+    dim = 0
+
+
+class RowwiseNF4(_StyleNF4):
+    """Row-parallel: cuts the columns of W [N, K]; each process takes K / world features of x, and y is summed.
+
+    Raises ValueError unless K / world is divisible by the block size.
+    """
+
+    dim = 1
+
+
+def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
+    """Keep this process's part of the weight in `layer`, bit for bit.
+
+    Constants stay in 8 bits where the part is made of whole groups of 256 blocks; else the first level is kept in fp32,
+    which is exact.
+    """
+    world, rank = mesh.size(), mesh.get_local_rank()
+    N, K, blocksize = layer.out_features, layer.in_features, layer.blocksize
+    if (N, K)[dim] % world:
+        name = ("out_features", "in_features")[dim]
+        raise ValueError(f"tensor parallel: {name} must be divisible by {world} processes, got {(N, K)[dim]}")
+    n, k = (N // world, K) if dim == 0 else (N, K // world)
+    if (n * K if dim == 0 else k) % blocksize:
+        raise ValueError(
+            f"tensor parallel: the part of a process must be whole blocks of {blocksize} weights, got a part [{n}, "
+            f"{k}] of [{N}, {K}]"
+        )
+    state = layer.quant_state
+
+    def part(tensor: Tensor, per_row: int) -> Tensor:
+        """Of a flat tensor with `per_row` elements a row; where rows are cut, those may be fractions of one."""
+        if dim == 0:
+            return tensor.reshape(-1).chunk(world)[rank].clone()
+        return tensor.reshape(N, per_row).chunk(world, 1)[rank].reshape(-1).clone()
+
+    absmax_q, absmax_scale, absmax_offset = state.absmax_q, state.absmax_scale, state.absmax_offset
+    nested = absmax_q is not None and dim == 0 and (n * K // blocksize) % NESTED_BLOCKSIZE == 0
+    if nested:
+        assert absmax_q is not None
+        assert absmax_scale is not None
+        assert absmax_offset is not None
+        constants = [None, part(absmax_q, 0), part(absmax_scale, 0), absmax_offset.clone()]
+    else:
+        constants = [part(state.absmax, K // blocksize), None, None, None]
+    packed = part(layer.packed, K // 2).reshape(-1, 1)
+    layer.in_features, layer.out_features = k, n
+    layer._set_weight(packed, QuantState(torch.Size((n, k)), state.dtype, blocksize, *constants))
+    if layer.bias is not None:
+        # The sum over the processes of a row-parallel layer has the bias once.
+        bias = layer.bias.detach()
+        mine = bias.chunk(world)[rank].clone() if dim == 0 else bias * (rank == 0)
+        layer.bias = nn.Parameter(mine, requires_grad=layer.bias.requires_grad)
+    layer.__class__ = ParallelLinearNF4
+    parallel: Any = layer
+    parallel.mesh, parallel.cuts_rows = mesh, dim == 0
+
+
+class _SumGradient(torch.autograd.Function):
+    """x, whose gradient is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad_outputs[0], ctx.mesh), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of y over the processes, whose gradient goes to each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mesh: DeviceMesh) -> Tensor:
+        return _summed(y, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def _summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    wait: Any = funcol.wait_tensor
+    return wait(funcol.all_reduce(tensor.contiguous(), "sum", mesh))  # type: ignore[no-any-return]

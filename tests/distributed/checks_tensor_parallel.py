@@ -1,0 +1,128 @@
+"""Tensor-parallel NF4 layers with LoRA beside one process, alone and with FSDP2 over the other axis of the mesh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+import qlora_kernels as qk
+from qlora_kernels.distributed.tensor_parallel import ColwiseNF4, RowwiseNF4
+from qlora_kernels.peft import LoraConfig, get_peft_model
+from tests.distributed.models import assert_same, trained, whole
+from tests.distributed.processes import Group
+
+WIDTH, HIDDEN = 256, 1024
+PLAN = {"base_model.blocks.*.up": ColwiseNF4(), "base_model.blocks.*.down": RowwiseNF4()}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+def build(seed: int = 0, **options):
+    torch.manual_seed(seed)
+    model = Stack()
+    qk.replace_linear(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["up", "down"], **options))
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in trained(model).values():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def batch():
+    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+def step(model, x, optimizer=None):
+    loss = model(x).square().mean()
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    return loss
+
+
+def same_as_one_process(group: Group) -> None:
+    reference, model = build(), build(seed=0)
+    parallelize_module(model, init_device_mesh("cpu", (group.world,)), PLAN)
+    assert step(model, batch()).item() == pytest.approx(step(reference, batch()).item(), rel=1e-6)
+    grads = {name: p.grad for name, p in trained(reference).items()}
+    assert_same({name: whole(p.grad) for name, p in trained(model).items()}, grads, rtol=1e-5)
+    for layer, dim in (("up", 0), ("down", 1)):
+        base = [m.base_model.blocks[0].get_submodule(layer).base_layer for m in (model, reference)]
+        assert torch.equal(base[0].dequantize(), base[1].dequantize().chunk(group.world, dim)[group.rank])
+        local = trained(model)[f"base_model.blocks.0.{layer}.deltas.default.lora_{'BA'[dim]}.weight"]
+        assert local.to_local().numel() == local.numel() // group.world
+    assert model.base_model.blocks[0].up.base_layer.double_quant  # 1024 blocks over 2 or 4: whole groups
+    for m in (reference, model):
+        optimizer = qk.PagedAdamW(trained(m).values(), lr=1e-2, eps=1e-3, max_grad_norm=0.1)
+        optimizer.step()
+    assert_same({name: whole(p) for name, p in trained(model).items()}, trained(reference), rtol=1e-4)
+    model.save_pretrained(group.folder / "parallel")
+    if group.rank == 0:
+        reference.save_pretrained(group.folder / "one")
+        files = [load_file(group.folder / name / "adapter_model.safetensors") for name in ("parallel", "one")]
+        assert_same(*files, rtol=1e-4)
+
+
+def with_fsdp(group: Group) -> None:
+    """Two processes share each layer, and the pairs share its parts and the batch."""
+    if group.world != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    reference, model = build(), build()
+    parallelize_module(model, mesh["tp"], PLAN)
+    qk.make_shardable(model)
+    for block in model.base_model.blocks:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    loss = step(model, batch().chunk(2)[mesh["dp"].get_local_rank()]).detach()
+    dist.all_reduce(loss)
+    assert float(loss) / 4 == pytest.approx(step(reference, batch()).item(), rel=1e-6)
+    grads = {name: p.grad for name, p in trained(reference).items()}
+    assert_same({name: whole(p.grad) for name, p in trained(model).items()}, grads, rtol=1e-5)
+    qk.PagedAdamW(trained(reference).values(), lr=1e-2, eps=1e-3, max_grad_norm=0.1).step()
+    qk.PagedAdamW(trained(model).values(), lr=1e-2, eps=1e-3, max_grad_norm=0.1).step()
+    assert_same({name: whole(p) for name, p in trained(model).items()}, trained(reference), rtol=1e-4)
+
+
+def refusals(group: Group) -> None:
+    mesh = init_device_mesh("cpu", (group.world,))
+    up = {"base_model.blocks.0.up": ColwiseNF4()}
+    with pytest.raises(NotImplementedError, match="adapters must be LoRA without bias and dropout"):
+        parallelize_module(build(use_dora=True), mesh, up)
+    with pytest.raises(NotImplementedError, match=r"dropout 0\.5"):
+        parallelize_module(build(lora_dropout=0.5), mesh, up)
+    with pytest.raises(TypeError, match="the plan must name LinearNF4 layers, got LayerNorm"):
+        parallelize_module(build(), mesh, {"base_model.blocks.0.norm": ColwiseNF4()})
+    for style, shape, words in (
+        (ColwiseNF4(), (64, 6), "out_features must be divisible by"),
+        (RowwiseNF4(), (96, 64), "must be whole blocks of 64 weights"),
+    ):
+        if shape[1] % group.world or shape == (96, 64):
+            with pytest.raises(ValueError, match=words):
+                parallelize_module(qk.LinearNF4(*shape), mesh, style)
+
+
+CHECKS = {f.__name__: f for f in (same_as_one_process, with_fsdp, refusals)}
