@@ -63,3 +63,59 @@ def held_bytes(tensors: Iterable[Rows], world: int, rank: int = 0) -> int:
 def gathered_bytes(tensors: Iterable[Rows], world: int) -> int:
     """Bytes of all-gathers of all tensors, once each."""
     return sum(tensor.gathered(world) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The sizes of a model of the Llama kind, with untied embeddings and every linear layer of a block adapted."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    kv_width: int
+    vocabulary: int
+
+    def linears(self) -> list[tuple[int, int]]:
+        """(out_features, in_features) of one block's linear layers."""
+        h, i, kv = self.hidden, self.intermediate, self.kv_width
+        return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
+
+
+LLAMA_70B = Llama(hidden=8192, intermediate=28672, layers=80, kv_width=1024, vocabulary=128256)
+LLAMA_405B = Llama(hidden=16384, intermediate=53248, layers=126, kv_width=1024, vocabulary=128256)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Of one process under FSDP2 with a group for each block, every block resharded after its forward.
+
+    weights: held, in NF4 or 16 bits, embeddings, head and norms in 16 bits included.
+    adapters: held: fp32 LoRA factors, their gradients and AdamW's two states.
+    block: gathered for one block at a time, beside what is held.
+    received: by all-gathers of one step: every block twice, what is outside of blocks once.
+    reduced: sent by reduce-scatters of the factors' gradients, in fp32.
+    """
+
+    weights: int
+    adapters: int
+    block: int
+    received: int
+    reduced: int
+
+
+def step_bytes(model: Llama, world: int, *, r: int = 16, nf4: bool = True) -> StepBytes:
+    """What rank 0 of `world` processes holds and moves in one optimizer step without gradient accumulation."""
+    of = nf4_rows if nf4 else dense_rows
+    norm = Rows(model.hidden, 2)
+    frozen = [rows for N, K in model.linears() for rows in of(N, K)] + [norm, norm]
+    factors = [rows for N, K in model.linears() for rows in lora_rows(N, K, r)]
+    root = [*dense_rows(model.vocabulary, model.hidden), *dense_rows(model.vocabulary, model.hidden), norm]
+    block = gathered_bytes(frozen + factors, world)
+    everything = 2 * model.layers * block + gathered_bytes(root, world)
+    return StepBytes(
+        weights=model.layers * held_bytes(frozen, world) + held_bytes(root, world),
+        adapters=4 * model.layers * held_bytes(factors, world),
+        block=block,
+        received=everything * (world - 1) // world,
+        reduced=model.layers * gathered_bytes(factors, world) * (world - 1) // world,
+    )

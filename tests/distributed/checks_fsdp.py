@@ -86,7 +86,8 @@ def bytes_held_and_gathered(group: Group) -> None:
         parts = [p.to_local() for module in quantized(model).values() for p in module.flat_parameters().values()]
         assert sum(part.nbytes for part in parts) == held_bytes(weights, group.world, group.rank)
         sizes: list[int] = []
-        with counting(sizes):
+        reduced: list[int] = []
+        with counting("all_gather", "output_tensor", sizes), counting("reduce_scatter", "input", reduced):
             loss = loss_of(model, batch())
             forward = sum(sizes)
             loss.backward()
@@ -94,6 +95,8 @@ def bytes_held_and_gathered(group: Group) -> None:
         assert forward == blocks + gathered_bytes(head, group.world), (forward, blocks)
         assert sum(sizes) - forward == blocks  # the root stays gathered
         assert len(sizes) == 5
+        assert sum(reduced) == gathered_bytes(adapters, group.world)
+        assert len(reduced) == 2
 
 
 def constants_in_fp32_and_experts(group: Group) -> None:
@@ -262,12 +265,14 @@ def adapter_files(group: Group) -> None:
 
 
 class counting:
-    """Appends the number of bytes of each all-gather of FSDP2 while it is entered."""
+    """Appends the number of bytes of each all-gather or reduce-scatter of FSDP2, of the whole, while it is entered."""
 
-    def __init__(self, sizes: list[int]) -> None:
-        # all_gather_single has taken the place of the older name in newer versions of torch.
-        names = ("all_gather_single", "all_gather_into_tensor")
-        self.sizes, self.originals = sizes, {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    def __init__(self, collective: str, argument: str, sizes: list[int]) -> None:
+        # The names that end in "single" have taken the place of the older ones in newer versions of torch.
+        older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[collective]
+        names = [name for name in (f"{collective}_single", older) if hasattr(dist, name)]
+        self.originals = {name: getattr(dist, name) for name in names}
+        self.argument, self.sizes = argument, sizes
 
     def __enter__(self):
         for name, function in self.originals.items():
@@ -278,8 +283,8 @@ class counting:
             setattr(dist, name, function)
 
     def _count(self, function, *arguments, **options):
-        output = arguments[0] if arguments else options["output_tensor"]
-        self.sizes.append(output.nbytes)
+        tensor = arguments[0] if arguments else options[self.argument]
+        self.sizes.append(tensor.nbytes)
         return function(*arguments, **options)
 
 
