@@ -386,9 +386,10 @@ class PeftModel(nn.Module):
         return resize_token_embeddings(self.host, *args, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's, over its own parameters."""
+        """The base model's, over its own parameters; nothing where it has none (accelerate asks every model)."""
+        tie: Any = getattr(self.base_model, "tie_weights", None)
         with self.selection.disabled():
-            return self.base_model.tie_weights(*args, **kwargs)  # type: ignore[operator]
+            return None if tie is None else tie(*args, **kwargs)
 
     # Counting
 

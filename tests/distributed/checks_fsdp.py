@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +348,44 @@ def files(group: Group) -> None:
         load_shards(other.get_base_model(), folder)
 
 
+def accelerate_prepares(group: Group) -> None:
+    """accelerate's own FSDP2 preparation, whose launcher wants a GPU: also with the weights of rank 0 alone."""
+    try:
+        from accelerate.utils import fsdp_utils
+    except ImportError:
+        return
+    expected = expected_gradients()
+    policy = lambda plugin, model: lambda module: type(module).__name__ == "Block"  # noqa: E731
+    original, fsdp_utils.fsdp2_prepare_auto_wrap_policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy, policy
+    try:
+        for from_rank_0 in (False, True):
+            plugin = SimpleNamespace(
+                reshard_after_forward=True,
+                cpu_offload=None,
+                mixed_precision_policy=None,
+                ignored_modules=None,
+                cpu_ram_efficient_loading=from_rank_0,
+                set_auto_wrap_policy=lambda model: None,
+                auto_wrap_policy="blocks",
+            )
+            accelerator = SimpleNamespace(
+                state=SimpleNamespace(fsdp_plugin=plugin),
+                mixed_precision="no",
+                is_main_process=group.rank == 0,
+                device=torch.device("cpu"),
+                parallelism_config=None,
+                torch_device_mesh=None,
+            )
+            seed = group.rank if from_rank_0 else 0
+            model = fsdp_utils.fsdp2_prepare_model(accelerator, qk.make_shardable(build(seed=seed)))
+            check_gradients(group, model, expected)
+            for module in quantized(model).values():
+                assert all(isinstance(p, DTensor) for p in module.flat_parameters().values())
+            assert get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) or group.rank
+    finally:
+        fsdp_utils.fsdp2_prepare_auto_wrap_policy = original
+
+
 WORLDS = [4, 2, 3]
 
 CHECKS = {
@@ -366,5 +405,6 @@ CHECKS = {
         adapter_files,
         distributed_checkpoint,
         files,
+        accelerate_prepares,
     )
 }
