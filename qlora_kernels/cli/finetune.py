@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +29,13 @@ from ..training import (
     ChunkedLoss,
     Corpus,
     Example,
+    LostWorkerError,
     Record,
     StepRecord,
     TextTokens,
+    Workers,
     encode_rows,
+    joined,
     language_reference,
     perplexity,
     read_corpus,
@@ -66,17 +72,20 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns 1 where training diverged or the reloaded adapter gives another perplexity."""
     options = FinetuneOptions.of(arguments)
-    console = Console(quiet=options.json)
     _check_needs()
     _prepare_output(options)
     try:
-        with held_alone(options.out) as alone:
-            if not alone:
-                raise UsageError(f"--out: {options.out} must be this run's alone, another run is writing to it")
-            report = _Finetune(options, console).run()
-    except FloatingPointError as error:
+        with joined(dict(os.environ), timedelta(seconds=options.timeout)) as workers:
+            console = Console(quiet=options.json or not workers.first)
+            with held_alone(options.out) if workers.first else nullcontext(True) as alone:
+                if not alone:
+                    raise UsageError(f"--out: {options.out} must be this run's alone, another run is writing to it")
+                report = _Finetune(options, console, workers).run()
+    except (FloatingPointError, LostWorkerError) as error:
         sys.stderr.write(f"qlora-kernels finetune: {error}\n")
         return 1
+    if not workers.first:
+        return 0
     print(report.to_json() if options.json else report.table())
     trained, reloaded = (report.perplexity.get(name) for name in ("NF4 + adapter, trained", "NF4 + adapter, reloaded"))
     if trained != reloaded:
@@ -101,9 +110,10 @@ def _prepare_output(options: FinetuneOptions) -> None:
 class _Finetune:
     """One run: the steps of the command and what they share."""
 
-    def __init__(self, options: FinetuneOptions, console: Console) -> None:
+    def __init__(self, options: FinetuneOptions, console: Console, workers: Workers) -> None:
         self.options = options
         self.console = console
+        self.workers = workers
         self.report = FinetuneReport(options.model, options.data, str(options.out))
 
     def run(self) -> FinetuneReport:
@@ -128,6 +138,7 @@ class _Finetune:
             self.report.base, self.report.examples = folder_fingerprint(quantized), fingerprint(train_examples)
         if self.options.resume and (finished := self._finished()) is not None:
             self.console.say(f"finished already: {self.options.out} is left as it is")
+            self.workers.wait()
             return finished
         if not is_quantized(dense):
             self._measure("16-bit base", load_model(dense, self.options.dtype))
@@ -135,14 +146,18 @@ class _Finetune:
         self._measure("NF4 base", model)
         adapted = self._train(model, train_examples)
         adapter = self.options.out / "adapter"
-        with folder_appearing_by_rename(adapter) as partial:
-            adapted.save_pretrained(partial)
+        if self.workers.first:
+            with folder_appearing_by_rename(adapter) as partial:
+                adapted.save_pretrained(partial)
+        self.workers.wait()
         self._measure("NF4 + adapter, trained", adapted)
         del model, adapted
         reloaded = load_adapter(self._load(quantized), adapter)
         self._measure("NF4 + adapter, reloaded", reloaded)
-        self._sample(reloaded)
-        self._finish()
+        if self.workers.first:
+            self._sample(reloaded)
+            self._finish()
+        self.workers.wait()
         return self.report
 
     def _finished(self) -> FinetuneReport | None:
@@ -233,7 +248,8 @@ class _Finetune:
             bad_input(),
             as_model_error(Path(self.options.model), "must be a model that can be run"),
         ):
-            measured = perplexity(ChunkedLoss(model), self.unseen, batch, self.pad_token_id, bar.update)
+            loss = ChunkedLoss(model)
+            measured = perplexity(loss, self.unseen, batch, self.pad_token_id, bar.update, self.workers)
         self.report.perplexity[name] = measured.value
         self.report.predictions = measured.tokens
         self.console.say(f"perplexity, {name}: {measured.value:.3f}")
@@ -249,7 +265,7 @@ class _Finetune:
         self.report.trainable = adapted.get_nb_trainable_parameters()[0]
         self.console.say(f"training {self.report.trainable:,} parameters for {options.steps} steps")
         checkpoints = options.out / "checkpoints"
-        if not options.resume and checkpoints.is_dir():
+        if not options.resume and checkpoints.is_dir() and self.workers.first:
             shutil.rmtree(checkpoints)  # of an earlier run, which a later --resume must not pick up
         with bad_input(), self.console.stage("train"), self.console.bar(options.steps, "training", "step") as bar:
             self.report.steps = train(
@@ -262,6 +278,7 @@ class _Finetune:
                 settings={**options.identity(), "base": self.report.base},
                 resume=options.resume,
                 on_step=lambda step: self._show(bar, step),
+                workers=self.workers,
             )
         return adapted
 

@@ -63,6 +63,7 @@ class FinetuneOptions:
     gradient_checkpointing: bool
     checkpoint_every: int
     resume: bool
+    timeout: int
     unseen: float
     eval_windows: int
     prompt: str | None
@@ -121,7 +122,7 @@ class FinetuneOptions:
 
     def result_options(self) -> dict[str, Any]:
         """All that the adapter and the report depend on."""
-        free = {"out", "cache", "json", "checkpoint_every", "resume"}
+        free = {"out", "cache", "json", "checkpoint_every", "resume", "timeout"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -200,6 +201,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in OUT, bit by bit"
+    )
+    training.add_argument(
+        "--timeout",
+        type=positive,
+        default=1800,
+        metavar="SECONDS",
+        help="of several processes (torchrun), for which they wait for one that does not answer",
     )
 
     sample = parser.add_argument_group("sample at the end")

@@ -12,6 +12,7 @@ from .loop import StepRecord, TrainConfig, train
 from .records import Chat, Completion, DataError, Plain, Record
 from .text_tokens import TextTokens
 from .windows import Encoding, Example, RowCounts, encode, encode_rows
+from .workers import LostWorkerError, Workers, joined
 
 __all__ = [
     "BatchOrder",
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "Encoding",
     "Example",
+    "LostWorkerError",
     "Perplexity",
     "Plain",
     "Record",
@@ -29,9 +31,11 @@ __all__ = [
     "StepRecord",
     "TextTokens",
     "TrainConfig",
+    "Workers",
     "collate",
     "encode",
     "encode_rows",
+    "joined",
     "language_reference",
     "perplexity",
     "read_corpus",

@@ -21,6 +21,7 @@ from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor
 from .windows import Example
+from .workers import Workers
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,18 @@ def train(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     on_step: Callable[[StepRecord], object] = lambda record: None,
+    workers: Workers | None = None,
 ) -> list[StepRecord]:
     """Train the parameters of loss.model that require a gradient, and return every step's record.
 
     optimizer: makes it from those parameters.   checkpoints: folder for config.checkpoint_every and `resume`.
     settings: what, beside `config`, must not change for a resumed run to be the same run; kept in the checkpoint.
-    resume: continue from the newest checkpoint, if any.
+    resume: continue from the newest checkpoint, if any, also with another number of processes.
+    workers: the processes that share every batch; each has all of the model, and rank 0 writes the checkpoints.
     A resumed run computes the same bits as one that was never interrupted.
     Raises ResumeError where the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
     """
-    model = loss.model
+    model, workers = loss.model, workers or Workers()
     identity = json.dumps(
         {**asdict(config), "checkpoint_every": None, "examples": fingerprint(examples), **(settings or {})},
         sort_keys=True,
@@ -92,6 +95,7 @@ def train(
         records = [StepRecord(**record) for record in state.parts["records"]]
     # After the model's restoration, which may replace parameters.
     trained = list(_trained(model).values())
+    workers.start_alike(trained)
     stepper = optimizer(trained)
     if state is not None:
         state.restore({"optimizer": cast(Stateful, stepper)})
@@ -101,11 +105,12 @@ def train(
     model.train()
     for step in range(len(records), config.steps):
         chosen = [examples[i] for i in order.indices(step)]
-        records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id))
+        workers.seed(config.seed, step)
+        records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
         on_step(records[-1])
         last = step + 1 == config.steps
         due = config.checkpoint_every and (last or (step + 1) % config.checkpoint_every == 0)
-        if checkpoints is not None and due:
+        if checkpoints is not None and due and workers.first:
             parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
             save_training_state(checkpoints, step + 1, {**parts, **_model_parts(model)})
     return records
@@ -128,14 +133,17 @@ def _step(
     config: TrainConfig,
     step: int,
     pad_token_id: int,
+    workers: Workers,
 ) -> StepRecord:
     started = time.perf_counter()
     lr = config.lr * factor(config.schedule, step, config.steps, config.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    size = config.micro_batch or len(chosen)
-    micro_batches = [collate(chosen[i : i + size], pad_token_id) for i in range(0, len(chosen), size)]
-    mean = _backward(loss, micro_batches)
+    own = workers.share(chosen)
+    size = config.micro_batch or max(len(own), 1)
+    micro_batches = [collate(own[i : i + size], pad_token_id) for i in range(0, len(own), size)]
+    mean = _backward(loss, micro_batches, workers)
+    workers.sum_gradients(trained)
     if not math.isfinite(mean):
         raise FloatingPointError(f"train: the loss of step {step + 1} must be finite, got {mean}; use a smaller lr")
     norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
@@ -143,21 +151,25 @@ def _step(
     if isinstance(loss.model, PeftModel):
         loss.model.step(step)
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(batch.input_ids.numel() for batch in micro_batches)
+    tokens = int(workers.total(sum(batch.input_ids.numel() for batch in micro_batches)))
     return StepRecord(step + 1, mean, lr, norm.item(), tokens, time.perf_counter() - started)
 
 
-def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch]) -> float:
-    """Accumulate the gradient of the mean over all learned tokens; returns that mean, auxiliary losses left out."""
-    learned = sum(batch.learned_tokens for batch in micro_batches)
+def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers) -> float:
+    """Accumulate this process's part of the gradient of the mean over all learned tokens of all processes.
+
+    Returns that mean, auxiliary losses left out.
+    """
+    learned = workers.total(sum(batch.learned_tokens for batch in micro_batches))
+    taking_part = workers.total(1.0 if micro_batches else 0.0)
     mean = 0.0
     for batch in micro_batches:
         share = loss(batch) / learned
         mean += share.item()
         if isinstance(loss.model, PeftModel):
-            share = share + loss.model.peft_loss() / len(micro_batches)
+            share = share + loss.model.peft_loss() / (len(micro_batches) * taking_part)
         share.backward()  # type: ignore[no-untyped-call]
-    return mean
+    return workers.total(mean)
 
 
 def _check_identity(place: str, state: TrainingState, identity: str) -> None:

@@ -1,0 +1,140 @@
+"""Workers: the processes of a data-parallel run, each with the whole model and a part of every batch.
+
+Gradients, losses and counts are summed, so that every process computes what one would with the whole batch. A process
+that dies, or does not answer in time, ends the others with an error that names it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_GRACE = 10.0
+"""Seconds in which the processes that are left report to each other after a collective has failed."""
+
+
+class LostWorkerError(RuntimeError):
+    """Another process died or does not answer."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """rank: number of this process.   world: of all. One alone by default, for which nothing is sent."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Workers:
+        """Those of torch's default process group, if there is one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of `items`; may be empty."""
+        return items if self.world == 1 else items[self.rank :: self.world]
+
+    def total(self, number: float) -> float:
+        """The sum over all processes, in fp64 and the same in each."""
+        if self.world == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.float64)
+        self._run(lambda: dist.all_reduce(value))
+        return value.item()
+
+    def gathered(self, items: Any) -> list[Any]:
+        """`items` of every process, in the order of ranks."""
+        if self.world == 1:
+            return [items]
+        each: list[Any] = [None] * self.world
+        self._run(lambda: dist.all_gather_object(each, items))
+        return each
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.gathered(None)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its sum over all processes; one of a process that has none counts as zero."""
+        if self.world == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._each_dtype([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
+
+    def start_alike(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every process the values of rank 0."""
+        if self.world > 1:
+            self._each_dtype([p.detach() for p in parameters], lambda flat: dist.broadcast(flat, src=0))
+
+    def seed(self, seed: int, step: int) -> None:
+        """Let the processes draw other dropout masks than each other: a function of seed, step and rank alone."""
+        if self.world > 1:
+            torch.manual_seed(((seed << 20) + step * self.world + self.rank) % (1 << 63))
+
+    def _each_dtype(self, tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
+        """One call of the collective for all tensors of a dtype together."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            self._run(lambda flat=flat: collective(flat))  # type: ignore[misc]
+            for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _run(self, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise LostWorkerError(self._who_is_lost(error)) from error
+
+    def _who_is_lost(self, error: RuntimeError) -> str:
+        """Every process that is left says so in the store; those that do not within a while are lost."""
+        lost: list[int] = []
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(f"left/{self.rank}", "1")
+            ends = time.monotonic() + _GRACE
+            while time.monotonic() < ends:
+                lost = [rank for rank in range(self.world) if not store.check([f"left/{rank}"])]
+                if not lost:
+                    break
+                time.sleep(0.2)
+        except RuntimeError:  # the process that held the store
+            lost = [0]
+        names = ", ".join(f"rank {rank}" for rank in lost) or "a process"
+        return f"{names} of {self.world} must answer, got none; the run stops ({' '.join(str(error).split())[:200]})"
+
+
+@contextmanager
+def joined(environment: dict[str, str], timeout: timedelta) -> Any:
+    """The workers of the group that torchrun or accelerate launch describes in the environment; it is left at the end.
+
+    A group that is there already is used, and stays.
+    """
+    joins = dist.is_available() and not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1
+    if joins:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield Workers.current()
+    finally:
+        if joins:
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
