@@ -11,6 +11,7 @@ the whole tensor before it is used. Tensors of one memory stay one parameter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,21 @@ class QuantizedWeight(nn.Module):
     def double_quant(self) -> bool:
         """Whether the constants are in 8 bits. Known for a sharded weight too."""
         return self._stored("absmax_q") is not None
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """Set by torch's FSDP on every module that it manages, which is the one moment to see that it does."""
+        return bool(self.__dict__.get("_is_fsdp_managed_module", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        self.__dict__["_is_fsdp_managed_module"] = managed
+        if managed and not self.in_parameters:
+            warnings.warn(
+                f"{type(self).__name__}: FSDP leaves the NF4 weight whole in every process, because it is kept in "
+                "buffers; call qlora_kernels.make_shardable(model) before fully_shard",
+                stacklevel=3,
+            )
 
     def flat_parameters(self) -> dict[str, nn.Parameter]:
         """The tensors as parameters, by their names; empty while they are buffers. Sharded ones are DTensors."""

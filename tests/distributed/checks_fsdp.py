@@ -212,6 +212,8 @@ def order_of_operations(group: Group) -> None:
         wrapped = too_early(model)
         with pytest.raises(RuntimeError, match=f"make_shardable: .* must not be {word} yet"):
             qk.make_shardable(wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else model)
+    with pytest.warns(UserWarning, match="FSDP leaves the NF4 weight whole in every process"):
+        fully_shard(quantize())
     model = shard(build())
     assert qk.make_shardable(model) is model
     layer = model.base_model.blocks[0].up.base_layer
