@@ -176,7 +176,7 @@ def ours_full_logits(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def through_qk(case: Case, inputs: Inputs) -> tuple[nn.Module, Optimizer]:
-    """Model and optimizer."""
+    """Return our model with LoRA, and its optimizer."""
     model = copy.deepcopy(inputs.source)
     qk.replace_linear(model)
     config = qk.peft.LoraConfig(r=case.r, lora_alpha=layers.LORA_ALPHA, target_modules="all-linear")
@@ -202,6 +202,7 @@ def through_peft(model: nn.Module, case: Case, inputs: Inputs, *, masters: bool)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -227,28 +228,33 @@ def step(
 
 
 def bnb_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build training steps of PEFT over bitsandbytes with bf16 factors."""
     return through_peft(inputs.bitsandbytes(), case, inputs, masters=False)
 
 
 def bnb_peft_fp32(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build training steps of PEFT over bitsandbytes with fp32 factors under autocast."""
     return through_peft(inputs.bitsandbytes(), case, inputs, masters=True)
 
 
 def dense_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build training steps of PEFT over dense layers."""
     return through_peft(copy.deepcopy(inputs.dequantized), case, inputs, masters=False)
 
 
 def verify(case: Case, inputs: Inputs, contender: str, loss: Tensor) -> None:
-    """The first loss."""
+    """Check the first loss against the dequantized model's."""
     expected = inputs.first_loss
     assert abs(loss.item() - expected) <= LOSS_ERROR * expected, f"first loss {loss.item():.4f}, not {expected:.4f}"
 
 
 def has_peft(case: Case) -> bool:
+    """Say whether transformers and PEFT are installed."""
     return layers.has_peft(case) and importlib.util.find_spec("transformers") is not None
 
 
 def has_bitsandbytes(case: Case) -> bool:
+    """Say whether bitsandbytes is installed as well."""
     return has_peft(case) and importlib.util.find_spec("bitsandbytes") is not None
 
 

@@ -93,19 +93,19 @@ def decode(model: nn.Module, tokens: Tensor, cache: Any) -> Tensor:
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """LinearNF4."""
+    """Build calls of a model over LinearNF4 layers."""
     return over(with_linears(inputs.source, qk.LinearNF4.from_linear).eval(), case, inputs)
 
 
 def bitsandbytes(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """Linear4bit in eval mode."""
+    """Build calls of a model over Linear4bit layers in eval mode."""
     return over(
         with_linears(inputs.source, lambda linear: layers.linear4bit(linear.weight.detach())).eval(), case, inputs
     )
 
 
 def dense(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """nn.Linear in bf16."""
+    """Build calls of a model over nn.Linear layers in bf16."""
     return over(inputs.dequantized, case, inputs)
 
 

@@ -63,14 +63,14 @@ def lora_factors(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 @lru_cache(maxsize=1)
 def ours(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[qk.LinearNF4]:
-    """Copies of our layer."""
+    """Return `copies` copies of our layer."""
     layer = quantized(N, K, blocksize, dtype, device)
     return [copy.deepcopy(layer) for _ in range(copies)]
 
 
 @lru_cache(maxsize=1)
 def dense(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[nn.Linear]:
-    """Frozen nn.Linear layers."""
+    """Return `copies` frozen nn.Linear layers of the dequantized weight."""
     weight = dequantized(N, K, blocksize, dtype, device)
     layers = []
     for _ in range(copies):
@@ -150,7 +150,7 @@ def has_bitsandbytes(case: Case) -> bool:
 
 
 def has_peft(case: Case) -> bool:
-    """PEFT is installed."""
+    """Say whether Hugging Face PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
 
 

@@ -91,7 +91,7 @@ def _median_row(group: Sequence[Row]) -> Row:
 
 
 def report(rows: Sequence[Row], *, targets: bool = True) -> str:
-    """All of it."""
+    """Return the full report in Markdown."""
     parts = [_provenance(rows), _targets(judge(rows)) if targets else "", *_tables(rows), *_faults(rows)]
     return "\n\n".join(part for part in parts if part)
 

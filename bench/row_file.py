@@ -28,7 +28,7 @@ class RowWriter:
         self._provenance: Row | None = None
 
     def write(self, row: Row) -> None:
-        """Append one row."""
+        """Append one row to the file."""
         provenance = {name: row[name] for name in PROVENANCE if name in row}
         if provenance != self._provenance:
             self.file.write(json.dumps({"provenance": provenance}) + "\n")

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     made.add_argument("device", nargs="?", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--only", default="", metavar="REGEX", help='cases whose "op name" it matches')
@@ -165,7 +165,7 @@ def fault_of(suite: Suite, case: Case, inputs: Any, contender: Contender, call: 
 
 
 def case_row(case: Case, contender: Contender, threads: int, mode: str | None) -> Row:
-    """What was run."""
+    """Return the fields of a row that say what was run."""
     return {
         "op": case.op,
         "case": case.name,
@@ -224,7 +224,7 @@ def memory_ratios(name: str, measures: dict[str, Row]) -> Row:
 
 
 def peak_row(peak: Peak, isa: str | None) -> Row:
-    """A measured peak."""
+    """Return the row of one measured peak."""
     return {
         "op": "peak",
         "case": peak.name,

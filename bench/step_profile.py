@@ -98,6 +98,7 @@ def by_part(events: Any) -> dict[str, dict[str, float]]:
 
 
 def is_backward(event: Any) -> bool:
+    """Say whether an event belongs to the backward pass."""
     return backward_root(event) is not None
 
 
@@ -111,6 +112,7 @@ def backward_root(event: Any) -> Any:
 
 
 def enclosing_part(event: Any) -> str:
+    """Return the part of the step that encloses an event, or REST."""
     while event is not None:
         if event.name.startswith(PREFIX):
             return str(event.name.removeprefix(PREFIX))
@@ -119,7 +121,7 @@ def enclosing_part(event: Any) -> str:
 
 
 def table(parts: Mapping[str, Mapping[str, float]]) -> str:
-    """For people."""
+    """Return the parts and their times as a text table."""
     total = sum(times["total"] for times in parts.values())
     lines = [f"{'part':<24} {'ms':>8} {'share':>7} {'copies, ms':>11}"]
     for part, times in parts.items():

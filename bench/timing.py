@@ -65,7 +65,7 @@ class _Round:
 
 
 def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
-    """Time every entrant, interleaved."""
+    """Time the calls of all entrants, interleaved in random order."""
     clock = clock_of(device)
     started, before = time.perf_counter(), torch.get_num_threads()
     circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
@@ -92,7 +92,7 @@ def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dic
 
 
 def summarize(times: Sequence[float], foreign: float) -> Timing:
-    """Median, deciles and count."""
+    """Return the median, the deciles and the count of times."""
     if len(times) == 1:
         return Timing(times[0], times[0], times[0], 1, foreign)
     deciles = statistics.quantiles(times, n=10, method="inclusive")

@@ -46,7 +46,7 @@ class Inputs:
 
 
 def forward_backward(layer: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(y, grad_x)."""
+    """Return (y, grad_x) of one layer."""
     y = layer(inputs.x)
     return y.detach(), *torch.autograd.grad(y, inputs.x, inputs.grad_y)
 

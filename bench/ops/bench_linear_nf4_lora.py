@@ -56,7 +56,7 @@ class Inputs(plain.Inputs):
 
     @cached_property
     def dropout(self) -> Dropout | None:
-        """The mask under GATE_SEED."""
+        """The dropout mask that is drawn under GATE_SEED."""
         if self.case.dropout == 0:
             return None
         with torch.random.fork_rng():
@@ -75,7 +75,7 @@ class Inputs(plain.Inputs):
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """LinearNF4.forward_lora."""
+    """Build calls of LinearNF4.forward_lora and its backward."""
 
     def call(layer: LinearNF4) -> tuple[Tensor, ...]:
         y = layer.forward_lora(inputs.x, inputs.lora_A, inputs.lora_B, inputs.scaling, case.dropout)
@@ -97,14 +97,17 @@ def through_peft(stack: Sequence[nn.Module], case: Case, inputs: Inputs, adapter
 
 
 def bnb_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of PEFT over bitsandbytes with factors in the dtype of x."""
     return through_peft(layers.bitsandbytes_train(*case.weight, copies), case, inputs, case.dtype)
 
 
 def bnb_peft_fp32(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of PEFT over bitsandbytes with fp32 factors."""
     return through_peft(layers.bitsandbytes_train(*case.weight, copies), case, inputs, torch.float32)
 
 
 def dense_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of PEFT over dense layers."""
     return through_peft(layers.dense(*case.weight, copies), case, inputs, case.dtype)
 
 
@@ -122,10 +125,12 @@ def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...
 
 
 def with_peft(case: Case) -> bool:
+    """Say whether PEFT can run the case."""
     return layers.has_peft(case)
 
 
 def with_bitsandbytes_and_peft(case: Case) -> bool:
+    """Say whether bitsandbytes and PEFT can run the case."""
     return layers.has_peft(case) and layers.has_bitsandbytes(case)
 
 

@@ -42,16 +42,18 @@ class Inputs:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """packed, absmax_q, absmax_scale, absmax_offset."""
+        """The reference's packed, absmax_q, absmax_scale and absmax_offset."""
         packed, absmax = reference.quantize_nf4(self.w, self.case.blocksize)
         return packed, *double_quant.quantize_absmax(absmax)
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of qk.quantize_nf4 with double quantization."""
     return [partial(qk.quantize_nf4, inputs.w.clone(), case.blocksize) for _ in range(copies)]
 
 
 def bnb(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of bitsandbytes' quantize_4bit with nested statistics."""
     quantize = partial(
         layers.bitsandbytes().functional.quantize_4bit,
         blocksize=case.blocksize,

@@ -25,6 +25,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("suite", "case", "contender"), RUNS)
 def test_op(suite: Suite, case: Case, contender: Contender, benchmark: Any) -> None:
+    """Verify one implementation of one case, then time it."""
     inputs = suite.inputs(case)
     call = build(contender, case, inputs, copies=1)[0]
     fault = fault_of(suite, case, inputs, contender, call)

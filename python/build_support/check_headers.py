@@ -17,6 +17,7 @@ from .native import CannotBuild
 
 
 def main() -> int:
+    """Check the headers and return the exit code."""
     failed = False
     for library in (CpuLibrary(), CudaLibrary()):
         try:

@@ -268,6 +268,7 @@ def triton_requirements(bounds: dict[str, str]) -> tuple[str, ...]:
 
 
 def main() -> int:
+    """Run the chosen environments, write the page and return the exit code."""
     parser = argparse.ArgumentParser(prog="compatibility", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--environments", type=Path)

@@ -74,7 +74,7 @@ def cells(row: Row, packages: Sequence[str], checks: Sequence[str], *more: str) 
 
 
 def table(heading: Sequence[str], content: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the lines of a Markdown table."""
     return [
         "| " + " | ".join(heading) + " |",
         "|" + "---|" * len(heading),

@@ -94,12 +94,13 @@ def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[St
 
 
 class CpuLibrary:
-    """qlora_kernels/backends/cpu/_C.abi3.so"""
+    """The library qlora_kernels/backends/cpu/_C.abi3.so and its build steps."""
 
     name = "qlora_kernels.backends.cpu._C"
     required = False
 
     def compile_steps(self, build: Path) -> list[Step]:
+        """Return one step for each object file."""
         if sys.platform not in ("linux", "darwin"):
             raise CannotBuild(f"The native CPU library is built on Linux and macOS, not on {sys.platform}.")
         compiler = tool("CXX", "c++", "g++", "clang++")
@@ -112,6 +113,7 @@ class CpuLibrary:
         return steps
 
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:
+        """Return the step that links the objects into the library."""
         _, library_folder = torch_paths()
         # torch_cpu carries the stable ABI's C functions; it is in the process before this library is loaded.
         link: tuple[str, ...] = ("-shared", f"-L{library_folder}", "-ltorch_cpu")

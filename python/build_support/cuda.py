@@ -63,7 +63,7 @@ def local_version() -> str:
 
 
 class CudaLibrary:
-    """qlora_kernels/backends/cuda/_C.abi3.so"""
+    """The library qlora_kernels/backends/cuda/_C.abi3.so and its build steps."""
 
     name = "qlora_kernels.backends.cuda._C"
 
@@ -73,6 +73,7 @@ class CudaLibrary:
         return bool(os.environ.get(ARCHS_VARIABLE))
 
     def compile_steps(self, build: Path) -> list[Step]:
+        """Return one step for each object file."""
         archs = requested_archs()
         if not archs:
             raise CannotBuild(f"{ARCHS_VARIABLE} is empty.")
@@ -98,6 +99,7 @@ class CudaLibrary:
         return steps
 
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:
+        """Return the step that links the objects into the library."""
         home = cuda_home()
         runtime = shared_runtime(home) if home else None
         if runtime is None:

@@ -36,6 +36,6 @@ def shared_runtime(home: Path) -> Path | None:
 
 
 def version(home: Path) -> str:
-    """nvcc's release, like 13.0."""
+    """Return nvcc's release, such as 13.0."""
     report = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     return report.split("release ", 1)[1].split(",", 1)[0]

@@ -44,6 +44,7 @@ class Step:
     dependency_file: Path | None = None
 
     def is_current(self) -> bool:
+        """Say whether the output was made by this command and is newer than everything it is made from."""
         if not self.output.exists():
             return False
         # The command is an input too: other flags make another object.
@@ -88,11 +89,14 @@ class Library(Protocol):
     name: str
 
     @property
-    def required(self) -> bool: ...
+    def required(self) -> bool:
+        """Say whether the build fails where the library cannot be built."""
 
-    def compile_steps(self, build: Path) -> Sequence[Step]: ...
+    def compile_steps(self, build: Path) -> Sequence[Step]:
+        """Return one step for each object file."""
 
-    def link_step(self, objects: Sequence[Path], output: Path) -> Step: ...
+    def link_step(self, objects: Sequence[Path], output: Path) -> Step:
+        """Return the step that links the objects into the library."""
 
 
 def extension(library: Library) -> Extension:
@@ -106,6 +110,7 @@ class BuildNative(build_ext):
     """build_ext that runs the libraries' own commands."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link one library, where its sources have changed."""
         if os.environ.get(SKIP_VARIABLE) == "1":
             return
         library: Library = ext.library

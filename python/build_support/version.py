@@ -13,6 +13,7 @@ class LocalVersion(egg_info):
     """egg_info that puts it behind the version of pyproject.toml, where QLORA_CUDA_ARCHS is set."""
 
     def finalize_options(self) -> None:
+        """Append the local version to the distribution's version."""
         # Here and not as an option of setup(): the setup.cfg that an sdist carries would override that.
         if ARCHS_VARIABLE in os.environ:
             self.tag_build = f"+{local_version()}"

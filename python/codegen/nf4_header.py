@@ -27,6 +27,7 @@ PREAMBLE = """\
 
 
 def fp32_literals(values: Iterable[float], name: str) -> list[str]:
+    """Return the hexadecimal fp32 literal of each value. Raises ValueError for a value that is not fp32."""
     literals = []
     for value in values:
         if struct.unpack("<f", struct.pack("<f", value))[0] != value:
@@ -39,12 +40,14 @@ def fp32_literals(values: Iterable[float], name: str) -> list[str]:
 
 
 def macro(name: str, values: Iterable[float], per_line: int) -> str:
+    """Return the definition of a macro that lists `values`."""
     literals = fp32_literals(values, name)
     rows = [", ".join(literals[i : i + per_line]) for i in range(0, len(literals), per_line)]
     return f"#define {name} \\\n    " + ", \\\n    ".join(rows) + "\n"
 
 
 def render() -> str:
+    """Return the text of the header."""
     parts = [
         PREAMBLE,
         "// clang-format off",
@@ -84,6 +87,7 @@ def render() -> str:
 
 
 def main() -> int:
+    """Write or compare the header and return the exit code."""
     parser = argparse.ArgumentParser(description="Write csrc/include/qlora/nf4_code.h.")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()

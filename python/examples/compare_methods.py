@@ -66,14 +66,17 @@ class Recipe:
 def once(
     lr: float, config: Callable[[int], peft.PeftConfig | None], *, nf4: bool = False, head_lr: float | None = None
 ) -> Recipe:
+    """Return the recipe of a single training stage with this configuration."""
     return Recipe(lr, lambda steps: [Stage(config(steps), steps)], nf4, head_lr)
 
 
-def lora(steps: int) -> peft.PeftConfig:
+def lora(steps: int) -> peft.PeftConfig:  # noqa: ARG001
+    """Return the LoRA configuration of the comparison."""
     return peft.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type=TASK)
 
 
 def adalora(steps: int) -> peft.PeftConfig:
+    """Return the AdaLoRA configuration of the comparison."""
     return peft.AdaLoraConfig(
         init_r=12,
         target_r=8,
@@ -137,6 +140,7 @@ class Options:
 
 
 def folder_of(package: str) -> Path:
+    """Return the folder of an installed package. Raises SystemExit where it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"compare_methods: package {package} must be installed: pip install --no-deps {package}")
@@ -185,6 +189,7 @@ def training_order(records: Sequence[Record], n: int, options: Options) -> list[
 
 
 def batches(records: Sequence[Record], tokenizer: Any, options: Options, order: Sequence[int]) -> Iterator[Any]:
+    """Yield padded batches of the records in the given order."""
     for start in range(0, len(order), options.batch):
         chosen = [records[i] for i in order[start : start + options.batch]]
         yield tokenizer.pad(chosen, return_tensors="pt")
@@ -237,6 +242,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: peft.PeftModel, records: Sequence[Record], tokenizer: Any, options: Options, bar: Any) -> float:
+    """Return the share of correct predictions over a data set."""
     model.eval()
     right = 0
     order = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))  # little padding
@@ -258,7 +264,7 @@ def peak_gigabytes() -> float:
 
 
 def run(name: str, options: Options) -> dict[str, Any]:
-    """One method's row."""
+    """Train one method and return its row of results."""
     from tqdm import tqdm
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -303,6 +309,7 @@ def run(name: str, options: Options) -> dict[str, Any]:
 
 
 def write_by_rename(path: Path, text: str) -> None:
+    """Write `text` to `path` by renaming a finished file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -320,6 +327,7 @@ def load_rows(path: Path, options: Options) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
     lines = ["| method | trained weights | % of the model | accuracy % (± standard error) | CPU ms/step | peak GB |"]
     lines.append("|---|--:|--:|--:|--:|--:|")
     for row in rows:
@@ -331,6 +339,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the rows as a figure and save it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -356,6 +365,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(prog="compare_methods", description=__doc__.split("\n")[0])
     parser.add_argument("--methods", default=",".join(RECIPES), help=f"comma-separated, of {', '.join(RECIPES)}")
     parser.add_argument("--steps", type=int, default=80)
@@ -371,6 +381,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the comparison and return the exit code."""
     given = arguments(argv)
     names = given.methods.split(",")
     if unknown := set(names) - RECIPES.keys():

@@ -40,7 +40,7 @@ def cuda_rows(archs: list[int]) -> list[Row]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text."""
+    """Return the cells of a row as text."""
     tensor_core = f"{row.tensor_core_count} {row.tensor_core}" if row.tensor_core else ""
     per_weight = "" if row.per_weight is None else f"{row.per_weight:.2f}"
     return [

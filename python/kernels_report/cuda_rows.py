@@ -145,7 +145,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
 
 
 def _named(signature: str) -> tuple[str, str]:
-    """ "void qlora::linear_nf4_gemm_kernel<__half, 64, qlora::ForwardWeights>(...)" -> kernel and config."""
+    """Kernel and config of a name such as void qlora::linear_nf4_gemm_kernel<__half, 64, ForwardWeights>(...)."""
     match = re.match(r"(?:void )?qlora::(\w+)_kernel(?:<(.*)>)?\(", signature)
     if match is None:
         raise ValueError(f"not a kernel of csrc/cuda: {signature}")

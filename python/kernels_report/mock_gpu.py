@@ -28,28 +28,37 @@ class MockDriver:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        """Return the target that kernels are compiled for."""
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
+        """Return the architecture as the number of the device."""
         # Caches of compiled kernels are kept by device number: one for each architecture.
         return self.arch
 
-    def get_current_stream(self, device: int | None = None) -> int:
+    def get_current_stream(self, device: int | None = None) -> int:  # noqa: ARG002
+        """Return 0, the default stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
+        """Return the device on which launchers find their tensors."""
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
+        """Return the torch module that stands for the device."""
         return torch
 
     @staticmethod
     def is_active() -> bool:
+        """Say that this driver serves every launch."""
         return True
 
     class utils:
+        """The functions by which Triton asks for the device's properties."""
+
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
+            """Return the properties of the architecture compiled for."""
             return {
                 "max_shared_mem": MAX_SHARED[device],
                 "multiprocessor_count": 108,
@@ -58,6 +67,8 @@ class MockDriver:
             }
 
     class launcher_cls:
+        """The class by which Triton launches a compiled kernel."""
+
         def __init__(self, *args: Any) -> None:
             pass
 
@@ -89,7 +100,7 @@ def compiling_for(arch: int, then: Callable[[Compiled], None] | None = None) -> 
     launches: list[Compiled] = []
     stock_run, stock_driver = JITFunction.run, driver._active
 
-    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
         kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
         constants = {name: value for name, value in kwargs.items() if isinstance(value, (int, bool, str))}
         arguments = dict(zip(self.arg_names, args, strict=False))

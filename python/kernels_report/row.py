@@ -51,7 +51,7 @@ class Row:
     narrow_products: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the fields as plain data for JSON."""
         return asdict(self)
 
 

@@ -46,7 +46,7 @@ class Facts:
 
     @property
     def total(self) -> int:
-        """All instructions."""
+        """The number of all instructions of the kernel."""
         return sum(self.instructions.values())
 
     def count(self, prefix: str) -> int:

@@ -105,12 +105,12 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, arithmetic: Arithmetic) ->
 
 
 def linear_grad_x(grad_y: Tensor, w: Tensor, arithmetic: Arithmetic) -> Expected:
-    """grad_x = grad_y W."""
+    """Return grad_x = grad_y W with its bound."""
     return arithmetic.product(arithmetic.input(grad_y), arithmetic.weight(w)).to(arithmetic.dtype)
 
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout | None, arithmetic: Arithmetic) -> Expected:
-    """s = dropout(x) A^T."""
+    """Return s = dropout(x) A^T with its bound."""
     if dropout is None:
         return arithmetic.product(arithmetic.input(x), arithmetic.input(lora_A).T).to(arithmetic.dtype)
     kept, scale = _dropped(x, dropout, arithmetic)
@@ -135,7 +135,7 @@ def lora_forward(
 
 
 def scaled_product(s: Expected, lora_B: Tensor, scaling: float, arithmetic: Arithmetic, beside: int = 0) -> Expected:
-    """scaling * s B^T."""
+    """Return scaling * s B^T with its bound."""
     if arithmetic.cpu:
         scaled = lora_B.detach().float() * scaling
         return arithmetic.product(s, arithmetic.input(scaled).T, beside)

@@ -62,7 +62,7 @@ class Expected:
 
     @property
     def T(self) -> Expected:
-        """Of a matrix."""
+        """The transpose of a matrix and of its bound."""
         return Expected(self.value.T, self.error.T)
 
     @property

@@ -51,7 +51,7 @@ def add_command(
 
 
 def add_model(parser: Any) -> None:
-    """--model, --compute-dtype."""
+    """Add the options --model and --compute-dtype to a parser."""
     parser.add_argument(
         "--model",
         required=True,
@@ -62,7 +62,7 @@ def add_model(parser: Any) -> None:
 
 
 def add_quantization(parser: Any) -> None:
-    """--blocksize, --no-double-quant, --skip."""
+    """Add the options --blocksize, --no-double-quant and --skip to a parser."""
     parser.add_argument(
         "--blocksize",
         type=int,
@@ -84,17 +84,17 @@ def add_quantization(parser: Any) -> None:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Comma-separated names."""
+    """Return the parts of a comma-separated list of names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def positive(text: str) -> int:
-    """An integer >= 1."""
+    """Return the integer that `text` holds, which must be at least 1."""
     return _checked(int(text), text, ">= 1", lambda value: value >= 1)
 
 
 def not_negative(text: str) -> int:
-    """An integer >= 0."""
+    """Return the integer that `text` holds, which must be at least 0."""
     return _checked(int(text), text, ">= 0", lambda value: value >= 0)
 
 

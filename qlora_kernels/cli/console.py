@@ -19,7 +19,7 @@ class Console:
 
     @property
     def seconds(self) -> float:
-        """Since the command began."""
+        """Return the seconds since the command began."""
         return time.perf_counter() - self._started
 
     def say(self, line: str) -> None:

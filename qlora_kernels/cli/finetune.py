@@ -57,7 +57,7 @@ _PROMPT_TOKENS = 24
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand."""
+    """Add this subcommand and its options to the command line."""
     parser = add_command(
         subparsers,
         "finetune",

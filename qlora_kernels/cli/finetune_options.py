@@ -85,7 +85,7 @@ class FinetuneOptions:
         return self.cache or self.out / "cache"
 
     def train_config(self) -> TrainConfig:
-        """For training.train."""
+        """Return the configuration that training.train takes."""
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch,
@@ -99,7 +99,7 @@ class FinetuneOptions:
         )
 
     def adapter_config(self) -> PeftConfig:
-        """The configuration of --method."""
+        """Return the adapter configuration that --method and its options name."""
         options = {
             "r": self.r,
             "lora_r": self.r,

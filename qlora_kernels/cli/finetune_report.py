@@ -62,11 +62,11 @@ class FinetuneReport:
         return sum(step.tokens for step in self.steps) / max(sum(step.seconds for step in self.steps), 1e-9)
 
     def to_json(self) -> str:
-        """Everything, on one line."""
+        """Return the whole report as one line of JSON."""
         return json.dumps({**asdict(self), "tokens_per_second": self.tokens_per_second})
 
     def table(self) -> str:
-        """For people."""
+        """Return the report as a text table."""
         rows = [(f"data, {part}", str(counts)) for part, counts in self.rows.items()]
         if self.perplexity:
             rows.append(("perplexity on unseen text", f"({self.predictions:,} predictions)"))

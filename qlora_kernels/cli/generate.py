@@ -20,7 +20,7 @@ from .tokenizing import within_time
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand."""
+    """Add this subcommand and its options to the command line."""
     parser = add_command(subparsers, "generate", run, "continue a prompt, with or without an adapter")
     add_base(parser)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads, generates, prints."""
+    """Load the model, generate from the prompts and print the text."""
     console = Console(quiet=arguments.json)
     base, tokenizer = load_base(arguments, console)
     model = base

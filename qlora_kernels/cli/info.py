@@ -34,7 +34,7 @@ _ISA_FLAGS = (
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand."""
+    """Add this subcommand and its options to the command line."""
     parser = add_command(
         subparsers, "info", run, "show versions, backends and why not, instruction sets, environment variables"
     )

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended_by_signals() -> Iterator[None]:
     """SIGTERM unwinds the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
+    def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

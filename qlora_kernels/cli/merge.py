@@ -17,7 +17,7 @@ from .model_source import add_base, load_adapter, load_base
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand."""
+    """Add this subcommand and its options to the command line."""
     parser = add_command(
         subparsers,
         "merge",
@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads, merges, writes."""
+    """Load the model and the adapter, merge them and write the result."""
     console = Console(quiet=arguments.json)
     out: Path = arguments.out
     with bad_input():

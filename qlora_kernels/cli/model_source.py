@@ -28,7 +28,7 @@ from .patterns import check_patterns
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """What `load_base` reads."""
+    """Add the options that `load_base` reads to a parser."""
     add_model(parser)
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="folder for converted models; without it, none is kept"

@@ -64,7 +64,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def expire(number: int, frame: FrameType | None) -> None:
+    def expire(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, expire)

@@ -16,7 +16,7 @@ from .model_source import dense_folder, quantize_with_bar
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand."""
+    """Add this subcommand and its options to the command line."""
     parser = add_command(
         subparsers,
         "quantize",
@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantizes, then prints sizes."""
+    """Quantize the model, write it and print the sizes."""
     console = Console(quiet=arguments.json)
     target: Path = arguments.target
     with bad_input():

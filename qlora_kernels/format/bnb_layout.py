@@ -1,4 +1,4 @@
-"""The tensors under which bitsandbytes keeps an NF4 weight in a checkpoint, for a weight named `<name>`:
+"""The tensors by which bitsandbytes stores an NF4 weight `<name>` in a checkpoint.
 
     <name>                                     packed indices, uint8 [(numel + 1) // 2, 1]
     <name>.absmax                              fp32 [n_blocks], or uint8 [n_blocks] under double quantization

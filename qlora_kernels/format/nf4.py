@@ -61,7 +61,7 @@ DEFAULT_BLOCKSIZE = 64
 
 
 def code(device: torch.device | str | None = None) -> Tensor:
-    """CODE as fp32 [16]."""
+    """Return the 16 code values of CODE, fp32 [16]."""
     return torch.tensor(CODE, dtype=torch.float32, device=device)
 
 

@@ -75,7 +75,7 @@ class QuantState:
 
     @property
     def numel(self) -> int:
-        """Weights described."""
+        """The number of weights that the state describes."""
         return self.shape.numel()
 
     @property

@@ -55,7 +55,7 @@ class ExpertsNF4(QuantizedWeight):
 
     @property
     def shape(self) -> torch.Size:
-        """[E, N, K]."""
+        """The shape [E, N, K] of all experts' weights."""
         return torch.Size((self.num_experts, self.out_features, self.in_features))
 
     @property
@@ -98,7 +98,7 @@ class ExpertsNF4(QuantizedWeight):
         return self.num_experts
 
     def extra_repr(self) -> str:
-        """Sizes and format."""
+        """Return the sizes and the format, for repr()."""
         return (
             f"experts={self.num_experts}, out_features={self.out_features}, in_features={self.in_features}, "
             f"blocksize={self.blocksize}"
@@ -153,7 +153,7 @@ class ExpertWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """[N, K]."""
+        """The shape [N, K] of one expert's weight."""
         return self.experts.shape[1:]
 
     @property

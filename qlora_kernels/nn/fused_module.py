@@ -21,7 +21,7 @@ class FusedModule(MadeClass, nn.Module):
     """Base of the mixins that fuse_model puts in front of a module's class."""
 
     @classmethod
-    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:  # noqa: ARG003
         """Class attributes that depend on the class which is extended."""
         return {}
 

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
-    """grad_y W."""
+    """Return grad_y W in grad_y's dtype."""
     return grad_y @ _dense(weight, grad_y.dtype)
 
 
@@ -60,7 +60,7 @@ def lora_backward(
 def lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """(ys, s) of linear_nf4_lora_group."""
+    """Return (ys, s), the results of linear_nf4_lora_group."""
     results = [lora_linear(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
     return [y for y, _ in results], torch.cat([s for _, s in results], dim=1)
 
@@ -126,12 +126,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """y of ops/glu.py."""
+    """Return y, the result of the op glu."""
     return (_activated(gate.float(), activation) * up.float()).to(gate.dtype)
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(grad_gate, grad_up) of ops/glu.py."""
+    """Return grad_gate and grad_up, the results of glu_backward."""
     g, grad = gate.float(), grad_y.float()
     if activation == "silu":
         sigmoid = torch.sigmoid(g)

@@ -69,7 +69,7 @@ class WeightLists(NamedTuple):
 
     @staticmethod
     def of(weights: Sequence[Weight]) -> WeightLists:
-        """The lists of `weights`."""
+        """Return the fields of `weights` as lists."""
         return WeightLists(*[list(field) for field in zip(*weights, strict=True)])
 
     def each(self) -> list[Weight]:
@@ -93,7 +93,7 @@ class LoRA(NamedTuple):
 
     @property
     def r(self) -> int:
-        """Rank."""
+        """The rank, the number of rows of A."""
         return self.A.shape[0]
 
 
@@ -140,12 +140,12 @@ class GroupLoRA(NamedTuple):
 
     @property
     def ranks(self) -> list[int]:
-        """r_i of each linear."""
+        """The rank r_i of each linear's adapter."""
         return [B.shape[1] for B in self.B]
 
     @property
     def r(self) -> int:
-        """Their sum."""
+        """The sum of the ranks of all adapters."""
         return self.A.shape[0]
 
     def each(self) -> list[LoRA]:

@@ -28,7 +28,7 @@ def keep_threshold(dropout_p: float) -> int:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """Factor on kept values."""
+    """Return the factor by which dropout multiplies kept values."""
     return (1 << DRAW_BITS) / ((1 << DRAW_BITS) - keep_threshold(dropout_p))
 
 

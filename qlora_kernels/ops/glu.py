@@ -89,7 +89,7 @@ class GLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, run: Callable[..., Any]) -> Tensor:
-        """Return y."""
+        """Return y and save what backward needs."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         y: Tensor = run(gate, up, activation)

@@ -107,7 +107,7 @@ class LinearNF4GradXFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_y: Tensor, weight: Weight, run: Callable[..., Any]) -> Tensor:
-        """Return grad_x."""
+        """Return grad_x and save the weight for backward."""
         ctx.save_for_backward(weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
         grad_x: Tensor = run(grad_y, *weight)

@@ -46,7 +46,7 @@ class LinearNF4LoRAFunction(torch.autograd.Function):
         lora: LoRA,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        """Return (y, s)."""
+        """Return (y, s) and save x, s and the factors for backward."""
         y, s = run(x, *weight, bias, *lora)
         ctx.mark_non_differentiable(s)
         ctx.save_for_backward(x, s, lora_A, lora_B, lora.seed, weight.packed, *weight.constants)

@@ -73,7 +73,7 @@ def linear_nf4_lora_group(
 
 
 def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA) -> list[Tensor]:
-    """The op, from bundles."""
+    """Call the op with its arguments in bundles."""
     A, B, seed, scalings, dropout_p = lora
     factors = (A, list(B), seed, list(scalings), dropout_p)
     lists = WeightLists.of(weights)
@@ -167,7 +167,7 @@ class LinearNF4LoRAGroupFunction(torch.autograd.Function):
         lora_A: Tensor,
         *lora_B: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return (*ys, s)."""
+        """Return (*ys, s) and save x, s and the factors for backward."""
         ys, s = run(x, biases, *lists, *lora)
         ctx.mark_non_differentiable(s)
         of_weights = (lists.packed, lists.absmax, lists.absmax_q, lists.absmax_scale, lists.absmax_offset)

@@ -41,7 +41,7 @@ class LinearNF4MultiLoRAFunction(torch.autograd.Function):
         lora: MultiLoRA,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        """Return (y, s)."""
+        """Return (y, s) and save x, s and the factors for backward."""
         y, s = run(x, *weight, bias, *lora)
         ctx.mark_non_differentiable(s)
         of_lora = (lora_A, lora_B, lora.scalings, lora.adapter, lora.seed)

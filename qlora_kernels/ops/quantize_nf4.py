@@ -106,7 +106,7 @@ def quantize_nf4_impl(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
 
 @fake("qlora_kernels::quantize_nf4")
 def quantize_nf4_fake(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Shapes of the result."""
+    """Return empty tensors with the shapes and dtypes of the result."""
     check_float("quantize_nf4", "w", w)
     check_blocksize("quantize_nf4", blocksize)
     n = w.numel()
@@ -128,7 +128,7 @@ def quantize_absmax_impl(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @fake("qlora_kernels::quantize_absmax")
 def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of the result."""
+    """Return empty tensors with the shapes and dtypes of the result."""
     _check_absmax(absmax)
     scales = n_blocks(absmax.numel(), NESTED_BLOCKSIZE)
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), absmax.new_empty(scales), absmax.new_empty(())
@@ -153,7 +153,7 @@ def quantize_nf4_double_impl(w: Tensor, *, blocksize: int) -> BothLevels:
 
 @fake("qlora_kernels::quantize_nf4_double")
 def quantize_nf4_double_fake(w: Tensor, *, blocksize: int) -> BothLevels:
-    """Shapes of the result."""
+    """Return empty tensors with the shapes and dtypes of the result."""
     packed, absmax = quantize_nf4_fake(w, blocksize=blocksize)
     return packed, absmax, *quantize_absmax_fake(absmax)
 

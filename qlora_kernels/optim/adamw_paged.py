@@ -289,7 +289,7 @@ class PagedAdamW(Optimizer):
         them here again exact; 32-bit states are views, not copies.
         """
 
-        def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+        def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
             params, state = self._all_params(), {}
             for key, value in packed["state"].items():
                 place = self._places.get(params[key]) if isinstance(key, int) and value else None
@@ -324,12 +324,12 @@ class PagedAdamW(Optimizer):
 
         # torch checks and replaces the groups, and runs the user's hooks around that. Its own copy of the states, which
         # would lie on the device, cast to the parameter's dtype, is what the two hooks go round.
-        def take_states(optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+        def take_states(optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
             self._check_incoming(incoming)
             saved.update(incoming)
             return {**incoming, "state": {}}
 
-        def place_states(optimizer: Optimizer) -> None:
+        def place_states(optimizer: Optimizer) -> None:  # noqa: ARG001
             params = dict(zip(_numbers(saved), self._all_params(), strict=True))
             self._place({params[i]: state for i, state in saved["state"].items() if i in params and state})
             self.state.update({key: value for key, value in saved["state"].items() if key not in params})
@@ -473,7 +473,7 @@ class PagedAdamW(Optimizer):
 
 
 class PagedAdamW8bit(PagedAdamW):
-    """PagedAdamW with state_bits=8."""
+    """PagedAdamW whose states are stored in 8 bits: state_bits=8."""
 
     def __init__(
         self,

@@ -45,7 +45,8 @@ class Driver(Protocol):
         """uint8 [nbytes], undefined, in device memory."""
         ...
 
-    def to_device(self, table: Tensor) -> Tensor: ...
+    def to_device(self, table: Tensor) -> Tensor:
+        """Return a copy of `table` in the memory of the device."""
 
     def prefetch(self, arena: Tensor, start: int, stop: int) -> None:
         """Migrate bytes [start, stop) to the device, on stream "fetch"."""
@@ -198,6 +199,7 @@ class CudaDriver:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def to_device(self, table: Tensor) -> Tensor:
+        """Return a copy of `table` in the memory of the device."""
         return table.to(self.device)
 
     def prefetch(self, arena: Tensor, start: int, stop: int) -> None:

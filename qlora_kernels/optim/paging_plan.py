@@ -74,7 +74,7 @@ class Chunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state."""
+        """The bytes of state that the chunk holds."""
         return sum(stop - start for start, stop in self.ranges)
 
 

@@ -61,7 +61,7 @@ class ResidentMemory:
             update(self.chunks[index], self.arena, self._segments[index])
 
     def settle(self) -> None:
-        """At once."""
+        """Do nothing: resident memory is always current."""
 
     def resident_bytes(self) -> int:
         return self.arena.nbytes

@@ -89,7 +89,8 @@ class FusionHook(AdapterHook):
 @register_method(AdapterFusionConfig)
 class AdapterFusion(Method):
     """A Fusion at `<layer>.fusion`, by its name in the file. The adapters it fuses are its `needs`; they stay as they
-    are."""
+    are.
+    """
 
     config: AdapterFusionConfig
 

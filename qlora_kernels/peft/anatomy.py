@@ -73,7 +73,8 @@ class Anatomy:
 @dataclass(frozen=True)
 class _Plan:
     """A family of layers.   layer: pattern of a path, whose last number is the index.   parts: by names below it, the
-    layer itself being ""; they tell the family. Of ffn_first those count that are there."""
+    layer itself being ""; they tell the family. Of ffn_first those count that are there.
+    """
 
     layer: str
     stack: str | None  # None: the path says it

@@ -287,7 +287,8 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     @classmethod
     def config_of_file(cls, config: PeftConfig) -> PeftConfig:
         """PEFT takes the start values of PiSSA and OLoRA out of the base's weights each time it loads such a file; here
-        the fixed pair stands for that. LoftQ's base is not in the file."""
+        the fixed pair stands for that. LoftQ's base is not in the file.
+        """
         assert isinstance(config, LoraConfig)
         if config.init_lora_weights == "loftq":
             raise NotImplementedError(

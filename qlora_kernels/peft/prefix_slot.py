@@ -34,7 +34,8 @@ class Prefix(NamedTuple):
 @dataclass(frozen=True)
 class Prefixes:
     """The prefixes of the adapters that act, side by side.   visible: bool [B, 1, 1, n], or None where every row sees
-    all n positions of them."""
+    all n positions of them.
+    """
 
     parts: dict[str, Prefix]
     visible: Tensor | None = None

@@ -94,7 +94,8 @@ class SplitAttention(nn.Module):
 
     def join(self) -> nn.MultiheadAttention | None:
         """The original again, with the weights as they are now; None where one of them is not dense any more, as after
-        a merge with target="nf4"."""
+        a merge with target="nf4".
+        """
         return self.shell[0] if self._fill(self.shell[0]) else None
 
     def _fill(self, packed: nn.MultiheadAttention) -> bool:

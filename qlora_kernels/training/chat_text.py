@@ -23,7 +23,8 @@ class TemplateRefusal(ValueError):
 
 class ChatTokens(NamedTuple):
     """tokens: of the conversation up to the assistant's last turn.   context_turns: the assistant's turns that are not
-    learned: those of weight 0, and those that the template writes in another form than the model generates them in."""
+    learned: those of weight 0, and those that the template writes in another form than the model generates them in.
+    """
 
     tokens: MarkedTokens
     context_turns: int

@@ -42,11 +42,11 @@ class RowCounts:
 
     @property
     def rows(self) -> int:
-        """All of them."""
+        """The number of rows read, kept and dropped."""
         return self.kept + self.cut + sum(self.dropped.values())
 
     def drop(self, reason: str) -> None:
-        """One more dropped row."""
+        """Count one more row that was dropped, with its reason."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Encoding(NamedTuple):
 
 
 def encode(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
-    """The examples of `encode_rows`."""
+    """Return the examples of `encode_rows` alone."""
     return encode_rows(source, records, tokenizer, seq_len).examples
 
 

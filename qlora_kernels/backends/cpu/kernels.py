@@ -31,18 +31,18 @@ def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, T
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """Into a contiguous out."""
+    """Write the decoded weight into `out`, which is contiguous."""
     _C.cpu_dequantize_nf4(weight.packed, *weight.constants, weight.blocksize, out)
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y [M, N]."""
+    """Return y [M, N] = x W^T + bias in x's dtype."""
     y: Tensor = _C.cpu_linear_nf4(x, weight.packed, *weight.constants, _contiguous(bias), weight.blocksize, weight.N)
     return y
 
 
 def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
-    """grad_x [M, K]."""
+    """Return grad_x [M, K] = grad_y W in grad_y's dtype."""
     grad_x: Tensor = _C.cpu_linear_nf4_grad_x(grad_y, weight.packed, *weight.constants, weight.blocksize, weight.K)
     return grad_x
 

@@ -10,12 +10,12 @@ from ...ops._operands import Weight
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """See format/reference.py."""
+    """Return (packed, absmax) of w by format/reference.py."""
     return reference.quantize_nf4(w, blocksize)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See format/double_quant.py."""
+    """Return (absmax_q, absmax_scale, absmax_offset) by format/double_quant.py."""
     return double_quant.quantize_absmax(absmax)
 
 

@@ -25,7 +25,7 @@ def rms_norm_backward(
     *,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_weight or empty)."""
+    """Return (grad_x, grad_weight), the second empty where it is not wanted."""
     n, grad = s.float() * scale[:, None], grad_y.float()
     g = grad * (weight.float() + weight_offset)
     grad_x = scale[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
@@ -35,16 +35,16 @@ def rms_norm_backward(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(rotated q, rotated k)."""
+    """Return q and k, each rotated by its position's angles."""
     rotated = _compose.rope(q, k, cos, sin, inverse)
     return torch.empty_like(q).copy_(rotated[0]), torch.empty_like(k).copy_(rotated[1])
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up."""
+    """Return activation(gate) * up in gate's dtype."""
     return _compose.glu(gate, up, activation)
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(grad_gate, grad_up)."""
+    """Return the gradients of gate and of up."""
     return _compose.glu_backward(grad_y, gate, up, activation)

@@ -14,7 +14,7 @@ CHUNK = 256
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, log_sums, rows)."""
+    """Return (losses, log_sums, rows) as the op of this name defines them."""
     weight = head.weight.to(hidden.dtype).float()
     losses, log_sums, rows = [], [], []
     for part, of_part in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):

@@ -15,7 +15,7 @@ def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
-    """grad_x = grad_y W."""
+    """Return grad_x [M, K] = grad_y W in grad_y's dtype."""
     return grad_y @ dense(weight, grad_y)
 
 

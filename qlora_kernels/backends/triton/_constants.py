@@ -22,7 +22,7 @@ class AbsmaxPointers(NamedTuple):
 
 
 def absmax_pointers(weight: Weight) -> AbsmaxPointers:
-    """From a weight's constants."""
+    """Return the kernels' four pointers to a weight's constants."""
     absmax, absmax_q, absmax_scale, absmax_offset = weight.constants
     if absmax is not None:
         return AbsmaxPointers(absmax, absmax, absmax, absmax)

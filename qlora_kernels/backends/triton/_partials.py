@@ -1,5 +1,6 @@
 """Two-stage reductions: every program stores its own fp32 part, then parts are added in order. No atomics, so the same
-bits in every run."""
+bits in every run.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def split_count(steps: int, tiles: int, device: torch.device) -> tuple[int, int]
 
 def block_r_of(r: int, dtype: torch.dtype) -> int:
     """Width of a tile along the rank: a power of two, at least the 16 that a matmul's side needs. In fp32 no more: 32
-    spills on sm_90."""
+    spills on sm_90.
+    """
     return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(r)))
 
 

@@ -16,7 +16,8 @@ NUM_WARPS, NUM_STAGES = 4, 3
 
 def block_k_of(dtype: torch.dtype) -> int:
     """Step along K. fp32 products are one chain of multiply-adds a step, and y carries each rounding of s times
-    scaling * B: chains of 64 missed the error bound at M=1, K=64. Shorter steps make more splits, so shorter chains."""
+    scaling * B: chains of 64 missed the error bound at M=1, K=64. Shorter steps make more splits, so shorter chains.
+    """
     return 32 if dtype == torch.float32 else 64
 
 

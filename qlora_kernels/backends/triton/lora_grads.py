@@ -29,7 +29,7 @@ def lora_ds_grad_B_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """From each tile of grad_y, read once:
+    """Compute both products that read a tile of grad_y, and read each tile once.
 
         ds_part[i_n, m, r]          = sum over this tile's n of grad_y[m, n] * B[n, r]
         grad_B_part[i_chunk, n, r]  = sum over this program's m of grad_y[m, n] * s[m, r]

@@ -115,7 +115,8 @@ def candidates(problem: Problem) -> list[Plan]:
 
 def small_m_plans(problem: Problem) -> list[Plan]:
     """A warp takes four rows of w. With one row of x it steps along K by whichever pads less; two rows need the shorter
-    step's registers (the longer one spills on sm_120)."""
+    step's registers (the longer one spills on sm_120).
+    """
     widths = (1024, 512) if problem.M == 1 else (512,)
     block_k = min(widths, key=lambda width: -(-problem.K // width) * width)
     splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * block_k <= problem.K]
@@ -176,7 +177,7 @@ def modelled_seconds(problem: Problem, candidate: Plan, arch: Arch) -> float:
 
 
 def bound_of(problem: Problem, candidate: Plan, arch: Arch) -> str:
-    """The largest of modelled_parts."""
+    """Return the name of the largest of modelled_parts."""
     parts = modelled_parts(problem, candidate, arch)
     return max(parts, key=lambda part: parts[part])
 
