@@ -62,7 +62,7 @@ class Inputs:
         return logits
 
 
-def over(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
+def model_calls(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
     """The call of one model."""
     return (
         [partial(decode, model, inputs.tokens, prompt_cache(model, inputs))]
@@ -94,19 +94,19 @@ def decode(model: nn.Module, tokens: Tensor, cache: Any) -> Tensor:
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     """Build calls of a model over LinearNF4 layers."""
-    return over(with_linears(inputs.source, qk.LinearNF4.from_linear).eval(), case, inputs)
+    return model_calls(with_linears(inputs.source, qk.LinearNF4.from_linear).eval(), case, inputs)
 
 
 def bitsandbytes(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     """Build calls of a model over Linear4bit layers in eval mode."""
-    return over(
+    return model_calls(
         with_linears(inputs.source, lambda linear: layers.linear4bit(linear.weight.detach())).eval(), case, inputs
     )
 
 
 def dense(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     """Build calls of a model over nn.Linear layers in bf16."""
-    return over(inputs.dequantized, case, inputs)
+    return model_calls(inputs.dequantized, case, inputs)
 
 
 def verify(case: Case, inputs: Inputs, contender: str, logits: Tensor) -> None:

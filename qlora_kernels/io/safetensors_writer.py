@@ -37,8 +37,8 @@ _SMALL = 1 << 16
 class SafetensorsWriter:
     """with SafetensorsWriter(path, names) as file: file.write(name, tensor), once for each of `names`, in any order.
 
-    The header comes first and is known last. So room for it is reckoned from `names`, and spaces, which the format
-    allows, fill what is left of it. Small tensors of an odd size go last, to keep the others on 8 bytes.
+    The header precedes the data but is known only at the end. So its space is computed from `names`, and blanks, which
+    the format allows, fill the rest of it. Small tensors of an odd size go last, to keep the others on 8 bytes.
     checksum: the metadata carry one, which `read_safetensors` checks.
     """
 

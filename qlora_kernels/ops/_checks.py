@@ -12,13 +12,13 @@ from ._operands import LoRA, MultiLoRA, Weight
 
 
 def check_given(op: str, name: str, tensor: Tensor | None) -> None:
-    """A tensor is there: torch hands None through where a schema asks for a tensor."""
+    """Raise TypeError for None, which torch accepts where a schema requires a tensor."""
     if tensor is None:
         raise TypeError(f"{op}: {name} must be a tensor, got None")
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
-    """Weights and activations are fp32, bf16 or fp16."""
+    """Raise TypeError unless the tensor is fp32, bf16 or fp16."""
     if tensor is None:
         check_given(op, name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
@@ -38,20 +38,20 @@ def check_like(op: str, name: str, tensor: Tensor, of: str, other: Tensor, *, dt
 
 
 def check_blocksize(op: str, blocksize: int) -> None:
-    """Blocksize is one of the format's."""
+    """Raise ValueError unless the format has this blocksize."""
     if blocksize not in nf4.BLOCKSIZES:
         raise ValueError(f"{op}: blocksize must be one of {nf4.BLOCKSIZES}, got {blocksize}")
 
 
 def check_last_dim(op: str, name: str, tensor: Tensor, expected: int, symbol: str) -> None:
-    """The contracted dimension fits the weight."""
+    """Raise ValueError unless the contraction dimension equals the weight's."""
     if tensor.dim() < 1 or tensor.shape[-1] != expected:
         got = tuple(tensor.shape)
         raise ValueError(f"{op}: {name}.shape[-1] must equal {symbol}={expected}, got shape {got}")
 
 
 def check_weight(op: str, weight: Weight, device: torch.device) -> None:
-    """Packed bytes and constants belong to one weight of N * K elements on `device`."""
+    """Raise unless packed bytes and constants describe one weight of N * K elements on `device`."""
     packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K = weight
     check_blocksize(op, blocksize)
     numel = N * K
@@ -70,14 +70,14 @@ def check_weight(op: str, weight: Weight, device: torch.device) -> None:
 
 
 def check_x(op: str, x: Tensor, weight: Weight) -> None:
-    """x [..., K] is float and fits a sound weight."""
+    """Raise unless x [..., K] is float and fits the weight, and the weight is consistent."""
     check_float(op, "x", x)
     check_last_dim(op, "x", x, weight.K, "K")
     check_weight(op, weight, x.device)
 
 
 def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = None) -> None:
-    """grad_y [..., N] is float and fits the weight, and x where there is one."""
+    """Raise unless grad_y [..., N] is float and fits the weight, and x where x is given."""
     check_float(op, "grad_y", grad_y)
     check_last_dim(op, "grad_y", grad_y, weight.N, "N")
     if x is None:
@@ -89,7 +89,7 @@ def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = Non
 
 
 def check_s(op: str, s: Tensor, x: Tensor, r: int) -> None:
-    """s [M, r] is what forward kept for backward."""
+    """Raise unless s has the shape [M, r], dtype and device of the s that forward saves for backward."""
     check_given(op, "s", s)
     shape = (x.shape[:-1].numel(), r)
     if tuple(s.shape) != shape:
@@ -105,7 +105,7 @@ def _check_like_x(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.device) -> None:
-    """Bias is a float vector of length N."""
+    """Raise unless the bias is None or a float vector of length N."""
     if bias is None:
         return
     check_float(op, "bias", bias)
@@ -113,13 +113,13 @@ def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.de
 
 
 def check_lora(op: str, x: Tensor, weight: Weight, lora: LoRA) -> None:
-    """The adapter fits the weight, and has a seed where it has dropout."""
+    """Raise unless the adapter fits the weight and has a seed where dropout_p > 0."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=2)
     _check_dropout(op, lora.dropout_p, lora.seed, x.device)
 
 
 def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> None:
-    """The adapters fit the weight, and each row of x names one."""
+    """Raise unless the adapters fit the weight and there is an adapter number for each row of x."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=3)
     check_given(op, "scalings", lora.scalings)
     check_given(op, "adapter", lora.adapter)

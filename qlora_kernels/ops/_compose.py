@@ -1,6 +1,6 @@
 """The ops and their gradients in torch's own ops, differentiable to any order, in either mode.
 
-They run where a derivative is asked for that the kernels do not compute: second derivatives, forward mode and the
+They run where a derivative is needed that the kernels do not compute: second derivatives, forward mode and the
 transforms of torch.func. W is dequantized for the length of the product, and results round as torch's products do.
 """
 

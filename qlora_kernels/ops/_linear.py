@@ -1,4 +1,4 @@
-"""What the linear ops share: x as a matrix, the problem they pose, and the results that need no kernel."""
+"""Helpers of the linear ops: x as a matrix, the Problem of a call, and results that need no kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
 
 CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
-"""Arguments of floats that belong to W, with respect to which nothing has a gradient."""
+"""The float arguments that belong to W, with respect to which no gradient exists."""
 
 
 def matrix(rows: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def as_rows(result: Tensor, rows: Tensor) -> Tensor:
 
 
 def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | GroupLoRA | None = None) -> Problem:
-    """What `op` asks of a kernel. rows: x [..., K] or grad_y [..., N]."""
+    """Return the Problem of a call of `op`. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,
         "cpu" if rows.is_cpu else rows.device.type,  # the name of a device is a new string each time
@@ -46,12 +46,12 @@ def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | G
 
 
 def is_empty(rows: Tensor, weight: Weight) -> bool:
-    """No kernel is asked where there is nothing to multiply."""
+    """Say whether the product has no terms or no elements, so that no kernel is needed."""
     return rows.numel() == 0 or weight.N == 0 or weight.K == 0
 
 
-def bias_alone(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y [..., N] where the product is empty."""
+def bias_only_output(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Return y [..., N] for an empty product: the bias, or zeros, in each row."""
     check_memory("qlora_kernels", bias)
     zeros = x.new_zeros((*x.shape[:-1], weight.N))
     return zeros if bias is None else zeros + bias.to(x.dtype)

@@ -1,4 +1,4 @@
-"""linear_nf4_lora_group made from a backend's linear_nf4_lora: one linear after another, with one seed."""
+"""linear_nf4_lora_group composed of a backend's linear_nf4_lora: one linear after another, with one seed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ._memory import check_memory
 from ._operands import GroupLoRA, Weight
 
 
-def over(
+def compose_lora_group(
     linear_nf4_lora: Callable[..., tuple[Tensor, Tensor]],
     linear_nf4_lora_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Callable[..., tuple[list[Tensor], Tensor]], Callable[..., tuple[Tensor, Tensor, list[Tensor]]]]:
-    """linear_nf4_lora_group and linear_nf4_lora_group_backward over one backend's single linear and its backward."""
+    """Return linear_nf4_lora_group and its backward, composed of one backend's single linear and its backward."""
 
     def linear_nf4_lora_group(
         x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
@@ -35,7 +35,7 @@ def over(
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(grad_x or empty, grad_A, grads of B)."""
         grad_x, grads_A, grads_B = x.new_empty(0), [], []
-        for grad_y, part, weight, member in zip(grad_ys, parts_of(s, lora), weights, lora.each(), strict=True):
+        for grad_y, part, weight, member in zip(grad_ys, split_by_rank(s, lora), weights, lora.each(), strict=True):
             of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, need_grad_x=need_grad_x)
             grad_x = grad_x.add_(of_x) if grad_x.numel() else of_x
             grads_A.append(of_A)
@@ -45,7 +45,7 @@ def over(
     return linear_nf4_lora_group, linear_nf4_lora_group_backward
 
 
-def parts_of(s: Tensor, lora: GroupLoRA) -> list[Tensor]:
-    """Each linear's [M, r_i] of s [M, sum of r_i], contiguous."""
+def split_by_rank(s: Tensor, lora: GroupLoRA) -> list[Tensor]:
+    """Split s [M, sum of r_i] into one contiguous [M, r_i] for each linear."""
     check_memory("linear_nf4_lora_group_backward", s)
     return [part.contiguous() for part in torch.split(s, lora.ranks, dim=1)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_s, check_x
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_alone, is_empty, matrix, problem_of
+from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
 from ._memory import contiguous
 from ._operands import LoRA, MultiLoRA, Weight
 from ._registry import select
@@ -67,7 +67,7 @@ class LoRAOp:
         """Checks, then the selected kernel over x as a matrix."""
         self._check_forward(x, weight, bias, lora)
         if is_empty(x, weight):
-            return bias_alone(x, weight, bias), x.new_zeros((x.shape[:-1].numel(), lora.r))
+            return bias_only_output(x, weight, bias), x.new_zeros((x.shape[:-1].numel(), lora.r))
         y, s = select(problem_of(self.name, x, weight, lora)).run(matrix(x), weight, bias, _contiguous(lora))
         return as_rows(y, x), s
 

@@ -1,8 +1,8 @@
 """Tensors without memory: refused before torch or a kernel touches them.
 
-torch reads and writes where a tensor points without looking whether its storage is still there, and the process ends
-with a segmentation fault: untyped_storage().resize_(0) is how FSDP frees parameters. The native libraries check what
-they are handed (csrc/bindings/arguments.h); what torch's own ops are handed is checked here.
+torch reads and writes a tensor's memory without checking that its storage still exists, and the process ends with a
+segmentation fault. FSDP frees parameters in this way, by untyped_storage().resize_(0). The native libraries check their
+arguments (csrc/bindings/arguments.h); the arguments of torch's own ops are checked here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 def check_memory(op: str, value: Any) -> None:
     """Raise RuntimeError unless the storage of every tensor in `value` holds its elements.
 
-    value: a tensor, a bundle or a list of such; all else is passed over.
+    value: a tensor, a bundle or a list of such; other values are ignored.
     """
     if isinstance(value, Tensor):
         if value.numel() and value.untyped_storage().nbytes() < _bytes_needed(value):

@@ -1,7 +1,7 @@
 """The low-rank part of a batch whose rows use different adapters, in plain torch, grouped by adapter.
 
-`over` makes the kernels of linear_nf4_multi_lora from a backend's plain linear. Rows are gathered once an adapter,
-so the work is that of the rows, not of rows times adapters.
+`compose_multi_lora` makes the kernels of linear_nf4_multi_lora from a backend's plain linear. Rows are gathered by
+adapter, so the work grows with the number of rows and not with rows times adapters.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def add_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, s: Tensor, lo
     return grad_A, grad_B
 
 
-def over(
+def compose_multi_lora(
     linear_nf4: Callable[[Tensor, Weight, Tensor | None], Tensor], linear_nf4_grad_x: Callable[[Tensor, Weight], Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """linear_nf4_multi_lora and linear_nf4_multi_lora_backward over one backend's plain linear and its gradient."""
+    """Return linear_nf4_multi_lora and its backward, composed of one backend's plain linear and its gradient."""
 
     def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
         """(y, s)."""

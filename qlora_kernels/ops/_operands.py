@@ -1,7 +1,7 @@
-"""What kernels take: tensors that belong together, bundled once here and passed whole from there on.
+"""The bundles that kernels take: tensors and numbers that belong together.
 
-An op's schema has the fields side by side, as plain tensors and numbers (`schema()`, in the order of the fields), for
-torch.compile and export. `_implement.spread` bundles them on the way in; `*weight` spreads them on the way out.
+An op's schema lists the fields side by side, as plain tensors and numbers (`schema()`, in the order of the fields), for
+torch.compile and export. `_implement.spread` builds the bundles from a call's arguments; `*weight` spreads one again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..format.quant_state import Constants, QuantState
 
 
 class Weight(NamedTuple):
-    """W [N, K] in NF4, row-major; for dequantize_nf4, which knows no matrix, [1, numel].
+    """W [N, K] in NF4, row-major; [1, numel] for dequantize_nf4, which has no matrix shape.
 
-    packed: uint8, two indices a byte.   blocksize: weights per absmax.   Of the constants exactly one kind is there:
+    packed: uint8, two indices a byte.   blocksize: weights per absmax.   Exactly one kind of constants is given:
     absmax fp32 [n_blocks]; or absmax_q uint8 [n_blocks], absmax_scale fp32 [ceil(n_blocks / 256)] and absmax_offset
     fp32 [].
     """
@@ -40,7 +40,7 @@ class Weight(NamedTuple):
 
     @property
     def constants(self) -> Constants:
-        """The four constants in their order."""
+        """The constants in the order of the schema: absmax, absmax_q, absmax_scale, absmax_offset."""
         return self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset
 
     @property
@@ -98,7 +98,7 @@ class LoRA(NamedTuple):
 
 
 class MultiLoRA(NamedTuple):
-    """E adapters, of which each row of x names one: scalings[e] * B_e A_e dropout(x[m]), e = adapter[m]; -1 is none.
+    """E adapters, one for each row of x: scalings[e] * B_e A_e dropout(x[m]), e = adapter[m]; -1 is none.
 
     A: [E, r, K], B: [E, N, r], any float dtype.   scalings: fp32 [E].   adapter: int64 [M].   seed: int64 [1] or None.
     """
@@ -117,7 +117,7 @@ class MultiLoRA(NamedTuple):
 
     @property
     def r(self) -> int:
-        """Common rank; smaller ones are padded with zeros."""
+        """The common rank of all adapters; smaller ones are padded with zeros."""
         return self.A.shape[1]
 
 
@@ -149,13 +149,13 @@ class GroupLoRA(NamedTuple):
         return self.A.shape[0]
 
     def each(self) -> list[LoRA]:
-        """One by one; the A are views."""
+        """One LoRA for each linear; each A is a view."""
         members = zip(torch.split(self.A, self.ranks), self.B, self.scalings, strict=True)
         return [LoRA(A, B, self.seed, scaling, self.dropout_p) for A, B, scaling in members]
 
 
 def weight_of(op: str, packed: Tensor, state: QuantState) -> Weight:
-    """The matrix that `state` describes. Raises ValueError where it is none."""
+    """Bundle a two-dimensional weight. Raises ValueError where `state` describes another shape."""
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
     N, K = state.shape

@@ -1,4 +1,4 @@
-"""Who computes what: kernels by backend, and the choice among them.
+"""The registry: the kernels of each backend, and the choice of one for a problem.
 
 A backend is a module that exposes
 
@@ -6,9 +6,9 @@ A backend is a module that exposes
     def unavailable() -> str | None       None where it can run here, else the reason and the fix
     def built_for() -> str | None         optional: what its compiled library is built for, without loading it
 
-and is imported when the first op needs it, by name, from nowhere else. `select(problem)` answers with the usable kernel
-of highest priority. Nothing falls back in silence: a forced backend that cannot serve raises with its reasons, and an
-automatic fall back to the reference warns once for each (op, reason).
+and is imported here alone, by name, when the first op needs it. `select(problem)` returns the usable kernel of highest
+priority. A fallback is never silent: a forced backend that cannot serve a problem raises with its reasons, and an
+automatic fallback to the reference warns once for each (op, reason).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENVIRONMENT = "QLORA_BACKEND"
 
 
 class Problem(NamedTuple):
-    """What is asked of an op, as far as the choice of a kernel may depend on it. Hashable."""
+    """The properties of a call on which the choice of a kernel may depend. Hashable."""
 
     op: str
     device: str
@@ -79,7 +79,8 @@ class KernelSpec:
     run: takes the op's arguments as documented in ops/<op>.py ("kernel contract").
     unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
     priority: for a Problem; among the usable kernels of several backends the highest runs, of equals the first listed.
-    checks_memory: it refuses tensors without memory itself, as the native libraries do; for others the registry does.
+    checks_memory: whether the kernel itself refuses tensors without memory, as the native libraries do. Otherwise the
+        registry checks before it calls the kernel.
     plan: for a Problem that it supports, which kernel and tile `run` takes and why; callable on any machine.
     """
 
@@ -121,7 +122,7 @@ def unavailable(backend: str) -> str | None:
 
 
 def built_for(backend: str) -> str | None:
-    """What a backend's compiled library is built for, whether or not it can run here; None where it has none to say."""
+    """Return what a backend's compiled library is built for, whether or not it can run here; None without a library."""
     say: Callable[[], str | None] = getattr(
         importlib.import_module(f"qlora_kernels.backends.{backend}"), "built_for", lambda: None
     )

@@ -41,7 +41,7 @@ from ._registry import Problem, select
 
 
 class Segment(NamedTuple):
-    """A run of one parameter's elements and the places of their states: a row of the kernel's `segments`."""
+    """A range of one parameter's elements and the offsets of their states: a row of the kernel's `segments`."""
 
     param: int
     """Index into params, grads and steps."""
@@ -63,7 +63,7 @@ SEGMENT_COLUMNS = Segment._fields
 
 
 class Step(NamedTuple):
-    """Everything a step reads and writes.
+    """The operands of one step.
 
     params: fp32, bf16 or fp16, each a dense block of memory that is walked flat.   grads: one per param, of its dtype
         and memory layout; None: the param's segments are skipped.
@@ -106,9 +106,9 @@ def adamw_step(step: Step) -> None:
 
 
 def run_adamw_step(step: Step) -> None:
-    """adamw_step for a caller that has made sure of its arguments: PagedAdamW.
+    """adamw_step without checks, for PagedAdamW, which has checked its arguments.
 
-    The dispatcher and the checks look at each of hundreds of tensors, which for small ones takes longer than the step.
+    The dispatcher and the checks visit each of hundreds of tensors, which takes longer than the step of small ones.
     """
     if not step.params:
         return
@@ -117,7 +117,7 @@ def run_adamw_step(step: Step) -> None:
 
 @fake("qlora_kernels::adamw_step", (Step,))
 def adamw_step_fake(step: Step) -> None:
-    """The checks alone. Segments are the caller's own plan and are not read back."""
+    """Check the arguments. The contents of segments are not read, since they may be in device memory."""
     params, grads, arena, segments = step.params, step.grads, step.arena, step.segments
     if len(grads) != len(params) or step.steps.numel() != len(params):
         counts = f"{len(params)} params, {len(grads)} grads and {step.steps.numel()} steps"

@@ -49,7 +49,7 @@ def dequantize_nf4(
 
 @implement("qlora_kernels::dequantize_nf4", _TAKES)
 def dequantize_nf4_impl(weight: Weight, *, dtype: torch.dtype) -> Tensor:
-    """A fresh [N, K], filled by the out variant."""
+    """Return a new [N, K] tensor, filled by the out variant."""
     check_given("dequantize_nf4", "packed", weight.packed)
     out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
     dequantize_nf4_out_impl(weight, out=out)

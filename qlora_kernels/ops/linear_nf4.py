@@ -22,7 +22,7 @@ from ..format.quant_state import QuantState
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_weight, check_x
 from ._implement import differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_alone, is_empty, matrix, problem_of, sum_over_rows
+from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of, sum_over_rows
 from ._operands import Weight, weight_of
 from ._registry import select
 
@@ -49,7 +49,7 @@ def linear_nf4_impl(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Checks, then the selected kernel over x as a matrix."""
     _check_linear(x, weight, bias)
     if is_empty(x, weight):
-        return bias_alone(x, weight, bias)
+        return bias_only_output(x, weight, bias)
     y: Tensor = select(problem_of("linear_nf4", x, weight)).run(matrix(x), weight, bias)
     return as_rows(y, x)
 

@@ -108,7 +108,7 @@ def linear_nf4_lora(
 
 
 def seed_for(dropout_p: float, device: torch.device, seed: Tensor | None = None) -> Tensor | None:
-    """None without dropout; else `seed`, or a fresh one."""
+    """Return None without dropout, otherwise `seed`, or a newly drawn one where it is None."""
     if dropout_p <= 0:
         return None
     return draw_seed(device) if seed is None else seed

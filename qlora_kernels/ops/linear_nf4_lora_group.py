@@ -29,7 +29,7 @@ from ..format.quant_state import QuantState
 from . import _compose
 from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_alone, is_empty, matrix, problem_of
+from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
 from ._memory import contiguous
 from ._operands import GroupLoRA, Weight, WeightLists, weight_of
 from ._registry import Problem, select
@@ -89,7 +89,7 @@ def linear_nf4_lora_group_impl(
     weights = lists.each()
     _check_forward(x, biases, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
-        empty = [bias_alone(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        empty = [bias_only_output(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return empty, x.new_zeros(x.shape[:-1].numel(), lora.r)
     ys, s = select(_problem(_OP, x, weights, lora)).run(matrix(x), weights, biases, _contiguous(lora))
     return [as_rows(y, x) for y in ys], s

@@ -1,4 +1,4 @@
-"""Unified memory of a CUDA device: four functions that the cuda backend alone can serve.
+"""Unified memory of a CUDA device: four functions that only the cuda backend implements.
 
 Kernel contracts, each a KernelSpec of backends/cuda:
     managed_concurrent_access(device: int) -> bool        the GPU faults on, and migrates, unified memory by itself
@@ -7,7 +7,7 @@ Kernel contracts, each a KernelSpec of backends/cuda:
     managed_prefer_device(arena: Tensor) -> None          preferred location: the device; accessed by: the CPU
     managed_prefetch(arena: Tensor, start: int, stop: int) -> None
                                                           bytes [start, stop) to the device, on the current stream
-They are no torch ops: nothing is computed, and a graph that holds addresses has no use for them.
+These are not torch ops: they manage memory and have no meaning in a traced graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def managed_alloc(nbytes: int, device: torch.device) -> Tensor:
 
 
 def managed_prefer_device(arena: Tensor) -> None:
-    """Advise that the arena's home is its device, and that the CPU may map it without moving it."""
+    """Advise the driver that the arena's preferred location is its device and that the CPU accesses it by mapping."""
     _run("managed_prefer_device", arena)
 
 

@@ -29,7 +29,7 @@ from ._registry import Problem, kernels_of, select
 Nonfinite = Literal["raise", "zero"]
 
 _LARGEST_SUM = 3.4e38
-"""Of a tensor's absmax, just below fp32's range. Backends that sum in fp32 reach inf beyond it, others do not."""
+"""The largest sum of a tensor's absmax, just below fp32's range: beyond it, backends that sum in fp32 reach inf."""
 
 torch.library.define("qlora_kernels::quantize_nf4", "(Tensor w, *, int blocksize) -> (Tensor, Tensor)")
 torch.library.define("qlora_kernels::quantize_absmax", "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
@@ -136,7 +136,7 @@ def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @implement("qlora_kernels::quantize_nf4_double")
 def quantize_nf4_double_impl(w: Tensor, *, blocksize: int) -> BothLevels:
-    """The first level's backend does both at once where it can: its second level saves a pass over absmax."""
+    """Quantize w and then absmax, by one kernel where the backend has it, which saves a pass over absmax."""
     check_float("quantize_nf4", "w", w)
     check_blocksize("quantize_nf4", blocksize)
     if w.numel() == 0:

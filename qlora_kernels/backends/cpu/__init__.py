@@ -37,7 +37,7 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
+    *_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
     linear_cross_entropy,
 )
@@ -50,7 +50,7 @@ def _plan(problem: Problem) -> KernelPlan:
     return KernelPlan(f"csrc/cpu/{problem.op}.cpp for {isa}", {}, choice if problem.M else "one kernel")
 
 
-_PARTLY_TORCH = _multi_lora.over(linear_nf4, linear_nf4_grad_x)
+_PARTLY_TORCH = _multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x)
 KERNELS = (
     *(
         KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True, plan=_plan)

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...ops._lora_group import parts_of
+from ...ops._lora_group import split_by_rank
 from ...ops._operands import GroupLoRA, LoRA, Weight
 from ...ops._philox import keep_scale, keep_threshold
 from ...ops._registry import KernelPlan, Problem
@@ -109,7 +109,7 @@ def linear_nf4_lora_group(
 ) -> tuple[list[Tensor], Tensor]:
     """([y_i [M, N_i]], s [M, sum of r_i]); one product of x with all adapters."""
     s = _dropped(x, lora) @ lora.A.to(x.dtype).T
-    members = zip(weights, biases, parts_of(s, lora), lora.each(), strict=True)
+    members = zip(weights, biases, split_by_rank(s, lora), lora.each(), strict=True)
     return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
 
 
@@ -118,7 +118,7 @@ def linear_nf4_lora_group_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
     ds, grads_B = [], []
-    for grad_y, part, B, scaling in zip(grad_ys, parts_of(s, lora), lora.B, lora.scalings, strict=True):
+    for grad_y, part, B, scaling in zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True):
         ds.append(scaling * (grad_y @ B.to(x.dtype)))
         grads_B.append((scaling * (grad_y.T @ part)).to(B.dtype))
     all_ds = torch.cat(ds, dim=1)

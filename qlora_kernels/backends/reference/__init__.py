@@ -1,4 +1,4 @@
-"""Every op in plain torch, on any device: the oracle of the tests and the fall back of last resort."""
+"""Every op in plain torch, on any device: the reference of the tests and the last fallback."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *_multi_lora.over(linear_nf4, linear_nf4_grad_x),
-    *_lora_group.over(linear_nf4_lora, linear_nf4_lora_backward),
+    *_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
+    *_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
     rms_norm,
     rms_norm_backward,

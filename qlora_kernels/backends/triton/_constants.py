@@ -1,4 +1,4 @@
-"""What launchers pass beside the caller's tensors: a weight's constants in one shape, and small device tables."""
+"""Arguments that launchers add to the caller's tensors: pointers to a weight's constants, and small device tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...ops._operands import Weight
 
 
 class AbsmaxPointers(NamedTuple):
-    """The four pointers of `load_absmax`; without double quantization the last three are absmax again, unread."""
+    """The four pointers that `load_absmax` takes. Without double quantization the last three repeat absmax, unread."""
 
     absmax: Tensor
     absmax_map: Tensor

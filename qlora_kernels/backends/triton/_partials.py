@@ -45,14 +45,14 @@ def split_count(steps: int, tiles: int, device: torch.device) -> tuple[int, int]
     return per_split, -(-steps // per_split)
 
 
-def block_r_of(r: int, dtype: torch.dtype) -> int:
+def rank_tile(r: int, dtype: torch.dtype) -> int:
     """Width of a tile along the rank: a power of two, at least the 16 that a matmul's side needs. In fp32 no more: 32
     spills on sm_90.
     """
     return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(r)))
 
 
-def step_of(step: int, dtype: torch.dtype) -> int:
+def fp32_safe_step(step: int, dtype: torch.dtype) -> int:
     """A kernel's step along a sum over rows or columns: `step`, but 16 rows or 64 columns in fp32.
 
     fp32 products are multiply-adds, and a thread holds its operands of a whole step in registers: steps of 64 rows and

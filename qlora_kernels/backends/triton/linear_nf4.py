@@ -6,7 +6,7 @@ decode:  the weight is decoded once into a workspace, and torch's matmul multipl
 
 The workspace is an allocation of the call. PyTorch's caching allocator hands the same block to the next layer on the
 same stream, so it is reused; it is ordered by stream, so it is safe; and inside a captured graph it comes from the
-graph's pool. A buffer kept across calls would have to earn these three properties by hand.
+graph's pool. A buffer that is kept across calls would need extra code for each of these three properties.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...ops._operands import Weight
 from ...ops._registry import Problem
 from ._constants import absmax_pointers
 from ._dropout import Dropout, dropout_of
-from ._partials import block_r_of
+from ._partials import rank_tile
 from .dequantize_nf4 import dequantize_nf4
 from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
 from .linear_nf4_small_m import linear_nf4_small_m_kernel
@@ -35,7 +35,7 @@ SMALL_M_REGISTERS = 168
 """Left to itself, ptxas stops at 128 registers for two rows on sm_90, and spills two. 168 leave 12 warps on an SM."""
 
 
-class LowRank(NamedTuple):
+class LowRankTerm(NamedTuple):
     """The adapter's term of a result: scaling * keep * (left @ right), right as lora_B [N, r] or as lora_A [r, K]."""
 
     left: Tensor
@@ -51,7 +51,7 @@ def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def whole_words(packed: Tensor) -> Tensor:
-    """`packed`, or a copy of it where it starts in the middle of a 4-byte word: a view that somebody cut by bytes."""
+    """Return `packed`, or a copy of it where it does not start at a 4-byte boundary, as a view may."""
     return packed if packed.data_ptr() % 4 == 0 else packed.clone()
 
 
@@ -63,7 +63,7 @@ def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
     return plan(problem, capability_of(rows.device))
 
 
-def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | None) -> Tensor:
+def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTerm | None) -> Tensor:
     """y = x W^T + bias + scaling * s B^T."""
     M, N, K = x.shape[0], weight.N, weight.K
     no_dropout = dropout_of(None, 0.0, x)
@@ -89,7 +89,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | 
         "SPLIT": split,
         "BLOCK_N": chosen.block_n,
         "BLOCK_K": chosen.block_k,
-        "BLOCK_R": block_r_of(r, x.dtype),
+        "BLOCK_R": rank_tile(r, x.dtype),
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
         "enable_fp_fusion": False,
@@ -113,7 +113,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRank | 
     return y
 
 
-def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: Dropout) -> Tensor:
+def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropout: Dropout) -> Tensor:
     """grad_x = grad_y W + scaling * keep * (ds A)."""
     M, N, K = grad_y.shape[0], weight.N, weight.K
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
@@ -158,7 +158,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRank | None, dropout: 
         BLOCK_M=chosen.block_m,
         BLOCK_N=GRAD_X_BLOCK_N,
         BLOCK_K=chosen.block_k,
-        BLOCK_R=block_r_of(r, grad_y.dtype),
+        BLOCK_R=rank_tile(r, grad_y.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         enable_fp_fusion=False,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops._operands import LoRA, Weight
 from ._dropout import dropout_of
-from .linear_nf4 import LowRank, backward, forward
+from .linear_nf4 import LowRankTerm, backward, forward
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A
 
@@ -20,7 +20,7 @@ from .lora_grads import lora_ds_grad_B, lora_grad_A
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
     """(y, s). See ops/linear_nf4_lora.py for the contract."""
     s = lora_down(x, lora.A, dropout_of(lora.seed, lora.dropout_p, x))
-    return forward(x, weight, bias, LowRank(s, lora.B, lora.scaling)), s
+    return forward(x, weight, bias, LowRankTerm(s, lora.B, lora.scaling)), s
 
 
 def linear_nf4_lora_backward(
@@ -32,5 +32,5 @@ def linear_nf4_lora_backward(
     grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
     grad_x = x.new_empty(0)
     if need_grad_x:
-        grad_x = backward(grad_y, weight, LowRank(ds, lora.A, dropout.scale), dropout)
+        grad_x = backward(grad_y, weight, LowRankTerm(ds, lora.A, dropout.scale), dropout)
     return grad_x, grad_A, grad_B

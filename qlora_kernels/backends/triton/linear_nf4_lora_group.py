@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops._lora_group import parts_of
+from ...ops._lora_group import split_by_rank
 from ...ops._operands import GroupLoRA, Weight
 from ._dropout import dropout_of
-from .linear_nf4 import LowRank, backward, decoded, forward, plan_for
+from .linear_nf4 import LowRankTerm, backward, decoded, forward, plan_for
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A
 
@@ -26,8 +26,8 @@ def linear_nf4_lora_group(
 ) -> tuple[list[Tensor], Tensor]:
     """(ys, s). See ops/linear_nf4_lora_group.py for the contract."""
     s = lora_down(x, lora.A, dropout_of(lora.seed, lora.dropout_p, x))
-    members = zip(weights, biases, parts_of(s, lora), lora.B, lora.scalings, strict=True)
-    return [forward(x, weight, bias, LowRank(part, B, scaling)) for weight, bias, part, B, scaling in members], s
+    members = zip(weights, biases, split_by_rank(s, lora), lora.B, lora.scalings, strict=True)
+    return [forward(x, weight, bias, LowRankTerm(part, B, scaling)) for weight, bias, part, B, scaling in members], s
 
 
 def linear_nf4_lora_group_backward(
@@ -35,13 +35,13 @@ def linear_nf4_lora_group_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(grad_x or empty, grad_A, grads of B). See ops/linear_nf4_lora_group.py for the contract."""
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    members = zip(grad_ys, parts_of(s, lora), lora.B, lora.scalings, strict=True)
+    members = zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True)
     parts_of_ds, grads_B = zip(*(lora_ds_grad_B(*member) for member in members), strict=True)
     ds = torch.cat(parts_of_ds, dim=1)
     grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
     if not need_grad_x:
         return x.new_empty(0), grad_A, list(grads_B)
-    grad_x = backward(grad_ys[0], weights[0], LowRank(ds, lora.A, dropout.scale), dropout)
+    grad_x = backward(grad_ys[0], weights[0], LowRankTerm(ds, lora.A, dropout.scale), dropout)
     no_dropout = dropout_of(None, 0.0, x)
     for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
         if plan_for("linear_nf4_grad_x", grad_y, weight).path == "decode":

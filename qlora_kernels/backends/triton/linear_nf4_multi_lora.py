@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops._operands import MultiLoRA, Weight
 from ._dropout import Dropout, dropout_of, keep_tile
-from ._partials import block_r_of, split_count, step_of, sum_partials
+from ._partials import fp32_safe_step, rank_tile, split_count, sum_partials
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
 
@@ -271,7 +271,7 @@ def multi_lora_up(
         DROPOUT=dropout.draws(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=block_c,
-        BLOCK_R=block_r_of(r, out.dtype),
+        BLOCK_R=rank_tile(r, out.dtype),
         num_warps=NUM_WARPS,
     )
 
@@ -281,7 +281,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
     M, K = x.shape
     r = lora.r
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r, block_k = block_r_of(r, x.dtype), block_k_of(x.dtype)
+    block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
     tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
     steps, splits = split_count(triton.cdiv(K, block_k), tiles_m * tiles_r, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
@@ -327,7 +327,11 @@ def linear_nf4_multi_lora_backward(
     M, N = grad_y.shape
     adapters, r, K = lora.A.shape
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r, block_m, block_n = block_r_of(r, x.dtype), step_of(BLOCK_M, x.dtype), step_of(BLOCK_N, x.dtype)
+    block_r, block_m, block_n = (
+        rank_tile(r, x.dtype),
+        fp32_safe_step(BLOCK_M, x.dtype),
+        fp32_safe_step(BLOCK_N, x.dtype),
+    )
     tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
     ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
     grad_A, grad_B = torch.empty_like(lora.A), torch.empty_like(lora.B)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import Dropout, keep_tile
-from ._partials import block_r_of, split_count, sum_partials
+from ._partials import rank_tile, split_count, sum_partials
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 3
@@ -69,7 +69,7 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     """s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
     M, K = x.shape
     r = lora_A.shape[0]
-    block_r, block_k = block_r_of(r, x.dtype), block_k_of(x.dtype)
+    block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
     tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(r, block_r)
     steps, splits = split_count(triton.cdiv(K, block_k), tiles, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)

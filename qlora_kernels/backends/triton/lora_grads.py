@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import Dropout, keep_tile
-from ._partials import block_r_of, split_count, step_of, sum_partials
+from ._partials import fp32_safe_step, rank_tile, split_count, sum_partials
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 2
@@ -64,10 +64,10 @@ def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) ->
     """(ds [M, r] = scaling * grad_y B, of grad_y.dtype;  grad_B [N, r] = scaling * grad_y^T s, of lora_B.dtype)."""
     M, N = grad_y.shape
     r = lora_B.shape[1]
-    block_r, block_m = block_r_of(r, grad_y.dtype), step_of(BLOCK_M, grad_y.dtype)
+    block_r, block_m = rank_tile(r, grad_y.dtype), fp32_safe_step(BLOCK_M, grad_y.dtype)
     # A wider tile of N makes fewer parts of ds. At rank 64 four warps spilled 44 words on sm_80 even with the narrower
     # one; eight do not.
-    block_n = step_of(256 if block_r <= 16 else 128, grad_y.dtype)
+    block_n = fp32_safe_step(256 if block_r <= 16 else 128, grad_y.dtype)
     num_warps = NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS
     tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
     steps, chunks = split_count(triton.cdiv(M, block_m), tiles_n * tiles_r, grad_y.device)
@@ -139,7 +139,7 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
     """grad_A [r, K] = ds^T dropout(x) in `dtype`."""
     M, K = x.shape
     r = ds.shape[1]
-    block_r, block_m, block_k = block_r_of(r, x.dtype), step_of(BLOCK_M, x.dtype), 128
+    block_r, block_m, block_k = rank_tile(r, x.dtype), fp32_safe_step(BLOCK_M, x.dtype), 128
     tiles_k, tiles_r = triton.cdiv(K, block_k), triton.cdiv(r, block_r)
     steps, chunks = split_count(triton.cdiv(M, block_m), tiles_k * tiles_r, x.device)
     parts = torch.empty((chunks, r, K), dtype=torch.float32, device=x.device)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dropout import Dropout, keep_tile
-from ._partials import block_r_of
+from ._partials import rank_tile
 
 BLOCK_M, BLOCK_C = 32, 128
 NUM_WARPS = 4
@@ -111,6 +111,6 @@ def lora_up(
         DROPOUT=dropout.draws(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
-        BLOCK_R=block_r_of(r, out.dtype),
+        BLOCK_R=rank_tile(r, out.dtype),
         num_warps=NUM_WARPS,
     )
