@@ -1,5 +1,6 @@
 // The checks of an op's arguments that guard memory, shared by the CPU and the CUDA library. Every address that a
-// kernel gets comes from here: a caller may pass any tensor, and none may make a kernel leave its memory.
+// kernel receives comes from here, so no tensor that a caller passes can make a kernel read or write outside its
+// memory.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,6 +12,8 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+
+#include "qlora/nf4_weight.h"
 
 namespace qlora::bindings {
 
@@ -103,7 +106,72 @@ class Arguments {
         return static_cast<T*>(tensor.mutable_data_ptr());
     }
 
+    DType float_type(const Tensor& tensor, const char* name) const {
+        switch (tensor.scalar_type()) {
+            case ScalarType::Float:
+                return DType::kFloat32;
+            case ScalarType::BFloat16:
+                return DType::kBfloat16;
+            case ScalarType::Half:
+                return DType::kFloat16;
+            default:
+                fail(op_, ": ", name, " must be float32, bfloat16 or float16");
+        }
+    }
+
+    AnyFloat any_float(const Tensor& tensor, const char* name, int64_t numel) const {
+        const DType dtype = float_type(tensor, name);
+        check_contiguous(tensor, name, numel);
+        return {address(tensor, name, numel, dtype == DType::kFloat32 ? 4 : 2), dtype};
+    }
+
+    AnyFloat any_float(const OptionalTensor& tensor, const char* name, int64_t numel) const {
+        return tensor.has_value() ? any_float(*tensor, name, numel) : AnyFloat{nullptr, DType::kFloat32};
+    }
+
+    // The address of `numel` contiguous elements of `dtype`, which x or grad_y has; null for no tensor.
+    const void* floats(const Tensor& tensor, const char* name, int64_t numel, DType dtype) const {
+        const AnyFloat elements = any_float(tensor, name, numel);
+        require(elements.dtype == dtype, op_, ": ", name, " must have the dtype of the op's other activations");
+        return elements.data;
+    }
+
+    const void* floats(const OptionalTensor& tensor, const char* name, int64_t numel, DType dtype) const {
+        return tensor.has_value() ? floats(*tensor, name, numel, dtype) : nullptr;
+    }
+
+    void* written_floats(const Tensor& tensor, const char* name, int64_t numel, DType dtype) const {
+        floats(tensor, name, numel, dtype);
+        return tensor.mutable_data_ptr();
+    }
+
+    NF4Weight weight(const Tensor& packed, const OptionalTensor& absmax, const OptionalTensor& absmax_q,
+                     const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t blocksize,
+                     int64_t N, int64_t K) const {
+        NF4Weight weight{};
+        weight.block_shift = block_shift(blocksize);
+        weight.N = N;
+        weight.K = K;
+        const int64_t numel = product(N, K, "the weight"), blocks = ceil_div(numel, blocksize);
+        weight.packed = data<uint8_t>(packed, "packed", ceil_div(numel, 2));
+        if (absmax.has_value()) {
+            weight.absmax = data<float>(*absmax, "absmax", blocks);
+            return weight;
+        }
+        given(absmax_q, "absmax, or absmax_q");
+        given(absmax_scale, "absmax_scale");
+        given(absmax_offset, "absmax_offset");
+        weight.absmax_q = data<uint8_t>(*absmax_q, "absmax_q", blocks);
+        weight.absmax_scale = data<float>(*absmax_scale, "absmax_scale", ceil_div(blocks, kNestedBlocksize));
+        weight.absmax_offset = data<float>(*absmax_offset, "absmax_offset", 1);
+        return weight;
+    }
+
   protected:
+    void given(const OptionalTensor& tensor, const char* name) const {
+        require(tensor.has_value(), op_, ": ", name, " must be given");
+    }
+
     template <class T>
     void check_dtype(const Tensor& tensor, const char* name) const {
         require(tensor.scalar_type() == kScalarTypeOf<T>, op_, ": ", name, " has the wrong dtype");

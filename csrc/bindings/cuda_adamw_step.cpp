@@ -7,8 +7,8 @@
 namespace qlora::cuda_bindings {
 namespace {
 
-// table: int64 [n_params, 4] in device memory, (address, gradient's address or 0, type, numel) of each of `params`.
-// lr as a number is used where lr_tensor, on the device, is not given.
+// table: int64 [n_params, 4] in device memory, (address, address of the gradient or 0, DType, numel) of each of
+// `params`. lr as a number is used where lr_tensor, on the device, is not given.
 void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor table, Tensor segments, Tensor steps,
                 Tensor arena, OptionalTensor lr_tensor, double lr, OptionalTensor seed, OptionalTensor grad_multiplier,
                 OptionalTensor found_inf, double beta1, double beta2, double eps, double weight_decay) {
@@ -21,20 +21,27 @@ void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor ta
         arguments.check_pair(params[i], grads[i]);
         largest = std::max(largest, params[i].numel());
     }
-    constexpr int kFloat64 = 3;
-    const bool is_double = lr_tensor && lr_tensor->scalar_type() == ScalarType::Double;
-    const int lr_type = is_double ? kFloat64 : arguments.type_of(lr_tensor, "lr");
-    const void* rate = is_double ? arguments.data<double>(lr_tensor, "lr", 1) : arguments.floats(lr_tensor, "lr", 1);
-    const AdamWScalars scalars{beta1, beta2, eps, weight_decay, lr};
+    const bool lr_is_double = lr_tensor && lr_tensor->scalar_type() == ScalarType::Double;
+    const OptionalTensor float_lr = lr_is_double ? OptionalTensor() : lr_tensor;
+    const OptionalTensor double_lr = lr_is_double ? lr_tensor : OptionalTensor();
     const int64_t n_segments = segments.numel() / 8, arena_bytes = arena.numel();
-    check(launch_adamw_step(arguments.data<int64_t>(table, "table", n_params * 4), n_params,
-                            arguments.data<int64_t>(segments, "segments", n_segments * 8), n_segments,
-                            arguments.data<float>(steps, "steps", n_params),
-                            arguments.written<uint8_t>(arena, "arena", arena_bytes), arena_bytes, rate, lr_type,
-                            arguments.data<int64_t>(seed, "seed", 1),
-                            arguments.data<float>(grad_multiplier, "grad_multiplier", 1),
-                            arguments.data<float>(found_inf, "found_inf", 1), &scalars, largest, current_stream(arena)),
-          "adamw_step");
+    const AdamWArgs args{
+        .tensors = arguments.data<int64_t>(table, "table", n_params * 4),
+        .n_params = n_params,
+        .segments = arguments.data<int64_t>(segments, "segments", n_segments * 8),
+        .n_segments = n_segments,
+        .steps = arguments.data<float>(steps, "steps", n_params),
+        .arena = arguments.written<uint8_t>(arena, "arena", arena_bytes),
+        .arena_bytes = arena_bytes,
+        .lr = arguments.any_float(float_lr, "lr", 1),
+        .double_lr = arguments.data<double>(double_lr, "lr", 1),
+        .seed = arguments.data<int64_t>(seed, "seed", 1),
+        .grad_multiplier = arguments.data<float>(grad_multiplier, "grad_multiplier", 1),
+        .found_inf = arguments.data<float>(found_inf, "found_inf", 1),
+        .scalars = {beta1, beta2, eps, weight_decay, lr},
+        .largest_segment = largest,
+    };
+    check(launch_adamw_step(&args, current_stream(arena)), "adamw_step");
 }
 
 }  // namespace

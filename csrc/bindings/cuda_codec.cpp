@@ -8,45 +8,55 @@ void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_
     const DeviceGuard guard(packed.get_device_index());
     const CudaArguments arguments("dequantize_nf4", packed);
     const int64_t numel = out.numel();
-    const Weight w(arguments, packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, numel);
-    const int type = arguments.type_of(out, "out");
-    void* data = arguments.written_floats(out, "out", numel);
-    check(launch_dequantize_nf4(w.packed, w.absmax, w.absmax_q, w.absmax_scale, w.absmax_offset, w.block_shift, data,
-                                type, numel, current_stream(packed)),
-          "dequantize_nf4");
+    const DType dtype = arguments.float_type(out, "out");
+    const DequantizeNF4Args args{
+        .weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, 1, numel),
+        .w = arguments.written_floats(out, "out", numel, dtype),
+        .dtype = dtype,
+    };
+    check(launch_dequantize_nf4(&args, current_stream(packed)), "dequantize_nf4");
 }
 
-// partial_sums: sums of absmax for the second level, or null.
-void quantize_first_level(const Tensor& w, int64_t blocksize, Tensor& packed, Tensor& absmax, double* partial_sums) {
+// packed and absmax of w. partial_sums: sums of absmax for the second level, or null.
+void quantize(const Tensor& w, int64_t blocksize, Tensor& packed, Tensor& absmax, double* partial_sums) {
     const CudaArguments arguments("quantize_nf4", w);
-    const int block_shift = arguments.block_shift(blocksize);
     const int64_t numel = w.numel();
-    check(launch_quantize_nf4(arguments.floats(w, "w", numel), arguments.type_of(w, "w"),
-                              arguments.written<uint8_t>(packed, "packed", ceil_div(numel, 2)),
-                              arguments.written<float>(absmax, "absmax", ceil_div(numel, blocksize)), partial_sums,
-                              numel, block_shift, current_stream(w)),
-          "quantize_nf4");
+    const AnyFloat source = arguments.any_float(w, "w", numel);
+    const QuantizeNF4Args args{
+        .w = source.data,
+        .dtype = source.dtype,
+        .block_shift = arguments.block_shift(blocksize),
+        .numel = numel,
+        .packed = arguments.written<uint8_t>(packed, "packed", ceil_div(numel, 2)),
+        .absmax = arguments.written<float>(absmax, "absmax", ceil_div(numel, blocksize)),
+        .partial_sums = partial_sums,
+    };
+    check(launch_quantize_nf4(&args, current_stream(w)), "quantize_nf4");
 }
 
 void quantize_nf4(Tensor w, int64_t blocksize, Tensor packed, Tensor absmax) {
     const DeviceGuard guard(w.get_device_index());
-    quantize_first_level(w, blocksize, packed, absmax, nullptr);
+    quantize(w, blocksize, packed, absmax, nullptr);
 }
 
-// The second level from absmax and sums of its parts: one launch.
-void quantize_second_level(const Tensor& absmax, const double* partial_sums, int64_t n_partial_sums, Tensor& absmax_q,
-                           Tensor& absmax_scale, Tensor& absmax_offset) {
+// absmax_q, absmax_scale and absmax_offset from absmax and the sums of its parts: one launch.
+void quantize_absmax_from_sums(const Tensor& absmax, const double* partial_sums, int64_t n_partial_sums,
+                               Tensor& absmax_q, Tensor& absmax_scale, Tensor& absmax_offset) {
     const CudaArguments arguments("quantize_absmax", absmax);
     const int64_t n_blocks = absmax.numel();
-    check(launch_quantize_absmax(arguments.data<float>(absmax, "absmax", n_blocks), partial_sums, n_partial_sums,
-                                 arguments.written<uint8_t>(absmax_q, "absmax_q", n_blocks),
-                                 arguments.written<float>(absmax_scale, "absmax_scale", ceil_div(n_blocks, 256)),
-                                 arguments.written<float>(absmax_offset, "absmax_offset", 1), n_blocks,
-                                 current_stream(absmax)),
-          "quantize_absmax");
+    const QuantizeAbsmaxArgs args{
+        .absmax = arguments.data<float>(absmax, "absmax", n_blocks),
+        .n_blocks = n_blocks,
+        .partial_sums = partial_sums,
+        .n_partial_sums = n_partial_sums,
+        .absmax_q = arguments.written<uint8_t>(absmax_q, "absmax_q", n_blocks),
+        .absmax_scale = arguments.written<float>(absmax_scale, "absmax_scale", ceil_div(n_blocks, kNestedBlocksize)),
+        .absmax_offset = arguments.written<float>(absmax_offset, "absmax_offset", 1),
+    };
+    check(launch_quantize_absmax(&args, current_stream(absmax)), "quantize_absmax");
 }
 
-// Two launches: partial sums of absmax, then the second level.
+// Two launches: partial sums of absmax, then its quantization.
 void quantize_absmax(Tensor absmax, Tensor partial_sums, Tensor absmax_q, Tensor absmax_scale, Tensor absmax_offset) {
     const DeviceGuard guard(absmax.get_device_index());
     const CudaArguments arguments("quantize_absmax", absmax);
@@ -55,7 +65,7 @@ void quantize_absmax(Tensor absmax, Tensor partial_sums, Tensor absmax_q, Tensor
     check(
         launch_sum_absmax(arguments.data<float>(absmax, "absmax", n_blocks), partial, n_blocks, current_stream(absmax)),
         "quantize_absmax");
-    quantize_second_level(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
+    quantize_absmax_from_sums(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
 // Two launches for both levels: the first leaves the partial sums behind.
@@ -65,8 +75,8 @@ void quantize_nf4_double(Tensor w, int64_t blocksize, Tensor packed, Tensor absm
     const CudaArguments arguments("quantize_nf4", w);
     const int64_t sums = quantize_nf4_partial_sums(w.numel(), arguments.block_shift(blocksize));
     auto* partial = arguments.written<double>(partial_sums, "partial_sums", sums);
-    quantize_first_level(w, blocksize, packed, absmax, partial);
-    quantize_second_level(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
+    quantize(w, blocksize, packed, absmax, partial);
+    quantize_absmax_from_sums(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
 // Doubles that quantize_absmax and quantize_nf4_double need as scratch.

@@ -7,15 +7,20 @@ namespace {
 void dropout(Tensor x, Tensor seed, int64_t threshold, double scale, bool add, Tensor y) {
     const DeviceGuard guard(x.get_device_index());
     const CudaArguments arguments("linear_nf4_lora", x);
-    const int type = arguments.type_of(x, "x");
-    const int64_t numel = x.numel();
-    bindings::require(arguments.type_of(y, "y") == type, "linear_nf4_lora: x and y must have one dtype");
+    const AnyFloat source = arguments.any_float(x, "x", x.numel());
     bindings::require(threshold >= 0 && threshold <= 1 << 16,
                       "linear_nf4_lora: threshold must be from 0 to 65536, got ", threshold);
-    check(launch_dropout(arguments.floats(x, "x", numel), type, arguments.data<int64_t>(seed, "seed", 1),
-                         static_cast<int>(threshold), static_cast<float>(scale), add,
-                         arguments.written_floats(y, "y", numel), numel, current_stream(x)),
-          "linear_nf4_lora: dropout");
+    const DropoutArgs args{
+        .x = source.data,
+        .y = arguments.written_floats(y, "y", x.numel(), source.dtype),
+        .dtype = source.dtype,
+        .threshold = static_cast<int>(threshold),
+        .scale = static_cast<float>(scale),
+        .add = add,
+        .seed = arguments.data<int64_t>(seed, "seed", 1),
+        .numel = x.numel(),
+    };
+    check(launch_dropout(&args, current_stream(x)), "linear_nf4_lora: dropout");
 }
 
 }  // namespace

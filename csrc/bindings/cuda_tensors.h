@@ -49,62 +49,10 @@ class CudaArguments : public bindings::Arguments<bindings::Device::kCuda> {
   public:
     using Arguments::Arguments;
 
-    // qlora::FloatType.
-    int type_of(const Tensor& tensor, const char* name) const {
-        switch (tensor.scalar_type()) {
-            case ScalarType::Float:
-                return 0;
-            case ScalarType::BFloat16:
-                return 1;
-            case ScalarType::Half:
-                return 2;
-            default:
-                bindings::fail(op_, ": ", name, " must be float32, bfloat16 or float16");
-        }
-    }
-    int type_of(const OptionalTensor& tensor, const char* name) const { return tensor ? type_of(*tensor, name) : 0; }
-
-    const void* floats(const Tensor& tensor, const char* name, int64_t numel) const {
-        const int64_t size = type_of(tensor, name) == 0 ? 4 : 2;
-        check_contiguous(tensor, name, numel);
-        return address(tensor, name, numel, size);
-    }
-    const void* floats(const OptionalTensor& tensor, const char* name, int64_t numel) const {
-        return tensor ? floats(*tensor, name, numel) : nullptr;
-    }
-    void* written_floats(const Tensor& tensor, const char* name, int64_t numel) const {
-        floats(tensor, name, numel);
-        return tensor.mutable_data_ptr();
-    }
-
     // Sizes that the launchers take as int.
     int to_int(int64_t size, const char* name) const {
         bindings::require(size >= 0 && size <= INT32_MAX, op_, ": ", name, " must fit 32 bits, got ", size);
         return static_cast<int>(size);
-    }
-};
-
-// An NF4 weight of `numel` elements.
-struct Weight {
-    const uint8_t* packed;
-    const float* absmax;
-    const uint8_t* absmax_q;
-    const float* absmax_scale;
-    const float* absmax_offset;
-    int block_shift;
-
-    Weight(const CudaArguments& arguments, const Tensor& packed_tensor, const OptionalTensor& absmax_tensor,
-           const OptionalTensor& q, const OptionalTensor& scale, const OptionalTensor& offset, int64_t blocksize,
-           int64_t numel)
-        : block_shift(arguments.block_shift(blocksize)) {
-        const int64_t blocks = ceil_div(numel, blocksize);
-        bindings::require(absmax_tensor.has_value() != (q && scale && offset),
-                          "absmax, or absmax_q, absmax_scale and absmax_offset, must be given");
-        packed = arguments.data<uint8_t>(packed_tensor, "packed", ceil_div(numel, 2));
-        absmax = arguments.data<float>(absmax_tensor, "absmax", blocks);
-        absmax_q = arguments.data<uint8_t>(q, "absmax_q", blocks);
-        absmax_scale = arguments.data<float>(scale, "absmax_scale", ceil_div(blocks, 256));
-        absmax_offset = arguments.data<float>(offset, "absmax_offset", 1);
     }
 };
 

@@ -5,8 +5,8 @@
 // result is bit for bit the dequantized weight, in any element type, at the cost of a copy.
 #pragma once
 
+#include "block_absmax.h"
 #include "dynamic_map.h"
-#include "qlora/nf4_weight.h"
 #include "simd.h"
 
 namespace qlora::QLORA_ISA {
@@ -35,7 +35,7 @@ static inline void decode_absmax(const NF4Weight& w, int64_t block, int64_t n, f
         }
         i += count;
     }
-    const float offset = w.absmax_offset;
+    const float offset = *w.absmax_offset;
     for (int64_t i = 0; i < n; ++i) out[i] += offset;
 }
 

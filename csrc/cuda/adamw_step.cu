@@ -18,7 +18,6 @@ constexpr int kAdamWThreads = 256;
 constexpr int kAdamWWarps = kAdamWThreads / 32;
 constexpr int kLargestSegmentRow = 4096;  // blocks that share one segment
 constexpr unsigned kEveryLane = 0xFFFFFFFFu;
-constexpr int kFloat64 = 3;  // a learning rate may be double
 
 // Columns of `segments`, as ops/adamw_step.py names them.
 struct AdamWSegment {
@@ -29,22 +28,9 @@ struct AdamWTensor {
     const void* grad;  // null: the parameter is skipped
     int64_t type, numel;
 };
-
-struct AdamWProblem {
-    const AdamWTensor* tensors;
-    int64_t n_params;
-    const AdamWSegment* segments;
-    int64_t n_segments;
-    const float* steps;
-    uint8_t* arena;
-    int64_t arena_bytes;
-    const void* lr;  // one element of lr_type in device memory, or null
-    int lr_type;
-    const int64_t* seed;
-    const float* grad_multiplier;
-    const float* found_inf;
-    AdamWScalars scalars;
-};
+__device__ __forceinline__ const AdamWTensor* tensors_of(const AdamWArgs& p) {
+    return static_cast<const AdamWTensor*>(p.tensors);
+}
 
 // The 8-bit code of one state.
 struct StateCode {
@@ -82,9 +68,9 @@ struct AdamWShared {
     StateCode exp_avg_code, exp_avg_sq_code;
 };
 
-__device__ __forceinline__ double learning_rate(const AdamWProblem& p) {
-    if (!p.lr) return p.scalars.lr;
-    return p.lr_type == kFloat64 ? *static_cast<const double*>(p.lr) : double(load_any(p.lr, p.lr_type, 0));
+__device__ __forceinline__ double learning_rate(const AdamWArgs& p) {
+    if (p.double_lr) return *p.double_lr;
+    return p.lr.data ? double(load_any(p.lr, 0)) : p.scalars.lr;
 }
 
 // beta^t for t >= 1 by squaring: t is a whole number, and pow() would take a stack frame.
@@ -97,7 +83,7 @@ __device__ __forceinline__ double power(double base, float t) {
     return result;
 }
 
-__device__ __forceinline__ AdamWFactors factors_of(const AdamWProblem& p, float t) {
+__device__ __forceinline__ AdamWFactors factors_of(const AdamWArgs& p, float t) {
     const AdamWScalars& s = p.scalars;
     const double lr = learning_rate(p);
     AdamWFactors f;
@@ -135,10 +121,10 @@ __device__ __forceinline__ void store_elements(void* to, int64_t index, int coun
         }
     }
 }
-__device__ __forceinline__ void load_typed(float (&to)[8], const void* from, int type, int64_t index, int count) {
-    if (type == kFloat32) load_elements<float>(to, from, index, count);
-    if (type == kBfloat16) load_elements<__nv_bfloat16>(to, from, index, count);
-    if (type == kFloat16) load_elements<__half>(to, from, index, count);
+__device__ __forceinline__ void load_typed(float (&to)[8], const void* from, DType type, int64_t index, int count) {
+    if (type == DType::kFloat32) load_elements<float>(to, from, index, count);
+    if (type == DType::kBfloat16) load_elements<__nv_bfloat16>(to, from, index, count);
+    if (type == DType::kFloat16) load_elements<__half>(to, from, index, count);
 }
 
 // Eight states from one 64-bit load: value[q] * absmax.
@@ -193,12 +179,12 @@ __device__ __forceinline__ void update(float& p, float g, float& m, float& v, co
 
 __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u; }
 
-__device__ __forceinline__ void update_unit(const AdamWProblem& problem, const AdamWSegment& segment,
+__device__ __forceinline__ void update_unit(const AdamWArgs& problem, const AdamWSegment& segment,
                                             const AdamWTensor& tensor, AdamWShared& shared, float multiplier,
                                             int64_t unit) {
     const int64_t offset = unit * kStateBlocksize + threadIdx.x % 32 * 8;
     const int count = static_cast<int>(max(int64_t(0), min(int64_t(8), segment.numel - offset)));
-    const int type = static_cast<int>(tensor.type);
+    const DType type = static_cast<DType>(tensor.type);
     const bool eight_bit = segment.exp_avg_absmax >= 0;
     uint8_t* exp_avg = problem.arena + segment.exp_avg;
     uint8_t* exp_avg_sq = problem.arena + segment.exp_avg_sq;
@@ -231,9 +217,9 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
         store_elements<float>(exp_avg_sq, offset, count, v);
     }
     const int64_t index = segment.start + offset;
-    if (type == kFloat32) store_elements<float>(tensor.param, index, count, p);
-    if (type == kFloat16) store_elements<__half>(tensor.param, index, count, p);
-    if (type == kBfloat16) {
+    if (type == DType::kFloat32) store_elements<float>(tensor.param, index, count, p);
+    if (type == DType::kFloat16) store_elements<__half>(tensor.param, index, count, p);
+    if (type == DType::kBfloat16) {
         if (problem.seed) {
             store_stochastic(tensor.param, index, count, p, *problem.seed, segment.counter + offset);
         } else {
@@ -242,14 +228,14 @@ __device__ __forceinline__ void update_unit(const AdamWProblem& problem, const A
     }
 }
 
-__device__ __forceinline__ bool in_arena(const AdamWProblem& p, int64_t offset, int64_t bytes, int64_t alignment) {
+__device__ __forceinline__ bool in_arena(const AdamWArgs& p, int64_t offset, int64_t bytes, int64_t alignment) {
     return offset >= 0 && offset % alignment == 0 && offset <= p.arena_bytes && bytes <= p.arena_bytes - offset;
 }
 
 // The rows of `segments` are data in device memory, which no host code has checked.
-__device__ __forceinline__ bool is_sound(const AdamWProblem& p, const AdamWSegment& segment) {
+__device__ __forceinline__ bool is_sound(const AdamWArgs& p, const AdamWSegment& segment) {
     if (segment.param < 0 || segment.param >= p.n_params) return false;
-    const int64_t numel = p.tensors[segment.param].numel;
+    const int64_t numel = tensors_of(p)[segment.param].numel;
     if (segment.start < 0 || segment.start > numel || segment.numel < 0 || segment.numel > numel - segment.start) {
         return false;
     }
@@ -261,16 +247,16 @@ __device__ __forceinline__ bool is_sound(const AdamWProblem& p, const AdamWSegme
                            in_arena(p, segment.exp_avg_sq_absmax, absmax_bytes, 4)));
 }
 
-__global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const AdamWProblem problem) {
+__global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const AdamWArgs problem) {
     AdamWShared& shared = block_shared<AdamWShared>();
     if (problem.found_inf && *problem.found_inf != 0) return;
     const float multiplier = problem.grad_multiplier ? *problem.grad_multiplier : 1.0f;
     const int thread = threadIdx.x;
     bool has_codes = false;
     for (int64_t index = blockIdx.y; index < problem.n_segments; index += gridDim.y) {
-        const AdamWSegment& segment = problem.segments[index];
+        const AdamWSegment& segment = reinterpret_cast<const AdamWSegment*>(problem.segments)[index];
         if (!is_sound(problem, segment)) continue;
-        const AdamWTensor& tensor = problem.tensors[segment.param];
+        const AdamWTensor& tensor = tensors_of(problem)[segment.param];
         const int64_t units = ceil_div<int64_t>(segment.numel, kStateBlocksize);
         __syncthreads();  // the factors of the segment before are no longer read
         if (thread == 0) shared.factors = factors_of(problem, problem.steps[segment.param]);
@@ -290,30 +276,15 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const Adam
 
 }  // namespace qlora
 
-cudaError_t launch_adamw_step(const void* tensors, int64_t n_params, const int64_t* segments, int64_t n_segments,
-                              const float* steps, uint8_t* arena, int64_t arena_bytes, const void* lr, int lr_type,
-                              const int64_t* seed, const float* grad_multiplier, const float* found_inf,
-                              const AdamWScalars* scalars, int64_t largest_segment, cudaStream_t stream) {
+cudaError_t launch_adamw_step(const qlora::AdamWArgs* args, cudaStream_t stream) {
     using namespace qlora;
+    const int64_t n_segments = args->n_segments;
     if (n_segments == 0) return cudaSuccess;
-    const AdamWProblem problem{static_cast<const AdamWTensor*>(tensors),
-                               n_params,
-                               reinterpret_cast<const AdamWSegment*>(segments),
-                               n_segments,
-                               steps,
-                               arena,
-                               arena_bytes,
-                               lr,
-                               lr_type,
-                               seed,
-                               grad_multiplier,
-                               found_inf,
-                               *scalars};
     // Enough blocks a segment for its units, but not so many for all of them that most only find nothing to do.
-    const int64_t wanted = ceil_div<int64_t>(largest_segment, kStateBlocksize * kAdamWWarps);
+    const int64_t wanted = ceil_div<int64_t>(args->largest_segment, kStateBlocksize * kAdamWWarps);
     const int64_t share = ceil_div<int64_t>(4 * kLargestSegmentRow, n_segments);
     int64_t row = wanted < share ? wanted : share;
     row = row < 1 ? 1 : row > kLargestSegmentRow ? kLargestSegmentRow : row;
     const dim3 grid(static_cast<unsigned>(row), static_cast<unsigned>(n_segments < 65535 ? n_segments : 65535));
-    return launch({grid, kAdamWThreads, 0, stream}, adamw_step_kernel, problem);
+    return launch({grid, kAdamWThreads, 0, stream}, adamw_step_kernel, *args);
 }

@@ -28,8 +28,8 @@ struct DequantizeShared {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_nf4_kernel(const uint4* __restrict__ packed, const Absmax constants, T* __restrict__ w) {
+__global__ void __launch_bounds__(kDequantizeThreads) dequantize_nf4_kernel(const NF4Weight weight, T* __restrict__ w) {
+    const uint4* packed = reinterpret_cast<const uint4*>(weight.packed);
     DequantizeShared& shared = block_shared<DequantizeShared>();
     const int thread = threadIdx.x;
     const int64_t start = int64_t(blockIdx.x) * kDequantizeTile;
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kDequantizeThreads)
         shared.packed[index] = __ldcs(packed + start / 32 + index);
     }
     // One entry for each blocksize or kStep weights, whichever is less, so that a thread's entries are evenly spaced.
-    const int shift = min(constants.block_shift, kStepShift);
+    const int shift = min(weight.block_shift, kStepShift);
     const int entries = kDequantizeTile >> shift;
 #pragma unroll 1  // one round at blocksize 64
     for (int i = thread; i < entries; i += kDequantizeThreads) {
-        shared.absmax[i] = first_level(constants, (start + (int64_t(i) << shift)) >> constants.block_shift);
+        shared.absmax[i] = block_absmax(weight, (start + (int64_t(i) << shift)) >> weight.block_shift);
     }
     shared.code.fill(thread);
     __syncthreads();
@@ -65,30 +65,30 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 // Weights [start, numel), one a thread.
 template <typename T>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_nf4_rest_kernel(const uint8_t* __restrict__ packed, const Absmax constants, T* __restrict__ w,
-                               const int64_t start, const int64_t numel) {
+    dequantize_nf4_rest_kernel(const NF4Weight weight, T* __restrict__ w, const int64_t start, const int64_t numel) {
     const int64_t i = start + int64_t(blockIdx.x) * kDequantizeThreads + threadIdx.x;
     if (i >= numel) return;
-    const float absmax = first_level(constants, i >> constants.block_shift);
-    w[i] = round_to<T>(__fmul_rn(nf4_code(nibble(packed, i)), absmax));
+    const float absmax = block_absmax(weight, i >> weight.block_shift);
+    w[i] = round_to<T>(__fmul_rn(nf4_code(nibble(weight.packed, i)), absmax));
 }
 
 namespace {
 
 template <typename T>
-cudaError_t launch_dequantize(const uint8_t* packed, const Absmax& constants, void* w, int64_t numel,
-                              cudaStream_t stream) {
-    const int64_t tiles = is_aligned(packed, 16) && is_aligned(w, 16) ? numel / kDequantizeTile : 0;
+cudaError_t launch_dequantize(const DequantizeNF4Args& args, cudaStream_t stream) {
+    const int64_t numel = args.weight.N * args.weight.K;
+    T* w = static_cast<T*>(args.w);
+    const int64_t tiles = is_aligned(args.weight.packed, 16) && is_aligned(w, 16) ? numel / kDequantizeTile : 0;
     const int64_t rest = numel - tiles * kDequantizeTile;
     cudaError_t error = cudaSuccess;
     if (tiles > 0) {
         error = launch({dim3(static_cast<unsigned>(tiles)), kDequantizeThreads, 0, stream}, dequantize_nf4_kernel<T>,
-                       reinterpret_cast<const uint4*>(packed), constants, static_cast<T*>(w));
+                       args.weight, w);
     }
     if (rest > 0 && error == cudaSuccess) {
         const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rest, kDequantizeThreads)));
-        error = launch({grid, kDequantizeThreads, 0, stream}, dequantize_nf4_rest_kernel<T>, packed, constants,
-                       static_cast<T*>(w), tiles * kDequantizeTile, numel);
+        error = launch({grid, kDequantizeThreads, 0, stream}, dequantize_nf4_rest_kernel<T>, args.weight, w,
+                       tiles * kDequantizeTile, numel);
     }
     return error;
 }
@@ -96,19 +96,16 @@ cudaError_t launch_dequantize(const uint8_t* packed, const Absmax& constants, vo
 }  // namespace
 }  // namespace qlora
 
-cudaError_t launch_dequantize_nf4(const uint8_t* packed, const float* absmax, const uint8_t* absmax_q,
-                                  const float* absmax_scale, const float* absmax_offset, int block_shift, void* w,
-                                  int w_type, int64_t numel, cudaStream_t stream) {
+cudaError_t launch_dequantize_nf4(const qlora::DequantizeNF4Args* args, cudaStream_t stream) {
     using namespace qlora;
-    if (numel == 0) return cudaSuccess;
-    const Absmax constants{absmax, absmax_q, absmax_scale, absmax_offset, block_shift};
-    switch (w_type) {
-        case kFloat32:
-            return launch_dequantize<float>(packed, constants, w, numel, stream);
-        case kBfloat16:
-            return launch_dequantize<__nv_bfloat16>(packed, constants, w, numel, stream);
-        case kFloat16:
-            return launch_dequantize<__half>(packed, constants, w, numel, stream);
+    if (args->weight.N == 0 || args->weight.K == 0) return cudaSuccess;
+    switch (args->dtype) {
+        case DType::kFloat32:
+            return launch_dequantize<float>(*args, stream);
+        case DType::kBfloat16:
+            return launch_dequantize<__nv_bfloat16>(*args, stream);
+        case DType::kFloat16:
+            return launch_dequantize<__half>(*args, stream);
         default:
             return cudaErrorInvalidValue;
     }

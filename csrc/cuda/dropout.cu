@@ -51,37 +51,33 @@ __global__ void __launch_bounds__(kDropoutThreads)
 namespace {
 
 template <typename T, bool ADD>
-cudaError_t launch_dropout(const void* x, const int64_t* seed, uint32_t threshold, float scale, void* y, int64_t numel,
-                           cudaStream_t stream) {
-    const int64_t blocks = ceil_div<int64_t>(numel, int64_t{kDropoutThreads} * kDrawsPerCall);
+cudaError_t launch_typed(const DropoutArgs& args, cudaStream_t stream) {
+    const int64_t blocks = ceil_div<int64_t>(args.numel, int64_t{kDropoutThreads} * kDrawsPerCall);
     const LaunchShape shape{static_cast<unsigned>(blocks), kDropoutThreads, 0, stream};
-    const bool aligned = is_aligned(x, 16) && is_aligned(y, 16);
+    const bool aligned = is_aligned(args.x, 16) && is_aligned(args.y, 16);
     const auto kernel = aligned ? dropout_kernel<T, ADD, true> : dropout_kernel<T, ADD, false>;
-    return launch(shape, kernel, static_cast<const T*>(x), seed, threshold, scale, static_cast<T*>(y), numel);
+    return launch(shape, kernel, static_cast<const T*>(args.x), args.seed, static_cast<uint32_t>(args.threshold),
+                  args.scale, static_cast<T*>(args.y), args.numel);
 }
 
 template <typename T>
-cudaError_t launch_dropout(const void* x, const int64_t* seed, uint32_t threshold, float scale, bool add, void* y,
-                           int64_t numel, cudaStream_t stream) {
-    const auto launcher = add ? launch_dropout<T, true> : launch_dropout<T, false>;
-    return launcher(x, seed, threshold, scale, y, numel, stream);
+cudaError_t launch_typed(const DropoutArgs& args, cudaStream_t stream) {
+    return args.add ? launch_typed<T, true>(args, stream) : launch_typed<T, false>(args, stream);
 }
 
 }  // namespace
 }  // namespace qlora
 
-cudaError_t launch_dropout(const void* x, int type, const int64_t* seed, int threshold, float scale, int add, void* y,
-                           int64_t numel, cudaStream_t stream) {
+cudaError_t launch_dropout(const qlora::DropoutArgs* args, cudaStream_t stream) {
     using namespace qlora;
-    if (numel == 0) return cudaSuccess;
-    const auto draws = static_cast<uint32_t>(threshold);
-    switch (type) {
-        case kFloat32:
-            return launch_dropout<float>(x, seed, draws, scale, add != 0, y, numel, stream);
-        case kBfloat16:
-            return launch_dropout<__nv_bfloat16>(x, seed, draws, scale, add != 0, y, numel, stream);
-        case kFloat16:
-            return launch_dropout<__half>(x, seed, draws, scale, add != 0, y, numel, stream);
+    if (args->numel == 0) return cudaSuccess;
+    switch (args->dtype) {
+        case DType::kFloat32:
+            return launch_typed<float>(*args, stream);
+        case DType::kBfloat16:
+            return launch_typed<__nv_bfloat16>(*args, stream);
+        case DType::kFloat16:
+            return launch_typed<__half>(*args, stream);
         default:
             return cudaErrorInvalidValue;
     }

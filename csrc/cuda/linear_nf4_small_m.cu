@@ -1,17 +1,18 @@
 // y[m, n] = sum_k x[m, k] w_hat[n, k] + bias[n] + scaling * sum_j s[m, j] B[n, j] for M <= 16, fp32 throughout.
 //
-// Bound by reading the packed weight once, so everything serves that stream: a warp owns ROWS rows of w (and, where N
-// is small, a part of K, so that the machine is full), and fetches 512 bytes of each with one 16-byte cp.async per
-// lane, kStages deep. It reads them back a word at a time: lane l takes words l, l + 32, ..., eight weights each, for
-// which its slice of x is 16 contiguous bytes beside its neighbours'. Decoding straight from 16-byte registers would
-// leave the lanes' slices of x 64 bytes apart and make L1 the bound from M = 4 on.
+// The kernel is bound by reading the packed weight once. A warp owns ROWS rows of w (and, where N is small, a part of
+// K, so that the GPU is full). It fetches 512 bytes of each row with one 16-byte cp.async per lane, kSmallMStages deep,
+// and reads them back a word at a time: lane l takes words l, l + 32, ..., eight weights each, for which its slice of x
+// is 16 bytes next to those of its neighbours. Decoding from 16-byte registers instead would leave the lanes' slices of
+// x 64 bytes apart and make L1 the bound from M = 4 on.
 //
-// Each lane computes the absmax of one 32-weight piece; a shuffle gives a word its own. Weights enter the products as
-// code values: absmax multiplies the sum of eight. Rows of w must be whole 32-weight pieces: K % 32 == 0.
+// Each lane computes the absmax of one chunk of 32 weights; a shuffle hands it to the lanes that read its words.
+// Weights enter the products as code values: absmax multiplies the sum of eight. Rows of w must be whole chunks: K % 32
+// == 0.
 //
-// At M = 1 the bound is instruction issue, so nothing is computed twice: indices count pieces in 32 bits, the
-// pipeline's slot is carried along, and only rows of x that a tile may lack are tested for. docs/notebook has the
-// counts.
+// At M = 1 the bound is instruction issue. So indices count chunks in 32 bits, the index of the pipeline stage is
+// carried from fetch to fetch, and only rows of x that a tile may lack are tested for. docs/notebook has the
+// instruction counts.
 #include "launchers.h"
 #include "qlora/floats.cuh"
 #include "qlora/launch.cuh"
@@ -24,22 +25,13 @@ namespace qlora {
 constexpr int kSmallMWarps = 4;
 constexpr int kSmallMThreads = kSmallMWarps * 32;
 constexpr int kSmallMStages = 3;
-constexpr int kSmallMDepth = 1024;  // k of one fetch: 32 lanes x a piece of 32 weights
-constexpr int kPieceShift = 5;
+constexpr int kSmallMFetchK = 1024;  // k of one fetch: 32 lanes x a chunk of 32 weights
+constexpr int kChunkShift = 5;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-struct SmallMProblem {
-    const void* x;  // T [M, K]
-    const uint8_t* packed;
-    Absmax absmax;
-    const void* bias;  // [N] of bias_type, or null
-    int bias_type;
-    const void* s;       // T [M, r], or null
-    const void* lora_B;  // [N, r] of lora_type
-    int lora_type, r;
-    float scaling;
-    void* y;  // T [M, N]
-    int M, N, K;
+// The sizes are 32-bit: with those of NF4Weight the compiler would compute addresses in 64 bits.
+struct SmallMProblem : LinearNF4SmallMArgs {
+    int N, K;
     int warps_per_row;
 };
 
@@ -62,30 +54,30 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
     __syncthreads();
 
     // Rows past the end repeat the last one and are not stored.
-    const int pieces = p.K / 32, fetches = ceil_div(pieces, 32), block_shift = p.absmax.block_shift - kPieceShift;
-    uint32_t row_start[ROWS];  // index of its first piece
+    const int chunks = p.K / 32, fetches = ceil_div(chunks, 32), block_shift = p.weight.block_shift - kChunkShift;
+    uint32_t row_start[ROWS];  // index of its first chunk
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) row_start[row] = uint32_t(min(n0 + row, p.N - 1)) * pieces;
+    for (int row = 0; row < ROWS; row++) row_start[row] = uint32_t(min(n0 + row, p.N - 1)) * chunks;
 
-    auto fetch = [&](int index, int slot) {
-        const int piece = index * 32 + lane;
-        const bool valid = piece < pieces;
-        const uint4* from = reinterpret_cast<const uint4*>(p.packed) + (valid ? piece : 0);
+    auto fetch = [&](int index, int stage) {
+        const int chunk = index * 32 + lane;
+        const bool valid = chunk < chunks;
+        const uint4* from = reinterpret_cast<const uint4*>(p.weight.packed) + (valid ? chunk : 0);
         if (index < fetches) {
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
-                ptx::cp_async<16>(&shared.packed[warp][slot][row][lane], from + row_start[row], valid);
+                ptx::cp_async<16>(&shared.packed[warp][stage][row][lane], from + row_start[row], valid);
             }
         }
         ptx::cp_async_commit();
     };
     // Past the end of K any absmax of the row will do: x is zero there.
     auto load_absmax = [&](float (&absmax)[ROWS], int index) {
-        const int piece = min(index * 32 + lane, pieces - 1);
+        const int chunk = min(index * 32 + lane, chunks - 1);
         uint32_t block[ROWS];
 #pragma unroll
-        for (int row = 0; row < ROWS; row++) block[row] = (row_start[row] + piece) >> block_shift;
-        first_levels(absmax, p.absmax, block);
+        for (int row = 0; row < ROWS; row++) block[row] = (row_start[row] + chunk) >> block_shift;
+        block_absmax(absmax, p.weight, block);
     };
 
     float sum[M_TILE][ROWS] = {};
@@ -93,20 +85,20 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
     for (int i = 0; i < kSmallMStages - 1; i++) fetch(part + i * p.warps_per_row, i);
     load_absmax(absmax, part);
 
-    int slot = 0;
+    int stage = 0;
     for (int index = part; index < fetches; index += p.warps_per_row) {
         ptx::cp_async_wait<kSmallMStages - 2>();
-        __syncwarp();  // every lane's bytes are there, and every lane has left the slot that is fetched into next
-        fetch(index + (kSmallMStages - 1) * p.warps_per_row, slot == 0 ? kSmallMStages - 1 : slot - 1);
+        __syncwarp();  // every lane's bytes are there, and every lane has left the stage that is fetched into next
+        fetch(index + (kSmallMStages - 1) * p.warps_per_row, stage == 0 ? kSmallMStages - 1 : stage - 1);
         float next_absmax[ROWS];
         load_absmax(next_absmax, index + p.warps_per_row);
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(shared.packed[warp][slot]) + lane;
-        slot = slot == kSmallMStages - 1 ? 0 : slot + 1;
-        const T* x_gl = static_cast<const T*>(p.x) + index * kSmallMDepth + lane * 8;
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(shared.packed[warp][stage]) + lane;
+        stage = stage == kSmallMStages - 1 ? 0 : stage + 1;
+        const T* x_gl = static_cast<const T*>(p.x) + index * kSmallMFetchK + lane * 8;
         // Unrolled, the compiler would gather the x of all four steps first, which many rows have no registers for.
 #pragma unroll(M_TILE > 4 ? 1 : 4)
         for (int step = 0; step < 4; step++) {
-            const bool valid = index * kSmallMDepth + lane * 8 + step * 256 < p.K;
+            const bool valid = index * kSmallMFetchK + lane * 8 + step * 256 < p.K;
             float w[ROWS][8], scale[ROWS];
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
@@ -136,7 +128,7 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
                 const int64_t n = min(n0 + row, p.N - 1);
-                const float b = p.scaling * load_any(p.lora_B, p.lora_type, n * p.r + j);
+                const float b = p.scaling * load_any(p.lora_B, n * p.r + j);
 #pragma unroll
                 for (int m = 0; m < M_TILE; m++) {
                     if (m < p.M)
@@ -162,7 +154,7 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
         const int group = i / (M_TILE * ROWS), m = i % (M_TILE * ROWS) / ROWS;
         const int n = int(blockIdx.x) * rows_per_block + group * ROWS + i % ROWS;
         if (m >= p.M || n >= p.N) continue;
-        float total = p.bias ? load_any(p.bias, p.bias_type, n) : 0.0f;
+        float total = p.bias.data ? load_any(p.bias, n) : 0.0f;
         for (int other = 0; other < p.warps_per_row; other++) {
             total += shared.partial[group * p.warps_per_row + other][i % (M_TILE * ROWS)];
         }
@@ -175,9 +167,12 @@ namespace {
 constexpr int kWarpsThatFill = 108 * 16;  // resident warps of a mid-size GPU at the kernel's registers
 
 template <typename T, int M_TILE, int ROWS>
-cudaError_t launch_small_m_tile(SmallMProblem problem, cudaStream_t stream) {
-    const int groups = ceil_div(problem.N, ROWS), fetches = ceil_div(problem.K, kSmallMDepth);
+cudaError_t launch_small_m_tile(const LinearNF4SmallMArgs& args, cudaStream_t stream) {
+    SmallMProblem problem{args};
+    problem.N = static_cast<int>(args.weight.N);
+    problem.K = static_cast<int>(args.weight.K);
     problem.warps_per_row = 1;
+    const int groups = ceil_div(problem.N, ROWS), fetches = ceil_div(problem.K, kSmallMFetchK);
     while (problem.warps_per_row < kSmallMWarps && groups * problem.warps_per_row < kWarpsThatFill &&
            problem.warps_per_row < fetches) {
         problem.warps_per_row *= 2;
@@ -187,39 +182,31 @@ cudaError_t launch_small_m_tile(SmallMProblem problem, cudaStream_t stream) {
 }
 
 template <typename T>
-cudaError_t launch_small_m(const SmallMProblem& problem, cudaStream_t stream) {
-    if (problem.M == 1) return launch_small_m_tile<T, 1, 4>(problem, stream);
-    if (problem.M == 2) return launch_small_m_tile<T, 2, 4>(problem, stream);
-    if (problem.M <= 4) return launch_small_m_tile<T, 4, 4>(problem, stream);
-    if (problem.M <= 8) return launch_small_m_tile<T, 8, 2>(problem, stream);
-    return launch_small_m_tile<T, 16, 2>(problem, stream);
+cudaError_t launch_small_m(const LinearNF4SmallMArgs& args, cudaStream_t stream) {
+    if (args.M == 1) return launch_small_m_tile<T, 1, 4>(args, stream);
+    if (args.M == 2) return launch_small_m_tile<T, 2, 4>(args, stream);
+    if (args.M <= 4) return launch_small_m_tile<T, 4, 4>(args, stream);
+    if (args.M <= 8) return launch_small_m_tile<T, 8, 2>(args, stream);
+    return launch_small_m_tile<T, 16, 2>(args, stream);
 }
 
 }  // namespace
 }  // namespace qlora
 
-cudaError_t launch_linear_nf4_small_m(const void* x, int x_type, const uint8_t* packed, const float* absmax,
-                                      const uint8_t* absmax_q, const float* absmax_scale, const float* absmax_offset,
-                                      int block_shift, const void* bias, int bias_type, const void* s,
-                                      const void* lora_B, int lora_type, int r, float scaling, void* y, int M, int N,
-                                      int K, cudaStream_t stream) {
+cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream) {
     using namespace qlora;
-    const bool indexable = int64_t(N) * (K / 32) <= int64_t(UINT32_MAX);
-    if (M < 1 || M > 16 || N < 1 || K < 32 || K % 32 || !indexable || !is_aligned(x, 16) || !is_aligned(packed, 16)) {
+    const int64_t N = args->weight.N, K = args->weight.K;
+    if (args->M < 1 || args->M > 16 || N < 1 || N > INT32_MAX || K < 32 || K > INT32_MAX || K % 32 ||
+        N * (K / 32) > int64_t(UINT32_MAX) || !is_aligned(args->x, 16) || !is_aligned(args->weight.packed, 16)) {
         return cudaErrorInvalidValue;
     }
-    const SmallMProblem problem{x,       packed,    {absmax, absmax_q, absmax_scale, absmax_offset, block_shift},
-                                bias,    bias_type, s,
-                                lora_B,  lora_type, r,
-                                scaling, y,         M,
-                                N,       K,         1};
-    switch (x_type) {
-        case kFloat32:
-            return launch_small_m<float>(problem, stream);
-        case kBfloat16:
-            return launch_small_m<__nv_bfloat16>(problem, stream);
-        case kFloat16:
-            return launch_small_m<__half>(problem, stream);
+    switch (args->dtype) {
+        case DType::kFloat32:
+            return launch_small_m<float>(*args, stream);
+        case DType::kBfloat16:
+            return launch_small_m<__nv_bfloat16>(*args, stream);
+        case DType::kFloat16:
+            return launch_small_m<__half>(*args, stream);
         default:
             return cudaErrorInvalidValue;
     }

@@ -164,12 +164,12 @@ int quantize_threads(int block_shift) {
 int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 template <typename T>
-cudaError_t launch_quantize(const void* w, uint8_t* packed, float* absmax, double* partial_sums, int64_t numel,
-                            int block_shift, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(quantize_nf4_partial_sums(numel, block_shift)));
-    const bool vectorized = is_aligned(w, 16) && is_aligned(packed, 4);
-    return launch({grid, static_cast<unsigned>(quantize_threads(block_shift)), 0, stream}, quantize_nf4_kernel<T>,
-                  static_cast<const T*>(w), packed, absmax, partial_sums, numel, block_shift, vectorized);
+cudaError_t launch_quantize(const QuantizeNF4Args& args, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(quantize_nf4_partial_sums(args.numel, args.block_shift)));
+    const bool vectorized = is_aligned(args.w, 16) && is_aligned(args.packed, 4);
+    return launch({grid, static_cast<unsigned>(quantize_threads(args.block_shift)), 0, stream}, quantize_nf4_kernel<T>,
+                  static_cast<const T*>(args.w), args.packed, args.absmax, args.partial_sums, args.numel,
+                  args.block_shift, vectorized);
 }
 
 }  // namespace
@@ -185,17 +185,16 @@ int64_t sum_absmax_partial_sums(int64_t n_blocks) {
     return at_most(ceil_div<int64_t>(n_blocks, kQuantizeThreads), kMaxPartialSums);
 }
 
-cudaError_t launch_quantize_nf4(const void* w, int w_type, uint8_t* packed, float* absmax, double* partial_sums,
-                                int64_t numel, int block_shift, cudaStream_t stream) {
+cudaError_t launch_quantize_nf4(const qlora::QuantizeNF4Args* args, cudaStream_t stream) {
     using namespace qlora;
-    if (numel == 0) return cudaSuccess;
-    switch (w_type) {
-        case kFloat32:
-            return launch_quantize<float>(w, packed, absmax, partial_sums, numel, block_shift, stream);
-        case kBfloat16:
-            return launch_quantize<__nv_bfloat16>(w, packed, absmax, partial_sums, numel, block_shift, stream);
-        case kFloat16:
-            return launch_quantize<__half>(w, packed, absmax, partial_sums, numel, block_shift, stream);
+    if (args->numel == 0) return cudaSuccess;
+    switch (args->dtype) {
+        case DType::kFloat32:
+            return launch_quantize<float>(*args, stream);
+        case DType::kBfloat16:
+            return launch_quantize<__nv_bfloat16>(*args, stream);
+        case DType::kFloat16:
+            return launch_quantize<__half>(*args, stream);
         default:
             return cudaErrorInvalidValue;
     }
@@ -208,12 +207,11 @@ cudaError_t launch_sum_absmax(const float* absmax, double* partial_sums, int64_t
     return launch({grid, kQuantizeThreads, 0, stream}, sum_absmax_kernel, absmax, partial_sums, n_blocks);
 }
 
-cudaError_t launch_quantize_absmax(const float* absmax, const double* partial_sums, int64_t n_partial_sums,
-                                   uint8_t* absmax_q, float* absmax_scale, float* absmax_offset, int64_t n_blocks,
-                                   cudaStream_t stream) {
+cudaError_t launch_quantize_absmax(const qlora::QuantizeAbsmaxArgs* args, cudaStream_t stream) {
     using namespace qlora;
-    if (n_blocks == 0) return cudaMemsetAsync(absmax_offset, 0, sizeof(float), stream);
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(n_blocks, kNestedBlocksize)));
-    return launch({grid, kNestedBlocksize, 0, stream}, quantize_absmax_kernel, absmax, partial_sums,
-                  static_cast<int>(n_partial_sums), absmax_q, absmax_scale, absmax_offset, n_blocks);
+    if (args->n_blocks == 0) return cudaMemsetAsync(args->absmax_offset, 0, sizeof(float), stream);
+    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args->n_blocks, kNestedBlocksize)));
+    return launch({grid, kNestedBlocksize, 0, stream}, quantize_absmax_kernel, args->absmax, args->partial_sums,
+                  static_cast<int>(args->n_partial_sums), args->absmax_q, args->absmax_scale, args->absmax_offset,
+                  args->n_blocks);
 }

@@ -1,10 +1,13 @@
 // How a block of linear_nf4_gemm reads NF4 weights: as w^T for the forward product, as w for its gradient.
 //
-// One stage holds 256 pieces of 32 weights (16 bytes, one absmax each): 128 outputs by 64 of the contraction. Both
-// kinds hand out the B fragments of mma.m16n8k16 decoded in registers; no decoded weight is written to shared memory.
+// One stage holds 256 chunks of 32 weights (16 bytes, one absmax each): 128 output columns by 64 of the contraction.
+// Both readers decode the B fragments of mma.m16n8k16 in registers; no decoded weight is written to shared memory.
 //
-// A warp owns 32 outputs as four n8 tiles. Column g of tile j is output 4 g + j of the 32, so that a thread's sums of
-// the four tiles (columns 2t and 2t + 1 of each) are eight neighbouring outputs: one 16-byte store.
+// A warp owns 32 output columns as four n8 tiles. Column g of tile j is output 4 g + j of the 32, so that a thread's
+// sums of the four tiles (columns 2t and 2t + 1 of each) are eight neighbouring outputs: one 16-byte store.
+//
+//     slot (warp, tile j, column g)   0  1  2 ...  7 |  8  9 ... 15 | 16 ... 23 | 24 ... 31
+//     output column of the warp       0  4  8 ... 28 |  1  5 ... 29 |  2 ... 30 |  3 ... 31
 #pragma once
 
 #include <cstdint>
@@ -17,22 +20,20 @@ namespace qlora {
 
 constexpr int kGemmWarps = 4;
 constexpr int kGemmThreads = kGemmWarps * 32;
-constexpr int kBlockOut = 128;                         // outputs of a block, 32 a warp
-constexpr int kWarpTiles = 4;                          // n8 tiles of a warp
-constexpr int kBlockDepth = 64;                        // contraction of a stage
-constexpr int kPieces = kBlockOut * kBlockDepth / 32;  // of packed weights in a stage
-constexpr int kPiecesPerThread = kPieces / kGemmThreads;
+constexpr int kBlockN = 128;                     // output columns of a thread block, 32 a warp
+constexpr int kWarpTiles = 4;                    // n8 tiles of a warp
+constexpr int kBlockK = 64;                      // contraction of a stage
+constexpr int kChunks = kBlockN * kBlockK / 32;  // of packed weights in a stage
+constexpr int kChunksPerThread = kChunks / kGemmThreads;
 
-// Output of the block that stands at `position` (warp, tile, column): position = 32 warp + 8 tile + column.
-__device__ __forceinline__ int output_at(int position) {
-    return (position & ~31) + (position & 7) * 4 + (position >> 3 & 3);
-}
-// Sixteen-byte chunk `half` of the 32-byte row `position`. Eight neighbouring rows of one half fall into eight
+// The output column, within the thread block, that slot = 32 warp + 8 tile + column holds.
+__device__ __forceinline__ int column_of_slot(int slot) { return (slot & ~31) + (slot & 7) * 4 + (slot >> 3 & 3); }
+// Sixteen-byte chunk `half` of the 32-byte row `slot`. Eight neighbouring rows of one half fall into eight
 // different groups of four banks.
-__device__ __forceinline__ int row_chunk(int position, int half) { return position * 2 + (half ^ (position >> 2 & 1)); }
+__device__ __forceinline__ int row_chunk(int slot, int half) { return slot * 2 + (half ^ (slot >> 2 & 1)); }
 
-// Where a piece comes from and goes to.
-struct Piece {
+// Source and destination of the 32 weights of one 16-byte chunk.
+struct WeightChunk {
     int n, k;    // its first weight
     int packed;  // index of its 16 bytes in the stage
     int absmax;  // index of its absmax in the stage
@@ -44,24 +45,30 @@ __device__ __forceinline__ uint32_t odd_offset(uint32_t word, int t) {
     return __funnelshift_r(word, word, (8 * t + 30) & 31) & 0x3C;  // rotates right by 8 t - 2, which may be -2
 }
 
-// y = x w^T: outputs are rows of w, the contraction runs along k.
+// y = x w^T: output columns are rows of w, the contraction runs along the columns of w.
 struct ForwardWeights {
-    static __device__ __forceinline__ Piece piece(int index, int out0, int depth0) {
-        const int position = index / 2, half = index % 2;
-        return {out0 + output_at(position), depth0 + half * 32, row_chunk(position, half), half * kBlockOut + position};
+    static __device__ __forceinline__ WeightChunk chunk(int index, int n0, int k0) {
+        const int slot = index / 2, half = index % 2;
+        return {n0 + column_of_slot(slot), k0 + half * 32, row_chunk(slot, half), half * kBlockN + slot};
     }
 
-    // Contraction steps 2 * half and 2 * half + 1 of sixteen. Element k of the step is in byte k / 2 of its eight: the
-    // pair (2t, 2t + 1) of a thread is byte t of a word, the pair 8 later byte t of the next.
+    // The B fragments of contraction steps 2 * half and 2 * half + 1, sixteen of k each. One 32-bit word holds eight
+    // consecutive k of one output column. Thread t = lane % 4 takes byte t of each word:
+    //
+    //     word of step     0                           1
+    //     byte             0     1     2     3         0     1      2      3
+    //     k of the step    0 1   2 3   4 5   6 7       8 9   10 11  12 13  14 15
+    //     thread t         0     1     2     3         0     1      2      3
+    //     register         b[0]                        b[1]
     template <typename T>
     static __device__ __forceinline__ void fragments(uint32_t (&b)[2][kWarpTiles][2], const uint4* packed,
                                                      const float* absmax, const CodeTable& code, int half) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int tile = 0; tile < kWarpTiles; tile++) {
-            const int position = warp * 32 + tile * 8 + g;
-            const uint4 words = packed[row_chunk(position, half)];
-            const float scale = absmax[half * kBlockOut + position];
+            const int slot = warp * 32 + tile * 8 + g;
+            const uint4 words = packed[row_chunk(slot, half)];
+            const float scale = absmax[half * kBlockN + slot];
             const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -72,14 +79,15 @@ struct ForwardWeights {
     }
 };
 
-// grad_x = grad_y w: outputs are columns of w, the contraction runs along n.
+// grad_x = grad_y w: output columns are columns of w, the contraction runs along the rows of w.
 struct TransposedWeights {
-    // Chunk `q` (32 columns) of row `n` of the stage; four rows that lanes read at once fall into different banks.
-    static __device__ __forceinline__ int chunk(int n, int q) { return n * 4 + (q ^ (n >> 1 & 3)); }
+    // Where chunk `q` (32 columns) of row `n` of the stage is stored; four rows that lanes read at once fall into
+    // different banks.
+    static __device__ __forceinline__ int swizzled(int n, int q) { return n * 4 + (q ^ (n >> 1 & 3)); }
 
-    static __device__ __forceinline__ Piece piece(int index, int out0, int depth0) {
+    static __device__ __forceinline__ WeightChunk chunk(int index, int n0, int k0) {
         const int n = index / 4, q = index % 4;
-        return {depth0 + n, out0 + q * 32, chunk(n, q), n * 4 + q};
+        return {k0 + n, n0 + q * 32, swizzled(n, q), n * 4 + q};
     }
 
     // A thread's column g of the four tiles is columns 4g .. 4g + 3 of the warp's 32: one half word of each row.
@@ -95,7 +103,7 @@ struct TransposedWeights {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int n = half * 32 + step * 16 + pair * 8 + t * 2 + i;
-                    const uint32_t nibbles = reinterpret_cast<const uint16_t*>(packed + chunk(n, warp))[g];
+                    const uint32_t nibbles = reinterpret_cast<const uint16_t*>(packed + swizzled(n, warp))[g];
                     const float scale = absmax[n * 4 + warp];
                     value[i][0] = __fmul_rn(code.at(nibbles >> 2 & 0x3C), scale);
                     value[i][1] = __fmul_rn(code.at(nibbles << 2 & 0x3C), scale);

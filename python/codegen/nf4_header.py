@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_kernels.format import blockwise8, double_quant, nf4
+from qlora_kernels.format.quant_state import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "csrc" / "include" / "qlora" / "nf4_code.h"
@@ -46,6 +47,12 @@ def macro(name: str, values: Iterable[float], per_line: int) -> str:
     return f"#define {name} \\\n    " + ", \\\n    ".join(rows) + "\n"
 
 
+def dtype_members() -> str:
+    """The members of enum DType, such as kFloat32 = 0."""
+    names = {code: str(dtype).removeprefix("torch.").capitalize() for dtype, code in DTYPE_CODES.items()}
+    return ", ".join(f"k{name} = {code}" for code, name in sorted(names.items()))
+
+
 def render() -> str:
     """Return the text of the header."""
     parts = [
@@ -72,6 +79,9 @@ def render() -> str:
         f"inline constexpr int kNestedBlocksize = {double_quant.NESTED_BLOCKSIZE};",
         f"inline constexpr int kStateBlocksize = {blockwise8.STATE_BLOCKSIZE};",
         f"inline constexpr int kAbsmaxZeroIndex = {double_quant.dynamic_map_values().index(0.0)};",
+        "",
+        "// The element types of tensors.",
+        f"enum class DType : int {{ {dtype_members()} }};",
         "",
         "alignas(64) inline constexpr float kCode[16] = {QLORA_NF4_CODE};",
         "alignas(64) inline constexpr float kBoundaries[15] = {QLORA_NF4_BOUNDARIES};",

@@ -14,6 +14,9 @@ from .double_quant import NESTED_BLOCKSIZE, dequantize_absmax, dynamic_map
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights and activations may have."""
 
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
+"""The number by which the native libraries know a dtype: enum DType of nf4_code.h, which is generated from it."""
+
 Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """(absmax, None, None, None) or (None, absmax_q, absmax_scale, absmax_offset): how ops take a weight's constants."""
 

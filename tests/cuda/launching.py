@@ -13,12 +13,12 @@ from torch import Tensor
 from python.build_support.cuda_toolkit import cuda_home, shared_runtime
 from qlora_kernels.backends import cuda
 from qlora_kernels.format import double_quant, reference
+from qlora_kernels.format.quant_state import DTYPE_CODES
 from tests.support import cuda_host
 from tests.support.cuda_host.toolchain import ROOT
 
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
-FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""qlora::FloatType."""
+FLOAT_TYPES = DTYPE_CODES
 
 needs_emulator = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
 needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.format import nf4
+from tests.support.cuda_host import struct_of
 from tests.support.problems import dtype_name
 from tests.support.tolerances import Expected, exactly, product
 
-from .launching import FLOAT_TYPES, Constants, poisoned, quantized, shift
+from .launch_args import Members, gemm_args, nf4_weight, small_m_args
+from .launching import poisoned, quantized
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class LinearProblem:
         return f"{kind}-M{self.M}-N{self.N}-K{self.K}-r{self.r}-b{self.blocksize}-{dtype_name(self.dtype)}"
 
     @property
-    def depth(self) -> int:
+    def gemm_k(self) -> int:
         """Length of the contraction."""
         return self.N if self.transposed else self.K
 
     @property
-    def outputs(self) -> int:
+    def gemm_n(self) -> int:
         """Columns of the result."""
         return self.K if self.transposed else self.N
 
@@ -58,38 +60,32 @@ class LinearProblem:
         packed, constants, absmax = quantized(normal(self.N * self.K, scale=0.05), self.blocksize, self.double)
         lora_dtype = self.lora_dtype or self.dtype
         return {
-            "x": normal(self.M, self.depth).to(self.dtype),
+            "x": normal(self.M, self.gemm_k).to(self.dtype),
             "packed": packed,
             "constants": constants,
             "absmax": absmax,
-            "bias": None if self.bias is None else normal(self.outputs).to(self.bias),
+            "bias": None if self.bias is None else normal(self.gemm_n).to(self.bias),
             "s": normal(self.M, self.r).to(self.dtype) if self.r else None,
-            "B": normal(self.outputs, self.r, scale=0.1).to(lora_dtype) if self.r else None,
+            "B": normal(self.gemm_n, self.r, scale=0.1).to(lora_dtype) if self.r else None,
         }
 
-    def x_and_weight(self) -> tuple[Any, ...]:
-        """The launchers' first eight arguments."""
-        constants: Constants = self.tensors["constants"]
-        return (
-            self.tensors["x"],
-            FLOAT_TYPES[self.dtype],
-            self.tensors["packed"],
-            *constants,
-            shift(self.blocksize),
-        )
+    def small_m_args(self, y: Tensor) -> struct_of:
+        """The argument of launch_linear_nf4_small_m."""
+        return small_m_args(self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, self.M)
 
-    def bias_arguments(self) -> tuple[Any, ...]:
-        return self.tensors["bias"], FLOAT_TYPES[self.bias or torch.float32]
+    def gemm_args(self, y: Tensor, partial: Tensor | None = None) -> struct_of:
+        """The argument of launch_linear_nf4_gemm."""
+        operands = (self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, partial)
+        return gemm_args(*operands, transposed=self.transposed)
 
-    def small_m_lora(self) -> tuple[Any, ...]:
-        type_code = FLOAT_TYPES[self.lora_dtype or self.dtype]
-        return self.tensors["s"], self.tensors["B"], type_code, self.r, self.scaling
+    def _weight(self) -> Members:
+        return nf4_weight(self.tensors["packed"], self.tensors["constants"], self.blocksize, self.N, self.K)
 
-    def gemm_lora(self) -> tuple[Any, ...]:
-        return self.tensors["s"], self.tensors["B"], self.r, self.scaling
+    def _lora(self) -> tuple[Tensor | None, Tensor | None, float]:
+        return self.tensors["s"], self.tensors["B"], self.scaling
 
     def poisoned_y(self) -> Tensor:
-        return poisoned(self.M, self.outputs, dtype=self.dtype)
+        return poisoned(self.M, self.gemm_n, dtype=self.dtype)
 
     def expected(self, *, rounded: bool) -> Expected:
         """The result, with fp32 sums and one rounding at the end; rounded: whether W is rounded to x's dtype first."""
@@ -97,7 +93,7 @@ class LinearProblem:
         scale = t["absmax"].repeat_interleave(self.blocksize)[:n]
         w = exactly((nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K))
         w = w.to(self.dtype) if rounded else w
-        terms = self.depth + self.r  # in one fp32 accumulator
+        terms = self.gemm_k + self.r  # in one fp32 accumulator
         y = product(exactly(t["x"]), w if self.transposed else w.T, terms)
         if self.r:
             y = y + product(exactly(t["s"]), exactly(t["B"]).T, terms).scaled(self.scaling)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +13,7 @@ from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Step
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
 from tests.support.cuda_host import out, pointers
 
+from .launch_args import adamw_args
 from .launching import (
     FLOAT_TYPES,
     all_modes,
@@ -75,13 +75,13 @@ class State:
         table: list[Tensor | out | int | None] = []
         for param, grad in zip(self.params, self.grads, strict=True):
             table += [out(param), grad, FLOAT_TYPES[param.dtype], param.numel()]
-        scalars = struct.pack("<5d", *[hyper[k] for k in ("beta1", "beta2", "eps", "weight_decay")], 0.0)
-        arguments = (pointers(tuple(table)), len(self.params), self.segments, len(self.segments), self.steps)
-        arguments += (out(self.arena), self.arena.numel(), torch.tensor([lr]), 0, seed, multiplier, found_inf)
-        arguments += (scalars, max(NUMELS), None)
+        scalars = [*[hyper[k] for k in ("beta1", "beta2", "eps", "weight_decay")], 0.0]
+        optional = (seed, multiplier, found_inf)
+        memory = (pointers(tuple(table)), self.segments, self.steps, self.arena, torch.tensor([lr]))
+        arguments = adamw_args(*memory, optional, scalars, max(NUMELS))
         tested = library("adamw_step", mode)
         tested.calls()
-        assert tested.call("launch_adamw_step", *arguments, seed=schedule, order=order) == 0
+        assert tested.call("launch_adamw_step", arguments, None, seed=schedule, order=order) == 0
         assert [call.name for call in tested.calls()] == ["launch"], "one launch for all tensors"
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -28,15 +28,22 @@ from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, l
 from tests.support.problems import DTYPES, gaussian
 from tests.support.tolerances import assert_within
 
+from .launch_args import (
+    dequantize_args,
+    dropout_args,
+    gemm_args,
+    nf4_weight,
+    quantize_absmax_args,
+    quantize_args,
+    small_m_args,
+)
 from .launching import (
-    FLOAT_TYPES,
     library,
     load_bindings,
     needs_emulator,
     needs_library,
     quantized,
     same_bits,
-    shift,
 )
 
 pytestmark = [needs_library, needs_emulator]
@@ -50,58 +57,45 @@ def launch(stem: str, name: str, *arguments: Any) -> None:
     assert library(stem, "plain").call(name, *arguments) == 0
 
 
-def type_of(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else FLOAT_TYPES[tensor.dtype]
-
-
 def emulate_dequantize(packed: Tensor, *rest: Any) -> None:
     *constants, blocksize, w = rest
-    arguments = (packed, *constants, shift(blocksize), out(w), type_of(w), w.numel(), None)
-    launch("dequantize_nf4", "launch_dequantize_nf4", *arguments)
+    weight = nf4_weight(packed, constants, blocksize, 1, w.numel())
+    launch("dequantize_nf4", "launch_dequantize_nf4", dequantize_args(weight, w, w.dtype), None)
 
 
 def emulate_quantize(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
-    arguments = (w, type_of(w), out(packed), out(absmax), None, w.numel(), shift(blocksize), None)
-    launch("quantize_nf4", "launch_quantize_nf4", *arguments)
+    launch("quantize_nf4", "launch_quantize_nf4", quantize_args(w, blocksize, packed, absmax, None), None)
 
 
 def emulate_quantize_absmax(absmax: Tensor, sums: Tensor, q: Tensor, scale: Tensor, offset: Tensor) -> None:
     launch("quantize_nf4", "launch_sum_absmax", absmax, out(sums), absmax.numel(), None)
-    outputs = (out(q), out(scale), out(offset))
-    launch("quantize_nf4", "launch_quantize_absmax", absmax, sums, sums.numel(), *outputs, absmax.numel(), None)
+    launch("quantize_nf4", "launch_quantize_absmax", quantize_absmax_args(absmax, sums, q, scale, offset), None)
 
 
 def emulate_quantize_double(
     w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, sums: Tensor, *rest: Any
 ) -> None:
-    first = (w, type_of(w), out(packed), out(absmax), out(sums), w.numel(), shift(blocksize), None)
-    launch("quantize_nf4", "launch_quantize_nf4", *first)
-    outputs = [out(tensor) for tensor in rest]
-    launch("quantize_nf4", "launch_quantize_absmax", absmax, sums, sums.numel(), *outputs, absmax.numel(), None)
+    launch("quantize_nf4", "launch_quantize_nf4", quantize_args(w, blocksize, packed, absmax, sums), None)
+    launch("quantize_nf4", "launch_quantize_absmax", quantize_absmax_args(absmax, sums, *rest), None)
 
 
 def emulate_small_m(x: Tensor, packed: Tensor, *rest: Any) -> None:
     *constants, bias, s, B, scaling, blocksize, y = rest
-    r = 0 if s is None else s.shape[1]
-    lora = (s, B, type_of(B), r, scaling)
-    arguments = (x, type_of(x), packed, *constants, shift(blocksize), bias, type_of(bias), *lora, out(y))
-    sizes = (x.shape[0], y.shape[1], x.shape[1])
-    launch("linear_nf4_small_m", "launch_linear_nf4_small_m", *arguments, *sizes, None)
+    weight = nf4_weight(packed, constants, blocksize, y.shape[1], x.shape[1])
+    arguments = small_m_args(x, weight, bias, (s, B, float(scaling)), y, x.shape[0])
+    launch("linear_nf4_small_m", "launch_linear_nf4_small_m", arguments, None)
 
 
 def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
-    *constants, bias, down, up, scaling, blocksize, transposed, partial, y = rest
+    *constants, bias, left, right, scaling, blocksize, transposed, partial, y = rest
     N, K = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
-    scratch, splits = (None, 1) if partial is None else (out(partial), partial.shape[0])
-    lora = (down, up, 0 if down is None else down.shape[1], scaling)
-    arguments = (x, type_of(x), packed, *constants, shift(blocksize), bias, type_of(bias), *lora, out(y))
-    sizes = (x.shape[0], N, K)
-    launch("linear_nf4_gemm", "launch_linear_nf4_gemm", *arguments, scratch, splits, int(transposed), *sizes, None)
+    weight, lora = nf4_weight(packed, constants, blocksize, N, K), (left, right, float(scaling))
+    arguments = gemm_args(x, weight, bias, lora, y, partial, transposed=transposed)
+    launch("linear_nf4_gemm", "launch_linear_nf4_gemm", arguments, None)
 
 
 def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: bool, y: Tensor) -> None:
-    arguments = (x, type_of(x), seed, threshold, float(scale), int(add), out(y), x.numel(), None)
-    launch("dropout", "launch_dropout", *arguments)
+    launch("dropout", "launch_dropout", dropout_args(x, y, threshold, float(scale), add, seed), None)
 
 
 @pytest.fixture(autouse=True)

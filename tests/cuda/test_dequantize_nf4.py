@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qlora_kernels.format import reference
-from tests.support.cuda_host import out
 
+from .launch_args import dequantize_args, nf4_weight
 from .launching import (
     FLOAT_TYPES,
     all_modes,
@@ -17,7 +17,6 @@ from .launching import (
     ptx_under_sanitizers,
     quantized,
     same_bits,
-    shift,
 )
 
 pytestmark = needs_emulator
@@ -43,10 +42,10 @@ def test_equals_reference(mode: str, n: int, blocksize: int, double: bool, dtype
 
     def run(order: str, seed: int) -> tuple[torch.Tensor]:
         result = poisoned(n, dtype=dtype)
-        arguments = (packed, *constants, shift(blocksize), out(result), FLOAT_TYPES[dtype], n, None)
+        arguments = dequantize_args(nf4_weight(packed, constants, blocksize, 1, n), result, dtype)
         tested = library("dequantize_nf4", mode)
         tested.calls()
-        assert tested.call("launch_dequantize_nf4", *arguments, seed=seed, order=order) == 0
+        assert tested.call("launch_dequantize_nf4", arguments, None, seed=seed, order=order) == 0
         assert len(tested.calls()) == (n >= TILE) + (n % TILE > 0), "one launch, and one for what whole tiles leave"
         return (result,)
 
@@ -63,14 +62,15 @@ def test_compiled_under_sanitizers(mode: str) -> None:
 def test_nothing_is_launched_for_nothing() -> None:
     tested = library("dequantize_nf4", "plain")
     tested.calls()
-    assert tested.call("launch_dequantize_nf4", None, None, None, None, None, 6, None, 0, 0, None) == 0
+    nothing = nf4_weight(None, (None, None, None, None), 64, 1, 0)
+    assert tested.call("launch_dequantize_nf4", dequantize_args(nothing, None, torch.float32), None) == 0
     assert tested.calls() == []
 
 
 def test_unknown_type_and_failed_launch_are_returned() -> None:
     tested, w = library("dequantize_nf4", "plain"), torch.zeros(64)
     packed, constants, _ = quantized(w, 64, False)
-    arguments = (packed, *constants, 6, out(w))
-    assert tested.call("launch_dequantize_nf4", *arguments, 7, 64, None) == 1
+    weight = nf4_weight(packed, constants, 64, 1, 64)
+    assert tested.call("launch_dequantize_nf4", dequantize_args(weight, w, 7), None) == 1
     tested.fail("launch", 98)
-    assert tested.call("launch_dequantize_nf4", *arguments, 0, 64, None) == 98
+    assert tested.call("launch_dequantize_nf4", dequantize_args(weight, w, torch.float32), None) == 98

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qlora_kernels.ops._philox import dropout_keep, dropped, keep_scale, keep_threshold
-from tests.support.cuda_host import out
 from tests.support.problems import gaussian
 
+from .launch_args import dropout_args
 from .launching import (
     FLOAT_TYPES,
     all_modes,
@@ -35,19 +35,9 @@ def launch(mode: str, x: torch.Tensor, p: float, seed: int, add_to: torch.Tensor
 
     def run(order: str, schedule_seed: int) -> tuple[torch.Tensor]:
         y = poisoned(*x.shape, dtype=x.dtype) if add_to is None else add_to.clone()
-        arguments = (x, FLOAT_TYPES[x.dtype], torch.tensor([seed]), keep_threshold(p), float(keep_scale(p)))
+        drawn = (keep_threshold(p), float(keep_scale(p)), add_to is not None, torch.tensor([seed]))
         tested = library("dropout", mode)
-        code = tested.call(
-            "launch_dropout",
-            *arguments,
-            int(add_to is not None),
-            out(y),
-            x.numel(),
-            None,
-            seed=schedule_seed,
-            order=order,
-        )
-        assert code == 0
+        assert tested.call("launch_dropout", dropout_args(x, y, *drawn), None, seed=schedule_seed, order=order) == 0
         return (y,)
 
     return over_schedules(mode, run)[0]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cuda_host import out
 from tests.support.tolerances import assert_within
 
 from .launching import all_modes, library, needs_emulator, needs_nvcc, poisoned, ptx_under_sanitizers, same_bits
@@ -37,12 +36,9 @@ SPLIT = [
 
 def run(mode: str, problem: LinearProblem, splits: int = 1, seed: int = 1, order: str = "random") -> Tensor:
     y = problem.poisoned_y()
-    partial = poisoned(splits, problem.M, problem.outputs, dtype=torch.float32) if splits > 1 else None
-    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.gemm_lora(), out(y))
-    arguments += (None if partial is None else out(partial), splits, int(problem.transposed))
-    sizes = (problem.M, problem.N, problem.K)
+    partial = poisoned(splits, problem.M, problem.gemm_n, dtype=torch.float32) if splits > 1 else None
     tested = library("linear_nf4_gemm", mode)
-    assert tested.call("launch_linear_nf4_gemm", *arguments, *sizes, None, seed=seed, order=order) == 0
+    assert tested.call("launch_linear_nf4_gemm", problem.gemm_args(y, partial), None, seed=seed, order=order) == 0
     return y
 
 
@@ -94,7 +90,5 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 )
 def test_refuses_what_it_cannot_serve(change: dict) -> None:  # type: ignore[type-arg]
     problem = replace(LinearProblem(2, 16, 64, dtype=torch.bfloat16), **change)
-    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.gemm_lora(), out(problem.poisoned_y()))
-    sizes = (problem.M, problem.N, problem.K)
-    arguments = (*arguments, None, 1, int(problem.transposed), *sizes, None)
-    assert library("linear_nf4_gemm", "plain").call("launch_linear_nf4_gemm", *arguments) == 1
+    arguments = problem.gemm_args(problem.poisoned_y())
+    assert library("linear_nf4_gemm", "plain").call("launch_linear_nf4_gemm", arguments, None) == 1

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.cuda_host import out
 from tests.support.tolerances import assert_within
 
+from .launch_args import nf4_weight, small_m_args
 from .launching import all_modes, library, needs_emulator, needs_nvcc, ptx_under_sanitizers, same_bits
 from .linear_problems import LinearProblem
 
@@ -29,10 +29,8 @@ PROBLEMS = [
 
 def run(mode: str, problem: LinearProblem, seed: int = 1, order: str = "random") -> Tensor:
     y = problem.poisoned_y()
-    arguments = (*problem.x_and_weight(), *problem.bias_arguments(), *problem.small_m_lora(), out(y))
-    sizes = (problem.M, problem.N, problem.K)
     tested = library("linear_nf4_small_m", mode)
-    assert tested.call("launch_linear_nf4_small_m", *arguments, *sizes, None, seed=seed, order=order) == 0
+    assert tested.call("launch_linear_nf4_small_m", problem.small_m_args(y), None, seed=seed, order=order) == 0
     return y
 
 
@@ -65,6 +63,6 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
 @pytest.mark.parametrize(("M", "K"), [(17, 64), (0, 64), (1, 40)])
 def test_refuses_what_it_cannot_serve(M: int, K: int) -> None:
     tested, memory = library("linear_nf4_small_m", "plain"), torch.zeros(4096)
-    constants = (memory, memory, None, None, None)
-    arguments = (memory, 0, *constants, 6, None, 0, None, None, 0, 0, 0.0, out(torch.zeros(64)), M, 1, K, None)
-    assert tested.call("launch_linear_nf4_small_m", *arguments) == 1
+    weight = nf4_weight(memory, (memory, None, None, None), 64, 1, K)
+    arguments = small_m_args(memory, weight, None, (None, None, 0.0), torch.zeros(64), M)
+    assert tested.call("launch_linear_nf4_small_m", arguments, None) == 1

@@ -7,6 +7,7 @@ from torch import Tensor
 from qlora_kernels.format import double_quant, nf4, reference
 from tests.support.cuda_host import out
 
+from .launch_args import quantize_absmax_args, quantize_args
 from .launching import (
     FLOAT_TYPES,
     SCHEDULES,
@@ -33,7 +34,7 @@ def blocks_of(n: int, blocksize: int) -> int:
 
 def quantize(mode: str, w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     """(packed, absmax, partial sums) of the launcher."""
-    n, type_code = w.numel(), FLOAT_TYPES[w.dtype]
+    n = w.numel()
     tested = library("quantize_nf4", mode)
     sums = tested.call("quantize_nf4_partial_sums", n, shift(blocksize))
 
@@ -41,9 +42,8 @@ def quantize(mode: str, w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tens
         packed = torch.full(((n + 1) // 2,), 0xA5, dtype=torch.uint8)
         absmax = poisoned(blocks_of(n, blocksize), dtype=torch.float32)
         partial_sums = poisoned(sums, dtype=torch.float64)
-        outputs = (out(packed), out(absmax), out(partial_sums))
-        arguments = (w, type_code, *outputs, n, shift(blocksize), None)
-        assert tested.call("launch_quantize_nf4", *arguments, seed=seed, order=order) == 0
+        arguments = quantize_args(w, blocksize, packed, absmax, partial_sums)
+        assert tested.call("launch_quantize_nf4", arguments, None, seed=seed, order=order) == 0
         return packed, absmax, partial_sums
 
     packed, absmax, partial_sums = over_schedules(mode, run)
@@ -98,8 +98,8 @@ def quantize_absmax(mode: str, absmax: Tensor, partial_sums: Tensor) -> tuple[Te
     def run(order: str, seed: int) -> tuple[Tensor, ...]:
         q = torch.full((n,), 0xA5, dtype=torch.uint8)
         scale, offset = poisoned(blocks_of(n, 256), dtype=torch.float32), poisoned(1, dtype=torch.float32)
-        arguments = (absmax, partial_sums, partial_sums.numel(), out(q), out(scale), out(offset), n, None)
-        assert tested.call("launch_quantize_absmax", *arguments, seed=seed, order=order) == 0
+        arguments = quantize_absmax_args(absmax, partial_sums, q, scale, offset)
+        assert tested.call("launch_quantize_absmax", arguments, None, seed=seed, order=order) == 0
         return q, scale, offset
 
     return over_schedules(mode, run)

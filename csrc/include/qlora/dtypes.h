@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "qlora/nf4_weight.h"
+
 namespace qlora {
 
 struct Bf16 {
@@ -13,14 +15,6 @@ struct Bf16 {
 
 struct Fp16 {
     uint16_t bits;
-};
-
-enum class DType { kFloat32, kBfloat16, kFloat16 };
-
-// A tensor of any of the three types: LoRA factors and biases keep the user's own dtype.
-struct AnyFloat {
-    const void* data;
-    DType dtype;
 };
 
 // static, not inline: kernels are compiled once per instruction set, and a shared definition could be the AVX-512 one.

@@ -6,10 +6,9 @@
 
 #include <cstdint>
 
-namespace qlora {
+#include "qlora/nf4_weight.h"
 
-// Codes by which launchers learn a tensor's element type.
-enum FloatType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+namespace qlora {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -91,10 +90,10 @@ __device__ __forceinline__ void store8<float>(float* to, const float (&from)[8])
 }
 
 // An element of a tensor whose type is known at run time: biases and LoRA factors keep their own dtype.
-__device__ __forceinline__ float load_any(const void* data, int type, int64_t index) {
-    if (type == kFloat32) return static_cast<const float*>(data)[index];
-    if (type == kBfloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
-    return to_float(static_cast<const __half*>(data)[index]);
+__device__ __forceinline__ float load_any(const AnyFloat& tensor, int64_t index) {
+    if (tensor.dtype == DType::kFloat32) return static_cast<const float*>(tensor.data)[index];
+    if (tensor.dtype == DType::kBfloat16) return to_float(static_cast<const __nv_bfloat16*>(tensor.data)[index]);
+    return to_float(static_cast<const __half*>(tensor.data)[index]);
 }
 
 __host__ __device__ inline bool is_aligned(const void* pointer, int bytes) {

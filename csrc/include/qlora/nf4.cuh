@@ -3,21 +3,12 @@
 
 #include <cstdint>
 
-#include "qlora/nf4_code.h"
+#include "qlora/nf4_weight.h"
 
 namespace qlora {
 
 constexpr int kNestedShift = 8;  // log2 of the 256 constants that share an absmax_scale
 static_assert(1 << kNestedShift == kNestedBlocksize);
-
-// The constants of a weight as every op takes them: absmax, or the other three. All in device memory.
-struct Absmax {
-    const float* absmax;         // fp32 [n_blocks], or null under double quantization
-    const uint8_t* absmax_q;     // u8 [n_blocks]
-    const float* absmax_scale;   // fp32 [ceil(n_blocks / 256)]
-    const float* absmax_offset;  // fp32 [1]
-    int block_shift;             // log2(blocksize)
-};
 
 __device__ __forceinline__ float nf4_code(int q) {
     static const float table[16] = {QLORA_NF4_CODE};
@@ -30,29 +21,28 @@ __device__ __forceinline__ float absmax_code(int q) {
     return table[q];
 }
 
-// The first-level constant of block `index` under double quantization: an fp32 product and an fp32 sum, never fused.
+// The absmax of block `index` under double quantization: an fp32 product and an fp32 sum, never fused.
 template <class Index>
-__device__ __forceinline__ float first_level_of_nested(const Absmax& constants, Index index) {
-    const float value = absmax_code(__ldg(constants.absmax_q + index));
-    const float scale = __ldg(constants.absmax_scale + (index >> kNestedShift));
-    return __fadd_rn(__fmul_rn(value, scale), __ldg(constants.absmax_offset));
+__device__ __forceinline__ float decoded_block_absmax(const NF4Weight& w, Index index) {
+    const float value = absmax_code(__ldg(w.absmax_q + index));
+    const float scale = __ldg(w.absmax_scale + (index >> kNestedShift));
+    return __fadd_rn(__fmul_rn(value, scale), __ldg(w.absmax_offset));
 }
 
-// The first-level constant of block `index`.
-__device__ __forceinline__ float first_level(const Absmax& constants, int64_t index) {
-    return constants.absmax ? __ldg(constants.absmax + index) : first_level_of_nested(constants, index);
+// The absmax of block `index`.
+__device__ __forceinline__ float block_absmax(const NF4Weight& w, int64_t index) {
+    return w.absmax ? __ldg(w.absmax + index) : decoded_block_absmax(w, index);
 }
 
-// The same of several blocks, with one branch for all of them.
+// The absmax of several blocks, with one branch for all of them.
 template <int COUNT>
-__device__ __forceinline__ void first_levels(float (&to)[COUNT], const Absmax& constants,
-                                             const uint32_t (&index)[COUNT]) {
-    if (constants.absmax) {
+__device__ __forceinline__ void block_absmax(float (&to)[COUNT], const NF4Weight& w, const uint32_t (&index)[COUNT]) {
+    if (w.absmax) {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = __ldg(constants.absmax + index[i]);
+        for (int i = 0; i < COUNT; i++) to[i] = __ldg(w.absmax + index[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = first_level_of_nested(constants, index[i]);
+        for (int i = 0; i < COUNT; i++) to[i] = decoded_block_absmax(w, index[i]);
     }
 }
 

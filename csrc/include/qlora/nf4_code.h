@@ -212,6 +212,9 @@ inline constexpr int kNestedBlocksize = 256;
 inline constexpr int kStateBlocksize = 256;
 inline constexpr int kAbsmaxZeroIndex = 127;
 
+// The element types of tensors.
+enum class DType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
 alignas(64) inline constexpr float kCode[16] = {QLORA_NF4_CODE};
 alignas(64) inline constexpr float kBoundaries[15] = {QLORA_NF4_BOUNDARIES};
 alignas(64) inline constexpr float kAbsmaxCode[256] = {QLORA_ABSMAX_CODE};

@@ -1,4 +1,5 @@
-// A quantized weight as the kernels see it: borrowed pointers in the storage format, nothing repacked.
+// A quantized weight as CPU kernels, CUDA launchers, CUDA kernels and bindings see it: borrowed pointers in the storage
+// format, nothing repacked.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +8,24 @@
 
 namespace qlora {
 
-// Row-major [N, K], two 4-bit indices a byte (element 2i in the high nibble), flattened into blocks of 2^block_shift
-// elements that may straddle rows. Either `absmax` is given or the three members of the second level are.
+// W [N, K], row-major, two 4-bit indices a byte (element 2i in the high nibble), flattened into blocks of 2^block_shift
+// elements that may straddle rows. All pointers are in the memory of the device that computes. Either `absmax` is
+// given, or absmax_q, absmax_scale and absmax_offset are.
 struct NF4Weight {
-    const uint8_t* packed;
-    const float* absmax;
-    const uint8_t* absmax_q;
-    const float* absmax_scale;
-    float absmax_offset;
+    const uint8_t* packed;       // u8 [ceil(N * K / 2)]
+    const float* absmax;         // fp32 [n_blocks], or null under double quantization
+    const uint8_t* absmax_q;     // u8 [n_blocks]
+    const float* absmax_scale;   // fp32 [ceil(n_blocks / 256)]
+    const float* absmax_offset;  // fp32 [1]
     int64_t N;
     int64_t K;
-    int block_shift;
+    int block_shift;  // log2(blocksize)
 };
 
-// The absmax of one block. A product, then a sum: two roundings, so that every backend gets the same bits.
-// static: kernels are compiled once per instruction set, and a shared definition could be the AVX-512 one.
-static inline float block_absmax(const NF4Weight& w, int64_t block) {
-    if (w.absmax) return w.absmax[block];
-    const float product = kAbsmaxCode[w.absmax_q[block]] * w.absmax_scale[block / kNestedBlocksize];
-    return product + w.absmax_offset;
-}
+// A tensor whose element type is known at run time: biases and LoRA factors keep the user's own dtype.
+struct AnyFloat {
+    const void* data;  // or null
+    DType dtype;
+};
 
 }  // namespace qlora

@@ -7,17 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...format.quant_state import DTYPE_CODES
 from ...ops.adamw_step import Step
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""qlora::FloatType."""
 
 
 def adamw_step(step: Step) -> None:
     """The contract of ops/adamw_step.py in one launch."""
     rows: list[int] = []
     for param, grad in zip(step.params, step.grads, strict=True):
-        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), _DTYPES[param.dtype], param.numel())
+        rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), DTYPE_CODES[param.dtype], param.numel())
     on_device = step.lr.device == step.arena.device
     skipped = torch.empty(0, device=step.arena.device)  # the library skips a parameter whose gradient is empty
     torch.ops.qlora_kernels_C.cuda_adamw_step(

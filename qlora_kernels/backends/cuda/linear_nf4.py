@@ -147,8 +147,8 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
         _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, y)
         return y
     if kernel == GEMM:
-        up = None if lora_B is None else lora_B.to(x.dtype)
-        return _gemm(x, weight, bias, s, up, scaling, transposed=False)
+        lora_right = None if lora_B is None else lora_B.to(x.dtype)
+        return _gemm(x, weight, bias, s, lora_right, scaling, transposed=False)
     y = x @ _dequantized(weight, x).T
     if bias is not None:
         y += bias
@@ -187,8 +187,8 @@ def _drops(lora: LoRA | GroupLoRA) -> bool:
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
     """grad_y W + ds A; lora_A in grad_y's dtype."""
     if _grad_x_is_fused(grad_y, weight):
-        up = None if lora_A is None else lora_A.T
-        return _gemm(grad_y, weight, None, ds, up, 1.0, transposed=True)
+        lora_right = None if lora_A is None else lora_A.T
+        return _gemm(grad_y, weight, None, ds, lora_right, 1.0, transposed=True)
     grad_x = grad_y @ _dequantized(weight, grad_y)
     return grad_x if ds is None or lora_A is None else grad_x.addmm_(ds, lora_A)
 
@@ -201,18 +201,19 @@ def _gemm(
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lora_left: Tensor | None,
+    lora_right: Tensor | None,
     scaling: float,
     *,
     transposed: bool,
 ) -> Tensor:
-    M, depth = x.shape
-    out = weight.K if transposed else weight.N
-    y = x.new_empty(M, out)
-    splits = _C.cuda_linear_nf4_gemm_splits(M, out, depth, _multiprocessors(x))
-    partial = x.new_empty(splits, M, out, dtype=torch.float32) if splits > 1 else None
-    lora = (_padded_rank(down), _padded_rank(up))
+    """x W^T, or x W where transposed, plus bias, plus scaling * lora_left lora_right^T; the factors in x's dtype."""
+    M, gemm_k = x.shape
+    gemm_n = weight.K if transposed else weight.N
+    y = x.new_empty(M, gemm_n)
+    splits = _C.cuda_linear_nf4_gemm_splits(M, gemm_n, gemm_k, _multiprocessors(x))
+    partial = x.new_empty(splits, M, gemm_n, dtype=torch.float32) if splits > 1 else None
+    lora = (_padded_rank(lora_left), _padded_rank(lora_right))
     operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
     _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
     return y

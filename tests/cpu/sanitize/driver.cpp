@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "block_absmax.h"
 #include "checks.h"
 #include "kernels.h"
 #include "qlora/cpu_isa.h"
@@ -106,7 +107,7 @@ void check(const Shape& s, DType dtype, double tolerance, uint32_t threshold) {
     const float offset = absmax[0] * 0.9f;
     kernels.quantize_absmax(absmax.data(), blocks, offset, absmax_q.data(), scale.data());
 
-    const qlora::NF4Weight weight{packed.data(), nullptr, absmax_q.data(), scale.data(), offset, N, K, s.block_shift};
+    const qlora::NF4Weight weight{packed.data(), nullptr, absmax_q.data(), scale.data(), &offset, N, K, s.block_shift};
     std::vector<T> decoded(static_cast<size_t>(numel));
     kernels.dequantize_nf4(weight, dtype, decoded.data());
     bool same = true;

@@ -143,7 +143,7 @@ void check_dequantize(const std::vector<float>& absmax, const char* what) {
     const int64_t blocks = static_cast<int64_t>(absmax.size()), numel = blocks * 32 - 5;
     std::vector<uint8_t> packed((numel + 1) / 2);
     for (size_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint8_t>(i * 101 + i / 256);
-    const qlora::NF4Weight weight{packed.data(), absmax.data(), nullptr, nullptr, 0.0f, 1, numel, 5};
+    const qlora::NF4Weight weight{packed.data(), absmax.data(), nullptr, nullptr, nullptr, 1, numel, 5};
     std::vector<T> out(numel), want(numel);
     qlora::cpu_kernels().dequantize_nf4(weight, dtype_of<T>(), out.data());
     for (int64_t i = 0; i < numel; ++i) {

@@ -52,6 +52,19 @@ class pointers:
 
 
 @dataclass(frozen=True)
+class struct_of:
+    """A struct in host memory, passed by its address: the launchers' arguments.
+
+    format: of its members in order, as in Python's `struct` module with native sizes and alignment: P for a pointer,
+        q int64, i int, f float, d double, "0q" for the padding at the end of a nested struct.
+    items: one for each member; tensors, `out`, `pointers` and None for pointers.
+    """
+
+    format: str
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class RuntimeCall:
     """One recorded call of the CUDA runtime, or a "launch" with the kernel's name; the integers as the log has them."""
 
@@ -135,7 +148,8 @@ class Library:
         """Calls `extern "C"` function `name` and returns its result (a cudaError_t for launchers).
 
         arguments: a tensor (copied to memory of its exact size with guarded ends) or None for a pointer, `out(tensor)`
-        for one that is written, `pointers(...)`, int for any integer, float for a float, bytes for a struct's memory.
+        for one that is written, `pointers(...)`, `struct_of(...)`, int for any integer, float for a float, bytes for
+        a struct's memory.
         seed, order: the schedule.   error: "return" gives back the code of a failed launch instead of raising.
         Raises KernelFault or SanitizerReport.
         """
@@ -143,6 +157,8 @@ class Library:
         writable: list[bool] = []
 
         def encode(argument: Any) -> Any:
+            if isinstance(argument, struct_of):
+                return ("struct", (argument.format, [encode(item) for item in argument.items]))
             if isinstance(argument, pointers):
                 return ("table", [encode(item) for item in argument.items])
             tensor = argument.tensor if isinstance(argument, out) else argument

@@ -62,6 +62,9 @@ def to_ctypes(library, argument, addresses, kept):
     kind, value = argument
     if kind == "memory":
         return ctypes.c_void_p(addresses[value])
+    if kind == "struct":
+        memory = packed_struct(library, value, addresses, kept)
+        return ctypes.create_string_buffer(memory, len(memory))
     if kind == "table":
         return ctypes.c_void_p(table(library, value, addresses, kept))
     if value is None:
@@ -69,6 +72,20 @@ def to_ctypes(library, argument, addresses, kept):
     if isinstance(value, bytes):
         return ctypes.create_string_buffer(value, len(value))
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def packed_struct(library, value, addresses, kept):
+    """The bytes of a struct whose pointers are addresses of this call's memory."""
+    form, items = value
+    words = []
+    for kind, item in items:
+        if kind == "memory":
+            words.append(addresses[item])
+        elif kind == "table":
+            words.append(table(library, item, addresses, kept))
+        else:
+            words.append(0 if item is None else item)
+    return struct.pack(f"@{form}", *words)
 
 
 def table(library, items, addresses, kept):

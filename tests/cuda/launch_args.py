@@ -1,0 +1,107 @@
+"""The launchers' argument structs (csrc/cuda/launchers.h) for the emulator, built from tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.format.quant_state import DTYPE_CODES
+from tests.support.cuda_host import out, pointers, struct_of
+
+Members = tuple[str, tuple[Any, ...]]
+"""A format of `struct_of` and its items."""
+
+
+def nf4_weight(packed: Tensor | None, constants: Sequence[Tensor | None], blocksize: int, N: int, K: int) -> Members:
+    """struct NF4Weight. constants: absmax, absmax_q, absmax_scale, absmax_offset."""
+    return "PPPPPqqi0q", (packed, *constants, N, K, blocksize.bit_length() - 1)
+
+
+def any_float(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Members:
+    """struct AnyFloat."""
+    return "Pi0q", (tensor, dtype_code(dtype if tensor is None else tensor.dtype))
+
+
+def dtype_code(dtype: torch.dtype | int | None) -> int:
+    """enum DType; an int stands for itself."""
+    return dtype if isinstance(dtype, int) else DTYPE_CODES[dtype or torch.float32]
+
+
+def dequantize_args(weight: Members, w: Tensor | None, dtype: torch.dtype | int) -> struct_of:
+    """struct DequantizeNF4Args."""
+    return _struct(weight, ("Pi", (None if w is None else out(w), dtype_code(dtype))))
+
+
+def quantize_args(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, partial_sums: Tensor | None) -> struct_of:
+    """struct QuantizeNF4Args."""
+    outputs = (out(packed), out(absmax), None if partial_sums is None else out(partial_sums))
+    return _struct(("PiiqPPP", (w, dtype_code(w.dtype), blocksize.bit_length() - 1, w.numel(), *outputs)))
+
+
+def quantize_absmax_args(
+    absmax: Tensor, partial_sums: Tensor, absmax_q: Tensor, absmax_scale: Tensor, absmax_offset: Tensor
+) -> struct_of:
+    """struct QuantizeAbsmaxArgs."""
+    outputs = (out(absmax_q), out(absmax_scale), out(absmax_offset))
+    return _struct(("PqPqPPP", (absmax, absmax.numel(), partial_sums, partial_sums.numel(), *outputs)))
+
+
+def small_m_args(
+    x: Tensor, weight: Members, bias: Tensor | None, lora: tuple[Tensor | None, Tensor | None, float], y: Tensor, M: int
+) -> struct_of:
+    """struct LinearNF4SmallMArgs. lora: s, lora_B, scaling."""
+    s, lora_B, scaling = lora
+    sizes = (out(y), dtype_code(x.dtype), M, 0 if s is None else s.shape[1], scaling)
+    return _struct(("P", (x,)), weight, any_float(bias), ("P", (s,)), any_float(lora_B), ("Piiif", sizes))
+
+
+def gemm_args(
+    x: Tensor,
+    weight: Members,
+    bias: Tensor | None,
+    lora: tuple[Tensor | None, Tensor | None, float],
+    y: Tensor,
+    partial: Tensor | None = None,
+    *,
+    transposed: bool,
+) -> struct_of:
+    """struct LinearNF4GemmArgs. lora: lora_left, lora_right, scaling."""
+    left, right, scaling = lora
+    splits = 1 if partial is None else partial.shape[0]
+    memory = (left, right, out(y), None if partial is None else out(partial))
+    numbers = (dtype_code(x.dtype), x.shape[0], 0 if left is None else left.shape[1], scaling, splits, int(transposed))
+    return _struct(("P", (x,)), weight, any_float(bias), ("PPPPiiifii", (*memory, *numbers)))
+
+
+def dropout_args(x: Tensor, y: Tensor, threshold: int, scale: float, add: bool, seed: Tensor) -> struct_of:
+    """struct DropoutArgs."""
+    return _struct(("PPiifiPq", (x, out(y), dtype_code(x.dtype), threshold, scale, int(add), seed, x.numel())))
+
+
+def adamw_args(
+    table: pointers,
+    segments: Tensor,
+    steps: Tensor,
+    arena: Tensor,
+    lr: Tensor,
+    optional: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scalars: Sequence[float],
+    largest_segment: int,
+) -> struct_of:
+    """struct AdamWArgs. optional: seed, grad_multiplier, found_inf.   scalars: beta1, beta2, eps, weight_decay, lr."""
+    plan = (table, steps.numel(), segments, len(segments), steps, out(arena), arena.numel())
+    rate = ("P", (lr,)) if lr.dtype == torch.float64 else ("P", (None,))
+    return _struct(
+        ("PqPqPPq", plan),
+        any_float(None if lr.dtype == torch.float64 else lr),
+        rate,
+        ("PPP", optional),
+        ("dddddq", (*scalars, largest_segment)),
+    )
+
+
+def _struct(*members: Members) -> struct_of:
+    return struct_of("".join(form for form, _ in members), tuple(item for _, items in members for item in items))
