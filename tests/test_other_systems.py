@@ -25,7 +25,9 @@ for name in [name for name in dir(mmap) if name.startswith(("MADV_", "MAP_", "PR
     delattr(mmap, name)
 import qlora_kernels
 for module in pkgutil.walk_packages(qlora_kernels.__path__, "qlora_kernels."):
-    if ".triton" in module.name or module.name.endswith((".__main__", "._C", ".integrations.transformers")):
+    if ".triton" in module.name or module.name.endswith((".__main__", "._C")):
+        continue
+    if module.name.rpartition(".")[2] in ("transformers", "quantization_config", "quantizer"):  # import transformers
         continue
     try:
         __import__(module.name)

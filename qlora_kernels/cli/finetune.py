@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import LinearNF4, PagedAdamW, prepare_for_training
-from ..integrations.transformers import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
+from ..integrations.model_folders import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
 from ..io.locks import held_alone

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.transformers import as_model_error
+from ..integrations.model_folders import as_model_error
 from ..training import TextTokens, write_chat
 from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
 from .console import Console

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch
 
-from ..integrations.transformers import ModelError
+from ..integrations.model_folders import ModelError
 from ..io.safetensors_reader import DamagedFileError
 from . import bench, finetune, generate, info, merge, quantize
 from .arguments import UsageError

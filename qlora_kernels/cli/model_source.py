@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.transformers import (
+from ..integrations.model_folders import (
     convert_gguf,
     is_quantized,
     load_model,

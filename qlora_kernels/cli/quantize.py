@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..integrations.transformers import is_quantized
+from ..integrations.model_folders import is_quantized
 from ..io.atomic import folder_appearing_by_rename
 from ..io.streaming import StreamReport
 from .arguments import DTYPES, Subparsers, UsageError, add_command, add_quantization, bad_input

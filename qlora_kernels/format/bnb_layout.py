@@ -15,7 +15,7 @@ instead of misread.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,23 @@ def read_meta(name: str, stored: Tensor) -> Meta:
     meta = _read_meta(name, stored)
     double_quant = "nested_offset" in meta or "nested_blocksize" in meta
     return Meta(*_read_codec(name, meta), _read_offset(name, meta).item() if double_quant else None)
+
+
+def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: Collection[str]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, as transformers' BitsAndBytesConfig writes it.
+
+    dense: names of the linear layers that are not quantized; names of other modules do no harm.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted({*dense} - {""}),
+    }
 
 
 def stored_shape(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +100,9 @@ def quantize_folder(
                     on_tensor(name)
     if not quantized:
         raise ValueError(f"quantize_folder: {source} must hold the weight of at least one of {len(layers)} layers")
-    config["quantization_config"] = _quantization_config(double_quant, compute_dtype, dense)
+    if "lm_head" not in quantized:  # a tied head has no tensor of its own
+        dense.append("lm_head")
+    config["quantization_config"] = bnb_layout.quantization_config(double_quant, compute_dtype, dense)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(shards) > 1:
         total = sum((target / shard.name).stat().st_size for shard in shards)
@@ -174,20 +175,6 @@ def _write_quantized(
     for suffix, tensor in bnb_layout.encode(state).items():
         writer.write(f"{name}.{suffix}", tensor)
     return weight.nbytes, state.nbytes
-
-
-def _quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: Collection[str]) -> dict[str, Any]:
-    """transformers' BitsAndBytesConfig.   dense: the linear layers that are; more names do no harm."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *sorted({*dense} - {"lm_head", ""})],
-    }
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

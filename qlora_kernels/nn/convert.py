@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..format import nf4
+from .describe import describe_quantization
 from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d, is_nn_linear
 from .match import Pattern, check_names, contained_in, matches, nearest
@@ -82,7 +83,7 @@ def replace_linear(
     linears: dict[str, nn.Module] = {}
     other_users: dict[int, str] = {}  # id of a parameter that something beside linear layers holds -> its name there
     for owner_name, owner in modules.items():
-        if _is_linear(owner):
+        if is_plain_linear(owner):
             linears[owner_name] = owner
             continue
         for child, parameter in owner.named_parameters(recurse=False):
@@ -135,6 +136,7 @@ def replace_linear(
             report.lost[name] = "a forward that was set on the layer itself, as accelerate's hooks do"
         set_submodule(model, name, layer)
         report.replaced[name] = (weight.nbytes, layer.quant_state.nbytes) if shared is layer else (0, 0)
+    describe_quantization(model)
     return report
 
 
@@ -166,9 +168,11 @@ def replace_experts(
             report.replaced[name] = (parameter.nbytes, sum(buffer.nbytes for buffer in experts.buffers()))
     if not report.replaced:
         raise ValueError("replace_experts: model must contain [experts, out, in] parameters, got none to replace")
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "eager"
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+    describe_quantization(model)
     return report
 
 
@@ -183,7 +187,8 @@ def _check_skip(op: str, skip: Pattern, names: Iterable[str]) -> None:
     check_names(f"{op}: skip", wanted, [name for name in names if name])
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear or Conv1D and no subclass that may compute something else."""
     # NonDynamicallyQuantizableLinear (nn.MultiheadAttention's out_proj) differs in name only.
     kind = type(module)
     return kind is nn.modules.linear.NonDynamicallyQuantizableLinear or is_nn_linear(module) or is_conv1d(module)

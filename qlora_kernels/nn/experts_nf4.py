@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..format import nf4
-from ..format.quant_state import QuantState
+from ..format.double_quant import NESTED_BLOCKSIZE
+from ..format.quant_state import QuantState, n_blocks
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
 from ..ops.quantize_nf4 import quantize_nf4
@@ -52,6 +53,32 @@ class ExpertsNF4(QuantizedWeight):
             raise ValueError(f"ExpertsNF4: weight must have shape [E >= 1, N, K], got {tuple(weight.shape)}")
         quantized = [quantize_nf4(expert, blocksize, double_quant) for expert in weight.detach()]
         return cls([packed for packed, _ in quantized], [state for _, state in quantized])
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        out_features: int,
+        in_features: int,
+        blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+        double_quant: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ExpertsNF4:
+        """Experts whose buffers hold nothing yet.   dtype: of the weight before quantization."""
+        blocks = n_blocks(out_features * in_features, blocksize)
+        state = QuantState(
+            torch.Size((out_features, in_features)),
+            dtype or torch.get_default_dtype(),
+            blocksize,
+            absmax=None if double_quant else torch.empty(blocks, device=device),
+            absmax_q=torch.empty(blocks, dtype=torch.uint8, device=device) if double_quant else None,
+            absmax_scale=torch.empty(n_blocks(blocks, NESTED_BLOCKSIZE), device=device) if double_quant else None,
+            absmax_offset=torch.empty((), device=device) if double_quant else None,
+        )
+        packed = torch.empty((out_features * in_features + 1) // 2, dtype=torch.uint8, device=device)
+        return cls([packed] * num_experts, [state] * num_experts)
 
     @property
     def shape(self) -> torch.Size:

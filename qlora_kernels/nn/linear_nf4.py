@@ -88,22 +88,23 @@ class LinearNF4(QuantizedWeight):
 
         The bias parameter is taken over, not copied. Raises TypeError for other modules.
         """
-        weight, bias = dense_weight(linear), cast(nn.Parameter | None, linear.bias)
-        out_features, in_features = weight.shape
-        layer = cls(
-            in_features,
-            out_features,
-            bias=False,
-            blocksize=blocksize,
-            double_quant=double_quant,
-            compute_dtype=compute_dtype,
-            device="meta",
-            dtype=weight.dtype,
-        )
-        layer._set_weight(*quantize_nf4(weight, blocksize, double_quant))
-        layer.bias = bias
-        layer.dense_class = type(linear) if is_conv1d(linear) else nn.Linear
-        layer.train(linear.training)
+        quantized = quantize_nf4(dense_weight(linear), blocksize, double_quant)
+        return cls.from_quantized(*quantized, like=linear, compute_dtype=compute_dtype)
+
+    @classmethod
+    def from_quantized(
+        cls, packed: Tensor, state: QuantState, *, like: nn.Module, compute_dtype: torch.dtype | None = None
+    ) -> LinearNF4:
+        """A layer with the quantized weight (packed, state), as from `quantize_nf4`, in the place of `like`.
+
+        like: the nn.Linear or Conv1D whose bias parameter is taken over; its weight is not read.
+        """
+        out_features, in_features = state.shape
+        layer = cls(in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta")
+        layer._set_weight(packed, state)
+        layer.bias = cast(nn.Parameter | None, like.bias)
+        layer.dense_class = type(like) if is_conv1d(like) else nn.Linear
+        layer.train(like.training)
         return layer
 
     @property

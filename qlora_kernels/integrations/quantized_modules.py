@@ -1,0 +1,74 @@
+"""The NF4 layers of a transformers model and the layers that could be: found by name, and made dense again."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..nn.convert import is_plain_linear
+from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
+from ..nn.linear_nf4 import LinearNF4
+from ..nn.module_tree import layers_of, move_hooks, set_submodule
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """LinearNF4 and ExpertsNF4 modules by name, but for those inside adapters."""
+    return {name: module for name, module in layers_of(model).items() if isinstance(module, (LinearNF4, ExpertsNF4))}
+
+
+def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """nn.Linear and Conv1D layers by name, as replace_linear takes them."""
+    return {name: module for name, module in layers_of(model).items() if is_plain_linear(module)}
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """[experts, ., .] parameters of modules that transformers marks as experts, by name."""
+    found = {}
+    for name, owner in layers_of(model).items():
+        if hasattr(owner, "is_transposed") and hasattr(owner, "is_concatenated"):
+            for child, parameter in owner.named_parameters(recurse=False):
+                if is_expert_stack(owner, parameter):
+                    found[f"{name}.{child}"] = parameter
+    return found
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Puts dense layers in the places of the NF4 ones, in `dtype`; returns the model."""
+    for name, module in quantized_modules(model).items():
+        if isinstance(module, ExpertsNF4):
+            path, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(path)
+            delattr(owner, attribute)
+            setattr(owner, attribute, nn.Parameter(module.dequantize(dtype=dtype), requires_grad=False))
+            continue
+        dense = dense_layer(cast(LinearNF4, module), dtype)
+        move_hooks(module, dense)
+        _move_accelerate_hook(module, dense)
+        set_submodule(model, name, dense)
+    return model
+
+
+def dense_layer(layer: LinearNF4, dtype: torch.dtype) -> nn.Module:
+    """The nn.Linear, or Conv1D, that computes with the values of `layer`. Its bias is the layer's own parameter."""
+    weight = layer.dequantize(dtype)
+    if layer.dense_class is nn.Linear:
+        dense: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        dense = cast(Any, layer.dense_class)(layer.out_features, layer.in_features)
+        weight = weight.T.contiguous()
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = layer.bias
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
+    return cast(nn.Module, dense.train(layer.training))
+
+
+def _move_accelerate_hook(source: Any, target: Any) -> None:
+    if hasattr(source, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        hook = source._hf_hook
+        remove_hook_from_module(source)
+        add_hook_to_module(target, hook)

@@ -1,0 +1,377 @@
+"""The quantizer that transformers' from_pretrained, save_pretrained and dequantize call for QLoRAKernelsConfig.
+
+transformers 5 reads a checkpoint tensor by tensor. A tensor that becomes the weight of a chosen layer is handed to
+`QuantizeNF4`, one of a checkpoint in NF4, with its constants, to `ReadNF4`; both put the finished layer into the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+
+from ..format import bnb_layout
+from ..format.quant_state import QuantState
+from ..nn.experts_nf4 import ExpertsNF4
+from ..nn.linear_nf4 import LinearNF4, is_conv1d
+from ..nn.match import check_names, contained_in
+from ..nn.module_tree import set_submodule
+from ..ops.quantize_nf4 import quantize_nf4
+from .quantization_config import METHOD, QLoRAKernelsConfig
+from .quantized_modules import dense_linears, dequantize_modules, expert_stacks, quantized_modules
+
+WEIGHT = "weight"
+
+
+class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' HfQuantizer for NF4: which layers become LinearNF4 and ExpertsNF4, and how they load and save."""
+
+    quantization_config: QLoRAKernelsConfig
+    serialized_names: ClassVar = {WEIGHT: [WEIGHT, *(f"{WEIGHT}.{suffix}" for suffix in bnb_layout.SUFFIXES)]}
+
+    def __init__(self, quantization_config: QLoRAKernelsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.chosen: set[str] = set()  # parameters that are, or become, NF4
+        self.missing: set[str] | None = None  # transformers' own set of what the checkpoint lacks
+        self.dtypes: dict[str, torch.dtype] = {}  # of dense parameters that are loaded by ReadNF4
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained can write the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters over the model can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate may compile the model."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of one weight, for the planning of a device_map."""
+        return 4.5 / 8
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError for a device_map that offloads layers: NF4 layers stay where they are."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and places != {"cpu"}):
+            raise ValueError(
+                f"from_pretrained: device_map must not offload layers to the CPU or the disk, got {sorted(places)}; "
+                "use fewer devices or a device with more memory, or load the whole model with device_map='cpu'"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        self.chosen = chosen_parameters(model, self.quantization_config)
+        if not self.chosen:
+            raise ValueError(
+                f"from_pretrained: {type(model).__name__} must contain linear layers outside "
+                f"skip_modules={self.quantization_config.skip_modules}, got none"
+            )
+        stacks = [name for name in self.chosen if not _is_linear_weight(model, name)]
+        if stacks:
+            use_plain_experts(model)
+        if self.pre_quantized:
+            self.dtypes = _dtype_of_parameters(model, dtype)
+            for name in stacks:
+                put_experts(model, name, self._experts_to_fill(model.get_parameter(name)))
+
+    def _experts_to_fill(self, stack: Tensor) -> ExpertsNF4:
+        """On the meta device, for transformers to assign the buffers of a checkpoint to."""
+        config = self.quantization_config
+        shape = cast("tuple[int, int, int]", tuple(stack.shape))
+        return ExpertsNF4.empty(*shape, config.blocksize, config.double_quant, dtype=stack.dtype, device="meta")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether `param_name` is the weight of a chosen layer."""
+        return param_name in self.chosen
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The op for a dense tensor."""
+        return QuantizeNF4(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """The op for the tensors of an NF4 weight."""
+        return {"deserialize": ReadNF4}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's own conversions, without those of weights that lie in the checkpoint in NF4."""
+        if self.pre_quantized:
+            weight_conversions = [c for c in weight_conversions if not self._converts_quantized(c)]
+        return [*weight_conversions, *self.get_weight_conversions()]
+
+    def _converts_quantized(self, conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        reverse = conversion.copy(
+            list(conversion._original_target_patterns),
+            list(conversion._original_source_patterns),
+            operations=conversion.operations,
+        )
+        return any(reverse._scoped_match(name) is not None for name in self.chosen)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._quantize_what_is_left(model)
+        for module in model.modules():
+            if isinstance(module, LoadedLinearNF4):
+                module.finish()
+        if self.quantization_config._storage == "qlora_kernels":
+            model._weight_conversions = self._conversions_for_saving(model)
+        return model
+
+    def _quantize_what_is_left(self, model: Any) -> None:
+        """A conversion whose first result stays dense is not followed by QuantizeNF4. What a checkpoint lacks, such as
+        a new head, has been initialized at random and stays dense.
+        """
+        lacks = self.missing or set()
+        for name in sorted(self.chosen - lacks):
+            owner, attribute = owner_of(model, name)
+            if isinstance(owner._parameters.get(attribute), nn.Parameter):
+                self.put(model, name, owner._parameters[attribute].detach())
+
+    def put(self, model: Any, name: str, dense: Tensor) -> None:
+        """Puts the layer, or the experts, with the weight `dense` into the model, in NF4."""
+        config = self.quantization_config
+        if not _is_linear_weight(model, name):
+            experts = ExpertsNF4.from_parameter(dense, blocksize=config.blocksize, double_quant=config.double_quant)
+            put_experts(model, name, experts)
+            return
+        linear, _ = owner_of(model, name)
+        packed, state = quantize_nf4(dense.T if is_conv1d(linear) else dense, config.blocksize, config.double_quant)
+        self.put_linear(model, name, packed, state)
+
+    def put_linear(self, model: Any, name: str, packed: Tensor, state: Any) -> None:
+        """Puts a LinearNF4 in the place of the layer whose weight is called `name`."""
+        linear, _ = owner_of(model, name)
+        compute_dtype = self.quantization_config.compute_dtype
+        layer = LoadedLinearNF4.from_quantized(packed, state, like=linear, compute_dtype=compute_dtype)
+        set_submodule(model, name.removesuffix(f".{WEIGHT}"), layer)
+
+    def _conversions_for_saving(self, model: Any) -> list[Any]:
+        """What is undone when the model is saved: the renamings, and the conversions of weights that are dense."""
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import PrefixChange
+
+            mapping = get_model_conversion_mapping(model, add_legacy=False)
+            conversions = [c for c in mapping if not isinstance(c, PrefixChange)]
+        reading = [c for c in conversions if any(isinstance(op, ReadNF4) for op in getattr(c, "operations", ()))]
+        return [c for c in conversions if c not in reading and not self._converts_quantized(c)]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Before a save: what the model is made of now goes into its config."""
+        describe(model)
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Removes all that says that the model is quantized."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_is_quantized"):
+                del config._is_quantized
+
+
+class LoadedLinearNF4(LinearNF4):
+    """A LinearNF4 until the whole model is loaded: nothing that transformers initializes changes it."""
+
+    @classmethod
+    def from_quantized(cls, packed: Tensor, state: Any, **options: Any) -> LoadedLinearNF4:
+        """As LinearNF4.from_quantized. transformers makes the buffers that a state dict lacks anew; these stay."""
+        layer = cast(LoadedLinearNF4, super().from_quantized(packed, state, **options))
+        layer._non_persistent_buffers_set.clear()
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """Carries transformers' mark of what needs no initialization. Some models initialize layers by their path."""
+        weight: Any = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        weight._is_hf_initialized = True
+        return cast(Tensor, weight)
+
+    def finish(self) -> None:
+        """Makes it an ordinary LinearNF4."""
+        self._non_persistent_buffers_set.update(self._buffers)
+        self.__class__ = LinearNF4  # type: ignore[assignment]
+
+
+class QuantizeNF4(ConversionOps):  # type: ignore[misc]
+    """Quantizes the tensors that from_pretrained is about to assign, where their layers were chosen."""
+
+    def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> Any:
+        """What is left for transformers to assign, by name."""
+        self.hf_quantizer.missing = missing_keys
+        rest = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if not self.hf_quantizer.param_needs_quantization(model, name):
+                rest[name] = tensor
+                continue
+            require_shape(model, name, tensor)
+            self.hf_quantizer.put(model, name, tensor)
+            missing_keys.discard(name)
+        return rest
+
+
+class ReadNF4(ConversionOps):  # type: ignore[misc]
+    """Makes a LinearNF4 of the tensors that a checkpoint holds of it; a dense weight is handed on."""
+
+    def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _IdentityOp()
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What is left for transformers to assign, by the pattern that found it."""
+        quantizer = self.hf_quantizer
+        quantizer.missing = missing_keys
+        found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if len(found) == 1 and full_layer_name not in quantizer.chosen:
+            (key, tensor), dtype = next(iter(found.items())), quantizer.dtypes.get(full_layer_name)
+            return {key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor}
+        packed = found.pop(WEIGHT)
+        if full_layer_name not in quantizer.chosen:
+            raise ValueError(f"{full_layer_name}: must be dense by the model's quantization_config, got NF4")
+        if not found:
+            raise ValueError(f"{full_layer_name}: must be NF4 by the model's quantization_config, got a dense tensor")
+        state = bnb_layout.decode(full_layer_name, {k.removeprefix(f"{WEIGHT}."): v for k, v in found.items()})
+        linear, _ = owner_of(model, full_layer_name)
+        shape = tuple(linear.weight.shape)
+        if tuple(state.shape) != (shape[::-1] if is_conv1d(linear) else shape):
+            raise ValueError(f"{full_layer_name}: must have shape {shape}, got {tuple(state.shape)}")
+        packed = packed.reshape(-1).view(torch.uint8).reshape(-1, 1)
+        constants = state.to(packed.device).constants
+        state = QuantState(state.shape, linear.weight.dtype, state.blocksize, *constants)  # the dtype asked for
+        quantizer.put_linear(model, full_layer_name, packed, state)
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+def chosen_parameters(model: Any, config: QLoRAKernelsConfig) -> set[str]:
+    """Names of the weights and stacks of experts that `config` wants in NF4. Raises ValueError for a name in
+    skip_modules that means nothing in the model.
+    """
+    names = [*dict(model.named_modules()), *dict(model.named_parameters())]
+    wanted = [name for name in config.skip_modules if name != "lm_head"]
+    check_names("QLoRAKernelsConfig: skip_modules", wanted, [name for name in names if name])
+    skip = [*wanted, *_wanted_in_float32(model)]
+    if "lm_head" in config.skip_modules:
+        skip += get_keys_to_not_convert(model)
+    linears = {f"{name}.{WEIGHT}": name for name in dense_linears(model)}
+    tied = {name.removesuffix(f".{WEIGHT}") for pair in _tied(model).items() for name in pair}
+    chosen = {w for w, name in linears.items() if not contained_in(skip, name) and name not in tied}
+    return chosen | {name for name in expert_stacks(model) if not contained_in(skip, name)}
+
+
+def _tied(model: Any) -> dict[str, str]:
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _wanted_in_float32(model: Any) -> Iterator[str]:
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        yield from getattr(model, attribute, None) or ()
+
+
+def _dtype_of_parameters(model: Any, dtype: Any) -> dict[str, torch.dtype]:
+    """The dtype in which transformers wants each parameter."""
+    plan = model._get_dtype_plan(dtype) or {}
+    patterns = [(re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in plan.items()]
+    return {
+        name: next((wanted for pattern, wanted in patterns if pattern.search(name)), parameter.dtype)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def owner_of(model: Any, name: str) -> tuple[Any, str]:
+    """(the module that holds the parameter, its name there)."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _is_linear_weight(model: Any, name: str) -> bool:
+    owner, attribute = owner_of(model, name)
+    return attribute == WEIGHT and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+
+
+def require_shape(model: Any, name: str, tensor: Tensor) -> None:
+    """Raises ValueError where `tensor` does not have the shape of the model's parameter."""
+    shape = tuple(model.get_parameter(name).shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def put_experts(model: Any, name: str, experts: ExpertsNF4) -> None:
+    """Puts `experts` in the place of the parameter `name`."""
+    owner, attribute = owner_of(model, name)
+    delattr(owner, attribute)
+    setattr(owner, attribute, experts)
+
+
+def use_plain_experts(model: Any) -> None:
+    """transformers' loop over experts multiplies by one expert's weight at a time, as ExpertsNF4 needs it."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+
+
+def describe(model: Any) -> None:
+    """Brings what a transformers model's config says of its quantization up to date with its layers.
+
+    Called when layers have been quantized, merged or replaced. A model whose NF4 layers bitsandbytes can read gets the
+    config of bitsandbytes, and one with experts in NF4 QLoRAKernelsConfig; one that was loaded with QLoRAKernelsConfig
+    keeps it. A model without NF4 layers says nothing. The config of another library's quantizer is left alone.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, QLoRAKernelsQuantizer):
+        return
+    quantized = quantized_modules(model)
+    if not quantized:
+        if quantizer is not None:
+            quantizer.remove_quantization_config(model)
+        return
+    if quantizer is None:
+        quantizer = QLoRAKernelsQuantizer(QLoRAKernelsConfig(), pre_quantized=False)
+        quantizer.quantization_config._storage = "bitsandbytes"
+        model.hf_quantizer = quantizer
+    config = quantizer.quantization_config
+    experts = {name: module for name, module in quantized.items() if isinstance(module, ExpertsNF4)}
+    if experts:
+        config._storage = "qlora_kernels"
+    kinds = {(m.blocksize, m.absmax_q is not None) for m in cast(Any, experts or quantized).values()}
+    if experts and len(kinds) > 1:
+        raise ValueError(f"save: all experts must have one (blocksize, double_quant), got {sorted(kinds)}")
+    config.blocksize, config.double_quant = max(kinds)
+    config.skip_modules = [*dense_linears(model), *expert_stacks(model)]
+    config._model_dtype = model.dtype
+    quantizer.chosen = {name if name in experts else f"{name}.{WEIGHT}" for name in quantized}
+    model.config.quantization_config = config
+    model._weight_conversions = quantizer._conversions_for_saving(model)
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(QLoRAKernelsQuantizer)

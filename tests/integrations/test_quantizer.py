@@ -1,0 +1,237 @@
+"""QLoRAKernelsConfig in transformers' from_pretrained, save_pretrained and dequantize; models quantized in place."""
+
+from __future__ import annotations
+
+import json
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_kernels as qk
+
+transformers = pytest.importorskip("transformers")
+
+from qlora_kernels.integrations.transformers import ModelError, QLoRAKernelsConfig, load_model  # noqa: E402
+
+from .tiny_models import build, logits, of_type  # noqa: E402
+
+AUTO = transformers.AutoModelForCausalLM
+KINDS = ("llama", "tied", "gpt2", "mixtral", "gpt_oss", "hrm")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """kind -> a folder that save_pretrained wrote; written once."""
+    folders = {}
+
+    def folder(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind)
+            build(kind).save_pretrained(folders[kind])
+        return folders[kind]
+
+    return folder
+
+
+def load(folder, **options):
+    return AUTO.from_pretrained(folder, quantization_config=QLoRAKernelsConfig(**options))
+
+
+def in_place(kind):
+    """The same model, quantized by replace_linear and replace_experts."""
+    model = build(kind)
+    qk.replace_linear(model)
+    if kind in ("mixtral", "gpt_oss"):
+        qk.replace_experts(model)
+    return model
+
+
+def written_config(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_save_reload_dequantize(kind, dense, tmp_path):
+    expected = logits(in_place(kind))
+    model = load(dense(kind))
+    assert torch.equal(logits(model), expected)
+    assert model.is_quantized
+    assert of_type(model, nn.Linear) == ["lm_head"]
+    model.save_pretrained(tmp_path / "nf4")
+    assert written_config(tmp_path / "nf4")["quant_method"] == "qlora_kernels"
+    again = AUTO.from_pretrained(tmp_path / "nf4")
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(load_model(tmp_path / "nf4", torch.float32)), expected)
+    again.dequantize().save_pretrained(tmp_path / "dense")
+    assert not again.is_quantized
+    plain = AUTO.from_pretrained(tmp_path / "dense")
+    assert not hasattr(plain.config, "quantization_config")
+    assert not of_type(plain, qk.LinearNF4, qk.ExpertsNF4)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_dense_weight_at_a_time(dense, monkeypatch):
+    """Of the weights that are quantized, never more than one is in memory while the model loads."""
+    from transformers import core_model_loading
+
+    original, alive = core_model_loading._materialize_copy, []
+    most = 0
+
+    def counted(tensor, *args, **kwargs):
+        nonlocal most
+        made = original(tensor, *args, **kwargs)
+        if made.dim() == 2 and made.shape[0] != 48:  # neither norms nor the embeddings
+            alive.append(weakref.ref(made))
+            most = max(most, sum(ref() is not None for ref in alive))
+        return made
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", counted)
+    model = load(dense("llama"))
+    assert len(alive) == len(of_type(model, qk.LinearNF4)) == 14
+    assert most == 1
+    assert sum(ref() is not None for ref in alive) == 0
+
+
+def test_blocksize_double_quant_and_compute_dtype(dense, tmp_path):
+    model = load(dense("mixtral"), blocksize=128, double_quant=False, compute_dtype="bfloat16")
+    layer = model.model.layers[0].self_attn.q_proj
+    experts = model.model.layers[0].mlp.experts.down_proj
+    assert layer.blocksize == experts.blocksize == 128
+    assert layer.absmax_q is None
+    assert experts.absmax_q is None
+    assert layer.compute_dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = AUTO.from_pretrained(tmp_path)
+    assert again.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_skip_modules(dense, tmp_path):
+    """Names, endings of names, whole blocks, and an empty list, which quantizes the head too."""
+    model = load(dense("llama"), skip_modules=["q_proj", "layers.1"])
+    assert len(of_type(model, qk.LinearNF4)) == 7  # six of the first block, and the head
+    model.save_pretrained(tmp_path)
+    again = AUTO.from_pretrained(tmp_path)
+    assert of_type(again, qk.LinearNF4) == of_type(model, qk.LinearNF4)
+    assert torch.equal(logits(again), logits(model))
+    assert of_type(load(dense("tied"), skip_modules=()), nn.Linear) == ["lm_head"]
+    assert not of_type(load(dense("mixtral"), skip_modules=["lm_head", "experts"]), qk.ExpertsNF4)
+
+
+def test_part_of_a_fused_tensor_stays_dense(dense, tmp_path):
+    """The file holds gate, q, k and v as one tensor, of which the first part is not quantized."""
+    model = load(dense("hrm"), skip_modules=["lm_head", "gate_proj"])
+    linears = of_type(model, nn.Linear)
+    assert all(name.endswith(("gate_proj", "lm_head")) for name in linears)
+    assert len(linears) == 9
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AUTO.from_pretrained(tmp_path)), logits(model))
+
+
+def test_dtype_argument_on_reload(dense, tmp_path):
+    load(dense("llama")).save_pretrained(tmp_path)
+    model = AUTO.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_layers_that_a_checkpoint_lacks_stay_dense(dense):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        dense("llama"), quantization_config=QLoRAKernelsConfig(), num_labels=3
+    )
+    assert of_type(model, nn.Linear) == ["score"]
+    assert model.score.weight.std() > 0
+
+
+def test_device_map(dense):
+    expected = logits(load(dense("llama")))
+    for device_map in ("auto", "cpu", {"": "cpu"}):
+        model = AUTO.from_pretrained(dense("llama"), quantization_config=QLoRAKernelsConfig(), device_map=device_map)
+        assert torch.equal(logits(model), expected)
+    for device_map in ({"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}):
+        with pytest.raises(ValueError, match="device_map must not offload"):
+            AUTO.from_pretrained(dense("llama"), quantization_config=QLoRAKernelsConfig(), device_map=device_map)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip_modules": ["q_prj"]}, "skip_modules: every name must match a module, got 'q_prj'.*q_proj"),
+        ({"skip_modules": ["model", "lm_head"]}, "must contain linear layers outside skip_modules"),
+        ({"blocksize": 100}, "blocksize must be"),
+        ({"compute_dtype": "float8"}, "compute_dtype must be one of"),
+    ],
+)
+def test_bad_arguments(options, message, dense):
+    with pytest.raises((ValueError, TypeError), match=message):
+        load(dense("llama"), **options)
+
+
+def test_weights_that_cannot_be_quantized_are_an_error(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        load(tmp_path)
+
+
+def test_config_and_files_that_disagree(dense, tmp_path):
+    load(dense("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["skip_modules"].append("q_proj")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        AUTO.from_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+def test_model_quantized_in_place_loads_with_bitsandbytes_and_here(kind, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = in_place(kind)
+    model.save_pretrained(tmp_path)
+    assert written_config(tmp_path)["quant_method"] == "bitsandbytes"
+    theirs = AUTO.from_pretrained(tmp_path)
+    assert len(of_type(theirs, bitsandbytes.nn.Linear4bit)) == len(of_type(model, qk.LinearNF4))
+    theirs.train()  # bitsandbytes packs the weight anew in eval mode on some CPUs
+    torch.testing.assert_close(logits(theirs), logits(model.train()), rtol=1e-4, atol=1e-5)
+    ours = load_model(tmp_path, torch.float32)
+    assert torch.equal(logits(ours), logits(model.eval()))
+    ours.save_pretrained(tmp_path / "again")
+    assert written_config(tmp_path / "again") == written_config(tmp_path)
+
+
+def test_quantized_head_loads_with_bitsandbytes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = build("llama")
+    qk.replace_linear(model, skip=("q_proj",))
+    model.save_pretrained(tmp_path)
+    theirs = AUTO.from_pretrained(tmp_path).train()
+    assert [name.rpartition(".")[2] for name in of_type(theirs, nn.Linear)] == ["q_proj", "q_proj"]
+    torch.testing.assert_close(logits(theirs), logits(model.train()), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_quantized_in_place_reload_in_transformers(tmp_path):
+    model = in_place("mixtral")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AUTO.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("target", ["16bit", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_model_says_what_it_is(kind, target, tmp_path):
+    model = in_place(kind)
+    config = qk.peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    merged = qk.peft.get_peft_model(model, config).merge_and_unload(target=target)
+    merged.save_pretrained(tmp_path)
+    if target == "16bit":
+        reloaded = AUTO.from_pretrained(tmp_path)
+        assert not hasattr(reloaded.config, "quantization_config")
+        torch.testing.assert_close(logits(reloaded), logits(merged), rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(merged))
