@@ -1,0 +1,190 @@
+"""Hugging Face PEFT's LoRA over LinearNF4: call `register()` once, then `peft.get_peft_model` works as over nn.Linear.
+
+PEFT looks the model class of an adapter type up in its table `PEFT_TYPE_TO_TUNER_MAPPING`, which also serves its own
+`register_peft_method`. `register()` puts a subclass of PEFT's LoraModel there; every other layer is treated as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..nn.describe import describe_quantization
+from ..nn.linear_nf4 import LinearNF4
+from ..peft.base_layer import dense_weight, with_weight
+from ..peft.lowrank import LowRank, forward_lowrank
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights that replace the base weight by a residual."""
+
+
+class LoraLinearNF4(Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a LinearNF4: base and adapters run in one op, forward and backward.
+
+    Parameters, their names and their files are those of peft.tuners.lora.Linear. DoRA and the other variants run in
+    PEFT's own code over the base layer's output. Merging puts a dense layer, with the update added in float32 and cast
+    once, in the place of the base layer; unmerging brings the NF4 layer back, bit for bit.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.unmerged_layer: LinearNF4 | None = None
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return cast(Any, module).in_features, cast(Any, module).out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Adds an adapter. Raises NotImplementedError for initializations that change the base weight."""
+        init = config.init_lora_weights
+        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+            raise NotImplementedError(
+                f"LoraConfig: init_lora_weights must not change the base weight of a LinearNF4, got {init!r}; "
+                "use qlora_kernels.peft.LoraConfig, or True, 'gaussian', 'orthogonal' or 'eva'"
+            )
+        self.fan_in_fan_out = False  # also for GPT-2: the NF4 weight is [out_features, in_features]
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]."""
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            updates, dropouts = self._plain_updates(self.active_adapters)
+            if updates and len(dropouts) == 1:
+                return forward_lowrank(self.base_layer, x, updates, dropout_p=dropouts.pop())
+        return cast(Tensor, super().forward(x, *args, **kwargs))
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        names = sorted({name for name in adapter_names if name in self.lora_A})
+        updates, dropouts = self._plain_updates(names)
+        if not updates or len(dropouts) != 1:
+            return cast(Tensor, super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs))
+        number = {name: i for i, name in enumerate(names)}
+        owner = torch.tensor([number.get(name, -1) for name in adapter_names], device=x.device)
+        return forward_lowrank(self.base_layer, x, updates, dropout_p=dropouts.pop(), owner=owner)
+
+    def _plain_updates(self, names: list[str]) -> tuple[list[LowRank], set[float]]:
+        """(updates of these adapters, their rates of dropout) where all are scaling * B A; else nothing.
+
+        Layers that are watched by hooks, or replaced by others, are called and not read.
+        """
+        updates: list[LowRank] = []
+        dropouts: set[float] = set()
+        for name in names:
+            if name not in self.lora_A:
+                continue
+            layers = [self.lora_A[name], self.lora_B[name]]
+            if name in self.lora_variant or self.lora_bias[name] or not all(map(_is_plain, layers)):
+                return [], set()
+            updates.append((layers[0].weight, layers[1].weight, self.scaling[name]))
+            dropout = self.lora_dropout[name]
+            dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+        return updates, dropouts
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Lets a dense layer that includes the adapters' updates compute.
+
+        safe_merge: raises ValueError where a merged weight is not finite. adapter_names: None means the active ones.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            bias = self._merged_bias(name)
+            weight = dense_weight(self.base_layer)
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight).float()
+            else:
+                lora_A, lora_B = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
+                weight = weight + self.scaling[name] * (lora_B @ lora_A).to(weight.device)
+            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+                raise ValueError(f"merge: adapter {name!r} must give finite merged weights, got inf or NaN")
+            dense = with_weight(self.base_layer, weight.detach(), bias, "16bit")
+            if self.unmerged_layer is None:
+                self.unmerged_layer = cast(LinearNF4, self.base_layer)
+            self.base_layer = dense
+            self.merged_adapters.append(name)
+
+    def _merged_bias(self, name: str) -> Tensor | None:
+        bias = cast("Tensor | None", self.base_layer.bias)
+        if not self.lora_bias[name]:
+            return bias
+        if bias is None:
+            raise RuntimeError(f"merge: adapter {name!r} has a bias (lora_bias), so the base layer must have one")
+        return bias + self.lora_B[name].bias.detach().to(bias) * self.scaling[name]
+
+    def unmerge(self) -> None:
+        """Lets the NF4 layer compute again."""
+        if self.unmerged_layer is not None:
+            self.base_layer, self.unmerged_layer = self.unmerged_layer, None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer that takes this one's place when PEFT removes its adapters."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return cast(nn.Module, self.get_base_layer())
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+
+
+class _OverLinearNF4:
+    """What a LoraModel has to know of LinearNF4; stands before it among the base classes."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = cast(Any, self).peft_config[adapter_name]
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            _maybe_include_all_linear_layers(config, model)
+            config.target_modules |= _quantized_targets(model)
+        cast(Any, super()).inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, LinearNF4):
+            return LoraLinearNF4(target, adapter_name, config=lora_config, **kwargs)
+        return cast(nn.Module, LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, LoraLinearNF4):  # on its device already; PEFT would dequantize to look at it
+            setattr(parent, child_name, new_module)
+        else:
+            cast(Any, super())._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = cast(Any, super())._unload_and_optionally_merge(*args, **kwargs)
+        describe_quantization(model)
+        return model
+
+
+def _quantized_targets(model: nn.Module) -> set[str]:
+    """LinearNF4 layers by name, but for the output head and layers that carry adapters already."""
+    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    names = {name for name, module in model.named_modules() if isinstance(module, LinearNF4) and module is not head}
+    return {name for name in names if not any(name.startswith(f"{layer}.") for layer in adapted)}
+
+
+class LoraModelNF4(_OverLinearNF4, LoraModel):  # type: ignore[misc]
+    """PEFT's LoraModel, with LoraLinearNF4 for LinearNF4 layers."""
+
+
+def register() -> None:
+    """Makes PEFT adapt LinearNF4 layers, also for `target_modules="all-linear"`. Calling it again changes nothing."""
+    registered = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
+    if registered is LoraModel:
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModelNF4
+    elif not issubclass(registered, _OverLinearNF4):
+        raise RuntimeError(
+            f"register: PEFT's model class for LoRA must be its own LoraModel, got {registered.__name__}; "
+            "call register() before what replaces it"
+        )
