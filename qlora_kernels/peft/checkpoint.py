@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from .gathered import whole, written_once
 from .host import Host
 from .method import Method
 from .registry import config_from_dict, method_for
+
+_ABOUT_THE_RUN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+"""Fields of adapter_config.json that say nothing of what the adapter computes."""
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
@@ -74,6 +78,27 @@ def buildable(config: PeftConfig, files: AdapterFiles, host: Host) -> PeftConfig
     config = method.config_of_file(config)
     method.check_file(config, host, files.tensors, files.extra_tensors)
     return config
+
+
+def require_same_configs(name: str, methods: Sequence[Method], files: Sequence[AdapterFiles]) -> None:
+    """Raises ValueError where the files are not of an adapter that is configured as `methods` are."""
+    kinds = [method.config.peft_type for method in methods]
+    found = [contents.config.get("peft_type") for contents in files]
+    different = {} if kinds == found else {"peft_type": found}
+    for method, contents in zip(methods, files, strict=False):
+        own = json.loads(json.dumps(method.file_config()))
+        for field in own.keys() & contents.config.keys() - _ABOUT_THE_RUN:
+            if _unordered(own[field]) != _unordered(contents.config[field]):
+                different[field] = contents.config[field]
+    if different:
+        raise ValueError(
+            f"load_adapter: the folder of an adapter that the model has already, {name!r}, must be of the same "
+            f"configuration, got another {different}; use another name, or delete_adapter first"
+        )
+
+
+def _unordered(value: object) -> object:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def load_weights(methods: Sequence[Method], files: Sequence[AdapterFiles], *, is_trainable: bool) -> None:

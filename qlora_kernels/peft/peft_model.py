@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..nn.match import as_names
 from ..nn.module_tree import shards, synchronizes, unwrapped
+from ..nn.quantized_weight import is_sharded
 from . import checkpoint, merging
 from .adapter_tree import AdapterModules
 from .combine import Combination, weighted_lora
@@ -22,6 +23,7 @@ from .explain import Explanation, explain
 from .foreign_layer import forget_quantization
 from .gathered import gathered
 from .host import Host
+from .huggingface import TakenForPeft, check_save_options
 from .lora import Lora
 from .method import Adapters, Method
 from .recomputation import save_state_with_regions
@@ -53,7 +55,7 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, adapter_dtype=adapter_dtype)
 
 
-class PeftModel(nn.Module):
+class PeftModel(TakenForPeft, nn.Module):
     """What is called, trained, merged and saved. Attributes it lacks are the base model's.
 
     The adapters' parameters are inside `base_model`, in the modules whose output they change, those of prompts in
@@ -405,28 +407,49 @@ class PeftModel(nn.Module):
     # Files
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Writes each adapter: "default" into the folder, any other into a folder of its name inside it.
 
+        is_main_process: with False nothing is written.   state_dict, safe_serialization: as transformers' Trainer
+        passes them; only None and True are served.
         An interrupted save leaves the whole old state or the whole new one (docs/reliability.md). Under fully_shard
-        every process has to call it; the adapters alone are gathered, and rank 0 writes.
+        every process has to call it, whatever is_main_process says; the adapters alone are gathered, and rank 0 writes.
         """
+        check_save_options(state_dict, safe_serialization)
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
         for name in names:
             self.host.methods(name)  # refuses an unknown name before anything is written
         adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
-        checkpoint.save_adapters(adapters, save_directory)
+        parameters = (p for methods in adapters.values() for method in methods for p in method.parameters())
+        if is_main_process or any(is_sharded(p) for p in parameters):
+            checkpoint.save_adapters(adapters, save_directory)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
     ) -> None:
         """Adds the adapter that lies in a folder, written here or by PEFT; set_adapter makes it active.
 
+        An adapter of that name that the model has already takes the values of the folder, which must hold an adapter of
+        the same configuration; it trains as before.
         is_trainable: also what only training needs, such as the encoders of prefix and P-tuning. Without it the model
         is put in eval mode, as PEFT does.
         """
         configs, files = zip(*checkpoint.load_adapter(model_id), strict=True)
+        if adapter_name in self.host.adapters:
+            methods = self.host.adapters[adapter_name]
+            checkpoint.require_same_configs(adapter_name, methods, files)
+            trains = any(p.requires_grad for method in methods for p in method.parameters())
+            checkpoint.load_weights(methods, files, is_trainable=is_trainable or trains)
+            if not is_trainable:
+                self.eval()
+            return
         self._add(adapter_name, [checkpoint.buildable(c, f, self.host) for c, f in zip(configs, files, strict=True)])
         try:
             checkpoint.load_weights(self.host.adapters[adapter_name], files, is_trainable=is_trainable)
