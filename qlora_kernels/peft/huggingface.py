@@ -1,4 +1,4 @@
-"""What transformers' Trainer, TRL and accelerate need to see in a PeftModel: they ask isinstance(model, peft.PeftModel).
+"""What transformers' Trainer, TRL and accelerate need to see in a model: they ask isinstance(model, peft.PeftModel).
 
 Their answer decides which forward signature is inspected, that checkpoints hold adapters alone and how these are loaded
 again, and where DPO's reference comes from. The names that they use then (get_base_model, disable_adapter, set_adapter,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -22,10 +22,10 @@ class TakenForPeft:
     PEFT's code runs in it; nothing is imported here.
     """
 
-    @property  # type: ignore[override, misc]
-    def __class__(self) -> type:
+    @property
+    def __class__(self) -> Any:
         theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
-        return type(self) if theirs is None else _both(type(self), theirs)
+        return type(self) if theirs is None else _both(cast(Any, type(self)), theirs)
 
     @__class__.setter
     def __class__(self, kind: type) -> None:
@@ -33,19 +33,19 @@ class TakenForPeft:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle compares the class in object's own answer with __class__.
-        _, arguments, *state = super().__reduce_ex__(max(int(protocol), 2))
+        _, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
         return (_new, arguments, *state)
 
 
 @cache
-def _both(ours: type, theirs: type) -> type:
+def _both(ours: Any, theirs: Any) -> Any:
     if issubclass(ours, theirs):
         return ours
     names = {"__module__": ours.__module__, "__qualname__": ours.__qualname__, "__doc__": ours.__doc__}
     return type(ours.__name__, (ours, theirs), names)
 
 
-def _new(kind: type) -> Any:
+def _new(kind: Any) -> Any:
     return kind.__new__(kind)
 
 

@@ -417,8 +417,8 @@ class PeftModel(TakenForPeft, nn.Module):
     ) -> None:
         """Writes each adapter: "default" into the folder, any other into a folder of its name inside it.
 
-        is_main_process: with False nothing is written.   state_dict, safe_serialization: as transformers' Trainer
-        passes them; only None and True are served.
+        is_main_process: with False nothing is written.
+        state_dict, safe_serialization: arguments of transformers' Trainer; only None and True are served.
         An interrupted save leaves the whole old state or the whole new one (docs/reliability.md). Under fully_shard
         every process has to call it, whatever is_main_process says; the adapters alone are gathered, and rank 0 writes.
         """

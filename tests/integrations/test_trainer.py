@@ -1,0 +1,213 @@
+"""Our PeftModel in transformers' Trainer and in TRL's SFTTrainer and DPOTrainer, unchanged."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import qlora_kernels as qk
+from tests.support.tiny_model import write_tiny_llama
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from .tiny_models import build, logits  # noqa: E402
+
+ROWS = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i, "id": i} for i in range(8)]
+"""With a column that the model's forward does not take."""
+
+
+def adapted(kind="tied", **options):
+    model = build(kind)
+    qk.replace_linear(model)
+    torch.manual_seed(1)
+    options.setdefault("target_modules", "all-linear")
+    return qk.peft.get_peft_model(model, qk.peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+
+
+def trainer(model, folder, **options):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "eval_strategy": "steps",
+    }
+    arguments = transformers.TrainingArguments(**{**settings, **options})
+    return transformers.Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS)
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(trainer after four steps over a model with a tied head, its folder)."""
+    folder = tmp_path_factory.mktemp("run")
+    ours = trainer(adapted(), folder)
+    ours.train()
+    return ours, folder
+
+
+def test_taken_for_a_peft_model():
+    model = adapted()
+    assert isinstance(model, (peft.PeftModel, qk.peft.PeftModel))
+    assert type(model) is qk.peft.PeftModel
+    assert isinstance(copy.deepcopy(model), peft.PeftModel)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert type(again) is qk.peft.PeftModel
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_attributes_of_the_base_model(tmp_path):
+    model = adapted()
+    base = model.get_base_model()
+    for name in ("config", "dtype", "device", "generation_config", "main_input_name"):
+        assert getattr(model, name) is getattr(base, name) or getattr(model, name) == getattr(base, name)
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    model.add_model_tags(["a tag"])
+    assert base.model_tags == ["a tag"]
+    assert not getattr(model, "is_quantized", False)
+    base.hf_device_map = {"": "cpu"}
+    assert model.hf_device_map == {"": "cpu"}
+
+
+def test_losses_and_adapter_only_checkpoints(run):
+    ours, folder = run
+    losses = [entry["loss"] for entry in ours.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert ours.label_names == ["labels"]
+    assert "eval_loss" in ours.evaluate()
+    names = {path.name for path in (folder / "checkpoint-4").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= names
+    assert not any(name.startswith(("model", "pytorch_model")) for name in names)
+
+
+def test_resumed_run_ends_with_the_same_values(run, tmp_path):
+    ours, folder = run
+    resumed = trainer(adapted(), tmp_path)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    expected = values(ours.model)
+    assert all(torch.equal(value, expected[name]) for name, value in values(resumed.model).items())
+
+
+def test_best_model_is_loaded_and_training_stops_early(tmp_path):
+    """The learning rate is far too large, so the first evaluation is the best."""
+    ours = trainer(
+        adapted(lora_alpha=64),
+        tmp_path,
+        learning_rate=3.0,
+        max_steps=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        save_total_limit=1,
+    )
+    ours.add_callback(transformers.EarlyStoppingCallback(early_stopping_patience=1))
+    ours.train()
+    assert ours.state.global_step == 4
+    assert ours.state.best_model_checkpoint.endswith("checkpoint-2")
+    saved = qk.peft.PeftModel.from_pretrained(adapted().unload(), ours.state.best_model_checkpoint)
+    assert torch.equal(logits(ours.model.eval()), logits(saved))
+    assert values(ours.model)
+
+
+def test_trainer_over_a_model_that_transformers_quantized(tmp_path):
+    from qlora_kernels.integrations.transformers import QLoRAKernelsConfig
+
+    build("tied").save_pretrained(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=QLoRAKernelsConfig()
+    )
+    config = qk.peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ours = trainer(qk.peft.get_peft_model(model, config), tmp_path / "run", max_steps=1, eval_strategy="no")
+    assert ours.train().global_step == 1
+
+
+def test_load_adapter_refuses_another_configuration(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    other = adapted(lora_alpha=3)
+    with pytest.raises(ValueError, match=r"same configuration.*lora_alpha"):
+        other.load_adapter(tmp_path)
+
+
+def test_save_options():
+    model = adapted()
+    with pytest.raises(ValueError, match="safe_serialization must be True"):
+        model.save_pretrained("nowhere", safe_serialization=False)
+    with pytest.raises(NotImplementedError, match="state_dict must be None"):
+        model.save_pretrained("nowhere", state_dict={})
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A folder with a tiny model and a tokenizer that has a chat template."""
+    return write_tiny_llama(tmp_path_factory.mktemp("chat"), dtype=torch.float32)
+
+
+def trl_parts(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    qk.replace_linear(model)
+    torch.manual_seed(1)
+    config = qk.peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return qk.peft.get_peft_model(model, config), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+TRL_SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def test_sft_trainer(chat_model, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, tokenizer = trl_parts(chat_model)
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(4)]
+    rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), save_steps=2, **TRL_SETTINGS)
+    ours = trl.SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    before = values(model)
+    ours.train()
+    assert any(not torch.equal(value, before[name]) for name, value in values(model).items())
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("initial", ["new", "trained"])
+def test_dpo_trainer_starts_at_its_reference(initial, chat_model, tmp_path):
+    """The reference is the adapter as it was given, or the base model: the first loss is ln 2, the margin 0."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model, tokenizer = trl_parts(chat_model)
+    if initial == "trained":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}", "chosen": " yes", "rejected": " no"} for i in range(4)])
+    arguments = trl.DPOConfig(output_dir=str(tmp_path), save_strategy="no", **TRL_SETTINGS)
+    ours = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    ours.train()
+    first, second = ours.state.log_history[:2]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert second["loss"] < first["loss"]
+    assert model.active_adapters == ["default"]
