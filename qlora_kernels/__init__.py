@@ -9,6 +9,7 @@ from . import backends as _backends_package  # noqa: F401, first: loaded later i
 from . import peft
 from .distributed import make_shardable
 from .format.quant_state import QuantState
+from .integrations import from_bnb, to_bnb
 from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
 from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "backends",
     "dequantize_nf4",
+    "from_bnb",
     "fuse_model",
     "fuse_shared_input",
     "glu",
@@ -57,6 +59,7 @@ __all__ = [
     "replace_linear",
     "rms_norm",
     "rope",
+    "to_bnb",
     "unfuse_model",
     "unfuse_shared_input",
     "use_backend",

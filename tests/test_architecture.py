@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora_kernels"
 
 MAY_IMPORT = {
-    "": {"format", "ops", "nn", "optim", "peft", "distributed", "backends"},
+    "": {"format", "ops", "nn", "optim", "peft", "distributed", "backends", "integrations"},
     "backends": set(),
     "format": {"format"},
     "ops": {"format", "ops"},
@@ -37,7 +37,7 @@ __init__. docs/architecture.md has the same table."""
 THIRD_PARTY = {
     "triton": {"backends/triton"},
     "transformers": {"integrations", "cli", "io"},
-    "bitsandbytes": set(),
+    "bitsandbytes": {"integrations"},
     "peft": {"integrations"},
 }
 """Optional package -> parts that may import it."""

@@ -27,7 +27,7 @@ import qlora_kernels
 for module in pkgutil.walk_packages(qlora_kernels.__path__, "qlora_kernels."):
     if ".triton" in module.name or module.name.endswith((".__main__", "._C")):
         continue
-    if module.name.rpartition(".")[2] in ("transformers", "quantization_config", "quantizer"):  # import transformers
+    if module.name.startswith("qlora_kernels.integrations.") and not module.name.endswith(("folders", "structure")):
         continue
     try:
         __import__(module.name)

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).resolve().parents[2]
+NEEDS = {"docs/huggingface.md": ("accelerate", "bitsandbytes", "datasets", "trl")}
+"""Page -> libraries that its blocks import beside transformers and PEFT."""
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
@@ -46,6 +48,8 @@ def methods_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """The blocks of a page run in order, as one program, in an empty folder."""
+    for library in NEEDS.get(name(page), ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, text in blocks(page, "python"):
