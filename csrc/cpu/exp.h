@@ -68,15 +68,11 @@ static inline F32 exp2_vector(F32 x) {
     const F32 result = _mm256_mul_ps(exp2_fraction(_mm256_sub_ps(x, whole)), power);
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), result);
 #else
-    F32 whole = x, power = x;
-    for (int i = 0; i < kLanes; ++i) {
-        whole[i] = x[i] < -126.0f ? -126.0f : std::nearbyint(x[i]);
-        const int32_t exponent = whole[i] == whole[i] ? static_cast<int32_t>(whole[i]) : 0;
-        power[i] = bits_float(static_cast<uint32_t>(exponent + 127) << 23);
-    }
-    F32 result = mul(exp2_fraction(subtract(x, whole)), power);
-    for (int i = 0; i < kLanes; ++i) result[i] = x[i] < -126.0f ? 0.0f : result[i];
-    return result;
+    // x + 1.5 * 2^23 has the whole number next to x in its low bits, from where it moves into the exponent.
+    const F32 shifter = set1(12582912.0f), bounded = x < set1(-126.0f) ? set1(-126.0f) : x;
+    const F32 shifted = bounded + shifter, fraction = exp2_fraction(bounded - (shifted - shifter));
+    const F32 result = reinterpret_cast<F32>(reinterpret_cast<I32>(fraction) + (reinterpret_cast<I32>(shifted) << 23));
+    return x < set1(-126.0f) ? zero() : (x == x ? result : x);
 #endif
 }
 

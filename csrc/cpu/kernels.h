@@ -7,6 +7,7 @@
 
 #include "adamw_step.h"
 #include "cross_entropy.h"
+#include "model_parts.h"
 #include "qlora/dtypes.h"
 #include "qlora/nf4_weight.h"
 
@@ -51,6 +52,17 @@ struct Kernels {
     void (*adamw_step)(const AdamWStep& step);
     // the loss of each token over logits of hidden [M, K], and its gradient
     void (*linear_cross_entropy)(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
+    // s = x + residual (null: s is x, and not written), y, scale [rows] = 1 / rms of s's rows
+    void (*rms_norm)(const RmsNorm& p, const void* x, const void* residual, float eps, void* s, void* y, float* scale);
+    // grad_x, with grad_s added unless null; grad_weight [columns] in fp32 unless null
+    void (*rms_norm_backward)(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s,
+                              const float* scale, void* grad_x, float* grad_weight);
+    // q and k rotated
+    void (*rope)(const Rope& p);
+    // y = activation(gate) * up, n elements each
+    void (*glu)(Activation activation, DType dtype, int64_t n, const void* gate, const void* up, void* y);
+    void (*glu_backward)(Activation activation, DType dtype, int64_t n, const void* grad_y, const void* gate,
+                         const void* up, void* grad_gate, void* grad_up);
 };
 
 const Kernels& cpu_kernels();

@@ -16,5 +16,12 @@ void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const vo
 void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
 void adamw_step(const AdamWStep& step);
 void linear_cross_entropy(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
+void rms_norm(const RmsNorm& p, const void* x, const void* residual, float eps, void* s, void* y, float* scale);
+void rms_norm_backward(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s, const float* scale,
+                       void* grad_x, float* grad_weight);
+void rope(const Rope& p);
+void glu(Activation activation, DType dtype, int64_t n, const void* gate, const void* up, void* y);
+void glu_backward(Activation activation, DType dtype, int64_t n, const void* grad_y, const void* gate, const void* up,
+                  void* grad_gate, void* grad_up);
 
 }  // namespace qlora::QLORA_ISA

@@ -4,7 +4,8 @@
 //     F32, kLanes                          a vector of floats and its length
 //     load, load_n, store, store_n         from and to float, Bf16, Fp16; _n touches only the first n elements
 //     I32, store_bytes                     a vector of as many int32, and their low bytes to memory: one or four
-//     zero, set1, fma, add, mul, max_magnitude, hsum, add_hsums, any_above
+//     zero, set1, fma, add, mul, clamp, max_magnitude, hsum, add_hsums, any_above; F32 and I32 have operators as well
+//     rounded_to<T>(v)                     v rounded to T and widened again
 //     keep(v, bits)                        lane i of v where bit i is set, else 0
 //     kTranspose, transpose_tile           dst[c * dst_ld + r] = src[r * ld + c] on dwords, a square tile
 //     Code16, code16<T, E>, lookup         sixteen values of one block, looked up by nibbles (decode.h)
@@ -12,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "qlora/dtypes.h"
 
@@ -97,6 +99,18 @@ template <class T>
 static inline void store_sum_n(T* p, F32 v, int n) {
     if (n == kLanes) return store_sum(p, v);
     store_n(p, v, n);
+}
+
+// A subnormal bf16 may become zero, as in store_sum.
+template <class T>
+static inline F32 rounded_to(F32 v) {
+    if constexpr (std::is_same_v<T, float>) {
+        return v;
+    } else {
+        T words[kLanes];
+        store_sum(words, v);
+        return load(words);
+    }
 }
 
 }  // namespace qlora::QLORA_ISA

@@ -35,6 +35,9 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), half));
 }
 
+// v within [-limit, limit]; -limit for NaN.
+static inline F32 clamp(F32 v, float limit) { return _mm256_min_ps(_mm256_max_ps(v, set1(-limit)), set1(limit)); }
+
 static inline bool any_above(F32 v, float limit) {
     return _mm256_movemask_ps(_mm256_cmp_ps(v, set1(limit), _CMP_GT_OQ)) != 0;
 }

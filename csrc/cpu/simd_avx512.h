@@ -31,6 +31,8 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), quarter));
 }
+// v within [-limit, limit]; -limit for NaN.
+static inline F32 clamp(F32 v, float limit) { return _mm512_min_ps(_mm512_max_ps(v, set1(-limit)), set1(limit)); }
 static inline bool any_above(F32 v, float limit) { return _mm512_cmp_ps_mask(v, set1(limit), _CMP_GT_OQ) != 0; }
 static inline void store_bytes(uint8_t* p, I32 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));

@@ -26,6 +26,8 @@ static inline float hsum(F32 a) { return vaddvq_f32(a); }
 static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))));
 }
+// v within [-limit, limit]; -limit for NaN.
+static inline F32 clamp(F32 v, float limit) { return vminq_f32(vmaxnmq_f32(v, set1(-limit)), set1(limit)); }
 static inline bool any_above(F32 v, float limit) { return vmaxvq_u32(vcgtq_f32(v, set1(limit))) != 0; }
 
 static inline uint16x4_t low_words(I32 v) { return vmovn_u32(reinterpret_cast<uint32x4_t>(v)); }

@@ -27,6 +27,14 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     const float added[4] = {hsum(a), hsum(b), hsum(c), hsum(d)};
     for (int i = 0; i < 4; ++i) sums[i] += added[i];
 }
+// v within [-limit, limit]; -limit for NaN.
+static inline F32 clamp(F32 v, float limit) {
+    for (int i = 0; i < kLanes; ++i) {
+        v[i] = v[i] > -limit ? v[i] : -limit;
+        v[i] = v[i] < limit ? v[i] : limit;
+    }
+    return v;
+}
 static inline bool any_above(F32 v, float limit) {
     return (v[0] > limit) | (v[1] > limit) | (v[2] > limit) | (v[3] > limit);
 }

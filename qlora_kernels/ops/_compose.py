@@ -133,21 +133,36 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return grad_gate and grad_up, the results of glu_backward."""
     g, grad = gate.float(), grad_y.float()
-    if activation == "silu":
-        sigmoid = torch.sigmoid(g)
-        slope = sigmoid * (1 + g * (1 - sigmoid))
-    else:
-        inner = (2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)
-        tanh = torch.tanh(inner)
-        inner_slope = (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * g.square())
-        slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh.square()) * inner_slope
-    return (grad * up.float() * slope).to(gate.dtype), (grad * _activated(g, activation)).to(up.dtype)
+    u = _sigmoid_argument(g, activation)
+    sigmoid = torch.sigmoid(u)
+    slope = sigmoid + g * sigmoid * torch.sigmoid(-u) * _argument_slope(g, activation)
+    return (grad * up.float() * slope).to(gate.dtype), (grad * g * sigmoid).to(up.dtype)
 
 
 def _activated(g: Tensor, activation: str) -> Tensor:
+    return g * torch.sigmoid(_sigmoid_argument(g, activation))
+
+
+def _sigmoid_argument(g: Tensor, activation: str) -> Tensor:
+    """u of both activations g * sigmoid(u): (1 + tanh(z)) / 2 = sigmoid(2 z)."""
     if activation == "silu":
-        return torch.nn.functional.silu(g)
-    return torch.nn.functional.gelu(g, approximate="tanh")
+        return g
+    bounded = g.clamp(-_SATURATED, _SATURATED)
+    argument: Tensor = _GELU_LINEAR * (bounded + _GELU_CUBIC * bounded.pow(3))
+    return argument
+
+
+def _argument_slope(g: Tensor, activation: str) -> Tensor | float:
+    if activation == "silu":
+        return 1.0
+    bounded = g.clamp(-_SATURATED, _SATURATED)
+    slope: Tensor = _GELU_LINEAR * (1 + 3 * _GELU_CUBIC * bounded.square())
+    return slope
+
+
+_GELU_LINEAR, _GELU_CUBIC = 2 * (2 / torch.pi) ** 0.5, 0.044715
+_SATURATED = 32.0
+"""Beyond this magnitude the sigmoid of gelu_tanh's argument is 0 or 1, and its cube would overflow later on."""
 
 
 def _low_rank(x_dropped: Tensor, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:

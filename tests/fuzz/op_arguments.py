@@ -69,6 +69,28 @@ class Problem:
         return tensor
 
 
+MODEL_PARTS = ("rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward")
+
+
+def _sound_model_part(op: str, name: str, problem: Problem, written: bool) -> Any:
+    """An argument of the ops for what lies between linear layers: M rows of K; heads [2, N, M, 8]."""
+    p, rng = problem, problem.rng
+    numbers = {"eps": 1e-6, "weight_offset": 1.0, "need_grad_weight": rng.random() < 0.5, "inverse": rng.random() < 0.5}
+    if name in numbers:
+        return numbers[name]
+    if name == "activation":
+        return rng.choice(("silu", "gelu_tanh"))
+    if name in ("residual", "grad_s") and rng.random() < 0.5:
+        return None
+    if name == "scale":
+        return p.tensor((p.M,), torch.float32)
+    shapes: dict[str, tuple[int, ...]] = {"weight": (p.K,)}
+    if op == "rope":
+        shapes = dict.fromkeys(("cos", "sin"), (1, p.M, 8)) | dict.fromkeys(("k", "k_out"), (2, p.r, p.M, 8))
+        shapes |= dict.fromkeys(("q", "q_out"), (2, p.N, p.M, 8))
+    return p.tensor(shapes.get(name, (p.M, p.K)), p.dtype, written=written)
+
+
 def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any:
     """The argument `name` of `op`, of the schema's type `kind`, as the op's documentation asks for it."""
     p, rng = problem, problem.rng
@@ -81,6 +103,8 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
     is_constant = name in ("absmax", "absmax_q", "absmax_scale", "absmax_offset") and "quantize_absmax" not in op
     if is_constant and (name == "absmax") == p.double:
         return [None] * p.members if in_list else None
+    if (part := op.rpartition("::")[2].removeprefix("cpu_")) in MODEL_PARTS:
+        return _sound_model_part(part, name, problem, written)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "x": ((p.M, p.K), p.dtype),
         "w": ((p.N, p.K), p.dtype),

@@ -14,6 +14,7 @@ import torch
 from ...ops import _lora_group, _multi_lora
 from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
+from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .kernels import (
     dequantize_nf4,
     linear_cross_entropy,
@@ -40,6 +41,11 @@ _FUNCTIONS = (
     *_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
     linear_cross_entropy,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    glu,
+    glu_backward,
 )
 
 

@@ -23,6 +23,8 @@ void check_adamw();
 
 // cross_entropy.cpp
 void check_cross_entropy();
+// What lies between linear layers (model_parts.cpp).
+void check_model_parts();
 
 inline std::vector<float> normal(int64_t n, unsigned seed) {
     std::mt19937 generator(seed);
