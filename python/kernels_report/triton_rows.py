@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_kernels.backends.triton._dropout import dropout_of
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
+from qlora_kernels.backends.triton.glu import glu, glu_backward
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
@@ -28,8 +29,11 @@ from qlora_kernels.backends.triton.planner import (
 )
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
+from qlora_kernels.backends.triton.rms_norm import rms_norm, rms_norm_backward
+from qlora_kernels.backends.triton.rope import rope
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
 from qlora_kernels.ops._registry import Problem
+from qlora_kernels.ops.glu import ACTIVATIONS
 
 from .mock_gpu import Compiled, compiling_for
 from .row import Row, occupancy
@@ -42,12 +46,14 @@ ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-ROW_OPERANDS = ("p_w", "p_x", "p_grad_y", "p_out")
+ROW_OPERANDS = ("p_w", "p_x", "p_grad_y", "p_gate", "p_out")
 """Parameters whose dtype names a launch, the first that a kernel has."""
 
 FUSED = ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 SMALL_M = "linear_nf4_small_m_kernel"
-NO_MATMUL = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel", "sum_partials_kernel", SMALL_M)
+MODEL_PARTS = ("rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "glu_kernel", "glu_backward_kernel")
+CODEC = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel")
+NO_MATMUL = (*CODEC, *MODEL_PARTS, "sum_partials_kernel", SMALL_M)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,19 @@ def codec_cases(full: bool) -> Iterator[Case]:
                 yield Case(partial(dequantize_nf4, w, out=out))
         yield Case(partial(quantize_nf4, meta(N, K, dtype=DTYPES[name]), blocksize=64))
     yield Case(lambda: quantize_absmax(meta(N * K // BLOCKSIZE)))
+
+
+def model_part_cases(full: bool) -> Iterator[Case]:
+    """What lies between linear layers, for 1024 tokens of a width of 4096."""
+    for dtype in DTYPES.values() if full else (torch.bfloat16,):
+        x, weight_row, scale = meta(1024, 4096, dtype=dtype), meta(4096, dtype=dtype), meta(1024)
+        yield Case(partial(rms_norm, x, x, weight_row, 1e-5, 0.0))
+        yield Case(partial(rms_norm_backward, x, x, x, weight_row, scale, 0.0, need_grad_weight=True))
+        q, table = meta(4, 256, 32, 128, dtype=dtype).transpose(1, 2), meta(1, 256, 128, dtype=dtype)
+        yield Case(partial(rope, q, q, table, table, False))
+        for activation in ACTIVATIONS:
+            yield Case(partial(glu, x, x, activation))
+            yield Case(partial(glu_backward, x, x, x, activation))
 
 
 def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterator[tuple[Problem, Plan]]:
@@ -218,7 +237,14 @@ def label(launch: Compiled) -> str:
     words.append(" ".join(tile))
     if "BLOCKSIZE" in constants:
         words.append(f"b{constants['BLOCKSIZE']}")
-    flags = {"DOUBLE_QUANT": "dq", "HAS_LORA": "lora", "HAS_BIAS": "bias", "SPLIT": "split", "SHORT_TAIL": "tail"}
+    flags = {
+        "DOUBLE_QUANT": "dq",
+        "HAS_LORA": "lora",
+        "HAS_BIAS": "bias",
+        "SPLIT": "split",
+        "SHORT_TAIL": "tail",
+        "GELU": "gelu",
+    }
     words += [word for flag, word in flags.items() if constants.get(flag)]
     if constants.get("DROPOUT"):
         words.append("dropout")
@@ -262,7 +288,7 @@ def triton_rows(archs: Iterable[int], full: bool) -> list[Row]:
     """Every row; full: also dtypes, blocksizes, ranks and tiles that CI's subset leaves out."""
     rows: dict[tuple[str, str, int], Row] = {}
     for arch in archs:
-        for case in [*codec_cases(full), *linear_cases(arch, full), *adapter_cases(full)]:
+        for case in [*codec_cases(full), *model_part_cases(full), *linear_cases(arch, full), *adapter_cases(full)]:
             for launch in compile_case(case, arch):
                 row = row_of(launch, case, arch)
                 rows.setdefault((row.kernel, row.config, row.arch), row)

@@ -30,6 +30,11 @@ _MODULES = {
     "linear_nf4_lora_group_backward": "linear_nf4_lora_group",
     "linear_nf4_multi_lora": "linear_nf4_multi_lora",
     "linear_nf4_multi_lora_backward": "linear_nf4_multi_lora",
+    "rms_norm": "rms_norm",
+    "rms_norm_backward": "rms_norm",
+    "rope": "rope",
+    "glu": "glu",
+    "glu_backward": "glu",
 }
 """Op -> the module here that defines a launcher of the op's name."""
 
