@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .. import LinearNF4, PagedAdamW, prepare_for_training
+from .. import LinearNF4, PagedAdamW, fuse_model, prepare_for_training
 from ..integrations.model_folders import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
@@ -236,7 +236,22 @@ class _Finetune:
         self.report.layers = len(layers)
         self.report.bytes_dense = sum(2 * layer.quant_state.numel for layer in layers)
         self.report.bytes_nf4 = sum(layer.quant_state.nbytes for layer in layers)
+        if self.options.fuse:
+            self._fuse(model)
         return model
+
+    def _fuse(self, model: nn.Module) -> None:
+        fused = fuse_model(model)
+        self.report.fused = len(fused.replaced)
+        for reason in dict.fromkeys(fused.skipped.values()):
+            names = [name for name, other in fused.skipped.items() if other == reason]
+            note = f"--fuse leaves {len(names)} modules alone, {names[0]} first: {reason}"
+            if note not in self.report.notes:  # the model is loaded again to check its adapter
+                self._note(note)
+        if not fused.replaced and not fused.skipped:
+            raise UsageError(
+                f"--fuse: {type(model).__name__} must have parts that fuse_model knows, got none; leave it out"
+            )
 
     def _measure(self, name: str, model: nn.Module) -> None:
         if not self.unseen:

@@ -61,6 +61,7 @@ class FinetuneOptions:
     optimizer: str
     seed: int
     gradient_checkpointing: bool
+    fuse: bool
     checkpoint_every: int
     resume: bool
     timeout: int
@@ -123,6 +124,8 @@ class FinetuneOptions:
     def result_options(self) -> dict[str, Any]:
         """All that the adapter and the report depend on."""
         free = {"out", "cache", "json", "checkpoint_every", "resume", "timeout"}
+        if not self.fuse:  # runs of versions without the option can be resumed
+            free.add("fuse")
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -195,6 +198,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         action="store_true",
         help="recompute activations: less memory, about a third more time",
+    )
+    training.add_argument(
+        "--fuse",
+        action="store_true",
+        help="run norms, rotary embedding and gated MLPs of the model fused, where its code is known",
     )
     training.add_argument(
         "--checkpoint-every", type=not_negative, default=0, metavar="STEPS", help="steps between checkpoints; 0: none"

@@ -20,6 +20,7 @@ class FinetuneReport:
 
     rows: of the data, by part ("train", "unseen"): how many were kept, cut and dropped, and why.
     perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
+    fused: modules that --fuse replaced.
     bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
     seconds: by stage.   options: all that the results depend on, beside the fingerprints of the NF4 folder (`base`) and
     of what was trained on (`examples`).
@@ -35,6 +36,7 @@ class FinetuneReport:
     bytes_dense: int = 0
     bytes_nf4: int = 0
     trainable: int = 0
+    fused: int = 0
     steps: list[StepRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
@@ -51,7 +53,8 @@ class FinetuneReport:
     @classmethod
     def of(cls, values: dict[str, Any]) -> FinetuneReport:
         """From the object that to_json wrote. Raises TypeError or KeyError for another one."""
-        own = {name: values[name] for name in cls.__dataclass_fields__}
+        own = {name: values[name] for name in cls.__dataclass_fields__ if name != "fused"}
+        own["fused"] = values.get("fused", 0)  # reports of earlier versions do not have it
         own["rows"] = {part: RowCounts(**counts) for part, counts in own["rows"].items()}
         own["steps"] = [StepRecord(**step) for step in own["steps"]]
         return cls(**own)
@@ -78,6 +81,7 @@ class FinetuneReport:
                 f"{megabytes(self.bytes_dense)} in 16 bits -> {megabytes(self.bytes_nf4)} in NF4 ({ratio:.2f}x)",
             ),
             ("trained parameters", f"{self.trainable:,}"),
+            *([("fused modules", f"{self.fused}")] if self.fused else []),
             ("loss", f"{self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps"),
             ("training", f"{self.tokens_per_second:,.0f} tokens/s"),
             ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())),

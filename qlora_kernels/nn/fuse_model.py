@@ -136,7 +136,7 @@ def _extend(module: Any, mixin: Any) -> None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
+    return any(kind.__name__.endswith("RMSNorm") for kind in type(module).__mro__)
 
 
 def _norm(module: nn.Module) -> type[FusedModule] | str:
