@@ -15,6 +15,7 @@ from .nn.experts_nf4 import ExpertsNF4
 from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
 from .nn.linear_nf4 import LinearNF4
 from .ops._registry import backends, use_backend
+from .ops.attention import attention
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.glu import glu
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -39,6 +40,7 @@ __all__ = [
     "QuantState",
     "ReplaceReport",
     "__version__",
+    "attention",
     "backends",
     "dequantize_nf4",
     "from_bnb",

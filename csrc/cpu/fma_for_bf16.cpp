@@ -26,6 +26,10 @@ const Kernels& table_for(const LinearProblem& p) {
     return p.dtype == DType::kBfloat16 && p.M > kFewTokens ? avx512::kKernels : avx512_bf16::kKernels;
 }
 
+const Kernels& attention_table(const AttentionProblem& p) {
+    return p.dtype == DType::kBfloat16 ? avx512::kKernels : avx512_bf16::kKernels;
+}
+
 }  // namespace
 
 const Kernels& kernels();
@@ -50,6 +54,12 @@ const Kernels& kernels() {
             const Kernels& few_or_many =
                 p.dtype == DType::kBfloat16 && p.M > kFewTokens ? avx512::kKernels : avx512_bf16::kKernels;
             few_or_many.linear_cross_entropy(p, hidden, results);
+        };
+        made.attention = [](const AttentionProblem& p, const AttentionOutputs& outputs) {
+            attention_table(p).attention(p, outputs);
+        };
+        made.attention_backward = [](const AttentionProblem& p, const AttentionGradients& gradients) {
+            attention_table(p).attention_backward(p, gradients);
         };
         return made;
     }();

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "adamw_step.h"
+#include "attention_problem.h"
 #include "cross_entropy.h"
 #include "model_parts.h"
 #include "qlora/dtypes.h"
@@ -63,6 +64,9 @@ struct Kernels {
     void (*glu)(Activation activation, DType dtype, int64_t n, const void* gate, const void* up, void* y);
     void (*glu_backward)(Activation activation, DType dtype, int64_t n, const void* grad_y, const void* gate,
                          const void* up, void* grad_gate, void* grad_up);
+    // attention of each query to a range of keys, and its gradients
+    void (*attention)(const AttentionProblem& p, const AttentionOutputs& outputs);
+    void (*attention_backward)(const AttentionProblem& p, const AttentionGradients& gradients);
 };
 
 const Kernels& cpu_kernels();

@@ -18,34 +18,14 @@
 
 #include "cross_entropy.h"
 #include "exp.h"
-#include "linear.h"
+#include "register_tiles.h"
 
 namespace qlora::QLORA_ISA {
-
-// c[rows][kColumns] += a[rows][steps] b[steps][kColumns] on the register tiles of gemm.h.
-template <class Mac>
-struct RegisterTiles {
-    using Panel = Mac;  // names the layout of b
-    using Elem = typename Mac::Elem;
-    static constexpr int kPair = Mac::kPair;
-    static constexpr int kRows = kMaxRows;
-    static constexpr int64_t kStepMultiple = 1;  // steps of an operand are padded to it with zeros
-    struct Session {                             // what a thread holds while it multiplies
-        Session() {}
-        ~Session() {}
-    };
-
-    static void multiply(const Elem* a, int64_t stride, int rows, const Elem* b, int64_t steps, float* c) {
-        tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, c);
-    }
-};
 
 inline constexpr int64_t kTokens = 256;      // of a block
 inline constexpr int64_t kChunk = 256;       // rows of the weight
 inline constexpr int64_t kFewestTasks = 16;  // a smaller number of blocks is multiplied by parts of the vocabulary
 inline constexpr float kRise = 5.0f;
-
-static inline int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T, class Tiles>
 class CrossEntropy {

@@ -23,5 +23,7 @@ void rope(const Rope& p);
 void glu(Activation activation, DType dtype, int64_t n, const void* gate, const void* up, void* y);
 void glu_backward(Activation activation, DType dtype, int64_t n, const void* grad_y, const void* gate, const void* up,
                   void* grad_gate, void* grad_up);
+void attention(const AttentionProblem& p, const AttentionOutputs& outputs);
+void attention_backward(const AttentionProblem& p, const AttentionGradients& gradients);
 
 }  // namespace qlora::QLORA_ISA

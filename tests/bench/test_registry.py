@@ -17,6 +17,7 @@ from qlora_kernels.ops._registry import kernels_of
 MEASURED_WITH_ANOTHER = {
     "quantize_absmax": "quantize_nf4",
     "linear_nf4_lora_backward": "linear_nf4_lora",
+    "attention_backward": "attention",
 }
 """Ops that run inside another op's benchmark."""
 

@@ -19,7 +19,7 @@ from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
 from qlora_kernels.ops._operands import LoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
-from tests.support import cross_entropy_formula
+from tests.support import attention_formula, cross_entropy_formula
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import assert_within
@@ -151,8 +151,7 @@ def test_threads_do_not_change_the_bits(isa, N, K):
 
 
 @dtypes
-@pytest.mark.parametrize(("M", "V", "K"), [(1, 5, 3), (270, 300, 65), (35, 700, 96)])
-@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("M", "V", "K", "softcap"), [(1, 5, 3, None), (270, 300, 65, 4.0), (35, 700, 96, None)])
 def test_linear_cross_entropy(isa, dtype, M, V, K, softcap):
     hidden = gaussian(M, K, dtype=dtype).requires_grad_()
     weight, bias = (2 * gaussian(V, K, seed=1) / K**0.5).to(torch.bfloat16), gaussian(V, seed=3)
@@ -163,6 +162,38 @@ def test_linear_cross_entropy(isa, dtype, M, V, K, softcap):
     expected = cross_entropy_formula.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap)
     assert_within(losses, expected.losses, "losses")
     assert_within(hidden.grad, expected.rows, "grad_hidden")
+
+
+@dtypes
+@pytest.mark.parametrize("D", [80])
+def test_attention(isa, dtype, D):
+    """Grouped heads, two blocks of tokens, documents that end inside a block, and a softcap."""
+    q, k, v, grad_out = (gaussian(1, n, 110, D, dtype=dtype, seed=n) for n in (4, 2, 1, 5))
+    q, k, v, grad_out = q, k, torch.cat([v, -v], dim=1), grad_out[:, :4]
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    documents = (torch.arange(110) // 40)[None]
+    out = qk.attention(*tensors, documents=documents, softcap=4.0)
+    gradients = torch.autograd.grad(out, tensors, grad_out)
+    visible = (documents[:, :, None] == documents[:, None, :]).tril()
+    expected = attention_formula.attention(*(t.detach() for t in tensors), grad_out, visible, softcap=4.0)
+    wanted = (expected.out, expected.grad_q, expected.grad_k, expected.grad_v)
+    for name, actual, want in zip(("out", "grad_q", "grad_k", "grad_v"), (out, *gradients), wanted, strict=True):
+        assert_within(actual, want, name)
+
+
+def test_threads_do_not_change_the_bits_of_attention(isa):
+    q, k, v, grad_out = (gaussian(2, n, 100, 16, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2, 4))
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            out = qk.attention(*tensors)
+            results.append((out.detach(), *torch.autograd.grad(out, tensors, grad_out)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
 
 
 def test_threads_do_not_change_the_bits_of_a_loss(isa):

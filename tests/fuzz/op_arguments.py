@@ -46,6 +46,13 @@ class Problem:
         self.blocksize = rng.choice((32, 64, 256, 4096))
         self.dtype = rng.choice(FLOATS)
         self.double = rng.random() < 0.5
+        self.B, self.KV, self.group, self.T = (
+            rng.choice((1, 2)),
+            rng.choice((1, 2)),
+            rng.choice((1, 3)),
+            rng.choice((1, 9, 100)),
+        )
+        self.D = rng.choice((1, 8, 40))
         self.n_blocks = -(-self.N * self.K // self.blocksize)
         self.numels = [rng.choice((0, 1, 255, 256, 4096, 5003)) for _ in range(rng.choice((1, 3)))]
         slots, self.arena_bytes = plan_slots(self.numels, rng.choice((8, 32)))
@@ -127,6 +134,13 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         "hidden": ((p.M, p.K), p.dtype),
         "weight": ((p.N, p.K), rng.choice(FLOATS)),
         "labels": ((p.M,), torch.int64),
+        "q": ((p.B, p.KV * p.group, p.T, p.D), p.dtype),
+        "k": ((p.B, p.KV, p.T, p.D), p.dtype),
+        "v": ((p.B, p.KV, p.T, p.D), p.dtype),
+        "grad_out": ((p.B, p.T, p.KV * p.group, p.D), p.dtype),
+        "log_sums": ((p.B, p.KV * p.group, p.T), torch.float32),
+        "starts": ((p.B, p.T), torch.int64),
+        "ends": ((p.B, p.T), torch.int64),
         "arena": ((p.arena_bytes,), torch.uint8),
         "steps": ((len(p.numels),), torch.float32),
         "lr": ((), torch.float32),
@@ -142,6 +156,8 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         return table
     if name == "scalings":
         return p.tensor((p.E,), torch.float32) if multi else [1.5] * p.members
+    if name == "out" and "attention" in op:
+        return p.tensor((p.B, p.T, p.KV * p.group, p.D), p.dtype)
     if "Tensor" in kind:
         shape, dtype = shapes.get(name, ((p.M,), torch.float32))
         fill = "ones" if name in ("steps", "lr", "found_inf") else "normal"
@@ -166,6 +182,7 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         "ignore_index": rng.choice((-100, 1)),
         "logit_scale": rng.choice((1.0, 0.5)),
         "softcap": rng.choice((0.0, 5.0)),
+        "scale": 0.5,
         "need_grad_hidden": rng.random() < 0.5,
     }
     return each(lambda: numbers.get(name, 3))

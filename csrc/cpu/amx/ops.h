@@ -17,6 +17,8 @@ void linear_nf4_lora(const LinearProblem& p, const Lora& lora, const void* x, An
 void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
                               const void* s, void* grad_x, float* grad_A, float* grad_B);
 void linear_cross_entropy(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
+void attention(const AttentionProblem& p, const AttentionOutputs& outputs);
+void attention_backward(const AttentionProblem& p, const AttentionGradients& gradients);
 void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
 
 }  // namespace QLORA_ISA

@@ -19,6 +19,8 @@ const Kernels& kernels() {
         made.linear_nf4_lora = linear_nf4_lora;
         made.linear_nf4_lora_backward = linear_nf4_lora_backward;
         made.linear_cross_entropy = linear_cross_entropy;
+        made.attention = attention;
+        made.attention_backward = attention_backward;
         return made;
     }();
     return table;

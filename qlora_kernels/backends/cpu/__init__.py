@@ -16,6 +16,8 @@ from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .kernels import (
+    attention,
+    attention_backward,
     dequantize_nf4,
     linear_cross_entropy,
     linear_nf4,
@@ -46,6 +48,8 @@ _FUNCTIONS = (
     rope,
     glu,
     glu_backward,
+    attention,
+    attention_backward,
 )
 
 

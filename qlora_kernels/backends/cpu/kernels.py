@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...ops._memory import contiguous
 from ...ops._operands import LoRA, Weight
+from ...ops.attention import Keys
 from ...ops.linear_cross_entropy import Head
 
 _C = torch.ops.qlora_kernels_C
@@ -75,6 +76,20 @@ def linear_cross_entropy(
         hidden, head.weight, head.bias, labels, *head[2:], need_grad_hidden
     )
     return losses, log_sums, rows
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    """(out [B, Tq, H, D], log_sums [B, H, Tq])."""
+    out, log_sums = _C.cpu_attention(q, k, v, *keys)
+    return out, log_sums
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_q [B, Tq, H, D], grad_k and grad_v [B, Tk, KV, D])."""
+    grad_q, grad_k, grad_v = _C.cpu_attention_backward(grad_out, q, k, v, out, log_sums, *keys)
+    return grad_q, grad_k, grad_v
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

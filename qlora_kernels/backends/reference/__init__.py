@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...ops import _lora_group, _multi_lora
 from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
+from .attention import attention, attention_backward
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .linear_cross_entropy import linear_cross_entropy
@@ -28,6 +29,8 @@ _FUNCTIONS = (
     glu,
     glu_backward,
     linear_cross_entropy,
+    attention,
+    attention_backward,
 )
 
 

@@ -26,6 +26,9 @@ void check_cross_entropy();
 // What lies between linear layers (model_parts.cpp).
 void check_model_parts();
 
+// attention.cpp
+void check_attention();
+
 inline std::vector<float> normal(int64_t n, unsigned seed) {
     std::mt19937 generator(seed);
     std::normal_distribution<float> distribution;

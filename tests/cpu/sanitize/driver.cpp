@@ -187,6 +187,7 @@ void check_linears_and_codec() {
     checks::check_dropout();
     checks::check_cross_entropy();
     checks::check_model_parts();
+    checks::check_attention();
 }
 
 }  // namespace

@@ -1,0 +1,19 @@
+"""attention and its gradients in torch's own ops, over whole matrices of scores."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...ops.attention import Keys, attention_backward_by_torch, attention_by_torch
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    """(out, log_sums)."""
+    return attention_by_torch(q, k, v, keys)
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_q, grad_k, grad_v)."""
+    return attention_backward_by_torch(grad_out, q, k, v, keys)
