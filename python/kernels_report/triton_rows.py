@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_kernels.backends.triton._dropout import dropout_of
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.glu import glu, glu_backward
+from qlora_kernels.backends.triton.linear_cross_entropy import linear_cross_entropy
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
@@ -34,12 +35,13 @@ from qlora_kernels.backends.triton.rope import rope
 from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
 from qlora_kernels.ops._registry import Problem
 from qlora_kernels.ops.glu import ACTIVATIONS
+from qlora_kernels.ops.linear_cross_entropy import Head
 
 from .mock_gpu import Compiled, compiling_for
 from .row import Row, occupancy
 from .sass import Facts, facts_of
 
-N, K = 4096, 4096
+N, K, V = 4096, 4096, 128256
 BLOCKSIZE = 64
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 """Values of M for which dispatch is asked: its thresholds lie between them."""
@@ -53,7 +55,7 @@ FUSED = ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 SMALL_M = "linear_nf4_small_m_kernel"
 MODEL_PARTS = ("rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "glu_kernel", "glu_backward_kernel")
 CODEC = ("dequantize_nf4_kernel", "quantize_nf4_kernel", "quantize_absmax_kernel")
-NO_MATMUL = (*CODEC, *MODEL_PARTS, "sum_partials_kernel", SMALL_M)
+NO_MATMUL = (*CODEC, *MODEL_PARTS, "sum_partials_kernel", "cross_entropy_rows_kernel", SMALL_M)
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,15 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
     )
 
 
+def loss_cases(full: bool) -> Iterator[Case]:
+    """Head and loss, whose matmuls are the library's."""
+    for name in DTYPES if full else ("bf16",):
+        for bias, softcap in ((None, 0.0), (meta(V), 30.0)) if full else ((None, 0.0),):
+            head = Head(meta(V, K, dtype=DTYPES[name]), bias, -100, 1.0, softcap)
+            hidden, labels = meta(256, K, dtype=DTYPES[name]), meta(256, dtype=torch.int64)
+            yield Case(partial(linear_cross_entropy, hidden, labels, head, need_grad_hidden=True))
+
+
 def compile_case(case: Case, capability: int) -> list[Compiled]:
     """All launches of a case. Its plan holds for both matmul ops, forward and backward."""
     with ExitStack() as stack:
@@ -244,6 +255,7 @@ def label(launch: Compiled) -> str:
         "SPLIT": "split",
         "SHORT_TAIL": "tail",
         "GELU": "gelu",
+        "SOFTCAP": "softcap",
     }
     words += [word for flag, word in flags.items() if constants.get(flag)]
     if constants.get("DROPOUT"):
@@ -288,7 +300,8 @@ def triton_rows(archs: Iterable[int], full: bool) -> list[Row]:
     """Every row; full: also dtypes, blocksizes, ranks and tiles that CI's subset leaves out."""
     rows: dict[tuple[str, str, int], Row] = {}
     for arch in archs:
-        for case in [*codec_cases(full), *model_part_cases(full), *linear_cases(arch, full), *adapter_cases(full)]:
+        cases = [*codec_cases(full), *model_part_cases(full), *linear_cases(arch, full), *adapter_cases(full)]
+        for case in [*cases, *loss_cases(full)]:
             for launch in compile_case(case, arch):
                 row = row_of(launch, case, arch)
                 rows.setdefault((row.kernel, row.config, row.arch), row)

@@ -10,7 +10,8 @@ Kernel contract: hidden [M, K] and labels int64 [M] contiguous; head: Head, its 
         -> (losses fp32 [M], log_sums fp32 [M], rows [M, K] of hidden.dtype or empty)
 log_sums[m] is log(sum_v exp(z[m, v])), any finite value for ignored tokens; rows[m] is the gradient of losses[m] with
 respect to hidden[m]. The weight is used rounded to hidden's dtype; logits, softmax and sums are fp32, and rows is
-rounded once; probabilities may be rounded to hidden's dtype before they are multiplied by the weight.
+rounded once; probabilities, or the gradient of the logits, may be rounded to hidden's dtype before they are multiplied
+by the weight. Labels are checked before the call on a CPU; on other devices a wrong one must give NaN.
 
 The forward pass computes the gradient of the hidden states too, as a second product over each chunk of the weight. The
 gradient of the weight, wanted only where the head is trained, is computed in the backward pass in torch's own ops, over

@@ -35,8 +35,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    rounds_gradient: bool = False,
 ) -> Loss:
     """The op's results. weight is rounded to hidden's dtype, probabilities may be; sums are fp32.
+
+    rounds_gradient: the gradient of the logits, p - 1 for the label, may be rounded to hidden's dtype as a whole.
 
     A logit's error delta makes its probability wrong by the factor exp(delta), and the log of the sum of exponentials
     by the mean of the deltas, weighted by the probabilities. The exponential of x is wrong by EXP roundings and those
@@ -71,6 +74,8 @@ def linear_cross_entropy(
     coefficient = (p - onehot) * slope.value
     coefficient_error = (of_p + onehot * log_sum_error + 4 * U * (p - onehot).abs()) * slope.magnitude
     coefficient_error = coefficient_error + (p - onehot).abs() * slope.error
+    if rounds_gradient:
+        coefficient_error = coefficient_error + rounded * coefficient.abs()
     rows = product(Expected(coefficient, coefficient_error), w).scaled(logit_scale).to(hidden.dtype)
     keep = learned[:, None]
     return Loss(Expected(loss, loss_error).masked(learned), rows.masked(keep))

@@ -41,6 +41,7 @@ OUTPUTS = {
     "multi_lora_up_kernel": {"p_out"},
     "multi_lora_ds_grad_B_kernel": {"p_ds", "p_grad_B"},
     "multi_lora_grad_A_kernel": {"p_grad_A"},
+    "cross_entropy_rows_kernel": {"p_losses", "p_log_sums", "p_out"},
 }
 """Kernel -> the pointers it writes; a write through any other fails the launch."""
 

@@ -54,6 +54,7 @@ def test_a_modifier_that_nothing_follows_is_refused(instruction):
         "add.f32 %f1, %f2, %f3;",
         "mul.rn.f32 %f1, %f2, %f3;",
         "fma.rn.f32 %f1, %f2, %f3, %f4;",
+        "fma.rn.ftz.f32 %f1, %f2, %f3, %f4;",
         "max.f32 %f1, %f2, %f3;",
         "cvt.rn.bf16.f32 %h1, %f1;",
         "cvt.rzi.s32.f32 %r1, %f1;",

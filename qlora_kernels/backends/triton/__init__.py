@@ -35,6 +35,7 @@ _MODULES = {
     "rope": "rope",
     "glu": "glu",
     "glu_backward": "glu",
+    "linear_cross_entropy": "linear_cross_entropy",
 }
 """Op -> the module here that defines a launcher of the op's name."""
 

@@ -16,7 +16,14 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 
 UNHONOURED = frozenset(("rz", "rm", "rp", "rna", "rs", "ftz", "relu", "satfinite", "NaN", "xorsign"))
 """Modifiers that change a result and that no handler follows: each computes in round-to-nearest-even, keeps subnormals,
-and takes the number where one operand of min or max is NaN. An instruction with one of them is unsupported."""
+and takes the number where one operand of min or max is NaN. An instruction with one of them is unsupported, but for
+fma.ftz.f32, which libdevice's logarithm uses."""
+
+
+def has_unhonoured_modifier(i: Instruction) -> bool:
+    """Whether the instruction would be translated without one of its modifiers."""
+    honoured = {"ftz"} if i.parts[0] == "fma" and i.parts[-1] == "f32" else set()
+    return bool(UNHONOURED.intersection(i.parts) - honoured)
 
 
 def _half(kind: str) -> str:
@@ -71,7 +78,11 @@ def _multiply_add(scope: Scope, i: Instruction) -> str:
     kind = i.parts[-1]
     destination, a, b, c = i.operands
     if kind in ("f32", "f64"):
-        return scope.write(destination, f"std::fma({', '.join(scope.read(o, kind) for o in (a, b, c))})", kind)
+        values = [scope.read(operand, kind) for operand in (a, b, c)]
+        if "ftz" in i.parts:
+            flushed = ", ".join(f"flush_subnormal({value})" for value in values)
+            return scope.write(destination, f"flush_subnormal(std::fma({flushed}))", kind)
+        return scope.write(destination, f"std::fma({', '.join(values)})", kind)
     if _is_half(kind):
         operands = ", ".join(scope.read(o, "b32") for o in (a, b, c))
         return scope.write(destination, f"fma_halves<{_half(kind)}>({operands})", _raw(kind))

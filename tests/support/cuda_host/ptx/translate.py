@@ -77,7 +77,7 @@ def _instruction(scope: Scope, instruction: Instruction, unsupported: Counter[st
         guard = f"if ({'!' if instruction.negated else ''}{scope.register(instruction.predicate)}) "
     handler = _HANDLERS.get(instruction.parts[0])
     try:
-        if handler is None or arithmetic.UNHONOURED.intersection(instruction.parts):
+        if handler is None or arithmetic.has_unhonoured_modifier(instruction):
             raise Unsupported(instruction.opcode)
         code = handler(scope, instruction)
     except (Unsupported, KeyError, StopIteration):

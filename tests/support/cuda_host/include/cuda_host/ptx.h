@@ -44,6 +44,11 @@ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     return result;
 }
 
+// The .ftz modifier: subnormal operands and results become zero of the same sign.
+inline float flush_subnormal(float value) {
+    return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
+}
+
 template <class T>
 T saturate(T value) {
     return value > 0 ? (value < 1 ? value : T(1)) : T(0);  // NaN becomes 0

@@ -1,0 +1,141 @@
+"""linear_cross_entropy over chunks of tokens: matmuls of the library, one kernel for softmax, loss and gradient.
+
+A chunk's logits are fp32 and take at most CHUNK_BYTES; the kernel writes the gradient of the logits in hidden's dtype,
+the left operand of the second matmul. A kernel that multiplies as well would have to keep K columns of the gradient for
+each of its tokens over the whole vocabulary, which neither registers nor shared memory hold at a hidden size of 4096.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops.linear_cross_entropy import Head
+
+CHUNK_BYTES = 256 << 20
+"""Of fp32 logits: 512 tokens of a vocabulary of 128k."""
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def _transformed(z, bias, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    z = (z + bias) * logit_scale
+    if SOFTCAP:
+        z = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * (z / softcap))))
+    return z
+
+
+@triton.jit
+def cross_entropy_rows_kernel(
+    p_z,
+    p_bias,
+    p_labels,
+    p_losses,
+    p_log_sums,
+    p_out,
+    V,
+    ignore_index,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss and log of the sum of exponentials of one row of products [V]; out = the gradient of the products.
+
+    Each lane keeps a maximum of its own and the sum relative to it; the lanes are merged once. A label that is neither
+    in the vocabulary nor ignored gives NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(p_labels + row)
+    learned = label != ignore_index
+    is_valid = (label >= 0) & (label < V)
+    p_row = p_z + row * V
+    lanes = tl.arange(0, BLOCK)
+
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + lanes
+        inside = columns < V
+        z = tl.load(p_row + columns, mask=inside, other=0.0)
+        bias = tl.load(p_bias + columns, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        z = tl.where(inside, _transformed(z, bias, logit_scale, softcap, SOFTCAP), -float("inf"))
+        higher = tl.maximum(top, z)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(top - base) + tl.exp(z - base)
+        top = higher
+    highest = tl.max(top, axis=0)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    log_sum = base + tl.log(tl.sum(total * tl.exp(top - base), axis=0))
+
+    z_label = tl.load(p_row + label, mask=is_valid, other=0.0)
+    b_label = tl.load(p_bias + label, mask=is_valid, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    z_label = _transformed(z_label, b_label, logit_scale, softcap, SOFTCAP)
+    loss = tl.where(is_valid, log_sum - z_label, float("nan"))
+    tl.store(p_losses + row, tl.where(learned, loss, 0.0))
+    tl.store(p_log_sums + row, log_sum)
+
+    if NEED_GRAD:
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            inside = columns < V
+            z = tl.load(p_row + columns, mask=inside, other=0.0)
+            bias = tl.load(p_bias + columns, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+            z = _transformed(z, bias, logit_scale, softcap, SOFTCAP)
+            grad = tl.exp(z - log_sum) - tl.where(columns == label, 1.0, 0.0)
+            if SOFTCAP:
+                t = z / softcap
+                grad = grad * (1.0 - t * t)
+            grad = tl.where(learned, tl.where(is_valid, grad * logit_scale, float("nan")), 0.0)
+            tl.store(p_out + row * V + columns, grad.to(p_out.dtype.element_ty), mask=inside)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
+    M, V = hidden.shape[0], head.weight.shape[0]
+    weight = head.weight.to(hidden.dtype)
+    losses = hidden.new_empty(M, dtype=torch.float32)
+    log_sums = torch.empty_like(losses)
+    rows = torch.empty_like(hidden) if need_grad_hidden else hidden.new_empty(0)
+    chunk = min(M, max(1, CHUNK_BYTES // (4 * V)))
+    grad_logits = hidden.new_empty((chunk, V)) if need_grad_hidden else hidden
+    for start in range(0, M, chunk):
+        stop = min(start + chunk, M)
+        products = _products(hidden[start:stop], weight)
+        cross_entropy_rows_kernel[(stop - start,)](
+            products,
+            products if head.bias is None else head.bias,
+            labels[start:stop],
+            losses[start:stop],
+            log_sums[start:stop],
+            grad_logits,
+            V,
+            head.ignore_index,
+            head.logit_scale,
+            head.softcap,
+            HAS_BIAS=head.bias is not None,
+            SOFTCAP=head.softcap != 0.0,
+            NEED_GRAD=need_grad_hidden,
+            BLOCK=min(BLOCK, triton.next_power_of_2(V)),
+            num_warps=NUM_WARPS,
+        )
+        if need_grad_hidden:
+            torch.mm(grad_logits[: stop - start], weight, out=rows[start:stop])
+    return losses, log_sums, rows
+
+
+def _products(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T in fp32."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
