@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "peft": {"peft", "nn", "io"},
     "optim": {"optim", "ops"},
     "distributed": {"distributed", "nn", "peft", "io", "format"},
-    "training": {"training", "io", "peft"},
+    "training": {"training", "io", "ops", "peft"},
     "io": {"io", "ops", "format"},
     "integrations": {"integrations", "io", "nn", "format"},
     "cli": {"cli", "integrations", "training", "io", "peft", "ops", "format"},

@@ -9,7 +9,8 @@ from weakref import ref
 
 from torch import nn
 
-from .fused_attention import FusedAttention, attention_form
+from .fused_attention import FusedAttention, FusedAttentionAlone, FusedRotation, attention_form
+from .fused_causal_lm import FusedCausalLM, causal_lm_form
 from .fused_mlp import FusedMLP, activation_of
 from .fused_module import FusedModule, fused_class, unfused_class
 from .fused_norm import FusedDecoderLayer, FusedGemmaRMSNorm, FusedLlamaRMSNorm, FusedSandwichDecoderLayer
@@ -63,13 +64,24 @@ class FuseReport:
         return "\n".join([*lines, f"{len(self.replaced)} modules fused, {len(self.skipped)} left alone"])
 
 
-def fuse_model(model: nn.Module, *, norms: bool = True, rope: bool = True, mlp: bool = True) -> FuseReport:
-    """Let RMSNorm, residual additions, rotary embedding and gated MLPs of a transformers model run fused, in place.
+def fuse_model(
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    rope: bool = True,
+    attention: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+) -> FuseReport:
+    """Let what lies between the linear layers of a transformers model run fused, in place.
 
     model: of the Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 2, Gemma 3 or SmolLM families, before or after adapters
     are put on it and its linear layers are quantized. Modules of other models whose code is the same are replaced too.
-    norms: RMSNorm, and the residual addition in front of the MLP.   rope: rotary embedding in attention.   mlp: the
-    product of activation and gate.
+    norms: RMSNorm, and the residual addition in front of the MLP.   rope: rotary embedding in attention.
+    attention: attention of training and prefill on a CPU, where the model's implementation is "sdpa" and its mask lets
+    each query see a range of keys.   mlp: the product of activation and gate.
+    loss: output head and loss in one op. The output of a model in training mode that is called with labels
+    then has no logits (None), which is what saves their memory; call it with skip_logits=False to have them.
     Modules keep their parameters, names, hooks and state dicts, and models their files. A module whose code or
     attributes are not exactly those that its replacement computes is left alone, and the report gives the reason.
     Outputs change by the roundings that are left out (docs/fuse_model.md). A second call changes nothing.
@@ -77,7 +89,7 @@ def fuse_model(model: nn.Module, *, norms: bool = True, rope: bool = True, mlp: 
     """
     report = FuseReport()
     seen: set[int] = set()
-    parts = {"norms": norms, "rope": rope, "mlp": mlp}
+    parts = {"norms": norms, "attention": rope or attention, "mlp": mlp, "loss": loss}
     for name, module in layers_of(model).items():
         for replacement in REPLACEMENTS:
             if not parts[replacement.part] or not replacement.resembles(module):
@@ -87,6 +99,8 @@ def fuse_model(model: nn.Module, *, norms: bool = True, rope: bool = True, mlp: 
             elif (mixin := _choice(replacement, module)) is None or isinstance(mixin, str):
                 report.skipped[name] = mixin or "fused already"
             else:
+                if mixin is FusedAttention:
+                    mixin = _ATTENTION[rope, attention]
                 _extend(module, mixin)
                 seen.add(id(module))
                 report.replaced[name] = mixin.__name__
@@ -181,9 +195,24 @@ def _attention(module: nn.Module) -> type[FusedModule] | str:
     return FusedAttention if attention_form(type(module)) is not None else _UNKNOWN
 
 
+def _is_causal_lm(module: nn.Module) -> bool:
+    return {"model", "lm_head"} <= module._modules.keys() and type(module).__name__.endswith("ForCausalLM")
+
+
+def _causal_lm(module: nn.Module) -> type[FusedModule] | str:
+    return FusedCausalLM if causal_lm_form(type(module)) is not None else _UNKNOWN
+
+
 REPLACEMENTS = (
     Replacement("norms", _is_norm, _norm),
     Replacement("norms", _is_decoder_layer, _decoder_layer),
-    Replacement("rope", _is_attention, _attention),
+    Replacement("attention", _is_attention, _attention),
     Replacement("mlp", _is_mlp, _mlp),
+    Replacement("loss", _is_causal_lm, _causal_lm),
 )
+_ATTENTION: dict[tuple[bool, bool], type[FusedModule]] = {
+    (True, True): FusedAttention,
+    (True, False): FusedRotation,
+    (False, True): FusedAttentionAlone,
+}
+"""By the arguments rope and attention of fuse_model."""

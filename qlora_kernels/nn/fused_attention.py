@@ -1,4 +1,4 @@
-"""Attention modules of Hugging Face's models, with the rotary embedding of q and k on the rope op."""
+"""Attention modules of Hugging Face's models, with the rotary embedding of q and k and attention itself on ops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.rope import rope
 from .fused_module import FusedModule, served
+from .fused_sdpa import fused_sdpa
 from .known_forms import form_of, unwrapped_function
 
 
@@ -51,8 +52,12 @@ def attention_form(kind: type[nn.Module]) -> AttentionForm | None:
 
 
 class FusedAttention(FusedModule):
-    """q, k and v, rotary embedding, the model's own attention function, and the output projection."""
+    """q, k and v, rotary embedding, attention, and the output projection."""
 
+    rotates: ClassVar[bool] = True
+    """Whether the rotary embedding runs on its op."""
+    attends: ClassVar[bool] = True
+    """Whether attention runs on its op where it can, in place of the model's own attention function."""
     form: ClassVar[AttentionForm]
     attention_functions: ClassVar[Any]
     """transformers' registry of attention functions."""
@@ -99,12 +104,11 @@ class FusedAttention(FusedModule):
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if self.form.norms_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = _rotated(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        rotate = _rotated if self.rotates else _rotated_plainly
+        query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        attend = self.attention_functions.get_interface(self.config._attn_implementation, self.eager_attention)
-        attended, weights = attend(
-            self,
+        attended, weights = self._attend(
             query,
             key,
             value,
@@ -116,12 +120,36 @@ class FusedAttention(FusedModule):
         )
         return self.o_proj(attended.reshape(*leading, -1).contiguous()), weights
 
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention function, or the op in its place."""
+        implementation = self.config._attn_implementation
+        if self.attends and implementation == "sdpa":
+            attended = fused_sdpa(self, query, key, value, mask, **arguments)
+            if attended is not None:
+                return attended, None
+        attend = self.attention_functions.get_interface(implementation, self.eager_attention)
+        return cast("tuple[Tensor, Tensor | None]", attend(self, query, key, value, mask, **arguments))
+
     def _arguments(self) -> dict[str, Any]:
         values = {}
         for name, place in self.form.arguments:
             holder, _, attribute = place.rpartition(".")
             values[name] = getattr(self.config, attribute, None) if holder else getattr(self, attribute)
         return values
+
+
+class FusedRotation(FusedAttention):
+    """The same with the model's own attention function."""
+
+    attends = False
+
+
+class FusedAttentionAlone(FusedAttention):
+    """The same with the model's own rotary embedding."""
+
+    rotates = False
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +165,14 @@ def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
         and not (cos.requires_grad or sin.requires_grad)
     ):
         return rope(query, key, cos, sin)
+    return _rotated_plainly(query, key, cos, sin)
+
+
+def _rotated_plainly(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotated_plainly(query, cos, sin), _rotated_plainly(key, cos, sin)
+    return _rotated_one(query, cos, sin), _rotated_one(key, cos, sin)
 
 
-def _rotated_plainly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin

@@ -11,7 +11,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,18 +21,18 @@ _TRANSPARENT = ("transformers.modeling_layers", "transformers.utils.deprecation"
 _IGNORED_FIELDS = ("annotation", "returns", "type_comment", "decorator_list", "ctx", "kind")
 
 
-def unwrapped_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function inside decorators of _TRANSPARENT."""
+def unwrapped_function(function: Callable[..., Any], handled: Sequence[str] = ()) -> Callable[..., Any]:
+    """The function inside decorators of _TRANSPARENT and of `handled`, modules whose effect the caller reproduces."""
     while (inner := getattr(function, "__wrapped__", None)) is not None:
-        if getattr(function, "__globals__", {}).get("__name__") not in _TRANSPARENT:
+        if getattr(function, "__globals__", {}).get("__name__") not in (*_TRANSPARENT, *handled):
             break
         function = inner
     return function
 
 
-def form_of(function: Callable[..., Any]) -> str | None:
-    """A digest of the function's statements; None where its source cannot be read."""
-    return _form(unwrapped_function(function))
+def form_of(function: Callable[..., Any], handled: Sequence[str] = ()) -> str | None:
+    """A digest of the function's statements; None where its source cannot be read. handled: of unwrapped_function."""
+    return _form(unwrapped_function(function, handled))
 
 
 @lru_cache(maxsize=1024)

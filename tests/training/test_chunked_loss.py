@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora_kernels.training import ChunkedLoss, collate, perplexity
+from qlora_kernels.ops._registry import unavailable
+from qlora_kernels.training import ChunkedLoss, chunked_loss, collate, perplexity
 from qlora_kernels.training.batches import Batch
 from qlora_kernels.training.windows import IGNORED, Example
 from tests.support.tolerances import assert_same_gradients, gamma
@@ -96,6 +97,19 @@ def test_logits_of_the_whole_batch_are_never_there():
     largest = 0
     loss(batch_of()).backward()
     assert largest == 5
+
+
+@pytest.mark.skipif(unavailable("cpu") is not None, reason="the native CPU backend is not built")
+def test_a_frozen_linear_head_runs_on_the_op(monkeypatch):
+    """The chunks are for everything else: heads that are trained, watched or of another class or dtype."""
+    monkeypatch.setattr(chunked_loss, "_ChunkedCrossEntropy", None)
+    model = Model(dtype=torch.float32)
+    model.head.requires_grad_(False)
+    expected = whole_loss(model, batch_of())
+    got = ChunkedLoss(model)(batch_of())
+    assert got.item() == pytest.approx(expected.item(), rel=gamma(2 * 40, torch.float32))
+    found, wanted = (torch.autograd.grad(loss, model.embedding.weight) for loss in (got, expected))
+    assert_same_gradients({"embedding": found[0]}, {"embedding": wanted[0]}, products=3)
 
 
 def test_perplexity_is_of_learned_tokens_and_independent_of_batching():

@@ -1,0 +1,133 @@
+"""Causal language models of Hugging Face whose output head and loss run as one op, without the logits in memory.
+
+The logits of a training batch take more memory than the activations of a small model. A training step needs the loss
+alone, so the fused forward leaves `logits` out of its output (None) where `skip_logits` says so. The default is
+True in training mode with labels given and False otherwise, the convention of the Liger kernels, which
+`transformers.Trainer` knows: evaluation keeps its logits, and generation is not concerned.
+"""
+
+from __future__ import annotations
+
+from functools import update_wrapper
+from typing import Any, ClassVar, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._registry import unavailable
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .fused_module import FusedModule, is_watched, served
+from .known_forms import form_of, unwrapped_function
+
+_HANDLED = ("transformers.utils.generic",)
+"""Modules of the decorator can_return_tuple: the fused forward leaves calls that ask for a tuple to the original."""
+
+FORMS: dict[str | None, str | None] = {
+    "40c9f1ac6268f19d": None,  # Llama, Qwen2, Qwen3, Mistral, Gemma, SmolLM3
+    "947b08152cac72d7": "final_logit_softcapping",  # Gemma 2 and 3
+}
+"""Form of a forward, as in transformers 5.24 -> the attribute of the config that bounds the logits, or None."""
+
+_LOSS = {"ForCausalLMLoss": "2f752581688c701a", "fixed_cross_entropy": "7679417dd15aaeff"}
+"""Functions that compute the loss -> their forms."""
+
+_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+"""Of the original forward, in front of labels."""
+
+_NOT_OF_THE_DECODER = ("labels", "logits_to_keep", "return_dict", "past_key_values")
+
+
+def causal_lm_form(kind: Any) -> str | None:
+    """The form of a model class's forward, if it is one of FORMS."""
+    form = form_of(kind.forward, _HANDLED)
+    return form if form in FORMS else None
+
+
+class FusedCausalLM(FusedModule):
+    """A decoder with an output head, its loss by linear_cross_entropy."""
+
+    softcap_name: ClassVar[str | None]
+    output_class: ClassVar[Any]
+    model: nn.Module
+    lm_head: nn.Module
+    config: Any
+    loss_function: Any
+
+    @classmethod
+    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+        original: Any = base.forward
+        output_class = unwrapped_function(original, _HANDLED).__globals__["CausalLMOutputWithPast"]
+
+        def forward(self: FusedCausalLM, *args: Any, **kwargs: Any) -> Any:
+            return self.forward_fused(*args, **kwargs)
+
+        # Trainer and generate() read the names of the arguments from the signature.
+        update_wrapper(forward, original)
+        softcap_name = FORMS[causal_lm_form(base)]
+        return {"forward": forward, "output_class": output_class, "softcap_name": softcap_name}
+
+    def forward_fused(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        """The original forward; where logits are skipped, with the loss of the op."""
+        labels = kwargs.get("labels")
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits or not self._serves_call(args, kwargs):
+            return super().forward(*args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in _NOT_OF_THE_DECODER}
+        outputs = self.model(**dict(zip(_ARGUMENTS, args, strict=False)), **given)
+        return self.output_class(
+            loss=self._loss(outputs.last_hidden_state, cast(Tensor, labels), kwargs),
+            logits=None,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """ForCausalLMLoss of transformers: labels are shifted unless they come shifted."""
+        ignored = kwargs.get("ignore_index", -100)
+        shifted = kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+        head = cast(nn.Linear, self.lm_head)
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            shifted.to(hidden.device).view(hidden.shape[:-1]),
+            head.bias,
+            ignore_index=ignored,
+            softcap=getattr(self.config, self.softcap_name) if self.softcap_name else None,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+        )
+
+    def _serves_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        head, logits_to_keep = self.lm_head, kwargs.get("logits_to_keep", 0)
+        return (
+            len(args) <= len(_ARGUMENTS)
+            and isinstance(kwargs.get("labels"), Tensor)
+            and isinstance(logits_to_keep, int)
+            and logits_to_keep == 0
+            and kwargs.get("return_dict") is not False
+            and getattr(self.config, "return_dict", True)
+            and "past_key_values" not in kwargs
+            and type(head) is nn.Linear
+            and not is_watched(head)
+            and type(head.weight) is nn.Parameter  # no tensor of a subclass, as DTensor is one
+            and served(head.weight)
+            and _has_kernel(head.weight.device.type)
+            and head.out_features == self.config.vocab_size
+            and _is_known_loss(self.loss_function)
+        )
+
+
+def _has_kernel(device: str) -> bool:
+    """Whether something better than the reference implementation runs the op."""
+    backend = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    return backend is not None and unavailable(backend) is None
+
+
+def _is_known_loss(function: Any) -> bool:
+    names = getattr(function, "__globals__", {})
+    return getattr(function, "__name__", None) == "ForCausalLMLoss" and all(
+        callable(names.get(name)) and form_of(names[name]) == form for name, form in _LOSS.items()
+    )

@@ -1,0 +1,98 @@
+"""transformers' `sdpa` attention function on the attention op, for training and prefill on a CPU.
+
+The function's mask is a boolean matrix for each sequence, or None. Causal masks, sliding windows, padding and packed
+documents let each query see a contiguous range of keys, which is what the op takes. Everything else is left to torch:
+masks with gaps or numbers, dropout, single queries, other devices, and instruction sets on which torch was not measured
+to be slower.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..format.quant_state import FLOAT_DTYPES
+from ..ops._registry import unavailable
+from ..ops.attention import attention
+
+_MEASURED_SETS = ("amx_bf16", "amx_bf16_emulated", "avx512_bf16_fma", "avx512_bf16", "avx512", "avx2")
+"""Instruction sets of the CPU library on which the op is quicker than torch (docs/fuse_model.md)."""
+
+_REFUSED = ("position_bias", "softcap", "output_attentions")
+"""Arguments of the sdpa function that the op does not take."""
+
+KeyRanges = tuple[Tensor, Tensor]
+
+
+def fused_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The output [B, T, H, D] of the sdpa function with these arguments; None where the op does not serve them."""
+    if (
+        dropout
+        or query.device.type != "cpu"
+        or query.dtype not in FLOAT_DTYPES
+        or not query.dtype == key.dtype == value.dtype
+        or key.shape != value.shape
+        or query.shape[2] < 2
+        or torch.compiler.is_compiling()
+        or any(kwargs.get(name) for name in _REFUSED)
+        or not _library_is_quick()
+    ):
+        return None
+    if mask is None:
+        is_causal = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if causal and query.shape[2] != key.shape[2]:
+            return None
+        return attention(query, key, value, causal=causal, scale=scaling).transpose(1, 2)
+    ranges = key_ranges(mask, query.shape[0])
+    if ranges is None:
+        return None
+    return attention(query, key, value, causal=False, key_ranges=ranges, scale=scaling).transpose(1, 2)
+
+
+def key_ranges(mask: Tensor, batch: int) -> KeyRanges | None:
+    """(starts, ends), int64 [batch, Tq], of a boolean mask [batch or 1, 1, Tq, Tk]; None if it is not made of ranges.
+
+    The result stays with the mask, which all layers of a model share, until the mask is written to.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch):
+        return None
+    version = None if mask.is_inference() else mask._version
+    known = getattr(mask, "_qlora_key_ranges", None)
+    if known is None or known[0] != version or version is None:
+        known = (version, _ranges_of(mask[:, 0]))
+        mask._qlora_key_ranges = known  # type: ignore[attr-defined]
+    ranges: KeyRanges | None = known[1]
+    if ranges is None:
+        return None
+    starts, ends = (tensor.expand(batch, -1).contiguous() for tensor in ranges)
+    return starts, ends
+
+
+def _ranges_of(visible: Tensor) -> KeyRanges | None:
+    """Of a boolean [batch, Tq, Tk]; nothing as large in a wider type is made of it."""
+    if visible.shape[-1] == 0:
+        return None
+    count = visible.sum(-1)
+    starts = torch.where(count > 0, visible.view(torch.uint8).argmax(-1), 0)
+    last = visible.shape[-1] - 1 - visible.flip(-1).view(torch.uint8).argmax(-1)
+    # As many keys as there are places from the first to the last of them.
+    if not bool(((last - starts + 1 == count) | (count == 0)).all()):
+        return None
+    return starts, starts + count
+
+
+def _library_is_quick() -> bool:
+    return unavailable("cpu") is None and torch.ops.qlora_kernels_C.cpu_isa(None) in _MEASURED_SETS
