@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qlora_kernels as qk
-from qlora_kernels.nn.functional_use import read_but_never_called
+from qlora_kernels.nn.functional_use import computes_with_weight, read_but_never_called
 from tests.support.tolerances import assert_same_function
 
 
@@ -24,11 +24,14 @@ class Block(nn.Module):
     def forward(self, x):
         x = F.linear(x, self.read.weight) + self.called(x)
         x = x @ self.both.weight.T + self.both(x)
-        return self.inner(self.looked_at(x.to(self.looked_at.weight.dtype)))
+        if isinstance(self.looked_at.weight, torch.Tensor):
+            x = x.to(self.looked_at.weight.dtype)
+        return self.inner(self.looked_at(x))
 
 
 def test_names_only_what_is_computed_with_and_never_called():
     assert read_but_never_called(nn.ModuleDict({"block": Block()})) == {"block.read": "Block"}
+    assert [name for name, _ in Block().named_children() if computes_with_weight(Block(), name)] == ["read", "both"]
 
 
 def test_torchs_attention_reads_its_projection():
