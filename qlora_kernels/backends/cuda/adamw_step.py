@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...format.quant_state import DTYPE_CODES
 from ...ops.adamw_step import Step
@@ -21,7 +22,7 @@ def adamw_step(step: Step) -> None:
     torch.ops.qlora_kernels_C.cuda_adamw_step(
         step.params,
         [skipped if grad is None else grad for grad in step.grads],
-        _on_device(tuple(rows), step.arena.device),
+        _address_table(step.segments, tuple(rows), step.arena.device),
         step.segments,
         step.steps,
         step.arena,
@@ -37,10 +38,41 @@ def adamw_step(step: Step) -> None:
     )
 
 
-@lru_cache(maxsize=64)
-def _on_device(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """The table of addresses in device memory. Gradients that stay in place need it sent once, so that a captured
-    graph finds it there; the pinned copy is kept by torch's allocator until the transfer is over.
+@dataclass
+class _Table:
+    """The addresses that the last step of one chunk read."""
+
+    rows: tuple[int, ...]
+    on_host: Tensor  # pinned; a captured graph copies from it at each replay
+    on_device: Tensor
+    read_by_graph: bool
+
+
+@dataclass
+class _Tables:
+    """The tables of one chunk. Those that a captured graph reads are kept as long as the chunk is planned."""
+
+    last: _Table | None = None
+    captured: list[_Table] = field(default_factory=list)
+
+
+_tables = WeakTensorKeyDictionary()
+"""A chunk's segments, which its optimizer owns -> its _Tables."""
+
+
+def _address_table(segments: Tensor, rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """The addresses in device memory, sent again only where they differ from the last step's.
+
+    A table is never written to again, because a captured graph may read it.
     """
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return torch.tensor(rows, dtype=torch.int64)
+    tables: _Tables = _tables.setdefault(segments, _Tables())  # type: ignore[no-untyped-call]
+    table, capturing = tables.last, torch.cuda.is_current_stream_capturing()
+    if table is None or table.rows != rows:
+        on_host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        table = tables.last = _Table(rows, on_host, on_host.to(device, non_blocking=True), False)
+    if capturing and not table.read_by_graph:
+        table.read_by_graph = True
+        tables.captured.append(table)
+    return table.on_device
