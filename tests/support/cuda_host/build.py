@@ -130,7 +130,7 @@ def translated_text(ptx: Iterable[str]) -> tuple[list[Path], dict[str, list[Para
 
 
 _PART_BYTES = 300_000
-"""Of PTX in one translated source. g++ needs about MEMORY for that, and that many times more for a whole module."""
+"""PTX in one translated source. g++ takes a third of a gigabyte for that much; memory and time grow with a source."""
 
 
 def _parts(ptx: str) -> list[str]:

@@ -24,6 +24,9 @@ REQUIREMENTS = ("torch==2.14.1", "numpy", "safetensors>=0.4", "pytest>=8", "pyte
 NEEDED_BYTES = 12 << 30
 """5.5 GB installed, the packages beside it while pip works, and some room."""
 
+WORKER_BYTES = 3 << 29
+"""Memory to spare for each process: a test process takes 0.6 GiB, a compiler of translated kernels 0.4."""
+
 ON_THE_FAKE_DEVICE = ("-p", "tests.support.fake_cuda.pytest_plugin", "tests/gpu", "tests/fake_cuda")
 AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py")
 
@@ -62,6 +65,13 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def processes() -> int:
+    """One for each core, as far as memory reaches."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return max(1, min(os.cpu_count() or 1, available // WORKER_BYTES))
+
+
 def main() -> int:
     try:
         if (missing := nvcc_missing()) is not None:
@@ -72,14 +82,17 @@ def main() -> int:
     except CannotRun as reason:
         report(f"test-cuda-torch is skipped: {reason}")
         return 0
-    folder = subprocess.run(
-        [sys.executable, "-m", "tests.support.fake_cuda.build"], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.strip()
-    variables = os.environ | {"FAKE_CUDA_FOLDER": folder, "OMP_WAIT_POLICY": "passive"}
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive", "MAX_JOBS": os.environ.get("MAX_JOBS", str(processes()))}
+    build = [sys.executable, "-m", "tests.support.fake_cuda.build"]
+    folder = subprocess.run(build, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    variables["FAKE_CUDA_FOLDER"] = folder
     for selection in (ON_THE_FAKE_DEVICE, AS_IT_IS):
-        command = [python, "-m", "pytest", "-q", "-n", "auto", *selection]
-        if (code := subprocess.run(command, env=variables).returncode) != 0:
-            return code
+        command = [python, "-m", "pytest", "-q", "-n", str(processes()), *selection]
+        code = subprocess.run(command, env=variables).returncode
+        if code < 0:
+            report(f"pytest was ended by signal {-code}; 9 is what the kernel sends where memory runs out")
+        if code != 0:
+            return abs(code)
     return 0
 
 
