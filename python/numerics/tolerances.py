@@ -211,6 +211,17 @@ def assert_same_function(
     assert_within(actual, Expected(value, bound), name)
 
 
+def assert_repeats(actual: Tensor, expected: Tensor, backend: str, *, products: int = 1, terms: int) -> None:
+    """Two calls of one op by `backend`: the same bits, where the project's kernels compute them.
+
+    The reference computes with torch's products, whose order of summation need not be the same in two calls.
+    """
+    if backend == "reference":
+        assert_same_function(actual, expected, products=2 * products, terms=terms)  # each call rounds its result
+    else:
+        assert torch.equal(actual, expected), f"{backend}: other bits"
+
+
 def assert_same_gradients(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], products: int = 20, terms: int = 32
 ) -> None:

@@ -10,7 +10,7 @@ from qlora_kernels.ops._operands import MultiLoRA, weight_of
 from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_multi_lora
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian, usable_backends
-from tests.support.tolerances import assert_within, exactly, total
+from tests.support.tolerances import assert_repeats, assert_within, exactly, model_error, total
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_multi_lora"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -56,7 +56,7 @@ def test_minus_one_is_the_base(backend):
     factors = gaussian(2, 4, 64), gaussian(2, 32, 4), torch.ones(2)
     with qk.use_backend(backend):
         y = qk.linear_nf4_multi_lora(x, packed, state, *factors, torch.full((5,), -1))
-        assert torch.equal(y, qk.linear_nf4(x, packed, state))
+        assert_repeats(y, qk.linear_nf4(x, packed, state), backend, terms=64)
 
 
 def test_refuses_bad_arguments():
@@ -73,12 +73,16 @@ def test_refuses_bad_arguments():
 @backends
 def test_opcheck(backend):
     packed, state = qk.quantize_nf4(gaussian(8, 96))
-    x, A, B = gaussian(3, 96).requires_grad_(), gaussian(2, 4, 96).requires_grad_(), gaussian(2, 8, 4).requires_grad_()
-    adapter = torch.tensor([1, -1, 0])
+    x, A = gaussian(3, 96).requires_grad_(), (gaussian(2, 4, 96) / 96**0.5).requires_grad_()
+    B, adapter = gaussian(2, 8, 4).requires_grad_(), torch.tensor([1, -1, 0])
+    # Eager and traced calls of the reference may add in another order; no result exceeds 50.
+    error = model_error(products=3, terms=96) if backend == "reference" else None
     with qk.use_backend(backend):
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_multi_lora,
             (x, *weight_of("opcheck", packed, state), None, A, B, torch.ones(2), adapter, None, 0.0),
+            rtol=error,
+            atol=None if error is None else 50 * error,
         )
 
 
@@ -93,4 +97,4 @@ def test_a_number_beyond_the_adapters_reaches_no_memory(backend):
             y = qk.linear_nf4_multi_lora(x, packed, state, A, B, torch.ones(2), adapter)
         except (IndexError, RuntimeError):
             return
-        assert torch.equal(y[1:], qk.linear_nf4(x, packed, state)[1:])
+        assert_repeats(y[1:], qk.linear_nf4(x, packed, state)[1:], backend, terms=64)
