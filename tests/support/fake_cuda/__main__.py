@@ -25,7 +25,7 @@ NEEDED_BYTES = 12 << 30
 """5.5 GB installed, the packages beside it while pip works, and some room."""
 
 WORKER_BYTES = 3 << 29
-"""Memory to spare for each process: a test process takes 0.6 GiB, a compiler of translated kernels 0.4."""
+"""Memory to spare for each process: a test process takes up to 1.1 GiB, a compiler of translated kernels 0.4."""
 
 ON_THE_FAKE_DEVICE = ("-p", "tests.support.fake_cuda.pytest_plugin", "tests/gpu", "tests/fake_cuda")
 AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py")
