@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "distributed": {"distributed", "nn", "peft", "io", "format"},
     "training": {"training", "io", "ops", "peft"},
     "io": {"io", "ops", "format"},
-    "integrations": {"integrations", "io", "nn", "format"},
+    "integrations": {"integrations", "io", "nn", "ops", "peft", "format"},
     "cli": {"cli", "integrations", "training", "io", "peft", "ops", "format"},
 }
 """Part of the package -> parts that its modules may import, besides the package's own names. "" is the package's

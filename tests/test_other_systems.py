@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "qlora_kernels"
 WITHOUT_POSIX = """
 import mmap, os, pkgutil, sys
 import torch, numpy, safetensors.torch                # have branches of their own for each system
+import torch.distributed.tensor.parallel, torch.distributed.fsdp  # which need typing_extensions themselves
 hidden = ("resource", "fcntl", "pwd", "grp", "termios", "tty", "syslog", "typing_extensions")
 for name in hidden:
     sys.modules[name] = None                          # an import raises ModuleNotFoundError

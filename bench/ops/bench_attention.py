@@ -61,19 +61,19 @@ class Inputs:
 
 
 def by_op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The op."""
+    """Return a call of this package's op."""
     return qk.attention(q, k, v)
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own."""
+    """Return a call of torch's scaled_dot_product_attention."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def step(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, ...]:
-    """(out, grad_q, grad_k, grad_v)."""
+    """Return out, grad_q, grad_k and grad_v of one call."""
     out = attend(q, k, v)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
 
@@ -100,7 +100,7 @@ def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...
 
 
 def no_weight(case: Case) -> int:
-    """Attention has no weights."""
+    """Return nothing, because attention has no weights."""
     return 0
 
 

@@ -59,7 +59,7 @@ class Inputs:
 
 
 def op_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
-    """The op."""
+    """Return a call of this package's op."""
     return qk.linear_cross_entropy(hidden, inputs.weight, inputs.labels, reduction="sum")
 
 

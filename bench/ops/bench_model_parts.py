@@ -57,7 +57,7 @@ def elements(case: Case) -> int:
 
 
 def cost(case: Case) -> Cost:
-    """Each tensor once."""
+    """Count each tensor that is read or written once."""
     return Cost(TENSORS_MOVED[part_of(case)] * elements(case) * case.dtype.itemsize, 0, "copy")
 
 

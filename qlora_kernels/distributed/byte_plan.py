@@ -19,7 +19,7 @@ class Rows:
 
     @property
     def total(self) -> int:
-        """Bytes of the tensor."""
+        """Return the bytes of the whole tensor."""
         return self.count * self.nbytes
 
     def held(self, world: int, rank: int) -> int:

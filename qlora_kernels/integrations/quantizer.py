@@ -236,6 +236,7 @@ class ReadNF4(ConversionOps):  # type: ignore[misc]
 
     @property
     def reverse_op(self) -> ConversionOps:
+        """Return the conversion at saving: NF4 tensors are written as they are."""
         return _IdentityOp()
 
     def convert(

@@ -256,5 +256,5 @@ class QuantizedWeight(nn.Module):
 
     @property
     def stored_device(self) -> torch.device:
-        """Where the tensors are."""
+        """Return the device on which the quantized tensors are."""
         return next(stored for name in TENSORS if (stored := self._stored(name)) is not None).device

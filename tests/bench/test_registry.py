@@ -18,6 +18,7 @@ MEASURED_WITH_ANOTHER = {
     "quantize_absmax": "quantize_nf4",
     "linear_nf4_lora_backward": "linear_nf4_lora",
     "attention_backward": "attention",
+    **dict.fromkeys(("rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward"), "model_parts"),
 }
 """Ops that run inside another op's benchmark."""
 

@@ -39,12 +39,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up."""
+    """Return activation(gate) * up, of gate's shape and dtype."""
     y: Tensor = _C.cpu_glu(gate, up, activation)
     return y
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(grad_gate, grad_up)."""
+    """Return grad_gate and grad_up for grad_y."""
     grads: tuple[Tensor, Tensor] = _C.cpu_glu_backward(grad_y, gate, up, activation)
     return grads

@@ -34,7 +34,7 @@ _FUNCTIONS = (
 )
 
 
-def _plan(problem: Problem) -> KernelPlan:  # noqa: ARG001
+def _plan(problem: Problem) -> KernelPlan:
     return KernelPlan("torch operations over the dequantized weight", {}, "runs where no other backend can")
 
 

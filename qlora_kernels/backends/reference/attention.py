@@ -8,12 +8,12 @@ from ...ops.attention import Keys, attention_backward_by_torch, attention_by_tor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """(out, log_sums)."""
+    """Return out and log_sums of attention over key ranges."""
     return attention_by_torch(q, k, v, keys)
 
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_q, grad_k, grad_v)."""
+    """Return grad_q, grad_k and grad_v for grad_out."""
     return attention_backward_by_torch(grad_out, q, k, v, keys)

@@ -19,7 +19,7 @@ CUBIC_SLOPE = tl.constexpr(3 * 0.044715 * 2 * math.sqrt(2 / math.pi))
 
 @triton.jit
 def sigmoid_argument(gate, GELU: tl.constexpr):
-    """(u, du / dgate)."""
+    """Return the argument u of the sigmoid, and du / dgate."""
     if GELU:
         # Beyond 32 the sigmoid is 0 or 1, and the cube would overflow later on.
         g = tl.minimum(tl.maximum(gate, -32.0), 32.0)
