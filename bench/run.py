@@ -141,8 +141,11 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
 
 
 def copies_beyond_cache(contender: Contender, case: Case) -> int:
-    """How many copies of the weights overflow the last-level cache WORKING_SET times."""
-    return min(MAX_COPIES, math.ceil(WORKING_SET * cache_bytes(case.device) / contender.weight_bytes(case)) + 1)
+    """Return how many copies of the weights overflow the last-level cache WORKING_SET times; 1 without weights."""
+    weight_bytes = contender.weight_bytes(case)
+    if weight_bytes == 0:
+        return 1
+    return min(MAX_COPIES, math.ceil(WORKING_SET * cache_bytes(case.device) / weight_bytes) + 1)
 
 
 def build(contender: Contender, case: Case, inputs: Any, copies: int) -> Sequence[Call]:

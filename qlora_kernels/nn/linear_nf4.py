@@ -131,7 +131,7 @@ class LinearNF4(QuantizedWeight):
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
         y: Tensor = torch.ops.qlora_kernels.linear_nf4(_cast(x, compute), *self._operand, self.bias)
-        return _cast(y, result)
+        return y if y.dtype == result else y.to(result)
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
         """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.

@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 import qlora_kernels as qk
+from qlora_kernels.nn.fused_module import FusedModule
 from tests.support.decoder_families import FAMILIES, tiny_decoder, tokens
 from tests.support.tolerances import assert_same_function, assert_same_gradients
 
@@ -16,8 +17,10 @@ NORMS_OF_A_LAYER = {"Qwen3": 4, "Gemma2": 4, "Gemma3": 6}
 
 
 def loss_and_gradients(model, ids, **inputs):
+    """Return logits and gradients of a step. A fused model in training mode keeps its logits if it is told to."""
     model.zero_grad()
-    output = model(ids, labels=ids, **inputs)
+    fused = {"skip_logits": False} if isinstance(model, FusedModule) else {}
+    output = model(ids, labels=ids, **inputs, **fused)
     output.loss.backward()
     return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

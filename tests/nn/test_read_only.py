@@ -61,8 +61,10 @@ def test_reading_gives_ordinary_tensors(layer):
     weight.clone().mul_(2)
 
 
-def test_hugging_face_peft_cannot_lose_an_update_in_a_merge(layer):
+def test_hugging_face_peft_cannot_lose_an_update_in_a_merge(layer, monkeypatch):
+    """PEFT's own layer class, without integrations.peft.register()."""
     peft = pytest.importorskip("peft")
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, peft.LoraModel)
     config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     config._register_custom_module({qk.LinearNF4: peft.tuners.lora.Linear})
     model = peft.get_peft_model(nn.Sequential(layer), config)

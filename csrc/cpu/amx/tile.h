@@ -79,7 +79,8 @@ struct EmulatedTiles {
     alignas(64) uint8_t data[8][kTileRows][kTileRowBytes];
 };
 
-static inline EmulatedTiles& emulated_tiles() {
+// Not static: the functions of TileSession are shared by all sources, and so the tiles must be.
+inline EmulatedTiles& emulated_tiles() {
     static thread_local EmulatedTiles tiles;
     return tiles;
 }
