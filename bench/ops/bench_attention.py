@@ -70,6 +70,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+@torch.enable_grad()
 def step(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ class Inputs:
         self.labels = torch.arange(case.M, device=case.device) * 31 % case.N
 
     @cached_property
+    @torch.enable_grad()
     def expected(self) -> tuple[Tensor, Tensor]:
         """In fp32, a few tokens at a time."""
         weight, losses, gradients = self.weight.float(), [], []

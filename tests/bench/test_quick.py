@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EVERY = {"op", "case", "contender", "mode", "gate", "time", "device", "machine", "isa", "commit", "versions"}
 TIMED = {"M", "N", "K", "r", "dropout", "dtype", "threads", "median_us", "p10_us", "p90_us", "samples", "foreign"}
 OPS = {"peak", "quantize_nf4", "dequantize_nf4", "linear_nf4", "linear_nf4_grad_x", "linear_nf4_lora", "adamw_step"}
-OPS |= {"linear_cross_entropy", "attention"}
+OPS |= {"linear_cross_entropy", "attention", "model_parts"}
 TIMED |= {"gbps", "gflops", "fraction", "roofline", "speedup"}
 
 
