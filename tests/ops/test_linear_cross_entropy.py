@@ -52,7 +52,8 @@ def test_losses_and_gradient_of_hidden(backend, dtype, shape, variant):
         losses.sum().backward()
         with torch.no_grad():
             evaluated = qk.linear_cross_entropy(hidden, weight, labels, bias, reduction="none", **options)
-    expected = formula(hidden, weight, labels, bias, **options)
+    # Triton's kernel writes the gradient of the logits in hidden's dtype, the operand of the second matmul.
+    expected = formula(hidden, weight, labels, bias, **options, rounds_gradient=backend == "triton")
     assert losses.dtype == torch.float32
     assert_within(losses, expected.losses, "losses")
     assert_within(evaluated, expected.losses, "losses without a gradient")
@@ -110,7 +111,7 @@ def test_ignored_tokens_have_no_influence(backend, dtype):
     assert (hidden.grad[labels == 7] == 0).all()
     assert hidden.grad.isfinite().all()
     kept = labels != 7
-    expected = formula(hidden[kept], weight, labels[kept])
+    expected = formula(hidden[kept], weight, labels[kept], rounds_gradient=backend == "triton")
     assert_within(losses[kept], expected.losses)
     assert_within(hidden.grad[kept], expected.rows)
 
