@@ -18,7 +18,7 @@ def build_driver(compiler: str, folder: Path, flags: Sequence[str], link_flags: 
     steps = kernel_commands(compiler, folder, flags)
     includes = (f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}")
     for source in sorted(SOURCES.glob("*.cpp")):
-        # The references are plain loops. GCC 12 for AArch64 fails with an internal error where it vectorizes some of them.
+        # GCC 12 for AArch64 fails with an internal error where it vectorizes some of the references.
         command = (compiler, *flags, "-fno-tree-vectorize", *includes)
         steps.append(compile_step(command, source, folder / f"{source.stem}.o"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
