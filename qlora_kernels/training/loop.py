@@ -21,7 +21,7 @@ from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor
 from .windows import Example
-from .workers import Workers
+from .workers import ONE_PROCESS, Workers
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train(
     A resumed run computes the same bits as one that was never interrupted.
     Raises ResumeError where the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
     """
-    model, workers = loss.model, workers or Workers()
+    model, workers = loss.model, workers or ONE_PROCESS
     identity = json.dumps(
         {**asdict(config), "checkpoint_every": None, "examples": fingerprint(examples), **(settings or {})},
         sort_keys=True,
@@ -155,7 +155,7 @@ def _step(
     return StepRecord(step + 1, mean, lr, norm.item(), tokens, time.perf_counter() - started)
 
 
-def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers) -> float:
+def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers = ONE_PROCESS) -> float:
     """Accumulate this process's part of the gradient of the mean over all learned tokens of all processes.
 
     Returns that mean, auxiliary losses left out.

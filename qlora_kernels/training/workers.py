@@ -138,3 +138,7 @@ def joined(environment: dict[str, str], timeout: timedelta) -> Any:
         if joins:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+ONE_PROCESS = Workers()
+"""A run of this process alone."""

@@ -103,8 +103,9 @@ def _closed_pipe() -> int:
 def test_a_signal_removes_the_scratch_folders(whole, tmp_path, number):
     """quantize works in a folder beside its target, and in one of the system's for temporary files."""
     program = """
-import sys, time
+import signal, sys, time
 import qlora_kernels.cli.quantize as quantize
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 def wait(*arguments, **options):
     print("waiting", flush=True)
     time.sleep(60)
