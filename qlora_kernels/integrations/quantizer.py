@@ -344,8 +344,10 @@ def describe(model: Any) -> None:
     """Brings what a transformers model's config says of its quantization up to date with its layers.
 
     Called when layers have been quantized, merged or replaced. A model whose NF4 layers bitsandbytes can read gets the
-    config of bitsandbytes, and one with experts in NF4 QLoRAKernelsConfig; one that was loaded with QLoRAKernelsConfig
-    keeps it. A model without NF4 layers says nothing. The config of another library's quantizer is left alone.
+    config of bitsandbytes. One with experts in NF4 gets QLoRAKernelsConfig, and so does one with a weight that
+    bitsandbytes' CPU code reads wrongly, where all layers have one blocksize and kind of constants. One that was loaded
+    with QLoRAKernelsConfig keeps it. A model without NF4 layers says nothing. The config of another library's quantizer
+    is left alone.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, QLoRAKernelsQuantizer):
@@ -361,9 +363,9 @@ def describe(model: Any) -> None:
         model.hf_quantizer = quantizer
     config = quantizer.quantization_config
     experts = {name: module for name, module in quantized.items() if isinstance(module, ExpertsNF4)}
-    if experts:
-        config._storage = "qlora_kernels"
     kinds = {(m.blocksize, m.absmax_q is not None) for m in cast(Any, experts or quantized).values()}
+    if experts or (len(kinds) == 1 and any(_misread_by_bitsandbytes(module) for module in quantized.values())):
+        config._storage = "qlora_kernels"
     if experts and len(kinds) > 1:
         raise ValueError(f"save: all experts must have one (blocksize, double_quant), got {sorted(kinds)}")
     config.blocksize, config.double_quant = max(kinds)
@@ -372,6 +374,12 @@ def describe(model: Any) -> None:
     quantizer.chosen = {name if name in experts else f"{name}.{WEIGHT}" for name in quantized}
     model.config.quantization_config = config
     model._weight_conversions = quantizer._conversions_for_saving(model)
+
+
+def _misread_by_bitsandbytes(module: Any) -> bool:
+    """Whether bitsandbytes' CPU code dequantizes the layer to another matrix (docs/format.md)."""
+    columns: int = module.in_features
+    return columns % 16 == 0 and columns % module.blocksize != 0
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

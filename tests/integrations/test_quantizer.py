@@ -235,3 +235,23 @@ def test_merged_model_says_what_it_is(kind, target, tmp_path):
         torch.testing.assert_close(logits(reloaded), logits(merged), rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(merged))
+
+
+def test_a_weight_that_bitsandbytes_misreads_is_saved_for_this_package(tmp_path):
+    """Its CPU code takes the blocks of 96 columns for those of rows; the folder is not given to it."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    qk.replace_linear(model)
+    model.save_pretrained(tmp_path)
+    assert written_config(tmp_path)["quant_method"] == "qlora_kernels"
+    ids = torch.arange(8)[None]
+    for again in (AUTO.from_pretrained(tmp_path).eval(), load_model(tmp_path, torch.float32)):
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
