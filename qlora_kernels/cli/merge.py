@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from .. import LinearNF4
 from ..io.atomic import folder_appearing_by_rename
 from .arguments import Subparsers, UsageError, add_command, bad_input
@@ -42,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     base, tokenizer = load_base(arguments, console)
     model = load_adapter(base, arguments.adapter)
     merged = cast(Any, model.merge_and_unload(target="16bit"))
-    left = [name for name, module in merged.named_modules() if isinstance(module, LinearNF4)]
-    for name in left:
-        _make_dense(merged, name)
+    left = {name: module for name, module in merged.named_modules() if isinstance(module, LinearNF4)}
+    for name, layer in left.items():
+        merged.set_submodule(name, layer.to_linear())
     with bad_input(), folder_appearing_by_rename(out) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -53,17 +51,3 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{out}: merged in {console.seconds:.1f} s")
     return 0
-
-
-def _make_dense(model: Any, name: str) -> None:
-    """A layer that the adapter does not touch, dequantized."""
-    quantized = cast(LinearNF4, model.get_submodule(name))
-    weight = quantized.dequantize()
-    if quantized.dense_class is nn.Linear:
-        linear: Any = nn.Linear(quantized.in_features, quantized.out_features, bias=False, device="meta")
-    else:
-        linear, weight = cast(Any, quantized.dense_class)(*weight.shape), weight.T.contiguous()
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.register_parameter("bias", quantized.bias)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, linear)

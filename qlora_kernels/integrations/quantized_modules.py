@@ -43,26 +43,13 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             delattr(owner, attribute)
             setattr(owner, attribute, nn.Parameter(module.dequantize(dtype=dtype), requires_grad=False))
             continue
-        dense = dense_layer(cast(LinearNF4, module), dtype)
+        dense = cast(LinearNF4, module).to_linear(dtype)
+        if dense.bias is not None:
+            dense.bias.data = dense.bias.data.to(dtype)
         move_hooks(module, dense)
         _move_accelerate_hook(module, dense)
         set_submodule(model, name, dense)
     return model
-
-
-def dense_layer(layer: LinearNF4, dtype: torch.dtype) -> nn.Module:
-    """The nn.Linear, or Conv1D, that computes with the values of `layer`. Its bias is the layer's own parameter."""
-    weight = layer.dequantize(dtype)
-    if layer.dense_class is nn.Linear:
-        dense: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    else:
-        dense = cast(Any, layer.dense_class)(layer.out_features, layer.in_features)
-        weight = weight.T.contiguous()
-    dense.weight = nn.Parameter(weight, requires_grad=False)
-    dense.bias = layer.bias
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(dtype)
-    return cast(nn.Module, dense.train(layer.training))
 
 
 def _move_accelerate_hook(source: Any, target: Any) -> None:

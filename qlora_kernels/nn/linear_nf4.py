@@ -126,6 +126,22 @@ class LinearNF4(QuantizedWeight):
         """W [out_features, in_features] in `dtype`; None = weight_dtype, quantized from or last cast to."""
         return dequantize_nf4(self.packed, self.quant_state, dtype)
 
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the dense layer that computes with this layer's values: the reverse of from_linear.
+
+        dtype: of the weight, which is frozen; None = weight_dtype. The bias is this layer's own parameter.
+        An nn.Linear, or a Conv1D where the layer was made from one.
+        """
+        weight = self.dequantize(dtype)
+        if self.dense_class is nn.Linear:
+            dense: Any = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        else:
+            dense = cast(Any, self.dense_class)(self.out_features, self.in_features)
+            weight = weight.T.contiguous()
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.register_parameter("bias", self.bias)
+        return cast(nn.Module, dense.train(self.training))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")

@@ -251,3 +251,20 @@ def test_refuses_bad_arguments():
         qk.LinearNF4(64, 8)(torch.zeros(2, 65))
     with pytest.raises(TypeError, match=r"from_linear: linear must be an nn.Linear or a transformers Conv1D, got ReLU"):
         qk.LinearNF4.from_linear(nn.ReLU())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_to_linear_is_the_reverse_of_from_linear(kind):
+    """The dense layer has the same class, the dequantized values, and the layer's own bias."""
+    source = nn.Linear(96, 33)
+    if kind == "conv1d":
+        source = pytest.importorskip("transformers.pytorch_utils").Conv1D(33, 96)
+    layer = qk.LinearNF4.from_linear(source).eval()
+    dense = layer.to_linear()
+    assert type(dense) is type(source)
+    assert dense.weight.shape == source.weight.shape
+    assert torch.equal(dense.weight if kind == "linear" else dense.weight.T, layer.dequantize())
+    assert dense.bias is layer.bias
+    assert not dense.weight.requires_grad
+    assert not dense.training
+    assert layer.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
