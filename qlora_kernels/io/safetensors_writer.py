@@ -59,7 +59,8 @@ class SafetensorsWriter:
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
         self._room = room + -room % _ALIGNMENT
         self._offset = 0
-        self._last: dict[str, Tensor] = {}
+        self._last: dict[str, tuple[torch.dtype, list[int], int]] = {}
+        self._last_bytes = bytearray()
         self._file = open(path, "wb")  # noqa: SIM115 (__exit__ closes it)
         self._file.seek(8 + self._room)
 
@@ -71,17 +72,18 @@ class SafetensorsWriter:
         if self._checksum is not None:
             self._checksum.add(name, tensor)
         if tensor.nbytes % _ALIGNMENT and tensor.nbytes < _SMALL:
-            self._last[name] = tensor
+            # The bytes go into one buffer. Small tensors kept alive between large ones fragment the heap, which then
+            # grows by about a third of a MB with each layer.
+            self._last[name] = (tensor.dtype, list(tensor.shape), tensor.nbytes)
+            self._last_bytes += _bytes_of(tensor)
         else:
-            self._append(name, tensor)
+            self._append(name, tensor.dtype, list(tensor.shape), _bytes_of(tensor))
 
-    def _append(self, name: str, tensor: Tensor) -> None:
-        end = self._offset + tensor.nbytes
-        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
-        self._header[name] = entry
+    def _append(self, name: str, dtype: torch.dtype, shape: list[int], data: memoryview) -> None:
+        end = self._offset + data.nbytes
+        self._header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [self._offset, end]}
         self._offset = end
-        if tensor.numel():
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -94,10 +96,18 @@ class SafetensorsWriter:
                 raise ValueError(
                     f"SafetensorsWriter: every announced tensor must be written, {self._expected} were not"
                 )
-            for name, tensor in self._last.items():
-                self._append(name, tensor)
+            last, start = memoryview(self._last_bytes), 0
+            for name, (dtype, shape, size) in self._last.items():
+                self._append(name, dtype, shape, last[start : start + size])
+                start += size
             if self._checksum is not None:
                 self._metadata[KEY] = self._checksum.hexdigest(self._metadata)
             text = json.dumps(self._header).encode()
             self._file.seek(0)
             self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's elements in row-major order, as bytes."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

@@ -100,12 +100,15 @@ def test_shards_stay_shards(dense, tmp_path):
 
 
 def test_peak_memory_is_near_one_tensor(tmp_path):
-    """24 layers of 4 MB: what one half needs is enough for the other, and less than the 100 MB of all."""
+    """48 layers of 4 MB: the second half needs no more than the first, up to two weights that the allocator may keep.
+
+    The second half's packed weights are 24 MB together: a writer that retains them is found.
+    """
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
     (source / "config.json").write_text("{}")
-    weights = {f"layers.{i}.weight": torch.randn(1024, 2048).bfloat16() for i in range(24)}
+    weights = {f"layers.{i}.weight": torch.randn(1024, 2048).bfloat16() for i in range(48)}
     save_file(weights, source / "model.safetensors")
     script = f"""
 import torch
@@ -120,15 +123,15 @@ def status(field):
 before = status("RssAnon")
 used = []
 quantize_folder(
-    Path({str(source)!r}), Path({str(target)!r}), [f"layers.{{i}}" for i in range(24)],
+    Path({str(source)!r}), Path({str(target)!r}), [f"layers.{{i}}" for i in range(48)],
     on_tensor=lambda name: used.append(status("RssAnon") - before),
 )
-print(max(used[:12]), max(used))
+print(max(used[:24]), max(used))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     half, whole = map(int, done.stdout.split())
-    assert whole <= half + 4 * 2**20
+    assert whole <= half + 2 * 4 * 2**20
     assert whole < 70 * 2**20  # the reference backend's own temporaries: fp32 and int64 copies of one weight
 
 
