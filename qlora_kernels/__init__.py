@@ -27,9 +27,9 @@ from .ops.quantize_nf4 import quantize_nf4
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .optim import PagedAdamW, PagedAdamW8bit
-from .peft.lora_plus import lora_plus_groups
-from .peft.prepare import prepare_for_training
-from .peft.shared_input import fuse_shared_input, unfuse_shared_input
+from .peft.layers.fused_projections import fuse_shared_input, unfuse_shared_input
+from .peft.model.lora_plus import lora_plus_groups
+from .peft.model.prepare import prepare_for_training
 
 __all__ = [
     "ExpertsNF4",

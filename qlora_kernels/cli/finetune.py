@@ -24,7 +24,8 @@ from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, ma
 from ..io.json_file import read_json_object
 from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
-from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, checkpoint, get_peft_model
+from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, get_peft_model
+from ..peft.framework import checkpoint
 from ..training import (
     ChunkedLoss,
     Corpus,

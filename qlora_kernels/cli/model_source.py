@@ -21,7 +21,8 @@ from ..integrations.model_folders import (
 )
 from ..io.model_cache import cached_folder
 from ..io.streaming import StreamReport
-from ..peft import PeftModel, checkpoint
+from ..peft import PeftModel
+from ..peft.framework import checkpoint
 from .arguments import DTYPES, add_model, add_quantization, bad_input
 from .console import Console
 from .patterns import check_patterns

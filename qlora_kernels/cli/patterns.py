@@ -41,7 +41,7 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
-    """(field, expression, what is asked of a name) of each regular expression, as peft/targets.py asks it."""
+    """(field, expression, what is asked of a name) of each regular expression, as peft/framework/targets.py asks it."""
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field, None)
         if isinstance(value, str):

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..format.quant_state import QuantState
 from ..nn.linear_nf4 import LinearNF4
 from ..nn.quantized_weight import is_sharded
-from ..peft.adapted_linear import AdaptedLinear
-from ..peft.lora import LoraLinear
+from ..peft.layers.adapted_linear import AdaptedLinear
+from ..peft.methods.lora import LoraLinear
 
 NESTED_BLOCKSIZE = 256
 

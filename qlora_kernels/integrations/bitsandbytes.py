@@ -18,7 +18,7 @@ from ..format.quant_state import QuantState
 from ..nn.describe import describe_quantization
 from ..nn.linear_nf4 import LinearNF4
 from ..nn.module_tree import layers_of, move_hooks, set_submodule
-from ..peft.foreign_layer import in_cpu_format
+from ..peft.layers.foreign_layer import in_cpu_format
 
 
 def from_bnb(model: nn.Module) -> nn.Module:

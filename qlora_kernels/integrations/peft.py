@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..nn.describe import describe_quantization
 from ..nn.linear_nf4 import LinearNF4
-from ..peft.base_layer import dense_weight, with_weight
-from ..peft.lowrank import LowRank, forward_lowrank
+from ..peft.layers.base_layer import dense_weight, with_weight
+from ..peft.layers.lowrank import LowRank, forward_lowrank
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that replace the base weight by a residual."""

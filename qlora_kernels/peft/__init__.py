@@ -1,22 +1,22 @@
 """Every PEFT method in plain PyTorch, over nn.Linear and LinearNF4 alike. docs/methods.md teaches each."""
 
-from .adalora import AdaLoraConfig, adalora_ranks
-from .adapter import AdapterConfig
-from .adapter_fusion import AdapterFusionConfig
-from .bitfit import BitFitConfig
-from .config import PeftConfig
-from .eva import initialize_eva
-from .full_ft import FullFTConfig
-from .lora import LoraConfig
-from .lora_plus import lora_plus_groups
-from .mam import MAMConfig
-from .p_tuning import PTuningConfig
-from .peft_model import PeftModel, get_peft_model
-from .prefix_tuning import PrefixTuningConfig, PTuningV2Config
-from .prepare import prepare_for_training
-from .prompt_tuning import PromptTuningConfig
-from .registry import METHODS, register_method
-from .unipelt import UniPELTConfig
+from .core.config import PeftConfig
+from .framework.registry import METHODS, register_method
+from .methods.adalora import AdaLoraConfig, adalora_ranks
+from .methods.adapter import AdapterConfig
+from .methods.adapter_fusion import AdapterFusionConfig
+from .methods.bitfit import BitFitConfig
+from .methods.full_ft import FullFTConfig
+from .methods.lora import LoraConfig
+from .methods.mam import MAMConfig
+from .methods.p_tuning import PTuningConfig
+from .methods.prefix_tuning import PrefixTuningConfig, PTuningV2Config
+from .methods.prompt_tuning import PromptTuningConfig
+from .methods.unipelt import UniPELTConfig
+from .model.eva import initialize_eva
+from .model.lora_plus import lora_plus_groups
+from .model.peft_model import PeftModel, get_peft_model
+from .model.prepare import prepare_for_training
 
 __all__ = [
     "METHODS",

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..io.training_state import Stateful, TrainingState, load_latest, save_training_state
 from ..peft import PeftModel
-from ..peft.method import Method
+from ..peft.framework.method import Method
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.peft import AdaLoraConfig, PeftModel, adalora_ranks, get_peft_model
-from qlora_kernels.peft.rank_allocator import BudgetSchedule
+from qlora_kernels.peft.methods.rank_allocator import BudgetSchedule
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from qlora_kernels import peft
 from qlora_kernels.peft import PeftModel, get_peft_model
-from qlora_kernels.peft.gate import Gate
-from qlora_kernels.peft.prefix_slot import Prefix, Prefixes
-from qlora_kernels.peft.prompt_layout import PromptLayout
+from qlora_kernels.peft.attention.prefix_slot import Prefix, Prefixes
+from qlora_kernels.peft.attention.prompt_layout import PromptLayout
+from qlora_kernels.peft.layers.gate import Gate
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, model_error
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qlora_kernels.peft import METHODS, LoraConfig, PromptTuningConfig
-from qlora_kernels.peft.field_types import admits, field_types
-from qlora_kernels.peft.registry import config_from_dict
+from qlora_kernels.peft.core.field_types import admits, field_types
+from qlora_kernels.peft.framework.registry import config_from_dict
 
 WRONG = [object(), {"a": object()}, [object()]]
 """Values that no field of any configuration holds."""

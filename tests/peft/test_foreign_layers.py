@@ -10,7 +10,7 @@ from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.peft import BitFitConfig, FullFTConfig, LoraConfig, PeftModel, get_peft_model
-from qlora_kernels.peft.foreign_layer import bitsandbytes_weight
+from qlora_kernels.peft.layers.foreign_layer import bitsandbytes_weight
 from tests.peft.models import VOCAB, batch, logits, randomize
 from tests.support.tolerances import Expected, assert_same_function, assert_within, gamma
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
-from qlora_kernels.peft.adapted_linear import AdaptedLinear
+from qlora_kernels.peft.layers.adapted_linear import AdaptedLinear
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, model_error
 

@@ -1,0 +1,1 @@
+"""Where the parts of a transformer are, and how prefixes and prompts enter it."""

@@ -1,0 +1,1 @@
+"""Configurations, the selection of active adapters, and where the modules of adapters are."""

@@ -1,0 +1,133 @@
+"""Where the modules of adapters are: inside the model, as children of the modules that they act on.
+
+So whatever walks over the model finds them: `parameters()`, hooks, `nn.DataParallel`, FSDP, an optimizer made of a part
+of the model. What a module runs it looks up among its own children, because a replica of the module has other ones.
+
+The names in an adapter's file are PEFT's, not those of the tree; AdapterTree translates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .gathered import gathered
+
+if TYPE_CHECKING:
+    from ..framework.injector import Host
+
+
+class AdapterModules(nn.ModuleDict):
+    """What adapters have added to one module of the model, a child of that module; entries by name of the adapter.
+
+    A second part of one adapter at the same place gets the name with a number behind it.
+    """
+
+    holds_adapters = True
+    """Tells code that lists the layers of a model to leave out this child and all below it."""
+
+    def add(self, adapter: str, module: nn.Module) -> str:
+        """Adds a module and returns the name of its entry."""
+        key, number = adapter, 1
+        while key in self:
+            number += 1
+            key = f"{adapter}_{number}"
+        self[key] = module
+        return key
+
+
+@dataclass(frozen=True)
+class Place:
+    """An entry `key` of the child `slot` of the module `owner`, or what is at `inner` below that entry.
+
+    owner: canonical path; None for the prompts, which belong to the whole model.
+    """
+
+    owner: str | None
+    slot: str
+    key: str
+    inner: str = ""
+    in_file: bool = True
+
+
+class AdapterTree:
+    """The modules of one adapter by the paths that they have in its file.
+
+    Modules are looked up by these paths whenever they are needed: nothing here holds one.
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name = host, name
+        self.places: dict[str, Place] = {}
+
+    def add(self, path: str, module: nn.Module, *, owner: str | None, slot: str, in_file: bool = True) -> Place:
+        """Makes `module` a part of the adapter: a child of the model's module at `owner`.
+
+        path: its name in the file, if it is in the file at all.
+        """
+        key = self.host.slot(owner, slot).add(self.name, module)
+        place = self.places[path] = Place(owner, slot, key, in_file=in_file)
+        return place
+
+    def add_inner(self, path: str, place: Place, inner: str) -> None:
+        """Gives the module at `inner` below `place` a name of its own in the file."""
+        self.places[path] = Place(place.owner, place.slot, place.key, inner)
+
+    def __getitem__(self, path: str) -> nn.Module:
+        place = self.places[path]
+        return self.host.slot(place.owner, place.slot)[place.key].get_submodule(place.inner)
+
+    def train(self, mode: bool) -> None:
+        for path in self.places:
+            self[path].train(mode)
+
+    def detach(self) -> None:
+        """Takes the adapter's modules out of the model, also where some of it was never added."""
+        for owner, slot, key in {(place.owner, place.slot, place.key) for place in self.places.values()}:
+            self.host.remove(owner, slot, key)
+        self.places = {}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter once, below the first path that leads to it."""
+        seen: set[int] = set()
+        for path in self.places:
+            for name, parameter in _own_parameters(self[path]):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{name}", parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for path in self.places:
+            yield from ((f"{path}.{name}", buffer) for name, buffer in self[path].named_buffers())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the file by their paths in it."""
+        return {
+            f"{path}.{name}": gathered(tensor)
+            for path, place in self.places.items()
+            if place.in_file
+            for name, tensor in effective_state(self[path]).items()
+        }
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """module.named_parameters() without those of the base model that an adapter's module only reads."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if not getattr(child, "of_base_model", False):
+            yield from ((f"{name}.{below}", parameter) for below, parameter in _own_parameters(child))
+
+
+def effective_state(module: nn.Module) -> dict[str, Tensor]:
+    """module.state_dict(), with the computed tensor in the place of one that torch's parametrize replaced."""
+    if not any(parametrize.is_parametrized(child) for child in module.modules()):
+        return dict(module.state_dict())
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if "parametrizations." not in name}
+    for path, child in module.named_modules():
+        for name in getattr(child, "parametrizations", ()):
+            tensors[f"{path}.{name}" if path else name] = getattr(child, name).detach()
+    return tensors

@@ -1,0 +1,93 @@
+"""What every method's configuration shares: frozen, made of plain values, read from and written as PEFT's JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...nn.match import as_names
+from .field_types import check_field_types
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Heads that PEFT trains and saves without being asked, by task.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+# Fields that say how much is allocated.
+SIZES = (
+    "r",
+    "lora_r",
+    "init_r",
+    "num_virtual_tokens",
+    "bottleneck_size",
+    "encoder_hidden_size",
+    "prefix_length",
+    "prefix_hidden_size",
+)
+
+# Keys that PEFT writes beside a method's own fields and that say nothing about the function computed: the last three
+# tell how training started.
+_BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
+_BOOKKEEPING |= {"eva_config", "corda_config", "lora_ga_config"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head.
+
+    Raises ValueError for a field whose value is not of its annotation's type.
+    """
+
+    peft_type: ClassVar[str]
+    own_fields: ClassVar[tuple[str, ...]] = ()  # those that PEFT's file of this type has no place for
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    modules_to_save: list[str] | tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        if isinstance(self.modules_to_save, str):  # one name; PEFT's file has a list
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """`modules_to_save` and the task's usual head."""
+        return tuple(dict.fromkeys((*as_names(self.modules_to_save), *TASK_HEADS.get(self.task_type or "", ()))))
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "peft_type": self.peft_type,
+            **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration a file describes; null is a field's default.
+
+        Raises NotImplementedError for a key this method does not have unless its value is null, false or empty, that
+        is, unless it asks for nothing: dropping it in silence would compute another function than the file's author.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
+        if unknown:
+            raise NotImplementedError(f"{cls.__name__}: the file asks for {unknown}, which this method does not have")
+        given = {k: v for k, v in values.items() if k in fields and v is not None}
+        required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+        if missing := sorted(required - given.keys()):
+            raise ValueError(f"{cls.__name__}: the file must give {missing}")
+        return cls(**given)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has lists, not tuples or sets."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,37 @@
+"""Adapters whose parameters are sharded (FSDP2): files hold whole tensors, and one process writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ...nn.quantized_weight import is_sharded
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, sharded ones gathered. Every process has to call it with the same names."""
+    return {name: gathered(tensor) for name, tensor in tensors.items()}
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole tensor of which a DTensor is a part; any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def written_once(write: Callable[[], None]) -> None:
+    """Run `write` on rank 0; every process returns when it is done, and raises where it failed."""
+    failed: list[str | None] = [None]
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except BaseException as caught:
+            error, failed = caught, [f"{type(caught).__name__}: {caught}"]
+    dist.broadcast_object_list(failed, src=0)
+    if error is not None:
+        raise error
+    if failed[0] is not None:
+        raise RuntimeError(f"save_pretrained: rank 0 must be able to write the files, got {failed[0]}")

@@ -1,0 +1,1 @@
+"""The base classes of methods, and what every method shares: names, targets, copies of parameters, files."""

@@ -1,0 +1,109 @@
+"""From adapters to the folder they lie in, and back. A combination of methods is a folder of folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
+from ...nn.quantized_weight import is_sharded
+from ..core.config import PeftConfig
+from ..core.gathered import whole, written_once
+from .base_tables import resized_tables
+from .injector import Host
+from .method import Method
+from .registry import config_from_dict, method_for
+
+_ABOUT_THE_RUN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+"""Fields of adapter_config.json that say nothing of what the adapter computes."""
+
+
+def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
+    """Writes all of them as one change.   adapters: by path relative to the directory, "." for itself.
+
+    Where parameters are sharded every process has to call it, and rank 0 writes.
+    """
+    folders: dict[str, AdapterFiles | Sequence[str]] = {}
+    for folder, methods in adapters.items():
+        for method in methods:
+            method.before_save()
+        if len(methods) == 1:
+            folders[folder] = _files(methods[0])
+            continue
+        parts = {f"{i}_{method.config.peft_type.lower()}": method for i, method in enumerate(methods)}
+        folders[folder] = list(parts)
+        folders |= {str(Path(folder, part)): _files(method) for part, method in parts.items()}
+    if any(is_sharded(p) for methods in adapters.values() for m in methods for p in m.parameters()):
+        for files in folders.values():
+            if isinstance(files, AdapterFiles):
+                files.tensors, files.extra_tensors = whole(files.tensors), whole(files.extra_tensors)
+        written_once(lambda: write_adapters(directory, folders))
+    else:
+        write_adapters(directory, folders)
+
+
+def _files(method: Method) -> AdapterFiles:
+    values, tensors = method.extras()
+    base_model = method.config.base_model_name_or_path or getattr(method.host.model, "name_or_path", None)
+    tables = resized_tables(method.host, base_model, method.overrides.paths)
+    return AdapterFiles(
+        config=method.file_config(),
+        tensors={**{f"{method.file_prefix}{key}": table for key, table in tables.items()}, **method.tensors()},
+        extras={"loads_in_peft": method.loads_in_peft, **values},
+        extra_tensors=tensors,
+    )
+
+
+def load_adapter(directory: str | os.PathLike[str]) -> list[tuple[PeftConfig, AdapterFiles]]:
+    """The methods that an adapter's folder describes, each with what `load_weights` takes: one state of the folder."""
+    return [(_config(files), files) for files in read_adapters(directory)]
+
+
+def _config(files: AdapterFiles) -> PeftConfig:
+    """adapter_config.json, and over it the fields that only our sidecar knows."""
+    own = (files.extras or {}).get("config", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"adapter's sidecar: config must be an object, got {own!r}")
+    return config_from_dict({**files.config, **own})
+
+
+def buildable(config: PeftConfig, files: AdapterFiles, host: Host) -> PeftConfig:
+    """The configuration with which the method is built before `load_weights` fills it.
+
+    Raises ValueError where it asks for more than the files hold.
+    """
+    method = method_for(config)
+    config = method.config_of_file(config)
+    method.check_file(config, host, files.tensors, files.extra_tensors)
+    return config
+
+
+def require_same_configs(name: str, methods: Sequence[Method], files: Sequence[AdapterFiles]) -> None:
+    """Raises ValueError where the files are not of an adapter that is configured as `methods` are."""
+    kinds = [method.config.peft_type for method in methods]
+    found = [contents.config.get("peft_type") for contents in files]
+    different = {} if kinds == found else {"peft_type": found}
+    for method, contents in zip(methods, files, strict=False):
+        own = json.loads(json.dumps(method.file_config()))
+        for field in own.keys() & contents.config.keys() - _ABOUT_THE_RUN:
+            if _unordered(own[field]) != _unordered(contents.config[field]):
+                different[field] = contents.config[field]
+    if different:
+        raise ValueError(
+            f"load_adapter: the folder of an adapter that the model has already, {name!r}, must be of the same "
+            f"configuration, got another {different}; use another name, or delete_adapter first"
+        )
+
+
+def _unordered(value: object) -> object:
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def load_weights(methods: Sequence[Method], files: Sequence[AdapterFiles], *, is_trainable: bool) -> None:
+    """files: as `load_adapter` gives them, one for each method."""
+    for method, contents in zip(methods, files, strict=True):
+        method.load_tensors(contents.tensors)
+        if contents.extras is not None:
+            method.load_extras(contents.extras, contents.extra_tensors, is_trainable=is_trainable)

@@ -1,0 +1,73 @@
+"""Composite: a method made of others, one adapter in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.config import PeftConfig
+from .injector import Host
+from .method import Method
+
+
+class Composite(Method):
+    """`components`: name -> method. Each runs as a method of its own; its tensors lie under its name in the file."""
+
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        self.components: dict[str, Method] = {}
+        super().__init__(config, host, name)
+
+    def add(self, components: Mapping[str, Method]) -> None:
+        self.components.update(components)
+
+    @property
+    def parts(self) -> list[Method]:
+        return list(self.components.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, part in self.components.items():
+            yield from ((f"{name}:{path}", parameter) for path, parameter in part.named_parameters())
+        yield from super().named_parameters()
+
+    def detach(self) -> None:
+        for part in reversed(self.parts):
+            part.detach()
+        super().detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        inner = {f"{n}:{key}": value for n, part in self.components.items() for key, value in part.tensors().items()}
+        return {**super().tensors(), **inner}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        rest = dict(tensors)
+        for name, part in self.components.items():
+            part.load_tensors(_taken(rest, f"{name}:"))
+        super().load_tensors(rest)
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors = {}
+        for name, part in self.components.items():
+            tensors.update({f"{name}:{key}": value for key, value in part.extras()[1].items()})
+        return {}, tensors
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
+        rest = dict(tensors)
+        for name, part in self.components.items():
+            part.load_extras({}, _taken(rest, f"{name}:"), is_trainable=is_trainable)
+
+    def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        states = {name: part.training_state() for name, part in self.components.items()}
+        tensors = {f"{name}:{key}": tensor for name, (_, own) in states.items() for key, tensor in own.items()}
+        return {name: values for name, (values, _) in states.items()}, tensors
+
+    def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        rest = dict(tensors)
+        for name, part in self.components.items():
+            part.load_training_state(values.get(name, {}), _taken(rest, f"{name}:"))
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Removes and returns the entries below a prefix, without it."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}

@@ -1,0 +1,238 @@
+"""Host: the model as the methods see it, by names that stay the same whatever has been wrapped."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.experts_nf4 import ExpertsNF4, is_expert_stack
+from ...nn.functional_use import computes_with_weight
+from ...nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
+from ..attention.model_layout import Anatomy, Layer, anatomy
+from ..attention.torch_attention import join_attention, split_attention
+from ..core.active_adapters import Selection
+from ..core.adapter_tree import AdapterModules
+from ..layers.adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
+from ..layers.base_layer import is_embedding, is_linear, is_quantized
+from ..layers.overridden_module import UPDATES, Overrides, override, restore
+from ..layers.parameter_lora import ParameterUpdates
+
+if TYPE_CHECKING:
+    from .method import Method
+
+
+class Host:
+    """The base model, the selection of adapters, the adapters themselves, and where their modules go.
+
+    model: the one inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
+    Wrappers further inside have no part in names either, whether they were there before the adapters or came later.
+    prompts: the place of the modules that belong to the whole model, a child of the PeftModel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_dtype: torch.dtype = torch.float32,
+        prompts: AdapterModules | None = None,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.adapter_dtype = adapter_dtype
+        self.prompts = AdapterModules() if prompts is None else prompts
+        self.selection = Selection()
+        self.adapters: dict[str, list[Method]] = {}
+        self.unfinished: list[Method] = []  # those of the adapter that is being added
+        self.split_attention()
+
+    def split_attention(self) -> None:
+        """Takes torch's packed attention apart; join_attention puts it back."""
+        split_attention(self.model, self.selection)
+
+    def join_attention(self) -> None:
+        join_attention(self.model)
+
+    def methods(self, name: str) -> list[Method]:
+        """The methods of adapter `name`, with those that they are made of. Raises ValueError for an unknown name."""
+        if name not in self.adapters:
+            raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
+        return [part for method in self.adapters[name] for part in (method, *method.parts)]
+
+    # The model by names
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        return anatomy(self.modules())
+
+    @staticmethod
+    def canonical(name: str) -> str:
+        """The name before wrapping: `_orig_mod.q_proj.base_layer.bias` is `q_proj.bias`."""
+        return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
+
+    def modules(self, *, aliases: bool = False) -> dict[str, nn.Module]:
+        """Every module of the base model by its canonical name, those of adapters left out; wrapped layers unwrapped.
+
+        aliases: also the further names of a module that the model has under several.
+        """
+        found: dict[str, nn.Module] = {}
+        seen: set[int] = set()
+
+        def visit(name: str, module: nn.Module) -> None:
+            module = base_of(unwrapped(module))
+            if isinstance(module, AdapterModules) or (id(module) in seen and not aliases):
+                return
+            seen.add(id(module))
+            found[name] = module
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    visit(f"{name}.{child_name}" if name else child_name, child)
+
+        visit("", self.model)
+        return found
+
+    def linears(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.modules().items() if is_linear(module)}
+
+    def expert_stacks(self) -> list[str]:
+        """Paths of the [experts, out, in] weights that a module holds as parameters, dense or as ExpertsNF4."""
+        found = []
+        for name, module in self.modules().items():
+            if isinstance(module, ExpertsNF4):
+                found.append(name)
+            leaves = module.named_parameters(prefix=name, recurse=False)
+            found += [path for path, leaf in leaves if is_expert_stack(module, leaf) and leaf.shape[0] > 1]
+        return found
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a canonical path, unwrapped."""
+        return base_of(self.called(path))
+
+    def called(self, path: str) -> nn.Module:
+        """The module at a canonical path, an AdaptedLinear where there is one."""
+        module: nn.Module = self.model
+        for part in path.split(".") if path else ():
+            module = unwrapped(base_of(module).get_submodule(part))
+        return module
+
+    def place(self, path: str) -> nn.Module:
+        """What is called at `path`, wrapped or not: hooks registered on it stay at that place.
+
+        Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
+        """
+        module = self.called(path)
+        while isinstance(module, nn.Sequential) and len(module):
+            module = unwrapped(module[-1])
+        return module
+
+    def dtype(self) -> torch.dtype:
+        """That of most of the model's own dense parameters."""
+        trained = {id(p) for methods in self.adapters.values() for m in methods for p in m.parameters()}
+        coded = {id(p) for m in self.modules().values() if is_quantized(m) for p in m.parameters(recurse=False)}
+        sizes: dict[torch.dtype, int] = {}
+        for p in self.model.parameters():
+            if p.is_floating_point() and id(p) not in trained | coded:
+                sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
+
+    def width(self, layer: Layer) -> int:
+        """Size d of the residual stream."""
+        return next(self.module(layer.norms[0]).parameters()).numel()
+
+    def layer_of(self, path: str) -> Layer | None:
+        """The transformer layer that the module at `path` is a part of."""
+        return next((layer for layer in self.anatomy.layers if path.startswith(f"{layer.path}.")), None)
+
+    # Adapted layers
+
+    def adapt(self, path: str) -> AdaptedLinear:
+        """The AdaptedLinear at `path`, put there, under all names of the layer, if it is not yet."""
+        layer = self.called(path)
+        if not isinstance(layer, AdaptedLinear):
+            parent = base_of(self.called(path.rpartition(".")[0]))
+            if "_orig_mod" in parent.get_submodule(path.rpartition(".")[2])._modules:
+                raise ValueError(
+                    f"target_modules: {path} must not be compiled by itself, since its compiled forward would not see "
+                    "the adapter; compile the layer after get_peft_model, or a module that contains it"
+                )
+            base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
+            layer = kind(base, self.selection)
+            self._replace(base, layer)
+            layer.weight_is_read = computes_with_weight(parent, path.rpartition(".")[2])
+        return layer
+
+    def adapted(self) -> dict[str, AdaptedLinear]:
+        return {self.canonical(name): m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
+
+    def unwrap(self, layer: AdaptedLinear) -> None:
+        self._replace(layer, layer.base_layer)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Puts `new` where `old` is, with the hooks and with the adapters' modules that the hooks run."""
+        names = names_of(self.model, old)
+        move_hooks(old, new)
+        for slot, child in list(old._modules.items()):
+            if isinstance(child, AdapterModules) and not isinstance(child, Overrides) and slot != "deltas":
+                del old._modules[slot]
+                new.add_module(slot, child)
+        for name in names:
+            set_submodule(self.model, name, new)
+
+    def adapt_parameter(self, path: str) -> ParameterUpdates:
+        """The ParameterUpdates of the parameter at `path`, put there if they are not yet."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        if attribute + UPDATES not in module._modules:
+            override(module, attribute, self.selection)
+            module.add_module(attribute + UPDATES, ParameterUpdates(self.selection))
+        return cast(ParameterUpdates, module._modules[attribute + UPDATES])
+
+    def adapted_parameters(self) -> dict[str, ParameterUpdates]:
+        updates = {n: m for n, m in self.model.named_modules() if isinstance(m, ParameterUpdates)}
+        return {self.canonical(name).removesuffix(UPDATES): module for name, module in updates.items()}
+
+    def own_value(self, path: str) -> nn.Parameter | ExpertsNF4:
+        """What the model itself has at the path of a parameter."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        stored: Any = module._parameters.get(attribute)
+        return stored if stored is not None else cast(ExpertsNF4, module._modules[attribute])
+
+    def set_own_value(self, path: str, value: Tensor | ExpertsNF4) -> None:
+        """Puts another value in its place for good."""
+        owner, _, attribute = path.rpartition(".")
+        module = self.module(owner)
+        if isinstance(value, ExpertsNF4):
+            module._parameters.pop(attribute, None)
+            module._modules[attribute] = value
+        else:
+            module._modules.pop(attribute, None)
+            module._parameters[attribute] = nn.Parameter(value.detach(), requires_grad=False)
+
+    # Where the modules of adapters are
+
+    def slot(self, owner: str | None, slot: str) -> AdapterModules:
+        """The child `slot` of the model's module at `owner`, which holds the adapters' modules; made if not there."""
+        if owner is None:
+            return self.prompts
+        module = self.place(owner)
+        if slot not in module._modules:
+            module.add_module(slot, AdapterModules())
+        return cast(AdapterModules, module._modules[slot])
+
+    def remove(self, owner: str | None, slot: str, key: str) -> None:
+        """Takes an entry out of a slot, the slot with its last entry, and a wrapper with the last of its updates."""
+        if owner is None:
+            self.prompts.pop(key)
+            return
+        module = self.place(owner)
+        entries = cast(AdapterModules, module._modules.get(slot) or AdapterModules())
+        if key in entries:
+            del entries[key]
+        if isinstance(module, AdaptedLinear) and slot == "deltas":
+            if not len(module.deltas):
+                self.unwrap(module)
+        elif not len(entries):
+            module._modules.pop(slot, None)
+            if slot.endswith(UPDATES):
+                restore(module)

@@ -1,0 +1,123 @@
+"""LinearMethod: what LoRA and AdaLoRA share, an update of each linear layer that the configuration targets."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
+
+from torch import Tensor, nn
+
+from ...nn.linear_nf4 import is_conv1d
+from ..core.config import PeftConfig
+from ..layers.adapted_linear import Delta
+from .injector import Host
+from .method import Method, by_path
+from .targets import TargetConfig, called_instead, check_target_names, is_all_linear, matched_layers, matched_parameters
+
+
+class LinearConfig(TargetConfig, Protocol):
+    """The fields that decide where an update acts and which biases train beside it."""
+
+    @property
+    def bias(self) -> Literal["none", "all", "lora_only"]: ...
+    @property
+    def fan_in_fan_out(self) -> bool: ...
+
+
+D = TypeVar("D", bound=Delta)
+
+
+class LinearMethod(Method, Generic[D]):
+    """An update of each targeted layer, a child of the AdaptedLinear in the layer's place; new_delta makes them."""
+
+    loads_in_peft = True
+    adapts_embeddings: ClassVar[bool] = False
+
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        where = cast(LinearConfig, config)
+        targets = self.targets(config, host)
+        if where.target_modules is None or is_all_linear(where.target_modules):
+            config = config.replace(target_modules=list(targets))
+        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
+        for path, base in targets.items():
+            self.add_delta(path, self.new_delta(path, base))
+        self._add_biases(where.bias)
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        where = cast(LinearConfig, config)
+        check_target_names(host, where)
+        _check_called(host, cls.targets(config, host))
+        adapted = matched_parameters(host, getattr(config, "target_parameters", None))
+        left_out = [path for path in host.expert_stacks() if path not in adapted]
+        if is_all_linear(where.target_modules) and left_out:
+            warnings.warn(
+                f"target_modules: 'all-linear' leaves out {len(left_out)} expert weights that are no linear layers "
+                f"({left_out[0]}, ...): they get no adapter; LoRA's target_parameters adapts them",
+                stacklevel=4,
+            )
+
+    @classmethod
+    def targets(cls, config: PeftConfig, host: Host) -> dict[str, nn.Module]:
+        """The layers that the configuration targets, by name."""
+        return matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings)
+
+    @classmethod
+    def rank(cls, config: PeftConfig, path: str) -> int:
+        """Rank of the update of the layer at `path`."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_file(
+        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+    ) -> None:
+        stored = by_path(tensors, cls.file_prefix)
+        for path in cls.targets(config, host):
+            names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
+            lora_A = next((stored[name] for name in names if name in stored), None)
+            if lora_A is None:
+                raise ValueError(f"adapter file: missing the lora_A of {path}, which adapter_config.json targets")
+            if lora_A.shape[:1] != (cls.rank(config, path),):
+                raise ValueError(
+                    f"adapter_config.json: the rank of {path} must be that of its tensors, of shape "
+                    f"{list(lora_A.shape)}, got {cls.rank(config, path)}"
+                )
+
+    def new_delta(self, path: str, base: nn.Module) -> D:
+        raise NotImplementedError
+
+    @property
+    def deltas(self) -> dict[str, D]:
+        """The updates by the names of their layers."""
+        return {path: cast(D, self.tree[path]) for path, place in self.tree.places.items() if place.slot == "deltas"}
+
+    def add_delta(self, path: str, delta: D) -> None:
+        if self.name in self.host.adapt(path).deltas:
+            raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
+        self.tree.add(path, delta, owner=path, slot="deltas")
+
+    def _add_biases(self, which: Literal["none", "all", "lora_only"]) -> None:
+        if which == "none":
+            return
+        deltas = self.deltas
+        for owner, module in self.host.modules().items():
+            adapted = owner in deltas
+            if module._parameters.get("bias") is not None and (adapted or which == "all"):
+                # PEFT's place for the bias of a wrapped layer.
+                stored_as = f"{owner}.base_layer.bias" if adapted else None
+                self.overrides.add(f"{owner}.bias", stored_as=stored_as)
+
+    def why_no_merge(self) -> str | None:
+        return None
+
+
+def _check_called(host: Host, targets: Iterable[str]) -> None:
+    """Raises ValueError for an embedding that other embeddings take their table from: models call those instead."""
+    for path in targets:
+        if called := called_instead(host, path):
+            raise ValueError(
+                f"target_modules: {path} must be called by the model, which calls {', '.join(called)} over its table; "
+                "name those"
+            )

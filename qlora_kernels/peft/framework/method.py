@@ -1,0 +1,298 @@
+"""Method: the base class of every PEFT method. One instance is one adapter: its parameters, and where they act."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...nn.match import check_names, matches
+from ...nn.module_tree import WRAPPED
+from ..core.adapter_tree import AdapterTree
+from ..core.config import SIZES, TASK_HEADS, PeftConfig
+from .base_tables import take_tables
+from .injector import Host
+from .parameter_overrides import ParameterOverrides
+
+if TYPE_CHECKING:
+    from ..model.peft_model import PeftModel
+
+_BUFFER = "buffer:"
+"""Before the names of buffers in a run's checkpoint."""
+
+# PEFT's names for the base model in the keys of a file: of layers' adapters, and of the head beside a prompt.
+FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
+
+
+_HARMLESS_SIZE = 16384  # a size that may stand in a configuration without a tensor of that size in the file
+
+
+class PreparedCall(NamedTuple):
+    """The arguments of the base model's forward or generate, and what is done with its output before it is returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    finish: Callable[[Any], Any] | None = None
+
+
+class Method:
+    """What a method must say; each default is the answer of a method that has nothing special to do.
+
+    A subclass's __init__ makes the modules that train and adds them to the model: `tree` knows where they are,
+    `overrides` are trained copies of the model's own parameters. The instance holds none of them. What runs in the
+    model's forward is in the modules and hooks; `selection.has(self.name)` tells them whether to act.
+    """
+
+    loads_in_peft: ClassVar[bool] = False
+    file_prefix: ClassVar[str] = FILE_PREFIX
+    needs: tuple[str, ...] = ()  # other adapters that this one is made of
+
+    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+        self.config = config
+        self.host = host
+        self.name = name
+        self.tree = AdapterTree(host, name)
+        self.overrides = ParameterOverrides(host, name)
+        self.hooks: list[RemovableHandle] = []
+        host.unfinished.append(self)
+        self.overrides.add_modules(config.heads)
+        if getattr(config, "ensure_weight_tying", False):
+            self.overrides.add_tied()
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        """Raises ValueError where a name in `config` means nothing in the model, and gives the nearest names.
+
+        For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
+        """
+        modules = [name for name in host.modules(aliases=True) if name]
+        check_names("modules_to_save", config.modules_to_save or (), modules)
+        usual = TASK_HEADS.get(config.task_type or "", ())
+        if usual and not config.modules_to_save and not any(matches(usual, name) for name in modules):
+            warnings.warn(
+                f"task_type: the head of a {config.task_type} model is called {' or '.join(usual)}, and this model has "
+                "none; name the head to train in modules_to_save",
+                stacklevel=4,
+            )
+
+    @classmethod
+    def config_of_file(cls, config: PeftConfig) -> PeftConfig:
+        """The configuration with which the adapter of a file is built, given the file's own.
+
+        Start values that the file's tensors replace need not be computed.
+        """
+        return config
+
+    @classmethod
+    def check_file(
+        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+    ) -> None:
+        """Raises ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
+        held = (*tensors.values(), *extra_tensors.values())
+        longest = max((size for tensor in held for size in tensor.shape), default=0)
+        for field in SIZES:
+            size = getattr(config, field, None)
+            if size is not None and size > max(longest, _HARMLESS_SIZE):
+                raise ValueError(
+                    f"adapter_config.json: {field} must fit the tensors of the file, whose longest side is {longest}, "
+                    f"got {size}"
+                )
+
+    @property
+    def parts(self) -> list[Method]:
+        """The methods that this one consists of; they run as methods of their own."""
+        return []
+
+    # In the model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter of the adapter once, by its name in the adapter's file where it is there."""
+        yield from self.tree.named_parameters()
+        yield from self.overrides.named_parameters().items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the file by their paths in the model."""
+        return {**self.tree.state_dict(), **self.overrides.state_dict()}
+
+    def detach(self) -> None:
+        """Leaves the model as if this adapter had never been added."""
+        for hook in self.hooks:
+            hook.remove()
+        self.overrides.detach()
+        self.tree.detach()
+
+    def why_no_rows(self) -> str | None:
+        """Why this adapter cannot serve some rows of a batch only; None if it can."""
+        return f"it replaces {min(self.overrides.paths)} for the whole batch" if self.overrides.paths else None
+
+    def why_no_merge(self) -> str | None:
+        """Why this adapter is not an update of weights; None if it is."""
+        return f"{type(self).__name__} is not an update of weights"
+
+    def set_trainable(self, trainable: bool) -> None:
+        fixed = {id(copy) for path, copy in self.overrides.copies.items() if path in self.overrides.fixed}
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
+
+    def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+        """Called before the base model's forward.   model: the one that is called, which may be a replica."""
+        return PreparedCall(args, kwargs)
+
+    def prepare_generate(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+        """Called before the base model's generate."""
+        return PreparedCall(args, kwargs)
+
+    # In training
+
+    def watch_training(self) -> None:
+        """Called where training may begin: in train(), set_adapter and peft_loss."""
+
+    def peft_loss(self) -> Tensor | None:
+        """The method's auxiliary loss, to be added to the task's; None if it has none."""
+        return None
+
+    def step(self, global_step: int) -> None:
+        """Called after backward and before zero_grad, once for each optimizer step."""
+
+    # In files
+
+    def before_save(self) -> None:
+        """Raises RuntimeError if the adapter is not in a state worth saving."""
+
+    def file_config(self) -> dict[str, Any]:
+        """adapter_config.json, in PEFT's fields where PEFT has the method."""
+        values = {name: v for name, v in self.config.to_dict().items() if name not in self.config.own_fields}
+        return {**values, "inference_mode": True}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
+        tensors = self.state_dict()
+        if self.loads_in_peft:  # PEFT wants each parameter under each of its names
+            tensors |= {name: tensors[first].clone() for name, first in self.overrides.tied().items()}
+        return {f"{self.file_prefix}{key}": value for key, value in tensors.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
+        self.fill(by_path(tensors, self.file_prefix))
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """load_into for the adapter's own tensors; those of the base model that the file has too are compared.
+
+        Copies of parameters that are tied in the model, and have different values in the file, are tied no more.
+        """
+        tensors = dict(tensors)
+        for name, first in self.overrides.tied().items():
+            if name in tensors and not torch.equal(tensors[name], tensors.setdefault(first, tensors[name])):
+                self.overrides.untie(name)
+            else:
+                tensors.pop(name, None)
+        replacing = take_tables(self.host, tensors, set(self.state_dict()))
+        load_into(self, tensors)
+        for path, (stored_as, value) in replacing.items():
+            self.overrides.add_fixed(path, value, stored_as=stored_as)
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(values, tensors) that PEFT's layout has no place for; values["config"]: fields over the file's."""
+        if not self.config.own_fields:
+            return {}, {}
+        values = self.config.to_dict()
+        return {"config": {name: values[name] for name in (*self.config.own_fields, "peft_type")}}, {}
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
+        """Takes what extras() gave; not called for a file that PEFT wrote."""
+
+    # In checkpoints of a run, which needs more to go on than a finished adapter needs to be used.
+
+    def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(values, tensors) that a run needs, beside the trained parameters, to go on exactly as if never stopped."""
+        values, tensors = self.extras()
+        return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.tree.named_buffers()}}
+
+    def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Takes what training_state() gave, also at the end of a run."""
+        self.load_extras(values, {n: t for n, t in tensors.items() if not n.startswith(_BUFFER)}, is_trainable=True)
+        for name, buffer in self.tree.named_buffers():
+            if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none
+                buffer.copy_(tensors[f"{_BUFFER}{name}"])
+
+
+class AdapterMethods(list[Method]):
+    """The methods that one adapter combines, and their parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(number of the method.name in the adapter's file, parameter)."""
+        for number, method in enumerate(self):
+            yield from ((f"{number}.{path}", parameter) for path, parameter in method.named_parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+
+class Adapters(Mapping[str, AdapterMethods]):
+    """The adapters of a model and their parameters."""
+
+    def __init__(self, methods: Mapping[str, list[Method]]) -> None:
+        self._methods = methods
+
+    def __getitem__(self, name: str) -> AdapterMethods:
+        return AdapterMethods(self._methods[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(adapter.number of the method.name in the adapter's file, parameter)."""
+        for name, methods in self.items():
+            yield from ((f"{name}.{path}", parameter) for path, parameter in methods.named_parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+
+def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
+    """Tensors of a file by their paths in the model.
+
+    PEFT writes a prefix before each, a shorter one for prompts; a model's own paths may begin alike. With bias="all" it
+    also writes the biases of modules_to_save a second and third time, under names of its wrapper. Names of wrappers of
+    torch's, which PEFT writes where they were there before the adapter, are left out.
+    """
+    paths = {key.removeprefix(prefix).removeprefix("base_model."): value for key, value in tensors.items()}
+    paths = {".".join(part for part in key.split(".") if part not in WRAPPED): value for key, value in paths.items()}
+    return {p: v for p, v in paths.items() if ".modules_to_save." not in p and ".original_module." not in p}
+
+
+class HasTensors(Protocol):
+    """A module or a Method."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def load_into(module: HasTensors, tensors: dict[str, Tensor]) -> None:
+    """A strict copy into `module`'s parameters and buffers, in their own dtypes.
+
+    Raises ValueError that names the missing, unexpected and misshapen keys.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    both = sorted(own.keys() & tensors.keys())
+    misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in both
+                 if own[k].shape != tensors[k].shape]  # fmt: skip
+    if missing or unexpected or misshapen:
+        raise ValueError(f"adapter file: missing {missing}, unexpected {unexpected}, of another shape {misshapen}")
+    if unlike := [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]:
+        raise ValueError(
+            f"adapter file: {unlike[0]} must be of a type like {own[unlike[0]].dtype}, got {tensors[unlike[0]].dtype}"
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])

@@ -1,0 +1,275 @@
+"""Which layers a configuration means: PEFT's rules over canonical module names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Protocol
+
+from torch import nn
+
+from ...nn.experts_nf4 import ExpertsNF4
+from ...nn.functional_use import read_but_never_called
+from ...nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
+from ...nn.module_tree import output_embeddings_of, unwrapped
+from ..attention.torch_attention import SplitAttention
+from ..layers.adapted_linear import base_of
+from ..layers.base_layer import is_embedding, is_linear
+from .injector import Host
+from .ties import paths_of_tied
+
+# What PEFT adapts where target_modules is None.
+_DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
+    ("q_proj", "v_proj"): "llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo bart stablelm",
+    ("q", "v"): "t5 mt5",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("query_key_value",): "bloom gpt_neox chatglm falcon",
+}
+
+
+class TargetConfig(Protocol):
+    """The matching fields of LoraConfig and AdaLoraConfig."""
+
+    @property
+    def target_modules(self) -> Names | None: ...
+    @property
+    def exclude_modules(self) -> Names | None: ...
+    @property
+    def layers_to_transform(self) -> list[int] | tuple[int, ...] | int | None: ...
+    @property
+    def layers_pattern(self) -> list[str] | tuple[str, ...] | str | None: ...
+    @property
+    def heads(self) -> tuple[str, ...]: ...
+    @property
+    def task_type(self) -> str | None: ...
+
+
+def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
+    """The linear layers, and with `embeddings` the embeddings, that `config` targets, by name, in the model's order.
+
+    Raises ValueError where nothing matches (with the nearest names) and where target_modules is None for an
+    architecture without a default; TypeError where a name in target_modules leads to another kind of layer.
+    """
+    _check(config)
+    linears, targets = host.linears(), _targets(host, config)
+    matched = {name: module for name, module in _named(host, targets, config).items() if _in_layers(name, config)}
+    if getattr(config, "ensure_weight_tying", False):
+        matched |= _tied_to(matched, host)
+        # Embeddings first: the update of a head with the same weight is made of the embedding's.
+        matched = dict(sorted(matched.items(), key=lambda item: not is_embedding(item[1])))
+    if not matched:
+        raise ValueError(_no_match(targets, linears))
+    unused = _never_called(host)
+    for name, module in matched.items():
+        if module in unused:
+            raise ValueError(
+                f"target_modules: {name} must be called by the model, got a layer of which {unused[module]} reads the "
+                "weight instead: an adapter on it would do nothing; leave it out"
+            )
+        if not is_linear(module) and not (embeddings and is_embedding(module)):
+            wanted = "a linear layer or nn.Embedding" if embeddings else "a linear layer"
+            raise TypeError(
+                f"target_modules: {name} must be {wanted}, got {type(module).__name__}; name the layers inside it"
+            )
+    return matched
+
+
+def check_target_names(host: Host, config: TargetConfig) -> None:
+    """Raises ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform means
+    nothing in the model.
+
+    For configurations that a user writes. One out of a file may list names of other models: its tensors say what it
+    adapts, and each of them must find its place.
+    """
+    _check(config)
+    modules = [name for name in host.modules(aliases=True) if name]
+    listed = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    if lost := unmatched(listed, modules):
+        raise ValueError(_no_match(lost, host.linears()))
+    if config.exclude_modules:
+        layers = [name for name, module in host.modules().items() if is_linear(module) or is_embedding(module)]
+        check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer or an embedding")
+    for pattern in as_names(config.layers_pattern):
+        if not any(_numbered(pattern, name) for name in modules):
+            raise ValueError(
+                f"layers_pattern: {pattern!r} must be followed by a layer's number in some module's name; "
+                f"nearest names: {nearest([pattern], modules)}"
+            )
+    if wanted := layer_numbers(config):
+        numbers = {_layer_of(name, config) for name in _named(host, _targets(host, config), config)}
+        if missing := sorted(wanted - numbers):
+            there = sorted(number for number in numbers if number is not None)
+            raise ValueError(
+                f"layers_to_transform: every number must be that of a targeted layer, got {missing}; there are {there}"
+            )
+
+
+def matched_parameters(host: Host, wanted: Names | None) -> dict[str, str]:
+    """The parameters that target_parameters names: path -> path of the update in a file.
+
+    PEFT nests a wrapper around the module for each of its parameters, in their order, so that all but the last have
+    `base_layer` in their names. Raises ValueError where a name matches none, and for parameters of the model itself.
+    """
+    names = as_names(wanted)
+    by_owner: dict[str, list[str]] = {}
+    every = list(parameter_paths(host))
+    check_names("target_parameters", names, every, of="a parameter")
+    for path in every:
+        if matches(names, path):
+            by_owner.setdefault(path.rpartition(".")[0], []).append(path)
+    if "" in by_owner:
+        raise ValueError(
+            f"target_parameters: {by_owner['']} must belong to a module inside the model, not to the model"
+        )
+    return {
+        path: owner + ".base_layer" * (len(paths) - 1 - number)
+        for owner, paths in by_owner.items()
+        for number, path in enumerate(paths)
+    }
+
+
+def parameter_paths(host: Host) -> Iterator[str]:
+    """Paths of all parameters of the model, quantized experts included."""
+    for owner, module in host.modules().items():
+        leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+        leaves += [leaf for leaf, child in module._modules.items() if isinstance(child, ExpertsNF4)]
+        yield from (f"{owner}.{leaf}" if owner else leaf for leaf in leaves)
+
+
+def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
+    """Raises ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
+    if lost := [key for key in pattern if not any(_pattern_matches(key, name) for name in targets)]:
+        raise ValueError(
+            f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
+        )
+
+
+def _tied_to(matched: Collection[str], host: Host) -> dict[str, nn.Module]:
+    modules = host.modules(aliases=True)
+    groups = paths_of_tied(modules)
+    tied = (path.removesuffix(".weight") for name in matched for path in groups.get(f"{name}.weight", ()))
+    layers = {name: modules[name] for name in tied if is_linear(modules[name]) or is_embedding(modules[name])}
+    return {name: module for name, module in layers.items() if not called_instead(host, name)}
+
+
+def called_instead(host: Host, path: str) -> list[str]:
+    """The embeddings that take their table from the embedding at `path` and that the model calls in its place.
+
+    T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
+    """
+    tied: Mapping[str, str] = getattr(host.model, "all_tied_weights_keys", None) or {}
+    users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
+    called = [user for user in users if user != path and is_embedding(host.module(user))]
+    return called if is_embedding(host.module(path)) else []
+
+
+def is_all_linear(targets: Names | None) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def pattern_value(name: str, pattern: Mapping[str, int | float], default: float) -> float:
+    """rank_pattern and alpha_pattern: the value of the first key that matches the name or a dotted ending of it."""
+    for key, value in pattern.items():
+        if _pattern_matches(key, name):
+            return value
+    return default
+
+
+def _pattern_matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _check(config: TargetConfig) -> None:
+    if isinstance(config.target_modules, str) and not is_all_linear(config.target_modules):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, field) is not None:
+                raise ValueError(f"{field}: must be None where target_modules is a regular expression")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern: must be None where layers_to_transform is None")
+
+
+def _never_called(host: Host) -> dict[nn.Module, str]:
+    """Layers that no forward calls -> the class that reads their weight. torch's attention is taken apart first."""
+    return {
+        host.model.get_submodule(name): holder
+        for name, holder in read_but_never_called(host.model).items()
+        if holder != nn.MultiheadAttention.__name__
+    }
+
+
+def _targets(host: Host, config: TargetConfig) -> Names:
+    """target_modules with "all-linear" and None spelt out."""
+    if is_all_linear(config.target_modules):
+        heads, unused = _output_heads(host, config.task_type), _never_called(host)
+        return [name for name, module in host.linears().items() if name not in heads and module not in unused]
+    return config.target_modules if config.target_modules is not None else _default_targets(host.model)
+
+
+def _named(host: Host, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
+    """The modules that `targets` names and that are neither excluded nor part of a head.
+
+    A module that the model has under several names is there once, by the first of them that is meant.
+    """
+    left_out = config.exclude_modules or ()
+    modules = host.modules(aliases=True)
+    spared = {id(m) for name, m in modules.items() if matches(left_out, name) or contained_in(config.heads, name)}
+    named: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if name and matches(targets, name) and id(module) not in spared:
+            named[name] = module
+            spared.add(id(module))
+    return named
+
+
+def layer_numbers(config: TargetConfig) -> set[int]:
+    """layers_to_transform as a set; empty where it restricts nothing."""
+    wanted = config.layers_to_transform
+    return {wanted} if isinstance(wanted, int) else set(wanted or ())
+
+
+def _in_layers(name: str, config: TargetConfig) -> bool:
+    wanted = layer_numbers(config)
+    return not wanted or _layer_of(name, config) in wanted
+
+
+def _layer_of(name: str, config: TargetConfig) -> int | None:
+    """The number of the layer that the module belongs to, by layers_pattern."""
+    found = (_numbered(pattern, name) for pattern in as_names(config.layers_pattern) or (r"[^.]*",))
+    return next((int(match[1]) for match in found if match), None)
+
+
+def _numbered(pattern: str, name: str) -> re.Match[str] | None:
+    # The first numbered segment is the layer; a later one may be an expert.
+    return re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+
+
+def _output_heads(host: Host, task_type: str | None) -> set[str]:
+    """What 'all-linear' leaves out: the output embedding of a language model, else the head of a classifier."""
+    output = output_embeddings_of(host.model)
+    if output is not None:
+        layer = base_of(unwrapped(output))
+        return {name for name, module in host.modules(aliases=True).items() if module is layer}
+    heads = (head for head in ("score", "classifier") if hasattr(host.model, head))
+    return {next(heads, "")} if task_type == "SEQ_CLS" else set()
+
+
+def _default_targets(model: nn.Module) -> tuple[str, ...]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for targets, model_types in _DEFAULT_TARGETS.items():
+        if model_type in model_types.split():
+            return targets
+    if any(isinstance(module, SplitAttention) for module in model.modules()):
+        return ("q_proj", "v_proj")
+    raise ValueError(f"target_modules: must be given for a model of type {model_type or type(model).__name__!r}")
+
+
+def _no_match(targets: Names, linears: Iterable[str]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    asked = [targets] if isinstance(targets, str) else list(targets)
+    rule = " (a string is a regular expression for the whole name)" if isinstance(targets, str) else ""
+    return (
+        f"target_modules: {targets!r} matches no module{rule}; nearest names: {nearest(asked, endings)}, "
+        f"linear layers of this model: {endings}"
+    )

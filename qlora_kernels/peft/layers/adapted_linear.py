@@ -1,0 +1,266 @@
+"""AdaptedLinear: a base layer and the weight updates of any number of adapters, each asked in its turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.active_adapters import Selection
+from ..core.adapter_tree import AdapterModules
+from .base_layer import dense_weight, features, stores_transposed, with_weight
+from .lowrank import LowRank, add_lowrank, concatenated, forward_lowrank
+
+if TYPE_CHECKING:
+    from .fused_projections import SharedInput
+
+
+class Delta(nn.Module):
+    """One adapter's update of one linear layer. A low-rank update gives factors(); any other gives forward()."""
+
+    dropout_p: float = 0.0
+
+    def factors(self) -> LowRank | None:
+        """The factors, where the update is scaling * B A and nothing else; else None."""
+        return None
+
+    def offset(self) -> Tensor | None:
+        """[N], added to every output beside the factors' part; None = nothing."""
+        return None
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """y plus this update's part.   x [..., K];  y [..., N] = base(x) and the earlier adapters' parts."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The updated weight.   weight: fp32 [N, K]."""
+        lora_A, lora_B, scaling = self.lowrank()
+        return weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())
+
+    def updated(self, weight: Tensor) -> Tensor:
+        """The updated weight in the dtype of `weight` [N, K], differentiable.
+
+        Raises NotImplementedError where the update is not one of the weight.
+        """
+        lora_A, lora_B, scaling = self.lowrank()
+        return weight + (scaling * (lora_B @ lora_A)).to(weight.dtype)
+
+    def lowrank(self) -> LowRank:
+        factors = self.factors()
+        if factors is None:
+            raise NotImplementedError(f"merge: {type(self).__name__} is not a fixed update of the weight")
+        return factors
+
+
+class AdaptedLinear(nn.Module):
+    """y = base(x) + the active adapters' updates; base(x) exactly where none is active.
+
+    Low-rank updates of several adapters are one update: their factors are concatenated along r, so they run as one
+    fused call where the base offers forward_lora; where each row names its own (`adapter_names`), as one call of
+    forward_multi_lora, or one pair of matmuls with the middle masked by row.
+
+    Merging puts a merged layer beside the base and lets it compute: unmerging is exact, nothing is undone.
+    """
+
+    def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.selection = selection
+        self.in_features, self.out_features = features(base_layer)
+        self.deltas = AdapterModules()
+        self.merged_layer: nn.Module | None = None
+        self.merged_names: tuple[str, ...] = ()
+        self.shared_input: SharedInput | None = None
+        self.weight_is_read = False
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer that computes; most models look at its dtype and device only.
+
+        Where code of the model computes with it (`weight_is_read`), it includes the active updates.
+        """
+        layer = self._computing_layer()
+        if self.weight_is_read and layer is self.base_layer:
+            return self._updated_weight()
+        return layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        layer = self._computing_layer()
+        bias = cast("Tensor | None", layer.bias)
+        if self.weight_is_read and layer is self.base_layer:
+            offsets = [offset for delta in self._chosen().values() if (offset := delta.offset()) is not None]
+            bias = sum(offsets, bias) if bias is not None else sum(offsets[1:], offsets[0]) if offsets else None
+        return bias
+
+    def _updated_weight(self) -> Tensor:
+        weight = cast(Tensor, self.base_layer.weight)
+        chosen = self._chosen()
+        if not chosen:
+            return weight
+        if self.selection.state.rows is not None:
+            raise NotImplementedError(
+                "adapter_names: must not be given for a model that reads the weight of an adapted layer instead of "
+                "calling the layer; run the rows of each adapter in a batch of their own"
+            )
+        transposed = stores_transposed(self.base_layer)
+        weight = weight.T if transposed else weight
+        for name, delta in chosen.items():
+            if delta.training and delta.dropout_p:
+                # A model may read the weight for a kernel that it then has not, and call the layer after all.
+                warnings.warn(
+                    f"lora_dropout: {delta.dropout_p} of adapter {name!r} does not act where a model reads the weight "
+                    "of an adapted layer instead of calling the layer; the update itself does",
+                    stacklevel=3,
+                )
+            weight = delta.updated(weight)
+        return weight.T if transposed else weight
+
+    def _computing_layer(self) -> nn.Module:
+        if self.merged_layer is None or not self.selection.state.enabled:
+            return self.base_layer
+        return self.merged_layer
+
+    def _chosen(self) -> dict[str, Delta]:
+        """The updates that act in the running call."""
+        return {name: cast(Delta, delta) for name, delta in self.deltas.items() if self.selection.has(name)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_layer is not None:
+            if self.selection.state.enabled and self.selection.state.rows is not None:
+                raise ValueError(
+                    "adapter_names: must not be given while adapters are merged; call unmerge_adapter first"
+                )
+            return self._computing_layer()(x)  # type: ignore[no-any-return]
+        state = self.selection.state
+        chosen = {name: cast(Delta, delta) for name, delta in self.deltas.items() if state.has(name)}
+        if not chosen:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        # Without an assignment inside the comprehension: torch.compile would break the graph there.
+        factors = {name: delta.factors() for name, delta in chosen.items()}
+        lowrank = {name: update for name, update in factors.items() if update is not None}
+        y = self._lowrank(x, lowrank, by_row=state.rows is not None) if lowrank else self.base_layer(x)
+        for name, delta in chosen.items():
+            rows = None if state.rows is None else self.selection.row_index(name, x)
+            if name not in lowrank:
+                y = self._apply_delta(delta, x, y, rows)
+            elif (offset := delta.offset()) is not None:
+                offset = offset.to(y.dtype)
+                y = y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
+        return y
+
+    def _apply_delta(self, delta: Delta, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is None:
+            return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
+        return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
+
+    def _lowrank(self, x: Tensor, updates: dict[str, LowRank], *, by_row: bool) -> Tensor:
+        """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout.
+
+        by_row: whether each row of x has an adapter of its own.
+        """
+        if self.shared_input is not None:
+            shared = self.shared_input.output_of(self, x)
+            if shared is not None:
+                return shared
+        groups: dict[float, list[str]] = {}
+        for name in updates:
+            delta = cast(Delta, self.deltas[name])
+            groups.setdefault(delta.dropout_p if delta.training else 0.0, []).append(name)
+        y: Tensor | None = None
+        for dropout_p, names in groups.items():
+            group, owner = [updates[name] for name in names], self.selection.owners(names, x) if by_row else None
+            if y is None:
+                y = forward_lowrank(self.base_layer, x, group, dropout_p=dropout_p, owner=owner)
+            else:
+                y = add_lowrank(x, y, group, dropout_p=dropout_p, owner=owner)
+        return cast(Tensor, y)
+
+    def fusable_update(self) -> tuple[LowRank, float] | None:
+        """(the active low-rank updates as one, its dropout) where they are one call of forward_lora; else None."""
+        if self.merged_layer is not None or self.selection.state.rows is not None:
+            return None
+        chosen = self._chosen().values()
+        factors = [(delta.factors(), delta.dropout_p if delta.training else 0.0) for delta in chosen]
+        updates = [update for update, _ in factors if update is not None]
+        rates = {rate for update, rate in factors if update is not None}
+        return (concatenated(updates), rates.pop()) if len(rates) == 1 else None
+
+    def why_not_fused(self) -> str | None:
+        """None if the active adapters run in one fused call; else the reason they do not."""
+        chosen = self._chosen().values()
+        if self.merged_layer is not None or not chosen:
+            return "merged: one layer runs" if self.merged_layer is not None else "no adapter is active here"
+        if not hasattr(self.base_layer, "forward_lora"):
+            return f"{type(self.base_layer).__name__} offers no forward_lora"
+        others = sorted({type(d).__name__ for d in chosen if d.factors() is None})
+        if others:
+            return f"{', '.join(others)} is not a plain low-rank update, or hooks watch its layers"
+        if self.selection.state.rows is not None and not hasattr(self.base_layer, "forward_multi_lora"):
+            return "adapter_names: one masked pair of matmuls serves all rows"
+        if len({d.dropout_p for d in chosen}) > 1 and self.training:
+            return "the active adapters differ in dropout"
+        return None
+
+    def merge(
+        self, names: Sequence[str], *, target: str, safe_merge: bool, default: torch.dtype = torch.float32
+    ) -> tuple[float, float]:
+        """Makes a layer whose weight includes the named updates, and those merged before, compute.
+
+        default: dtype of a dense merged weight whose base does not say which it was quantized from.
+        Returns Frobenius norms (|error|, |delta|): how far the stored weight is from base + delta, and the update.
+        Raises ValueError with safe_merge if the merged weight is not finite.
+        """
+        base = self.base_layer
+        names = (*self.merged_names, *(n for n in names if n in self.deltas and n not in self.merged_names))
+        weight = dense_weight(base)
+        wanted = weight
+        bias = cast("Tensor | None", getattr(base, "bias", None))
+        for name in names:
+            delta = cast(Delta, self.deltas[name])
+            wanted = delta.merged(wanted)
+            if (offset := delta.offset()) is not None:
+                bias = offset if bias is None else (bias + offset).to(bias.dtype)
+        if safe_merge and not torch.isfinite(wanted).all():
+            raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
+        merged = with_weight(base, wanted, bias, target, default=default)
+        self.merged_layer, self.merged_names = merged, names
+        return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
+
+    def unmerge(self) -> None:
+        """Lets the base layer compute again: the same object, so the same bits."""
+        self.merged_layer, self.merged_names = None, ()
+
+    def keep_merged(self) -> None:
+        """Makes the merged layer the base for good."""
+        if self.merged_layer is not None:
+            self.base_layer, self.merged_layer, self.merged_names = self.merged_layer, None, ()
+
+
+class AdaptedEmbedding(AdaptedLinear):
+    """An embedding seen as a linear layer of one-hot tokens: in_features is the size of its vocabulary."""
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx  # type: ignore[return-value]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base layer of an adapted layer; any other module itself."""
+    return module.base_layer if isinstance(module, AdaptedLinear) else module

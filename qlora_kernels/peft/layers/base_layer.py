@@ -1,0 +1,140 @@
+"""The base-layer protocol: all that a method may know of a linear layer, whatever its storage.
+
+A base layer has in_features, out_features, bias and forward; a quantized one also dequantize(dtype) -> [N, K]; one
+with a fused low-rank path also forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K] as
+`weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf; an nn.Embedding is a linear
+layer of one-hot tokens that holds the transpose too; bitsandbytes' layers hold codes. Only this file and
+foreign_layer.py know.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.linear_nf4 import LinearNF4, is_conv1d
+from ..core.offloaded import weight_of
+from .foreign_layer import bitsandbytes_weight, gives_rows, is_bitsandbytes, why_unreadable
+from .overridden_module import plain_class
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LinearNF4) or is_conv1d(module) or (isinstance(module, nn.Linear) and gives_rows(module))
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it is nn.Embedding itself, or transformers' kind whose output is scaled (Gemma, BART).
+
+    Any other subclass may compute something else.
+    """
+    kind = plain_class(module)
+    return kind is nn.Embedding or (issubclass(kind, nn.Embedding) and _is_scaled(kind))
+
+
+def _is_scaled(kind: type[nn.Module]) -> bool:
+    return kind.__name__.endswith("ScaledWordEmbedding") and kind.__module__.startswith("transformers.models.")
+
+
+def embedding_scale(base: nn.Module) -> Tensor | float:
+    """The factor between a row of an embedding's table and its output; 1.0 for nn.Embedding itself."""
+    return base.embed_scale if _is_scaled(plain_class(base)) else 1.0  # type: ignore[return-value]
+
+
+def stores_transposed(base: nn.Module) -> bool:
+    """Whether `base.weight` is the transpose of W [N, K]."""
+    return isinstance(base, nn.Embedding) or is_conv1d(base)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return _can_dequantize(module) or is_bitsandbytes(module)
+
+
+def _can_dequantize(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and callable(getattr(module, "dequantize", None))
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in_features K, out_features N)."""
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)  # type: ignore[return-value]
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """[N, K] fp32, detached: the weight as the forward uses it.
+
+    Raises NotImplementedError for a layer of another library whose stored weight is something else.
+    """
+    if _can_dequantize(base):
+        weight: Tensor = base.dequantize(torch.float32)  # type: ignore[operator]
+    elif is_bitsandbytes(base):
+        weight = bitsandbytes_weight(base)  # type: ignore[arg-type]
+    elif isinstance(base, nn.Linear):
+        if reason := why_unreadable(base):
+            raise NotImplementedError(
+                f"base layer: must be an nn.Linear, LinearNF4, Conv1D or a bitsandbytes layer where its weight is read "
+                f"(merging, DoRA, PiSSA), got {type(base).__name__}: {reason}"
+            )
+        weight = weight_of(base, "weight")
+    else:
+        weight = weight_of(base, "weight").T
+    return weight.detach().float()
+
+
+def weight_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the weight, or the one it was quantized from; `default` where the layer does not say."""
+    own = getattr(base, "weight_dtype", None)
+    return own or (default if is_quantized(base) else base.weight.dtype)  # type: ignore[return-value]
+
+
+def device_of(base: nn.Module) -> torch.device:
+    return next(t for t in (*base.parameters(), *base.buffers())).device
+
+
+def with_weight(
+    base: nn.Module, weight: Tensor, bias: Tensor | None, target: str, *, default: torch.dtype = torch.float32
+) -> nn.Module:
+    """A new layer y = x weight^T + bias in the storage `target`; `base` is not touched.
+
+    weight: fp32 [N, K].   target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the
+    base is, which must be no layer of another library. An embedding stays dense.
+    """
+    if target not in ("16bit", "nf4", "same"):
+        raise ValueError(f"merge: target must be '16bit', 'nf4' or 'same', got {target!r}")
+    if target == "same" and is_bitsandbytes(base):
+        raise NotImplementedError(f"merge: target must be '16bit' or 'nf4' over a {type(base).__name__}, got 'same'")
+    n, k = weight.shape
+    dtype = weight_dtype(base, default)
+    layer: nn.Module
+    if isinstance(base, nn.Embedding):
+        # With the padding index, the scale and other options.
+        layer = copy.copy(base)
+        layer._parameters = {"weight": nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)}
+        layer._buffers, layer._modules = dict(base._buffers), {}
+        layer.__class__ = plain_class(base)  # type: ignore[assignment]
+        return layer
+    dense_class = getattr(base, "dense_class", plain_class(base))
+    if is_conv1d(dense_class):
+        layer = dense_class(n, k)
+        layer.weight = nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)
+    else:
+        layer = nn.Linear(k, n, bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    if target == "nf4" or (target == "same" and is_quantized(base)):
+        layer = quantized(layer, like=base)
+    return layer.train(base.training)
+
+
+def quantized(linear: nn.Module, *, like: nn.Module | None = None) -> nn.Module:
+    """`linear` as LinearNF4, with the block size, compute dtype and storage of `like` where that is one."""
+    if isinstance(like, LinearNF4):
+        layer = LinearNF4.from_linear(
+            linear, blocksize=like.blocksize, double_quant=like.double_quant, compute_dtype=like.compute_dtype
+        )
+        layer.store_as(like)
+        return layer
+    return LinearNF4.from_linear(linear)

@@ -1,0 +1,152 @@
+"""fuse_shared_input: adapted NF4 layers of one parent that read the same tensor (q, k, v; gate, up) run as one op.
+
+Model code calls such layers one after another on the same tensor. The first of them, the leader, computes them all by
+LinearNF4.forward_lora_group, and the others are handed their share when they are called on that very tensor: the same
+object, not written to since, in the same grad mode and autocast dtype. In every other case a layer computes for itself,
+as if nothing were fused. Each share is handed out once; with the last of them nothing is held any more.
+
+What this is safe against, and why:
+  checkpointing   the recomputation begins with the leader, which always computes anew
+  autograd        the shares are outputs of one node; it runs backward once, with zeros for outputs that were not used
+  exceptions      what was not fetched is held until the leader's next call, and fetched only on the tensor it is of
+  threads         a call leaves its shares as one object, so two calls cannot mix; the loser computes for itself
+Under torch.compile a write into the tensor between the calls goes unseen; models that write there must not be fused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.linear_nf4 import LinearNF4
+from .adapted_linear import AdaptedLinear
+
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Names of siblings that read one tensor in common architectures, leaders first."""
+
+
+def fuse_shared_input(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> list[tuple[str, ...]]:
+    """Let adapted NF4 layers that read the same tensor run as one op: one pass over x, one sum of its gradient.
+
+    model: after get_peft_model, in place. Names, parameters, hooks and files stay as they are.
+    groups: names of layers under one parent, in the order in which the model calls them; of each, those that are LoRA
+    over LinearNF4 are fused, where there are two or more. A group whose layers turn out to read different tensors warns
+    and runs unfused.
+    Dropout: the layers of a group share one mask, where unfused each draws its own; without dropout nothing changes but
+    the order of additions.
+    Returns the names of each group fused. Raises ValueError where there is none.
+    """
+    fused = []
+    for path, parent in model.named_modules():
+        children = dict(parent.named_children())
+        for group in groups:
+            members = {name: children[name] for name in group if _can_join(children.get(name))}
+            layers = [layer for layer in members.values() if isinstance(layer, AdaptedLinear)]
+            if len(layers) >= 2 and len({layer.in_features for layer in layers}) == 1:
+                names = tuple(f"{path}.{name}" if path else name for name in members)
+                shared = SharedInput(layers, names)
+                for layer in layers:
+                    layer.shared_input = shared
+                fused.append(names)
+    if not fused:
+        raise ValueError(
+            "fuse_shared_input: model must have two or more LoRA layers over LinearNF4 side by side under names of one "
+            f"of the groups {[tuple(group) for group in groups]}, got none; call it after get_peft_model"
+        )
+    return fused
+
+
+def unfuse_shared_input(model: nn.Module) -> None:
+    """Every layer computes for itself again."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.shared_input = None
+
+
+def _can_join(module: nn.Module | None) -> bool:
+    return isinstance(module, AdaptedLinear) and isinstance(module.base_layer, LinearNF4)
+
+
+class _Shares:
+    """What one call of the leader computed and the others have not fetched yet."""
+
+    def __init__(self, x: Tensor, state: tuple[object, ...], outputs: dict[int, Tensor]) -> None:
+        self.x, self.state, self.outputs = x, state, outputs
+
+
+class SharedInput:
+    """Layers that read one tensor, the leader first."""
+
+    def __init__(self, layers: Sequence[AdaptedLinear], names: Sequence[str]) -> None:
+        self.layers, self.names = tuple(layers), tuple(names)
+        self.apart = False  # they were seen to read different tensors
+        self._shares: _Shares | None = None
+
+    def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
+        """base(x) with the low-rank updates of `layer`, or None where it has to compute for itself."""
+        if self.apart:
+            return None
+        place = next((i for i, member in enumerate(self.layers) if member is layer), None)
+        if place == 0:
+            return self._compute(x)
+        shares = self._shares
+        if place is None or shares is None:  # None: a replica of a layer, which data-parallel code makes
+            return None
+        if shares.x is not x:
+            self._part(place)
+            return None
+        if shares.state != _state_of(x):
+            return None
+        output = shares.outputs.pop(place, None)
+        if not shares.outputs:
+            self._shares = None
+        return output
+
+    def _compute(self, x: Tensor) -> Tensor | None:
+        self._shares = None
+        calls = [layer.fusable_update() for layer in self.layers]
+        bases = [layer.base_layer for layer in self.layers]
+        updates = [call[0] for call in calls if call is not None]
+        rates = {call[1] for call in calls if call is not None}
+        quantized = [base for base in bases if isinstance(base, LinearNF4) and not _trains_bias(base)]
+        if not len(updates) == len(quantized) == len(self.layers) or len(rates) != 1:
+            return None
+        if len({base.compute_dtype for base in quantized}) != 1:
+            return None
+        outputs = LinearNF4.forward_lora_group(quantized, x, updates, rates.pop())
+        self._shares = _Shares(x, _state_of(x), dict(enumerate(outputs[1:], start=1)))
+        return outputs[0]
+
+    def _part(self, place: int) -> None:
+        self.apart, self._shares = True, None
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"fuse_shared_input: {self.names[place]} does not read the tensor that {self.names[0]} read before it; "
+                "these layers run unfused from now on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _trains_bias(base: LinearNF4) -> bool:
+    return base.bias is not None and base.bias.requires_grad
+
+
+def _state_of(x: Tensor) -> tuple[object, ...]:
+    """What must not change between the leader's call and the others'."""
+    # torch.compile has no versions to compare while it traces, and inference tensors have none at all.
+    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return version, torch.is_grad_enabled(), autocast

@@ -1,0 +1,44 @@
+"""Gate: how much of a method an input gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..core.active_adapters import Selection
+
+
+class Gate(nn.Module):
+    """g = sigmoid(w . h + b), w ~ N(0, 0.02), b = 0: one half at the start.
+
+    h [B, S, d] -> [B, 1, 1], the mean over a row's tokens, padding left out; with per_token [B, S, 1]: a decoder must
+    not see tokens to come, and its value for a token must not depend on what else is in the call.
+    """
+
+    def __init__(self, d: int, per_token: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, 1, device=device, dtype=dtype)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+        self.per_token = per_token
+
+    def forward(self, h: Tensor, padding: Tensor | None) -> Tensor:
+        """padding [B, S]: 1 where a token is real, or None."""
+        g = torch.sigmoid(self.linear(h.to(self.linear.weight.dtype)))
+        if self.per_token:
+            return g
+        if padding is None:
+            return g.mean(1, keepdim=True)
+        weight = padding[..., None].to(g.dtype)
+        return (g * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def padding_of(selection: Selection, name: str, h: Tensor) -> Tensor | None:
+    """The rows of the call's padding mask that go with h, a batch that holds adapter `name`'s rows only; or None."""
+    padding = selection.state.padding
+    if padding is None:
+        return None
+    if selection.state.rows is not None and h.shape[0] != padding.shape[0]:
+        own = [i for i, row in enumerate(selection.rows_of(padding.shape[0])) if row == name]
+        padding = padding[own]
+    return padding if padding.shape == h.shape[:2] else None

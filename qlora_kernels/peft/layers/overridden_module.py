@@ -1,0 +1,133 @@
+"""Modules of which an adapter replaces parameters while it is active.
+
+The module keeps its own parameters. The adapters' copies are in its child `overrides`, and reading an overridden
+attribute (`module.weight`) gives the copy of the adapter that is active in the running call, so that the module's own
+forward, and any other code that reads the attribute, computes with it. As in torch's parametrize, the module gets a
+subclass of its class, with a property for each such attribute; here state dicts keep their names, and modules can be
+pickled.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ...nn.made_class import MadeClass, names_of_class
+from ...nn.quantized_weight import is_sharded
+from ..core.active_adapters import Selection
+from ..core.adapter_tree import AdapterModules
+from ..core.offloaded import weight_of
+
+SLOT = "overrides"
+UPDATES = "_updates"
+"""What follows an attribute's name in that of the child with the adapters' updates of it (parameter_lora.py)."""
+
+
+class Copies(nn.Module):
+    """One adapter's copies of parameters of one module, under the names that they have there."""
+
+    def __init__(self, adapter: str) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+
+class Overrides(AdapterModules):
+    """The copies of all adapters."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def active(self, attribute: str) -> Tensor | None:
+        """The copy to compute with in the running call; None for the module's own parameter."""
+        for copies in self.values():
+            if hasattr(copies, attribute) and self.selection.replaces(cast(Copies, copies).adapter):
+                return weight_of(copies, attribute)
+        return None
+
+
+class _Overridden(MadeClass):
+    """The mixin of all classes that _overridden_class makes."""
+
+    plain_class: type[nn.Module]
+    attributes: frozenset[str]
+
+
+@cache
+def _overridden_class(plain_class: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """A subclass by the same name whose `attributes` are read through the active overrides."""
+    members: dict[str, Any] = {name: _property(name) for name in attributes}
+    if issubclass(plain_class, nn.RNNBase):
+        members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
+    made_by = _overridden_class, (plain_class, attributes)
+    own = {"plain_class": plain_class, "attributes": attributes, "made_by": made_by}
+    return type(plain_class.__name__, (_Overridden, plain_class), {**names_of_class(plain_class), **own, **members})
+
+
+def _class_of(plain_class: Any, attributes: frozenset[str]) -> type[nn.Module]:
+    return _overridden_class(plain_class, attributes)
+
+
+def _property(attribute: str) -> property:
+    def read(module: nn.Module) -> Any:
+        places: tuple[Any, ...] = (module._parameters, module._modules, module.__dict__)
+        values = next((place for place in places if attribute in place), None)
+        if values is None:
+            raise AttributeError(f"{type(module).__name__} has no attribute {attribute!r}")
+        own = values[attribute]
+        if is_sharded(own) and "_is_fsdp_managed_module" in module.__dict__:
+            return own  # fully_shard looks for its shards here; in a forward, where copies act, it has gathered them
+        overrides = module._modules.get(SLOT)
+        copy = None if overrides is None else cast(Overrides, overrides).active(attribute)
+        # A copy may be kept in a wider dtype than the model computes in.
+        value = own if copy is None else copy.to(own.dtype)
+        updates: Any = module._modules.get(attribute + UPDATES)
+        return value if updates is None else updates.applied(value)
+
+    def write(module: nn.Module, value: Any) -> None:
+        # A parameter is assigned by nn.Module itself; a replica of nn.DataParallel gets plain tensors.
+        module.__dict__[attribute] = value
+
+    return property(read, write)
+
+
+def _flat_weights(module: nn.Module) -> list[Tensor]:
+    return [getattr(module, name) for name in cast(Any, module)._flat_weights_names]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module was made with."""
+    kind = type(module)
+    return kind.plain_class if issubclass(kind, _Overridden) else kind
+
+
+def override(module: nn.Module, attribute: str, selection: Selection) -> Overrides:
+    """Makes `attribute`, a parameter of the module, one that adapters can override; returns the child for their copies.
+
+    Raises NotImplementedError for a container that calls each of its children, which would call that child too.
+    """
+    if SLOT not in module._modules:
+        if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise NotImplementedError(
+                f"overrides: {type(module).__name__} must not have parameters of its own, got {attribute!r}; name the "
+                "modules inside it"
+            )
+        module.add_module(SLOT, Overrides(selection))
+    kind = type(module)
+    known = kind.attributes if issubclass(kind, _Overridden) else frozenset()
+    if attribute not in known:
+        module.__class__ = _class_of(plain_class(module), known | {attribute})
+    return cast(Overrides, module._modules[SLOT])
+
+
+def restore(module: nn.Module) -> None:
+    """Undoes `override` once no adapter has a copy any more."""
+    if not module._modules.get(SLOT):
+        module._modules.pop(SLOT, None)
+        if any(name.endswith(UPDATES) for name in module._modules):
+            return
+        # Another library may have put a class of its own over ours, which then stays as it is and reads through.
+        if type(module) is not plain_class(module) and "plain_class" in vars(type(module)):
+            module.__class__ = plain_class(module)

@@ -1,0 +1,124 @@
+"""Adapter Tuning: bottlenecks inside each layer.
+
+Source: Houlsby et al. (arXiv:1902.00751); Pfeiffer et al. (arXiv:2005.00247); parallel: He et al. (arXiv:2110.04366).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..attention.model_layout import Layer
+from ..core.config import PeftConfig
+from ..framework.injector import Host
+from ..framework.method import Method
+from ..framework.registry import register_method
+from ..layers.base_layer import device_of
+from ..layers.bottleneck import ACTIVATIONS, Bottleneck
+from ..layers.hooks import AdapterHook
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(PeftConfig):
+    """placement: "houlsby" = h + f(h) after the attention output and after the FFN output, before the residual is
+    added; "pfeiffer" = u + f(LayerNorm(u)), u being the sum of residual and FFN output, in the place of the LayerNorm's
+    input (in layers that normalise their input: u + f(u)); "parallel" = FFN(x) + f(x), x being the residual
+    stream before the FFN and before its LayerNorm, if it has one first.
+
+    bottleneck_size: of f; reduction_factor, if given, sets it to d / reduction_factor.
+    non_linearity: None = the authors': GELU with houlsby, else ReLU.
+    init: std of the near-identity start, or "lora"; None = 1e-2, and "lora" for parallel.
+    scale: factor of f.   train_layer_norm: LayerNorms train too; None = as the paper: with houlsby only.
+    """
+
+    peft_type = "BOTTLENECK_ADAPTER"
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    bottleneck_size: int = 64
+    reduction_factor: float | None = None
+    non_linearity: str | None = None
+    init: float | Literal["lora"] | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    train_layer_norm: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
+            known = "'houlsby', 'pfeiffer' or 'parallel'"
+            raise ValueError(f"AdapterConfig: placement must be {known}, got {self.placement!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"AdapterConfig: non_linearity must be one of {sorted(ACTIVATIONS)}, got {self.non_linearity!r}"
+            )
+        if isinstance(self.init, str) and self.init != "lora":
+            raise ValueError(f"AdapterConfig: init must be a number, 'lora' or None, got {self.init!r}")
+
+    @property
+    def activation(self) -> str:
+        return self.non_linearity or ("gelu" if self.placement == "houlsby" else "relu")
+
+    @property
+    def trains_layer_norm(self) -> bool:
+        return self.placement == "houlsby" if self.train_layer_norm is None else self.train_layer_norm
+
+    @property
+    def start(self) -> float | Literal["lora"]:
+        return self.init if self.init is not None else "lora" if self.placement == "parallel" else 1e-2
+
+
+@register_method(AdapterConfig)
+class Adapter(Method):
+    """A Bottleneck at `<layer>.attention_adapter` and `<layer>.ffn_adapter` each, by the names in the file."""
+
+    config: AdapterConfig
+
+    def __init__(self, config: AdapterConfig, host: Host, name: str) -> None:
+        super().__init__(config, host, name)
+        modules = host.modules()
+        for layer in host.anatomy.layers:
+            if config.placement == "houlsby":
+                hook = self._add_bottleneck(layer, "attention_adapter", layer.attention_output)
+                self.hooks += hook.after(host.place(layer.attention_output))
+            hook = self._add_bottleneck(layer, "ffn_adapter", self.ffn_owner(layer))
+            if config.placement == "parallel":
+                # The FFN's input itself, not the last layer of a container.
+                self.hooks += hook.parallel(host.called(layer.ffn_input), host.place(layer.ffn_output))
+            elif config.placement == "houlsby":
+                self.hooks += hook.after(host.place(layer.ffn_output))
+            else:
+                self.hooks += on_stream(hook, layer, host)
+            for norm in layer.norms if config.trains_layer_norm else ():
+                for leaf in modules[norm]._parameters:
+                    self.overrides.add(f"{norm}.{leaf}")
+
+    def ffn_owner(self, layer: Layer) -> str:
+        """Path of the module whose output, or for a LayerNorm whose input, the bottleneck after the FFN changes."""
+        return layer.stream if self.config.placement == "pfeiffer" else layer.ffn_output
+
+    def _add_bottleneck(self, layer: Layer, slot: str, owner: str) -> AdapterHook:
+        place = self.tree.add(f"{layer.path}.{slot}", self.new_bottleneck(layer), owner=owner, slot=slot)
+        return AdapterHook(self.host.selection, self.name, place)
+
+    def new_bottleneck(self, layer: Layer) -> nn.Module:
+        d = self.host.width(layer)
+        reduced = self.config.reduction_factor
+        return Bottleneck(
+            d,
+            max(1, int(d / reduced)) if reduced else self.config.bottleneck_size,
+            non_linearity=self.config.activation,
+            init=self.config.start,
+            scale=self.config.scale,
+            dropout=self.config.dropout,
+            device=device_of(self.host.module(layer.norms[0])),
+            dtype=self.host.adapter_dtype,
+        )
+
+
+def on_stream(hook: AdapterHook, layer: Layer, host: Host) -> list[RemovableHandle]:
+    """Pfeiffer's place: the hook reads the residual stream after the FFN, normalised where the layer does so."""
+    stream = host.place(layer.stream)
+    return hook.before_norm(stream) if layer.post_norm else hook.after(stream)

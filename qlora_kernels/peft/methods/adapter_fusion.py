@@ -1,0 +1,122 @@
+"""AdapterFusion: attention over adapters that were trained apart; only the attention trains.
+
+Source: Pfeiffer et al. (arXiv:2005.00247).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.match import as_names
+from ..core.active_adapters import Selection
+from ..core.adapter_tree import Place
+from ..core.config import PeftConfig
+from ..framework.injector import Host
+from ..framework.method import Method
+from ..framework.registry import register_method
+from ..layers.base_layer import device_of
+from ..layers.hooks import AdapterHook
+from .adapter import Adapter, on_stream
+
+SLOT = "adapter_fusion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFusionConfig(PeftConfig):
+    """adapters: names of the adapters to fuse, of AdapterConfig(placement="pfeiffer"), in the model already.
+
+    value: has a value matrix, near the identity at first.   regularization: weight of |V - I|^2 in peft_loss().
+    """
+
+    peft_type = "ADAPTER_FUSION"
+
+    adapters: list[str] | tuple[str, ...] | str = ()
+    value: bool = True
+    regularization: float = 0.01
+
+
+class Fusion(nn.Module):
+    """sum_n s_n V z_n,  s = softmax over n of (Q h) . (K z_n),  z_n = f_n(h): what is added where one f would be.
+
+    Q and K are linear with bias, weights N(0, 0.02); V has ones on the diagonal and 1e-6 elsewhere.
+    """
+
+    def __init__(self, d: int, value: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.query = nn.Linear(d, d, device=device, dtype=dtype)
+        self.key = nn.Linear(d, d, device=device, dtype=dtype)
+        self.value = nn.Linear(d, d, bias=False, device=device, dtype=dtype) if value else None
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value is not None:
+            with torch.no_grad():
+                self.value.weight.fill_(1e-6).fill_diagonal_(1.0)
+
+    def forward(self, h: Tensor, bottlenecks: Sequence[nn.Module]) -> Tensor:
+        inner = h.to(self.query.weight.dtype)
+        z = torch.stack([bottleneck(inner) for bottleneck in bottlenecks], dim=-2)  # [..., N, d]
+        scores = (self.key(z) @ self.query(inner)[..., None])[..., 0]  # [..., N]
+        mixed: Tensor = (scores.softmax(-1)[..., None] * (z if self.value is None else self.value(z))).sum(-2)
+        return mixed.to(h.dtype)
+
+    def penalty(self) -> Tensor | None:
+        """|V - I|^2, summed."""
+        if self.value is None:
+            return None
+        identity = torch.eye(self.value.out_features, device=self.value.weight.device, dtype=self.value.weight.dtype)
+        return (self.value.weight - identity).square().sum()
+
+
+class FusionHook(AdapterHook):
+    """`bottlenecks`: where the fused bottlenecks are below the module that has the fusion."""
+
+    def __init__(self, selection: Selection, name: str, place: Place, bottlenecks: Sequence[Place]) -> None:
+        super().__init__(selection, name, place)
+        self.bottlenecks = tuple(bottlenecks)
+
+    def update(self, module: nn.Module, x: Tensor) -> Tensor:
+        fusion = cast(nn.ModuleDict, module._modules[self.place.slot])[self.place.key]
+        bottlenecks = [cast(nn.ModuleDict, module._modules[place.slot])[place.key] for place in self.bottlenecks]
+        return fusion(x, bottlenecks)  # type: ignore[no-any-return]
+
+
+@register_method(AdapterFusionConfig)
+class AdapterFusion(Method):
+    """A Fusion at `<layer>.fusion`, by its name in the file. The adapters it fuses are its `needs`; they stay as they
+    are.
+    """
+
+    config: AdapterFusionConfig
+
+    def __init__(self, config: AdapterFusionConfig, host: Host, name: str) -> None:
+        fused = {adapter: _pfeiffer(host, adapter) for adapter in as_names(config.adapters)}
+        if len(fused) < 2:
+            raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(fused)}")
+        super().__init__(config, host, name)
+        self.needs = tuple(fused)
+        for layer in host.anatomy.layers:
+            bottlenecks = [adapter.tree.places[f"{layer.path}.ffn_adapter"] for adapter in fused.values()]
+            device = device_of(host.module(layer.norms[0]))
+            fusion = Fusion(host.width(layer), config.value, device, host.adapter_dtype)
+            place = self.tree.add(f"{layer.path}.fusion", fusion, owner=layer.stream, slot=SLOT)
+            self.hooks += on_stream(FusionHook(host.selection, name, place, bottlenecks), layer, host)
+
+    def peft_loss(self) -> Tensor | None:
+        fusions = [cast(Fusion, self.tree[path]) for path, place in self.tree.places.items() if place.slot == SLOT]
+        penalties = [penalty for fusion in fusions if (penalty := fusion.penalty()) is not None]
+        return self.config.regularization * torch.stack(penalties).sum() if penalties else None
+
+
+def _pfeiffer(host: Host, name: str) -> Adapter:
+    if name not in host.adapters:
+        raise ValueError(f"AdapterFusion: adapter {name!r} must be in the model first; it has {list(host.adapters)}")
+    found = [m for m in host.adapters[name] if isinstance(m, Adapter)]
+    if len(found) != 1 or found[0].config.placement != "pfeiffer":
+        raise ValueError(f"AdapterFusion: adapter {name!r} must be an AdapterConfig(placement='pfeiffer')")
+    return found[0]

@@ -1,0 +1,40 @@
+"""Full fine-tuning in the same interface: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core.config import PeftConfig
+from ..framework.injector import Host
+from ..framework.method import Method
+from ..framework.registry import register_method
+from ..layers.base_layer import is_quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFTConfig(PeftConfig):
+    """Every parameter of the model trains. Takes a copy of the model, so that disable_adapter can give the base."""
+
+    peft_type = "FULL_FT"
+
+
+@register_method(FullFTConfig)
+class FullFT(Method):
+    """Copies of all parameters, tied ones tied, in place of the originals while active."""
+
+    def __init__(self, config: FullFTConfig, host: Host, name: str) -> None:
+        quantized = [path for path, module in host.modules().items() if is_quantized(module)]
+        if quantized:
+            raise ValueError(
+                f"FullFT: the model must be dense, got {len(quantized)} quantized layers ({quantized[0]}, ...): 4-bit "
+                "indices have no gradient. Load it unquantized, or take an adapter method"
+            )
+        super().__init__(config, host, name)
+        for path, module in host.modules().items():
+            for leaf in module._parameters:
+                if module._parameters[leaf] is not None:
+                    self.overrides.add(f"{path}.{leaf}" if path else leaf)
+
+    def why_no_merge(self) -> Literal[None]:
+        return None

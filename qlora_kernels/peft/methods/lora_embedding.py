@@ -1,0 +1,48 @@
+"""LoRA of an embedding: that of a linear layer of one-hot tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.offloaded import weight_of
+from ..layers.adapted_linear import Delta
+from ..layers.base_layer import device_of, embedding_scale, features
+
+if TYPE_CHECKING:
+    from .lora import LoraConfig
+
+
+class LoraEmbedding(Delta):
+    """lora_embedding_A [r, vocab], lora_embedding_B [d, r]; row t of the table gets scaling * B A[:, t].
+
+    A zero and B normal at the start: identity. No dropout, as in PEFT: there is no x to drop from.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        if config.use_dora or config.lora_bias or not isinstance(config.init_lora_weights, bool):
+            raise NotImplementedError(
+                "LoRA: an embedding has no use_dora, no lora_bias and no initialisation but a bool"
+            )
+        vocab, d = features(base)
+        device, self.scaling = device_of(base), scaling
+        A = torch.zeros if config.init_lora_weights else torch.randn
+        self.lora_embedding_A = nn.Parameter(A(r, vocab, device=device, dtype=dtype))
+        self.lora_embedding_B = nn.Parameter(torch.randn(d, r, device=device, dtype=dtype))
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_embedding_A.data.copy_(lora_A)
+        self.lora_embedding_B.data.copy_(lora_B)
+
+    def lowrank(self) -> tuple[Tensor, Tensor, float]:
+        return weight_of(self, "lora_embedding_A"), weight_of(self, "lora_embedding_B"), self.scaling
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        padding_idx = cast("nn.Embedding", base).padding_idx
+        s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
+        update = self.scaling * F.linear(s, self.lora_embedding_B)
+        return (y + update * embedding_scale(base)).to(y.dtype)

@@ -1,0 +1,354 @@
+"""Prefix Tuning and P-Tuning v2: trained keys and values before each attention's own.
+
+Source: Prefix-Tuning (arXiv:2101.00190), P-Tuning v2 (arXiv:2110.07602). Files are PEFT's PREFIX_TUNING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...nn.match import as_names
+from ..attention.prefix_slot import SLOT, Prefix, PrefixSource, attention_slot, restore_attention
+from ..attention.relative_bias import bias_source
+from ..core.adapter_tree import effective_state
+from ..core.config import PeftConfig
+from ..core.offloaded import weight_of
+from ..framework.injector import Host
+from ..framework.method import PROMPT_PREFIX, Method, by_path, load_into
+from ..framework.registry import register_method
+from ..layers.base_layer import device_of
+from .prefix_init import words_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SITES = ("decoder", "encoder", "cross")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(PeftConfig):
+    """num_virtual_tokens: n, prefix positions in each layer.
+
+    prefix_projection: trains an embedding and an MLP that gives the prefixes (the paper's; PEFT's default is False,
+    which is P-Tuning v2); what is saved for use is the prefixes alone.   encoder_hidden_size: width of that MLP; None
+    = 512.
+    init_weights: None = N(0, 1), "zero".   prefix_dropout: on keys and values.
+    init_token_ids: prefixes start as the keys and values of these tokens, repeated or cut to n; without an MLP only. In
+    a decoder that is the model with the words before its input, exactly. from_text(text, tokenizer) fills it in.
+    sites: of "decoder", "encoder", "cross", those to have a prefix; None = all that the model has.
+    position_offset: the model's tokens are numbered from n on, and T5's decoder sees its prefix by distance, as PEFT
+    does it; None = in decoders. Without it tokens are numbered from 0 and the prefix has no position.
+    peft_layers: of an encoder-decoder's L decoder layers, layer l has the prefix of layer 2l mod L. PEFT's have, by the
+    way it cuts its rows; its files say so here.
+    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
+    """
+
+    peft_type = "PREFIX_TUNING"
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = True
+    encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
+    init_token_ids: list[int] | tuple[int, ...] | None = None
+    prefix_dropout: float = 0.0
+    sites: list[str] | tuple[str, ...] | str | None = None
+    position_offset: bool | None = None
+    peft_layers: bool = False
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    own_fields: ClassVar[tuple[str, ...]] = (
+        "prefix_dropout",
+        "sites",
+        "position_offset",
+        "peft_layers",
+        "init_token_ids",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"{type(self).__name__}: num_virtual_tokens must be >= 1, got {self.num_virtual_tokens}")
+        if unknown := set(as_names(self.sites)) - set(SITES):
+            raise ValueError(f"{type(self).__name__}: sites must be of {SITES}, got {sorted(unknown)}")
+        if self.init_token_ids and self.prefix_projection:
+            raise ValueError(f"{type(self).__name__}: prefix_projection must be False with init_token_ids")
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Callable[[str], Any], **fields: Any) -> Self:
+        """Starts from the words of `text`, without an MLP; num_virtual_tokens defaults to their number of tokens.
+
+        tokenizer: as transformers', tokenizer(text)["input_ids"] is a list of ids.
+        """
+        ids = list(tokenizer(text)["input_ids"])
+        fields = {"num_virtual_tokens": len(ids), "prefix_projection": False, **fields}
+        return cls(init_token_ids=ids, **fields)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """A file of PEFT's for an encoder-decoder has a prefix for the decoder's self-attention alone."""
+        if "sites" not in values and values.get("num_transformer_submodules") == 2:
+            values = {**values, "sites": ["decoder"], "peft_layers": True}
+        return super().from_dict(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningV2Config(PrefixTuningConfig):
+    """Deep prompts trained directly, without the MLP; a classification head by task_type, e.g. "SEQ_CLS"."""
+
+    peft_type = "P_TUNING_V2"
+
+    prefix_projection: bool = False
+
+
+class PrefixEncoder(nn.Module):
+    """Keys and values of `n_layers` attentions, [heads_kv, n, head_dim] each, from one embedding of n rows.
+
+    Flat: embedding.weight [n, n_layers * 2 * heads_kv * head_dim] is they, entry 2l the keys of layer l, 2l + 1 its
+    values. With a hidden size: embedding [n, token_dim], then down, tanh and up to that same row.
+    Each layer computes its own part when it runs, so nothing has to be kept between layers or for backward.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        n_layers: int,
+        heads: int,
+        head_dim: int,
+        hidden: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.n_layers, self.heads, self.head_dim = n_layers, heads, head_dim
+        width = n_layers * 2 * heads * head_dim
+        token_dim = heads * head_dim
+        self.embedding = nn.Embedding(n, token_dim if hidden else width, device=device, dtype=dtype)
+        self.down = nn.Linear(token_dim, hidden, device=device, dtype=dtype) if hidden else None
+        self.up = nn.Linear(hidden, width, device=device, dtype=dtype) if hidden else None
+        self.dropout_p = 0.0
+
+    def forward(self, layer: int) -> tuple[Tensor, Tensor]:
+        rows = slice(2 * layer * self.heads * self.head_dim, 2 * (layer + 1) * self.heads * self.head_dim)
+        pair = self._rows(rows).view(-1, 2, self.heads, self.head_dim).permute(1, 2, 0, 3)
+        keys, values = F.dropout(pair, self.dropout_p, self.training)
+        return keys, values
+
+    def _rows(self, rows: slice) -> Tensor:
+        if self.down is None or self.up is None:
+            return weight_of(self.embedding, "weight")[:, rows]
+        hidden = torch.tanh(self.down(weight_of(self.embedding, "weight")))
+        return F.linear(hidden, weight_of(self.up, "weight")[rows], weight_of(self.up, "bias")[rows])
+
+    @torch.no_grad()
+    def flat(self) -> Tensor:
+        """[n, n_layers * 2 * heads_kv * head_dim]: all that is needed once training is over."""
+        return self._rows(slice(None)).detach().clone()
+
+    def set_flat(self, rows: Tensor) -> None:
+        """Becomes the flat form with these prefixes; the MLP is dropped."""
+        if rows.shape != (want := (self.embedding.num_embeddings, self.n_layers * 2 * self.heads * self.head_dim)):
+            raise ValueError(f"adapter file: prompt_embeddings must be {list(want)}, got {list(rows.shape)}")
+        old = self.embedding.weight
+        self.embedding = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows.to(old.device, old.dtype, copy=True))
+        self.embedding.requires_grad_(old.requires_grad)
+        self.down = self.up = None
+
+
+class PrefixPart(PrefixSource):
+    """One attention's share of an encoder, which is a child of all the attentions that it serves."""
+
+    def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
+        super().__init__(adapter)
+        self.encoder, self.layer = encoder, layer
+
+    def forward(self) -> Prefix:
+        return Prefix(*self.encoder(self.layer))
+
+
+@register_method(PrefixTuningConfig)
+class PrefixTuning(Method):
+    """In each attention's slot a part of the encoder of its site; `prefixes`: site -> encoder."""
+
+    config: PrefixTuningConfig
+    file_prefix = PROMPT_PREFIX
+    part_type: type[PrefixPart] = PrefixPart
+
+    def __init__(self, config: PrefixTuningConfig, host: Host, name: str) -> None:
+        self.attentions = _attentions(host)
+        sites = tuple(site for site in SITES if site in self.attentions and site in (as_names(config.sites) or SITES))
+        if missing := set(as_names(config.sites)) - set(sites):
+            raise ValueError(f"prefix: the model has no site {sorted(missing)}; it has {sorted(self.attentions)}")
+        heads, head_dim = _heads(host, self.attentions[sites[0]][0])
+        offset = config.position_offset if config.position_offset is not None else "decoder" in sites
+        config = config.replace(
+            sites=sites,
+            position_offset=offset,
+            token_dim=heads * head_dim,
+            num_attention_heads=heads,
+            num_layers=len(self.attentions[sites[0]]),
+            num_transformer_submodules=2 if len(self.attentions) > 1 else 1,
+            encoder_hidden_size=(config.encoder_hidden_size or 512) if config.prefix_projection else heads * head_dim,
+        )
+        super().__init__(config, host, name)
+        self.sites = sites
+        for site in sites:
+            paths = self.attentions[site]
+            encoder = self._new_encoder(paths)
+            for i, path in enumerate(paths):
+                layer = 2 * i % len(paths) if config.peft_layers else i
+                self._attach(site, path, self.part_type(name, encoder, layer))
+        if words := list(config.init_token_ids or ()):
+            n = config.num_virtual_tokens
+            for site, encoder in self.prefixes.items():
+                encoder.set_flat(words_rows(host, self.attentions[site], (words * (n // len(words) + 1))[:n]))
+            self.config = self.config.replace(init_token_ids=None)
+        if offset:
+            for path in host.anatomy.positions:
+                handle = host.place(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+                self.hooks.append(handle)
+
+    def _new_encoder(self, paths: Sequence[str]) -> PrefixEncoder:
+        shapes = {_heads(self.host, path) for path in paths}
+        if len(shapes) > 1:
+            raise NotImplementedError(f"prefix: all layers must have the same key/value heads, got {sorted(shapes)}")
+        ((heads, head_dim),) = shapes
+        config = self.config
+        hidden = config.encoder_hidden_size if config.prefix_projection else None
+        device, dtype = device_of(self.host.module(paths[0])), self.host.adapter_dtype
+        encoder = PrefixEncoder(config.num_virtual_tokens, len(paths), heads, head_dim, hidden, device, dtype)
+        encoder.dropout_p = config.prefix_dropout
+        if config.init_weights == "zero":
+            nn.init.zeros_(encoder.embedding.weight)
+        return encoder
+
+    def _attach(self, site: str, path: str, part: PrefixPart) -> None:
+        attention_slot(self.host.module(path), self.host.selection)
+        if site == "decoder" and self.config.position_offset:
+            part.bias = bias_source(self.host.module(self.attentions[site][0]))
+        self.tree.add(part_path(path), part, owner=path, slot=SLOT, in_file=False)
+
+    @property
+    def prefixes(self) -> dict[str, PrefixEncoder]:
+        """The encoder of each site."""
+        parts = {site: cast(PrefixPart, self.tree[part_path(self.attentions[site][0])]) for site in self.sites}
+        return {site: part.encoder for site, part in parts.items()}
+
+    def _shift_positions(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tokens are numbered from num_virtual_tokens on. Position numbers are the integer tensors a module gets."""
+        if not self.host.selection.has(self.name):
+            return args, kwargs
+        return tuple(map(self._shifted, args)), {key: self._shifted(value) for key, value in kwargs.items()}
+
+    def _shifted(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return value
+        selection, n = self.host.selection, self.config.num_virtual_tokens
+        rows = selection.state.rows
+        if rows is None:
+            return value + n
+        value = value.expand(len(rows), *value.shape[1:]) if value.shape[0] == 1 else value
+        own = torch.tensor([name == self.name for name in selection.rows_of(value.shape[0])], device=value.device)
+        return value + n * own.view(-1, *(1,) * (value.dim() - 1))
+
+    def detach(self) -> None:
+        super().detach()
+        attentions = [self.host.module(path) for paths in self.attentions.values() for path in paths]
+        others = [module for module in self.host.modules().values() if SLOT in module._modules]
+        for attention in attentions:
+            restore_attention(attention, others)
+
+    # In files: PEFT's prompt_embeddings is the decoder's prefix of a seq2seq model, else the only one.
+
+    @property
+    def loads_in_peft(self) -> bool:  # type: ignore[override]
+        """PEFT knows one site only, numbers positions in one way, and has its own order of a decoder's layers."""
+        config = self.config
+        same_layers = config.peft_layers or not self.host.anatomy.seq2seq
+        return self.sites in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
+
+    def file_config(self) -> dict[str, Any]:
+        return {
+            **super().file_config(),
+            "peft_type": "PREFIX_TUNING" if self.loads_in_peft else self.config.peft_type + "_SITES",
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"prompt_embeddings": self.prefixes[self._main].flat(), **super().tensors()}
+
+    @property
+    def _main(self) -> str:
+        return self.sites[0]
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        tensors = by_path(tensors, self.file_prefix)
+        if "prompt_embeddings" not in tensors:
+            raise ValueError("adapter file: missing ['prompt_embeddings']")
+        self.prefixes[self._main].set_flat(tensors.pop("prompt_embeddings"))
+        self.fill(tensors)
+
+    def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, _ = super().extras()
+        prefixes = self.prefixes
+        others = {f"flat.{site}": encoder.flat() for site, encoder in prefixes.items() if site != self._main}
+        projected = {
+            f"projection.{site}.{key}": value
+            for site, encoder in prefixes.items()
+            for key, value in effective_state(encoder).items()
+        }
+        has_mlp = any(encoder.down is not None for encoder in prefixes.values())
+        return values, {**others, **(projected if has_mlp else {})}
+
+    def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
+        projected = {k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("projection.")}
+        if projected and is_trainable:
+            for site, encoder in self.prefixes.items():
+                fresh = self._new_encoder(self.attentions[site])
+                encoder.embedding, encoder.down, encoder.up = fresh.embedding, fresh.down, fresh.up
+            load_into(nn.ModuleDict(self.prefixes), projected)
+        else:
+            for site, encoder in self.prefixes.items():
+                if site != self._main:
+                    encoder.set_flat(tensors[f"flat.{site}"])
+
+
+@register_method(PTuningV2Config)
+class PTuningV2(PrefixTuning):
+    """Prefix tuning without the MLP."""
+
+
+def part_path(attention: str) -> str:
+    return f"{attention}.prefix"
+
+
+def _attentions(host: Host) -> dict[str, list[str]]:
+    """Site -> paths of the attention modules there, in order of the layers."""
+    found: dict[str, list[str]] = {}
+    for layer in host.anatomy.layers:
+        found.setdefault(layer.stack, []).append(layer.self_attention)
+        if layer.cross_attention:
+            found.setdefault("cross", []).append(layer.cross_attention)
+    return found
+
+
+def _heads(host: Host, path: str) -> tuple[int, int]:
+    """(key/value heads, head_dim) of an attention module, by the names that transformers and torch give them."""
+    attention = host.module(path)
+    config = getattr(attention, "config", attention)
+    names = ("num_key_value_heads", "num_attention_heads", "n_heads", "num_heads")
+    heads = next(
+        int(n) for source in (attention, config) for name in names if isinstance(n := getattr(source, name, None), int)
+    )
+    sizes = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    head_dim = next(int(d) for name in sizes if isinstance(d := getattr(attention, name, None), int))
+    return heads, head_dim

@@ -1,0 +1,103 @@
+"""Which singular values of which layers AdaLoRA keeps: importance, and the budget they compete for.
+
+Source: AdaLoRA (arXiv:2303.10512) sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.quantized_weight import cut_as
+from ..core.gathered import gathered
+
+Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]
+"""(lora_A [r, K], lora_E [r, 1], lora_B [N, r]) of one layer: r triplets of a row, a singular value and a column."""
+
+TRIPLET_DIM = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
+"""Along which dimension of each the triplets lie."""
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """b(t): how many triplets of the whole model are kept at step t, falling as a cube from `start` to `end`.
+
+    `start` until `tinit`; `end` from `last` = total_step - tfinal on; at every deltaT-th step between them.
+    """
+
+    start: int
+    end: int
+    tinit: int
+    last: int
+    deltaT: int
+
+    def budget(self, step: int) -> int:
+        left = 1 - (step - self.tinit) / (self.last - self.tinit)
+        return int(self.end + (self.start - self.end) * min(max(left, 0.0), 1.0) ** 3)
+
+    def allocates_at(self, step: int) -> bool:
+        return step >= self.last or (step > self.tinit and step % self.deltaT == 0)
+
+
+class RankAllocator:
+    """Running importance of every weight of every triplet.
+
+    I = |w * grad|;  sensitivity <- beta1 * sensitivity + (1 - beta1) * I;
+    uncertainty <- beta2 * uncertainty + (1 - beta2) * |I - sensitivity|;  a weight's score is their product.
+    """
+
+    def __init__(self, triplets: Callable[[], Sequence[Triplets]], beta1: float, beta2: float) -> None:
+        """triplets: gives those of every layer, in an order that stays."""
+        self.triplets = triplets
+        self.beta1, self.beta2 = beta1, beta2
+        # fp32, made where the weights are at the first update.
+        self.sensitivity: list[Tensor] = []
+        self.uncertainty: list[Tensor] = []
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [weight for triplets in self.triplets() for weight in triplets]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of both averages. A layer that the last forward did not use has gradient zero.
+
+        Raises RuntimeError if no weight has a gradient.
+        """
+        weights = self.weights
+        if all(weight.grad is None for weight in weights):
+            raise RuntimeError("AdaLoRA: step must be called after backward and before zero_grad, got no gradients")
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        importance = torch._foreach_mul([w.float() for w in weights], [grad.float() for grad in grads])
+        torch._foreach_abs_(importance)
+        if not self.sensitivity:
+            self.sensitivity = [torch.zeros_like(i) for i in importance]
+            self.uncertainty = [torch.zeros_like(i) for i in importance]
+        torch._foreach_lerp_(self.sensitivity, importance, 1 - self.beta1)
+        torch._foreach_sub_(importance, self.sensitivity)
+        torch._foreach_abs_(importance)
+        torch._foreach_lerp_(self.uncertainty, importance, 1 - self.beta2)
+
+    def scores(self) -> list[Tensor]:
+        """[r] for each layer: the score of E plus the mean scores of its row of A and its column of B."""
+        of_weight = [gathered(score) for score in torch._foreach_mul(self.sensitivity, self.uncertainty)]
+        parts = zip(of_weight[0::3], of_weight[1::3], of_weight[2::3], strict=True)
+        return [E.flatten() + A.mean(dim=1) + B.mean(dim=0) for A, E, B in parts]
+
+    @torch.no_grad()
+    def keep(self, budget: int) -> list[Tensor]:
+        """bool [r] for each layer: the `budget` triplets of highest score. The others' E becomes zero.
+
+        Exactly `budget` of them, also where scores are equal. A zeroed E still gets a gradient, so it may come back.
+        """
+        scores = self.scores()
+        everything = torch.cat(scores)
+        kept = torch.zeros_like(everything, dtype=torch.bool)
+        kept[everything.topk(min(budget, everything.numel())).indices] = True
+        masks = list(torch.split(kept, [score.numel() for score in scores]))
+        for (_, lora_E, _), mask in zip(self.triplets(), masks, strict=True):
+            lora_E.masked_fill_(cut_as(lora_E, ~mask[:, None]), 0.0)
+        return masks

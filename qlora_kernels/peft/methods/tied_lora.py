@@ -1,0 +1,129 @@
+"""One LoRA for the layers that share a weight, such as an embedding and the head that is tied to it.
+
+An embedding is a linear layer of one-hot tokens whose W is the transpose of its table, and the table is the W of the
+head. So the head's factors are the embedding's, transposed and exchanged. Source: PEFT's ensure_weight_tying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.offloaded import has_hooks, weight_of
+from ..framework.injector import Host
+from ..layers.adapted_linear import AdaptedLinear, Delta
+from ..layers.lowrank import LowRank, add_lowrank
+
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+
+
+class TransposedLora(Delta):
+    """The update of a linear layer whose weight is the table of an embedding with LoRA.
+
+    It holds the two parameters of the embedding's LoRA: lora_embedding_A [r, N], lora_embedding_B [K, r]. In state
+    dicts they are called, and have the shapes, as in any linear layer: lora_A.weight [r, K], lora_B.weight [N, r].
+    """
+
+    def __init__(self, embedding: Delta, scaling: float, dropout_p: float) -> None:
+        super().__init__()
+        for name in _EMBEDDING:
+            self.register_parameter(name, embedding._parameters[name])
+        self.scaling, self.dropout_p = scaling, dropout_p
+
+    def lowrank(self) -> LowRank:
+        return weight_of(self, "lora_embedding_B").T, weight_of(self, "lora_embedding_A").T, self.scaling
+
+    def factors(self) -> LowRank | None:
+        return None if has_hooks(self) else self.lowrank()
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        own_A, own_B, _ = self.lowrank()
+        own_A.data.copy_(lora_A)
+        own_B.data.copy_(lora_B)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, factor in zip(("lora_A", "lora_B"), self.lowrank()[:2], strict=True):
+            destination[f"{prefix}{name}.weight"] = factor if keep_vars else factor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = zip(("lora_A", "lora_B"), reversed(_EMBEDDING), strict=True)
+        renamed = {f"{prefix}{own}": f"{prefix}{name}.weight" for name, own in names}
+        given = {own: state_dict[key].T for own, key in renamed.items() if key in state_dict}
+        missing: list[str] = []
+        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, [], error_msgs)
+        missing_keys += [renamed[own] for own in missing]
+        if strict:
+            beyond = (key for key in state_dict if key.startswith(prefix) and key not in renamed.values())
+            unexpected_keys += list(beyond)
+
+
+def shared(delta: Delta, first: Delta, path: str) -> Delta:
+    """The update of the layer at `path` with the parameters of `first`, that of a layer with the same weight.
+
+    delta: what the update would be if it had parameters of its own.
+    Raises ValueError for another rank, NotImplementedError for updates whose parameters cannot be the same.
+    """
+    of_embedding = all(name in first._parameters for name in _EMBEDDING)
+    ranks = [update.lowrank()[0].shape[0] for update in (delta, first)]
+    if ranks[0] != ranks[1]:
+        raise ValueError(
+            f"rank_pattern: layers that share a weight must have one rank with ensure_weight_tying, got {ranks[0]} for "
+            f"{path} and {ranks[1]} for the first of them"
+        )
+    if of_embedding and _EMBEDDING[0] not in delta._parameters:
+        return TransposedLora(first, cast(Any, delta).scaling, delta.dropout_p)
+    if type(delta) is not type(first) or any(True for _ in delta.buffers()):
+        raise NotImplementedError(
+            f"LoRA: ensure_weight_tying must be False for {path}, a {type(delta).__name__} whose weight is that of a "
+            f"layer with a {type(first).__name__}; leave one of the two layers out of target_modules"
+        )
+    for name, parameter in first.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        delta.get_submodule(owner).register_parameter(leaf, parameter)
+    return delta
+
+
+def same_tensors(one: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of two tied layers in a file, by their names there, are one update."""
+    if _EMBEDDING[0] in first and _EMBEDDING[0] not in one:
+        first = {"lora_A.weight": first[_EMBEDDING[1]].T, "lora_B.weight": first[_EMBEDDING[0]].T}
+    return one.keys() == first.keys() and all(torch.equal(tensor, first[name]) for name, tensor in one.items())
+
+
+def tie_merged(host: Host) -> None:
+    """Gives merged layers that had one weight, and one update of it, one weight again."""
+    merged = [layer for layer in host.adapted().values() if layer.merged_layer is not None]
+    for number, layer in enumerate(merged):
+        for first in merged[:number]:
+            ours, theirs = cast(Any, layer.merged_layer), cast(Any, first.merged_layer)
+            if _one_update(layer, first) and "weight" in ours._parameters and "weight" in theirs._parameters:
+                ours.weight = theirs.weight
+                break
+
+
+def _one_update(layer: AdaptedLinear, first: AdaptedLinear) -> bool:
+    weight = layer.base_layer._parameters.get("weight")
+    if weight is None or weight is not first.base_layer._parameters.get("weight"):
+        return False
+    pairs = [[each.deltas[name] for each in (layer, first) if name in each.deltas] for name in layer.merged_names]
+    return layer.merged_names == first.merged_names and all(
+        len(pair) == 2
+        and cast(Any, pair[0]).scaling == cast(Any, pair[1]).scaling
+        and {id(p) for p in pair[0].parameters()} == {id(p) for p in pair[1].parameters()}
+        for pair in pairs
+    )

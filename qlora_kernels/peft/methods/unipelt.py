@@ -1,0 +1,191 @@
+"""UniPELT: LoRA, prefix and adapter in every layer, each behind a gate that the input sets.
+
+Source: Mao et al. (arXiv:2110.07577) and the authors' code, where it says more than the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.model_layout import Layer
+from ..attention.prefix_slot import SLOT, Prefix
+from ..core.active_adapters import PerThread, Selection
+from ..core.config import PeftConfig
+from ..framework.composite import Composite
+from ..framework.injector import Host
+from ..framework.linear_method import LinearMethod
+from ..framework.registry import register_method
+from ..layers.adapted_linear import Delta
+from ..layers.base_layer import device_of, features
+from ..layers.gate import Gate, padding_of
+from .adapter import Adapter, AdapterConfig
+from .lora import LoraConfig, LoraLinear
+from .prefix_tuning import PrefixEncoder, PrefixPart, PrefixTuning, PrefixTuningConfig, part_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPELTConfig(PeftConfig):
+    """The authors' defaults: prefixes of 10 through an MLP of 512, LoRA of rank 8 on queries and values, adapters of
+    d/16 after the FFN. A LoRA's gate takes the place of alpha / r.
+
+    target_modules: for LoRA; None = the model's usual query and value.
+    """
+
+    peft_type = "UNIPELT"
+
+    prefix_length: int = 10
+    prefix_hidden_size: int = 512
+    lora_r: int = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | tuple[str, ...] | str | None = None
+    reduction_factor: float = 16.0
+    non_linearity: str = "relu"
+    position_offset: bool | None = None
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=self.lora_r, lora_dropout=self.lora_dropout, target_modules=self.target_modules)
+
+
+class GatedLoraLinear(Delta):
+    """y + g(x) * B A dropout(x)."""
+
+    def __init__(self, lora: LoraLinear, gate: Gate, host: Host, name: str) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B, self.gate = lora.lora_A, lora.lora_B, gate
+        self.dropout_p = lora.dropout_p
+        self.selection, self.name = host.selection, name
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        g = self.gate(x, padding_of(self.selection, self.name, x))
+        inner = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout_p, self.training)
+        updated: Tensor = y + g * self.lora_B(self.lora_A(inner))
+        return updated.to(y.dtype)
+
+
+class GatedLora(LinearMethod[GatedLoraLinear]):
+    """LoRA whose updates depend on the input."""
+
+    config: LoraConfig
+
+    def new_delta(self, path: str, base: nn.Module) -> GatedLoraLinear:
+        lora = LoraLinear(base, self.config.r, 1.0, self.config, self.host.adapter_dtype)
+        return GatedLoraLinear(lora, new_gate(self.host, path, features(base)[0]), self.host, self.name)
+
+    def why_no_merge(self) -> str:
+        return "its gates depend on the input"
+
+
+class GatedBottleneck(nn.Module):
+    """g(h) * f(h)."""
+
+    def __init__(self, bottleneck: nn.Module, gate: Gate, host: Host, name: str) -> None:
+        super().__init__()
+        self.bottleneck, self.gate = bottleneck, gate
+        self.selection, self.name = host.selection, name
+
+    def forward(self, h: Tensor) -> Tensor:
+        g = self.gate(h, padding_of(self.selection, self.name, h))
+        y: Tensor = g * self.bottleneck(h)
+        return y
+
+
+class GatedAdapter(Adapter):
+    """Bottlenecks behind gates."""
+
+    def new_bottleneck(self, layer: Layer) -> GatedBottleneck:
+        gate = new_gate(self.host, layer.ffn_output, self.host.width(layer))
+        return GatedBottleneck(super().new_bottleneck(layer), gate, self.host, self.name)
+
+
+class GatedPrefixPart(PrefixPart):
+    """One gate for keys and values, from the attention's input h."""
+
+    gate: Gate
+    selection: Selection
+
+    def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
+        super().__init__(adapter, encoder, layer)
+        self.h = PerThread()
+
+    def forward(self) -> Prefix:
+        keys, values = self.encoder(self.layer)
+        h = self.h.get()
+        if h is None:
+            raise RuntimeError("UniPELT: an attention must get its input as its first argument or as hidden_states")
+        padding = self.selection.state.padding
+        fits = padding is not None and padding.shape == h.shape[:2]
+        g = self.gate(h, padding if fits else None)
+        if self.gate.per_token:
+            return Prefix(keys, values, gate=g)
+        return Prefix(keys * g[..., None], values * g[..., None])
+
+
+class GatedPrefix(PrefixTuning):
+    """Prefixes behind gates, `<layer>.prefix_gate` in the tree."""
+
+    part_type = GatedPrefixPart
+
+    def _attach(self, site: str, path: str, part: PrefixPart) -> None:
+        super()._attach(site, path, part)
+        gated = cast(GatedPrefixPart, part)
+        layer = cast(Layer, self.host.layer_of(path))
+        gated.gate, gated.selection = new_gate(self.host, path, self.host.width(layer)), self.host.selection
+        place = self.tree.places[part_path(path)]
+        self.tree.add_inner(f"{layer.path}.prefix_gate", place, "gate")
+        remember = RememberInput(place.key)
+        self.hooks.append(self.host.place(path).register_forward_pre_hook(remember, with_kwargs=True))
+
+
+@dataclass
+class RememberInput:
+    """A hook: an attention's input h, for the gate of the prefix at entry `key` of its slot."""
+
+    key: str
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        part = cast(GatedPrefixPart, cast(nn.ModuleDict, attention._modules[SLOT])[self.key])
+        part.h.put(args[0] if args else kwargs.get("hidden_states", kwargs.get("query")))
+
+
+def new_gate(host: Host, path: str, d: int) -> Gate:
+    layer = host.layer_of(path)
+    device = device_of(host.module(layer.norms[0] if layer else path))
+    return Gate(d, layer is not None and layer.stack == "decoder", device, host.adapter_dtype)
+
+
+@register_method(UniPELTConfig)
+class UniPELT(Composite):
+    """See UniPELTConfig. Gates average over the sequence in encoders, and stand for each token alone in decoders."""
+
+    config: UniPELTConfig
+
+    @classmethod
+    def check_names(cls, config: PeftConfig, host: Host) -> None:
+        super().check_names(config, host)
+        assert isinstance(config, UniPELTConfig)
+        GatedLora.check_names(config.lora, host)
+
+    def __init__(self, config: UniPELTConfig, host: Host, name: str) -> None:
+        super().__init__(config, host, name)
+        sites = tuple({layer.stack for layer in host.anatomy.layers})
+        prefix = PrefixTuningConfig(
+            num_virtual_tokens=config.prefix_length,
+            encoder_hidden_size=config.prefix_hidden_size,
+            sites=sites,
+            position_offset=config.position_offset,
+        )
+        adapter = AdapterConfig(
+            placement="pfeiffer", reduction_factor=config.reduction_factor, non_linearity=config.non_linearity
+        )
+        self.add(
+            {
+                "lora": GatedLora(config.lora, host, name),
+                "prefix": GatedPrefix(prefix, host, name),
+                "adapter": GatedAdapter(adapter, host, name),
+            }
+        )

@@ -1,0 +1,1 @@
+"""PeftModel, and the functions that work on one."""

@@ -1,0 +1,19 @@
+"""What ran fused, and why the rest did not."""
+
+from __future__ import annotations
+
+from ..framework.injector import Host
+
+
+class Explanation(dict[str, str]):
+    """Layer name -> "fused" or the reason it is not. Printing it shows one line for each distinct answer."""
+
+    def __str__(self) -> str:
+        layers: dict[str, list[str]] = {}
+        for name, answer in self.items():
+            layers.setdefault(answer, []).append(name)
+        return "\n".join(f"{len(names):4d} layers  {answer}  ({names[0]}, ...)" for answer, names in layers.items())
+
+
+def explain(host: Host) -> Explanation:
+    return Explanation({name: layer.why_not_fused() or "fused" for name, layer in host.adapted().items()})

@@ -1,0 +1,84 @@
+"""Merging of adapters into the layers that they adapt, and what has to agree with the merged weights afterwards."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from ...nn.experts_nf4 import ExpertsNF4
+from ..framework.injector import Host
+from ..layers.base_layer import is_quantized
+from ..methods.tied_lora import tie_merged
+
+
+def check_mergeable(host: Host, names: Sequence[str]) -> None:
+    """Raises ValueError for an adapter that is no update of weights."""
+    for name in names:
+        for method in host.methods(name):
+            if reason := method.why_no_merge():
+                raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
+
+
+def merge(host: Host, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
+    """Lets merged layers compute, see PeftModel.merge_adapter; warns of what quantizing again costs."""
+    dtype = host.dtype()
+    with host.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
+        norms = [
+            layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
+            for layer in host.adapted().values()
+            if any(name in layer.deltas for name in names)
+        ]
+        norms += [
+            updates.merge(host.own_value(path), names, target=target, safe_merge=safe_merge)
+            for path, updates in host.adapted_parameters().items()
+            if any(name in updates for name in names)
+        ]
+    error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
+    merged = [layer.merged_layer for layer in host.adapted().values() if layer.merged_layer is not None]
+    stacks = [stack for updates in host.adapted_parameters().values() for stack in updates.merged]
+    if update and (any(map(is_quantized, merged)) or any(isinstance(stack, ExpertsNF4) for stack in stacks)):
+        warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=3)
+
+
+def unmerge(host: Host) -> None:
+    """Lets the layers' own weights compute again."""
+    for layer in host.adapted().values():
+        layer.unmerge()
+    for updates in host.adapted_parameters().values():
+        updates.unmerge()
+
+
+def is_merged(host: Host, name: str) -> bool:
+    """Whether some weight includes the update of adapter `name`."""
+    merged = [layer.merged_names for layer in host.adapted().values()]
+    merged += [updates.merged_names for updates in host.adapted_parameters().values()]
+    return any(name in names for names in merged)
+
+
+def keep_merged(host: Host, names: Sequence[str]) -> None:
+    """Makes the merged layers, and the parameters that the adapters replace, the model's own for good."""
+    _warn_of_ties(host)
+    tie_merged(host)
+    for layer in host.adapted().values():
+        layer.keep_merged()
+    for path, updates in host.adapted_parameters().items():
+        if (merged := updates.kept_merged()) is not None:
+            host.set_own_value(path, merged)
+    for name in names:
+        for method in host.methods(name):
+            method.overrides.keep()
+
+
+def _warn_of_ties(host: Host) -> None:
+    merged = {path: layer for path, layer in host.adapted().items() if layer.merged_layer is not None}
+    others = {
+        id(parameter)
+        for path, module in host.modules().items()
+        if path not in merged
+        for parameter in module.parameters(recurse=False)
+    }
+    for path, layer in merged.items():
+        if id(layer.base_layer._parameters.get("weight")) in others:
+            # The merged weight is another tensor than the one it was tied to, which keeps its values.
+            warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=4)

@@ -1,0 +1,49 @@
+"""resize_token_embeddings of a model with adapters that replace its embeddings or its head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...nn.module_tree import input_embeddings_of, output_embeddings_of
+from ..framework.injector import Host
+from ..layers.adapted_linear import AdaptedLinear, base_of
+
+
+def resize_token_embeddings(host: Host, *args: Any, **kwargs: Any) -> Any:
+    """The base model's method, over its own parameters; then the copies follow. See PeftModel."""
+    model: Any = host.model
+    for path, module in host.modules().items():
+        if module in _tables(host) and isinstance(host.place(path), AdaptedLinear):
+            raise ValueError(
+                f"resize_token_embeddings: {path} must have no LoRA, whose factors are of the old size; call "
+                "merge_and_unload first, or resize before the adapter is added"
+            )
+    overrides = [method.overrides for methods in host.adapters.values() for m in methods for method in (m, *m.parts)]
+    # By path: the model's method puts a new module in the place of some.
+    copies = [(each, path, each.copy(path)) for each in overrides for path in each.paths]
+    with host.selection.disabled():
+        result = model.resize_token_embeddings(*args, **kwargs)
+    resized: dict[int, nn.Parameter] = {}
+    for each, path, copy in copies:
+        own = each.original(path)
+        if copy is not None and own is not None and (own.shape != copy.shape or each.copy(path) is None):
+            if id(copy) not in resized:
+                resized[id(copy)] = nn.Parameter(_resized(copy, own), requires_grad=copy.requires_grad)
+            each.set_copy(path, resized[id(copy)])
+    return result
+
+
+def _tables(host: Host) -> list[nn.Module]:
+    """The input embeddings and the head, as layers without adapters."""
+    tables = [input_embeddings_of(host.model), output_embeddings_of(host.model)]
+    return [base_of(table) for table in tables if table is not None]
+
+
+def _resized(copy: Tensor, own: Tensor) -> Tensor:
+    """`copy` with as many rows as `own`, further rows being own's."""
+    rows = min(len(copy), len(own))
+    resized = own.detach().to(copy.dtype, copy=True)
+    resized[:rows] = copy.detach()[:rows]
+    return resized

@@ -1,0 +1,47 @@
+"""adapter_names: how many rows a call has, and how many generate makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.active_adapters import BASE
+from ..framework.injector import Host
+
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of the call's input: transformers' by name, else the first tensor; None where there is no tensor."""
+    named = [kwargs[name] for name in _INPUTS if name in kwargs]
+    tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
+    first = next(tensors, None)
+    return None if first is None else first.shape[0]
+
+
+def check_rows(host: Host, adapter_names: Sequence[str], batch: int | None) -> None:
+    """Raises ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
+    if batch is not None and len(adapter_names) != batch:
+        raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
+    for name in set(adapter_names) - {BASE}:
+        for method in host.methods(name):
+            if reason := method.why_no_rows():
+                raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
+    active = [method for name in host.selection.active for method in host.methods(name)]
+    if host.selection.state.enabled and any(method.overrides.paths for method in active):
+        raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
+
+
+def expanded_rows(rows: tuple[str, ...] | None, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...] | None:
+    """`rows` for the rows that the layers see while `model` generates with the arguments `kwargs`.
+
+    generate repeats each row for every beam or every returned sequence, in a decoder before its first step; an encoder
+    sees each row once, and the layers of its decoder stretch the names themselves.
+    """
+    if rows is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return rows
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    wanted = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+    return tuple(name for name in rows for _ in range(max(wanted)))
