@@ -1,1 +1,1 @@
-"""What the bytes mean: the NF4 codec as specification and as a reference in plain torch."""
+"""The NF4 codec as a specification and as a reference implementation in plain torch."""

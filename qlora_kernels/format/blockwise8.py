@@ -4,8 +4,8 @@
     q      = number of map midpoints strictly below x * (1 / absmax)     uint8 [n], a tie takes the lower index
     x     ~= map[q] * absmax                                             one fp32 product
 
-A block whose absmax is below SMALLEST_ABSMAX (its reciprocal is not finite) is stored as absmax 0; bytes that are all
-zero therefore mean a state that is all zero, whatever the map. 8 + 32 / 256 = 8.125 bits per element.
+A block whose absmax is below SMALLEST_ABSMAX, so that its reciprocal is not finite, is stored with absmax 0. Bytes that
+are all zero therefore represent an all-zero state under either map. 8 + 32 / 256 = 8.125 bits per element.
 
 Source: 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861) sections 2.1 and 2.2.
 """
@@ -25,9 +25,9 @@ STATE_BLOCKSIZE = 256
 def quantize_blockwise(x: Tensor, *, signed: bool, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """fp32, any shape -> (q uint8 [n], absmax fp32 [ceil(n / 256)]) of the flattened tensor.
 
-    absmax: the blocks' constants, where they are known. With those that `dequantize_blockwise` was given, its result
-    goes back to the very bytes it came from; without, a block whose largest value was negative would not, because the
-    signed map has no -1.
+    absmax: known constants of the blocks, or None to compute them. With the constants that were given to
+    `dequantize_blockwise`, its result is quantized to the original bytes. Without them, a block whose value of largest
+    magnitude is negative may not be, because the signed map has no -1.
     """
     n = x.numel()
     blocks = -(-n // STATE_BLOCKSIZE)
@@ -38,7 +38,7 @@ def quantize_blockwise(x: Tensor, *, signed: bool, absmax: Tensor | None = None)
         absmax = padded.abs().amax(dim=1) if blocks else padded.new_zeros(0)
         absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
     normalized = padded * torch.where(absmax > 0, 1.0 / absmax, 0.0)[:, None]
-    # NaN would land past the last boundary's index.
+    # Without the clamp, a NaN would get the index 256.
     q = torch.bucketize(normalized, dynamic_boundaries(x.device, signed=signed)).clamp_(max=255).to(torch.uint8)
     return q.reshape(-1)[:n].contiguous(), absmax
 

@@ -1,4 +1,4 @@
-"""The tensors by which bitsandbytes stores an NF4 weight `<name>` in a checkpoint.
+"""The tensors in which bitsandbytes stores an NF4 weight `<name>` in a checkpoint.
 
     <name>                                     packed indices, uint8 [(numel + 1) // 2, 1]
     <name>.absmax                              fp32 [n_blocks], or uint8 [n_blocks] under double quantization
@@ -8,8 +8,8 @@
     <name>.quant_state.bitsandbytes__nf4       uint8: JSON with quant_type, blocksize, dtype, shape and, under double
                                                quantization, nested_blocksize, nested_dtype, nested_offset
 
-Reading checks everything that our codec fixes (code, map, nested blocksize), so a file of another code is refused
-instead of misread.
+Reading checks everything that this codec fixes (code, map, nested blocksize), so that a file of another codec is
+refused and never misread.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .quant_state import QuantState
 META_KEY = "quant_state.bitsandbytes__nf4"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", META_KEY)
-"""What may follow `<name>.`."""
+"""Suffixes that may follow `<name>.`."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What the JSON entry says.   offset: of the second level; None without double quantization."""
+    """Contents of the JSON entry.   offset: of the second level; None without double quantization."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Meta:
 
 
 def encode(state: QuantState) -> dict[str, Tensor]:
-    """The tensors beside the packed bytes, by suffix."""
+    """Return the tensors that accompany the packed bytes, by suffix."""
     absmax, absmax_q, absmax_scale, absmax_offset = state.constants
     if absmax is not None:
         tensors = {"absmax": absmax}
@@ -60,9 +60,9 @@ def tables(
     absmax_offset: Tensor | None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """The entries of `encode` that are no constants of the weight: code, map and JSON.
+    """Return the entries of `encode` that are not constants of the weight: code, map and JSON.
 
-    absmax_offset: fp32 of one element; None without double quantization.
+    absmax_offset: fp32 with one element; None without double quantization.
     """
     device = torch.device("cpu") if device is None else device
     meta: dict[str, Any] = {
@@ -84,16 +84,16 @@ def tables(
 
 
 def read_meta(name: str, stored: Tensor) -> Meta:
-    """The JSON entry of the weight `name`. Raises ValueError for another codec, or values that make no sense."""
+    """Parse the JSON entry of the weight `name`. Raises ValueError for another codec or invalid values."""
     meta = _read_meta(name, stored)
     double_quant = "nested_offset" in meta or "nested_blocksize" in meta
     return Meta(*_read_codec(name, meta), _read_offset(name, meta).item() if double_quant else None)
 
 
 def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: Collection[str]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, as transformers' BitsAndBytesConfig writes it.
+    """Return the `quantization_config` of a config.json, as transformers' BitsAndBytesConfig writes it.
 
-    dense: names of the linear layers that are not quantized; names of other modules do no harm.
+    dense: names of the linear layers that are not quantized; names of other modules are allowed.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -108,14 +108,14 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: C
 
 
 def stored_shape(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape of the weight whose tensors, by suffix, these are. Raises ValueError where they do not say."""
+    """Return the shape of the weight with these tensors, by suffix. Raises ValueError if they do not determine it."""
     return _read_shape(name, _read_meta(name, tensors[META_KEY]))
 
 
 def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
-    """QuantState from the tensors of `encode`, by suffix. `name` is for messages.
+    """Return the QuantState of the tensors of `encode`, by suffix.   name: for messages.
 
-    Raises ValueError where a tensor is missing or another code, map or nested blocksize was used.
+    Raises ValueError if a tensor is missing or another code, map or nested blocksize was used.
     """
     missing = [suffix for suffix in ("absmax", META_KEY) if suffix not in tensors]
     if missing:
@@ -157,7 +157,7 @@ def _read_meta(name: str, stored: Tensor) -> dict[str, Any]:
 
 
 def _read_codec(name: str, meta: Mapping[str, Any]) -> tuple[tuple[int, ...], torch.dtype, int]:
-    """(shape, dtype, blocksize) of the weight."""
+    """Return (shape, dtype, blocksize) of the weight."""
     _require(name, "quant_type", meta.get("quant_type"), "nf4")
     dtype, shape, blocksize = _DTYPES.get(str(meta.get("dtype"))), _read_shape(name, meta), meta.get("blocksize")
     if dtype is None:
@@ -168,7 +168,7 @@ def _read_codec(name: str, meta: Mapping[str, Any]) -> tuple[tuple[int, ...], to
 
 
 def _read_offset(name: str, meta: Mapping[str, Any]) -> Tensor:
-    """fp32 []: of the second level."""
+    """Return the offset of the second level, fp32 []."""
     _require(name, "nested_blocksize", meta.get("nested_blocksize"), NESTED_BLOCKSIZE)
     offset = meta.get("nested_offset")
     if isinstance(offset, bool) or not isinstance(offset, int | float):

@@ -1,4 +1,4 @@
-"""Double quantization: the absmax constants in 8 bits.
+"""Double quantization: absmax stored in 8 bits.
 
     offset       = mean(absmax)                                              fp32 scalar
     absmax_scale = max|absmax - offset| over each 256 constants              fp32 [ceil(n_blocks / 256)]
@@ -7,11 +7,11 @@
 
 This turns 32 / 64 = 0.5 bit per weight into 8 / 64 + 32 / (64 * 256) = 0.127.
 
-The map is the signed dynamic 8-bit code: one sign bit, a unary exponent of 0..6 zeros, and as many linear fraction bits
-as are left, which gives fine steps near zero and coarse ones near one. "Nearest" is exact: the index counts the fp32
-midpoints of neighbours strictly below the value, so a tie takes the lower index, as everywhere in this format. A scale
-below nf4.SMALLEST_ABSMAX is stored as 0 and its constants take the index of the map's exact zero. The order in which
-the mean is summed is the device's own: all else is bit-exact, given the offset.
+The map is the signed dynamic 8-bit code: one sign bit, a unary exponent of 0..6 zeros, and the remaining bits as a
+linear fraction, so that steps are fine near zero and coarse near one. "Nearest" is exact: the index is the number of
+fp32 midpoints of neighbours strictly below the value, so that a tie takes the lower index, as everywhere in this
+format. A scale below nf4.SMALLEST_ABSMAX is stored as 0, and its constants take the index of the map's exact zero. The
+order in which the mean is summed depends on the device; given the offset, everything else is bit-exact.
 
 Source: QLoRA (arXiv:2305.14314) section 3, "Double Quantization"; the map: 8-bit Approximations for Parallelism in Deep
 Learning (arXiv:1511.04561) and 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861) section 2.2.
@@ -29,7 +29,7 @@ from torch import Tensor
 from .nf4 import SMALLEST_ABSMAX
 
 NESTED_BLOCKSIZE = 256
-"""First-level constants per second-level scale."""
+"""Number of first-level constants per second-level scale."""
 
 
 @cache
@@ -52,9 +52,10 @@ def dynamic_map_values(signed: bool = True) -> tuple[float, ...]:
 def _edges(cells: int) -> npt.NDArray[np.float32]:
     """`cells` + 1 points from 0.1 to 1, fp32, by torch.linspace's formula with fused multiply-adds.
 
-    Each half starts from its own end: fma(i, step, 0.1) and fma(-i, step, 1). The published map was built by a
-    torch.linspace that fuses, and its values are part of the checkpoint format; where a CPU has no such instruction
-    torch rounds the product as well, so the map must not be computed by torch. Products and sums are exact in double.
+    The two halves start from opposite ends: fma(i, step, 0.1) and fma(-i, step, 1). The published map was built by a
+    torch.linspace with fused multiply-adds, and its values are part of the checkpoint format. On a CPU without that
+    instruction torch also rounds the product, so the map must not be computed by torch. Products and sums are exact in
+    double.
     """
     start, end = np.float32(0.1), np.float32(1.0)
     step = float((end - start) / np.float32(cells))
@@ -64,12 +65,12 @@ def _edges(cells: int) -> npt.NDArray[np.float32]:
 
 
 def dynamic_map(device: torch.device | str | None = None, *, signed: bool = True) -> Tensor:
-    """The dynamic map as fp32 [256]."""
+    """Return the dynamic map, fp32 [256]."""
     return torch.tensor(dynamic_map_values(signed), dtype=torch.float32, device=device)
 
 
 def dynamic_boundaries(device: torch.device | str | None = None, *, signed: bool = True) -> Tensor:
-    """Decision boundaries, fp32 [255]: fp32 midpoints of neighbouring map values."""
+    """Return the decision boundaries, fp32 [255]: midpoints, rounded to fp32, of neighbouring map values."""
     values = dynamic_map(device, signed=signed)
     return (values[:-1] + values[1:]) / 2
 
@@ -77,7 +78,7 @@ def dynamic_boundaries(device: torch.device | str | None = None, *, signed: bool
 def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 [n] -> (absmax_q uint8 [n], absmax_scale fp32 [ceil(n / 256)], absmax_offset fp32 []).
 
-    offset: the mean, where a device's own order of summation gave another last bit; torch's mean by default.
+    offset: the mean to use, if a device summed in another order and got another last bit; default torch's mean.
     """
     if offset is None:
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())

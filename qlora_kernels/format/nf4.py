@@ -1,7 +1,7 @@
-"""The NF4 code: what a 4-bit index means and which index a number gets.
+"""The NF4 code: the value of each 4-bit index, and the index of each number.
 
-This file is the specification. Everything else that knows a code value (the C++ header csrc/include/qlora/nf4_code.h,
-the Triton tables, the checkpoints' quant_map) is generated from it or compared with it bit for bit.
+This file is the specification. Every other copy of a code value (the C++ header csrc/include/qlora/nf4_code.h, the
+Triton tables, the checkpoints' quant_map) is generated from it or compared with it bit for bit.
 
 A weight tensor is flattened row-major and cut into blocks of `blocksize` elements; blocks may straddle rows and the
 last one may be short. Each block keeps `absmax = max|w|` in fp32 and each element a 4-bit index `q`:
@@ -9,15 +9,15 @@ last one may be short. Each block keeps `absmax = max|w|` in fp32 and each eleme
     quantize     q = number of boundaries strictly below w * (1 / absmax)      (a tie takes the lower index)
     dequantize   w_hat = CODE[q] * absmax                                      (rounded once, to the output dtype)
 
-Both the reciprocal and the product are rounded to fp32, in short blocks as well as in full ones.
+The reciprocal and the product are each rounded to fp32, in short blocks as well as in full ones.
 
 Rules at the edges:
     nibbles      element 2i in the high nibble of byte i, element 2i+1 in the low nibble.
     odd tail     the missing low nibble holds ZERO_INDEX.
     zero block   max|w| below SMALLEST_ABSMAX: absmax 0, all indices ZERO_INDEX, so it dequantizes to +0.0.
-    inf, NaN     have no meaning in this code. Quantization raises; see `reference.quantize_nf4`.
+        inf, NaN     cannot be represented. Quantization raises; see `reference.quantize_nf4`.
 
-docs/format.md says where other implementations of NF4 differ from these rules.
+docs/format.md lists the differences between other implementations of NF4 and these rules.
 
 Source: QLoRA (arXiv:2305.14314) section 3 and appendix E: quantiles of N(0, 1), eight on the negative side, nine on the
 positive side, sharing an exact zero, scaled to [-1, 1].
@@ -49,13 +49,13 @@ CODE: tuple[float, ...] = (
 """The 16 code values; each is exact in fp32."""
 
 ZERO_INDEX = 7
-"""Index of the exact zero: padding and all-zero blocks use it."""
+"""Index of the exact zero, used for padding and all-zero blocks."""
 
 SMALLEST_ABSMAX = 2.0**-126
-"""The smallest normal fp32 number. Below it 1 / absmax overflows, and flush-to-zero modes disagree."""
+"""The smallest normal fp32 number. Below it 1 / absmax overflows, and flush-to-zero modes give other results."""
 
 BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Permitted elements per absmax."""
+"""Permitted numbers of elements per absmax."""
 
 DEFAULT_BLOCKSIZE = 64
 
@@ -66,19 +66,19 @@ def code(device: torch.device | str | None = None) -> Tensor:
 
 
 def boundaries(device: torch.device | str | None = None) -> Tensor:
-    """Decision boundaries, fp32 [15]: the fp32 midpoints of neighbouring code values."""
+    """Return the decision boundaries, fp32 [15]: the fp32 midpoints of neighbouring code values."""
     values = code(device)
     return (values[:-1] + values[1:]) / 2
 
 
 def pack(q: Tensor) -> Tensor:
-    """Two indices a byte: uint8 [n] with values 0..15 -> uint8 [(n + 1) // 2], even elements in the high nibble."""
+    """Pack two indices per byte: uint8 [n], values 0..15 -> uint8 [(n + 1) // 2], even elements in the high nibble."""
     if q.numel() % 2:
         q = torch.cat([q, q.new_full((1,), ZERO_INDEX)])
     return (q[0::2] << 4) | q[1::2]
 
 
 def unpack(packed: Tensor, numel: int) -> Tensor:
-    """Inverse of `pack`: uint8 [(numel + 1) // 2] (any shape) -> uint8 [numel]."""
+    """Reverse `pack`: uint8 [(numel + 1) // 2] of any shape -> uint8 [numel]."""
     flat = packed.reshape(-1)
     return torch.stack([flat >> 4, flat & 0xF], dim=1).reshape(-1)[:numel]

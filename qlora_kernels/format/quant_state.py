@@ -1,4 +1,4 @@
-"""QuantState: everything but the packed indices that a quantized weight needs to be read again."""
+"""QuantState: the shape, dtype and constants that are needed to dequantize packed indices."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights and activations may have."""
 
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES)}
-"""The number by which the native libraries know a dtype: enum DType of nf4_code.h, which is generated from it."""
+"""The number of each dtype in the native libraries; enum DType of nf4_code.h is generated from it."""
 
 Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""(absmax, None, None, None) or (None, absmax_q, absmax_scale, absmax_offset): how ops take a weight's constants."""
+"""(absmax, None, None, None) or (None, absmax_q, absmax_scale, absmax_offset): a weight's constants as op arguments."""
 
 
 def n_blocks(numel: int, blocksize: int) -> int:
-    """Blocks in a tensor of `numel` elements."""
+    """Return the number of blocks of a tensor of `numel` elements."""
     return -(-numel // blocksize)
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class QuantState:
-    """Shape, dtype and block constants of one NF4 tensor; immutable, checked on construction.
+    """Shape, dtype and block constants of one NF4 tensor; immutable and checked on construction.
 
     shape: of the weight before quantization.   dtype: of the weight before quantization (fp32, bf16 or fp16).
     blocksize: elements per absmax.
     Exactly one kind of constants is given:
       absmax: fp32 [n_blocks], without double quantization; or
       absmax_q: uint8 [n_blocks], absmax_scale: fp32 [ceil(n_blocks / 256)], absmax_offset: fp32 [], with it.
-    The attribute `absmax` exists for both kinds: it is decoded on request where it is not stored.
-    Raises ValueError or TypeError, naming the field, where these do not fit together.
+    The attribute `absmax` exists for both kinds; it is decoded on access if it is not stored.
+    Raises ValueError or TypeError, naming the field, if the fields are not consistent.
     """
 
     shape: torch.Size
@@ -78,12 +78,12 @@ class QuantState:
 
     @property
     def numel(self) -> int:
-        """The number of weights that the state describes."""
+        """The number of weights in the tensor."""
         return self.shape.numel()
 
     @property
     def double_quant(self) -> bool:
-        """Whether the constants themselves are quantized."""
+        """Whether the constants are stored in 8 bits."""
         return self.absmax_q is not None
 
     @property
@@ -93,17 +93,17 @@ class QuantState:
 
     @property
     def absmax(self) -> Tensor:
-        """The largest magnitude of each block, fp32 [n_blocks]; decoded at each request under double quantization."""
+        """The largest magnitude of each block, fp32 [n_blocks]; under double quantization decoded on each access."""
         return decoded_absmax(*self.constants)
 
     @property
     def absmax_code(self) -> Tensor | None:
-        """fp32 [256], the map that absmax_q indexes; None without double quantization."""
+        """The map that absmax_q indexes, fp32 [256]; None without double quantization."""
         return None if self.absmax_q is None else dynamic_map(self.absmax_q.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed indices and of the constants together (the shared code tables are not counted)."""
+        """The bytes of packed indices and constants; the shared code tables are not counted."""
         return (self.numel + 1) // 2 + sum(t.nbytes for t in self.constants if t is not None)
 
     @property
@@ -112,7 +112,7 @@ class QuantState:
         return 8 * self.nbytes / max(self.numel, 1)
 
     def to(self, device: torch.device | str) -> QuantState:
-        """The same state with its constants on `device`."""
+        """Return the same state with its constants on `device`."""
         moved = [None if t is None else t.to(device) for t in self.constants]
         return QuantState(self.shape, self.dtype, self.blocksize, *moved)
 

@@ -1,4 +1,4 @@
-"""What users hold: drop-in linear layers in NF4, the replacement of existing ones, and fused parts of models."""
+"""Drop-in linear layers in NF4, conversion of existing models, and fused forwards of transformers' modules."""
 
 from .convert import ReplaceReport, replace_experts, replace_linear
 from .experts_nf4 import ExpertsNF4

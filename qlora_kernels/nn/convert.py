@@ -21,10 +21,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass
 class ReplaceReport:
-    """What `replace_linear` did. Printing it shows a table.
+    """The result of `replace_linear`; str() gives a table.
 
-    replaced: name -> (bytes before, bytes after).   skipped: name of a linear layer -> why it was left alone.
-    lost: name of a replaced layer -> what was attached to it and is not attached to its replacement.
+    replaced: name -> (bytes before, bytes after).   skipped: name of a linear layer that was kept -> the reason.
+    lost: name of a replaced layer -> hooks or other attributes that could not be moved to its replacement.
     """
 
     replaced: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -33,12 +33,12 @@ class ReplaceReport:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the replaced weights in their own dtype."""
+        """Return the bytes of the replaced weights in their own dtypes."""
         return sum(before for before, _ in self.replaced.values())
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of their packed indices and constants."""
+        """Return the bytes of the packed indices and constants that replace them."""
         return sum(after for _, after in self.replaced.values())
 
     def __str__(self) -> str:
@@ -67,21 +67,21 @@ def replace_linear(
 
     targets: "all-linear"; or names and suffixes; or a regular expression for whole names; or a predicate of (name,
     module).
-    skip: the same kinds; what it means is kept, and a block that it means is kept with every layer inside it.
-    blocksize, double_quant, compute_dtype: as LinearNF4.
+    skip: the same kinds; matching layers are kept, and so is every layer inside a matching block.
+    blocksize, double_quant, compute_dtype: as for LinearNF4.
     progress: show a bar (needs tqdm).
-    Linear layers that share one weight share one packed weight. A layer whose weight is also used by something else,
-    such as an output head tied to the embedding, is kept, and the report says so. A module that the model has under
-    several names is replaced, or kept, under all of them. Forward and backward hooks move to the new layer; the report
-    names what cannot move.
-    Raises ValueError where a name in targets or skip means nothing in the model, naming the nearest layers ("lm_head"
-    in skip, the default, is excepted); where nothing is left to replace; what quantization of a weight raises, with the
-    layer's name, before that layer is touched.
+    Linear layers that share one weight share one packed weight. A layer whose weight is also used elsewhere, such as an
+    output head tied to the embedding, is kept, and the report says so. A module that the model has under several names
+    is replaced, or kept, under all of them. Forward and backward hooks move to the new layer; the report lists what
+    could not be moved.
+    Raises ValueError if a name in targets or skip matches nothing in the model (the message gives the nearest layers;
+    the default skip, "lm_head", may match nothing), or if no layer is left to replace. An error of the quantization of
+    a weight is raised with the layer's name, before that layer is changed.
     """
     report = ReplaceReport()
     modules = layers_of(model)
     linears: dict[str, nn.Module] = {}
-    other_users: dict[int, str] = {}  # id of a parameter that something beside linear layers holds -> its name there
+    other_users: dict[int, str] = {}  # id of a parameter -> its name in a module that is not a linear layer
     for owner_name, owner in modules.items():
         if is_plain_linear(owner):
             linears[owner_name] = owner
@@ -106,7 +106,7 @@ def replace_linear(
         elif id(module) in kept_modules:
             report.skipped[name] = "in skip"
         elif module._parameters.get("weight") is None:
-            report.skipped[name] = "its weight is no parameter; a hook such as weight_norm computes it"
+            report.skipped[name] = "its weight is not a parameter but is computed by a hook, such as weight_norm"
         elif id(module.weight) in other_users:
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
         else:
@@ -148,9 +148,9 @@ def replace_experts(
 ) -> ReplaceReport:
     """Replace the [experts, out, in] parameters of `model` (mixtures of experts) by ExpertsNF4, in place.
 
-    skip: parameters to keep, or modules that hold them, as for `replace_linear`. A transformers model is told to use
+    skip: parameters to keep, or modules that hold them, as for `replace_linear`. A transformers model is switched to
     its plain loop over experts, the implementation that multiplies by one expert's weight at a time.
-    Raises ValueError where the model has no such parameter, and where a name in skip means nothing in the model.
+    Raises ValueError if the model has no such parameter, or if a name in skip matches nothing in the model.
     """
     report = ReplaceReport()
     _check_skip("replace_experts", skip, [*dict(model.named_modules()), *dict(model.named_parameters())])
@@ -188,8 +188,8 @@ def _check_skip(op: str, skip: Pattern, names: Iterable[str]) -> None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is an nn.Linear or Conv1D and no subclass that may compute something else."""
-    # NonDynamicallyQuantizableLinear (nn.MultiheadAttention's out_proj) differs in name only.
+    """Whether `module` is an nn.Linear or Conv1D, and not a subclass that may compute something else."""
+    #     The subclass NonDynamicallyQuantizableLinear (out_proj of nn.MultiheadAttention) differs only in its name.
     kind = type(module)
     return kind is nn.modules.linear.NonDynamicallyQuantizableLinear or is_nn_linear(module) or is_conv1d(module)
 

@@ -1,4 +1,6 @@
-"""A transformers model is told which of its layers are in NF4, so that it saves and loads as the model that it is."""
+"""Updates the quantization config of a transformers model, so that the model is saved and loaded with its NF4
+layers.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
 
 
 def describe_quantization(model: nn.Module) -> None:
-    """Brings the config of a transformers model up to date with its layers; any other module stays as it is.
+    """Set the config of a transformers model to describe its NF4 layers; other modules are not changed.
 
-    The module that knows transformers is imported by name and only for its models: nn knows no other library.
+    The integration is imported by name, and only for transformers models, because nn does not depend on transformers.
     """
     if any(
         base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")

@@ -19,19 +19,19 @@ from .read_only import ReadOnlyTensor
 
 
 class ExpertsNF4(QuantizedWeight):
-    """Stands where a module keeps a parameter `w` of shape [E, N, K] and multiplies by `w[e]`.
+    """A replacement for a parameter `w` of shape [E, N, K] of which a module multiplies by `w[e]`.
 
-    Each expert is quantized by itself, so that its blocks and its second-level statistics are its own:
+    Each expert is quantized separately and has its own blocks and second-level statistics:
     `packed` uint8 [E, (N * K + 1) // 2]; `absmax` fp32 [E, n_blocks], or `absmax_q` uint8 [E, n_blocks], `absmax_scale`
     fp32 [E, ceil(n_blocks / 256)] and `absmax_offset` fp32 [E].
 
-    `experts[e]` with a number is an `ExpertWeight`: torch.nn.functional.linear(x, experts[e]) runs fused, without a
-    dequantized weight; whatever else is done with it sees the dequantized [N, K]. `experts[ids]` with a tensor of
-    numbers is the dequantized stack. The state dict holds the buffers under their own names.
+    `experts[e]` with an int is an `ExpertWeight`: torch.nn.functional.linear(x, experts[e]) runs fused, without a
+    dequantized weight, and every other function gets the dequantized [N, K]. `experts[ids]` with a tensor is the
+    dequantized stack. The state dict holds the buffers under their own names.
     """
 
     def __init__(self, packed: Sequence[Tensor], states: Sequence[QuantState]) -> None:
-        """packed, states: one of each per expert, as from `quantize_nf4`; all experts alike in shape and blocksize."""
+        """packed, states: one of each per expert, as returned by `quantize_nf4`, of equal shapes and blocksizes."""
         super().__init__()
         first = states[0]
         self.num_experts = len(states)
@@ -66,7 +66,7 @@ class ExpertsNF4(QuantizedWeight):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ExpertsNF4:
-        """Experts whose buffers hold nothing yet.   dtype: of the weight before quantization."""
+        """Return experts with uninitialized buffers.   dtype: of the weight before quantization."""
         blocks = n_blocks(out_features * in_features, blocksize)
         state = QuantState(
             torch.Size((out_features, in_features)),
@@ -87,23 +87,23 @@ class ExpertsNF4(QuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight before quantization."""
+        """The dtype of the weight before quantization."""
         return self.weight_dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the packed bytes are."""
+        """The device of the packed indices."""
         return self.stored_device
 
     def quant_state(self, expert: int) -> QuantState:
-        """The constants of one expert."""
+        """Return the shape, dtype and constants of one expert."""
         constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
         shape = torch.Size((self.out_features, self.in_features))
         own = [None if t is None else t[expert] for t in constants]
         return QuantState(shape, self.weight_dtype, self.blocksize, *own)
 
     def dequantize(self, expert: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """[N, K] of one expert, or [E, N, K] of all."""
+        """Return the dequantized [N, K] of one expert, or [E, N, K] of all for None."""
         if expert is not None:
             return dequantize_nf4(self.packed[expert], self.quant_state(expert), dtype)
         return torch.stack([self.dequantize(e, dtype) for e in range(self.num_experts)])
@@ -132,7 +132,7 @@ class ExpertsNF4(QuantizedWeight):
         )
 
     def _flat_shape(self, name: str) -> tuple[int, ...]:
-        # Flat, so that any number of processes shares the bytes evenly, also more than there are experts.
+        # Flat, so that the bytes can be split evenly over more processes than there are experts.
         return (self.num_experts,) if name == "absmax_offset" else (self.num_experts, -1)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -167,12 +167,12 @@ class ExpertsNF4(QuantizedWeight):
 
 
 def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether it is an [experts, out, in] parameter. Convolutions also hold three-dimensional weights."""
+    """Whether `parameter` is an [experts, out, in] weight; three-dimensional weights of convolutions are not."""
     return parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd)
 
 
 class ExpertWeight:
-    """One expert's [N, K]: not a tensor, but torch functions take it as one."""
+    """One expert's weight [N, K], which torch functions accept in place of a tensor."""
 
     def __init__(self, experts: ExpertsNF4, expert: int) -> None:
         self.experts = experts
@@ -185,19 +185,19 @@ class ExpertWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight before quantization."""
+        """The dtype of the weight before quantization."""
         return self.experts.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the packed bytes are."""
+        """The device of the packed indices."""
         return self.experts.device
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """F.linear with this as the weight runs fused; every other function sees the dequantized weight."""
+        """Run F.linear with this weight fused; give every other function the dequantized weight."""
         kwargs = kwargs or {}
         if func is nn.functional.linear and len(args) >= 2 and isinstance(args[1], cls):
             x, weight = args[:2]

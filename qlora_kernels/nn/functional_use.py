@@ -1,6 +1,6 @@
-"""Linear layers whose weight is read by the code of the module that holds them, as in `F.linear(x, self.proj.weight)`.
+"""Finds linear layers whose holder computes with their weight, as in `F.linear(x, self.proj.weight)`.
 
-A quantized layer serves such code, because its weight reads as the dequantized one. Mamba's fused kernels take the
+A quantized layer works there, because its `weight` returns the dequantized weight. Mamba's fused kernels take the
 weights of layers that its plain implementation calls.
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 
 _METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"})
-"""What may be read of a weight without computing with it."""
+"""Attributes of a weight whose use is not a computation with it."""
 
 
 def read_but_never_called(model: nn.Module) -> dict[str, str]:
-    """Name of each module whose holder's code computes with its `weight` and never calls it -> the holder's class.
+    """Return the modules whose holder computes with their `weight` and never calls them: name -> class of the holder.
 
-    Found in the source of the holder's class. A module that is called, handed on, or reached in another way than as
-    `self.<name>` is not among them, nor is one whose holder's source is not to be had.
+    The source of the holder's class is analysed. A module is left out if it is called, passed on, or reached in another
+    way than as `self.<name>`, or if the source of its holder is not available.
     """
     found = {}
     for name, holder in model.named_modules():
@@ -36,14 +36,16 @@ def read_but_never_called(model: nn.Module) -> dict[str, str]:
 
 
 def computes_with_weight(holder: nn.Module, child: str) -> bool:
-    """Whether some code of the class of `holder` computes with `self.<child>.weight`; it may call the child too."""
+    """Whether a method of the class of `holder` computes with `self.<child>.weight`; it may call the child too."""
     kind: Any = type(holder)
     return child in _children_by_use(kind)[0]
 
 
 @cache
 def _children_by_use(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """Attributes of self that the code of a class (computes with `.weight` of, uses in another way)."""
+    """Return two sets of attributes of self: those whose `.weight` the class computes with, and those used
+    otherwise.
+    """
     nothing: frozenset[str] = frozenset()
     if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.MultiheadAttention:
         return nothing, nothing
@@ -62,7 +64,7 @@ def _children_by_use(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(child, "weight" or "other") of each `self.<child>` outside __init__ that is no metadata and no assignment."""
+    """Yield (child, "weight" or "other") for each `self.<child>` outside __init__, without metadata and assignments."""
     parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
@@ -80,7 +82,7 @@ def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _is_metadata(use: ast.AST | None) -> bool:
-    """Whether what is done with a weight, the node around it, computes nothing: `.dtype`, `isinstance`, `is None`."""
+    """Whether the node around a weight computes nothing with it: `.dtype`, `isinstance`, `is None`."""
     if isinstance(use, ast.Attribute):
         return use.attr in _METADATA
     if isinstance(use, ast.Compare):

@@ -1,4 +1,4 @@
-"""fuse_model: what lies between the linear layers of a transformers model, on this package's ops."""
+"""fuse_model: runs the parts between the linear layers of a transformers model on this package's ops."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _UNKNOWN = "the code of its forward is not one of the known forms"
 
 
 class Replacement(NamedTuple):
-    """A kind of module that fuse_model replaces.
+    """One kind of module that fuse_model replaces.
 
-    part: the argument of fuse_model that switches it.   resembles: whether a module is to be named in the report at
-    all.   choose: the mixin for a module, or why it is left alone.
+    part: the argument of fuse_model that enables it.   resembles: whether the report mentions a module at all.
+    choose: returns the mixin for a module, or the reason why it is left alone.
     """
 
     part: str
@@ -43,9 +43,9 @@ class Replacement(NamedTuple):
 
 @dataclass
 class FuseReport:
-    """What `fuse_model` did. Printing it shows a table.
+    """The result of `fuse_model`; str() gives a table.
 
-    replaced: name of a module -> what it runs on now.   skipped: name -> why it was left alone.
+    replaced: name of a module -> the ops it runs on now.   skipped: name -> the reason why it was left alone.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class FuseReport:
     _modules: list[tuple[str, ref[nn.Module]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give the modules that this call replaced their own classes back. Raises RuntimeError as unfuse_model does."""
+        """Restore the classes of the modules that this call replaced. Raises RuntimeError as unfuse_model does."""
         _unfuse((name, module) for name, reference in self._modules if (module := reference()) is not None)
         self._modules.clear()
 
@@ -73,18 +73,18 @@ def fuse_model(
     mlp: bool = True,
     loss: bool = True,
 ) -> FuseReport:
-    """Let what lies between the linear layers of a transformers model run fused, in place.
+    """Run norms, rotary embedding, attention, gated MLPs and the loss of a transformers model fused, in place.
 
-    model: of the Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 2, Gemma 3 or SmolLM families, before or after adapters
-    are put on it and its linear layers are quantized. Modules of other models whose code is the same are replaced too.
+    model: of the Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 2, Gemma 3 or SmolLM families, before or after adapters are
+    added and its linear layers are quantized. Modules of other models with the same code are replaced too.
     norms: RMSNorm, and the residual addition in front of the MLP.   rope: rotary embedding in attention.
-    attention: attention of training and prefill on a CPU, where the model's implementation is "sdpa" and its mask lets
-    each query see a range of keys.   mlp: the product of activation and gate.
-    loss: output head and loss in one op. The output of a model in training mode that is called with labels
-    then has no logits (None), which is what saves their memory; call it with skip_logits=False to have them.
-    Modules keep their parameters, names, hooks and state dicts, and models their files. A module whose code or
-    attributes are not exactly those that its replacement computes is left alone, and the report gives the reason.
-    Outputs change by the roundings that are left out (docs/fuse_model.md). A second call changes nothing.
+    attention: attention in training and prefill on a CPU, if the model's implementation is "sdpa" and its mask gives
+    each query a contiguous range of keys.   mlp: the product of activation and gate.
+    loss: output head and loss in one op. The output of a model in training mode that is called with labels then has
+    logits=None, which saves their memory; pass skip_logits=False to get logits.
+    Modules keep their parameters, names, hooks and state dicts, and saved files do not change. A module whose code or
+    attributes differ from those that its replacement computes is left alone, and the report gives the reason. Outputs
+    change by the roundings that the fused ops omit (docs/fuse_model.md). A second call changes nothing.
     Returns a FuseReport; its undo(), or unfuse_model(model), reverses the call.
     """
     report = FuseReport()
@@ -109,10 +109,10 @@ def fuse_model(
 
 
 def unfuse_model(model: nn.Module) -> list[str]:
-    """Give every module that fuse_model replaced its own class back. Returns their names.
+    """Restore the original class of every module that fuse_model replaced, and return their names.
 
-    Raises RuntimeError, naming the modules, where another library has extended a fused class since, as FSDP does; all
-    others are restored.
+    Raises RuntimeError, naming the modules, if another library, such as FSDP, has extended a fused class since; all
+    other modules are restored.
     """
     return _unfuse(layers_of(model).items())
 
@@ -215,4 +215,4 @@ _ATTENTION: dict[tuple[bool, bool], type[FusedModule]] = {
     (True, False): FusedRotation,
     (False, True): FusedAttentionAlone,
 }
-"""By the arguments rope and attention of fuse_model."""
+"""The attention mixin for each combination of the arguments rope and attention of fuse_model."""

@@ -1,4 +1,4 @@
-"""Attention modules of Hugging Face's models, with the rotary embedding of q and k and attention itself on ops."""
+"""Attention modules of transformers' models whose rotary embedding and attention run on this package's ops."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .known_forms import form_of, unwrapped_function
 
 
 class AttentionForm(NamedTuple):
-    """What tells the forward of one family from that of another.
+    """The properties in which the forwards of the families differ.
 
-    norms_heads: whether q and k pass through q_norm and k_norm.   optional_rope: whether self.use_rope may leave a
-    layer without positions.   arguments: of the attention function, name -> attribute of the module or of its config.
+    norms_heads: whether q and k pass through q_norm and k_norm.   optional_rope: whether self.use_rope may disable the
+    rotary embedding of a layer.   arguments: name of an argument of the attention function -> attribute of the module
+    or its config.
     """
 
     norms_heads: bool = False
@@ -36,14 +37,14 @@ FORMS = {
     "9d3b2011c0a2173c": AttentionForm(norms_heads=True, arguments=(_WINDOW,)),  # Gemma 3
     "7ce3277600428f78": AttentionForm(optional_rope=True, arguments=(_WINDOW,)),  # SmolLM3
 }
-"""By `form_of` the forward, as in transformers 5.24."""
+"""Digest of a forward (`form_of`) -> its properties, for transformers 5.24."""
 
 _GLOBALS = {"apply_rotary_pos_emb": "e09c64c381670d00", "rotate_half": "34ac59980bfd6c26"}
-"""Functions that a known forward calls by their global names -> their forms."""
+"""Global functions that a known forward calls -> digests of their code."""
 
 
 def attention_form(kind: type[nn.Module]) -> AttentionForm | None:
-    """The form of an attention class; None for code that is not known."""
+    """Return the properties of an attention class, or None if its code is not known."""
     forward: Any = kind.forward
     form = FORMS.get(form_of(forward) or "")
     names = unwrapped_function(forward).__globals__ if form is not None else {}
@@ -52,12 +53,12 @@ def attention_form(kind: type[nn.Module]) -> AttentionForm | None:
 
 
 class FusedAttention(FusedModule):
-    """q, k and v, rotary embedding, attention, and the output projection."""
+    """Attention with the projections of the model and its rotary embedding and attention on ops, where enabled."""
 
     rotates: ClassVar[bool] = True
     """Whether the rotary embedding runs on its op."""
     attends: ClassVar[bool] = True
-    """Whether attention runs on its op where it can, in place of the model's own attention function."""
+    """Whether attention runs on its op, where the op supports the call, instead of the model's attention function."""
     form: ClassVar[AttentionForm]
     attention_functions: ClassVar[Any]
     """transformers' registry of attention functions."""
@@ -123,7 +124,7 @@ class FusedAttention(FusedModule):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention function, or the op in its place."""
+        """Run the op where it supports the arguments, otherwise the model's own attention function."""
         implementation = self.config._attn_implementation
         if self.attends and implementation == "sdpa":
             attended = fused_sdpa(self, query, key, value, mask, **arguments)
@@ -141,19 +142,19 @@ class FusedAttention(FusedModule):
 
 
 class FusedRotation(FusedAttention):
-    """The same with the model's own attention function."""
+    """FusedAttention with the rotary embedding on its op and the model's own attention function."""
 
     attends = False
 
 
 class FusedAttentionAlone(FusedAttention):
-    """The same with the model's own rotary embedding."""
+    """FusedAttention with attention on its op and the model's own rotary embedding."""
 
     rotates = False
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k rotated by the op; where it does not serve them, by the formula of transformers."""
+    """Rotate q and k by the op, or by the formula of transformers where the op does not support them."""
     dtype = query.dtype
     if (
         served(query, key, cos, sin)

@@ -1,9 +1,9 @@
-"""Causal language models of Hugging Face whose output head and loss run as one op, without the logits in memory.
+"""Causal language models of transformers whose output head and loss run as one op, without the logits in memory.
 
-The logits of a training batch take more memory than the activations of a small model. A training step needs the loss
-alone, so the fused forward leaves `logits` out of its output (None) where `skip_logits` says so. The default is
-True in training mode with labels given and False otherwise, the convention of the Liger kernels, which
-`transformers.Trainer` knows: evaluation keeps its logits, and generation is not concerned.
+The logits of a training batch take more memory than the activations of a small model, and a training step needs only
+the loss. The fused forward therefore returns `logits=None` if `skip_logits` is True. The default is True in training
+mode with labels and False otherwise, which is the convention of the Liger kernels and supported by
+`transformers.Trainer`. Evaluation and generation keep their logits.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from .fused_module import FusedModule, is_watched, served
 from .known_forms import form_of, unwrapped_function
 
 _HANDLED = ("transformers.utils.generic",)
-"""Modules of the decorator can_return_tuple: the fused forward leaves calls that ask for a tuple to the original."""
+"""Modules of the decorator can_return_tuple; the original forward handles calls that ask for a tuple."""
 
 FORMS: dict[str | None, str | None] = {
     "40c9f1ac6268f19d": None,  # Llama, Qwen2, Qwen3, Mistral, Gemma, SmolLM3
     "947b08152cac72d7": "final_logit_softcapping",  # Gemma 2 and 3
 }
-"""Form of a forward, as in transformers 5.24 -> the attribute of the config that bounds the logits, or None."""
+"""Digest of a forward in transformers 5.24 -> the config attribute with the softcap of the logits, or None."""
 
 _LOSS = {"ForCausalLMLoss": "2f752581688c701a", "fixed_cross_entropy": "7679417dd15aaeff"}
-"""Functions that compute the loss -> their forms."""
+"""Loss functions -> digests of their code."""
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
-"""Of the original forward, in front of labels."""
+"""Names of the original forward's positional arguments before labels."""
 
 _NOT_OF_THE_DECODER = ("labels", "logits_to_keep", "return_dict", "past_key_values")
 
 
 def causal_lm_form(kind: Any) -> str | None:
-    """The form of a model class's forward, if it is one of FORMS."""
+    """Return the digest of a model class's forward if it is one of FORMS, otherwise None."""
     form = form_of(kind.forward, _HANDLED)
     return form if form in FORMS else None
 
 
 class FusedCausalLM(FusedModule):
-    """A decoder with an output head, its loss by linear_cross_entropy."""
+    """A decoder with an output head whose loss is computed by linear_cross_entropy."""
 
     softcap_name: ClassVar[str | None]
     output_class: ClassVar[Any]
@@ -67,7 +67,7 @@ class FusedCausalLM(FusedModule):
         return {"forward": forward, "output_class": output_class, "softcap_name": softcap_name}
 
     def forward_fused(self, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
-        """The original forward; where logits are skipped, with the loss of the op."""
+        """Run the original forward; if logits are skipped, compute the loss with the op."""
         labels = kwargs.get("labels")
         if skip_logits is None:
             skip_logits = self.training and labels is not None
@@ -84,7 +84,7 @@ class FusedCausalLM(FusedModule):
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """ForCausalLMLoss of transformers: labels are shifted unless they come shifted."""
+        """Compute the loss as transformers' ForCausalLMLoss does; labels are shifted unless shift_labels is given."""
         ignored = kwargs.get("ignore_index", -100)
         shifted = kwargs.get("shift_labels")
         if shifted is None:
@@ -112,7 +112,7 @@ class FusedCausalLM(FusedModule):
             and "past_key_values" not in kwargs
             and type(head) is nn.Linear
             and not is_watched(head)
-            and type(head.weight) is nn.Parameter  # no tensor of a subclass, as DTensor is one
+            and type(head.weight) is nn.Parameter  # not a subclass of Tensor such as DTensor
             and served(head.weight)
             and _has_kernel(head.weight.device.type)
             and head.out_features == self.config.vocab_size
@@ -121,7 +121,7 @@ class FusedCausalLM(FusedModule):
 
 
 def _has_kernel(device: str) -> bool:
-    """Whether something better than the reference implementation runs the op."""
+    """Whether a backend other than the reference runs the op on this device."""
     backend = {"cpu": "cpu", "cuda": "triton"}.get(device)
     return backend is not None and unavailable(backend) is None
 

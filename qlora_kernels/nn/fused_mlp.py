@@ -1,4 +1,4 @@
-"""Gated MLPs of Hugging Face's models, down_proj(act_fn(gate_proj(x)) * up_proj(x)), on the glu op."""
+"""Gated MLPs of transformers' models, down_proj(act_fn(gate_proj(x)) * up_proj(x)), on the glu op."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ACTIVATIONS = {
 
 
 def activation_of(act_fn: object) -> str | None:
-    """The op's name for what an activation module computes; None where the op has none."""
+    """Return the op's name of an activation module, or None if the op does not have it."""
     kind = type(act_fn)
     return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 class FusedMLP(FusedModule):
-    """The three projections stay the modules that they are, adapters included."""
+    """A gated MLP on the glu op; its three projections stay modules, with their adapters."""
 
     gate_proj: nn.Module
     up_proj: nn.Module

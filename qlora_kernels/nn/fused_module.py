@@ -1,7 +1,7 @@
-"""Modules of other libraries whose forward runs on this package's ops: what all kinds of them share.
+"""Base class of the modules that fuse_model makes: modules of other libraries whose forward runs on ops.
 
-A fused module is the original module with another class, a made subclass of its own. Its parameters, names, hooks and
-state dict stay, and where an input is not what the ops serve, the original forward runs.
+A fused module is the original object with another class, a subclass of its original one that is made at run time. Its
+parameters, names, hooks and state dict do not change. Inputs that the ops do not support run the original forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FusedModule(MadeClass, nn.Module):
 
     @classmethod
     def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:  # noqa: ARG003
-        """Class attributes that depend on the class which is extended."""
+        """Return class attributes that depend on the class that is extended."""
         return {}
 
     def extra_repr(self) -> str:
@@ -31,13 +31,13 @@ class FusedModule(MadeClass, nn.Module):
 
 @cache
 def fused_class(mixin: Any, base: Any) -> type[FusedModule]:
-    """The subclass of the module class `base` whose forward is that of `mixin`, a subclass of FusedModule."""
+    """Return the subclass of `base` whose forward is that of `mixin`, a subclass of FusedModule."""
     members = {**names_of_class(base), **mixin.members_for(base), "made_by": (fused_class, (mixin, base))}
     return cast(type[FusedModule], type(base.__name__, (mixin, base), members))
 
 
 def unfused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """`kind` without its fused layers, which may lie below other made classes; None where they cannot be taken out."""
+    """Return `kind` without its fused layers, also below other made classes, or None if they cannot be removed."""
     made = vars(kind).get("made_by")
     if made is None:
         return None if issubclass(kind, FusedModule) else kind
@@ -49,7 +49,7 @@ def unfused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def served(*tensors: Tensor) -> bool:
-    """Whether the ops take these tensors: one device and dtypes that they know."""
+    """Whether the ops support these tensors: one device of the supported ones, and supported dtypes."""
     first = tensors[0]
     return first.device.type in _DEVICES and all(
         tensor.dtype in FLOAT_DTYPES and tensor.device == first.device for tensor in tensors
@@ -57,7 +57,7 @@ def served(*tensors: Tensor) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something beside its class takes part in a call of the module: hooks, or a forward of its own."""
+    """Whether hooks or a forward set on the instance take part in a call of `module`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""RMSNorm and decoder layers of Hugging Face's models on the rms_norm op, which adds the residual in the same pass."""
+"""RMSNorm and decoder layers of transformers' models on the rms_norm op, which also adds the residual."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class FusedRMSNorm(FusedModule):
 
     weight: Tensor
     eps_name: ClassVar[str]
-    """Attribute that holds the eps."""
+    """Name of the attribute that holds eps."""
     weight_offset: ClassVar[float]
-    """What the op adds to the weight."""
+    """Value that the op adds to the weight: 0 or 1."""
 
     def normalized(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(the norm of x + residual, x + residual)."""
+        """Return (norm(x + residual), x + residual)."""
         eps = getattr(self, self.eps_name)
         return rms_norm(x, self.weight, eps, residual=residual, weight_offset=self.weight_offset)
 
@@ -50,7 +50,7 @@ class FusedGemmaRMSNorm(FusedRMSNorm):
 
 
 class FusedDecoderLayer(FusedModule):
-    """Attention and MLP, each behind a norm; the first residual addition runs in the second norm."""
+    """A decoder layer with a norm before attention and MLP; the second norm also adds the first residual."""
 
     input_layernorm: nn.Module
     self_attn: nn.Module
@@ -58,7 +58,7 @@ class FusedDecoderLayer(FusedModule):
     mlp: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:  # their order is the original's own
+        if args:  # only the original forward knows their order
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attended = _attended(self, hidden_states, kwargs)
         normalized, residual = _added_and_normalized(self.post_attention_layernorm, attended, hidden_states)
@@ -66,7 +66,7 @@ class FusedDecoderLayer(FusedModule):
 
 
 class FusedSandwichDecoderLayer(FusedModule):
-    """The same with a norm behind each sublayer as well: Gemma 2 and 3."""
+    """A decoder layer with norms before and after attention and MLP, as in Gemma 2 and 3."""
 
     input_layernorm: nn.Module
     self_attn: nn.Module
@@ -90,7 +90,7 @@ def _attended(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tens
 
 
 def _added_and_normalized(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(residual + x), residual + x), in one op where the norm is fused and nothing watches its calls."""
+    """Return (norm(residual + x), residual + x), in one op if the norm is fused and has no hooks."""
     if (
         isinstance(norm, FusedRMSNorm)
         and not is_watched(norm)

@@ -1,9 +1,9 @@
 """transformers' `sdpa` attention function on the attention op, for training and prefill on a CPU.
 
 The function's mask is a boolean matrix for each sequence, or None. Causal masks, sliding windows, padding and packed
-documents let each query see a contiguous range of keys, which is what the op takes. Everything else is left to torch:
-masks with gaps or numbers, dropout, single queries, other devices, and instruction sets on which torch was not measured
-to be slower.
+documents give each query a contiguous range of keys, which the op takes as arguments. Torch runs all other calls: masks
+with gaps or numbers, dropout, single queries, other devices, and instruction sets for which the op was not measured to
+be faster.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..ops._registry import unavailable
 from ..ops.attention import attention
 
 _MEASURED_SETS = ("amx_bf16", "amx_bf16_emulated", "avx512_bf16_fma", "avx512_bf16", "avx512", "avx2")
-"""Instruction sets of the CPU library on which the op is quicker than torch (docs/fuse_model.md)."""
+"""Instruction sets of the CPU library on which the op is faster than torch (docs/fuse_model.md)."""
 
 _REFUSED = ("position_bias", "softcap", "output_attentions")
-"""Arguments of the sdpa function that the op does not take."""
+"""Arguments of the sdpa function that the op does not support."""
 
 KeyRanges = tuple[Tensor, Tensor]
 
@@ -37,7 +37,7 @@ def fused_sdpa(
     scaling: float | None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The output [B, T, H, D] of the sdpa function with these arguments; None where the op does not serve them."""
+    """Return the sdpa function's output [B, T, H, D], or None if the op does not support the arguments."""
     if (
         dropout
         or query.device.type != "cpu"
@@ -63,9 +63,9 @@ def fused_sdpa(
 
 
 def key_ranges(mask: Tensor, batch: int) -> KeyRanges | None:
-    """(starts, ends), int64 [batch, Tq], of a boolean mask [batch or 1, 1, Tq, Tk]; None if it is not made of ranges.
+    """Return (starts, ends), int64 [batch, Tq], of a boolean mask [batch or 1, 1, Tq, Tk], or None if it has gaps.
 
-    The result stays with the mask, which all layers of a model share, until the mask is written to.
+    The result is cached on the mask, which all layers of a model share, until the mask is modified.
     """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch):
         return None
@@ -82,13 +82,13 @@ def key_ranges(mask: Tensor, batch: int) -> KeyRanges | None:
 
 
 def _ranges_of(visible: Tensor) -> KeyRanges | None:
-    """Of a boolean [batch, Tq, Tk]; nothing as large in a wider type is made of it."""
+    """Compute the ranges of a boolean [batch, Tq, Tk] without a copy of it in a wider dtype."""
     if visible.shape[-1] == 0:
         return None
     count = visible.sum(-1)
     starts = torch.where(count > 0, visible.view(torch.uint8).argmax(-1), 0)
     last = visible.shape[-1] - 1 - visible.flip(-1).view(torch.uint8).argmax(-1)
-    # As many keys as there are places from the first to the last of them.
+    # A row is a range if its number of keys equals the distance from its first to its last key plus one.
     if not bool(((last - starts + 1 == count) | (count == 0)).all()):
         return None
     return starts, starts + count

@@ -1,8 +1,8 @@
-"""Recognition of code: whether a module's methods are, statement by statement, those that a replacement computes.
+"""Recognition of code: compares the source of a module's methods with the code that a replacement reproduces.
 
-Names of classes say little: a subclass may override a method, and another version of a library may have changed one. A
-method counts as known if its source, without comments, annotations and docstring, has one of the digests listed with
-the replacement. Everything else is left alone.
+Class names are not sufficient: a subclass may override a method, and another version of a library may have changed one.
+A method is known if the digest of its source, without comments, annotations and docstring, is listed with the
+replacement. Modules with unknown code are left alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from functools import lru_cache
 from typing import Any
 
 _TRANSPARENT = ("transformers.modeling_layers", "transformers.utils.deprecation")
-"""Modules whose decorators call what they wrap unchanged: gradient checkpointing, renamed arguments."""
+"""Modules of decorators that call the wrapped function unchanged: gradient checkpointing, renamed arguments."""
 
 _IGNORED_FIELDS = ("annotation", "returns", "type_comment", "decorator_list", "ctx", "kind")
 
 
 def unwrapped_function(function: Callable[..., Any], handled: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function inside decorators of _TRANSPARENT and of `handled`, modules whose effect the caller reproduces."""
+    """Return the function inside decorators of _TRANSPARENT and of `handled`, whose effect the caller reproduces."""
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         if getattr(function, "__globals__", {}).get("__name__") not in (*_TRANSPARENT, *handled):
             break
@@ -31,7 +31,10 @@ def unwrapped_function(function: Callable[..., Any], handled: Sequence[str] = ()
 
 
 def form_of(function: Callable[..., Any], handled: Sequence[str] = ()) -> str | None:
-    """A digest of the function's statements; None where its source cannot be read. handled: of unwrapped_function."""
+    """Return a digest of the function's statements, or None if its source is not available.
+
+    handled: as for unwrapped_function.
+    """
     return _form(unwrapped_function(function, handled))
 
 
@@ -51,7 +54,7 @@ def _form(function: Callable[..., Any]) -> str | None:
 
 
 def _plain(node: Any) -> Any:
-    """Nested tuples that are the same in every version of Python; empty fields, which newer ones add, are left out."""
+    """Convert an AST node to nested tuples that are equal in all versions of Python; empty fields are omitted."""
     if isinstance(node, ast.AnnAssign) and node.value is not None:
         return "Assign", (("targets", (_plain(node.target),)), ("value", _plain(node.value)))
     if isinstance(node, ast.AST):

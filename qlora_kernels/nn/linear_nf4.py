@@ -23,18 +23,18 @@ from .read_only import ReadOnlyTensor
 class LinearNF4(QuantizedWeight):
     """y = x W^T + bias with W [out_features, in_features] frozen in NF4.
 
-    in_features, out_features, bias: as nn.Linear.   blocksize: weights per absmax.   double_quant: constants in 8 bits.
-    compute_dtype: x is cast to it for the product and y back to x's dtype; None computes in x's dtype. Under autocast
-    both are autocast's dtype, as for nn.Linear.
+    in_features, out_features, bias: as for nn.Linear.   blocksize: weights per absmax.   double_quant: 8-bit constants.
+    compute_dtype: x is cast to it for the product, and y is cast back to x's dtype; None computes in x's dtype. Under
+    autocast the product and y have autocast's dtype, as for nn.Linear.
 
     Buffers: `packed` uint8 [(N * K + 1) // 2, 1]; `absmax` fp32 [n_blocks], or `absmax_q`, `absmax_scale` and
-    `absmax_offset`, which stay fp32 under `.to(dtype)`; frozen parameters under DistributedDataParallel and FSDP2
-    (quantized_weight.py). The bias is an ordinary parameter. A new layer holds zeros until it is loaded; `from_linear`
-    quantizes an existing one.
+    `absmax_offset`, which stay fp32 under `.to(dtype)`. Under DistributedDataParallel and FSDP2 they are frozen
+    parameters (quantized_weight.py). The bias is an ordinary parameter. A new layer holds zeros until a checkpoint is
+    loaded; `from_linear` quantizes an existing layer.
 
-    The state dict is plain tensors under bitsandbytes' keys (format/bnb_layout.py); strict loading works both ways, a
-    checkpoint's own blocksize and kind of constants are adopted, and a dense `weight` is quantized while it is loaded.
-    `train()`, `eval()`, `state_dict()` and forward never change a byte.
+    The state dict holds plain tensors under bitsandbytes' keys (format/bnb_layout.py). Strict loading works in both
+    directions. The blocksize and kind of constants of a checkpoint are adopted, and a dense `weight` is quantized while
+    it is loaded. `train()`, `eval()`, `state_dict()` and forward never change a byte of the weight.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LinearNF4(QuantizedWeight):
         self.out_features = out_features
         self.blocksize = blocksize
         self.compute_dtype = compute_dtype
-        self.dense_class: type[nn.Module] = nn.Linear  # or Conv1D: the layer in whose place this one stands
+        self.dense_class: type[nn.Module] = nn.Linear  # or Conv1D: the class of the layer that this one replaces
         self.weight_dtype = dtype or torch.get_default_dtype()
         numel = in_features * out_features
         blocks = n_blocks(numel, blocksize)
@@ -86,7 +86,7 @@ class LinearNF4(QuantizedWeight):
     ) -> LinearNF4:
         """Quantize an nn.Linear, or transformers' Conv1D (whose weight is stored transposed).
 
-        The bias parameter is taken over, not copied. Raises TypeError for other modules.
+        The new layer uses the same bias parameter, not a copy. Raises TypeError for other modules.
         """
         quantized = quantize_nf4(dense_weight(linear), blocksize, double_quant)
         return cls.from_quantized(*quantized, like=linear, compute_dtype=compute_dtype)
@@ -95,9 +95,9 @@ class LinearNF4(QuantizedWeight):
     def from_quantized(
         cls, packed: Tensor, state: QuantState, *, like: nn.Module, compute_dtype: torch.dtype | None = None
     ) -> LinearNF4:
-        """A layer with the quantized weight (packed, state), as from `quantize_nf4`, in the place of `like`.
+        """Return a layer with the quantized weight (packed, state), as from `quantize_nf4`, that replaces `like`.
 
-        like: the nn.Linear or Conv1D whose bias parameter is taken over; its weight is not read.
+        like: the nn.Linear or Conv1D whose bias parameter is used; its weight is not read.
         """
         out_features, in_features = state.shape
         layer = cls(in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta")
@@ -109,28 +109,30 @@ class LinearNF4(QuantizedWeight):
 
     @property
     def quant_state(self) -> QuantState:
-        """Shape, dtype and constants of the weight."""
+        """Return the shape, dtype and constants of the weight."""
         shape = torch.Size((self.out_features, self.in_features))
         constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
         return QuantState(shape, self.weight_dtype, self.blocksize, *constants)
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, computed on each access: for code that reads it, not for speed.
+        """The dequantized weight, computed on each access; meant for code that reads the weight, not for fast products.
 
-        It is read-only: writing to it, which would change nothing, raises RuntimeError.
+        It is read-only: a write, which could not change the packed weight, raises RuntimeError.
         """
         return ReadOnlyTensor.of(self.dequantize())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W [out_features, in_features] in `dtype`; None = weight_dtype, quantized from or last cast to."""
+        """Return W [out_features, in_features] in `dtype`; None is weight_dtype, the dtype before quantization or last
+        cast.
+        """
         return dequantize_nf4(self.packed, self.quant_state, dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return the dense layer that computes with this layer's values: the reverse of from_linear.
+        """Return a dense layer with this layer's dequantized weight and its bias parameter: the reverse of from_linear.
 
-        dtype: of the weight, which is frozen; None = weight_dtype. The bias is this layer's own parameter.
-        An nn.Linear, or a Conv1D where the layer was made from one.
+        dtype: of the weight, which is frozen; None = weight_dtype.
+        Returns an nn.Linear, or a Conv1D if the layer was made from one.
         """
         weight = self.dequantize(dtype)
         if self.dense_class is nn.Linear:
@@ -143,7 +145,7 @@ class LinearNF4(QuantizedWeight):
         return cast(nn.Module, dense.train(self.training))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> y [..., out_features]."""
+        """Compute y [..., out_features] from x [..., in_features]."""
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
         y: Tensor = torch.ops.qlora_kernels.linear_nf4(_cast(x, compute), *self._operand, self.bias)
@@ -152,7 +154,7 @@ class LinearNF4(QuantizedWeight):
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
         """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
 
-        lora_A: [r, in_features], lora_B: [out_features, r].   dropout_p: 0 unless training; the caller decides.
+        lora_A: [r, in_features], lora_B: [out_features, r].   dropout_p: the caller passes 0 outside training.
         """
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
@@ -163,9 +165,11 @@ class LinearNF4(QuantizedWeight):
     def forward_multi_lora(
         self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, adapter: Tensor, dropout_p: float = 0.0
     ) -> Tensor:
-        """As forward_lora, with an adapter for each row of x: adapter int64, one per row of x as a matrix, -1 for none.
+        """Compute forward_lora with a separate adapter for each row of x.
 
-        lora_A: [E, r, in_features], lora_B: [E, out_features, r], ranks padded with zeros.   scalings: fp32 [E].
+        adapter: int64, one number for each row of x as a matrix, -1 for none.
+        lora_A: [E, r, in_features], lora_B: [E, out_features, r], smaller ranks padded with zeros.   scalings: fp32
+        [E].
         """
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         compute, result = self._dtypes(x)
@@ -181,10 +185,10 @@ class LinearNF4(QuantizedWeight):
         updates: Sequence[tuple[Tensor, Tensor, float]],
         dropout_p: float = 0.0,
     ) -> list[Tensor]:
-        """Each layer's forward_lora on the same x, as one op with one dropout mask, forward and backward.
+        """Compute each layer's forward_lora on the same x, as one op with one dropout mask, forward and backward.
 
-        layers: of one in_features and compute_dtype; their biases are constants.   updates: (lora_A, lora_B, scaling)
-        of each.   Returns each layer's y.
+        layers: with equal in_features and compute_dtype; their biases are constants.   updates: (lora_A, lora_B,
+        scaling) of each layer.   Returns the y of each layer.
         """
         compute, result = layers[0]._dtypes(x)
         lora_A, lora_B, scalings = zip(*updates, strict=True)
@@ -193,7 +197,7 @@ class LinearNF4(QuantizedWeight):
         return [_cast(y, result) for y in call_group(_cast(x, compute), weights, biases, lora)]
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, with the format."""
+        """Return the sizes, as nn.Linear does, and the format, for repr()."""
         kind = "double-quantized" if self.double_quant else "fp32 absmax"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -205,8 +209,8 @@ class LinearNF4(QuantizedWeight):
         return Weight._make((*self._tensors(), self.blocksize, self.out_features, self.in_features))
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """(dtype of the product, dtype of the result)."""
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
+        """Return (dtype of the product, dtype of the result)."""
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # is_autocast_enabled rejects the meta device
             dtype = torch.get_autocast_dtype(x.device.type)
             return dtype, dtype
         return self.compute_dtype or x.dtype, x.dtype
@@ -267,12 +271,14 @@ class LinearNF4(QuantizedWeight):
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor.to(dtype), which takes a microsecond also where it has nothing to do."""
+    """Return tensor.to(dtype), without the microsecond that a call takes if the dtype is already right."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """W [out_features, in_features] of an nn.Linear or of transformers' Conv1D. Raises TypeError for other modules."""
+    """Return W [out_features, in_features] of an nn.Linear or transformers' Conv1D. Raises TypeError for other
+    modules.
+    """
     if isinstance(linear, nn.Linear):
         return linear.weight
     if is_conv1d(linear):
@@ -281,13 +287,13 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 
 def is_nn_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear itself or Falcon's, which computes the same; other subclasses may not."""
+    """Whether `module` is an nn.Linear or Falcon's equivalent subclass; other subclasses may compute something else."""
     kind = type(module)
     falcons = kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
     return kind is nn.Linear or falcons
 
 
 def is_conv1d(module: nn.Module | type[nn.Module]) -> bool:
-    """Whether `module` is GPT-2's Conv1D or its class, known by name so that transformers need not be there."""
+    """Whether `module` is GPT-2's Conv1D or its class, recognized by name so that transformers is not imported."""
     kind = module if isinstance(module, type) else type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

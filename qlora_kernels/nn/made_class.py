@@ -1,8 +1,8 @@
-"""Subclasses that are made at run time, of modules whose behaviour is changed in place, and how they are pickled.
+"""Subclasses made at run time, which change the behaviour of modules in place, and their pickling.
 
-`module.__class__ = made` changes what a module does while its parameters, hooks, names and state dict stay. Such a
-class has the name of the class that it extends, so pickle cannot find it by name. It is pickled as the call that makes
-it, made classes among the arguments of that call included: changes of several kinds may lie on top of each other.
+`module.__class__ = made` changes the methods of a module; its parameters, hooks, names and state dict do not change. A
+made class has the name of the class it extends, so that pickle cannot find it by name. It is pickled as the call that
+makes it. The arguments of that call may be made classes themselves, so that several changes can be stacked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 
 class Recipe(NamedTuple):
-    """The call that makes a class; each of `arguments` is an object of its own or a Recipe again."""
+    """The call that makes a class; each of `arguments` is an object or another Recipe."""
 
     maker: Callable[..., type]
     arguments: tuple[Any, ...]
@@ -22,7 +22,7 @@ class MadeClass:
     """Base of all made classes."""
 
     made_by: ClassVar[tuple[Callable[..., type], tuple[Any, ...]]]
-    """The function that made the class, which must be importable by name, and its arguments."""
+    """The importable function that made the class, and its arguments."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
@@ -30,12 +30,12 @@ class MadeClass:
 
 
 def names_of_class(base: type) -> dict[str, Any]:
-    """What a made class takes over from the class that it extends, so that code which looks at names sees no change."""
+    """Return the attributes by which a made class looks like the class it extends: name, module and docstring."""
     return {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
 
 
 def recipe_of(kind: Any) -> Any:
-    """A Recipe for a made class, anything else as it is."""
+    """Return the Recipe of a made class; return any other object unchanged."""
     if not isinstance(kind, type) or (made := vars(kind).get("made_by")) is None:
         return kind
     maker, arguments = made

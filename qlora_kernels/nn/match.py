@@ -1,4 +1,4 @@
-"""Which modules a user means: by name, suffix, regular expression or predicate. All lists of names follow this rule."""
+"""Matching of module names by name, suffix, regular expression or predicate; the rule of all lists of names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Collection, Iterable
 from torch import nn
 
 Names = str | Collection[str]
-"""A regular expression that must match a whole dotted name, or a collection of names and of endings of names
-(`q_proj` means every `*.q_proj`)."""
+"""A regular expression that must match a whole dotted name, or a collection of names and endings of names (`q_proj`
+matches every `*.q_proj`)."""
 
 Pattern = Names | Callable[[str, nn.Module], bool]
-"""Names, or a predicate of name and module."""
+"""Names, or a predicate of (name, module)."""
 
 
 def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> bool:
-    """Whether `pattern` means the module called `name`.   module: needed where the pattern is a predicate."""
+    """Whether `pattern` matches the module called `name`.   module: needed if the pattern is a predicate."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     if callable(pattern):
@@ -27,28 +27,28 @@ def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> boo
 
 
 def contained_in(pattern: Names, name: str) -> bool:
-    """Whether `pattern` means the module called `name` or a module that contains it."""
+    """Whether `pattern` matches the module called `name` or a module that contains it."""
     parts = name.split(".")
     return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
 def as_names(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The names in a list of names. A string is one name, None is no name."""
+    """Return the names in a list of names; a string is one name, and None is an empty list."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def unmatched(wanted: Names, names: Collection[str]) -> list[str]:
-    """The items of `wanted` that mean none of `names`; a regular expression is one item."""
+    """Return the items of `wanted` that match none of `names`; a regular expression is one item."""
     patterns: list[tuple[str, Names]] = [(wanted, wanted)] if isinstance(wanted, str) else [(w, (w,)) for w in wanted]
     return [item for item, pattern in patterns if not any(matches(pattern, name) for name in names)]
 
 
 def check_names(field: str, wanted: Names, names: Collection[str], *, of: str = "a module") -> None:
-    """Raises ValueError where an item of `wanted` means none of `names`, and gives the nearest names.
+    """Raise ValueError, with the nearest names, if an item of `wanted` matches none of `names`.
 
-    field: what the error calls the list.   of: what the names are the names of.
+    field: the name of the list in the message.   of: the kind of thing that `names` are names of.
     """
     if lost := unmatched(wanted, names):
         kind = " as a regular expression for its whole name" if isinstance(wanted, str) else ""
@@ -59,7 +59,7 @@ def check_names(field: str, wanted: Names, names: Collection[str], *, of: str = 
 
 
 def nearest(wanted: Iterable[str], names: Collection[str], most: int = 5) -> list[str]:
-    """What was probably wanted, for an error message: the last parts of names, or for a dotted name whole names."""
+    """Return likely intended names for an error message: last parts of names, or whole names for a dotted name."""
     endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     found: list[str] = []
     for want in wanted:

@@ -1,4 +1,4 @@
-"""One module in the place of another: what replace_linear and the adapters share."""
+"""Access to modules by dotted name and the replacement of one module by another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def layers_of(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module below root, and root, by all its names, without the modules that adapters have added."""
+    """Return root and every module below it, by all their names, without the modules that adapters have added."""
     found: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -24,11 +24,11 @@ def layers_of(root: nn.Module) -> dict[str, nn.Module]:
 
 
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+"""Names of the attribute in which torch.compile, FSDP and activation checkpointing keep the wrapped module."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside wrappers of torch's, which call it and nothing else; any other module itself."""
+    """Return the module inside torch's transparent wrappers, or the module itself if it is not wrapped."""
     while True:
         names = ("module",) if isinstance(module, (DistributedDataParallel, nn.DataParallel)) else WRAPPED
         inner = next((module._modules[name] for name in names if name in module._modules), None)
@@ -38,33 +38,33 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def synchronizes(module: nn.Module) -> bool:
-    """Whether it synchronizes, between processes, the parameters that it found when it was wrapped."""
+    """Whether `module` synchronizes between processes the parameters that existed when it was made."""
     return isinstance(module, DistributedDataParallel) or "_fsdp_wrapped_module" in module._modules or shards(module)
 
 
 def shards(module: nn.Module) -> bool:
-    """Whether fully_shard (FSDP2) was applied to it. Does not import torch.distributed.fsdp, which takes long."""
+    """Whether fully_shard (FSDP2) was applied; does not import torch.distributed.fsdp, which is slow to import."""
     return hasattr(module, "set_reshard_after_forward")
 
 
 def names_of(root: nn.Module, module: nn.Module) -> list[str]:
-    """All the dotted names under which `module` is below root."""
+    """Return all dotted names of `module` below root."""
     return [name for name, other in root.named_modules(remove_duplicate=False) if name and other is module]
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted path below root, in the place of the module that is there."""
+    """Replace the module at the dotted path below root by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
 
 def input_embeddings_of(model: nn.Module) -> nn.Module | None:
-    """The input embeddings of a transformers model; None where it has none, which transformers says by an error."""
+    """Return the input embeddings of a transformers model; None if it has none, for which transformers raises."""
     return _from_getter(model, "get_input_embeddings")
 
 
 def output_embeddings_of(model: nn.Module) -> nn.Module | None:
-    """The output head of a transformers model; None where it has none."""
+    """Return the output head of a transformers model, or None if it has none."""
     return _from_getter(model, "get_output_embeddings")
 
 
@@ -91,9 +91,9 @@ _HOOKS = (
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Moves the forward and backward hooks of `source` to `target`, which takes its place in the model.
+    """Move the forward and backward hooks of `source` to `target`, which replaces it in the model.
 
-    The dictionaries themselves change hands, because the handles that remove a hook refer to them.
+    The dictionaries themselves are moved, because the handles that remove a hook refer to them.
     """
     for name in _HOOKS:
         mine, theirs = source.__dict__[name], target.__dict__[name]

@@ -1,12 +1,12 @@
-"""QuantizedWeight: where a module keeps the tensors of an NF4 weight, in buffers or in frozen integer parameters.
+"""QuantizedWeight: storage of an NF4 weight's tensors in buffers or in frozen integer parameters.
 
 Buffers are the default. DistributedDataParallel broadcasts buffers in every forward and FSDP2 does not shard them, so
 for both the same tensors become parameters that never require a gradient:
 
     <name>_flat     packed and absmax_q as they are; fp32 constants as their bits, int32, at least one-dimensional
 
-Integers are left alone by mixed precision policies and by casts. FSDP2 shards dimension 0 at any row, since it gathers
-the whole tensor before it is used. Tensors of one memory stay one parameter.
+Mixed precision policies and casts do not change integers. FSDP2 may shard dimension 0 at any row, because it gathers
+the whole tensor before use. Tensors that share memory stay one parameter.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def _tensor_property(name: str) -> property:
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor: a part of a tensor that several processes hold."""
+    """Whether `tensor` is a DTensor, of which each process holds a part."""
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "device_mesh")
 
 
 def cut_as(like: Any, whole: Tensor) -> Any:
-    """The DTensor of `whole`, which every process holds, sharded as `like` is; `whole` itself where `like` is none.
+    """Return a DTensor of `whole` sharded as `like` is; return `whole` itself if `like` is not a DTensor.
 
-    Nothing is sent. Raises ValueError for another shape.
+    Every process holds `whole`, so that nothing is sent. Raises ValueError for another shape.
     """
     if not is_sharded(like):
         return whole
@@ -61,7 +61,7 @@ def cut_as(like: Any, whole: Tensor) -> Any:
 
 
 class QuantizedWeight(nn.Module):
-    """Base class of LinearNF4 and ExpertsNF4: `packed` and its constants, and the two ways to keep them."""
+    """Base class of LinearNF4 and ExpertsNF4, which stores `packed` and its constants in one of two ways."""
 
     weight_dtype: torch.dtype
     packed: Tensor = _tensor_property("packed")  # type: ignore[assignment]
@@ -80,12 +80,12 @@ class QuantizedWeight(nn.Module):
 
     @property
     def double_quant(self) -> bool:
-        """Whether the constants are in 8 bits. Known for a sharded weight too."""
+        """Whether the constants are stored in 8 bits; also known for a sharded weight."""
         return self._stored("absmax_q") is not None
 
     @property
     def _is_fsdp_managed_module(self) -> bool:
-        """Set by torch's FSDP on every module that it manages, which is the one moment to see that it does."""
+        """Whether FSDP manages this module. Setting it is the only event by which FSDP can be detected."""
         return bool(self.__dict__.get("_is_fsdp_managed_module", False))
 
     @_is_fsdp_managed_module.setter
@@ -99,14 +99,14 @@ class QuantizedWeight(nn.Module):
             )
 
     def flat_parameters(self) -> dict[str, nn.Parameter]:
-        """The tensors as parameters, by their names; empty while they are buffers. Sharded ones are DTensors."""
+        """Return name -> parameter; empty while the tensors are buffers. Sharded parameters are DTensors."""
         parameters = {name: self._parameters.get(name + _FLAT) for name in TENSORS}
         return {name + _FLAT: parameter for name, parameter in parameters.items() if parameter is not None}
 
     def move_to_parameters(self, known: dict[int, nn.Parameter]) -> None:
         """Replace the buffers by frozen integer parameters over the same memory.
 
-        known: id of a tensor -> its parameter, for tensors that several modules share; extended here.
+        known: id of a tensor -> its parameter, for tensors that several modules share; new entries are added.
         """
         if self.in_parameters:
             return
@@ -118,13 +118,13 @@ class QuantizedWeight(nn.Module):
             self.register_parameter(name + _FLAT, None if tensor is None else known[id(tensor)])
 
     def store_as(self, other: QuantizedWeight) -> None:
-        """Keep the tensors as `other` keeps its own, in buffers or in parameters."""
+        """Store the tensors in buffers or in parameters, as `other` does."""
         if other.in_parameters:
             self.move_to_parameters({})
             self.parameter_names_in_state_dict = other.parameter_names_in_state_dict
 
     def _set_tensors(self, tensors: Mapping[str, Tensor | None], *, persistent: bool) -> None:
-        """Put all five tensors where the module keeps them. Raises ValueError where a sharded one has another size."""
+        """Assign all five tensors. Raises ValueError if a sharded one has another size."""
         if self.in_parameters:
             for name, stored in self.flat_parameters().items():
                 value = tensors[name.removesuffix(_FLAT)]
@@ -140,17 +140,17 @@ class QuantizedWeight(nn.Module):
                 self._non_persistent_buffers_set.add(name)
 
     def _tensors(self) -> list[Tensor | None]:
-        # Read where nn.Module keeps them: its attributes look through three dictionaries for each name.
+        # Read directly from nn.Module's dictionary: attribute access searches three dictionaries for each name.
         buffers = self._buffers
         if "packed_flat" not in self._parameters:
             try:
                 return [buffers[name] for name in TENSORS]
-            except KeyError:  # something else stands in a buffer's place, such as a parametrization
+            except KeyError:  # the buffer was replaced, for example by a parametrization
                 pass
         return [getattr(self, name) for name in TENSORS]
 
     def _flat_shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the tensor in the format where its parameter has another; None where both have the same."""
+        """Return the shape of a tensor in the checkpoint format if its parameter has another shape, otherwise None."""
         return () if name == "absmax_offset" else None
 
     def _to_flat(self, name: str, tensor: Tensor) -> nn.Parameter:
@@ -172,8 +172,8 @@ class QuantizedWeight(nn.Module):
         return tensor if shape is None else tensor.view(shape)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedWeight:
-        # A cast or a move. The tensors keep their dtypes: module.half() and .to(bf16) reach every float buffer,
-        # module.type(dtype) the packed bytes too. weight_dtype follows the cast of a dense weight.
+        # Casts and moves. The tensors keep their dtypes, although module.half() and .to(bf16) apply to every float
+        # buffer and module.type(dtype) to the packed bytes too. weight_dtype follows the cast of a dense weight.
         own = {id(tensor) for name in TENSORS if (tensor := self._stored(name)) is not None}
 
         def keep_dtype(tensor: Tensor) -> Any:
@@ -182,12 +182,12 @@ class QuantizedWeight(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         of_weight = fn(torch.empty(0, dtype=self.weight_dtype, device=self.stored_device)).dtype
-        if of_weight in FLOAT_DTYPES:  # the constants do not show a cast back to fp32, which they are in
+        if of_weight in FLOAT_DTYPES:  # the fp32 constants would not show a cast back to fp32
             self.weight_dtype = of_weight
         return self
 
     def _save_rest(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> bool:
-        """Save what nn.Module saves. Returns whether the weight is still to be saved under the checkpoint's names."""
+        """Save nn.Module's part. Returns whether the weight is still to be saved under the checkpoint's names."""
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if self.in_parameters and self.parameter_names_in_state_dict:
             return False
@@ -227,13 +227,13 @@ class QuantizedWeight(nn.Module):
             error_msgs.append(f"{prefix}: {error}")
 
     def _load_format(self, state_dict: dict[str, Any], prefix: str, *report: Any) -> None:
-        """Load the weight and all else from a state dict under the checkpoint's names."""
+        """Load the weight and the other entries from a state dict under the checkpoint's names."""
         raise NotImplementedError
 
     def _load_rest(
         self, state_dict: dict[str, Any], taken: set[str], prefix: str, metadata: Any, strict: bool, *report: Any
     ) -> None:
-        """nn.Module's loading of what is not the weight.   taken: names that the weight's tensors have."""
+        """Run nn.Module's loading without the weight.   taken: names of the weight's tensors."""
         others = {key: value for key, value in state_dict.items() if key not in taken}
         nn.Module._load_from_state_dict(self, others, prefix, metadata, strict, *report)
         own = {prefix + name + end for name in TENSORS for end in ("", _FLAT)}
@@ -241,7 +241,7 @@ class QuantizedWeight(nn.Module):
         missing[:] = [key for key in missing if key not in own]
 
     def _load_tensors(self, prefix: str, values: Mapping[str, Tensor | None]) -> None:
-        """Copy a weight of the module's own format into it. Raises ValueError for another kind of constants or size."""
+        """Copy a weight in the module's own format. Raises ValueError for another kind of constants or size."""
         for name in TENSORS:
             sizes = [None if t is None else t.numel() for t in (values[name], self._stored(name))]
             if sizes[0] != sizes[1]:

@@ -1,4 +1,4 @@
-"""ReadOnlyTensor: values that are computed on each access, so that writing to them would be lost."""
+"""ReadOnlyTensor: a tensor of values that are computed on each access; writes to it raise."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ _IN_PLACE_OPERATORS = {f"__i{name}__" for name in _OPERATORS.split()}
 
 
 class ReadOnlyTensor(Tensor):
-    """A tensor that raises where it, or a view of it, is written to. What is computed from it is an ordinary tensor."""
+    """A tensor that raises if it, or a view of it, is written to. Results computed from it are ordinary tensors."""
 
     @classmethod
     def of(cls, values: Tensor) -> Tensor:
-        """`values`, read-only. Where something records what is done with tensors (a compiler, a dispatch mode), and for
-        tensors of other kinds, they stay as they are.
+        """Return `values` as a read-only tensor.
+
+        Under a compiler or a dispatch mode, which record operations, and for subclasses of Tensor, `values` is returned
+        unchanged.
         """
         recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return values if recorded or type(values) is not Tensor else values.as_subclass(cls)
@@ -62,7 +64,7 @@ class ReadOnlyTensor(Tensor):
 
 
 def _is_parameter(tensor: Tensor) -> bool:
-    """Whether nn.Parameter made a parameter of it, which is its owner's to change."""
+    """Whether `tensor` was made a parameter by nn.Parameter; its owner may write to it."""
     return hasattr(tensor, "_is_param")
 
 
