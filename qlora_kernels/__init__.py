@@ -1,77 +1,46 @@
 """qlora_kernels: NF4 codec, fused quantized-LoRA linear layers, paged AdamW and PEFT methods.
 
-Importing this package needs neither a GPU, nor Triton, nor the compiled libraries, nor a network.
+Importing this package needs neither a GPU, nor Triton, nor the compiled libraries, nor a network. The public names are
+imported in `_public.py`.
 """
 
 from __future__ import annotations
 
-from . import backends as _backends_package  # noqa: F401, first: loaded later it would shadow the function backends()
-from . import peft
-from .distributed import make_shardable
-from .format.quant_state import QuantState
-from .integrations import from_bnb, to_bnb
-from .nn.convert import ReplaceReport, replace_experts, replace_linear
-from .nn.experts_nf4 import ExpertsNF4
-from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
-from .nn.linear_nf4 import LinearNF4
-from .ops._registry import backends, use_backend
-from .ops.attention import attention
-from .ops.dequantize_nf4 import dequantize_nf4
-from .ops.glu import glu
-from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.linear_nf4 import linear_nf4
-from .ops.linear_nf4_lora import linear_nf4_lora
-from .ops.linear_nf4_lora_group import linear_nf4_lora_group
-from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
-from .ops.quantize_nf4 import quantize_nf4
-from .ops.rms_norm import rms_norm
-from .ops.rope import rope
-from .optim import PagedAdamW, PagedAdamW8bit
-from .peft.layers.fused_projections import fuse_shared_input, unfuse_shared_input
-from .peft.model.lora_plus import lora_plus_groups
-from .peft.model.prepare import prepare_for_training
-
-__all__ = [
-    "ExpertsNF4",
-    "FuseReport",
-    "LinearNF4",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "QuantState",
-    "ReplaceReport",
-    "__version__",
-    "attention",
-    "backends",
-    "dequantize_nf4",
-    "from_bnb",
-    "fuse_model",
-    "fuse_shared_input",
-    "glu",
-    "linear_cross_entropy",
-    "linear_nf4",
-    "linear_nf4_lora",
-    "linear_nf4_lora_group",
-    "linear_nf4_multi_lora",
-    "lora_plus_groups",
-    "make_shardable",
-    "peft",
-    "prepare_for_training",
-    "quantize_nf4",
-    "replace_experts",
-    "replace_linear",
-    "rms_norm",
-    "rope",
-    "to_bnb",
-    "unfuse_model",
-    "unfuse_shared_input",
-    "use_backend",
-]
+import sys
+from importlib import import_module
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`, which is read from the installed package's metadata when it is first asked for."""
+def _is_the_command() -> bool:
+    """Whether this process is the command `qlora-kernels`, which parses its arguments before it imports torch."""
+    # The script that pip installs; Windows adds .exe.
+    if PurePath(sys.argv[0] if sys.argv else "").name in ("qlora-kernels", "qlora-kernels.exe"):
+        return True
+    # python -m qlora_kernels.cli: sys.argv[0] is "-m" while the parents of the module are imported.
+    command = sys.orig_argv
+    return "-m" in command and command[command.index("-m") + 1 :][:1] == ["qlora_kernels.cli"]
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from . import _public
+    from ._public import *  # noqa: F403
+
+    __all__ = ["__version__"]  # noqa: F405
+    __all__ += _public.__all__  # type: ignore[has-type]
+
+
+def __getattr__(name: str) -> Any:
+    """Return `__version__` from the installed package's metadata; in the command, import the public names."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("qlora_kernels")
+    if _is_the_command() and not name.startswith("_"):
+        public = import_module("._public", __name__)
+        names = getattr(public, "__all__", ())  # () while this import of it is still under way
+        # Also replaces the subpackage `backends`, which an import has put here, by the function of that name.
+        globals().update({public_name: getattr(public, public_name) for public_name in names})
+        if name in names:
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

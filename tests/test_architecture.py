@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlora_kernels"
 
 MAY_IMPORT = {
-    "": {"format", "ops", "nn", "optim", "peft", "distributed", "backends", "integrations"},
+    "": {"_public", "format", "ops", "nn", "optim", "peft", "distributed", "backends", "integrations"},
     "backends": set(),
     "format": {"format"},
     "ops": {"format", "ops"},

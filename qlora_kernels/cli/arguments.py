@@ -6,17 +6,15 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import torch
+from .choices import BLOCKSIZES, DEFAULT_BLOCKSIZE, DTYPES
 
-from ..format.nf4 import BLOCKSIZES, DEFAULT_BLOCKSIZE
+if TYPE_CHECKING:
+    import torch
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Number = TypeVar("Number", int, float)
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 SEEDS = 2**43
 """Seeds are below this. BatchOrder shifts a seed by 20 bits, and torch takes 64, signed."""
@@ -81,6 +79,13 @@ def add_quantization(parser: Any) -> None:
         metavar="NAME,...",
         help="linear layers that stay dense, by name or by the last parts of it; '' for none",
     )
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that an option names."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def names(text: str) -> tuple[str, ...]:

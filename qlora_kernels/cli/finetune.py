@@ -43,9 +43,9 @@ from ..training import (
     train,
 )
 from ..training.loop import fingerprint
-from .arguments import Subparsers, UsageError, add_command, bad_input
+from .arguments import UsageError, bad_input
 from .console import Console, peak_rss_bytes, rss_bytes
-from .finetune_options import FinetuneOptions, add_options
+from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
 from .generate import check_prompt, continuation
 from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
@@ -55,19 +55,6 @@ from .tokenizing import within_time
 
 _PROMPT_TOKENS = 24
 """Of the unseen text, where no --prompt is given."""
-
-
-def add_parser(subparsers: Subparsers) -> None:
-    """Add this subcommand and its options to the command line."""
-    parser = add_command(
-        subparsers,
-        "finetune",
-        run,
-        "train an adapter on an NF4 model",
-        "Quantize a model to NF4, train an adapter on it, measure perplexity before and after on text that training "
-        "never sees, save the adapter in PEFT's layout, and check that it reloads to the same perplexity.",
-    )
-    add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

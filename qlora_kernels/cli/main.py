@@ -6,20 +6,18 @@ Exit codes: 0; 1 where the work failed; 2, with one line that says what to chang
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
-
-from ..integrations.model_folders import ModelError
-from ..io.safetensors_reader import DamagedFileError
-from . import bench, finetune, generate, info, merge, quantize
+from . import bench, finetune_parser, generate, info, merge, quantize
 from .arguments import UsageError
 
 _EXTRAS = {
@@ -40,10 +38,32 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Prints the versions, read from the packages' metadata, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:  # noqa: ARG002
+        versions = []
+        for name in ("qlora_kernels", "torch"):
+            try:
+                versions.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:  # a source tree on sys.path
+                versions.append(f"{name} (not installed)")
+        print(f"{', '.join(versions)}, Python {platform.python_version()}")
+        parser.exit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
+    # Importing torch takes seconds, which `--help` and wrong arguments do not wait for: no command module imports it
+    # before its run.
+    from ..integrations.model_folders import ModelError
+    from ..io.safetensors_reader import DamagedFileError
+
     try:
         with _ended_by_signals():
             code: int = arguments.run(arguments)
@@ -91,12 +111,15 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Also torch's: OutOfMemoryError of devices, and the RuntimeError of its CPU allocator."""
+    import torch
+
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qlora-kernels", description="Quantized LoRA: NF4 models, their adapters and their training.")
+    parser.add_argument("--version", action=_Version, help="print the versions of qlora_kernels, torch and Python")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (info, quantize, finetune, merge, generate, bench):
+    for command in (info, quantize, finetune_parser, merge, generate, bench):
         command.add_parser(subparsers)
     return parser

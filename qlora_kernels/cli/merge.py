@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from .. import LinearNF4
-from ..io.atomic import folder_appearing_by_rename
 from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
-from .model_source import add_base, load_adapter, load_base
+from .model_options import add_base
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -32,6 +30,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and the adapter, merge them and write the result."""
+    from .. import LinearNF4
+    from ..io.atomic import folder_appearing_by_rename
+    from .model_source import load_adapter, load_base
+
     console = Console(quiet=arguments.json)
     out: Path = arguments.out
     with bad_input():

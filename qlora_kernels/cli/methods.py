@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..io.strict_json import JSONRefused, parse_json
 from ..peft import METHODS as REGISTERED
 from ..peft import PeftConfig
 
@@ -35,16 +32,3 @@ def adapter_config(method: str, options: Mapping[str, Any], assignments: Mapping
             raise ValueError(f"--set: {method} has no field {name!r}; did you mean one of {near}?")
     taken = {name: value for name, value in options.items() if name in fields}
     return config(**{**taken, **assignments})
-
-
-def assignment(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE, the value in JSON; what is no JSON is a string."""
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text[:60]!r}")
-    try:
-        return name, parse_json(value)
-    except JSONRefused as error:
-        if isinstance(error.__cause__, json.JSONDecodeError):
-            return name, value
-        raise argparse.ArgumentTypeError(f"{name} must have a value in JSON, got {value[:60]!r} ({error})") from error

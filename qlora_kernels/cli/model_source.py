@@ -23,24 +23,14 @@ from ..io.model_cache import cached_folder
 from ..io.streaming import StreamReport
 from ..peft import PeftModel
 from ..peft.framework import checkpoint
-from .arguments import DTYPES, add_model, add_quantization, bad_input
+from .arguments import bad_input, dtype_of
 from .console import Console
 from .patterns import check_patterns
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_base` reads to a parser."""
-    add_model(parser)
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="folder for converted models; without it, none is kept"
-    )
-    parser.add_argument("--dense", action="store_true", help="do not quantize a dense model")
-    add_quantization(parser)
-
-
 def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Module, Any]:
     """(model, tokenizer): the model in NF4, or as it is with --dense."""
-    dtype = DTYPES[arguments.compute_dtype]
+    dtype = dtype_of(arguments.compute_dtype)
     with tempfile.TemporaryDirectory() as scratch:
         cache = arguments.cache or Path(scratch)
         folder = dense_folder(arguments.model, cache, console)

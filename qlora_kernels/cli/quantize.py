@@ -6,13 +6,14 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..integrations.model_folders import is_quantized
-from ..io.atomic import folder_appearing_by_rename
-from ..io.streaming import StreamReport
-from .arguments import DTYPES, Subparsers, UsageError, add_command, add_quantization, bad_input
+from .arguments import Subparsers, UsageError, add_command, add_quantization, bad_input, dtype_of
+from .choices import DTYPES
 from .console import Console, megabytes, peak_rss_bytes
-from .model_source import dense_folder, quantize_with_bar
+
+if TYPE_CHECKING:
+    from ..io.streaming import StreamReport
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -35,6 +36,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize the model, write it and print the sizes."""
+    from ..integrations.model_folders import is_quantized
+    from ..io.atomic import folder_appearing_by_rename
+    from .model_source import dense_folder, quantize_with_bar
+
     console = Console(quiet=arguments.json)
     target: Path = arguments.target
     with bad_input():
@@ -52,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                 skip=arguments.skip,
                 blocksize=arguments.blocksize,
                 double_quant=arguments.double_quant,
-                compute_dtype=DTYPES[arguments.compute_dtype],
+                compute_dtype=dtype_of(arguments.compute_dtype),
             )
     _print(report, target, console, as_json=arguments.json)
     return 0

@@ -1,0 +1,22 @@
+"""The value of an option FIELD=VALUE."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..io.strict_json import JSONRefused, parse_json
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE, the value in JSON; what is no JSON is a string."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text[:60]!r}")
+    try:
+        return name, parse_json(value)
+    except JSONRefused as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return name, value
+        raise argparse.ArgumentTypeError(f"{name} must have a value in JSON, got {value[:60]!r} ({error})") from error

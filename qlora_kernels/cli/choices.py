@@ -1,0 +1,28 @@
+"""Values that options may take, spelled out so that arguments can be parsed before torch is imported.
+
+tests/cli/test_startup.py compares them with the modules that define them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+DTYPES = ("bf16", "fp16", "fp32")
+"""Of arguments.dtype_of."""
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCKSIZE = 64
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+METHODS = (
+    "lora",
+    "adalora",
+    "bitfit",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "p_tuning_v2",
+    "bottleneck_adapter",
+    "mam",
+    "unipelt",
+)
+"""Names of the PEFT methods that `finetune --method` takes."""

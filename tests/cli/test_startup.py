@@ -1,0 +1,62 @@
+"""What the command does before it imports torch: help, versions, wrong arguments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_kernels
+from qlora_kernels.cli import choices, main
+from qlora_kernels.cli.arguments import dtype_of
+from qlora_kernels.cli.methods import METHODS
+from qlora_kernels.format import nf4
+from qlora_kernels.training import schedule
+
+SLOW = {"torch", "numpy", "transformers", "accelerate", "datasets", "matplotlib", "yaml", "qlora_kernels._public"}
+
+
+def test_arguments_are_parsed_without_torch():
+    """All in one process: help of each command, versions, an unknown option, and then a name of the package."""
+    script = f"""
+import contextlib, io, sys
+sys.argv = ["/usr/bin/qlora-kernels"]
+from qlora_kernels.cli.main import main
+commands = ["info", "quantize", "finetune", "merge", "generate"]
+for argv in (["--help"], ["--version"], ["finetune", "--no-such"], *([name, "--help"] for name in commands)):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main(argv)
+        except SystemExit:
+            pass
+slow = {SLOW!r} & set(sys.modules)
+assert not slow, slow
+import qlora_kernels
+import qlora_kernels.backends
+assert callable(qlora_kernels.LinearNF4)
+assert isinstance(qlora_kernels.backends(), dict)
+try:
+    qlora_kernels.nothing
+except AttributeError:
+    pass
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_choices_are_those_of_the_modules_that_define_them():
+    assert (choices.BLOCKSIZES, choices.DEFAULT_BLOCKSIZE) == (nf4.BLOCKSIZES, nf4.DEFAULT_BLOCKSIZE)
+    assert choices.SCHEDULES == schedule.SCHEDULES
+    assert set(choices.METHODS) == set(METHODS)
+    assert [dtype_of(name) for name in choices.DTYPES] == [torch.bfloat16, torch.float16, torch.float32]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert f"qlora_kernels {qlora_kernels.__version__}, torch {torch.__version__}, Python 3." in capsys.readouterr().out
