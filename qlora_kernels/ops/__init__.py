@@ -1,1 +1,1 @@
-"""What can be called: one torch.library op per file, its checks, fake, autograd and public function."""
+"""The torch.library ops, one per file, each with its checks, fake, derivatives and public function."""

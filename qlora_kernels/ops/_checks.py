@@ -26,7 +26,9 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_like(op: str, name: str, tensor: Tensor, of: str, other: Tensor, *, dtype: torch.dtype | None = None) -> None:
-    """`tensor` has the shape and device of `other`, which the message calls `of`, and its dtype or `dtype`."""
+    """Raise unless `tensor` has the shape and device of `other`, called `of` in the message, and its dtype or
+    `dtype`.
+    """
     if tensor is None:
         check_given(op, name, tensor)
     if tensor.shape != other.shape:
@@ -77,7 +79,7 @@ def check_x(op: str, x: Tensor, weight: Weight) -> None:
 
 
 def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = None) -> None:
-    """Raise unless grad_y [..., N] is float and fits the weight, and x where x is given."""
+    """Raise unless grad_y [..., N] is float and fits the weight and, if given, x."""
     check_float(op, "grad_y", grad_y)
     check_last_dim(op, "grad_y", grad_y, weight.N, "N")
     if x is None:
@@ -89,7 +91,7 @@ def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = Non
 
 
 def check_s(op: str, s: Tensor, x: Tensor, r: int) -> None:
-    """Raise unless s has the shape [M, r], dtype and device of the s that forward saves for backward."""
+    """Raise unless s has the shape [M, r], dtype and device of the s that the forward op returned."""
     check_given(op, "s", s)
     shape = (x.shape[:-1].numel(), r)
     if tuple(s.shape) != shape:
@@ -113,13 +115,13 @@ def check_bias(op: str, bias: Tensor | None, out_features: int, device: torch.de
 
 
 def check_lora(op: str, x: Tensor, weight: Weight, lora: LoRA) -> None:
-    """Raise unless the adapter fits the weight and has a seed where dropout_p > 0."""
+    """Raise unless the adapter fits the weight and has a seed if dropout_p > 0."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=2)
     _check_dropout(op, lora.dropout_p, lora.seed, x.device)
 
 
 def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> None:
-    """Raise unless the adapters fit the weight and there is an adapter number for each row of x."""
+    """Raise unless the adapters fit the weight and each row of x has an adapter number."""
     _check_factors(op, x, weight, lora.A, lora.B, dims=3)
     check_given(op, "scalings", lora.scalings)
     check_given(op, "adapter", lora.adapter)
@@ -135,7 +137,7 @@ def check_multi_lora(op: str, x: Tensor, weight: Weight, lora: MultiLoRA) -> Non
 
 
 def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, dims: int) -> None:
-    """A [r, K] and B [N, r] share a rank of at least one; with three dims each has E of them."""
+    """Raise unless A [r, K] and B [N, r] have one rank r >= 1; with dims = 3 both have E such matrices."""
     check_float(op, "lora_A", A)
     check_float(op, "lora_B", B)
     shape, device = A.shape, x.device
@@ -151,11 +153,11 @@ def _check_factors(op: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *, 
 
 
 def _check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    """0 <= dropout_p < 1, and a seed where it is positive."""
+    """Raise unless 0 <= dropout_p < 1 and a seed is given if it is positive."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
     if dropout_p >= 1.0 - 2**-17:
-        raise ValueError(f"{op}: dropout_p must be below 1 - 2**-17, where the mask keeps nothing, got {dropout_p}")
+        raise ValueError(f"{op}: dropout_p must be below 1 - 2**-17, or all is dropped, got {dropout_p}")
     if dropout_p > 0 and seed is None:
         raise ValueError(f"{op}: seed must be given when dropout_p > 0, got None; pass an int64 tensor of one element")
     if dropout_p > 0 and seed is not None:

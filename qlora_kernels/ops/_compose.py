@@ -1,7 +1,7 @@
-"""The ops and their gradients in torch's own ops, differentiable to any order, in either mode.
+"""The ops and their gradients composed of torch's ops, differentiable to any order, in reverse and forward mode.
 
-They run where a derivative is needed that the kernels do not compute: second derivatives, forward mode and the
-transforms of torch.func. W is dequantized for the length of the product, and results round as torch's products do.
+They compute derivatives that the kernels do not: second derivatives, forward mode and the transforms of torch.func. W
+is dequantized for the time of the product, and results are rounded as torch's products round them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._philox import dropped
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias."""
+    """Return y = x W^T + bias."""
     y = x @ _dense(weight, x.dtype).T
     return y if bias is None else y + bias.to(x.dtype)
 
@@ -27,7 +27,7 @@ def grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
 
 
 def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:
-    """(y, s) of an op of _lora_op.py."""
+    """Return (y, s) of an op of _lora_op.py."""
     rows = _matrix(x)
     s, update = _low_rank(dropped(rows, lora.seed, lora.dropout_p), lora)
     return linear(x, weight, bias) + update.reshape(*x.shape[:-1], weight.N), s
@@ -36,7 +36,7 @@ def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA | Mul
 def lora_backward(
     grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA | MultiLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x or empty, grad_A, grad_B) of such an op; s is computed again, because it depends on x and A."""
+    """Return (grad_x or empty, grad_A, grad_B) of such an op; s is recomputed, because it depends on x and A."""
     rows, grad_rows = _matrix(x), _matrix(grad_y)
     x_dropped = dropped(rows, lora.seed, lora.dropout_p)
     through_dropout = torch.zeros_like(rows)
@@ -68,7 +68,7 @@ def lora_group(
 def lora_group_backward(
     grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(grad_x or empty, grad_A, grads of B) of linear_nf4_lora_group."""
+    """Return (grad_x or empty, grad_A, grads of B) of linear_nf4_lora_group."""
     of_x, grads_A, grads_B = x.new_empty(0), [], []
     for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
         of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, need_grad_x)
@@ -81,7 +81,7 @@ def lora_group_backward(
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s or empty, scale) of ops/rms_norm.py."""
+    """Return (y, s or empty, scale) of ops/rms_norm.py."""
     s = x if residual is None else x + residual
     scale = torch.rsqrt(s.float().square().mean(-1, keepdim=True) + eps)
     n = s.float() * scale
@@ -98,7 +98,7 @@ def rms_norm_backward(
     weight_offset: float,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_weight or empty) of ops/rms_norm.py; scale is computed again, because it depends on s."""
+    """Return (grad_x, grad_weight or empty) of ops/rms_norm.py; scale is recomputed, because it depends on s."""
     scale = torch.rsqrt(s.float().square().mean(-1, keepdim=True) + eps)
     n, grad = s.float() * scale, grad_y.float()
     g = grad * (weight.float() + weight_offset)
@@ -109,7 +109,7 @@ def rms_norm_backward(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(rotated q, rotated k) of ops/rope.py."""
+    """Return (rotated q, rotated k) of ops/rope.py."""
     cosines, sines = cos.float()[:, None], sin.float()[:, None]
 
     def rotated(x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _activated(g: Tensor, activation: str) -> Tensor:
 
 
 def _sigmoid_argument(g: Tensor, activation: str) -> Tensor:
-    """u of both activations g * sigmoid(u): (1 + tanh(z)) / 2 = sigmoid(2 z)."""
+    """Return u such that the activation is g * sigmoid(u), by (1 + tanh(z)) / 2 = sigmoid(2 z)."""
     if activation == "silu":
         return g
     bounded = g.clamp(-_SATURATED, _SATURATED)
@@ -162,11 +162,11 @@ def _argument_slope(g: Tensor, activation: str) -> Tensor | float:
 
 _GELU_LINEAR, _GELU_CUBIC = 2 * (2 / torch.pi) ** 0.5, 0.044715
 _SATURATED = 32.0
-"""Beyond this magnitude the sigmoid of gelu_tanh's argument is 0 or 1, and its cube would overflow later on."""
+"""Above this magnitude, the sigmoid of gelu_tanh's argument is 0 or 1; much larger cubes would overflow."""
 
 
 def _low_rank(x_dropped: Tensor, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor]:
-    """(s [M, r], the update of y [M, N])."""
+    """Return (s [M, r], the update of y [M, N])."""
     s, update = x_dropped.new_zeros(x_dropped.shape[0], lora.r), x_dropped.new_zeros(())
     for A, B, scaling, mask in _adapters(lora, x_dropped.dtype):
         part = x_dropped @ A.T
@@ -176,7 +176,7 @@ def _low_rank(x_dropped: Tensor, lora: LoRA | MultiLoRA) -> tuple[Tensor, Tensor
 
 
 def _adapters(lora: LoRA | MultiLoRA, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float | Tensor, Tensor | None]]:
-    """(A, B, scaling, mask [M, 1] of the rows that use it, or None for all) of each adapter, in x's dtype."""
+    """Return (A, B, scaling, mask) of each adapter, in x's dtype; mask [M, 1] marks its rows, None means all rows."""
     if isinstance(lora, LoRA):
         return [(lora.A.to(dtype), lora.B.to(dtype), lora.scaling, None)]
     return [

@@ -20,14 +20,14 @@ from .dispatch_fast_path import call_below_autograd
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]
-"""A function's positional arguments: bundles of _operands.py, and Tensor for everything else."""
+"""The types of a function's positional arguments: bundles of _operands.py, Tensor for everything else."""
 
 DEVICES = ("cpu", "cuda")
-"""Both dispatch keys lead to `select`, because Triton and CUDA share one."""
+"""Both dispatch keys lead to `select`, because Triton and CUDA share the key CUDA."""
 
 
 _kernels: dict[str, Callable[..., Any]] = {}
-"""By op, the function that `implement` registered."""
+"""The function that `implement` registered, by op name."""
 
 
 def implement(qualname: str, takes: Takes = ()) -> Callable[[Function], Function]:
@@ -52,7 +52,7 @@ def fake(qualname: str, takes: Takes = ()) -> Callable[[Function], Function]:
 
 
 def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
-    """Return `function` for a caller that passes the fields of its bundles side by side, as a schema lists them."""
+    """Return `function` for callers that pass the fields of its bundles side by side, as a schema lists them."""
     if not takes:
         return function
     parts: list[tuple[Any, Any]] = []
@@ -78,15 +78,15 @@ def differentiate(
 ) -> None:
     """Register the derivatives of `qualname`, an implemented op without keyword-only and default arguments and aliases.
 
-    takes: the bundles of the op's arguments, as `implement` takes them; empty where there are none.
-    apply(*bundles, run): calls the op's torch.autograd.Function, whose forward computes the op by run(*args), with the
-        arguments of the schema. It is called where a gradient is wanted; elsewhere the op runs without the Function.
-    compose(*bundles): the op in torch's own differentiable ops. It runs where a derivative is asked for that the
-        Function does not give: in forward mode and under the transforms of torch.func.
+    takes: the bundles of the op's arguments, as for `implement`; empty if there are none.
+    apply(*bundles, run): calls the op's torch.autograd.Function, whose forward computes the op by run(*args) with the
+    arguments of the schema. It is called if a gradient is required; otherwise the op runs without the Function.
+    compose(*bundles): the op composed of torch's differentiable ops. It runs if a derivative is required that the
+    Function does not provide: in forward mode and under the transforms of torch.func.
     constants: names of the arguments that must not require a gradient.
 
-    torch.library.register_autograd registers the same, but reads the op's schema on each call to fill in defaults,
-    which takes longer than a small layer's product.
+    torch.library.register_autograd would register the same, but it reads the op's schema on each call to fill in
+    defaults, which takes longer than a small layer's product.
     """
     name, op, run_below = _op_of(qualname)
     names = [argument.name for argument in op._schema.arguments]
@@ -108,16 +108,16 @@ def differentiate(
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Return a function that gives the elements at `places`; itemgetter gives a single element without a sequence."""
+    """Return a function that returns the elements at `places` as a sequence; itemgetter returns one element bare."""
     if len(places) > 1:
         return itemgetter(*places)
     return itemgetter(slice(places[0], places[0] + 1)) if places else lambda args: ()
 
 
 def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]) -> None:
-    """Register the derivatives of `qualname`, the gradient of another op: `compose` runs where any is asked for.
+    """Register the derivatives of `qualname`, the gradient of another op, all computed by `compose`.
 
-    takes: as in `differentiate`.   compose(*bundles): the op in torch's own differentiable ops.
+    takes: as for `differentiate`.   compose(*bundles): the op composed of torch's differentiable ops.
     """
     name, _, run_below = _op_of(qualname)
     compose = spread(compose, takes)
@@ -131,7 +131,7 @@ def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]
 
 
 def refuse_derivatives(qualname: str) -> None:
-    """Make `qualname`, which has no derivative, raise where one is asked for."""
+    """Make `qualname`, which has no derivative, raise if one is required."""
     name, _, run_below = _op_of(qualname)
 
     def autograd(keyset: Any, *args: Any, **keywords: Any) -> Any:
@@ -152,7 +152,7 @@ def _op_of(qualname: str) -> tuple[str, Any, Callable[..., Any]]:
 
 
 def _composed(name: str, compose: Callable[..., Any], args: Sequence[Any]) -> Any:
-    if not _transforms_active():  # under a transform the tensors are wrappers, which have no storage of their own
+    if not _transforms_active():  # under a transform the tensors are wrappers without a storage
         check_memory(name, args)
     return compose(*args)
 

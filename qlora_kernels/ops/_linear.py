@@ -1,4 +1,4 @@
-"""Helpers of the linear ops: x as a matrix, the Problem of a call, and results that need no kernel."""
+"""Helpers of the linear ops: flattening of x, the Problem of a call, and results that need no kernel."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ._registry import Problem
 
 CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
-"""The float arguments that belong to W, with respect to which no gradient exists."""
+"""The float arguments that describe W, for which no gradient exists."""
 
 
 def matrix(rows: Tensor) -> Tensor:
-    """[..., C] as [M, C], contiguous."""
+    """Return [..., C] as a contiguous [M, C]."""
     if not rows.is_contiguous():
         check_memory("qlora_kernels", rows)
     return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()
 
 
 def as_rows(result: Tensor, rows: Tensor) -> Tensor:
-    """A kernel's [M, C] with the leading dimensions of rows.
+    """Return a kernel's [M, C] with the leading dimensions of rows.
 
-    To autograd it is no view: a view that a torch.autograd.Function returns must not be written to, and models write
-    into the output of a linear layer (`y += residual`, `relu_`).
+    For autograd, the result is not a view: models write into the output of a linear layer (`y += residual`, `relu_`),
+    and a view that a torch.autograd.Function returns must not be written to.
     """
     return result if rows.dim() == 2 else result.view(*rows.shape[:-1], result.shape[1]).data
 
@@ -33,7 +33,7 @@ def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | G
     """Return the Problem of a call of `op`. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,
-        "cpu" if rows.is_cpu else rows.device.type,  # the name of a device is a new string each time
+        "cpu" if rows.is_cpu else rows.device.type,  # device.type makes a new string on each access
         rows.dtype,
         rows.shape[:-1].numel(),
         weight.N,
@@ -46,7 +46,7 @@ def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | G
 
 
 def is_empty(rows: Tensor, weight: Weight) -> bool:
-    """Say whether the product has no terms or no elements, so that no kernel is needed."""
+    """Whether the product has no terms or no elements, so that no kernel is needed."""
     return rows.numel() == 0 or weight.N == 0 or weight.K == 0
 
 

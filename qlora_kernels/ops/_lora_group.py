@@ -1,4 +1,4 @@
-"""linear_nf4_lora_group composed of a backend's linear_nf4_lora: one linear after another, with one seed."""
+"""linear_nf4_lora_group composed of a backend's linear_nf4_lora, which runs once for each linear with one seed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def compose_lora_group(
     linear_nf4_lora: Callable[..., tuple[Tensor, Tensor]],
     linear_nf4_lora_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Callable[..., tuple[list[Tensor], Tensor]], Callable[..., tuple[Tensor, Tensor, list[Tensor]]]]:
-    """Return linear_nf4_lora_group and its backward, composed of one backend's single linear and its backward."""
+    """Return linear_nf4_lora_group and its backward op, composed of one backend's single-linear kernels."""
 
     def linear_nf4_lora_group(
         x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
     ) -> tuple[list[Tensor], Tensor]:
-        """(ys, s)."""
+        """Return (ys, s)."""
         results = [linear_nf4_lora(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
         return [y for y, _ in results], torch.cat([part for _, part in results], dim=1)
 
@@ -33,7 +33,7 @@ def compose_lora_group(
         *,
         need_grad_x: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(grad_x or empty, grad_A, grads of B)."""
+        """Return (grad_x or empty, grad_A, grads of B)."""
         grad_x, grads_A, grads_B = x.new_empty(0), [], []
         for grad_y, part, weight, member in zip(grad_ys, split_by_rank(s, lora), weights, lora.each(), strict=True):
             of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, need_grad_x=need_grad_x)

@@ -1,4 +1,4 @@
-"""The forward and the backward op of a LoRA linear: what the single- and the multi-adapter op have in common.
+"""Definition of the forward and backward op of a LoRA linear, shared by the single- and multi-adapter ops.
 
 Kernel contract, x [M, K] and grad_y [M, N] contiguous, M, N, K, r >= 1, lora's factors contiguous:
 
@@ -25,18 +25,18 @@ from ._registry import select
 
 Adapter = LoRA | MultiLoRA
 Result = tuple[Tensor, Tensor]
-"""(y [..., N], s [M, r])."""
+"""Result of forward: (y [..., N], s [M, r])."""
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""(grad_x [..., K] or empty, grad_A, grad_B)."""
+"""Result of backward: (grad_x [..., K] or empty, grad_A, grad_B)."""
 
 
 @dataclass(frozen=True)
 class LoRAOp:
-    """A LoRA linear and its backward as two ops; each method computes one of them in one way.
+    """The forward and backward op of a LoRA linear.
 
     name: of the forward op; the backward op is <name>_backward.   kind: the bundle of the adapters' arguments.
     check_adapter(op, x, weight, lora): raises ValueError or TypeError, naming the argument.
-    constants: names of the kind's float arguments that must not require a gradient.
+    constants: names of the float arguments in `kind` that must not require a gradient.
     """
 
     name: str
@@ -64,7 +64,7 @@ class LoRAOp:
         compose_derivatives(backward, takes_backward, self.backward_composed)
 
     def forward(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> Result:
-        """Checks, then the selected kernel over x as a matrix."""
+        """Check the arguments, then run the selected kernel over x as a matrix."""
         self._check_forward(x, weight, bias, lora)
         if is_empty(x, weight):
             return bias_only_output(x, weight, bias), x.new_zeros((x.shape[:-1].numel(), lora.r))
@@ -72,19 +72,19 @@ class LoRAOp:
         return as_rows(y, x), s
 
     def forward_fake(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> Result:
-        """Shapes and dtypes of y and s."""
+        """Return empty tensors with the shapes and dtypes of y and s."""
         self._check_forward(x, weight, bias, lora)
         return x.new_empty((*x.shape[:-1], weight.N)), x.new_empty((x.shape[:-1].numel(), lora.r))
 
     def forward_composed(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> Result:
-        """Checks, then y and s in torch's own ops."""
+        """Check the arguments, then compose y and s of torch's ops."""
         self._check_forward(x, weight, bias, lora)
         return _compose.lora_linear(x, weight, bias, lora)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
     ) -> Gradients:
-        """Checks, then the selected kernel over grad_y and x as matrices."""
+        """Check the arguments, then run the selected kernel over grad_y and x as matrices."""
         self._check_backward(grad_y, x, s, weight, lora)
         if is_empty(x, weight):
             grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
@@ -96,7 +96,7 @@ class LoRAOp:
     def backward_fake(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
     ) -> Gradients:
-        """Shapes and dtypes of the gradients."""
+        """Return empty tensors with the shapes and dtypes of the gradients."""
         self._check_backward(grad_y, x, s, weight, lora)
         grad_x = x.new_empty(x.shape if need_grad_x else (0,))
         return grad_x, torch.empty_like(lora.A), torch.empty_like(lora.B)
@@ -104,7 +104,7 @@ class LoRAOp:
     def backward_composed(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
     ) -> Gradients:
-        """Checks, then the gradients in torch's own ops."""
+        """Check the arguments, then compose the gradients of torch's ops."""
         self._check_backward(grad_y, x, s, weight, lora)
         return _compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
 
@@ -122,7 +122,7 @@ class LoRAOp:
 
 
 def _contiguous(lora: Adapter) -> Adapter:
-    """Kernels walk the factors row by row."""
+    """Return the adapter with contiguous factors, which kernels require."""
     if lora.A.is_contiguous() and lora.B.is_contiguous():
         return lora
     return lora._replace(A=contiguous("lora_A", lora.A), B=contiguous("lora_B", lora.B))

@@ -1,8 +1,8 @@
-"""Tensors without memory: refused before torch or a kernel touches them.
+"""Checks that refuse tensors whose storage was freed, before torch or a kernel accesses them.
 
-torch reads and writes a tensor's memory without checking that its storage still exists, and the process ends with a
+torch accesses a tensor's memory without checking that its storage still exists, and the process ends with a
 segmentation fault. FSDP frees parameters in this way, by untyped_storage().resize_(0). The native libraries check their
-arguments (csrc/bindings/arguments.h); the arguments of torch's own ops are checked here.
+arguments (csrc/bindings/arguments.h); this module checks the arguments of torch's ops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 def check_memory(op: str, value: Any) -> None:
     """Raise RuntimeError unless the storage of every tensor in `value` holds its elements.
 
-    value: a tensor, a bundle or a list of such; other values are ignored.
+    value: a tensor, a bundle or a list of these; other values are ignored.
     """
     if isinstance(value, Tensor):
         if value.numel() and value.untyped_storage().nbytes() < _bytes_needed(value):
@@ -29,7 +29,7 @@ def check_memory(op: str, value: Any) -> None:
 
 
 def contiguous(op: str, tensor: Tensor) -> Tensor:
-    """tensor.contiguous(), which reads the tensor where it is not contiguous yet."""
+    """Return tensor.contiguous(), after a check of the tensor's memory if it has to be copied."""
     if tensor.is_contiguous():
         return tensor
     check_memory(op, tensor)

@@ -1,7 +1,7 @@
 """The low-rank part of a batch whose rows use different adapters, in plain torch, grouped by adapter.
 
 `compose_multi_lora` makes the kernels of linear_nf4_multi_lora from a backend's plain linear. Rows are gathered by
-adapter, so the work grows with the number of rows and not with rows times adapters.
+adapter, so that the work is proportional to the number of rows and not to rows times adapters.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ._philox import dropped
 
 
 def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Tensor]]:
-    """(adapter, its row numbers) for each adapter that has rows. adapter: int64 [M], -1 means none.
+    """Yield (adapter, its row numbers) for each adapter that has rows. adapter: int64 [M], -1 means none.
 
-    Raises IndexError for a number beyond the adapters.
+    Raises IndexError for a number that is not below n_adapters.
     """
     if adapter.numel():
         lowest, highest = (int(end) for end in adapter.aminmax())
@@ -33,7 +33,7 @@ def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Ten
 
 
 def add_forward(y: Tensor, x: Tensor, lora: MultiLoRA) -> Tensor:
-    """y[m] += scalings[e] * (dropout(x[m]) A_e^T) B_e^T for e = adapter[m], in place. Returns s [M, r]."""
+    """Compute y[m] += scalings[e] * (dropout(x[m]) A_e^T) B_e^T for e = adapter[m] in place, and return s [M, r]."""
     s = x.new_zeros(x.shape[0], lora.r)
     x = dropped(x, lora.seed, lora.dropout_p)
     for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
@@ -44,7 +44,7 @@ def add_forward(y: Tensor, x: Tensor, lora: MultiLoRA) -> Tensor:
 
 
 def add_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, s: Tensor, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
-    """Adds the low-rank part to grad_x in place, where given. Returns (grad_A, grad_B) in the masters' dtypes."""
+    """Add the low-rank part to grad_x in place, if given, and return (grad_A, grad_B) in the masters' dtypes."""
     grad_A, grad_B = torch.zeros_like(lora.A), torch.zeros_like(lora.B)
     x_dropped = dropped(x, lora.seed, lora.dropout_p)
     through_dropout = torch.zeros_like(x)
@@ -63,17 +63,17 @@ def add_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, s: Tensor, lo
 def compose_multi_lora(
     linear_nf4: Callable[[Tensor, Weight, Tensor | None], Tensor], linear_nf4_grad_x: Callable[[Tensor, Weight], Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
-    """Return linear_nf4_multi_lora and its backward, composed of one backend's plain linear and its gradient."""
+    """Return linear_nf4_multi_lora and its backward op, composed of one backend's plain linear and its gradient."""
 
     def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
-        """(y, s)."""
+        """Return (y, s)."""
         y = linear_nf4(x, weight, bias)
         return y, add_forward(y, x, lora)
 
     def linear_nf4_multi_lora_backward(
         grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(grad_x or empty, grad_A, grad_B)."""
+        """Return (grad_x or empty, grad_A, grad_B)."""
         grad_x = linear_nf4_grad_x(grad_y, weight) if need_grad_x else None
         grad_A, grad_B = add_backward(grad_x, grad_y, x, s, lora)
         return x.new_empty(0) if grad_x is None else grad_x, grad_A, grad_B

@@ -1,7 +1,8 @@
-"""The bundles that kernels take: tensors and numbers that belong together.
+"""Bundles of tensors and numbers that kernels take as one argument.
 
-An op's schema lists the fields side by side, as plain tensors and numbers (`schema()`, in the order of the fields), for
-torch.compile and export. `_implement.spread` builds the bundles from a call's arguments; `*weight` spreads one again.
+An op's schema lists the fields side by side, as plain tensors and numbers (`schema()`, in the order of the fields), as
+torch.compile and export require. `_implement.spread` builds the bundles from a call's arguments, and `*weight` lists
+the fields again.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ class Weight(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         constants = "Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset"
         return f"Tensor packed, {constants}, int blocksize, SymInt out_features, SymInt in_features"
 
     @property
     def constants(self) -> Constants:
-        """The constants in the order of the schema: absmax, absmax_q, absmax_scale, absmax_offset."""
+        """The four constants in the order of the schema: absmax, absmax_q, absmax_scale, absmax_offset."""
         return self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset
 
     @property
     def double_quant(self) -> bool:
-        """Whether the constants are in 8 bits."""
+        """Whether the constants are stored in 8 bits."""
         return self.absmax is None
 
 
 class WeightLists(NamedTuple):
-    """Several weights, field by field: entry i of each list belongs to weight i."""
+    """The fields of several weights as lists: entry i of each list belongs to weight i."""
 
     packed: Sequence[Tensor]
     absmax: Sequence[Tensor | None]
@@ -63,7 +64,7 @@ class WeightLists(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         constants = "Tensor?[] absmax, Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset"
         return f"Tensor[] packed, {constants}, int[] blocksizes, SymInt[] out_features, SymInt[] in_features"
 
@@ -73,7 +74,7 @@ class WeightLists(NamedTuple):
         return WeightLists(*[list(field) for field in zip(*weights, strict=True)])
 
     def each(self) -> list[Weight]:
-        """The weights one by one."""
+        """Return one Weight for each entry."""
         return [Weight(*fields) for fields in zip(*self, strict=True)]
 
 
@@ -88,17 +89,17 @@ class LoRA(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         return "Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, float dropout_p"
 
     @property
     def r(self) -> int:
-        """The rank, the number of rows of A."""
+        """The rank r, the number of rows of A."""
         return self.A.shape[0]
 
 
 class MultiLoRA(NamedTuple):
-    """E adapters, one for each row of x: scalings[e] * B_e A_e dropout(x[m]), e = adapter[m]; -1 is none.
+    """E adapters of which each row of x uses one: scalings[e] * B_e A_e dropout(x[m]) with e = adapter[m]; -1 is none.
 
     A: [E, r, K], B: [E, N, r], any float dtype.   scalings: fp32 [E].   adapter: int64 [M].   seed: int64 [1] or None.
     """
@@ -112,19 +113,19 @@ class MultiLoRA(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         return "Tensor lora_A, Tensor lora_B, Tensor scalings, Tensor adapter, Tensor? seed, float dropout_p"
 
     @property
     def r(self) -> int:
-        """The common rank of all adapters; smaller ones are padded with zeros."""
+        """The common rank of all adapters; the factors of smaller ranks are padded with zeros."""
         return self.A.shape[1]
 
 
 class GroupLoRA(NamedTuple):
-    """An adapter for each of several linears on one x: scalings[i] * B_i A_i dropout(x), one mask for all.
+    """One adapter for each of several linears on the same x: scalings[i] * B_i A_i dropout(x), with one mask.
 
-    A: [sum of r_i, K], the A_i on top of each other, B_i: [N_i, r_i], any float dtype.   seed: int64 [1] or None.
+    A: [sum of r_i, K], the A_i stacked by rows; B_i: [N_i, r_i], any float dtype.   seed: int64 [1] or None.
     """
 
     A: Tensor
@@ -135,27 +136,27 @@ class GroupLoRA(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         return "Tensor lora_A, Tensor[] lora_B, Tensor? seed, float[] scalings, float dropout_p"
 
     @property
     def ranks(self) -> list[int]:
-        """The rank r_i of each linear's adapter."""
+        """The ranks r_i of the adapters."""
         return [B.shape[1] for B in self.B]
 
     @property
     def r(self) -> int:
-        """The sum of the ranks of all adapters."""
+        """The total rank, the sum of all r_i."""
         return self.A.shape[0]
 
     def each(self) -> list[LoRA]:
-        """One LoRA for each linear; each A is a view."""
+        """Return one LoRA for each linear, whose A is a view of this A."""
         members = zip(torch.split(self.A, self.ranks), self.B, self.scalings, strict=True)
         return [LoRA(A, B, self.seed, scaling, self.dropout_p) for A, B, scaling in members]
 
 
 def weight_of(op: str, packed: Tensor, state: QuantState) -> Weight:
-    """Bundle a two-dimensional weight. Raises ValueError where `state` describes another shape."""
+    """Return the Weight of a two-dimensional weight. Raises ValueError if `state` describes another shape."""
     if len(state.shape) != 2:
         raise ValueError(f"{op}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
     N, K = state.shape

@@ -1,11 +1,12 @@
-"""The dropout mask of the fused LoRA ops: a pure function of (seed, element index), so backward regenerates it.
+"""The dropout mask of the fused LoRA ops, a pure function of (seed, element index) that backward regenerates.
 
     words(c)  = philox4x32-10 with key = seed and counter = (c low 32, c high 32, 0, 0)
     draw(i)   = 16-bit half (i & 1) of word (i >> 1) & 3 of words(i >> 3),      i = m * K + k
     keep(i)   = draw(i) >= threshold,     threshold = round(dropout_p * 2**16)
     scale     = 2**16 / (2**16 - threshold)
 
-The scale belongs to the threshold, not to dropout_p, so the expectation is exact; |effective p - dropout_p| <= 2**-17.
+The scale is computed from the threshold, not from dropout_p, so that the expectation is exact. The effective
+probability differs from dropout_p by at most 2**-17.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC'11), Philox4x32 with 10 rounds.
 """
@@ -23,7 +24,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """Draws below it are dropped."""
+    """Return the threshold below which a 16-bit draw drops its element."""
     return round(dropout_p * (1 << DRAW_BITS))
 
 
@@ -33,7 +34,7 @@ def keep_scale(dropout_p: float) -> float:
 
 
 def philox(seed: int, counter: Tensor) -> Tensor:
-    """int64 [n] counters below 2**63 -> int64 [n, 4], each value a 32-bit word."""
+    """Return four 32-bit words for each counter: int64 [n] below 2**63 -> int64 [n, 4]."""
     c0, c1 = counter & _MASK32, counter >> 32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -46,7 +47,7 @@ def philox(seed: int, counter: Tensor) -> Tensor:
 
 
 def dropout_keep(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
-    """Bool [M, K] on seed's device: which elements survive. seed: int64, one element."""
+    """Return bool [M, K], True for kept elements, on seed's device. seed: int64, one element."""
     calls = torch.arange((M * K + 7) // 8, dtype=torch.int64, device=seed.device)
     words = philox(int(seed.item()), calls)
     draws = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[: M * K]
@@ -54,7 +55,7 @@ def dropout_keep(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
 
 
 def dropped(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """dropout(x) for x [M, K]."""
+    """Return dropout(x) for x [M, K]."""
     if seed is None or dropout_p == 0.0:
         return x
     keep = dropout_keep(seed, x.shape[0], x.shape[1], dropout_p)
@@ -62,7 +63,7 @@ def dropped(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """(high, low) 32-bit words of a * b. In halves, because int64 cannot hold a 64-bit unsigned product."""
+    """Return the (high, low) 32-bit words of a * b, computed by halves because int64 cannot hold the whole product."""
     low_part = (a & 0xFFFF) * b
     high_part = (a >> 16) * b + (low_part >> 16)
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)

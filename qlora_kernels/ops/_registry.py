@@ -1,14 +1,14 @@
 """The registry: the kernels of each backend, and the choice of one for a problem.
 
-A backend is a module that exposes
+A backend is a module that defines
 
-    KERNELS: tuple[KernelSpec, ...]
-    def unavailable() -> str | None       None where it can run here, else the reason and the fix
-    def built_for() -> str | None         optional: what its compiled library is built for, without loading it
+     KERNELS: tuple[KernelSpec, ...]
+     def unavailable() -> str | None       None if it can run here, otherwise the reason and the fix
+     def built_for() -> str | None         optional: the targets of its compiled library, without loading it
 
-and is imported here alone, by name, when the first op needs it. `select(problem)` returns the usable kernel of highest
-priority. A fallback is never silent: a forced backend that cannot serve a problem raises with its reasons, and an
-automatic fallback to the reference warns once for each (op, reason).
+Only this module imports backends, by name, when the first op needs one. `select(problem)` returns the usable kernel of
+highest priority. A fallback is always reported: a forced backend that cannot run a problem raises with its reasons, and
+an automatic fallback to the reference warns once for each (op, reason).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import torch
 from ._memory import check_memory
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-"""Every backend, by the name of its module under qlora_kernels.backends."""
+"""All backends, named as their modules under qlora_kernels.backends."""
 
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-"""Backends that serve a device unasked. `triton` on cpu tensors is its interpreter, and only when forced."""
+"""Backends of a device that are chosen automatically. `triton` runs on CPU tensors, interpreted, only if forced."""
 
 ENVIRONMENT = "QLORA_BACKEND"
 
 
 class Problem(NamedTuple):
-    """The properties of a call on which the choice of a kernel may depend. Hashable."""
+    """The properties of a call that may influence the choice of a kernel; hashable."""
 
     op: str
     device: str
@@ -52,10 +52,10 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """How a backend runs a Problem.
+    """The kernel and tile with which a backend runs a Problem.
 
-    kernel: name of the kernel, or of the library product after a decode.   tile: its sizes by name; empty where there
-    are none to choose.   reason: why this kernel and tile, in one sentence.
+    kernel: name of the kernel, or of the library product that follows a decode.   tile: its sizes by name; empty if
+    there is nothing to choose.   reason: why this kernel and tile are chosen, in one sentence.
     """
 
     kernel: str
@@ -68,7 +68,7 @@ class KernelPlan:
 
 
 def only_kernel(problem: Problem) -> KernelPlan:
-    """The plan of a backend that has one kernel for an op."""
+    """Return the plan of a backend that has one kernel for an op."""
     return KernelPlan(problem.op, {}, "the backend's only kernel of this op")
 
 
@@ -77,11 +77,13 @@ class KernelSpec:
     """One backend's implementation of one op.
 
     run: takes the op's arguments as documented in ops/<op>.py ("kernel contract").
-    unsupported: the reasons why this kernel cannot serve a Problem; empty where it can.
-    priority: for a Problem; among the usable kernels of several backends the highest runs, of equals the first listed.
+    unsupported: returns the reasons why this kernel cannot run a Problem; empty if it can.
+    priority: of this kernel for a Problem; the usable kernel of highest priority runs, among equals the first one
+    listed.
     checks_memory: whether the kernel itself refuses tensors without memory, as the native libraries do. Otherwise the
-        registry checks before it calls the kernel.
-    plan: for a Problem that it supports, which kernel and tile `run` takes and why; callable on any machine.
+    registry checks before it calls the kernel.
+    plan: returns the kernel and tile that `run` uses for a Problem it supports, and the reason; callable on any
+    machine.
     """
 
     op: str
@@ -94,13 +96,13 @@ class KernelSpec:
 
 
 def supports_all(problem: Problem) -> list[str]:
-    """An `unsupported` for kernels that serve every Problem."""
+    """Return no reasons: the `unsupported` of kernels that run every Problem."""
     return []
 
 
 @cache
 def kernels_of(backend: str) -> dict[str, KernelSpec]:
-    """The kernels of one backend by op, whether or not they can run here."""
+    """Return the kernels of one backend by op, whether or not they can run here."""
     module = importlib.import_module(f"qlora_kernels.backends.{backend}")
     return {spec.op: spec if spec.checks_memory else _with_memory_checked(spec) for spec in module.KERNELS}
 
@@ -116,13 +118,13 @@ def _with_memory_checked(spec: KernelSpec) -> KernelSpec:
 
 @cache
 def unavailable(backend: str) -> str | None:
-    """Why `backend` cannot run on this machine, with the fix; None where it can."""
+    """Return why `backend` cannot run on this machine, with the fix, or None if it can."""
     reason: str | None = importlib.import_module(f"qlora_kernels.backends.{backend}").unavailable()
     return reason
 
 
 def built_for(backend: str) -> str | None:
-    """Return what a backend's compiled library is built for, whether or not it can run here; None without a library."""
+    """Return the targets of a backend's compiled library, whether or not it can run here, or None without a library."""
     say: Callable[[], str | None] = getattr(
         importlib.import_module(f"qlora_kernels.backends.{backend}"), "built_for", lambda: None
     )
@@ -130,7 +132,7 @@ def built_for(backend: str) -> str | None:
 
 
 def reasons_against(problem: Problem, backend: str) -> list[str]:
-    """Why `backend` cannot serve `problem`; empty where it can."""
+    """Return the reasons why `backend` cannot run `problem`; empty if it can."""
     reason = unavailable(backend)
     if reason is not None:
         return [reason]
@@ -141,9 +143,9 @@ def reasons_against(problem: Problem, backend: str) -> list[str]:
 
 
 def select(problem: Problem) -> KernelSpec:
-    """The kernel that runs `problem`.
+    """Return the kernel that runs `problem`.
 
-    Raises NotImplementedError, with every reason, where a forced backend cannot serve it.
+    Raises NotImplementedError, with every reason, if a forced backend cannot run it.
     """
     return _select(problem, _forced)
 
@@ -167,15 +169,15 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
     if best.backend == "reference" and refused:
         _warn_once(f"{problem.op} runs on the reference backend, which is slow ({' | '.join(refused)})")
     elif best.backend == "reference" and absent:
-        # One warning for the machine, not one for each op: the reason is the same.
+        # The reason is the same for every op, so one warning is enough.
         _warn_once(f"qlora_kernels runs on its reference backend, which is slow ({' | '.join(absent)})")
     return best
 
 
 def plans(problem: Problem) -> dict[str, str]:
-    """For each backend: what it would run for `problem` and why, or why it has no kernel for it.
+    """Return, for each backend, the kernel that it would run for `problem` and why, or the reason why it has none.
 
-    A backend that cannot run on this machine answers as on a machine where it can, and the answer says so.
+    A backend that cannot run on this machine answers as on a machine where it can, and the answer states this.
     """
     answers = {}
     for backend in BACKENDS:
@@ -208,8 +210,8 @@ _forced: str | None = _checked(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRO
 def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the block onto one backend: "reference", "cpu", "triton" or "cuda".
 
-    The choice is the process's, not the thread's: backward passes run on autograd's threads and must see it too.
-    Raises ValueError for an unknown name; ops raise NotImplementedError, with the reasons, where it cannot serve them.
+    The choice applies to the whole process, because backward passes run on autograd's threads. Raises ValueError for an
+    unknown name; ops raise NotImplementedError, with the reasons, if the backend cannot run them.
     """
     global _forced
     before, _forced = _forced, _checked(name)
@@ -220,7 +222,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str]:
-    """Each backend's name and its state here: "available", with its ops, or why not."""
+    """Return the state of each backend by name: "available", with its ops, or the reason why it is not."""
     report = {}
     for name in BACKENDS:
         reason = unavailable(name)

@@ -1,11 +1,12 @@
-"""adamw_step: one AdamW step over many parameters whose states lie in one arena of bytes.
+"""adamw_step: one AdamW step over many parameters whose states are stored in one arena of bytes.
 
 Op: qlora_kernels::adamw_step, in place on params and arena.
 
-With g = grad * grad_multiplier in fp32, each operation rounded once to fp32 (the root too), `fma` two operations in
-one. On CPUs with fused multiply-adds this order makes fp32 parameters bit-equal to torch.optim.AdamW(fused=True), all
-but the last numel % 16 elements, which torch contracts otherwise; its default and foreach paths take the root from MKL,
-which is off by an ulp now and then. Elsewhere torch rounds its products as well:
+With g = grad * grad_multiplier in fp32. Each operation, including the root, is rounded once to fp32; `fma` is one
+operation. On CPUs with fused multiply-adds, this order makes fp32 parameters bit-equal to
+torch.optim.AdamW(fused=True), except for the last numel % 16 elements, which torch contracts differently. Torch's
+default and foreach paths take the root from MKL, which is sometimes off by an ulp. On other CPUs torch also rounds the
+products:
 
     p   = p * (1 - lr * weight_decay)                                where weight_decay != 0
     m   = fma(1 - beta1, g - m, m)                                   where beta1 > 0.5
@@ -14,10 +15,11 @@ which is off by an ulp now and then. Elsewhere torch rounds its products as well
     p   = p + (-lr / (1 - beta1**t) * m) / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 
 Scalars are computed in double from the Python floats and rounded once. 16-bit parameters are read exactly, updated in
-fp32 and rounded once at the end: to nearest even, or, bf16 with a `seed`, up with a probability equal to the fraction
-that truncation would lose: 16 random bits are added below the bf16 mantissa, draw(COUNTER + i - START) of ops/_philox.
-8-bit states (format/blockwise8.py) are decoded to fp32, updated, used, and only then encoded again. They have no NaN:
-where m or v is not finite, both are encoded as zero, so that one bad gradient spoils one parameter and not its block.
+fp32 and rounded once at the end: to nearest even, or stochastically for bf16 with a `seed`. Stochastic rounding adds 16
+random bits, draw(COUNTER + i - START) of ops/_philox, below the bf16 mantissa and truncates, so that the probability of
+rounding up is the fraction that truncation loses. 8-bit states (format/blockwise8.py) are decoded to fp32, updated,
+used, and then encoded again. They cannot represent NaN: if m or v is not finite, both are encoded as zero, so that one
+bad gradient affects one parameter and not its whole block.
 
 Kernel contract:
     run(step: Step) -> None
@@ -41,22 +43,22 @@ from ._registry import Problem, select
 
 
 class Segment(NamedTuple):
-    """A range of one parameter's elements and the offsets of their states: a row of the kernel's `segments`."""
+    """A range of one parameter's elements and the offsets of its states; one row of the kernel's `segments`."""
 
     param: int
     """Index into params, grads and steps."""
     start: int
-    """First element; a multiple of STATE_BLOCKSIZE."""
+    """First element of the range; a multiple of STATE_BLOCKSIZE."""
     numel: int
-    """Elements; a multiple of STATE_BLOCKSIZE unless the parameter ends here."""
+    """Number of elements; a multiple of STATE_BLOCKSIZE unless the range ends the parameter."""
     exp_avg: int
-    """Byte offset in the arena of exp_avg's element `start`: fp32, or uint8 where the absmax offsets are given."""
+    """Byte offset in the arena of exp_avg's element `start`: fp32, or uint8 if the absmax offsets are given."""
     exp_avg_sq: int
     exp_avg_absmax: int
     """Byte offset in the arena of the fp32 absmax of the block at `start`; -1 for fp32 states."""
     exp_avg_sq_absmax: int
     counter: int
-    """Number of element `start` in the stochastic rounding's count; a multiple of STATE_BLOCKSIZE."""
+    """Index of element `start` in the random sequence of stochastic rounding; a multiple of STATE_BLOCKSIZE."""
 
 
 SEGMENT_COLUMNS = Segment._fields
@@ -65,14 +67,14 @@ SEGMENT_COLUMNS = Segment._fields
 class Step(NamedTuple):
     """The operands of one step.
 
-    params: fp32, bf16 or fp16, each a dense block of memory that is walked flat.   grads: one per param, of its dtype
-        and memory layout; None: the param's segments are skipped.
+    params: fp32, bf16 or fp16, each a dense block of memory that is processed as a flat array.   grads: one per param,
+    of its dtype and memory layout; the segments of a param with grad None are skipped.
     arena: uint8 [nbytes], contiguous, 64-byte aligned.   steps: fp32 [n_params], t of each param, at least 1.
-    segments: int64 [n_segments, 8], on steps' device; a row says which elements to update and where their states lie,
-        in the columns of SEGMENT_COLUMNS. Rows never overlap.
+    segments: int64 [n_segments, 8], on steps' device; each row gives the elements to update and the offsets of their
+    states, in the columns of SEGMENT_COLUMNS. Rows never overlap.
     lr: one element, any float dtype, on the CPU or on the params' device.   seed: int64 [1] or None.
-    grad_multiplier: fp32 [1] or None (1).   found_inf: fp32 [1] or None; where it is not zero nothing is written. On
-        CUDA these and a device's lr are read by the kernel alone: no host synchronization, safe under graph capture.
+    grad_multiplier: fp32 [1] or None (1).   found_inf: fp32 [1] or None; nothing is written if it is not zero. On CUDA,
+    only the kernel reads these and an lr on the device: no host synchronization, safe under graph capture.
     """
 
     params: Sequence[Tensor]
@@ -99,14 +101,14 @@ torch.library.define(
 
 @implement("qlora_kernels::adamw_step", (Step,))
 def adamw_step(step: Step) -> None:
-    """The step that this module's docstring defines, checked, by the selected kernel; in place."""
+    """Check the arguments, then run the step defined in this module's docstring by the selected kernel; in place."""
     adamw_step_fake(step)
     check_memory("adamw_step", (step.lr, step.seed, step.grad_multiplier, step.found_inf, step.steps))
     run_adamw_step(step)
 
 
 def run_adamw_step(step: Step) -> None:
-    """adamw_step without checks, for PagedAdamW, which has checked its arguments.
+    """Run adamw_step without checks, for PagedAdamW, which has checked its arguments.
 
     The dispatcher and the checks visit each of hundreds of tensors, which takes longer than the step of small ones.
     """
@@ -117,7 +119,7 @@ def run_adamw_step(step: Step) -> None:
 
 @fake("qlora_kernels::adamw_step", (Step,))
 def adamw_step_fake(step: Step) -> None:
-    """Check the arguments. The contents of segments are not read, since they may be in device memory."""
+    """Check the arguments, except the contents of segments, which may be in device memory."""
     params, grads, arena, segments = step.params, step.grads, step.arena, step.segments
     if len(grads) != len(params) or step.steps.numel() != len(params):
         counts = f"{len(params)} params, {len(grads)} grads and {step.steps.numel()} steps"

@@ -2,18 +2,18 @@
 
 Ops: qlora_kernels::attention (differentiable in q, k and v) and qlora_kernels::attention_backward.
 
-A query (b, t) attends to the keys [starts[b, t], ends[b, t]). Causal attention, sliding windows, left and right pads,
-packed documents and prefixes are such ranges; a mask with gaps is none. Query head h reads key head h // (H // KV),
-without a repeated copy. Scores are z = softcap(scale * q . k), softcap(z) = cap * tanh(z / cap).
+A query (b, t) attends to the keys [starts[b, t], ends[b, t]). Causal attention, sliding windows, left and right
+padding, packed documents and prefixes are such ranges; masks with gaps are not supported. Query head h reads key head h
+// (H // KV) without a repeated copy. Scores are z = softcap(scale * q . k), softcap(z) = cap * tanh(z / cap).
 
 Kernel contract: q [B, H, Tq, D], k and v [B, KV, Tk, D] of one dtype, the last dimension contiguous and the others of
 any stride; starts and ends int64 [B, Tq] contiguous, within [0, Tk]; all sizes >= 1, H a multiple of KV.
     attention           run(q, k, v, keys) -> (out [B, Tq, H, D] contiguous, log_sums fp32 [B, H, Tq])
     attention_backward  run(grad_out, q, k, v, out, log_sums, keys)
                         -> (grad_q [B, Tq, H, D], grad_k, grad_v [B, Tk, KV, D])
-keys: Keys. log_sums is the log of the sum of exp(z), from which the backward pass computes the probabilities again; a
-query without keys has zeros in out and log_sums. Scores, softmax and sums are fp32; probabilities and the gradients of
-scores may be rounded to q's dtype before they are multiplied, and results are rounded once.
+keys: Keys. log_sums is the log of the sum of exp(z), from which the backward pass recomputes the probabilities; a query
+without keys has zeros in out and log_sums. Scores, softmax and sums are fp32. Probabilities and the gradients of scores
+may be rounded to q's dtype before they are multiplied, and results are rounded once.
 Sources: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2; softcap: Gemma 2 (arXiv:2408.00118).
 """
 
@@ -35,7 +35,7 @@ OP = "attention"
 
 
 class Keys(NamedTuple):
-    """Which keys a query attends to, and how.   starts, ends: int64 [B, Tq].   softcap: 0 for none."""
+    """The keys that each query attends to, and the scores.   starts, ends: int64 [B, Tq].   softcap: 0 for none."""
 
     starts: Tensor
     ends: Tensor
@@ -67,11 +67,11 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Attention with grouped heads; a query attends to the keys that all of the conditions below let it see.
+    """Compute attention with grouped heads; a query attends to the keys that satisfy all conditions below.
 
     q: [B, H, Tq, D], k and v: [B, KV, Tk, D], fp32, bf16 or fp16, any strides; H a multiple of KV.
-    causal: keys up to the query's own place; needs Tq == Tk.   window: of the causal keys only the last `window`.
-    documents: int64 [B, Tq], needs Tq == Tk; a query sees the run of equal numbers that it lies in.
+    causal: keys up to the query's own position; needs Tq == Tk.   window: of the causal keys, only the last `window`.
+    documents: int64 [B, Tq], needs Tq == Tk; a query attends to the run of equal numbers around its position.
     key_ranges: int64 (starts, ends), each [B, Tq] within [0, Tk]: keys [starts, ends).
     scale: of the scores, by default D ** -0.5.   softcap: bounds them, cap * tanh(z / cap); None for no bound.
     dropout_p: must be 0; dropout of probabilities is not implemented.
@@ -98,7 +98,7 @@ def attention(
 
 @implement("qlora_kernels::attention", _FORWARD)
 def attention_impl(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check(OP, q, k, v, keys)
     check_memory(OP, (q, k, v, *keys))
     _check_ranges(OP, keys, k.shape[2])
@@ -111,7 +111,7 @@ def attention_impl(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor,
 
 @fake("qlora_kernels::attention", _FORWARD)
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of (out, log_sums)."""
+    """Return empty tensors with the shapes and dtypes of (out, log_sums)."""
     _check(OP, q, k, v, keys)
     return _outputs(q, torch.Tensor.new_empty)
 
@@ -120,7 +120,7 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor,
 def attention_backward_impl(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     op = "attention_backward"
     _check_backward(grad_out, q, k, v, out, log_sums, keys)
     check_memory(op, (grad_out, q, k, v, out, log_sums, *keys))
@@ -142,13 +142,13 @@ def attention_backward_impl(
 def attention_backward_fake(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the gradients."""
+    """Return empty tensors with the shapes and dtypes of the gradients."""
     _check_backward(grad_out, q, k, v, out, log_sums, keys)
     return _gradients(q, k, torch.Tensor.new_empty)
 
 
 class AttentionFunction(torch.autograd.Function):
-    """out of attention and its gradients with respect to q, k and v."""
+    """The out of attention and its gradients with respect to q, k and v."""
 
     @staticmethod
     def forward(
@@ -170,7 +170,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """(out, log_sums) in torch's own differentiable ops, over whole matrices of scores; log_sums is detached."""
+    """Compose (out, log_sums) of torch's differentiable ops, over whole score matrices; log_sums is detached."""
     z, _, p = _probabilities(q, k, keys)
     out = (p @ _grouped(v, k)).to(q.dtype)
     sees = (keys.starts < keys.ends)[:, None, :]
@@ -181,7 +181,7 @@ def attention_by_torch(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Ten
 def attention_backward_by_torch(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_q, grad_k, grad_v) in torch's own differentiable ops; the probabilities are computed from q and k."""
+    """Compose (grad_q, grad_k, grad_v) of torch's differentiable ops; the probabilities are computed from q and k."""
     _, slope, p = _probabilities(q, k, keys)
     grad = _grouped(grad_out.transpose(1, 2), k)
     grad_p = grad @ _grouped(v, k).transpose(-1, -2)
@@ -195,7 +195,7 @@ def attention_backward_by_torch(
 
 
 def attention_composed(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """Checks, then attention in torch's own ops."""
+    """Check the arguments, then compose attention of torch's ops."""
     _check(OP, q, k, v, keys)
     return attention_by_torch(q, k, v, keys)
 
@@ -203,7 +203,7 @@ def attention_composed(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Ten
 def attention_backward_composed(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then attention_backward in torch's own ops; out and log_sums depend on q, k and v and are not used."""
+    """Check the arguments, then compose attention_backward of torch's ops; out and log_sums are recomputed."""
     _check_backward(grad_out, q, k, v, out, log_sums, keys)
     return attention_backward_by_torch(grad_out, q, k, v, keys)
 
@@ -213,12 +213,12 @@ compose_derivatives("qlora_kernels::attention_backward", _BACKWARD, attention_ba
 
 
 def _grouped(heads: Tensor, k: Tensor) -> Tensor:
-    """[B, H or KV, T, D] in fp32 as [B, KV, group or 1, T, D]."""
+    """Return [B, H or KV, T, D] in fp32 as [B, KV, group or 1, T, D]."""
     return heads.float().reshape(heads.shape[0], k.shape[1], -1, *heads.shape[2:])
 
 
 def _probabilities(q: Tensor, k: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(z, its derivative with respect to the score before softcap or None, p), each [B, KV, group, Tq, Tk]."""
+    """Return (z, its derivative with respect to the score before softcap or None, p), each [B, KV, group, Tq, Tk]."""
     z, slope = keys.scale * (_grouped(q, k) @ _grouped(k, k).transpose(-1, -2)), None
     if keys.softcap:
         t = torch.tanh(z / keys.softcap)
@@ -226,7 +226,7 @@ def _probabilities(q: Tensor, k: Tensor, keys: Keys) -> tuple[Tensor, Tensor | N
     place = torch.arange(k.shape[2], device=k.device)
     visible = (place >= keys.starts[..., None]) & (place < keys.ends[..., None])
     visible = visible[:, None, None]
-    # A softmax over no key at all would be NaN, and its gradient too.
+    # A softmax over no keys and its gradient would be NaN.
     z = z.masked_fill(~visible & visible.any(-1, keepdim=True), -float("inf"))
     return z, slope, torch.softmax(z, dim=-1) * visible
 
@@ -239,7 +239,7 @@ def _key_ranges(
     documents: Tensor | None,
     key_ranges: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(starts, ends), int64 [B, Tq]: the intersection of all conditions."""
+    """Return (starts, ends), int64 [B, Tq]: the intersection of all conditions."""
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
     if (causal or documents is not None) and Tq != Tk:
         raise ValueError(
@@ -344,7 +344,7 @@ def _check_range_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int, in
 
 
 def _check_ranges(op: str, keys: Keys, length: int) -> None:
-    """starts and ends lie within the keys; on a GPU the comparison would wait for the device."""
+    """Raise unless starts and ends lie within the keys; skipped on a GPU, where the test would synchronize."""
     if not keys.starts.is_cpu or keys.starts.numel() == 0:
         return
     lowest, highest = int(keys.starts.min()), int(keys.ends.max())

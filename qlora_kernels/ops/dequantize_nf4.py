@@ -1,9 +1,9 @@
-"""dequantize_nf4: packed indices and constants back to numbers.
+"""dequantize_nf4: weights from packed indices and constants.
 
 Ops: qlora_kernels::dequantize_nf4 and its out variant.
 
 Kernel contract:
-    run(weight, *, out) -> None     weight: Weight with N * K = out.numel() >= 1, whatever N and K; out contiguous
+        run(weight, *, out) -> None     weight: Weight with N * K = out.numel() >= 1 for any N and K; out contiguous
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ torch.library.define("qlora_kernels::dequantize_nf4.out", f"({Weight.schema()}, 
 def dequantize_nf4(
     packed: Tensor, state: QuantState, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """w[i] = code[q[i]] * absmax[i // blocksize], computed in fp32 and rounded once, as a tensor of state.shape.
+    """Compute w[i] = code[q[i]] * absmax[i // blocksize] in fp32, rounded once, as a tensor of state.shape.
 
     packed: uint8 with (numel + 1) // 2 elements, element 2i in the high nibble.   state: from `quantize_nf4`.
     dtype: fp32, bf16 or fp16; defaults to the source weight's, or to out's.
     out: written and returned if given; shape state.shape, contiguous, on packed's device, any of the three dtypes.
     All backends agree bit for bit (tests/ops/test_dequantize_nf4.py).
-    Raises ValueError or TypeError, naming the argument, where these do not fit together.
+    Raises ValueError or TypeError, naming the argument, if these are not consistent.
     Source: QLoRA (arXiv:2305.14314) section 3.
     """
     weight = Weight(packed, *state.constants, state.blocksize, 1, state.numel)
@@ -58,7 +58,7 @@ def dequantize_nf4_impl(weight: Weight, *, dtype: torch.dtype) -> Tensor:
 
 @implement("qlora_kernels::dequantize_nf4.out", _TAKES)
 def dequantize_nf4_out_impl(weight: Weight, *, out: Tensor) -> None:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     dequantize_nf4_out_fake(weight, out=out)
     if out.numel() == 0:
         return
@@ -77,7 +77,7 @@ def dequantize_nf4_out_impl(weight: Weight, *, out: Tensor) -> None:
 
 @fake("qlora_kernels::dequantize_nf4", _TAKES)
 def dequantize_nf4_fake(weight: Weight, *, dtype: torch.dtype) -> Tensor:
-    """Shape and dtype of the result."""
+    """Return an empty tensor with the shape and dtype of the result."""
     check_given("dequantize_nf4", "packed", weight.packed)
     out = weight.packed.new_empty((weight.N, weight.K), dtype=dtype)
     dequantize_nf4_out_fake(weight, out=out)
@@ -86,7 +86,7 @@ def dequantize_nf4_fake(weight: Weight, *, dtype: torch.dtype) -> Tensor:
 
 @fake("qlora_kernels::dequantize_nf4.out", _TAKES)
 def dequantize_nf4_out_fake(weight: Weight, *, out: Tensor) -> None:
-    """Check the arguments; nothing is returned and nothing is computed."""
+    """Check the arguments; nothing is computed."""
     check_float("dequantize_nf4", "dtype of the result", out)
     if not out.is_contiguous():
         raise ValueError(f"dequantize_nf4: out must be contiguous, got strides {out.stride()}")

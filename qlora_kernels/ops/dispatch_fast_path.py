@@ -1,9 +1,9 @@
-"""The call of an op's kernel from its Autograd kernel, without a second pass through torch's dispatcher.
+"""Direct call of an op's kernel from its Autograd kernel, without a second pass through torch's dispatcher.
 
-torch calls an op's kernel at the Autograd dispatch key first, which then has to run the op below autograd. The general
-way is a redispatch with the remaining keys. Where the remaining keys name one backend and nothing else (no dispatch
-mode, functorch transform, tensor subclass or lazy negation), a redispatch would arrive at the backend's kernel at once,
-so that kernel is called as a Python function instead.
+torch calls an op's kernel at the Autograd dispatch key first, and that kernel has to run the op below autograd. The
+general way is a redispatch with the remaining keys. If the remaining keys name one backend and nothing else (no
+dispatch mode, functorch transform, tensor subclass or lazy negation), a redispatch would call the backend's kernel at
+once, so that kernel is called as a Python function instead.
 
 Measured gain on a 64x64 LinearNF4 at M = 1 (torch 2.13, one Zen 4 core): 13 of 98 us without a
 gradient and 17 of 141 us with one (medians of 60 interleaved rounds of 1,500 calls on a busy machine).
@@ -27,7 +27,7 @@ def call_below_autograd(op: Any, kernel: Kernel) -> Callable[..., Any]:
     """Return run(keyset, *args, **keywords), which runs the op without its Autograd kernel.
 
     op: the OpOverload.   kernel: the function registered for it on every device.
-    keyset: the dispatch keys of the present call, as a kernel registered with_keyset receives them.
+    keyset: the dispatch keys of the current call, as a kernel registered with_keyset receives them.
     """
 
     def run(keyset: Any, *args: Any, **keywords: Any) -> Any:
@@ -40,7 +40,7 @@ def call_below_autograd(op: Any, kernel: Kernel) -> Callable[..., Any]:
 
 
 def _plain_keysets() -> tuple[int, tuple[int, ...]]:
-    """Return the mask of the keys below autograd and, under it, the keysets that hold one backend alone."""
+    """Return the mask of the keys below autograd and the keysets that, under this mask, hold only one backend."""
     try:
         keys = torch._C.DispatchKey
         # ADInplaceOrView is in every keyset, for ops that write to or alias an argument; these ops do neither.
@@ -51,4 +51,4 @@ def _plain_keysets() -> tuple[int, tuple[int, ...]]:
 
 
 _BELOW_AUTOGRAD, PLAIN_KEYSETS = _plain_keysets()
-"""PLAIN_KEYSETS: the keysets, as bits, whose calls skip the redispatch. Empty: every call is redispatched."""
+"""PLAIN_KEYSETS: the keysets, as bits, of calls that skip the redispatch. If empty, every call is redispatched."""

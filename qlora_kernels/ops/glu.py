@@ -6,7 +6,7 @@ Ops: qlora_kernels::glu (differentiable in gate and up) and qlora_kernels::glu_b
     grad_gate = grad_y * up * f'(gate)        f = gelu_tanh:  g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
     grad_up   = grad_y * f(gate)
 
-in fp32, each result rounded once. Between the passes gate and up alone are saved; f(gate) is computed again.
+in fp32, each result rounded once. Only gate and up are saved for backward, which recomputes f(gate).
 
 Kernel contract: gate, up and grad_y contiguous, of one shape and dtype, numel >= 1; activation one of ACTIVATIONS.
     glu           run(gate, up, activation) -> y
@@ -29,7 +29,7 @@ from ._memory import contiguous
 from ._registry import Problem, select
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-"""silu makes SwiGLU (Llama, Qwen, Mistral), gelu_tanh GeGLU (Gemma)."""
+"""silu gives SwiGLU (Llama, Qwen, Mistral), gelu_tanh gives GeGLU (Gemma)."""
 
 torch.library.define("qlora_kernels::glu", "(Tensor gate, Tensor up, str activation) -> Tensor")
 torch.library.define(
@@ -38,7 +38,7 @@ torch.library.define(
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """y = activation(gate) * up, without the activation in memory.
+    """Compute y = activation(gate) * up, without the activation in memory.
 
     gate, up: one shape and dtype, fp32, bf16 or fp16, any strides.   activation: "silu" or "gelu_tanh".
     Returns y, contiguous, of the same shape and dtype. Differentiable in gate and up.
@@ -50,7 +50,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @implement("qlora_kernels::glu")
 def glu_impl(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check("glu", gate, up, activation)
     if gate.numel() == 0:
         return gate.new_empty(gate.shape)
@@ -61,14 +61,14 @@ def glu_impl(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 @fake("qlora_kernels::glu")
 def glu_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Shape and dtype of y."""
+    """Return an empty tensor with the shape and dtype of y."""
     _check("glu", gate, up, activation)
     return gate.new_empty(gate.shape)
 
 
 @implement("qlora_kernels::glu_backward")
 def glu_backward_impl(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check_backward(grad_y, gate, up, activation)
     if gate.numel() == 0:
         return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
@@ -79,17 +79,17 @@ def glu_backward_impl(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str)
 
 @fake("qlora_kernels::glu_backward")
 def glu_backward_fake(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of the gradients."""
+    """Return empty tensors with the shapes and dtypes of the gradients."""
     _check_backward(grad_y, gate, up, activation)
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
 class GLUFunction(torch.autograd.Function):
-    """y of glu and its gradients with respect to gate and up."""
+    """The y of glu and its gradients with respect to gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, run: Callable[..., Any]) -> Tensor:
-        """Return y and save what backward needs."""
+        """Return y, and save gate and up for backward."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         y: Tensor = run(gate, up, activation)
@@ -103,13 +103,13 @@ class GLUFunction(torch.autograd.Function):
 
 
 def glu_composed(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Checks, then glu in torch's own ops."""
+    """Check the arguments, then compose glu of torch's ops."""
     _check("glu", gate, up, activation)
     return _compose.glu(gate, up, activation)
 
 
 def glu_backward_composed(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Checks, then glu_backward in torch's own ops."""
+    """Check the arguments, then compose glu_backward of torch's ops."""
     _check_backward(grad_y, gate, up, activation)
     return _compose.glu_backward(grad_y, gate, up, activation)
 

@@ -9,14 +9,14 @@ Kernel contract: hidden [M, K] and labels int64 [M] contiguous; head: Head, its 
     run(hidden, labels, head, *, need_grad_hidden)
         -> (losses fp32 [M], log_sums fp32 [M], rows [M, K] of hidden.dtype or empty)
 log_sums[m] is log(sum_v exp(z[m, v])), any finite value for ignored tokens; rows[m] is the gradient of losses[m] with
-respect to hidden[m]. The weight is used rounded to hidden's dtype; logits, softmax and sums are fp32, and rows is
-rounded once; probabilities, or the gradient of the logits, may be rounded to hidden's dtype before they are multiplied
-by the weight. Labels are checked before the call on a CPU; on other devices a wrong one must give NaN.
+respect to hidden[m]. The weight is rounded to hidden's dtype; logits, softmax and sums are fp32, and rows is rounded
+once. Probabilities, or the gradient of the logits, may be rounded to hidden's dtype before they are multiplied by the
+weight. On a CPU, labels are checked before the call; on other devices a wrong label must give NaN.
 
-The forward pass computes the gradient of the hidden states too, as a second product over each chunk of the weight. The
-gradient of the weight, wanted only where the head is trained, is computed in the backward pass in torch's own ops, over
-a chunk of the vocabulary at a time. Second derivatives, forward mode and the transforms of torch.func run in torch's
-own ops over whole logits.
+The forward pass also computes the gradient of the hidden states, by a second product over each chunk of the weight. The
+gradient of the weight, required only if the head is trained, is computed in the backward pass by torch's ops, over a
+chunk of the vocabulary at a time. Second derivatives, forward mode and the transforms of torch.func run in torch's ops
+over whole logits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ._registry import Problem, select
 
 OP = "linear_cross_entropy"
 VOCABULARY_CHUNK = 4096
-"""Rows of the weight whose probabilities are in memory at one time while the weight's gradient is computed."""
+"""Number of rows of the weight whose probabilities are in memory at one time for the gradient of the weight."""
 
 
 class Head(NamedTuple):
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     num_items_in_batch: Tensor | float | None = None,
 ) -> Tensor:
-    """cross_entropy(hidden @ weight.T + bias, labels) without the logits in memory; labels are not shifted.
+    """Compute cross_entropy(hidden @ weight.T + bias, labels) without the logits in memory; labels are not shifted.
 
     hidden: [..., K], fp32, bf16 or fp16; under torch.autocast it is cast to the autocast dtype.
     weight: [V, K] and bias: [V], any float dtype; the weight is used in hidden's dtype.
@@ -82,7 +82,8 @@ def linear_cross_entropy(
     reduction: "mean" over the tokens that are not ignored (NaN if there are none), "sum", or "none": a loss for each
         token.   num_items_in_batch: with "mean", the number to divide the sum by instead, as transformers passes it
         under gradient accumulation.
-    Returns the loss in fp32: a scalar, or for "none" of labels' shape. Differentiable in hidden, weight and bias.
+    Returns the loss in fp32: a scalar, or a tensor of labels' shape for "none". Differentiable in hidden, weight and
+    bias.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     """
     if reduction not in ("mean", "sum", "none"):
@@ -121,10 +122,10 @@ def linear_cross_entropy(
 def linear_cross_entropy_impl(
     hidden: Tensor, labels: Tensor, head: Head, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check(hidden, labels, head)
     check_memory(OP, (hidden, labels, *head))
-    if labels.is_cpu:  # on a GPU the comparison would wait for the device
+    if labels.is_cpu:  # on a GPU the test would synchronize with the device
         _check_labels(labels, head)
     M, K = hidden.shape
     V = head.weight.shape[0]
@@ -146,14 +147,14 @@ def linear_cross_entropy_impl(
 def linear_cross_entropy_fake(
     hidden: Tensor, labels: Tensor, head: Head, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of (losses, log_sums, rows)."""
+    """Return empty tensors with the shapes and dtypes of (losses, log_sums, rows)."""
     _check(hidden, labels, head)
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses), hidden.new_empty(hidden.shape if need_grad_hidden else (0,))
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """losses of linear_cross_entropy and its gradients with respect to hidden, weight and bias."""
+    """The losses of linear_cross_entropy and their gradients with respect to hidden, weight and bias."""
 
     @staticmethod
     def forward(
@@ -203,7 +204,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def logits_of(hidden: Tensor, weight: Tensor, head: Head, bias: Tensor | None) -> Tensor:
-    """z [M, V] of `weight` and `bias`, which may be some rows of the head's; fp32 for an fp32 `hidden`."""
+    """Return z [M, V] of `weight` and `bias`, which may be some rows of the head's; fp32 for an fp32 `hidden`."""
     z = F.linear(hidden, weight)
     if bias is not None:
         z = z + bias.float()
@@ -213,10 +214,10 @@ def logits_of(hidden: Tensor, weight: Tensor, head: Head, bias: Tensor | None) -
 
 
 def grad_of_logits(z: Tensor, log_sums: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """The gradient of each token's loss with respect to hidden @ weight.T + bias.
+    """Return the gradient of each token's loss with respect to hidden @ weight.T + bias.
 
-    z: [M, columns], some columns of the logits.   labels: relative to the first of them; a label outside has no column
-    here, and a token that has none anywhere must be masked by the caller.
+    z: [M, columns], some columns of the logits.   labels: relative to the first of these columns; a label outside them
+    has no column here, and the caller must mask tokens whose label is in no column.
     """
     grad = torch.exp(z - log_sums[:, None])
     grad -= (torch.arange(z.shape[1], device=z.device) == labels[:, None]).to(grad.dtype)
@@ -226,7 +227,7 @@ def grad_of_logits(z: Tensor, log_sums: Tensor, labels: Tensor, head: Head) -> T
 
 
 def losses_and_log_sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(losses [M], log_sums [M]) in torch's own differentiable ops, over whole logits; log_sums is detached."""
+    """Compose (losses [M], log_sums [M]) of torch's differentiable ops over whole logits; log_sums is detached."""
     z = logits_of(hidden.float(), head.weight.to(hidden.dtype).float(), head, head.bias)
     losses = F.cross_entropy(z, labels, ignore_index=head.ignore_index, reduction="none")
     return losses, z.detach().logsumexp(dim=1)
@@ -235,7 +236,7 @@ def losses_and_log_sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Ten
 def linear_cross_entropy_composed(
     hidden: Tensor, labels: Tensor, head: Head, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then the op in torch's own ops, for derivatives that the kernels do not compute; rows is left out."""
+    """Check the arguments, then compose the op of torch's ops for derivatives of higher order; rows is left out."""
     _check(hidden, labels, head)
     return *losses_and_log_sums(hidden, labels, head), hidden.new_zeros(0)
 
@@ -258,7 +259,7 @@ differentiate(
 def _gradients_composed(
     grad_losses: Tensor, hidden: Tensor, labels: Tensor, head: Head, wanted: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Gradients of `wanted`, differentiable where grad mode is on."""
+    """Return the gradients of `wanted`, differentiable if grad mode is on."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         losses, _ = losses_and_log_sums(hidden, labels, head)
@@ -268,7 +269,7 @@ def _gradients_composed(
 def _gradients_of_head(
     grad_losses: Tensor, hidden: Tensor, labels: Tensor, head: Head, log_sums: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(grad_weight, grad_bias), over VOCABULARY_CHUNK rows of the weight at a time."""
+    """Return (grad_weight, grad_bias), computed over VOCABULARY_CHUNK rows of the weight at a time."""
     weight, bias = head.weight, head.bias
     learned = labels != head.ignore_index
     of_token = torch.where(learned, grad_losses, 0.0)[:, None]

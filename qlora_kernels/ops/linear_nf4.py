@@ -5,8 +5,8 @@ Ops: qlora_kernels::linear_nf4 (differentiable in x and bias) and qlora_kernels:
 Kernel contract: x [M, K] and grad_y [M, N] contiguous, M, N, K >= 1; weight: Weight, bias [N] or None.
     linear_nf4         run(x, weight, bias) -> y [M, N] of x.dtype
     linear_nf4_grad_x  run(grad_y, weight)  -> grad_x [M, K] of grad_y.dtype
-W is used as dequantized to x's dtype, or unrounded in fp32; sums are kept in fp32, and the result is rounded once.
-Each of the two is the other's gradient, so derivatives of any order run on the kernels; forward mode and the transforms
+W is dequantized to x's dtype, or used unrounded in fp32; sums are fp32, and the result is rounded once. Each of the two
+ops is the gradient of the other, so that derivatives of any order run on the kernels; forward mode and the transforms
 of torch.func run on _compose.py.
 """
 
@@ -33,7 +33,7 @@ torch.library.define("qlora_kernels::linear_nf4_grad_x", f"(Tensor grad_y, {Weig
 
 
 def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
-    """y = x @ W.T + bias, where W [N, K] = dequantize_nf4(packed, state, x.dtype) is never stored.
+    """Compute y = x @ W.T + bias, where W [N, K] = dequantize_nf4(packed, state, x.dtype) is never stored.
 
     x: [..., K], fp32, bf16 or fp16, any strides.   packed, state: from `quantize_nf4`, of a two-dimensional weight.
     bias: [N] or None.
@@ -46,7 +46,7 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
 
 @implement("qlora_kernels::linear_nf4", _FORWARD)
 def linear_nf4_impl(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Checks, then the selected kernel over x as a matrix."""
+    """Check the arguments, then run the selected kernel over x as a matrix."""
     _check_linear(x, weight, bias)
     if is_empty(x, weight):
         return bias_only_output(x, weight, bias)
@@ -56,14 +56,14 @@ def linear_nf4_impl(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 @fake("qlora_kernels::linear_nf4", _FORWARD)
 def linear_nf4_fake(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Shape and dtype of y."""
+    """Return an empty tensor with the shape and dtype of y."""
     _check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.N))
 
 
 @implement("qlora_kernels::linear_nf4_grad_x", _GRAD_X)
 def linear_nf4_grad_x_impl(grad_y: Tensor, weight: Weight) -> Tensor:
-    """Checks, then the selected kernel over grad_y as a matrix."""
+    """Check the arguments, then run the selected kernel over grad_y as a matrix."""
     _check_grad_x(grad_y, weight)
     if is_empty(grad_y, weight):
         return grad_y.new_zeros((*grad_y.shape[:-1], weight.K))
@@ -73,17 +73,17 @@ def linear_nf4_grad_x_impl(grad_y: Tensor, weight: Weight) -> Tensor:
 
 @fake("qlora_kernels::linear_nf4_grad_x", _GRAD_X)
 def linear_nf4_grad_x_fake(grad_y: Tensor, weight: Weight) -> Tensor:
-    """Shape and dtype of grad_x."""
+    """Return an empty tensor with the shape and dtype of grad_x."""
     _check_grad_x(grad_y, weight)
     return grad_y.new_empty((*grad_y.shape[:-1], weight.K))
 
 
 class LinearNF4Function(torch.autograd.Function):
-    """y of linear_nf4 and its gradients with respect to x and the bias."""
+    """The y of linear_nf4 and its gradients with respect to x and the bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, run: Callable[..., Any]) -> Tensor:
-        """Return y. x and bias keep their place among the inputs; the weight's tensors are saved, x is not needed."""
+        """Return y, and save the weight's tensors for backward, which does not need x."""
         ctx.save_for_backward(weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -103,7 +103,7 @@ class LinearNF4Function(torch.autograd.Function):
 
 
 class LinearNF4GradXFunction(torch.autograd.Function):
-    """grad_x = grad_y W of linear_nf4_grad_x, and its gradient with respect to grad_y."""
+    """The grad_x = grad_y W of linear_nf4_grad_x and its gradient with respect to grad_y."""
 
     @staticmethod
     def forward(ctx: Any, grad_y: Tensor, weight: Weight, run: Callable[..., Any]) -> Tensor:
@@ -115,19 +115,19 @@ class LinearNF4GradXFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_of_grad_x: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradients of (grad_y, weight, run): the product with W^T is linear_nf4 itself."""
+        """Return the gradients of (grad_y, weight, run); the product with W^T is the op linear_nf4."""
         weight = Weight._make((*ctx.saved_tensors, ctx.blocksize, ctx.N, ctx.K))
         return torch.ops.qlora_kernels.linear_nf4(grad_of_grad_x, *weight, None), None, None
 
 
 def linear_nf4_composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Checks, then linear_nf4 in torch's own ops."""
+    """Check the arguments, then compose linear_nf4 of torch's ops."""
     _check_linear(x, weight, bias)
     return _compose.linear(x, weight, bias)
 
 
 def linear_nf4_grad_x_composed(grad_y: Tensor, weight: Weight) -> Tensor:
-    """Checks, then linear_nf4_grad_x in torch's own ops."""
+    """Check the arguments, then compose linear_nf4_grad_x of torch's ops."""
     _check_grad_x(grad_y, weight)
     return _compose.grad_x(grad_y, weight)
 

@@ -10,8 +10,8 @@ Kernel contract: _lora_op.py's, with lora: LoRA.
                                             grad_A = ds^T dropout(x)
                                             grad_x = grad_y W + dropout'(ds A)
 
-lora_A and lora_B are used in x's dtype, whatever dtype their master copies have; sums are kept in fp32. Between the
-passes only x and s are saved: backward regenerates the dropout mask from the seed (ops/_philox.py) and decodes W again.
+lora_A and lora_B are rounded to x's dtype from masters of any dtype; sums are fp32. Only x and s are saved for
+backward, which regenerates the dropout mask from the seed (ops/_philox.py) and decodes W again.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ._operands import LoRA, Weight, weight_of
 
 
 class LinearNF4LoRAFunction(torch.autograd.Function):
-    """y of linear_nf4_lora and its gradients with respect to x, the bias, lora_A and lora_B.
+    """The y of linear_nf4_lora and its gradients with respect to x, the bias, lora_A and lora_B.
 
-    Autograd sees arguments only, not what a bundle holds; so lora_A and lora_B are passed on their own as well.
+    Autograd inspects the arguments but not the fields of a bundle, so lora_A and lora_B are also passed separately.
     """
 
     @staticmethod
@@ -91,12 +91,12 @@ def linear_nf4_lora(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling * (dropout(x) A^T) B^T in one op, forward and backward.
+    """Compute y = x W^T + bias + scaling * (dropout(x) A^T) B^T in one op, forward and backward.
 
     x: [..., K], fp32, bf16 or fp16.   packed, state: from `quantize_nf4`, of a weight [N, K].
     lora_A: [r, K], lora_B: [N, r], any of the three dtypes, usually fp32 masters.   bias: [N] or None.
     scaling: lora_alpha / r.   dropout_p: in [0, 1).
-    seed: int64, one element, on x's device; drawn from torch's generator where dropout_p > 0 and none is given.
+    seed: int64, one element, on x's device; if it is None and dropout_p > 0, it is drawn from torch's generator.
     Returns y [..., N] of x.dtype. Differentiable in x, bias, lora_A and lora_B.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     Source: LoRA (arXiv:2106.09685) section 4.1 over QLoRA (arXiv:2305.14314) equation 5.
@@ -108,12 +108,12 @@ def linear_nf4_lora(
 
 
 def seed_for(dropout_p: float, device: torch.device, seed: Tensor | None = None) -> Tensor | None:
-    """Return None without dropout, otherwise `seed`, or a newly drawn one where it is None."""
+    """Return None without dropout, otherwise `seed`, or a new seed if it is None."""
     if dropout_p <= 0:
         return None
     return draw_seed(device) if seed is None else seed
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh dropout seed, int64 [1], from `device`'s torch generator: reproducible under torch.manual_seed."""
+    """Return a new dropout seed, int64 [1], from `device`'s torch generator: reproducible under torch.manual_seed."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -5,10 +5,10 @@
                                                            grad_A   = ds^T dropout(x)
                                                            grad_x   = sum_i grad_y_i W_i + dropout'(ds A)
 
-y_i is what linear_nf4_lora gives with the same seed; x is read once for all adapters, and grad_x is one sum.
+y_i equals the result of linear_nf4_lora with the same seed; x is read once for all adapters, and grad_x is one sum.
 
 Ops: qlora_kernels::linear_nf4_lora_group (differentiable in x, lora_A, lora_B; biases are constants) and
-qlora_kernels::linear_nf4_lora_group_backward. Where a schema has a list, it has an entry for each linear.
+qlora_kernels::linear_nf4_lora_group_backward. A list in a schema has an entry for each linear.
 
 Kernel contract: x [M, K] and grad_y_i [M, N_i] contiguous, M, K, N_i, r_i >= 1; lora: GroupLoRA, factors contiguous.
     linear_nf4_lora_group           run(x, weights, biases, lora) -> ([y_i [M, N_i]], s [M, sum of r_i]) of x.dtype
@@ -61,9 +61,9 @@ def linear_nf4_lora_group(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[Tensor]:
-    """[x W_i^T + bias_i + scaling_i * (dropout(x) A_i^T) B_i^T], all with one dropout mask, forward and backward.
+    """Compute x W_i^T + bias_i + scaling_i * (dropout(x) A_i^T) B_i^T for each linear i, with one dropout mask.
 
-    Sequences have an entry for each linear; entries, dropout_p and seed are as linear_nf4_lora takes them.
+    Sequences have an entry for each linear; entries, dropout_p and seed are as for linear_nf4_lora.
     Returns y_i [..., N_i] of x.dtype. Differentiable in x, lora_A and lora_B; biases are constants.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     """
@@ -73,7 +73,7 @@ def linear_nf4_lora_group(
 
 
 def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA) -> list[Tensor]:
-    """Call the op with its arguments in bundles."""
+    """Call the op with its arguments given as bundles."""
     A, B, seed, scalings, dropout_p = lora
     factors = (A, list(B), seed, list(scalings), dropout_p)
     lists = WeightLists.of(weights)
@@ -85,7 +85,7 @@ def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | N
 def linear_nf4_lora_group_impl(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """Checks, then the selected kernel over x as a matrix."""
+    """Check the arguments, then run the selected kernel over x as a matrix."""
     weights = lists.each()
     _check_forward(x, biases, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
@@ -99,7 +99,7 @@ def linear_nf4_lora_group_impl(
 def linear_nf4_lora_group_fake(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """Shapes and dtypes of the ys and of s."""
+    """Return empty tensors with the shapes and dtypes of the ys and of s."""
     weights = lists.each()
     _check_forward(x, biases, weights, lora)
     ys = [x.new_empty((*x.shape[:-1], weight.N)) for weight in weights]
@@ -109,7 +109,7 @@ def linear_nf4_lora_group_fake(
 def linear_nf4_lora_group_composed(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """Checks, then the ys and s in torch's own ops."""
+    """Check the arguments, then compose the ys and s of torch's ops."""
     weights = lists.each()
     _check_forward(x, biases, weights, lora)
     return _compose.lora_group(x, weights, biases, lora)
@@ -119,7 +119,7 @@ def linear_nf4_lora_group_composed(
 def linear_nf4_lora_group_backward_impl(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Checks, then the selected kernel over x and the grad_ys as matrices."""
+    """Check the arguments, then run the selected kernel over x and the grad_ys as matrices."""
     weights = lists.each()
     _check_backward(grad_ys, x, s, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
@@ -135,7 +135,7 @@ def linear_nf4_lora_group_backward_impl(
 def linear_nf4_lora_group_backward_fake(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Shapes and dtypes of the gradients."""
+    """Return empty tensors with the shapes and dtypes of the gradients."""
     _check_backward(grad_ys, x, s, lists.each(), lora)
     grad_x = x.new_empty(x.shape if need_grad_x else (0,))
     return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
@@ -144,7 +144,7 @@ def linear_nf4_lora_group_backward_fake(
 def linear_nf4_lora_group_backward_composed(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Checks, then the gradients in torch's own ops."""
+    """Check the arguments, then compose the gradients of torch's ops."""
     weights = lists.each()
     _check_backward(grad_ys, x, s, weights, lora)
     return _compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
@@ -153,7 +153,7 @@ def linear_nf4_lora_group_backward_composed(
 class LinearNF4LoRAGroupFunction(torch.autograd.Function):
     """The ys of linear_nf4_lora_group and their gradients with respect to x, lora_A and each lora_B.
 
-    Autograd sees arguments only, not what lists and bundles hold; so lora_A and the lora_B are passed on their own too.
+    Autograd inspects the arguments but not the fields of bundles, so lora_A and the lora_B are also passed separately.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""linear_nf4_multi_lora: a LoRA linear over NF4 in which each row of the batch names its own adapter.
+"""linear_nf4_multi_lora: a LoRA linear over NF4 in which each row of the batch has its own adapter number.
 
     y[m] = W x[m] + bias + scalings[e] * B_e A_e dropout(x[m])      with e = adapter[m];   no low-rank part where e = -1
 
@@ -25,9 +25,9 @@ from .linear_nf4_lora import seed_for
 
 
 class LinearNF4MultiLoRAFunction(torch.autograd.Function):
-    """y of linear_nf4_multi_lora and its gradients with respect to x, the bias, lora_A and lora_B.
+    """The y of linear_nf4_multi_lora and its gradients with respect to x, the bias, lora_A and lora_B.
 
-    Autograd sees arguments only, not what a bundle holds; so lora_A and lora_B are passed on their own as well.
+    Autograd inspects the arguments but not the fields of a bundle, so lora_A and lora_B are also passed separately.
     """
 
     @staticmethod
@@ -88,12 +88,12 @@ def linear_nf4_multi_lora(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y[m] = W x[m] + bias + scalings[e] * B_e A_e dropout(x[m]) with e = adapter[m], forward and backward.
+    """Compute y[m] = W x[m] + bias + scalings[e] * B_e A_e dropout(x[m]) with e = adapter[m], forward and backward.
 
     x: [..., K], fp32, bf16 or fp16.   packed, state: from `quantize_nf4`, of a weight [N, K].
     lora_A: [E, r, K], lora_B: [E, N, r]; adapters of smaller rank are padded with zeros.   scalings: fp32 [E].
     adapter: int64, one per row of x, 0..E-1, or -1 for the base alone.   bias: [N] or None.
-    dropout_p, seed: as linear_nf4_lora.
+    dropout_p, seed: as for linear_nf4_lora.
     Returns y [..., N] of x.dtype. Differentiable in x, bias, lora_A and lora_B.
     Raises ValueError or TypeError, naming the argument.
     """

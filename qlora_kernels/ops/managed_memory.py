@@ -1,9 +1,9 @@
 """Unified memory of a CUDA device: four functions that only the cuda backend implements.
 
 Kernel contracts, each a KernelSpec of backends/cuda:
-    managed_concurrent_access(device: int) -> bool        the GPU faults on, and migrates, unified memory by itself
-    managed_alloc(nbytes: int, device: int) -> Tensor     uint8 [nbytes] on cuda:device, zeroed on the current stream;
-                                                          freed by the tensor's deleter; RuntimeError where it fails
+    managed_concurrent_access(device: int) -> bool        whether the GPU migrates unified memory on page faults
+    managed_alloc(nbytes: int, device: int) -> Tensor     uint8 [nbytes] on cuda:device, zeroed on the current stream,
+                                                          freed by the tensor's deleter; RuntimeError on failure
     managed_prefer_device(arena: Tensor) -> None          preferred location: the device; accessed by: the CPU
     managed_prefetch(arena: Tensor, start: int, stop: int) -> None
                                                           bytes [start, stop) to the device, on the current stream
@@ -21,14 +21,16 @@ from ._registry import kernels_of, unavailable
 
 
 def managed_concurrent_access(device: torch.device) -> bool | None:
-    """Whether `device` pages unified memory by itself; None where the cuda backend cannot be asked."""
+    """Whether `device` migrates unified memory on page faults; None if the cuda backend is not available."""
     if unavailable("cuda") is not None or "managed_concurrent_access" not in kernels_of("cuda"):
         return None
     return bool(_run("managed_concurrent_access", device.index))
 
 
 def managed_alloc(nbytes: int, device: torch.device) -> Tensor:
-    """uint8 [nbytes] of zeros in unified memory, freed with its last reference. Raises RuntimeError where it fails."""
+    """Return uint8 [nbytes] of zeros in unified memory, freed with its last reference. Raises RuntimeError on
+    failure.
+    """
     arena: Tensor = _run("managed_alloc", nbytes, device.index)
     return arena
 

@@ -1,4 +1,4 @@
-"""quantize_nf4: weights to packed 4-bit indices and block constants.
+"""quantize_nf4: packed 4-bit indices and block constants of weights.
 
 Ops: qlora_kernels::quantize_nf4 (first level), qlora_kernels::quantize_absmax (double quantization) and
 qlora_kernels::quantize_nf4_double (both).
@@ -29,7 +29,7 @@ from ._registry import Problem, kernels_of, select
 Nonfinite = Literal["raise", "zero"]
 
 _LARGEST_SUM = 3.4e38
-"""The largest sum of a tensor's absmax, just below fp32's range: beyond it, backends that sum in fp32 reach inf."""
+"""The largest permitted sum of a tensor's absmax, below fp32's range; backends that sum in fp32 overflow above it."""
 
 torch.library.define("qlora_kernels::quantize_nf4", "(Tensor w, *, int blocksize) -> (Tensor, Tensor)")
 torch.library.define("qlora_kernels::quantize_absmax", "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
@@ -47,10 +47,10 @@ def quantize_nf4(
     *,
     nonfinite: Nonfinite = "raise",
 ) -> tuple[Tensor, QuantState]:
-    """(packed, state) with state.absmax[b] = max|w| over block b and q = nearest code of w / absmax.
+    """Return (packed, state) with state.absmax[b] = max|w| over block b and q = nearest code of w / absmax.
 
     w: fp32, bf16 or fp16, any shape and layout, flattened row-major.   blocksize: elements per absmax.
-    double_quant: keep the constants in 8 bits (4.127 bits per weight instead of 4.5 at blocks of 64).
+    double_quant: store the constants in 8 bits (4.127 bits per weight instead of 4.5 at blocks of 64).
     nonfinite: "raise", or "zero" to quantize inf and NaN as zeros.
     Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable.
     Raises TypeError for other dtypes; ValueError for a bad blocksize, with nonfinite="raise" for inf or NaN, and with
@@ -64,7 +64,8 @@ def quantize_nf4(
         w = torch.nan_to_num(w, nan=0.0, posinf=0.0, neginf=0.0)
     op = torch.ops.qlora_kernels.quantize_nf4_double if double_quant else torch.ops.qlora_kernels.quantize_nf4
     packed, absmax, *second_level = op(w, blocksize=blocksize)
-    # Magnitudes cannot cancel, so one that is not finite shows in any sum of them; but finite ones may overflow it.
+    # Magnitudes cannot cancel, so that any sum of them shows a non-finite one; a sum of finite ones may overflow,
+    # however.
     total = second_level[-1] if double_quant else absmax.sum()
     if nonfinite == "raise" and not math.isfinite(total.item()) and not torch.isfinite(absmax).all():
         bad = int((~torch.isfinite(absmax)).sum())
@@ -94,7 +95,7 @@ def quantize_nf4(
 
 @implement("qlora_kernels::quantize_nf4")
 def quantize_nf4_impl(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     check_float("quantize_nf4", "w", w)
     check_blocksize("quantize_nf4", blocksize)
     if w.numel() == 0:
@@ -116,7 +117,7 @@ def quantize_nf4_fake(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
 
 @implement("qlora_kernels::quantize_absmax")
 def quantize_absmax_impl(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check_absmax(absmax)
     if absmax.numel() == 0:
         absmax_q, absmax_scale, absmax_offset = quantize_absmax_fake(absmax)
@@ -136,7 +137,7 @@ def quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @implement("qlora_kernels::quantize_nf4_double")
 def quantize_nf4_double_impl(w: Tensor, *, blocksize: int) -> BothLevels:
-    """Quantize w and then absmax, by one kernel where the backend has it, which saves a pass over absmax."""
+    """Quantize w and then absmax, by one kernel if the backend has it, which saves a pass over absmax."""
     check_float("quantize_nf4", "w", w)
     check_blocksize("quantize_nf4", blocksize)
     if w.numel() == 0:

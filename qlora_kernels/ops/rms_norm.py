@@ -7,8 +7,8 @@ With s = x + residual, rounded to x's dtype, and scale = 1 / sqrt(mean(s^2) + ep
     weight_offset = 0   y = weight * (s * scale rounded to x's dtype), in the dtype that the two factors promote to
     weight_offset = 1   y = (1 + weight) * s * scale in fp32, rounded once to x's dtype
 
-These are the two forms of Hugging Face's models: Llama, Qwen and Mistral; Gemma. The gradients are those of the
-function without its roundings, and need s and scale alone:
+These are the two forms in transformers' models: the first in Llama, Qwen and Mistral, the second in Gemma. The
+gradients are those of the function without its roundings, and depend only on s and scale:
 
     g = grad_y * (weight_offset + weight),   n = s * scale
     grad_x = grad_residual = grad_s + scale * (g - n * mean(g * n)),   grad_weight = sum over rows of grad_y * n
@@ -53,13 +53,13 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a residual, normalize over the last dimension by the root mean square, and multiply by a weight.
 
-    x: [..., C], fp32, bf16 or fp16.   weight: [C], any of the three dtypes.   eps: added to the mean square, > 0 or 0.
+    x: [..., C], fp32, bf16 or fp16.   weight: [C], any of the three dtypes.   eps: added to the mean square, >= 0.
     residual: of x's shape and dtype, or None.
     weight_offset: 0.0 multiplies by weight (Llama, Qwen, Mistral), 1.0 by 1 + weight (Gemma).
-    Returns (y, x + residual); without a residual the second is x itself. y has x's shape, and x's dtype; with
-    weight_offset 0.0 and a weight of higher precision the weight's. Differentiable in x, residual and weight.
+    Returns (y, x + residual); without a residual the second is x itself. y has x's shape and dtype, but the weight's
+    dtype if weight_offset is 0.0 and the weight has higher precision. Differentiable in x, residual and weight.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
-    Source: transformers' LlamaRMSNorm and GemmaRMSNorm, whose roundings it follows.
+    Source: transformers' LlamaRMSNorm and GemmaRMSNorm, whose roundings are reproduced.
     """
     y, s, _ = torch.ops.qlora_kernels.rms_norm(x, residual, weight, eps, weight_offset)
     return y, x if residual is None else s
@@ -69,7 +69,7 @@ def rms_norm(
 def rms_norm_impl(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then the selected kernel over x as a matrix."""
+    """Check the arguments, then run the selected kernel over x as a matrix."""
     _check(x, residual, weight, eps, weight_offset)
     if x.numel() == 0:
         return rms_norm_fake(x, residual, weight, eps, weight_offset)
@@ -83,7 +83,7 @@ def rms_norm_impl(
 def rms_norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the results."""
+    """Return empty tensors with the shapes and dtypes of the results."""
     _check(x, residual, weight, eps, weight_offset)
     y = x.new_empty(x.shape, dtype=y_dtype(x, weight, weight_offset))
     s = x.new_empty((0,) if residual is None else x.shape)
@@ -101,7 +101,7 @@ def rms_norm_backward_impl(
     weight_offset: float,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checks, then the selected kernel over s as a matrix."""
+    """Check the arguments, then run the selected kernel over s as a matrix."""
     _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
     if s.numel() == 0:
         return torch.zeros_like(s), weight.new_zeros(weight.shape if need_grad_weight else (0,))
@@ -130,18 +130,18 @@ def rms_norm_backward_fake(
     weight_offset: float,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of the results."""
+    """Return empty tensors with the shapes and dtypes of the results."""
     _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
     return s.new_empty(s.shape), weight.new_empty(weight.shape if need_grad_weight else (0,))
 
 
 def y_dtype(x: Tensor, weight: Tensor, weight_offset: float) -> torch.dtype:
-    """The dtype of y: see the head of this file."""
+    """Return the dtype of y, as defined in the docstring of this module."""
     return x.dtype if weight_offset else torch.promote_types(x.dtype, weight.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """(y, s, scale) of rms_norm and the gradients with respect to x, residual and weight."""
+    """The (y, s, scale) of rms_norm and the gradients with respect to x, residual and weight."""
 
     @staticmethod
     def forward(
@@ -153,7 +153,7 @@ class RMSNormFunction(torch.autograd.Function):
         weight_offset: float,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (y, s, scale); what is normalized, weight and scale are saved."""
+        """Return (y, s, scale), and save s, weight and scale for backward."""
         y, s, scale = run(x, residual, weight, eps, weight_offset)
         ctx.has_residual, ctx.eps, ctx.weight_offset = residual is not None, eps, weight_offset
         ctx.set_materialize_grads(False)
@@ -180,7 +180,7 @@ class RMSNormFunction(torch.autograd.Function):
 def rms_norm_composed(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks, then rms_norm in torch's own ops."""
+    """Check the arguments, then compose rms_norm of torch's ops."""
     _check(x, residual, weight, eps, weight_offset)
     return _compose.rms_norm(x, residual, weight, eps, weight_offset)
 
@@ -195,7 +195,7 @@ def rms_norm_backward_composed(
     weight_offset: float,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checks, then rms_norm_backward in torch's own ops."""
+    """Check the arguments, then compose rms_norm_backward of torch's ops."""
     _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
     return _compose.rms_norm_backward(grad_y, grad_s, s, weight, eps, weight_offset, need_grad_weight)
 

@@ -1,12 +1,12 @@
 """rope: rotary position embedding of queries and keys in one call.
 
-Op: qlora_kernels::rope, differentiable in q and k. With x = [a, b] the two halves of a head, and cos = [cos_a, cos_b],
-sin alike:
+Op: qlora_kernels::rope, differentiable in q and k. x = [a, b] are the two halves of a head, and cos = [cos_a, cos_b]
+and sin = [sin_a, sin_b]:
 
     out = [a * cos_a - b * sin_a, b * cos_b + a * sin_b]            inverse = False
     out = [a * cos_a + b * sin_b, b * cos_b - a * sin_a]            inverse = True: the transpose, which is the gradient
 
-in fp32, rounded once. It is q * cos + rotate_half(q) * sin of Hugging Face's models, for any cos and sin.
+in fp32, rounded once. It equals q * cos + rotate_half(q) * sin of transformers' models, for any cos and sin.
 
 Kernel contract: q [B, H, T, D] and k [B, KV, T, D], the last dimension of either contiguous and all others of any
 stride; cos and sin [B or 1, T, D] contiguous; all sizes >= 1, D even, one dtype.
@@ -38,7 +38,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q: [B, H, T, D], k: [B, KV, T, D], fp32, bf16 or fp16, any strides; D even.
     cos, sin: [B, T, D], or [1, T, D] for all rows alike, of q's dtype; constants.
-    Returns (q, k) rotated, laid out in memory as q and k are. Differentiable in q and k.
+    Returns (q, k) rotated, with the memory layout of q and k. Differentiable in q and k.
     Raises ValueError or TypeError, naming the argument. Partial rotary embedding, where cos has fewer columns than a
     head, is refused: rotate the slice q[..., :n] and join it with the rest.
     """
@@ -48,7 +48,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 @implement("qlora_kernels::rope")
 def rope_impl(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Checks, then the selected kernel."""
+    """Check the arguments, then run the selected kernel."""
     _check(q, k, cos, sin)
     if q.numel() == 0 or k.numel() == 0:
         return _compose.rope(q, k, cos, sin, inverse)
@@ -61,7 +61,7 @@ def rope_impl(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> 
 
 @fake("qlora_kernels::rope")
 def rope_fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Shapes, dtypes and strides of the results."""
+    """Return empty tensors with the shapes, dtypes and strides of the results."""
     _check(q, k, cos, sin)
     return torch.empty_like(_with_dense_heads(q)), torch.empty_like(_with_dense_heads(k))
 
@@ -71,7 +71,7 @@ def _with_dense_heads(x: Tensor) -> Tensor:
 
 
 class RopeFunction(torch.autograd.Function):
-    """The rotation of q and k, whose gradients are the gradients of its results, rotated back."""
+    """The rotation of q and k; the gradients are rotated back by the inverse."""
 
     @staticmethod
     def forward(
@@ -91,7 +91,7 @@ class RopeFunction(torch.autograd.Function):
 
 
 def rope_composed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Checks, then rope in torch's own ops."""
+    """Check the arguments, then compose rope of torch's ops."""
     _check(q, k, cos, sin)
     return _compose.rope(q, k, cos, sin, inverse)
 
