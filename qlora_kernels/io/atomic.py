@@ -1,16 +1,17 @@
-"""Publishing files and folders: at every moment a reader finds the whole old state or the whole new one.
+"""Atomic publication of files and folders: a reader always finds either the complete old or the complete new state.
 
-All is written in a private staging folder and flushed to the disk, then switched into place in one step:
+Data is written to a private staging folder and flushed to the disk. It is then put in place in one step:
 
 - a file by rename;
-- a new folder by rename, a folder in place of another by an exchange of the two (exchange.py);
-- several files of a folder that holds other files too, and folders where no exchange is possible, by a commit: the
-  staging folder, renamed to `.commit-<random>` inside the target, is from then on what the target holds. Its files move
-  to their names after that, once all the former ones are gone, so that no reader sees old beside new. A process killed
-  between those moves leaves the commit behind; `settle`, which readers and writers of this package call first,
-  completes it.
+- a new folder by rename; a folder that replaces another by an exchange of the two (exchange.py);
+- several files of a folder that also holds other files, and folders on systems without an exchange, by a commit. The
+  staging folder is renamed to `.commit-<random>` inside the target, and from then on defines the target's content.
+  First the former files are removed, then the new ones are moved to their names, so that no reader finds old files
+  beside new ones. If the process is killed in between, the commit stays; `settle`, which readers and writers of this
+  package call first, completes it.
 
-Concurrent writers do not disturb each other: the last to switch wins. What a killed writer left is removed by the next.
+Concurrent writers do not disturb each other; the last one to publish wins. Staging folders of killed writers are
+removed by the next save.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _FILES, _REMOVED = "files", "removed.json"
 
 @contextmanager
 def file_appearing_by_rename(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which takes the place of `path` at the end, or vanishes where the block raises."""
+    """Yield a path to write a file to. At the end it replaces `path`; if the block raises, it is removed."""
     make_folder(path.parent)
     with staging(path.parent, path.name) as private:
-        partial = private / path.name  # keeps the suffix, by which writers choose the format
+        partial = private / path.name  # keeps the suffix, because writers choose the format by it
         yield partial
         _sync(partial)
         os.replace(partial, path)
@@ -47,9 +48,9 @@ def file_appearing_by_rename(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` at the end, or vanishes where the block raises.
+    """Yield an empty folder to fill. At the end it replaces `path`; if the block raises, it is removed.
 
-    replace: a folder that is at `path` already is replaced as a whole; without it, FileExistsError.
+    replace: replace an existing folder as a whole; if False, an existing folder raises FileExistsError.
     """
     path = Path(os.path.realpath(path))
     make_folder(path.parent)
@@ -65,7 +66,7 @@ def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[
                 raise FileExistsError(f"{path} must not exist; another process has made it")
             if _exchange(partial, path):
                 break
-            if path.exists():  # it was not removed meanwhile: the system cannot exchange
+            if path.exists():  # still there, so the system cannot exchange folders
                 remove_abandoned(path)
                 _commit(private, partial, path, None)
                 break
@@ -74,9 +75,9 @@ def folder_appearing_by_rename(path: Path, *, replace: bool = True) -> Iterator[
 
 @contextmanager
 def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """An empty folder to fill with files, which then become files of `folder` all at once.
+    """Yield an empty folder to fill with files, which all become files of `folder` in one commit.
 
-    names: of files, relative to the folder, that vanish where they are not written. All others stay as they are.
+    names: files, relative to the folder, that are removed unless they are written. All other files are kept.
     """
     folder = Path(os.path.realpath(folder))
     make_folder(folder)
@@ -96,39 +97,39 @@ def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[P
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Inside, no other process of this package switches `folder` or files of it, where the system has locks.
+    """Block other processes of this package from replacing `folder` or its files, if the system has locks.
 
-    A commit that a killed process left is completed first. Where there is no folder, nothing is locked.
+    First a commit that a killed process left is completed. If there is no folder, nothing is locked.
     """
     while folder.is_dir():
         settle(folder)
         with ExitStack() as lock:
             try:
                 lock.enter_context(folder_lock(folder, shared=True))
-            except FileNotFoundError:  # removed since the loop's condition was evaluated
+            except FileNotFoundError:  # the folder was removed after the loop's condition was evaluated
                 continue
-            if not _commits(folder):  # a process may have been killed in its commit before the lock was taken
+            if not _commits(folder):  # a writer may have been killed during a commit before the lock was taken
                 yield
                 return
     yield
 
 
 def settle(folder: Path) -> None:
-    """Completes the commits in `folder` that killed processes left; does nothing where there is no such folder.
+    """Complete the commits in `folder` that killed processes left; do nothing if there is no such folder.
 
-    Raises OSError, saying so, where the folder cannot be written to; ValueError for a commit that leads out of it.
+    Raises OSError if the folder cannot be written to, and ValueError for a commit with paths outside it.
     """
     if not _commits(folder):
         return
     try:
         with folder_lock(folder):
             _settle_locked(folder)
-    except FileNotFoundError:  # of the lock: another process has removed the folder
+    except FileNotFoundError:  # raised by the lock: another process has removed the folder
         return
 
 
 def _settle_locked(folder: Path) -> None:
-    """The same for a folder whose lock the caller holds."""
+    """Complete the commits of a folder whose lock the caller holds."""
     try:
         for commit in _commits_in_order(folder):
             _apply(commit, folder)
@@ -140,7 +141,7 @@ def _settle_locked(folder: Path) -> None:
 
 
 def _move(partial: Path, path: Path) -> bool:
-    """Moves a folder to a path that is free. Returns False where it is not, or another process has just taken it."""
+    """Move a folder to an unused path. Returns False if the path is in use."""
     if path.exists():
         return False
     try:
@@ -153,7 +154,9 @@ def _move(partial: Path, path: Path) -> bool:
 
 
 def _exchange(partial: Path, path: Path) -> bool:
-    """Exchanges two folders, once no reader is in `path`. Returns False where the system cannot, or `path` is gone."""
+    """Exchange two folders once no reader is in `path`. Returns False if the system cannot, or `path` does not
+    exist.
+    """
     try:
         with folder_lock(path):
             shutil.copymode(path, partial)
@@ -165,9 +168,9 @@ def _exchange(partial: Path, path: Path) -> bool:
 
 
 def _commit(private: Path, partial: Path, folder: Path, names: Collection[str] | None) -> None:
-    """Switches `folder` to the files in `partial`, which lies in the staging folder `private`.
+    """Publish the files in `partial`, a folder in the staging folder `private`, as files of `folder`.
 
-    names: of the files that vanish where they are not written; None: of all files.
+    names: files that are removed unless they are written; None: all files.
     """
     written = set(_files_below(partial))
     if partial.name != _FILES:
@@ -181,19 +184,19 @@ def _commit(private: Path, partial: Path, folder: Path, names: Collection[str] |
         _sync(private / _REMOVED)
         _sync(private)
         commit = folder / (COMMIT + private.name.removeprefix(PARTIAL))
-        os.rename(private, commit)  # from here on, the new files are what the folder holds
+        os.rename(private, commit)  # from here on, the folder's content is the new files
         try:
             _sync(folder)
             _apply(commit, folder)
-        except BaseException:  # an interrupt, a disk that fails: once more, and else the next reader completes it
+        except BaseException:  # an interrupt or a disk error: try once more, otherwise the next reader completes it
             with suppress(OSError):
                 _apply(commit, folder)
             raise
 
 
 def _apply(commit: Path, folder: Path) -> None:
-    """Moves the commit's files to their names. May be repeated after an interruption at any point."""
-    waiting = _files_below(commit / _FILES)  # those that have moved already are not among them
+    """Move the commit's files to their names. May be repeated after an interruption at any point."""
+    waiting = _files_below(commit / _FILES)  # without the files that have moved already
     removed = _removed(commit)
     _require_inside(folder, [*removed, *waiting])
     for name in [*removed, *waiting]:
@@ -206,7 +209,7 @@ def _apply(commit: Path, folder: Path) -> None:
     _sync(folder)
     (commit / _REMOVED).unlink(missing_ok=True)
     for place, _, _ in os.walk(commit, topdown=False, onerror=_raise):
-        os.rmdir(place)  # fails, and loses nothing, where a file should be left
+        os.rmdir(place)  # fails without loss if a file is left
 
 
 def _removed(commit: Path) -> list[str]:
@@ -220,7 +223,7 @@ def _removed(commit: Path) -> list[str]:
 
 
 def _require_inside(folder: Path, names: Collection[str]) -> None:
-    """A folder may come from anybody: what its commits name must not lead out of it, by `..` or by a link."""
+    """Raise unless all names of a commit stay inside `folder`, which may come from an untrusted source."""
     top = os.path.realpath(folder)
     for name in names:
         inside = Path(os.path.realpath((folder / name).parent)).is_relative_to(top)
@@ -229,7 +232,7 @@ def _require_inside(folder: Path, names: Collection[str]) -> None:
 
 
 def _require_room(folder: Path, written: Collection[str], replaced: Collection[str]) -> None:
-    """No folder of others stands where a file is to be, and no file of others where a folder is to be."""
+    """Raise if a folder is in the place of a file to write, or a file in the place of a folder to make."""
     for name in written:
         path = folder / name
         if path.is_dir() and not {os.path.join(name, below) for below in _files_below(path)} <= set(replaced):
@@ -240,9 +243,9 @@ def _require_room(folder: Path, written: Collection[str], replaced: Collection[s
 
 
 def _commits(folder: Path) -> list[Path]:
-    """The unfinished commits of `folder`; none where there is no such folder.
+    """Return the unfinished commits of `folder`; an empty list if there is no such folder.
 
-    Without the lock on `folder`, those in it may vanish at any moment: nothing but their names is read then.
+    Without the lock on `folder`, commits may disappear at any time; only their names are valid then.
     """
     try:
         return [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(COMMIT)]
@@ -251,7 +254,7 @@ def _commits(folder: Path) -> list[Path]:
 
 
 def _commits_in_order(folder: Path) -> list[Path]:
-    """Oldest first. The caller holds the lock on `folder`."""
+    """Return the commits from oldest to newest. The caller holds the lock on `folder`."""
     found = _commits(folder)
     if links := [path for path in found if path.is_symlink() or (path / _FILES).is_symlink()]:
         raise ValueError(f"{links[0]} must not be, or hold, a link: no save makes one; remove it")
@@ -259,7 +262,7 @@ def _commits_in_order(folder: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Names of all files in `folder` and its folders, relative to it, without those of unfinished writers."""
+    """Return the names of all files below `folder`, relative to it, without those of unfinished writers."""
     names: list[str] = []
     for place, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith((PARTIAL, COMMIT))]
@@ -268,20 +271,20 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _raise(error: OSError) -> None:
-    """os.walk passes over a folder that it cannot list, unless told otherwise; one that is not there has no files."""
+    """Raise an error of os.walk, which by default skips folders that it cannot list; ignore a missing folder."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
 def _remove_empty(top: Path, folder: Path) -> None:
-    """Removes `folder` and those above it up to `top`, as far as they are empty."""
+    """Remove `folder` and the folders above it up to `top` while they are empty."""
     while folder != top and folder.is_dir() and not os.listdir(folder):
         folder.rmdir()
         folder = folder.parent
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it. Raises NotADirectoryError where one of them is a file."""
+    """Make a folder and its parents. Raises NotADirectoryError if one of them is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -296,10 +299,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     is_folder = path.is_dir()
     if sys.platform == "win32" and is_folder:
-        return  # Windows has no such call
+        return  # Windows cannot flush folders
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

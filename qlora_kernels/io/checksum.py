@@ -1,7 +1,7 @@
-"""The checksum that this package's safetensors files carry in their metadata, under "sha256".
+"""The checksum of this package's safetensors files, stored in their metadata under "sha256".
 
-It covers every tensor's name, dtype, shape and bytes, in the order of the names, and the other metadata; so it does not
-depend on how the file is laid out, and a file that another program writes anew, without it, is simply not checked.
+It covers every tensor's name, dtype, shape and bytes, in the order of the names, and the other metadata. It does not
+depend on the layout of the file. A file that another program rewrites without it is not checked.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 
 KEY = "sha256"
 _MOST_THREADS = 8
-"""Beyond which memory is the limit: one core hashes 1.3 to 2 GB/s."""
+"""Maximum number of threads; one core hashes 1.3 to 2 GB/s, so that more would be limited by memory bandwidth."""
 _WORTH_THREADS = 8 << 20
-"""Bytes."""
+"""Bytes that are hashed at once."""
 
 
 class Checksum:
-    """Of tensors that are added one by one, in any order."""
+    """Checksum of tensors that are added one by one in any order."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, tuple[str, list[int], str]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """tensor: on any device, of any layout."""
+        """Add a tensor on any device and of any layout."""
         self._tensors[name] = (str(tensor.dtype), list(tensor.shape), _digest(tensor))
 
     def add_all(self, tensors: Mapping[str, Tensor]) -> None:
-        """The same for many tensors, in threads: hashlib gives Python's lock back, and so do pages that are read."""
+        """Add many tensors, in threads; both hashlib and page faults release Python's global lock."""
         workers = min(_MOST_THREADS, os.cpu_count() or 1, len(tensors))
         if workers < 2 or sum(tensor.nbytes for tensor in tensors.values()) < _WORTH_THREADS:
             for name, tensor in tensors.items():
@@ -44,7 +44,7 @@ class Checksum:
                 self._tensors[name] = (str(tensor.dtype), list(tensor.shape), digest)
 
     def hexdigest(self, metadata: Mapping[str, str]) -> str:
-        """metadata: of the file, whose own entry for the checksum does not count."""
+        """Return the digest.   metadata: of the file; its entry for the checksum is left out."""
         others = {key: value for key, value in metadata.items() if key != KEY}
         return hashlib.sha256(json.dumps([self._tensors, others], sort_keys=True).encode()).hexdigest()
 

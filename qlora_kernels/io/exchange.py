@@ -1,4 +1,4 @@
-"""Two paths swapped in one step: renameat2 of Linux, renamex_np of macOS."""
+"""Atomic exchange of two paths: renameat2 of Linux, renamex_np of macOS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RENAME_SWAP = 2  # sys/stdio.h of macOS
 
 _NOT_POSSIBLE = {
     errno.EBUSY,  # a mount point
-    errno.EINVAL,  # a file system without it
+    errno.EINVAL,  # the file system does not support it
     errno.ENOSYS,
     errno.ENOTSUP,
     errno.EOPNOTSUPP,
@@ -24,7 +24,7 @@ _NOT_POSSIBLE = {
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps two existing paths of one file system. Returns False, with nothing changed, where the system cannot."""
+    """Exchange two existing paths of one file system. Returns False, with nothing changed, if the system cannot."""
     call = _system_call()
     if call is None:
         return False

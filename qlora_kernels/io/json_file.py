@@ -1,4 +1,4 @@
-"""JSON objects read from files that anybody may have written: bounded in size and depth, without NaN."""
+"""JSON objects from untrusted files: bounded in size and depth, without NaN."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from .strict_json import JSONRefused, parse_json
 
 MOST_BYTES = 64 * 2**20
-"""Larger than any configuration or index of a model that people publish."""
+"""Maximum file size in bytes, larger than any published configuration or index of a model."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises FileNotFoundError; ValueError, naming the file, for all that is no plain object."""
+    """Read the object in a file. Raises FileNotFoundError; ValueError, naming the file, for any other content."""
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path}: must be smaller than {MOST_BYTES} bytes, got {path.stat().st_size}")
     return json_object(path.read_bytes(), str(path))
 
 
 def json_object(text: bytes | str, place: str) -> dict[str, Any]:
-    """The object that `text` holds.   place: where it stands, for messages.
+    """Parse the object in `text`.   place: the origin of the text, for messages.
 
-    A key may occur twice, as in some published configurations; the last one counts, as everywhere in Python.
+    A key may occur twice, as in some published configurations; the last one counts, as in Python's parser.
     """
     try:
         values = parse_json(text if isinstance(text, str) else text.decode("utf-8-sig"), repeated_keys=True)

@@ -1,8 +1,8 @@
-"""Advisory locks between processes, by flock. Where the system has none (Windows) nothing waits.
+"""Advisory locks between processes, by flock. On systems without it (Windows), nothing is locked.
 
-A lock belongs to an open file description, so it ends with the process that holds it, however that process ends. On a
-file system without flock (Lustre by default, NFS for folders, some FUSE drives) a file in the machine's temporary
-folder is locked instead: this keeps the user's processes on one machine apart, and not those of several machines.
+A lock belongs to an open file description and ends with its process, however that process ends. On a file system
+without flock (Lustre by default, NFS for folders, some FUSE drives), a file in the machine's temporary folder is locked
+instead, which excludes the user's processes on the same machine but not those of other machines.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _NOT_SUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.E
 
 
 def open_for_lock(path: Path) -> int | None:
-    """A descriptor of a folder or file to lock; None where the system has no locks on it."""
+    """Return a descriptor of a folder or file to lock, or None if the system has no locks on it."""
     return None if fcntl is None else os.open(path, os.O_RDONLY)
 
 
 def try_lock(descriptor: int | None) -> bool | None:
-    """Takes the lock without waiting: True; False if another process holds it; None where locks are not supported."""
+    """Take the lock without waiting. Returns True; False if another process holds it; None without lock support."""
     if fcntl is None or descriptor is None:
         return None
     try:
@@ -44,19 +44,19 @@ def try_lock(descriptor: int | None) -> bool | None:
 
 
 def release(descriptor: int | None) -> None:
-    """Gives the lock back, and closes the descriptor: closing alone leaves it with children forked meanwhile."""
+    """Release the lock and close the descriptor; only closing would leave the lock with forked children."""
     if fcntl is None or descriptor is None:
         return
-    with suppress(OSError):  # no locks there
+    with suppress(OSError):  # the file system has no locks
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 @contextmanager
 def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds the lock on the folder that is at this path, waiting for it. Raises FileNotFoundError where there is none.
+    """Wait for the lock on the folder at `path` and hold it. Raises FileNotFoundError if there is no folder.
 
-    shared: together with others that share it.
+    shared: several holders may share the lock.
     """
     while True:
         descriptor = open_for_lock(folder)
@@ -66,7 +66,7 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
             if descriptor is None or _is_at(descriptor, folder):
                 yield
                 return
-        finally:  # also where another folder has taken this one's place meanwhile
+        finally:  # also if another folder has replaced this one in the meantime
             release(descriptor)
     with name_lock(_substitute(folder)):
         yield
@@ -74,7 +74,7 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def held_alone(folder: Path) -> Iterator[bool]:
-    """Holds the lock on an existing folder if no other process does. Yields whether that is so, at once."""
+    """Take the lock on an existing folder without waiting, and yield whether it was free."""
     descriptor = open_for_lock(folder)
     try:
         yield try_lock(descriptor) is not False
@@ -84,7 +84,7 @@ def held_alone(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def name_lock(path: Path) -> Iterator[None]:
-    """Holds the lock on a name, waiting for it; the file at `path` exists for that time only."""
+    """Wait for the lock on a name and hold it; the file at `path` exists only during this time."""
     if fcntl is None:
         yield
         return
@@ -97,7 +97,7 @@ def name_lock(path: Path) -> Iterator[None]:
         except BaseException:
             release(descriptor)
             raise
-        release(descriptor)  # its former holder removed the file: another one has the name by now
+        release(descriptor)  # the former holder removed the file, so the name may belong to another file now
     try:
         if supported or path.parent == _substitutes():
             yield
@@ -114,18 +114,18 @@ def _substitutes() -> Path:
 
 
 def _substitute(path: Path) -> Path:
-    """A name in the temporary folder to lock in place of `path`, which lies on a file system without locks."""
+    """Return a name in the temporary folder to lock instead of `path`, whose file system has no locks."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
     return _substitutes() / f"qlora_kernels-{user}-{digest}.lock"
 
 
 def _wait(descriptor: int | None, shared: bool) -> bool:
-    """Takes the lock. Returns False where the file system has no locks."""
+    """Wait for the lock. Returns False if the file system has no locks."""
     if fcntl is None or descriptor is None:
         return True
     try:
-        if shared:  # NFS gives read-only descriptors, as those of folders are, this kind alone: no lock against writers
+        if shared:  # on NFS, read-only descriptors, as for folders, allow only shared locks, which keep out no writer
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

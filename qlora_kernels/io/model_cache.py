@@ -1,8 +1,9 @@
-"""Folders of derived models, named by what they were derived from: <kind>-<16 hex digits>.
+"""Folders of derived models, named <kind>-<16 hex digits> by their source and settings.
 
-The digits are of the source's contents and of the settings, so a changed file or setting is another folder and nothing
-is ever stale. A folder lists its files with their sizes in `qlora_kernels_cache.json`; one that lacks a file, or holds
-one of another size, is made again. Processes that want the same folder at once wait for the first of them to make it.
+The digits are a hash of the source's contents and the settings, so that a changed file or setting gives another folder,
+and an entry is never stale. A folder lists its files with their sizes in `qlora_kernels_cache.json`. A folder that
+lacks a file, or has one of another size, is made again. Processes that need the same folder at once wait for the first
+one to make it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ MANIFEST = "qlora_kernels_cache.json"
 def cached_folder(
     cache: Path, kind: str, source: Path, settings: Mapping[str, object], make: Callable[[Path], object]
 ) -> tuple[Path, bool]:
-    """(the folder, whether it was there already).   make: fills an empty folder.
+    """Return (the folder, whether it existed).   make: fills an empty folder.
 
-    source: a file, or a folder whose files are all of the source.
+    source: a file, or a folder, all of whose files belong to the source.
     """
     folder = cache / f"{kind}-{_key(source, settings)}"
     lock = cache / f".lock-{folder.name}"
     if _is_whole(folder):
         remove_abandoned(cache)
         with suppress(OSError):
-            lock.unlink(missing_ok=True)  # of a process that was killed: nobody makes a folder that is there
+            lock.unlink(missing_ok=True)  # left by a killed process; an existing folder is not made again
         return folder, True
     make_folder(cache)
     with name_lock(lock):
@@ -42,7 +43,7 @@ def cached_folder(
             with folder_appearing_by_rename(folder, replace=folder.exists()) as partial:
                 make(partial)
                 (partial / MANIFEST).write_text(json.dumps(_sizes(partial), indent=2) + "\n", encoding="utf-8")
-        except FileExistsError:  # where there are no locks, another process was first; ours is discarded
+        except FileExistsError:  # without locks, another process may be first; this copy is discarded
             if not _is_whole(folder):
                 raise
     return folder, False

@@ -1,9 +1,9 @@
 """Adapter folders in PEFT's layout: adapter_config.json + adapter_model.safetensors, never pickled.
 
-What PEFT has no place for (the encoder that a P-tuning run needs to resume, ...) lies beside them in
-qlora_kernels.json and qlora_kernels.safetensors, which PEFT does not look at. A save publishes all files of all folders
-at once (atomic.py). The tensor files carry checksums; qlora_kernels.json that of adapter_config.json, so that a
-configuration that was changed by hand, which is allowed, or by a fault of the disk, is at least warned of.
+Data that PEFT's layout does not cover, such as the encoder that a P-tuning run needs to resume, is stored beside these
+files in qlora_kernels.json and qlora_kernels.safetensors, which PEFT ignores. A save publishes all files of all folders
+at once (atomic.py). The tensor files carry checksums. qlora_kernels.json holds the checksum of adapter_config.json, so
+that a changed configuration, which is allowed, gives a warning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PARTS, _CONFIG_CHECKSUM = "parts", "config_sha256"
 
 @dataclass
 class AdapterFiles:
-    """The contents of one adapter folder.   `extras` is None where no sidecar exists: a file that PEFT wrote."""
+    """The contents of one adapter folder.   `extras` is None if there is no sidecar, as in folders written by PEFT."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -40,10 +40,10 @@ class AdapterFiles:
 
 
 def write_adapters(directory: str | os.PathLike[str], folders: Mapping[str, AdapterFiles | Sequence[str]]) -> None:
-    """Writes adapter folders, made if they are not there, as one change: all of them are the new ones, or none is.
+    """Write adapter folders, made if needed, as one change: either all of them are new afterwards, or none is.
 
-    folders: by path relative to `directory` ("." for itself), an adapter; or, where a folder stands for a combination,
-    the names of its subfolders that hold the parts. Of an adapter that a folder held before nothing stays behind.
+    folders: path relative to `directory` ("." for itself) -> an adapter or, for a folder that represents a combination,
+    the names of its subfolders with the parts. Files of an adapter that a folder held before are removed.
     """
     names = [str(Path(folder, name)) for folder in folders for name in (CONFIG, WEIGHTS, EXTRA_CONFIG, EXTRA_WEIGHTS)]
     with files_appearing_together(Path(directory), names) as partial:
@@ -56,10 +56,9 @@ def write_adapters(directory: str | os.PathLike[str], folders: Mapping[str, Adap
 
 
 def read_adapters(directory: str | os.PathLike[str]) -> list[AdapterFiles]:
-    """The adapter in a folder, or the parts of the combination that it stands for.
+    """Read the adapter in a folder, or the parts of the combination that the folder represents.
 
-    Raises FileNotFoundError that says which file is missing; ValueError that names a damaged one, or a tensor with inf
-    or NaN.
+    Raises FileNotFoundError, naming a missing file; ValueError, naming a damaged file or a tensor with inf or NaN.
     """
     folder = Path(directory)
     with reading(folder):
@@ -87,7 +86,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Like safetensors' function of this name, whose order of several metadata entries is another in every run."""
+    """Write as safetensors' function of this name does, but with metadata in a fixed order."""
     with SafetensorsWriter(path, sorted(tensors), checksum=True) as writer:
         for name in sorted(tensors):
             writer.write(name, tensors[name])
@@ -105,7 +104,8 @@ def _read(folder: Path) -> AdapterFiles:
     saved = (extras or {}).pop(_CONFIG_CHECKSUM, None)
     if saved not in (None, hashlib.sha256(text).hexdigest()):
         warnings.warn(
-            f"{folder / CONFIG} is not as it was saved: edited, or damaged. It is used as it is.", stacklevel=4
+            f"{folder / CONFIG} differs from the file that was saved: it was edited or damaged. It is used as it is.",
+            stacklevel=4,
         )
     extra_tensors = _read_tensors(folder / EXTRA_WEIGHTS) if (folder / EXTRA_WEIGHTS).is_file() else {}
     return AdapterFiles(
@@ -124,7 +124,7 @@ def _read_extras(folder: Path) -> dict[str, Any] | None:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     tensors, _ = read_safetensors(path)
     for name, tensor in tensors.items():
-        # isfinite does not know 8-bit floats.
+        # isfinite does not support 8-bit floats.
         if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
             raise ValueError(f"{path}: {name} must be finite, got inf or NaN")
     return tensors

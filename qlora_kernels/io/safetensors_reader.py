@@ -1,4 +1,4 @@
-"""Safetensors files read whole and checked: a damaged one is refused by its name."""
+"""Safetensors files, read as a whole and checked; errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .checksum import KEY, Checksum
 
 
 class DamagedFileError(ValueError):
-    """A file is cut short, or its bytes are not those that were saved."""
+    """A file was cut short, or its bytes are not those that were saved."""
 
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """safetensors.safe_open, whose errors become DamagedFileError with the path."""
+    """Open a file by safetensors.safe_open; its errors become DamagedFileError with the path."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -32,9 +32,9 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file, memory-mapped, after its checksum, if it carries one, has been found right.
+    """Return (tensors, metadata) of a file, memory-mapped, after a check of its checksum, if it has one.
 
-    Raises FileNotFoundError; DamagedFileError, naming the file.
+    Raises FileNotFoundError or DamagedFileError, naming the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} must be a file, there is none")
@@ -46,7 +46,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         checksum.add_all(tensors)
         if checksum.hexdigest(metadata) != metadata[KEY]:
             raise DamagedFileError(
-                f"{path}: must hold the bytes that were saved, its checksum says that they have changed; restore it "
-                f"from a copy, or write it anew without the metadata entry {KEY!r} if the change was meant"
+                f"{path}: must hold the bytes that were saved, but its checksum does not match; restore it "
+                f"from a copy, or write it again without the metadata entry {KEY!r} if the change was meant"
             )
     return tensors, metadata

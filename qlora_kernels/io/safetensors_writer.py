@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: one tensor in memory at a time, where the library's writer takes all.
+"""Writes a safetensors file with one tensor in memory at a time; the library's writer takes all tensors at once.
 
 The layout: u64 header length, JSON header, raw tensors without gaps.
 """
@@ -30,16 +30,16 @@ DTYPE_NAMES = {
 }
 _ALIGNMENT = 8
 _ENTRY_BYTES = 192
-"""Room in the header for one tensor's dtype, shape and offsets."""
+"""Bytes reserved in the header for one tensor's dtype, shape and offsets."""
 _SMALL = 1 << 16
 
 
 class SafetensorsWriter:
     """with SafetensorsWriter(path, names) as file: file.write(name, tensor), once for each of `names`, in any order.
 
-    The header precedes the data but is known only at the end. So its space is computed from `names`, and blanks, which
-    the format allows, fill the rest of it. Small tensors of an odd size go last, to keep the others on 8 bytes.
-    checksum: the metadata carry one, which `read_safetensors` checks.
+    The header precedes the data but is known only at the end, so its space is computed from `names` and padded with
+    blanks, which the format allows. Small tensors of an odd size go last, to keep the others aligned to 8 bytes.
+    checksum: add a checksum to the metadata, which `read_safetensors` verifies.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SafetensorsWriter:
         self._metadata = dict(metadata or {"format": "pt"})
         self._checksum = Checksum() if checksum else None
         if checksum:
-            self._metadata[KEY] = "0" * 64  # its room; the value is known last
+            self._metadata[KEY] = "0" * 64  # a placeholder; the value is known at the end
         self._header: dict[str, Any] = {"__metadata__": self._metadata}
         self._expected = set(names)
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names)
@@ -65,9 +65,11 @@ class SafetensorsWriter:
         self._file.seek(8 + self._room)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """tensor: of a dtype that safetensors has, on any device."""
+        """Append a tensor of a dtype that safetensors supports, on any device."""
         if name not in self._expected:
-            raise ValueError(f"SafetensorsWriter: name must be one of the announced names, and once, got {name!r}")
+            raise ValueError(
+                f"SafetensorsWriter: name must be one of the announced names and be written once, got {name!r}"
+            )
         self._expected.remove(name)
         if self._checksum is not None:
             self._checksum.add(name, tensor)
@@ -108,6 +110,6 @@ class SafetensorsWriter:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order, as bytes."""
+    """Return the tensor's elements in row-major order, as bytes."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data

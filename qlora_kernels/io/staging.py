@@ -1,7 +1,7 @@
-"""Private folders in which files are written before they are published, and the removal of those that a kill left.
+"""Private staging folders for files that are written before they are published, and removal of abandoned ones.
 
-A staging folder is called `.partial-<random>.<name>` and lies beside (or in) what it is written for, so that a rename
-moves its contents. Its owner holds a lock on it: a staging folder that can be locked belongs to no living process.
+A staging folder is called `.partial-<random>.<name>` and is beside or in its target, so that a rename moves its
+contents. Its owner holds a lock on it; a staging folder that can be locked belongs to no running process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .locks import open_for_lock, release, try_lock
 
 PARTIAL = ".partial-"
 _ABANDONED_AFTER = 24 * 3600.0
-"""Seconds after which a staging folder counts as abandoned where locks cannot tell."""
+"""Age in seconds from which a staging folder is considered abandoned on file systems without locks."""
 
 
 @contextmanager
 def staging(parent: Path, name: str) -> Iterator[Path]:
-    """An empty folder inside `parent` that no other process uses, removed at the end if it is still there.
+    """Yield an empty folder inside `parent` that no other process uses; it is removed at the end if it still exists.
 
-    name: what it is for; a part of its own name. The staging folders that dead processes left in `parent` are removed.
+    name: of the target; part of the folder's name. Staging folders that dead processes left in `parent` are removed.
     """
     remove_abandoned(parent)
     path, descriptor = _new(parent, name)
@@ -37,7 +37,7 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes what dead processes were writing in `parent`. Never raises: leftovers cost space alone."""
+    """Remove the staging folders of dead processes in `parent`. Never raises, because leftovers only take space."""
     try:
         found = [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(PARTIAL)]
     except OSError:
@@ -62,7 +62,7 @@ def _new(parent: Path, name: str) -> tuple[Path, int | None]:
         try:
             descriptor = open_for_lock(path)
         except FileNotFoundError:
-            continue  # taken for abandoned between the two calls
+            continue  # another process removed it as abandoned between the two calls
         if try_lock(descriptor) is not False and path.is_dir():
             return path, descriptor
         release(descriptor)

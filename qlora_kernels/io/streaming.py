@@ -1,7 +1,7 @@
-"""Quantize a Hugging Face safetensors folder into an NF4 one while reading it, tensor by tensor.
+"""Quantizes a Hugging Face safetensors folder to NF4 while reading it, tensor by tensor.
 
-The result holds bitsandbytes' keys, and its config.json a quantization_config, so that transformers with bitsandbytes
-loads it, and so does integrations.transformers.load_model without bitsandbytes.
+The result has bitsandbytes' keys and a quantization_config in its config.json. transformers loads it with bitsandbytes,
+and integrations.transformers.load_model loads it without.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _FLOATS = {"F32", "BF16", "F16"}
 
 @dataclass(frozen=True)
 class StreamReport:
-    """quantized: layer -> (bytes before, bytes after).   kept: tensors copied as they are."""
+    """quantized: layer -> (bytes before, bytes after).   kept: names of tensors that were copied unchanged."""
 
     quantized: dict[str, tuple[int, int]]
     kept: tuple[str, ...]
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the quantized weights in the source."""
+        """Return the bytes of the quantized weights in the source."""
         return sum(before for before, _ in self.quantized.values())
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of their packed indices and constants."""
+        """Return the bytes of the packed indices and constants that replace them."""
         return sum(after for _, after in self.quantized.values())
 
 
@@ -59,15 +59,16 @@ def quantize_folder(
     parameter_of: Callable[[str], str | None] = lambda name: name,
     transposed: Collection[str] = (),
 ) -> StreamReport:
-    """Fill the empty folder `target` with `source`, the weights of `layers` in NF4 and all else as it is.
+    """Fill the empty folder `target` from `source`, with the weights of `layers` in NF4 and everything else unchanged.
 
-    source: config.json and model.safetensors, or shards with model.safetensors.index.json; one file of the target for
-    each of the source. Other files are copied, but for other formats of the same weights.
-    layers: names of linear layers.   compute_dtype: noted in config.json, for those who load the folder.
-    on_tensor: called with every name in the files as it is done.   Peak memory is about that of the largest tensor.
-    parameter_of: from a name in the files to the parameter's name in the model, None for what is no parameter alone.
-    transposed: those of `layers` whose weight lies in the files as [in_features, out_features], and not the other way.
-    Raises ValueError where the source is quantized already, lacks a file, or none of its tensors is among `layers`.
+    source: config.json and model.safetensors, or shards with model.safetensors.index.json; the target has one file for
+    each of these. Other files are copied, except other formats of the same weights.
+    layers: names of linear layers.   compute_dtype: recorded in config.json for programs that load the folder.
+    on_tensor: called with each name in the files after it was processed.   Peak memory is about that of the largest
+    tensor.
+    parameter_of: maps a name in the files to the name of the model's parameter, or None if it is only part of one.
+    transposed: those of `layers` whose weight is stored as [in_features, out_features].
+    Raises ValueError if the source is already quantized, lacks a file, or has no tensor of `layers`.
     """
     config = read_json_object(source / CONFIG)
     if config.get("quantization_config") is not None:
@@ -113,7 +114,7 @@ def quantize_folder(
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`. Raises ValueError where there are none."""
+    """Return the safetensors files of the model in `folder`. Raises ValueError if there are none."""
     if (folder / _INDEX).is_file():
         index = read_json_object(folder / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(n, str) and n == Path(n).name for n in index.values()):
@@ -129,7 +130,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's tensors, from the files' headers alone."""
+    """Return the names and shapes of the model's tensors, read from the files' headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards_of(folder):
         with open_safetensors(shard) as file:
@@ -138,7 +139,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits of config.json and the headers of the weights, which hold checksums where we wrote them."""
+    """Return a hash, 16 hex digits, of config.json and the headers of the weight files, which include checksums."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     for shard in shards_of(folder):
         with open(shard, "rb") as file:
@@ -148,7 +149,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of the model's tensors, memory-mapped, after the check of the files' checksums where they carry any."""
+    """Return all of the model's tensors, memory-mapped, after a check of the files' checksums if they have any."""
     tensors: dict[str, Tensor] = {}
     for shard in shards_of(folder):
         tensors |= read_safetensors(shard)[0]

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 defines it: the values that Python's parser accepts or loses in silence are refused."""
+"""JSON as defined by RFC 8259; values that Python's parser accepts or changes silently are refused."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
 class JSONRefused(ValueError):
-    """The text is not JSON, or holds a value that cannot be kept. The message is a short clause without the text."""
+    """The text is not JSON, or has a value that cannot be represented. The message is a clause without the text."""
 
 
 def parse_json(text: str, *, repeated_keys: bool = False) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
-    repeated_keys: accept a key that occurs twice in one object, the last of which counts.
+    repeated_keys: accept a key that occurs twice in one object; the last one counts.
     Raises JSONRefused for malformed text, NaN and Infinity, numbers beyond float64 or 4300 digits, a key that occurs
-    twice in one object, nesting too deep for Python's parser, and an escaped half of a surrogate pair without the
-    other half, which UTF-8 cannot hold.
+    twice in one object, nesting too deep for Python's parser, and an escaped surrogate without its other half, which
+    UTF-8 cannot represent.
     """
     try:
         value = json.loads(
@@ -34,7 +34,7 @@ def parse_json(text: str, *, repeated_keys: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise JSONRefused(error.msg) from error
     except UnicodeEncodeError as error:
-        raise JSONRefused("half of a surrogate pair, which UTF-8 cannot hold") from error
+        raise JSONRefused("half of a surrogate pair, which UTF-8 cannot represent") from error
     except RecursionError as error:
         raise JSONRefused("nested too deeply") from error
     except JSONRefused:

@@ -1,4 +1,4 @@
-"""Exact resume: a training run's whole state in one safetensors file per checkpoint, which appears by rename.
+"""Checkpoints with a training run's whole state, one safetensors file each, for bit-exact resumption.
 
     state = load_latest("run")                                  # None on a fresh start
     if state is not None:
@@ -13,10 +13,10 @@
             {"adapter": adapter_tensors, "optimizer": optimizer, "scheduler": scheduler, "data": {"batch": batch}},
         )
 
-The random number generators (torch on every device, numpy, random) are saved and restored along with the parts, so a
-run that was killed between any two instructions continues with the very bits it would have computed. Tensors are
-streamed to the file one by one: a state that lives in memory-mapped pages is not first gathered in memory. All else is
-JSON in the file's metadata, floats exact by Python's shortest repr. Nothing is pickled: loading a file runs no code.
+The random number generators (torch on every device, numpy, random) are saved and restored with the parts, so that a run
+that was killed at any time continues with the same bits. Tensors are streamed to the file one by one; states in
+memory-mapped pages are not gathered in memory first. All other values are JSON in the file's metadata, with floats
+exact by Python's shortest repr. Nothing is pickled, so that loading a file runs no code.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAPPINGS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "counter": Counter}
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Optimizers, schedulers, gradient scalers, modules: what torch's own checkpoints are made of."""
+    """An object with a state dict, such as an optimizer, scheduler, gradient scaler or module."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -63,9 +63,9 @@ class TrainingState:
     rng: dict[str, Any]
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Load the named parts' state_dicts, and put every random number generator back where it was.
+        """Load the named parts' state dicts, and restore every random number generator.
 
-        Raises KeyError, with the names that the file holds, for a part that was not saved.
+        Raises KeyError, with the names in the file, for a part that was not saved.
         """
         for name, part in parts.items():
             if name not in self.parts:
@@ -79,13 +79,13 @@ class TrainingState:
 def save_training_state(directory: str | Path, step: int, parts: Mapping[str, Any], *, keep: int = 2) -> Path:
     """Write directory/step-XXXXXXXX.safetensors, then delete all but the `keep` newest. Returns the file's path.
 
-    step: what `load_latest` orders by and returns; by custom the number of finished optimizer steps.
-    parts: by name, either an object with state_dict() or a nest of dicts, lists, tuples, tensors, numbers, strings and
-        None. A `packed_state_dict()` is preferred where the object has one (PagedAdamW: 8-bit states stay 8-bit).
-    The file is complete and on disk (fsync) before it gets its name: a kill at any moment leaves the previous one. It
-    carries a checksum, by which a damaged one is told when it is loaded.
-    Raises TypeError, naming the place, for a value that neither JSON nor safetensors can hold; OSError from the disk,
-    with the partial file removed.
+    step: number by which `load_latest` orders checkpoints, usually the number of finished optimizer steps.
+    parts: name -> an object with state_dict(), or nested dicts, lists, tuples, tensors, numbers, strings and None. If
+    the object has a `packed_state_dict()`, it is used (PagedAdamW: 8-bit states stay 8-bit).
+    The file is complete and flushed (fsync) before it gets its name, so that a kill at any moment leaves the previous
+    checkpoint. It has a checksum, by which loading detects damage.
+    Raises TypeError, naming the place, for a value that neither JSON nor safetensors can represent; OSError for disk
+    errors, after the partial file is removed.
     """
     if step < 0:
         raise ValueError(f"save_training_state: step must be >= 0, got {step}")
@@ -103,28 +103,28 @@ def save_training_state(directory: str | Path, step: int, parts: Mapping[str, An
     metadata = {_METADATA_KEY: json.dumps(tree)}
     with file_appearing_by_rename(path) as partial:
         writer = SafetensorsWriter(partial, tensors, metadata, checksum=True)
-        with writer:  # closed before the file gets its name
+        with writer:  # closes the file before it gets its name
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
     for _, old in _checkpoints(directory)[:-keep]:
-        old.unlink(missing_ok=True)  # another process may have been first
+        old.unlink(missing_ok=True)  # another process may have removed it
     return path
 
 
 def load_latest(directory: str | Path) -> TrainingState | None:
-    """The checkpoint with the highest step in `directory`, on the CPU; None where there is none.
+    """Load the checkpoint with the highest step in `directory` to the CPU; return None if there is none.
 
-    A checkpoint that is damaged is passed over with a warning, and the one before it loaded. Raises DamagedFileError
-    where all are.
+    A damaged checkpoint is skipped with a warning, and the one before it is loaded. Raises DamagedFileError if all are
+    damaged.
     """
     damaged: dict[Path, DamagedFileError] = {}
     while checkpoints := [path for _, path in _checkpoints(Path(directory)) if path not in damaged]:
         try:
             return load_training_state(checkpoints[-1])
         except FileNotFoundError:
-            continue  # removed by a run that goes on meanwhile, which has saved newer ones
+            continue  # removed by a running process, which has saved newer ones
         except DamagedFileError as error:
-            warnings.warn(f"load_latest: {error}; the checkpoint before it is taken", stacklevel=2)
+            warnings.warn(f"load_latest: {error}; loading the previous checkpoint", stacklevel=2)
             damaged[checkpoints[-1]] = error
     if damaged:
         raise next(iter(damaged.values()))
@@ -132,13 +132,13 @@ def load_latest(directory: str | Path) -> TrainingState | None:
 
 
 def load_training_state(path: str | Path) -> TrainingState:
-    """The checkpoint in one file.
+    """Load the checkpoint in one file.
 
-    Raises DamagedFileError for a file that is cut short or changed; ValueError where it was not written by
+    Raises DamagedFileError for a file that was cut short or changed; ValueError if it was not written by
     `save_training_state`.
     """
     mapped, metadata = read_safetensors(path)
-    # Copies: in the file tensors lie at any address, and matrix products may round otherwise for it.
+    # The tensors are copied, because mapped ones have any alignment, which changes the rounding of matrix products.
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     try:
         tree = json.loads(metadata[_METADATA_KEY])
@@ -161,7 +161,7 @@ def _state_of(part: Any) -> Any:
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON: tensors move to `tensors` under their place; tuples and dicts (any keys) are tagged."""
+    """Convert `value` to JSON: tensors move to `tensors` under their place; tuples and dicts are tagged."""
     if isinstance(value, Tensor):
         if value.dtype not in DTYPE_NAMES:
             raise TypeError(f"save_training_state: {place} must be of a dtype that safetensors has, got {value.dtype}")

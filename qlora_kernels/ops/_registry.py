@@ -2,9 +2,9 @@
 
 A backend is a module that defines
 
-     KERNELS: tuple[KernelSpec, ...]
-     def unavailable() -> str | None       None if it can run here, otherwise the reason and the fix
-     def built_for() -> str | None         optional: the targets of its compiled library, without loading it
+    KERNELS: tuple[KernelSpec, ...]
+    def unavailable() -> str | None       None if it can run here, otherwise the reason and the fix
+    def built_for() -> str | None         optional: the targets of its compiled library, without loading it
 
 Only this module imports backends, by name, when the first op needs one. `select(problem)` returns the usable kernel of
 highest priority. A fallback is always reported: a forced backend that cannot run a problem raises with its reasons, and

@@ -1,4 +1,4 @@
-"""PagedAdamW: torch's AdamW with its states in one arena, paged where the device or the user asks for it."""
+"""PagedAdamW: torch's AdamW with its states in one arena, which can be paged."""
 
 from __future__ import annotations
 
@@ -25,34 +25,37 @@ from .state_memory import ResidentMemory, StateMemory
 from .state_watch import StateWatch
 
 CHUNK_BYTES = 32 << 20
-"""State per chunk of a paged arena: long enough to saturate a disk or PCIe, short against any memory worth saving."""
+"""Bytes of state per chunk of a paged arena; large enough to use the full bandwidth of a disk or PCIe."""
 
 LOOK_AHEAD = 2
-"""Chunks that are fetched while one is computed."""
+"""Number of chunks that are fetched in advance while one is updated."""
 
 COUNTERS_PER_ARENA = 1 << 40
-"""Arenas draw their stochastic rounding from disjoint counts."""
+"""Stride between the random counters of arenas, so that their stochastic rounding draws from disjoint ranges."""
 
 
 class PagedAdamW(Optimizer):
-    """AdamW with decoupled decay before the update, as torch.optim.AdamW, fp32 parameters bit-equal to it.
+    """AdamW with decoupled weight decay before the update; fp32 parameters are bit-equal to torch.optim.AdamW's.
 
-    params, lr, betas, eps, weight_decay, maximize: as torch.optim.AdamW's; `lr` may be a tensor of one element.
-    state_bits: 32, or 8: block-wise quantized states (format/blockwise8.py), but 32 for parameters of fewer than 4096
-        elements.
-    max_grad_norm: clip the norm over all gradients, as clip_grad_norm_ would before step(), without writing them.
-    stochastic_rounding: round updated bf16 parameters up or down by chance instead of to nearest, so that updates below
-        their precision are not lost but accumulate on average. The draws come from torch's generator.
-    page_dir: a directory on a disk, for states in a memory-mapped unnamed file; parameters on the CPU only.
-        Raises OSError (ENOSPC) here and now if the disk has no room.
+    params, lr, betas, eps, weight_decay, maximize: as for torch.optim.AdamW; `lr` may be a tensor of one element.
+    state_bits: 32; or 8 for block-wise quantized states (format/blockwise8.py), except for parameters of fewer than
+    4096 elements, which keep 32.
+    max_grad_norm: clip the norm over all gradients as clip_grad_norm_ would before step(), without writing the
+    gradients.
+    stochastic_rounding: round updated bf16 parameters up or down at random instead of to nearest, so that updates below
+    their precision accumulate on average. The numbers are drawn from torch's generator.
+    page_dir: a directory on a disk, for states in a memory-mapped unnamed file; only for parameters on the CPU.
+        Raises OSError (ENOSPC) on construction if the disk has no room.
 
-    States are torch's (`step`, `exp_avg`, `exp_avg_sq`; fp32 for 16-bit parameters too), made for the parameters that
-    require gradients, once, when the optimizer is made, and shown in `state` from the first step on. On CUDA they lie
-    in unified memory, else in plain memory or in `page_dir`; load_state_dict copies into them, so they stay paged.
-    Memory is freed by `close()`, at the end of a `with` block, or with the last reference.
+    The states are torch's (`step`, `exp_avg`, `exp_avg_sq`; fp32 also for 16-bit parameters). They are allocated on
+    construction for the parameters that require gradients, and appear in `state` from the first step on. On CUDA they
+    are in unified memory, otherwise in plain memory or in `page_dir`; load_state_dict copies into them, so that they
+    stay paged. The memory is freed by `close()`, at the end of a `with` block, or with the last reference.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf instead of a pass of its own
+    _step_supports_amp_scaling = (
+        True  # GradScaler passes grad_scale and found_inf to step() and does not unscale the gradients itself
+    )
 
     def __init__(
         self,
@@ -87,12 +90,12 @@ class PagedAdamW(Optimizer):
         self._arenas: list[StateArena] = []
         self._places: dict[Tensor, tuple[StateArena, int]] = {}
         self._unplaced: list[Tensor] = []
-        self._planned: list[list[Tensor]] = []  # the groups' params that the arenas' chunks were planned for
+        self._planned: list[list[Tensor]] = []  # the params of each group at the time the chunks were planned
         self._watch = StateWatch()
         self._closed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. The group's states get an arena of their own; `params` given at first share one per device."""
+        """Add a group, as torch does. Its states get an arena of their own; groups given at construction share one."""
         started = bool(self._planned)
         super().add_param_group(param_group)
         try:
@@ -105,7 +108,7 @@ class PagedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Returns the closure's loss."""
+        """Update every parameter that has a gradient. Returns the closure's loss."""
         self._check_open("step")
         loss = None
         if closure is not None:
@@ -122,7 +125,7 @@ class PagedAdamW(Optimizer):
         grads_of = {arena: arena.grads() for arena in self._arenas}
         chunks_of = {arena: arena.active_chunks(grads) for arena, grads in grads_of.items()}
         several = sum(map(len, chunks_of.values())) > 1
-        if several:  # a single kernel call makes this check itself, before it writes anything
+        if several:  # a single kernel call makes this check before it writes anything
             for arena, grads in grads_of.items():
                 stepped = [(p, g) for p, g in zip(arena.tensors(), grads, strict=True) if g is not None]
                 check_memory("PagedAdamW", stepped)
@@ -141,7 +144,7 @@ class PagedAdamW(Optimizer):
         return loss
 
     def _follow_changes(self) -> None:
-        """Take over what was changed outside since the last step: groups and their flags, parameters, and states."""
+        """Adopt changes since the last step to groups, their flags, parameters and states."""
         for group in self.param_groups:
             check_flags(group)
         self._replan_if_edited()
@@ -156,12 +159,12 @@ class PagedAdamW(Optimizer):
             self._take_states()
 
     def _replan_if_edited(self) -> None:
-        """Step through each arena by the groups of now, where their lists of parameters were edited."""
+        """Plan the chunks of each arena again if the parameter lists of the groups were edited."""
         if _same_items(self._planned, [group["params"] for group in self.param_groups]):
             return
         params = self._all_params()
         if len(set(params)) != len(params):
-            raise ValueError("PagedAdamW: a parameter must stand once in all of the groups, got one that stands twice")
+            raise ValueError("PagedAdamW: a parameter must occur once in all groups, got one that occurs twice")
         group_of = {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
         for arena in self._arenas:
             arena.memory.settle()
@@ -172,7 +175,7 @@ class PagedAdamW(Optimizer):
         self._planned = [list(group["params"]) for group in self.param_groups]
 
     def _take_states(self) -> None:
-        """`state` was edited: copy what was put there into the arenas, and begin anew where a state was taken away."""
+        """Copy edited entries of `state` into the arenas, and reset states that were removed."""
         self._reserve(lambda param: bool(self.state.get(param)))
         taken = {
             param: entry
@@ -187,11 +190,11 @@ class PagedAdamW(Optimizer):
         self._watch.look(self.state)
 
     def _load(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Copy states into the arenas, all or none of them, and show them in `state`."""
+        """Copy states into the arenas, all of them or none, and show them in `state`."""
         for param, entry in states.items():
             arena, index = self._places[param]
             arena.check_load(index, entry)
-        copies = {}  # of what is a parameter's own state in another's entry, and may be overwritten before it is read
+        copies = {}  # of arena tensors in another parameter's entry, which could be overwritten before they are read
         for param, entry in states.items():
             copies[param] = {
                 name: value.clone() if any(arena.owns(value) for arena in self._arenas) else value
@@ -266,10 +269,10 @@ class PagedAdamW(Optimizer):
             increment_version([param for param, grad in zip(params, grads, strict=True) if grad is not None])
 
     def _grad_multiplier(self, grads_of: Mapping[StateArena, Sequence[Tensor | None]]) -> Tensor | None:
-        """What the kernel multiplies gradients by: GradScaler's 1 / scale times the clip; fp32, on the device."""
+        """Return the factor for the gradients, fp32 on the device: GradScaler's 1 / scale times the clipping factor."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         multiplier = None if grad_scale is None else grad_scale.double().reciprocal().float()
-        # A DTensor's gradient itself: its norm is that over all of its parts.
+        # For a DTensor, its gradient is taken as a DTensor, so that the norm covers all of its parts.
         grads = [
             part if param.grad is None or not is_dtensor(param) else param.grad
             for arena, parts in grads_of.items()
@@ -285,8 +288,10 @@ class PagedAdamW(Optimizer):
         return clip if multiplier is None else clip * multiplier.to(clip.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's state_dict. 8-bit states are decoded to fp32, beside `<name>_absmax`, which makes loading
-        them here again exact; 32-bit states are views, not copies.
+        """Return torch.optim.AdamW's state_dict.
+
+        8-bit states are decoded to fp32 and accompanied by `<name>_absmax`, with which loading here is exact. 32-bit
+        states are views, not copies.
         """
 
         def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
@@ -296,15 +301,16 @@ class PagedAdamW(Optimizer):
                 state[key] = value if place is None else place[0].torch_state_of(place[1], value)
             return {**packed, "state": state}
 
-        hook = self.register_state_dict_post_hook(decode, prepend=True)  # users' hooks see what they would of torch's
+        hook = self.register_state_dict_post_hook(decode, prepend=True)  # users' hooks get the decoded states
         try:
             return self.packed_state_dict()
         finally:
             hook.remove()
 
     def packed_state_dict(self) -> dict[str, Any]:
-        """As state_dict, but 8-bit states stay 8-bit (`<name>_q`, `<name>_absmax`): views of the arena, for
-        io.save_training_state. load_state_dict takes both.
+        """Return the state_dict with 8-bit states as `<name>_q` and `<name>_absmax`, for io.save_training_state.
+
+        They are views of the arena. load_state_dict accepts both forms.
         """
         self._check_open("state_dict")
         self._settle()
@@ -313,17 +319,16 @@ class PagedAdamW(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy a state_dict of PagedAdamW or of torch.optim.AdamW into the arena: the states are as paged as before.
+        """Copy a state_dict of PagedAdamW or of torch.optim.AdamW into the arena, which stays paged.
 
-        Raises ValueError for groups or shapes that do not fit, and for flags that are not offered, before anything is
-        changed.
+        Raises ValueError for groups or shapes that do not fit, and for unsupported flags, before anything is changed.
         """
         self._check_open("load_state_dict")
         self._settle()
         saved: dict[str, Any] = {}
 
-        # torch checks and replaces the groups, and runs the user's hooks around that. Its own copy of the states, which
-        # would lie on the device, cast to the parameter's dtype, is what the two hooks go round.
+        # torch checks and replaces the groups, and runs the user's hooks. The two hooks below skip torch's default of
+        # copying the states to the device in the parameter's dtype.
         def take_states(optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
             self._check_incoming(incoming)
             saved.update(incoming)
@@ -349,7 +354,7 @@ class PagedAdamW(Optimizer):
         groups = incoming["param_groups"]
         sizes = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
-            return  # torch refuses it in words of its own
+            return  # torch raises its own error
         for group, own in zip(groups, self.param_groups, strict=True):
             check_group({**self.defaults, **group, "params": own["params"]})
         params = dict(zip(_numbers(incoming), self._all_params(), strict=True))
@@ -361,7 +366,7 @@ class PagedAdamW(Optimizer):
             arena.check_load(index, state)
 
     def _place(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Write `states` into the arenas and clear all others."""
+        """Write `states` into the arenas and clear all other states."""
         self._replan_if_edited()
         self._reserve(lambda param: param in states)
         self.state.clear()
@@ -373,7 +378,7 @@ class PagedAdamW(Optimizer):
         self._watch.look(self.state)
 
     def paging_report(self) -> PagingReport:
-        """Bytes of states that are resident, paged out, and were prefetched."""
+        """Return the bytes of states that are resident, paged out, and were prefetched."""
         memories = [arena.memory for arena in self._arenas]
         state_bytes = sum(memory.arena.nbytes for memory in memories)
         each = [memory.resident_bytes() for memory in memories]
@@ -390,7 +395,7 @@ class PagedAdamW(Optimizer):
         )
 
     def close(self) -> None:
-        """Free the states. The parameters stay; step() and state_dict() raise from now on. May be called twice."""
+        """Free the states. The parameters are kept; step() and state_dict() raise afterwards. May be called twice."""
         self.state.clear()
         self._watch.look(self.state)
         self._arenas.clear()
@@ -416,7 +421,7 @@ class PagedAdamW(Optimizer):
         for group in self.param_groups:
             for name in HYPERPARAMETERS:
                 group.setdefault(name, self.defaults.get(name, False))
-        if options is not None:  # unpickled or deep-copied: the states become pages again
+        if options is not None:  # unpickled or deep-copied: move the states into arenas
             self._set_options(*options)
             self._place({param: entry for param, entry in self.state.items() if entry})
 
@@ -441,7 +446,7 @@ class PagedAdamW(Optimizer):
         return CHUNK_BYTES if self.page_dir is not None or device.type == "cuda" else None
 
     def _reserve(self, wanted: Callable[[Tensor], bool]) -> None:
-        """One more arena for each device that has wanted parameters without a place."""
+        """Allocate one more arena for each device with wanted parameters that have no slot yet."""
         missing: dict[torch.device, list[tuple[int, Tensor]]] = {}
         made: list[StateArena] = []
         for group, param_group in enumerate(self.param_groups):
@@ -473,7 +478,7 @@ class PagedAdamW(Optimizer):
 
 
 class PagedAdamW8bit(PagedAdamW):
-    """PagedAdamW whose states are stored in 8 bits: state_bits=8."""
+    """PagedAdamW with 8-bit states: the default of state_bits is 8."""
 
     def __init__(
         self,
@@ -509,5 +514,5 @@ def _same_items(planned: list[list[Tensor]], current: list[list[Tensor]]) -> boo
 
 
 def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:
-    """How a state dict names the parameters, in their order."""
+    """Return a state dict's parameter numbers, in order."""
     return [number for group in state_dict["param_groups"] for number in group["params"]]

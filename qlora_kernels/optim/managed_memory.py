@@ -1,15 +1,15 @@
-"""Optimizer states beyond the GPU's memory: unified memory with look-ahead prefetch, or pinned double buffering.
+"""Optimizer states larger than the GPU's memory: unified memory with look-ahead prefetch, or double buffering.
 
-ManagedMemory. One arena from cudaMallocManaged, advised once. While the kernel updates chunk i on the current stream,
-chunks i+1.. migrate on a stream of their own; events order the two, the host waits for neither. Chunks that the driver
-evicted come back at copy speed instead of page fault by page fault, and nothing moves while everything fits. Under
-CUDA graph capture, which records no prefetch, pages arrive on demand.
+ManagedMemory: one arena from cudaMallocManaged, advised once. While the kernel updates chunk i on the current stream,
+the following chunks migrate on a separate stream. Events order the two streams; the host waits for neither. Chunks that
+the driver evicted return at copy bandwidth instead of by page faults, and nothing moves as long as everything fits.
+Under CUDA graph capture, which records no prefetch, pages migrate by faults.
 
-StagedMemory. Where the GPU cannot fault on unified memory (Windows, WSL, no concurrentManagedAccess), the arena is
-pinned host memory and each chunk passes through one of look_ahead + 1 buffers on the device: copied in ahead of its
-update, copied out behind it, on two further streams, so both directions of PCIe are busy.
+StagedMemory: for GPUs without page faults on unified memory (Windows, WSL, no concurrentManagedAccess). The arena is
+pinned host memory, and each chunk passes through one of look_ahead + 1 buffers on the device. It is copied in before
+its update and copied out after it, on two further streams, so that both directions of PCIe are used.
 
-Both do nothing but carry out paging_plan over a Driver: CudaDriver is the real one, tests record a false one.
+Both classes execute paging_plan over a Driver: CudaDriver is the real one, and tests use a recording one.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ from .paging_plan import Chunk, plan_schedule, plan_staging
 from .state_memory import ResidentMemory, StateMemory, Update, segment_table
 
 Stream = Literal["compute", "fetch", "write_back"]
-"""compute is the stream that is current when the step runs; the others are the driver's own."""
+"""compute is the stream that is current when the step runs; the driver owns the others."""
 
 
 class Driver(Protocol):
-    """What the two memories ask of CUDA. Every call enqueues and returns at once; failures are exceptions."""
+    """The CUDA operations of the two memories. Every call enqueues and returns at once; failures are exceptions."""
 
     def allocate_managed(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of zeros in unified memory, advised to prefer the device; freed with its last reference."""
+        """Return uint8 [nbytes] of zeros in unified memory that prefers the device; freed with its last reference."""
         ...
 
     def allocate_pinned(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] of zeros in page-locked host memory."""
+        """Return uint8 [nbytes] of zeros in page-locked host memory."""
         ...
 
     def allocate_device(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], undefined, in device memory."""
+        """Return uint8 [nbytes], uninitialized, in device memory."""
         ...
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Return a copy of `table` in the memory of the device."""
+        """Return a copy of `table` in device memory."""
 
     def prefetch(self, arena: Tensor, start: int, stop: int) -> None:
-        """Migrate bytes [start, stop) to the device, on stream "fetch"."""
+        """Migrate bytes [start, stop) to the device on stream "fetch"."""
         ...
 
     def copy(self, target: Tensor, source: Tensor, stream: Stream) -> None: ...
 
     def record(self, stream: Stream) -> Any:
-        """An event behind all that is enqueued on `stream` so far."""
+        """Record an event after everything that is enqueued on `stream`."""
         ...
 
     def wait(self, stream: Stream, event: Any) -> None:
-        """All that is enqueued on `stream` from now on runs after `event`."""
+        """Make everything that is enqueued on `stream` later wait for `event`."""
         ...
 
     def synchronize(self, stream: Stream) -> None:
-        """The one call for which the host waits: until `stream` is empty."""
+        """Wait on the host until `stream` is empty. No other call waits on the host."""
         ...
 
     def capturing(self) -> bool:
@@ -72,7 +72,7 @@ class Driver(Protocol):
 
 
 class ManagedMemory:
-    """An arena in unified memory."""
+    """An arena in unified memory with prefetch of the next chunks."""
 
     kind = "managed"
 
@@ -93,7 +93,7 @@ class ManagedMemory:
             for index in active:
                 update(self.chunks[index], self.arena, self._segments[index])
             return
-        # Whatever the caller has enqueued (the last step among it) still uses the arena.
+        # Work that the caller has enqueued before, such as the previous step, may still use the arena.
         driver.wait("fetch", driver.record("compute"))
         fetched: dict[int, Any] = {}
         updated: dict[int | None, Any] = {}
@@ -112,15 +112,15 @@ class ManagedMemory:
                 updated[action.chunk] = driver.record("compute")
 
     def settle(self) -> None:
-        """Reading the arena is ordered behind the updates by the caller's stream."""
+        """Do nothing: the caller's stream orders reads of the arena after the updates."""
 
     def resident_bytes(self) -> None:
-        """Unknown: the driver moves pages as it likes."""
+        """Return None, because only the driver knows which pages are resident."""
         return None
 
 
 class StagedMemory:
-    """An arena in pinned memory that passes through buffers on the device."""
+    """An arena in pinned host memory whose chunks pass through buffers on the device."""
 
     kind = "staged"
 
@@ -159,11 +159,11 @@ class StagedMemory:
                 driver.wait("write_back", driver.record("compute"))
                 self._copy(index, buffer, "write_back")
                 free[action.chunk] = driver.record("write_back")
-        # The next step, a state_dict or a free on the caller's stream comes after the last write-back.
+        # The next step, a state_dict or a free on the caller's stream must wait for the last write-back.
         driver.wait("compute", driver.record("write_back"))
 
     def settle(self) -> None:
-        """The host reads the arena itself: it has to wait for the last write-back."""
+        """Wait for the last write-back, because the host reads the arena itself."""
         self._driver.synchronize("write_back")
 
     def _copy(self, index: int, buffer: Tensor, stream: Stream) -> None:
@@ -178,7 +178,7 @@ class StagedMemory:
 
 
 class CudaDriver:
-    """The device's streams and torch's allocators, and the compiled library for unified memory."""
+    """A Driver on the device's streams, torch's allocators, and the compiled library for unified memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -199,7 +199,7 @@ class CudaDriver:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def to_device(self, table: Tensor) -> Tensor:
-        """Return a copy of `table` in the memory of the device."""
+        """Return a copy of `table` in device memory."""
         return table.to(self.device)
 
     def prefetch(self, arena: Tensor, start: int, stop: int) -> None:
@@ -229,7 +229,7 @@ class CudaDriver:
 
 
 def cuda_memory(nbytes: int, chunks: tuple[Chunk, ...], device: torch.device, *, look_ahead: int) -> StateMemory:
-    """The best that `device` and this installation offer. What is worse than unified memory is said once."""
+    """Return the best memory that `device` and this installation support; warn once if it is not unified memory."""
     concurrent = managed_concurrent_access(device)
     if concurrent is None:
         _say_once("PagedAdamW: states on CUDA do not page, because the CUDA library is missing; see qk.backends()")

@@ -1,8 +1,8 @@
-"""Optimizer states in a memory-mapped file: as large as the disk allows, paged by the operating system.
+"""Optimizer states in a memory-mapped file, paged by the operating system and limited by the disk's size.
 
-The file has no name (it vanishes with the process, however that ends) and its blocks are allocated up front, so a disk
-that is too small is an error when the optimizer is made, never a SIGBUS in the middle of a run. While the kernel works
-on one chunk, the next ones are asked for with MADV_WILLNEED.
+The file has no name, so that it is removed when the process ends for any reason. Its blocks are allocated on
+construction, so that a full disk raises then, instead of a SIGBUS during a run. While the kernel updates one chunk, the
+next ones are requested with MADV_WILLNEED.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MappedMemory:
-    """An arena in an unnamed file in `page_dir`."""
+    """An arena in an unnamed memory-mapped file in `page_dir`."""
 
     kind = "mapped"
 
@@ -39,7 +39,7 @@ class MappedMemory:
         self._map, self._file = _allocate(max(nbytes, 1), Path(page_dir))
         weakref.finalize(self, os.close, self._file)
         self._process = os.getpid()
-        # The tensor holds the mapping, and its views hold the tensor: unmapped with the last of them.
+        # The tensor keeps the mapping alive, and its views keep the tensor alive; the last one unmaps it.
         self.arena = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0).byte()
         self.replan(chunks)
         _in_children.add(self)
@@ -57,13 +57,13 @@ class MappedMemory:
                 self._will_need(self.chunks[index])
 
     def _will_need(self, chunk: Chunk) -> None:
-        for start, stop in chunk.ranges if hasattr(mmap, "MADV_WILLNEED") else ():  # Windows has no such call
+        for start, stop in chunk.ranges if hasattr(mmap, "MADV_WILLNEED") else ():  # not available on Windows
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, first, stop - first)
         self.prefetched_bytes += chunk.nbytes
 
     def settle(self) -> None:
-        """At once: the pages are the file."""
+        """Do nothing: the tensors' memory is the file's page cache."""
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child, which shares the file with its parent."""
@@ -74,7 +74,7 @@ class MappedMemory:
             )
 
     def make_private(self) -> None:
-        """In a forked child: what it writes through the state tensors is its own from now on, as in other memory."""
+        """In a forked child, make writes through the state tensors private to the child."""
         remap = ctypes.CDLL(None, use_errno=True).mmap
         remap.restype = ctypes.c_void_p
         remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
@@ -84,7 +84,7 @@ class MappedMemory:
             raise OSError(ctypes.get_errno(), "PagedAdamW: a forked child could not unshare the states in page_dir")
 
     def resident_bytes(self) -> int | None:
-        """Pages in memory by mincore(2), the file's cache included."""
+        """Return the bytes in memory by mincore(2), which include the file's page cache."""
         mincore = None if os.name == "nt" else getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
         if mincore is None:
             return None
@@ -97,11 +97,11 @@ class MappedMemory:
 
 
 def _fill(file: FileIO, nbytes: int) -> None:
-    """Gives an empty file `nbytes` zeros that have their blocks on the disk. Raises OSError where it has no room."""
+    """Fill an empty file with `nbytes` of allocated zeros. Raises OSError if the disk has no room."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return
-    # macOS and Windows: what is written has its blocks.
+    # On macOS and Windows, blocks are allocated by writing them.
     zeros, left = bytes(_FILL_BYTES), nbytes
     while left > 0:
         left -= file.write(zeros[:left])
@@ -122,7 +122,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _allocate(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, int]:
-    """The mapping of a new file without a name, and a descriptor of that file."""
+    """Return the mapping of a new unnamed file and a descriptor of that file."""
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
     with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0) as file:

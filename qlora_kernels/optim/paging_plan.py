@@ -1,11 +1,11 @@
-"""Where optimizer states lie, in which chunks they are stepped through, and when each chunk is fetched.
+"""The layout of optimizer states, their division into chunks, and the order in which chunks are fetched.
 
-Pure functions of sizes: no tensor, no device, no clock. The memories (resident, mapped, managed, staged) carry out what
-stands here, so the order of prefetches is tested without a GPU.
+These are pure functions of sizes, without tensors, devices or clocks. The memories (resident, mapped, managed, staged)
+execute their plans, so that the order of prefetches is tested without a GPU.
 
-    arena    one block of bytes; a parameter's states stand together in it, parameters in their order
-    slot     where one parameter's states begin
-    chunk    a run of slots, or a part of a large one, of about `chunk_bytes` of state; never of two param groups
+    arena    one block of bytes; each parameter's states are contiguous in it, in the order of the parameters
+    slot     the offsets of one parameter's states
+    chunk    several slots, or a part of a large one, of about `chunk_bytes` of state; never of two param groups
     schedule prefetch(i + look_ahead) is enqueued before update(i), so that copies overlap with computation
 """
 
@@ -18,18 +18,18 @@ from typing import Literal, NamedTuple
 from ..ops.adamw_step import STATE_BLOCKSIZE, Segment
 
 ALIGNMENT = 64
-"""Bytes: a cache line, and the widest vector load."""
+"""Alignment in bytes: a cache line and the widest vector load."""
 
 CUT = ALIGNMENT // 4 * STATE_BLOCKSIZE
-"""Large parameters are cut at multiples of this many elements, so that no two chunks share a line of absmax."""
+"""Large parameters are split at multiples of this number of elements, so that chunks share no line of absmax."""
 
 SMALLEST_8BIT = 4096
-"""Parameters with fewer elements keep 32-bit states: norms and biases are sensitive, and weigh nothing."""
+"""Parameters with fewer elements, such as norms and biases, keep 32-bit states: they are sensitive and small."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's states in the arena: byte offsets, and its place in the count for stochastic rounding."""
+    """The byte offsets of one parameter's states in the arena, and its start in the count for stochastic rounding."""
 
     numel: int
     bits: int
@@ -40,11 +40,11 @@ class Slot:
     counter: int
 
     def nbytes(self, count: int) -> int:
-        """Bytes of state of `count` elements from the start of a block."""
+        """Return the bytes of state of `count` elements from the start of a block."""
         return sum(nbytes for _, nbytes in self.spans(0, count))
 
     def spans(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(offset, bytes) in the arena of each state of elements [start, start + count)."""
+        """Return (offset, bytes) in the arena of each state of elements [start, start + count)."""
         width, block = self.bits // 8, start // STATE_BLOCKSIZE
         spans = [(self.exp_avg + start * width, count * width), (self.exp_avg_sq + start * width, count * width)]
         if self.bits == 8:
@@ -53,7 +53,7 @@ class Slot:
         return spans
 
     def segment(self, param: int, start: int, count: int) -> Segment:
-        """The kernel's row for elements [start, start + count)."""
+        """Return the kernel's segment row of elements [start, start + count)."""
         offsets = [offset for offset, _ in self.spans(start, count)]
         exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax = [*offsets, -1, -1][:4]
         return Segment(
@@ -63,24 +63,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one kernel call updates. Segments number their parameters from `first_param` on."""
+    """The segments that one kernel call updates, whose parameters are numbered from `first_param` on."""
 
     group: int
     first_param: int
     last_param: int
     segments: tuple[Segment, ...]
     ranges: tuple[tuple[int, int], ...]
-    """The arena's bytes that the segments touch, as few [start, stop) as possible, in order."""
+    """The byte ranges [start, stop) of the arena that the segments use, merged and in order."""
 
     @property
     def nbytes(self) -> int:
-        """The bytes of state that the chunk holds."""
+        """Return the bytes of state in the chunk."""
         return sum(stop - start for start, stop in self.ranges)
 
 
 class Action(NamedTuple):
-    """prefetch: fetch the chunk's bytes, once the update of chunk `after` has ended (None: at once).
-    update: run the kernel on the chunk, once its prefetch has ended.
+    """One step of a schedule.
+
+    prefetch: fetch the chunk's bytes after the update of chunk `after` (None: at once).
+    update: run the kernel on the chunk after its prefetch.
     """
 
     kind: Literal["prefetch", "update"]
@@ -89,7 +91,7 @@ class Action(NamedTuple):
 
 
 def plan_slots(numels: Sequence[int], state_bits: int, *, first_counter: int = 0) -> tuple[tuple[Slot, ...], int]:
-    """Slots in the parameters' order, and the arena's size in bytes. Every offset is a multiple of ALIGNMENT."""
+    """Return slots in the parameters' order, and the arena's size in bytes. Offsets are multiples of ALIGNMENT."""
     slots: list[Slot] = []
     offset, counter = 0, first_counter
 
@@ -110,13 +112,13 @@ def plan_slots(numels: Sequence[int], state_bits: int, *, first_counter: int = 0
 
 
 def plan_chunks(slots: Sequence[Slot], groups: Sequence[int | None], chunk_bytes: int | None) -> tuple[Chunk, ...]:
-    """Chunks that cover every element once, in order. groups: each slot's param group, or None for a slot that is not
-    stepped. chunk_bytes None: one a group.
+    """Return chunks that cover every element once, in order.
 
-    A chunk holds at most `chunk_bytes` of state, alignment aside, but at least CUT elements or a whole parameter.
+    groups: each slot's param group, or None for a slot that is not updated. chunk_bytes: None makes one chunk per
+    group. A chunk has at most `chunk_bytes` of state, without padding, but at least CUT elements or a whole parameter.
     """
     chunks: list[Chunk] = []
-    pieces: list[tuple[int, Slot, int, int]] = []  # (param, slot, start, count) of the chunk that is being filled
+    pieces: list[tuple[int, Slot, int, int]] = []  # (param, slot, start, count) of the current chunk
     room, group_of_pieces = 0.0, 0
 
     def close() -> None:
@@ -148,10 +150,10 @@ def plan_chunks(slots: Sequence[Slot], groups: Sequence[int | None], chunk_bytes
 
 
 def plan_schedule(n_chunks: int, look_ahead: int) -> tuple[Action, ...]:
-    """The order in which actions are enqueued. At most look_ahead + 1 chunks are on the device at any time.
+    """Return the order in which actions are enqueued. At most look_ahead + 1 chunks are on the device at any time.
 
-    prefetch(c) waits for update(c - look_ahead - 1): without that, the copy stream would run through the whole arena at
-    once, and what it fetched first would be evicted before it is used.
+    prefetch(c) waits for update(c - look_ahead - 1). Otherwise the copy stream would fetch the whole arena at once, and
+    the first chunks would be evicted before their update.
     """
     actions = [Action("prefetch", chunk) for chunk in range(min(look_ahead, n_chunks))]
     for chunk in range(n_chunks):
@@ -163,7 +165,9 @@ def plan_schedule(n_chunks: int, look_ahead: int) -> tuple[Action, ...]:
 
 
 def plan_staging(chunk: Chunk) -> tuple[tuple[Segment, ...], tuple[int, ...], int]:
-    """The chunk in a buffer of its own: segments rebased, where each of its ranges begins there, and its bytes."""
+    """Plan the chunk in a separate buffer: segments with new offsets, each range's start there, and the buffer's
+    size.
+    """
     offsets, end = [], 0
     for start, stop in chunk.ranges:
         offsets.append(end)
@@ -196,7 +200,7 @@ def _chunk(pieces: Sequence[tuple[int, Slot, int, int]], group: int) -> Chunk:
 
 
 def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Touching and overlapping ranges as one."""
+    """Merge touching and overlapping ranges."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if merged and start <= merged[-1][1]:

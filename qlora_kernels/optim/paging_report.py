@@ -1,4 +1,4 @@
-"""Where an optimizer's states are."""
+"""PagingReport: where an optimizer's states are stored."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PagingReport:
-    """Where the states are, in bytes. `print(report)` shows it in a line."""
+    """The location of the states, in bytes; str() gives one line."""
 
     kinds: tuple[str, ...]
-    """Of each arena: resident, mapped, managed or staged."""
+    """The kind of each arena: resident, mapped, managed or staged."""
     parameters: int
     state_bytes: int
     resident_bytes: int | None
-    """In the memory where they are used; None where the system does not say."""
+    """Bytes in the memory where they are used; None if the system does not report it."""
     paged_bytes: int | None
-    """The rest: on disk, or on the host's side of unified memory."""
+    """The remaining bytes: on disk, or in host memory."""
     prefetched_bytes: int
-    """Fetched ahead of their use since the optimizer was made."""
+    """Bytes fetched in advance since the optimizer was made."""
     chunks: int
     look_ahead: int
 

@@ -51,9 +51,7 @@ def check_flags(group: Mapping[str, Any]) -> None:
 
 
 def check_param(param: Tensor) -> None:
-    """Raise TypeError or ValueError unless `param` is a plain tensor of floats that fills a block of memory, or a
-    DTensor whose local part is one.
-    """
+    """Raise TypeError or ValueError unless `param` is a dense float tensor, or a DTensor whose local part is one."""
     if is_dtensor(param):
         if any(placement.is_partial() for placement in param.placements):
             raise TypeError(f"PagedAdamW: a DTensor parameter must be sharded or replicated, got {param.placements}")

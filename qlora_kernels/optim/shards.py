@@ -1,7 +1,7 @@
-"""DTensor parameters: the part that this process holds, and tensors of its shape as parts of a whole.
+"""DTensor parameters: access to the local part, and DTensors made of local tensors.
 
-FSDP2 and tensor parallelism make DTensors of parameters. The kernels and the arena see the local tensor; the gradients,
-the states that users see and those in state dicts are DTensors that are cut as the parameter is, so that
+FSDP2 and tensor parallelism make DTensors of parameters. The kernels and the arena use the local tensor. The gradients,
+the states in `state` and those in state dicts are DTensors with the sharding of the parameter, so that
 torch.distributed.checkpoint saves and reshards them.
 """
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq")
-"""States that have an element for each of the parameter's."""
+"""States with one element for each element of the parameter."""
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. Does not import torch.distributed.tensor, which takes long."""
+    """Whether `tensor` is a DTensor; does not import torch.distributed.tensor, which is slow to import."""
     return isinstance(tensor, Tensor) and type(tensor).__name__ == "DTensor" and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds, over the same memory; any other tensor itself."""
+    """Return this process's part of a DTensor, over the same memory; return any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
     part: Any = tensor._local_tensor
-    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return] # still on its way
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return] # an asynchronous result
 
 
 def as_part_of(param: Tensor, value: Tensor) -> Tensor:
-    """`value`, of the local part's shape, as a DTensor that is cut as `param` is; itself where that is no DTensor."""
+    """Return `value`, of the local part's shape, as a DTensor sharded as `param`; itself if param is not a DTensor."""
     if not is_dtensor(param):
         return value
     from torch.distributed.tensor import DTensor
@@ -45,7 +45,7 @@ def as_part_of(param: Tensor, value: Tensor) -> Tensor:
 
 
 def local_grad(param: Tensor) -> Tensor | None:
-    """The local part of the gradient, cut as the parameter is."""
+    """Return the local part of the gradient, sharded as the parameter."""
     grad = param.grad
     if grad is None or not is_dtensor(param):
         return grad
@@ -57,7 +57,7 @@ def local_grad(param: Tensor) -> Tensor | None:
 
 
 def local_state(param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state with the parts that belong to this process: of DTensors, and of whole tensors, which all hold.
+    """Return a saved state with this process's parts of its DTensors and of its whole tensors.
 
     Raises ValueError for a state of another shape than the parameter's.
     """
@@ -85,7 +85,7 @@ def local_state(param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """The norm over all gradients, whole ones: of DTensors over all their parts. Every process gets the same."""
+    """Return the norm over all gradients, for DTensors over all their parts; it is the same in every process."""
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault((grad.device_mesh, grad.placements) if is_dtensor(grad) else None, []).append(grad)

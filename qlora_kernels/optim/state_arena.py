@@ -1,4 +1,4 @@
-"""The parameters of one device and their states: slots of one arena, shown as torch's state tensors."""
+"""The parameters of one device and their states, stored in slots of one arena and shown as torch's tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .shards import as_part_of, is_dtensor, local, local_grad, local_state
 from .state_memory import StateMemory
 
 STATES = {"exp_avg": True, "exp_avg_sq": False}
-"""torch's names, and whether the 8-bit map is the signed one."""
+"""torch's names of the states, and whether their 8-bit map is signed."""
 
 
 class StateArena:
-    """params[i] has slots[i] in `memory` and steps[i]; the states lie in the order of the parameter's memory."""
+    """params[i] has slots[i] in `memory` and steps[i]; states have the element order of the parameter's memory."""
 
     def __init__(self, params: Sequence[Tensor], slots: Sequence[Slot], memory: StateMemory) -> None:
         self.params = list(params)
@@ -29,7 +29,7 @@ class StateArena:
         self.device = params[0].device
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.unstepped = set(range(len(params)))
-        """Indices of the parameters that no step has updated yet."""
+        """Indices of the parameters that were not updated yet."""
         self.members = set(self.unstepped)
         """Indices of the parameters that are in the optimizer's groups."""
         self._sharded = any(map(is_dtensor, params))
@@ -37,14 +37,14 @@ class StateArena:
         self.strides = [local(param).stride() for param in params]
 
     def tensors(self) -> list[Tensor]:
-        """The memory of each parameter: the parameter itself, or the part of a DTensor that this process holds."""
+        """Return each parameter's memory: the parameter itself, or this process's part of a DTensor."""
         return [local(param) for param in self.params] if self._sharded else self.params
 
     def follow(self) -> list[int]:
-        """Lay the states out anew where a parameter's memory is in another order than before (channels_last), and
-        return the indices of such parameters. A parameter may change its address and its dtype as it likes.
+        """Reorder the states of parameters whose memory order changed (channels_last), and return their indices.
 
-        Raises ValueError, before anything is changed, for another shape, another device, or memory with gaps.
+        A parameter may change its address and its dtype. Raises ValueError, before anything is changed, for another
+        shape, another device, or memory with gaps.
         """
         tensors = self.tensors()
         changed = [
@@ -64,13 +64,13 @@ class StateArena:
         for index in changed:
             copies = {name: value.clone() for name, value in self.torch_state_of(index).items()}
             self.strides[index] = tensors[index].stride()
-            for name in STATES:  # an absmax belongs to the old order
+            for name in STATES:  # the absmax values are those of the old order
                 copies.pop(f"{name}_absmax", None)
             self.load(index, copies)
         return changed
 
     def grads(self) -> list[Tensor | None]:
-        """Each parameter's gradient in the parameter's own memory layout; None where it has none or is no member."""
+        """Return each parameter's gradient in the parameter's memory layout; None without one or for a non-member."""
         grads: list[Tensor | None] = []
         for index, param in enumerate(self.tensors()):
             grad = None
@@ -90,7 +90,7 @@ class StateArena:
         return grads
 
     def active_chunks(self, grads: Sequence[Tensor | None]) -> list[int]:
-        """Chunks in which some parameter has a gradient: the others are not even fetched."""
+        """Return the chunks in which some parameter has a gradient; the others are not fetched."""
         return [
             index
             for index, chunk in enumerate(self.memory.chunks)
@@ -98,35 +98,38 @@ class StateArena:
         ]
 
     def state_of(self, index: int) -> dict[str, Tensor]:
-        """`optimizer.state[param]`: tensors in the arena's memory. An 8-bit state is `<name>_q` and `<name>_absmax`,
-        both flat. Each tensor has a storage of its own, so that saving it saves no more than its bytes.
+        """Return the entry of `optimizer.state`: tensors in the arena's memory.
+
+        An 8-bit state is `<name>_q` and `<name>_absmax`, both flat. Each tensor has a storage of its own, so that
+        saving it saves only its own bytes.
         """
         shown = {name: _own_storage(flat) for name, flat in self._flat_views(index).items()}
         shown["step"] = shown["step"].view(())
         return {name: self._whole(index, value) if name in STATES else value for name, value in shown.items()}
 
     def show(self, index: int, entry: dict[str, Any]) -> None:
-        """Put the parameter's state into `entry`, in place of any other form of it; keep what else stands there."""
+        """Put the parameter's state into `entry`, replacing any other form of it; keep other values."""
         for name in STATES:
             for form in (name, f"{name}_q", f"{name}_absmax"):
                 entry.pop(form, None)
         entry.update(self.state_of(index))
 
     def torch_state_of(self, index: int, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """`state`, by default the parameter's, with each 8-bit state decoded under torch's name, beside the absmax that
-        encodes it again exactly.
+        """Return `state`, by default the parameter's, with 8-bit states decoded under torch's names.
+
+        Each decoded state is accompanied by the absmax with which it is encoded again exactly.
         """
         state = self.state_of(index) if state is None else state
         result = {name: value for name, value in state.items() if not name.endswith(("_q", "_absmax"))}
         for name in STATES:
             if name not in state:
                 result[name] = as_part_of(self.params[index], self._decoded(index, state, name))
-                if not is_dtensor(self.params[index]):  # its blocks are those of one process's part
+                if not is_dtensor(self.params[index]):  # blocks are those of one process's part
                     result[f"{name}_absmax"] = state[f"{name}_absmax"]
         return result
 
     def owns(self, value: Any) -> bool:
-        """Whether it is a tensor in the arena's own memory."""
+        """Whether `value` is a tensor in the arena's memory."""
         if not isinstance(value, Tensor):
             return False
         value = local(value)
@@ -136,12 +139,12 @@ class StateArena:
         )
 
     def clear(self, index: int) -> None:
-        """The state of a parameter that has never been updated."""
+        """Reset a parameter's state to that before its first update."""
         for value in self._flat_views(index).values():
             value.zero_()
 
     def check_load(self, index: int, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError where `saved` is no state of AdamW for this parameter."""
+        """Raise ValueError unless `saved` is a state of AdamW for this parameter."""
         param, where = local(self.params[index]), "PagedAdamW.load_state_dict"
         saved = local_state(self.params[index], saved)
         step = saved.get("step")
@@ -162,9 +165,9 @@ class StateArena:
                 raise ValueError(f"{where}: {name}_absmax must have {blocks} elements, got {absmax.numel()}")
 
     def load(self, index: int, saved: Mapping[str, Any]) -> None:
-        """Copy a saved state, torch's or packed, into the slot, whichever bits that has; nothing else is allocated.
+        """Copy a saved state, torch's or packed, into the slot, for any state_bits; nothing else is allocated.
 
-        Raises ValueError, before anything is written, where check_load does.
+        Raises ValueError, before anything is written, if check_load does.
         """
         self.check_load(index, saved)
         saved = local_state(self.params[index], saved)
@@ -189,7 +192,7 @@ class StateArena:
         return self._shaped(index, values)
 
     def _encodable(self, index: int, saved: Mapping[str, Any], name: str) -> Tensor:
-        """The state as fp32 [numel] in the order of the parameter's memory; zero where it has no 8-bit code."""
+        """Return the state as fp32 [numel] in memory order, with zero for values without an 8-bit code."""
         values = [saved[each] for each in STATES if each in saved]
         finite = torch.stack([value.isfinite() for value in values]).all(dim=0)
         value = torch.where(finite, saved[name].to(torch.float32), 0.0)
@@ -197,15 +200,15 @@ class StateArena:
         return laid_out.as_strided((laid_out.numel(),), (1,))
 
     def _whole(self, index: int, flat: Tensor) -> Tensor:
-        """As _shaped; of a DTensor parameter a DTensor over that memory."""
+        """Return the elements as _shaped does; as a DTensor over that memory if the parameter is a DTensor."""
         return as_part_of(self.params[index], self._shaped(index, flat))
 
     def _shaped(self, index: int, flat: Tensor) -> Tensor:
-        """Elements in the order of the parameter's memory, as a view of the parameter's shape."""
+        """Return elements in memory order as a view of the parameter's shape."""
         return flat.as_strided(self.shapes[index], self.strides[index], flat.storage_offset())
 
     def _flat_views(self, index: int) -> dict[str, Tensor]:
-        """Each state of a parameter, flat, as a view of the arena; the step as a view of `steps`."""
+        """Return each state of a parameter, flat, as a view of the arena; the step is a view of `steps`."""
         slot = self.slots[index]
         spans = slot.spans(0, slot.numel)
         views = {"step": self.steps[index : index + 1]}
@@ -223,5 +226,5 @@ class StateArena:
 
 
 def _own_storage(flat: Tensor) -> Tensor:
-    """A tensor over the same memory whose storage is that memory alone."""
+    """Return a tensor over the same memory whose storage is only that memory."""
     return dlpack.from_dlpack(dlpack.to_dlpack(flat))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a memory for optimizer states is, and the simplest one: bytes that are always there."""
+"""StateMemory, the interface of memories for optimizer states, and ResidentMemory, the simplest one."""
 
 from __future__ import annotations
 
@@ -12,38 +12,40 @@ from ..ops.adamw_step import SEGMENT_COLUMNS, Segment
 from .paging_plan import Chunk
 
 Update = Callable[[Chunk, Tensor, Tensor], None]
-"""update(chunk, arena, segments): run the kernel on one chunk, with the bytes and the rows that describe it there."""
+"""update(chunk, arena, segments): runs the kernel on one chunk, given the chunk's bytes and segment rows."""
 
 
 class StateMemory(Protocol):
-    """One arena of bytes, zero at first, and the way to step through its chunks. Freed with its last reference."""
+    """One arena of bytes, zeroed on construction, with an update loop over its chunks. Freed with its last
+    reference.
+    """
 
     kind: str
     arena: Tensor
-    """uint8 [nbytes]: what the optimizer's state tensors are views of."""
+    """uint8 [nbytes]; the optimizer's state tensors are views of it."""
     chunks: tuple[Chunk, ...]
     prefetched_bytes: int
-    """Fetched ahead of their use since the beginning."""
+    """Bytes fetched in advance since construction."""
 
     def run(self, active: Sequence[int], update: Update) -> None:
-        """Call `update` on each active chunk in order, its bytes fetched ahead."""
+        """Call `update` on each active chunk in order, with its bytes fetched in advance."""
         ...
 
     def replan(self, chunks: tuple[Chunk, ...]) -> None:
-        """Step through other chunks of the same arena from now on."""
+        """Use other chunks of the same arena from the next step on."""
         ...
 
     def settle(self) -> None:
-        """Return when the arena may be read and written through its tensors."""
+        """Wait until the arena may be read and written through its tensors."""
         ...
 
     def resident_bytes(self) -> int | None:
-        """Bytes of the arena in the memory where they are used; None where the system does not say."""
+        """Return the bytes of the arena in the memory where they are used; None if the system does not report it."""
         ...
 
 
 class ResidentMemory:
-    """Plain memory of the parameters' device."""
+    """An arena in ordinary memory of the parameters' device."""
 
     kind = "resident"
     prefetched_bytes = 0
@@ -68,5 +70,5 @@ class ResidentMemory:
 
 
 def segment_table(segments: Sequence[Segment]) -> Tensor:
-    """int64 [n_segments, 8], as the kernel reads them."""
+    """Return the segments as int64 [n_segments, 8], the kernel's format."""
     return torch.tensor(segments, dtype=torch.int64).view(-1, len(SEGMENT_COLUMNS))

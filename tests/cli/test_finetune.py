@@ -161,7 +161,7 @@ def test_a_torn_checkpoint_costs_its_steps_alone(capsys, model, text, tmp_path):
     (tmp_path / "report.json").unlink()
     newest = tmp_path / "checkpoints" / "step-00000006.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="step-00000006.*the checkpoint before it is taken"):
+    with pytest.warns(UserWarning, match="step-00000006.*loading the previous checkpoint"):
         resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
     assert losses(resumed) == losses(whole)
 

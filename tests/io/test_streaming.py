@@ -189,7 +189,7 @@ def test_writer_any_order_any_shape(tmp_path):
     with SafetensorsWriter(path, list(reversed(tensors)), {"format": "pt", "note": "x"}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-        with pytest.raises(ValueError, match="must be one of the announced names, and once, got 'a'"):
+        with pytest.raises(ValueError, match="must be one of the announced names and be written once, got 'a'"):
             writer.write("a", tensors["a"])
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()

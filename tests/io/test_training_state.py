@@ -123,7 +123,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path):
             warnings.simplefilter("always")
             found = load_latest(tmp_path)
         if found.step == 1:
-            assert re.search("step-00000002.*the checkpoint before it is taken", str(caught[0].message))
+            assert re.search("step-00000002.*loading the previous checkpoint", str(caught[0].message))
         else:  # hit was the name of a metadata entry that nobody reads
             harmless += 1
             assert torch.equal(found.parts["x"], torch.arange(50.0) + 1)

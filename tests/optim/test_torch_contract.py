@@ -192,7 +192,7 @@ class TestGroups:
     def test_a_param_that_stands_twice_is_refused(self):
         pair = Pair((3,))
         pair.both[0].param_groups[0]["params"] *= 2
-        with pytest.raises(ValueError, match="stand once"):
+        with pytest.raises(ValueError, match="occur once"):
             pair.both[0].step()
 
     def test_a_group_that_is_refused_is_not_added(self):

@@ -83,7 +83,7 @@ def test_null_means_the_default(tmp_path, stored):
     load(tmp_path, {**config, **nothing}, tensors)
 
 
-@pytest.mark.filterwarnings("ignore:.*not as it was saved")
+@pytest.mark.filterwarnings("ignore:.*differs from the file that was saved")
 def test_what_every_method_allocates_fits_its_file(tmp_path):
     """The sizes in the configurations of all methods, without the time that allocating would take."""
     huge = 10**9

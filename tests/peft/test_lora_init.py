@@ -69,7 +69,10 @@ def test_files_that_need_another_base_are_refused(tmp_path):
         ("corda", ValueError, "init_lora_weights must be .* got 'corda'"),
     ]:
         path.write_text(json.dumps({**config, "init_lora_weights": init}))
-        with pytest.warns(UserWarning, match="not as it was saved"), pytest.raises(error, match=message):
+        with (
+            pytest.warns(UserWarning, match="differs from the file that was saved"),
+            pytest.raises(error, match=message),
+        ):
             PeftModel.from_pretrained(two_layers(), tmp_path)
     path.write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_4"}))
     with pytest.warns(UserWarning, match="other random numbers"):

@@ -164,11 +164,11 @@ def test_a_damaged_file_is_named(tmp_path):
         (tmp_path / name).write_bytes(whole)
     config = (tmp_path / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config.replace('"revision": null', '"revision": "x"'))
-    with pytest.warns(UserWarning, match=r"adapter_config\.json is not as it was saved"):
+    with pytest.warns(UserWarning, match=r"adapter_config\.json differs from the file that was saved"):
         PeftModel.from_pretrained(make("llama"), tmp_path)
     for text in ("[1]", "{", "[" * 100_000, config.replace("null", "NaN"), config.replace("null", "1e999")):
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"adapter_config\.json: "), pytest.warns(UserWarning, match="as it was"):
+        with pytest.raises(ValueError, match=r"adapter_config\.json: "), pytest.warns(UserWarning, match="as it is"):
             PeftModel.from_pretrained(make("llama"), tmp_path)
 
 
