@@ -99,7 +99,7 @@ class _StyleNF4(ParallelStyle):
                     f"{type(self).__name__}: adapters must be LoRA without bias and dropout, and of no PiSSA or OLoRA "
                     f"start, got {name!r}, a {type(delta).__name__} with dropout {getattr(delta, 'dropout_p', 0)}"
                 )
-        if module.merged_layer is not None or module.shared_input is not None:
+        if module.merged_layer is not None or module.fused_projections is not None:
             raise NotImplementedError(f"{type(self).__name__}: adapters must be neither merged nor fused")
 
     def _cut_lora(self, delta: Any, mesh: DeviceMesh) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..nn.describe import describe_quantization
 from ..nn.linear_nf4 import LinearNF4
 from ..peft.layers.base_layer import dense_weight, with_weight
-from ..peft.layers.lowrank import LowRank, forward_lowrank
+from ..peft.layers.lowrank import LoraFactors, forward_lowrank
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that replace the base weight by a residual."""
@@ -70,12 +70,12 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         owner = torch.tensor([number.get(name, -1) for name in adapter_names], device=x.device)
         return forward_lowrank(self.base_layer, x, updates, dropout_p=dropouts.pop(), owner=owner)
 
-    def _plain_updates(self, names: list[str]) -> tuple[list[LowRank], set[float]]:
+    def _plain_updates(self, names: list[str]) -> tuple[list[LoraFactors], set[float]]:
         """(updates of these adapters, their rates of dropout) where all are scaling * B A; else nothing.
 
         Layers that are watched by hooks, or replaced by others, are called and not read.
         """
-        updates: list[LowRank] = []
+        updates: list[LoraFactors] = []
         dropouts: set[float] = set()
         for name in names:
             if name not in self.lora_A:

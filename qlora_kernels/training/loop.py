@@ -209,4 +209,4 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def _methods(model: nn.Module) -> list[Method]:
     if not isinstance(model, PeftModel):
         return []
-    return [method for name in model.active_adapters for method in model.host.adapters[name]]
+    return [method for name in model.active_adapters for method in model.injector.adapters[name]]

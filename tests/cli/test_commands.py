@@ -180,7 +180,9 @@ def test_merge_of_gpt2_writes_its_own_kind_of_layers(tmp_path):
         part.save_pretrained(tmp_path / "dense")
     assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "nf4")]) == 0
     adapted = get_peft_model(load_model(tmp_path / "nf4"), LoraConfig(r=4, target_modules=["c_attn"]))
-    torch.nn.init.normal_(adapted.host.adapted()["transformer.h.0.attn.c_attn"].deltas["default"].lora_B.weight)
+    torch.nn.init.normal_(
+        adapted.injector.adapted_layers()["transformer.h.0.attn.c_attn"].deltas["default"].lora_B.weight
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     arguments = ["--model", tmp_path / "nf4", "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
     assert main(["merge", *map(str, arguments)]) == 0

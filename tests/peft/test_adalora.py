@@ -134,7 +134,7 @@ def test_regularizer_in_training_only_whatever_the_task(task):
 def test_regularizer_of_the_papers_equation(tmp_path):
     """Squared norms, summed; the choice lies in the sidecar, since PEFT's file has no field for it."""
     model = get_peft_model(make("llama"), config(orth_reg_weight=0.3, orth_reg_squared=True)).train()
-    deltas = model.host.adapters["default"][0].deltas.values()
+    deltas = model.injector.adapters["default"][0].deltas.values()
     grams = [gram for d in deltas for gram in (d.lora_A @ d.lora_A.T, d.lora_B.T @ d.lora_B)]
     expected = 0.3 * sum((gram - torch.eye(len(gram))).square().sum() for gram in grams)
     assert_same_function(model.peft_loss(), expected)

@@ -46,7 +46,7 @@ def gate(module, place: str) -> None:
 
 
 def adapters(method, kind: str, case: str) -> None:
-    for layer in method.host.anatomy.layers:
+    for layer in method.injector.layout.layers:
         attention, ffn = (place.format(layer.path, layer.stream[-1]) for place in PLACES[kind])
         module = method.tree[f"{layer.path}.ffn_adapter"]
         bottleneck(module.bottleneck if case == "unipelt" else module, ffn, case)
@@ -71,7 +71,7 @@ def unipelt(method, kind: str, case: str) -> None:
     lora, prefixes, adapter = method.parts
     prefix(prefixes, kind, case)
     adapters(adapter, kind, case)
-    for layer in method.host.anatomy.layers:
+    for layer in method.injector.layout.layers:
         gate(
             prefixes.tree[f"{layer.path}.prefix_gate"],
             f"{layer.self_attention}.prefix_tuning.prefix_gates.{case}",
@@ -101,17 +101,17 @@ def with_method(case: str, kind: str) -> PeftModel | torch.nn.Module:
         model = PeftModel(model)
         for name in ("one", "two"):
             model.add_adapter(name, configs["pfeiffer"])
-            adapters(model.host.adapters[name][0], kind, name)
+            adapters(model.injector.adapters[name][0], kind, name)
         model.add_adapter("fusion", peft.AdapterFusionConfig(adapters=("one", "two")))
         model.set_adapter("fusion")
-        method = model.host.adapters["fusion"][0]
-        for layer in method.host.anatomy.layers:
+        method = model.injector.adapters["fusion"][0]
+        for layer in method.injector.layout.layers:
             place = PLACES[kind][1].format(layer.path, layer.stream[-1])
             module = dict(method.tree[f"{layer.path}.fusion"].named_parameters())
             take(module, {name: f"{place}.adapter_fusion_layer.one,two.{name}" for name in module})
         return model
     model = get_peft_model(model, configs[case])
-    method = model.host.adapters["default"][0]
+    method = model.injector.adapters["default"][0]
     if case == "mam":
         prefix(method.parts[0], kind, case)
         adapters(method.parts[1], kind, case)

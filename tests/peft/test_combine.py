@@ -68,9 +68,9 @@ def test_one_adapter_with_weight_one_is_itself(tmp_path, options, kind):
 
 def test_biases_add_up_as_updates():
     model = model_with(*[LoraConfig(target_modules=["lin"], bias="all")] * 2)
-    methods = [model.host.adapters[name][0] for name in "ab"]
+    methods = [model.injector.adapters[name][0] for name in "ab"]
     model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "sum", "cat")
-    total = model.host.adapters["sum"][0].overrides
+    total = model.injector.adapters["sum"][0].overrides
     for path, base in total.originals.items():
         a, b = (method.overrides.copies[path] for method in methods)
         assert_same_function(total.copies[path], base + 0.5 * (a - base) + 2 * (b - base))
@@ -79,7 +79,7 @@ def test_biases_add_up_as_updates():
 def test_a_head_is_taken_from_its_only_owner():
     model = model_with(LoraConfig(target_modules=["lin"]), LoraConfig(target_modules=["lin"], modules_to_save=["head"]))
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "sum", "cat")
-    head, own = (model.host.adapters[name][0].overrides.copies["head.weight"] for name in ("sum", "b"))
+    head, own = (model.injector.adapters[name][0].overrides.copies["head.weight"] for name in ("sum", "b"))
     assert head is not own
     assert torch.equal(head, own)
 

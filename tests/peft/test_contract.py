@@ -69,7 +69,7 @@ def test_function(case, kind, nf4, tmp_path):
     again = copy.deepcopy(model)
     assert_same_bytes(again.state_dict(), model.state_dict())
     assert_same_function(logits(again, inputs), changed, "copied")
-    for method in model.host.adapters["default"]:
+    for method in model.injector.adapters["default"]:
         method.loaded = True  # AdaLoRA would miss its steps
     model.save_pretrained(tmp_path / "first", ["default"])
     again = build(case, kind, nf4=nf4) if case == "fusion" else PeftModel(make(kind, nf4=nf4))

@@ -58,7 +58,7 @@ def bottleneck(module, activation):
 def test_houlsby():
     model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=8)).eval()
     randomize(model)
-    tree = model.host.adapters["default"][0].tree
+    tree = model.injector.adapters["default"][0].tree
     places = [f"bert.encoder.layer.0.{place}_adapter" for place in ("attention", "ffn")]
     first, second = (bottleneck(tree[place], F.gelu) for place in places)
     x = torch.randn(2, 5, 32)
@@ -82,7 +82,7 @@ def test_pfeiffer_and_parallel(placement):
     config = peft.AdapterConfig(placement=placement, bottleneck_size=8, scale=2.0, non_linearity="relu")
     model = get_peft_model(make("bert"), config).eval()
     randomize(model)
-    f = bottleneck(model.host.adapters["default"][0].tree["bert.encoder.layer.0.ffn_adapter"], F.relu)
+    f = bottleneck(model.injector.adapters["default"][0].tree["bert.encoder.layer.0.ffn_adapter"], F.relu)
     where = {"normed" if placement == "pfeiffer" else "parallel": lambda x: 2 * f(x)}
     x = torch.randn(2, 5, 32)
     assert_same_function(bert_layer(model)(x), bert_reference(bert_layer(model), x, **where), products=6)
@@ -92,7 +92,7 @@ def test_pfeiffer_and_parallel(placement):
 def test_prefix(projection):
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=projection, encoder_hidden_size=16)
     model = get_peft_model(make("bert"), config).eval()
-    encoder = model.host.adapters["default"][0].prefixes["encoder"]
+    encoder = model.injector.adapters["default"][0].prefixes["encoder"]
     rows = encoder.embedding.weight
     if projection:
         rows = encoder.up(torch.tanh(encoder.down(rows)))
@@ -104,7 +104,7 @@ def test_prefix(projection):
 def test_mam_is_prefix_and_parallel_adapter():
     model = get_peft_model(make("bert"), peft.MAMConfig(prefix_length=3, bottleneck_size=8)).eval()
     randomize(model)
-    prefix, adapter = model.host.adapters["default"][0].parts
+    prefix, adapter = model.injector.adapters["default"][0].parts
     f = bottleneck(adapter.tree["bert.encoder.layer.0.ffn_adapter"], F.relu)
     x = torch.randn(2, 5, 32)
     keys, values = prefix.prefixes["encoder"](0)
@@ -116,7 +116,7 @@ def test_unipelt():
     config = peft.UniPELTConfig(prefix_length=3, prefix_hidden_size=16, lora_r=4, reduction_factor=4)
     model = get_peft_model(make("bert"), config).eval()
     randomize(model)
-    lora, prefix, adapter = model.host.adapters["default"][0].parts
+    lora, prefix, adapter = model.injector.adapters["default"][0].parts
     node = "bert.encoder.layer.0"
     f = adapter.tree[f"{node}.ffn_adapter"]
     small = bottleneck(f.bottleneck, F.relu)
@@ -187,7 +187,7 @@ def test_pfeiffer_where_layers_normalise_their_input(kind):
     randomize(wrapped)
     see()
     model(**inputs)
-    module = wrapped.host.adapters["default"][0].tree[f"{path.removesuffix('.layer.1')}.ffn_adapter"]
+    module = wrapped.injector.adapters["default"][0].tree[f"{path.removesuffix('.layer.1')}.ffn_adapter"]
     assert_same_function(streams[1], streams[0] + bottleneck(module, F.relu)(streams[0]), products=4)
 
 
@@ -204,13 +204,13 @@ def fused_model() -> PeftModel:
 
 def test_adapter_fusion():
     model = fused_model()
-    fusion = model.host.adapters["fusion"][0].tree["bert.encoder.layer.0.fusion"]
+    fusion = model.injector.adapters["fusion"][0].tree["bert.encoder.layer.0.fusion"]
     assert torch.equal(fusion.value.weight.diagonal(), torch.ones(32))
     assert fusion.value.weight.sum().item() == pytest.approx(32 + (32 * 32 - 32) * 1e-6)
     assert model.train().peft_loss().item() == pytest.approx(2 * 0.01 * (32 * 32 - 32) * 1e-12)
     model.eval()
     randomize(model)
-    trees = [model.host.adapters[name][0].tree["bert.encoder.layer.0.ffn_adapter"] for name in ("a", "b")]
+    trees = [model.injector.adapters[name][0].tree["bert.encoder.layer.0.ffn_adapter"] for name in ("a", "b")]
     f_a, f_b = (bottleneck(tree, F.relu) for tree in trees)
 
     def mix(h):
@@ -252,7 +252,7 @@ def test_gemmas_sublayers_end_in_a_norm():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 48}
     base = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     model = get_peft_model(base, peft.AdapterConfig(bottleneck_size=8)).eval()
-    (layer,) = model.host.anatomy.layers
+    (layer,) = model.injector.layout.layers
     leaves = [path.rpartition(".")[2] for path in (layer.attention_output, layer.ffn_input, layer.ffn_output)]
     assert leaves == ["post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
     start = logits(model, batch("llama"))
@@ -295,7 +295,7 @@ def test_prompt_inits():
 
     def prompt(**options):
         config = peft.PromptTuningConfig(num_virtual_tokens=5, **options)
-        return get_peft_model(make("llama"), config).host.adapters["default"][0].prompt()
+        return get_peft_model(make("llama"), config).injector.adapters["default"][0].prompt()
 
     assert prompt().abs().max() <= 0.5
     sampled = prompt(prompt_tuning_init="SAMPLE_VOCAB", sample_vocab_size=7)
@@ -327,7 +327,7 @@ def test_placeholders_put_virtual_tokens_where_the_template_says():
     config = peft.PTuningConfig(num_virtual_tokens=2, placeholder_token_id=3)
     model = get_peft_model(make("llama"), config).eval()
     ids = torch.tensor([[3, 7, 3, 9], [8, 3, 3, 9]])
-    prompt = model.host.adapters["default"][0].prompt()
+    prompt = model.injector.adapters["default"][0].prompt()
     embeds = model.get_input_embeddings()(ids).detach().clone()
     for row, places in enumerate(((0, 2), (1, 2))):
         embeds[row, list(places)] = prompt
@@ -416,7 +416,7 @@ def test_prefixes_from_words_are_the_words(kind):
 
 def test_prefixes_from_words_repeat_and_are_checked():
     model = get_peft_model(make("bert"), peft.PTuningV2Config(num_virtual_tokens=3, init_token_ids=[7, 7]))
-    (encoder,) = model.host.adapters["default"][0].prefixes.values()
+    (encoder,) = model.injector.adapters["default"][0].prefixes.values()
     keys, values = encoder(0)
     embeddings = make("bert").bert.embeddings(torch.tensor([[7, 7, 7]]))
     attention = make("bert").bert.encoder.layer[0].attention.self

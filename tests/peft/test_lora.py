@@ -77,7 +77,7 @@ def test_equation_and_gradients(nf4):
     w = base.dequantize(torch.float32) if nf4 else linear.weight.detach()
     model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], r=4, lora_alpha=6))
     randomize(model)
-    delta = model.host.adapted()["0"].deltas["default"]
+    delta = model.injector.adapted_layers()["0"].deltas["default"]
     x = torch.randn(2, 5, 64, requires_grad=True)
     y = model(x)
     y.square().sum().backward()
@@ -100,7 +100,7 @@ def test_dora_equation():
     x = torch.randn(3, 16)
     assert_same_function(model(x), linear(x), products=3)
     randomize(model)
-    delta = model.host.adapted()["0"].deltas["default"]
+    delta = model.injector.adapted_layers()["0"].deltas["default"]
     v = linear.weight + delta.scaling * delta.lora_B.weight @ delta.lora_A.weight
     w = delta.lora_magnitude_vector[:, None] * v / v.norm(dim=1, keepdim=True)
     assert_same_function(model(x), x @ w.T + linear.bias, products=3)
@@ -151,7 +151,7 @@ def test_pissa_takes_the_principal_part(nf4, init):
     before = logits(base, inputs)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=init))
     assert_same_function(logits(model, inputs), before)
-    layer = model.host.adapted()["model.layers.0.self_attn.q_proj"]
+    layer = model.injector.adapted_layers()["model.layers.0.self_attn.q_proj"]
     delta = layer.deltas["default"]
     w = layer.base_layer.weight.float()
     u, s, vh = torch.linalg.svd(w)
@@ -171,7 +171,7 @@ def test_loftq_lowers_the_quantization_error():
         config = LoraConfig(
             target_modules=["up_proj"], r=8, init_lora_weights="loftq", loftq_config={"loftq_iter": iterations}
         )
-        layer = get_peft_model(make("llama"), config).host.adapted()["model.layers.0.mlp.up_proj"]
+        layer = get_peft_model(make("llama"), config).injector.adapted_layers()["model.layers.0.mlp.up_proj"]
         delta = layer.deltas["default"]
         assert type(layer.base_layer) is type(plain)
         errors[iterations] = (delta.merged(layer.base_layer.dequantize()) - dense).norm()
@@ -242,7 +242,7 @@ def test_embedding():
     assert torch.equal(model(ids), table(ids))
     assert model.get_nb_trainable_parameters() == (4 * (10 + 6), 4 * (10 + 6) + 60)
     randomize(model)
-    delta = model.host.adapted()["0"].deltas["default"]
+    delta = model.injector.adapted_layers()["0"].deltas["default"]
     w = table.weight + 6 / 4 * (delta.lora_embedding_B @ delta.lora_embedding_A).T
     assert_same_function(model(ids), w[ids], products=1)
     mixed = model(ids, adapter_names=["__base__", "default"])
@@ -276,7 +276,7 @@ def test_lora_bias(nf4, bias):
     x = torch.randn(3, 64)
     with model.disable_adapter():
         without = model(x)
-    delta = model.host.adapted()["0"].deltas["default"]
+    delta = model.injector.adapted_layers()["0"].deltas["default"]
     expected = without + 6 / 4 * delta.lora_B(delta.lora_A(x))
     assert_same_function(model(x), expected, products=3)
     mixed = model(x, adapter_names=["__base__", "default", "__base__"])

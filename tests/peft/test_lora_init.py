@@ -132,7 +132,7 @@ def test_eva_finds_the_directions_of_the_inputs(tmp_path):
     for inputs in batches:
         inputs["attention_mask"][:, -3:] = 0
     seen: list[torch.Tensor] = []
-    place = model.host.place("model.layers.0.self_attn.q_proj")
+    place = model.injector.hooked_module("model.layers.0.self_attn.q_proj")
     hook = place.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :-3].reshape(-1, 32)))
     initialize_eva(model, batches)
     hook.remove()

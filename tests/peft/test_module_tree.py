@@ -193,7 +193,9 @@ def test_the_file_is_the_model_after_a_replacement_of_its_parameters(change, tmp
     elif change == "parametrize":
         parametrize.register_parametrization(model.base_model.lm_head, "weight", Doubled())
         parametrize.register_parametrization(
-            model.host.adapted()["model.layers.0.self_attn.q_proj"].deltas["default"].lora_A, "weight", Doubled()
+            model.injector.adapted_layers()["model.layers.0.self_attn.q_proj"].deltas["default"].lora_A,
+            "weight",
+            Doubled(),
         )
     else:
         nn.utils.parametrizations.weight_norm(model.base_model.lm_head)
@@ -417,11 +419,11 @@ def test_torchs_attention_is_itself_again(nf4, dtype):
 def test_adapters_are_no_layers_of_the_model():
     """Neither a second adapter nor replace_linear touches the layers of the first."""
     model = get_peft_model(make("llama"), LoraConfig(target_modules="all-linear"))
-    adapted = set(model.host.adapted())
+    adapted = set(model.injector.adapted_layers())
     model.add_adapter("second", LoraConfig(target_modules="all-linear"))
-    assert set(model.host.adapted()) == adapted
+    assert set(model.injector.adapted_layers()) == adapted
     qk.replace_linear(model)
-    layer = model.host.adapted()["model.layers.0.self_attn.q_proj"]
+    layer = model.injector.adapted_layers()["model.layers.0.self_attn.q_proj"]
     assert type(layer.base_layer) is qk.LinearNF4
     assert type(layer.deltas["default"].lora_A) is nn.Linear
 

@@ -104,7 +104,7 @@ def test_the_encoders_weights_are_pefts(hf_peft):
 
     for kind in ("MLP", "LSTM"):
         options = {"num_virtual_tokens": N, "encoder_reparameterization_type": kind, "encoder_hidden_size": 16}
-        ours = get_peft_model(make("llama"), peft.PTuningConfig(**options)).host.adapters["default"][0]
+        ours = get_peft_model(make("llama"), peft.PTuningConfig(**options)).injector.adapters["default"][0]
         config = hf_peft.PromptEncoderConfig(
             task_type="CAUSAL_LM", token_dim=32, num_transformer_submodules=1, **options
         )

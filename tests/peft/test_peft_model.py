@@ -317,13 +317,13 @@ def test_files_are_checked(tmp_path):
 
 def test_a_failed_load_leaves_no_adapter(tmp_path):
     model = two_adapters()
-    layers = set(model.host.adapted())
+    layers = set(model.injector.adapted_layers())
     with pytest.raises(FileNotFoundError):
         model.load_adapter(tmp_path, "c")
     with pytest.raises(ValueError, match="matches no module"):
         model.add_adapter("c", LoraConfig(target_modules=["nothing"]))
     assert list(model.adapters) == ["default", "b"]
-    assert set(model.host.adapted()) == layers
+    assert set(model.injector.adapted_layers()) == layers
 
 
 def test_explain():

@@ -85,5 +85,5 @@ class LooksAtAWeight(nn.Module):
 
 def test_looking_at_a_weight_is_no_computation():
     model = get_peft_model(LooksAtAWeight(), LoraConfig(r=2, target_modules=["wo"], lora_dropout=0.5)).train()
-    assert not model.host.adapted()["wo"].weight_is_read
+    assert not model.injector.adapted_layers()["wo"].weight_is_read
     model(torch.zeros(2, 8)).sum().backward()

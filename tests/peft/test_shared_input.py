@@ -181,7 +181,7 @@ def test_nothing_is_held_after_the_last_share():
     model, x = small(), torch.randn(5, 32)
     qk.fuse_shared_input(model)
     model(x)
-    shared = model.base_model[0].q_proj.shared_input
+    shared = model.base_model[0].q_proj.fused_projections
     assert shared._shares is None
     model.base_model[0].q_proj(x)
     assert shared._shares is not None  # as after an exception between the calls
@@ -234,7 +234,7 @@ def test_adapters_come_go_merge_and_speak_for_rows(monkeypatch):
     assert calls == [3, 3]
     both(lambda m: (m.delete_adapter("second"), m(x))[1])
     assert calls == [3, 3, 3, 3]
-    assert not any(hasattr(m, "shared_input") for m in model.unload().modules())
+    assert not any(hasattr(m, "fused_projections") for m in model.unload().modules())
 
 
 def test_a_copy_is_fused_on_its_own(monkeypatch):
@@ -244,7 +244,7 @@ def test_a_copy_is_fused_on_its_own(monkeypatch):
     calls = counted(monkeypatch)
     assert_same_function(twin(x), model(x))
     assert calls == [3, 3, 3, 3]
-    assert twin.base_model[0].q_proj.shared_input.layers[0] is twin.base_model[0].q_proj
+    assert twin.base_model[0].q_proj.fused_projections.layers[0] is twin.base_model[0].q_proj
 
 
 def test_refuses_a_model_without_siblings():

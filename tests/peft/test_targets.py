@@ -49,7 +49,7 @@ def test_same_layers_as_peft(hf_peft, kind, rule):
     ours = get_peft_model(make(kind), LoraConfig(**rule))
     theirs = hf_peft.get_peft_model(make(kind), hf_peft.LoraConfig(**rule))
     adapted = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    assert set(ours.host.adapted()) == adapted
+    assert set(ours.injector.adapted_layers()) == adapted
 
 
 def test_rank_and_alpha_patterns(hf_peft):
@@ -61,7 +61,7 @@ def test_rank_and_alpha_patterns(hf_peft):
     }
     ours = get_peft_model(make("llama"), LoraConfig(**rule))
     theirs = hf_peft.get_peft_model(make("llama"), hf_peft.LoraConfig(**rule)).base_model.model
-    for path, layer in ours.host.adapted().items():
+    for path, layer in ours.injector.adapted_layers().items():
         delta, module = layer.deltas["default"], theirs.get_submodule(path)
         assert (delta.r, delta.scaling) == (module.r["default"], module.scaling["default"])
 
@@ -131,7 +131,7 @@ def test_a_file_may_name_modules_of_other_models(hf_peft, tmp_path):
     """People share one list of targets for all models; the tensors of the file say what was adapted."""
     config = hf_peft.LoraConfig(target_modules=["q_proj", "query_key_value"], modules_to_save=["score"])
     hf_peft.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
-    assert len(PeftModel.from_pretrained(make("llama"), tmp_path).host.adapted()) == 2
+    assert len(PeftModel.from_pretrained(make("llama"), tmp_path).injector.adapted_layers()) == 2
 
 
 def test_a_head_of_another_name_is_asked_for():

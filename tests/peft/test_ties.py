@@ -125,7 +125,7 @@ def test_their_files_in_both(hf_peft, tmp_path, part, ensure):
 @pytest.mark.parametrize("part", ["head", "embedding", "both"])
 def test_ensure_weight_tying_trains_both_ends_as_one(hf_peft, tmp_path, part):
     model, inputs = adapted({**PARTS[part], "ensure_weight_tying": True}), batch("llama")
-    with_copy = model.host.adapters["default"][0].overrides.copies
+    with_copy = model.injector.adapters["default"][0].overrides.copies
     assert with_copy[EMBED] is with_copy[HEAD]
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
@@ -149,13 +149,13 @@ def test_ensure_weight_tying_trains_one_lora(hf_peft, tmp_path, part):
         "0.model.embed_tokens.lora_embedding_B",
     ]
     expected = logits(model, inputs)
-    update = model.host.adapters["default"][0].deltas["model.embed_tokens"]
+    update = model.injector.adapters["default"][0].deltas["model.embed_tokens"]
     lora_A, lora_B, scaling = update.lowrank()
     tied_weight = model.base_model.lm_head.base_layer.weight + scaling * (lora_B @ lora_A).T
     reference = tied()
     with torch.no_grad():
         reference.lm_head.weight.copy_(tied_weight)
-        q_proj, q = reference.model.layers[0].self_attn.q_proj, model.host.adapters["default"][0].deltas
+        q_proj, q = reference.model.layers[0].self_attn.q_proj, model.injector.adapters["default"][0].deltas
         q_proj.weight += q["model.layers.0.self_attn.q_proj"].merged(q_proj.weight) - q_proj.weight
     assert_same_function(expected, logits(reference, inputs))
     model.save_pretrained(tmp_path / "ours")
@@ -166,7 +166,7 @@ def test_ensure_weight_tying_trains_one_lora(hf_peft, tmp_path, part):
         again.load_state_dict(model.state_dict())
         assert_same_function(logits(again.eval(), inputs), expected)
         again(**inputs, labels=inputs["input_ids"]).loss.backward()
-        own = again.host.adapters["default"][0].deltas
+        own = again.injector.adapters["default"][0].deltas
         assert own["lm_head"].lora_embedding_A is own["model.embed_tokens"].lora_embedding_A
         assert own["lm_head"].lora_embedding_A.grad.abs().sum(0).count_nonzero() == VOCAB
     merged = model.merge_and_unload()
@@ -185,7 +185,7 @@ def test_one_lora_for_all_ends_of_t5():
     config = LoraConfig(r=2, target_modules=["encoder.embed_tokens"], ensure_weight_tying=True)
     model = get_peft_model(base, config)
     ends = ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
-    assert sorted(model.host.adapters["default"][0].deltas) == sorted(ends)
+    assert sorted(model.injector.adapters["default"][0].deltas) == sorted(ends)
     assert len(list(model.adapters["default"].parameters())) == 2
 
 

@@ -140,7 +140,7 @@ def test_wrappers_names_in_a_file_are_left_out(tmp_path):
 
 def test_all_linear_leaves_out_the_head_of_a_wrapped_model():
     for wrap in (compiled, nn.DataParallel, checkpoint_wrapper):
-        targets = get_peft_model(wrap(make("llama")), LoraConfig(target_modules="all-linear")).host.adapted()
+        targets = get_peft_model(wrap(make("llama")), LoraConfig(target_modules="all-linear")).injector.adapted_layers()
         assert len(targets) == 14
         assert "lm_head" not in targets
 

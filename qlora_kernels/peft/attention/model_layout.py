@@ -1,6 +1,6 @@
-"""Anatomy: where the parts of a transformer are, by module names, for methods that act at attention or the FFN.
+"""ModelLayout: where the parts of a transformer are, by module names, for methods that act at attention or the FFN.
 
-One entry of `_PLANS` describes a family by the names its layers use. A model of another family needs an entry, not
+One entry of `_PATTERNS` describes a family by the names its layers use. A model of another family needs an entry, not
 code.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class LayerParts:
     """Paths of the modules of one layer.
 
     self_attention, cross_attention: modules that compute softmax(Q K^T) V.   query: the projection with the query bias.
@@ -45,7 +45,7 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer(Parts):
+class TransformerLayer(LayerParts):
     """One transformer layer: its number, its own path, and its parts by their paths in the model."""
 
     index: int
@@ -54,10 +54,10 @@ class Layer(Parts):
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelLayout:
     """The layers in order, and the paths of the modules that turn position numbers into vectors."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[TransformerLayer, ...]
     positions: tuple[str, ...]
 
     @property
@@ -71,14 +71,14 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _LayerPattern:
     """A family of layers.   layer: pattern of a path, whose last number is the index.   parts: by names below it, the
     layer itself being ""; they tell the family. Of ffn_first those count that are there.
     """
 
     layer: str
     stack: str | None  # None: the path says it
-    parts: Parts
+    parts: LayerParts
 
     def fits(self, path: str, modules: Mapping[str, nn.Module]) -> re.Match[str] | None:
         parts = self.parts
@@ -89,7 +89,7 @@ class _Plan:
         return found if there and any(_below(path, name) in modules for name in parts.ffn_first) else None
 
 
-_LLAMA = Parts(
+_LLAMA = LayerParts(
     self_attention="self_attn",
     query="self_attn.q_proj",
     attention_output="self_attn.o_proj",
@@ -106,7 +106,7 @@ _GEMMA = dataclasses.replace(  # a LayerNorm behind each sublayer as well
     ffn_output="post_feedforward_layernorm",
     norms=(*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-_BERT = Parts(
+_BERT = LayerParts(
     self_attention="attention.self",
     query="attention.self.query",
     attention_output="attention.output.dropout",
@@ -116,7 +116,7 @@ _BERT = Parts(
     stream="output.LayerNorm",
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
-_GPT2 = Parts(
+_GPT2 = LayerParts(
     self_attention="attn",
     query="attn.c_attn",
     attention_output="attn.resid_dropout",
@@ -128,11 +128,11 @@ _GPT2 = Parts(
 )
 
 
-def _t5(ffn: str, cross_attention: str | None = None) -> Parts:
+def _t5(ffn: str, cross_attention: str | None = None) -> LayerParts:
     """A T5 block whose FFN is at `ffn`, after one or two attentions."""
     dense = f"{ffn}.DenseReluDense"
     before = ("layer.0",) if cross_attention is None else ("layer.0", "layer.1")
-    return Parts(
+    return LayerParts(
         self_attention="layer.0.SelfAttention",
         query="layer.0.SelfAttention.q",
         attention_output="layer.0.dropout",
@@ -145,9 +145,9 @@ def _t5(ffn: str, cross_attention: str | None = None) -> Parts:
     )
 
 
-def _torch(norms: int, cross_attention: str | None = None) -> Parts:
+def _torch(norms: int, cross_attention: str | None = None) -> LayerParts:
     """torch's own layer with that many LayerNorms and as many dropouts."""
-    return Parts(
+    return LayerParts(
         self_attention="self_attn",
         query="self_attn.q_proj",
         attention_output="dropout1",
@@ -161,20 +161,20 @@ def _torch(norms: int, cross_attention: str | None = None) -> Parts:
 
 
 _LAYERS, _BLOCKS = r"(?:.*\.)?layers\.(\d+)", r"(?:.*\.)?(encoder|decoder)\.block\.(\d+)"
-_PLANS = (
-    _Plan(_LAYERS, "decoder", _GEMMA),  # Gemma 2 and 3
-    _Plan(_LAYERS, "decoder", _LLAMA),  # Llama, Mistral, Qwen, Gemma, SmolLM
-    _Plan(r"(?:.*\.)?layer\.(\d+)", "encoder", _BERT),  # BERT, RoBERTa, Electra
-    _Plan(r"(?:.*\.)?h\.(\d+)", "decoder", _GPT2),
-    _Plan(_BLOCKS, None, _t5("layer.2", cross_attention="layer.1.EncDecAttention")),
-    _Plan(_BLOCKS, None, _t5("layer.1")),
-    _Plan(_LAYERS, "decoder", _torch(3, cross_attention="multihead_attn")),
-    _Plan(_LAYERS, "encoder", _torch(2)),
+_PATTERNS = (
+    _LayerPattern(_LAYERS, "decoder", _GEMMA),  # Gemma 2 and 3
+    _LayerPattern(_LAYERS, "decoder", _LLAMA),  # Llama, Mistral, Qwen, Gemma, SmolLM
+    _LayerPattern(r"(?:.*\.)?layer\.(\d+)", "encoder", _BERT),  # BERT, RoBERTa, Electra
+    _LayerPattern(r"(?:.*\.)?h\.(\d+)", "decoder", _GPT2),
+    _LayerPattern(_BLOCKS, None, _t5("layer.2", cross_attention="layer.1.EncDecAttention")),
+    _LayerPattern(_BLOCKS, None, _t5("layer.1")),
+    _LayerPattern(_LAYERS, "decoder", _torch(3, cross_attention="multihead_attn")),
+    _LayerPattern(_LAYERS, "encoder", _torch(2)),
 )
 
 
-def anatomy(modules: Mapping[str, nn.Module]) -> Anatomy:
-    """The parts of the model with these modules (Host.modules()).
+def model_layout(modules: Mapping[str, nn.Module]) -> ModelLayout:
+    """The parts of the model with these modules (Injector.modules()).
 
     Raises NotImplementedError, with the families known, for a model that fits none of them.
     """
@@ -184,7 +184,7 @@ def anatomy(modules: Mapping[str, nn.Module]) -> Anatomy:
             "anatomy: the model must have layers as Llama, BERT, GPT-2, T5 or torch.nn.Transformer do; "
             "methods that act on linear layers by name (LoRA, AdaLoRA) and BitFit need none"
         )
-    return Anatomy(tuple(layers), tuple(path for path, module in modules.items() if _takes_positions(path, module)))
+    return ModelLayout(tuple(layers), tuple(path for path, module in modules.items() if _takes_positions(path, module)))
 
 
 def _takes_positions(path: str, module: nn.Module) -> bool:
@@ -192,15 +192,15 @@ def _takes_positions(path: str, module: nn.Module) -> bool:
     return name in ("wpe", "position_embeddings") or type(module).__name__.endswith("RotaryEmbedding")
 
 
-def _layer(path: str, modules: Mapping[str, nn.Module]) -> Layer | None:
-    for plan in _PLANS:
-        if found := plan.fits(path, modules):
-            parts = plan.parts
+def _layer(path: str, modules: Mapping[str, nn.Module]) -> TransformerLayer | None:
+    for pattern in _PATTERNS:
+        if found := pattern.fits(path, modules):
+            parts = pattern.parts
             if getattr(modules[path], "norm_first", False):  # torch's layers normalise either way
                 parts = dataclasses.replace(parts, stream="", ffn_input=parts.norms[-1])
             paths = {field.name: _below(path, getattr(parts, field.name)) for field in dataclasses.fields(parts)}
             paths["ffn_first"] = tuple(linear for linear in paths["ffn_first"] if linear in modules)
-            return Layer(index=int(found.groups()[-1]), stack=plan.stack or found[1], path=path, **paths)
+            return TransformerLayer(index=int(found.groups()[-1]), stack=pattern.stack or found[1], path=path, **paths)
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 
 
@@ -103,7 +103,7 @@ class PrefixSlot(AdapterModules):
     `seen`: a list to which the model's own keys and values are to be added, or None.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: AdapterSelection) -> None:
         super().__init__()
         self.selection = selection
         self.seen: list[tuple[Tensor, Tensor]] | None = None
@@ -147,7 +147,7 @@ def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, 
     return torch.cat([front, mask.expand(rows, -1, -1, -1)], dim=-1)
 
 
-def attention_slot(attention: nn.Module, selection: Selection) -> PrefixSlot:
+def attention_slot(attention: nn.Module, selection: AdapterSelection) -> PrefixSlot:
     """The slot of an attention module, made if it has none."""
     slot: PrefixSlot | None = getattr(attention, SLOT, None)
     if slot is None:

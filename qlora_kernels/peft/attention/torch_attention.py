@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.module_tree import move_hooks, names_of, set_submodule
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..layers.adapted_linear import base_of
 from .prefix_slot import PrefixSlot, extend_mask
 
@@ -31,7 +31,7 @@ class SplitAttention(nn.Module):
 
     reads_prefix_slot = True  # without transformers' attention interface
 
-    def __init__(self, packed: nn.MultiheadAttention, selection: Selection) -> None:
+    def __init__(self, packed: nn.MultiheadAttention, selection: AdapterSelection) -> None:
         super().__init__()
         self.selection = selection
         self.embed_dim, self.num_heads, self.head_dim = packed.embed_dim, packed.num_heads, packed.head_dim
@@ -166,7 +166,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def split_attention(model: nn.Module, selection: Selection) -> None:
+def split_attention(model: nn.Module, selection: AdapterSelection) -> None:
     """Puts a SplitAttention in the place of every nn.MultiheadAttention of the model that can be taken apart.
 
     torch's encoders are told to use no nested tensors, which lead to a fast path that adapters cannot act in.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .gathered import gathered
+from .sharded import full_tensor
 
 if TYPE_CHECKING:
-    from ..framework.injector import Host
+    from ..framework.injector import Injector
 
 
 class AdapterModules(nn.ModuleDict):
@@ -60,8 +60,8 @@ class AdapterTree:
     Modules are looked up by these paths whenever they are needed: nothing here holds one.
     """
 
-    def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name = host, name
+    def __init__(self, injector: Injector, name: str) -> None:
+        self.injector, self.name = injector, name
         self.places: dict[str, Place] = {}
 
     def add(self, path: str, module: nn.Module, *, owner: str | None, slot: str, in_file: bool = True) -> Place:
@@ -69,7 +69,7 @@ class AdapterTree:
 
         path: its name in the file, if it is in the file at all.
         """
-        key = self.host.slot(owner, slot).add(self.name, module)
+        key = self.injector.slot(owner, slot).add(self.name, module)
         place = self.places[path] = Place(owner, slot, key, in_file=in_file)
         return place
 
@@ -79,7 +79,7 @@ class AdapterTree:
 
     def __getitem__(self, path: str) -> nn.Module:
         place = self.places[path]
-        return self.host.slot(place.owner, place.slot)[place.key].get_submodule(place.inner)
+        return self.injector.slot(place.owner, place.slot)[place.key].get_submodule(place.inner)
 
     def train(self, mode: bool) -> None:
         for path in self.places:
@@ -88,7 +88,7 @@ class AdapterTree:
     def detach(self) -> None:
         """Takes the adapter's modules out of the model, also where some of it was never added."""
         for owner, slot, key in {(place.owner, place.slot, place.key) for place in self.places.values()}:
-            self.host.remove(owner, slot, key)
+            self.injector.remove(owner, slot, key)
         self.places = {}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -107,7 +107,7 @@ class AdapterTree:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file by their paths in it."""
         return {
-            f"{path}.{name}": gathered(tensor)
+            f"{path}.{name}": full_tensor(tensor)
             for path, place in self.places.items()
             if place.in_file
             for name, tensor in effective_state(self[path]).items()

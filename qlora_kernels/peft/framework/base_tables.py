@@ -19,22 +19,22 @@ from ..layers.adapted_linear import AdaptedLinear, base_of
 from ..layers.base_layer import is_linear, is_quantized
 
 if TYPE_CHECKING:
-    from .injector import Host
+    from .injector import Injector
 
 
-def resized_tables(host: Host, base_model: str | None, replaced: Collection[str] = ()) -> dict[str, Tensor]:
+def resized_tables(injector: Injector, base_model: str | None, replaced: Collection[str] = ()) -> dict[str, Tensor]:
     """The tables of the input embedding and the output head by path in a file, if they have other rows than the base's.
 
     base_model: the folder or name that the base came from, if known.   replaced: paths of parameters that the adapter
     has copies of, which the file holds anyway. The base's own number is what the configuration
     there says, or the module that holds the embedding where it still does.
     """
-    layers = _layers(host)
+    layers = _layers(injector)
     if not layers:
         return {}
     path, embedding = next(iter(layers.items()))
     rows = len(embedding.weight)
-    holder: Any = host.module(path.rpartition(".")[0])
+    holder: Any = injector.module(path.rpartition(".")[0])
     before = _stated_rows(base_model) or getattr(holder, "vocab_size", None)
     if not isinstance(before, int) or before == rows:
         return {}
@@ -46,9 +46,9 @@ def resized_tables(host: Host, base_model: str | None, replaced: Collection[str]
         "the adapter, whose base must be resized before it loads; name them in modules_to_save to train them",
         stacklevel=6,
     )
-    names = {p: f"{p}.base_layer" if isinstance(host.called(p), AdaptedLinear) else p for p in layers}
-    with host.selection.disabled():
-        # Copies, since a file holds no two tensors that share memory.
+    names = {p: f"{p}.base_layer" if isinstance(injector.called_module(p), AdaptedLinear) else p for p in layers}
+    with injector.selection.disabled():
+        # AdapterCopies, since a file holds no two tensors that share memory.
         return {f"{names[p]}.weight": _dense(p, layer).detach().clone() for p, layer in layers.items()}
 
 
@@ -59,12 +59,12 @@ def _dense(path: str, layer: Any) -> Tensor:
     return weight
 
 
-def _layers(host: Host) -> dict[str, Any]:
+def _layers(injector: Injector) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for table in (input_embeddings_of(host.model), output_embeddings_of(host.model)):
+    for table in (input_embeddings_of(injector.model), output_embeddings_of(injector.model)):
         layer = None if table is None else base_of(unwrapped(table))
         if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # no patches of an image
-            found |= {path: layer for path, module in host.modules(aliases=True).items() if module is layer}
+            found |= {path: layer for path, module in injector.modules(aliases=True).items() if module is layer}
     return found
 
 
@@ -81,7 +81,7 @@ def _stated_rows(base_model: str | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def take_tables(host: Host, tensors: dict[str, Tensor], known: set[str]) -> dict[str, tuple[str, Tensor]]:
+def pop_base_tables(injector: Injector, tensors: dict[str, Tensor], known: set[str]) -> dict[str, tuple[str, Tensor]]:
     """Removes the base model's own parameters from a file's tensors; returns those that are to replace the base's:
     path -> (path in the file, value).
 
@@ -89,10 +89,10 @@ def take_tables(host: Host, tensors: dict[str, Tensor], known: set[str]) -> dict
     the base's and all others differ: a vocabulary that was resized.
     Raises ValueError where the file's table is another one: the adapter was trained over another base.
     """
-    modules = host.modules(aliases=True)
+    modules = injector.modules(aliases=True)
     replacing: dict[str, tuple[str, Tensor]] = {}
     for key in sorted(tensors.keys() - known):
-        path = host.canonical(key)
+        path = injector.canonical(key)
         owner, _, leaf = path.rpartition(".")
         own = modules[owner]._parameters.get(leaf) if owner in modules else None
         if own is None:

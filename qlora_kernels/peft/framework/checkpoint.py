@@ -10,9 +10,9 @@ from pathlib import Path
 from ...io.peft_checkpoint import AdapterFiles, read_adapters, write_adapters
 from ...nn.quantized_weight import is_sharded
 from ..core.config import PeftConfig
-from ..core.gathered import whole, written_once
+from ..core.sharded import full_tensors, write_on_rank_zero
 from .base_tables import resized_tables
-from .injector import Host
+from .injector import Injector
 from .method import Method
 from .registry import config_from_dict, method_for
 
@@ -38,16 +38,16 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
     if any(is_sharded(p) for methods in adapters.values() for m in methods for p in m.parameters()):
         for files in folders.values():
             if isinstance(files, AdapterFiles):
-                files.tensors, files.extra_tensors = whole(files.tensors), whole(files.extra_tensors)
-        written_once(lambda: write_adapters(directory, folders))
+                files.tensors, files.extra_tensors = full_tensors(files.tensors), full_tensors(files.extra_tensors)
+        write_on_rank_zero(lambda: write_adapters(directory, folders))
     else:
         write_adapters(directory, folders)
 
 
 def _files(method: Method) -> AdapterFiles:
     values, tensors = method.extras()
-    base_model = method.config.base_model_name_or_path or getattr(method.host.model, "name_or_path", None)
-    tables = resized_tables(method.host, base_model, method.overrides.paths)
+    base_model = method.config.base_model_name_or_path or getattr(method.injector.model, "name_or_path", None)
+    tables = resized_tables(method.injector, base_model, method.overrides.paths)
     return AdapterFiles(
         config=method.file_config(),
         tensors={**{f"{method.file_prefix}{key}": table for key, table in tables.items()}, **method.tensors()},
@@ -69,14 +69,14 @@ def _config(files: AdapterFiles) -> PeftConfig:
     return config_from_dict({**files.config, **own})
 
 
-def buildable(config: PeftConfig, files: AdapterFiles, host: Host) -> PeftConfig:
+def buildable(config: PeftConfig, files: AdapterFiles, injector: Injector) -> PeftConfig:
     """The configuration with which the method is built before `load_weights` fills it.
 
     Raises ValueError where it asks for more than the files hold.
     """
     method = method_for(config)
     config = method.config_of_file(config)
-    method.check_file(config, host, files.tensors, files.extra_tensors)
+    method.check_file(config, injector, files.tensors, files.extra_tensors)
     return config
 
 

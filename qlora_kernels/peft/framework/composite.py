@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.config import PeftConfig
-from .injector import Host
+from .injector import Injector
 from .method import Method
 
 
 class Composite(Method):
     """`components`: name -> method. Each runs as a method of its own; its tensors lie under its name in the file."""
 
-    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+    def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         self.components: dict[str, Method] = {}
-        super().__init__(config, host, name)
+        super().__init__(config, injector, name)
 
     def add(self, components: Mapping[str, Method]) -> None:
         self.components.update(components)

@@ -1,4 +1,4 @@
-"""Host: the model as the methods see it, by names that stay the same whatever has been wrapped."""
+"""Injector: the model as the methods see it, by names that stay the same whatever has been wrapped."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from ...nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from ...nn.functional_use import computes_with_weight
 from ...nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
-from ..attention.model_layout import Anatomy, Layer, anatomy
+from ..attention.model_layout import ModelLayout, TransformerLayer, model_layout
 from ..attention.torch_attention import join_attention, split_attention
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 from ..layers.adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
 from ..layers.base_layer import is_embedding, is_linear, is_quantized
-from ..layers.overridden_module import UPDATES, Overrides, override, restore
+from ..layers.overridden_module import UPDATES, ParameterCopies, override, restore
 from ..layers.parameter_lora import ParameterUpdates
 
 if TYPE_CHECKING:
     from .method import Method
 
 
-class Host:
+class Injector:
     """The base model, the selection of adapters, the adapters themselves, and where their modules go.
 
     model: the one inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
@@ -41,7 +41,7 @@ class Host:
         self.model = unwrapped(model)
         self.adapter_dtype = adapter_dtype
         self.prompts = AdapterModules() if prompts is None else prompts
-        self.selection = Selection()
+        self.selection = AdapterSelection()
         self.adapters: dict[str, list[Method]] = {}
         self.unfinished: list[Method] = []  # those of the adapter that is being added
         self.split_attention()
@@ -62,8 +62,8 @@ class Host:
     # The model by names
 
     @cached_property
-    def anatomy(self) -> Anatomy:
-        return anatomy(self.modules())
+    def layout(self) -> ModelLayout:
+        return model_layout(self.modules())
 
     @staticmethod
     def canonical(name: str) -> str:
@@ -106,21 +106,21 @@ class Host:
 
     def module(self, path: str) -> nn.Module:
         """The module at a canonical path, unwrapped."""
-        return base_of(self.called(path))
+        return base_of(self.called_module(path))
 
-    def called(self, path: str) -> nn.Module:
+    def called_module(self, path: str) -> nn.Module:
         """The module at a canonical path, an AdaptedLinear where there is one."""
         module: nn.Module = self.model
         for part in path.split(".") if path else ():
             module = unwrapped(base_of(module).get_submodule(part))
         return module
 
-    def place(self, path: str) -> nn.Module:
+    def hooked_module(self, path: str) -> nn.Module:
         """What is called at `path`, wrapped or not: hooks registered on it stay at that place.
 
         Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
         """
-        module = self.called(path)
+        module = self.called_module(path)
         while isinstance(module, nn.Sequential) and len(module):
             module = unwrapped(module[-1])
         return module
@@ -135,21 +135,21 @@ class Host:
                 sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
 
-    def width(self, layer: Layer) -> int:
+    def width(self, layer: TransformerLayer) -> int:
         """Size d of the residual stream."""
         return next(self.module(layer.norms[0]).parameters()).numel()
 
-    def layer_of(self, path: str) -> Layer | None:
+    def layer_of(self, path: str) -> TransformerLayer | None:
         """The transformer layer that the module at `path` is a part of."""
-        return next((layer for layer in self.anatomy.layers if path.startswith(f"{layer.path}.")), None)
+        return next((layer for layer in self.layout.layers if path.startswith(f"{layer.path}.")), None)
 
     # Adapted layers
 
     def adapt(self, path: str) -> AdaptedLinear:
         """The AdaptedLinear at `path`, put there, under all names of the layer, if it is not yet."""
-        layer = self.called(path)
+        layer = self.called_module(path)
         if not isinstance(layer, AdaptedLinear):
-            parent = base_of(self.called(path.rpartition(".")[0]))
+            parent = base_of(self.called_module(path.rpartition(".")[0]))
             if "_orig_mod" in parent.get_submodule(path.rpartition(".")[2])._modules:
                 raise ValueError(
                     f"target_modules: {path} must not be compiled by itself, since its compiled forward would not see "
@@ -161,7 +161,7 @@ class Host:
             layer.weight_is_read = computes_with_weight(parent, path.rpartition(".")[2])
         return layer
 
-    def adapted(self) -> dict[str, AdaptedLinear]:
+    def adapted_layers(self) -> dict[str, AdaptedLinear]:
         return {self.canonical(name): m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
 
     def unwrap(self, layer: AdaptedLinear) -> None:
@@ -172,7 +172,7 @@ class Host:
         names = names_of(self.model, old)
         move_hooks(old, new)
         for slot, child in list(old._modules.items()):
-            if isinstance(child, AdapterModules) and not isinstance(child, Overrides) and slot != "deltas":
+            if isinstance(child, AdapterModules) and not isinstance(child, ParameterCopies) and slot != "deltas":
                 del old._modules[slot]
                 new.add_module(slot, child)
         for name in names:
@@ -215,7 +215,7 @@ class Host:
         """The child `slot` of the model's module at `owner`, which holds the adapters' modules; made if not there."""
         if owner is None:
             return self.prompts
-        module = self.place(owner)
+        module = self.hooked_module(owner)
         if slot not in module._modules:
             module.add_module(slot, AdapterModules())
         return cast(AdapterModules, module._modules[slot])
@@ -225,7 +225,7 @@ class Host:
         if owner is None:
             self.prompts.pop(key)
             return
-        module = self.place(owner)
+        module = self.hooked_module(owner)
         entries = cast(AdapterModules, module._modules.get(slot) or AdapterModules())
         if key in entries:
             del entries[key]

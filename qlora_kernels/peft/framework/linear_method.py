@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...nn.linear_nf4 import is_conv1d
 from ..core.config import PeftConfig
 from ..layers.adapted_linear import Delta
-from .injector import Host
-from .method import Method, by_path
+from .injector import Injector
+from .method import Method, tensors_by_path
 from .targets import TargetConfig, called_instead, check_target_names, is_all_linear, matched_layers, matched_parameters
 
 
@@ -34,24 +34,24 @@ class LinearMethod(Method, Generic[D]):
     loads_in_peft = True
     adapts_embeddings: ClassVar[bool] = False
 
-    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+    def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         where = cast(LinearConfig, config)
-        targets = self.targets(config, host)
+        targets = self.targets(config, injector)
         if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
-        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), host, name)
+        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), injector, name)
         for path, base in targets.items():
             self.add_delta(path, self.new_delta(path, base))
         self._add_biases(where.bias)
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
-        super().check_names(config, host)
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
+        super().check_names(config, injector)
         where = cast(LinearConfig, config)
-        check_target_names(host, where)
-        _check_called(host, cls.targets(config, host))
-        adapted = matched_parameters(host, getattr(config, "target_parameters", None))
-        left_out = [path for path in host.expert_stacks() if path not in adapted]
+        check_target_names(injector, where)
+        _check_called(injector, cls.targets(config, injector))
+        adapted = matched_parameters(injector, getattr(config, "target_parameters", None))
+        left_out = [path for path in injector.expert_stacks() if path not in adapted]
         if is_all_linear(where.target_modules) and left_out:
             warnings.warn(
                 f"target_modules: 'all-linear' leaves out {len(left_out)} expert weights that are no linear layers "
@@ -60,9 +60,9 @@ class LinearMethod(Method, Generic[D]):
             )
 
     @classmethod
-    def targets(cls, config: PeftConfig, host: Host) -> dict[str, nn.Module]:
+    def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:
         """The layers that the configuration targets, by name."""
-        return matched_layers(host, cast(LinearConfig, config), embeddings=cls.adapts_embeddings)
+        return matched_layers(injector, cast(LinearConfig, config), embeddings=cls.adapts_embeddings)
 
     @classmethod
     def rank(cls, config: PeftConfig, path: str) -> int:
@@ -71,10 +71,10 @@ class LinearMethod(Method, Generic[D]):
 
     @classmethod
     def check_file(
-        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+        cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
-        stored = by_path(tensors, cls.file_prefix)
-        for path in cls.targets(config, host):
+        stored = tensors_by_path(tensors, cls.file_prefix)
+        for path in cls.targets(config, injector):
             names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
             lora_A = next((stored[name] for name in names if name in stored), None)
             if lora_A is None:
@@ -94,7 +94,7 @@ class LinearMethod(Method, Generic[D]):
         return {path: cast(D, self.tree[path]) for path, place in self.tree.places.items() if place.slot == "deltas"}
 
     def add_delta(self, path: str, delta: D) -> None:
-        if self.name in self.host.adapt(path).deltas:
+        if self.name in self.injector.adapt(path).deltas:
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")
 
@@ -102,21 +102,21 @@ class LinearMethod(Method, Generic[D]):
         if which == "none":
             return
         deltas = self.deltas
-        for owner, module in self.host.modules().items():
+        for owner, module in self.injector.modules().items():
             adapted = owner in deltas
             if module._parameters.get("bias") is not None and (adapted or which == "all"):
                 # PEFT's place for the bias of a wrapped layer.
                 stored_as = f"{owner}.base_layer.bias" if adapted else None
                 self.overrides.add(f"{owner}.bias", stored_as=stored_as)
 
-    def why_no_merge(self) -> str | None:
+    def merge_unsupported(self) -> str | None:
         return None
 
 
-def _check_called(host: Host, targets: Iterable[str]) -> None:
+def _check_called(injector: Injector, targets: Iterable[str]) -> None:
     """Raises ValueError for an embedding that other embeddings take their table from: models call those instead."""
     for path in targets:
-        if called := called_instead(host, path):
+        if called := called_instead(injector, path):
             raise ValueError(
                 f"target_modules: {path} must be called by the model, which calls {', '.join(called)} over its table; "
                 "name those"

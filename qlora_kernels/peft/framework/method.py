@@ -14,8 +14,8 @@ from ...nn.match import check_names, matches
 from ...nn.module_tree import WRAPPED
 from ..core.adapter_tree import AdapterTree
 from ..core.config import SIZES, TASK_HEADS, PeftConfig
-from .base_tables import take_tables
-from .injector import Host
+from .base_tables import pop_base_tables
+from .injector import Injector
 from .parameter_overrides import ParameterOverrides
 
 if TYPE_CHECKING:
@@ -51,25 +51,25 @@ class Method:
     file_prefix: ClassVar[str] = FILE_PREFIX
     needs: tuple[str, ...] = ()  # other adapters that this one is made of
 
-    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
+    def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         self.config = config
-        self.host = host
+        self.injector = injector
         self.name = name
-        self.tree = AdapterTree(host, name)
-        self.overrides = ParameterOverrides(host, name)
+        self.tree = AdapterTree(injector, name)
+        self.overrides = ParameterOverrides(injector, name)
         self.hooks: list[RemovableHandle] = []
-        host.unfinished.append(self)
+        injector.unfinished.append(self)
         self.overrides.add_modules(config.heads)
         if getattr(config, "ensure_weight_tying", False):
             self.overrides.add_tied()
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
         """Raises ValueError where a name in `config` means nothing in the model, and gives the nearest names.
 
         For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
         """
-        modules = [name for name in host.modules(aliases=True) if name]
+        modules = [name for name in injector.modules(aliases=True) if name]
         check_names("modules_to_save", config.modules_to_save or (), modules)
         usual = TASK_HEADS.get(config.task_type or "", ())
         if usual and not config.modules_to_save and not any(matches(usual, name) for name in modules):
@@ -89,7 +89,7 @@ class Method:
 
     @classmethod
     def check_file(
-        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+        cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
         """Raises ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
         held = (*tensors.values(), *extra_tensors.values())
@@ -128,11 +128,11 @@ class Method:
         self.overrides.detach()
         self.tree.detach()
 
-    def why_no_rows(self) -> str | None:
+    def row_mixing_unsupported(self) -> str | None:
         """Why this adapter cannot serve some rows of a batch only; None if it can."""
         return f"it replaces {min(self.overrides.paths)} for the whole batch" if self.overrides.paths else None
 
-    def why_no_merge(self) -> str | None:
+    def merge_unsupported(self) -> str | None:
         """Why this adapter is not an update of weights; None if it is."""
         return f"{type(self).__name__} is not an update of weights"
 
@@ -180,7 +180,7 @@ class Method:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
-        self.fill(by_path(tensors, self.file_prefix))
+        self.fill(tensors_by_path(tensors, self.file_prefix))
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """load_into for the adapter's own tensors; those of the base model that the file has too are compared.
@@ -193,7 +193,7 @@ class Method:
                 self.overrides.untie(name)
             else:
                 tensors.pop(name, None)
-        replacing = take_tables(self.host, tensors, set(self.state_dict()))
+        replacing = pop_base_tables(self.injector, tensors, set(self.state_dict()))
         load_into(self, tensors)
         for path, (stored_as, value) in replacing.items():
             self.overrides.add_fixed(path, value, stored_as=stored_as)
@@ -259,7 +259,7 @@ class Adapters(Mapping[str, AdapterMethods]):
         return (parameter for _, parameter in self.named_parameters())
 
 
-def by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
+def tensors_by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
     """Tensors of a file by their paths in the model.
 
     PEFT writes a prefix before each, a shorter one for prompts; a model's own paths may begin alike. With bias="all" it

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.gathered import gathered
+from ..core.sharded import full_tensor
 from ..layers.base_layer import is_quantized
-from ..layers.overridden_module import SLOT, Copies, override, restore
+from ..layers.overridden_module import SLOT, AdapterCopies, override, restore
 from .ties import paths_of_tied
 
 if TYPE_CHECKING:
-    from .injector import Host
+    from .injector import Injector
 
 
 class ParameterOverrides:
@@ -23,12 +23,12 @@ class ParameterOverrides:
 
     `paths`: canonical path of an overridden parameter -> its path in the adapter's file. Modules and copies are looked
     up by these paths whenever they are needed. The copies of tied parameters are one parameter.
-    Copies of fp16 and bf16 parameters are kept in the host's adapter_dtype, fp32 by default, and used in the dtype of
-    the original: what trains has fp32 masters.
+    Copies of fp16 and bf16 parameters are kept in the injector's adapter_dtype, fp32 by default, and used in the
+    dtype of the original: what trains has fp32 masters.
     """
 
-    def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name = host, name
+    def __init__(self, injector: Injector, name: str) -> None:
+        self.injector, self.name = injector, name
         self.paths: dict[str, str] = {}
         self.keys: dict[str, str] = {}  # path of the owning module -> entry of its overrides
         self.kept = False
@@ -40,14 +40,14 @@ class ParameterOverrides:
         stored_as: its path in the file, if that is not `path`.
         """
         owner, _, attribute = path.rpartition(".")
-        module = self.host.module(owner)
-        if path in self.paths or any(self.host.module(o) is module for o in self._owners_of(attribute)):
+        module = self.injector.module(owner)
+        if path in self.paths or any(self.injector.module(o) is module for o in self._owners_of(attribute)):
             return
         original = cast(nn.Parameter, module._parameters[attribute])
         tied = next((p for p in self.paths if self.original(p) is original), None)
-        overrides = override(module, attribute, self.host.selection)
+        overrides = override(module, attribute, self.injector.selection)
         if owner not in self.keys:
-            self.keys[owner] = overrides.add(self.name, Copies(self.name))
+            self.keys[owner] = overrides.add(self.name, AdapterCopies(self.name))
         copy = self.copy(tied) if tied is not None else self._new_copy(original)
         overrides[self.keys[owner]].register_parameter(attribute, copy)
         self.paths[path] = stored_as or path
@@ -58,7 +58,7 @@ class ParameterOverrides:
         Raises ValueError if such a module has quantized weights: those cannot be trained.
         """
         wanted = [f".{suffix}" for suffix in suffixes]
-        modules = self.host.modules(aliases=True)
+        modules = self.injector.modules(aliases=True)
         for name in modules:
             if any(f".{name}".endswith(suffix) for suffix in wanted):
                 inside = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{name}.")}
@@ -71,7 +71,7 @@ class ParameterOverrides:
 
     def add_tied(self) -> None:
         """Copies what is tied to the parameters that have copies: one copy for all of them."""
-        tied = paths_of_tied(self.host.modules(aliases=True))
+        tied = paths_of_tied(self.injector.modules(aliases=True))
         for path in list(self.paths):
             for other in tied.get(path, ()):
                 self.add(other)
@@ -99,18 +99,18 @@ class ParameterOverrides:
     def _new_copy(self, original: nn.Parameter) -> nn.Parameter:
         dtype = original.dtype
         if original.is_floating_point():
-            dtype = torch.promote_types(dtype, self.host.adapter_dtype)
+            dtype = torch.promote_types(dtype, self.injector.adapter_dtype)
         return nn.Parameter(original.detach().to(dtype, copy=True), requires_grad=original.is_floating_point())
 
     def original(self, path: str) -> nn.Parameter | None:
         """The model's own parameter at `path`."""
         owner, _, attribute = path.rpartition(".")
-        return self.host.module(owner)._parameters.get(attribute)
+        return self.injector.module(owner)._parameters.get(attribute)
 
     def copy(self, path: str) -> nn.Parameter | None:
         """The adapter's copy of the parameter at `path`; None where the module has been replaced by another since."""
         owner, _, attribute = path.rpartition(".")
-        overrides = self.host.module(owner)._modules.get(SLOT)
+        overrides = self.injector.module(owner)._modules.get(SLOT)
         key = self.keys[owner]
         if overrides is None or key not in cast(nn.ModuleDict, overrides):
             return None
@@ -119,9 +119,9 @@ class ParameterOverrides:
     def set_copy(self, path: str, copy: nn.Parameter) -> None:
         """Puts another parameter in the place of the copy at `path`, also where the module there is a new one."""
         owner, _, attribute = path.rpartition(".")
-        overrides = override(self.host.module(owner), attribute, self.host.selection)
+        overrides = override(self.injector.module(owner), attribute, self.injector.selection)
         if self.keys[owner] not in overrides:
-            overrides[self.keys[owner]] = Copies(self.name)
+            overrides[self.keys[owner]] = AdapterCopies(self.name)
         overrides[self.keys[owner]].register_parameter(attribute, copy)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -145,18 +145,18 @@ class ParameterOverrides:
         Where a module was replaced or re-parametrized after the adapter was added, that is not the copy.
         """
         tensors: dict[str, Tensor] = {}
-        with self.host.selection.within(active=(self.name,), enabled=True, rows=None):
+        with self.injector.selection.within(active=(self.name,), enabled=True, rows=None):
             for path in self.paths:
                 owner, _, attribute = path.rpartition(".")
-                module = self.host.module(owner)
+                module = self.injector.module(owner)
                 copy = None if parametrize.is_parametrized(module, attribute) else self.copy(path)
                 tensors[path] = getattr(module, attribute).detach() if copy is None else copy
-        return {self.paths[path]: gathered(t.detach()) for path, t in tensors.items() if _first(tensors, t) == path}
+        return {self.paths[path]: full_tensor(t.detach()) for path, t in tensors.items() if _first(tensors, t) == path}
 
     def detach(self) -> None:
         """Takes the copies out of the model."""
         for owner, key in self.keys.items():
-            module = self.host.module(owner)
+            module = self.injector.module(owner)
             overrides = module._modules.get(SLOT)
             if overrides is not None and key in cast(nn.ModuleDict, overrides):
                 del cast(nn.ModuleDict, overrides)[key]
@@ -171,7 +171,7 @@ class ParameterOverrides:
             if original is not None and copy is not None:  # a merged layer has its bias already
                 own = nn.Parameter(copy.detach().to(original.dtype), requires_grad=False)
                 owner, _, attribute = path.rpartition(".")
-                self.host.module(owner).register_parameter(attribute, made.setdefault(id(copy), own))
+                self.injector.module(owner).register_parameter(attribute, made.setdefault(id(copy), own))
         self.kept = True
 
 

@@ -15,7 +15,7 @@ from ...nn.module_tree import output_embeddings_of, unwrapped
 from ..attention.torch_attention import SplitAttention
 from ..layers.adapted_linear import base_of
 from ..layers.base_layer import is_embedding, is_linear
-from .injector import Host
+from .injector import Injector
 from .ties import paths_of_tied
 
 # What PEFT adapts where target_modules is None.
@@ -46,22 +46,22 @@ class TargetConfig(Protocol):
     def task_type(self) -> str | None: ...
 
 
-def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
+def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
     """The linear layers, and with `embeddings` the embeddings, that `config` targets, by name, in the model's order.
 
     Raises ValueError where nothing matches (with the nearest names) and where target_modules is None for an
     architecture without a default; TypeError where a name in target_modules leads to another kind of layer.
     """
     _check(config)
-    linears, targets = host.linears(), _targets(host, config)
-    matched = {name: module for name, module in _named(host, targets, config).items() if _in_layers(name, config)}
+    linears, targets = injector.linears(), _targets(injector, config)
+    matched = {name: module for name, module in _named(injector, targets, config).items() if _in_layers(name, config)}
     if getattr(config, "ensure_weight_tying", False):
-        matched |= _tied_to(matched, host)
+        matched |= _tied_to(matched, injector)
         # Embeddings first: the update of a head with the same weight is made of the embedding's.
         matched = dict(sorted(matched.items(), key=lambda item: not is_embedding(item[1])))
     if not matched:
         raise ValueError(_no_match(targets, linears))
-    unused = _never_called(host)
+    unused = _never_called(injector)
     for name, module in matched.items():
         if module in unused:
             raise ValueError(
@@ -76,7 +76,7 @@ def matched_layers(host: Host, config: TargetConfig, *, embeddings: bool = False
     return matched
 
 
-def check_target_names(host: Host, config: TargetConfig) -> None:
+def check_target_names(injector: Injector, config: TargetConfig) -> None:
     """Raises ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform means
     nothing in the model.
 
@@ -84,12 +84,12 @@ def check_target_names(host: Host, config: TargetConfig) -> None:
     adapts, and each of them must find its place.
     """
     _check(config)
-    modules = [name for name in host.modules(aliases=True) if name]
+    modules = [name for name in injector.modules(aliases=True) if name]
     listed = () if isinstance(config.target_modules, str) else config.target_modules or ()
     if lost := unmatched(listed, modules):
-        raise ValueError(_no_match(lost, host.linears()))
+        raise ValueError(_no_match(lost, injector.linears()))
     if config.exclude_modules:
-        layers = [name for name, module in host.modules().items() if is_linear(module) or is_embedding(module)]
+        layers = [name for name, module in injector.modules().items() if is_linear(module) or is_embedding(module)]
         check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer or an embedding")
     for pattern in as_names(config.layers_pattern):
         if not any(_numbered(pattern, name) for name in modules):
@@ -98,7 +98,7 @@ def check_target_names(host: Host, config: TargetConfig) -> None:
                 f"nearest names: {nearest([pattern], modules)}"
             )
     if wanted := layer_numbers(config):
-        numbers = {_layer_of(name, config) for name in _named(host, _targets(host, config), config)}
+        numbers = {_layer_of(name, config) for name in _named(injector, _targets(injector, config), config)}
         if missing := sorted(wanted - numbers):
             there = sorted(number for number in numbers if number is not None)
             raise ValueError(
@@ -106,7 +106,7 @@ def check_target_names(host: Host, config: TargetConfig) -> None:
             )
 
 
-def matched_parameters(host: Host, wanted: Names | None) -> dict[str, str]:
+def matched_parameters(injector: Injector, wanted: Names | None) -> dict[str, str]:
     """The parameters that target_parameters names: path -> path of the update in a file.
 
     PEFT nests a wrapper around the module for each of its parameters, in their order, so that all but the last have
@@ -114,7 +114,7 @@ def matched_parameters(host: Host, wanted: Names | None) -> dict[str, str]:
     """
     names = as_names(wanted)
     by_owner: dict[str, list[str]] = {}
-    every = list(parameter_paths(host))
+    every = list(parameter_paths(injector))
     check_names("target_parameters", names, every, of="a parameter")
     for path in every:
         if matches(names, path):
@@ -130,9 +130,9 @@ def matched_parameters(host: Host, wanted: Names | None) -> dict[str, str]:
     }
 
 
-def parameter_paths(host: Host) -> Iterator[str]:
+def parameter_paths(injector: Injector) -> Iterator[str]:
     """Paths of all parameters of the model, quantized experts included."""
-    for owner, module in host.modules().items():
+    for owner, module in injector.modules().items():
         leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
         leaves += [leaf for leaf, child in module._modules.items() if isinstance(child, ExpertsNF4)]
         yield from (f"{owner}.{leaf}" if owner else leaf for leaf in leaves)
@@ -146,23 +146,23 @@ def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Coll
         )
 
 
-def _tied_to(matched: Collection[str], host: Host) -> dict[str, nn.Module]:
-    modules = host.modules(aliases=True)
+def _tied_to(matched: Collection[str], injector: Injector) -> dict[str, nn.Module]:
+    modules = injector.modules(aliases=True)
     groups = paths_of_tied(modules)
     tied = (path.removesuffix(".weight") for name in matched for path in groups.get(f"{name}.weight", ()))
     layers = {name: modules[name] for name in tied if is_linear(modules[name]) or is_embedding(modules[name])}
-    return {name: module for name, module in layers.items() if not called_instead(host, name)}
+    return {name: module for name, module in layers.items() if not called_instead(injector, name)}
 
 
-def called_instead(host: Host, path: str) -> list[str]:
+def called_instead(injector: Injector, path: str) -> list[str]:
     """The embeddings that take their table from the embedding at `path` and that the model calls in its place.
 
     T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
     """
-    tied: Mapping[str, str] = getattr(host.model, "all_tied_weights_keys", None) or {}
+    tied: Mapping[str, str] = getattr(injector.model, "all_tied_weights_keys", None) or {}
     users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
-    called = [user for user in users if user != path and is_embedding(host.module(user))]
-    return called if is_embedding(host.module(path)) else []
+    called = [user for user in users if user != path and is_embedding(injector.module(user))]
+    return called if is_embedding(injector.module(path)) else []
 
 
 def is_all_linear(targets: Names | None) -> bool:
@@ -190,30 +190,30 @@ def _check(config: TargetConfig) -> None:
         raise ValueError("layers_pattern: must be None where layers_to_transform is None")
 
 
-def _never_called(host: Host) -> dict[nn.Module, str]:
+def _never_called(injector: Injector) -> dict[nn.Module, str]:
     """Layers that no forward calls -> the class that reads their weight. torch's attention is taken apart first."""
     return {
-        host.model.get_submodule(name): holder
-        for name, holder in read_but_never_called(host.model).items()
+        injector.model.get_submodule(name): holder
+        for name, holder in read_but_never_called(injector.model).items()
         if holder != nn.MultiheadAttention.__name__
     }
 
 
-def _targets(host: Host, config: TargetConfig) -> Names:
+def _targets(injector: Injector, config: TargetConfig) -> Names:
     """target_modules with "all-linear" and None spelt out."""
     if is_all_linear(config.target_modules):
-        heads, unused = _output_heads(host, config.task_type), _never_called(host)
-        return [name for name, module in host.linears().items() if name not in heads and module not in unused]
-    return config.target_modules if config.target_modules is not None else _default_targets(host.model)
+        heads, unused = _output_heads(injector, config.task_type), _never_called(injector)
+        return [name for name, module in injector.linears().items() if name not in heads and module not in unused]
+    return config.target_modules if config.target_modules is not None else _default_targets(injector.model)
 
 
-def _named(host: Host, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
+def _named(injector: Injector, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
     """The modules that `targets` names and that are neither excluded nor part of a head.
 
     A module that the model has under several names is there once, by the first of them that is meant.
     """
     left_out = config.exclude_modules or ()
-    modules = host.modules(aliases=True)
+    modules = injector.modules(aliases=True)
     spared = {id(m) for name, m in modules.items() if matches(left_out, name) or contained_in(config.heads, name)}
     named: dict[str, nn.Module] = {}
     for name, module in modules.items():
@@ -245,13 +245,13 @@ def _numbered(pattern: str, name: str) -> re.Match[str] | None:
     return re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
 
 
-def _output_heads(host: Host, task_type: str | None) -> set[str]:
+def _output_heads(injector: Injector, task_type: str | None) -> set[str]:
     """What 'all-linear' leaves out: the output embedding of a language model, else the head of a classifier."""
-    output = output_embeddings_of(host.model)
+    output = output_embeddings_of(injector.model)
     if output is not None:
         layer = base_of(unwrapped(output))
-        return {name for name, module in host.modules(aliases=True).items() if module is layer}
-    heads = (head for head in ("score", "classifier") if hasattr(host.model, head))
+        return {name for name, module in injector.modules(aliases=True).items() if module is layer}
+    heads = (head for head in ("score", "classifier") if hasattr(injector.model, head))
     return {next(heads, "")} if task_type == "SEQ_CLS" else set()
 
 

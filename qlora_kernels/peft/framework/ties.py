@@ -12,7 +12,7 @@ from torch import nn
 def paths_of_tied(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
     """Path of each parameter that the model has under several paths -> all its paths, itself included.
 
-    modules: Host.modules(aliases=True).
+    modules: Injector.modules(aliases=True).
     """
     groups: dict[int, list[str]] = {}
     for owner, module in modules.items():

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 from .base_layer import dense_weight, features, stores_transposed, with_weight
-from .lowrank import LowRank, add_lowrank, concatenated, forward_lowrank
+from .lowrank import LoraFactors, add_lowrank, concatenated, forward_lowrank
 
 if TYPE_CHECKING:
-    from .fused_projections import SharedInput
+    from .fused_projections import FusedProjections
 
 
 class Delta(nn.Module):
@@ -23,7 +23,7 @@ class Delta(nn.Module):
 
     dropout_p: float = 0.0
 
-    def factors(self) -> LowRank | None:
+    def factors(self) -> LoraFactors | None:
         """The factors, where the update is scaling * B A and nothing else; else None."""
         return None
 
@@ -48,7 +48,7 @@ class Delta(nn.Module):
         lora_A, lora_B, scaling = self.lowrank()
         return weight + (scaling * (lora_B @ lora_A)).to(weight.dtype)
 
-    def lowrank(self) -> LowRank:
+    def lowrank(self) -> LoraFactors:
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"merge: {type(self).__name__} is not a fixed update of the weight")
@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
     Merging puts a merged layer beside the base and lets it compute: unmerging is exact, nothing is undone.
     """
 
-    def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.selection = selection
@@ -73,7 +73,7 @@ class AdaptedLinear(nn.Module):
         self.deltas = AdapterModules()
         self.merged_layer: nn.Module | None = None
         self.merged_names: tuple[str, ...] = ()
-        self.shared_input: SharedInput | None = None
+        self.fused_projections: FusedProjections | None = None
         self.weight_is_read = False
         self.train(base_layer.training)
 
@@ -158,13 +158,13 @@ class AdaptedLinear(nn.Module):
             return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
         return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
 
-    def _lowrank(self, x: Tensor, updates: dict[str, LowRank], *, by_row: bool) -> Tensor:
+    def _lowrank(self, x: Tensor, updates: dict[str, LoraFactors], *, by_row: bool) -> Tensor:
         """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout.
 
         by_row: whether each row of x has an adapter of its own.
         """
-        if self.shared_input is not None:
-            shared = self.shared_input.output_of(self, x)
+        if self.fused_projections is not None:
+            shared = self.fused_projections.output_of(self, x)
             if shared is not None:
                 return shared
         groups: dict[float, list[str]] = {}
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module):
                 y = add_lowrank(x, y, group, dropout_p=dropout_p, owner=owner)
         return cast(Tensor, y)
 
-    def fusable_update(self) -> tuple[LowRank, float] | None:
+    def fusable_update(self) -> tuple[LoraFactors, float] | None:
         """(the active low-rank updates as one, its dropout) where they are one call of forward_lora; else None."""
         if self.merged_layer is not None or self.selection.state.rows is not None:
             return None
@@ -190,7 +190,7 @@ class AdaptedLinear(nn.Module):
         rates = {rate for update, rate in factors if update is not None}
         return (concatenated(updates), rates.pop()) if len(rates) == 1 else None
 
-    def why_not_fused(self) -> str | None:
+    def fusion_unsupported(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""
         chosen = self._chosen().values()
         if self.merged_layer is not None or not chosen:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...nn.linear_nf4 import LinearNF4, is_conv1d
 from ..core.offloaded import weight_of
-from .foreign_layer import bitsandbytes_weight, gives_rows, is_bitsandbytes, why_unreadable
+from .foreign_layer import bitsandbytes_weight, gives_rows, is_bitsandbytes, weight_unreadable
 from .overridden_module import plain_class
 
 
@@ -72,7 +72,7 @@ def dense_weight(base: nn.Module) -> Tensor:
     elif is_bitsandbytes(base):
         weight = bitsandbytes_weight(base)  # type: ignore[arg-type]
     elif isinstance(base, nn.Linear):
-        if reason := why_unreadable(base):
+        if reason := weight_unreadable(base):
             raise NotImplementedError(
                 f"base layer: must be an nn.Linear, LinearNF4, Conv1D or a bitsandbytes layer where its weight is read "
                 f"(merging, DoRA, PiSSA), got {type(base).__name__}: {reason}"

@@ -25,7 +25,7 @@ def is_bitsandbytes(module: nn.Module) -> bool:
     )
 
 
-def why_unreadable(linear: nn.Linear) -> str | None:
+def weight_unreadable(linear: nn.Linear) -> str | None:
     """Why `linear.weight` is not the W of y = x W^T + bias; None where it is."""
     weight = linear.weight
     if not weight.is_floating_point() or weight.element_size() == 1:

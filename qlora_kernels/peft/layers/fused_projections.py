@@ -55,9 +55,9 @@ def fuse_shared_input(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS
             layers = [layer for layer in members.values() if isinstance(layer, AdaptedLinear)]
             if len(layers) >= 2 and len({layer.in_features for layer in layers}) == 1:
                 names = tuple(f"{path}.{name}" if path else name for name in members)
-                shared = SharedInput(layers, names)
+                shared = FusedProjections(layers, names)
                 for layer in layers:
-                    layer.shared_input = shared
+                    layer.fused_projections = shared
                 fused.append(names)
     if not fused:
         raise ValueError(
@@ -71,27 +71,27 @@ def unfuse_shared_input(model: nn.Module) -> None:
     """Every layer computes for itself again."""
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            module.shared_input = None
+            module.fused_projections = None
 
 
 def _can_join(module: nn.Module | None) -> bool:
     return isinstance(module, AdaptedLinear) and isinstance(module.base_layer, LinearNF4)
 
 
-class _Shares:
+class _PendingOutputs:
     """What one call of the leader computed and the others have not fetched yet."""
 
     def __init__(self, x: Tensor, state: tuple[object, ...], outputs: dict[int, Tensor]) -> None:
         self.x, self.state, self.outputs = x, state, outputs
 
 
-class SharedInput:
+class FusedProjections:
     """Layers that read one tensor, the leader first."""
 
     def __init__(self, layers: Sequence[AdaptedLinear], names: Sequence[str]) -> None:
         self.layers, self.names = tuple(layers), tuple(names)
         self.apart = False  # they were seen to read different tensors
-        self._shares: _Shares | None = None
+        self._shares: _PendingOutputs | None = None
 
     def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
         """base(x) with the low-rank updates of `layer`, or None where it has to compute for itself."""
@@ -125,7 +125,7 @@ class SharedInput:
         if len({base.compute_dtype for base in quantized}) != 1:
             return None
         outputs = LinearNF4.forward_lora_group(quantized, x, updates, rates.pop())
-        self._shares = _Shares(x, _state_of(x), dict(enumerate(outputs[1:], start=1)))
+        self._shares = _PendingOutputs(x, _state_of(x), dict(enumerate(outputs[1:], start=1)))
         return outputs[0]
 
     def _part(self, place: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 
 
 class Gate(nn.Module):
@@ -33,7 +33,7 @@ class Gate(nn.Module):
         return (g * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-def padding_of(selection: Selection, name: str, h: Tensor) -> Tensor | None:
+def padding_of(selection: AdapterSelection, name: str, h: Tensor) -> Tensor | None:
     """The rows of the call's padding mask that go with h, a batch that holds adapter `name`'s rows only; or None."""
     padding = selection.state.padding
     if padding is None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.active_adapters import PerThread, Selection
+from ..core.adapter_selection import AdapterSelection, PerThread
 from ..core.adapter_tree import Place
 
 
@@ -19,7 +19,7 @@ class AdapterHook:
     that the hook is called with, so a replica of it computes with the replica of the adapter.
     """
 
-    def __init__(self, selection: Selection, name: str, place: Place) -> None:
+    def __init__(self, selection: AdapterSelection, name: str, place: Place) -> None:
         self.selection, self.name, self.place = selection, name, place
         self.x = PerThread()
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LowRank = tuple[Tensor, Tensor, float]
+LoraFactors = tuple[Tensor, Tensor, float]
 """(lora_A [r, K], lora_B [N, r], scaling)."""
 
 
 def forward_lowrank(
-    base: nn.Module, x: Tensor, updates: Sequence[LowRank], *, dropout_p: float, owner: Tensor | None = None
+    base: nn.Module, x: Tensor, updates: Sequence[LoraFactors], *, dropout_p: float, owner: Tensor | None = None
 ) -> Tensor:
     """base(x) and the updates, in one fused call where the base offers it.
 
@@ -30,7 +30,7 @@ def forward_lowrank(
 
 
 def add_lowrank(
-    x: Tensor, y: Tensor, updates: Sequence[LowRank], *, dropout_p: float, owner: Tensor | None = None
+    x: Tensor, y: Tensor, updates: Sequence[LoraFactors], *, dropout_p: float, owner: Tensor | None = None
 ) -> Tensor:
     """y and the updates, by plain matmuls in the factors' dtype, rounded once to y's.
 
@@ -46,7 +46,7 @@ def add_lowrank(
     return (y + F.linear(s, lora_B) * scaling).to(y.dtype)
 
 
-def concatenated(updates: Sequence[LowRank]) -> LowRank:
+def concatenated(updates: Sequence[LoraFactors]) -> LoraFactors:
     """The sum as one update of rank sum_i r_i."""
     if len(updates) == 1:
         return updates[0]
@@ -54,7 +54,7 @@ def concatenated(updates: Sequence[LowRank]) -> LowRank:
     return lora_A, torch.cat([B * scaling for _, B, scaling in updates], dim=1), 1.0
 
 
-def _stacked(updates: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
+def _stacked(updates: Sequence[LoraFactors]) -> tuple[Tensor, Tensor, Tensor]:
     """A [E, r, K], B [E, N, r], ranks padded with zeros to the largest, and scalings fp32 [E]."""
     r = max(A.shape[0] for A, _, _ in updates)
     lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _, _ in updates])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...nn.made_class import MadeClass, names_of_class
 from ...nn.quantized_weight import is_sharded
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 from ..core.offloaded import weight_of
 
@@ -25,7 +25,7 @@ UPDATES = "_updates"
 """What follows an attribute's name in that of the child with the adapters' updates of it (parameter_lora.py)."""
 
 
-class Copies(nn.Module):
+class AdapterCopies(nn.Module):
     """One adapter's copies of parameters of one module, under the names that they have there."""
 
     def __init__(self, adapter: str) -> None:
@@ -33,17 +33,17 @@ class Copies(nn.Module):
         self.adapter = adapter
 
 
-class Overrides(AdapterModules):
+class ParameterCopies(AdapterModules):
     """The copies of all adapters."""
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: AdapterSelection) -> None:
         super().__init__()
         self.selection = selection
 
     def active(self, attribute: str) -> Tensor | None:
         """The copy to compute with in the running call; None for the module's own parameter."""
         for copies in self.values():
-            if hasattr(copies, attribute) and self.selection.replaces(cast(Copies, copies).adapter):
+            if hasattr(copies, attribute) and self.selection.replaces(cast(AdapterCopies, copies).adapter):
                 return weight_of(copies, attribute)
         return None
 
@@ -80,7 +80,7 @@ def _property(attribute: str) -> property:
         if is_sharded(own) and "_is_fsdp_managed_module" in module.__dict__:
             return own  # fully_shard looks for its shards here; in a forward, where copies act, it has gathered them
         overrides = module._modules.get(SLOT)
-        copy = None if overrides is None else cast(Overrides, overrides).active(attribute)
+        copy = None if overrides is None else cast(ParameterCopies, overrides).active(attribute)
         # A copy may be kept in a wider dtype than the model computes in.
         value = own if copy is None else copy.to(own.dtype)
         updates: Any = module._modules.get(attribute + UPDATES)
@@ -103,7 +103,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return kind.plain_class if issubclass(kind, _Overridden) else kind
 
 
-def override(module: nn.Module, attribute: str, selection: Selection) -> Overrides:
+def override(module: nn.Module, attribute: str, selection: AdapterSelection) -> ParameterCopies:
     """Makes `attribute`, a parameter of the module, one that adapters can override; returns the child for their copies.
 
     Raises NotImplementedError for a container that calls each of its children, which would call that child too.
@@ -114,12 +114,12 @@ def override(module: nn.Module, attribute: str, selection: Selection) -> Overrid
                 f"overrides: {type(module).__name__} must not have parameters of its own, got {attribute!r}; name the "
                 "modules inside it"
             )
-        module.add_module(SLOT, Overrides(selection))
+        module.add_module(SLOT, ParameterCopies(selection))
     kind = type(module)
     known = kind.attributes if issubclass(kind, _Overridden) else frozenset()
     if attribute not in known:
         module.__class__ = _class_of(plain_class(module), known | {attribute})
-    return cast(Overrides, module._modules[SLOT])
+    return cast(ParameterCopies, module._modules[SLOT])
 
 
 def restore(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.experts_nf4 import ExpertsNF4, ExpertWeight
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 
 Stored = Tensor | ExpertsNF4
@@ -65,7 +65,7 @@ class ParameterUpdates(AdapterModules):
     While merged, `merged` is the weight that the module computes with.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: AdapterSelection) -> None:
         super().__init__()
         self.selection = selection
         self.merged: list[Stored] = []  # a list keeps it out of the module tree

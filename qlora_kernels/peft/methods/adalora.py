@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftConfig
-from ..core.gathered import gathered
 from ..core.offloaded import has_hooks, weight_of
-from ..framework.injector import Host
+from ..core.sharded import full_tensor
+from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
 from ..framework.method import FILE_PREFIX
 from ..framework.registry import register_method
@@ -131,7 +131,7 @@ class SvdLinear(Delta):
 
     def live(self) -> tuple[Tensor, Tensor, Tensor]:
         """A, E and B of the triplets that take part; gathered where they are sharded, as outside of a forward."""
-        lora_A, lora_E, lora_B = (gathered(weight_of(self, name)) for name in TRIPLET_DIM)
+        lora_A, lora_E, lora_B = (full_tensor(weight_of(self, name)) for name in TRIPLET_DIM)
         if self.rows is None:
             return lora_A, lora_E, lora_B
         return lora_A[self.rows], (lora_E * self.kept[:, None])[self.rows], lora_B[:, self.rows]
@@ -176,8 +176,8 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     config: AdaLoraConfig
 
-    def __init__(self, config: AdaLoraConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
+    def __init__(self, config: AdaLoraConfig, injector: Injector, name: str) -> None:
+        super().__init__(config, injector, name)
         deltas = self.deltas
         self.schedule = BudgetSchedule(
             start=config.init_r * len(deltas),
@@ -202,11 +202,11 @@ class AdaLora(LinearMethod[SvdLinear]):
                 delta.lora_E.register_post_accumulate_grad_hook(_NoteGradient(self))  # type: ignore[no-untyped-call]
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
-        super().check_names(config, host)
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
+        super().check_names(config, injector)
         assert isinstance(config, AdaLoraConfig)
         if config.rank_pattern:
-            targets = [f"{path}.lora_E" for path in matched_layers(host, config)]
+            targets = [f"{path}.lora_E" for path in matched_layers(injector, config)]
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
 
     @classmethod
@@ -218,7 +218,7 @@ class AdaLora(LinearMethod[SvdLinear]):
     def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
         config, r = self.config, self.rank(self.config, path)
         # Pruned or not, the scale is that of the initial rank.
-        return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.host.adapter_dtype)
+        return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.injector.adapter_dtype)
 
     # In training
 
@@ -333,7 +333,7 @@ def adalora_ranks(model: PeftModel, adapter_name: str = "default") -> dict[str, 
 
     Raises ValueError if the adapter is not there or has no AdaLoRA.
     """
-    methods = model.host.adapters.get(adapter_name, [])
+    methods = model.injector.adapters.get(adapter_name, [])
     deltas = [item for method in methods if isinstance(method, AdaLora) for item in method.deltas.items()]
     if not deltas:
         raise ValueError(f"adalora_ranks: adapter {adapter_name!r} must be an AdaLoRA adapter")

@@ -11,9 +11,9 @@ from typing import Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.model_layout import Layer
+from ..attention.model_layout import TransformerLayer
 from ..core.config import PeftConfig
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.method import Method
 from ..framework.registry import register_method
 from ..layers.base_layer import device_of
@@ -76,35 +76,37 @@ class Adapter(Method):
 
     config: AdapterConfig
 
-    def __init__(self, config: AdapterConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
-        modules = host.modules()
-        for layer in host.anatomy.layers:
+    def __init__(self, config: AdapterConfig, injector: Injector, name: str) -> None:
+        super().__init__(config, injector, name)
+        modules = injector.modules()
+        for layer in injector.layout.layers:
             if config.placement == "houlsby":
                 hook = self._add_bottleneck(layer, "attention_adapter", layer.attention_output)
-                self.hooks += hook.after(host.place(layer.attention_output))
+                self.hooks += hook.after(injector.hooked_module(layer.attention_output))
             hook = self._add_bottleneck(layer, "ffn_adapter", self.ffn_owner(layer))
             if config.placement == "parallel":
                 # The FFN's input itself, not the last layer of a container.
-                self.hooks += hook.parallel(host.called(layer.ffn_input), host.place(layer.ffn_output))
+                self.hooks += hook.parallel(
+                    injector.called_module(layer.ffn_input), injector.hooked_module(layer.ffn_output)
+                )
             elif config.placement == "houlsby":
-                self.hooks += hook.after(host.place(layer.ffn_output))
+                self.hooks += hook.after(injector.hooked_module(layer.ffn_output))
             else:
-                self.hooks += on_stream(hook, layer, host)
+                self.hooks += attach_to_stream(hook, layer, injector)
             for norm in layer.norms if config.trains_layer_norm else ():
                 for leaf in modules[norm]._parameters:
                     self.overrides.add(f"{norm}.{leaf}")
 
-    def ffn_owner(self, layer: Layer) -> str:
+    def ffn_owner(self, layer: TransformerLayer) -> str:
         """Path of the module whose output, or for a LayerNorm whose input, the bottleneck after the FFN changes."""
         return layer.stream if self.config.placement == "pfeiffer" else layer.ffn_output
 
-    def _add_bottleneck(self, layer: Layer, slot: str, owner: str) -> AdapterHook:
+    def _add_bottleneck(self, layer: TransformerLayer, slot: str, owner: str) -> AdapterHook:
         place = self.tree.add(f"{layer.path}.{slot}", self.new_bottleneck(layer), owner=owner, slot=slot)
-        return AdapterHook(self.host.selection, self.name, place)
+        return AdapterHook(self.injector.selection, self.name, place)
 
-    def new_bottleneck(self, layer: Layer) -> nn.Module:
-        d = self.host.width(layer)
+    def new_bottleneck(self, layer: TransformerLayer) -> nn.Module:
+        d = self.injector.width(layer)
         reduced = self.config.reduction_factor
         return Bottleneck(
             d,
@@ -113,12 +115,12 @@ class Adapter(Method):
             init=self.config.start,
             scale=self.config.scale,
             dropout=self.config.dropout,
-            device=device_of(self.host.module(layer.norms[0])),
-            dtype=self.host.adapter_dtype,
+            device=device_of(self.injector.module(layer.norms[0])),
+            dtype=self.injector.adapter_dtype,
         )
 
 
-def on_stream(hook: AdapterHook, layer: Layer, host: Host) -> list[RemovableHandle]:
+def attach_to_stream(hook: AdapterHook, layer: TransformerLayer, injector: Injector) -> list[RemovableHandle]:
     """Pfeiffer's place: the hook reads the residual stream after the FFN, normalised where the layer does so."""
-    stream = host.place(layer.stream)
+    stream = injector.hooked_module(layer.stream)
     return hook.before_norm(stream) if layer.post_norm else hook.after(stream)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.match import as_names
-from ..core.active_adapters import Selection
+from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import Place
 from ..core.config import PeftConfig
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.method import Method
 from ..framework.registry import register_method
 from ..layers.base_layer import device_of
 from ..layers.hooks import AdapterHook
-from .adapter import Adapter, on_stream
+from .adapter import Adapter, attach_to_stream
 
 SLOT = "adapter_fusion"
 
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
 class FusionHook(AdapterHook):
     """`bottlenecks`: where the fused bottlenecks are below the module that has the fusion."""
 
-    def __init__(self, selection: Selection, name: str, place: Place, bottlenecks: Sequence[Place]) -> None:
+    def __init__(self, selection: AdapterSelection, name: str, place: Place, bottlenecks: Sequence[Place]) -> None:
         super().__init__(selection, name, place)
         self.bottlenecks = tuple(bottlenecks)
 
@@ -94,18 +94,18 @@ class AdapterFusion(Method):
 
     config: AdapterFusionConfig
 
-    def __init__(self, config: AdapterFusionConfig, host: Host, name: str) -> None:
-        fused = {adapter: _pfeiffer(host, adapter) for adapter in as_names(config.adapters)}
+    def __init__(self, config: AdapterFusionConfig, injector: Injector, name: str) -> None:
+        fused = {adapter: _pfeiffer(injector, adapter) for adapter in as_names(config.adapters)}
         if len(fused) < 2:
             raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(fused)}")
-        super().__init__(config, host, name)
+        super().__init__(config, injector, name)
         self.needs = tuple(fused)
-        for layer in host.anatomy.layers:
+        for layer in injector.layout.layers:
             bottlenecks = [adapter.tree.places[f"{layer.path}.ffn_adapter"] for adapter in fused.values()]
-            device = device_of(host.module(layer.norms[0]))
-            fusion = Fusion(host.width(layer), config.value, device, host.adapter_dtype)
+            device = device_of(injector.module(layer.norms[0]))
+            fusion = Fusion(injector.width(layer), config.value, device, injector.adapter_dtype)
             place = self.tree.add(f"{layer.path}.fusion", fusion, owner=layer.stream, slot=SLOT)
-            self.hooks += on_stream(FusionHook(host.selection, name, place, bottlenecks), layer, host)
+            self.hooks += attach_to_stream(FusionHook(injector.selection, name, place, bottlenecks), layer, injector)
 
     def peft_loss(self) -> Tensor | None:
         fusions = [cast(Fusion, self.tree[path]) for path, place in self.tree.places.items() if place.slot == SLOT]
@@ -113,10 +113,12 @@ class AdapterFusion(Method):
         return self.config.regularization * torch.stack(penalties).sum() if penalties else None
 
 
-def _pfeiffer(host: Host, name: str) -> Adapter:
-    if name not in host.adapters:
-        raise ValueError(f"AdapterFusion: adapter {name!r} must be in the model first; it has {list(host.adapters)}")
-    found = [m for m in host.adapters[name] if isinstance(m, Adapter)]
+def _pfeiffer(injector: Injector, name: str) -> Adapter:
+    if name not in injector.adapters:
+        raise ValueError(
+            f"AdapterFusion: adapter {name!r} must be in the model first; it has {list(injector.adapters)}"
+        )
+    found = [m for m in injector.adapters[name] if isinstance(m, Adapter)]
     if len(found) != 1 or found[0].config.placement != "pfeiffer":
         raise ValueError(f"AdapterFusion: adapter {name!r} must be an AdapterConfig(placement='pfeiffer')")
     return found[0]

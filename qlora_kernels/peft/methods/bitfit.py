@@ -15,7 +15,7 @@ from torch import nn
 from ...nn.match import Names, check_names, matches
 from ...nn.module_tree import output_embeddings_of
 from ..core.config import PeftConfig
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.method import Method
 from ..framework.registry import register_method
 from ..layers.base_layer import device_of, features, is_linear, weight_dtype
@@ -42,9 +42,9 @@ class BitFit(Method):
 
     config: BitFitConfig
 
-    def __init__(self, config: BitFitConfig, host: Host, name: str) -> None:
+    def __init__(self, config: BitFitConfig, injector: Injector, name: str) -> None:
         self.added: list[str] = []  # paths of the layers that had no bias
-        super().__init__(config, host, name)
+        super().__init__(config, injector, name)
         chosen = dict(self._chosen(config.biases))
         if config.add_missing:
             self._add_missing(chosen)
@@ -58,22 +58,22 @@ class BitFit(Method):
             self.overrides.add(f"{path}.bias")
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
-        super().check_names(config, host)
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
+        super().check_names(config, injector)
         assert isinstance(config, BitFitConfig)
         if config.biases not in ("all", "query+mlp"):
             able = [
                 name
-                for name, module in host.modules().items()
+                for name, module in injector.modules().items()
                 if module._parameters.get("bias") is not None or (config.add_missing and is_linear(module))
             ]
             kind = "a linear layer or a module with a bias" if config.add_missing else "a module with a bias"
             check_names("BitFit: biases", config.biases, able, of=kind)
 
     def _chosen(self, biases: Names) -> Iterator[tuple[str, nn.Module]]:
-        modules = self.host.modules()
+        modules = self.injector.modules()
         if biases == "query+mlp":
-            for layer in self.host.anatomy.layers:
+            for layer in self.injector.layout.layers:
                 yield from ((path, modules[path]) for path in (layer.query, *layer.ffn_first))
             return
         for path, module in modules.items():
@@ -83,8 +83,8 @@ class BitFit(Method):
 
     def _add_missing(self, chosen: dict[str, nn.Module]) -> None:
         heads = {id(module) for path, module in chosen.items() if matches(self.config.heads, path)}
-        output = output_embeddings_of(self.host.model)
-        default = self.host.dtype()
+        output = output_embeddings_of(self.injector.model)
+        default = self.injector.dtype()
         for path, module in chosen.items():
             if is_linear(module) and module.bias is None and module is not output and id(module) not in heads:
                 dtype = weight_dtype(module, default)
@@ -95,7 +95,7 @@ class BitFit(Method):
     def detach(self) -> None:
         super().detach()
         for path in self.added if not self.overrides.kept else ():
-            self.host.module(path).register_parameter("bias", None)
+            self.injector.module(path).register_parameter("bias", None)
 
-    def why_no_merge(self) -> Literal[None]:
+    def merge_unsupported(self) -> Literal[None]:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.config import PeftConfig
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.method import Method
 from ..framework.registry import register_method
 from ..layers.base_layer import is_quantized
@@ -23,18 +23,18 @@ class FullFTConfig(PeftConfig):
 class FullFT(Method):
     """Copies of all parameters, tied ones tied, in place of the originals while active."""
 
-    def __init__(self, config: FullFTConfig, host: Host, name: str) -> None:
-        quantized = [path for path, module in host.modules().items() if is_quantized(module)]
+    def __init__(self, config: FullFTConfig, injector: Injector, name: str) -> None:
+        quantized = [path for path, module in injector.modules().items() if is_quantized(module)]
         if quantized:
             raise ValueError(
                 f"FullFT: the model must be dense, got {len(quantized)} quantized layers ({quantized[0]}, ...): 4-bit "
                 "indices have no gradient. Load it unquantized, or take an adapter method"
             )
-        super().__init__(config, host, name)
-        for path, module in host.modules().items():
+        super().__init__(config, injector, name)
+        for path, module in injector.modules().items():
             for leaf in module._parameters:
                 if module._parameters[leaf] is not None:
                     self.overrides.add(f"{path}.{leaf}" if path else leaf)
 
-    def why_no_merge(self) -> Literal[None]:
+    def merge_unsupported(self) -> Literal[None]:
         return None

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ...nn.match import as_names
 from ..core.config import PeftConfig
 from ..core.offloaded import has_hooks, weight_of
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
-from ..framework.method import by_path
+from ..framework.method import tensors_by_path
 from ..framework.registry import register_method
 from ..framework.targets import check_pattern_names, matched_parameters, pattern_value
 from ..framework.ties import paths_of_tied
@@ -223,59 +223,59 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     config: LoraConfig
     adapts_embeddings = True
 
-    def __init__(self, config: PeftConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
+    def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
+        super().__init__(config, injector, name)
         self.needs_eva = self.config.init_lora_weights == "eva"
-        for path, stored_as in matched_parameters(host, self.config.target_parameters).items():
+        for path, stored_as in matched_parameters(injector, self.config.target_parameters).items():
             self._add_parameter(path, stored_as)
 
     @classmethod
-    def targets(cls, config: PeftConfig, host: Host) -> dict[str, nn.Module]:
+    def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:
         assert isinstance(config, LoraConfig)
-        return {} if config.target_parameters and not config.target_modules else super().targets(config, host)
+        return {} if config.target_parameters and not config.target_modules else super().targets(config, injector)
 
     def _add_parameter(self, path: str, stored_as: str) -> None:
         owner, _, attribute = path.rpartition(".")
-        own, r = self.host.own_value(path), self.rank(self.config, path)
+        own, r = self.injector.own_value(path), self.rank(self.config, path)
         if len(own.shape) not in (2, 3) or not own.dtype.is_floating_point:
             raise ValueError(
                 f"target_parameters: {path} must have two or three dimensions, got {list(own.shape)} in {own.dtype}"
             )
         if owner in self.deltas:
             raise ValueError(f"target_parameters: {path} must not belong to a layer that target_modules names")
-        transposed = len(own.shape) == 3 and bool(getattr(self.host.module(owner), "is_transposed", False))
+        transposed = len(own.shape) == 3 and bool(getattr(self.injector.module(owner), "is_transposed", False))
         scaling = self.config.scaling(r, pattern_value(path, self.config.alpha_pattern, self.config.lora_alpha))
-        init, dtype = self.config.init_lora_weights, self.host.adapter_dtype
-        self.host.adapt_parameter(path)
+        init, dtype = self.config.init_lora_weights, self.injector.adapter_dtype
+        self.injector.adapt_parameter(path)
         delta = ParameterDelta(own, r, scaling, init, dtype, transposed=transposed)
         self.tree.add(stored_as, delta, owner=owner, slot=f"{attribute}{UPDATES}")
 
     @classmethod
     def check_file(
-        cls, config: PeftConfig, host: Host, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
+        cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
-        super().check_file(config, host, tensors, extra_tensors)
+        super().check_file(config, injector, tensors, extra_tensors)
         assert isinstance(config, LoraConfig)
-        stored = by_path(tensors, cls.file_prefix)
-        for path, stored_as in matched_parameters(host, config.target_parameters).items():
-            shape = host.own_value(path).shape
+        stored = tensors_by_path(tensors, cls.file_prefix)
+        for path, stored_as in matched_parameters(injector, config.target_parameters).items():
+            shape = injector.own_value(path).shape
             rows = cls.rank(config, path) * (shape[0] if len(shape) == 3 else 1)
             lora_A = stored.get(f"{stored_as}.lora_A.weight")
             if lora_A is None or lora_A.shape[:1] != (rows,):
                 got = "none" if lora_A is None else list(lora_A.shape)
                 raise ValueError(f"adapter file: {stored_as}.lora_A.weight of {path} must have {rows} rows, got {got}")
 
-    def why_no_rows(self) -> str | None:
+    def row_mixing_unsupported(self) -> str | None:
         if self.config.target_parameters:
             return f"it updates parameters for the whole batch, {list(as_names(self.config.target_parameters))}"
-        return super().why_no_rows()
+        return super().row_mixing_unsupported()
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
-        super().check_names(config, host)
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
+        super().check_names(config, injector)
         assert isinstance(config, LoraConfig)
         if config.rank_pattern or config.alpha_pattern:
-            targets = [*cls.targets(config, host), *matched_parameters(host, config.target_parameters)]
+            targets = [*cls.targets(config, injector), *matched_parameters(injector, config.target_parameters)]
             check_pattern_names("rank_pattern", config.rank_pattern, targets)
             check_pattern_names("alpha_pattern", config.alpha_pattern, targets)
 
@@ -312,13 +312,13 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         config, r = self.config, self.rank(self.config, path)
         scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
         kind = LoraEmbedding if is_embedding(base) else DoraLinear if config.use_dora else LoraLinear
-        return kind(base, r, scaling, config, self.host.adapter_dtype)
+        return kind(base, r, scaling, config, self.injector.adapter_dtype)
 
     def _first_tied(self, path: str) -> str | None:
         """The first adapted layer with the weight of the layer at `path`, where they are to train as one."""
         if not self.config.ensure_weight_tying:
             return None
-        tied = paths_of_tied(self.host.modules(aliases=True)).get(f"{path}.weight", ())
+        tied = paths_of_tied(self.injector.modules(aliases=True)).get(f"{path}.weight", ())
         earlier = itertools.takewhile(lambda other: other != path, self.deltas)
         return next((other for other in earlier if f"{other}.weight" in tied), None)
 
@@ -326,7 +326,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         super().add_delta(path, delta)
         if not isinstance(delta, LoraLinear):
             return
-        layer, how = self.host.adapt(path), str(self.config.init_lora_weights)
+        layer, how = self.injector.adapt(path), str(self.config.init_lora_weights)
         if starts_in_base(how):
             init_from_base(delta, layer.base_layer, how)
         elif how == "loftq":
@@ -356,18 +356,18 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         if self.config.init_lora_weights != "loftq" or self.config.loftq_config.get("loftq_iter", 1) == 1:
             return {}, {}
         # From the second iteration on, the base is NF4(W - B A), which nothing but this file can give back.
-        layers = {path: self.host.module(path) for path in self.deltas}
+        layers = {path: self.injector.module(path) for path in self.deltas}
         return {}, {f"{path}.{key}": value for path, m in layers.items() for key, value in m.state_dict().items()}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         for path in self.deltas if tensors else ():
             own = {k.removeprefix(f"{path}."): v for k, v in tensors.items() if k.startswith(f"{path}.")}
-            self.host.module(path).load_state_dict(own)
+            self.injector.module(path).load_state_dict(own)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         # A file of PEFT's holds the trained pair alone: the fixed one was computed from the base a moment ago.
         fixed = {k: v for k, v in self.state_dict().items() if k.endswith((".fixed_A", ".fixed_B"))}
-        stored = by_path(tensors, self.file_prefix)
+        stored = tensors_by_path(tensors, self.file_prefix)
         self._untie_different(stored)
         self.fill({**stored, **fixed})
 
@@ -380,7 +380,9 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         for path, place in self.tree.places.items() if self.config.ensure_weight_tying else ():
             first = self._first_tied(path)
             if first is not None and not same_tensors(update(path), update(first)):
-                self.host.slot(place.owner, place.slot)[place.key] = self._own_delta(path, self.host.module(path))
+                self.injector.slot(place.owner, place.slot)[place.key] = self._own_delta(
+                    path, self.injector.module(path)
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()

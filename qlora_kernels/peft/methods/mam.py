@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..core.config import PeftConfig
 from ..framework.composite import Composite
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.registry import register_method
 from .adapter import Adapter, AdapterConfig
 from .prefix_tuning import PrefixTuning, PrefixTuningConfig
@@ -35,8 +35,8 @@ class MAMConfig(PeftConfig):
 class MAM(Composite):
     """y = FFN(x) + scale * up(relu(down(x))), and softmax(Q [P_k; K]^T) [P_v; V] in every attention."""
 
-    def __init__(self, config: MAMConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
+    def __init__(self, config: MAMConfig, injector: Injector, name: str) -> None:
+        super().__init__(config, injector, name)
         prefix = PrefixTuningConfig(
             num_virtual_tokens=config.prefix_length,
             prefix_projection=True,
@@ -52,4 +52,4 @@ class MAM(Composite):
             scale=config.scale,
             dropout=config.dropout,
         )
-        self.add({"prefix": PrefixTuning(prefix, host, name), "adapter": Adapter(adapter, host, name)})
+        self.add({"prefix": PrefixTuning(prefix, injector, name), "adapter": Adapter(adapter, injector, name)})

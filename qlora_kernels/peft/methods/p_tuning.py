@@ -80,11 +80,11 @@ class PTuning(SoftPrompt):
 
     def new_prompt(self) -> PromptEncoder:
         self.config = self.config.replace(encoder_hidden_size=self.config.encoder_hidden_size or self.config.token_dim)
-        return PromptEncoder(self.config, self.embedding_device(), self.host.adapter_dtype)
+        return PromptEncoder(self.config, self.embedding_device(), self.injector.adapter_dtype)
 
     def set_prompt(self, rows: Tensor) -> None:
         """The embeddings alone, trained as they are from here on."""
-        self.replace_module(PromptTable(rows.to(self.embedding_device(), self.host.adapter_dtype, copy=True)))
+        self.replace_module(PromptTable(rows.to(self.embedding_device(), self.injector.adapter_dtype, copy=True)))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().extras()

@@ -13,29 +13,29 @@ from torch import Tensor
 
 from ...nn.module_tree import input_embeddings_of
 from ..attention.prefix_slot import SLOT, PrefixSlot
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..layers.base_layer import device_of
 
 
 @torch.no_grad()
-def words_rows(host: Host, attentions: Sequence[str], ids: Sequence[int]) -> Tensor:
+def prefix_of_tokens(injector: Injector, attentions: Sequence[str], ids: Sequence[int]) -> Tensor:
     """[n, n_attentions * 2 * heads_kv * head_dim]: what the base model's attentions compute for the n tokens, in the
     order of a flat prefix. Keys are the rotated ones, of positions 0 to n - 1.
 
     Raises ValueError for a model that has an encoder and a decoder, or takes no input_ids.
     """
-    if host.anatomy.seq2seq or input_embeddings_of(host.model) is None:
+    if injector.layout.seq2seq or input_embeddings_of(injector.model) is None:
         raise ValueError("init_token_ids: the model must be a decoder or an encoder that takes input_ids")
-    slots = [cast(PrefixSlot, getattr(host.module(path), SLOT)) for path in attentions]
-    training = host.model.training
+    slots = [cast(PrefixSlot, getattr(injector.module(path), SLOT)) for path in attentions]
+    training = injector.model.training
     try:
         for slot in slots:
             slot.seen = []
-        with host.selection.disabled():
-            host.model.eval()(torch.tensor([list(ids)], device=device_of(host.model)))
+        with injector.selection.disabled():
+            injector.model.eval()(torch.tensor([list(ids)], device=device_of(injector.model)))
         pairs = [pair for slot in slots for pair in slot.seen or ()]
     finally:
-        host.model.train(training)
+        injector.model.train(training)
         for slot in slots:
             slot.seen = None
     # [1, heads, n, head_dim] each -> [n, layers, 2, heads, head_dim]

@@ -19,11 +19,11 @@ from ..attention.relative_bias import bias_source
 from ..core.adapter_tree import effective_state
 from ..core.config import PeftConfig
 from ..core.offloaded import weight_of
-from ..framework.injector import Host
-from ..framework.method import PROMPT_PREFIX, Method, by_path, load_into
+from ..framework.injector import Injector
+from ..framework.method import PROMPT_PREFIX, Method, load_into, tensors_by_path
 from ..framework.registry import register_method
 from ..layers.base_layer import device_of
-from .prefix_init import words_rows
+from .prefix_init import prefix_of_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -182,12 +182,12 @@ class PrefixTuning(Method):
     file_prefix = PROMPT_PREFIX
     part_type: type[PrefixPart] = PrefixPart
 
-    def __init__(self, config: PrefixTuningConfig, host: Host, name: str) -> None:
-        self.attentions = _attentions(host)
+    def __init__(self, config: PrefixTuningConfig, injector: Injector, name: str) -> None:
+        self.attentions = _attentions(injector)
         sites = tuple(site for site in SITES if site in self.attentions and site in (as_names(config.sites) or SITES))
         if missing := set(as_names(config.sites)) - set(sites):
             raise ValueError(f"prefix: the model has no site {sorted(missing)}; it has {sorted(self.attentions)}")
-        heads, head_dim = _heads(host, self.attentions[sites[0]][0])
+        heads, head_dim = _heads(injector, self.attentions[sites[0]][0])
         offset = config.position_offset if config.position_offset is not None else "decoder" in sites
         config = config.replace(
             sites=sites,
@@ -198,7 +198,7 @@ class PrefixTuning(Method):
             num_transformer_submodules=2 if len(self.attentions) > 1 else 1,
             encoder_hidden_size=(config.encoder_hidden_size or 512) if config.prefix_projection else heads * head_dim,
         )
-        super().__init__(config, host, name)
+        super().__init__(config, injector, name)
         self.sites = sites
         for site in sites:
             paths = self.attentions[site]
@@ -209,21 +209,21 @@ class PrefixTuning(Method):
         if words := list(config.init_token_ids or ()):
             n = config.num_virtual_tokens
             for site, encoder in self.prefixes.items():
-                encoder.set_flat(words_rows(host, self.attentions[site], (words * (n // len(words) + 1))[:n]))
+                encoder.set_flat(prefix_of_tokens(injector, self.attentions[site], (words * (n // len(words) + 1))[:n]))
             self.config = self.config.replace(init_token_ids=None)
         if offset:
-            for path in host.anatomy.positions:
-                handle = host.place(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+            for path in injector.layout.positions:
+                handle = injector.hooked_module(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)
                 self.hooks.append(handle)
 
     def _new_encoder(self, paths: Sequence[str]) -> PrefixEncoder:
-        shapes = {_heads(self.host, path) for path in paths}
+        shapes = {_heads(self.injector, path) for path in paths}
         if len(shapes) > 1:
             raise NotImplementedError(f"prefix: all layers must have the same key/value heads, got {sorted(shapes)}")
         ((heads, head_dim),) = shapes
         config = self.config
         hidden = config.encoder_hidden_size if config.prefix_projection else None
-        device, dtype = device_of(self.host.module(paths[0])), self.host.adapter_dtype
+        device, dtype = device_of(self.injector.module(paths[0])), self.injector.adapter_dtype
         encoder = PrefixEncoder(config.num_virtual_tokens, len(paths), heads, head_dim, hidden, device, dtype)
         encoder.dropout_p = config.prefix_dropout
         if config.init_weights == "zero":
@@ -231,9 +231,9 @@ class PrefixTuning(Method):
         return encoder
 
     def _attach(self, site: str, path: str, part: PrefixPart) -> None:
-        attention_slot(self.host.module(path), self.host.selection)
+        attention_slot(self.injector.module(path), self.injector.selection)
         if site == "decoder" and self.config.position_offset:
-            part.bias = bias_source(self.host.module(self.attentions[site][0]))
+            part.bias = bias_source(self.injector.module(self.attentions[site][0]))
         self.tree.add(part_path(path), part, owner=path, slot=SLOT, in_file=False)
 
     @property
@@ -246,14 +246,14 @@ class PrefixTuning(Method):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tokens are numbered from num_virtual_tokens on. Position numbers are the integer tensors a module gets."""
-        if not self.host.selection.has(self.name):
+        if not self.injector.selection.has(self.name):
             return args, kwargs
         return tuple(map(self._shifted, args)), {key: self._shifted(value) for key, value in kwargs.items()}
 
     def _shifted(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_floating_point():
             return value
-        selection, n = self.host.selection, self.config.num_virtual_tokens
+        selection, n = self.injector.selection, self.config.num_virtual_tokens
         rows = selection.state.rows
         if rows is None:
             return value + n
@@ -263,8 +263,8 @@ class PrefixTuning(Method):
 
     def detach(self) -> None:
         super().detach()
-        attentions = [self.host.module(path) for paths in self.attentions.values() for path in paths]
-        others = [module for module in self.host.modules().values() if SLOT in module._modules]
+        attentions = [self.injector.module(path) for paths in self.attentions.values() for path in paths]
+        others = [module for module in self.injector.modules().values() if SLOT in module._modules]
         for attention in attentions:
             restore_attention(attention, others)
 
@@ -274,7 +274,7 @@ class PrefixTuning(Method):
     def loads_in_peft(self) -> bool:  # type: ignore[override]
         """PEFT knows one site only, numbers positions in one way, and has its own order of a decoder's layers."""
         config = self.config
-        same_layers = config.peft_layers or not self.host.anatomy.seq2seq
+        same_layers = config.peft_layers or not self.injector.layout.seq2seq
         return self.sites in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
 
     def file_config(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class PrefixTuning(Method):
         return self.sites[0]
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        tensors = by_path(tensors, self.file_prefix)
+        tensors = tensors_by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
         self.prefixes[self._main].set_flat(tensors.pop("prompt_embeddings"))
@@ -331,19 +331,19 @@ def part_path(attention: str) -> str:
     return f"{attention}.prefix"
 
 
-def _attentions(host: Host) -> dict[str, list[str]]:
+def _attentions(injector: Injector) -> dict[str, list[str]]:
     """Site -> paths of the attention modules there, in order of the layers."""
     found: dict[str, list[str]] = {}
-    for layer in host.anatomy.layers:
+    for layer in injector.layout.layers:
         found.setdefault(layer.stack, []).append(layer.self_attention)
         if layer.cross_attention:
             found.setdefault("cross", []).append(layer.cross_attention)
     return found
 
 
-def _heads(host: Host, path: str) -> tuple[int, int]:
+def _heads(injector: Injector, path: str) -> tuple[int, int]:
     """(key/value heads, head_dim) of an attention module, by the names that transformers and torch give them."""
-    attention = host.module(path)
+    attention = injector.module(path)
     config = getattr(attention, "config", attention)
     names = ("num_key_value_heads", "num_attention_heads", "n_heads", "num_heads")
     heads = next(

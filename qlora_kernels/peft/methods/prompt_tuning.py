@@ -75,7 +75,7 @@ class PromptTuning(SoftPrompt):
 
     @torch.no_grad()
     def new_prompt(self) -> PromptTable:
-        return PromptTable(self._start().to(self.embedding_device(), self.host.adapter_dtype, copy=True))
+        return PromptTable(self._start().to(self.embedding_device(), self.injector.adapter_dtype, copy=True))
 
     def set_prompt(self, rows: Tensor) -> None:
         with torch.no_grad():
@@ -85,7 +85,7 @@ class PromptTuning(SoftPrompt):
         config, n = self.config, self.config.num_virtual_tokens
         if config.prompt_tuning_init == "RANDOM":
             return torch.rand(n, cast(int, config.token_dim), device=self.embedding_device()) - 0.5
-        embeddings = input_embeddings(self.host)
+        embeddings = input_embeddings(self.injector)
         if embeddings is None:
             raise ValueError("prompt_tuning_init: must be 'RANDOM' for a model without get_input_embeddings")
         if config.prompt_tuning_init == "SAMPLE_VOCAB":

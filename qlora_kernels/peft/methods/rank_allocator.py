@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.quantized_weight import cut_as
-from ..core.gathered import gathered
+from ..core.sharded import full_tensor
 
 Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]
 """(lora_A [r, K], lora_E [r, 1], lora_B [N, r]) of one layer: r triplets of a row, a singular value and a column."""
@@ -83,7 +83,7 @@ class RankAllocator:
 
     def scores(self) -> list[Tensor]:
         """[r] for each layer: the score of E plus the mean scores of its row of A and its column of B."""
-        of_weight = [gathered(score) for score in torch._foreach_mul(self.sensitivity, self.uncertainty)]
+        of_weight = [full_tensor(score) for score in torch._foreach_mul(self.sensitivity, self.uncertainty)]
         parts = zip(of_weight[0::3], of_weight[1::3], of_weight[2::3], strict=True)
         return [E.flatten() + A.mean(dim=1) + B.mean(dim=0) for A, E, B in parts]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...nn.module_tree import input_embeddings_of, unwrapped
 from ..attention.prompt_layout import PromptLayout
 from ..core.config import PeftConfig
-from ..framework.injector import Host
-from ..framework.method import PROMPT_PREFIX, Method, PreparedCall, by_path
+from ..framework.injector import Injector
+from ..framework.method import PROMPT_PREFIX, Method, PreparedCall, tensors_by_path
 from ..layers.base_layer import device_of
 from .torch_prompt import EncoderPrompt
 
@@ -61,22 +61,22 @@ class SoftPrompt(Method):
     config: SoftPromptConfig
     file_prefix = PROMPT_PREFIX
 
-    def __init__(self, config: SoftPromptConfig, host: Host, name: str) -> None:
-        model_config: Any = getattr(host.model, "config", None)
-        embeddings = input_embeddings(host)
-        layers = host.anatomy.layers
+    def __init__(self, config: SoftPromptConfig, injector: Injector, name: str) -> None:
+        model_config: Any = getattr(injector.model, "config", None)
+        embeddings = input_embeddings(injector)
+        layers = injector.layout.layers
         config = config.replace(
-            token_dim=embeddings.embedding_dim if embeddings else host.width(layers[0]),
-            num_layers=len(layers) // (2 if host.anatomy.seq2seq else 1),
+            token_dim=embeddings.embedding_dim if embeddings else injector.width(layers[0]),
+            num_layers=len(layers) // (2 if injector.layout.seq2seq else 1),
             num_attention_heads=getattr(model_config, "num_attention_heads", None),
             num_transformer_submodules=1,
         )
-        super().__init__(config, host, name)
+        super().__init__(config, injector, name)
         self.owner: str | None = None
         if embeddings is None:
             encoder = EncoderPrompt(self._layout, self._leads)
-            self.owner = encoder.place(host)
-            self.hooks += encoder.attach(host.place(self.owner))
+            self.owner = encoder.place(injector)
+            self.hooks += encoder.attach(injector.hooked_module(self.owner))
         self.tree.add("prompt", self.new_prompt(), owner=self.owner, slot=SLOT, in_file=False)
 
     def new_prompt(self) -> nn.Module:
@@ -88,7 +88,7 @@ class SoftPrompt(Method):
         return self.tree["prompt"]
 
     def replace_module(self, module: nn.Module) -> None:
-        self.host.slot(self.owner, SLOT)[self.tree.places["prompt"].key] = module
+        self.injector.slot(self.owner, SLOT)[self.tree.places["prompt"].key] = module
 
     def prompt(self) -> Tensor:
         """[n, d], in the parameters' dtype."""
@@ -98,22 +98,27 @@ class SoftPrompt(Method):
 
     def _leads(self) -> bool:
         """Whether this method lays out the prompts of the call: the first soft prompt that acts does."""
-        acting = (m for name in self.host.adapters if self.host.selection.has(name) for m in self.host.adapters[name])
+        acting = (
+            m
+            for name in self.injector.adapters
+            if self.injector.selection.has(name)
+            for m in self.injector.adapters[name]
+        )
         return next((m is self for m in acting if isinstance(m, SoftPrompt)), False)
 
     def _layout(self, x: Tensor, modules: nn.ModuleDict) -> PromptLayout:
         """x [B, ...]: the batch.   modules: the prompts' modules, those of a replica in a replica."""
-        selection = self.host.selection
+        selection = self.injector.selection
         prompts: dict[str, list[Tensor]] = {}
-        for name in self.host.adapters:
+        for name in self.injector.adapters:
             if selection.has(name):
-                soft = [m for m in self.host.adapters[name] if isinstance(m, SoftPrompt)]
+                soft = [m for m in self.injector.adapters[name] if isinstance(m, SoftPrompt)]
                 prompts[name] = [modules[m.tree.places["prompt"].key]() for m in soft]
         if selection.state.rows is None:
             rows = [[p for parts in prompts.values() for p in parts]] * x.shape[0]
         else:
             rows = [prompts.get(name, []) for name in selection.rows_of(x.shape[0])]
-        encoder_only = not (self.host.anatomy.causal or self.host.anatomy.seq2seq)
+        encoder_only = not (self.injector.layout.causal or self.injector.layout.seq2seq)
         return PromptLayout.of(rows, "right" if encoder_only else "left")
 
     def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
@@ -142,13 +147,13 @@ class SoftPrompt(Method):
         embeds = _embedded(model, ids) if embeds is None else embeds
         self._extend_companions(layout, kwargs, length)
         kwargs["inputs_embeds"] = layout.join(layout.front, embeds)
-        finish = None if self.host.anatomy.seq2seq else partial(_own_positions, layout, length)
+        finish = None if self.injector.layout.seq2seq else partial(_own_positions, layout, length)
         return PreparedCall((), kwargs, finish)
 
     def _extend_companions(self, layout: PromptLayout, kwargs: dict[str, Any], length: int) -> None:
         """What goes with the tokens, one value each, gets values for the virtual ones."""
         labels: Tensor | None = kwargs.get("labels")
-        if labels is not None and not labels.is_floating_point() and not self.host.anatomy.seq2seq:
+        if labels is not None and not labels.is_floating_point() and not self.injector.layout.seq2seq:
             per_token = labels.dim() == 2 and labels.shape[1] == length
             kwargs["labels"] = layout.fill(labels, -100) if per_token else labels
         if kwargs.get("token_type_ids") is not None:
@@ -166,7 +171,7 @@ class SoftPrompt(Method):
             return PreparedCall(args, kwargs)
         kwargs = self._named(args, kwargs, first="inputs")
         ids = kwargs.pop("inputs", None) if "input_ids" not in kwargs else kwargs.pop("input_ids")
-        seq2seq = self.host.anatomy.seq2seq
+        seq2seq = self.injector.layout.seq2seq
         finish = None if seq2seq else partial(_with_input, ids)
         if kwargs.get("max_length") is not None and not seq2seq:
             # generate counts from its input, of which it sees embeddings only.
@@ -198,12 +203,12 @@ class SoftPrompt(Method):
         return embeds.masked_scatter(places[..., None], prompt.to(embeds.dtype).repeat(ids.shape[0], 1))
 
     def _numbers_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.host.model.forward).parameters
+        return "position_ids" in inspect.signature(self.injector.model.forward).parameters
 
-    def why_no_rows(self) -> str | None:
+    def row_mixing_unsupported(self) -> str | None:
         if self.config.placeholder_token_id is not None:
             return "it takes the places of a placeholder, for the whole batch"
-        return super().why_no_rows()
+        return super().row_mixing_unsupported()
 
     # In files
 
@@ -218,7 +223,7 @@ class SoftPrompt(Method):
         return {"prompt_embeddings": self.prompt().detach().clone(), **super().tensors()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        tensors = by_path(tensors, self.file_prefix)
+        tensors = tensors_by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
             raise ValueError("adapter file: missing ['prompt_embeddings']")
         rows, n = tensors.pop("prompt_embeddings"), self.config.num_virtual_tokens
@@ -234,8 +239,8 @@ class SoftPrompt(Method):
         raise NotImplementedError
 
     def embedding_device(self) -> torch.device:
-        embeddings = input_embeddings(self.host)
-        return device_of(embeddings if embeddings is not None else self.host.model)
+        embeddings = input_embeddings(self.injector)
+        return device_of(embeddings if embeddings is not None else self.injector.model)
 
 
 def _embedded(model: PeftModel, ids: Tensor) -> Tensor:
@@ -264,8 +269,8 @@ def _with_input(ids: Tensor, output: Any) -> Any:
     return output
 
 
-def input_embeddings(host: Host) -> nn.Embedding | None:
-    return cast("nn.Embedding | None", input_embeddings_of(host.model))
+def input_embeddings(injector: Injector) -> nn.Embedding | None:
+    return cast("nn.Embedding | None", input_embeddings_of(injector.model))
 
 
 def _cached(kwargs: dict[str, Any]) -> int:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.offloaded import has_hooks, weight_of
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..layers.adapted_linear import AdaptedLinear, Delta
-from ..layers.lowrank import LowRank, add_lowrank
+from ..layers.lowrank import LoraFactors, add_lowrank
 
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
@@ -33,10 +33,10 @@ class TransposedLora(Delta):
             self.register_parameter(name, embedding._parameters[name])
         self.scaling, self.dropout_p = scaling, dropout_p
 
-    def lowrank(self) -> LowRank:
+    def lowrank(self) -> LoraFactors:
         return weight_of(self, "lora_embedding_B").T, weight_of(self, "lora_embedding_A").T, self.scaling
 
-    def factors(self) -> LowRank | None:
+    def factors(self) -> LoraFactors | None:
         return None if has_hooks(self) else self.lowrank()
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
@@ -105,9 +105,9 @@ def same_tensors(one: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool
     return one.keys() == first.keys() and all(torch.equal(tensor, first[name]) for name, tensor in one.items())
 
 
-def tie_merged(host: Host) -> None:
+def tie_merged(injector: Injector) -> None:
     """Gives merged layers that had one weight, and one update of it, one weight again."""
-    merged = [layer for layer in host.adapted().values() if layer.merged_layer is not None]
+    merged = [layer for layer in injector.adapted_layers().values() if layer.merged_layer is not None]
     for number, layer in enumerate(merged):
         for first in merged[:number]:
             ours, theirs = cast(Any, layer.merged_layer), cast(Any, first.merged_layer)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.prompt_layout import PromptLayout
-from ..core.active_adapters import PerThread
-from ..framework.injector import Host
+from ..core.adapter_selection import PerThread
+from ..framework.injector import Injector
 
 
 @dataclass
@@ -29,9 +29,9 @@ class EncoderPrompt:
     joined: PerThread = field(default_factory=PerThread)
 
     @staticmethod
-    def place(host: Host) -> str:
+    def place(injector: Injector) -> str:
         """The path of the encoder."""
-        encoders = [path for path, m in host.modules().items() if isinstance(m, nn.TransformerEncoder)]
+        encoders = [path for path, m in injector.modules().items() if isinstance(m, nn.TransformerEncoder)]
         if not encoders:
             raise NotImplementedError(
                 "soft prompt: the model must have get_input_embeddings or an nn.TransformerEncoder, to put it before"

@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.model_layout import Layer
+from ..attention.model_layout import TransformerLayer
 from ..attention.prefix_slot import SLOT, Prefix
-from ..core.active_adapters import PerThread, Selection
+from ..core.adapter_selection import AdapterSelection, PerThread
 from ..core.config import PeftConfig
 from ..framework.composite import Composite
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
 from ..framework.registry import register_method
 from ..layers.adapted_linear import Delta
@@ -54,11 +54,11 @@ class UniPELTConfig(PeftConfig):
 class GatedLoraLinear(Delta):
     """y + g(x) * B A dropout(x)."""
 
-    def __init__(self, lora: LoraLinear, gate: Gate, host: Host, name: str) -> None:
+    def __init__(self, lora: LoraLinear, gate: Gate, injector: Injector, name: str) -> None:
         super().__init__()
         self.lora_A, self.lora_B, self.gate = lora.lora_A, lora.lora_B, gate
         self.dropout_p = lora.dropout_p
-        self.selection, self.name = host.selection, name
+        self.selection, self.name = injector.selection, name
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         g = self.gate(x, padding_of(self.selection, self.name, x))
@@ -73,20 +73,20 @@ class GatedLora(LinearMethod[GatedLoraLinear]):
     config: LoraConfig
 
     def new_delta(self, path: str, base: nn.Module) -> GatedLoraLinear:
-        lora = LoraLinear(base, self.config.r, 1.0, self.config, self.host.adapter_dtype)
-        return GatedLoraLinear(lora, new_gate(self.host, path, features(base)[0]), self.host, self.name)
+        lora = LoraLinear(base, self.config.r, 1.0, self.config, self.injector.adapter_dtype)
+        return GatedLoraLinear(lora, new_gate(self.injector, path, features(base)[0]), self.injector, self.name)
 
-    def why_no_merge(self) -> str:
+    def merge_unsupported(self) -> str:
         return "its gates depend on the input"
 
 
 class GatedBottleneck(nn.Module):
     """g(h) * f(h)."""
 
-    def __init__(self, bottleneck: nn.Module, gate: Gate, host: Host, name: str) -> None:
+    def __init__(self, bottleneck: nn.Module, gate: Gate, injector: Injector, name: str) -> None:
         super().__init__()
         self.bottleneck, self.gate = bottleneck, gate
-        self.selection, self.name = host.selection, name
+        self.selection, self.name = injector.selection, name
 
     def forward(self, h: Tensor) -> Tensor:
         g = self.gate(h, padding_of(self.selection, self.name, h))
@@ -97,16 +97,16 @@ class GatedBottleneck(nn.Module):
 class GatedAdapter(Adapter):
     """Bottlenecks behind gates."""
 
-    def new_bottleneck(self, layer: Layer) -> GatedBottleneck:
-        gate = new_gate(self.host, layer.ffn_output, self.host.width(layer))
-        return GatedBottleneck(super().new_bottleneck(layer), gate, self.host, self.name)
+    def new_bottleneck(self, layer: TransformerLayer) -> GatedBottleneck:
+        gate = new_gate(self.injector, layer.ffn_output, self.injector.width(layer))
+        return GatedBottleneck(super().new_bottleneck(layer), gate, self.injector, self.name)
 
 
 class GatedPrefixPart(PrefixPart):
     """One gate for keys and values, from the attention's input h."""
 
     gate: Gate
-    selection: Selection
+    selection: AdapterSelection
 
     def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
         super().__init__(adapter, encoder, layer)
@@ -133,12 +133,12 @@ class GatedPrefix(PrefixTuning):
     def _attach(self, site: str, path: str, part: PrefixPart) -> None:
         super()._attach(site, path, part)
         gated = cast(GatedPrefixPart, part)
-        layer = cast(Layer, self.host.layer_of(path))
-        gated.gate, gated.selection = new_gate(self.host, path, self.host.width(layer)), self.host.selection
+        layer = cast(TransformerLayer, self.injector.layer_of(path))
+        gated.gate, gated.selection = new_gate(self.injector, path, self.injector.width(layer)), self.injector.selection
         place = self.tree.places[part_path(path)]
         self.tree.add_inner(f"{layer.path}.prefix_gate", place, "gate")
         remember = RememberInput(place.key)
-        self.hooks.append(self.host.place(path).register_forward_pre_hook(remember, with_kwargs=True))
+        self.hooks.append(self.injector.hooked_module(path).register_forward_pre_hook(remember, with_kwargs=True))
 
 
 @dataclass
@@ -152,10 +152,10 @@ class RememberInput:
         part.h.put(args[0] if args else kwargs.get("hidden_states", kwargs.get("query")))
 
 
-def new_gate(host: Host, path: str, d: int) -> Gate:
-    layer = host.layer_of(path)
-    device = device_of(host.module(layer.norms[0] if layer else path))
-    return Gate(d, layer is not None and layer.stack == "decoder", device, host.adapter_dtype)
+def new_gate(injector: Injector, path: str, d: int) -> Gate:
+    layer = injector.layer_of(path)
+    device = device_of(injector.module(layer.norms[0] if layer else path))
+    return Gate(d, layer is not None and layer.stack == "decoder", device, injector.adapter_dtype)
 
 
 @register_method(UniPELTConfig)
@@ -165,14 +165,14 @@ class UniPELT(Composite):
     config: UniPELTConfig
 
     @classmethod
-    def check_names(cls, config: PeftConfig, host: Host) -> None:
-        super().check_names(config, host)
+    def check_names(cls, config: PeftConfig, injector: Injector) -> None:
+        super().check_names(config, injector)
         assert isinstance(config, UniPELTConfig)
-        GatedLora.check_names(config.lora, host)
+        GatedLora.check_names(config.lora, injector)
 
-    def __init__(self, config: UniPELTConfig, host: Host, name: str) -> None:
-        super().__init__(config, host, name)
-        sites = tuple({layer.stack for layer in host.anatomy.layers})
+    def __init__(self, config: UniPELTConfig, injector: Injector, name: str) -> None:
+        super().__init__(config, injector, name)
+        sites = tuple({layer.stack for layer in injector.layout.layers})
         prefix = PrefixTuningConfig(
             num_virtual_tokens=config.prefix_length,
             encoder_hidden_size=config.prefix_hidden_size,
@@ -184,8 +184,8 @@ class UniPELT(Composite):
         )
         self.add(
             {
-                "lora": GatedLora(config.lora, host, name),
-                "prefix": GatedPrefix(prefix, host, name),
-                "adapter": GatedAdapter(adapter, host, name),
+                "lora": GatedLora(config.lora, injector, name),
+                "prefix": GatedPrefix(prefix, injector, name),
+                "adapter": GatedAdapter(adapter, injector, name),
             }
         )

@@ -6,16 +6,16 @@ import math
 
 from torch import nn
 
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..layers.base_layer import features, is_quantized
 
 
-def count_parameters(model: nn.Module, host: Host) -> tuple[int, int]:
+def count_parameters(model: nn.Module, injector: Injector) -> tuple[int, int]:
     """(trained, all) of what the model computes with: a merged layer without its base, and an active copy without the
     parameter that it replaces. A quantized layer counts as its dense shape.
     """
-    aside = {id(layer.base_layer) for layer in host.adapted().values() if layer.merged_layer is not None}
-    active = [method for name in host.selection.active for method in host.methods(name)]
+    aside = {id(layer.base_layer) for layer in injector.adapted_layers().values() if layer.merged_layer is not None}
+    active = [method for name in injector.selection.active for method in injector.methods(name)]
     replaced = {id(original) for method in active for original in method.overrides.originals.values()}
     modules = [module for module in model.modules() if id(module) not in aside]
     layers = [module for module in modules if is_quantized(module)]

@@ -27,7 +27,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapt
     Raises ValueError where the adapter is not one LoRA of init_lora_weights="eva", and where a layer got fewer input
     rows than its rank.
     """
-    methods = model.host.adapters.get(adapter_name, [])
+    methods = model.injector.adapters.get(adapter_name, [])
     if len(methods) != 1 or not isinstance(methods[0], Lora) or methods[0].config.init_lora_weights != "eva":
         raise ValueError(f"initialize_eva: adapter {adapter_name!r} must be a LoRA of init_lora_weights='eva'")
     lora = methods[0]
@@ -45,7 +45,9 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapt
         found[path] = (s[:, None] * vh)[:rank]
 
     hooks = [
-        model.host.place(path).register_forward_pre_hook(partial(observe, path, lora.rank(lora.config, path)))
+        model.injector.hooked_module(path).register_forward_pre_hook(
+            partial(observe, path, lora.rank(lora.config, path))
+        )
         for path in lora.deltas
     ]
     training = model.training

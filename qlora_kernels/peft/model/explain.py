@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..framework.injector import Host
+from ..framework.injector import Injector
 
 
 class Explanation(dict[str, str]):
@@ -15,5 +15,7 @@ class Explanation(dict[str, str]):
         return "\n".join(f"{len(names):4d} layers  {answer}  ({names[0]}, ...)" for answer, names in layers.items())
 
 
-def explain(host: Host) -> Explanation:
-    return Explanation({name: layer.why_not_fused() or "fused" for name, layer in host.adapted().items()})
+def explain(injector: Injector) -> Explanation:
+    return Explanation(
+        {name: layer.fusion_unsupported() or "fused" for name, layer in injector.adapted_layers().items()}
+    )

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 
 
-class TakenForPeft:
+class RecognizedAsPeftModel:
     """isinstance(model, peft.PeftModel) is true where peft has been imported, whenever the model was made.
 
     `__class__` names a class that derives from both, as proxies do it. The model's type is its own, so that nothing of

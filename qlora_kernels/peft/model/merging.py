@@ -7,74 +7,74 @@ import warnings
 from collections.abc import Sequence
 
 from ...nn.experts_nf4 import ExpertsNF4
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..layers.base_layer import is_quantized
 from ..methods.tied_lora import tie_merged
 
 
-def check_mergeable(host: Host, names: Sequence[str]) -> None:
+def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
     """Raises ValueError for an adapter that is no update of weights."""
     for name in names:
-        for method in host.methods(name):
-            if reason := method.why_no_merge():
+        for method in injector.methods(name):
+            if reason := method.merge_unsupported():
                 raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
 
 
-def merge(host: Host, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
+def merge(injector: Injector, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
     """Lets merged layers compute, see PeftModel.merge_adapter; warns of what quantizing again costs."""
-    dtype = host.dtype()
-    with host.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
+    dtype = injector.dtype()
+    with injector.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
         norms = [
             layer.merge(names, target=target, safe_merge=safe_merge, default=dtype)
-            for layer in host.adapted().values()
+            for layer in injector.adapted_layers().values()
             if any(name in layer.deltas for name in names)
         ]
         norms += [
-            updates.merge(host.own_value(path), names, target=target, safe_merge=safe_merge)
-            for path, updates in host.adapted_parameters().items()
+            updates.merge(injector.own_value(path), names, target=target, safe_merge=safe_merge)
+            for path, updates in injector.adapted_parameters().items()
             if any(name in updates for name in names)
         ]
     error, update = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
-    merged = [layer.merged_layer for layer in host.adapted().values() if layer.merged_layer is not None]
-    stacks = [stack for updates in host.adapted_parameters().values() for stack in updates.merged]
+    merged = [layer.merged_layer for layer in injector.adapted_layers().values() if layer.merged_layer is not None]
+    stacks = [stack for updates in injector.adapted_parameters().values() for stack in updates.merged]
     if update and (any(map(is_quantized, merged)) or any(isinstance(stack, ExpertsNF4) for stack in stacks)):
         warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=3)
 
 
-def unmerge(host: Host) -> None:
+def unmerge(injector: Injector) -> None:
     """Lets the layers' own weights compute again."""
-    for layer in host.adapted().values():
+    for layer in injector.adapted_layers().values():
         layer.unmerge()
-    for updates in host.adapted_parameters().values():
+    for updates in injector.adapted_parameters().values():
         updates.unmerge()
 
 
-def is_merged(host: Host, name: str) -> bool:
+def is_merged(injector: Injector, name: str) -> bool:
     """Whether some weight includes the update of adapter `name`."""
-    merged = [layer.merged_names for layer in host.adapted().values()]
-    merged += [updates.merged_names for updates in host.adapted_parameters().values()]
+    merged = [layer.merged_names for layer in injector.adapted_layers().values()]
+    merged += [updates.merged_names for updates in injector.adapted_parameters().values()]
     return any(name in names for names in merged)
 
 
-def keep_merged(host: Host, names: Sequence[str]) -> None:
+def keep_merged(injector: Injector, names: Sequence[str]) -> None:
     """Makes the merged layers, and the parameters that the adapters replace, the model's own for good."""
-    _warn_of_ties(host)
-    tie_merged(host)
-    for layer in host.adapted().values():
+    _warn_of_ties(injector)
+    tie_merged(injector)
+    for layer in injector.adapted_layers().values():
         layer.keep_merged()
-    for path, updates in host.adapted_parameters().items():
+    for path, updates in injector.adapted_parameters().items():
         if (merged := updates.kept_merged()) is not None:
-            host.set_own_value(path, merged)
+            injector.set_own_value(path, merged)
     for name in names:
-        for method in host.methods(name):
+        for method in injector.methods(name):
             method.overrides.keep()
 
 
-def _warn_of_ties(host: Host) -> None:
-    merged = {path: layer for path, layer in host.adapted().items() if layer.merged_layer is not None}
+def _warn_of_ties(injector: Injector) -> None:
+    merged = {path: layer for path, layer in injector.adapted_layers().items() if layer.merged_layer is not None}
     others = {
         id(parameter)
-        for path, module in host.modules().items()
+        for path, module in injector.modules().items()
         if path not in merged
         for parameter in module.parameters(recurse=False)
     }

@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from ...nn.match import as_names
 from ...nn.module_tree import shards, synchronizes, unwrapped
 from ...nn.quantized_weight import is_sharded
-from ..core.active_adapters import BASE, States, captured, entered
+from ..core.adapter_selection import BASE, States, capture_states, using_states
 from ..core.adapter_tree import AdapterModules
 from ..core.config import PeftConfig
-from ..core.gathered import gathered
+from ..core.sharded import full_tensor
 from ..framework import checkpoint
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..framework.method import Adapters, Method
 from ..framework.registry import method_for
 from ..framework.ties import declare_ties
 from ..layers.foreign_layer import forget_quantization
 from ..methods.lora import Lora
 from . import merging
+from .adapter_names import batch_size, check_rows, expanded_rows
 from .combine import Combination, weighted_lora
 from .counting import count_parameters
 from .explain import Explanation, explain
-from .huggingface import TakenForPeft, check_save_options
+from .huggingface import RecognizedAsPeftModel, check_save_options
 from .recomputation import save_state_with_regions
 from .resize import resize_token_embeddings
-from .rows import batch_size, check_rows, expanded_rows
 
 Configs = PeftConfig | Sequence[PeftConfig]
 
@@ -56,7 +56,7 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, adapter_dtype=adapter_dtype)
 
 
-class PeftModel(TakenForPeft, nn.Module):
+class PeftModel(RecognizedAsPeftModel, nn.Module):
     """What is called, trained, merged and saved. Attributes it lacks are the base model's.
 
     The adapters' parameters are inside `base_model`, in the modules whose output they change, those of prompts in
@@ -83,8 +83,8 @@ class PeftModel(TakenForPeft, nn.Module):
         save_state_with_regions()
         self.base_model = model.requires_grad_(False)
         self.prompt_encoder = AdapterModules()
-        self.host = Host(model, adapter_dtype, self.prompt_encoder)
-        self.selection = self.host.selection
+        self.injector = Injector(model, adapter_dtype, self.prompt_encoder)
+        self.selection = self.injector.selection
         self.replica_states: States | None = None  # of a replica: what held where it was made
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -103,7 +103,7 @@ class PeftModel(TakenForPeft, nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward.   adapter_names: for each row of the batch an adapter, or "__base__" for none."""
         if self.replica_states is not None:
-            with entered(self.replica_states):
+            with using_states(self.replica_states):
                 return self._forward(args, kwargs, adapter_names)
         return self._forward(args, kwargs, adapter_names)
 
@@ -140,23 +140,23 @@ class PeftModel(TakenForPeft, nn.Module):
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if adapter_names is None:
             return self.selection.within(rows=None, padding=padding)
-        check_rows(self.host, adapter_names, batch_size(args, kwargs))
+        check_rows(self.injector, adapter_names, batch_size(args, kwargs))
         return self.selection.within(rows=tuple(adapter_names), padding=padding)
 
     def _acting(self) -> list[Method]:
         """The methods that act in this call."""
-        return [m for name in self.host.adapters if self.selection.has(name) for m in self.host.methods(name)]
+        return [m for name in self.injector.adapters if self.selection.has(name) for m in self.injector.methods(name)]
 
     def _replicate_for_data_parallel(self) -> Any:
         # A replica runs in a thread of its own, which does not know what holds in this one.
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.replica_states = captured()
+        replica.replica_states = capture_states()
         return replica
 
     def train(self, mode: bool = True) -> PeftModel:
         super().train(mode)
-        for name in self.host.adapters:
-            for method in self.host.methods(name):
+        for name in self.injector.adapters:
+            for method in self.injector.methods(name):
                 method.watch_training()
         return self
 
@@ -167,7 +167,7 @@ class PeftModel(TakenForPeft, nn.Module):
         for method in active:
             method.watch_training()
         losses = [method.peft_loss() for method in active]
-        return sum((gathered(loss) for loss in losses if loss is not None), torch.zeros((), device=device))
+        return sum((full_tensor(loss) for loss in losses if loss is not None), torch.zeros((), device=device))
 
     def step(self, global_step: int) -> None:
         """Lets schedules move on (AdaLoRA): call after backward, before zero_grad, once for each optimizer step."""
@@ -176,14 +176,14 @@ class PeftModel(TakenForPeft, nn.Module):
 
     def explain(self) -> Explanation:
         """For each adapted layer whether its adapters run in one fused call, and the reason where not."""
-        return explain(self.host)
+        return explain(self.injector)
 
     # Adapters
 
     @property
     def adapters(self) -> Adapters:
         """The adapters by name, with parameters() and named_parameters() of their own."""
-        return Adapters(self.host.adapters)
+        return Adapters(self.injector.adapters)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -193,13 +193,13 @@ class PeftModel(TakenForPeft, nn.Module):
     def active_adapter(self) -> str:
         """The first active one. Raises ValueError where none is."""
         if not self.selection.active:
-            raise ValueError(f"active_adapter: an adapter must be active, got none of {list(self.host.adapters)}")
+            raise ValueError(f"active_adapter: an adapter must be active, got none of {list(self.injector.adapters)}")
         return self.selection.active[0]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig | list[PeftConfig]]:
         """By adapter; a list where it combines several methods."""
-        configs = {name: [method.config for method in methods] for name, methods in self.host.adapters.items()}
+        configs = {name: [method.config for method in methods] for name, methods in self.injector.adapters.items()}
         return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
 
     def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
@@ -214,30 +214,30 @@ class PeftModel(TakenForPeft, nn.Module):
                 stacklevel=2,
             )
         for config in _as_list(peft_config):
-            method_for(config).check_names(config, self.host)
+            method_for(config).check_names(config, self.injector)
         self._add(adapter_name, peft_config)
 
     def _add(self, adapter_name: str, peft_config: Configs) -> None:
-        if adapter_name in self.host.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
+        if adapter_name in self.injector.adapters or adapter_name == BASE or "." in adapter_name or not adapter_name:
             raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {adapter_name!r}")
         if hasattr(AdapterModules, adapter_name):
             raise ValueError(
                 f"add_adapter: adapter_name must be no attribute of nn.ModuleDict, got {adapter_name!r}; use another"
             )
         methods: list[Method] = []
-        self.host.adapters[adapter_name] = methods
+        self.injector.adapters[adapter_name] = methods
         try:
             with self.selection.disabled():
                 for config in _as_list(peft_config):
-                    methods.append(method_for(config)(config, self.host, adapter_name))
+                    methods.append(method_for(config)(config, self.injector, adapter_name))
         except BaseException:
-            for method in reversed(self.host.unfinished):
+            for method in reversed(self.injector.unfinished):
                 method.detach()
-            del self.host.adapters[adapter_name]
+            del self.injector.adapters[adapter_name]
             raise
         finally:
-            self.host.unfinished = []
-        for method in self.host.methods(adapter_name):
+            self.injector.unfinished = []
+        for method in self.injector.methods(adapter_name):
             method.set_trainable(False)
             method.tree.train(self.training)
 
@@ -245,18 +245,18 @@ class PeftModel(TakenForPeft, nn.Module):
         """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
         names = as_names(adapter_name)
         for name in names:
-            self.host.methods(name)
+            self.injector.methods(name)
         self._check_replaced("set_adapter", names)
         if both := {need for name in names for need in self._needs(name)} & set(names):
             raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
         self.selection.active = names
-        for name in self.host.adapters:
-            for method in self.host.methods(name):
+        for name in self.injector.adapters:
+            for method in self.injector.methods(name):
                 method.set_trainable(name in names and not inference_mode)
                 method.watch_training()
 
     def _check_replaced(self, op: str, names: Sequence[str]) -> None:
-        replaced = [path for name in names for m in self.host.methods(name) for path in m.overrides.paths]
+        replaced = [path for name in names for m in self.injector.methods(name) for path in m.overrides.paths]
         if twice := {path for path in replaced if replaced.count(path) > 1}:
             raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
 
@@ -265,23 +265,23 @@ class PeftModel(TakenForPeft, nn.Module):
 
         Raises ValueError for an adapter that is merged or that another one is made of.
         """
-        methods = self.host.methods(adapter_name)
-        if users := [name for name in self.host.adapters if adapter_name in self._needs(name)]:
+        methods = self.injector.methods(adapter_name)
+        if users := [name for name in self.injector.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
-        if merging.is_merged(self.host, adapter_name):
+        if merging.is_merged(self.injector, adapter_name):
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
         was_active = adapter_name in self.selection.active
         trained = any(p.requires_grad for method in methods for p in method.parameters())
         self._remove(adapter_name)
-        if was_active and not self.selection.active and self.host.adapters:
-            first = next(iter(self.host.adapters))
+        if was_active and not self.selection.active and self.injector.adapters:
+            first = next(iter(self.injector.adapters))
             warnings.warn(f"delete_adapter: {adapter_name!r} was active; {first!r} is active now", stacklevel=2)
             self.set_adapter(first, inference_mode=not trained)
 
     def _remove(self, name: str) -> None:
-        for method in reversed(self.host.methods(name)):
+        for method in reversed(self.injector.methods(name)):
             method.detach()
-        del self.host.adapters[name]
+        del self.injector.adapters[name]
         self.selection.active = tuple(n for n in self.selection.active if n != name)
 
     def add_weighted_adapter(
@@ -311,7 +311,7 @@ class PeftModel(TakenForPeft, nn.Module):
             new.overrides.copies[path].data.copy_(value)
 
     def _single_lora(self, name: str) -> Lora:
-        methods = self.host.methods(name)
+        methods = self.injector.methods(name)
         if len(methods) != 1 or type(methods[0]) is not Lora:
             raise TypeError(f"add_weighted_adapter: adapter {name!r} must be a LoRA adapter")
         return methods[0]
@@ -326,10 +326,10 @@ class PeftModel(TakenForPeft, nn.Module):
             yield
 
     def _needs(self, name: str) -> set[str]:
-        return {need for method in self.host.methods(name) for need in method.needs}
+        return {need for method in self.injector.methods(name) for need in method.needs}
 
     def _active(self) -> list[Method]:
-        return [method for name in self.selection.active for method in self.host.methods(name)]
+        return [method for name in self.selection.active for method in self.injector.methods(name)]
 
     # Merging
 
@@ -343,17 +343,17 @@ class PeftModel(TakenForPeft, nn.Module):
         Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
         """
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
-        merging.check_mergeable(self.host, names)
+        merging.check_mergeable(self.injector, names)
         for name in names:
-            replaced = [path for method in self.host.methods(name) for path in method.overrides.paths]
+            replaced = [path for method in self.injector.methods(name) for path in method.overrides.paths]
             if replaced and name not in self.selection.active:
                 raise ValueError(
                     f"merge: adapter {name!r} must be active, since it replaces {min(replaced)}; call set_adapter"
                 )
-        merging.merge(self.host, names, target=target, safe_merge=safe_merge)
+        merging.merge(self.injector, names, target=target, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        merging.unmerge(self.host)
+        merging.unmerge(self.injector)
 
     def merge_and_unload(
         self, target: str = "16bit", *, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -361,9 +361,9 @@ class PeftModel(TakenForPeft, nn.Module):
         """The base model with the updates in its weights and no trace of the adapters. See merge_adapter."""
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         self._check_replaced("merge", names)
-        merging.check_mergeable(self.host, names)
-        merging.merge(self.host, names, target=target, safe_merge=safe_merge)
-        merging.keep_merged(self.host, names)
+        merging.check_mergeable(self.injector, names)
+        merging.merge(self.injector, names, target=target, safe_merge=safe_merge)
+        merging.keep_merged(self.injector, names)
         base = self.unload()
         forget_quantization(unwrapped(base))
         declare_ties(unwrapped(base))
@@ -372,9 +372,9 @@ class PeftModel(TakenForPeft, nn.Module):
     def unload(self) -> nn.Module:
         """The base model as it was before any adapter."""
         self.unmerge_adapter()
-        for name in list(self.host.adapters):
+        for name in list(self.injector.adapters):
             self._remove(name)
-        self.host.join_attention()
+        self.injector.join_attention()
         return self.base_model
 
     def get_base_model(self) -> nn.Module:
@@ -386,7 +386,7 @@ class PeftModel(TakenForPeft, nn.Module):
         Rows that are added to a copy are those that the base model gets.
         Raises ValueError where the embeddings or the head have a LoRA.
         """
-        return resize_token_embeddings(self.host, *args, **kwargs)
+        return resize_token_embeddings(self.injector, *args, **kwargs)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's, over its own parameters; nothing where it has none (accelerate asks every model)."""
@@ -398,7 +398,7 @@ class PeftModel(TakenForPeft, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained, all), numbers of weights; a quantized layer counts as its dense shape."""
-        return count_parameters(self, self.host)
+        return count_parameters(self, self.injector)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
@@ -424,10 +424,10 @@ class PeftModel(TakenForPeft, nn.Module):
         every process has to call it, whatever is_main_process says; the adapters alone are gathered, and rank 0 writes.
         """
         check_save_options(state_dict, safe_serialization)
-        names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.host.adapters)
+        names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.injector.adapters)
         for name in names:
-            self.host.methods(name)  # refuses an unknown name before anything is written
-        adapters = {"." if name == "default" else name: self.host.adapters[name] for name in names}
+            self.injector.methods(name)  # refuses an unknown name before anything is written
+        adapters = {"." if name == "default" else name: self.injector.adapters[name] for name in names}
         parameters = (p for methods in adapters.values() for method in methods for p in method.parameters())
         if is_main_process or any(is_sharded(p) for p in parameters):
             checkpoint.save_adapters(adapters, save_directory)
@@ -443,17 +443,19 @@ class PeftModel(TakenForPeft, nn.Module):
         is put in eval mode, as PEFT does.
         """
         configs, files = zip(*checkpoint.load_adapter(model_id), strict=True)
-        if adapter_name in self.host.adapters:
-            methods = self.host.adapters[adapter_name]
+        if adapter_name in self.injector.adapters:
+            methods = self.injector.adapters[adapter_name]
             checkpoint.require_same_configs(adapter_name, methods, files)
             trains = any(p.requires_grad for method in methods for p in method.parameters())
             checkpoint.load_weights(methods, files, is_trainable=is_trainable or trains)
             if not is_trainable:
                 self.eval()
             return
-        self._add(adapter_name, [checkpoint.buildable(c, f, self.host) for c, f in zip(configs, files, strict=True)])
+        self._add(
+            adapter_name, [checkpoint.buildable(c, f, self.injector) for c, f in zip(configs, files, strict=True)]
+        )
         try:
-            checkpoint.load_weights(self.host.adapters[adapter_name], files, is_trainable=is_trainable)
+            checkpoint.load_weights(self.injector.adapters[adapter_name], files, is_trainable=is_trainable)
         except BaseException:
             self._remove(adapter_name)
             raise

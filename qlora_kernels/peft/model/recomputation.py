@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-from ..core.active_adapters import captured, entered
+from ..core.adapter_selection import capture_states, using_states
 
 _lock = threading.Lock()
 
@@ -58,10 +58,10 @@ def _with_state(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def in_present_state(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as it would run now, whenever and in whatever thread it is called."""
-    states = captured()
+    states = capture_states()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with entered(states):
+        with using_states(states):
             return function(*args, **kwargs)
 
     return run

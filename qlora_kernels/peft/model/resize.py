@@ -7,23 +7,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.module_tree import input_embeddings_of, output_embeddings_of
-from ..framework.injector import Host
+from ..framework.injector import Injector
 from ..layers.adapted_linear import AdaptedLinear, base_of
 
 
-def resize_token_embeddings(host: Host, *args: Any, **kwargs: Any) -> Any:
+def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> Any:
     """The base model's method, over its own parameters; then the copies follow. See PeftModel."""
-    model: Any = host.model
-    for path, module in host.modules().items():
-        if module in _tables(host) and isinstance(host.place(path), AdaptedLinear):
+    model: Any = injector.model
+    for path, module in injector.modules().items():
+        if module in _tables(injector) and isinstance(injector.hooked_module(path), AdaptedLinear):
             raise ValueError(
                 f"resize_token_embeddings: {path} must have no LoRA, whose factors are of the old size; call "
                 "merge_and_unload first, or resize before the adapter is added"
             )
-    overrides = [method.overrides for methods in host.adapters.values() for m in methods for method in (m, *m.parts)]
+    overrides = [
+        method.overrides for methods in injector.adapters.values() for m in methods for method in (m, *m.parts)
+    ]
     # By path: the model's method puts a new module in the place of some.
     copies = [(each, path, each.copy(path)) for each in overrides for path in each.paths]
-    with host.selection.disabled():
+    with injector.selection.disabled():
         result = model.resize_token_embeddings(*args, **kwargs)
     resized: dict[int, nn.Parameter] = {}
     for each, path, copy in copies:
@@ -35,9 +37,9 @@ def resize_token_embeddings(host: Host, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _tables(host: Host) -> list[nn.Module]:
+def _tables(injector: Injector) -> list[nn.Module]:
     """The input embeddings and the head, as layers without adapters."""
-    tables = [input_embeddings_of(host.model), output_embeddings_of(host.model)]
+    tables = [input_embeddings_of(injector.model), output_embeddings_of(injector.model)]
     return [base_of(table) for table in tables if table is not None]
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from ...nn.quantized_weight import is_sharded
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, sharded ones gathered. Every process has to call it with the same names."""
-    return {name: gathered(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def gathered(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The whole tensor of which a DTensor is a part; any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def written_once(write: Callable[[], None]) -> None:
+def write_on_rank_zero(write: Callable[[], None]) -> None:
     """Run `write` on rank 0; every process returns when it is done, and raises where it failed."""
     failed: list[str | None] = [None]
     error: BaseException | None = None

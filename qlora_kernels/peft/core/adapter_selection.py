@@ -1,4 +1,4 @@
-"""Which adapters act: one Selection per PeftModel, read by every adapted layer and hook while it runs.
+"""Which adapters act: one AdapterSelection per PeftModel, read by every adapted layer and hook while it runs.
 
 `set_adapter` changes what all calls do from then on. What holds for one call only (`disable_adapter`, `adapter_names`,
 the padding mask) is a CallState in a ContextVar: other threads and asyncio tasks do not see it, and nothing of it is
@@ -40,7 +40,7 @@ class CallState:
         return self.enabled and name in (self.active if self.rows is None else self.rows)
 
 
-States = tuple[tuple["Selection", CallState], ...]
+States = tuple[tuple["AdapterSelection", CallState], ...]
 """The states that hold for the running call, outermost first; of one selection the last one counts."""
 
 _states: ContextVar[States] = ContextVar("qlora_kernels_call_states", default=())
@@ -52,14 +52,14 @@ class _ThreadStates(threading.local):
 
 _compiled = _ThreadStates()  # the copy for compiled code
 
-_selections: weakref.WeakSet[Selection] = weakref.WeakSet()
+_selections: weakref.WeakSet[AdapterSelection] = weakref.WeakSet()
 _selections_lock = threading.Lock()
 
 
-class Selection:
+class AdapterSelection:
     """The adapters of one PeftModel that act, by default and in the running call."""
 
-    def __new__(cls) -> Selection:
+    def __new__(cls) -> AdapterSelection:
         # Copies and unpickled selections are made here too.
         self = super().__new__(cls)
         with _selections_lock:
@@ -89,7 +89,7 @@ class Selection:
 
     def within(self, **changes: Any) -> contextlib.AbstractContextManager[None]:
         """Inside the `with`, in this thread or task, the state has these fields."""
-        return entered((*_current(), (self, replace(self.state, **changes))))
+        return using_states((*_current(), (self, replace(self.state, **changes))))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Inside the `with` the base model computes."""
@@ -131,7 +131,7 @@ def _current() -> States:
 
 
 @contextlib.contextmanager
-def entered(states: States) -> Iterator[None]:
+def using_states(states: States) -> Iterator[None]:
     """Inside the `with`, in this thread or task, these states hold and no others."""
     if torch.compiler.is_compiling():
         before = _compiled.states
@@ -150,7 +150,7 @@ def entered(states: States) -> Iterator[None]:
         _compiled.states = _states.get()
 
 
-def captured() -> States:
+def capture_states() -> States:
     """What holds now for every selection there is, to be entered later or in another thread."""
     with _selections_lock:
         selections = list(_selections)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.active_adapters import BASE
-from ..framework.injector import Host
+from ..core.adapter_selection import BASE
+from ..framework.injector import Injector
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 
@@ -21,16 +21,16 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None if first is None else first.shape[0]
 
 
-def check_rows(host: Host, adapter_names: Sequence[str], batch: int | None) -> None:
+def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | None) -> None:
     """Raises ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
     if batch is not None and len(adapter_names) != batch:
         raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
     for name in set(adapter_names) - {BASE}:
-        for method in host.methods(name):
-            if reason := method.why_no_rows():
+        for method in injector.methods(name):
+            if reason := method.row_mixing_unsupported():
                 raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
-    active = [method for name in host.selection.active for method in host.methods(name)]
-    if host.selection.state.enabled and any(method.overrides.paths for method in active):
+    active = [method for name in injector.selection.active for method in injector.methods(name)]
+    if injector.selection.state.enabled and any(method.overrides.paths for method in active):
         raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
 
 
