@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from .module_tree import names_of, unwrapped
+
 _METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"})
 """Attributes of a weight whose use is not a computation with it."""
+_NOT_FORWARD = re.compile("__init__$|reset_parameters$|_?init_weights$|[gs]et_|tie_|_?resize|_?load|post_init$")
+"""Functions that prepare a model, and those that return or replace a module for others."""
 
 
 def read_but_never_called(model: nn.Module) -> dict[str, str]:
@@ -35,10 +40,29 @@ def read_but_never_called(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def computes_with_weight(holder: nn.Module, child: str) -> bool:
-    """Whether a method of the class of `holder` computes with `self.<child>.weight`; it may call the child too."""
-    kind: Any = type(holder)
-    return child in _children_by_use(kind)[0]
+def weight_is_computed_with(model: nn.Module, target: nn.Module) -> bool:
+    """Whether the code of some module of `model` may compute with the weight of `target`; it may call it too.
+
+    Found in the sources of the classes of `model`: a chain such as `self.model.embed_tokens.weight`, or other code that
+    is given the module or the list that holds it (DeBERTa and Perceiver give the embedding to their heads). What that
+    code does with a module is not looked at, so the answer may be True where it only calls it.
+    """
+    last = {part for name in names_of(model, target) for part in name.split(".")[-2:]}
+    return any(
+        _leads_to(holder, chain, target)
+        for holder in model.modules()
+        for chain in _chains_computed_with(cast(Any, type(holder)))
+        if chain[-1] in last
+    )
+
+
+def _leads_to(holder: nn.Module, chain: tuple[str, ...], target: nn.Module) -> bool:
+    """Whether `holder.<chain>` is `target`, or a list that holds it."""
+    reached: Any = holder
+    for name in chain:
+        reached = getattr(reached, name, None)
+    listed = reached.children() if isinstance(reached, (nn.ModuleList, nn.ModuleDict)) else ()
+    return any(isinstance(each, nn.Module) and unwrapped(each) is target for each in (reached, *listed))
 
 
 @cache
@@ -49,18 +73,69 @@ def _children_by_use(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
     nothing: frozenset[str] = frozenset()
     if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.MultiheadAttention:
         return nothing, nothing
-    computed: set[str] = set()
-    used_otherwise: set[str] = set()
+    trees = _trees(kind)
+    if None in trees:
+        return nothing, nothing
+    uses = [use for tree in trees if tree is not None for use in _uses(tree)]
+    computed = frozenset(child for child, use in uses if use == "weight")
+    return computed, frozenset(child for child, use in uses if use == "other")
+
+
+@cache
+def _chains_computed_with(kind: Any) -> frozenset[tuple[str, ...]]:
+    """Chains of attributes of self, (a, b) for self.a.b, whose `.weight` the code of a class may compute with."""
+    if kind.__module__.startswith("torch.nn.") and kind is not nn.MultiheadAttention:
+        return frozenset()
+    return frozenset(chain for tree in _trees(kind) if tree is not None for chain in _chains(tree))
+
+
+@cache
+def _trees(kind: Any) -> tuple[ast.AST | None, ...]:
+    """The source of a class and of each that it inherits from, but for torch's and transformers' base classes.
+
+    None stands for a class whose source is not to be had.
+    """
+    trees: list[ast.AST | None] = []
     for base in kind.__mro__:
-        if base in (nn.Module, object):
+        if base in (nn.Module, object) or base.__module__ == "transformers.modeling_utils":
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            trees.append(ast.parse(textwrap.dedent(inspect.getsource(base))))
         except (OSError, TypeError, SyntaxError):
-            return nothing, nothing
-        for child, use in _uses(tree):
-            (computed if use == "weight" else used_otherwise).add(child)
-    return frozenset(computed), frozenset(used_otherwise)
+            trees.append(None)
+    return tuple(trees)
+
+
+def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
+    parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
+    for node in ast.walk(tree):
+        chain = _chain_from_self(node)
+        outer = parents.get(node)
+        if not chain or not isinstance(outer, ast.AST) or _NOT_FORWARD.match(_function_of(node, parents)):
+            continue
+        if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Store):
+            continue
+        if chain[-1] == "weight":
+            if len(chain) > 1 and not _is_metadata(outer):
+                yield chain[:-1]
+        elif not (isinstance(outer, (ast.Attribute, ast.Subscript, ast.Compare)) or _is_call_of(outer, node)):
+            yield chain  # handed on
+
+
+def _chain_from_self(node: ast.AST) -> tuple[str, ...]:
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
+
+
+def _is_call_of(outer: ast.AST, node: ast.AST) -> bool:
+    """Whether `outer` calls what `node` is, or asks what it is."""
+    if not isinstance(outer, ast.Call):
+        return False
+    asks = isinstance(outer.func, ast.Name) and outer.func.id in ("isinstance", "hasattr", "len", "type", "id")
+    return outer.func is node or asks
 
 
 def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qlora_kernels as qk
-from qlora_kernels.nn.functional_use import computes_with_weight, read_but_never_called
+from qlora_kernels.nn.functional_use import read_but_never_called, weight_is_computed_with
 from tests.support.tolerances import assert_same_function
 
 
@@ -31,7 +31,41 @@ class Block(nn.Module):
 
 def test_names_only_what_is_computed_with_and_never_called():
     assert read_but_never_called(nn.ModuleDict({"block": Block()})) == {"block.read": "Block"}
-    assert [name for name, _ in Block().named_children() if computes_with_weight(Block(), name)] == ["read", "both"]
+    block = Block()
+    assert [name for name, child in block.named_children() if weight_is_computed_with(block, child)] == ["read", "both"]
+
+
+class Head(nn.Module):
+    def forward(self, x, table):
+        return x @ table.weight.T
+
+
+class Model(nn.Module):
+    """Weights that are read by a chain of attributes, by a module that is given the layer, and from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.chained, self.inner.given = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        self.inner.called = nn.Linear(4, 4)
+        self.listed = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.head = Head()
+
+    def get_input_embeddings(self):
+        return self.inner.called
+
+    def forward(self, x):
+        x = self.inner.called(x @ self.inner.chained.weight.T @ self.inner.chained.weight)
+        for layer in self.listed:
+            x = F.linear(x, layer.weight)
+        return self.head(x, self.inner.given)
+
+
+def test_weights_that_other_modules_read():
+    model = Model()
+    leaves = [(name, m) for name, m in model.named_modules() if hasattr(m, "weight")]
+    read = [name for name, module in leaves if weight_is_computed_with(model, module)]
+    assert read == ["inner.chained", "inner.given", "listed.0", "listed.1"]
 
 
 def test_torchs_attention_reads_its_projection():

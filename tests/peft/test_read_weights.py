@@ -70,6 +70,25 @@ def test_what_a_read_weight_cannot_include_is_said():
         model(torch.zeros(2, 8), adapter_names=["default", "__base__"])
 
 
+def test_a_head_that_is_given_the_embedding():
+    """DeBERTa-v2's own head multiplies by the table of the embedding, which the model hands to it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DebertaV2Config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config.legacy = False
+    torch.manual_seed(0)
+    base = transformers.DebertaV2ForMaskedLM(config)
+    ids = torch.arange(12).view(2, 6)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["word_embeddings"])).eval()
+    before = model(ids).logits
+    randomize(model)
+    with torch.no_grad():
+        adapted = model(ids).logits
+        assert not torch.allclose(adapted, before)
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
 class LooksAtAWeight(nn.Module):
     """As T5's wo: the dtype of the weight decides a cast."""
 

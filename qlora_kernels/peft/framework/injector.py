@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from ...nn.functional_use import computes_with_weight
+from ...nn.functional_use import weight_is_computed_with
 from ...nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
 from ..attention.model_layout import ModelLayout, TransformerLayer, model_layout
 from ..attention.torch_attention import join_attention, split_attention
@@ -157,8 +157,8 @@ class Injector:
                 )
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
+            layer.weight_is_read = weight_is_computed_with(self.model, base)
             self._replace(base, layer)
-            layer.weight_is_read = computes_with_weight(parent, path.rpartition(".")[2])
         return layer
 
     def adapted_layers(self) -> dict[str, AdaptedLinear]:
