@@ -16,6 +16,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 METHODS = (
     "lora",
     "adalora",
+    "ia3",
     "bitfit",
     "prefix_tuning",
     "prompt_tuning",

@@ -7,6 +7,7 @@ from .methods.adapter import AdapterConfig
 from .methods.adapter_fusion import AdapterFusionConfig
 from .methods.bitfit import BitFitConfig
 from .methods.full_ft import FullFTConfig
+from .methods.ia3 import IA3Config
 from .methods.lora import LoraConfig
 from .methods.mam import MAMConfig
 from .methods.p_tuning import PTuningConfig
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterFusionConfig",
     "BitFitConfig",
     "FullFTConfig",
+    "IA3Config",
     "LoraConfig",
     "MAMConfig",
     "PTuningConfig",

@@ -43,6 +43,13 @@ CASES: dict[str, Case] = {
     "adalora": Case(
         peft.AdaLoraConfig(target_modules="all-linear", init_r=4, target_r=2, total_step=12), identity=1e-5
     ),
+    "ia3": Case(
+        peft.IA3Config(
+            target_modules="all-linear",
+            feedforward_modules=r".*(down_proj|output\.dense|mlp\.c_proj|wo|linear2)",
+        ),
+        identity=0.0,
+    ),
     "mam": Case(peft.MAMConfig(prefix_length=4, prefix_hidden_size=16, bottleneck_size=8)),
     "unipelt": Case(peft.UniPELTConfig(prefix_length=4, prefix_hidden_size=16, lora_r=4, reduction_factor=4)),
     "lora+bitfit": Case([peft.LoraConfig(r=4), peft.BitFitConfig(add_missing=True)], identity=1e-5, rows=False),

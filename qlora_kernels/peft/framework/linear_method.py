@@ -1,10 +1,10 @@
-"""LinearMethod: what LoRA and AdaLoRA share, an update of each linear layer that the configuration targets."""
+"""LinearMethod: the base of methods that update each linear layer that the configuration targets."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
+from typing import ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -15,16 +15,6 @@ from .injector import Injector
 from .method import Method, tensors_by_path
 from .targets import TargetConfig, called_instead, check_target_names, is_all_linear, matched_layers, matched_parameters
 
-
-class LinearConfig(TargetConfig, Protocol):
-    """The fields that decide where an update acts and which biases train beside it."""
-
-    @property
-    def bias(self) -> Literal["none", "all", "lora_only"]: ...
-    @property
-    def fan_in_fan_out(self) -> bool: ...
-
-
 D = TypeVar("D", bound=Delta)
 
 
@@ -33,21 +23,25 @@ class LinearMethod(Method, Generic[D]):
 
     loads_in_peft = True
     adapts_embeddings: ClassVar[bool] = False
+    rank_tensors: ClassVar[dict[str, int]] = {}
+    """Names of an update's tensors in a file -> the dimension that is its rank; empty where the rank needs no check."""
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
-        where = cast(LinearConfig, config)
+        where = cast(TargetConfig, config)
         targets = self.targets(config, injector)
         if where.target_modules is None or is_all_linear(where.target_modules):
             config = config.replace(target_modules=list(targets))
-        super().__init__(config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values()))), injector, name)
+        if hasattr(config, "fan_in_fan_out"):
+            config = config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values())))
+        super().__init__(config, injector, name)
         for path, base in targets.items():
             self.add_delta(path, self.new_delta(path, base))
-        self._add_biases(where.bias)
+        self._add_biases(getattr(config, "bias", "none"))
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
         super().check_names(config, injector)
-        where = cast(LinearConfig, config)
+        where = cast(TargetConfig, config)
         check_target_names(injector, where)
         _check_called(injector, cls.targets(config, injector))
         adapted = matched_parameters(injector, getattr(config, "target_parameters", None))
@@ -62,7 +56,7 @@ class LinearMethod(Method, Generic[D]):
     @classmethod
     def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:
         """The layers that the configuration targets, by name."""
-        return matched_layers(injector, cast(LinearConfig, config), embeddings=cls.adapts_embeddings)
+        return matched_layers(injector, cast(TargetConfig, config), embeddings=cls.adapts_embeddings)
 
     @classmethod
     def rank(cls, config: PeftConfig, path: str) -> int:
@@ -73,16 +67,20 @@ class LinearMethod(Method, Generic[D]):
     def check_file(
         cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
+        if not cls.rank_tensors:
+            return
         stored = tensors_by_path(tensors, cls.file_prefix)
         for path in cls.targets(config, injector):
-            names = (f"{path}.{leaf}" for leaf in ("lora_A.weight", "lora_A", "lora_embedding_A"))
-            lora_A = next((stored[name] for name in names if name in stored), None)
-            if lora_A is None:
-                raise ValueError(f"adapter file: missing the lora_A of {path}, which adapter_config.json targets")
-            if lora_A.shape[:1] != (cls.rank(config, path),):
+            keys = {f"{path}.{leaf}": dim for leaf, dim in cls.rank_tensors.items()}
+            found = [(stored[key], dim) for key, dim in keys.items() if key in stored]
+            if not found:
+                first = next(iter(cls.rank_tensors)).partition(".")[0]
+                raise ValueError(f"adapter file: missing the {first} of {path}, which adapter_config.json targets")
+            tensor, dim = found[0]
+            if tensor.shape[dim : dim + 1] != (cls.rank(config, path),):
                 raise ValueError(
                     f"adapter_config.json: the rank of {path} must be that of its tensors, of shape "
-                    f"{list(lora_A.shape)}, got {cls.rank(config, path)}"
+                    f"{list(tensor.shape)}, got {cls.rank(config, path)}"
                 )
 
     def new_delta(self, path: str, base: nn.Module) -> D:
@@ -98,7 +96,8 @@ class LinearMethod(Method, Generic[D]):
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")
 
-    def _add_biases(self, which: Literal["none", "all", "lora_only"]) -> None:
+    def _add_biases(self, which: str) -> None:
+        """which: "none", "all", or "<method>_only" for those of the adapted layers."""
         if which == "none":
             return
         deltas = self.deltas

@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 
 
 class Delta(nn.Module):
-    """One adapter's update of one linear layer. A low-rank update gives factors(); any other gives forward()."""
+    """One adapter's update of one linear layer: what it does to the input, to the output, and to weight and bias.
+
+    A low-rank update gives factors() and nothing else. An update that acts on the input gives prepare_input(), one
+    that acts on the output gives forward(). With several active adapters each acts on the layer that the earlier ones
+    have made, in forward and in merges alike.
+    """
 
     dropout_p: float = 0.0
+    acts_on_input: bool = False
+    """Whether prepare_input does anything."""
+    first_is_outermost: bool = False
+    """Whether of consecutive updates of this kind the last acts on the layer first, the others on the result."""
 
     def factors(self) -> LoraFactors | None:
         """The factors, where the update is scaling * B A and nothing else; else None."""
@@ -31,8 +40,19 @@ class Delta(nn.Module):
         """[N], added to every output beside the factors' part; None = nothing."""
         return None
 
+    def updated_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The updated bias [N] of a layer with this bias, differentiable; None = no bias."""
+        offset = self.offset()
+        if offset is None or bias is None:
+            return offset if bias is None else bias
+        return (bias + offset).to(bias.dtype)
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """The input [..., K] of the layer and of the earlier adapters' updates, from x [..., K], in its dtype."""
+        return x
+
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y plus this update's part.   x [..., K];  y [..., N] = base(x) and the earlier adapters' parts."""
+        """y with this update.   x [..., K];  y [..., N]: output of the layer with the earlier adapters' updates."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -93,8 +113,8 @@ class AdaptedLinear(nn.Module):
         layer = self._computing_layer()
         bias = cast("Tensor | None", layer.bias)
         if self.weight_is_read and layer is self.base_layer:
-            offsets = [offset for delta in self._chosen().values() if (offset := delta.offset()) is not None]
-            bias = sum(offsets, bias) if bias is not None else sum(offsets[1:], offsets[0]) if offsets else None
+            for delta in self._chosen().values():
+                bias = delta.updated_bias(bias)
         return bias
 
     def _updated_weight(self) -> Tensor:
@@ -126,8 +146,10 @@ class AdaptedLinear(nn.Module):
         return self.merged_layer
 
     def _chosen(self) -> dict[str, Delta]:
-        """The updates that act in the running call."""
-        return {name: cast(Delta, delta) for name, delta in self.deltas.items() if self.selection.has(name)}
+        """The updates that act in the running call, in the order in which they act on the layer."""
+        state = self.selection.state
+        names = self.deltas if state.rows is not None else state.active if state.enabled else ()
+        return in_order({n: cast(Delta, self.deltas[n]) for n in names if n in self.deltas and state.has(n)})
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_layer is not None:
@@ -143,15 +165,49 @@ class AdaptedLinear(nn.Module):
         # Without an assignment inside the comprehension: torch.compile would break the graph there.
         factors = {name: delta.factors() for name, delta in chosen.items()}
         lowrank = {name: update for name, update in factors.items() if update is not None}
-        y = self._lowrank(x, lowrank, by_row=state.rows is not None) if lowrank else self.base_layer(x)
+        by_row = state.rows is not None
+        if len(lowrank) < len(chosen):
+            return self._in_order(x, self._chosen(), lowrank, by_row=by_row)
+        y = self._lowrank(x, lowrank, by_row=by_row)
         for name, delta in chosen.items():
-            rows = None if state.rows is None else self.selection.row_index(name, x)
-            if name not in lowrank:
-                y = self._apply_delta(delta, x, y, rows)
-            elif (offset := delta.offset()) is not None:
-                offset = offset.to(y.dtype)
-                y = y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
+            y = self._add_offset(name, delta, x, y)
         return y
+
+    def _in_order(
+        self, x: Tensor, chosen: dict[str, Delta], lowrank: dict[str, LoraFactors], *, by_row: bool
+    ) -> Tensor:
+        """The output where some update is not of low rank.   lowrank: factors of those that are."""
+        rows = {name: self.selection.row_index(name, x) if by_row else None for name in chosen}
+        inputs: dict[str, Tensor] = {}
+        for name, delta in reversed(chosen.items()):
+            inputs[name] = x
+            if delta.acts_on_input:
+                own_rows = rows[name]
+                if own_rows is None:
+                    x = delta.prepare_input(x)
+                else:
+                    x = x.index_copy(0, own_rows, delta.prepare_input(x[own_rows]))
+        # One call for the base and the low-rank updates that come first. Where each row has one adapter, no order is
+        # to be kept.
+        fused = dict(lowrank)
+        if not by_row:
+            others = [name for name in chosen if name not in lowrank or inputs[name] is not x]
+            first = list(chosen).index(others[0]) if others else len(chosen)
+            fused = {name: lowrank[name] for name in list(chosen)[:first]}
+        y: Tensor = self._lowrank(x, fused, by_row=by_row) if fused else self.base_layer(x)
+        for name, delta in chosen.items():
+            if name in fused:
+                y = self._add_offset(name, delta, x, y)
+            else:
+                y = self._apply_delta(delta, inputs[name], y, rows[name])
+        return y
+
+    def _add_offset(self, name: str, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+        offset = delta.offset()
+        if offset is None:
+            return y
+        offset, rows = offset.to(y.dtype), self.selection.row_index(name, x)
+        return y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
 
     def _apply_delta(self, delta: Delta, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -185,10 +241,12 @@ class AdaptedLinear(nn.Module):
         if self.merged_layer is not None or self.selection.state.rows is not None:
             return None
         chosen = self._chosen().values()
-        factors = [(delta.factors(), delta.dropout_p if delta.training else 0.0) for delta in chosen]
-        updates = [update for update, _ in factors if update is not None]
-        rates = {rate for update, rate in factors if update is not None}
-        return (concatenated(updates), rates.pop()) if len(rates) == 1 else None
+        factors = [delta.factors() for delta in chosen]
+        updates = [update for update in factors if update is not None]
+        rates = {delta.dropout_p if delta.training else 0.0 for delta in chosen}
+        if len(updates) < len(factors) or len(rates) != 1:
+            return None
+        return concatenated(updates), rates.pop()
 
     def fusion_unsupported(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""
@@ -220,11 +278,8 @@ class AdaptedLinear(nn.Module):
         weight = dense_weight(base)
         wanted = weight
         bias = cast("Tensor | None", getattr(base, "bias", None))
-        for name in names:
-            delta = cast(Delta, self.deltas[name])
-            wanted = delta.merged(wanted)
-            if (offset := delta.offset()) is not None:
-                bias = offset if bias is None else (bias + offset).to(bias.dtype)
+        for delta in in_order({name: cast(Delta, self.deltas[name]) for name in names}).values():
+            wanted, bias = delta.merged(wanted), delta.updated_bias(bias)
         if safe_merge and not torch.isfinite(wanted).all():
             raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
         merged = with_weight(base, wanted, bias, target, default=default)
@@ -259,6 +314,19 @@ class AdaptedEmbedding(AdaptedLinear):
     @property
     def padding_idx(self) -> int | None:
         return self.base_layer.padding_idx  # type: ignore[return-value]
+
+
+def in_order(updates: dict[str, Delta]) -> dict[str, Delta]:
+    """The updates of a layer in the order in which they act on it, given them in the order of their adapters."""
+    if not any(delta.first_is_outermost for delta in updates.values()):
+        return updates
+    runs: list[list[tuple[str, Delta]]] = []
+    for item in updates.items():
+        if runs and item[1].first_is_outermost and type(runs[-1][-1][1]) is type(item[1]):
+            runs[-1].insert(0, item)
+        else:
+            runs.append([item])
+    return dict(item for run in runs for item in run)
 
 
 def base_of(module: nn.Module) -> nn.Module:

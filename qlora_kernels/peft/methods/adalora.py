@@ -175,6 +175,7 @@ class AdaLora(LinearMethod[SvdLinear]):
     """The training loop adds model.peft_loss() to its loss and calls model.step(t) after backward, before zero_grad."""
 
     config: AdaLoraConfig
+    rank_tensors: ClassVar[dict[str, int]] = {"lora_A": 0}
 
     def __init__(self, config: AdaLoraConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +222,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
 
     config: LoraConfig
     adapts_embeddings = True
+    rank_tensors: ClassVar[dict[str, int]] = {"lora_A.weight": 0, "lora_embedding_A": 0}
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)

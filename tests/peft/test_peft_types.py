@@ -1,0 +1,228 @@
+"""Adapter types that PEFT has too, beside PEFT: outputs, gradients, merges, and files in both directions.
+
+Over NF4 the peer is PEFT over a dense copy of the dequantized model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_kernels import LinearNF4, peft
+from qlora_kernels.nn.module_tree import set_submodule
+from qlora_kernels.peft import PeftModel, get_peft_model
+from qlora_kernels.peft.methods import ia3
+from tests.peft.models import batch, logits, make, randomize
+from tests.support.tolerances import assert_same_function, assert_same_gradients
+
+PREFIX = "base_model.model."
+
+
+class Peer(NamedTuple):
+    """A configuration that both libraries have, by the name of its class and its fields."""
+
+    name: str
+    options: dict[str, Any]
+    kind: str = "llama"
+
+    def ours(self):
+        return getattr(peft, self.name)(**self.options)
+
+    def theirs(self, hf_peft):
+        return getattr(hf_peft, self.name)(**self.options)
+
+
+FEEDFORWARD = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+PEERS = {
+    "ia3": Peer("IA3Config", {}),
+    "ia3_bert": Peer("IA3Config", {"task_type": "SEQ_CLS"}, "bert"),
+    "ia3_gpt2": Peer("IA3Config", {}, "gpt2"),
+    "ia3_t5": Peer("IA3Config", {"init_ia3_weights": False, "task_type": "SEQ_2_SEQ_LM"}, "t5"),
+    "ia3_names": Peer("IA3Config", {**FEEDFORWARD, "exclude_modules": ["layers.0.mlp.down_proj"]}),
+}
+PEER = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+
+
+def dense_copy(kind):
+    """The NF4 model with nn.Linear layers that hold the dequantized weights."""
+    model = make(kind, nf4=True)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LinearNF4):
+            set_submodule(model, name, layer.to_linear())
+    return model
+
+
+def their_model(hf_peft, peer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return hf_peft.get_peft_model(dense_copy(peer.kind), peer.theirs(hf_peft)).eval()
+
+
+def their_load(hf_peft, base, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return hf_peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def their_gradients(model):
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {n.replace(".default", "").replace(".modules_to_save", "").removeprefix(PREFIX): g for n, g in grads.items()}
+
+
+def assert_same_files(ours, theirs):
+    """Equal keys, shapes and values; the configuration has PEFT's fields and says the same."""
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert {name: tensor.shape for name, tensor in first.items()} == {n: t.shape for n, t in second.items()}
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    own, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs))
+    assert own.keys() - {"peft_version"} <= other.keys()
+    # A Conv1D in NF4 is a LinearNF4, which does not store a transpose.
+    for key in own.keys() - {"peft_version", "base_model_name_or_path", "modules_to_save", "fan_in_fan_out"}:
+        values = [sorted(v) if isinstance(v, list) else v for v in (own[key], other[key])]
+        assert values[0] == values[1], key
+
+
+def test_ia3_takes_pefts_layers():
+    """For each type of model for which PEFT knows them."""
+    constants = pytest.importorskip("peft.utils.constants")
+    targets, feedforward = (
+        getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which}_MODULES_MAPPING") for which in ("TARGET", "FEEDFORWARD")
+    )
+    ours = {kind: pair for pair, kinds in ia3._DEFAULTS.items() for kind in kinds.split()}
+    assert ours == {kind: (tuple(targets[kind]), tuple(feedforward[kind])) for kind in targets}
+
+
+def test_ia3_over_all_linear_layers_loads_in_peft(hf_peft, tmp_path):
+    model = get_peft_model(make("llama"), peft.IA3Config(target_modules="all-linear")).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    theirs = their_load(hf_peft, make("llama"), tmp_path)
+    with torch.no_grad():
+        assert_same_function(logits(theirs, batch("llama")), logits(model, batch("llama")))
+
+
+def test_bad_ia3_configurations_are_named():
+    with pytest.raises(ValueError, match=r"feedforward_modules must be some of target_modules, got \['fc'\]"):
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=["fc"])
+    with pytest.raises(ValueError, match="target_modules and feedforward_modules: must be given for a model of type"):
+        get_peft_model(make("torch"), peft.IA3Config())
+    with pytest.raises(ValueError, match="feedforward_modules: must be given for a model of type"):
+        get_peft_model(make("torch"), peft.IA3Config(target_modules="all-linear"))
+
+
+@PEER
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
+    """One adapter, trained by PEFT, loaded here, saved here, and loaded by PEFT: outputs, gradients, files, merges."""
+    inputs = batch(peer.kind)
+    theirs = their_model(hf_peft, peer)
+    randomize(theirs)
+    expected = logits(theirs, inputs)
+    (expected**2).mean().backward()
+    theirs.save_pretrained(tmp_path / "theirs")
+    base = make(peer.kind, nf4=True) if nf4 else dense_copy(peer.kind)
+    ours = PeftModel.from_pretrained(base, tmp_path / "theirs", is_trainable=True).eval()
+    y = logits(ours, inputs)
+    assert_same_function(y, expected)
+    (y**2).mean().backward()
+    grads = {name.partition(".")[2]: p.grad for name, p in ours.adapters["default"].named_parameters()}
+    assert_same_gradients(grads, their_gradients(theirs))
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
+    again = their_load(hf_peft, dense_copy(peer.kind), tmp_path / "ours")
+    with torch.no_grad():
+        assert_same_function(logits(again, inputs), expected, "saved here, loaded by PEFT")
+        ours.merge_adapter(safe_merge=True)
+        assert_same_function(logits(ours, inputs), expected, "merged")
+        ours.unmerge_adapter()
+        assert torch.equal(logits(ours, inputs), y), "unmerged"
+        assert_same_function(logits(ours.merge_and_unload(), inputs), expected, "merged for good")
+
+
+@PEER
+def test_a_new_adapter_is_pefts(hf_peft, tmp_path, peer):
+    """The same layers, shapes and start: PEFT loads what is saved here, and has the same names in its own file."""
+    inputs = batch(peer.kind)
+    ours = get_peft_model(make(peer.kind), peer.ours()).eval()
+    randomize(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf_peft.get_peft_model(make(peer.kind), peer.theirs(hf_peft)).save_pretrained(tmp_path / "theirs")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(tmp_path / who / "adapter_model.safetensors").items()}
+        for who in ("ours", "theirs")
+    ]
+    assert shapes[0] == shapes[1]
+    theirs = their_load(hf_peft, make(peer.kind), tmp_path / "ours")
+    with torch.no_grad():
+        assert_same_function(logits(theirs, inputs), logits(ours, inputs))
+
+
+SEVERAL = pytest.mark.parametrize("name", ["ia3"])
+
+
+@SEVERAL
+@torch.no_grad()
+def test_several_adapters_act_as_in_peft(hf_peft, tmp_path, name):
+    """Two at once, in either order, each alone, none, and each on rows of its own; merges give what forward gives."""
+    peer, inputs = PEERS[name], batch(PEERS[name].kind)
+    theirs = their_model(hf_peft, peer)
+    theirs.add_adapter("b", peer.theirs(hf_peft))
+    for number, adapter in enumerate(("default", "b")):
+        theirs.set_adapter(adapter)
+        randomize(theirs, seed=number)
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(dense_copy(peer.kind), tmp_path)
+    ours.load_adapter(tmp_path / "b", "b")
+    outputs = {}
+    for names in (["default"], ["b"], ["default", "b"], ["b", "default"]):
+        theirs.base_model.set_adapter(names)
+        ours.set_adapter(names)
+        outputs[tuple(names)] = logits(ours, inputs)
+        assert_same_function(outputs[tuple(names)], logits(theirs, inputs), str(names))
+        ours.merge_adapter()
+        assert_same_function(logits(ours, inputs), outputs[tuple(names)], f"{names} merged")
+        with ours.disable_adapter(), theirs.disable_adapter():
+            base = logits(ours, inputs)
+            assert_same_function(base, logits(dense_copy(peer.kind), inputs), "disabled")
+        ours.unmerge_adapter()
+    mixed = logits(ours, inputs, adapter_names=["default", "b", "__base__"])
+    rows = [outputs[("default",)], outputs[("b",)], base]
+    assert_same_function(mixed, torch.stack([y[i] for i, y in enumerate(rows)]), "rows")
+
+
+@SEVERAL
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["lora", "other"])
+def test_merges_beside_lora_keep_the_order(name, first):
+    """With LoRA before or after it, and where code reads weights, the merged layers compute what forward computes."""
+    peer, inputs = PEERS[name], batch(PEERS[name].kind)
+    lora = peft.LoraConfig(r=2, target_modules="all-linear")
+    configs = {"lora": lora, "other": peer.ours()}
+    model = PeftModel(make(peer.kind)).eval()
+    for number, adapter in enumerate(sorted(configs, key=lambda key: key != first)):
+        model.add_adapter(adapter, configs[adapter])
+        model.set_adapter(adapter)
+        randomize(model, seed=number)
+    names = list(model.adapters)
+    model.set_adapter(names)
+    y = logits(model, inputs)
+    model.set_adapter(names[::-1])
+    assert (logits(model, inputs) - y).abs().max() > 1e-4, "the order must matter in this test"
+    model.set_adapter(names)
+    model.merge_adapter(target="same")
+    assert_same_function(logits(model, inputs), y)
+    model.unmerge_adapter()
+    for layer in model.injector.adapted_layers().values():
+        layer.weight_is_read = True
+        x = torch.randn(3, layer.in_features)
+        with torch.no_grad():
+            read = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            assert_same_function(read, layer(x))
