@@ -1,1 +1,1 @@
-"""How ops are computed: one package per backend, none of which imports another."""
+"""Implementations of the ops: one package per backend, none of which imports another."""

@@ -15,7 +15,7 @@ Rules at the edges:
     nibbles      element 2i in the high nibble of byte i, element 2i+1 in the low nibble.
     odd tail     the missing low nibble holds ZERO_INDEX.
     zero block   max|w| below SMALLEST_ABSMAX: absmax 0, all indices ZERO_INDEX, so it dequantizes to +0.0.
-        inf, NaN     cannot be represented. Quantization raises; see `reference.quantize_nf4`.
+    inf, NaN     cannot be represented. Quantization raises; see `reference.quantize_nf4`.
 
 docs/format.md lists the differences between other implementations of NF4 and these rules.
 

@@ -3,7 +3,7 @@
 Ops: qlora_kernels::dequantize_nf4 and its out variant.
 
 Kernel contract:
-        run(weight, *, out) -> None     weight: Weight with N * K = out.numel() >= 1 for any N and K; out contiguous
+    run(weight, *, out) -> None     weight: Weight with N * K = out.numel() >= 1 for any N and K; out contiguous
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The native CPU backend: C++ kernels over the format's own bytes (csrc/cpu), one library for every torch from 2.10 on.
+"""The native CPU backend: C++ kernels (csrc/cpu) in one library for every torch from 2.10 on.
 
-The library picks its instruction set when first used: amx_bf16, avx512_bf16, avx512 or avx2 on x86, neon on AArch64,
-portable anywhere. QLORA_CPU_ISA forces one, and is read in csrc/cpu/isa.cpp alone.
+The library chooses its instruction set at first use: amx_bf16, avx512_bf16, avx512 or avx2 on x86, neon on AArch64, and
+portable code elsewhere. QLORA_CPU_ISA forces one; only csrc/cpu/isa.cpp reads it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FUNCTIONS = (
 
 
 def _plan(problem: Problem) -> KernelPlan:
-    """The instruction set; the library itself chooses the tile, from M and the cache sizes, when it runs."""
+    """Return the instruction set; the library chooses the tile at run time, from M and the cache sizes."""
     isa = instruction_set() if unavailable() is None else "the best instruction set of the CPU"
     choice = "few tokens: dot products of packed rows (dots.h); more: panels (gemm.h) or AMX tiles; chosen at run time"
     return KernelPlan(f"csrc/cpu/{problem.op}.cpp for {isa}", {}, choice if problem.M else "one kernel")
@@ -72,9 +72,9 @@ KERNELS = (
 
 @cache
 def unavailable() -> str | None:
-    """Why this backend cannot run here, with the fix; None where it can. Loads the library.
+    """Return why this backend cannot run here, with the fix, or None if it can. Loads the library.
 
-    Raises OSError, the loader's own, for a library that is there but does not load: that is a broken installation.
+    Raises the loader's OSError for a library that exists but does not load, which is a broken installation.
     """
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built; install a C++ compiler and run `make ext`"
@@ -83,10 +83,10 @@ def unavailable() -> str | None:
 
 
 def instruction_set(force: str | None = None) -> str:
-    """The instruction set in use, after changing it to `force` if given ("" restores the automatic choice).
+    """Return the instruction set in use, after changing it to `force` if given ("" restores the automatic choice).
 
-    Raises RuntimeError if the library is not built, and ValueError for a name in QLORA_CPU_ISA or `force` that is
-    unknown or cannot run here.
+    Raises RuntimeError if the library is not built, and ValueError if the name in QLORA_CPU_ISA or `force` is unknown
+    or cannot run here.
     """
     if (reason := unavailable()) is not None:
         raise RuntimeError(f"cpu backend: {reason}")
@@ -98,7 +98,7 @@ def instruction_set(force: str | None = None) -> str:
 
 
 def amx_unavailable() -> str | None:
-    """Why this process cannot use AMX tiles, in one sentence; None if it can.
+    """Return in one sentence why this process cannot use AMX tiles, or None if it can.
 
     Raises RuntimeError if the library is not built.
     """

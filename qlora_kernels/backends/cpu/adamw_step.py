@@ -1,4 +1,4 @@
-"""AdamW in the native library: every tensor of a step in one call."""
+"""AdamW in the native library: one call for all tensors of a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...ops.adamw_step import Step
 
 
 def adamw_step(step: Step) -> None:
-    """The contract of ops/adamw_step.py in one native call."""
+    """Run the step of ops/adamw_step.py in one native call."""
     if step.found_inf is not None and step.found_inf.item() != 0:
         return
     skipped = torch.empty(0, device="cpu")  # the library skips a parameter whose gradient is empty

@@ -11,7 +11,7 @@ _C = torch.ops.qlora_kernels_C
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s or empty, scale)."""
+    """Return (y, s or empty, scale)."""
     results: tuple[Tensor, Tensor, Tensor] = _C.cpu_rms_norm(x, residual, weight, eps, weight_offset)
     return results
 
@@ -26,13 +26,13 @@ def rms_norm_backward(
     *,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_weight or empty); the library delivers the weight's gradient in fp32."""
+    """Return (grad_x, grad_weight or empty); the library computes the weight's gradient in fp32."""
     grad_x, grad_weight = _C.cpu_rms_norm_backward(grad_y, grad_s, s, weight, scale, weight_offset, need_grad_weight)
     return grad_x, grad_weight.to(weight.dtype)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(rotated q, rotated k), laid out as q and k are."""
+    """Return (rotated q, rotated k), with the memory layout of q and k."""
     rotated_q, rotated_k = torch.empty_like(q), torch.empty_like(k)
     _C.cpu_rope(q, rotated_q, k, rotated_k, cos, sin, inverse)
     return rotated_q, rotated_k

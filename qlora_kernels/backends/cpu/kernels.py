@@ -1,4 +1,4 @@
-"""The ops' kernel contracts (ops/<op>.py) over the library's private ops qlora_kernels_C::cpu_*."""
+"""The kernel contracts of ops/<op>.py, implemented by the library's private ops qlora_kernels_C::cpu_*."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ _C = torch.ops.qlora_kernels_C
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(packed, absmax) of a contiguous w."""
+    """Return (packed, absmax) of a contiguous w."""
     packed, absmax = _C.cpu_quantize_nf4(w, blocksize)
     return packed, absmax
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(absmax_q, absmax_scale, absmax_offset); the mean is torch's, whose order of summation the format takes over."""
+    """Return (absmax_q, absmax_scale, absmax_offset); torch computes the mean, whose summation order is the
+    format's.
+    """
     absmax_q, absmax_scale, absmax_offset = _C.cpu_quantize_absmax(absmax)
     return absmax_q, absmax_scale, absmax_offset
 
 
 def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w."""
+    """Return (packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w."""
     packed, absmax, absmax_q, absmax_scale, absmax_offset = _C.cpu_quantize_nf4_double(w, blocksize)
     return packed, absmax, absmax_q, absmax_scale, absmax_offset
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """Write the decoded weight into `out`, which is contiguous."""
+    """Write the dequantized weight into `out`, which is contiguous."""
     _C.cpu_dequantize_nf4(weight.packed, *weight.constants, weight.blocksize, out)
 
 
@@ -49,7 +51,7 @@ def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
 
 
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """(y [M, N], s [M, r])."""
+    """Return (y [M, N], s [M, r])."""
     y, s = _C.cpu_linear_nf4_lora(
         x, weight.packed, *weight.constants, _contiguous(bias), *lora, weight.blocksize, weight.N
     )
@@ -59,7 +61,7 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x [M, K] or empty, grad_A, grad_B); the library delivers fp32 factors' gradients."""
+    """Return (grad_x [M, K] or empty, grad_A, grad_B); the library computes the factors' gradients in fp32."""
     grad_x, grad_A, grad_B = _C.cpu_linear_nf4_lora_backward(
         grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, need_grad_x
     )
@@ -71,7 +73,7 @@ def linear_nf4_lora_backward(
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [M], log_sums [M], rows [M, K] or empty)."""
+    """Return (losses [M], log_sums [M], rows [M, K] or empty)."""
     losses, log_sums, rows = _C.cpu_linear_cross_entropy(
         hidden, head.weight, head.bias, labels, *head[2:], need_grad_hidden
     )
@@ -79,7 +81,7 @@ def linear_cross_entropy(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """(out [B, Tq, H, D], log_sums [B, H, Tq])."""
+    """Return (out [B, Tq, H, D], log_sums [B, H, Tq])."""
     out, log_sums = _C.cpu_attention(q, k, v, *keys)
     return out, log_sums
 
@@ -87,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> tuple[Tensor, Tens
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, keys: Keys
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_q [B, Tq, H, D], grad_k and grad_v [B, Tk, KV, D])."""
+    """Return (grad_q [B, Tq, H, D], grad_k and grad_v [B, Tk, KV, D])."""
     grad_q, grad_k, grad_v = _C.cpu_attention_backward(grad_out, q, k, v, out, log_sums, *keys)
     return grad_q, grad_k, grad_v
 

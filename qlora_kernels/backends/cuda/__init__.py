@@ -1,6 +1,6 @@
-"""Hand-written CUDA kernels (csrc/cuda) behind torch's stable ABI: one library for every torch from 2.10 on.
+"""CUDA kernels (csrc/cuda) behind torch's stable ABI: one library for every torch from 2.10 on.
 
-docs/kernels/cuda.md says for which problems these kernels are the default and for which Triton's are.
+docs/kernels/cuda.md lists the problems for which these kernels, or Triton's, are the default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from .linear_nf4 import plan as linear_plan
 
 
 def _behind_triton_with_dropout(problem: Problem) -> int:
-    """Dropout takes passes over [M, K] of its own here; Triton's kernels draw the mask where they read x."""
+    """Return the priority: dropout needs extra passes over [M, K] here, while Triton draws the mask where it reads
+    x.
+    """
     return -1 if problem.dropout else 0
 
 

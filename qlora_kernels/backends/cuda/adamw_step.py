@@ -13,7 +13,7 @@ from ...ops.adamw_step import Step
 
 
 def adamw_step(step: Step) -> None:
-    """The contract of ops/adamw_step.py in one launch."""
+    """Run the step of ops/adamw_step.py in one launch."""
     rows: list[int] = []
     for param, grad in zip(step.params, step.grads, strict=True):
         rows += (param.data_ptr(), 0 if grad is None else grad.data_ptr(), DTYPE_CODES[param.dtype], param.numel())
@@ -40,7 +40,7 @@ def adamw_step(step: Step) -> None:
 
 @dataclass
 class _Table:
-    """The addresses that the last step of one chunk read."""
+    """The address table that the last step of one chunk used."""
 
     rows: tuple[int, ...]
     on_host: Tensor  # pinned; a captured graph copies from it at each replay
@@ -50,20 +50,20 @@ class _Table:
 
 @dataclass
 class _Tables:
-    """The tables of one chunk. Those that a captured graph reads are kept as long as the chunk is planned."""
+    """The address tables of one chunk; those that a captured graph reads are kept while the chunk is planned."""
 
     last: _Table | None = None
     captured: list[_Table] = field(default_factory=list)
 
 
 _tables = WeakTensorKeyDictionary()
-"""A chunk's segments, which its optimizer owns -> its _Tables."""
+"""segments tensor of a chunk, owned by its optimizer -> its _Tables."""
 
 
 def _address_table(segments: Tensor, rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses in device memory, sent again only where they differ from the last step's.
+    """Return the addresses in device memory; they are copied again only if they differ from those of the last step.
 
-    A table is never written to again, because a captured graph may read it.
+    A table is never overwritten, because a captured graph may read it.
     """
     if device.type == "cpu":
         return torch.tensor(rows, dtype=torch.int64)

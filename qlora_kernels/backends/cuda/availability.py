@@ -1,7 +1,7 @@
-"""Whether the compiled library can be loaded and can run here: its build record, torch's CUDA version, driver and GPU.
+"""Whether the compiled CUDA library can be loaded and run: its build record, torch's CUDA version, driver and GPU.
 
 The library is linked to the dynamic CUDA runtime, libcudart.so.13, and uses the copy that a CUDA build of torch has
-loaded already. Under any other torch the library is not loaded; what it was built for is read from its file.
+already loaded. It is not loaded under any other torch; its build record is read from the file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Build(NamedTuple):
 
 
 def read_build(library: Path) -> Build:
-    """The build record of a compiled library (csrc/bindings/cuda_platform.cpp), read without loading it.
+    """Read the build record of a compiled library (csrc/bindings/cuda_platform.cpp) without loading it.
 
-    Raises OSError for a file without one.
+    Raises OSError for a file without a record.
     """
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         record = re.search(rb"qlora_kernels build: archs=([\w;+ ,]+) cuda=(\d+)\0", content)
@@ -41,7 +41,7 @@ def read_build(library: Path) -> Build:
 
 
 def built_for() -> str | None:
-    """What the library is built for, in words; None where it is not built."""
+    """Return the architectures and CUDA version of the library, or None if it is not built."""
     if not LIBRARY.exists():
         return None
     build = read_build(LIBRARY)
@@ -49,14 +49,14 @@ def built_for() -> str | None:
 
 
 def version_text(version: int) -> str:
-    """13000 -> "13.0", as the runtime and the driver number themselves."""
+    """Format a version number of the runtime or driver: 13000 -> "13.0"."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def torch_mismatch(build: Build, torch_cuda: str | None) -> str | None:
-    """Why a torch built with CUDA `torch_cuda`, or without (None), cannot load the library; None where it can.
+    """Return why a torch built with CUDA `torch_cuda`, or without CUDA (None), cannot load the library; None if it can.
 
-    Within one major version the runtime keeps its binary interface and its file name.
+    Within one major version, the runtime keeps its binary interface and its file name.
     """
     major = build.cuda // 1000
     kernels = f"the kernels are built for {build.archs} by CUDA {version_text(build.cuda)}"
@@ -71,9 +71,9 @@ def torch_mismatch(build: Build, torch_cuda: str | None) -> str | None:
 
 
 def driver_too_old(driver: int, runtime: int) -> str | None:
-    """Why a driver for CUDA `driver` cannot run the runtime, with the fix; None where it can, or where there is none.
+    """Return why a driver for CUDA `driver` cannot run the runtime, with the fix; None if it can or is missing.
 
-    A driver runs every runtime of its own major version and of earlier ones.
+    A driver runs every runtime of its own and of earlier major versions.
     """
     major = runtime // 1000
     if driver == 0 or driver // 1000 >= major:
@@ -86,10 +86,11 @@ def driver_too_old(driver: int, runtime: int) -> str | None:
 
 
 def arch_mismatch(build: Build, capability: tuple[int, int], driver: int) -> str | None:
-    """Why the library cannot run on a GPU of `capability` under `driver`, with the fix; None where it can.
+    """Return why the library cannot run on a GPU of `capability` under `driver`, with the fix; None if it can.
 
-    Binaries run on their own architecture and on later ones of the same major version; those marked 'a' or 'f' on their
-    own alone, which is what this accepts. PTX runs on everything later where the driver is as new as its compiler.
+    Binaries run on their own architecture and on later ones of the same major version; for binaries marked 'a' or 'f',
+    only their own architecture is accepted. PTX runs on all later architectures if the driver is as new as its
+    compiler.
     """
     major, minor = capability
     fix = f"install a wheel for sm_{major}{minor}, or rebuild with QLORA_CUDA_ARCHS={major}{minor}"
@@ -112,28 +113,28 @@ def arch_mismatch(build: Build, capability: tuple[int, int], driver: int) -> str
 
 @cache
 def load() -> None:
-    """Loads the library. Raises OSError, the loader's own, where it does not load: a broken installation."""
+    """Load the library. Raises the loader's OSError if this fails, which is a broken installation."""
     torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
 
 
 def has_current_stream() -> bool:
-    """Whether torch's function for the current stream is found. The library must be loaded."""
+    """Whether torch exports the function for the current stream. The library must be loaded."""
     return bool(torch.ops.qlora_kernels_C.cuda_has_current_stream())
 
 
 def driver_version() -> int:
-    """The CUDA version that the driver supports, 0 where there is no driver. The library must be loaded."""
+    """Return the CUDA version that the driver supports, 0 without a driver. The library must be loaded."""
     return int(torch.ops.qlora_kernels_C.cuda_driver_version())
 
 
 def runtime_version() -> int:
-    """The version of the CUDA runtime that the library uses. The library must be loaded."""
+    """Return the version of the CUDA runtime that the library uses. The library must be loaded."""
     return int(torch.ops.qlora_kernels_C.cuda_runtime_version())
 
 
 @cache
 def unavailable() -> str | None:
-    """Why this backend cannot run here, with the fix; None where it can."""
+    """Return why this backend cannot run here, with the fix, or None if it can."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built; put CUDA's nvcc on PATH and run `make ext`"
     build = read_build(LIBRARY)

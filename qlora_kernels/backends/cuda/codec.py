@@ -13,7 +13,7 @@ _C = torch.ops.qlora_kernels_C
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(packed, absmax) of a contiguous w, in one launch."""
+    """Return (packed, absmax) of a contiguous w, in one launch."""
     packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
     absmax = w.new_empty(n_blocks(w.numel(), blocksize), dtype=torch.float32)
     _C.cuda_quantize_nf4(w, blocksize, packed, absmax)
@@ -21,7 +21,7 @@ def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(absmax_q, absmax_scale, absmax_offset) in two launches; the mean is summed in double in a fixed order."""
+    """Return (absmax_q, absmax_scale, absmax_offset) in two launches; the mean is summed in double in a fixed order."""
     absmax = absmax.contiguous()
     blocks = absmax.numel()
     partial_sums = absmax.new_empty(_C.cuda_absmax_partial_sums(blocks), dtype=torch.float64)
@@ -33,8 +33,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w in two launches: the first one leaves
-    behind the sums that the second level's mean needs.
+    """Return (packed, absmax, absmax_q, absmax_scale, absmax_offset) of a contiguous w in two launches.
+
+    The first launch also computes the partial sums for the second level's mean.
     """
     blocks = n_blocks(w.numel(), blocksize)
     packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
@@ -49,5 +50,5 @@ def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, T
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """Into a contiguous out, both levels in one pass."""
+    """Dequantize both levels in one pass into a contiguous out."""
     _C.cuda_dequantize_nf4(weight.packed, *weight.constants, weight.blocksize, out)

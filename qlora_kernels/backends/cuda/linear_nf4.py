@@ -1,12 +1,12 @@
-"""The linear ops: which kernel serves how many rows, and what torch's own matmul does for many.
+"""The linear ops on CUDA: the choice of kernel by number of rows, and torch.matmul for many rows.
 
     rows <= SMALL_ROWS        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
     rows <= FUSED_ROWS        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
 
-Dropout is a pass of its own (dropout.cu): over x for s and for grad_A, over ds A for grad_x.
+Dropout is a separate pass (dropout.cu): over x for s and grad_A, over ds A for grad_x.
 
-The bounds follow from the bytes each way moves (docs/kernels/cuda.md); they are not measured on a GPU.
+The thresholds follow from the bytes that each path moves (docs/kernels/cuda.md); they are not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _C = torch.ops.qlora_kernels_C
 
 SMALL_ROWS = 4
 SMALL_ROWS_FP32 = 16
-"""fp32 has no tensor-core kernel here."""
+"""The dtypes with a tensor-core kernel; fp32 has none here."""
 
 FUSED_ROWS = 64
-"""One row of blocks: beyond it every weight would be decoded more than once."""
+"""One row of blocks; with more rows, each weight would be decoded more than once."""
 
 ALIGNMENT = 16
-"""Bytes of the kernels' widest access."""
+"""Bytes of the widest access in the kernels."""
 
 
 SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
 
 
 def plan(problem: Problem) -> KernelPlan:
-    """Which of the three ways serves a product, for the op itself and for the same product with LoRA."""
+    """Return which of the three paths runs a product, with or without LoRA."""
     M, N, K, dtype = problem.M, problem.N, problem.K, problem.dtype
     if problem.op.endswith(("_grad_x", "_backward")):
         return _grad_x_plan(M, N, K, dtype)
@@ -73,22 +73,22 @@ def _grad_x_plan(M: int, N: int, K: int, dtype: torch.dtype) -> KernelPlan:
 
 
 def _gemm_tile(M: int) -> dict[str, int]:
-    """BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
+    """Return BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
     return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y [M, N] = x W^T + bias."""
+    """Return y [M, N] = x W^T + bias."""
     return _forward(x, weight, bias, None, None)
 
 
 def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
-    """grad_x [M, K] = grad_y W."""
+    """Return grad_x [M, K] = grad_y W."""
     return _grad_x(grad_y, weight, None, None)
 
 
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """(y [M, N], s [M, r])."""
+    """Return (y [M, N], s [M, r])."""
     s = _dropped(x, lora) @ lora.A.to(x.dtype).T
     return _forward(x, weight, bias, s, lora), s
 
@@ -96,7 +96,7 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x [M, K] or empty, grad_A, grad_B)."""
+    """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
     ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
     grad_B = lora.scaling * (grad_y.T @ s)
     grad_A = ds.T @ _dropped(x, lora)
@@ -107,7 +107,7 @@ def linear_nf4_lora_backward(
 def linear_nf4_lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """([y_i [M, N_i]], s [M, sum of r_i]); one product of x with all adapters."""
+    """Return ([y_i [M, N_i]], s [M, sum of r_i]), with one product of x and all adapters."""
     s = _dropped(x, lora) @ lora.A.to(x.dtype).T
     members = zip(weights, biases, split_by_rank(s, lora), lora.each(), strict=True)
     return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
@@ -116,7 +116,7 @@ def linear_nf4_lora_group(
 def linear_nf4_lora_group_backward(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
+    """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
     ds, grads_B = [], []
     for grad_y, part, B, scaling in zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True):
         ds.append(scaling * (grad_y @ B.to(x.dtype)))
@@ -156,7 +156,7 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
 
 
 def _lora_grad_x(grad_y: Tensor, weight: Weight, ds: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
-    """grad_y W + dropout'(ds A)."""
+    """Return grad_y W + dropout'(ds A)."""
     A = lora.A.to(grad_y.dtype)
     if not _drops(lora):
         return _grad_x(grad_y, weight, ds, A)
@@ -166,7 +166,7 @@ def _lora_grad_x(grad_y: Tensor, weight: Weight, ds: Tensor, lora: LoRA | GroupL
 
 
 def _dropped(x: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
-    """dropout(x) [M, K], a copy in x's dtype; x itself without dropout."""
+    """Return dropout(x) [M, K], a copy in x's dtype, or x itself without dropout."""
     if not _drops(lora):
         return x
     y = torch.empty_like(x)
@@ -175,7 +175,7 @@ def _dropped(x: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
 
 
 def _dropout(x: Tensor, lora: LoRA | GroupLoRA, y: Tensor, *, add: bool) -> None:
-    """y = dropout(x), or y += dropout(x): contiguous [M, K]. The mask is drawn again in each call, never stored."""
+    """Compute y = dropout(x), or y += dropout(x), for contiguous [M, K]; each call draws the mask again."""
     p = lora.dropout_p
     _C.cuda_dropout(x, lora.seed, keep_threshold(p), keep_scale(p), add, y)
 
@@ -185,7 +185,7 @@ def _drops(lora: LoRA | GroupLoRA) -> bool:
 
 
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
-    """grad_y W + ds A; lora_A in grad_y's dtype."""
+    """Return grad_y W + ds A, with lora_A in grad_y's dtype."""
     if _grad_x_is_fused(grad_y, weight):
         lora_right = None if lora_A is None else lora_A.T
         return _gemm(grad_y, weight, None, ds, lora_right, 1.0, transposed=True)
@@ -207,7 +207,7 @@ def _gemm(
     *,
     transposed: bool,
 ) -> Tensor:
-    """x W^T, or x W where transposed, plus bias, plus scaling * lora_left lora_right^T; the factors in x's dtype."""
+    """Return x W^T (x W if transposed) + bias + scaling * lora_left lora_right^T, with the factors in x's dtype."""
     M, gemm_k = x.shape
     gemm_n = weight.K if transposed else weight.N
     y = x.new_empty(M, gemm_n)
@@ -220,7 +220,7 @@ def _gemm(
 
 
 def _dequantized(weight: Weight, like: Tensor) -> Tensor:
-    """W [N, K] in a scratch tensor, which torch's allocator hands out again for the next layer."""
+    """Return W [N, K] in a scratch tensor, which torch's allocator reuses for the next layer."""
     w = like.new_empty(weight.N, weight.K)
     dequantize_nf4(weight, out=w)
     return w
@@ -231,12 +231,12 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is a slice that begins off a 16-byte boundary."""
+    """Return the tensor, or a copy if it does not start at a multiple of 16 bytes."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _padded_rank(factor: Tensor | None) -> Tensor | None:
-    """A LoRA factor [rows, r] with r rounded up to whole 16-byte chunks of 16-bit elements."""
+    """Return a LoRA factor [rows, r] with r padded to a multiple of 8, so that rows are whole 16-byte chunks."""
     if factor is None:
         return None
     missing = -factor.shape[1] % 8

@@ -11,18 +11,18 @@ _C = torch.ops.qlora_kernels_C
 
 
 def managed_concurrent_access(device: int) -> bool:
-    """Whether the GPU faults on, and migrates, unified memory by itself."""
+    """Whether the GPU migrates unified memory on page faults."""
     return bool(_C.cuda_managed_concurrent_access(device))
 
 
 def managed_alloc(nbytes: int, device: int) -> Tensor:
-    """uint8 [nbytes] on cuda:device, zeroed on its current stream, freed with its last reference."""
+    """Return uint8 [nbytes] on cuda:device, zeroed on its current stream, freed with its last reference."""
     stream_of = torch.empty(0, device=torch.device("cuda", device))
     return tensor_of(_C.cuda_managed_allocate(stream_of, nbytes))
 
 
 def tensor_of(address: int) -> Tensor:
-    """The tensor of a DLManagedTensor at `address`, which owns it from now on."""
+    """Return a tensor that owns the DLManagedTensor at `address`."""
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -31,10 +31,10 @@ def tensor_of(address: int) -> Tensor:
 
 
 def managed_prefer_device(arena: Tensor) -> None:
-    """Preferred location: the arena's device; the CPU may map it without moving it."""
+    """Set the arena's device as its preferred location, and let the CPU access it by mapping."""
     _C.cuda_managed_prefer_device(arena)
 
 
 def managed_prefetch(arena: Tensor, start: int, stop: int) -> None:
-    """Bytes [start, stop) to the arena's device, on the current stream."""
+    """Migrate bytes [start, stop) to the arena's device, on the current stream."""
     _C.cuda_managed_prefetch(arena, start, stop)

@@ -1,4 +1,4 @@
-"""Every op in plain torch, on any device: the reference of the tests and the last fallback."""
+"""All ops in plain torch, on any device: the reference of the tests, and the fallback for unsupported problems."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ KERNELS = tuple(
 
 
 def unavailable() -> str | None:
-    """Return None: torch alone is needed, and it is always there."""
+    """Return None: this backend needs only torch and can always run."""
     return None

@@ -1,7 +1,7 @@
-"""AdamW by the definition of ops/adamw_step.py, in operations that round the same way on every device.
+"""AdamW as ops/adamw_step.py defines it, in operations that round in the same way on every device.
 
-Torch's lerp, addcmul and addcdiv fuse or do not fuse their product and sum depending on the CPU, and many of its fp32
-square roots come from MKL, 17 % of them off by an ulp. Single operations round once everywhere.
+On some CPUs torch's lerp, addcmul and addcdiv fuse product and sum, on others they do not. Many of its fp32 square
+roots come from MKL, and 17 % of these are off by an ulp. Single operations round once everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...ops.adamw_step import Segment, Step
 
 
 def adamw_step(step: Step) -> None:
-    """The contract of ops/adamw_step.py, a segment at a time."""
+    """Run the step of ops/adamw_step.py, one segment at a time."""
     if step.found_inf is not None and step.found_inf.item() != 0:
         return
     rate, beta1, beta2 = float(step.lr.item()), step.beta1, step.beta2
@@ -26,7 +26,7 @@ def adamw_step(step: Step) -> None:
             continue
         stop = segment.start + segment.numel
         param = _flat(step.params[segment.param])[segment.start : stop]
-        p = param.float()  # the parameter itself where it is fp32
+        p = param.float()  # a view of the parameter if it is fp32
         g = _flat(grad)[segment.start : stop].float()
         if step.grad_multiplier is not None:
             g = g * step.grad_multiplier
@@ -38,7 +38,7 @@ def adamw_step(step: Step) -> None:
         weight = torch.tensor(1 - beta1, dtype=torch.float32, device=g.device)
         m.copy_(fma(weight, g - m, m) if weight < 0.5 else fma(weight - 1, g - m, g))
         v.copy_(fma(g * (1 - beta2), g, v * beta2))
-        root = v.double().sqrt_().float()  # a double's root, rounded to fp32, is the correctly rounded one
+        root = v.double().sqrt_().float()  # the root in double, rounded to fp32, is correctly rounded
         denominator = root.div_((1 - beta2**t) ** 0.5).add_(step.eps)
         p.add_(m * -(rate / (1 - beta1**t)) / denominator)
 
@@ -50,15 +50,16 @@ def adamw_step(step: Step) -> None:
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of fp32 tensors, rounded once.
+    """Return a * b + c of fp32 tensors, rounded once.
 
-    The product is exact in float64. Their sum is rounded to odd there, so that rounding it to fp32 gives the correctly
-    rounded result (Boldo and Melquiond, Emulation of FMA and Correctly Rounded Sums, IEEE Trans. Comput. 57, 2008).
+    The product is exact in float64. The sum is rounded to odd in float64, so that rounding it to fp32 gives the
+    correctly rounded result (Boldo and Melquiond, Emulation of FMA and Correctly Rounded Sums, IEEE Trans. Comput. 57,
+    2008).
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
     rest = total - product
-    error = (product - (total - rest)) + (addend - rest)  # what the sum lost: Knuth's TwoSum
+    error = (product - (total - rest)) + (addend - rest)  # rounding error of the sum, by Knuth's TwoSum
     bits = total.view(torch.int64)
     inexact_and_even = error.isfinite() & (error != 0) & (bits & 1 == 0)
     towards_error = torch.where((error > 0) == (total > 0), 1, -1)
@@ -66,12 +67,12 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements in the order of its memory, as a view."""
+    """Return a flat view of the tensor's elements in memory order."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _load(arena: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-    """exp_avg and exp_avg_sq, fp32 [count]: views of the arena, or decoded copies."""
+    """Return exp_avg and exp_avg_sq, fp32 [count], as views of the arena or decoded copies."""
     n = segment.numel
     if segment.exp_avg_absmax < 0:
         m, v = (_view(arena, offset, 4 * n, torch.float32) for offset in (segment.exp_avg, segment.exp_avg_sq))
@@ -90,7 +91,7 @@ def _store(arena: Tensor, segment: Segment, m: Tensor, v: Tensor) -> None:
 
 
 def _quantized(arena: Tensor, segment: Segment) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(q, absmax) of exp_avg and of exp_avg_sq, as views of the arena."""
+    """Return (q, absmax) of exp_avg and of exp_avg_sq, as views of the arena."""
 
     def pair(q_offset: int, absmax_offset: int) -> tuple[Tensor, Tensor]:
         absmax_bytes = 4 * -(-segment.numel // STATE_BLOCKSIZE)
@@ -107,10 +108,10 @@ def _view(arena: Tensor, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor
 
 
 def _stochastic_bf16(p: Tensor, seed: int, counter: int) -> Tensor:
-    """fp32 [n] -> bf16 [n]: 16 random bits are added to those that truncation drops. NaN stays NaN."""
+    """Round fp32 [n] to bf16 [n] by adding 16 random bits to the bits that truncation drops. NaN stays NaN."""
     calls = torch.arange(counter >> 3, (counter + p.numel() + 7) >> 3, dtype=torch.int64, device=p.device)
     words = philox(seed, calls)
     draws = torch.stack([words & 0xFFFF, words >> 16], dim=2).reshape(-1)[: p.numel()]
-    bits = p.view(torch.int32) + draws.to(torch.int32)  # wraps for a NaN alone
+    bits = p.view(torch.int32) + draws.to(torch.int32)  # only a NaN can wrap around
     truncated = (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
     return torch.where(p.isnan(), torch.nan, truncated)

@@ -1,4 +1,4 @@
-"""attention and its gradients in torch's own ops, over whole matrices of scores."""
+"""attention and its gradients composed of torch's ops, over whole score matrices."""
 
 from __future__ import annotations
 

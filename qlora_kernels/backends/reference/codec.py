@@ -20,7 +20,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """out = code[q] * absmax."""
+    """Write code[q] * absmax into out."""
     out.copy_(
         reference.dequantize_nf4(
             weight.packed, decoded_absmax(*weight.constants), weight.blocksize, out.shape, out.dtype

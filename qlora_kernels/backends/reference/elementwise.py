@@ -1,4 +1,4 @@
-"""rms_norm, rope and glu in torch's own ops: the formulas of ops/_compose.py, computed in fp32."""
+"""rms_norm, rope and glu composed of torch's ops: the formulas of ops/_compose.py, computed in fp32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...ops import _compose
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s or empty, scale)."""
+    """Return (y, s or empty, scale)."""
     return _compose.rms_norm(x, residual, weight, eps, weight_offset)
 
 
@@ -25,7 +25,7 @@ def rms_norm_backward(
     *,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (grad_x, grad_weight), the second empty where it is not wanted."""
+    """Return (grad_x, grad_weight); grad_weight is empty if it is not needed."""
     n, grad = s.float() * scale[:, None], grad_y.float()
     g = grad * (weight.float() + weight_offset)
     grad_x = scale[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
@@ -35,7 +35,7 @@ def rms_norm_backward(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return q and k, each rotated by its position's angles."""
+    """Return q and k rotated by the angles of their positions."""
     rotated = _compose.rope(q, k, cos, sin, inverse)
     return torch.empty_like(q).copy_(rotated[0]), torch.empty_like(k).copy_(rotated[1])
 
@@ -46,5 +46,5 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and of up."""
+    """Return the gradients of gate and up."""
     return _compose.glu_backward(grad_y, gate, up, activation)

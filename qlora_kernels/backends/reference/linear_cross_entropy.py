@@ -1,4 +1,4 @@
-"""linear_cross_entropy in torch's own ops, a few tokens at a time."""
+"""linear_cross_entropy composed of torch's ops, over a few tokens at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from ...ops.linear_cross_entropy import Head, grad_of_logits, logits_of
 
 CHUNK = 256
-"""Tokens whose logits are in memory at one time."""
+"""Number of tokens whose logits are in memory at one time."""
 
 
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (losses, log_sums, rows) as the op of this name defines them."""
+    """Return (losses, log_sums, rows), as ops/linear_cross_entropy.py defines them."""
     weight = head.weight.to(hidden.dtype).float()
     losses, log_sums, rows = [], [], []
     for part, of_part in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):

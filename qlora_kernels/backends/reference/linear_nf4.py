@@ -1,4 +1,4 @@
-"""linear_nf4 and linear_nf4_grad_x as dequantize, then matmul."""
+"""linear_nf4 and linear_nf4_grad_x: dequantization followed by a matmul."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .codec import dequantize_nf4
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias."""
+    """Return y = x W^T + bias."""
     return torch.nn.functional.linear(x, dense(weight, x), None if bias is None else bias.to(x.dtype))
 
 
@@ -20,7 +20,7 @@ def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
 
 
 def dense(weight: Weight, like: Tensor) -> Tensor:
-    """W [N, K] in like's dtype."""
+    """Return W [N, K] in like's dtype."""
     w = like.new_empty(weight.N, weight.K)
     dequantize_nf4(weight, out=w)
     return w

@@ -1,4 +1,4 @@
-"""linear_nf4_lora and its backward, composed of torch's own operations."""
+"""linear_nf4_lora and its backward, composed of torch's ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 
 
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """y = x W^T + bias + scaling s B^T and s = dropout(x) A^T."""
+    """Return y = x W^T + bias + scaling s B^T and s = dropout(x) A^T."""
     s = dropped(x, lora.seed, lora.dropout_p) @ lora.A.to(x.dtype).T
     return linear_nf4(x, weight, bias) + lora.scaling * (s @ lora.B.to(x.dtype).T), s
 
@@ -18,7 +18,7 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x or empty, grad_A, grad_B)."""
+    """Return (grad_x or empty, grad_A, grad_B)."""
     ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
     grad_B = lora.scaling * (grad_y.T @ s)
     grad_A = ds.T @ dropped(x, lora.seed, lora.dropout_p)

@@ -1,6 +1,6 @@
-"""Triton kernels, for CUDA tensors; under TRITON_INTERPRET=1 also for CPU tensors, interpreted.
+"""Triton kernels for CUDA tensors and, under TRITON_INTERPRET=1, for CPU tensors, interpreted.
 
-Importing this module does not import triton: that happens when a kernel first runs.
+Importing this module does not import triton; the first run of a kernel does.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MODULES = {
     "glu_backward": "glu",
     "linear_cross_entropy": "linear_cross_entropy",
 }
-"""Op -> the module here that defines a launcher of the op's name."""
+"""Op -> the module of this package whose launcher has the op's name."""
 
 OLDEST_CAPABILITY = (8, 0)
 
 
 def unavailable() -> str | None:
-    """Why this backend cannot run here, with the fix; None where it can."""
+    """Return why this backend cannot run here, with the fix, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'qlora_kernels[triton]'"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -64,8 +64,8 @@ def _unsupported(problem: Problem) -> list[str]:
 def _launcher(op: str) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
-        # Triton launches on the current device, whichever its arguments lie on.
-        on: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]  # of a bundle or list, its first
+        # Triton launches on the current device, which may not be that of the arguments.
+        on: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]  # the first tensor of a bundle or list
         with torch.cuda.device_of(on) if on.is_cuda else nullcontext():
             return getattr(module, op)(*args, **kwargs)
 
@@ -74,7 +74,7 @@ def _launcher(op: str) -> Callable[..., Any]:
 
 
 def _plan(problem: Problem) -> KernelPlan:
-    """The plan of the base matmul, which is the same with and without an adapter."""
+    """Return the plan of the base matmul, which is the same with and without an adapter."""
     if not problem.op.startswith("linear_nf4"):
         return only_kernel(problem)
     backward = problem.op.endswith(("_backward", "_grad_x"))

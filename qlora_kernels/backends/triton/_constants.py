@@ -1,4 +1,4 @@
-"""Arguments that launchers add to the caller's tensors: pointers to a weight's constants, and small device tables."""
+"""Kernel arguments that launchers add: pointers to a weight's constants, and small tables in device memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...ops._operands import Weight
 
 
 class AbsmaxPointers(NamedTuple):
-    """The four pointers that `load_absmax` takes. Without double quantization the last three repeat absmax, unread."""
+    """The four pointers that `load_absmax` takes. Without double quantization, the last three repeat absmax, unused."""
 
     absmax: Tensor
     absmax_map: Tensor
@@ -34,12 +34,12 @@ def absmax_pointers(weight: Weight) -> AbsmaxPointers:
 
 @cache
 def absmax_map(device: torch.device) -> Tensor:
-    """The dynamic map, fp32 [256]. Made once for a device, so captured graphs and streams share a stable address."""
+    """Return the dynamic map, fp32 [256], made once per device, so that captured graphs use a stable address."""
     return dynamic_map(device)
 
 
 @cache
 def absmax_boundaries(device: torch.device) -> Tensor:
-    """The map's 255 decision boundaries, and +inf as the 256th."""
+    """Return the map's 255 decision boundaries, with +inf as the 256th."""
     boundaries = dynamic_boundaries("cpu")
     return torch.cat([boundaries, torch.tensor([torch.inf])]).to(device)

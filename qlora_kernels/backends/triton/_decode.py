@@ -1,11 +1,12 @@
-"""Device functions every NF4 kernel shares: bytes to code values, and the first-level absmax.
+"""Device functions shared by the NF4 kernels: decoding of packed bytes, and loading of absmax.
 
-The 16 code values live in a warp, not in memory: lane l keeps code[l % 16], and a value is one shuffle whose source
-lane is the 4-bit index. That costs one shift and one shuffle per weight: no table in shared memory, no bank conflict,
-no layout change, so the compiler may decode straight into a matmul's register operand. The whole dequantize kernel
-takes 4.2..5.5 SASS instructions per weight (docs/kernels/summary.md), where a tree of selects took 17, tl.gather 8.
+The 16 code values are in the registers of a warp: lane l holds code[l % 16], and decoding is one shuffle whose source
+lane is the 4-bit index. This costs one shift and one shuffle per weight. It needs no table in shared memory, has no
+bank conflicts and does not change the layout, so the compiler may decode directly into a matmul's register operand. The
+whole dequantize kernel takes 4.2..5.5 SASS instructions per weight (docs/kernels/summary.md); a tree of selects took
+17, tl.gather 8.
 
-Inline PTX has no meaning in the interpreter, so `INTERPRETED` selects a twin in plain Triton there.
+The interpreter does not support inline PTX, so `INTERPRETED` selects an equivalent in plain Triton.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CODE_VALUES = tl.constexpr(CODE)
 
 
 def _lane_code_asm() -> str:
-    """PTX: $0 = code[lane % 16], by a four-level tree of selects over the bits of the lane number."""
+    """Return PTX for $0 = code[lane % 16], by a four-level tree of selects over the bits of the lane number."""
     words = [f"0f{struct.unpack('>I', struct.pack('>f', value))[0]:08X}" for value in CODE]
     lines = ["mov.u32 lane, %laneid;"]
     lines += [f"and.b32 bit, lane, {1 << b}; setp.ne.u32 p{b}, bit, 0;" for b in range(4)]
@@ -38,10 +39,10 @@ def _lane_code_asm() -> str:
 
 
 def _decode_asm() -> str:
-    """PTX for four bytes in $8: $0..3 = code[high nibble], $4..7 = code[low nibble]; $9 is this lane's code value.
+    """Return PTX for four bytes in $8: $0..3 = code[high nibble], $4..7 = code[low nibble]; $9 is this lane's code.
 
-    Source lanes are taken modulo 16 by the shuffle itself: clamp 0x101f splits the warp into halves of 16 lanes, and
-    only the low bits of the index count, so a nibble needs a shift but no mask.
+    The shuffle reduces source lanes modulo 16: clamp 0x101f splits the warp into halves of 16 lanes, and only the low
+    bits of the index count. A nibble therefore needs a shift but no mask.
     """
     lines = []
     for byte in range(4):
@@ -59,7 +60,7 @@ DECODE_WORD_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 8 + ["r", "f"]))
 
 @triton.jit
 def code_table():
-    """What `decode_pairs` reads from: on a GPU a scalar that differs from lane to lane, interpreted a tensor [16]."""
+    """Return the table for `decode_pairs`: one scalar per lane on a GPU, a tensor [16] in the interpreter."""
     if INTERPRETED:
         o_code = tl.arange(0, 16)
         table = tl.zeros((16,), tl.float32)
@@ -72,10 +73,10 @@ def code_table():
 
 @triton.jit
 def decode_pairs(b_packed, table):
-    """uint8 tensor -> (code[high nibble], code[low nibble]), fp32 of the same shape: even and odd elements.
+    """Decode uint8 to (code[high nibble], code[low nibble]), fp32 of the same shape: even and odd elements.
 
-    Every lane of the warp must take part: call it outside divergent branches. The tensor must give each thread at least
-    four bytes.
+    All lanes of the warp must take part, so it must not be called in divergent branches. The tensor must give each
+    thread at least four bytes.
     """
     if INTERPRETED:
         flat = tl.reshape(b_packed, (b_packed.numel,)).to(tl.int32)
@@ -90,10 +91,10 @@ def decode_pairs(b_packed, table):
 
 @triton.jit
 def decode_words(b_words, table):
-    """int32 tensor -> eight fp32 tensors of its shape: the code values of a word's eight weights, in their order.
+    """Decode int32 to eight fp32 tensors of its shape: the values of a word's eight weights, in order.
 
-    Every lane of the warp must take part, as in decode_pairs. Words stay whole registers where a loop carries them,
-    while a carried uint8 tensor is taken apart and put together in each step.
+    All lanes of the warp must take part, as for decode_pairs. Words stay whole registers when a loop carries them,
+    while a carried uint8 tensor is unpacked and packed again in each step.
     """
     if INTERPRETED:
         flat = tl.reshape(b_words, (b_words.numel,))
@@ -112,10 +113,10 @@ def decode_words(b_words, table):
 
 @triton.jit
 def load_absmax(p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, o_block, m_block, DOUBLE_QUANT: tl.constexpr):
-    """First-level constants of blocks `o_block` (int64), fp32; 0 where masked off.
+    """Load the first-level constants of blocks `o_block` (int64) as fp32; 0 where masked off.
 
-    DOUBLE_QUANT: p_absmax is uint8; map[q] * scale[block // 256] + offset in two roundings, so the caller must launch
-    with enable_fp_fusion=False. Otherwise p_absmax is fp32.
+    DOUBLE_QUANT: p_absmax points to absmax_q (uint8), and the result is map[q] * scale[block // 256] + offset with two
+    roundings, so the kernel must be launched with enable_fp_fusion=False. Otherwise p_absmax points to absmax (fp32).
     """
     if DOUBLE_QUANT:
         q = tl.load(p_absmax + o_block, mask=m_block, other=0).to(tl.int32)

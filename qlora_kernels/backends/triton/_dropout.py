@@ -1,4 +1,4 @@
-"""The dropout mask on the device: the same bits as ops/_philox.py, drawn where they are used and never stored."""
+"""The dropout mask on the device, with the same bits as ops/_philox.py, computed where it is used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 def keep_tile(
     seed, threshold, i_row, i_column, columns, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """int1 [ROWS, COLUMNS]: which elements of the tile at (i_row, i_column) of a matrix [.., columns] survive.
+    """Return int1 [ROWS, COLUMNS]: the kept elements of the tile at (i_row, i_column) of a matrix [.., columns].
 
-    Element i = row * columns + column takes 16 bits of the philox call i // 8.
-    DROPOUT == 8: columns and i_column are multiples of 8, so one call serves eight neighbours, and a row of calls
-        becomes a row of draws by joins.
-    DROPOUT == 1: each element makes its own call and selects its bits: right for any shape, eight times the work.
-    seed: int64.   threshold: draws below it are dropped.
+    Element i = row * columns + column uses 16 bits of the Philox call i // 8.
+    DROPOUT == 8: columns and i_column are multiples of 8, so that one call gives the bits of eight neighbours, and
+    joins expand a row of calls to a row of draws.
+    DROPOUT == 1: each element makes its own call and selects its bits; correct for any shape, with eight times the
+    work.
+    seed: int64.   threshold: elements with a draw below it are dropped.
     """
     rows = (i_row + tl.arange(0, ROWS)).to(tl.int64)
     if DROPOUT == 8:
@@ -41,7 +42,7 @@ def keep_tile(
 @triton.jit
 def _draws_of_calls(seed, calls, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     word0, word1, word2, word3 = _philox(seed, calls)
-    # join appends an axis: [.., a, b] = word (2 * a + b), so row-major order is word 0, 1, 2, 3.
+    # join appends an axis: [.., a, b] = word (2 * a + b), so that the row-major order is word 0, 1, 2, 3.
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (ROWS, COLUMNS)).to(tl.int32)
@@ -56,7 +57,7 @@ def _philox(seed, counter):
 
 
 class Dropout(NamedTuple):
-    """A launch's dropout arguments. seed: int64 [1]; without dropout any tensor, unread."""
+    """The dropout arguments of a launch. seed: int64 [1]; without dropout any tensor, which is not read."""
 
     on: bool
     seed: Tensor
@@ -64,14 +65,14 @@ class Dropout(NamedTuple):
     scale: float
 
     def draws(self, columns: int) -> int:
-        """The kernels' DROPOUT for a matrix of this width: 0 off, else how many elements share a philox call."""
+        """Return the kernels' DROPOUT for a matrix of this width: 0 without dropout, else elements per Philox call."""
         if not self.on:
             return 0
         return 8 if columns % 8 == 0 else 1
 
 
 def dropout_of(seed: Tensor | None, dropout_p: float, placeholder: Tensor) -> Dropout:
-    """From an op's arguments. A probability that rounds to no dropped draw is no dropout."""
+    """Return the Dropout of an op's arguments; a probability that rounds to threshold 0 is no dropout."""
     threshold = keep_threshold(dropout_p)
     if seed is None or threshold == 0:
         return Dropout(False, placeholder, 0, 1.0)

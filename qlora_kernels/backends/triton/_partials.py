@@ -1,5 +1,6 @@
-"""Two-stage reductions: every program stores its own fp32 part, then parts are added in order. No atomics, so the same
-bits in every run.
+"""Two-stage reductions without atomics: each program stores its fp32 partial sum, and these are added in order.
+
+The results are therefore the same bits in every run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ MAX_SPLITS = 32
 
 @triton.jit
 def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr):
-    """out[i] = scale * (part[0, i] + part[1, i] + ...), rounded once to out's dtype; one run of BLOCK a program."""
+    """Compute out[i] = scale * (part[0, i] + part[1, i] + ...), rounded once to out's dtype; BLOCK elements per
+    program.
+    """
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     p_part = p_parts + o
@@ -29,7 +32,7 @@ def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr
 
 
 def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
+    """Return scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     numel = out.numel()
     sum_partials_kernel[(triton.cdiv(numel, BLOCK),)](
@@ -39,23 +42,24 @@ def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def split_count(steps: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """(steps per split, splits) of a reduction of `steps` steps, so that tiles * splits fills the GPU about twice."""
+    """Return (steps per split, splits) of a reduction of `steps` steps; tiles * splits fill the GPU about twice."""
     wanted = max(1, 2 * arch_for(capability_of(device)).sm_count // tiles)
     per_split = max(1, -(-steps // min(wanted, MAX_SPLITS)))
     return per_split, -(-steps // per_split)
 
 
 def rank_tile(r: int, dtype: torch.dtype) -> int:
-    """Width of a tile along the rank: a power of two, at least the 16 that a matmul's side needs. In fp32 no more: 32
-    spills on sm_90.
+    """Return the width of a tile along the rank: a power of two, at least 16, the minimum of tl.dot.
+
+    In fp32 it is always 16, because 32 spills registers on sm_90.
     """
     return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(r)))
 
 
 def fp32_safe_step(step: int, dtype: torch.dtype) -> int:
-    """A kernel's step along a sum over rows or columns: `step`, but 16 rows or 64 columns in fp32.
+    """Return a kernel's step along a sum over rows or columns: `step`, but 16 rows or 64 columns in fp32.
 
-    fp32 products are multiply-adds, and a thread holds its operands of a whole step in registers: steps of 64 rows and
-    256 columns took 6000 spill instructions on sm_80.
+    fp32 products are FMAs whose operands for a whole step are in registers: steps of 64 rows and 256 columns took 6000
+    spill instructions on sm_80.
     """
     return step if dtype != torch.float32 else 16 if step <= 64 else 64

@@ -1,4 +1,4 @@
-"""w[i] = code[q[i]] * absmax[i // blocksize], one launch, bit-equal to format/reference.py."""
+"""Dequantization, w[i] = code[q[i]] * absmax[i // blocksize], in one launch, bit-equal to format/reference.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ._decode import code_table, decode_pairs
 
 NUM_WARPS = 4
 TILE_BYTES = 4 * 32 * NUM_WARPS
-"""Four packed bytes a thread: they become eight 16-bit values, one 16-byte store, with no exchange between threads."""
+"""Packed bytes per thread: four give eight 16-bit values, one 16-byte store without exchange between threads."""
 
 PROGRAM_VALUES = 16384
-"""Weights per program: 16 tiles share the set-up of the code table. At blocksize 64 that is one nested block."""
+"""Tiles per program; 16 amortize the setup of the code table. At blocksize 64 a program covers one nested block."""
 
 
 @triton.jit
@@ -35,13 +35,13 @@ def dequantize_nf4_kernel(
     ROW_BYTES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Each program decodes TILES tiles of ROWS x ROW_BYTES packed bytes, a contiguous run of weights.
+    """Decode TILES tiles of ROWS x ROW_BYTES packed bytes per program, a contiguous range of weights.
 
-    A row lies within one block, so its absmax is loaded once; fp32 product, rounded once to w's dtype.
-    A program's run lies within one nested block (TILES * ROWS * 2 * ROW_BYTES <= 256 * BLOCKSIZE, both powers of two):
-    its second-level scale is a scalar.
-    SHORT_TAIL: numel is no multiple of a program's run. Then the last program, and only that one, compares offsets with
-    what is left; the others take a body without masks, whose offsets fold into immediates of one 64-bit base.
+    A row is inside one block, so its absmax is loaded once; the product is fp32, rounded once to w's dtype. A program's
+    range is inside one nested block (TILES * ROWS * 2 * ROW_BYTES <= 256 * BLOCKSIZE, both powers of two), so its
+    second-level scale is a scalar.
+    SHORT_TAIL: numel is not a multiple of a program's range. Then only the last program masks its accesses; the other
+    programs run a body without masks, whose offsets fold into immediates of one 64-bit base.
     Launch with enable_fp_fusion=False: map * scale + offset takes two roundings.
     """
     RUN: tl.constexpr = TILES * ROWS * 2 * ROW_BYTES
@@ -88,7 +88,7 @@ def decode_run(
     ROW_BYTES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The body of a program: pointers are at its run's begin. MASKED: only values_left and blocks_left exist."""
+    """Decode one program's range, at whose start the pointers are. MASKED: only values_left and blocks_left exist."""
     ROW_VALUES: tl.constexpr = 2 * ROW_BYTES
     o_row = tl.arange(0, ROWS)
     o_byte = o_row[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
@@ -114,7 +114,7 @@ def decode_run(
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """out[i] = code[q[i]] * absmax[i // blocksize]. See ops/dequantize_nf4.py for the contract."""
+    """Write code[q[i]] * absmax[i // blocksize] into out. See ops/dequantize_nf4.py for the contract."""
     pointers = absmax_pointers(weight)
     row_values = min(weight.blocksize, 64)
     program_values = min(PROGRAM_VALUES, 256 * weight.blocksize)

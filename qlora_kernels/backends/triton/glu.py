@@ -1,4 +1,4 @@
-"""glu and its gradients: elementwise, one pass; both activations are gate * sigmoid(u) (see csrc/cpu/glu.cpp)."""
+"""glu and its gradients, elementwise in one pass; both activations are gate * sigmoid(u) (see csrc/cpu/glu.cpp)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CUBIC_SLOPE = tl.constexpr(3 * 0.044715 * 2 * math.sqrt(2 / math.pi))
 def sigmoid_argument(gate, GELU: tl.constexpr):
     """Return the argument u of the sigmoid, and du / dgate."""
     if GELU:
-        # Beyond 32 the sigmoid is 0 or 1, and the cube would overflow later on.
+        # For larger magnitudes the sigmoid is 0 or 1, and much larger cubes would overflow.
         g = tl.minimum(tl.maximum(gate, -32.0), 32.0)
         square = g * g
         return g * (square * CUBIC + LINEAR), square * CUBIC_SLOPE + LINEAR
@@ -31,7 +31,7 @@ def sigmoid_argument(gate, GELU: tl.constexpr):
 
 @triton.jit
 def glu_kernel(p_gate, p_up, p_y, numel, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """y = gate * sigmoid(u) * up, rounded once."""
+    """Compute y = gate * sigmoid(u) * up, rounded once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < numel
     gate = tl.load(p_gate + o, mask=m, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def glu_backward_kernel(p_grad_y, p_gate, p_up, p_grad_gate, p_grad_up, numel, G
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up. See ops/glu.py for the contract."""
+    """Return activation(gate) * up. See ops/glu.py for the contract."""
     y = torch.empty_like(gate)
     numel = gate.numel()
     glu_kernel[(triton.cdiv(numel, BLOCK),)](
@@ -67,7 +67,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(grad_gate, grad_up). See ops/glu.py for the contract."""
+    """Return (grad_gate, grad_up). See ops/glu.py for the contract."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
     numel = gate.numel()
     glu_backward_kernel[(triton.cdiv(numel, BLOCK),)](

@@ -1,8 +1,9 @@
-"""linear_cross_entropy over chunks of tokens: matmuls of the library, one kernel for softmax, loss and gradient.
+"""linear_cross_entropy over chunks of tokens: torch's matmuls, and one kernel for softmax, loss and gradient.
 
-A chunk's logits are fp32 and take at most CHUNK_BYTES; the kernel writes the gradient of the logits in hidden's dtype,
-the left operand of the second matmul. A kernel that multiplies as well would have to keep K columns of the gradient for
-each of its tokens over the whole vocabulary, which neither registers nor shared memory hold at a hidden size of 4096.
+The fp32 logits of a chunk take at most CHUNK_BYTES. The kernel writes the gradient of the logits in hidden's dtype, as
+the left operand of the second matmul. A kernel that includes the second product would have to accumulate K columns of
+the gradient for each of its tokens over the whole vocabulary; at a hidden size of 4096 neither registers nor shared
+memory can hold them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...ops.linear_cross_entropy import Head
 
 CHUNK_BYTES = 256 << 20
-"""Of fp32 logits: 512 tokens of a vocabulary of 128k."""
+"""Bytes of a chunk's fp32 logits: 512 tokens of a vocabulary of 128k."""
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -46,10 +47,10 @@ def cross_entropy_rows_kernel(
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and log of the sum of exponentials of one row of products [V]; out = the gradient of the products.
+    """Compute the loss and log-sum-exp of one row of products [V]; out = the gradient with respect to the products.
 
-    Each lane keeps a maximum of its own and the sum relative to it; the lanes are merged once. A label that is neither
-    in the vocabulary nor ignored gives NaN.
+    Each lane keeps its own maximum and the sum relative to it; the lanes are merged once at the end. A label that is
+    neither in the vocabulary nor ignored gives NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(p_labels + row)
@@ -99,7 +100,7 @@ def cross_entropy_rows_kernel(
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
+    """Return (losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
     M, V = hidden.shape[0], head.weight.shape[0]
     weight = head.weight.to(hidden.dtype)
     losses = hidden.new_empty(M, dtype=torch.float32)
@@ -133,7 +134,7 @@ def linear_cross_entropy(
 
 
 def _products(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T in fp32."""
+    """Return hidden @ weight.T in fp32."""
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.is_cuda:

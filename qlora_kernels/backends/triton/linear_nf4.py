@@ -1,12 +1,12 @@
-"""y = x W^T + bias and grad_x = grad_y W: the launchers, which follow backends/triton/planner.py's plan.
+"""Launchers of y = x W^T + bias and grad_x = grad_y W, which follow the plan of planner.py.
 
-small_m: linear_nf4_small_m.py multiplies one or two rows without a tensor core; forward only.
-fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the parts of split sums.
+small_m: linear_nf4_small_m.py multiplies one or two rows without tensor cores; forward only.
+fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the partial sums of splits.
 decode:  the weight is decoded once into a workspace, and torch's matmul multiplies.
 
-The workspace is an allocation of the call. PyTorch's caching allocator hands the same block to the next layer on the
-same stream, so it is reused; it is ordered by stream, so it is safe; and inside a captured graph it comes from the
-graph's pool. A buffer that is kept across calls would need extra code for each of these three properties.
+The workspace is an allocation of the call. PyTorch's caching allocator reuses the block for the next layer on the same
+stream. This is safe, because reuse is ordered by the stream, and inside a captured graph the block is from the graph's
+pool. A buffer kept across calls would need extra code for each of these properties.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ GRAD_X_BLOCK_N = 64
 """Step along N of the grad_x kernel."""
 
 SMALL_M_REGISTERS = 168
-"""Left to itself, ptxas stops at 128 registers for two rows on sm_90, and spills two. 168 leave 12 warps on an SM."""
+"""Register limit for two rows: without it ptxas stops at 128 on sm_90 and spills two; 168 allow 12 warps per SM."""
 
 
 class LowRankTerm(NamedTuple):
-    """The adapter's term of a result: scaling * keep * (left @ right), right as lora_B [N, r] or as lora_A [r, K]."""
+    """The adapter's term of a result, scaling * keep * (left @ right), with right = lora_B [N, r] or lora_A [r, K]."""
 
     left: Tensor
     right: Tensor
@@ -44,19 +44,19 @@ class LowRankTerm(NamedTuple):
 
 
 def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight in a workspace [N, K] of `dtype`."""
+    """Return the weight decoded into a workspace [N, K] of `dtype`."""
     workspace = torch.empty((weight.N, weight.K), dtype=dtype, device=weight.packed.device)
     dequantize_nf4(weight, out=workspace)
     return workspace
 
 
 def whole_words(packed: Tensor) -> Tensor:
-    """Return `packed`, or a copy of it where it does not start at a 4-byte boundary, as a view may."""
+    """Return `packed`, or a copy if it is a view that does not start at a 4-byte boundary."""
     return packed if packed.data_ptr() % 4 == 0 else packed.clone()
 
 
 def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
-    """The plan of the base matmul, the same with and without an adapter."""
+    """Return the plan of the base matmul, which is the same with and without an adapter."""
     problem = Problem(
         op, "cuda", rows.dtype, rows.shape[0], weight.N, weight.K, 0, weight.blocksize, weight.double_quant
     )
@@ -64,7 +64,7 @@ def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
 
 
 def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTerm | None) -> Tensor:
-    """y = x W^T + bias + scaling * s B^T."""
+    """Return y = x W^T + bias + scaling * s B^T."""
     M, N, K = x.shape[0], weight.N, weight.K
     no_dropout = dropout_of(None, 0.0, x)
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
@@ -114,7 +114,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTer
 
 
 def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropout: Dropout) -> Tensor:
-    """grad_x = grad_y W + scaling * keep * (ds A)."""
+    """Return grad_x = grad_y W + scaling * keep * (ds A)."""
     M, N, K = grad_y.shape[0], weight.N, weight.K
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
     chosen = plan_for("linear_nf4_grad_x", grad_y, weight)
@@ -178,10 +178,10 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias. See ops/linear_nf4.py for the contract."""
+    """Return y = x W^T + bias. See ops/linear_nf4.py for the contract."""
     return forward(x, weight, bias, None)
 
 
 def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
-    """grad_x = grad_y W. See ops/linear_nf4.py for the contract."""
+    """Return grad_x = grad_y W. See ops/linear_nf4.py for the contract."""
     return backward(grad_y, weight, None, dropout_of(None, 0.0, grad_y))

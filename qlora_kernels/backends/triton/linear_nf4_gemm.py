@@ -1,11 +1,11 @@
 """The fused matmul kernels: NF4 weights are decoded inside the main loop and never stored.
 
-Both kernels compute the transpose of their result, so that the decoded weight is the matmul's left operand: on Hopper
-wgmma takes that one from registers, where decoding leaves it, while the right operand must lie in shared memory, where
-cp.async puts the activations anyway.
+Both kernels compute the transpose of their result, so that the decoded weight is the left operand. On Hopper, wgmma
+accepts the left operand in registers, where decoding leaves it, while the right operand must be in shared memory, where
+cp.async puts the activations.
 
-Both need K % blocksize == 0: then a row starts at a byte and at a block, and one step along K has one absmax a row.
-Other shapes go through the decoded weight (linear_nf4.py).
+Both need K % blocksize == 0, so that each row starts at a byte and at a block, and each step along K has one absmax per
+row. Other shapes are decoded first (linear_nf4.py).
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def linear_nf4_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y^T = W x^T + bias + scaling * B s^T, a tile [BLOCK_N, BLOCK_M] a program.
+    """Compute y^T = W x^T + bias + scaling * B s^T, one tile [BLOCK_N, BLOCK_M] per program.
 
-    Grid (tiles of M * tiles of N, splits of K), M fastest, so that programs in flight together share weights in L2.
-    One split: y [M, N] in x's dtype, with bias and LoRA. The LoRA product seeds the accumulator: it needs s [M, R]
-        finished, and costs R / K of the main loop.
-    SPLIT: y is fp32 [splits, M, N]; each program stores its part of the sum over K, and lora_up_kernel adds the
-        parts in order, then bias and LoRA: two stages, no atomics, the same bits in every run.
-    The constants of the next step are loaded one step ahead: with double quantization they are a chain of two loads,
-    too narrow for cp.async.
+    Grid (tiles of M * tiles of N, splits of K), M fastest, so that concurrent programs share weights in L2.
+    One split: y [M, N] in x's dtype, with bias and LoRA. The accumulator starts with the LoRA product, which needs s
+    [M, R] and costs R / K of the main loop.
+    SPLIT: y is fp32 [splits, M, N]; each program stores its partial sum over K. lora_up_kernel adds the partial sums in
+    order, then bias and LoRA, without atomics, so that the bits are the same in every run.
+    The constants of the next step are loaded one step ahead: with double quantization they need two dependent loads,
+    which are too narrow for cp.async.
     Assumes K % BLOCKSIZE == 0 and BLOCKSIZE % BLOCK_K == 0. Launch with enable_fp_fusion=False.
     """
     HALF_K: tl.constexpr = BLOCK_K // 2
@@ -66,11 +66,11 @@ def linear_nf4_kernel(
 
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows beyond the end read row 0: their results are not stored, and loads need no mask.
+    # Rows beyond the end read row 0 without a mask; their results are not stored.
     row_n = tl.where(o_n < N, o_n, 0).to(tl.int64)
     row_m = tl.where(o_m < M, o_m, 0).to(tl.int64)
     row_block = row_n * (K // BLOCKSIZE)
-    # Counted in blocks, rows are seen to start at 16 bytes; of K // 2 the compiler knows only that 8 divide it.
+    # Offsets in blocks show the compiler that rows start at multiples of 16 bytes; K // 2 would only show 8.
     p_weights = p_packed + row_block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, HALF_K)[None, :]
     p_activations = p_x + row_m[None, :] * K + tl.arange(0, BLOCK_K)[:, None]
 
@@ -138,13 +138,12 @@ def linear_nf4_grad_x_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """grad_x^T = W^T grad_y^T + keep_scale * keep * (A^T ds^T), a tile [BLOCK_K, BLOCK_M] a program.
+    """Compute grad_x^T = W^T grad_y^T + keep_scale * keep * (A^T ds^T), one tile [BLOCK_K, BLOCK_M] per program.
 
-    The sum runs over N. The row-major bytes are forward's: a tile [BLOCK_N, BLOCK_K] is decoded, then transposed on its
-    way into the matmul.
-    Grid (tiles of M * tiles of K, splits of N), M fastest. SPLIT is as in linear_nf4_kernel, whose
-    rules for partial sums and for the low-rank seed of the accumulator hold here. keep is the forward dropout mask.
-    Assumes K % BLOCKSIZE == 0 and BLOCKSIZE % BLOCK_K == 0, so a row of the tile has one absmax. Launch with
+    The sum runs over N. The packed bytes are row-major as in forward; a tile [BLOCK_N, BLOCK_K] is decoded and
+    transposed before the matmul. Grid (tiles of M * tiles of K, splits of N), M fastest. SPLIT, the partial sums and
+    the LoRA start of the accumulator are as in linear_nf4_kernel. keep is the forward dropout mask. Assumes K %
+    BLOCKSIZE == 0 and BLOCKSIZE % BLOCK_K == 0, so that a row of the tile has one absmax. Launch with
     enable_fp_fusion=False.
     """
     HALF_K: tl.constexpr = BLOCK_K // 2
@@ -182,7 +181,7 @@ def linear_nf4_grad_x_kernel(
     )  # fmt: skip
     for i in range(first, last):
         column = i * BLOCK_N + o_n
-        # Weights beyond row N read the last row; their grad_y reads as zero.
+        # Weight rows beyond N read the last row, and their grad_y is zero.
         row_block = tl.minimum(column, N - 1).to(tl.int64) * (K // BLOCKSIZE)
         b_packed = tl.load(p_packed + row_block[:, None] * (BLOCKSIZE // 2) + o_half[None, :])  # [BLOCK_N, HALF_K]
         b_grad = tl.load(p_grad_y + row_m[None, :] * N + column[:, None], mask=column[:, None] < N, other=0.0)

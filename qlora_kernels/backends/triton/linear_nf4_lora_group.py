@@ -1,9 +1,9 @@
-"""linear_nf4_lora_group and its backward over the single linear's kernels: each pass reads x once, grad_x is one sum.
+"""linear_nf4_lora_group and its backward by the single linear's kernels; each pass reads x once.
 
 forward    s of all adapters by one lora_down over x;  then each y_i as linear_nf4_lora's
 backward   ds_i, grad_B_i from one pass over each grad_y_i;  grad_A of all by one pass over x;
-           grad_x begins as grad_y_1 W_1 + keep * scale * (ds A), the low-rank term of all; the others add themselves
-           inside torch's matmul where the weight is decoded first, by an addition where it is decoded in the main loop
+           grad_x starts as grad_y_1 W_1 + keep * scale * (ds A), the low-rank term of all; the others
+           are added inside torch's matmul if the weight is decoded first, otherwise by a separate addition
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .lora_grads import lora_ds_grad_B, lora_grad_A
 def linear_nf4_lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
-    """(ys, s). See ops/linear_nf4_lora_group.py for the contract."""
+    """Return (ys, s). See ops/linear_nf4_lora_group.py for the contract."""
     s = lora_down(x, lora.A, dropout_of(lora.seed, lora.dropout_p, x))
     members = zip(weights, biases, split_by_rank(s, lora), lora.B, lora.scalings, strict=True)
     return [forward(x, weight, bias, LowRankTerm(part, B, scaling)) for weight, bias, part, B, scaling in members], s
@@ -33,7 +33,7 @@ def linear_nf4_lora_group(
 def linear_nf4_lora_group_backward(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(grad_x or empty, grad_A, grads of B). See ops/linear_nf4_lora_group.py for the contract."""
+    """Return (grad_x or empty, grad_A, grads of B). See ops/linear_nf4_lora_group.py for the contract."""
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
     members = zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True)
     parts_of_ds, grads_B = zip(*(lora_ds_grad_B(*member) for member in members), strict=True)

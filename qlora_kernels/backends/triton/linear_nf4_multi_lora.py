@@ -1,9 +1,10 @@
-"""linear_nf4_multi_lora: rows of one batch under different adapters, every stage one launch for all adapters.
+"""linear_nf4_multi_lora: rows of one batch with different adapters; each stage is one launch for all adapters.
 
-The base matmul is linear_nf4.py's. Of the low-rank part each kernel here is the single-adapter one with a loop, or a
-grid axis, over adapters: a tile of rows is multiplied by an adapter's factors only if one of its rows names it, with
-the other rows masked to zero. Nothing is sorted or gathered and the host reads nothing, so graphs can be captured. The
-work is that of tiles x adapters present in the tile: once where an adapter's rows lie together, as a sequence's do.
+The base matmul is linear_nf4.py's. Each low-rank kernel is its single-adapter counterpart with a loop, or a grid axis,
+over adapters: a tile of rows is multiplied by an adapter's factors only if one of its rows uses it, with the other rows
+masked to zero. Nothing is sorted or gathered and the host reads nothing, so that graphs can be captured. The work is
+proportional to the number of (tile, adapter) pairs, which is least if the rows of an adapter are contiguous, as those
+of a sequence are.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def multi_lora_down_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[adapter[m], r, k]; 0 under -1.
+    """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[adapter[m], r, k]; 0 for -1.
 
     Grid (tiles of M, splits of K, tiles of R); parts fp32 [splits, M, R], added in order by a second launch.
     """
@@ -51,7 +52,7 @@ def multi_lora_down_kernel(
     m_m = o_m < M
     row_m = o_m.to(tl.int64)
     b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
-    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # a number beyond the adapters would be an address
+    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # numbers >= E would give invalid addresses
     if DROPOUT:
         seed = tl.load(p_seed)
     first = i_split * steps
@@ -72,7 +73,7 @@ def multi_lora_down_kernel(
                 keep = keep_tile(seed, threshold, i_m * BLOCK_M, i * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
                 b_x = tl.where(keep, b_x, 0.0)
             acc = tl.dot(b_x, b_A.to(b_x.dtype), acc, input_precision="ieee")
-        # The next adapter that a row of this tile names; past the last one the loop ends.
+        # The next adapter that a row of this tile uses; after the last one, the loop ends.
         e = tl.min(tl.where(b_adapter > e, b_adapter, e_last + 1), axis=0)
     o_s = (i_split.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
     tl.store(p_s + o_s, acc, mask=m_m[:, None] & (o_r[None, :] < R))
@@ -105,8 +106,8 @@ def multi_lora_up_kernel(
 ):
     """out[m, c] += factor * scalings[e] * keep(m, c) * sum_r left[m, r] * right[e, r, c] + bias[c], e = adapter[m].
 
-    One tile [BLOCK_M, BLOCK_C] a program, read before it is written; fp32 sum, rounded once.
-    forward: left = s, right = B^T.   backward: left = ds, which has the scalings in it, right = A.
+    One tile [BLOCK_M, BLOCK_C] per program, read before it is written; fp32 sum, rounded once.
+    forward: left = s, right = B^T.   backward: left = ds, which includes the scalings, right = A.
     """
     i_m, i_c = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -114,7 +115,7 @@ def multi_lora_up_kernel(
     m_m, m_c = o_m < M, o_c < C
     row_m = o_m.to(tl.int64)
     b_adapter = tl.load(p_adapter + o_m, mask=m_m, other=-1)
-    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # a number beyond the adapters would be an address
+    b_adapter = tl.where(b_adapter < E, b_adapter, -1)  # numbers >= E would give invalid addresses
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     e_last = tl.max(b_adapter, axis=0)
     e = tl.min(tl.where(b_adapter < 0, e_last, b_adapter), axis=0)
@@ -162,8 +163,8 @@ def multi_lora_ds_grad_B_kernel(
     """ds_part[i_n, m, r] = scalings[e] * sum over this tile's n of grad_y[m, n] * B[e, n, r], for rows of adapter e;
     grad_B[e, n, r] = scalings[e] * sum over rows of adapter e of grad_y[m, n] * s[m, r].
 
-    Grid (tiles of N, adapters + 1, tiles of R). A program walks down M and touches grad_y only where a row is its own;
-    program 0 of the second axis owns the rows of no adapter and stores their zeros.
+    Grid (tiles of N, adapters + 1, tiles of R). A program loops over M and reads grad_y only for rows of its adapter.
+    Program 0 of the second axis handles rows without an adapter and stores zeros for them.
     """
     i_n, e, i_r = tl.program_id(0), tl.program_id(1) - 1, tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -209,7 +210,7 @@ def multi_lora_grad_A_kernel(
 ):
     """grad_A[e, r, k] = keep_scale * sum over rows of adapter e of ds[m, r] * keep(m, k) * x[m, k].
 
-    Grid (tiles of K, adapters, tiles of R); a program walks down M and touches x only where a row is its own.
+    Grid (tiles of K, adapters, tiles of R); a program loops over M and reads x only for rows of its adapter.
     """
     i_k, e, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -245,7 +246,9 @@ def multi_lora_up(
     factor: float,
     dropout: Dropout,
 ) -> None:
-    """out [M, C] += its rows' low-rank terms. right: lora_B [E, C, r] if right_is_transposed, else lora_A [E, r, C]."""
+    """Add the rows' low-rank terms to out [M, C]. right: lora_B [E, C, r] if right_is_transposed, else lora_A [E, r,
+    C].
+    """
     M, C = out.shape
     r = left.shape[1]
     block_c = 64 if out.dtype == torch.float32 else 128
@@ -277,7 +280,7 @@ def multi_lora_up(
 
 
 def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
-    """(y, s). See ops/linear_nf4_multi_lora.py for the contract."""
+    """Return (y, s). See ops/linear_nf4_multi_lora.py for the contract."""
     M, K = x.shape
     r = lora.r
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
@@ -323,7 +326,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
 def linear_nf4_multi_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
+    """Return (grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
     M, N = grad_y.shape
     adapters, r, K = lora.A.shape
     dropout = dropout_of(lora.seed, lora.dropout_p, x)

@@ -1,7 +1,7 @@
-"""y = x W^T for one or two rows, without a tensor core: products in fp32, bound by reading the packed weight.
+"""y = x W^T for one or two rows without tensor cores: fp32 products, bound by reading the packed weight.
 
-tl.dot multiplies at least 16 rows; with one, decoding and fragment layouts are nearly all its work. Here a warp
-decodes its rows of W straight into multiply-adds. How this compares, in instructions a weight: docs/kernels/triton.md.
+tl.dot multiplies at least 16 rows; with one row, decoding and fragment layouts would be nearly all of its work. Here a
+warp decodes its rows of W directly into FMAs. docs/kernels/triton.md compares the instructions per weight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from ._decode import code_table, decode_words, load_absmax
 
 RUN = tl.constexpr(32)
-"""Weights of a lane in one 16-byte load. They lie in one block: blocksize is at least 32, K a multiple of it."""
+"""Weights per lane in one 16-byte load, all in one block: blocksize is at least 32 and divides K."""
 
 
 @triton.jit
@@ -41,11 +41,12 @@ def linear_nf4_small_m_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y[m, n] = sum_k x[m, k] w[n, k] + bias[n] + scaling * sum_j s[m, j] B[n, j], for BLOCK_N values of n a program.
+    """y[m, n] = sum_k x[m, k] w[n, k] + bias[n] + scaling * sum_j s[m, j] B[n, j], BLOCK_N values of n per program.
 
-    Grid (tiles of N, splits of K). Each lane keeps the sums of its own runs of K; lanes are added once, at the end.
-    W enters as code values: absmax multiplies the sum of a run, so w is not rounded to x's dtype, and fp32 holds all.
-    SPLIT: y is fp32 [splits, M, N], parts that lora_up_kernel adds in order, then bias and LoRA.
+    Grid (tiles of N, splits of K). Each lane sums its own parts of K; the lanes are added once at the end. W is used as
+    code values: absmax multiplies the sum of each run of RUN weights, so that w is not rounded to x's dtype, and all
+    sums are fp32.
+    SPLIT: y is fp32 [splits, M, N], partial sums that lora_up_kernel adds in order, then bias and LoRA.
     The packed words and constants of the next step are loaded one step ahead.
     Assumes K % BLOCKSIZE == 0 and 4-byte alignment of p_packed. Launch with enable_fp_fusion=False.
     """
@@ -61,7 +62,7 @@ def linear_nf4_small_m_kernel(
     o_k = tl.arange(0, BLOCK_K)
     row_n = tl.where(o_n < N, o_n, 0).to(tl.int64)
     row_block = row_n * blocks
-    # Whole blocks a row, so that the compiler sees 16-byte alignment, which K // 8 words would not show it.
+    # Offsets in blocks show the compiler 16-byte alignment; K // 8 words would not.
     o_words = row_block[:, None] * (BLOCKSIZE // 8) + tl.arange(0, WORDS)[None, :]
     p_words = p_packed.to(tl.pointer_type(tl.int32)) + o_words
 
@@ -122,9 +123,9 @@ def load_step(
     DOUBLE_QUANT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Step i of the rows: words int32 [BLOCK_N, BLOCK_K // 8], and each run's absmax fp32 [BLOCK_N, BLOCK_K // RUN].
+    """Load step i of the rows: words int32 [BLOCK_N, BLOCK_K // 8], each run's absmax fp32 [BLOCK_N, BLOCK_K // RUN].
 
-    blocks: how many of a row exist; what lies beyond reads as zero words.
+    blocks: number of blocks in a row; words beyond them are zero.
     """
     first = i * BLOCK_K // BLOCKSIZE
     m_word = first + tl.arange(0, BLOCK_K // 8) // (BLOCKSIZE // 8) < blocks
@@ -139,7 +140,7 @@ def load_step(
 
 @triton.jit
 def split_words(b_x, WORDS: tl.constexpr):
-    """[8 * WORDS] -> eight tensors [WORDS]: result j holds elements j, 8 + j, 16 + j, ..."""
+    """Split [8 * WORDS] into eight tensors [WORDS]: result j holds elements j, 8 + j, 16 + j, ..."""
     even, odd = tl.split(tl.reshape(b_x, (WORDS, 2, 2, 2)))
     even0, even2 = tl.split(even)
     odd1, odd3 = tl.split(odd)

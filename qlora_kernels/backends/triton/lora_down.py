@@ -15,8 +15,10 @@ NUM_WARPS, NUM_STAGES = 4, 3
 
 
 def block_k_of(dtype: torch.dtype) -> int:
-    """Step along K. fp32 products are one chain of multiply-adds a step, and y carries each rounding of s times
-    scaling * B: chains of 64 missed the error bound at M=1, K=64. Shorter steps make more splits, so shorter chains.
+    """Return the step along K.
+
+    In fp32, each step is one chain of FMAs, and its rounding error in s is multiplied by scaling * B: chains of 64
+    exceeded the error bound at M=1, K=64. Shorter steps make more splits and shorter chains.
     """
     return 32 if dtype == torch.float32 else 64
 
@@ -39,9 +41,9 @@ def lora_down_kernel(
 ):
     """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[r, k], fp32 [splits, M, R].
 
-    Grid (tiles of M, splits of K, tiles of R). Each program owns its part: the sum over splits is a second launch in
-    fixed order (sum_partials), which also applies dropout's scale. A is used in x's dtype.
-    A may be several adapters' rows on top of each other: linears that read one x share one launch.
+    Grid (tiles of M, splits of K, tiles of R). Each program stores its own part; a second launch (sum_partials) adds
+    the splits in order and applies dropout's scale. A is used in x's dtype. A may hold the stacked rows of several
+    adapters, so that linears with the same x share one launch.
     """
     i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +68,7 @@ def lora_down_kernel(
 
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
+    """Return s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
     M, K = x.shape
     r = lora_A.shape[0]
     block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)

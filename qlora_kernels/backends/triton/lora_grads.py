@@ -29,14 +29,15 @@ def lora_ds_grad_B_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Compute both products that read a tile of grad_y, and read each tile once.
+    """Compute the two products that use grad_y, reading each tile of it once.
 
         ds_part[i_n, m, r]          = sum over this tile's n of grad_y[m, n] * B[n, r]
         grad_B_part[i_chunk, n, r]  = sum over this program's m of grad_y[m, n] * s[m, r]
 
-    Grid (tiles of N, chunks of M, tiles of R). A program walks down `steps` tiles of M within one tile of N: grad_B's
-    sum stays in registers, ds's is one part per tile of N. Parts are fp32 [tiles_n, M, R] and [chunks, N, R], added in
-    order by a second launch: deterministic. grad_y is reread once per tile of R, so once up to r = 64.
+    Grid (tiles of N, chunks of M, tiles of R). A program loops over `steps` tiles of M within one tile of N: the sum of
+    grad_B stays in registers, and ds has one part per tile of N. The parts, fp32 [tiles_n, M, R] and [chunks, N, R],
+    are added in order by a second launch, so that results are deterministic. grad_y is read once per tile of R, which
+    is once for r <= 64.
     """
     i_n, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,12 +62,12 @@ def lora_ds_grad_B_kernel(
 
 
 def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(ds [M, r] = scaling * grad_y B, of grad_y.dtype;  grad_B [N, r] = scaling * grad_y^T s, of lora_B.dtype)."""
+    """Return (ds [M, r] = scaling * grad_y B of grad_y.dtype, grad_B [N, r] = scaling * grad_y^T s of lora_B.dtype)."""
     M, N = grad_y.shape
     r = lora_B.shape[1]
     block_r, block_m = rank_tile(r, grad_y.dtype), fp32_safe_step(BLOCK_M, grad_y.dtype)
-    # A wider tile of N makes fewer parts of ds. At rank 64 four warps spilled 44 words on sm_80 even with the narrower
-    # one; eight do not.
+    # A wider tile of N makes fewer parts of ds. At rank 64, four warps spilled 44 words on sm_80 even with the narrower
+    # tile; eight warps do not.
     block_n = fp32_safe_step(256 if block_r <= 16 else 128, grad_y.dtype)
     num_warps = NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS
     tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
@@ -110,8 +111,8 @@ def lora_grad_A_kernel(
 ):
     """part[i_chunk, r, k] = sum over this program's m of ds[m, r] * keep(m, k) * x[m, k], fp32 [chunks, R, K].
 
-    Grid (tiles of K, chunks of M, tiles of R). The mask is drawn again from the seed. dropout's scale is applied when
-    the parts are added.
+    Grid (tiles of K, chunks of M, tiles of R). The mask is computed again from the seed. Dropout's scale is applied
+    when the parts are added.
     """
     i_k, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -136,7 +137,7 @@ def lora_grad_A_kernel(
 
 
 def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """grad_A [r, K] = ds^T dropout(x) in `dtype`."""
+    """Return grad_A [r, K] = ds^T dropout(x) in `dtype`."""
     M, K = x.shape
     r = ds.shape[1]
     block_r, block_m, block_k = rank_tile(r, x.dtype), fp32_safe_step(BLOCK_M, x.dtype), 128

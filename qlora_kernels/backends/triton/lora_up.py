@@ -38,7 +38,7 @@ def lora_up_kernel(
 ):
     """out[m, c] = sum_p parts[p, m, c] + scaling * keep(m, c) * sum_r left[m, r] * right[r, c] + bias[c].
 
-    One tile [BLOCK_M, BLOCK_C] a program; fp32 sums in fixed order, rounded once. parts is fp32 [parts, M, C] from a
+    One tile [BLOCK_M, BLOCK_C] per program; fp32 sums in fixed order, rounded once. parts is fp32 [parts, M, C] from a
     split matmul, or out itself with parts == 1: each program reads its tile before it writes it.
     forward:   left = s, right = B^T, scaling = lora_alpha / r.
     backward:  left = ds, right = A, scaling = dropout's scale, keep = the forward mask.

@@ -1,11 +1,11 @@
-"""How a Problem will run: pure functions from (Problem, Arch) to a Plan; a model decides, measurement overrides it.
+"""The choice of kernel and tile, by pure functions from (Problem, Arch) to a Plan.
 
-    plan(problem, arch) = the tuned plan for the problem's bucket, if tuned/sm_<arch>.json holds one,
-                          else the candidate with the smallest modelled time
+     plan(problem, arch) = the tuned plan for the problem's bucket, if tuned/sm_<arch>.json has one,
+                           otherwise the candidate with the least modelled time
 
-The model counts bytes over bandwidth, flops over throughput and instructions over issue slots. Its constants are data
-sheets' and static instruction counts, not measurements: it decides sensibly on a GPU nobody tuned for, and
-`qlora-kernels bench tune` replaces it, shape by shape, with what that GPU really does. Nothing is tuned in a hot path.
+The model divides bytes by bandwidth, flops by throughput and instructions by issue slots. Its constants are from data
+sheets and static instruction counts, not measurements, so that it also gives reasonable plans for GPUs without tuning.
+`qlora-kernels bench tune` replaces it, shape by shape, by measured times. Nothing is tuned during normal calls.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ...ops._registry import KernelPlan, Problem
 TUNED = Path(__file__).parent / "tuned"
 
 PATHS = ("small_m", "fused", "decode")
-"""small_m: decoded into multiply-adds, no tensor core; forward of one or two rows. fused: decoded inside the matmul.
-decode: once into a workspace, then the library's matmul."""
+"""small_m: decoded into FMAs without tensor cores; forward of one or two rows. fused: decoded inside the matmul.
+decode: decoded once into a workspace, followed by torch's matmul."""
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What the model knows of a GPU. Sustained figures; flops are dense bf16 with fp32 sums."""
+    """The model's figures of a GPU: sustained rates; flops are dense bf16 with fp32 sums."""
 
     name: str
     sm_count: int
@@ -48,27 +48,27 @@ ARCHS = {
     100: Arch("B200", 148, 7.0e12, 1600e12, 1.85e9, 232448),
     120: Arch("RTX 5090", 170, 1.6e12, 200e12, 2.40e9, 101376),
 }
-"""By compute capability. Another capability takes the nearest one below it."""
+"""Compute capability -> figures. Other capabilities use the nearest one below."""
 
 LAUNCH_S = 3e-6
 FUSED_EFFICIENCY = 0.5
-"""Share of the library's matmul rate that a fused main loop is assumed to reach: the conservative end of published
-kernels that decode 4-bit weights in registers."""
+"""Assumed share of torch's matmul rate that a fused main loop reaches: the conservative end of published kernels that
+decode 4-bit weights in registers."""
 DECODE_INSTRUCTIONS = 8.0
-"""SASS instructions per decoded weight in a fused main loop, all instructions of the loop included (kernels report)."""
+"""SASS instructions per decoded weight in a fused main loop, with all instructions of the loop (kernels report)."""
 SMALL_M_INSTRUCTIONS = {1: 5.2, 2: 7.8}
-"""The same of the small_m main loop, products included, by rows of x. Three rows take over 9, and in fp32 they spill on
-sm_120."""
+"""Rows of x -> SASS instructions per weight of the small_m main loop, products included. Three rows take over 9, and in
+fp32 they spill on sm_120."""
 SMALL_M_WARPS = 8
-"""Warps that keep an SM busy in small_m: 2 KiB in flight each, against the 14 KiB that an H100's bandwidth times
-600 ns comes to for each SM."""
+"""Warps per SM that saturate bandwidth in small_m, each with 2 KiB in flight; an H100 needs 14 KiB per SM (bandwidth x
+600 ns)."""
 PACKED_BYTES = 0.516
 """Bytes per weight with double quantization at blocks of 64."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a matmul op. The block sizes and split_k have no meaning for path == "decode"."""
+    """One way to run a matmul op. For path == "decode", the block sizes and split_k are not used."""
 
     path: str
     block_m: int = 64
@@ -80,7 +80,7 @@ class Plan:
 
 
 def fused_obstacles(problem: Problem) -> list[str]:
-    """Why the fused kernels cannot take a problem; the decode path takes all."""
+    """Return why the fused kernels cannot run a problem; the decode path can run all."""
     obstacles = []
     if problem.K % problem.blocksize:
         obstacles.append(f"K={problem.K} is not a multiple of blocksize={problem.blocksize}")
@@ -90,7 +90,7 @@ def fused_obstacles(problem: Problem) -> list[str]:
 
 
 def candidates(problem: Problem) -> list[Plan]:
-    """Every plan that dispatch may pick for the problem."""
+    """Return every plan that may be chosen for the problem."""
     plans = [Plan("decode")]
     if fused_obstacles(problem):
         return plans
@@ -114,8 +114,10 @@ def candidates(problem: Problem) -> list[Plan]:
 
 
 def small_m_plans(problem: Problem) -> list[Plan]:
-    """A warp takes four rows of w. With one row of x it steps along K by whichever pads less; two rows need the shorter
-    step's registers (the longer one spills on sm_120).
+    """Return the small_m plans; a warp computes four rows of w.
+
+    For one row of x, the step along K is the one with less padding. For two rows it is the shorter one, because the
+    longer one spills on sm_120.
     """
     widths = (1024, 512) if problem.M == 1 else (512,)
     block_k = min(widths, key=lambda width: -(-problem.K // width) * width)
@@ -124,14 +126,15 @@ def small_m_plans(problem: Problem) -> list[Plan]:
 
 
 def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, float]:
-    """Seconds of the base matmul under a plan, by what spends them. LoRA adds the same to every plan, and is left out.
+    """Return the seconds of the base matmul under a plan, by resource. LoRA adds the same to every plan and is left
+    out.
 
-    DRAM overlaps with the rest; tensor core and decode share the issue slots and do not overlap with each other.
+    DRAM traffic overlaps with the rest; tensor cores and decoding share the issue slots and do not overlap.
     """
     M, N, K = problem.M, problem.N, problem.K
     flops = 2.0 * M * N * K
     activations = 2.0 * M * (N + K)
-    # fp32 products run on the FMA pipes, two flops in each of 128 lanes.
+    # fp32 products run on the FMA pipes: 128 lanes with two flops each per cycle.
     flops_per_s = arch.flops_per_s if problem.dtype != torch.float32 else 256 * arch.sm_count * arch.clock_hz
     issue_per_s = arch.sm_count * 128 * arch.clock_hz
     if candidate.path == "decode":
@@ -169,7 +172,7 @@ def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, f
 
 
 def modelled_seconds(problem: Problem, candidate: Plan, arch: Arch) -> float:
-    """Modelled time of the base matmul under a plan."""
+    """Return the modelled time of the base matmul under a plan."""
     parts = modelled_parts(problem, candidate, arch)
     if candidate.path == "decode":
         return parts["decode"] + max(parts["tensor core"], parts["DRAM"]) + parts["overhead"]
@@ -183,9 +186,9 @@ def bound_of(problem: Problem, candidate: Plan, arch: Arch) -> str:
 
 
 def plan(problem: Problem, capability: int) -> Plan:
-    """The plan for `problem` on a GPU of compute capability `capability` (90 for 9.0).
+    """Return the plan for `problem` on a GPU of compute capability `capability` (90 for 9.0).
 
-    Raises ValueError for a plan of use_plan whose kernels would read wrong scales.
+    Raises ValueError for a plan of use_plan that would read wrong scales.
     """
     forced = _forced.get(problem.op)
     if forced is None:
@@ -212,7 +215,7 @@ def _plan(problem: Problem, capability: int) -> Plan:
 
 
 def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
-    """The plan as the registry prints it, with the modelled time and what bounds it."""
+    """Return the plan in the registry's form, with the modelled time and the limiting resource."""
     chosen, arch = plan(problem, capability), arch_for(capability)
     tuned = tuned_plans(capability).get(bucket(problem)) == chosen
     source = "measured best" if tuned else f"least modelled time on {arch.name}"
@@ -226,13 +229,13 @@ def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
 
 
 def arch_for(capability: int) -> Arch:
-    """The model's entry for a capability, or for the nearest one below it."""
+    """Return the model's figures for a capability, or for the nearest one below it."""
     known = [c for c in ARCHS if c <= capability]
     return ARCHS[max(known)] if known else ARCHS[min(ARCHS)]
 
 
 def bucket(problem: Problem) -> str:
-    """The tuned table's key: M is rounded up to a power of two, all else is exact."""
+    """Return the tuned table's key: M is rounded up to a power of two, and all other fields are exact."""
     rows = 1 << max(0, problem.M - 1).bit_length()
     dtype = str(problem.dtype).removeprefix("torch.")
     return f"{problem.op}:{dtype}:M{rows}:N{problem.N}:K{problem.K}:b{problem.blocksize}"
@@ -240,7 +243,7 @@ def bucket(problem: Problem) -> str:
 
 @cache
 def tuned_plans(capability: int) -> dict[str, Plan]:
-    """bucket -> measured best plan, from tuned/sm_<capability>.json; empty where nobody measured."""
+    """Return bucket -> measured best plan, from tuned/sm_<capability>.json; empty if there is none."""
     path = TUNED / f"sm_{capability}.json"
     if not path.exists():
         return {}
@@ -248,7 +251,7 @@ def tuned_plans(capability: int) -> dict[str, Plan]:
 
 
 def write_tuned(capability: int, plans: dict[str, Plan], measured_on: dict[str, str], folder: Path = TUNED) -> Path:
-    """Write measured plans beside the model, by rename; `measured_on` says which GPU and versions."""
+    """Write measured plans to the tuned table, by rename; `measured_on` names the GPU and versions."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{capability}.json"
     content = {"measured_on": measured_on, "plans": {key: asdict(best) for key, best in sorted(plans.items())}}
@@ -263,7 +266,7 @@ _forced: dict[str, Plan] = {}
 
 @contextmanager
 def use_plan(op: str, forced: Plan) -> Iterator[None]:
-    """Run `op` by one plan inside the block: for tests, tuning and the compile report; `plan` checks it."""
+    """Run `op` by one plan inside the block, for tests, tuning and the compile report; `plan` validates it."""
     before = _forced.get(op)
     _forced[op] = replace(forced)
     try:
@@ -278,11 +281,11 @@ def use_plan(op: str, forced: Plan) -> Iterator[None]:
 _assumed: int | None = None
 
 INTERPRETED_CAPABILITY = 80
-"""CPU tensors are planned as for this one, so that the interpreter runs what a GPU would."""
+"""Capability that is assumed for CPU tensors, so that the interpreter runs the plan of a GPU."""
 
 
 def capability_of(device: torch.device) -> int:
-    """Compute capability of `device` as one number, 90 for 9.0."""
+    """Return the compute capability of `device` as one number, 90 for 9.0."""
     if _assumed is not None:
         return _assumed
     if device.type != "cuda":
@@ -293,7 +296,7 @@ def capability_of(device: torch.device) -> int:
 
 @contextmanager
 def assume_capability(capability: int) -> Iterator[None]:
-    """Plan for another GPU than the one present: for compiling ahead of time."""
+    """Plan for a GPU of another capability inside the block, for ahead-of-time compilation."""
     global _assumed
     before, _assumed = _assumed, capability
     try:

@@ -1,4 +1,4 @@
-"""The constants in 8 bits: mean, scales and codes in one launch, nothing read back by the host."""
+"""Quantization of absmax to 8 bits: mean, scales and codes in one launch, without reads by the host."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ._constants import absmax_boundaries
 NUM_WARPS = 4
 SUM_VALUES = 4096
 MAX_PROGRAMS = 64
-"""Each program sums all constants for itself, so their number bounds the traffic: 64 x 1 MB from L2 for a 4096 x 4096
-weight. The alternatives cost more: a second launch, or programs that wait for each other and so must be co-resident."""
+"""Number of programs. Each of them sums all constants, so their number bounds the traffic: 64 x 1 MB from L2 for a 4096
+x 4096 weight. The alternatives cost more: a second launch, or programs that wait for each other and must be
+co-resident."""
 
 SMALLEST_SCALE = tl.constexpr(nf4.SMALLEST_ABSMAX)
 ZERO_INDEX = tl.constexpr(dynamic_map_values().index(0.0))
@@ -26,11 +27,11 @@ NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 def quantize_absmax_kernel(
     p_absmax, p_boundaries, p_absmax_q, p_absmax_scale, p_absmax_offset, n_blocks, SUM_VALUES: tl.constexpr
 ):
-    """offset = mean(absmax); of each 256 constants scale = max|absmax - offset| and q = nearest map value.
+    """offset = mean(absmax); for each 256 constants, scale = max|absmax - offset| and q = nearest map value.
 
-    Every program computes the mean in the same order, in fp64, so all agree to the bit and the result is the fp64 mean
-    rounded once. Then it strides over the nested blocks. q counts the midpoints strictly below
-    fp32((absmax - offset) * fp32(1 / scale)) by eight steps of binary search in a table that stays in L1.
+    Every program computes the mean in the same order in fp64, so that all programs get the same bits, the fp64 mean
+    rounded once. It then processes every num_programs-th nested block. q is the number of midpoints strictly below
+    fp32((absmax - offset) * fp32(1 / scale)), found by eight steps of binary search in a table that stays in L1.
     """
     o_sum = tl.arange(0, SUM_VALUES)
     total = tl.zeros((SUM_VALUES,), tl.float64)
@@ -59,7 +60,7 @@ def quantize_absmax_kernel(
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(absmax_q, absmax_scale, absmax_offset). See ops/quantize_nf4.py for the contract."""
+    """Return (absmax_q, absmax_scale, absmax_offset). See ops/quantize_nf4.py for the contract."""
     n_blocks = absmax.numel()
     nested_blocks = triton.cdiv(n_blocks, NESTED_BLOCKSIZE)
     absmax_q = torch.empty(n_blocks, dtype=torch.uint8, device=absmax.device)

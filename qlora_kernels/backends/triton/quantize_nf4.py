@@ -1,4 +1,4 @@
-"""Weights to packed indices and absmax, one launch, bit-equal to format/reference.py."""
+"""Quantization of weights to packed indices and absmax, in one launch, bit-equal to format/reference.py."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ CELL_SCALE, CELL_ORIGIN, CELLS = 15.0, 16.0, 32
 
 
 def cell_of(x: float) -> int:
-    """The cell of a normalized weight, 1..31: x * CELL_SCALE + CELL_ORIGIN to the nearest integer, ties to even.
+    """Return the cell of a normalized weight, 1..31: x * CELL_SCALE + CELL_ORIGIN rounded to nearest, ties to even.
 
-    Monotonic in x, and narrower than the least distance between boundaries, so no cell holds two of them.
+    It is monotonic in x, and cells are narrower than the least distance between boundaries, so no cell has two of them.
     """
     return round(x * CELL_SCALE + CELL_ORIGIN)
 
 
 def cell_table() -> tuple[list[float], list[int]]:
-    """For each cell the boundary inside it (+inf if none), and the number of boundaries in the cells below."""
+    """Return, for each cell, its boundary (+inf if none) and the number of boundaries in the cells below."""
     boundaries = nf4.boundaries("cpu").tolist()
     inside = [next((b for b in boundaries if cell_of(b) == c), inf) for c in range(CELLS)]
     return inside, [sum(cell_of(b) < c for b in boundaries) for c in range(CELLS)]
@@ -40,14 +40,14 @@ def cell_table() -> tuple[list[float], list[int]]:
 
 @cache
 def cells(device: torch.device) -> Tensor:
-    """`cell_table` as 64 words, int32: the boundaries' bits, then the counts."""
+    """Return `cell_table` as int32 [64]: the bits of the boundaries, then the counts."""
     boundaries, counts = cell_table()
     bits = struct.unpack(f"{CELLS}i", struct.pack(f"{CELLS}f", *boundaries))
     return torch.tensor([*bits, *counts], dtype=torch.int32, device=device)
 
 
-# Adding 2^23 to a number below 2^22 rounds it to an integer in the low bits: the cell's number is then a shuffle's
-# source lane as it stands, because only the low five bits count.
+# Adding 2^23 to a number below 2^22 rounds it to an integer in the low bits. The sum's bits can be used as a shuffle's
+# source lane, because only the low five bits count.
 _MAGIC = struct.unpack(">I", struct.pack(">f", 2.0**23 + CELL_ORIGIN))[0]
 _SCALE = struct.unpack(">I", struct.pack(">f", CELL_SCALE))[0]
 LANE_CELL_ASM = tl.constexpr(
@@ -75,11 +75,11 @@ setp.gt.f32 above, $1, boundary;
 
 @triton.jit
 def encode(x, p_cells):
-    """Number of decision boundaries strictly below x, int32 in 0..15, for |x| <= 1 (an ulp more does no harm).
+    """Return the number of decision boundaries strictly below x, int32 in 0..15, for |x| <= 1 (or an ulp more).
 
-    On a GPU lane c of every warp keeps cell c's boundary and count, and a value fetches both by two shuffles: about six
-    instructions, where comparing with 15 boundaries takes 30, and a tree of selects 19 and many registers. Interpreted,
-    that tree.
+    On a GPU, lane c of every warp holds the boundary and count of cell c, and each value fetches both by two shuffles:
+    about six instructions. Comparing with 15 boundaries takes 30, a tree of selects 19 and many registers. The
+    interpreter uses the tree.
     """
     if INTERPRETED:
         b3 = x > BOUNDARIES[7]
@@ -102,15 +102,15 @@ def encode(x, p_cells):
 def quantize_nf4_kernel(
     p_w, p_cells, p_packed, p_absmax, numel, n_bytes, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
-    """Each program quantizes BLOCKS whole blocks, a tile [BLOCKS, BLOCKSIZE] of the flattened weight.
+    """Quantize BLOCKS whole blocks per program, a tile [BLOCKS, BLOCKSIZE] of the flattened weight.
 
-    absmax = max|w| in fp32, 0 below the smallest normal number; q = encode(w * fp32(1 / absmax)), the reciprocal and
-    the product each rounded to fp32 (IEEE division, not the approximate one). Elements beyond numel, and blocks whose
-    absmax is 0, encode 0: the code's zero, which is also what pads an odd tail's low nibble.
+    absmax = max|w| in fp32, or 0 below the smallest normal number; q = encode(w * fp32(1 / absmax)), with the
+    reciprocal and the product each rounded to fp32 (IEEE division, not the approximate one). Elements beyond numel and
+    blocks with absmax 0 encode 0, whose index also pads the low nibble of an odd tail.
     """
     i_first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
     p_w += i_first
-    # From n_bytes rather than numel // 2, so that its divisibility by 16 reaches the store's mask, and 16-byte stores.
+    # Uses n_bytes and not numel // 2, so that the compiler derives 16-byte alignment of the mask, and 16-byte stores.
     i_byte = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE // 2)
     p_packed += i_byte
     p_absmax += tl.program_id(0).to(tl.int64) * BLOCKS
@@ -119,8 +119,8 @@ def quantize_nf4_kernel(
     o_block = tl.arange(0, BLOCKS)
     o_value = o_block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     b_w = tl.load(p_w + o_value, mask=o_value < values_left, other=0.0).to(tl.float32)
-    # Without their sign bit, floats order like their bits, and a NaN comes out on top: the maximum keeps it for the
-    # public function to find, where a maximum of floats would drop it.
+    # Without the sign bit, floats order like their bits, and NaN is the largest. The integer maximum thus keeps NaN,
+    # which the public function detects; a float maximum would drop it.
     magnitude = b_w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     b_absmax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     b_absmax = tl.where(b_absmax < SMALLEST_ABSMAX, 0.0, b_absmax)
@@ -135,7 +135,7 @@ def quantize_nf4_kernel(
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(packed, absmax) of contiguous w. See ops/quantize_nf4.py for the contract."""
+    """Return (packed, absmax) of contiguous w. See ops/quantize_nf4.py for the contract."""
     numel = w.numel()
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(triton.cdiv(numel, blocksize), dtype=torch.float32, device=w.device)

@@ -1,4 +1,4 @@
-"""rms_norm and its gradients: a program holds a whole row, so each row is read and written once."""
+"""rms_norm and its gradients, one row per program, so that each row is read and written once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...ops.rms_norm import y_dtype
 from ._partials import sum_partials
 
 MAX_PROGRAMS = 256
-"""Programs of the backward pass, each with its own part of the weight's gradient: 1 MB of parts for 1024 columns."""
+"""Programs of the backward pass, each with its own part of the weight's gradient; 1 MB of parts for 1024 columns."""
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def rms_norm_kernel(
     OFFSET: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One row: s = x + residual, scale = 1 / rms(s), y = s * scale * (weight + OFFSET). See ops/rms_norm.py."""
+    """Compute one row: s = x + residual, scale = 1 / rms(s), y = s * scale * (weight + OFFSET). See ops/rms_norm.py."""
     row = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < columns
@@ -62,7 +62,7 @@ def rms_norm_backward_kernel(
     OFFSET: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Every num_programs-th row: grad_x, and this program's part of the weight's gradient, an fp32 row of p_parts."""
+    """Compute grad_x of every num_programs-th row and a part of the weight's gradient, an fp32 row of p_parts."""
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < columns
     weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def rms_norm_backward_kernel(
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s or empty, scale). See ops/rms_norm.py for the contract."""
+    """Return (y, s or empty, scale). See ops/rms_norm.py for the contract."""
     rows, columns = x.shape
     y = x.new_empty(x.shape, dtype=y_dtype(x, weight, weight_offset))
     s = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -123,7 +123,7 @@ def rms_norm_backward(
     *,
     need_grad_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_x, grad_weight or empty). See ops/rms_norm.py for the contract."""
+    """Return (grad_x, grad_weight or empty). See ops/rms_norm.py for the contract."""
     rows, columns = s.shape
     programs = min(rows, MAX_PROGRAMS) if need_grad_weight else rows
     grad_x = torch.empty_like(s)
@@ -149,5 +149,5 @@ def rms_norm_backward(
 
 
 def warps_of(block: int) -> int:
-    """Warps for a row of `block` columns: at most 32 values a thread up to 16384 columns."""
+    """Return the warps for a row of `block` columns: at most 32 values per thread up to 16384 columns."""
     return min(max(block // 512, 1), 16)

@@ -1,4 +1,4 @@
-"""rope: rotary embedding of one tensor a launch; a program rotates some heads of one token."""
+"""rope: rotary embedding of one tensor per launch; each program rotates some heads of one token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048
-"""Pairs of a program: 16 a thread of four warps, for each half of a head."""
+"""Pairs per program: 16 for each thread of four warps, in each half of a head."""
 
 NUM_WARPS = 4
 
@@ -33,7 +33,7 @@ def rope_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(a, b) -> (a cos_a + b to_a, b cos_b + a to_b), the rotation or its inverse. See ops/rope.py."""
+    """Map (a, b) to (a cos_a + b to_a, b cos_b + a to_b), the rotation or its inverse. See ops/rope.py."""
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // T, token % T
     o_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
@@ -59,7 +59,7 @@ def rope_kernel(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(rotated q, rotated k). See ops/rope.py for the contract."""
+    """Return (rotated q, rotated k). See ops/rope.py for the contract."""
     return _rotated(q, cos, sin, inverse), _rotated(k, cos, sin, inverse)
 
 
