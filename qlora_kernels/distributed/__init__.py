@@ -1,4 +1,4 @@
-"""More than one process: DistributedDataParallel, FSDP2, tensor parallelism and checkpoints of shards."""
+"""Several processes: DistributedDataParallel, FSDP2, tensor parallelism and sharded checkpoints."""
 
 from . import ddp as _ddp  # noqa: F401, registers the hook that prepares a model for DistributedDataParallel
 from .shard_files import load_shards, save_shards

@@ -1,7 +1,7 @@
-"""How many bytes a process holds and receives under FSDP2, from shapes alone. docs/scaling.md uses these formulas.
+"""Bytes that a process holds and receives under FSDP2, computed from shapes; docs/scaling.md uses these formulas.
 
-FSDP2 cuts dimension 0 of a tensor of n rows into parts of ceil(n / world) rows, of which the last ones are shorter or
-empty, and gathers parts of full length. Tests compare the results with what gloo processes hold and receive.
+FSDP2 splits dimension 0 of a tensor of n rows into parts of ceil(n / world) rows, of which the last ones are shorter or
+empty, and gathers parts of full length. Tests compare the results with those of gloo processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor by its rows.   count: size of dimension 0.   nbytes: of one row."""
+    """A tensor in terms of its rows.   count: size of dimension 0.   nbytes: of one row."""
 
     count: int
     nbytes: int
@@ -23,12 +23,12 @@ class Rows:
         return self.count * self.nbytes
 
     def held(self, world: int, rank: int) -> int:
-        """Bytes of the part of process `rank`."""
+        """Return the bytes of process `rank`'s part."""
         part = self._part(world)
         return self.nbytes * min(max(self.count - rank * part, 0), part)
 
     def gathered(self, world: int) -> int:
-        """Bytes of one all-gather of it, padding included."""
+        """Return the bytes of one all-gather, padding included."""
         return self.nbytes * self._part(world) * world
 
     def _part(self, world: int) -> int:
@@ -36,7 +36,7 @@ class Rows:
 
 
 def nf4_rows(out_features: int, in_features: int, *, blocksize: int = 64, double_quant: bool = True) -> list[Rows]:
-    """The parameters of a LinearNF4 under make_shardable, without its bias."""
+    """Return the parameters of a LinearNF4 under make_shardable, without its bias."""
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
     packed = Rows((numel + 1) // 2, 1)
@@ -46,28 +46,28 @@ def nf4_rows(out_features: int, in_features: int, *, blocksize: int = 64, double
 
 
 def dense_rows(out_features: int, in_features: int, *, itemsize: int = 2) -> list[Rows]:
-    """A dense weight, in 16 bits by default."""
+    """Return a dense weight, in 16 bits by default."""
     return [Rows(out_features, in_features * itemsize)]
 
 
 def lora_rows(out_features: int, in_features: int, r: int, *, itemsize: int = 4) -> list[Rows]:
-    """lora_A [r, K] and lora_B [N, r], in fp32 by default."""
+    """Return lora_A [r, K] and lora_B [N, r], in fp32 by default."""
     return [Rows(r, in_features * itemsize), Rows(out_features, r * itemsize)]
 
 
 def held_bytes(tensors: Iterable[Rows], world: int, rank: int = 0) -> int:
-    """Bytes of all parts that process `rank` holds; rank 0 holds the most."""
+    """Return the bytes of all parts that process `rank` holds; rank 0 holds the most."""
     return sum(tensor.held(world, rank) for tensor in tensors)
 
 
 def gathered_bytes(tensors: Iterable[Rows], world: int) -> int:
-    """Bytes of all-gathers of all tensors, once each."""
+    """Return the bytes of one all-gather of each tensor."""
     return sum(tensor.gathered(world) for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class Llama:
-    """The sizes of a model of the Llama kind, with untied embeddings and every linear layer of a block adapted."""
+    """The sizes of a Llama-like model with untied embeddings, in which every linear layer of a block is adapted."""
 
     hidden: int
     intermediate: int
@@ -76,7 +76,7 @@ class Llama:
     vocabulary: int
 
     def linears(self) -> list[tuple[int, int]]:
-        """(out_features, in_features) of one block's linear layers."""
+        """Return (out_features, in_features) of one block's linear layers."""
         h, i, kv = self.hidden, self.intermediate, self.kv_width
         return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
 
@@ -87,13 +87,13 @@ LLAMA_405B = Llama(hidden=16384, intermediate=53248, layers=126, kv_width=1024, 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Of one process under FSDP2 with a group for each block, every block resharded after its forward.
+    """Bytes of one process under FSDP2 with one group per block, each block resharded after its forward.
 
-    weights: held, in NF4 or 16 bits, embeddings, head and norms in 16 bits included.
+    weights: held, in NF4 or 16 bits, with embeddings, head and norms in 16 bits.
     adapters: held: fp32 LoRA factors, their gradients and AdamW's two states.
-    block: gathered for one block at a time, beside what is held.
-    received: by all-gathers of one step: every block twice, what is outside of blocks once.
-    reduced: sent by reduce-scatters of the factors' gradients, in fp32.
+    block: gathered for one block at a time, in addition to the bytes held.
+    received: by the all-gathers of one step: every block twice, other parameters once.
+    reduced: sent by the reduce-scatters of the factors' gradients, in fp32.
     """
 
     weights: int
@@ -104,7 +104,7 @@ class StepBytes:
 
 
 def step_bytes(model: Llama, world: int, *, r: int = 16, nf4: bool = True) -> StepBytes:
-    """What rank 0 of `world` processes holds and moves in one optimizer step without gradient accumulation."""
+    """Return the bytes that rank 0 holds and moves in one optimizer step without gradient accumulation."""
     of = nf4_rows if nf4 else dense_rows
     norm = Rows(model.hidden, 2)
     frozen = [rows for N, K in model.linears() for rows in of(N, K)] + [norm, norm]

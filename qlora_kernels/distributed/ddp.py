@@ -1,8 +1,8 @@
 """DistributedDataParallel over NF4 layers: the weights are broadcast once, when the wrapper is made.
 
-DistributedDataParallel broadcasts every buffer of the model in every forward. So the NF4 tensors of a model become
-frozen parameters as soon as it is wrapped; state dicts keep their names. A hook on the registration of submodules,
-which torch offers for all modules together, sees the wrapper take the model, wherever in it the NF4 layers are.
+DistributedDataParallel broadcasts every buffer of the model in every forward. Therefore the NF4 tensors of a model
+become frozen parameters when it is wrapped; state dicts keep their names. The wrapper is detected by torch's global
+hook on the registration of submodules, for NF4 layers at any depth.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..nn.quantized_weight import QuantizedWeight
 
 
 def freeze_into_parameters(model: nn.Module) -> list[QuantizedWeight]:
-    """Move the tensors of every NF4 module from buffers to frozen parameters; returns the modules."""
+    """Move the tensors of every NF4 module from buffers to frozen parameters, and return the modules."""
     known: dict[int, nn.Parameter] = {}
     found = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     for module in found:

@@ -1,7 +1,7 @@
-"""Hugging Face folders and sharded models: each process reads its own rows, and one process writes tensor by tensor.
+"""Hugging Face folders and sharded models: each process reads its own rows; one process writes, tensor by tensor.
 
-The folders are those of `qlora-kernels quantize` and of bitsandbytes: config.json beside safetensors files, NF4 weights
-under the names of format/bnb_layout.py.
+The folders have the format of `qlora-kernels quantize` and of bitsandbytes: config.json beside safetensors files, NF4
+weights under the names of format/bnb_layout.py.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..nn.module_tree import WRAPPED, layers_of
 from ..nn.quantized_weight import QuantizedWeight, is_sharded
 
 _SUFFIX = {"packed": "", "absmax": ".absmax", "absmax_q": ".absmax", "absmax_scale": ".nested_absmax"}
-"""Tensor of a LinearNF4 -> what follows `<layer>.weight` in a file; absmax_offset is a number in the JSON entry."""
+"""Tensor of a LinearNF4 -> suffix after `<layer>.weight` in a file; absmax_offset is a number in the JSON entry."""
 
 
 @torch.no_grad()
 def load_shards(model: nn.Module, folder: str | Path) -> int:
-    """Fill the parameters and buffers of `model` from a folder; returns the bytes that this process read.
+    """Fill the parameters and buffers of `model` from a folder, and return the bytes that this process read.
 
-    model: under make_shardable, sharded or not, with memory (`to_empty`). Adapters keep their values; give the base
-        model of a PeftModel, `model.get_base_model()`, whose names are those of the file. Dense weights are cast.
+    model: under make_shardable, sharded or not, with memory (`to_empty`). Adapters keep their values; pass the base
+    model of a PeftModel, `model.get_base_model()`, whose names are those of the file. Dense weights are cast.
     A parameter that the file lacks must be tied to one that it has.
-    Raises ValueError that names tensors which are missing, or of another shape, block size or kind of constants.
+    Raises ValueError, naming tensors that are missing, or of another shape, block size or kind of constants.
     """
     files = _Files(Path(folder))
     missing: list[str] = []
@@ -63,9 +63,9 @@ def load_shards(model: nn.Module, folder: str | Path) -> int:
 
 
 def save_shards(model: nn.Module, file: str | Path) -> None:
-    """Write `model` into one safetensors file under the names of checkpoints. Every process has to call it.
+    """Write `model` to one safetensors file with a checkpoint's names. Every process must call this function.
 
-    One tensor at a time is gathered; rank 0 writes, and the file appears when it is whole. Adapters are left out:
+    One tensor at a time is gathered. Rank 0 writes, and the file appears when it is complete. Adapters are left out;
     `save_pretrained` writes them.
     """
     layers = layers_of(model)
@@ -111,7 +111,7 @@ def _tables(layer: LinearNF4) -> list[str]:
 
 
 def _tensor_of(layer: LinearNF4, name: str) -> Tensor:
-    """One of the layer's tensors in its format, gathered."""
+    """Return one of the layer's tensors in its checkpoint format, gathered."""
     whole = layer._from_flat(name, _whole(layer._stored(name)))
     assert whole is not None
     return whole
@@ -142,11 +142,11 @@ def _load_linear(files: _Files, key: str, layer: LinearNF4) -> None:
     if offset is not None:
         value = torch.tensor([meta.offset], dtype=torch.float32).view(torch.int32)
         local = _local(offset)
-        local.copy_(value[: local.numel()])  # one element: one process has it, the others none
+        local.copy_(value[: local.numel()])  # a single element belongs to one process, and the others have none
 
 
 def _dense(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of the module itself, but those of an NF4 weight."""
+    """Yield the parameters and persistent buffers of the module itself, without those of an NF4 weight."""
     flat = module.flat_parameters() if isinstance(module, QuantizedWeight) else {}
     yield from ((n, p) for n, p in module.named_parameters(recurse=False) if n not in flat)
     for name, buffer in module.named_buffers(recurse=False):
@@ -167,7 +167,7 @@ def _canonical(name: str) -> str:
 
 
 class _Files:
-    """The tensors of a folder's safetensors files, read by rows."""
+    """The tensors of a folder's safetensors files, with access by rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -188,7 +188,7 @@ class _Files:
         return key in self._file_of
 
     def whole(self, key: str) -> Tensor:
-        """One tensor. Raises ValueError where the files hold none."""
+        """Return one tensor. Raises ValueError if the files do not have it."""
         if key not in self._file_of:
             raise ValueError(f"load_shards: {self.folder} must hold {key}")
         tensor: Tensor = self._file_of[key].get_tensor(key)
@@ -196,7 +196,7 @@ class _Files:
         return tensor
 
     def copy_rows(self, key: str, target: Any) -> None:
-        """Copy the rows that belong to this process into `target`, of integers by their bits."""
+        """Copy this process's rows into `target`; integers are copied by their bits."""
         if key not in self._file_of:
             raise ValueError(f"load_shards: {self.folder} must hold {key}")
         rows = self._file_of[key].get_slice(key)

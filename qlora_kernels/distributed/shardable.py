@@ -1,4 +1,4 @@
-"""make_shardable: the step between building a QLoRA model and torch's fully_shard."""
+"""make_shardable: prepares a QLoRA model for torch's fully_shard."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..nn.quantized_weight import QuantizedWeight
 from .ddp import freeze_into_parameters
 
 OLDEST = (2, 13)
-"""First torch whose fully_shard takes parameters of integers."""
+"""The first torch version whose fully_shard accepts integer parameters."""
 
 
 def make_shardable(model: nn.Module) -> nn.Module:
-    """Let torch's `fully_shard` (FSDP2) shard the NF4 weights of `model`; returns the model, changed in place.
+    """Prepare the NF4 weights of `model` for torch's `fully_shard` (FSDP2); returns the model, changed in place.
 
     The packed indices and the constants become frozen integer parameters over the same memory, which FSDP2 shards at
-    any row and gathers in their 4-bit form. From then on state dicts hold them under the parameters' own names
-    (`packed_flat`, `absmax_q_flat`, ...), as torch.distributed.checkpoint needs; both kinds of names can be loaded.
-    May be called again after adapters or layers were added. The order is:
+    any row and gathers in their 4-bit form. State dicts then have them under the parameters' own names (`packed_flat`,
+    `absmax_q_flat`, ...), as torch.distributed.checkpoint needs; both kinds of names can be loaded. The function may be
+    called again after adapters or layers were added. The order of calls is:
 
         make_shardable(model); block.compile() for each block; fully_shard(block) for each block; fully_shard(model)
 
-    Raises NotImplementedError under a torch whose fully_shard refuses integers; RuntimeError where a module that holds
-    NF4 weights is already sharded, compiled or inside DistributedDataParallel.
+    Raises NotImplementedError under a torch whose fully_shard refuses integers; RuntimeError if a module with NF4
+    weights is already sharded, compiled or inside DistributedDataParallel.
     """
     if _version() < OLDEST:
         raise NotImplementedError(
@@ -47,7 +47,7 @@ def _version() -> tuple[int, ...]:
 
 
 def _too_early(module: nn.Module) -> str | None:
-    """What was done to a module that holds NF4 weights in buffers; None if nothing."""
+    """Return what was done too early to a module with NF4 weights in buffers, or None."""
     pending = any(isinstance(m, QuantizedWeight) and not m.parameter_names_in_state_dict for m in module.modules())
     if not pending:
         return None

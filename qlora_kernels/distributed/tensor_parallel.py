@@ -3,10 +3,10 @@
     plan = {"layers.*.mlp.up_proj": ColwiseNF4(), "layers.*.mlp.down_proj": RowwiseNF4()}
     parallelize_module(model, mesh["tp"], plan)       # after get_peft_model, before make_shardable and fully_shard
 
-A column-parallel layer takes the whole x and gives its part of y; a row-parallel one takes that part and gives the
-whole y, summed over the processes. The NF4 bytes of a part are those of the whole weight. LoRA: the factor on the cut
-side is cut, the other one is whole in every process and its gradient is summed; both are DTensors, so that
-save_pretrained, norms and optimizers see whole tensors.
+A column-parallel layer takes the whole x and returns its part of y. A row-parallel layer takes a part of x and returns
+the whole y, summed over the processes. Each part has a range of the whole weight's NF4 bytes. LoRA: the factor on the
+sharded side is sharded; the other one is whole in every process, and its gradient is summed. Both are DTensors, so that
+save_pretrained, norms and optimizers use whole tensors.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ NESTED_BLOCKSIZE = 256
 
 
 class ParallelLinearNF4(LinearNF4):
-    """One process's part of a LinearNF4. Made in place by ColwiseNF4 and RowwiseNF4."""
+    """One process's part of a LinearNF4, made in place by ColwiseNF4 and RowwiseNF4."""
 
     mesh: DeviceMesh
     cuts_rows: bool
-    """Whether the weight's rows are cut, so that y is a part, or its columns, so that x is one."""
+    """Whether the weight's rows are split, so that y is a part, or its columns, so that x is a part."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K], or its part -> the part of y [..., N], or y."""
+        """Compute y [..., N] or a part of it from x [..., K] or a part of it."""
         return self._leave(super().forward(self._enter(x)))
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
-        """As LinearNF4's.   lora_A, lora_B: DTensors, cut as the weight is."""
+        """Compute LinearNF4.forward_lora.   lora_A, lora_B: DTensors, sharded as the weight is."""
         if dropout_p:
             raise NotImplementedError(f"ParallelLinearNF4: dropout_p must be 0, got {dropout_p}")
         local = [self._local_factor(factor) for factor in (lora_A, lora_B)]
         return self._leave(super().forward_lora(self._enter(x), local[0], local[1], scaling))
 
     def forward_multi_lora(self, *arguments: Any, **options: Any) -> Tensor:
-        """Not offered: adapters by row."""
+        """Raise NotImplementedError: adapters per row are not supported."""
         raise NotImplementedError("ParallelLinearNF4: adapter_names must not be given under tensor parallelism")
 
     @staticmethod
     def forward_lora_group(*arguments: Any, **options: Any) -> list[Tensor]:
-        """Not offered: layers fused on one x."""
+        """Raise NotImplementedError: layers fused on one x are not supported."""
         raise NotImplementedError("ParallelLinearNF4: layers must not be fused; call unfuse_shared_input first")
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ParallelLinearNF4(LinearNF4):
 
 
 class _StyleNF4(ParallelStyle):
-    """What both styles share.   dim: of the weight [N, K] that is cut."""
+    """Base class of both styles.   dim: the sharded dimension of the weight [N, K]."""
 
     dim: ClassVar[int]
 
@@ -108,12 +108,12 @@ class _StyleNF4(ParallelStyle):
         cut, whole = (delta.lora_B, delta.lora_A) if self.dim == 0 else (delta.lora_A, delta.lora_B)
         for linear, placement in ((cut, Shard(self.dim)), (whole, Replicate())):
             weight = linear.weight
-            tensor = distribute_tensor(weight.detach(), mesh, [placement])  # rank 0's start for all processes
+            tensor = distribute_tensor(weight.detach(), mesh, [placement])  # all processes start from rank 0's values
             linear.weight = nn.Parameter(tensor, requires_grad=weight.requires_grad)
 
 
 class ColwiseNF4(_StyleNF4):
-    """Column-parallel: cuts the rows of W [N, K], so that each process computes N / world features of y.
+    """Column-parallel: splits the rows of W [N, K], so that each process computes N / world features of y.
 
     Raises ValueError unless N is divisible by the number of processes and N / world * K by the block size.
     """
@@ -122,7 +122,7 @@ class ColwiseNF4(_StyleNF4):
 
 
 class RowwiseNF4(_StyleNF4):
-    """Row-parallel: cuts the columns of W [N, K]; each process takes K / world features of x, and y is summed.
+    """Row-parallel: splits the columns of W [N, K]; each process takes K / world features of x, and y is summed.
 
     Raises ValueError unless K / world is divisible by the block size.
     """
@@ -133,8 +133,8 @@ class RowwiseNF4(_StyleNF4):
 def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
     """Keep this process's part of the weight in `layer`, bit for bit.
 
-    Constants stay in 8 bits where the part is made of whole groups of 256 blocks; else the first level is kept in fp32,
-    which is exact.
+    Constants stay in 8 bits if the part consists of whole groups of 256 blocks; otherwise the first level is kept in
+    fp32, which is exact.
     """
     world, rank = mesh.size(), mesh.get_local_rank()
     N, K, blocksize = layer.out_features, layer.in_features, layer.blocksize
@@ -150,7 +150,9 @@ def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
     state = layer.quant_state
 
     def part(tensor: Tensor, per_row: int) -> Tensor:
-        """Of a flat tensor with `per_row` elements a row; where rows are cut, those may be fractions of one."""
+        """Return the part of a flat tensor with `per_row` elements per row, which may be a fraction if rows are
+        split.
+        """
         if dim == 0:
             return tensor.reshape(-1).chunk(world)[rank].clone()
         return tensor.reshape(N, per_row).chunk(world, 1)[rank].reshape(-1).clone()
@@ -168,7 +170,7 @@ def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
     layer.in_features, layer.out_features = k, n
     layer._set_weight(packed, QuantState(torch.Size((n, k)), state.dtype, blocksize, *constants))
     if layer.bias is not None:
-        # The sum over the processes of a row-parallel layer has the bias once.
+        # The bias is added once: the outputs of the processes are summed in a row-parallel layer.
         bias = layer.bias.detach()
         mine = bias.chunk(world)[rank].clone() if dim == 0 else bias * (rank == 0)
         layer.bias = nn.Parameter(mine, requires_grad=layer.bias.requires_grad)
@@ -178,7 +180,7 @@ def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
 
 
 class _SumGradient(torch.autograd.Function):
-    """x, whose gradient is summed over the processes."""
+    """The identity of x, whose gradient is summed over the processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -191,7 +193,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of y over the processes, whose gradient goes to each of them."""
+    """The sum of y over the processes, whose gradient is passed to each of them."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, mesh: DeviceMesh) -> Tensor:

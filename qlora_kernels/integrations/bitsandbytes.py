@@ -1,7 +1,7 @@
-"""from_bnb and to_bnb: a live model's layers, between bitsandbytes' Linear4bit and LinearNF4, not quantized anew.
+"""from_bnb and to_bnb: conversion of a model's layers between bitsandbytes' Linear4bit and LinearNF4.
 
-Both directions hand on the packed indices and the constants, so that the values of the weights stay the same bit for
-bit. Checkpoints need no conversion: see docs/huggingface.md.
+Both directions reuse the packed indices and the constants, so that the values of the weights stay the same bit for bit.
+Checkpoints need no conversion: see docs/huggingface.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..peft.layers.foreign_layer import in_cpu_format
 
 
 def from_bnb(model: nn.Module) -> nn.Module:
-    """Puts a LinearNF4 in the place of every Linear4bit of `model`, in place; returns the model.
+    """Replace every Linear4bit of `model` by a LinearNF4, in place; returns the model.
 
-    A weight that several layers share stays shared. A transformers model that bitsandbytes had quantized then says that
-    it is quantized by qlora_kernels, and saves as such.
-    Raises ValueError, before anything is changed, where a layer is not in NF4 (FP4 has another code, and 8-bit layers
-    other arithmetic), has not been quantized yet, or where the model has no Linear4bit at all.
+    A weight that several layers share stays shared. The config of a transformers model that bitsandbytes had quantized
+    is changed to this package's, and the model is saved as such.
+    Raises ValueError, before anything is changed, if a layer is not in NF4 (FP4 has another code, and 8-bit layers
+    other arithmetic), is not quantized yet, or if the model has no Linear4bit.
     """
     _require_module("from_bnb", model)
     layers = {name: module for name, module in layers_of(model).items() if isinstance(module, _KINDS)}
@@ -50,9 +50,9 @@ def from_bnb(model: nn.Module) -> nn.Module:
 
 
 def to_bnb(model: nn.Module) -> nn.Module:
-    """Puts a bitsandbytes Linear4bit in the place of every LinearNF4 of `model`, in place; returns the model.
+    """Replace every LinearNF4 of `model` by a bitsandbytes Linear4bit, in place; returns the model.
 
-    Raises ValueError where the model has no LinearNF4.
+    Raises ValueError if the model has no LinearNF4.
     """
     _require_module("to_bnb", model)
     layers = {name: module for name, module in layers_of(model).items() if isinstance(module, LinearNF4)}
@@ -78,7 +78,7 @@ def _require_module(op: str, model: object) -> None:
 
 
 def _describe_as_bitsandbytes(model: Any) -> None:
-    """A transformers model saves and reloads as one that bitsandbytes has quantized."""
+    """Make a transformers model save and load as one that bitsandbytes has quantized."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
@@ -130,11 +130,11 @@ def _common_format(name: str, layer: Any) -> tuple[Tensor, QuantState]:
 
 
 def _cpu_format(layer: Any) -> tuple[Tensor, QuantState]:
-    """Of a layer that has run in eval mode on a CPU with AVX512-BF16, which keeps its scales in bfloat16."""
+    """Return the state of a layer that ran in eval mode on an AVX512-BF16 CPU, which keeps its scales in bfloat16."""
     state = layer.weight.quant_state
     absmax = state.absmax.T.flatten().float()
     common = copy.deepcopy(layer)
-    common.state_dict()  # puts the indices back into the common order
+    common.state_dict()  # restores the common order of the indices
     packed = common.weight.data.reshape(-1).view(torch.uint8).reshape(-1, 1)
     return packed, QuantState(state.shape, state.original_dtype, state.blocksize, absmax)
 

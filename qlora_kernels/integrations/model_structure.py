@@ -1,9 +1,9 @@
-"""A folder's model without its weights: its modules, and which tensor of the files becomes which parameter.
+"""A folder's model without its weights: its modules, and the mapping from tensors in files to parameters.
 
-transformers keeps the names that a model was published under, and converts them while loading: Mixtral's experts lie in
-the files one by one and in the model as one stack, Gemma 3's language model under another path. The same mapping is
-asked here, so that quantizing, fine-tuning and loading agree on it. Everything is on the meta device: whatever a
-config.json claims, no memory is taken before its claims have been compared with the files.
+transformers keeps the tensor names under which a model was published, and converts them while loading: the files of
+Mixtral hold experts one by one, while the model has one stack, and Gemma 3's language model has another path. This
+module uses the same mapping, so that quantizing, fine-tuning and loading agree. Everything is on the meta device, so
+that a config.json cannot cause allocations before its sizes have been compared with the files.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ..nn.match import Pattern, matches, nearest, unmatched
 
 CONFIG = "config.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-"""For every from_pretrained: no network, and no code that a model folder brings (None would ask at the terminal)."""
+"""Options of every from_pretrained: no network, and no code from a model folder (None would ask at the terminal)."""
 _COUNTS = re.compile(r"layers?$|^n_layer|blocks?$|experts|depths?$")
 _BUFFERS = re.compile(
     r"(rotary_emb|maybe_rotary)\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
     r"|(^|\.)(attn|attention)\.(bias|masked_bias)$"
 )
-"""What older versions of transformers saved beside the weights: constants that the models compute themselves now."""
+"""Constants that older versions of transformers saved with the weights; models compute them now."""
 _MOST_PARTS = 4096
-"""Layers or experts: beyond what anybody has published, and built in seconds."""
+"""Maximum number of layers or experts; more than in any published model, and built in seconds."""
 
 
 class ModelError(ValueError):
-    """The path holds no model that can be loaded. The message says what was looked for."""
+    """The path has no model that can be loaded. The message says what was expected."""
 
 
 class ModelStructure:
@@ -51,10 +51,10 @@ class ModelStructure:
         self._names = _names_of(self.model)
 
     def linear_layers(self, skip: Pattern = ("lm_head",)) -> list[str]:
-        """Names of the nn.Linear and Conv1D layers but for those that `skip` means; "lm_head" is the output head.
+        """Return the names of the nn.Linear and Conv1D layers without those in `skip`; "lm_head" is the output head.
 
-        The projection inside torch's MultiheadAttention, which reads its weight itself, is none of them.
-        Raises ModelError where a name in `skip` matches no layer, which is most likely a slip.
+        The projection inside torch's MultiheadAttention is left out, because that module reads its weight itself.
+        Raises ModelError if a name in `skip` matches no layer.
         """
         linears = {
             name: module for name, module in self.model.named_modules() if is_nn_linear(module) or is_conv1d(module)
@@ -68,32 +68,34 @@ class ModelStructure:
         return [name for name, module in linears.items() if not matches(skip, name, module)]
 
     def _output_head(self) -> str | None:
-        """The name of the output head: `lm_head` is the name that most models give it, and a few do not."""
+        """Return the name of the output head, which is `lm_head` in most models."""
         head = cast(Any, self.model).get_output_embeddings()
         return next((name for name, module in self.model.named_modules() if module is head), None)
 
     def is_transposed(self, layer: str) -> bool:
-        """Whether the layer's weight lies in the files as [in_features, out_features]."""
+        """Whether the layer's weight is stored in the files as [in_features, out_features]."""
         return f"{layer}.weight" in self.shapes and is_conv1d(self.model.get_submodule(layer))
 
     def parameter_of(self, name: str) -> str | None:
-        """The parameter that a tensor of the files becomes as it is; None if it is combined with others or changed."""
+        """Return the parameter that equals a tensor of the files; None if the tensor is combined with others or
+        changed.
+        """
         renamed, converted = self._names(name, self.shapes)
         return None if converted else renamed[0]
 
     def is_former_buffer(self, name: str, shape: Collection[int]) -> bool:
-        """Whether a tensor of the files is a constant of old checkpoints, which the model has no place for.
+        """Whether a tensor of the files is a constant of old checkpoints without a counterpart in the model.
 
-        Causal masks have four dimensions and their filling value none; a bias that is a parameter has one.
+        Causal masks have four dimensions and their fill value has none; a bias that is a parameter has one.
         """
         if self._names(name, self.shapes)[0][0] in self.shapes:
             return False
         return bool(_BUFFERS.search(name)) and not (name.endswith("bias") and len(shape) == 1)
 
     def require_match(self, tensors: Mapping[str, Collection[int]]) -> None:
-        """tensors: names and shapes of what the files hold.
+        """Raise ModelError, naming the tensors that are missing, unexpected or of another shape, if there are any.
 
-        Raises ModelError that names what is missing, what the model has no place for, and what has another shape.
+        tensors: names and shapes of the tensors in the files.
         """
         found: set[str] = set()
         misshapen = []
@@ -117,7 +119,7 @@ class ModelStructure:
 def require_nothing(
     folder: Path, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str] = ()
 ) -> None:
-    """Raises ModelError that names the tensors which stand between a folder and its model, unless there are none."""
+    """Raise ModelError, naming the tensors that do not match between folder and model, unless there are none."""
     problems = []
     if lost := sorted(missing):
         problems.append(f"{_listed(lost)} {'is' if len(lost) == 1 else 'are'} missing")
@@ -163,25 +165,25 @@ def _build(folder: Path) -> tuple[Any, nn.Module]:
 
 @contextmanager
 def as_model_error(path: Path, rule: str) -> Iterator[None]:
-    """What is in a folder may come from anybody, and transformers raises whatever its code happens to meet in it."""
+    """Convert errors of transformers to ModelError: a folder may be untrusted, and its content can raise any error."""
     try:
         yield
     except (ImportError, MemoryError, FloatingPointError, ModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # panics of the tokenizers library are no Exceptions
-        if "trust_remote_code" in str(error):  # advice to set what no function or command here takes
+    except BaseException as error:  # panics of the tokenizers library are not Exceptions
+        if "trust_remote_code" in str(error):  # its advice names an option that this package does not have
             raise ModelError(
                 f"{path}: must hold a model that transformers itself implements; this folder's own code (auto_map in "
                 "its JSON files) is never run"
             ) from error
-        if "can't allocate memory" in str(error):  # of torch's allocator; no fault of the folder's
+        if "can't allocate memory" in str(error):  # raised by torch's allocator, and not caused by the folder
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: {rule}; {reason}") from error
 
 
 def _names_of(model: Any) -> Any:
-    """(name on disk, names of the model) -> (names in the model, whether it is converted beyond a new name)."""
+    """Return a function: (name in the files, names of the model) -> (names in the model, whether it is converted)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -194,7 +196,7 @@ def _names_of(model: Any) -> Any:
         prefix = model.base_model_prefix
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if renamed not in known and name in known:
-            renamed, pattern = name, None  # it has its name in the model already
+            renamed, pattern = name, None  # it already has its name in the model
         if pattern is None:
             return [renamed], False
         targets = by_pattern[pattern].target_patterns

@@ -1,7 +1,8 @@
-"""Hugging Face PEFT's LoRA over LinearNF4: call `register()` once, then `peft.get_peft_model` works as over nn.Linear.
+"""Hugging Face PEFT's LoRA over LinearNF4: after `register()`, `peft.get_peft_model` works as over nn.Linear.
 
-PEFT looks the model class of an adapter type up in its table `PEFT_TYPE_TO_TUNER_MAPPING`, which also serves its own
-`register_peft_method`. `register()` puts a subclass of PEFT's LoraModel there; every other layer is treated as before.
+PEFT looks up the model class of an adapter type in its table `PEFT_TYPE_TO_TUNER_MAPPING`, which its own
+`register_peft_method` extends. `register()` puts a subclass of PEFT's LoraModel there; all other layers are treated as
+before.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class LoraLinearNF4(Linear):  # type: ignore[misc]
     """PEFT's LoRA layer over a LinearNF4: base and adapters run in one op, forward and backward.
 
-    Parameters, their names and their files are those of peft.tuners.lora.Linear. DoRA and the other variants run in
-    PEFT's own code over the base layer's output. Merging puts a dense layer, with the update added in float32 and cast
-    once, in the place of the base layer; unmerging brings the NF4 layer back, bit for bit.
+    Parameters, their names and files are those of peft.tuners.lora.Linear. DoRA and the other variants run in PEFT's
+    code over the base layer's output. Merging replaces the base layer by a dense layer, whose weight includes the
+    update, added in float32 and cast once; unmerging restores the NF4 layer bit for bit.
     """
 
     base_layer: nn.Module
@@ -43,7 +44,7 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         return cast(Any, module).in_features, cast(Any, module).out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Adds an adapter. Raises NotImplementedError for initializations that change the base weight."""
+        """Add an adapter. Raises NotImplementedError for initializations that change the base weight."""
         init = config.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
             raise NotImplementedError(
@@ -54,7 +55,7 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> y [..., out_features]."""
+        """Compute y [..., out_features] from x [..., in_features]."""
         if not (args or kwargs or self.disable_adapters or self.merged):
             updates, dropouts = self._plain_updates(self.active_adapters)
             if updates and len(dropouts) == 1:
@@ -71,9 +72,9 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         return forward_lowrank(self.base_layer, x, updates, dropout_p=dropouts.pop(), owner=owner)
 
     def _plain_updates(self, names: list[str]) -> tuple[list[LoraFactors], set[float]]:
-        """(updates of these adapters, their rates of dropout) where all are scaling * B A; else nothing.
+        """Return (updates of these adapters, their dropout rates) if all are scaling * B A; otherwise nothing.
 
-        Layers that are watched by hooks, or replaced by others, are called and not read.
+        Layers with hooks, and layers that were replaced, must be called and their weights not read.
         """
         updates: list[LoraFactors] = []
         dropouts: set[float] = set()
@@ -89,9 +90,9 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         return updates, dropouts
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Lets a dense layer that includes the adapters' updates compute.
+        """Replace the base layer by a dense layer that includes the adapters' updates.
 
-        safe_merge: raises ValueError where a merged weight is not finite. adapter_names: None means the active ones.
+        safe_merge: raise ValueError if a merged weight is not finite. adapter_names: None means the active ones.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
@@ -120,7 +121,7 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
         return cast(Tensor, bias + self.lora_B[name].bias.detach().to(bias) * self.scaling[name])
 
     def unmerge(self) -> None:
-        """Lets the NF4 layer compute again."""
+        """Restore the NF4 layer as the base layer."""
         if self.unmerged_layer is not None:
             self.base_layer, self.unmerged_layer = self.unmerged_layer, None
         self.merged_adapters.clear()
@@ -128,7 +129,7 @@ class LoraLinearNF4(Linear):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The layer that takes this one's place when PEFT removes its adapters."""
+        """Return the layer that replaces this one when PEFT removes its adapters."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return cast(nn.Module, self.get_base_layer())
@@ -140,7 +141,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class _OverLinearNF4:
-    """What a LoraModel has to know of LinearNF4; stands before it among the base classes."""
+    """The parts of a LoraModel that handle LinearNF4; a mixin in front of PEFT's class."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(Any, self).peft_config[adapter_name]
@@ -157,7 +158,7 @@ class _OverLinearNF4:
         return cast(nn.Module, LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, LoraLinearNF4):  # on its device already; PEFT would dequantize to look at it
+        if isinstance(new_module, LoraLinearNF4):  # already on its device; PEFT would dequantize the weight to move it
             setattr(parent, child_name, new_module)
         else:
             cast(Any, super())._replace_module(parent, child_name, new_module, child)
@@ -169,7 +170,7 @@ class _OverLinearNF4:
 
 
 def _quantized_targets(model: nn.Module) -> set[str]:
-    """LinearNF4 layers by name, but for the output head and layers that carry adapters already."""
+    """Return the LinearNF4 layers by name, without the output head and layers that already have adapters."""
     head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     names = {name for name, module in model.named_modules() if isinstance(module, LinearNF4) and module is not head}
@@ -181,12 +182,12 @@ class LoraModelNF4(_OverLinearNF4, LoraModel):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Makes PEFT adapt LinearNF4 layers, also for `target_modules="all-linear"`. Calling it again changes nothing."""
+    """Make PEFT adapt LinearNF4 layers, also for `target_modules="all-linear"`. Further calls change nothing."""
     registered = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
     if registered is LoraModel:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModelNF4
     elif not issubclass(registered, _OverLinearNF4):
         raise RuntimeError(
             f"register: PEFT's model class for LoRA must be its own LoraModel, got {registered.__name__}; "
-            "call register() before what replaces it"
+            "call register() before the library that replaces it"
         )

@@ -1,4 +1,4 @@
-"""QLoRAKernelsConfig: what a transformers model's config says of its NF4 weights."""
+"""QLoRAKernelsConfig: the description of NF4 weights in a transformers model's config."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 class QLoRAKernelsConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Argument `quantization_config` of transformers' from_pretrained: linear layers and experts load in NF4.
+    """The argument `quantization_config` of transformers' from_pretrained that loads linear layers and experts in NF4.
 
-    skip_modules: modules and parameters that stay dense, by name or by the end of their names; a block is kept with all
-    layers inside it. "lm_head", the default, stands for what bitsandbytes keeps by default: the output head, whatever
-    its name, and the last layer. Weights that are tied to the embeddings, and those that the model wants in float32,
-    are always kept.
+    skip_modules: modules and parameters that stay dense, by name or ending of a name; all layers inside a skipped block
+    stay dense. "lm_head", the default, means the modules that bitsandbytes keeps by default: the output head, under any
+    name, and the last layer. Weights that are tied to the embeddings, and those that the model keeps in float32, always
+    stay dense.
     blocksize: weights per scale.   double_quant: scales in 8 bits.
     compute_dtype: dtype of the products, or its name; None computes in the dtype of the activations.
-    Raises ValueError or TypeError where a value is not one of these.
+    Raises ValueError or TypeError for invalid values.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._model_dtype = torch.float32
 
     def to_dict(self) -> dict[str, Any]:
-        """The object in config.json. A model that bitsandbytes can read carries a BitsAndBytesConfig's values."""
+        """Return the object in config.json; a model that bitsandbytes can read has a BitsAndBytesConfig's values."""
         if self._storage == "bitsandbytes":
             compute_dtype = self.compute_dtype or self._model_dtype
             return bnb_layout.quantization_config(self.double_quant, compute_dtype, self.skip_modules)

@@ -1,4 +1,4 @@
-"""The NF4 layers of a transformers model and the layers that could be: found by name, and made dense again."""
+"""Lookup of a transformers model's NF4 layers and of layers that can be quantized, and dequantization in place."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..nn.module_tree import layers_of, move_hooks, set_submodule
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """LinearNF4 and ExpertsNF4 modules by name, but for those inside adapters."""
+    """Return LinearNF4 and ExpertsNF4 modules by name, without those inside adapters."""
     return {name: module for name, module in layers_of(model).items() if isinstance(module, (LinearNF4, ExpertsNF4))}
 
 
 def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """nn.Linear and Conv1D layers by name, as replace_linear takes them."""
+    """Return the nn.Linear and Conv1D layers that replace_linear can replace, by name."""
     return {name: module for name, module in layers_of(model).items() if is_plain_linear(module)}
 
 
 def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
-    """[experts, ., .] parameters of modules that transformers marks as experts, by name."""
+    """Return the [experts, ., .] parameters of modules that transformers marks as experts, by name."""
     found = {}
     for name, owner in layers_of(model).items():
         if hasattr(owner, "is_transposed") and hasattr(owner, "is_concatenated"):
@@ -35,7 +35,7 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Puts dense layers in the places of the NF4 ones, in `dtype`; returns the model."""
+    """Replace the NF4 layers by dense layers in `dtype`; returns the model."""
     for name, module in quantized_modules(model).items():
         if isinstance(module, ExpertsNF4):
             path, _, attribute = name.rpartition(".")

@@ -1,7 +1,7 @@
 """The quantizer that transformers' from_pretrained, save_pretrained and dequantize call for QLoRAKernelsConfig.
 
-transformers 5 reads a checkpoint tensor by tensor. A tensor that becomes the weight of a chosen layer is handed to
-`QuantizeNF4`, one of a checkpoint in NF4, with its constants, to `ReadNF4`; both put the finished layer into the model.
+transformers 5 reads a checkpoint tensor by tensor. It passes a dense tensor of a chosen layer to `QuantizeNF4`, and the
+tensors of an NF4 weight with its constants to `ReadNF4`; both put the finished layer into the model.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ WEIGHT = "weight"
 
 
 class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
-    """transformers' HfQuantizer for NF4: which layers become LinearNF4 and ExpertsNF4, and how they load and save."""
+    """transformers' HfQuantizer for NF4: selects the layers, and defines how they are loaded and saved."""
 
     quantization_config: QLoRAKernelsConfig
     serialized_names: ClassVar = {WEIGHT: [WEIGHT, *(f"{WEIGHT}.{suffix}" for suffix in bnb_layout.SUFFIXES)]}
 
     def __init__(self, quantization_config: QLoRAKernelsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.chosen: set[str] = set()  # parameters that are, or become, NF4
-        self.missing: set[str] | None = None  # transformers' own set of what the checkpoint lacks
+        self.chosen: set[str] = set()  # parameters that are in NF4 or will be
+        self.missing: set[str] | None = None  # transformers' set of parameters that the checkpoint lacks
         self.dtypes: dict[str, torch.dtype] = {}  # of dense parameters that are loaded by ReadNF4
 
     def is_serializable(self) -> bool:
@@ -61,7 +61,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         return 4.5 / 8
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError for a device_map that offloads layers: NF4 layers stay where they are."""
+        """Raise ValueError for a device_map that offloads layers: NF4 layers cannot be moved during forward."""
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and places != {"cpu"}):
             raise ValueError(
@@ -85,7 +85,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
                 put_experts(model, name, self._experts_to_fill(model.get_parameter(name)))
 
     def _experts_to_fill(self, stack: Tensor) -> ExpertsNF4:
-        """On the meta device, for transformers to assign the buffers of a checkpoint to."""
+        """Return ExpertsNF4 on the meta device, whose buffers transformers assigns from a checkpoint."""
         config = self.quantization_config
         shape = cast("tuple[int, int, int]", tuple(stack.shape))
         return ExpertsNF4.empty(*shape, config.blocksize, config.double_quant, dtype=stack.dtype, device="meta")
@@ -95,15 +95,15 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         return param_name in self.chosen
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The op for a dense tensor."""
+        """Return the op for a dense tensor."""
         return QuantizeNF4(self)
 
     def get_load_operations(self) -> dict[str, Any]:
-        """The op for the tensors of an NF4 weight."""
+        """Return the op for the tensors of an NF4 weight."""
         return {"deserialize": ReadNF4}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The model's own conversions, without those of weights that lie in the checkpoint in NF4."""
+        """Return the model's conversions, without those of weights that are stored in NF4 in the checkpoint."""
         if self.pre_quantized:
             weight_conversions = [c for c in weight_conversions if not self._converts_quantized(c)]
         return [*weight_conversions, *self.get_weight_conversions()]
@@ -128,8 +128,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _quantize_what_is_left(self, model: Any) -> None:
-        """A conversion whose first result stays dense is not followed by QuantizeNF4. What a checkpoint lacks, such as
-        a new head, has been initialized at random and stays dense.
+        """Quantize chosen weights that no op has converted, because the first result of their conversion stays dense.
+
+        Weights that the checkpoint lacks, such as a new head, have been initialized at random and stay dense.
         """
         lacks = self.missing or set()
         for name in sorted(self.chosen - lacks):
@@ -138,7 +139,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.put(model, name, owner._parameters[attribute].detach())
 
     def put(self, model: Any, name: str, dense: Tensor) -> None:
-        """Puts the layer, or the experts, with the weight `dense` into the model, in NF4."""
+        """Put the layer, or the experts, with the weight `dense` into the model, in NF4."""
         config = self.quantization_config
         if not _is_linear_weight(model, name):
             experts = ExpertsNF4.from_parameter(dense, blocksize=config.blocksize, double_quant=config.double_quant)
@@ -149,14 +150,14 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         self.put_linear(model, name, packed, state)
 
     def put_linear(self, model: Any, name: str, packed: Tensor, state: Any) -> None:
-        """Puts a LinearNF4 in the place of the layer whose weight is called `name`."""
+        """Replace the layer whose weight is called `name` by a LinearNF4."""
         linear, _ = owner_of(model, name)
         compute_dtype = self.quantization_config.compute_dtype
         layer = LoadedLinearNF4.from_quantized(packed, state, like=linear, compute_dtype=compute_dtype)
         set_submodule(model, name.removesuffix(f".{WEIGHT}"), layer)
 
     def _conversions_for_saving(self, model: Any) -> list[Any]:
-        """What is undone when the model is saved: the renamings, and the conversions of weights that are dense."""
+        """Return the conversions that saving reverses: the renamings, and the conversions of dense weights."""
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
             from transformers.conversion_mapping import get_model_conversion_mapping
@@ -168,7 +169,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         return [c for c in conversions if c not in reading and not self._converts_quantized(c)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Before a save: what the model is made of now goes into its config."""
+        """Update the model's config to its present layers before a save."""
         describe(model)
         return None, {}
 
@@ -176,7 +177,7 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
         return dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def remove_quantization_config(self, model: Any) -> None:
-        """Removes all that says that the model is quantized."""
+        """Remove all attributes that mark the model as quantized."""
         super().remove_quantization_config(model)
         for module in model.modules():
             config: Any = getattr(module, "config", None)
@@ -185,36 +186,36 @@ class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class LoadedLinearNF4(LinearNF4):
-    """A LinearNF4 until the whole model is loaded: nothing that transformers initializes changes it."""
+    """A LinearNF4 during loading, which transformers' initialization does not change."""
 
     @classmethod
     def from_quantized(cls, packed: Tensor, state: Any, **options: Any) -> LoadedLinearNF4:
-        """As LinearNF4.from_quantized. transformers makes the buffers that a state dict lacks anew; these stay."""
+        """Return a layer as LinearNF4.from_quantized does, with buffers that transformers does not initialize again."""
         layer = cast(LoadedLinearNF4, super().from_quantized(packed, state, **options))
         layer._non_persistent_buffers_set.clear()
         return layer
 
     @property
     def weight(self) -> Tensor:
-        """Carries transformers' mark of what needs no initialization. Some models initialize layers by their path."""
+        """The weight with transformers' mark against initialization; some models initialize layers by their path."""
         weight: Any = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
         weight._is_hf_initialized = True
         return cast(Tensor, weight)
 
     def finish(self) -> None:
-        """Makes it an ordinary LinearNF4."""
+        """Turn this layer into an ordinary LinearNF4."""
         self._non_persistent_buffers_set.update(self._buffers)
         self.__class__ = LinearNF4  # type: ignore[assignment]
 
 
 class QuantizeNF4(ConversionOps):  # type: ignore[misc]
-    """Quantizes the tensors that from_pretrained is about to assign, where their layers were chosen."""
+    """The op that quantizes the tensors of chosen layers before from_pretrained assigns them."""
 
     def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> Any:
-        """What is left for transformers to assign, by name."""
+        """Return the tensors that transformers has to assign, by name."""
         self.hf_quantizer.missing = missing_keys
         rest = {}
         for name, value in input_dict.items():
@@ -229,14 +230,14 @@ class QuantizeNF4(ConversionOps):  # type: ignore[misc]
 
 
 class ReadNF4(ConversionOps):  # type: ignore[misc]
-    """Makes a LinearNF4 of the tensors that a checkpoint holds of it; a dense weight is handed on."""
+    """The op that makes a LinearNF4 of its tensors in a checkpoint; dense weights are returned unchanged."""
 
     def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Return the conversion at saving: NF4 tensors are written as they are."""
+        """Return the conversion for saving, which writes NF4 tensors unchanged."""
         return _IdentityOp()
 
     def convert(
@@ -247,7 +248,7 @@ class ReadNF4(ConversionOps):  # type: ignore[misc]
         missing_keys: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """What is left for transformers to assign, by the pattern that found it."""
+        """Return the tensors that transformers has to assign, by the pattern that matched them."""
         quantizer = self.hf_quantizer
         quantizer.missing = missing_keys
         found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
@@ -266,15 +267,16 @@ class ReadNF4(ConversionOps):  # type: ignore[misc]
             raise ValueError(f"{full_layer_name}: must have shape {shape}, got {tuple(state.shape)}")
         packed = packed.reshape(-1).view(torch.uint8).reshape(-1, 1)
         constants = state.to(packed.device).constants
-        state = QuantState(state.shape, linear.weight.dtype, state.blocksize, *constants)  # the dtype asked for
+        state = QuantState(state.shape, linear.weight.dtype, state.blocksize, *constants)  # in the requested dtype
         quantizer.put_linear(model, full_layer_name, packed, state)
         missing_keys.discard(full_layer_name)
         return {}
 
 
 def chosen_parameters(model: Any, config: QLoRAKernelsConfig) -> set[str]:
-    """Names of the weights and stacks of experts that `config` wants in NF4. Raises ValueError for a name in
-    skip_modules that means nothing in the model.
+    """Return the names of the weights and expert stacks that `config` selects for NF4.
+
+    Raises ValueError for a name in skip_modules that matches nothing in the model.
     """
     names = [*dict(model.named_modules()), *dict(model.named_parameters())]
     wanted = [name for name in config.skip_modules if name != "lm_head"]
@@ -298,7 +300,7 @@ def _wanted_in_float32(model: Any) -> Iterator[str]:
 
 
 def _dtype_of_parameters(model: Any, dtype: Any) -> dict[str, torch.dtype]:
-    """The dtype in which transformers wants each parameter."""
+    """Return the dtype in which transformers keeps each parameter."""
     plan = model._get_dtype_plan(dtype) or {}
     patterns = [(re.compile(pattern.replace("*", ".*")), wanted) for pattern, wanted in plan.items()]
     return {
@@ -308,7 +310,7 @@ def _dtype_of_parameters(model: Any, dtype: Any) -> dict[str, torch.dtype]:
 
 
 def owner_of(model: Any, name: str) -> tuple[Any, str]:
-    """(the module that holds the parameter, its name there)."""
+    """Return (the module that has the parameter, its name there)."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 
@@ -319,21 +321,23 @@ def _is_linear_weight(model: Any, name: str) -> bool:
 
 
 def require_shape(model: Any, name: str, tensor: Tensor) -> None:
-    """Raises ValueError where `tensor` does not have the shape of the model's parameter."""
+    """Raise ValueError unless `tensor` has the shape of the model's parameter."""
     shape = tuple(model.get_parameter(name).shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def put_experts(model: Any, name: str, experts: ExpertsNF4) -> None:
-    """Puts `experts` in the place of the parameter `name`."""
+    """Replace the parameter `name` by `experts`."""
     owner, attribute = owner_of(model, name)
     delattr(owner, attribute)
     setattr(owner, attribute, experts)
 
 
 def use_plain_experts(model: Any) -> None:
-    """transformers' loop over experts multiplies by one expert's weight at a time, as ExpertsNF4 needs it."""
+    """Select transformers' loop over experts, which multiplies by one expert's weight at a time, as ExpertsNF4
+    needs.
+    """
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_experts_implementation"):
@@ -341,13 +345,13 @@ def use_plain_experts(model: Any) -> None:
 
 
 def describe(model: Any) -> None:
-    """Brings what a transformers model's config says of its quantization up to date with its layers.
+    """Update a transformers model's quantization config to its present layers.
 
-    Called when layers have been quantized, merged or replaced. A model whose NF4 layers bitsandbytes can read gets the
-    config of bitsandbytes. One with experts in NF4 gets QLoRAKernelsConfig, and so does one with a weight that
-    bitsandbytes' CPU code reads wrongly, where all layers have one blocksize and kind of constants. One that was loaded
-    with QLoRAKernelsConfig keeps it. A model without NF4 layers says nothing. The config of another library's quantizer
-    is left alone.
+    This is called after layers have been quantized, merged or replaced. A model whose NF4 layers bitsandbytes can read
+    gets the config of bitsandbytes. A model with experts in NF4 gets QLoRAKernelsConfig, and so does one with a weight
+    that bitsandbytes' CPU code reads wrongly, if all layers have one blocksize and kind of constants. A model that was
+    loaded with QLoRAKernelsConfig keeps it. A model without NF4 layers gets no config. The config of another library's
+    quantizer is not changed.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, QLoRAKernelsQuantizer):
@@ -377,7 +381,7 @@ def describe(model: Any) -> None:
 
 
 def _misread_by_bitsandbytes(module: Any) -> bool:
-    """Whether bitsandbytes' CPU code dequantizes the layer to another matrix (docs/format.md)."""
+    """Whether bitsandbytes' CPU code dequantizes the layer to wrong values (docs/format.md)."""
     columns: int = module.in_features
     return columns % 16 == 0 and columns % module.blocksize != 0
 

@@ -1,6 +1,6 @@
 """transformers: NF4 in from_pretrained and save_pretrained, and causal language models from local folders.
 
-Importing this module makes `QLoRAKernelsConfig` known to transformers, whose quantized models load only after it:
+Importing this module registers `QLoRAKernelsConfig` with transformers, which its quantized models need to load:
 
     from qlora_kernels.integrations.transformers import QLoRAKernelsConfig
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=QLoRAKernelsConfig())

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning of causal language models: text to windows, a loss that keeps logits small, the training loop.
+"""Supervised fine-tuning of causal language models: tokenized windows, a loss with small logits, the training loop.
 
-Plain PyTorch: any model whose forward takes `input_ids` and returns an object with `logits` will do.
+Any model works whose forward takes `input_ids` and returns an object with `logits`.
 """
 
 from .batches import BatchOrder, collate

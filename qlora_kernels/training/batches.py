@@ -1,4 +1,4 @@
-"""Which examples a step takes, as a function of the step alone, and how they become one batch."""
+"""The order of examples, as a function of the step, and their collation into batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .windows import IGNORED, Example
 
 
 class Batch(NamedTuple):
-    """input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None where nothing is padded."""
+    """input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None if nothing is padded."""
 
     input_ids: Tensor
     labels: Tensor
@@ -21,12 +21,12 @@ class Batch(NamedTuple):
 
     @property
     def learned_tokens(self) -> int:
-        """Predictions that count in the loss."""
+        """Return the number of predictions that count in the loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 class BatchOrder:
-    """Each epoch a new permutation. Nothing is remembered between steps, so a resumed run needs only the step."""
+    """A new permutation of the examples for each epoch; without state, so that a resumed run needs only the step."""
 
     def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
         self.n_examples = n_examples
@@ -35,7 +35,7 @@ class BatchOrder:
         self._permutation = lru_cache(maxsize=2)(self._permuted)
 
     def indices(self, step: int) -> list[int]:
-        """The examples of step 0, 1, ...; a batch may end one epoch and begin the next."""
+        """Return the examples of step 0, 1, ...; a batch may end one epoch and begin the next."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self._permutation(p // self.n_examples)[p % self.n_examples] for p in positions]
 
@@ -46,7 +46,7 @@ class BatchOrder:
 
 
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
-    """One batch, padded on the right to its longest example."""
+    """Return one batch, padded on the right to its longest example."""
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
     input_ids = torch.full(shape, pad_token_id)

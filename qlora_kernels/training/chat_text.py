@@ -1,4 +1,4 @@
-"""Conversations as the tokenizer's chat template writes them, and which of their tokens are the assistant's."""
+"""Conversations in the tokenizer's chat template, and detection of the tokens of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from .text_tokens import MarkedTokens, Span, TextTokens, shared_beginning
 Messages = Sequence[Mapping[str, Any]]
 
 _PROGRAM_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template, which is a program, raises beside its own refusals: for null + "text" and the like."""
+"""Exceptions of templates, which are programs, in addition to their own refusals: for null + "text" and the like."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusal(ValueError):
-    """The chat template does not write this conversation. The message holds the template's own, on one line."""
+    """The chat template refuses this conversation. The message has the template's message, on one line."""
 
 
 class ChatTokens(NamedTuple):
-    """tokens: of the conversation up to the assistant's last turn.   context_turns: the assistant's turns that are not
-    learned: those of weight 0, and those that the template writes in another form than the model generates them in.
+    """tokens: of the conversation up to the assistant's last turn.
+
+    context_turns: number of the assistant's turns that are not learned: those of weight 0, and those that the template
+    writes in another form than the model generates them in.
     """
 
     tokens: MarkedTokens
@@ -31,9 +33,9 @@ class ChatTokens(NamedTuple):
 
 
 def write_chat(tokenizer: Any, messages: Messages, tools: Messages = (), *, generation_prompt: bool) -> str:
-    """The text of a conversation.   generation_prompt: with what makes the model begin the assistant's next turn.
+    """Return the text of a conversation.   generation_prompt: append the text that starts the assistant's next turn.
 
-    Raises TemplateRefusal where the tokenizer has no chat template or the template fails.
+    Raises TemplateRefusal if the tokenizer has no chat template or the template fails.
     """
     from jinja2 import TemplateError
 
@@ -44,7 +46,7 @@ def write_chat(tokenizer: Any, messages: Messages, tools: Messages = (), *, gene
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
         )
-    # A template is a program: beside its own refusals it raises what Python raises for null + "text" and the like.
+    # A template is a program: it can also raise Python's errors, for example for null + "text".
     except (
         TemplateError,
         ArithmeticError,
@@ -60,11 +62,12 @@ def write_chat(tokenizer: Any, messages: Messages, tools: Messages = (), *, gene
 
 
 class ChatTokenizer:
-    """Turns conversations into tokens, of which those of the assistant's turns are learned.
+    """Converts conversations to tokens, of which those of the assistant's turns are learned.
 
-    Where the template marks the assistant's words ({% generation %}), those are learned. Else a turn is learned where
-    the whole conversation begins with the conversation up to that turn: then the turn is written as the model generates
-    it. Templates that rewrite earlier turns (dropping their reasoning) leave at least the last one.
+    If the template marks the assistant's words ({% generation %}), those are learned. Otherwise a turn is learned if
+    the text of the conversation up to that turn is a prefix of the whole text, because the turn then has the form that
+    the model generates. Templates that rewrite earlier turns (by dropping their reasoning) leave at least the last
+    turn.
     """
 
     def __init__(self, texts: TextTokens) -> None:
@@ -72,7 +75,7 @@ class ChatTokenizer:
         self.tokenizer: Any = texts.tokenizer
 
     def encode(self, chat: Chat) -> ChatTokens:
-        """Raises DataError, with the conversation's place, where the template refuses it or leaves out a part of it."""
+        """Raise DataError, with the conversation's place, if the template refuses it or omits a part of it."""
         last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
         try:
             messages = self._with_content(chat.messages[: last + 1], chat.tools)
@@ -103,7 +106,7 @@ class ChatTokenizer:
         return _GENERATION.search(self.tokenizer.get_chat_template(None, list(tools) or None)) is not None
 
     def _generated(self, messages: Messages, tools: Messages) -> MarkedTokens:
-        """By the template's own marks."""
+        """Return the tokens with the template's own marks."""
         output = self.tokenizer.apply_chat_template(
             list(messages),
             tools=list(tools) or None,
@@ -138,28 +141,30 @@ class ChatTokenizer:
         return spans, context_turns
 
     def _start_of_turn(self, messages: Messages, i: int, tools: Messages, whole: str) -> int | None:
-        """Where turn i begins in `whole`: behind the generation prompt, or the part of it that is there."""
-        if i == 0:  # templates refuse to write nothing; a conversation may begin with the assistant
+        """Return the start of turn i in `whole`: after the generation prompt, or after the part of it that is
+        present.
+        """
+        if i == 0:  # a conversation may begin with the assistant, and templates refuse an empty one
             return max(whole.find(str(messages[0].get("content", ""))), 0)
         prompted = self._write_or_none(messages[:i], tools, generation_prompt=True)
         if prompted is not None and whole.startswith(prompted):
             return len(prompted)
-        # The prompt may say more than the turn does ("<think>" where the turn has no reasoning).
+        # The prompt may contain more than the turn ("<think>" if the turn has no reasoning).
         before = self._write(messages[:i], tools)
         if not whole.startswith(before):
             return None
         return max(len(before), shared_beginning(prompted or "", whole))
 
     def _with_content(self, messages: Messages, tools: Messages) -> Messages:
-        """An empty content for turns that have none, where the template needs one."""
+        """Return the messages, with an empty content for turns without one if the template needs it."""
         if all("content" in message for message in messages) or self._write_or_none(messages, tools) is not None:
             return messages
         return [{"content": "", **message} for message in messages]
 
     def _with_fitting_arguments(self, messages: Messages, tools: Messages) -> Messages:
-        """Arguments of tool calls as objects where the template would quote the JSON string that they are.
+        """Return the messages with tool-call arguments as objects, if the template would quote a JSON string.
 
-        APIs hand out `arguments` as a string of JSON; most templates write them with the filter `tojson`.
+        APIs return `arguments` as a string of JSON; most templates write them with the filter `tojson`.
         """
         given = [_arguments(call) for message in messages for call in message.get("tool_calls", ())]
         strings = [arguments for arguments in given if isinstance(arguments, str)]
@@ -171,14 +176,14 @@ class ChatTokenizer:
         return [_with_objects(message) for message in messages]
 
     def _check_all_is_written(self, messages: Messages, tools: Messages, whole: str) -> None:
-        """Raises DataError where the text is the same without the tools, the tool calls or the reasoning."""
+        """Raise DataError if the text does not change when the tools, the tool calls or the reasoning are removed."""
         if tools and self._write_or_none(messages, ()) == whole:
             raise DataError("the chat template does not write `tools`; use a model whose template does")
         for keys in (("tool_calls",), ("function_call",), REASONING):
             holders = [i for i, message in enumerate(messages) if any(message.get(key) for key in keys)]
             if not holders:
                 continue
-            # The last one, at the end of its conversation: templates may leave out the reasoning of earlier turns.
+            # Only the last one is checked, because templates may omit the reasoning of earlier turns.
             *earlier, message = messages[: holders[-1] + 1]
             without = {key: value for key, value in message.items() if key not in keys}
             text = self._write_or_none([*earlier, message], tools)

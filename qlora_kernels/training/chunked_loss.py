@@ -1,18 +1,18 @@
 """Cross-entropy of a language model without the logits of the whole batch in memory.
 
-Logits are [tokens, vocabulary]: at 1024 x 49152 in fp32 200 MB, and as much again for each of softmax and gradient,
-far more than the activations of a small model. So the model runs up to its output head, and head and loss run over
-`chunk` tokens at a time. The gradient with respect to a chunk's hidden states is taken in the forward pass, while its
-logits are there; recomputing them in the backward pass instead would cost one more product with the head.
+Logits are [tokens, vocabulary]: 200 MB for 1024 x 49152 in fp32, and as much for each of softmax and gradient, far more
+than the activations of a small model. Therefore the model runs up to its output head, and head and loss run over
+`chunk` tokens at a time. The gradient with respect to a chunk's hidden states is computed in the forward pass, while
+its logits exist; recomputing them in the backward pass would cost one more product with the head.
 
-A frozen linear head, the usual case beside adapters, needs no autograd: its logits become their own gradient, softmax
-minus one-hot, a few rows at a time by way of two fp32 scratches that stay in cache. Fresh fp32 tensors of a chunk's
-size, which autograd would make several of, cost more in page faults than in arithmetic.
+A frozen linear head, the usual case with adapters, needs no autograd: the gradient, softmax minus one-hot, overwrites
+its logits. This runs over a few rows at a time in two fp32 scratch buffers that stay in cache. With autograd, several
+fp32 tensors of a chunk's size would be allocated, and page faults would cost more than arithmetic.
 
-On a CPU with the native library such a head runs on the op linear_cross_entropy, which never holds a token's logits.
+On a CPU with the native library, such a head runs on the op linear_cross_entropy, which does not store logits.
 
-A chunk is large enough for its products to run near the machine's peak: over 128 tokens they took a third longer than
-over 256 (two Zen 4 cores, vocabulary 49152), over 1024 a tenth less.
+A chunk is large enough for its products to run near peak speed: products over 128 tokens took a third longer than over
+256 (two Zen 4 cores, vocabulary 49152), and over 1024 a tenth less.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ChunkedLoss:
 
     model: called as model(input_ids=, attention_mask=, use_cache=False), with get/set_output_embeddings as transformers
     models have them.   chunk: tokens whose logits are in memory at one time.
-    Some architectures scale or cap the logits after the head. Whether this one does is measured, by one forward over a
-    few tokens; such a model computes its logits whole.
+    Some architectures scale or cap the logits after the head. This is detected by one forward over a few tokens; the
+    logits of such a model are computed whole.
     """
 
     def __init__(self, model: nn.Module, chunk: int = 256) -> None:
@@ -72,7 +72,7 @@ class ChunkedLoss:
 
     @contextmanager
     def _without_head(self) -> Iterator[nn.Module]:
-        """The model's `logits` are the hidden states that its head, which is handed out, would have taken."""
+        """Yield the model's head, while the model's `logits` are the hidden states that are the head's input."""
         head = self.model.get_output_embeddings()
         self.model.set_output_embeddings(nn.Identity())
         try:
@@ -97,7 +97,7 @@ class ChunkedLoss:
 
 
 def _runs_on_the_op(head: nn.Module, hidden: Tensor) -> bool:
-    """Whether head and loss are those of linear_cross_entropy, on tensors for which its CPU kernel was measured."""
+    """Whether linear_cross_entropy computes this head and loss, on tensors for which its CPU kernel was measured."""
     return (
         type(head) is nn.Linear
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
@@ -111,7 +111,7 @@ def _runs_on_the_op(head: nn.Module, hidden: Tensor) -> bool:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum of cross_entropy(head(hidden), labels); differentiable in hidden [T, H] and in the head's parameters."""
+    """The sum of cross_entropy(head(hidden), labels), differentiable in hidden [T, H] and in the head's parameters."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int, *parameters: Tensor) -> Tensor:
@@ -149,10 +149,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _FrozenLinearHead:
-    """Loss and gradient through logits = hidden W^T + b, W and b constant, in buffers that every chunk reuses."""
+    """Loss and gradient of logits = hidden W^T + b with constant W and b, in buffers that all chunks share."""
 
     SCRATCH_ROWS = 16
-    """Of fp32 logits at one time: 3 MB at a vocabulary of 49152, and as much for their softmax."""
+    """Bytes of fp32 logits at one time: 3 MB at a vocabulary of 49152, and as much for their softmax."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor, chunk: int) -> None:
         self.weight = head.weight.detach().to(hidden.dtype)
@@ -163,7 +163,7 @@ class _FrozenLinearHead:
         self.scratch = hidden.new_empty(2, self.SCRATCH_ROWS, vocabulary, dtype=kind)
 
     def loss(self, hidden: Tensor, labels: Tensor, grad_hidden: Tensor | None) -> Tensor:
-        """Sum over hidden's rows; writes the gradient into grad_hidden, if given."""
+        """Return the sum over hidden's rows, and write the gradient into grad_hidden, if given."""
         logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
         if self.bias is not None:
             logits += self.bias
@@ -180,7 +180,7 @@ class _FrozenLinearHead:
         wide.copy_(logits)
         chosen = wide.gather(1, labels) - wide.amax(dim=1, keepdim=True)
         torch.softmax(wide, dim=1, out=probabilities)
-        # The largest logit's probability is exp(0) / sum of exp(logit - largest): it tells the sum.
+        # The largest probability is exp(0) / sum of exp(logit - largest), from which the sum follows.
         log_normalizer = -probabilities.amax(dim=1, keepdim=True).log()
         if wants_grad:
             probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))

@@ -1,4 +1,4 @@
-"""A corpus: records to train on, and records of the same kind that stay unseen."""
+"""A corpus: records for training, and held-out records of the same kind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .records import DataError, Plain, Record, parse_record, unused_keys
 
 @dataclass(frozen=True)
 class Corpus:
-    """Records to train on, and records of the same kind that training never sees.
+    """Records for training, and held-out (unseen) records of the same kind.
 
-    source: for messages.   unused: keys of the rows that nothing reads.
+    source: for messages.   unused: keys of the rows that are not used.
     """
 
     source: str
@@ -25,12 +25,12 @@ class Corpus:
 
 
 def read_corpus(path: Path, unseen_fraction: float) -> Corpus:
-    """The records of a data file (`data_files.read_file`), split in two.
+    """Read the records of a data file (`data_files.read_file`), and hold out a part of them.
 
-    A row holds {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content", ...}, ...], "tools"}.
-    unseen_fraction: in [0, 1): of the records, spread evenly over the file, at least one of them; of a text, its end,
-    cut at a paragraph or a space. 0 keeps nothing unseen.
-    Raises DataError, with the row's place, for anything else; and where nothing is left for one of the two parts.
+    A row has {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content", ...}, ...], "tools"}.
+    unseen_fraction: in [0, 1). Of records, this fraction, spread evenly over the file, and at least one is held out; of
+    a text, its end, cut at a paragraph or a space. 0 holds out nothing.
+    Raises DataError, with the row's place, for any other row; and if one of the two parts would be empty.
     """
     content = read_file(path)
     if isinstance(content, str):
@@ -39,7 +39,7 @@ def read_corpus(path: Path, unseen_fraction: float) -> Corpus:
 
 
 def corpus_of_rows(source: str, rows: Iterable[Row], unseen_fraction: float) -> Corpus:
-    """The corpus of rows from anywhere, each with its place for messages.   source: the name of all of them."""
+    """Return the corpus of rows from any source, each with its place for messages.   source: name of the corpus."""
     records: list[Record] = []
     unused: set[str] = set()
     for row in rows:
@@ -49,7 +49,7 @@ def corpus_of_rows(source: str, rows: Iterable[Row], unseen_fraction: float) -> 
 
 
 def language_reference() -> Corpus:
-    """Python's language reference, which comes with Python itself: every eighth topic, by name, stays unseen."""
+    """Return Python's language reference, which is part of Python; every eighth topic, by name, is held out."""
     from pydoc_data.topics import topics
 
     texts = [topics[name].strip() for name in sorted(topics)]
@@ -71,7 +71,7 @@ def _split_text(source: str, text: str, unseen_fraction: float) -> Corpus:
 def _split_records(
     source: str, records: Sequence[Record], unseen_fraction: float, unused: Sequence[str] = ()
 ) -> Corpus:
-    """Record i is unseen where the multiples of `unseen_fraction` pass a whole number between i and i + 1."""
+    """Hold out record i if a multiple of 1 / unseen_fraction is between i and i + 1."""
     if not records or (unseen_fraction > 0 and len(records) < 2):
         rule = "at least 2 records, one to train on and one unseen" if unseen_fraction > 0 else "at least 1 record"
         raise DataError(f"{source}: must hold {rule}, got {len(records)}")

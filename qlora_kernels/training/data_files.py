@@ -1,4 +1,4 @@
-"""Data files: from a path to its rows, or to its running text, by the file's suffix."""
+"""Data files: reads rows of records, or running text, depending on the file's suffix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .records import DataError, excerpt
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
-"""Suffix -> the delimiter of its columns."""
+"""Suffix -> delimiter of its columns."""
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 SUFFIXES = (*LINES, ".json", *TABLES, *TEXTS)
 
@@ -26,12 +26,12 @@ class Row(NamedTuple):
 
 
 def read_file(path: Path) -> list[Row] | str:
-    """The rows of a file of records, or the text of a file of running text.
+    """Return the rows of a file of records, or the text of a file of running text.
 
-    The suffix, in any case, decides: .jsonl and .ndjson hold one JSON value a line; .json holds an array of values, or
-    one value a line; .csv and .tsv hold a header and one record a line; .txt, .text, .md, .markdown and .rst are
-    running text. Files are UTF-8, with or without a byte order mark; line ends are LF, CRLF or CR.
-    Raises DataError, naming the place, for any other suffix, for a folder and for content that is not of its kind.
+    The suffix, in any case, determines the format: .jsonl and .ndjson have one JSON value per line; .json has an array
+    of values, or one value per line; .csv and .tsv have a header and one record per line; .txt, .text, .md, .markdown
+    and .rst are running text. Files are UTF-8, with or without a byte order mark; line ends are LF, CRLF or CR.
+    Raises DataError, naming the place, for any other suffix, for a folder, and for content of another format.
     """
     if path.is_dir():
         raise DataError(f"{path}: must be a file, got a folder")
@@ -59,7 +59,7 @@ def _decode(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#04x}") from error
-    # Only these end a line. U+2028, U+2029 and U+0085, which str.splitlines takes too, are characters of a JSON string.
+    # Only these end a line. str.splitlines also splits at U+2028, U+2029 and U+0085, which may be inside a JSON string.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -71,7 +71,7 @@ def _line_rows(path: Path, text: str) -> Iterator[Row]:
 
 
 def _is_one_value_a_line(text: str) -> bool:
-    """Whether a .json file is JSON lines, which many programs write under that suffix."""
+    """Whether a .json file is JSON lines, which many programs write with that suffix."""
     first = text.lstrip().partition("\n")[0]
     if first.startswith("["):
         return False
@@ -97,12 +97,12 @@ def _parse(place: str, text: str) -> Any:
 
 
 def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    """One dict of strings for each row, by the header's names."""
-    limit = csv.field_size_limit(len(text) + 1)  # the module's own is 128 KiB, for the whole process
+    """Yield one dict of strings for each row, with the header's names as keys."""
+    limit = csv.field_size_limit(len(text) + 1)  # a limit of the whole process, 128 KiB by default
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(filter(None, rows))]
-        names = [name for name in header if name]  # the index that pandas writes has none
+        names = [name for name in header if name]  # the name of the index that pandas writes is empty
         if len(set(names)) < len(names):
             raise DataError(f"{path}:{rows.line_num}: must begin with different names, got {excerpt(header)}")
         for cells in rows:

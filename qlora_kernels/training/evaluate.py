@@ -1,4 +1,4 @@
-"""Perplexity."""
+"""Perplexity of a model on held-out examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGEST = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood.   tokens: the predictions that it is the mean of."""
+    """exp of the mean negative log-likelihood.   tokens: number of predictions in the mean."""
 
     value: float
     tokens: int
@@ -34,15 +34,15 @@ def perplexity(
     on_batch: Callable[[], object] = lambda: None,
     workers: Workers | None = None,
 ) -> Perplexity:
-    """Of loss.model, in eval mode, over `examples`. The sums are taken in fp64, in the examples' order.
+    """Return the perplexity of loss.model, in eval mode, on `examples`, summed in fp64 in the examples' order.
 
-    workers: the processes that share the batches; each gets the same result, which is that of one process.
-    Raises FloatingPointError where it is not a number of float64.
+    workers: the processes that share the batches; each gets the same result, equal to that of one process.
+    Raises FloatingPointError if the result is not a finite float64.
     """
     training = loss.model.training
     loss.model.eval()
     workers = workers or Workers()
-    of_batch: dict[int, tuple[float, int]] = {}  # start of a batch -> its loss and its learned tokens
+    of_batch: dict[int, tuple[float, int]] = {}  # start of a batch -> (its loss, its learned tokens)
     for start in workers.share(range(0, len(examples), batch_size)):
         batch = collate(examples[start : start + batch_size], pad_token_id)
         of_batch[start] = loss(batch).item(), batch.learned_tokens
@@ -55,6 +55,6 @@ def perplexity(
         total += of_batch[start][0]
         tokens += of_batch[start][1]
     mean = total / tokens
-    if not mean < _LARGEST:  # NaN too
+    if not mean < _LARGEST:  # also true for NaN
         raise FloatingPointError(f"perplexity: the loss must be below {_LARGEST:.0f} nats a token, got {mean}")
     return Perplexity(math.exp(mean), tokens)

@@ -28,8 +28,9 @@ from .workers import ONE_PROCESS, Workers
 class TrainConfig:
     """steps: optimizer steps of `batch_size` examples, of which `micro_batch` at a time are in memory (0: all).
 
-    lr: peak learning rate, reached after warmup_steps.   max_grad_norm: gradients are clipped to it; 0 for never.
-    checkpoint_every: steps between checkpoints, of which the last step is always one; 0 for none.
+    lr: peak learning rate, reached after warmup_steps.   max_grad_norm: gradients are clipped to it; 0 disables
+    clipping.
+    checkpoint_every: steps between checkpoints; the last step is always one; 0 disables checkpoints.
     seed: of the order of the examples.
     """
 
@@ -46,7 +47,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """step counts from 1.   loss: nats per learned token.   grad_norm: before clipping.   seconds: of this step."""
+    """step: counted from 1.   loss: nats per learned token.   grad_norm: before clipping.   seconds: of this step."""
 
     step: int
     loss: float
@@ -76,11 +77,12 @@ def train(
     """Train the parameters of loss.model that require a gradient, and return every step's record.
 
     optimizer: makes it from those parameters.   checkpoints: folder for config.checkpoint_every and `resume`.
-    settings: what, beside `config`, must not change for a resumed run to be the same run; kept in the checkpoint.
+    settings: values, in addition to `config`, that must not change between runs of one training; kept in the
+    checkpoint.
     resume: continue from the newest checkpoint, if any, also with another number of processes.
-    workers: the processes that share every batch; each has all of the model, and rank 0 writes the checkpoints.
-    A resumed run computes the same bits as one that was never interrupted.
-    Raises ResumeError where the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
+    workers: the processes that share every batch; each has the whole model, and rank 0 writes the checkpoints.
+    A resumed run computes the same bits as an uninterrupted one.
+    Raises ResumeError if the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
     """
     model, workers = loss.model, workers or ONE_PROCESS
     identity = json.dumps(
@@ -93,7 +95,7 @@ def train(
         _check_identity(str(checkpoints), state, identity)
         _restore_model(model, state)
         records = [StepRecord(**record) for record in state.parts["records"]]
-    # After the model's restoration, which may replace parameters.
+    # Only after the model was restored, because this may replace parameters.
     trained = list(_trained(model).values())
     workers.start_alike(trained)
     stepper = optimizer(trained)
@@ -117,7 +119,7 @@ def train(
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """16 hexadecimal digits that change with any token or label of the examples, or with their order."""
+    """Return 16 hex digits that depend on all tokens and labels of the examples and on their order."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.input_ids, example.labels):
@@ -156,9 +158,9 @@ def _step(
 
 
 def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers = ONE_PROCESS) -> float:
-    """Accumulate this process's part of the gradient of the mean over all learned tokens of all processes.
+    """Accumulate this process's part of the gradient of the mean loss over the learned tokens of all processes.
 
-    Returns that mean, auxiliary losses left out.
+    Returns that mean, without auxiliary losses.
     """
     learned = workers.total(sum(batch.learned_tokens for batch in micro_batches))
     taking_part = workers.total(1.0 if micro_batches else 0.0)
@@ -174,7 +176,7 @@ def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Worker
 
 def _check_identity(place: str, state: TrainingState, identity: str) -> None:
     saved, wanted = json.loads(state.parts["settings"]), json.loads(identity)
-    for key in {"examples", "base"} & wanted.keys():  # not yet in checkpoints of older versions
+    for key in {"examples", "base"} & wanted.keys():  # absent in checkpoints of older versions
         saved.setdefault(key, wanted[key])
     changed = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
     if changed:
@@ -183,7 +185,7 @@ def _check_identity(place: str, state: TrainingState, identity: str) -> None:
 
 
 def _model_parts(model: nn.Module) -> dict[str, Any]:
-    """The trained parameters, and what a PEFT method needs beside them to go on (AdaLoRA's importances)."""
+    """Return the trained parameters and the state of PEFT methods, such as AdaLoRA's importances."""
     return {
         "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
         "methods": [method.training_state() for method in _methods(model)],

@@ -1,4 +1,4 @@
-"""Records of text: what one row of a data file may hold, and its checks."""
+"""Records of text: the permitted contents of one row of a data file, and their checks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from ..io.strict_json import JSONRefused, parse_json
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names under which a message carries its reasoning."""
+"""Keys of a message that hold its reasoning."""
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list"}
 
 
 class DataError(ValueError):
-    """The data cannot be used as given. The message names the file, the line and the rule."""
+    """The data cannot be used. The message names the file, the line and the rule."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Running text: every token is learned.   place: where it was read, for messages."""
+    """Running text, of which every token is learned.   place: its origin, for messages."""
 
     text: str
     place: str = field(default="", compare=False, repr=False, kw_only=True)
@@ -27,7 +27,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Completion:
-    """Only the completion's tokens are learned.   place: where it was read, for messages."""
+    """A prompt and a completion, of which only the completion is learned.   place: its origin, for messages."""
 
     prompt: str
     completion: str
@@ -36,10 +36,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, written out by the tokenizer's chat template; only the assistant's turns are learned.
+    """A conversation, written by the tokenizer's chat template, of which only the assistant's turns are learned.
 
-    messages: dicts with at least "role"; every key reaches the template.   tools: the functions that the model is
-    offered, as JSON schemas.   place: where it was read, for messages.
+    messages: dicts with at least "role"; the template gets every key.   tools: the functions available to the model, as
+    JSON schemas.   place: its origin, for messages.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -51,10 +51,10 @@ Record = Plain | Completion | Chat
 
 
 def parse_record(place: str, value: Any) -> Record:
-    """The record that a row holds: {"text"}, {"prompt", "completion"} or {"messages"}, the last with "tools" or not.
+    """Return the record in a row: {"text"}, {"prompt", "completion"} or {"messages"}, with or without "tools".
 
     place: for messages.   value: of any type. Other keys are ignored (`unused_keys` lists them).
-    Raises DataError where the row is none of these.
+    Raises DataError for any other row.
     """
     if isinstance(value, dict):
         if "messages" in value:
@@ -71,7 +71,7 @@ def parse_record(place: str, value: Any) -> Record:
 
 
 def unused_keys(value: Mapping[str, Any]) -> set[str]:
-    """Keys of a row that `parse_record` ignored."""
+    """Return the keys of a row that `parse_record` ignored."""
     for used in ({"messages", "tools"}, {"prompt", "completion"}, {"text"}):
         if used - {"tools"} <= value.keys():
             return set(value) - used
@@ -79,7 +79,7 @@ def unused_keys(value: Mapping[str, Any]) -> set[str]:
 
 
 def excerpt(value: Any) -> str:
-    """A short form of a value for a message: a string's beginning, an object's keys, or the kind of value."""
+    """Return a short form of a value for a message: a string's beginning, an object's keys, or the kind of value."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, dict):
@@ -107,7 +107,7 @@ def _messages(place: str, messages: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def _message(place: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message without the keys that are null."""
+    """Return the message without keys whose value is null."""
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if not isinstance(role, str):
@@ -129,7 +129,7 @@ def _message(place: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _list_of_objects(place: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """`value` as a tuple of dicts; a string is parsed as JSON, because tables cannot hold objects of mixed kinds."""
+    """Return `value` as a tuple of dicts; a string is parsed as JSON, because tables cannot hold mixed objects."""
     if isinstance(value, str):
         try:
             value = parse_json(value)

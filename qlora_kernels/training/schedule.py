@@ -10,9 +10,9 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def factor(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:
-    """What the peak rate is multiplied by in step 0, 1, ...: up in equal parts to 1, then down, to 0 after the last.
+    """Return the factor of the peak rate in step 0, 1, ...: linear warm-up to 1, then decay to 0 after the last step.
 
-    The first step already moves (1 / warmup_steps), and so does the last.
+    The factor is positive in all steps: 1 / warmup_steps in the first one.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,7 +1,7 @@
-"""Token ids of whole texts: one beginning-of-text token where the tokenizer adds it, and which tokens are learned.
+"""Token ids of whole texts: a beginning-of-text token if the tokenizer adds one, and which tokens are learned.
 
-A text is tokenized in one piece. Tokenizing its parts one by one gives other tokens: SentencePiece-like tokenizers put
-a word mark before every piece, and byte-level ones merge across the seam.
+A text is tokenized as a whole. Tokenizing its parts separately gives other tokens: SentencePiece-like tokenizers put a
+word mark before every part, and byte-level ones merge across the boundary.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 Span = tuple[int, int]
-"""Characters [start, end) of a text."""
+"""A range [start, end) of characters of a text."""
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used.
+    """The required interface of a transformers tokenizer.
 
-    Used besides, where it exists: `is_fast`, whether calls take return_offsets_mapping; `bos_token_id`;
-    `chat_template`, to see whether it marks the assistant's turns.
+    Optional attributes: `is_fast`, whether calls accept return_offsets_mapping; `bos_token_id`; `chat_template`, which
+    is searched for marks of the assistant's turns.
     """
 
     eos_token_id: int | None
@@ -25,13 +25,13 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
-        """Return the text or the tokens of a conversation, as transformers' method of this name does."""
+        """Return the text or the tokens of a conversation, as transformers' method does."""
 
 
 class MarkedTokens(NamedTuple):
-    """ids: tokens of a text.   learned: for each, whether it holds a character of the learned spans.
+    """ids: tokens of a text.   learned: for each token, whether it has a character of the learned spans.
 
-    straddling: how many of the learned tokens also hold characters before their span.
+    straddling: number of learned tokens that also have characters before their span.
     """
 
     ids: list[int]
@@ -40,39 +40,40 @@ class MarkedTokens(NamedTuple):
 
 
 class TextTokens:
-    """The token ids of texts as a model is to see them.
+    """Token ids of texts in the form in which a model gets them.
 
-    `ids` are the tokenizer's ids of the whole text, after the tokens that the tokenizer itself puts before a text (the
-    beginning of text, for Llama, Mistral, Gemma). A text that begins with them in writing gets no second ones. What a
-    chat template wrote gets none at all, as in transformers: the template writes those that the model is to see.
+    The ids are those of the tokenizer for the whole text, preceded by the tokens that the tokenizer itself puts before
+    a text (the beginning of text, for Llama, Mistral, Gemma). A text that already begins with these in writing gets no
+    second ones. The output of a chat template gets none, as in transformers, because the template writes all special
+    tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
-        # Texts beyond model_max_length are meant to be cut here, so transformers' warning would mislead.
+        # Texts beyond model_max_length are cut later, so that transformers' warning would be misleading.
         self._options: dict[str, Any] = {"verbose": False} if hasattr(tokenizer, "is_fast") else {}
         self.before, self.after = self._added_around()
 
     def ids(self, text: str, *, from_template: bool = False) -> list[int]:
-        """Of a text that goes on: a prompt, or a document that the caller ends.
+        """Return the ids of a text without an end: a prompt, or a document that the caller ends.
 
-        from_template: whether a chat template wrote it, which writes all special tokens itself.
+        from_template: whether a chat template wrote it, with all special tokens.
         """
         return self._plain(text) if from_template else self.led(self._plain(text))
 
     def led(self, ids: list[int]) -> list[int]:
-        """`ids`, with the tokens that begin a text before them unless they are there."""
+        """Return `ids`, preceded by the tokens that begin a text unless they are there."""
         there = ids[: len(self.before)] == self.before or ids[:1] == [getattr(self.tokenizer, "bos_token_id", None)]
         return ids if there else self.before + ids
 
     def ended(self, ids: list[int]) -> list[int]:
-        """`ids`, with the end-of-text token behind them unless it is there or the tokenizer has none."""
+        """Return `ids`, followed by the end-of-text token unless it is there or the tokenizer has none."""
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
     def marked(self, text: str, spans: Sequence[Span], *, from_template: bool = False) -> MarkedTokens:
-        """The ids of `text` and which of them are learned: those with at least one character in one of the `spans`.
+        """Return the ids of `text`, marking those with at least one character in one of the `spans` as learned.
 
         spans: in order, without overlap.   from_template: as in `ids`.
         """
@@ -92,7 +93,7 @@ class TextTokens:
         return list(self.tokenizer(text, add_special_tokens=False, **self._options)["input_ids"])
 
     def _added_around(self) -> tuple[list[int], list[int]]:
-        """The tokens that the tokenizer puts before and after a text."""
+        """Return the tokens that the tokenizer puts before and after a text."""
         for probe in ("a", "0", "the"):
             plain = self._plain(probe)
             whole = list(self.tokenizer(probe, add_special_tokens=True, **self._options)["input_ids"])
@@ -102,7 +103,9 @@ class TextTokens:
         return [], []
 
     def _covered_by_prefixes(self, text: str, ids: list[int], spans: Sequence[Span]) -> tuple[list[bool], int]:
-        """For tokenizers that do not tell offsets: tokens that `text` shares with a beginning of it lie inside that."""
+        """Mark learned tokens without offsets: the tokens that `text` shares with a prefix of it are inside that
+        prefix.
+        """
         learned = [False] * len(ids)
         straddling = 0
         for start, end in spans:
@@ -114,7 +117,9 @@ class TextTokens:
         return learned, straddling
 
     def _tokens_within(self, beginning: str, ids: list[int]) -> tuple[int, bool]:
-        """(leading tokens of `ids` that `beginning` has alone too, whether these are all its tokens)."""
+        """Return (number of leading tokens of `ids` that `beginning` alone has too, whether these are all its
+        tokens).
+        """
         alone = self._plain(beginning) if beginning else []
         shared = next(
             (i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids))
@@ -123,7 +128,7 @@ class TextTokens:
 
 
 def shared_beginning(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     shortest = min(len(one), len(other))
     return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
@@ -131,11 +136,11 @@ def shared_beginning(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[list[bool], int]:
     learned: list[bool] = []
     straddling = 0
-    following = 0  # the first span that does not end before the token
+    following = 0  # index of the first span that does not end before the token
     for start, end in offsets:
         while following < len(spans) and start >= spans[following][1]:
             following += 1
-        # A token of no characters (a word mark that was inserted) belongs to the character that follows it.
+        # A token without characters (an inserted word mark) belongs to the character after it.
         inside = following < len(spans) and max(end, start + 1) > spans[following][0]
         learned.append(inside)
         straddling += inside and start < spans[following][0]

@@ -1,4 +1,4 @@
-"""From records to token windows with labels, and what became of every row."""
+"""Conversion of records to token windows with labels, with counts of used, cut and dropped rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class Example(NamedTuple):
-    """input_ids, labels: int64 [T]. labels[t] is the token at t itself, or IGNORED; the loss does the shift."""
+    """input_ids, labels: int64 [T]. labels[t] is the token at t, or IGNORED; the loss shifts the labels."""
 
     input_ids: Tensor
     labels: Tensor
@@ -26,12 +26,12 @@ class Example(NamedTuple):
 
 @dataclass
 class RowCounts:
-    """What became of the rows of a corpus.
+    """Counts of the rows of a corpus by their use.
 
-    kept: rows of which every token is used.   cut: rows of which tokens beyond a window's end are not used.
-    dropped: reason -> rows of which nothing is used.   context_turns: turns of the assistant that are not learned,
-    because the chat template rewrites them once others follow.   straddling: prompts that end inside a token, which
-    the tokenizer therefore splits otherwise when it gets the prompt alone.
+    kept: rows of which every token is used.   cut: rows whose tokens beyond a window's end are not used.
+    dropped: reason -> number of rows that are not used at all.   context_turns: turns of the assistant that are not
+    learned, because the chat template rewrites them when others follow.   straddling: prompts whose last token
+    continues into the completion, so that the prompt alone would be tokenized differently.
     """
 
     kept: int = 0
@@ -42,11 +42,11 @@ class RowCounts:
 
     @property
     def rows(self) -> int:
-        """The number of rows read, kept and dropped."""
+        """Return the number of rows read, kept and dropped."""
         return self.kept + self.cut + sum(self.dropped.values())
 
     def drop(self, reason: str) -> None:
-        """Count one more row that was dropped, with its reason."""
+        """Count one more dropped row, with its reason."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def __str__(self) -> str:
@@ -59,29 +59,30 @@ class RowCounts:
 
 
 class Encoding(NamedTuple):
-    """examples: what training takes.   rows: what became of the records."""
+    """examples: for training.   rows: counts of the records by their use."""
 
     examples: list[Example]
     rows: RowCounts
 
 
 def encode(source: str, records: Sequence[Record], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
-    """Return the examples of `encode_rows` alone."""
+    """Return only the examples of `encode_rows`."""
     return encode_rows(source, records, tokenizer, seq_len).examples
 
 
 def encode_rows(source: str, records: Iterable[Record], tokenizer: Tokenizer, seq_len: int) -> Encoding:
-    """Examples of at most seq_len tokens, whose ids are the tokenizer's for the whole text (`text_tokens.TextTokens`).
+    """Return examples of at most seq_len tokens, with the tokenizer's ids of the whole text (`text_tokens.TextTokens`).
 
-    Plain: each record is a document. Documents are joined by the end-of-text token and cut into windows of seq_len; the
-    last, shorter rest is left. Where the tokenizer begins a text with a token, so does each document and each window.
-    Completion: one example, prompt and completion as one text, then the end-of-text token.
+    Plain: each record is a document. Documents are joined by the end-of-text token and cut into windows of seq_len;
+    tokens after the last full window are dropped. If the tokenizer begins a text with a token, each document and window
+    begins with it.
+    Completion: one example, prompt and completion as one text, followed by the end-of-text token.
     Chat: one example, the conversation in the chat template, up to the assistant's last turn.
-    The latter two are cut at seq_len; an example without a learned token left is dropped. A token that holds characters
-    of both a prompt and a completion is learned.
+    Completions and chats are cut at seq_len; an example without a learned token left is dropped. A token with
+    characters of both a prompt and a completion is learned.
     source: for messages.
-    Raises DataError for a seq_len too short to predict a token, for a conversation that the chat template refuses, and
-    where not one example comes of the records.
+    Raises DataError for a seq_len that is too short to predict a token, for a conversation that the chat template
+    refuses, and if the records give no example.
     """
     texts = TextTokens(tokenizer)
     shortest = len(texts.before) + 2
@@ -134,7 +135,7 @@ def _example(tokens: MarkedTokens, seq_len: int) -> Example:
 
 
 class _Documents:
-    """Plain texts as one stream of tokens, cut into windows."""
+    """Running texts as one stream of tokens, cut into windows."""
 
     def __init__(self, texts: TextTokens) -> None:
         self.texts = texts
@@ -142,7 +143,7 @@ class _Documents:
         self.bounds: list[tuple[int, int]] = []
 
     def add(self, text: str) -> None:
-        """One more document, behind an end-of-text token."""
+        """Append a document, preceded by an end-of-text token."""
         if self.stream:
             self.stream += self.texts.ended(self.stream[-1:])[1:]
         start = len(self.stream)
@@ -150,7 +151,7 @@ class _Documents:
         self.bounds.append((start, len(self.stream)))
 
     def windows(self, seq_len: int, rows: RowCounts) -> list[list[int]]:
-        """All full windows. Counts the documents in `rows`."""
+        """Return all full windows, and count the documents in `rows`."""
         windows: list[list[int]] = []
         used = 0
         while True:

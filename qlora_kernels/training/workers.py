@@ -1,7 +1,7 @@
 """Workers: the processes of a data-parallel run, each with the whole model and a part of every batch.
 
-Gradients, losses and counts are summed, so that every process computes what one would with the whole batch. A process
-that dies, or does not answer in time, ends the others with an error that names it.
+Gradients, losses and counts are summed, so that every process computes the result of one process with the whole batch.
+If a process dies or does not answer in time, the others end with an error that names it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _GRACE = 10.0
-"""Seconds in which the processes that are left report to each other after a collective has failed."""
+"""Seconds in which the remaining processes report to each other after a collective has failed."""
 
 
 class LostWorkerError(RuntimeError):
@@ -29,29 +29,29 @@ class LostWorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Workers:
-    """rank: number of this process.   world: of all. One alone by default, for which nothing is sent."""
+    """rank: number of this process.   world: number of processes. The default is one process, which sends nothing."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def current(cls) -> Workers:
-        """Those of torch's default process group, if there is one."""
+        """Return the processes of torch's default process group, or one process if there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of `items`; may be empty."""
+        """Return this process's part of `items`, which may be empty."""
         return items if self.world == 1 else items[self.rank :: self.world]
 
     def total(self, number: float) -> float:
-        """The sum over all processes, in fp64 and the same in each."""
+        """Return the sum over all processes, in fp64 and equal in each."""
         if self.world == 1:
             return number
         value = torch.tensor(number, dtype=torch.float64)
@@ -59,7 +59,7 @@ class Workers:
         return value.item()
 
     def gathered(self, items: Any) -> list[Any]:
-        """`items` of every process, in the order of ranks."""
+        """Return the `items` of every process, in the order of ranks."""
         if self.world == 1:
             return [items]
         each: list[Any] = [None] * self.world
@@ -67,11 +67,11 @@ class Workers:
         return each
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this method."""
         self.gathered(None)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes; one of a process that has none counts as zero."""
+        """Replace each gradient by its sum over all processes; a missing gradient counts as zero."""
         if self.world == 1:
             return
         parameters = list(parameters)
@@ -81,17 +81,17 @@ class Workers:
         self._each_dtype([p.grad for p in parameters if p.grad is not None], dist.all_reduce)
 
     def start_alike(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give every process the values of rank 0."""
+        """Copy rank 0's values of the parameters to every process."""
         if self.world > 1:
             self._each_dtype([p.detach() for p in parameters], lambda flat: dist.broadcast(flat, src=0))
 
     def seed(self, seed: int, step: int) -> None:
-        """Let the processes draw other dropout masks than each other: a function of seed, step and rank alone."""
+        """Seed dropout with a function of seed, step and rank, so that masks differ between processes."""
         if self.world > 1:
             torch.manual_seed(((seed << 20) + step * self.world + self.rank) % (1 << 63))
 
     def _each_dtype(self, tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
-        """One call of the collective for all tensors of a dtype together."""
+        """Call the collective once for all tensors of each dtype."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in same])
@@ -106,7 +106,7 @@ class Workers:
             raise LostWorkerError(self._who_is_lost(error)) from error
 
     def _who_is_lost(self, error: RuntimeError) -> str:
-        """Every process that is left says so in the store; those that do not within a while are lost."""
+        """Name the lost processes: the remaining ones report in the store, and those that do not in time are lost."""
         lost: list[int] = []
         try:
             store: Any = dist.distributed_c10d._get_default_store()
@@ -117,7 +117,7 @@ class Workers:
                 if not lost:
                     break
                 time.sleep(0.2)
-        except RuntimeError:  # the process that held the store
+        except RuntimeError:  # the process with the store is lost
             lost = [0]
         names = ", ".join(f"rank {rank}" for rank in lost) or "a process"
         return f"{names} of {self.world} must answer, got none; the run stops ({' '.join(str(error).split())[:200]})"
@@ -125,9 +125,9 @@ class Workers:
 
 @contextmanager
 def joined(environment: dict[str, str], timeout: timedelta) -> Any:
-    """The workers of the group that torchrun or accelerate launch describes in the environment; it is left at the end.
+    """Yield the workers of the process group that torchrun or accelerate launch describes; it is destroyed at the end.
 
-    A group that is there already is used, and stays.
+    An existing process group is used and kept.
     """
     joins = dist.is_available() and not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1
     if joins:
@@ -141,4 +141,4 @@ def joined(environment: dict[str, str], timeout: timedelta) -> Any:
 
 
 ONE_PROCESS = Workers()
-"""A run of this process alone."""
+"""The workers of a run with only this process."""
