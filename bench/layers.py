@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import qlora_kernels as qk
 from qlora_kernels.format.quant_state import n_blocks
-from qlora_kernels.ops._registry import use_backend
+from qlora_kernels.ops.registry import use_backend
 
 from .registry import Case
 

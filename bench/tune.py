@@ -21,8 +21,8 @@ from torch import Tensor
 import qlora_kernels as qk
 from qlora_kernels.backends.triton import planner
 from qlora_kernels.backends.triton.planner import Plan, bucket, candidates, use_plan, write_tuned
-from qlora_kernels.ops._operands import weight_of
-from qlora_kernels.ops._registry import Problem
+from qlora_kernels.ops.operands import weight_of
+from qlora_kernels.ops.registry import Problem
 
 from .machine import provenance
 

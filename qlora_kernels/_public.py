@@ -11,7 +11,6 @@ from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
 from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
 from .nn.linear_nf4 import LinearNF4
-from .ops._registry import backends, use_backend
 from .ops.attention import attention
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.glu import glu
@@ -21,6 +20,7 @@ from .ops.linear_nf4_lora import linear_nf4_lora
 from .ops.linear_nf4_lora_group import linear_nf4_lora_group
 from .ops.linear_nf4_multi_lora import linear_nf4_multi_lora
 from .ops.quantize_nf4 import quantize_nf4
+from .ops.registry import backends, use_backend
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .optim import PagedAdamW, PagedAdamW8bit

@@ -75,7 +75,7 @@ def test_import_rules(path):
             own = target == part or target == ""
             assert own or target.split("/")[0] in MAY_IMPORT[part], f"{path}:{line}: {part} imports {name}"
             if target.startswith("backends/"):
-                assert part == target, f"{path}:{line}: only ops/_registry.py, by name, imports a backend"
+                assert part == target, f"{path}:{line}: only ops/registry.py, by name, imports a backend"
         root = name.split(".")[0]
         if root in THIRD_PARTY and not name.startswith("qlora_kernels"):
             assert part in THIRD_PARTY[root], f"{path}:{line}: {part or 'the package'} imports {root}"
@@ -91,6 +91,31 @@ def test_the_documented_table_is_the_enforced_one():
 
 IMPORT_CIRCLES = "qlora_kernels.peft"
 """The package in which modules still import each other in a circle."""
+
+
+def private_names_of_other_packages(module: str, path: Path) -> list[str]:
+    """Dotted names that `module` imports although a part with an underscore belongs to another folder than its own."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for name in imported_names(module, path):
+        parts = name.split(".")
+        owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part.startswith("_") and part[:2] != "__")
+        if parts[0] in ("qlora_kernels", "bench", "python") and any(owner != package for owner in owners):
+            found.append(name)
+    return found
+
+
+def test_no_import_of_another_packages_private_names(tmp_path):
+    """What another package imports has a public name. Compiled libraries (_C) are no Python modules, and exempt."""
+    path = tmp_path / "module.py"
+    path.write_text("from ..ops import _kernels\nfrom ..nn._match import f\nfrom ._own import g\n")
+    found = private_names_of_other_packages("qlora_kernels.peft.module", path)
+    assert sorted(found) == ["qlora_kernels.nn._match.f", "qlora_kernels.ops._kernels"]
+    for top in ("qlora_kernels", "bench", "python", "tests"):
+        for path in (ROOT / top).rglob("*.py"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found = private_names_of_other_packages(module, path)
+            assert [name for name in found if not name.endswith("._C")] == [], path
 
 
 def test_no_import_circles_and_no_import_of_tests():

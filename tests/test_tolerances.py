@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.format import reference
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora
 from tests.support.problems import DTYPES, dtype_name, gaussian
 from tests.support.tolerances import assert_same_function, assert_within, exactly, gamma, product

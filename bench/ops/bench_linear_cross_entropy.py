@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qlora_kernels as qk
-from qlora_kernels.training.chunked_loss import _ChunkedCrossEntropy
+from qlora_kernels.training.chunked_loss import ChunkedCrossEntropy
 
 from .. import layers
 from ..gate import assert_close_to_peer
@@ -73,7 +73,7 @@ def chunked_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
     """ChunkedLoss on a frozen head."""
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = torch.nn.Parameter(inputs.weight, requires_grad=False)
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, inputs.labels, head, 256
     )
     return loss

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels import LinearNF4
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
 from qlora_kernels.ops.linear_nf4_lora import draw_seed
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 
 from .. import layers
 from ..gate import Dropout, Expected, assert_close_to_peer, assert_within, lora_backward, lora_down, lora_forward

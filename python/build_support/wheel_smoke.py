@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._registry import built_for
+from qlora_kernels.ops.registry import built_for
 
 
 def check_cpu() -> None:

@@ -58,7 +58,7 @@ def cuda_rows(archs: list[int]) -> list[Row]:
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     jobs = [(source, arch) for source in sources for arch in archs]
     with ThreadPoolExecutor(2) as pool:
-        rows = [row for found in pool.map(lambda job: _rows_of(*job), jobs) for row in found]
+        rows = [row for found in pool.map(lambda job: rows_of(*job), jobs) for row in found]
     return rows + peer_rows(archs)
 
 
@@ -83,7 +83,8 @@ def cubin(source: Path, arch: int) -> bytes:
     return kept.read_bytes()
 
 
-def _rows_of(source: Path, arch: int) -> list[Row]:
+def rows_of(source: Path, arch: int) -> list[Row]:
+    """Resources of each kernel of a CUDA source for one architecture, from its compiled cubin."""
     facts = all_facts(cubin(source, arch))
     return [_row("cuda", *_named(signature), arch, facts[name]) for name, signature in _demangled(list(facts)).items()]
 

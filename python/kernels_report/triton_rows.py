@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qlora_kernels.backends.triton._dropout import dropout_of
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
+from qlora_kernels.backends.triton.dropout import dropout_of
 from qlora_kernels.backends.triton.glu import glu, glu_backward
 from qlora_kernels.backends.triton.linear_cross_entropy import linear_cross_entropy
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
@@ -32,10 +32,10 @@ from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.backends.triton.rms_norm import rms_norm, rms_norm_backward
 from qlora_kernels.backends.triton.rope import rope
-from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
-from qlora_kernels.ops._registry import Problem
 from qlora_kernels.ops.glu import ACTIVATIONS
 from qlora_kernels.ops.linear_cross_entropy import Head
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
+from qlora_kernels.ops.registry import Problem
 
 from .mock_gpu import Compiled, compiling_for
 from .row import Row, occupancy

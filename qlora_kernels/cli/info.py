@@ -67,7 +67,7 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 def _plans(sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """What each backend would run for the product with a double-quantized weight, and for its gradient."""
-    from ..ops._registry import Problem, plans
+    from ..ops.registry import Problem, plans
 
     M, N, K = sizes
     problems = [Problem(op, "cuda", dtype, M, N, K, double_quant=True) for op in ("linear_nf4", "linear_nf4_grad_x")]
@@ -78,7 +78,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
     from .. import backends
-    from ..ops._registry import built_for
+    from ..ops.registry import built_for
 
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},

@@ -58,7 +58,7 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
+    arguments = command_parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
     # Importing torch takes seconds, which `--help` and wrong arguments do not wait for: no command module imports it
     # before its run.
     from ..integrations.model_folders import ModelError
@@ -116,7 +116,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line with the parsers of all commands."""
     parser = _Parser(prog="qlora-kernels", description="Quantized LoRA: NF4 models, their adapters and their training.")
     parser.add_argument("--version", action=_Version, help="print the versions of qlora_kernels, torch and Python")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..format import bnb_layout, nf4
 from ..format.quant_state import FLOAT_DTYPES
 from ..nn.match import as_names
-from ..ops._checks import check_blocksize
+from ..ops.checks import check_blocksize
 
 METHOD = "qlora_kernels"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}

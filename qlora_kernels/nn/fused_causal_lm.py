@@ -14,8 +14,8 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._registry import unavailable
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.registry import unavailable
 from .fused_module import FusedModule, is_watched, served
 from .known_forms import form_of, unwrapped_function
 

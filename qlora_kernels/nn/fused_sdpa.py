@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import FLOAT_DTYPES
-from ..ops._registry import unavailable
 from ..ops.attention import attention
+from ..ops.registry import unavailable
 
 _MEASURED_SETS = ("amx_bf16", "amx_bf16_emulated", "avx512_bf16_fma", "avx512_bf16", "avx512", "avx2")
 """Instruction sets of the CPU library on which the op is faster than torch (docs/fuse_model.md)."""

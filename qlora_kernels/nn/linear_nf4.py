@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..format import bnb_layout, nf4
 from ..format.quant_state import FLOAT_DTYPES, QuantState, n_blocks
-from ..ops._checks import check_blocksize, check_last_dim
-from ..ops._operands import GroupLoRA, LoRA, MultiLoRA, Weight
+from ..ops.checks import check_blocksize, check_last_dim
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
 from ..ops.linear_nf4_lora_group import call_group
+from ..ops.operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ..ops.quantize_nf4 import quantize_nf4
 from .quantized_weight import CONSTANTS, QuantizedWeight
 from .read_only import ReadOnlyTensor

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._memory import check_memory
 from .dispatch_fast_path import call_below_autograd
+from .tensor_memory import check_memory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._memory import check_memory
-from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
-from ._registry import Problem
+from .operands import GroupLoRA, LoRA, MultiLoRA, Weight
+from .registry import Problem
+from .tensor_memory import check_memory
 
 CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 """The float arguments that describe W, for which no gradient exists."""

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _compose
-from ._checks import check_bias, check_grad_y, check_s, check_x
+from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
-from ._memory import contiguous
-from ._operands import LoRA, MultiLoRA, Weight
-from ._registry import select
+from .checks import check_bias, check_grad_y, check_s, check_x
+from .operands import LoRA, MultiLoRA, Weight
+from .registry import select
+from .tensor_memory import contiguous
 
 Adapter = LoRA | MultiLoRA
 Result = tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ class LoRAOp:
     def forward_composed(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> Result:
         """Check the arguments, then compose y and s of torch's ops."""
         self._check_forward(x, weight, bias, lora)
-        return _compose.lora_linear(x, weight, bias, lora)
+        return compose.lora_linear(x, weight, bias, lora)
 
     def backward(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
@@ -106,7 +106,7 @@ class LoRAOp:
     ) -> Gradients:
         """Check the arguments, then compose the gradients of torch's ops."""
         self._check_backward(grad_y, x, s, weight, lora)
-        return _compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
+        return compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
 
     def _check_forward(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> None:
         check_x(self.name, x, weight)

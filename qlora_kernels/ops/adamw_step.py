@@ -16,7 +16,7 @@ products:
 
 Scalars are computed in double from the Python floats and rounded once. 16-bit parameters are read exactly, updated in
 fp32 and rounded once at the end: to nearest even, or stochastically for bf16 with a `seed`. Stochastic rounding adds 16
-random bits, draw(COUNTER + i - START) of ops/_philox, below the bf16 mantissa and truncates, so that the probability of
+random bits, draw(COUNTER + i - START) of ops/philox, below the bf16 mantissa and truncates, so that the probability of
 rounding up is the fraction that truncation loses. 8-bit states (format/blockwise8.py) are decoded to fp32, updated,
 used, and then encoded again. They cannot represent NaN: if m or v is not finite, both are encoded as zero, so that one
 bad gradient affects one parameter and not its whole block.
@@ -36,10 +36,10 @@ from torch import Tensor
 from ..format.blockwise8 import STATE_BLOCKSIZE as STATE_BLOCKSIZE
 from ..format.blockwise8 import dequantize_blockwise as dequantize_blockwise
 from ..format.blockwise8 import quantize_blockwise as quantize_blockwise
-from ._checks import check_float
 from ._implement import fake, implement
-from ._memory import check_memory
-from ._registry import Problem, select
+from .checks import check_float
+from .registry import Problem, select
+from .tensor_memory import check_memory
 
 
 class Segment(NamedTuple):

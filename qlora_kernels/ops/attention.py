@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_float, check_given
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._memory import check_memory, contiguous
-from ._registry import Problem, select
+from .checks import check_float, check_given
+from .registry import Problem, select
+from .tensor_memory import check_memory, contiguous
 
 OP = "attention"
 

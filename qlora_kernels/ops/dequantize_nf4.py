@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_float, check_given, check_weight
 from ._implement import fake, implement, refuse_derivatives
-from ._memory import contiguous
-from ._operands import Weight
-from ._registry import Problem, select
+from .checks import check_float, check_given, check_weight
+from .operands import Weight
+from .registry import Problem, select
+from .tensor_memory import contiguous
 
 _TAKES = (Weight,)
 torch.library.define("qlora_kernels::dequantize_nf4", f"({Weight.schema()}, *, ScalarType dtype) -> Tensor")

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compose
-from ._checks import check_float, check_like
+from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._memory import contiguous
-from ._registry import Problem, select
+from .checks import check_float, check_like
+from .registry import Problem, select
+from .tensor_memory import contiguous
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 """silu gives SwiGLU (Llama, Qwen, Mistral), gelu_tanh gives GeGLU (Gemma)."""
@@ -105,13 +105,13 @@ class GLUFunction(torch.autograd.Function):
 def glu_composed(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Check the arguments, then compose glu of torch's ops."""
     _check("glu", gate, up, activation)
-    return _compose.glu(gate, up, activation)
+    return compose.glu(gate, up, activation)
 
 
 def glu_backward_composed(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Check the arguments, then compose glu_backward of torch's ops."""
     _check_backward(grad_y, gate, up, activation)
-    return _compose.glu_backward(grad_y, gate, up, activation)
+    return compose.glu_backward(grad_y, gate, up, activation)
 
 
 differentiate("qlora_kernels::glu", (), GLUFunction.apply, compose=glu_composed)

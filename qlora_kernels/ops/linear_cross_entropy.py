@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_bias, check_float, check_given, check_last_dim
 from ._implement import differentiate, fake, implement
 from ._linear import matrix
-from ._memory import check_memory, contiguous
-from ._registry import Problem, select
+from .checks import check_bias, check_float, check_given, check_last_dim
+from .registry import Problem, select
+from .tensor_memory import check_memory, contiguous
 
 OP = "linear_cross_entropy"
 VOCABULARY_CHUNK = 4096

@@ -7,7 +7,7 @@ Kernel contract: x [M, K] and grad_y [M, N] contiguous, M, N, K >= 1; weight: We
     linear_nf4_grad_x  run(grad_y, weight)  -> grad_x [M, K] of grad_y.dtype
 W is dequantized to x's dtype, or used unrounded in fp32; sums are fp32, and the result is rounded once. Each of the two
 ops is the gradient of the other, so that derivatives of any order run on the kernels; forward mode and the transforms
-of torch.func run on _compose.py.
+of torch.func run on compose.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from . import _compose
-from ._checks import check_bias, check_grad_y, check_weight, check_x
+from . import compose
 from ._implement import differentiate, fake, implement
 from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of, sum_over_rows
-from ._operands import Weight, weight_of
-from ._registry import select
+from .checks import check_bias, check_grad_y, check_weight, check_x
+from .operands import Weight, weight_of
+from .registry import select
 
 _FORWARD = (Tensor, Weight, Tensor)
 _GRAD_X = (Tensor, Weight)
@@ -123,13 +123,13 @@ class LinearNF4GradXFunction(torch.autograd.Function):
 def linear_nf4_composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Check the arguments, then compose linear_nf4 of torch's ops."""
     _check_linear(x, weight, bias)
-    return _compose.linear(x, weight, bias)
+    return compose.linear(x, weight, bias)
 
 
 def linear_nf4_grad_x_composed(grad_y: Tensor, weight: Weight) -> Tensor:
     """Check the arguments, then compose linear_nf4_grad_x of torch's ops."""
     _check_grad_x(grad_y, weight)
-    return _compose.grad_x(grad_y, weight)
+    return compose.grad_x(grad_y, weight)
 
 
 differentiate(

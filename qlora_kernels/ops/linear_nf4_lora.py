@@ -11,7 +11,7 @@ Kernel contract: _lora_op.py's, with lora: LoRA.
                                             grad_x = grad_y W + dropout'(ds A)
 
 lora_A and lora_B are rounded to x's dtype from masters of any dtype; sums are fp32. Only x and s are saved for
-backward, which regenerates the dropout mask from the seed (ops/_philox.py) and decodes W again.
+backward, which regenerates the dropout mask from the seed (ops/philox.py) and decodes W again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_lora
 from ._linear import sum_over_rows
 from ._lora_op import LoRAOp
-from ._operands import LoRA, Weight, weight_of
+from .checks import check_lora
+from .operands import LoRA, Weight, weight_of
 
 
 class LinearNF4LoRAFunction(torch.autograd.Function):

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from . import _compose
-from ._checks import check_bias, check_grad_y, check_lora, check_s, check_x
+from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
-from ._memory import contiguous
-from ._operands import GroupLoRA, Weight, WeightLists, weight_of
-from ._registry import Problem, select
+from .checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from .linear_nf4_lora import seed_for
+from .operands import GroupLoRA, Weight, WeightLists, weight_of
+from .registry import Problem, select
+from .tensor_memory import contiguous
 
 _OP, _BACKWARD_OP = "linear_nf4_lora_group", "linear_nf4_lora_group_backward"
 _FORWARD = (Tensor, Tensor, WeightLists, GroupLoRA)
@@ -112,7 +112,7 @@ def linear_nf4_lora_group_composed(
     """Check the arguments, then compose the ys and s of torch's ops."""
     weights = lists.each()
     _check_forward(x, biases, weights, lora)
-    return _compose.lora_group(x, weights, biases, lora)
+    return compose.lora_group(x, weights, biases, lora)
 
 
 @implement(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
@@ -147,7 +147,7 @@ def linear_nf4_lora_group_backward_composed(
     """Check the arguments, then compose the gradients of torch's ops."""
     weights = lists.each()
     _check_backward(grad_ys, x, s, weights, lora)
-    return _compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
+    return compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
 
 
 class LinearNF4LoRAGroupFunction(torch.autograd.Function):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from ._checks import check_multi_lora
 from ._linear import sum_over_rows
 from ._lora_op import LoRAOp
-from ._operands import MultiLoRA, Weight, weight_of
+from .checks import check_multi_lora
 from .linear_nf4_lora import seed_for
+from .operands import MultiLoRA, Weight, weight_of
 
 
 class LinearNF4MultiLoRAFunction(torch.autograd.Function):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._registry import kernels_of, unavailable
+from .registry import kernels_of, unavailable
 
 
 def managed_concurrent_access(device: torch.device) -> bool | None:

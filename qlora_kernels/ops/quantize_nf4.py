@@ -21,10 +21,10 @@ from torch import Tensor
 from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import QuantState, n_blocks
-from ._checks import check_blocksize, check_float, check_given
 from ._implement import fake, implement, refuse_derivatives
-from ._memory import contiguous
-from ._registry import Problem, kernels_of, select
+from .checks import check_blocksize, check_float, check_given
+from .registry import Problem, kernels_of, select
+from .tensor_memory import contiguous
 
 Nonfinite = Literal["raise", "zero"]
 

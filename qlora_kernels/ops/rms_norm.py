@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compose
-from ._checks import check_float, check_like
+from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import as_rows, matrix
-from ._memory import contiguous
-from ._registry import Problem, select
+from .checks import check_float, check_like
+from .registry import Problem, select
+from .tensor_memory import contiguous
 
 torch.library.define(
     "qlora_kernels::rms_norm",
@@ -182,7 +182,7 @@ def rms_norm_composed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check the arguments, then compose rms_norm of torch's ops."""
     _check(x, residual, weight, eps, weight_offset)
-    return _compose.rms_norm(x, residual, weight, eps, weight_offset)
+    return compose.rms_norm(x, residual, weight, eps, weight_offset)
 
 
 def rms_norm_backward_composed(
@@ -197,7 +197,7 @@ def rms_norm_backward_composed(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments, then compose rms_norm_backward of torch's ops."""
     _check_backward(grad_y, grad_s, s, weight, scale, weight_offset)
-    return _compose.rms_norm_backward(grad_y, grad_s, s, weight, eps, weight_offset, need_grad_weight)
+    return compose.rms_norm_backward(grad_y, grad_s, s, weight, eps, weight_offset, need_grad_weight)
 
 
 differentiate("qlora_kernels::rms_norm", (), RMSNormFunction.apply, compose=rms_norm_composed)

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compose
-from ._checks import check_float
+from . import compose
 from ._implement import differentiate, fake, implement
-from ._memory import contiguous
-from ._registry import Problem, select
+from .checks import check_float
+from .registry import Problem, select
+from .tensor_memory import contiguous
 
 torch.library.define(
     "qlora_kernels::rope", "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"
@@ -51,7 +51,7 @@ def rope_impl(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> 
     """Check the arguments, then run the selected kernel."""
     _check(q, k, cos, sin)
     if q.numel() == 0 or k.numel() == 0:
-        return _compose.rope(q, k, cos, sin, inverse)
+        return compose.rope(q, k, cos, sin, inverse)
     run = select(Problem("rope", q.device.type, q.dtype)).run
     rotated: tuple[Tensor, Tensor] = run(
         _with_dense_heads(q), _with_dense_heads(k), contiguous("rope", cos), contiguous("rope", sin), inverse
@@ -93,7 +93,7 @@ class RopeFunction(torch.autograd.Function):
 def rope_composed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """Check the arguments, then compose rope of torch's ops."""
     _check(q, k, cos, sin)
-    return _compose.rope(q, k, cos, sin, inverse)
+    return compose.rope(q, k, cos, sin, inverse)
 
 
 differentiate("qlora_kernels::rope", (), RopeFunction.apply, compose=rope_composed, constants=("cos", "sin"))

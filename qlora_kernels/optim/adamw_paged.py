@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from ..ops._memory import check_memory
 from ..ops.adamw_step import Step, run_adamw_step
+from ..ops.tensor_memory import check_memory
 from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
 from .paging_plan import plan_chunks, plan_slots

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._registry import unavailable
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.registry import unavailable
 from .batches import Batch
 from .windows import IGNORED
 
@@ -61,7 +61,7 @@ class ChunkedLoss:
                 hidden, linear.weight, labels, linear.bias, ignore_index=IGNORED, reduction="sum"
             )
         parameters = [p for p in head.parameters() if p.requires_grad]
-        total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        total: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden[learned], labels[learned], head, self.chunk, *parameters
         )
         return total
@@ -110,7 +110,7 @@ def _runs_on_the_op(head: nn.Module, hidden: Tensor) -> bool:
     )
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of cross_entropy(head(hidden), labels), differentiable in hidden [T, H] and in the head's parameters."""
 
     @staticmethod

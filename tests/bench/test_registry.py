@@ -12,7 +12,7 @@ from bench.registry import Case, Contender, Cost, Suite
 from bench.run import run_case
 from bench.suites import suites
 from bench.timing import Budget
-from qlora_kernels.ops._registry import kernels_of
+from qlora_kernels.ops.registry import kernels_of
 
 MEASURED_WITH_ANOTHER = {
     "quantize_absmax": "quantize_nf4",

@@ -16,8 +16,8 @@ import qlora_kernels as qk
 from python.build_support.cpu import AMX_FLAGS, COMMON_FLAGS
 from python.build_support.native import CSRC, tool
 from qlora_kernels.backends import cpu
-from qlora_kernels.ops._operands import LoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import LoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within

@@ -17,8 +17,8 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
-from qlora_kernels.ops._operands import LoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import LoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support import attention_formula, cross_entropy_formula
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian

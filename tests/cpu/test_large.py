@@ -9,7 +9,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.format import reference
-from qlora_kernels.ops._registry import unavailable
+from qlora_kernels.ops.registry import unavailable
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, product
 

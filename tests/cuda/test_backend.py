@@ -19,10 +19,10 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops import _registry
-from qlora_kernels.ops._operands import GroupLoRA, LoRA, Weight
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
-from qlora_kernels.ops._registry import Problem
+from qlora_kernels.ops import registry
+from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
+from qlora_kernels.ops.registry import Problem
 from tests.support.cuda_host import out
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, lora_backward, lora_down, lora_forward
 from tests.support.problems import DTYPES, gaussian
@@ -240,8 +240,8 @@ def test_dropout_goes_to_triton_where_it_can_run(
     monkeypatch: pytest.MonkeyPatch, available: tuple[str, ...], with_dropout: str, without: str
 ) -> None:
     usable = (*available, "reference")
-    monkeypatch.setattr(_registry, "unavailable", lambda name: None if name in usable else "not here")
-    monkeypatch.setattr(_registry, "_warn_once", lambda message: None)
+    monkeypatch.setattr(registry, "unavailable", lambda name: None if name in usable else "not here")
+    monkeypatch.setattr(registry, "_warn_once", lambda message: None)
     for op in (
         "linear_nf4_lora",
         "linear_nf4_lora_backward",
@@ -250,7 +250,7 @@ def test_dropout_goes_to_triton_where_it_can_run(
     ):
         for dropout, expected in ((True, with_dropout), (False, without)):
             problem = Problem(op, "cuda", torch.bfloat16, 64, 128, 128, 8, dropout=dropout)
-            assert _registry._select.__wrapped__(problem, None).backend == expected
+            assert registry._select.__wrapped__(problem, None).backend == expected
 
 
 def test_tensor_of_frees_its_memory() -> None:

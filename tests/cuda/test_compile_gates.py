@@ -9,7 +9,7 @@ import pytest
 from .launching import CUDA_SOURCES, needs_nvcc
 
 pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with triton's wheel: make setup")
-from python.kernels_report.cuda_rows import _rows_of, peer_rows
+from python.kernels_report.cuda_rows import peer_rows, rows_of
 from python.kernels_report.row import GATES, Row, broken_gates
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -20,7 +20,7 @@ pytestmark = needs_nvcc
 
 @cache
 def rows(stem: str, arch: int) -> tuple[Row, ...]:
-    return tuple(_rows_of(CUDA_SOURCES / f"{stem}.cu", arch))
+    return tuple(rows_of(CUDA_SOURCES / f"{stem}.cu", arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,4 +1,4 @@
-"""csrc/cuda/dropout.cu: the mask of ops/_philox.py bit for bit, under the emulator."""
+"""csrc/cuda/dropout.cu: the mask of ops/philox.py bit for bit, under the emulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from qlora_kernels.ops._philox import dropout_keep, dropped, keep_scale, keep_threshold
+from qlora_kernels.ops.philox import dropout_keep, dropped, keep_scale, keep_threshold
 from tests.support.problems import gaussian
 
 from .launch_args import dropout_args

@@ -16,7 +16,7 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda import availability
 from qlora_kernels.backends.cuda.availability import Build, arch_mismatch, driver_too_old, read_build, torch_mismatch
-from qlora_kernels.ops import _registry
+from qlora_kernels.ops import registry
 
 from .launching import needs_library, runtime_to_preload
 
@@ -157,7 +157,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(availability, "has_current_stream", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    caches = (availability.unavailable, _registry.unavailable, _registry._select)
+    caches = (availability.unavailable, registry.unavailable, registry._select)
     for caching in caches:
         caching.cache_clear()
     yield monkeypatch
@@ -178,10 +178,10 @@ def test_a_driver_older_than_the_runtime(simulated: pytest.MonkeyPatch) -> None:
     """Triton serves, instead of every op failing with cudaErrorInsufficientDriver."""
     simulated.setattr(availability, "driver_version", lambda: 12080)
     assert "the NVIDIA driver supports CUDA 12.8" in qk.backends()["cuda"]
-    triton = _registry.importlib.import_module("qlora_kernels.backends.triton")
+    triton = registry.importlib.import_module("qlora_kernels.backends.triton")
     simulated.setattr(triton, "unavailable", lambda: None)
-    _registry.unavailable.cache_clear()
-    assert _registry.select(_registry.Problem("linear_nf4", "cuda", torch.bfloat16)).backend == "triton"
+    registry.unavailable.cache_clear()
+    assert registry.select(registry.Problem("linear_nf4", "cuda", torch.bfloat16)).backend == "triton"
 
 
 def test_a_torch_of_another_cuda_version_loads_nothing(simulated: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kernels.cli.main import _parser
+from qlora_kernels.cli.main import command_parser
 from qlora_kernels.peft import METHODS
 
 pytest.importorskip("transformers")
@@ -66,7 +66,7 @@ def test_shell_blocks_name_what_exists(page):
             words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
             where = f"{name(page)}:{line}: {command}"
             if words[:1] == ["qlora-kernels"] and words[1:2] != ["bench"]:
-                _parser().parse_args(words[1:])  # exits, with a message, where it cannot
+                command_parser().parse_args(words[1:])  # exits, with a message, where it cannot
             elif words[:1] == ["make"]:
                 assert set(words[1:]) <= targets, where
             elif words[:3] == ["python", "-m", "pytest"]:

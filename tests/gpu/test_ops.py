@@ -10,9 +10,9 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
-from qlora_kernels.ops._registry import Problem, kernels_of, unavailable
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
+from qlora_kernels.ops.registry import Problem, kernels_of, unavailable
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, assert_multi_lora
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import assert_within, exactly, total

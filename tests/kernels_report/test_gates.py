@@ -18,7 +18,7 @@ from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
 from qlora_kernels.backends.triton.planner import Plan, plan
-from qlora_kernels.ops._registry import Problem
+from qlora_kernels.ops.registry import Problem
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 

@@ -7,7 +7,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.format import reference
-from qlora_kernels.ops._operands import weight_of
+from qlora_kernels.ops.operands import weight_of
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 
 backends = pytest.mark.parametrize("backend", usable_backends("dequantize_nf4"))

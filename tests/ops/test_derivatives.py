@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import weight_of
-from qlora_kernels.ops._philox import dropped
+from qlora_kernels.ops.operands import weight_of
+from qlora_kernels.ops.philox import dropped
 from tests.support.problems import gaussian
 from tests.support.tolerances import unit_roundoff
 

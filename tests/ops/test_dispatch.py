@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.ops import dispatch_fast_path
-from qlora_kernels.ops._registry import unavailable
+from qlora_kernels.ops.registry import unavailable
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function
 

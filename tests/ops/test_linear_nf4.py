@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import weight_of
+from qlora_kernels.ops.operands import weight_of
 from tests.support.linear_formulas import arithmetic_of, linear, linear_grad_x
 from tests.support.problems import DTYPES, dtype_name, gaussian, shapes, usable_backends
 from tests.support.tolerances import assert_repeats, assert_within, exactly, total

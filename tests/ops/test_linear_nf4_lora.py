@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import LoRA, weight_of
-from qlora_kernels.ops._philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
+from qlora_kernels.ops.operands import LoRA, weight_of
+from qlora_kernels.ops.philox import DRAW_BITS, dropout_keep, keep_scale, keep_threshold, philox
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_within, exactly, total

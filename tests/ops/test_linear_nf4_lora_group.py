@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Dropout, arithmetic_of, lora_backward, lora_down, lora_forward
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_repeats, assert_same_function, assert_within

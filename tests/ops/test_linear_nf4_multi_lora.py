@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops._operands import MultiLoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import MultiLoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_multi_lora
 from tests.support.problems import DTYPES, Shape, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_repeats, assert_within, exactly, model_error, total
@@ -43,7 +43,7 @@ def test_forward_and_gradients(backend, dtype, shape, p):
     w = qk.dequantize_nf4(packed, state, dtype)
     results = (y, s, x.grad, lora_A.grad, lora_B.grad)
     inputs = (x, w, bias, lora_A, lora_B, grad_y)
-    # Also on the CPU, where torch computes the low-rank part (ops/_multi_lora.py).
+    # Also on the CPU, where torch computes the low-rank part (ops/composed_multi_lora.py).
     arithmetic = Arithmetic(dtype, weight_may_be_exact=backend == "triton")
     assert_multi_lora(results, inputs, SCALINGS, adapter, dropout, arithmetic)
     assert_within(bias.grad, total(exactly(grad_y)).to(dtype), "grad of bias")

@@ -16,7 +16,7 @@ from qlora_kernels.backends.triton.planner import (
     use_plan,
     write_tuned,
 )
-from qlora_kernels.ops._registry import Problem
+from qlora_kernels.ops.registry import Problem
 
 N, K = 4096, 4096
 

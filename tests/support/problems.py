@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_kernels.ops._registry import BACKENDS, kernels_of, unavailable
+from qlora_kernels.ops.registry import BACKENDS, kernels_of, unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

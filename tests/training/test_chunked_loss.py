@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora_kernels.ops._registry import unavailable
+from qlora_kernels.ops.registry import unavailable
 from qlora_kernels.training import ChunkedLoss, chunked_loss, collate, perplexity
 from qlora_kernels.training.batches import Batch
 from qlora_kernels.training.windows import IGNORED, Example
@@ -102,7 +102,7 @@ def test_logits_of_the_whole_batch_are_never_there():
 @pytest.mark.skipif(unavailable("cpu") is not None, reason="the native CPU backend is not built")
 def test_a_frozen_linear_head_runs_on_the_op(monkeypatch):
     """The chunks are for everything else: heads that are trained, watched or of another class or dtype."""
-    monkeypatch.setattr(chunked_loss, "_ChunkedCrossEntropy", None)
+    monkeypatch.setattr(chunked_loss, "ChunkedCrossEntropy", None)
     model = Model(dtype=torch.float32)
     model.head.requires_grad_(False)
     expected = whole_loss(model, batch_of())

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qlora_kernels as qk
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, whole_words
 from qlora_kernels.backends.triton.planner import Plan, use_plan
-from qlora_kernels.ops._operands import LoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import LoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import (
     Arithmetic,
     Dropout,

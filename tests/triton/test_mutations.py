@@ -15,8 +15,8 @@ import qlora_kernels as qk
 from qlora_kernels.backends import triton as backend
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._operands import LoRA, MultiLoRA, weight_of
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, weight_of
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total

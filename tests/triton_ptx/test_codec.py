@@ -9,7 +9,7 @@ from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.format import double_quant, nf4, reference
-from qlora_kernels.ops._operands import Weight
+from qlora_kernels.ops.operands import Weight
 from tests.support.problems import gaussian
 from tests.support.triton_on_host import executing_ptx
 

@@ -11,8 +11,8 @@ from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linea
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._operands import LoRA, MultiLoRA, Weight
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora, lora_down, lora_forward
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within

@@ -8,8 +8,8 @@ import torch
 from qlora_kernels.backends.triton.linear_nf4_lora_group import linear_nf4_lora_group, linear_nf4_lora_group_backward
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops._operands import GroupLoRA, Weight
-from qlora_kernels.ops._philox import dropout_keep, keep_scale
+from qlora_kernels.ops.operands import GroupLoRA, Weight
+from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, lora_backward, lora_down, lora_forward
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ...ops import _lora_group, _multi_lora
-from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
+from ...ops import composed_lora_group, composed_multi_lora
+from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .kernels import (
@@ -40,7 +40,7 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
+    *composed_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
     linear_cross_entropy,
     rms_norm,
@@ -60,7 +60,7 @@ def _plan(problem: Problem) -> KernelPlan:
     return KernelPlan(f"csrc/cpu/{problem.op}.cpp for {isa}", {}, choice if problem.M else "one kernel")
 
 
-_PARTLY_TORCH = _multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x)
+_PARTLY_TORCH = composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x)
 KERNELS = (
     *(
         KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True, plan=_plan)

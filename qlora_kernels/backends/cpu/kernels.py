@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops._memory import contiguous
-from ...ops._operands import LoRA, Weight
 from ...ops.attention import Keys
 from ...ops.linear_cross_entropy import Head
+from ...ops.operands import LoRA, Weight
+from ...ops.tensor_memory import contiguous
 
 _C = torch.ops.qlora_kernels_C
 

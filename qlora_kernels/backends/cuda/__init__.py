@@ -5,7 +5,7 @@ docs/kernels/cuda.md lists the problems for which these kernels, or Triton's, ar
 
 from __future__ import annotations
 
-from ...ops._registry import KernelPlan, KernelSpec, Problem, only_kernel, supports_all
+from ...ops.registry import KernelPlan, KernelSpec, Problem, only_kernel, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
 from .availability import LIBRARY, built_for, load, unavailable

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...format.double_quant import NESTED_BLOCKSIZE
 from ...format.quant_state import n_blocks
-from ...ops._operands import Weight
+from ...ops.operands import Weight
 
 _C = torch.ops.qlora_kernels_C
 

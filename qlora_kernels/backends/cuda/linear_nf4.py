@@ -17,10 +17,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...ops._lora_group import split_by_rank
-from ...ops._operands import GroupLoRA, LoRA, Weight
-from ...ops._philox import keep_scale, keep_threshold
-from ...ops._registry import KernelPlan, Problem
+from ...ops.composed_lora_group import split_by_rank
+from ...ops.operands import GroupLoRA, LoRA, Weight
+from ...ops.philox import keep_scale, keep_threshold
+from ...ops.registry import KernelPlan, Problem
 from .codec import dequantize_nf4
 
 _C = torch.ops.qlora_kernels_C

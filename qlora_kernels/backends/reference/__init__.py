@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...ops import _lora_group, _multi_lora
-from ...ops._registry import KernelPlan, KernelSpec, Problem, supports_all
+from ...ops import composed_lora_group, composed_multi_lora
+from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .attention import attention, attention_backward
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4
@@ -20,8 +20,8 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
-    *_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
+    *composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
+    *composed_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
     adamw_step,
     rms_norm,
     rms_norm_backward,

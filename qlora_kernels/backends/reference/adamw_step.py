@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
-from ...ops._philox import philox
 from ...ops.adamw_step import Segment, Step
+from ...ops.philox import philox
 
 
 def adamw_step(step: Step) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...format import double_quant, reference
 from ...format.quant_state import decoded_absmax
-from ...ops._operands import Weight
+from ...ops.operands import Weight
 
 
 def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,18 @@
-"""rms_norm, rope and glu composed of torch's ops: the formulas of ops/_compose.py, computed in fp32."""
+"""rms_norm, rope and glu composed of torch's ops: the formulas of ops/compose.py, computed in fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...ops import _compose
+from ...ops import compose
 
 
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, s or empty, scale)."""
-    return _compose.rms_norm(x, residual, weight, eps, weight_offset)
+    return compose.rms_norm(x, residual, weight, eps, weight_offset)
 
 
 def rms_norm_backward(
@@ -36,15 +36,15 @@ def rms_norm_backward(
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return q and k rotated by the angles of their positions."""
-    rotated = _compose.rope(q, k, cos, sin, inverse)
+    rotated = compose.rope(q, k, cos, sin, inverse)
     return torch.empty_like(q).copy_(rotated[0]), torch.empty_like(k).copy_(rotated[1])
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return activation(gate) * up in gate's dtype."""
-    return _compose.glu(gate, up, activation)
+    return compose.glu(gate, up, activation)
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up."""
-    return _compose.glu_backward(grad_y, gate, up, activation)
+    return compose.glu_backward(grad_y, gate, up, activation)

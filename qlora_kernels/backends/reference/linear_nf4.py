@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops._operands import Weight
+from ...ops.operands import Weight
 from .codec import dequantize_nf4
 
 

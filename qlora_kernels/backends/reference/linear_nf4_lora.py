@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops._operands import LoRA, Weight
-from ...ops._philox import dropped
+from ...ops.operands import LoRA, Weight
+from ...ops.philox import dropped
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops._registry import KernelPlan, KernelSpec, Problem, only_kernel
+from ...ops.registry import KernelPlan, KernelSpec, Problem, only_kernel
 from . import planner
 
 _MODULES = {

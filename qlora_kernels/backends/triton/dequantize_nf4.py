@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops._operands import Weight
-from ._constants import absmax_pointers
-from ._decode import code_table, decode_pairs
+from ...ops.operands import Weight
+from .constants import absmax_pointers
+from .decode import code_table, decode_pairs
 
 NUM_WARPS = 4
 TILE_BYTES = 4 * 32 * NUM_WARPS

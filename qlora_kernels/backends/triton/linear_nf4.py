@@ -17,15 +17,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops._operands import Weight
-from ...ops._registry import Problem
-from ._constants import absmax_pointers
-from ._dropout import Dropout, dropout_of
-from ._partials import rank_tile
+from ...ops.operands import Weight
+from ...ops.registry import Problem
+from .constants import absmax_pointers
 from .dequantize_nf4 import dequantize_nf4
+from .dropout import Dropout, dropout_of
 from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
 from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
+from .partials import rank_tile
 from .planner import Plan, capability_of, plan
 
 GRAD_X_BLOCK_N = 64

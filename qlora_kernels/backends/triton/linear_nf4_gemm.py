@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._decode import code_table, decode_pairs, load_absmax
-from ._dropout import keep_tile
+from .decode import code_table, decode_pairs, load_absmax
+from .dropout import keep_tile
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops._operands import LoRA, Weight
-from ._dropout import dropout_of
+from ...ops.operands import LoRA, Weight
+from .dropout import dropout_of
 from .linear_nf4 import LowRankTerm, backward, forward
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops._lora_group import split_by_rank
-from ...ops._operands import GroupLoRA, Weight
-from ._dropout import dropout_of
+from ...ops.composed_lora_group import split_by_rank
+from ...ops.operands import GroupLoRA, Weight
+from .dropout import dropout_of
 from .linear_nf4 import LowRankTerm, backward, decoded, forward, plan_for
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A

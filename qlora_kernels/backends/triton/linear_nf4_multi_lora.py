@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops._operands import MultiLoRA, Weight
-from ._dropout import Dropout, dropout_of, keep_tile
-from ._partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from ...ops.operands import MultiLoRA, Weight
+from .dropout import Dropout, dropout_of, keep_tile
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
+from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
 
 BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS, NUM_STAGES = 4, 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._decode import code_table, decode_words, load_absmax
+from .decode import code_table, decode_words, load_absmax
 
 RUN = tl.constexpr(32)
 """Weights per lane in one 16-byte load, all in one block: blocksize is at least 32 and divides K."""

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dropout import Dropout, keep_tile
-from ._partials import rank_tile, split_count, sum_partials
+from .dropout import Dropout, keep_tile
+from .partials import rank_tile, split_count, sum_partials
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 3

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._dropout import Dropout, keep_tile
-from ._partials import rank_tile
+from .dropout import Dropout, keep_tile
+from .partials import rank_tile
 
 BLOCK_M, BLOCK_C = 32, 128
 NUM_WARPS = 4

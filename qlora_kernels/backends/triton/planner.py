@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops._registry import KernelPlan, Problem
+from ...ops.registry import KernelPlan, Problem
 
 TUNED = Path(__file__).parent / "tuned"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...format import nf4
 from ...format.double_quant import NESTED_BLOCKSIZE, dynamic_map_values
-from ._constants import absmax_boundaries
+from .constants import absmax_boundaries
 
 NUM_WARPS = 4
 SUM_VALUES = 4096

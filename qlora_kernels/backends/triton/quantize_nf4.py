@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...format import nf4
-from ._decode import INTERPRETED
+from .decode import INTERPRETED
 
 NUM_WARPS = 4
 PROGRAM_VALUES = 4096

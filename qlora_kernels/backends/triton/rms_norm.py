@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.rms_norm import y_dtype
-from ._partials import sum_partials
+from .partials import sum_partials
 
 MAX_PROGRAMS = 256
 """Programs of the backward pass, each with its own part of the weight's gradient; 1 MB of parts for 1024 columns."""

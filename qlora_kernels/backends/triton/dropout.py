@@ -1,4 +1,4 @@
-"""The dropout mask on the device, with the same bits as ops/_philox.py, computed where it is used."""
+"""The dropout mask on the device, with the same bits as ops/philox.py, computed where it is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops._philox import ROUNDS, keep_scale, keep_threshold
+from ...ops.philox import ROUNDS, keep_scale, keep_threshold
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...format.double_quant import dynamic_boundaries, dynamic_map
-from ...ops._operands import Weight
+from ...ops.operands import Weight
 
 
 class AbsmaxPointers(NamedTuple):

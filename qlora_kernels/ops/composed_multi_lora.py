@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._operands import MultiLoRA, Weight
-from ._philox import dropped
+from .operands import MultiLoRA, Weight
+from .philox import dropped
 
 
 def rows_by_adapter(adapter: Tensor, n_adapters: int) -> Iterator[tuple[int, Tensor]]:

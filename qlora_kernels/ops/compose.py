@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._operands import GroupLoRA, LoRA, MultiLoRA, Weight
-from ._philox import dropped
+from .operands import GroupLoRA, LoRA, MultiLoRA, Weight
+from .philox import dropped
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

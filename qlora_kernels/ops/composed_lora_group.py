@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._memory import check_memory
-from ._operands import GroupLoRA, Weight
+from .operands import GroupLoRA, Weight
+from .tensor_memory import check_memory
 
 
 def compose_lora_group(

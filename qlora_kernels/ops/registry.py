@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._memory import check_memory
+from .tensor_memory import check_memory
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """All backends, named as their modules under qlora_kernels.backends."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE
 from ..format.quant_state import FLOAT_DTYPES, n_blocks
-from ._operands import LoRA, MultiLoRA, Weight
+from .operands import LoRA, MultiLoRA, Weight
 
 
 def check_given(op: str, name: str, tensor: Tensor | None) -> None:
