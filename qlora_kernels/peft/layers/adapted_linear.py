@@ -170,7 +170,8 @@ class AdaptedLinear(nn.Module):
             return self._in_order(x, self._chosen(), lowrank, by_row=by_row)
         y = self._lowrank(x, lowrank, by_row=by_row)
         for name, delta in chosen.items():
-            y = self._add_offset(name, delta, x, y)
+            if (offset := delta.offset()) is not None:
+                y = self._add_offset(name, offset, x, y)
         return y
 
     def _in_order(
@@ -196,16 +197,14 @@ class AdaptedLinear(nn.Module):
             fused = {name: lowrank[name] for name in list(chosen)[:first]}
         y: Tensor = self._lowrank(x, fused, by_row=by_row) if fused else self.base_layer(x)
         for name, delta in chosen.items():
-            if name in fused:
-                y = self._add_offset(name, delta, x, y)
-            else:
+            if name not in fused:
                 y = self._apply_delta(delta, inputs[name], y, rows[name])
+            elif (offset := delta.offset()) is not None:
+                y = self._add_offset(name, offset, x, y)
         return y
 
-    def _add_offset(self, name: str, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
-        offset = delta.offset()
-        if offset is None:
-            return y
+    def _add_offset(self, name: str, offset: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the bias [N] of adapter `name`, in its rows of x where each row has an adapter of its own."""
         offset, rows = offset.to(y.dtype), self.selection.row_index(name, x)
         return y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
 
