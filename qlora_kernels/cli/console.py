@@ -6,7 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Console:
@@ -58,6 +61,24 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def memory_now(device: torch.device) -> str:
+    """The memory in use: what tensors take on a CUDA device, what this process takes of RAM otherwise."""
+    if device.type == "cuda":
+        import torch
+
+        return f"{device} {torch.cuda.memory_allocated(device) / 1e9:.2f} GB"
+    return f"RSS {rss_bytes() / 1e9:.2f} GB"
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most that tensors took on a CUDA device; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 def megabytes(n: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ class FinetuneOptions:
     out: Path
     cache: Path | None
     json: bool
+    device: str
     compute_dtype: str
     blocksize: int
     double_quant: bool
@@ -59,8 +61,13 @@ class FinetuneOptions:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> FinetuneOptions:
-        """From parsed arguments, which hold more than the options."""
-        return cls(**{name: getattr(arguments, name) for name in cls.__dataclass_fields__})
+        """From parsed arguments, which hold more than the options. --device and --compute-dtype are resolved."""
+        from .device import chosen_device, chosen_dtype  # imports torch
+
+        values = {name: getattr(arguments, name) for name in cls.__dataclass_fields__}
+        device = chosen_device(arguments.device, os.environ)
+        values |= {"device": str(device), "compute_dtype": chosen_dtype(arguments.compute_dtype, device)}
+        return cls(**values)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +121,7 @@ class FinetuneOptions:
 
     def result_options(self) -> dict[str, Any]:
         """All that the adapter and the report depend on."""
-        free = {"out", "cache", "json", "checkpoint_every", "resume", "timeout"}
+        free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout"}
         if not self.fuse:  # runs of versions without the option can be resumed
             free.add("fuse")
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -21,6 +21,7 @@ class FinetuneReport:
     rows: of the data, by part ("train", "unseen"): how many were kept, cut and dropped, and why.
     perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
     fused: modules that --fuse replaced.
+    device: where the model was.   peak_device_bytes: the most that tensors took there; 0 for the CPU.
     bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
     seconds: by stage.   options: all that the results depend on, beside the fingerprints of the NF4 folder (`base`) and
     of what was trained on (`examples`).
@@ -29,6 +30,7 @@ class FinetuneReport:
     model: str
     data: str
     out: str
+    device: str = "cpu"
     rows: dict[str, RowCounts] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     predictions: int = 0
@@ -40,6 +42,7 @@ class FinetuneReport:
     steps: list[StepRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
     sample: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -53,8 +56,8 @@ class FinetuneReport:
     @classmethod
     def of(cls, values: dict[str, Any]) -> FinetuneReport:
         """From the object that to_json wrote. Raises TypeError or KeyError for another one."""
-        own = {name: values[name] for name in cls.__dataclass_fields__ if name != "fused"}
-        own["fused"] = values.get("fused", 0)  # reports of earlier versions do not have it
+        later = {"fused": 0, "device": "cpu", "peak_device_bytes": 0}  # reports of earlier versions lack them
+        own = {name: {**later, **values}[name] for name in cls.__dataclass_fields__}
         own["rows"] = {part: RowCounts(**counts) for part, counts in own["rows"].items()}
         own["steps"] = [StepRecord(**step) for step in own["steps"]]
         return cls(**own)
@@ -86,6 +89,7 @@ class FinetuneReport:
             ("training", f"{self.tokens_per_second:,.0f} tokens/s"),
             ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())),
             ("peak memory (RSS)", megabytes(self.peak_rss_bytes)),
+            *([(f"peak memory ({self.device})", megabytes(self.peak_device_bytes))] if self.peak_device_bytes else []),
             ("written to", f"{self.out}: adapter/, {'loss.png, ' if can_plot() else ''}report.json"),
         ]
         width = max(len(name) for name, _ in rows)

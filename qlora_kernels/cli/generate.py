@@ -114,15 +114,14 @@ def continuation(
 
     model.eval()
     ids = TextTokens(tokenizer).ids(prompt, from_template=from_template)
-    input_ids = torch.tensor([ids])
+    input_ids = torch.tensor([ids], device=next((p.device for p in model.parameters()), None))
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
+    output = model.generate(  # type: ignore[operator]
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
     text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     return text

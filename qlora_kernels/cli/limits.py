@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .arguments import UsageError
+from .device import memory_bytes
+
+CPU = torch.device("cpu")
 
 
 def check_token_ids(largest: int, tokenizer: Any, model: nn.Module) -> None:
@@ -38,34 +42,38 @@ def check_positions(longest: int, model: nn.Module, option: str) -> None:
         raise UsageError(f"{option}: must leave at most {most} tokens, the model's positions, got {longest}")
 
 
-def check_memory(model: nn.Module, *, batch: int, micro_batch: int, longest: int) -> None:
+def check_memory(model: nn.Module, *, batch: int, micro_batch: int, longest: int, device: torch.device = CPU) -> None:
     """Raises UsageError where a training step cannot fit this machine's memory.
 
     The bound is a lower one, the input of every layer for the backward pass: a step that passes may still be too large.
     batch, micro_batch: examples of a step, and those in memory at one time.   longest: tokens of an example.
+    device: where the model is; ids and labels of the whole batch are on the CPU.
     """
     config = _text_config(model)
     layers = getattr(config, "num_hidden_layers", None) or 1
     width = getattr(config, "hidden_size", None) or 1
     activations = micro_batch * longest * layers * width * 2
     ids_and_labels = batch * longest * 16
-    memory = _memory_bytes()
-    for option, needed in (("--batch", ids_and_labels), ("--micro-batch (or --batch, without it)", activations)):
+    for option, needed, place in (
+        ("--batch", ids_and_labels, CPU),
+        ("--micro-batch (or --batch, without it)", activations, device),
+    ):
+        memory = memory_bytes(place)
         if needed > memory:
             examples = batch if option == "--batch" else micro_batch
             raise UsageError(
-                f"{option}: must fit this machine's memory of {memory / 1e9:,.0f} GB, got {examples} examples of "
+                f"{option}: must fit {_place(place)}'s memory of {memory / 1e9:,.0f} GB, got {examples} examples of "
                 f"{longest} tokens, which take at least {needed / 1e9:,.0f} GB; use fewer, or a shorter --seq-len"
             )
 
 
-def check_rank(model: nn.Module, rank: int) -> None:
-    """Raises UsageError where low-rank factors on every linear layer cannot fit this machine's memory."""
+def check_rank(model: nn.Module, rank: int, device: torch.device = CPU) -> None:
+    """Raises UsageError where low-rank factors on every linear layer cannot fit the memory of `device`."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     needed = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
-    if needed > _memory_bytes():
+    if needed > (memory := memory_bytes(device)):
         raise UsageError(
-            f"--r: must fit this machine's memory of {_memory_bytes() / 1e9:,.0f} GB, got {rank}, whose factors take "
+            f"--r: must fit {_place(device)}'s memory of {memory / 1e9:,.0f} GB, got {rank}, whose factors take "
             f"{needed / 1e9:,.0f} GB"
         )
 
@@ -85,8 +93,5 @@ def _text_config(model: nn.Module) -> Any:
     return model.config.get_text_config()  # type: ignore[operator,union-attr]
 
 
-def _memory_bytes() -> int:
-    """RAM and swap."""
-    import psutil
-
-    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+def _place(device: torch.device) -> str:
+    return "this machine" if device.type == "cpu" else str(device)

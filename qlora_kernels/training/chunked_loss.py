@@ -37,7 +37,8 @@ class ChunkedLoss:
     """loss(batch) -> the sum, in fp32, of -log p(label) over the batch's learned tokens.
 
     model: called as model(input_ids=, attention_mask=, use_cache=False), with get/set_output_embeddings as transformers
-    models have them.   chunk: tokens whose logits are in memory at one time.
+    models have them. Batches are moved to the device of its first parameter.
+    chunk: tokens whose logits are in memory at one time.
     Some architectures scale or cap the logits after the head. This is detected by one forward over a few tokens; the
     logits of such a model are computed whole.
     """
@@ -45,9 +46,11 @@ class ChunkedLoss:
     def __init__(self, model: nn.Module, chunk: int = 256) -> None:
         self.model = cast(Any, model)
         self.chunk = chunk
+        self.device = next(model.parameters()).device
         self.chunked = self._head_is_last()
 
     def __call__(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.device)
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
         learned = labels != IGNORED
         if not self.chunked:
@@ -86,8 +89,7 @@ class ChunkedLoss:
             return False
         training = self.model.training
         self.model.eval()
-        device = next(self.model.parameters()).device
-        ids = torch.arange(4, device=device)[None]
+        ids = torch.arange(4, device=self.device)[None]
         batch = Batch(ids, ids, None)
         with self._without_head() as head:
             hidden = self._forward(batch)

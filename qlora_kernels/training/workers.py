@@ -124,14 +124,18 @@ class Workers:
 
 
 @contextmanager
-def joined(environment: dict[str, str], timeout: timedelta) -> Any:
+def joined(environment: dict[str, str], timeout: timedelta, device: torch.device | None = None) -> Any:
     """Yield the workers of the process group that torchrun or accelerate launch describes; it is destroyed at the end.
 
+    device: of this process's gradients. Those on a CUDA device are summed by NCCL, everything else by gloo.
     An existing process group is used and kept.
     """
     joins = dist.is_available() and not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1
     if joins:
-        dist.init_process_group("gloo", timeout=timeout)
+        on_cuda = device is not None and device.type == "cuda" and dist.is_nccl_available()
+        if on_cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     try:
         yield Workers.current()
     finally:

@@ -1,0 +1,52 @@
+"""From --device and --compute-dtype to a torch device and a dtype that it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .arguments import UsageError
+from .choices import DTYPES
+
+
+def chosen_device(name: str, environment: Mapping[str, str]) -> torch.device:
+    """Return the device that --device names on this machine.
+
+    name: auto (the CUDA device where torch sees one, else the CPU), cpu, cuda or cuda:N.
+    environment: of the process; under torchrun and accelerate launch, LOCAL_RANK numbers the device of auto and cuda.
+    Raises UsageError for a device that torch does not see.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        why = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise UsageError(f"--device: must be a device of this machine, got {name}, but {why}; use cpu or auto")
+    _, colon, number = name.partition(":")
+    index = int(number) if colon else int(environment.get("LOCAL_RANK", "0"))
+    if index >= count:
+        rule = "--device: must be one of" if colon else "--device: LOCAL_RANK must number one of"
+        raise UsageError(f"{rule} the {count} CUDA devices that torch sees, got {index}; numbers start at 0")
+    return torch.device("cuda", index)
+
+
+def chosen_dtype(name: str, device: torch.device) -> str:
+    """Return the name in DTYPES that --compute-dtype means on `device`.
+
+    auto is bf16, but fp16 on CUDA devices that emulate bf16 (before compute capability 8.0).
+    """
+    if name in DTYPES:
+        return name
+    if device.type != "cuda":
+        return "bf16"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of a device in bytes; of the CPU, RAM and swap."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)

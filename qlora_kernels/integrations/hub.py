@@ -1,0 +1,93 @@
+"""Models by their id on the Hugging Face hub: from the local cache first, then from the hub where that is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..io.json_file import read_json_object
+from .model_structure import CONFIG, ModelError
+
+_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+"""Weights, configuration and tokenizer. Pickled weights and code are never read, so they are not downloaded."""
+_ELSEWHERE = ["*/*"]
+"""Folders of a repository: the weights of other libraries (onnx/, original/)."""
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` has the form of an id on the hub: NAME or OWNER/NAME, with @REVISION or without."""
+    return _ID.fullmatch(model) is not None and ".." not in model and "--" not in model
+
+
+def hub_folder(model: str) -> Path:
+    """The folder in the local Hugging Face cache that holds a model's files.
+
+    model: id on the hub, OWNER/NAME or OWNER/NAME@REVISION.
+    A model whose files are all in the cache is taken from there without asking the hub. The others are downloaded,
+    unless HF_HUB_OFFLINE is set. Raises ModelError where the model is in neither place, in one line.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    match = _ID.fullmatch(model)
+    if match is None:
+        raise ModelError(f"{model}: must be an id on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION")
+    wanted: dict[str, Any] = {"repo_id": match["id"], "revision": match["revision"]}
+    wanted |= {"allow_patterns": _FILES, "ignore_patterns": _ELSEWHERE}
+    try:
+        folder, reason = _folder(snapshot_download, local_files_only=True, **wanted)
+        if not reason:
+            return folder
+    except ModelError as error:
+        reason = str(error)
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{model}: must be an existing path or a model in the Hugging Face cache {constants.HF_HUB_CACHE}, got a "
+            f"name of which {reason}; HF_HUB_OFFLINE is set: unset it to download the model, or give a folder"
+        )
+    try:
+        folder, missing = _folder(snapshot_download, **wanted)
+    except ModelError as error:
+        raise ModelError(
+            f"{model}: must be an existing path, a model in the Hugging Face cache or one on the hub; {error}"
+        ) from error
+    if missing:
+        raise ModelError(f"{model}: must be a model with {CONFIG} and safetensors, got a repository of which {missing}")
+    return folder
+
+
+def _folder(download: Callable[..., str], **wanted: Any) -> tuple[Path, str]:
+    """(folder of the snapshot, what it lacks).   Raises ModelError where there is none."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(download(**wanted))
+    except LocalEntryNotFoundError as error:
+        if wanted.get("local_files_only"):
+            raise ModelError("no file is in the cache") from error
+        raise ModelError(f"the hub is not reached: {_first_line(error.__cause__ or error)}") from error
+    except Exception as error:  # of huggingface_hub, of its HTTP client, and of the network below
+        raise ModelError(_first_line(error)) from error
+    return folder, _missing(folder)
+
+
+def _missing(folder: Path) -> str:
+    """What a model's folder lacks, for a message; empty where it is whole."""
+    if not (folder / CONFIG).is_file():
+        return f"{CONFIG} is missing"
+    weights = {_WEIGHTS}
+    if (folder / _INDEX).is_file():
+        shards = read_json_object(folder / _INDEX).get("weight_map")
+        weights = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else {_INDEX}
+    lost = sorted(name for name in weights if not (folder / name).is_file())
+    return f"{lost[0]} is missing" if lost else ""
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without its links."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
