@@ -8,12 +8,15 @@ from .methods.adapter_fusion import AdapterFusionConfig
 from .methods.bitfit import BitFitConfig
 from .methods.full_ft import FullFTConfig
 from .methods.ia3 import IA3Config
+from .methods.loha import LoHaConfig
+from .methods.lokr import LoKrConfig
 from .methods.lora import LoraConfig
 from .methods.mam import MAMConfig
 from .methods.p_tuning import PTuningConfig
 from .methods.prefix_tuning import PrefixTuningConfig, PTuningV2Config
 from .methods.prompt_tuning import PromptTuningConfig
 from .methods.unipelt import UniPELTConfig
+from .methods.vera import VeraConfig
 from .model.eva import initialize_eva
 from .model.lora_plus import lora_plus_groups
 from .model.peft_model import PeftModel, get_peft_model
@@ -27,6 +30,8 @@ __all__ = [
     "BitFitConfig",
     "FullFTConfig",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "MAMConfig",
     "PTuningConfig",
@@ -36,6 +41,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "UniPELTConfig",
+    "VeraConfig",
     "adalora_ranks",
     "get_peft_model",
     "initialize_eva",

@@ -101,8 +101,13 @@ class AdapterTree:
                     yield f"{path}.{name}", parameter
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Each buffer once, below the first path that leads to it."""
+        seen: set[int] = set()
         for path in self.places:
-            yield from ((f"{path}.{name}", buffer) for name, buffer in self[path].named_buffers())
+            for name, buffer in self[path].named_buffers():
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    yield f"{path}.{name}", buffer
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the file by their paths in it."""

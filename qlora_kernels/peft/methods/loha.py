@@ -1,0 +1,89 @@
+"""LoHa: W' = W + (alpha / r) (A1 B1) * (A2 B2), the elementwise product of two matrices of rank r.
+
+Source: FedPara (arXiv:2108.06098), LyCORIS (arXiv:2309.14859). Names, defaults and files: PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.offloaded import has_hooks, weight_of
+from ..framework.registry import register_method
+from ..layers.base_layer import device_of, features
+from ..layers.lowrank import LoraFactors
+from .lycoris import LycorisConfig, LycorisDelta, LycorisMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(LycorisConfig):
+    """Fields, names and defaults of PEFT's LoHaConfig.
+
+    rank_dropout: share of the update's output features that a training step leaves out; the others are scaled up.
+    module_dropout: how often a training step leaves out a layer's whole update.
+    init_weights: True (the fourth factor zero: identity) or False (all four Kaiming uniform).
+    use_effective_conv2d says nothing about linear layers.
+    """
+
+    peft_type = "LOHA"
+
+    init_weights: bool = True
+
+
+class LoHaLinear(LycorisDelta):
+    """hada_w1_a, hada_w2_a [N, r] and hada_w1_b, hada_w2_b [r, K]."""
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoHaConfig, dtype: torch.dtype) -> None:
+        super().__init__(scaling, config)
+        k, n = features(base)
+        device = device_of(base)
+        self.rank_dropout_scale = True
+        for number in (1, 2):
+            for side, shape in (("a", (n, r)), ("b", (r, k))):
+                factor = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                self.register_parameter(f"hada_w{number}_{side}", factor)
+        if config.init_weights:
+            nn.init.zeros_(self.get_parameter("hada_w2_b"))
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        a1, b1, a2, b2 = (weight_of(self, f"hada_w{number}_{side}") for number in (1, 2) for side in "ab")
+        return a1, b1, a2, b2
+
+    def update(self) -> Tensor:
+        a1, b1, a2, b2 = self._factors()
+        return self.scaling * ((a1 @ b1) * (a2 @ b2))
+
+    def lowrank(self) -> LoraFactors:
+        """As an update of rank r * r: the products of each pair of columns and of each pair of rows."""
+        a1, b1, a2, b2 = self._factors()
+        lora_B = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        lora_A = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        return lora_A, lora_B, self.scaling
+
+    def factors(self) -> LoraFactors | None:
+        n, r = self._parameters["hada_w1_a"].shape  # type: ignore[union-attr]
+        k = self._parameters["hada_w1_b"].shape[1]  # type: ignore[union-attr]
+        # Beyond that the dense update is cheaper to store and to multiply by.
+        if r * r * (n + k) > n * k or self.drops or has_hooks(self):
+            return None
+        return self.lowrank()
+
+    def product(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.update())
+
+
+@register_method(LoHaConfig)
+class LoHa(LycorisMethod[LoHaLinear]):
+    """LoHa over the linear layers that the configuration targets."""
+
+    config: LoHaConfig
+    rank_tensors: ClassVar[dict[str, int]] = {"hada_w1_b": 0}
+
+    def new_delta(self, path: str, base: nn.Module) -> LoHaLinear:
+        r, scaling = self.size(path)
+        return LoHaLinear(base, r, scaling, self.config, self.injector.adapter_dtype)

@@ -1,0 +1,155 @@
+"""VeRA: W' = W + diag(b) B diag(d) A with trained vectors b and d, and random A and B that all layers share.
+
+Source: VeRA (arXiv:2310.11454). Names, defaults and files: PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import PeftConfig
+from ..core.offloaded import has_hooks, weight_of
+from ..framework.linear_method import LinearMethod
+from ..framework.method import PROMPT_PREFIX, load_into, tensors_by_path
+from ..framework.registry import register_method
+from ..layers.adapted_linear import Delta
+from ..layers.base_layer import device_of, features
+from ..layers.lowrank import LoraFactors, add_lowrank
+
+PROJECTIONS = ("vera_A", "vera_B")
+"""Names of the shared projections; in files they have the prefix of prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(PeftConfig):
+    """Fields, names and defaults of PEFT's VeraConfig.
+
+    projection_prng_key: seed of the shared projections.   save_projection: whether files hold them; without them, a
+    loaded adapter has those of its seed.
+    d_initial: start value of the trained vector of length r; the other starts at zero: identity.
+    init_weights: False starts from ones and from normal numbers instead.
+    """
+
+    peft_type = "VERA"
+    exclude_modules: ClassVar[None] = None
+
+    r: int = 256
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+    layers_to_transform: list[int] | tuple[int, ...] | int | None = None
+    layers_pattern: list[str] | tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise ValueError(f"VeraConfig: r must be >= 1, got {self.r}")
+        if not 0.0 <= self.vera_dropout < 1.0:
+            raise ValueError(f"VeraConfig: vera_dropout must be in [0, 1), got {self.vera_dropout}")
+        if self.bias not in ("none", "all", "vera_only"):
+            raise ValueError(f"VeraConfig: bias must be 'none', 'all' or 'vera_only', got {self.bias!r}")
+
+
+class VeraProjection(nn.Module):
+    """vera_A [r, K] and vera_B [N, r], which do not train: K and N are the largest of the layers that share them."""
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, r: int, k: int, n: int, key: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        # On the CPU, whatever the device: the numbers are PEFT's for the same key.
+        generator = torch.Generator(device="cpu").manual_seed(key)
+        for name, shape in (("vera_A", (r, k)), ("vera_B", (n, r))):
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            values = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, values.to(device, dtype))
+
+
+class VeraLinear(Delta):
+    """vera_lambda_d [r] and vera_lambda_b [N], the trained vectors; `projection` is one module for all layers."""
+
+    def __init__(self, base: nn.Module, projection: VeraProjection, config: VeraConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.k, n = features(base)
+        device = device_of(base)
+        self.dropout_p = config.vera_dropout
+        start_d, start_b = torch.full((config.r,), config.d_initial), torch.zeros(n)
+        if not config.init_weights:
+            start_d, start_b = torch.randn(config.r), torch.ones(n)
+        self.vera_lambda_d = nn.Parameter(start_d.to(device, dtype))
+        self.vera_lambda_b = nn.Parameter(start_b.to(device, dtype))
+        self.projection = projection
+
+    def lowrank(self) -> LoraFactors:
+        # The vectors go into the factors: the fused path sees a LoRA, and autograd takes its gradients apart.
+        lambda_d, lambda_b = weight_of(self, "vera_lambda_d"), weight_of(self, "vera_lambda_b")
+        projection = self.projection
+        vera_A = projection.vera_A[:, : self.k].to(lambda_d.device)
+        vera_B = projection.vera_B[: len(lambda_b)].to(lambda_b.device)
+        return lambda_d[:, None] * vera_A, lambda_b[:, None] * vera_B, 1.0
+
+    def factors(self) -> LoraFactors | None:
+        return None if has_hooks(self) else self.lowrank()
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
+
+
+@register_method(VeraConfig)
+class Vera(LinearMethod[VeraLinear]):
+    """Two trained vectors for each linear layer that the configuration targets."""
+
+    config: VeraConfig
+    rank_tensors: ClassVar[dict[str, int]] = {"vera_lambda_d": 0}
+
+    @classmethod
+    def rank(cls, config: PeftConfig, path: str) -> int:
+        assert isinstance(config, VeraConfig)
+        return config.r
+
+    def new_delta(self, path: str, base: nn.Module) -> VeraLinear:
+        projection = self._new_projection() if not self.tree.places else self.projection
+        return VeraLinear(base, projection, self.config, self.injector.adapter_dtype)
+
+    @property
+    def projection(self) -> VeraProjection:
+        """What all layers share."""
+        return cast(VeraLinear, self.tree[next(iter(self.tree.places))]).projection
+
+    def _new_projection(self) -> VeraProjection:
+        layers = list(self.targets(self.config, self.injector).values())
+        k, n = (max(sizes) for sizes in zip(*map(features, layers), strict=True))
+        config, device = self.config, device_of(layers[0])
+        return VeraProjection(config.r, k, n, config.projection_prng_key, device, self.injector.adapter_dtype)
+
+    # In files, which hold the projections once, or not at all.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        tensors = {name: tensor for name, tensor in super().state_dict().items() if ".projection." not in name}
+        return tensors | (dict(self.projection.named_buffers()) if self.config.save_projection else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = super().tensors()
+        for name in PROJECTIONS if self.config.save_projection else ():
+            tensors[f"{PROMPT_PREFIX}{name}"] = tensors.pop(f"{self.file_prefix}{name}")
+        return tensors
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        stored = tensors_by_path(tensors, self.file_prefix)
+        if not self.config.save_projection:
+            # A file may hold them all the same. They are what the vectors were trained with.
+            held = {name: stored.pop(name) for name in PROJECTIONS if name in stored}
+            if held:
+                load_into(self.projection, held)
+        self.fill(stored)
