@@ -23,7 +23,7 @@ from ..format.quant_state import QuantState
 from ..nn.linear_nf4 import LinearNF4
 from ..nn.quantized_weight import is_sharded
 from ..peft.layers.adapted_linear import AdaptedLinear
-from ..peft.methods.lora import LoraLinear
+from ..peft.methods.lora_layers import LoraLinear
 
 NESTED_BLOCKSIZE = 256
 

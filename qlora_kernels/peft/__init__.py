@@ -2,7 +2,7 @@
 
 from .core.config import PeftConfig
 from .framework.registry import METHODS, register_method
-from .methods.adalora import AdaLoraConfig, adalora_ranks
+from .methods.adalora import AdaLoraConfig
 from .methods.adapter import AdapterConfig
 from .methods.adapter_fusion import AdapterFusionConfig
 from .methods.bitfit import BitFitConfig
@@ -10,13 +10,14 @@ from .methods.full_ft import FullFTConfig
 from .methods.ia3 import IA3Config
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
-from .methods.lora import LoraConfig
+from .methods.lora_config import LoraConfig
 from .methods.mam import MAMConfig
 from .methods.p_tuning import PTuningConfig
 from .methods.prefix_tuning import PrefixTuningConfig, PTuningV2Config
 from .methods.prompt_tuning import PromptTuningConfig
 from .methods.unipelt import UniPELTConfig
 from .methods.vera import VeraConfig
+from .model.adalora_ranks import adalora_ranks
 from .model.eva import initialize_eva
 from .model.lora_plus import lora_plus_groups
 from .model.peft_model import PeftModel, get_peft_model

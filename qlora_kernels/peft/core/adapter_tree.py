@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .sharded import full_tensor
-
-if TYPE_CHECKING:
-    from ..framework.injector import Injector
 
 
 class AdapterModules(nn.ModuleDict):
@@ -54,13 +51,23 @@ class Place:
     in_file: bool = True
 
 
+class SlotOwner(Protocol):
+    """What AdapterTree needs of an Injector: access to the slots of the model's modules."""
+
+    def slot(self, owner: str | None, slot: str) -> AdapterModules:
+        """The child `slot` of the module at `owner`, made where it is missing."""
+
+    def remove(self, owner: str | None, slot: str, key: str) -> None:
+        """Removes the entry `key` from a slot, and the slot with its last entry."""
+
+
 class AdapterTree:
     """The modules of one adapter by the paths that they have in its file.
 
     Modules are looked up by these paths whenever they are needed: nothing here holds one.
     """
 
-    def __init__(self, injector: Injector, name: str) -> None:
+    def __init__(self, injector: SlotOwner, name: str) -> None:
         self.injector, self.name = injector, name
         self.places: dict[str, Place] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from ..layers.adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
 from ..layers.base_layer import is_embedding, is_linear, is_quantized
 from ..layers.overridden_module import UPDATES, ParameterCopies, override, restore
 from ..layers.parameter_lora import ParameterUpdates
-
-if TYPE_CHECKING:
-    from .method import Method
 
 
 class Injector:
@@ -42,8 +39,8 @@ class Injector:
         self.adapter_dtype = adapter_dtype
         self.prompts = AdapterModules() if prompts is None else prompts
         self.selection = AdapterSelection()
-        self.adapters: dict[str, list[Method]] = {}
-        self.unfinished: list[Method] = []  # those of the adapter that is being added
+        self.adapters: dict[str, list[Any]] = {}  # of Method, whose module imports this one
+        self.unfinished: list[Any] = []  # those of the adapter that is being added
         self.split_attention()
 
     def split_attention(self) -> None:
@@ -52,12 +49,6 @@ class Injector:
 
     def join_attention(self) -> None:
         join_attention(self.model)
-
-    def methods(self, name: str) -> list[Method]:
-        """The methods of adapter `name`, with those that they are made of. Raises ValueError for an unknown name."""
-        if name not in self.adapters:
-            raise ValueError(f"adapter_name: must be one of {list(self.adapters)}, got {name!r}")
-        return [part for method in self.adapters[name] for part in (method, *method.parts)]
 
     # The model by names
 

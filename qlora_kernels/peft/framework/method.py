@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ...nn.match import check_names, matches
 from ...nn.module_tree import WRAPPED
-from ..core.adapter_tree import AdapterTree
+from ..core.adapter_tree import AdapterModules, AdapterTree
 from ..core.config import SIZES, TASK_HEADS, PeftConfig
 from .base_tables import pop_base_tables
 from .injector import Injector
 from .parameter_overrides import ParameterOverrides
-
-if TYPE_CHECKING:
-    from ..model.peft_model import PeftModel
 
 _BUFFER = "buffer:"
 """Before the names of buffers in a run's checkpoint."""
@@ -37,6 +34,13 @@ class PreparedCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     finish: Callable[[Any], Any] | None = None
+
+
+class CalledModel(Protocol):
+    """The PeftModel that is called, or a replica of it, as methods see it."""
+
+    base_model: nn.Module
+    prompt_encoder: AdapterModules
 
 
 class Method:
@@ -141,11 +145,11 @@ class Method:
         for parameter in self.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
 
-    def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+    def prepare_forward(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         """Called before the base model's forward.   model: the one that is called, which may be a replica."""
         return PreparedCall(args, kwargs)
 
-    def prepare_generate(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+    def prepare_generate(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         """Called before the base model's generate."""
         return PreparedCall(args, kwargs)
 
@@ -221,6 +225,16 @@ class Method:
         for name, buffer in self.tree.named_buffers():
             if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none
                 buffer.copy_(tensors[f"{_BUFFER}{name}"])
+
+
+def methods_of(injector: Injector, name: str) -> list[Method]:
+    """The methods of adapter `name`, each followed by its parts.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in injector.adapters:
+        raise ValueError(f"adapter_name: must be one of {list(injector.adapters)}, got {name!r}")
+    return [part for method in injector.adapters[name] for part in (method, *method.parts)]
 
 
 class AdapterMethods(list[Method]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 from .base_layer import dense_weight, features, stores_transposed, with_weight
 from .lowrank import LoraFactors, add_lowrank, concatenated, forward_lowrank
-
-if TYPE_CHECKING:
-    from .fused_projections import FusedProjections
 
 
 class Delta(nn.Module):
@@ -75,6 +72,13 @@ class Delta(nn.Module):
         return factors
 
 
+class SharedOutputs(Protocol):
+    """What a layer needs of the FusedProjections that it belongs to."""
+
+    def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
+        """The output of `layer` for x where the group computes it; else None."""
+
+
 class AdaptedLinear(nn.Module):
     """y = base(x) + the active adapters' updates; base(x) exactly where none is active.
 
@@ -93,7 +97,7 @@ class AdaptedLinear(nn.Module):
         self.deltas = AdapterModules()
         self.merged_layer: nn.Module | None = None
         self.merged_names: tuple[str, ...] = ()
-        self.fused_projections: FusedProjections | None = None
+        self.fused_projections: SharedOutputs | None = None
         self.weight_is_read = False
         self.train(base_layer.training)
 

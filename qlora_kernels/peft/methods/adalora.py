@@ -28,8 +28,6 @@ from .rank_allocator import TRIPLET_DIM, BudgetSchedule, RankAllocator, Triplets
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..model.peft_model import PeftModel
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(PeftConfig):
@@ -327,15 +325,3 @@ class AdaLora(LinearMethod[SvdLinear]):
             delta.kept = tensors[f"{path}.kept"].to(delta.kept.device)
             if values["final"]:
                 delta.freeze_rank()
-
-
-def adalora_ranks(model: PeftModel, adapter_name: str = "default") -> dict[str, int]:
-    """Layer name -> the number of triplets it keeps. Final once step() has seen total_step - tfinal.
-
-    Raises ValueError if the adapter is not there or has no AdaLoRA.
-    """
-    methods = model.injector.adapters.get(adapter_name, [])
-    deltas = [item for method in methods if isinstance(method, AdaLora) for item in method.deltas.items()]
-    if not deltas:
-        raise ValueError(f"adalora_ranks: adapter {adapter_name!r} must be an AdaLoRA adapter")
-    return {path: int(delta.kept.sum()) for path, delta in deltas}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from ..core.offloaded import weight_of
 from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, embedding_scale, features
-
-if TYPE_CHECKING:
-    from .lora import LoraConfig
+from .lora_config import LoraConfig
 
 
 class LoraEmbedding(Delta):

@@ -5,15 +5,11 @@ Source: PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775), LoftQ (arXiv:2310.08
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ..layers.base_layer import dense_weight, is_quantized, quantized, with_weight
-
-if TYPE_CHECKING:
-    from .lora import LoraLinear
+from .lora_layers import LoraLinear
 
 
 def principal_factors(weight: Tensor, r: int, niter: int | None = None) -> tuple[Tensor, Tensor]:
@@ -28,11 +24,6 @@ def principal_factors(weight: Tensor, r: int, niter: int | None = None) -> tuple
         vh = v.T
     root = s[:r].sqrt()
     return root[:, None] * vh[:r], u[:, :r] * root
-
-
-def starts_in_base(how: bool | str) -> bool:
-    """Whether the start values are a part of the base's weight, which is taken out of it: PiSSA and OLoRA."""
-    return str(how).startswith("pissa") or how == "olora"
 
 
 @torch.no_grad()

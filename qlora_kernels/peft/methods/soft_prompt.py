@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,9 @@ from ...nn.module_tree import input_embeddings_of, unwrapped
 from ..attention.prompt_layout import PromptLayout
 from ..core.config import PeftConfig
 from ..framework.injector import Injector
-from ..framework.method import PROMPT_PREFIX, Method, PreparedCall, tensors_by_path
+from ..framework.method import PROMPT_PREFIX, CalledModel, Method, PreparedCall, tensors_by_path
 from ..layers.base_layer import device_of
 from .torch_prompt import EncoderPrompt
-
-if TYPE_CHECKING:
-    from ..model.peft_model import PeftModel
 
 SLOT = "prompt_encoder"
 
@@ -121,7 +118,7 @@ class SoftPrompt(Method):
         encoder_only = not (self.injector.layout.causal or self.injector.layout.seq2seq)
         return PromptLayout.of(rows, "right" if encoder_only else "left")
 
-    def prepare_forward(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+    def prepare_forward(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         if self.owner is not None or not self._leads():
             return PreparedCall(args, kwargs)
         kwargs = self._named(args, kwargs)
@@ -166,7 +163,7 @@ class SoftPrompt(Method):
             numbers = torch.arange(layout.n + length, device=layout.front.device) - layout.filling
             kwargs["position_ids"] = numbers.clamp(min=0)
 
-    def prepare_generate(self, model: PeftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
+    def prepare_generate(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
         if not self._leads():
             return PreparedCall(args, kwargs)
         kwargs = self._named(args, kwargs, first="inputs")
@@ -190,7 +187,7 @@ class SoftPrompt(Method):
             raise TypeError(f"soft prompt: all arguments but {first} must be given by name")
         return {**({first: args[0]} if args else {}), **kwargs}
 
-    def _placed(self, model: PeftModel, ids: Tensor | None) -> Tensor:
+    def _placed(self, model: CalledModel, ids: Tensor | None) -> Tensor:
         """The embeddings of ids [B, S] with the prompt in the places of the placeholder."""
         if ids is None:
             raise ValueError("soft prompt: input_ids must be given where placeholder_token_id is set")
@@ -243,7 +240,7 @@ class SoftPrompt(Method):
         return device_of(embeddings if embeddings is not None else self.injector.model)
 
 
-def _embedded(model: PeftModel, ids: Tensor) -> Tensor:
+def _embedded(model: CalledModel, ids: Tensor) -> Tensor:
     embeds: Tensor = cast(Any, unwrapped(model.base_model)).get_input_embeddings()(ids)
     return embeds
 

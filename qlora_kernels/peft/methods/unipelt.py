@@ -23,7 +23,8 @@ from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
 from ..layers.gate import Gate, padding_of
 from .adapter import Adapter, AdapterConfig
-from .lora import LoraConfig, LoraLinear
+from .lora_config import LoraConfig
+from .lora_layers import LoraLinear
 from .prefix_tuning import PrefixEncoder, PrefixPart, PrefixTuning, PrefixTuningConfig, part_path
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.adapter_selection import BASE
 from ..framework.injector import Injector
+from ..framework.method import methods_of
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 
@@ -26,10 +27,10 @@ def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | No
     if batch is not None and len(adapter_names) != batch:
         raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
     for name in set(adapter_names) - {BASE}:
-        for method in injector.methods(name):
+        for method in methods_of(injector, name):
             if reason := method.row_mixing_unsupported():
                 raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
-    active = [method for name in injector.selection.active for method in injector.methods(name)]
+    active = [method for name in injector.selection.active for method in methods_of(injector, name)]
     if injector.selection.state.enabled and any(method.overrides.paths for method in active):
         raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...nn.match import contained_in
-from ..methods.lora import Lora, LoraConfig
+from ..methods.lora import Lora
+from ..methods.lora_config import LoraConfig
 from ..methods.lora_init import principal_factors
 
 Factors = tuple[Tensor, Tensor, float]

@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from ..framework.injector import Injector
+from ..framework.method import methods_of
 from ..layers.base_layer import features, is_quantized
 
 
@@ -15,7 +16,7 @@ def count_parameters(model: nn.Module, injector: Injector) -> tuple[int, int]:
     parameter that it replaces. A quantized layer counts as its dense shape.
     """
     aside = {id(layer.base_layer) for layer in injector.adapted_layers().values() if layer.merged_layer is not None}
-    active = [method for name in injector.selection.active for method in injector.methods(name)]
+    active = [method for name in injector.selection.active for method in methods_of(injector, name)]
     replaced = {id(original) for method in active for original in method.overrides.originals.values()}
     modules = [module for module in model.modules() if id(module) not in aside]
     layers = [module for module in modules if is_quantized(module)]

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.lora import Lora, LoraLinear
-
-if TYPE_CHECKING:
-    from .peft_model import PeftModel
+from ..methods.lora import Lora
+from ..methods.lora_layers import LoraLinear
+from .peft_model import PeftModel
 
 
 @torch.no_grad()

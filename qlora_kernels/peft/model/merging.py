@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ...nn.experts_nf4 import ExpertsNF4
 from ..framework.injector import Injector
+from ..framework.method import methods_of
 from ..layers.base_layer import is_quantized
 from ..methods.tied_lora import tie_merged
 
@@ -15,7 +16,7 @@ from ..methods.tied_lora import tie_merged
 def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
     """Raises ValueError for an adapter that is no update of weights."""
     for name in names:
-        for method in injector.methods(name):
+        for method in methods_of(injector, name):
             if reason := method.merge_unsupported():
                 raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
 
@@ -66,7 +67,7 @@ def keep_merged(injector: Injector, names: Sequence[str]) -> None:
         if (merged := updates.kept_merged()) is not None:
             injector.set_own_value(path, merged)
     for name in names:
-        for method in injector.methods(name):
+        for method in methods_of(injector, name):
             method.overrides.keep()
 
 

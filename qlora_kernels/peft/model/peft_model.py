@@ -20,7 +20,7 @@ from ..core.config import PeftConfig
 from ..core.sharded import full_tensor
 from ..framework import checkpoint
 from ..framework.injector import Injector
-from ..framework.method import Adapters, Method
+from ..framework.method import Adapters, Method, methods_of
 from ..framework.registry import method_for
 from ..framework.ties import declare_ties
 from ..layers.foreign_layer import forget_quantization
@@ -145,7 +145,9 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
 
     def _acting(self) -> list[Method]:
         """The methods that act in this call."""
-        return [m for name in self.injector.adapters if self.selection.has(name) for m in self.injector.methods(name)]
+        return [
+            m for name in self.injector.adapters if self.selection.has(name) for m in methods_of(self.injector, name)
+        ]
 
     def _replicate_for_data_parallel(self) -> Any:
         # A replica runs in a thread of its own, which does not know what holds in this one.
@@ -156,7 +158,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
     def train(self, mode: bool = True) -> PeftModel:
         super().train(mode)
         for name in self.injector.adapters:
-            for method in self.injector.methods(name):
+            for method in methods_of(self.injector, name):
                 method.watch_training()
         return self
 
@@ -237,7 +239,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
             raise
         finally:
             self.injector.unfinished = []
-        for method in self.injector.methods(adapter_name):
+        for method in methods_of(self.injector, adapter_name):
             method.set_trainable(False)
             method.tree.train(self.training)
 
@@ -245,18 +247,18 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
         """Makes these adapters, and no others, active; they alone train (none with inference_mode). Several add up."""
         names = as_names(adapter_name)
         for name in names:
-            self.injector.methods(name)
+            methods_of(self.injector, name)
         self._check_replaced("set_adapter", names)
         if both := {need for name in names for need in self._needs(name)} & set(names):
             raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
         self.selection.active = names
         for name in self.injector.adapters:
-            for method in self.injector.methods(name):
+            for method in methods_of(self.injector, name):
                 method.set_trainable(name in names and not inference_mode)
                 method.watch_training()
 
     def _check_replaced(self, op: str, names: Sequence[str]) -> None:
-        replaced = [path for name in names for m in self.injector.methods(name) for path in m.overrides.paths]
+        replaced = [path for name in names for m in methods_of(self.injector, name) for path in m.overrides.paths]
         if twice := {path for path in replaced if replaced.count(path) > 1}:
             raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
 
@@ -265,7 +267,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
 
         Raises ValueError for an adapter that is merged or that another one is made of.
         """
-        methods = self.injector.methods(adapter_name)
+        methods = methods_of(self.injector, adapter_name)
         if users := [name for name in self.injector.adapters if adapter_name in self._needs(name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
         if merging.is_merged(self.injector, adapter_name):
@@ -279,7 +281,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
             self.set_adapter(first, inference_mode=not trained)
 
     def _remove(self, name: str) -> None:
-        for method in reversed(self.injector.methods(name)):
+        for method in reversed(methods_of(self.injector, name)):
             method.detach()
         del self.injector.adapters[name]
         self.selection.active = tuple(n for n in self.selection.active if n != name)
@@ -311,7 +313,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
             new.overrides.copies[path].data.copy_(value)
 
     def _single_lora(self, name: str) -> Lora:
-        methods = self.injector.methods(name)
+        methods = methods_of(self.injector, name)
         if len(methods) != 1 or type(methods[0]) is not Lora:
             raise TypeError(f"add_weighted_adapter: adapter {name!r} must be a LoRA adapter")
         return methods[0]
@@ -326,10 +328,10 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
             yield
 
     def _needs(self, name: str) -> set[str]:
-        return {need for method in self.injector.methods(name) for need in method.needs}
+        return {need for method in methods_of(self.injector, name) for need in method.needs}
 
     def _active(self) -> list[Method]:
-        return [method for name in self.selection.active for method in self.injector.methods(name)]
+        return [method for name in self.selection.active for method in methods_of(self.injector, name)]
 
     # Merging
 
@@ -345,7 +347,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         merging.check_mergeable(self.injector, names)
         for name in names:
-            replaced = [path for method in self.injector.methods(name) for path in method.overrides.paths]
+            replaced = [path for method in methods_of(self.injector, name) for path in method.overrides.paths]
             if replaced and name not in self.selection.active:
                 raise ValueError(
                     f"merge: adapter {name!r} must be active, since it replaces {min(replaced)}; call set_adapter"
@@ -426,7 +428,7 @@ class PeftModel(RecognizedAsPeftModel, nn.Module):
         check_save_options(state_dict, safe_serialization)
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.injector.adapters)
         for name in names:
-            self.injector.methods(name)  # refuses an unknown name before anything is written
+            methods_of(self.injector, name)  # refuses an unknown name before anything is written
         adapters = {"." if name == "default" else name: self.injector.adapters[name] for name in names}
         parameters = (p for methods in adapters.values() for method in methods for p in method.parameters())
         if is_main_process or any(is_sharded(p) for p in parameters):

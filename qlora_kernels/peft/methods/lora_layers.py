@@ -1,0 +1,115 @@
+"""The updates that LoRA makes of a linear layer: a low-rank product, and DoRA's with a trained magnitude."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.offloaded import has_hooks, weight_of
+from ..layers.adapted_linear import Delta
+from ..layers.base_layer import dense_weight, device_of, features
+from .lora_config import LoraConfig
+
+
+class LoraLinear(Delta):
+    """lora_A.weight [r, K], lora_B.weight [N, r]; the update is scaling * B A.
+
+    `fixed_A` [r, K], `fixed_B` [N, r], where present, are a second, untrained pair: the part that PiSSA and OLoRA take
+    out of W.
+    """
+
+    fixed_A: Tensor | None
+    fixed_B: Tensor | None
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        k, n = features(base)
+        device = device_of(base)
+        self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
+        self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
+        self.register_buffer("fixed_A", None)
+        self.register_buffer("fixed_B", None)
+        self._init(config.init_lora_weights)
+
+    def _init(self, how: bool | str) -> None:
+        if how is False or how == "orthogonal":
+            return  # nn.Linear's own, Kaiming uniform for both; init_orthogonal replaces them
+        if how == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        nn.init.zeros_(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_A.weight.data.copy_(lora_A)
+        self.lora_B.weight.data.copy_(lora_B)
+
+    def offset(self) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.scaling * weight_of(self.lora_B, "bias")
+
+    def lowrank(self) -> tuple[Tensor, Tensor, float]:
+        lora_A, lora_B = self.lora_A.weight, self.lora_B.weight
+        if lora_A.is_meta or lora_B.is_meta:
+            lora_A, lora_B = weight_of(self.lora_A, "weight"), weight_of(self.lora_B, "weight")
+        fixed_A, fixed_B = self._buffers["fixed_A"], self._buffers["fixed_B"]
+        if fixed_A is not None and fixed_B is not None:
+            lora_A, lora_B = torch.cat([lora_A, fixed_A]), torch.cat([lora_B, fixed_B], dim=1)
+        return lora_A, lora_B, self.scaling
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        # Hooks act where layers are called, and FSDP wraps layers in others.
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or has_hooks(self, lora_A, lora_B):
+            return None
+        return self.lowrank()
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout_p, self.training)
+        update = self.lora_B(self.lora_A(dropped))
+        if self.fixed_A is not None and self.fixed_B is not None:
+            update = update + F.linear(F.linear(dropped, self.fixed_A), self.fixed_B)
+        updated: Tensor = y + self.scaling * update
+        return updated.to(y.dtype)
+
+
+class DoraLinear(LoraLinear):
+    """W' = m * V / |V|_row, V = W + scaling * B A; m = lora_magnitude_vector [N] starts as |W|_row: identity.
+
+    |V|_row is a constant for the gradient (DoRA section 4.3). A row of V that is zero has no direction: it stays as it
+    is, with no factor, until B gives it one. With dropout, PEFT drops x in the W part of the update as well; here W x
+    is the layer's own output, computed once.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__(base, r, scaling, config, dtype)
+        self.lora_magnitude_vector = nn.Parameter(dense_weight(base).norm(dim=1).to(dtype))
+
+    def factors(self) -> None:
+        return None
+
+    def _row_scale(self, weight: Tensor) -> Tensor:
+        lora_A, lora_B, scaling = self.lowrank()
+        norm = (weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())).norm(dim=1)
+        magnitude = weight_of(self, "lora_magnitude_vector")
+        norm = norm.to(magnitude.dtype)
+        zero = norm == 0
+        scale: Tensor = magnitude / norm.masked_fill(zero, 1.0)
+        return scale.masked_fill(zero, 1.0)
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        lora_A, lora_B, scaling = self.lowrank()
+        scale = self._row_scale(dense_weight(base))
+        dropped = F.dropout(x.to(lora_A.dtype), self.dropout_p, self.training)
+        update = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+        without_bias = y if base.bias is None else y - cast(Tensor, base.bias)
+        return (y + (scale - 1) * without_bias + scale * update).to(y.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self._row_scale(weight).detach().float()[:, None] * super().merged(weight)
+
+    def updated(self, weight: Tensor) -> Tensor:
+        return (self._row_scale(weight.detach().float())[:, None] * super().updated(weight)).to(weight.dtype)

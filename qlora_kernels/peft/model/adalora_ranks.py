@@ -1,0 +1,18 @@
+"""The ranks of an AdaLoRA adapter, by layer."""
+
+from __future__ import annotations
+
+from ..methods.adalora import AdaLora
+from .peft_model import PeftModel
+
+
+def adalora_ranks(model: PeftModel, adapter_name: str = "default") -> dict[str, int]:
+    """Layer name -> the number of triplets it keeps. Final once step() has seen total_step - tfinal.
+
+    Raises ValueError if the adapter is not there or has no AdaLoRA.
+    """
+    methods = model.injector.adapters.get(adapter_name, [])
+    deltas = [item for method in methods if isinstance(method, AdaLora) for item in method.deltas.items()]
+    if not deltas:
+        raise ValueError(f"adalora_ranks: adapter {adapter_name!r} must be an AdaLoRA adapter")
+    return {path: int(delta.kept.sum()) for path, delta in deltas}
