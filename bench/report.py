@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from .markdown import replace_marked, table
 from .row_file import Row, read_rows, write_rows
 from .targets import Verdict, judge
 
@@ -52,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.merge:
         write_rows(options.merge, rows)
     if options.update:
-        before, _, rest = options.update.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        options.update.write_text(f"{before}{BEGIN}\n{report(rows)}\n{END}{after}")
+        replace_marked(options.update, BEGIN, END, report(rows))
     else:
         print(report(rows))
     return 0
@@ -139,10 +138,10 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
         )
     if not lines:
         return ""
-    table = _markdown(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
+    shown = table(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
     missed = any(verdict.status == "missed" for verdict in verdicts)
     explained = [f"Why targets are missed: `{CAUSES}`."] if missed else []
-    return "\n\n".join(["### Targets", table, *explained])
+    return "\n\n".join(["### Targets", shown, *explained])
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -159,7 +158,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
-    return _markdown(
+    return table(
         ["case", "contender", "peak memory, MB"],
         [[row["case"], row["contender"], f"{row['peak_bytes'] / 1e6:.0f}"] for row in rows],
     )
@@ -178,7 +177,7 @@ def _op_table(rows: Sequence[Row]) -> str:
         columns.append(("GFLOP/s", lambda row: f"{row['gflops']:.0f}"))
     columns.append(("of roofline", lambda row: f"{row['roofline']:.0%}"))
     columns += [(f"over {peer}", partial(_speedup_over, peer)) for peer in peers]
-    return _markdown([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
+    return table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
 
 
 def _state_table(rows: Sequence[Row]) -> str:
@@ -186,7 +185,7 @@ def _state_table(rows: Sequence[Row]) -> str:
     bytes_of = {(row["case"], row["contender"]): f"{row['state_bytes_per_element']:.2f}" for row in rows}
     cases = dict.fromkeys(row["case"] for row in rows)
     lines = [[case, *(bytes_of.get((case, c), "") for c in contenders)] for case in cases]
-    return _markdown(["case", *contenders], lines)
+    return table(["case", *contenders], lines)
 
 
 def _faults(rows: Sequence[Row]) -> Iterator[str]:
@@ -211,16 +210,6 @@ def _speedup_over(peer: str, row: Row) -> str:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [header, *lines]
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    rendered = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([rendered[0], rule, *rendered[1:]])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What a claim is: the statement of a paper, the cases that are measured for it, its table and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..row_file import Row
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement of a paper and what was found.
+
+    holds: whether the rows agree with the statement; None where they cannot decide it.
+    measured: the numbers that decided, in words.
+    """
+
+    statement: str
+    holds: bool | None
+    measured: str
+
+    @property
+    def verdict(self) -> str:
+        """The word of the tables."""
+        return {True: "holds", False: "does not hold here", None: "not decided here"}[self.holds]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, one module of this package.
+
+    name: as the command line takes it.   title: heading of its part of the page.
+    source: papers, with section or table.   method: how the claim is checked, a paragraph in Markdown.
+    cases: quick -> the identifying fields of every row. A quick case is tiny and needs no downloaded weights.
+    measure: (cases, quick) -> one row for each case, in order: its identifying fields and the results.
+    table: rows -> Markdown.   judge: rows -> findings. Neither is called without rows.
+    """
+
+    name: str
+    title: str
+    source: str
+    method: str
+    cases: Callable[[bool], Sequence[Row]]
+    measure: Callable[[Sequence[Row], bool], Iterator[Row]]
+    table: Callable[[Sequence[Row]], str]
+    judge: Callable[[Sequence[Row]], Sequence[Finding]]
+
+
+def has_case(row: Row, case: Row) -> bool:
+    """Whether a row is the measurement of a case: all of the case's fields are equal in the row."""
+    return all(name in row and row[name] == value for name, value in case.items())
+
+
+def find(rows: Sequence[Row], **fields: object) -> Row | None:
+    """The last row with these fields, or None."""
+    return next((row for row in reversed(rows) if has_case(row, fields)), None)

@@ -1,0 +1,53 @@
+"""docs/fidelity.md from rows: the verdicts of all claims, then a part for each claim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..markdown import table
+from ..row_file import Row
+from .claim import Claim, Finding
+from .claims import CLAIMS
+
+BEGIN, END = "<!-- begin: python -m bench.fidelity report -->", "<!-- end -->"
+
+
+def report(rows: Sequence[Row], results: str) -> str:
+    """The generated part of the page.   rows: of any claims; quick ones are left out.   results: name of their file."""
+    of = {name: [row for row in rows if row["claim"] == name and not row["quick"]] for name in CLAIMS}
+    measured = {name: claim for name, claim in CLAIMS.items() if of[name]}
+    findings = {name: claim.judge(of[name]) for name, claim in measured.items()}
+    parts = ["## Verdicts", _verdicts(findings)]
+    if missing := [name for name in CLAIMS if name not in measured]:
+        parts.append(f"Claims without rows: {', '.join(f'`{name}`' for name in missing)}.")
+    for name, claim in measured.items():
+        parts += _part(claim, of[name], findings[name], results)
+    return "\n\n".join(parts)
+
+
+def _verdicts(findings: dict[str, Sequence[Finding]]) -> str:
+    lines = [[f"`{name}`", finding.statement, finding.verdict] for name, of in findings.items() for finding in of]
+    return table(["claim", "statement", "verdict"], lines)
+
+
+def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], results: str) -> list[str]:
+    return [
+        f"## {claim.title}",
+        f"Source: {claim.source}.",
+        claim.method,
+        claim.table(rows),
+        "\n".join(
+            f"- {finding.statement}: **{finding.verdict}**. {finding.measured[:1].upper()}{finding.measured[1:]}."
+            for finding in findings
+        ),
+        f"```bash\npython -m bench.fidelity {claim.name} --out {results}\n```",
+        _provenance(rows),
+    ]
+
+
+def _provenance(rows: Sequence[Row]) -> str:
+    """Where the rows come from."""
+    machines = ", ".join(dict.fromkeys(f"{row['machine']} ({row['isa']})" for row in rows))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    torches = ", ".join(dict.fromkeys(row["versions"]["torch"] for row in rows))
+    return f"Measured on {machines}; commit {commits}; torch {torches}."

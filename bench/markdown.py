@@ -1,0 +1,29 @@
+"""Markdown tables, and pages of which a marked part is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are padded to one width, so that its source can be read too."""
+    rows = [header, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    rendered = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([rendered[0], rule, *rendered[1:]])
+
+
+def replace_marked(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands in a page between the lines `begin` and `end`.
+
+    Raises ValueError where the page lacks one of the marks, so that no part of it is lost.
+    """
+    before, found, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"replace_marked: {page} must hold the lines {begin!r} and {end!r}, got a page without them")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
