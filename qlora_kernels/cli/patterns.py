@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nn.match import matches, matches_ending, number_after
 from ..peft import PeftConfig
 from .arguments import UsageError
 
@@ -26,11 +27,11 @@ SECONDS = 2.0
 def check_patterns(config: PeftConfig, model: nn.Module) -> None:
     """Raises UsageError where a regular expression of `config` is malformed or too slow on the names of `model`."""
     names = [name for name, _ in model.named_modules()]
-    for field, pattern, matches in _patterns(config):
+    for field, pattern, match in _patterns(config):
         try:
             with _time_limit(SECONDS):
                 for name in names:
-                    matches(name)
+                    match(name)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(f"{field}: must be a regular expression, got {pattern[:60]!r} ({error})") from error
         except TimeoutError as error:
@@ -41,17 +42,17 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
-    """(field, expression, what is asked of a name) of each regular expression, as peft/framework/targets.py asks it."""
+    """(field, expression, what is asked of a name) of each regular expression of the configuration."""
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field, None)
         if isinstance(value, str):
-            yield field, value, partial(re.fullmatch, value)
+            yield field, value, partial(matches, value)
     layers = getattr(config, "layers_pattern", None) or ()
     for value in (layers,) if isinstance(layers, str) else layers:
-        yield "layers_pattern", value, partial(re.match, rf"(?:^|.*?\.){value}\.(\d+)\.")
+        yield "layers_pattern", value, partial(number_after, value)
     for field in ("rank_pattern", "alpha_pattern"):
         for value in getattr(config, field, None) or ():
-            yield field, value, partial(re.match, rf"(.*\.)?({value})$")
+            yield field, value, partial(matches_ending, value)
 
 
 @contextmanager

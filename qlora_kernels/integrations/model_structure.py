@@ -20,7 +20,7 @@ from torch import nn
 
 from ..io.json_file import read_json_object
 from ..nn.linear_nf4 import is_conv1d, is_nn_linear
-from ..nn.match import Pattern, matches, nearest, unmatched
+from ..nn.match import Pattern, contained_in, is_skipped, nearest
 
 CONFIG = "config.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -53,6 +53,8 @@ class ModelStructure:
     def linear_layers(self, skip: Pattern = ("lm_head",)) -> list[str]:
         """Return the names of the nn.Linear and Conv1D layers without those in `skip`; "lm_head" is the output head.
 
+        A name in `skip` matches as in `replace_linear`: a layer, or a block that contains layers.
+
         The projection inside torch's MultiheadAttention is left out, because that module reads its weight itself.
         Raises ModelError if a name in `skip` matches no layer.
         """
@@ -62,10 +64,10 @@ class ModelStructure:
         if not isinstance(skip, str) and not callable(skip):
             head = self._output_head()
             skip = [head if item == "lm_head" and head else item for item in skip]
-            if lost := unmatched(skip, linears):
+            if lost := [item for item in skip if not any(contained_in((item,), name) for name in linears)]:
                 near = nearest(lost, linears)
                 raise ModelError(f"skip: {lost[0]!r} matches no linear layer; did you mean one of {near}?")
-        return [name for name, module in linears.items() if not matches(skip, name, module)]
+        return [name for name, module in linears.items() if not is_skipped(skip, name, module)]
 
     def _output_head(self) -> str | None:
         """Return the name of the output head, which is `lm_head` in most models."""

@@ -13,7 +13,7 @@ from ..format import nf4
 from .describe import describe_quantization
 from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d, is_nn_linear
-from .match import Pattern, check_names, contained_in, matches, nearest
+from .match import Pattern, check_names, is_skipped, matches, nearest
 from .module_tree import layers_of, move_hooks, set_submodule
 
 ALL_LINEAR = "all-linear"
@@ -96,7 +96,7 @@ def replace_linear(
         check_names("replace_linear: targets", targets, known, of="a linear layer")
     _check_skip("replace_linear", skip, modules)
     chosen = {}
-    kept_modules = {id(module) for name, module in linears.items() if _skipped(skip, name, module)}
+    kept_modules = {id(module) for name, module in linears.items() if is_skipped(skip, name, module)}
     wanted_modules = {
         id(module) for name, module in linears.items() if targets == ALL_LINEAR or matches(targets, name, module)
     }
@@ -106,7 +106,7 @@ def replace_linear(
         elif id(module) in kept_modules:
             report.skipped[name] = "in skip"
         elif module._parameters.get("weight") is None:
-            report.skipped[name] = "its weight is not a parameter but is computed by a hook, such as weight_norm"
+            report.skipped[name] = "its weight is not a parameter; a hook such as weight_norm computes it"
         elif id(module.weight) in other_users:
             report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
         else:
@@ -159,7 +159,7 @@ def replace_experts(
             name = f"{owner_name}.{child}" if owner_name else child
             if not is_expert_stack(owner, parameter):
                 continue
-            if _skipped(skip, name, owner):
+            if is_skipped(skip, name, owner):
                 report.skipped[name] = "in skip"
                 continue
             experts = ExpertsNF4.from_parameter(parameter, blocksize=blocksize, double_quant=double_quant)
@@ -174,10 +174,6 @@ def replace_experts(
             config._experts_implementation = "eager"
     describe_quantization(model)
     return report
-
-
-def _skipped(skip: Pattern, name: str, module: nn.Module) -> bool:
-    return matches(skip, name, module) if callable(skip) else contained_in(skip, name)
 
 
 def _check_skip(op: str, skip: Pattern, names: Iterable[str]) -> None:

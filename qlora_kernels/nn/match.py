@@ -1,4 +1,8 @@
-"""Matching of module names by name, suffix, regular expression or predicate; the rule of all lists of names."""
+"""The rule of all lists of module names: names, endings of names, a regular expression, or a predicate.
+
+`replace_linear`, `skip`, PEFT configurations, the command's options and the adapter files use these functions and no
+others. The rule for names is that of Hugging Face PEFT's `target_modules` (peft/tuners/tuners_utils.py).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,28 @@ def contained_in(pattern: Names, name: str) -> bool:
     """Whether `pattern` matches the module called `name` or a module that contains it."""
     parts = name.split(".")
     return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def is_skipped(pattern: Pattern, name: str, module: nn.Module | None = None) -> bool:
+    """Whether `pattern`, a list of modules to leave out, matches a module or a block that contains it.
+
+    module: needed if the pattern is a predicate, which is asked about the module alone.
+    """
+    return matches(pattern, name, module) if callable(pattern) else contained_in(pattern, name)
+
+
+def matches_ending(expression: str, name: str) -> bool:
+    """Whether a regular expression matches a name or a dotted ending of it: the keys of PEFT's rank_pattern."""
+    return re.match(rf"(.*\.)?({expression})$", name) is not None
+
+
+def number_after(expression: str, name: str) -> int | None:
+    """Return the first number that follows a part of the name which the regular expression matches, or None.
+
+    This is the rule of PEFT's layers_pattern. The first numbered part is the layer; a later one may be an expert.
+    """
+    found = re.match(rf"(?:^|.*?\.){expression}\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def as_names(value: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import qlora_kernels as qk
+from qlora_kernels.nn.match import is_skipped, matches, matches_ending
 from qlora_kernels.peft import (
     AdaLoraConfig,
     BitFitConfig,
@@ -19,6 +20,7 @@ from qlora_kernels.peft import (
     UniPELTConfig,
     get_peft_model,
 )
+from qlora_kernels.peft.layers.base_layer import is_linear
 from tests.peft.models import make
 
 RULES = [
@@ -64,6 +66,54 @@ def test_rank_and_alpha_patterns(hf_peft):
     for path, layer in ours.injector.adapted_layers().items():
         delta, module = layer.deltas["default"], theirs.get_submodule(path)
         assert (delta.r, delta.scaling) == (module.r["default"], module.scaling["default"])
+
+
+PATTERNS = {
+    "llama": [
+        ["q_proj"],
+        ["layers.1.self_attn.q_proj"],
+        ["proj"],
+        ["model.layers.0.mlp"],
+        r".*\.(up|down)_proj",
+        "q_proj",
+    ],
+    "bert": [
+        ["query", "value"],
+        ["dense"],
+        ["output.dense"],
+        r"bert\.encoder\.layer\.\d\.output\.dense",
+        ["classifier"],
+    ],
+    "gpt2": [["c_attn"], ["c_proj"], ["mlp.c_proj"], r"transformer\.h\.[01]\.mlp\..*", ["attn"]],
+    "t5": [["q", "v"], ["SelfAttention.q"], ["wo"], r".*EncDecAttention\.k", ["decoder.block.0.layer.0"]],
+}
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_one_rule_for_all_lists_of_names(hf_peft, kind):
+    """target_modules, replace_linear's targets and skip, and rank_pattern match as PEFT's functions do."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    modules = dict(make(kind).named_modules())
+    for pattern in PATTERNS[kind]:
+        config = hf_peft.LoraConfig(target_modules=pattern)
+        theirs = {name for name in modules if name and check_target_module_exists(config, name)}
+        assert {name for name in modules if name and matches(pattern, name)} == theirs
+        # A name inside a matching block is skipped too.
+        inside = {name for name in modules if any(f"{name}.".startswith(f"{block}.") for block in theirs)}
+        assert {name for name in modules if name and is_skipped(pattern, name)} == inside
+        linears = {name for name, module in modules.items() if is_linear(module)}
+        if theirs & linears:
+            report = qk.replace_linear(make(kind), targets=pattern, skip=())
+            assert set(report.replaced) == theirs & linears
+        if inside & linears and linears - inside:
+            kept = qk.replace_linear(make(kind), skip=pattern).skipped
+            assert inside & linears <= set(kept)
+    for key in ("1.*", "q", "self_attn.*", r"^transformer\.h\.0.*", "dense"):
+        assert {name for name in modules if matches_ending(key, name)} == {
+            name for name in modules if get_pattern_key([key], name) != name or key == name
+        }
 
 
 def test_no_match_names_the_nearest():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...nn.match import matches
 from ..core.sharded import full_tensor
 from ..layers.base_layer import is_quantized
 from ..layers.overridden_module import SLOT, AdapterCopies, override, restore
@@ -57,10 +58,10 @@ class ParameterOverrides:
 
         Raises ValueError if such a module has quantized weights: those cannot be trained.
         """
-        wanted = [f".{suffix}" for suffix in suffixes]
+        wanted = tuple(suffixes)
         modules = self.injector.modules(aliases=True)
         for name in modules:
-            if any(f".{name}".endswith(suffix) for suffix in wanted):
+            if matches(wanted, name):
                 inside = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{name}.")}
                 if any(is_quantized(m) for m in inside.values()):
                     raise ValueError(f"modules_to_save: {name} must not be quantized; name it in replace_linear's skip")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -10,7 +9,17 @@ from torch import nn
 
 from ...nn.experts_nf4 import ExpertsNF4
 from ...nn.functional_use import read_but_never_called
-from ...nn.match import Names, as_names, check_names, contained_in, matches, nearest, unmatched
+from ...nn.match import (
+    Names,
+    as_names,
+    check_names,
+    contained_in,
+    matches,
+    matches_ending,
+    nearest,
+    number_after,
+    unmatched,
+)
 from ...nn.module_tree import output_embeddings_of, unwrapped
 from ..attention.torch_attention import SplitAttention
 from ..layers.adapted_linear import base_of
@@ -92,7 +101,7 @@ def check_target_names(injector: Injector, config: TargetConfig) -> None:
         layers = [name for name, module in injector.modules().items() if is_linear(module) or is_embedding(module)]
         check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer or an embedding")
     for pattern in as_names(config.layers_pattern):
-        if not any(_numbered(pattern, name) for name in modules):
+        if all(number_after(pattern, name) is None for name in modules):
             raise ValueError(
                 f"layers_pattern: {pattern!r} must be followed by a layer's number in some module's name; "
                 f"nearest names: {nearest([pattern], modules)}"
@@ -140,7 +149,7 @@ def parameter_paths(injector: Injector) -> Iterator[str]:
 
 def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
     """Raises ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
-    if lost := [key for key in pattern if not any(_pattern_matches(key, name) for name in targets)]:
+    if lost := [key for key in pattern if not any(matches_ending(key, name) for name in targets)]:
         raise ValueError(
             f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
         )
@@ -172,13 +181,9 @@ def is_all_linear(targets: Names | None) -> bool:
 def pattern_value(name: str, pattern: Mapping[str, int | float], default: float) -> float:
     """rank_pattern and alpha_pattern: the value of the first key that matches the name or a dotted ending of it."""
     for key, value in pattern.items():
-        if _pattern_matches(key, name):
+        if matches_ending(key, name):
             return value
     return default
-
-
-def _pattern_matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _check(config: TargetConfig) -> None:
@@ -236,13 +241,8 @@ def _in_layers(name: str, config: TargetConfig) -> bool:
 
 def _layer_of(name: str, config: TargetConfig) -> int | None:
     """The number of the layer that the module belongs to, by layers_pattern."""
-    found = (_numbered(pattern, name) for pattern in as_names(config.layers_pattern) or (r"[^.]*",))
-    return next((int(match[1]) for match in found if match), None)
-
-
-def _numbered(pattern: str, name: str) -> re.Match[str] | None:
-    # The first numbered segment is the layer; a later one may be an expert.
-    return re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    found = (number_after(pattern, name) for pattern in as_names(config.layers_pattern) or (r"[^.]*",))
+    return next((number for number in found if number is not None), None)
 
 
 def _output_heads(injector: Injector, task_type: str | None) -> set[str]:
