@@ -16,6 +16,9 @@
 #   make fuzz       100,000 unsound calls of the ops, and failing allocations (20 minutes)
 #   make docs       the documentation as a site in site/ (in an environment of its own, .venv-docs)
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
+#   make bench-report  docs/benchmarks.md, its pictures and docs/fidelity.md from the committed rows; measures nothing
+#   make bench-gate    the headline ratios to the peers, measured now, against the committed ones with slack (a minute)
+#   make fidelity   the papers' claims that a CPU can check, into bench/results/fidelity.jsonl (half an hour)
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
 #
@@ -163,6 +166,18 @@ soak: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m bench.run
+
+.PHONY: bench-report bench-gate fidelity
+bench-report: $(READY)
+	$(PYTHON) -m bench.report --update docs/benchmarks.md --pictures docs/assets
+	$(PYTHON) -m bench.fidelity report --update docs/fidelity.md
+
+bench-gate: $(READY)
+	$(PYTHON) -m bench.ratio_gate
+
+# Continues where it stopped: cases whose rows are in the file are not measured again.
+fidelity: $(READY)
+	$(PYTHON) -m bench.fidelity --out bench/results/fidelity.jsonl
 
 # One CPU wheel with the oldest and the newest versions of everything it admits; writes docs/compatibility.md. An hour, 10 GB
 # of downloads, 6 GB of disk at a time; COMPAT_FLAGS="--environments /tmp/environments --only oldest" for one row again.

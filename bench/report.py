@@ -1,6 +1,7 @@
-"""Rows as tables for people: `python -m bench.report FILE...` merges runs and prints what `make bench` prints.
+"""Rows as tables for people: `python -m bench.report [FILE...]` merges runs and prints what `make bench` prints.
 
-Markdown, so that the same text stands in docs/benchmarks.md (`--update docs/benchmarks.md`).
+Markdown, so that the same text stands in docs/benchmarks.md (`--update docs/benchmarks.md`). Without a FILE, the rows
+are those that are committed. `--pictures docs/assets` draws the pictures of that page (bench/pictures.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from .machine import ROOT
 from .markdown import replace_marked, table
 from .row_file import Row, read_rows, write_rows
 from .targets import Verdict, judge
 
 BEGIN, END = "<!-- begin: python -m bench.report -->", "<!-- end -->"
+
+FIDELITY = ROOT / "bench" / "results" / "fidelity.jsonl"
+"""The rows of bench.fidelity, which are no benchmark rows."""
 
 CAUSES = "docs/notebook/missed-targets.md"
 """The page with one heading for each missed target and the measured cause below it."""
@@ -38,6 +43,9 @@ MERGED = (
 )
 """Fields of which several runs' rows leave their median."""
 
+IDENTITY = ("machine", "isa", "op", "case", "forced_isa", "contender", "threads", "mode", "gate")
+"""Fields that are equal for the rows of one measurement in several runs."""
+
 DISTURBED = 0.1
 """Share of the processors taken by others above which a run's row is left out where a quieter run has the same."""
 
@@ -45,18 +53,28 @@ DISTURBED = 0.1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report of the rows in some files."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="JSON lines of bench.run; several runs are merged")
+    parser.add_argument("files", nargs="*", type=Path, help="JSON lines of bench.run; default: the committed rows")
     parser.add_argument("--update", type=Path, metavar="PAGE", help="replace the marked part of this page")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="write the merged rows to this file")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw the rows into this folder, too")
     options = parser.parse_args(arguments)
-    rows = merge(row for file in options.files for row in read_rows(file))
+    rows = merge(row for file in options.files or committed_files() for row in read_rows(file))
     if options.merge:
         write_rows(options.merge, rows)
     if options.update:
         replace_marked(options.update, BEGIN, END, report(rows))
     else:
         print(report(rows))
+    if options.pictures:
+        from .pictures import draw  # matplotlib, which nothing else needs
+
+        draw(rows, list(read_rows(FIDELITY)) if FIDELITY.exists() else [], options.pictures)
     return 0
+
+
+def committed_files() -> list[Path]:
+    """The files of benchmark rows in the repository; each is of one machine."""
+    return [path for path in sorted(FIDELITY.parent.glob("*.jsonl")) if path != FIDELITY]
 
 
 def print_report(rows: Iterable[Row], *, targets: bool) -> None:
@@ -65,10 +83,10 @@ def print_report(rows: Iterable[Row], *, targets: bool) -> None:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row for each measurement that several runs repeated: each number's median, and `runs`."""
+    """One row for each measurement that several runs on one machine repeated: each number's median, and `runs`."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("op", "case", "forced_isa", "contender", "threads", "mode", "gate"))
+        key = tuple(row.get(name) for name in IDENTITY)
         groups.setdefault(key, []).append(row)
     return [_median_row(group) for group in groups.values()]
 
@@ -90,7 +108,10 @@ def _median_row(group: Sequence[Row]) -> Row:
 
 
 def report(rows: Sequence[Row], *, targets: bool = True) -> str:
-    """Return the full report in Markdown."""
+    """Return the full report in Markdown: one machine after the other, because their numbers do not compare."""
+    machines = list(dict.fromkeys(row["machine"] for row in rows if "machine" in row))
+    if len(machines) > 1:
+        return "\n\n".join(report([row for row in rows if row["machine"] == of], targets=targets) for of in machines)
     parts = [_provenance(rows), _targets(judge(rows)) if targets else "", *_tables(rows), *_faults(rows)]
     return "\n\n".join(part for part in parts if part)
 

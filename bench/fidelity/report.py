@@ -31,18 +31,17 @@ def _verdicts(findings: dict[str, Sequence[Finding]]) -> str:
 
 
 def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], results: str) -> list[str]:
-    return [
+    verdicts = [f"- {of.statement}: **{of.verdict}**. {of.measured[:1].upper()}{of.measured[1:]}." for of in findings]
+    parts = [
         f"## {claim.title}",
         f"Source: {claim.source}.",
         claim.method,
         claim.table(rows),
-        "\n".join(
-            f"- {finding.statement}: **{finding.verdict}**. {finding.measured[:1].upper()}{finding.measured[1:]}."
-            for finding in findings
-        ),
+        "\n".join(verdicts),
         f"```bash\npython -m bench.fidelity {claim.name} --out {results}\n```",
         _provenance(rows),
     ]
+    return list(filter(None, parts))
 
 
 def _provenance(rows: Sequence[Row]) -> str:

@@ -9,22 +9,31 @@ from pathlib import Path
 
 from .arguments import Subparsers, UsageError
 
+MODULES = {
+    "report": "bench.report",
+    "compare": "bench.compare",
+    "fidelity": "bench.fidelity",
+    "tune": "bench.tune",
+}
+"""First argument -> the module that gets the rest; anything else goes to bench.run."""
+
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand; all its arguments are bench.run's, --help included."""
+    """Registers the subcommand; all its arguments are the bench modules' own, --help included."""
     parser = subparsers.add_parser(
-        "bench", help="run the source tree's benchmarks (python -m bench.run)", add_help=False
+        "bench",
+        help="run the source tree's benchmarks (python -m bench.run); report, compare REF, fidelity, tune",
+        add_help=False,
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs bench.run in the source tree's root, in a process of its own: it measures with nothing else loaded."""
+    """Runs a bench module in the source tree's root, in a process of its own: it measures with nothing else loaded."""
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise UsageError("the benchmarks are in the source tree, not in the wheel; run this from an editable install")
     rest = arguments.rest[1:] if arguments.rest[:1] == ["--"] else arguments.rest
-    # `bench tune` measures the Triton kernels' plans on this machine's GPU instead of comparing contenders.
-    module, rest = ("bench.tune", rest[1:]) if rest[:1] == ["tune"] else ("bench.run", rest)
+    module, rest = (MODULES[rest[0]], rest[1:]) if rest[:1] and rest[0] in MODULES else ("bench.run", rest)
     return subprocess.run([sys.executable, "-m", module, *rest], cwd=root, check=False).returncode

@@ -13,7 +13,7 @@ from bench.row_file import read_rows, write_rows
 from bench.targets import TARGETS, judge
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+RESULTS = report.committed_files()
 
 ROW = {
     "op": "linear_nf4",

@@ -1,0 +1,174 @@
+"""Pictures of rows, as SVG files for docs/benchmarks.md: speed over M, the roofline, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from .registry import COLD
+from .row_file import Row
+
+Plot = Any
+"""matplotlib has no types."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qlora_kernels",  # ids of elements: the same in each run
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "figure.facecolor": "white",
+}
+
+COLORS = {
+    "ours": "#3949ab",
+    "ours 8-bit": "#7986cb",
+    "bnb eval": "#e65100",
+    "bnb train": "#ffa726",
+    "bnb": "#e65100",
+    "bnb 8-bit": "#ffa726",
+    "dense": "#546e7a",
+    "torch": "#546e7a",
+}
+
+SHAPES = ((4096, 4096), (11008, 4096), (576, 1536))
+"""(N, K) of the layers whose speed is drawn over M."""
+
+
+def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Path]:
+    """Write the pictures of the first machine's rows into a folder, and return their paths.
+
+    rows: of bench.run, merged.   fidelity: rows of bench.fidelity, of which the claim `memory` is drawn.
+    A picture for which there are no rows is left out.
+    """
+    machine = next((row["machine"] for row in rows if "machine" in row), "")
+    rows = [row for row in rows if row.get("machine", machine) == machine]
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, picture in PICTURES.items():
+        with plt.rc_context(STYLE):
+            figure = picture(rows, fidelity)
+            if figure is None:
+                continue
+            path = folder / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+            plt.close(figure)
+        made.append(path)
+    return made
+
+
+def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
+    """GFLOP/s of the forward of a linear layer over the number of tokens, ours and each peer's."""
+    cold = [row for row in rows if row["op"] == "linear_nf4" and row.get("mode") == COLD and row["forced_isa"] is None]
+    cold = [row for row in cold if row["dtype"] == "bfloat16" and "median_us" in row]
+    shapes = [shape for shape in SHAPES if any((row["N"], row["K"]) == shape for row in cold)]
+    if not shapes:
+        return None
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.2), squeeze=False, sharey=True)
+    peak = _peak(rows, "bf16")
+    for axis, (n, k) in zip(axes[0], shapes, strict=True):
+        for contender in ("ours", "bnb eval", "bnb train", "dense"):
+            chosen = [row for row in cold if (row["N"], row["K"], row["contender"]) == (n, k, contender)]
+            points = sorted((row["M"], 2 * row["M"] * n * k / row["median_us"] / 1e3) for row in chosen)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=contender, color=COLORS[contender])
+        if peak:
+            axis.axhline(peak, color="black", lw=0.8, ls="--")
+            axis.annotate("bf16 peak", (1, peak), xytext=(0, 3), textcoords="offset points", fontsize=8)
+        axis.set_xscale("log", base=4)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(yscale="log", title=f"W {n} x {k}", xlabel="M, tokens")
+    axes[0][0].set_ylabel("GFLOP/s, cold weights")
+    axes[0][-1].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
+    """GFLOP/s of our kernels over flops per byte that must move, below the measured peaks."""
+    peak, bandwidth = _peak(rows, "bf16"), _peak(rows, "read")
+    ours = [row for row in rows if row.get("contender") == "ours" and row.get("mode") == COLD]
+    ours = [row for row in ours if row.get("dtype") == "bfloat16" and row.get("gflops") and row.get("gbps")]
+    if not (peak and bandwidth and ours):
+        return None
+    figure, axis = plt.subplots(figsize=(6, 4))
+    intensities = [row["gflops"] / row["gbps"] for row in ours]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    ridge = peak / bandwidth
+    axis.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", lw=1)
+    axis.annotate(f"{peak:.0f} GFLOP/s", (high, peak), xytext=(-2, 3), textcoords="offset points", ha="right")
+    axis.annotate(f"{bandwidth:.0f} GB/s", (low, low * bandwidth), xytext=(4, 6), textcoords="offset points")
+    for op, marker in {"linear_nf4": "o", "linear_nf4_grad_x": "s", "linear_nf4_lora": "^"}.items():
+        points = [(row["gflops"] / row["gbps"], row["gflops"]) for row in ours if row["op"] == op]
+        if points:
+            axis.scatter(*zip(*points, strict=True), s=16, marker=marker, label=op, alpha=0.7)
+    axis.set(xscale="log", yscale="log", xlabel="flops per byte that must move", ylabel="GFLOP/s, cold weights")
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def memory(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
+    """Bars: bytes of optimizer state per parameter, and bytes of QLoRA training by formula."""
+    states = [row for row in rows if "state_bytes_per_element" in row]
+    models = [row for row in fidelity if row["claim"] == "memory" and not row["quick"]]
+    panels: list[Callable[[Plot], None]] = []
+    if states:
+        panels.append(lambda axis: _state_bars(axis, states))
+    if models:
+        panels.append(lambda axis: _model_bars(axis, models))
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        panel(axis)
+        axis.grid(axis="x", visible=False)
+    figure.tight_layout()
+    return figure
+
+
+def _state_bars(axis: Plot, rows: Sequence[Row]) -> None:
+    chosen = [row for row in rows if row["case"] == rows[0]["case"]]
+    names = [row["contender"] for row in chosen]
+    values = [row["state_bytes_per_element"] for row in chosen]
+    bars = axis.bar(names, values, color=[COLORS.get(name, "#546e7a") for name in names])
+    axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.set(title="AdamW state", ylabel="bytes per parameter")
+    axis.tick_params(axis="x", labelsize=8)
+
+
+def _model_bars(axis: Plot, rows: Sequence[Row]) -> None:
+    parts = {
+        "base_bytes": ("base, NF4 + DQ", "#3949ab"),
+        "adapter_bytes": ("adapters, r = 64", "#7986cb"),
+        "gradient_bytes": ("gradients", "#ffa726"),
+        "optimizer_bytes": ("AdamW states", "#e65100"),
+    }
+    names, floor = [row["model"] for row in rows], [0.0] * len(rows)
+    for part, (label, color) in parts.items():
+        heights = [row[part] / 1e9 for row in rows]
+        axis.bar(names, heights, bottom=floor, label=label, color=color)
+        floor = [below + height for below, height in zip(floor, heights, strict=True)]
+    axis.plot(names, [row["paper_gb"] for row in rows], "k_", ms=18, label="4-bit model in the paper")
+    axis.set(title="LLaMA under QLoRA, by formula", ylabel="GB")
+    axis.legend(fontsize=8)
+
+
+def _peak(rows: Sequence[Row], name: str) -> float | None:
+    found = [row["rate"] for row in rows if row["op"] == "peak" and row["case"] == name and row["forced_isa"] is None]
+    return float(found[0]) if found else None
+
+
+PICTURES: dict[str, Callable[[Sequence[Row], Sequence[Row]], Plot | None]] = {
+    "speed-over-tokens": speed_over_tokens,
+    "roofline": roofline,
+    "memory": memory,
+}
+"""Name of the file -> the function that draws it."""

@@ -1,0 +1,72 @@
+"""The committed pages are what `make bench-report` writes from the committed rows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import report
+from bench.fidelity import __main__ as fidelity
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("page", "write"),
+    [
+        ("benchmarks.md", lambda copy: report.main(["--update", str(copy)])),
+        ("fidelity.md", lambda copy: fidelity.main(["report", "--update", str(copy)])),
+    ],
+    ids=["benchmarks", "fidelity"],
+)
+def test_a_page_is_what_its_rows_say(page, write, tmp_path):
+    copy = tmp_path / page
+    shutil.copy(ROOT / "docs" / page, copy)
+    write(copy)
+    assert copy.read_text() == (ROOT / "docs" / page).read_text(), "run `make bench-report`"
+
+
+def test_pictures_of_the_page_exist():
+    pictures = re.findall(r"\((assets/[\w-]+\.svg)\)", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert len(pictures) == 3
+    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
+
+
+def test_pictures_are_drawn_from_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import pictures
+
+    rows = [
+        {"op": "peak", "case": "bf16", "rate": 400.0, "forced_isa": None, "contender": "probe", "machine": "m"},
+        {"op": "peak", "case": "read", "rate": 40.0, "forced_isa": None, "contender": "probe", "machine": "m"},
+    ]
+    for m in (1, 64):
+        for contender in ("ours", "dense"):
+            rows.append(
+                {
+                    **{"op": "linear_nf4", "machine": "m", "mode": "cold", "forced_isa": None, "dtype": "bfloat16"},
+                    **{"M": m, "N": 4096, "K": 4096, "contender": contender, "median_us": 100.0 * m},
+                    **{"gflops": 300.0, "gbps": 30.0 / m},
+                }
+            )
+    drawn = pictures.draw(rows, [], tmp_path)
+    assert [path.name for path in drawn] == ["speed-over-tokens.svg", "roofline.svg"]  # no rows of memory
+    for path in drawn:
+        words = {"".join(node.itertext()) for node in ElementTree.parse(path).iter() if node.tag.endswith("}text")}
+        assert words & {"bf16 peak", "400 GFLOP/s"}
+    before = [path.read_bytes() for path in drawn]
+    assert [path.read_bytes() for path in pictures.draw(rows, [], tmp_path)] == before
+
+
+def test_rows_of_two_machines_are_not_mixed():
+    rows = list(report.read_rows(report.committed_files()[0]))[:40]
+    other = [{**row, "machine": "another machine", "median_us": 1e9} for row in rows if "median_us" in row]
+    merged = report.merge([*rows, *other])
+    assert len(merged) == len(report.merge(rows)) + len(report.merge(other))
+    text = report.report(merged)
+    assert text.count("Machine: ") == 2
+    assert text.startswith(report.report(report.merge(rows)))
