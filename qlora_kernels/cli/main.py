@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, finetune_parser, generate, info, merge, quantize
+from . import bench, finetune_parser, generate, info, merge, plan, quantize
 from .arguments import UsageError
 
 _EXTRAS = {
@@ -121,6 +121,6 @@ def command_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qlora-kernels", description="Quantized LoRA: NF4 models, their adapters and their training.")
     parser.add_argument("--version", action=_Version, help="print the versions of qlora_kernels, torch and Python")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (info, quantize, finetune_parser, merge, generate, bench):
+    for command in (info, plan, quantize, finetune_parser, merge, generate, bench):
         command.add_parser(subparsers)
     return parser

@@ -24,10 +24,10 @@ def is_hub_id(model: str) -> bool:
     return _ID.fullmatch(model) is not None and ".." not in model and "--" not in model
 
 
-def hub_folder(model: str) -> Path:
+def hub_folder(model: str, *, weights: bool = True) -> Path:
     """The folder in the local Hugging Face cache that holds a model's files.
 
-    model: id on the hub, OWNER/NAME or OWNER/NAME@REVISION.
+    model: id on the hub, OWNER/NAME or OWNER/NAME@REVISION.   weights: whether more than config.json is needed.
     A model whose files are all in the cache is taken from there without asking the hub. The others are downloaded,
     unless HF_HUB_OFFLINE is set. Raises ModelError where the model is in neither place, in one line.
     """
@@ -37,9 +37,9 @@ def hub_folder(model: str) -> Path:
     if match is None:
         raise ModelError(f"{model}: must be an id on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION")
     wanted: dict[str, Any] = {"repo_id": match["id"], "revision": match["revision"]}
-    wanted |= {"allow_patterns": _FILES, "ignore_patterns": _ELSEWHERE}
+    wanted |= {"allow_patterns": _FILES if weights else [CONFIG], "ignore_patterns": _ELSEWHERE}
     try:
-        folder, reason = _folder(snapshot_download, local_files_only=True, **wanted)
+        folder, reason = _folder(snapshot_download, weights, local_files_only=True, **wanted)
         if not reason:
             return folder
     except ModelError as error:
@@ -50,7 +50,7 @@ def hub_folder(model: str) -> Path:
             f"name of which {reason}; HF_HUB_OFFLINE is set: unset it to download the model, or give a folder"
         )
     try:
-        folder, missing = _folder(snapshot_download, **wanted)
+        folder, missing = _folder(snapshot_download, weights, **wanted)
     except ModelError as error:
         raise ModelError(
             f"{model}: must be an existing path, a model in the Hugging Face cache or one on the hub; {error}"
@@ -60,7 +60,7 @@ def hub_folder(model: str) -> Path:
     return folder
 
 
-def _folder(download: Callable[..., str], **wanted: Any) -> tuple[Path, str]:
+def _folder(download: Callable[..., str], weights: bool, **wanted: Any) -> tuple[Path, str]:
     """(folder of the snapshot, what it lacks).   Raises ModelError where there is none."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -72,18 +72,20 @@ def _folder(download: Callable[..., str], **wanted: Any) -> tuple[Path, str]:
         raise ModelError(f"the hub is not reached: {_first_line(error.__cause__ or error)}") from error
     except Exception as error:  # of huggingface_hub, of its HTTP client, and of the network below
         raise ModelError(_first_line(error)) from error
-    return folder, _missing(folder)
+    return folder, _missing(folder, weights)
 
 
-def _missing(folder: Path) -> str:
+def _missing(folder: Path, weights: bool) -> str:
     """What a model's folder lacks, for a message; empty where it is whole."""
     if not (folder / CONFIG).is_file():
         return f"{CONFIG} is missing"
-    weights = {_WEIGHTS}
+    if not weights:
+        return ""
+    files = {_WEIGHTS}
     if (folder / _INDEX).is_file():
         shards = read_json_object(folder / _INDEX).get("weight_map")
-        weights = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else {_INDEX}
-    lost = sorted(name for name in weights if not (folder / name).is_file())
+        files = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else {_INDEX}
+    lost = sorted(name for name in files if not (folder / name).is_file())
     return f"{lost[0]} is missing" if lost else ""
 
 
