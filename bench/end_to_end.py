@@ -1,14 +1,14 @@
 """train_step: one optimizer step of a language model with LoRA on every linear layer of its blocks.
 
-The architectures of SmolLM2-135M and of a Llama with 1.04 billion parameters, with random weights (speed does not
-depend on their values) in bf16, 4 sequences of 256 tokens, rank 16, gradient norm clipped, AdamW. Ours keeps fp32
-masters of the factors; PEFT runs as it is fastest, with bf16 factors, and once with the fp32 factors that
-get_peft_model makes by default, under autocast as trainers run them. Dense holds our dequantized weights, so all
-contenders start from one loss.
+The architectures are those of SmolLM2-135M and of a Llama with 1.04 billion parameters, with random weights (speed does
+not depend on their values) in bf16, 4 sequences of 256 tokens, rank 16, clipped gradient norm, AdamW. Ours keeps fp32
+masters of the factors. PEFT runs in its fastest setting, with bf16 factors, and once with the fp32 factors that
+get_peft_model makes by default, under autocast as trainers run them. Dense has our dequantized weights, so that all
+implementations start from one loss.
 
-Peak memory is that of a process which holds the contender's model alone and takes two steps.
+Peak memory is that of a process that has only the implementation's model and takes two steps.
 
-`python -m bench.end_to_end [contender]` prints where the time of a step goes (bench/step_profile.py).
+`python -m bench.end_to_end [contender]` prints a profile of one step (bench/step_profile.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .registry import COLD, Call, Case, Contender, Cost, Suite
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a Llama whose head is tied to its embedding."""
+    """Sizes of a Llama with tied head and embedding."""
 
     hidden: int
     ffn: int
@@ -53,12 +53,12 @@ class Architecture:
 
     @property
     def block_weights(self) -> int:
-        """Weights of the linear layers of one block."""
+        """Return the number of weights in the linear layers of one block."""
         return int(self.hidden * self.hidden * (2 + 2 * self.kv_heads / self.heads)) + 3 * self.hidden * self.ffn
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the linear layers of all blocks, and of the head."""
+        """Return the number of weights in the linear layers of all blocks and in the head."""
         return self.blocks * self.block_weights + self.hidden * self.vocabulary
 
 
@@ -67,7 +67,7 @@ ARCHITECTURES = {
     "llama-1b": Architecture(2048, 8192, 16, 32, 8, 32000),
     "2 blocks": Architecture(576, 1536, 2, 9, 3, 49152),
 }
-"""By a case's label."""
+"""The architectures by the label of a case."""
 
 SEQUENCES, TOKENS, RANK = 4, 256, 16
 
@@ -77,23 +77,23 @@ MAX_GRAD_NORM = 1.0
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 LOSS_ERROR = 5e-3
-"""Of the first loss: the logits are rounded to bf16, and blocks add up in another order."""
+"""Relative difference of the first losses: logits are rounded to bf16, and blocks add in another order."""
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The whole models; two blocks of the smaller one on few tokens for the quick run."""
+    """Yield the whole models, and two blocks of the smaller one on few tokens for the quick run."""
     for label in ("SmolLM2-135M", "llama-1b"):
         yield Case("train_step", SEQUENCES * TOKENS, r=RANK, device=device, label=label)
     yield Case("train_step", SEQUENCES * 16, r=RANK, device=device, label="2 blocks", quick=True)
 
 
 def cost(case: Case) -> Cost:
-    """Two passes over the linear layers and the head; attention's products and all else are left out."""
+    """Return the cost of two passes over the linear layers and the head, without attention and the rest."""
     return Cost(0, 4 * case.M * ARCHITECTURES[case.label].linear_weights)
 
 
 def llama(architecture: Architecture, device: str) -> nn.Module:
-    """The model in bf16, with weights from a fixed seed."""
+    """Return the model in bf16, with weights from a fixed seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -112,13 +112,13 @@ def llama(architecture: Architecture, device: str) -> nn.Module:
 
 
 def random_tokens(architecture: Architecture, sequences: int, length: int, device: str) -> Tensor:
-    """Token ids [sequences, length] from a fixed seed."""
+    """Return token ids [sequences, length] from a fixed seed."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(architecture.vocabulary, (sequences, length), generator=generator).to(device)
 
 
 def with_linears(source: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """A copy of a model in which `make` has replaced every linear layer but the head."""
+    """Return a copy of a model in which `make` has replaced every linear layer but the head."""
     model = copy.deepcopy(source)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -128,7 +128,7 @@ def with_linears(source: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> n
 
 
 class Inputs:
-    """A model before quantization and one batch."""
+    """The model before quantization, and one batch."""
 
     def __init__(self, case: Case) -> None:
         architecture = ARCHITECTURES[case.label]
@@ -137,30 +137,30 @@ class Inputs:
 
     @cached_property
     def dequantized(self) -> nn.Module:
-        """The source with each quantized weight read back."""
+        """Return the source model with the dequantized weights."""
         return with_linears(self.source, lambda linear: dense_twin(qk.LinearNF4.from_linear(linear)))
 
     @cached_property
     def first_loss(self) -> float:
-        """Of the dequantized model: adapters start as the identity."""
+        """Return the first loss of the dequantized model; adapters start as the identity."""
         with torch.no_grad():
             loss: float = self.dequantized(self.tokens, labels=self.tokens).loss.item()
         return loss
 
     def bitsandbytes(self) -> nn.Module:
-        """The source over Linear4bit layers that train."""
+        """Return the source model over Linear4bit layers in training mode."""
         return with_linears(self.source, lambda linear: layers.trainable(layers.linear4bit(linear.weight.detach())))
 
 
 def dense_twin(layer: qk.LinearNF4) -> nn.Linear:
-    """nn.Linear of a quantized layer's weight."""
+    """Return an nn.Linear with a quantized layer's dequantized weight."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.dequantize())
     return linear
 
 
 def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """LinearNF4, qk.peft, PagedAdamW, and the training loop's loss."""
+    """Build training steps of LinearNF4, qk.peft, PagedAdamW and the training loop's loss."""
     model, optimizer = through_qk(case, inputs)
     chunked = ChunkedLoss(model)
 
@@ -171,7 +171,7 @@ def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def ours_full_logits(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
-    """With transformers' own loss, as the peers."""
+    """Build training steps with transformers' loss, as the peers use."""
     return [partial(step, *through_qk(case, inputs), inputs.tokens)]
 
 
@@ -185,13 +185,13 @@ def through_qk(case: Case, inputs: Inputs) -> tuple[nn.Module, Optimizer]:
 
 
 def transformers_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """As the model computes it when it is given labels."""
+    """Return the loss that the model computes from labels."""
     loss: Tensor = model(input_ids=tokens, labels=tokens).loss
     return loss
 
 
 def through_peft(model: nn.Module, case: Case, inputs: Inputs, *, masters: bool) -> Sequence[Call]:
-    """Hugging Face PEFT and torch's fused AdamW. masters: fp32 factors under autocast."""
+    """Build training steps of Hugging Face PEFT and torch's fused AdamW. masters: fp32 factors under autocast."""
     import peft
 
     config = peft.LoraConfig(r=case.r, lora_alpha=layers.LORA_ALPHA, target_modules="all-linear")
@@ -215,7 +215,7 @@ def step(
     autocast: bool = False,
     clip: Callable[[], Any] = lambda: None,
 ) -> Tensor:
-    """Forward, backward, update; the loss."""
+    """Run forward, backward and update; return the loss."""
     context = torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
         value = loss(model, tokens)
@@ -249,22 +249,22 @@ def verify(case: Case, inputs: Inputs, contender: str, loss: Tensor) -> None:
 
 
 def has_peft(case: Case) -> bool:
-    """Say whether transformers and PEFT are installed."""
+    """Whether transformers and PEFT are installed."""
     return layers.has_peft(case) and importlib.util.find_spec("transformers") is not None
 
 
 def has_bitsandbytes(case: Case) -> bool:
-    """Say whether bitsandbytes is installed as well."""
+    """Whether bitsandbytes is installed as well."""
     return has_peft(case) and importlib.util.find_spec("bitsandbytes") is not None
 
 
 def is_small(case: Case) -> bool:
-    """All contenders of the large model together would need too much memory."""
+    """Whether the case is not the large model, of which all implementations together need too much memory."""
     return case.label != "llama-1b"
 
 
 def peak_memory(contender: str) -> Callable[[Case, Call], dict[str, Any]]:
-    """A function that measures a contender's peak memory in a process of its own; nothing for the quick run."""
+    """Return a function that measures peak memory in a separate process; it measures nothing in the quick run."""
 
     def measure(case: Case, call: Call) -> dict[str, Any]:
         if case.quick or case.device != "cpu" or not CLEAR_REFS.exists():
@@ -277,11 +277,13 @@ def peak_memory(contender: str) -> Callable[[Case, Call], dict[str, Any]]:
 
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-"""Linux: writing 5 resets the process's peak of resident memory to its present size."""
+"""On Linux, writing 5 resets the process's peak of resident memory to its present size."""
 
 
 def peak_bytes_of(build: Callable[[Case, Inputs, int], Sequence[Call]], case: Case) -> int:
-    """Peak resident memory while two steps run, with the contender's model and optimizer alone in memory."""
+    """Return the peak resident memory during two steps, with only one implementation's model and optimizer in
+    memory.
+    """
     inputs = Inputs(case)
     (call,) = build(case, inputs, 1)
     del inputs
@@ -294,7 +296,7 @@ def peak_bytes_of(build: Callable[[Case, Inputs, int], Sequence[Call]], case: Ca
 
 
 def _once(case: Case) -> int:
-    """No copies: a step touches far more than the last-level cache holds."""
+    """Return 1: no copies are needed, because a step exceeds the last-level cache by far."""
     return 1 << 40
 
 
@@ -318,7 +320,7 @@ SUITE = Suite(
 
 
 def main() -> int:
-    """Print one contender's profile, or its peak memory."""
+    """Print one implementation's profile or its peak memory."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.end_to_end", description="Where a training step's time goes."
     )

@@ -1,6 +1,6 @@
-"""generate: what a language model does for each prompt and each new token, over ours, bitsandbytes and dense layers.
+"""generate: prefill and decoding of a language model over ours, bitsandbytes and dense layers.
 
-Prefill is a forward pass over a prompt that fills the key-value cache; decoding is a forward pass over one token behind
+Prefill is a forward pass over a prompt that fills the key-value cache; decoding is a forward pass over one token after
 such a prompt. The architectures are those of the training step (bench/end_to_end.py), with random weights in bf16.
 """
 
@@ -20,21 +20,21 @@ from .end_to_end import ARCHITECTURES, dense_twin, has_peft, llama, random_token
 from .registry import COLD, Call, Case, Contender, Cost, Suite
 
 PREFILL, BEHIND = 512, 64
-"""Tokens of the prompt that is prefilled, and of the prompt behind which a token is decoded."""
+"""Tokens of the prompt that is prefilled, and of the prompt before the decoded token."""
 
 LOGITS_ERROR = 0.05
-"""Relative, in the Euclidean norm: every layer rounds its output to bf16, and peers round block constants, too."""
+"""Relative error in the Euclidean norm: every layer rounds to bf16, and peers also round block constants."""
 
 
 def cases(device: str) -> Iterator[Case]:
-    """A prompt and a token of the large model; both of two blocks for the quick run."""
+    """Yield a prompt and a token of the large model, and both for two blocks in the quick run."""
     for tokens in (PREFILL, 1):
         yield Case("generate", tokens, device=device, label="llama-1b")
         yield Case("generate", tokens, device=device, label="2 blocks", quick=True)
 
 
 def cost(case: Case) -> Cost:
-    """The weights of the linear layers in NF4 and of the head in bf16 read once; one pass over them."""
+    """Return the cost of reading the linear layers in NF4 and the head in bf16 once, and of one pass over them."""
     architecture = ARCHITECTURES[case.label]
     blocks = architecture.blocks * architecture.block_weights
     head = architecture.linear_weights - blocks
@@ -42,7 +42,7 @@ def cost(case: Case) -> Cost:
 
 
 class Inputs:
-    """A model before quantization and a prompt."""
+    """The model before quantization, and a prompt."""
 
     def __init__(self, case: Case) -> None:
         architecture = ARCHITECTURES[case.label]
@@ -51,19 +51,19 @@ class Inputs:
 
     @cached_property
     def dequantized(self) -> nn.Module:
-        """The source with each quantized weight read back."""
+        """Return the source model with the dequantized weights."""
         return with_linears(self.source, lambda linear: dense_twin(qk.LinearNF4.from_linear(linear))).eval()
 
     @cached_property
     def logits(self) -> Tensor:
-        """Of the last token, by the dequantized model without a cache."""
+        """Return the last token's logits, by the dequantized model without a cache."""
         with torch.no_grad():
             logits: Tensor = self.dequantized(self.tokens).logits[:, -1].float()
         return logits
 
 
 def model_calls(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
-    """The call of one model."""
+    """Return the call of one model."""
     return (
         [partial(decode, model, inputs.tokens, prompt_cache(model, inputs))]
         if case.M == 1
@@ -73,20 +73,20 @@ def model_calls(model: nn.Module, case: Case, inputs: Inputs) -> Sequence[Call]:
 
 @torch.no_grad()
 def prefill(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits of the last token [1, vocabulary]."""
+    """Return the last token's logits [1, vocabulary]."""
     logits: Tensor = model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
     return logits
 
 
 @torch.no_grad()
 def prompt_cache(model: nn.Module, inputs: Inputs) -> Any:
-    """The key-value cache of all tokens but the last."""
+    """Return the key-value cache of all tokens but the last."""
     return model(inputs.tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()
 def decode(model: nn.Module, tokens: Tensor, cache: Any) -> Tensor:
-    """Logits of the last token [1, vocabulary]; the cache is left as it was."""
+    """Return the last token's logits [1, vocabulary]; the cache is not changed."""
     logits: Tensor = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     cache.crop(-1)
     return logits
@@ -110,7 +110,7 @@ def dense(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def verify(case: Case, inputs: Inputs, contender: str, logits: Tensor) -> None:
-    """The logits of the last token."""
+    """Check the logits of the last token."""
     error = ((logits.float() - inputs.logits).norm() / inputs.logits.norm()).item()
     assert error <= LOGITS_ERROR, f"logits differ by {error:.3f} of their norm"
 

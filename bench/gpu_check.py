@@ -1,10 +1,10 @@
-"""Everything that only a GPU can show, in one command: `make gpu-check`.
+"""All checks that need a GPU, in one command: `make gpu-check`.
 
     1. the GPU tests (tests/gpu): results, opcheck, CUDA graphs, torch.compile
-    2. the results again under compute-sanitizer, where it is installed
+        2. the results again under compute-sanitizer, if it is installed
     3. the microbenchmarks against bitsandbytes, dense torch and PEFT
 
-Writes bench/results/<gpu>.jsonl. Exit code 0 only if all parts passed; 2, and a line that says so, without a GPU.
+Writes bench/results/<gpu>.jsonl. The exit code is 0 only if all parts passed; without a GPU it is 2, with a message.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path("bench") / "results"
 
 SANITIZED = "test_codec and 9001 or test_every_path"
-"""The tests that run under compute-sanitizer: every kernel once; it slows them down a hundredfold."""
+"""The tests that run under compute-sanitizer: every kernel once, because it is about a hundred times slower."""
 
 
 def commands(results: Path) -> Iterator[tuple[str, list[str]]]:
-    """(what it shows, command) of each part."""
+    """Yield (what it checks, command) for each part."""
     python = sys.executable
     yield "GPU tests", [python, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     sanitizer = shutil.which("compute-sanitizer")
@@ -40,7 +40,7 @@ def commands(results: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def main() -> int:
-    """Run the parts in order; all run even if one fails."""
+    """Run the parts in order, all of them even if one fails."""
     if not torch.cuda.is_available():
         print("gpu-check: no CUDA device is visible to torch; nothing was checked", file=sys.stderr)
         return 2

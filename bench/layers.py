@@ -1,8 +1,8 @@
-"""Weights from fixed seeds, and one layer of each contender over copies of them.
+"""Weights from fixed seeds, and copies of one layer of each implementation.
 
-Every contender holds the same quantized weight: bitsandbytes quantizes the tensor that ours quantizes, and dense layers
-hold what ours dequantizes to. Copies fill the last-level cache several times over and are kept for the next case of
-the same shape, because building them takes longer than timing them.
+Every implementation has the same quantized weight: bitsandbytes quantizes the tensor that ours quantizes, and dense
+layers have our dequantized weight. The copies exceed the last-level cache several times and are kept for the next case
+of the same shape, because building them takes longer than timing them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ LORA_ALPHA = 32
 
 
 def gaussian(*size: int, dtype: torch.dtype, device: str, seed: int, std: float = 1.0) -> Tensor:
-    """Normal numbers from a generator of their own."""
+    """Return normally distributed numbers from a separate generator."""
     numbers = torch.randn(*size, generator=torch.Generator().manual_seed(seed))
     return numbers.mul_(std).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=1)
 def source_weight(N: int, K: int, dtype: torch.dtype, device: str) -> Tensor:
-    """W [N, K] before quantization."""
+    """Return W [N, K] before quantization."""
     return gaussian(N, K, dtype=dtype, device=device, seed=1, std=0.02)
 
 
 @lru_cache(maxsize=1)
 def quantized(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str) -> qk.LinearNF4:
-    """Our layer of that weight."""
+    """Return our layer of that weight."""
     dense = nn.Linear(K, N, bias=False, device="meta")
     dense.weight = nn.Parameter(source_weight(N, K, dtype, device), requires_grad=False)
     return qk.LinearNF4.from_linear(dense, blocksize=blocksize)
@@ -49,13 +49,13 @@ def quantized(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str) -
 
 @lru_cache(maxsize=1)
 def dequantized(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str) -> Tensor:
-    """W as every contender should see it, [N, K] of `dtype`, by the reference."""
+    """Return the dequantized W [N, K] in `dtype`, by the reference."""
     with use_backend("reference"):
         return quantized(N, K, blocksize, dtype, device).dequantize(dtype)
 
 
 def lora_factors(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """lora_A [r, K], lora_B [N, r]; the update they make is a few per cent of the layer's output."""
+    """Return lora_A [r, K] and lora_B [N, r]; their update is a few per cent of the layer's output."""
     lora_A = gaussian(case.r, case.K, dtype=dtype, device=case.device, seed=2, std=case.K**-0.5)
     lora_B = gaussian(case.N, case.r, dtype=dtype, device=case.device, seed=3, std=0.02)
     return lora_A, lora_B
@@ -82,7 +82,7 @@ def dense(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copie
 
 @lru_cache(maxsize=1)
 def bitsandbytes_eval(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[nn.Module]:
-    """Linear4bit as inference uses it: on a CPU with AVX512-BF16, repacked for its fused kernel by the first call."""
+    """Return Linear4bit in eval mode; on an AVX512-BF16 CPU its first call repacks it for its fused kernel."""
     layers = [copy.deepcopy(_linear4bit(N, K, blocksize, dtype, device)).eval() for _ in range(copies)]
     with torch.no_grad():
         for layer in layers:
@@ -92,13 +92,13 @@ def bitsandbytes_eval(N: int, K: int, blocksize: int, dtype: torch.dtype, device
 
 @lru_cache(maxsize=1)
 def bitsandbytes_train(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[nn.Module]:
-    """Linear4bit as training uses it: the weight is dequantized and multiplied by torch."""
+    """Return Linear4bit in training mode, which dequantizes the weight and multiplies with torch."""
     layers = [copy.deepcopy(_linear4bit(N, K, blocksize, dtype, device)).train() for _ in range(copies)]
     return [trainable(layer) for layer in layers]
 
 
 def trainable(layer: nn.Module) -> nn.Module:
-    """The same Linear4bit, kept from the CPU kernel after whose first run it gives no gradient."""
+    """Keep a Linear4bit from using its CPU kernel, after whose first run it gives no gradient."""
     setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010, an attribute that nn.Module does not declare
     return layer
 
@@ -109,7 +109,7 @@ def _linear4bit(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str)
 
 
 def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
-    """bitsandbytes' layer of a dense weight [N, K], double-quantized."""
+    """Return bitsandbytes' layer of a dense weight [N, K], double-quantized."""
     bnb = bitsandbytes()
     N, K = weight.shape
     options = {"quant_type": "nf4", "compress_statistics": True}
@@ -120,7 +120,7 @@ def linear4bit(weight: Tensor, blocksize: int = 64) -> nn.Module:
 
 
 def with_peft(layers: Sequence[nn.Module], case: Case, adapter_dtype: torch.dtype) -> list[nn.Module]:
-    """Hugging Face PEFT's LoRA around each layer, with lora_factors' values in `adapter_dtype`."""
+    """Return Hugging Face PEFT's LoRA around each layer, with lora_factors' values in `adapter_dtype`."""
     import peft
 
     config = peft.LoraConfig(
@@ -134,28 +134,28 @@ def with_peft(layers: Sequence[nn.Module], case: Case, adapter_dtype: torch.dtyp
 
 
 def nf4_bytes(case: Case) -> int:
-    """Bytes of a double-quantized weight: indices, 8-bit constants, their scales."""
+    """Return the bytes of a double-quantized weight: indices, 8-bit constants, their scales."""
     blocks = n_blocks(case.N * case.K, case.blocksize)
     return (case.N * case.K + 1) // 2 + blocks + 4 * n_blocks(blocks, 256)
 
 
 def dense_bytes(case: Case) -> int:
-    """Bytes of the weight in the case's dtype."""
+    """Return the bytes of the weight in the case's dtype."""
     return case.N * case.K * case.dtype.itemsize
 
 
 def has_bitsandbytes(case: Case) -> bool:
-    """bitsandbytes is installed, and right: on a CPU it dequantizes wrongly where blocks straddle rows."""
+    """Whether bitsandbytes is installed and computes the case correctly; its CPU code fails if blocks straddle rows."""
     return importlib.util.find_spec("bitsandbytes") is not None and case.K % case.blocksize == 0
 
 
 def has_peft(case: Case) -> bool:
-    """Say whether Hugging Face PEFT is installed."""
+    """Whether Hugging Face PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
 
 
 def bitsandbytes() -> Any:
-    """The package; what it prints at its first import is kept out of the rows."""
+    """Import the package without the output that it prints at its first import."""
     with contextlib.redirect_stdout(sys.stderr):
         import bitsandbytes as bnb
     return bnb

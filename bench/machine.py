@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, instruction set, commit and versions, for every row."""
+"""The provenance of every row: machine, instruction set, commit and versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "triton")
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """The fields that every row carries."""
+    """Return the provenance fields of every row."""
     return {
         "device": device,
         "machine": _gpu() if device == "cuda" else _cpu(),
@@ -31,7 +31,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last-level cache."""
+    """Return the size of the last-level cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [
@@ -42,21 +42,21 @@ def cache_bytes(device: str) -> int:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the cpu backend uses here, or `none` where it is not built."""
+    """Return the instruction set of the cpu backend here, or `none` if it is not built."""
     backend = importlib.import_module("qlora_kernels.backends.cpu")
     return "none" if backend.unavailable() else str(backend.instruction_set())
 
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with `+` where tracked files differ from it and `stale` where the library is older."""
+    """Return the checkout's commit, with `+` for modified tracked files and `stale` if the library is older."""
     short = _git("rev-parse", "--short=10", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "qlora_kernels", "csrc", "bench/*.py")
     return short + ("+" if changed else "") + (" stale" if _library_is_stale() else "")
 
 
 def _library_is_stale() -> bool:
-    """Whether some source of the native CPU library has changed since it was built."""
+    """Whether a source of the native CPU library has changed since it was built."""
     library = ROOT / "qlora_kernels" / "backends" / "cpu" / "_C.abi3.so"
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
     return library.exists() and any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
@@ -64,7 +64,7 @@ def _library_is_stale() -> bool:
 
 @cache
 def versions() -> dict[str, str]:
-    """Python and the packages that computed something."""
+    """Return the versions of Python and of the packages that are measured."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

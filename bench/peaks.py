@@ -1,12 +1,12 @@
-"""What this machine can do at most, measured in the same run as everything else: the denominators of each fraction.
+"""The peak rates of this machine, measured in the same run as the benchmarks; fractions are relative to them.
 
     read      GB/s     all threads read a buffer far beyond the last-level cache
     copy      GB/s     bytes read plus bytes written while one such buffer is copied to another
-    bf16      GFLOP/s  bf16 products into fp32 sums, by the fastest unit there is: AMX tiles, vdpbf16ps or fp32 FMA
+        bf16      GFLOP/s  bf16 products with fp32 sums, by the fastest unit: AMX tiles, vdpbf16ps or fp32 FMA
     fma       GFLOP/s  fp32 multiply-adds, operands in registers
 
-On an x86 CPU with a C++ compiler they come from probes.cpp; `how` names the unit. Elsewhere torch's own functions stand
-in, which may fall short of the peak and so flatter a fraction: the row says which it was.
+On an x86 CPU with a C++ compiler they are measured by probes.cpp, and `how` names the unit. Elsewhere torch's functions
+replace the probes. These may be below the peak and make fractions too large; the row shows which were used.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ AMX = ROOT / "csrc" / "cpu" / "amx"
 AMX_SOURCES = (AMX / "tile.h", AMX / "support.h", AMX / "support.cpp")
 
 NAMES = ("read", "copy", "bf16", "fma")
-"""Every device has these peaks."""
+"""The peaks that every device has."""
 
 STAND_IN_S = 1.0
-"""How long a stand-in is repeated: the best of many, for other processes can only slow one down."""
+"""Seconds for which a stand-in is repeated; the best run counts, because other processes can only slow runs down."""
 
 NARROW = ("avx2", "portable")
 """Instruction sets without 512-bit registers."""
@@ -45,7 +45,7 @@ NARROW = ("avx2", "portable")
 
 @dataclass(frozen=True)
 class Peak:
-    """A rate: bytes or flops in a second.   how: the unit that was probed, or the torch function that stands in."""
+    """A rate in bytes or flops per second.   how: the probed unit, or the torch function that replaces the probe."""
 
     name: str
     rate: float
@@ -53,7 +53,7 @@ class Peak:
 
 
 def measure_peaks(device: str, isa: str | None = None) -> dict[str, Peak]:
-    """All of them, by name.   isa: the instruction set that arithmetic is limited to."""
+    """Return all peaks by name.   isa: the instruction set that arithmetic is limited to."""
     peaks = {peak.name: peak for peak in _probed(isa)} if device == "cpu" else {}
     if missing := [name for name in NAMES if name not in peaks]:
         peaks |= {peak.name: peak for peak in _stand_ins(device) if peak.name in missing}
@@ -82,7 +82,7 @@ def _probed(isa: str | None) -> Iterator[Peak]:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """probes.cpp, compiled once for each of its versions; None where it cannot be."""
+    """Return probes.cpp, compiled once per version, or None if it cannot be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if platform.machine() != "x86_64" or compiler is None:
         return None

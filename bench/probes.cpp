@@ -1,9 +1,9 @@
-// What the machine can do at most: bandwidth of reading and copying memory far beyond the caches, arithmetic in
+// Peak rates of the machine: bandwidth of reading and copying memory far beyond the caches, and arithmetic in
 // registers.
 //
-// Each probe runs on `threads` threads at once and returns a rate, bytes or flops in a second, of the best of several
-// passes: other processes can only slow a pass down. Arithmetic keeps as many independent sums as hide the latency of
-// two units; all are stored, so that the compiler can neither drop nor merge them.
+// Each probe runs on `threads` threads at once and returns the rate, in bytes or flops per second, of the best of
+// several passes, because other processes can only slow a pass down. Arithmetic uses enough independent sums to hide
+// the latency of two units; all are stored, so that the compiler can neither remove nor merge them.
 
 #include <immintrin.h>
 
@@ -31,8 +31,8 @@ constexpr int64_t kSteps = int64_t{1} << 22;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Runs work(thread) on all threads kPasses times and returns units / the fastest pass. Threads spin between passes:
-// waking one costs more than a pass may take.
+// Runs work(thread) on all threads kPasses times and returns units / the fastest pass. Threads spin between passes,
+// because waking one can take longer than a pass.
 double best_rate(int threads, double units, const std::function<void(int)>& work) {
     std::atomic<int> started{0}, finished{0};
     std::vector<std::thread> others;
@@ -83,7 +83,7 @@ __attribute__((target("avx512f"))) void fma_512(Sink* sink) {
     for (int i = 0; i < kSums; ++i) _mm512_store_ps(sink->values[i], sums[i]);
 }
 
-// 12 sums: 16 registers hold them and both operands.
+// 12 sums: they and both operands fit in 16 registers.
 __attribute__((target("avx2,fma"))) void fma_256(Sink* sink) {
     constexpr int kSums256 = 12;
     __m256 sums[kSums256];
@@ -96,8 +96,8 @@ __attribute__((target("avx2,fma"))) void fma_256(Sink* sink) {
     for (int i = 0; i < kSums256; ++i) _mm256_store_ps(sink->values[i], sums[i]);
 }
 
-// Steps of a product of 2 x 2 tiles whose operands lie in L1 and are random: operands that do not change, or zeros,
-// would run up to a fifth faster than any real product.
+// Steps of a product of 2 x 2 tiles with random operands in L1. Operands that do not change, or zeros, would run up to
+// a fifth faster than real products.
 void amx_tiles(Sink* sink) {
     using namespace qlora::QLORA_ISA;
     constexpr int kDepth = 8;
@@ -126,7 +126,8 @@ double arithmetic(int threads, double flops_per_step, void (*work)(Sink*)) {
     return best_rate(threads, flops_per_step * kSteps * threads, [&](int t) { work(&sinks[t]); });
 }
 
-// `streams` places at once: a core's prefetchers follow several, and one alone leaves bandwidth unused.
+// Reads `streams` places at once: a core's prefetchers follow several streams, and one alone does not use all
+// bandwidth.
 template <int streams>
 __attribute__((target("avx2"))) void read_256(const char* from, size_t bytes, Sink* sink) {
     const size_t part = bytes / streams;
@@ -143,7 +144,7 @@ __attribute__((target("avx2"))) void read_256(const char* from, size_t bytes, Si
     for (int i = 0; i < 8; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(sink->values[i]), sums[i]);
 }
 
-// Past the caches: a plain store would first read the line that it overwrites.
+// Stores past the caches; a normal store would first read the line that it overwrites.
 __attribute__((target("avx2"))) void copy_256(char* to, const char* from, size_t bytes) {
     for (size_t at = 0; at + 128 <= bytes; at += 128) {
 #pragma GCC unroll 4
@@ -159,7 +160,7 @@ __attribute__((target("avx2"))) void copy_256(char* to, const char* from, size_t
 
 extern "C" {
 
-// 0 where the machine lacks the instructions.
+// Returns 0 if the machine lacks the instructions.
 double probe_bf16_dot(int threads) {
     if (!__builtin_cpu_supports("avx512bf16")) return 0;
     return arithmetic(threads, 64.0 * kSums, bf16_dot_512);
@@ -178,7 +179,7 @@ double probe_fma(int threads, int wide) {
     return std::max(arithmetic(threads, 32.0 * kSums, fma_512), arithmetic(threads, 16.0 * 12, fma_256));
 }
 
-// bytes: of the buffer, divided among the threads.
+// bytes: size of the buffer, which is divided among the threads.
 double probe_read(int threads, size_t bytes) {
     if (!__builtin_cpu_supports("avx2")) return 0;
     const size_t part = bytes / threads / 4096 * 4096;
@@ -194,7 +195,7 @@ double probe_read(int threads, size_t bytes) {
     return rate;
 }
 
-// Bytes read plus bytes written.
+// Counts bytes read plus bytes written.
 double probe_copy(int threads, size_t bytes) {
     if (!__builtin_cpu_supports("avx2")) return 0;
     const size_t part = bytes / threads / 4096 * 4096;

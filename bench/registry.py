@@ -1,7 +1,7 @@
-"""What is measured: an op's problems, what each costs at least, who competes and how a result is checked.
+"""The definition of benchmarks: an op's problems, their minimum cost, its implementations and the check of results.
 
 bench/ops/bench_<op>.py defines a module constant SUITE, which bench/suites.py finds. This module is independent of the
-device: a Case names its own, and a Contender says where it applies.
+device: a Case names its device, and a Contender the cases to which it applies.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 GATE_SEED = 0
-"""torch's seed when a call runs whose result is verified: what it draws (dropout) can be drawn again."""
+"""torch's seed for the call whose result is verified, so that its dropout mask can be drawn again."""
 
 COLD, WARM = "cold", "warm"
-"""Cold: each call finds weights that the last-level cache has long evicted. Warm: each call repeats the last one."""
+"""Cold: each call uses weights that are no longer in the last-level cache. Warm: each call repeats the last one."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of one op. Fields that an op has no use for keep their default."""
+    """One problem of one op. Fields that do not apply to an op keep their default."""
 
     op: str
     M: int = 0
@@ -36,25 +36,25 @@ class Case:
     tensors: int = 0
     device: str = "cpu"
     isa: str | None = None
-    """Instruction set to force (QLORA_CPU_ISA), in a process of its own; None: the best one there is."""
+    """Instruction set to force (QLORA_CPU_ISA), in a separate process; None: the automatic choice."""
     label: str = ""
-    """What it is called where N and K do not say it."""
+    """Name of the case if N and K do not describe it."""
     quick: bool = False
-    """Part of the short run that only shows that everything works."""
+    """Whether the case is part of the short run, which only checks that everything works."""
 
     @property
     def weight(self) -> tuple[int, int, int, torch.dtype, str]:
-        """What names its weight: (N, K, blocksize, dtype, device)."""
+        """The identity of its weight: (N, K, blocksize, dtype, device)."""
         return self.N, self.K, self.blocksize, self.dtype, self.device
 
     @property
     def arithmetic(self) -> str:
-        """The peak (bench/peaks.py) that bounds its flops."""
+        """The peak (bench/peaks.py) that limits its flops."""
         return "fma" if self.dtype == torch.float32 else "bf16"
 
     @property
     def name(self) -> str:
-        """What people call it, e.g. `4096x4096 M1 bf16`; with `op` unique among all cases of one device."""
+        """A readable name, e.g. `4096x4096 M1 bf16`; together with `op` it is unique among all cases of one device."""
         words = [self.label or f"{self.N}x{self.K}"]
         words += [f"{self.tensors} tensors"] if self.tensors else []
         words += [f"M{self.M}"] if self.M else []
@@ -67,12 +67,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a case must move and compute, however it is done: weights once, activations once, results once."""
+    """The minimum that a case must move and compute in any implementation: weights, activations and results once."""
 
     bytes: int
     flops: int
     bandwidth: str = "read"
-    """The peak (bench/peaks.py) that bounds the bytes: "read", or "copy" where much of them is written."""
+    """The peak (bench/peaks.py) that limits the bytes: "read", or "copy" if many of them are written."""
 
 
 Call = Callable[[], Any]
@@ -83,13 +83,13 @@ Call = Callable[[], Any]
 class Contender:
     """One implementation of an op.
 
-    build: (case, inputs, copies) -> `copies` calls, the i-th on the i-th copy of the weights. Priming that a user would
-        not see on each call (a layer's repacking at its first use) belongs here.
-    weight_bytes: of one copy, as this contender stores it: decides how many copies overflow the cache.
-    applies: to which cases; peers that are slow or wrong somewhere say so here.
-    threads: torch's thread count while it runs; None: the run's.
-    cost: where what it must move differs from what the suite says.
-    measures: (case, call after its first run) -> fields that its rows get beside times, e.g. bytes of state.
+    build: (case, inputs, copies) -> `copies` calls, the i-th on the i-th copy of the weights. It includes preparation
+    that does not occur on each call, such as a layer's repacking at its first use.
+    weight_bytes: of one copy, as this implementation stores it; determines the number of copies that exceed the cache.
+    applies: whether a case is supported; it excludes peers where they are slow or wrong.
+    threads: torch's thread count during the call; None: the run's.
+    cost: replaces the suite's cost for implementations that must move other bytes.
+    measures: (case, call after its first run) -> further fields of its rows, e.g. bytes of state.
     """
 
     name: str
@@ -105,9 +105,9 @@ class Contender:
 class Suite:
     """An op's benchmark.
 
-    inputs: what all contenders of a case share, drawn from fixed seeds.
-    verify: (case, inputs, contender's name, result); raises AssertionError where the result is wrong. Runs before any
-        number is taken, and no number is taken where it raises.
+    inputs: tensors that all implementations of a case share, drawn from fixed seeds.
+    verify: (case, inputs, implementation's name, result); raises AssertionError for a wrong result. It runs before the
+    timing, and a wrong result is not timed.
     """
 
     op: str

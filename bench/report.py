@@ -41,13 +41,13 @@ MERGED = (
     "peak_bytes",
     "memory_ratio",
 )
-"""Fields of which several runs' rows leave their median."""
+"""Fields that are merged to the median of several runs."""
 
 IDENTITY = ("machine", "isa", "op", "case", "forced_isa", "contender", "threads", "mode", "gate")
 """Fields that are equal for the rows of one measurement in several runs."""
 
 DISTURBED = 0.1
-"""Share of the processors taken by others above which a run's row is left out where a quieter run has the same."""
+"""Share of the processors used by others above which a row is left out if a run with less has the same row."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def committed_files() -> list[Path]:
 
 
 def print_report(rows: Iterable[Row], *, targets: bool) -> None:
-    """What a person sees after a run."""
+    """Print the tables and targets of a run."""
     print(report(merge(rows), targets=targets))
 
 

@@ -1,10 +1,10 @@
-"""Files of benchmark rows: JSON lines in which the provenance of a group of rows is written once, before the group.
+"""Files of benchmark rows: JSON lines, in which the provenance of a group of rows precedes the group.
 
     {"provenance": {"time": ..., "device": ..., "machine": ..., "isa": ..., "commit": ..., "versions": {...}}}
     {"op": "linear_nf4", "case": ...}
     {"op": "linear_nf4", "case": ...}
 
-In memory every row carries its provenance as fields of its own, so that rows of several files can be mixed.
+In memory, every row has its provenance as fields, so that rows of several files can be mixed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any
 Row = dict[str, Any]
 
 PROVENANCE = ("time", "device", "machine", "isa", "commit", "versions")
-"""Fields that are equal for all rows of one run on one instruction set."""
+"""Fields that are equal in all rows of one run on one instruction set."""
 
 
 class RowWriter:
@@ -39,7 +39,7 @@ class RowWriter:
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file, each with the provenance fields of its group.
 
-    Rows before the first provenance line are yielded as they stand; `bench.run --json` prints such lines.
+    Rows before the first provenance line are yielded unchanged; `bench.run --json` prints such lines.
     """
     provenance: Row = {}
     for line in path.read_text().splitlines():
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the file by these rows."""
+    """Replace the contents of the file by these rows."""
     with path.open("w") as file:
         writer = RowWriter(file)
         for row in rows:

@@ -1,7 +1,7 @@
 """Run the benchmarks: `python -m bench.run [cpu|cuda] [--quick] [--only REGEX] [--json] [--out FILE]`.
 
-For each case: build every contender, verify each one's result, time those that are right, interleaved, with cold and
-with warm weights. One row (a flat dict, bench/report.py shows its fields) for each contender, case and mode.
+For each case, every implementation is built and its result verified; the correct ones are timed, interleaved, with cold
+and with warm weights. Each implementation, case and mode gives one row (a flat dict; bench/report.py lists its fields).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .suites import suites
 from .timing import Budget, Entrant, Timing, measure
 
 WORKING_SET = 4
-"""Cold weights fill this many last-level caches before one is seen again."""
+"""Cold weights exceed the last-level cache by this factor before one is used again."""
 
 MAX_COPIES = 1024
 
@@ -39,12 +39,12 @@ QUICK = Budget(rounds=1, samples=1, seconds=0.5, least=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 where a result was wrong or a contender failed, else 0."""
+    """Run the benchmarks; return 1 if a result was wrong or an implementation failed, otherwise 0."""
     options = parser().parse_args(arguments)
     budget = QUICK if options.quick else Budget(seconds=options.seconds)
     rows = []
     with contextlib.ExitStack() as files:
-        # Line buffering: a run that is interrupted leaves every row it has measured.
+        # Line buffering keeps every measured row if the run is interrupted.
         out = RowWriter(files.enter_context(options.out.open("a", buffering=1))) if options.out else None
         for row in run(options.device, options.only, quick=options.quick, isa=options.isa, budget=budget):
             rows.append(row)
@@ -68,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seconds", type=float, default=Budget.seconds, help="time for one case and mode, at least three rounds"
     )
-    made.add_argument("--isa", help=argparse.SUPPRESS)  # the child of a forced instruction set
+    made.add_argument("--isa", help=argparse.SUPPRESS)  # for the child process of a forced instruction set
     return made
 
 
 def run(device: str, only: str, *, quick: bool, isa: str | None, budget: Budget) -> Iterator[Row]:
-    """The rows of all cases that are asked for; those of forced instruction sets come from child processes."""
+    """Yield the rows of all selected cases; those of forced instruction sets are run by child processes."""
     chosen = [
         (suite, case)
         for suite in suites().values()
@@ -95,7 +95,7 @@ def run(device: str, only: str, *, quick: bool, isa: str | None, budget: Budget)
 
 
 def run_child(device: str, only: str, isa: str, budget: Budget) -> Iterator[Row]:
-    """The cases of one forced instruction set, in a process that starts with it."""
+    """Yield the rows of one forced instruction set, from a process that starts with it."""
     command = [sys.executable, "-m", "bench.run", device, "--json", "--isa", isa, "--only", only]
     done = subprocess.run(
         [*command, "--seconds", str(budget.seconds)],
@@ -112,7 +112,7 @@ def run_child(device: str, only: str, isa: str, budget: Budget) -> Iterator[Row]
 
 
 def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -> Iterator[Row]:
-    """Verify, then time in each mode."""
+    """Verify all implementations of a case, then time them in each mode."""
     inputs = suite.inputs(case)
     threads = torch.get_num_threads()
     right: dict[str, tuple[Contender, Sequence[Call]]] = {}
@@ -149,14 +149,14 @@ def copies_beyond_cache(contender: Contender, case: Case) -> int:
 
 
 def build(contender: Contender, case: Case, inputs: Any, copies: int) -> Sequence[Call]:
-    """The contender's calls, without the warnings that peers give of their slow paths at each construction."""
+    """Return the implementation's calls, without the warnings that peers print when they are built."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return contender.build(case, inputs, copies)
 
 
 def fault_of(suite: Suite, case: Case, inputs: Any, contender: Contender, call: Call) -> str | None:
-    """What is wrong with the call's result, or None."""
+    """Return the error in the call's result, or None."""
     torch.manual_seed(GATE_SEED)
     result = call()
     try:
@@ -168,7 +168,7 @@ def fault_of(suite: Suite, case: Case, inputs: Any, contender: Contender, call: 
 
 
 def case_row(case: Case, contender: Contender, threads: int, mode: str | None) -> Row:
-    """Return the fields of a row that say what was run."""
+    """Return the fields of a row that identify the measurement."""
     return {
         "op": case.op,
         "case": case.name,
@@ -189,7 +189,7 @@ def case_row(case: Case, contender: Contender, threads: int, mode: str | None) -
 
 
 def timing_fields(timing: Timing) -> Row:
-    """Times of a call in microseconds, and how far they can be trusted."""
+    """Return the times of a call in microseconds and their spread."""
     return {
         "median_us": round(timing.median * 1e6, 2),
         "p10_us": round(timing.p10 * 1e6, 2),
@@ -200,7 +200,7 @@ def timing_fields(timing: Timing) -> Row:
 
 
 def rates(case: Case, cost: Cost, timing: Timing, peaks: dict[str, Peak]) -> Row:
-    """Rates, their fractions of the measured peaks, and the fraction of the roofline that both together are."""
+    """Return rates, their fractions of the measured peaks, and the fraction of the roofline of both."""
     moved, computed = cost.bytes / timing.median, cost.flops / timing.median
     of_bandwidth = moved / peaks[cost.bandwidth].rate
     of_arithmetic = computed / peaks[case.arithmetic].rate
@@ -213,13 +213,13 @@ def rates(case: Case, cost: Cost, timing: Timing, peaks: dict[str, Peak]) -> Row
 
 
 def ratios(name: str, timings: dict[str, Timing]) -> Row:
-    """How many times faster this contender is than each other."""
+    """Return the speedups of this implementation over each other one."""
     others = {other: timing for other, timing in timings.items() if other != name}
     return {"speedup": {other: round(timing.median / timings[name].median, 3) for other, timing in others.items()}}
 
 
 def memory_ratios(name: str, measures: dict[str, Row]) -> Row:
-    """This contender's peak memory over each other's; nothing where it was not measured."""
+    """Return this implementation's peak memory over each other's; empty if it was not measured."""
     peaks = {other: fields["peak_bytes"] for other, fields in measures.items() if "peak_bytes" in fields}
     if name not in peaks:
         return {}

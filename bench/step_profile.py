@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: torch.profiler's self times, by part of the model, forward and backward.
+"""Profile of a training step: torch.profiler's self times by part of the model, forward and backward.
 
-Each module's forward is a region, and the innermost one counts. A backward function belongs to the region whose forward
-made its graph node, which the two share a sequence number with.
+Each module's forward is a region, and the innermost region counts. Autograd tags a backward event with its forward op's
+sequence number, by which both are attributed to the same region.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = (
     (r"embed_tokens", "embedding"),
     (r"layers\.\d+", "residual adds"),
 )
-"""The last component of a module's name -> part; the whole model's own forward is `loss`."""
+"""The last component of a module's name -> part; the forward of the whole model is `loss`."""
 
 COPIES = re.compile(r"aten::(_to_copy|copy_|to|clone|contiguous)$")
 
@@ -36,7 +36,7 @@ WARM_UP = 2
 
 
 def profile_step(model: nn.Module, call: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Milliseconds of one call by part: `total`, and how much of it `copies` (casts and layout changes) are."""
+    """Return milliseconds of one call by part: the `total`, and the share of `copies` (casts and layout changes)."""
     with regions(model):
         for _ in range(WARM_UP):
             call()
@@ -47,7 +47,7 @@ def profile_step(model: nn.Module, call: Callable[[], Any]) -> dict[str, dict[st
 
 @contextmanager
 def regions(model: nn.Module) -> Iterator[None]:
-    """While it lasts each module's forward is recorded under its part's name."""
+    """Record each module's forward inside the block under the name of its part."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             part = "loss" if name == "" else part_of(name)
@@ -68,12 +68,12 @@ def regions(model: nn.Module) -> Iterator[None]:
 
 
 def optimizer_region() -> record_function:
-    """The region of what follows the backward pass."""
+    """Return the region for everything after the backward pass."""
     return record_function(PREFIX + OPTIMIZER)
 
 
 def part_of(name: str) -> str | None:
-    """The part that a module of this name is, or None where it belongs to its parent's."""
+    """Return the part of a module with this name, or None if it belongs to its parent's part."""
     for pattern, part in PARTS:
         if re.search(rf"(^|\.)\w*({pattern})$", name):
             return part
@@ -81,11 +81,11 @@ def part_of(name: str) -> str | None:
 
 
 def by_part(events: Any) -> dict[str, dict[str, float]]:
-    """Self times by part, the longest first."""
+    """Return self times by part, the longest first."""
     parts_of_nodes: dict[int, str] = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
         if event.sequence_nr >= 0 and not is_backward(event):
-            # Ops that make no node carry the next one's number: the last of a number is the one that made it.
+            # Ops without a graph node have the number of the next op, so the last op with a number made the node.
             parts_of_nodes[event.sequence_nr] = enclosing_part(event)
     sums: dict[str, dict[str, float]] = defaultdict(lambda: {"total": 0.0, "copies": 0.0})
     for event in events:
@@ -98,12 +98,12 @@ def by_part(events: Any) -> dict[str, dict[str, float]]:
 
 
 def is_backward(event: Any) -> bool:
-    """Say whether an event belongs to the backward pass."""
+    """Whether an event belongs to the backward pass."""
     return backward_root(event) is not None
 
 
 def backward_root(event: Any) -> Any:
-    """The evaluation of a graph node that the event is part of, or None."""
+    """Return the evaluation of a graph node that contains the event, or None."""
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):
             return event

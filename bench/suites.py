@@ -1,4 +1,4 @@
-"""Every benchmark: one suite for each op, the training step's and generation's."""
+"""All benchmarks: one suite for each op, the training step and generation."""
 
 from __future__ import annotations
 

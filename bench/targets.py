@@ -1,7 +1,7 @@
 """The performance targets of the kernels: ratios of numbers that were measured in one run.
 
-A target is met if every row that it applies to keeps its threshold; the worst row decides. The measured causes of
-missed targets stand in docs/notebook/missed-targets.md.
+A target is met if every row that it applies to keeps its threshold; the worst row decides.
+docs/notebook/missed-targets.md lists the measured causes of missed targets.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from .row_file import Row
 
 @dataclass(frozen=True)
 class Formula:
-    """A number that a row gives, or None where it does not."""
+    """A number computed from a row, or None if the row does not have it."""
 
     words: str
     of: Callable[[Row], float | None]
 
 
 def speedup_over(peer: str) -> Formula:
-    """The peer's median over ours."""
+    """Return the formula: the peer's median over ours."""
     return Formula(f"time of {peer} / ours", lambda row: row["speedup"].get(peer))
 
 
 def time_of(peer: str) -> Formula:
-    """Our median over the peer's."""
+    """Return the formula: our median over the peer's."""
     return Formula(f"our time / {peer}", lambda row: 1 / row["speedup"][peer] if peer in row["speedup"] else None)
 
 
 def fraction_of(peak: str) -> Formula:
-    """Share of a measured peak."""
+    """Return the formula: the share of a measured peak."""
     return Formula(f"share of {peak} peak", lambda row: row["fraction"].get(peak))
 
 
 def memory_beside(peer: str) -> Formula:
-    """Our peak memory over the peer's."""
+    """Return the formula: our peak memory over the peer's."""
     return Formula(f"our peak memory / {peer}", lambda row: row.get("memory_ratio", {}).get(peer))
 
 
@@ -77,26 +77,26 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and the rows it was measured on, worst first."""
+    """A target and the rows on which it was measured, worst first."""
 
     target: Target
     measured: tuple[tuple[Row, float], ...]
 
     @property
     def status(self) -> str:
-        """met, missed, or not measured."""
+        """Return "met", "missed" or "not measured"."""
         if not self.measured:
             return "not measured"
         return "met" if all(self.target.keeps(value) for _, value in self.measured) else "missed"
 
     @property
     def kept(self) -> int:
-        """Rows that keep the threshold."""
+        """Return the number of rows that keep the threshold."""
         return sum(self.target.keeps(value) for _, value in self.measured)
 
     @property
     def reachable(self) -> int:
-        """Rows that would keep the threshold if our time were the roofline's: in the others it lies beyond."""
+        """Return the number of rows that would keep the threshold at the roofline's time; the others cannot keep it."""
         return sum(self.target.keeps(self._at_roofline(row, value)) for row, value in self.measured)
 
     def _at_roofline(self, row: Row, value: float) -> float:
@@ -106,7 +106,7 @@ class Verdict:
 
 
 def judge(rows: Iterable[Row]) -> list[Verdict]:
-    """Every target's verdict over green rows with a time."""
+    """Return every target's verdict over rows with a correct result and a time."""
     timed = [row for row in rows if "median_us" in row]
     verdicts = []
     for target in TARGETS:

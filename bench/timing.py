@@ -1,8 +1,8 @@
-"""Interleaved timing on a machine that may have other work.
+"""Interleaved timing on a machine that may have other load.
 
-Contenders take turns, round after round, so that a slow minute is slow for all of them. Each round also learns how much
-processor time other processes took meanwhile; rounds that were disturbed are repeated within a time budget, and the
-statistics are taken over the quiet ones. The choice never looks at the times themselves.
+Implementations take turns, round after round, so that a slow minute affects all of them. Each round also measures the
+processor time of other processes. Disturbed rounds are repeated within a time budget, and the statistics are computed
+over the undisturbed ones. The selection does not depend on the times themselves.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import torch
 from .registry import Call
 
 QUIET = 0.06
-"""Largest share of the processors that others may take in a quiet round. The kernel counts in ticks of 10 ms."""
+"""Largest share of the processors that others may use in an undisturbed round. The kernel counts ticks of 10 ms."""
 
 TURN_S = 0.04
-"""How long a contender's turn lasts, if one call does not last longer."""
+"""Duration of one turn in seconds, unless one call takes longer."""
 
 SETTLE_S = 0.002
-"""Untimed calls at the head of a turn: another runtime's threads may still be spinning from the turn before."""
+"""Untimed calls at the start of a turn, because threads of the previous runtime may still be spinning."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a measurement may stop: enough quiet rounds and samples, or no time left and `least` rounds of any kind."""
+    """When to stop: after enough undisturbed rounds and samples, or when the time is over and `least` rounds are
+    done.
+    """
 
     rounds: int = 5
     samples: int = 15
@@ -41,7 +43,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call. `foreign`: share of the processors that other processes took while it was measured."""
+    """Seconds of one call. `foreign`: share of the processors that other processes used during the measurement."""
 
     median: float
     p10: float
@@ -52,7 +54,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One contender's calls, walked in a circle; warm where there is one, cold where there are many."""
+    """One implementation's calls, in rotation: warm if there is one call, cold if there are many."""
 
     calls: Sequence[Call]
     threads: int
@@ -65,7 +67,7 @@ class _Round:
 
 
 def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
-    """Time the calls of all entrants, interleaved in random order."""
+    """Time the calls of all implementations, interleaved in random order."""
     clock = clock_of(device)
     started, before = time.perf_counter(), torch.get_num_threads()
     circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
@@ -100,7 +102,7 @@ def summarize(times: Sequence[float], foreign: float) -> Timing:
 
 
 def clock_of(device: str) -> Callable[[Call], float]:
-    """A function that runs a call and says how many seconds it took on `device`."""
+    """Return a function that runs a call and returns its seconds on `device`."""
     return _cuda_seconds if device == "cuda" else _host_seconds
 
 
@@ -147,7 +149,7 @@ def _run_round(
 
 
 def _busy_seconds() -> float:
-    """Processor time that all processes have taken since the machine started; 0 where the system does not tell."""
+    """Return the processor time of all processes since the machine started; 0 if it is not available."""
     try:
         with open("/proc/stat") as stat:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])

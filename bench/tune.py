@@ -1,10 +1,10 @@
-"""Measure every plan for a GPU's matmul shapes and write the winners: `qlora-kernels bench tune`.
+"""Measures every plan for a GPU's matmul shapes and writes the fastest ones: `qlora-kernels bench tune`.
 
     python -m bench.tune [--shapes 4096x4096 14336x4096 ...] [--rows 1 8 16 32 64 128 256 512 1024] [--out FOLDER]
 
-For each op, shape NxK and number of rows it times the candidates of backends/triton/planner.py, cold in L2, after
-checking each one's result against the decode path, and keeps the fastest. The file, tuned/sm_<capability>.json,
-overrides the analytical model from the next process on.
+For each op, shape NxK and number of rows, the candidates of backends/triton/planner.py are timed, cold in L2, after
+their results were compared with the decode path, and the fastest is kept. The file, tuned/sm_<capability>.json,
+overrides the analytical model in later processes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336", "5120x5120", "81
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 WARM_UPS, SAMPLES = 5, 30
 TOLERANCE = 2.0**-6
-"""Largest relative difference from the decode path's result, of bf16 sums in another order."""
+"""Largest relative difference to the decode path's result, from bf16 sums in another order."""
 
 
 def median_seconds(call: Callable[[], object], flush: Tensor) -> float:
-    """Median of SAMPLES calls, each after the L2 cache was overwritten."""
+    """Return the median of SAMPLES calls, each after the L2 cache was overwritten."""
     for _ in range(WARM_UPS):
         call()
     times = []
@@ -51,7 +51,7 @@ def median_seconds(call: Callable[[], object], flush: Tensor) -> float:
 
 
 def best_plan(problem: Problem, flush: Tensor) -> tuple[Plan, float]:
-    """The fastest right plan, and its seconds."""
+    """Return the fastest correct plan and its seconds."""
     weight = torch.randn(problem.N, problem.K, device="cuda", dtype=problem.dtype) / problem.K**0.5
     packed, state = qk.quantize_nf4(weight)
     backward = problem.op == "linear_nf4_grad_x"
@@ -78,7 +78,7 @@ def best_plan(problem: Problem, flush: Tensor) -> tuple[Plan, float]:
 
 
 def main() -> int:
-    """Tune the GPU that is there."""
+    """Tune the plans of the GPU in this machine."""
     parser = argparse.ArgumentParser(prog="qlora-kernels bench tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")

@@ -1,1 +1,1 @@
-"""One bench_<op>.py for each op: its problems, what they cost, and who competes. bench/run.py does everything else."""
+"""One bench_<op>.py for each op: its problems, their cost, and the implementations. bench/run.py runs them."""

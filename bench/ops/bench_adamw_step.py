@@ -1,7 +1,7 @@
-"""adamw_step: one optimizer step over fp32 parameters, as PagedAdamW.step() runs it.
+"""adamw_step: one optimizer step over fp32 parameters by PagedAdamW.step() and its peers.
 
-Two problems: the 448 LoRA factors (r = 16, seven linears of each of 32 layers) of a 7B model, 40 M numbers in all, and
-one tensor of 160 M. The optimizers share parameters and gradients, and each has states of its own.
+The two problems are the 448 LoRA factors (r = 16, seven linears in each of 32 layers) of a 7B model, 40 M numbers in
+total, and one tensor of 160 M. The optimizers share parameters and gradients, and each has its own states.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FEW = [(RANK, 576), (576, RANK)] * 60
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 ERROR_FP32 = 1e-6
-"""Of a step's size: a few roundings to fp32 between two orders of the same operations."""
+"""Relative to a step's size: a few roundings to fp32 between two orders of the same operations."""
 
 ERROR_8BIT = 0.1
-"""Of a step's size: the quantized states' own resolution is a few per cent."""
+"""Relative to a step's size: the resolution of the quantized states is a few per cent."""
 
 
 def shapes(case: Case) -> list[tuple[int, ...]]:
@@ -43,7 +43,7 @@ def shapes(case: Case) -> list[tuple[int, ...]]:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Many small tensors, one large; a hundred tiny ones for the quick run."""
+    """Yield many small tensors, one large one, and a hundred tiny ones for the quick run."""
     for problem in (FACTORS, ONE, FEW):
         numel = sum(torch.Size(shape).numel() for shape in problem)
         yield Case(
@@ -58,17 +58,17 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """Parameter, gradient and two fp32 states read, all but the gradient written."""
+    """Return the cost: parameter, gradient and two fp32 states read, all but the gradient written."""
     return Cost(28 * case.N, 0, "copy")
 
 
 def cost_8bit(case: Case) -> Cost:
-    """Of each state one byte and 1/256 of a constant, read and written."""
+    """Return the cost with 8-bit states: per state one byte and 1/256 of a constant, read and written."""
     return Cost(16 * case.N + 16 * case.N // STATE_BLOCKSIZE, 0, "copy")
 
 
 class Inputs:
-    """Parameters with gradients; each optimizer starts where the parameters equal the gradients."""
+    """Parameters with gradients; each optimizer starts from parameters that equal the gradients."""
 
     def __init__(self, case: Case) -> None:
         self.params = [torch.zeros(shape, device=case.device) for shape in shapes(case)]
@@ -76,7 +76,7 @@ class Inputs:
             param.grad = layers.gaussian(*param.shape, dtype=torch.float32, device=case.device, seed=seed)
 
     def restart(self) -> None:
-        """Give the parameters their first values."""
+        """Reset the parameters to their first values."""
         for param in self.params:
             assert param.grad is not None
             param.copy_(param.grad)
@@ -84,7 +84,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Step:
-    """Steps an optimizer; returns its parameters."""
+    """A call that steps an optimizer and returns its parameters."""
 
     optimizer: Optimizer
     params: Sequence[Tensor]
@@ -95,7 +95,7 @@ class Step:
 
 
 def contender(name: str, make: Callable[..., Optimizer], **options: Any) -> Contender:
-    """One optimizer. Its states exist once: larger than any cache, or small enough to live there in training, too."""
+    """Return one optimizer. Its states exist once: they exceed every cache, or are in cache during training as well."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Step]:
         inputs.restart()
@@ -105,7 +105,7 @@ def contender(name: str, make: Callable[..., Optimizer], **options: Any) -> Cont
 
 
 def state_bytes(case: Case, call: Any) -> dict[str, Any]:
-    """Memory that the optimizer's states hold, for each parameter element; a storage that several views share once."""
+    """Return the bytes of the optimizer's states per parameter element; a storage with several views counts once."""
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for state in call.optimizer.state.values()
@@ -116,13 +116,13 @@ def state_bytes(case: Case, call: Any) -> dict[str, Any]:
 
 
 def bnb(params: Sequence[Tensor], *, bits: int, **hyperparameters: Any) -> Optimizer:
-    """bitsandbytes' paged AdamW; on a CPU nothing is paged."""
+    """Return bitsandbytes' paged AdamW, which pages nothing on a CPU."""
     optimizer: Optimizer = layers.bitsandbytes().optim.PagedAdamW(params, optim_bits=bits, **hyperparameters)
     return optimizer
 
 
 def verify(case: Case, inputs: Inputs, contender: str, params: Sequence[Tensor]) -> None:
-    """The first step, against torch's in fp64, on each tensor's first elements."""
+    """Compare the first step with torch's in fp64, on each tensor's first elements."""
     lr, decay = HYPERPARAMETERS["lr"], HYPERPARAMETERS["weight_decay"]
     bound = ERROR_8BIT if "8-bit" in contender else ERROR_FP32
     for param in params[:8]:

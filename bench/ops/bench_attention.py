@@ -22,11 +22,11 @@ LAYERS = {
     "32 heads of 8 x 128, 1 x 2048": (1, 32, 8, 2048, 128),
     "4 heads of 2 x 32, 2 x 100": (2, 4, 2, 100, 32),
 }
-"""Label -> (batch, query heads, key heads, tokens, head dimension), of SmolLM2-135M, Llama 3.2 1B and Llama 3 8B."""
+"""Label -> (batch, query heads, key heads, tokens, head dimension) of SmolLM2-135M, Llama 3.2 1B and Llama 3 8B."""
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Layers of models, in bf16 and fp32. N and K are the widths of the queries and of the keys."""
+    """Yield layers of models, in bf16 and fp32. N and K are the widths of the queries and of the keys."""
     for label, (B, H, KV, T, D) in LAYERS.items():
         for dtype in (torch.bfloat16, torch.float32):
             quick = T == 100 and dtype == torch.bfloat16
@@ -34,13 +34,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """Queries, keys, values, output and their gradients once; two products forward and five backward, half of each."""
+    """Return the cost: all tensors and gradients once; two products forward and five backward, half of each."""
     _, H, _, T, D = LAYERS[case.label]
     return Cost(case.dtype.itemsize * case.M * 4 * (case.N + case.K), 7 * case.M * H * T * D)
 
 
 class Inputs:
-    """q, k, v and grad_out as a model's projections lie in memory, and what out and the gradients should be."""
+    """q, k, v and grad_out in the memory layout of a model's projections, and the expected results."""
 
     def __init__(self, case: Case) -> None:
         B, H, KV, T, D = LAYERS[case.label]
@@ -55,7 +55,7 @@ class Inputs:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """(out, grad_q, grad_k, grad_v) in fp32."""
+        """Return (out, grad_q, grad_k, grad_v) in fp32."""
         q, k, v = (t.detach().float().requires_grad_() for t in (self.q, self.k, self.v))
         return step(by_torch, q, k, v, self.grad_out.float())
 
@@ -82,7 +82,7 @@ def step(
 def over(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, backward: bool
 ) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender, forward alone or with backward."""
+    """Return the calls of an implementation, forward only or with backward."""
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         if backward:
@@ -94,7 +94,7 @@ def over(
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...]) -> None:
-    """The tests hold the op to tighter bounds."""
+    """Check the results; the tests hold the op to tighter bounds."""
     names = ("out", "grad_q", "grad_k", "grad_v")
     for name, actual, expected in zip(names, result, inputs.expected, strict=False):
         assert_close_to_peer(actual, expected, name=name)

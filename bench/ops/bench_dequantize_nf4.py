@@ -1,4 +1,4 @@
-"""dequantize_nf4: a double-quantized weight back to bf16, into a buffer that is reused and into a fresh one."""
+"""dequantize_nf4: dequantization of a double-quantized weight to bf16, into a reused and into a new buffer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """The quantized weight read, the dense one written."""
+    """Return the cost: the quantized weight read, the dense one written."""
     return Cost(layers.nf4_bytes(case) + layers.dense_bytes(case), 0, "copy")
 
 
 def reused(case: Case) -> Tensor:
-    """The buffer that all calls of a contender write."""
+    """Return the buffer that all calls of an implementation write."""
     return torch.zeros(case.N, case.K, dtype=case.dtype, device=case.device)
 
 
 def ours(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
-    """Build calls that decode into one reused tensor."""
+    """Build calls that dequantize into one reused tensor."""
     out = reused(case)
     return [
         partial(qk.dequantize_nf4, layer.packed, layer.quant_state, out=out)
@@ -42,12 +42,12 @@ def ours(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
 
 
 def ours_fresh(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
-    """Build calls that decode into a fresh tensor each."""
+    """Build calls that dequantize into a new tensor each."""
     return [partial(qk.dequantize_nf4, layer.packed, layer.quant_state) for layer in layers.ours(*case.weight, copies)]
 
 
 def bnb(case: Case, inputs: Tensor, copies: int) -> Sequence[Call]:
-    """bitsandbytes' own: on a CPU it has no out argument and fills a fresh tensor each time."""
+    """Build calls of bitsandbytes, which on a CPU has no out argument and always fills a new tensor."""
     out = None if case.device == "cpu" else reused(case)
     dequantize = layers.bitsandbytes().functional.dequantize_4bit
     weights: list[Any] = [layer.weight for layer in layers.bitsandbytes_train(*case.weight, copies)]

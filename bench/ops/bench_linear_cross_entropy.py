@@ -1,4 +1,4 @@
-"""linear_cross_entropy: output head, loss and gradient of the hidden states of one batch; and the loss alone."""
+"""linear_cross_entropy: output head, loss and gradient of the hidden states of one batch, and only the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS = {"SmolLM2-135M": (49152, 576, 1024), "llama-1b": (128256, 2048, 512), "t
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Heads of models, in bf16 and fp32."""
+    """Yield heads of models, in bf16 and fp32."""
     for name, (V, K, M) in HEADS.items():
         for dtype in (torch.bfloat16, torch.float32):
             quick = name == "tiny" and dtype == torch.bfloat16
@@ -29,13 +29,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """The weight read once, hidden read and its gradient written once; two products."""
+    """Return the cost: the weight and hidden read once, the gradient written once; two products."""
     item = case.dtype.itemsize
     return Cost(item * (case.N * case.K + 2 * case.M * case.K), 4 * case.M * case.N * case.K)
 
 
 class Inputs:
-    """hidden [M, K], weight [V, K], labels [M], and what (loss, grad_hidden) should be."""
+    """hidden [M, K], weight [V, K], labels [M], and the expected (loss, grad_hidden)."""
 
     def __init__(self, case: Case) -> None:
         def made(rows: int, seed: int) -> Tensor:
@@ -48,7 +48,7 @@ class Inputs:
     @cached_property
     @torch.enable_grad()
     def expected(self) -> tuple[Tensor, Tensor]:
-        """In fp32, a few tokens at a time."""
+        """Return the expected results in fp32, computed a few tokens at a time."""
         weight, losses, gradients = self.weight.float(), [], []
         parts = zip(torch.split(self.hidden.detach(), 64), torch.split(self.labels, 64), strict=True)
         for hidden, labels in parts:
@@ -65,12 +65,12 @@ def op_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
 
 
 def dense_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
-    """Logits of all tokens, as transformers has them."""
+    """Return the loss over the logits of all tokens, as transformers computes it."""
     return F.cross_entropy(F.linear(hidden, inputs.weight).float(), inputs.labels, reduction="sum")
 
 
 def chunked_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
-    """ChunkedLoss on a frozen head."""
+    """Return the loss of ChunkedLoss on a frozen head."""
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = torch.nn.Parameter(inputs.weight, requires_grad=False)
     loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def chunked_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
 
 
 def training(loss: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender that computes loss and gradient."""
+    """Return the calls of an implementation that compute loss and gradient."""
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         value = loss(inputs.hidden, inputs)
@@ -90,7 +90,7 @@ def training(loss: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Case, Inputs
 
 
 def evaluation(loss: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender that computes the loss alone."""
+    """Return the calls of an implementation that compute only the loss."""
 
     def call(inputs: Inputs) -> tuple[Tensor]:
         with torch.no_grad():
@@ -100,7 +100,7 @@ def evaluation(loss: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Case, Inpu
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...]) -> None:
-    """The tests hold the op to tighter bounds."""
+    """Check the results; the tests hold the op to tighter bounds."""
     for name, actual, expected in zip(("loss", "grad_hidden"), result, inputs.expected, strict=False):
         assert_close_to_peer(actual, expected, name=name)
 

@@ -18,7 +18,7 @@ FORCED_ISAS = ("avx512", "avx2", "portable")
 
 
 def cases(device: str) -> Iterator[Case]:
-    """All shapes at all M in bf16; fp32 on each instruction set at an M that fills the arithmetic units."""
+    """Yield all shapes at all M in bf16, and fp32 on each instruction set at an M bound by arithmetic."""
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4", M, N, K, device=device, quick=(N, K) == (1536, 576) and M in (1, 16, 256))
@@ -29,13 +29,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """The quantized weight and x read once, y written once."""
+    """Return the cost: the quantized weight and x read once, y written once."""
     activations = case.dtype.itemsize * case.M * (case.N + case.K)
     return Cost(layers.nf4_bytes(case) + activations, 2 * case.M * case.N * case.K)
 
 
 class Inputs:
-    """x [M, K], W [N, K] dequantized, and what y should be."""
+    """x [M, K], the dequantized W [N, K], and the expected y."""
 
     def __init__(self, case: Case) -> None:
         self.x = layers.gaussian(case.M, case.K, dtype=case.dtype, device=case.device, seed=4)
@@ -44,12 +44,12 @@ class Inputs:
 
     @cached_property
     def expected(self) -> Expected:
-        """y, and by how much ours may be off."""
+        """Return y with the bound on our error."""
         return linear(self.x, self.w, None, self.arithmetic)
 
 
 def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender that calls a layer. Nothing requires a gradient, so no graph is built."""
+    """Return the calls of a layer. Nothing requires a gradient, so that no graph is built."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
         return [partial(layer, inputs.x) for layer in build_layers(*case.weight, copies)]
@@ -58,7 +58,7 @@ def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callabl
 
 
 def verify(case: Case, inputs: Inputs, contender: str, y: Tensor) -> None:
-    """Ours within the tests' bounds, peers within their coarser roundings."""
+    """Check our result within the tests' bounds, and a peer's within its coarser roundings."""
     if contender.startswith("ours"):
         assert_within(y, inputs.expected, "y")
     else:
@@ -66,12 +66,12 @@ def verify(case: Case, inputs: Inputs, contender: str, y: Tensor) -> None:
 
 
 def scales_with_threads(case: Case) -> bool:
-    """The problems on which one thread is compared with all."""
+    """Whether the case is one in which one thread is compared with all."""
     return case.device == "cpu" and case.M == 256 and case.N >= 4096 and case.dtype == torch.bfloat16
 
 
 def has_fused_bitsandbytes(case: Case) -> bool:
-    """Its fused CPU kernel computes in bf16 alone."""
+    """Whether bitsandbytes' fused CPU kernel, which computes only in bf16, supports the case."""
     return layers.has_bitsandbytes(case) and case.dtype == torch.bfloat16
 
 

@@ -17,20 +17,20 @@ ROWS = (1, 16, 256, 1024)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """All shapes at a few M."""
+    """Yield all shapes at a few M."""
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4_grad_x", M, N, K, device=device, quick=(N, K) == (1536, 576) and M == 256)
 
 
 def cost(case: Case) -> Cost:
-    """The quantized weight read twice; x and grad_y read, y and grad_x written, once."""
+    """Return the cost: the quantized weight read twice; x and grad_y read, y and grad_x written, once."""
     activations = case.dtype.itemsize * case.M * (case.N + case.K)
     return Cost(2 * (layers.nf4_bytes(case) + activations), 4 * case.M * case.N * case.K)
 
 
 class Inputs:
-    """x [M, K], grad_y [M, N], W [N, K] dequantized, and what (y, grad_x) should be."""
+    """x [M, K], grad_y [M, N], the dequantized W [N, K], and the expected (y, grad_x)."""
 
     def __init__(self, case: Case) -> None:
         self.x = layers.gaussian(case.M, case.K, dtype=case.dtype, device=case.device, seed=4).requires_grad_()
@@ -40,7 +40,7 @@ class Inputs:
 
     @cached_property
     def expected(self) -> tuple[Expected, ...]:
-        """y and grad_x, and by how much ours may be off."""
+        """Return y and grad_x with the bounds on our errors."""
         y = linear(self.x, self.w, None, self.arithmetic)
         return y, linear_grad_x(self.grad_y, self.w, self.arithmetic)
 
@@ -52,7 +52,7 @@ def forward_backward(layer: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """A contender that trains through a layer."""
+    """Return the calls of an implementation that trains through a layer."""
 
     def build(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
         return [partial(forward_backward, layer, inputs) for layer in build_layers(*case.weight, copies)]
@@ -61,7 +61,7 @@ def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callabl
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, Tensor]) -> None:
-    """Both tensors: ours within the tests' bounds, peers within their coarser roundings."""
+    """Check both tensors, ours within the tests' bounds, a peer's within its coarser roundings."""
     for name, actual, expected in zip(("y", "grad_x"), result, inputs.expected, strict=True):
         if contender == "ours":
             assert_within(actual, expected, name)

@@ -1,6 +1,6 @@
 """linear_nf4_lora and its backward: a frozen layer with LoRA in a training step, all four results.
 
-Masters of the factors are fp32 in ours. PEFT runs once as it is fastest, with bf16 factors, and once with the fp32
+In ours the masters of the factors are fp32. PEFT runs in its fastest setting, with bf16 factors, and once with the fp32
 factors that get_peft_model makes by default.
 """
 
@@ -29,7 +29,7 @@ RESULTS = ("y", "grad_x", "grad_A", "grad_B")
 
 
 def cases(device: str) -> Iterator[Case]:
-    """All shapes at two M, with and without dropout."""
+    """Yield all shapes at two M, with and without dropout."""
     for N, K in SHAPES:
         for M in ROWS:
             for dropout in (0.0, 0.05):
@@ -38,7 +38,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def cost(case: Case) -> Cost:
-    """The plain layer's, x once more, and six products with the factors."""
+    """Return the plain layer's cost, one more read of x, and six products with the factors."""
     base = plain.cost(case)
     factors = 4 * case.r * (case.N + case.K)
     more_x = case.dtype.itemsize * case.M * case.K
@@ -46,7 +46,7 @@ def cost(case: Case) -> Cost:
 
 
 class Inputs(plain.Inputs):
-    """As the plain layer's, with factors, and what (y, grad_x, grad_A, grad_B) should be."""
+    """The plain layer's inputs, factors, and the expected (y, grad_x, grad_A, grad_B)."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -56,7 +56,7 @@ class Inputs(plain.Inputs):
 
     @cached_property
     def dropout(self) -> Dropout | None:
-        """The dropout mask that is drawn under GATE_SEED."""
+        """Return the dropout mask that is drawn with GATE_SEED."""
         if self.case.dropout == 0:
             return None
         with torch.random.fork_rng():
@@ -67,7 +67,7 @@ class Inputs(plain.Inputs):
 
     @cached_property
     def expected(self) -> tuple[Expected, ...]:
-        """The results, and by how much ours may be off."""
+        """Return the results with the bounds on our errors."""
         factors, scaling, kind = (self.lora_A, self.lora_B), self.scaling, self.arithmetic
         s = lora_down(self.x, self.lora_A, self.dropout, kind)
         y = lora_forward(self.x, self.w, None, s, self.lora_B, scaling, kind)
@@ -86,7 +86,7 @@ def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def through_peft(stack: Sequence[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
-    """Hugging Face PEFT around the layers of `stack`."""
+    """Build calls of Hugging Face PEFT around the layers of `stack`."""
 
     def call(layer: Any) -> tuple[Tensor, ...]:
         y = layer(inputs.x)
@@ -112,7 +112,7 @@ def dense_peft(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...]) -> None:
-    """All results, except a peer's under dropout, whose mask cannot be drawn again: its code is verified without."""
+    """Check all results, except a peer's with dropout, whose mask cannot be drawn again; it is checked without."""
     if contender == "ours without LoRA":
         y, grad_x = result
         plain.verify(case, plain.Inputs(case), "ours", (y, grad_x))
@@ -125,12 +125,12 @@ def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...
 
 
 def with_peft(case: Case) -> bool:
-    """Say whether PEFT can run the case."""
+    """Whether PEFT can run the case."""
     return layers.has_peft(case)
 
 
 def with_bitsandbytes_and_peft(case: Case) -> bool:
-    """Say whether bitsandbytes and PEFT can run the case."""
+    """Whether bitsandbytes and PEFT can run the case."""
     return layers.has_peft(case) and layers.has_bitsandbytes(case)
 
 

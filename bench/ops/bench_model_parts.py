@@ -1,6 +1,6 @@
-"""model_parts: what lies between a model's linear layers, forward and backward, beside transformers' code and torch.
+"""model_parts: the parts between a model's linear layers, forward and backward, against transformers and torch.
 
-One call computes the part and its input gradients, as a training step does; weights of norms are frozen.
+One call computes the part and its input gradients, as a training step does; the weights of norms are frozen.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WIDTHS = {"rms_norm": (576, 2048), "swiglu": (1536, 8192), "geglu": (1536, 8192)
 """Hidden sizes, intermediate sizes and heads of SmolLM2-135M and of a 1 B Llama."""
 
 TENSORS_MOVED = {"rms_norm": 4 + 4, "swiglu": 3 + 5, "geglu": 3 + 5, "rope": 2 + 2}
-"""Tensors of the part's size that forward and backward read or write, each once."""
+"""Number of tensors of the part's size that forward and backward read or write, each counted once."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case: those with a gradient, constants, and the gradients of the results."""
+    """Tensors of a case: inputs with a gradient, constants, and the gradients of the results."""
 
     trained: tuple[Tensor, ...]
     constants: tuple[Tensor, ...]
@@ -39,30 +39,30 @@ class Inputs:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every part at both sizes."""
+    """Yield every part at both sizes."""
     for part, widths in WIDTHS.items():
         for width in widths:
             yield Case("model_parts", M=TOKENS, N=width, device=device, label=f"{part} {width}", quick=width < 1000)
 
 
 def part_of(case: Case) -> str:
-    """The first word of the label."""
+    """Return the part, the first word of the label."""
     return case.label.split()[0]
 
 
 def elements(case: Case) -> int:
-    """Of one tensor of the part; k counts as a third of q in rope."""
+    """Return the elements of one tensor of the part; k counts as a third of q in rope."""
     per_token = case.N * HEAD_DIM * 4 // 3 if part_of(case) == "rope" else case.N
     return case.M * per_token
 
 
 def cost(case: Case) -> Cost:
-    """Count each tensor that is read or written once."""
+    """Return the cost of reading or writing each tensor once."""
     return Cost(TENSORS_MOVED[part_of(case)] * elements(case) * case.dtype.itemsize, 0, "copy")
 
 
 def inputs(case: Case) -> Inputs:
-    """Two tensors with a gradient for every part: x and residual, gate and up, q and k."""
+    """Return two tensors with a gradient for every part: x and residual, gate and up, q and k."""
 
     def random(*shape: int, seed: int) -> Tensor:
         return gaussian(*shape, dtype=case.dtype, device=case.device, seed=seed)
@@ -116,7 +116,7 @@ TORCH: dict[str, Part] = {"rms_norm": _torch_norm}
 
 
 def contender(name: str, parts: dict[str, Part]) -> Contender:
-    """One implementation, for the parts that it has."""
+    """Return one implementation, for the parts that it has."""
 
     def run(case: Case, made: Inputs) -> tuple[Tensor, ...]:
         results = parts[part_of(case)](*made.trained, *made.constants)
@@ -131,7 +131,7 @@ def contender(name: str, parts: dict[str, Part]) -> Contender:
 
 
 def verify(case: Case, made: Inputs, name: str, results: tuple[Tensor, ...]) -> None:
-    """Against transformers' formula in fp32, by a few roundings of the dtype."""
+    """Compare with transformers' formula in fp32, within a few roundings of the dtype."""
     wide = Inputs(*(tuple(t.detach().float() for t in group) for group in (made.trained, made.constants, made.grads)))
     with torch.enable_grad():
         leaves = tuple(t.requires_grad_() for t in wide.trained)

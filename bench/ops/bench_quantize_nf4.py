@@ -1,4 +1,4 @@
-"""quantize_nf4 and quantize_absmax: weights to double-quantized NF4."""
+"""quantize_nf4 and quantize_absmax: quantization of weights to double-quantized NF4."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..registry import Call, Case, Contender, Cost, Suite
 SHAPES = ((4096, 4096), (11008, 4096), (576, 576), (1536, 576))
 
 PEER_MISMATCH = 1e-3
-"""Share of indices in which a peer may differ: values within an ulp of a boundary, scaled by a division of its own."""
+"""Share of indices in which a peer may differ: values within an ulp of a boundary, because it divides by absmax."""
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Weights as checkpoints hold them."""
+    """Yield weights in the dtypes of checkpoints."""
     for N, K in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             yield Case("quantize_nf4", N=N, K=K, dtype=dtype, device=device, quick=(N, K) == (1536, 576))
 
 
 def cost(case: Case) -> Cost:
-    """The weight read, its quantized form written."""
+    """Return the cost: the weight read, its quantized form written."""
     return Cost(layers.dense_bytes(case) + layers.nf4_bytes(case), 0, "copy")
 
 
@@ -42,7 +42,7 @@ class Inputs:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """The reference's packed, absmax_q, absmax_scale and absmax_offset."""
+        """Return the reference's packed, absmax_q, absmax_scale and absmax_offset."""
         packed, absmax = reference.quantize_nf4(self.w, self.case.blocksize)
         return packed, *double_quant.quantize_absmax(absmax)
 
@@ -64,7 +64,7 @@ def bnb(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, Any]) -> None:
-    """Ours bit for bit; a peer's indices up to its rounding at the boundaries."""
+    """Check our result bit for bit, and a peer's indices up to its rounding at the boundaries."""
     packed, state = result
     expected_packed, *expected_constants = inputs.expected
     if contender == "ours":

@@ -1,7 +1,7 @@
-"""The same benchmarks under pytest-benchmark: `pytest bench/ops`, warm weights, one contender at a time.
+"""The same benchmarks under pytest-benchmark: `pytest bench/ops`, with warm weights and one implementation at a time.
 
-`-k "linear_nf4 and ours"` chooses; `--benchmark-compare` and the plugin's other options apply. The interleaved figures
-with cold weights, which comparisons should go by, are bench/run.py's.
+`-k "linear_nf4 and ours"` selects some; `--benchmark-compare` and the plugin's other options apply. For comparisons,
+use the interleaved figures with cold weights of bench/run.py.
 """
 
 from __future__ import annotations

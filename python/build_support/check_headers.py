@@ -1,8 +1,8 @@
-"""Whether the bindings compile against the headers of the torch that is installed here, of which 2.10's are the oldest.
+"""Checks that the bindings compile against the headers of the installed torch; 2.10 is the oldest supported version.
 
-    python -m python.build_support.check_headers       exit code 1, and the compiler's words, where one does not
+    python -m python.build_support.check_headers       prints the compiler's errors, exit code 1 if there are any
 
-The rest of csrc knows nothing of torch.
+The rest of csrc does not use torch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Whether the wheels of a folder are what their names say, and whether they install and compute.
+"""Checks that the wheels of a folder match their names, install and compute.
 
     python -m python.build_support.check_wheels dist [ENVIRONMENT ...]
 
-Of each wheel without running it: one wheel for every CPython from 3.10 on, a manylinux tag, at most 10 MB for each
-architecture, libraries that use no symbol of Python, and every kernel compiled for every architecture of the version.
-Then, in a new virtual environment for each ENVIRONMENT: installed, imported, and the CPU's kernels run.
+Without running a wheel, it checks: one wheel for every CPython from 3.10 on, a manylinux tag, at most 10 MB for each
+architecture, libraries without symbols of Python, and every kernel compiled for every architecture of the version. Then
+the wheel is installed into a new virtual environment for each ENVIRONMENT and imported, and the CPU kernels are run.
 
-ENVIRONMENT: INTERPRETER=REQUIREMENT, like python3.12=torch==2.12.0; or INTERPRETER alone, whose torch is borrowed.
+ENVIRONMENT: INTERPRETER=REQUIREMENT, like python3.12=torch==2.12.0; or INTERPRETER alone, whose installed torch is
+used.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ SMOKE = Path(__file__).with_name("wheel_smoke.py")
 
 
 class BadWheel(Exception):
-    """What is wrong with a wheel."""
+    """A wheel failed a check; the message describes the failure."""
 
 
 def archs_of(wheel: Path) -> list[str]:
-    """["sm_80", "sm_90a"] by the wheel's name. Raises BadWheel where the name is not one that is published."""
+    """Return the architectures in the wheel's name, such as ["sm_80", "sm_90a"]. Raises BadWheel for another name."""
     match = NAME.fullmatch(wheel.name)
     if match is None:
         raise BadWheel(f"{wheel.name}: the name does not match {NAME.pattern}")
@@ -40,7 +41,7 @@ def archs_of(wheel: Path) -> list[str]:
 
 
 def check_content(wheel: Path) -> str:
-    """Checks that need no installation; a line about the wheel. Raises BadWheel."""
+    """Run the checks that need no installation, and return a line about the wheel. Raises BadWheel."""
     archs, size = archs_of(wheel), wheel.stat().st_size
     limit = MAX_BYTES_PER_ARCH * max(len(archs), 1)
     if size > limit:
@@ -62,7 +63,7 @@ def check_content(wheel: Path) -> str:
 
 
 def check_kernels(library: Path, archs: list[str]) -> int:
-    """How many kernels `library` has for each of `archs`. Raises BadWheel where they differ."""
+    """Return the number of kernels for each of `archs` in `library`. Raises BadWheel if they differ."""
     kernels = kernels_by_arch(library)
     everything = set().union(*kernels.values())
     missing = {arch: sorted(everything - kernels.get(arch, set())) for arch in archs}
@@ -72,7 +73,7 @@ def check_kernels(library: Path, archs: list[str]) -> int:
 
 
 def check_runtime(library: Path, wheel_name: str) -> None:
-    """The CUDA library uses torch's libcudart of the version in the wheel's name. Raises BadWheel where it does not."""
+    """Raise BadWheel unless the CUDA library uses torch's libcudart of the version in the wheel's name."""
     major = re.search(r"\+cu(\d\d)\d", wheel_name)
     expected = f"libcudart.so.{major[1]}" if major else "libcudart"
     needed = needed_libraries(library)
@@ -81,13 +82,13 @@ def check_runtime(library: Path, wheel_name: str) -> None:
 
 
 def needed_libraries(library: Path) -> set[str]:
-    """Names of the shared libraries that `library` is linked to."""
+    """Return the names of the shared libraries that `library` is linked to."""
     listing = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
     return set(re.findall(r"\(NEEDED\)\s+Shared library: \[(.+?)\]", listing))
 
 
 def python_symbols(library: Path) -> set[str]:
-    """Symbols of the interpreter that `library` asks for."""
+    """Return the symbols of the interpreter that `library` needs."""
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout
@@ -95,8 +96,8 @@ def python_symbols(library: Path) -> set[str]:
 
 
 def kernels_by_arch(library: Path) -> dict[str, set[str]]:
-    """Architecture -> mangled names of the kernels compiled for it, as cuobjdump lists them."""
-    from ..kernels_report.sass import TOOLS  # needs triton's wheel, which brings cuobjdump
+    """Return architecture -> mangled names of its kernels, as cuobjdump lists them."""
+    from ..kernels_report.sass import TOOLS  # needs triton's wheel, which contains cuobjdump
 
     command = [str(TOOLS / "cuobjdump"), "-res-usage", str(library)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -112,7 +113,7 @@ def kernels_by_arch(library: Path) -> dict[str, set[str]]:
 
 
 def check_installed(wheel: Path, environment: str) -> str:
-    """Installs `wheel` into a new virtual environment and runs wheel_smoke.py there; its output."""
+    """Install `wheel` into a new virtual environment, run wheel_smoke.py there, and return its output."""
     interpreter, _, requirement = environment.partition("=")
     with tempfile.TemporaryDirectory() as folder:
         venv = Path(folder) / "venv"
@@ -124,7 +125,7 @@ def check_installed(wheel: Path, environment: str) -> str:
             lend_packages(interpreter, python)
             packages = ["--no-deps", "--ignore-installed", str(wheel.resolve())]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-        # -I: from the installed package alone, whatever folder and variables this process has.
+        # -I: import only the installed package, independent of this process's folder and variables.
         smoke: list[str | Path] = [python, "-I", SMOKE, *archs_of(wheel)]
         done = subprocess.run(smoke, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -134,7 +135,7 @@ def check_installed(wheel: Path, environment: str) -> str:
 
 
 def lend_packages(interpreter: str, to: Path) -> None:
-    """Lets the environment of `to` import what `interpreter`'s has."""
+    """Make the packages of `interpreter` importable in the environment of `to`."""
     lent, own = (
         subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
         for python, code in (
@@ -146,7 +147,7 @@ def lend_packages(interpreter: str, to: Path) -> None:
 
 
 def main() -> int:
-    """1 where a wheel is not as it should be."""
+    """Check the wheels; return 1 if one fails."""
     folder, *environments = sys.argv[1:]
     wheels = sorted(Path(folder).glob("*.whl"))
     try:

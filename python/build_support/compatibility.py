@@ -1,13 +1,13 @@
-"""Runs one wheel with the oldest and with the newest versions that it admits, and writes docs/compatibility.md.
+"""Runs one wheel with the oldest and the newest versions that it supports, and writes docs/compatibility.md.
 
     python -m python.build_support.compatibility WHEEL [--environments FOLDER] [--only NAME ...]
 
-In a new virtual environment for each row: the wheel and its dependencies alone, imported and run (wheel_smoke.py); then
-the op tests, and a fine-tune of a tiny model on the CPU. Then Triton's kernels compiled by each version of Triton.
-Exit code 1 where a check fails; its output is in out/compatibility.
+For each row, the wheel and its dependencies are installed into a new virtual environment, imported and run
+(wheel_smoke.py); then the op tests and a fine-tune of a tiny model run on the CPU. Finally, Triton's kernels are
+compiled by each version of Triton. The exit code is 1 if a check fails; its output is in out/compatibility.
 
---environments: a folder whose environments are kept and used again. Without it each is deleted after its row.
---only: rows to run; the others keep what the page says of them.
+--environments: a folder whose environments are kept and reused. Without it, each is deleted after its row.
+--only: the rows to run; the page keeps its results of the other rows.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ TRITON_ARCHS = ("80", "90", "100", "120")
 
 @dataclass(frozen=True)
 class Environment:
-    """A row.   venv: the virtual environment, which rows with the same Python and torch share, one after the other.
+    """One row of the page.   venv: the virtual environment; rows with the same Python and torch share one in turn.
 
-    oldest: packages at their lower bounds; pip takes the newest that it may of all others.
+    oldest: packages at their lower bounds; pip chooses the newest permitted version of all others.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Environment:
 
 @dataclass
 class Outcome:
-    """What a row came to.   versions: by package.   checks: by what was checked, "pass" or what is wrong."""
+    """The result of a row.   versions: by package.   checks: name of a check -> "pass" or the failure."""
 
     name: str
     python: str = ""
@@ -70,11 +70,11 @@ class Outcome:
 
 
 class Failed(Exception):
-    """A command failed: its last lines."""
+    """A command failed; the message has its last lines."""
 
 
 def lower_bounds(wheel: Path) -> dict[str, str]:
-    """Package -> its oldest version, by the wheel's own metadata, extras included."""
+    """Return package -> its oldest version, from the wheel's metadata, extras included."""
     with zipfile.ZipFile(wheel) as content:
         name = next(name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(content.read(name).decode())
@@ -88,7 +88,7 @@ def lower_bounds(wheel: Path) -> dict[str, str]:
 
 
 def interpreter(version: tuple[int, int]) -> str | None:
-    """A Python of that version: on PATH, or one of pyenv's."""
+    """Return a Python of that version, on PATH or from pyenv."""
     name = "python{}.{}".format(*version)
     pyenv = sorted(Path.home().glob(".pyenv/versions/{}.{}.*/bin/python".format(*version)))
     for candidate in (shutil.which(name), *map(str, pyenv)):
@@ -98,7 +98,7 @@ def interpreter(version: tuple[int, int]) -> str | None:
 
 
 def run(log: str, command: list[str | Path], cwd: Path = ROOT, **environment: str) -> str:
-    """The command's output, which goes to out/compatibility/<log>.log too. Raises Failed where it fails."""
+    """Return the command's output, which is also written to out/compatibility/<log>.log. Raises Failed on failure."""
     started = time.perf_counter()
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
@@ -112,7 +112,7 @@ def run(log: str, command: list[str | Path], cwd: Path = ROOT, **environment: st
 
 
 def check(outcome: Outcome, name: str, log: str, command: list[str | Path], **where: str | Path) -> None:
-    """Records what a command came to: pytest's own count where there is one."""
+    """Record the result of a command, which for pytest is its own count."""
     try:
         output = run(log, command, **where)  # type: ignore[arg-type]
     except Failed as reason:
@@ -125,7 +125,7 @@ def check(outcome: Outcome, name: str, log: str, command: list[str | Path], **wh
 def run_environment(
     environment: Environment, wheel: Path, bounds: dict[str, str], folder: Path, checkout: Path
 ) -> Outcome:
-    """One row, in the virtual environment `folder`, which is made where there is none, with the tests of `checkout`."""
+    """Run one row with the tests of `checkout` in the virtual environment `folder`, which is made if needed."""
     outcome, name = Outcome(environment.name), environment.name.replace(" ", "-")
     python = interpreter(environment.python)
     if python is None:
@@ -160,7 +160,7 @@ def run_environment(
 
 
 def copy_checkout(folder: Path) -> Path:
-    """The tests and what they use, without the package, so that they import the one that is installed."""
+    """Copy the tests and their helpers without the package, so that they import the installed one."""
     for part in ("tests", "python", "csrc"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", folder)
@@ -168,7 +168,7 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """What an environment holds of SHOWN, and its Python."""
+    """Return the versions of Python and of the packages SHOWN in an environment."""
     code = (
         "import importlib.metadata as m, json, platform\n"
         f"found = {{d.metadata['Name'].lower(): d.version for d in m.distributions()}}\n"
@@ -181,7 +181,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def run_triton(requirement: str) -> Outcome:
-    """Triton's kernels compiled by one version of it, which stands before this environment's own on the path."""
+    """Compile Triton's kernels with one version of Triton, which precedes the installed one on the path."""
     outcome = Outcome(f"Triton {requirement}")
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "triton"
@@ -230,13 +230,13 @@ def run_triton(requirement: str) -> Outcome:
 
 
 def recorded() -> dict[str, Outcome]:
-    """Outcomes so far, by row."""
+    """Return the recorded outcomes by row."""
     kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     return {name: Outcome(**fields) for name, fields in kept.items()}
 
 
 def record(outcome: Outcome) -> None:
-    """Adds an outcome, or replaces that of the same row."""
+    """Add an outcome, or replace the one of the same row."""
     outcomes = {**recorded(), outcome.name: outcome}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: asdict(kept) for name, kept in outcomes.items()}, indent=1)
@@ -244,14 +244,14 @@ def record(outcome: Outcome) -> None:
 
 
 def newest_published(package: str) -> str:
-    """The newest release that the index has, whatever pip is constrained to; empty where it does not say."""
+    """Return the newest release in the index, regardless of pip's constraints; empty if it is not available."""
     command = [sys.executable, "-m", "pip", "index", "versions", package]
     match = re.match(r"\S+ \(([\w.+]+)\)", subprocess.run(command, capture_output=True, text=True, check=False).stdout)
     return match[1] if match else ""
 
 
 def rows(bounds: dict[str, str]) -> tuple[Environment, ...]:
-    """Oldest and newest of each, and the oldest of one beside the newest of the other."""
+    """Return the rows: oldest and newest of each package, and the oldest of one with the newest of the other."""
     newest = max(v for v in ((3, minor) for minor in range(10, NEWEST_PYTHON[1] + 1)) if interpreter(v))
     everything = tuple(name for name in (*CORE, *OF_EXTRAS) if name in bounds)
     return (
@@ -263,7 +263,7 @@ def rows(bounds: dict[str, str]) -> tuple[Environment, ...]:
 
 
 def triton_requirements(bounds: dict[str, str]) -> tuple[str, ...]:
-    """The oldest, the one that CI uses, the newest."""
+    """Return the oldest version, the one that CI uses, and the newest."""
     return (f"triton=={bounds['triton']}.0", "triton==3.7.1", "triton")
 
 
@@ -280,7 +280,7 @@ def main() -> int:
         RECORD.unlink(missing_ok=True)
     environments = rows(bounds)
     with tempfile.TemporaryDirectory() as scratch:
-        checkout = copy_checkout(Path(scratch) / "checkout")  # now: the wheel's, whatever is edited meanwhile
+        checkout = copy_checkout(Path(scratch) / "checkout")  # copied now, so that later edits have no effect
         for i, environment in enumerate(environments):
             if not arguments.only or environment.name in arguments.only:
                 print(environment.name, flush=True)

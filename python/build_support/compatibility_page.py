@@ -33,7 +33,7 @@ many gates of `make kernels-report` they break.
 
 
 class Row(Protocol):
-    """What is shown of an outcome."""
+    """The fields of an outcome that the page shows."""
 
     name: str
     python: str
@@ -42,7 +42,9 @@ class Row(Protocol):
 
 
 def page(outcomes: Sequence[Row], missing: Sequence[int], published: Mapping[str, str]) -> str:
-    """The page. missing: minor versions of CPython that were not to be had; published: package -> newest release."""
+    """Return the page. missing: minor versions of CPython without an interpreter; published: package -> newest
+    release.
+    """
     environments = [outcome for outcome in outcomes if not outcome.name.startswith("Triton")]
     tritons = [outcome for outcome in outcomes if outcome.name.startswith("Triton")]
     machine = f"{platform.system()} {platform.machine()}"
@@ -62,13 +64,13 @@ def page(outcomes: Sequence[Row], missing: Sequence[int], published: Mapping[str
 
 
 def order(check: str) -> tuple[bool, int, str]:
-    """Architectures by number, then the rest."""
+    """Sort key: architectures by number, then the rest."""
     number = check.removeprefix("sm_")
     return (not number.isdigit(), int(number) if number.isdigit() else 0, check)
 
 
 def cells(row: Row, packages: Sequence[str], checks: Sequence[str], *more: str) -> list[str]:
-    """A row's name, `more`, versions and checks."""
+    """Return the cells of a row: its name, `more`, versions and checks."""
     versions = [row.versions.get(package, "") for package in packages]
     return [row.name, *more, *versions, *(row.checks.get(check, "") for check in checks)]
 

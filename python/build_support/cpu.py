@@ -1,8 +1,8 @@
-"""The CPU library: kernels once per instruction set, the rest once, one shared object over torch's stable ABI.
+"""The CPU library: kernels compiled once per instruction set, one shared object over torch's stable ABI.
 
-Each file of csrc/cpu that includes simd.h (directly or not) is a kernel: it is compiled with QLORA_ISA naming both the
-instruction set and the namespace, so that no two copies share a symbol and no wide instruction can leak into code that
-runs on a smaller CPU.
+Each file of csrc/cpu that includes simd.h (directly or indirectly) is a kernel. It is compiled with QLORA_ISA set to
+the instruction set, which is also the namespace. No two copies share a symbol, and wide instructions cannot get into
+code that runs on a smaller CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .native import CSRC, TARGET_VERSION, CannotBuild, Step, compile_step, tool,
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 X86_FLAGS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
-# NEON belongs to the base architecture: the compiler needs no flag for it, simd.h needs to be told.
+# NEON is part of the base architecture: the compiler needs no flag for it, but simd.h needs a macro.
 ARM_FLAGS = {"portable": (), "neon": ("-DQLORA_NEON",)}
 # The sources of csrc/cpu/amx. The tile instructions are inline assembly, so the compiler needs no flag for them.
 AMX_FLAGS = {
@@ -33,20 +33,20 @@ COMMON_FLAGS = (
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
-    "-ffp-contract=off",  # the codec's products and sums are rounded one by one; kernels fuse where they say so
-    "-fno-math-errno",  # sqrtf is an instruction, in vectors too
+    "-ffp-contract=off",  # the codec rounds products and sums separately; kernels fuse explicitly
+    "-fno-math-errno",  # compiles sqrtf to an instruction, also in vectors
     "-Wall",
     "-Wextra",
-    "-Wno-unknown-warning-option",  # clang has not all of the following ones
+    "-Wno-unknown-warning-option",  # clang does not know all of the following warnings
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",  # gcc 12 finds fault with its own AVX-512 headers, in both ways
+    "-Wno-maybe-uninitialized",  # gcc 12 warns about its own AVX-512 headers, with both warnings
     "-Wno-uninitialized",
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """CPUs that share an architecture.
+    """The CPUs of one architecture.
 
     defines: compiler flags for all sources.   sets: instruction set -> compiler flags for the kernels of csrc/cpu.
     amx: the same for the kernels of csrc/cpu/amx.
@@ -64,7 +64,7 @@ OTHER = Family((), {"portable": ()})
 
 @cache
 def family_of(compiler: str) -> Family:
-    """What `compiler` generates code for, by its own report: a cross compiler's target is not this machine."""
+    """Return the target of `compiler` by its own report, because a cross compiler's target is not this machine."""
     done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=False)
     architecture = done.stdout.strip().partition("-")[0]
     return {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(architecture, OTHER)
@@ -76,10 +76,10 @@ def is_kernel(source: Path) -> bool:
 
 
 def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[Step]:
-    """Objects of everything in csrc/cpu. The sanitizer driver (tests/cpu/sanitize) is built from the same list."""
+    """Return the steps for all objects of csrc/cpu, which the sanitizer driver (tests/cpu/sanitize) uses too."""
     family = family_of(compiler)
     steps = []
-    # Of csrc/cpu/amx, other families have what says that there is no AMX.
+    # On other families, support.cpp of csrc/cpu/amx reports that there is no AMX.
     for source in (*sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "cpu" / "amx").glob("*.cpp"))):
         sets = family.amx if source.parent.name == "amx" else family.sets
         variants = sets if is_kernel(source) else {"": ()}
@@ -115,12 +115,12 @@ class CpuLibrary:
     def link_step(self, objects: Sequence[Path], output: Path) -> Step:
         """Return the step that links the objects into the library."""
         _, library_folder = torch_paths()
-        # torch_cpu carries the stable ABI's C functions; it is in the process before this library is loaded.
+        # torch_cpu has the C functions of the stable ABI; it is loaded before this library.
         link: tuple[str, ...] = ("-shared", f"-L{library_folder}", "-ltorch_cpu")
         if sys.platform == "linux":
             link = (*link, "-Wl,--no-undefined", "-Wl,--as-needed")
         else:
-            # macOS looks for @rpath/libtorch_cpu.dylib: beside the installed package, and in the torch of this build.
+            # macOS searches @rpath/libtorch_cpu.dylib beside the installed package and in the torch of this build.
             link = (*link, "-Wl,-rpath,@loader_path/../../../torch/lib", f"-Wl,-rpath,{library_folder}")
         inputs = tuple(str(path) for path in objects)
         command = (tool("CXX", "c++", "g++", "clang++"), *inputs, *link, "-o", str(output))

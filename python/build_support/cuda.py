@@ -1,7 +1,7 @@
-"""The CUDA library: csrc/cuda by nvcc for QLORA_CUDA_ARCHS, its bindings by the host compiler. Any torch will do.
+"""The CUDA library: nvcc compiles csrc/cuda for QLORA_CUDA_ARCHS, the host compiler its bindings; needs any torch.
 
-QLORA_CUDA_ARCHS: "80;86;90a", each with "+PTX" for a form that newer GPUs compile at load time; "all"; or "" for none.
-Unset: DEFAULT_ARCHS where nvcc is found.
+QLORA_CUDA_ARCHS: "80;86;90a", each with "+PTX" for PTX that newer GPUs compile at load time; "all"; or "" for none. If
+it is not set: DEFAULT_ARCHS if nvcc is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .native import CSRC, TARGET_VERSION, CannotBuild, Step, compile_step, tool,
 
 ARCHS_VARIABLE = "QLORA_CUDA_ARCHS"
 DEFAULT_ARCHS = "80+PTX"
-"""One compilation that every GPU from sm_80 on can load."""
+"""A single compilation that every GPU from sm_80 on can load."""
 
 ALL_ARCHS = "80;86;89;90;100;120+PTX"
 
@@ -28,13 +28,13 @@ BINDING_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "
 
 
 def requested_archs() -> str:
-    """QLORA_CUDA_ARCHS with "all" spelled out."""
+    """Return QLORA_CUDA_ARCHS, with "all" expanded."""
     stated = os.environ.get(ARCHS_VARIABLE, DEFAULT_ARCHS).strip()
     return ALL_ARCHS if stated == "all" else stated
 
 
 def gencode(archs: str) -> list[str]:
-    """nvcc's flags for "80;90a+PTX". Raises ValueError for anything that names no architecture."""
+    """Return nvcc's flags for "80;90a+PTX". Raises ValueError for a string that names no architecture."""
     flags = []
     for arch in filter(None, re.split(r"[;, ]", archs)):
         match = re.fullmatch(r"(\d{2,3}[af]?)(\+PTX)?", arch)
@@ -48,9 +48,9 @@ def gencode(archs: str) -> list[str]:
 
 
 def local_version() -> str:
-    """What the wheel's version says of its CUDA library: "cpu" or "cu130.sm80.sm90a".
+    """Return the local version part that names a wheel's CUDA library: "cpu" or "cu130.sm80.sm90a".
 
-    Raises CannotBuild where architectures are asked for and there is no nvcc.
+    Raises CannotBuild if architectures are requested and nvcc is missing.
     """
     gencode(requested_archs())
     archs = re.findall(r"(\d{2,3}[af]?)", requested_archs())
@@ -69,7 +69,7 @@ class CudaLibrary:
 
     @property
     def required(self) -> bool:
-        """Architectures that were asked for must not be missing from the result."""
+        """Whether architectures were requested, so that a failure to build them is an error."""
         return bool(os.environ.get(ARCHS_VARIABLE))
 
     def compile_steps(self, build: Path) -> list[Step]:
@@ -105,7 +105,7 @@ class CudaLibrary:
         if runtime is None:
             raise CannotBuild("libcudart.so.13 is not found beside nvcc; install the nvidia-cuda-runtime package.")
         _, library_folder = torch_paths()
-        # The runtime is torch's own: a CUDA build of torch has libcudart.so.13 in the process before this library.
+        # The runtime is torch's: a CUDA build of torch loads libcudart.so.13 before this library.
         link = (str(runtime), f"-L{library_folder}", "-ltorch_cpu", "-ldl", "-Wl,--no-undefined", "-Wl,--as-needed")
         inputs = tuple(str(path) for path in objects)
         command = (tool("CXX", "c++", "g++", "clang++"), "-shared", *inputs, *link, "-o", str(output))

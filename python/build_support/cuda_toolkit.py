@@ -1,4 +1,4 @@
-"""Where CUDA's compiler and headers are: on PATH, or in the nvidia-cuda-* packages that `make setup` installs."""
+"""Locates CUDA's compiler and headers, on PATH or in the nvidia-cuda-* packages that `make setup` installs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 
 @cache
 def cuda_home() -> Path | None:
-    """The toolkit: of nvcc on PATH, else of this environment's nvidia-cuda-nvcc package, else CUDA_HOME; or None."""
+    """Return the toolkit of nvcc on PATH, of this environment's nvidia-cuda-nvcc package, or of CUDA_HOME; else
+    None.
+    """
     on_path = shutil.which("nvcc")
     if on_path:
-        # The command may be a wrapper script elsewhere than the toolkit, so nvcc itself is asked where it lives.
+        # The command may be a wrapper script outside the toolkit, so nvcc's own report gives the location.
         report = subprocess.run([on_path, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         for line in report.stderr.splitlines():
             name, _, value = line.removeprefix("#$ ").partition("=")
@@ -29,7 +31,7 @@ def cuda_home() -> Path | None:
 
 
 def shared_runtime(home: Path) -> Path | None:
-    """libcudart.so under its versioned name, libcudart.so.13; toolkits keep it in lib64 and packages in lib."""
+    """Return libcudart.so.13; toolkits keep it in lib64 and packages in lib."""
     places = (home / folder for folder in ("lib64", "lib"))
     found = (path for place in places for path in sorted(place.glob("libcudart.so.*")) if path.suffix[1:].isdigit())
     return next(found, None)

@@ -1,7 +1,7 @@
-"""Parameter descriptions in docstrings as Markdown lists, for the API reference.
+"""Converts parameter descriptions in docstrings to Markdown lists, for the API reference.
 
-The project's docstrings describe a parameter, or several, by `name: text` at the beginning of a line or after three
-spaces. Markdown would join such lines into one paragraph.
+The project's docstrings describe one or several parameters by `name: text` at the beginning of a line or after three
+spaces. Markdown would join such lines to one paragraph.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _NAMES = re.compile(r"(?:^|(?<=\s{3}))(\*{0,2}\w+(?:, \*{0,2}\w+)*): ")
 
 
 def with_lists(text: str, names: set[str]) -> str:
-    """`text` with every description of one of `names` as an item of a list."""
+    """Return `text` with every description of one of `names` as an item of a list."""
     lines: list[str] = []
     in_item = False
     for line in text.splitlines():
@@ -23,7 +23,7 @@ def with_lists(text: str, names: set[str]) -> str:
             lines += parts
             in_item = True
         elif in_item and line.strip() and not (lines[-1].endswith(".") and line[0].isupper()):
-            lines.append("  " + line)  # goes on with the item above
+            lines.append("  " + line)  # continues the item above
         else:
             lines += [""] if in_item else []
             in_item = False

@@ -1,4 +1,4 @@
-"""The extension of griffe that prepares docstrings for the API reference. `make docs` loads it (mkdocs.yml)."""
+"""A griffe extension that prepares docstrings for the API reference. `make docs` loads it (mkdocs.yml)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How the native libraries are compiled: plain compiler commands, run in parallel, repeated only where inputs changed.
+"""Compilation of the native libraries by compiler commands that run in parallel and only if their inputs changed.
 
-A library (cpu.py, cuda.py) says which commands make it; nothing here knows what they compile. A machine that cannot
-build one still gets the package, unless it was asked for: the command warns once and goes on, and the ops run on the
-reference backend.
+A library (cpu.py, cuda.py) lists the commands that build it. If a library cannot be built, the package is installed
+without it, with one warning, unless the library was requested; its ops then run on the reference backend.
 """
 
 from __future__ import annotations
@@ -24,18 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
 SKIP_VARIABLE = "QLORA_SKIP_NATIVE"
-"""Set to 1: install the Python package alone."""
+"""Set to 1 to install only the Python package."""
 
 
 class CannotBuild(Exception):
-    """What is missing, and the fix."""
+    """The library cannot be built; the message names what is missing, and the fix."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command that makes `output`; done again where an input is younger.
+    """One command that makes `output`; it runs again if an input is newer.
 
-    dependency_file: where the compiler writes which headers it read, as a rule of make (-MD -MF). They are inputs too.
+    dependency_file: the file in which the compiler lists the headers it read, as a rule of make (-MD -MF); they are
+    inputs.
     """
 
     command: tuple[str, ...]
@@ -44,10 +44,10 @@ class Step:
     dependency_file: Path | None = None
 
     def is_current(self) -> bool:
-        """Say whether the output was made by this command and is newer than everything it is made from."""
+        """Whether the output was made by this command and is newer than all of its inputs."""
         if not self.output.exists():
             return False
-        # The command is an input too: other flags make another object.
+        # The command is an input too, because other flags make another object.
         made_by = self.output.with_suffix(self.output.suffix + ".cmd")
         if not made_by.exists() or made_by.read_text() != " ".join(self.command):
             return False
@@ -77,20 +77,20 @@ class Step:
 
 
 def compile_step(command: Sequence[str], source: Path, output: Path) -> Step:
-    """The step that compiles `source` to the object `output`.   command: the compiler and its flags."""
+    """Return the step that compiles `source` to the object `output`.   command: the compiler and its flags."""
     dependency_file = output.with_suffix(".d")
     record = ("-MD", "-MF", str(dependency_file))
     return Step((*command, *record, "-c", str(source), "-o", str(output)), output, (source,), dependency_file)
 
 
 class Library(Protocol):
-    """One shared library of the package. required: a failure to build it fails the installation."""
+    """A shared library of the package. required: a failure to build it is a failure of the installation."""
 
     name: str
 
     @property
     def required(self) -> bool:
-        """Say whether the build fails where the library cannot be built."""
+        """Whether a failure to build the library is an error."""
 
     def compile_steps(self, build: Path) -> Sequence[Step]:
         """Return one step for each object file."""
@@ -100,7 +100,7 @@ class Library(Protocol):
 
 
 def extension(library: Library) -> Extension:
-    """What setuptools has to know: a name, and that the file serves every Python."""
+    """Return the library as a setuptools Extension: its name, and that the file works with every Python."""
     made = Extension(library.name, sources=[], py_limited_api=True, optional=True)
     made.library = library
     return made
@@ -110,7 +110,7 @@ class BuildNative(build_ext):
     """build_ext that runs the libraries' own commands."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link one library, where its sources have changed."""
+        """Compile and link one library if its sources have changed."""
         if os.environ.get(SKIP_VARIABLE) == "1":
             return
         library: Library = ext.library
@@ -121,20 +121,20 @@ class BuildNative(build_ext):
             workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(Step.run, steps))
-            # Linked in the build folder and copied, so that the package receives the library and nothing beside it.
+            # Linked in the build folder and copied, so that the package contains only the library.
             linked = build / output.name
             library.link_step([step.output for step in steps], linked).run()
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(linked, output)
         except CannotBuild as reason:
-            output.unlink(missing_ok=True)  # an older build's library would be taken for this one
+            output.unlink(missing_ok=True)  # otherwise an older library would be used
             if library.required:
                 raise
             self.warn(f"{library.name} is not built; its ops will run on the reference backend. {reason}")
 
 
 def tool(variable: str, *names: str) -> str:
-    """The compiler that `variable` names, or the first of `names` on the path."""
+    """Return the compiler named by the variable `variable`, or the first of `names` on the path."""
     chosen = os.environ.get(variable)
     for name in (chosen,) if chosen else names:
         if found := shutil.which(name):
@@ -143,7 +143,7 @@ def tool(variable: str, *names: str) -> str:
 
 
 def torch_paths() -> tuple[tuple[Path, ...], Path]:
-    """(include folders, library folder) of the torch that is importable here."""
+    """Return (include folders, library folder) of the installed torch."""
     try:
         import torch
     except ImportError as error:
@@ -153,9 +153,9 @@ def torch_paths() -> tuple[tuple[Path, ...], Path]:
 
 
 def headers() -> tuple[Path, ...]:
-    """Every header of csrc: any of them may be included anywhere."""
+    """Return all headers of csrc, because each of them may be included by every source."""
     return tuple(sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh")))
 
 
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020A000000000000"
-"""The stable ABI of torch 2.10: the library loads into that and every later torch."""
+"""The stable ABI of torch 2.10, with which the library loads into that and every later torch."""

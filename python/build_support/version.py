@@ -1,4 +1,4 @@
-"""The version's local part, which says what a wheel's CUDA library is compiled for."""
+"""The local part of the version, which names the targets of a wheel's CUDA library."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .cuda import ARCHS_VARIABLE, local_version
 
 
 class LocalVersion(egg_info):
-    """egg_info that puts it behind the version of pyproject.toml, where QLORA_CUDA_ARCHS is set."""
+    """An egg_info command that appends it to the version of pyproject.toml if QLORA_CUDA_ARCHS is set."""
 
     def finalize_options(self) -> None:
         """Append the local version to the distribution's version."""
-        # Here and not as an option of setup(): the setup.cfg that an sdist carries would override that.
+        # Not an option of setup(), because the setup.cfg in an sdist would override it.
         if ARCHS_VARIABLE in os.environ:
             self.tag_build = f"+{local_version()}"
         super().finalize_options()

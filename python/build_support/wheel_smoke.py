@@ -1,6 +1,7 @@
-"""Run by an environment into which a wheel was installed: imports it, runs the CPU's kernels, checks the CUDA library.
+"""A test that runs in an environment with an installed wheel: imports it, runs the CPU kernels, checks the CUDA
+library.
 
-Arguments: the architectures that the CUDA library must be built for; none for a wheel of the CPU alone.
+Arguments: the architectures that the CUDA library must be built for; none for a wheel without a CUDA library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qlora_kernels.ops.registry import built_for
 
 
 def check_cpu() -> None:
-    """Codec, linear and LoRA training on the compiled kernels, beside the reference."""
+    """Compare codec, linear and LoRA training on the compiled kernels with the reference."""
     torch.manual_seed(0)
     w, x = torch.randn(96, 128), torch.randn(5, 128, requires_grad=True)
     lora_A, lora_B = torch.randn(4, 128, requires_grad=True), torch.randn(96, 4, requires_grad=True)
@@ -33,7 +34,7 @@ def check_cpu() -> None:
 
 
 def check_cuda(archs: list[str]) -> None:
-    """The library says what it was built for without being loaded; under a CUDA torch of its major version it loads."""
+    """Check the CUDA library's build record without loading it, and load it under a CUDA torch of its major version."""
     reason = qk.backends()["cuda"]
     if not archs:
         assert "not built" in reason, reason

@@ -1,12 +1,12 @@
-"""Write tests/golden/nf4.safetensors: small weights and what bitsandbytes 0.50.2 makes of them on the CPU.
+"""Writes tests/golden/nf4.safetensors: small weights and their quantized forms by bitsandbytes 0.50.2 on a CPU.
 
     python -m python.codegen.golden_vectors            write the file
     python -m python.codegen.golden_vectors --check    compare a fresh run with it
 
 For each case `<c>`: `<c>/w` the weight, flat; `<c>/packed`, `<c>/absmax` without double quantization; `<c>/absmax_q`,
 `<c>/absmax_scale`, `<c>/absmax_offset` with it; `<c>/dequantized/<dtype>` of the double-quantized bytes. Metadata holds
-each case's blocksize. Weights are one-dimensional because its CPU dequantization misreads matrices whose rows are no
-multiple of the blocksize (docs/format.md).
+each case's blocksize. Weights are one-dimensional because bitsandbytes' CPU dequantization misreads matrices whose rows
+are not a multiple of the blocksize (docs/format.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weights() -> dict[str, tuple[Tensor, int]]:
-    """Case name -> (flat weight, blocksize)."""
+    """Return case name -> (flat weight, blocksize)."""
     generator = torch.Generator().manual_seed(20230523)
     normal = torch.randn(8192, generator=generator)
     cases = {f"normal-{name}": (normal[:4096].to(dtype), 64) for name, dtype in DTYPES.items()}
@@ -45,7 +45,7 @@ def weights() -> dict[str, tuple[Tensor, int]]:
 
 
 def _around_boundaries() -> Tensor:
-    """Each decision boundary at -1, 0 and +1 ulp in a block whose absmax is one."""
+    """Return each decision boundary at -1, 0 and +1 ulp, in a block whose absmax is one."""
     middles = nf4.boundaries()
     below = torch.nextafter(middles, torch.full_like(middles, -torch.inf))
     above = torch.nextafter(middles, torch.full_like(middles, torch.inf))
@@ -53,7 +53,7 @@ def _around_boundaries() -> Tensor:
 
 
 def _where_division_differs(generator: torch.Generator) -> Tensor:
-    """A short block in which w / absmax and w * (1 / absmax) fall on two sides of a boundary."""
+    """Return a short block in which w / absmax and w * (1 / absmax) are on two sides of a boundary."""
     absmax = torch.rand(100_000, generator=generator) + 0.5
     middles = nf4.boundaries()
     for boundary in middles:
@@ -67,7 +67,7 @@ def _where_division_differs(generator: torch.Generator) -> Tensor:
 
 
 def _where_its_lookup_is_coarse(generator: torch.Generator) -> Tensor:
-    """256 blocks, at least one of whose 8-bit codes is not the nearest in bitsandbytes' CPU path."""
+    """Return 256 blocks of which at least one 8-bit code is not the nearest in bitsandbytes' CPU path."""
     for _ in range(200):
         w = (torch.randn(256 * 32, generator=generator) * 0.02).bfloat16()
         nested = bnb.quantize_4bit(w, blocksize=32, quant_type="nf4", compress_statistics=True)[1]
@@ -78,7 +78,7 @@ def _where_its_lookup_is_coarse(generator: torch.Generator) -> Tensor:
 
 
 def vectors() -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of the file."""
+    """Return all tensors and the metadata of the file."""
     tensors: dict[str, Tensor] = {}
     metadata = {"bitsandbytes": VERSION}
     for case, (w, blocksize) in weights().items():
@@ -101,13 +101,13 @@ def vectors() -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load() -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The committed tensors and metadata."""
+    """Return the committed tensors and metadata."""
     with safe_open(PATH, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def main() -> int:
-    """Write, or compare with --check; exit status 1 where they differ."""
+    """Write the file, or compare it under --check; return 1 if it differs."""
     if bitsandbytes.__version__ != VERSION:
         print(f"golden_vectors: bitsandbytes must be {VERSION}, got {bitsandbytes.__version__}", file=sys.stderr)
         return 2

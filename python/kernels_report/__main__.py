@@ -1,7 +1,7 @@
-"""Compile every kernel for GPUs that are not here, and report what the compiler made of it.
+"""Compiles every kernel for GPUs that are not present, and reports static facts of the compiled code.
 
     python -m python.kernels_report --summary docs/kernels/summary.md   every config, every architecture
-    python -m python.kernels_report --merge --archs 90 --parts triton   these rows again; others stay
+        python -m python.kernels_report --merge --archs 90 --parts triton   only these rows again; others are kept
     python -m python.kernels_report --quick --archs 80 90 120           CI: the default configs
 
 Writes report.md and report.json to --out (out/kernels by default), which are not committed, and with --summary a
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def cuda_rows(archs: list[int]) -> list[Row]:
-    """Rows of the CUDA kernels, where their part of the report exists."""
+    """Return the rows of the CUDA kernels, if their part of the report exists."""
     name = f"{__package__}.cuda_rows"
     if importlib.util.find_spec(name) is None:
         return []
@@ -51,7 +51,7 @@ def cells(row: Row) -> list[str]:
 
 
 def heading(title: str, rows: list[Row], broken: list[str], quick: list[int]) -> list[str]:
-    """The lines that report and summary share: what was compiled, the gates, and what breaks them.
+    """Return the lines that report and summary share: what was compiled, the gates, and the rows that break them.
 
     quick: the architectures for which only the default Triton configs were compiled.
     """
@@ -77,7 +77,7 @@ def heading(title: str, rows: list[Row], broken: list[str], quick: list[int]) ->
 
 
 def markdown(rows: list[Row], broken: list[str], quick: list[int]) -> str:
-    """The full report, one line for each row."""
+    """Return the full report, with one line for each row."""
     lines = [
         *heading("Kernels, compiled", rows, broken, quick),
         "`bound`: the limit of the reference problem by the model of `triton/planner.py`. `occupancy`: resident warps",
@@ -94,7 +94,7 @@ def markdown(rows: list[Row], broken: list[str], quick: list[int]) -> str:
 
 
 def summary(rows: list[Row], broken: list[str], quick: list[int]) -> str:
-    """The committed page: one line for each kernel, with the range of its numbers over configs and architectures."""
+    """Return the committed page: one line per kernel, with the ranges over configs and architectures."""
     lines = [
         *heading("Kernels, compiled: summary", rows, broken, quick),
         "Ranges over all compiled configs and architectures:",
@@ -112,7 +112,7 @@ def summary(rows: list[Row], broken: list[str], quick: list[int]) -> str:
 
 
 def span(values: list[float]) -> str:
-    """The smallest and the largest value as text; empty if there are none."""
+    """Return the smallest and the largest value as text; empty if there are none."""
     if not values:
         return ""
     low, high = (f"{value:.4g}" for value in (min(values), max(values)))
@@ -120,7 +120,9 @@ def span(values: list[float]) -> str:
 
 
 def kept_rows(report: Path, archs: list[int], parts: list[str]) -> tuple[list[Row], list[int]]:
-    """(rows of other architectures and parts in an earlier report, its quick ones), by this version of Triton."""
+    """Return (rows of other architectures and parts in an earlier report, its quick ones), by this version of
+    Triton.
+    """
     if not report.exists():
         return [], []
     content = json.loads(report.read_text())
@@ -133,12 +135,12 @@ def kept_rows(report: Path, archs: list[int], parts: list[str]) -> tuple[list[Ro
 
 
 def part_of(row: Row) -> str:
-    """Which of PARTS makes such rows: a peer's kernels stand with CUDA's."""
+    """Return which of PARTS makes a row; a peer's kernels belong to CUDA's part."""
     return "triton" if row.source == "triton" else "cuda"
 
 
 def main() -> int:
-    """Write the report; 1 if a gate is broken."""
+    """Write the report; return 1 if a gate is broken."""
     parser = argparse.ArgumentParser(prog="kernels_report", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHS), choices=ARCHS, metavar="SM")
     parser.add_argument("--quick", action="store_true", help="the default configs in bf16 only")

@@ -1,6 +1,6 @@
-"""Rows of csrc/cuda, compiled by nvcc for each architecture, and of the kernels of bitsandbytes that do the same jobs.
+"""Rows of csrc/cuda, compiled by nvcc for each architecture, and of bitsandbytes' kernels for the same operations.
 
-Cubins are kept by content under build/kernels_report. bitsandbytes' come out of the installed wheel as they ship.
+Cubins are cached by content in build/kernels_report. Those of bitsandbytes are extracted from its installed wheel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT_THREADS = 256
 GEMM_STAGES = 4
 
 WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "quantize_nf4": 8}
-"""Weights that one pass of a thread through the kernel's code handles."""
+"""Weights that one pass of a thread through the kernel's code processes."""
 
 PEER_KERNELS = {
     # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
@@ -44,15 +44,15 @@ PEER_KERNELS = {
 }
 
 EMPTY = 8
-"""Instructions of a kernel that the peer leaves without a body on an architecture."""
+"""Number of instructions of a kernel without a body; the peer leaves some kernels empty on some architectures."""
 
 
 class CompileError(RuntimeError):
-    """nvcc's message: a source that does not compile, or that it warns of."""
+    """nvcc reported an error or a warning; the message is nvcc's."""
 
 
 def cuda_rows(archs: list[int]) -> list[Row]:
-    """One row for each kernel and architecture of csrc/cuda, and for the peer's. Empty where there is no nvcc."""
+    """Return one row per kernel and architecture of csrc/cuda and of the peer; empty without nvcc."""
     if cuda_home() is None:
         return []
     sources = sorted((CSRC / "cuda").glob("*.cu"))
@@ -63,7 +63,7 @@ def cuda_rows(archs: list[int]) -> list[Row]:
 
 
 def cubin(source: Path, arch: int) -> bytes:
-    """The cubin of one source for sm_<arch>; any warning is an error."""
+    """Return the cubin of one source for sm_<arch>; any warning is an error."""
     home = cuda_home()
     if home is None:
         raise CompileError("nvcc is not found")
@@ -90,7 +90,7 @@ def rows_of(source: Path, arch: int) -> list[Row]:
 
 
 def peer_rows(archs: list[int]) -> list[Row]:
-    """The same counts of the installed bitsandbytes' kernels; empty where it is not installed or has no cubin."""
+    """Return the same counts of the installed bitsandbytes' kernels; empty if it is not installed or has no cubin."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or spec.origin is None:
         return []
@@ -130,7 +130,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         config=config,
         arch=arch,
         registers=facts.registers,
-        # Local memory that is not a spill (an array indexed at run time) is no better.
+        # Local memory for an array that is indexed at run time is counted as a spill.
         spills=facts.spills + (1 if facts.stack and not facts.spills else 0),
         shared=shared,
         occupancy=occupancy(arch, facts.registers, shared, threads // 32),
@@ -146,7 +146,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
 
 
 def _named(signature: str) -> tuple[str, str]:
-    """Kernel and config of a name such as void qlora::linear_nf4_gemm_kernel<__half, 64, ForwardWeights>(...)."""
+    """Return kernel and config of a name like void qlora::linear_nf4_gemm_kernel<__half, 64, ForwardWeights>(...)."""
     match = re.match(r"(?:void )?qlora::(\w+)_kernel(?:<(.*)>)?\(", signature)
     if match is None:
         raise ValueError(f"not a kernel of csrc/cuda: {signature}")
@@ -157,7 +157,9 @@ def _named(signature: str) -> tuple[str, str]:
 
 
 def _dynamic_shared(kernel: str, config: str) -> int:
-    """Bytes that launch_linear_nf4_gemm asks for: a row of x is 128 bytes, packed weights and absmax 5 KiB a stage."""
+    """Return the bytes that launch_linear_nf4_gemm requests; per stage, a row of x is 128 bytes, weights and absmax 5
+    KiB.
+    """
     rows = re.search(r"M(\d+)", config)
     return GEMM_STAGES * (int(rows[1]) * 128 + 5 * 1024) + 64 if kernel == "linear_nf4_gemm" and rows else 0
 

@@ -1,8 +1,8 @@
-"""Compile Triton kernels for a GPU that is not there, through the launchers that dispatch uses.
+"""Compiles Triton kernels for a GPU that is not present, through the launchers that dispatch uses.
 
-A mock driver answers Triton's questions about the current device, and every `kernel[grid](...)` is turned into a
-warm-up: it specializes on the true arguments (dtypes, divisibility by 16, values equal to one), compiles for the
-assumed architecture, records the result and launches nothing. Tensors may be on the meta device.
+A mock driver answers Triton's queries about the current device, and every `kernel[grid](...)` becomes a warm-up: it
+specializes on the real arguments (dtypes, divisibility by 16, values equal to one), compiles for the assumed
+architecture, records the result and launches nothing. Tensors may be on the meta device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory that one block may use, bytes, by architecture."""
+"""Shared memory available to one block, in bytes, by architecture."""
 
 
 class MockDriver:
-    """What Triton's launcher and compiler ask of a driver."""
+    """A driver with the functions that Triton's launcher and compiler use."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -50,11 +50,11 @@ class MockDriver:
 
     @staticmethod
     def is_active() -> bool:
-        """Say that this driver serves every launch."""
+        """Return True: this driver is used for every launch."""
         return True
 
     class utils:
-        """The functions by which Triton asks for the device's properties."""
+        """The functions with which Triton queries device properties."""
 
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
@@ -67,7 +67,7 @@ class MockDriver:
             }
 
     class launcher_cls:
-        """The class by which Triton launches a compiled kernel."""
+        """The class with which Triton launches a compiled kernel."""
 
         def __init__(self, *args: Any) -> None:
             pass
@@ -77,7 +77,7 @@ class MockDriver:
 class Compiled:
     """One launch: the kernel's name, its grid, the compiled code, and its arguments by parameter name.
 
-    constants: the launch's keyword arguments: constexprs and options.   arguments: the positional ones.
+    constants: the launch's keyword arguments, constexprs and options.   arguments: the positional ones.
     """
 
     name: str
@@ -89,14 +89,14 @@ class Compiled:
 
     @property
     def runtime_arguments(self) -> dict[str, Any]:
-        """What the compiled code's parameters are, in order: an argument equal to one has become a constant."""
+        """Return the parameters of the compiled code, in order; arguments equal to one have become constants."""
         signature = self.kernel.src.signature
         return {name: value for name, value in self.arguments.items() if signature[name] != "constexpr"}
 
 
 @contextmanager
 def compiling_for(arch: int, then: Callable[[Compiled], None] | None = None) -> Iterator[list[Compiled]]:
-    """Inside the block every launch compiles for sm_<arch>, is appended to the list, and handed to `then`."""
+    """Compile every launch inside the block for sm_<arch>, append it to the list, and pass it to `then`."""
     launches: list[Compiled] = []
     stock_run, stock_driver = JITFunction.run, driver._active
 

@@ -1,4 +1,4 @@
-"""One line of the kernels report."""
+"""A row of the kernels report and the gates that it is checked against."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
 REGISTERS_PER_SM = 65536
 SHARED_RESERVED = 1024
-"""Bytes of shared memory that the system keeps of each block."""
+"""Bytes of shared memory per block that the system reserves."""
 
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
-"""The family of matmul instruction that an architecture's compiler should have found."""
+"""The family of matmul instructions that the compiler should use on an architecture."""
 
 
 @dataclass(frozen=True)
 class Row:
     """Static facts of one compiled kernel.
 
-    source: "triton" or "cuda".   config: what distinguishes this compilation of the kernel.
-    occupancy: resident warps over the most an SM holds.   per_weight: SASS instructions for each decoded or encoded
-    weight, of the whole kernel where it is unrolled, else of its main loop; None where it handles no weights.
-    bound: what the model of backends/triton/planner.py says limits the reference problem.
-    matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can pick the config.
-    wide_loads_needed: 16-byte loads that the code has if it reads weights and activations by nothing narrower.
-    narrow_products: 32-bit products of two run-time numbers, which an index past 2^31 would overflow.
+    source: "triton" or "cuda".   config: distinguishes this compilation of the kernel.
+    occupancy: resident warps divided by the maximum of an SM.   per_weight: SASS instructions per decoded or encoded
+    weight, of the whole kernel if it is unrolled, otherwise of its main loop; None for kernels without weights.
+    bound: the limit of the reference problem by the model of backends/triton/planner.py.
+    matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can choose the config.
+    wide_loads_needed: number of 16-byte loads in code that reads weights and activations only in 16-byte loads.
+    narrow_products: 32-bit products of two run-time numbers, which an index above 2^31 would overflow.
     """
 
     source: str
@@ -56,7 +56,7 @@ class Row:
 
 
 def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
-    """Share of an SM's warps that are resident, by registers, shared memory, blocks and warps."""
+    """Return the share of an SM's warps that are resident, limited by registers, shared memory, blocks and warps."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS_PER_SM // per_warp // warps if registers else BLOCKS_PER_SM[arch]
     by_shared = SHARED_PER_SM[arch] // (shared + SHARED_RESERVED)
@@ -68,7 +68,7 @@ DEQUANTIZE_BUDGET = 6.0
 """SASS instructions per decoded weight, for 16-bit results on sm_80 and sm_90."""
 
 ONE_ROW_BUDGET = 6.0
-"""The same of small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
+"""The same for small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
 
 
 def _is_fused(row: Row) -> bool:
@@ -91,7 +91,7 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: _is_fused(r) and r.matmul,
         lambda r: r.tensor_core == TENSOR_CORE[r.arch],
     ),
-    # wgmma and tcgen05 need 64 rows on the left, which a product with r rows does not have.
+    # wgmma and tcgen05 need 64 rows on the left; a product with r rows has fewer.
     ("a tensor-core instruction wherever there is a matmul", lambda r: r.matmul, lambda r: r.tensor_core != ""),
     (
         f"at most {DEQUANTIZE_BUDGET:g} SASS instructions per weight in dequantize",
@@ -103,7 +103,7 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: _is_small_m(r) and " M1 " in r.config and "fp32" not in r.config,
         lambda r: r.per_weight is not None and r.per_weight <= ONE_ROW_BUDGET,
     ),
-    # Factors of an adapter may be narrower than 16 bytes.
+    # Rows of an adapter's factors may be narrower than 16 bytes.
     (
         "no table lookup turned into cp.async, no copy of weights or activations under 16 bytes",
         lambda r: (_is_fused(r) and "lora" not in r.config) or _is_small_m(r),
@@ -116,15 +116,15 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ),
     ("16-byte loads of packed weights", _reads_packed_weights, lambda r: r.wide_loads > 0),
 )
-"""(promise, rows it concerns, test)."""
+"""The gates: (rule, rows it applies to, test)."""
 
 
 OURS = ("triton", "cuda")
-"""Sources that the gates bind; rows of a peer's kernels stand beside them for comparison."""
+"""Sources to which the gates apply; rows of a peer's kernels are listed only for comparison."""
 
 
 def broken_gates(rows: list[Row]) -> list[str]:
-    """One line for each row of ours that breaks a gate."""
+    """Return one line for each row of this project that breaks a gate."""
     return [
         f"{row.kernel} [{row.config}] sm_{row.arch}: {promise}: "
         f"spills {row.spills}, {row.tensor_core or 'no tensor core'}, {row.per_weight} per weight, "

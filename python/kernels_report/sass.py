@@ -1,4 +1,4 @@
-"""Facts about a cubin: registers, spills, and counts of SASS instructions."""
+"""Facts of a cubin: registers, spills, and counts of SASS instructions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import triton
 
 TOOL_SECONDS = 300
-"""Longest run of a disassembler: far beyond need, so that a stuck one fails the report instead of hanging it."""
+"""Time limit of a disassembler in seconds, far above its need, so that a stuck one fails the report."""
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -34,7 +34,7 @@ class Facts:
 
     registers: per thread.   stack: bytes of local memory per thread, spills included.
     instructions: opcode with modifiers -> count, padding NOPs left out.
-    loops: the instructions of each loop, that is, from a label to a branch back to it.
+    loops: the instructions of each loop, from a label to a branch back to it.
     static_shared: bytes of shared memory that need no launch argument.
     """
 
@@ -46,28 +46,28 @@ class Facts:
 
     @property
     def total(self) -> int:
-        """The number of all instructions of the kernel."""
+        """Return the number of all instructions of the kernel."""
         return sum(self.instructions.values())
 
     def count(self, prefix: str) -> int:
-        """Instructions whose opcode is `prefix`, or begins with `prefix` and a dot."""
+        """Return the number of instructions whose opcode is `prefix` or starts with `prefix` and a dot."""
         return sum(n for op, n in self.instructions.items() if op == prefix or op.startswith(prefix + "."))
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory, where the register allocator puts what does not fit."""
+        """Return the number of loads and stores of local memory, to which the register allocator spills."""
         return self.count("LDL") + self.count("STL")
 
     @property
     def tensor_core(self) -> tuple[str, int]:
-        """(instruction family, count), or ("", 0)."""
+        """Return (family of tensor-core instructions, count), or ("", 0)."""
         for opcode, family in TENSOR_CORE.items():
             if self.count(opcode):
                 return family, self.count(opcode)
         return "", 0
 
     def hottest_loop(self, opcode: str) -> tuple[int, int]:
-        """(instructions, of these `opcode`) of the smallest loop among those with most of it; (0, 0) without any."""
+        """Return (instructions, of these `opcode`) of the smallest loop with most of `opcode`; (0, 0) without any."""
         counted = [
             (sum(n for op, n in loop.items() if op.split(".")[0] == opcode), -sum(loop.values())) for loop in self.loops
         ]
@@ -76,23 +76,25 @@ class Facts:
 
     @property
     def wide_loads(self) -> int:
-        """16-byte loads from global memory, synchronous or into shared memory."""
+        """Return the number of 16-byte loads from global memory, synchronous or into shared memory."""
         return sum(n for op, n in self.instructions.items() if op.startswith(("LDG", "LDGSTS")) and ".128" in op)
 
     @property
     def narrow_copies(self) -> int:
-        """cp.async of less than 16 bytes: a copy for each element, or for each half of what a lane could take."""
+        """Return the number of cp.async of less than 16 bytes, which copy single elements or half of a lane's
+        maximum.
+        """
         return sum(n for op, n in self.instructions.items() if op.startswith("LDGSTS") and ".128" not in op)
 
 
 @functools.cache
 def facts_of(cubin: bytes, name: str) -> Facts:
-    """Disassemble the function `name` of a cubin. Kept: many cases of a report launch the same kernel."""
+    """Disassemble the function `name` of a cubin, with a cache, because many cases launch the same kernel."""
     return all_facts(cubin, [name])[name]
 
 
 def all_facts(cubin: bytes, names: Sequence[str] | None = None) -> dict[str, Facts]:
-    """Disassemble a cubin once: the facts of the functions `names`, or of all, by mangled name."""
+    """Disassemble a cubin once; return the facts of the functions `names`, or of all, by mangled name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

@@ -1,4 +1,4 @@
-"""Rows for every Triton kernel and every config that untuned dispatch can pick: the launchers run on a mock GPU."""
+"""Rows of every Triton kernel in every config that untuned dispatch can choose; the launchers run on a mock GPU."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from .sass import Facts, facts_of
 N, K, V = 4096, 4096, 128256
 BLOCKSIZE = 64
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-"""Values of M for which dispatch is asked: its thresholds lie between them."""
+"""Values of M for which dispatch is evaluated; its thresholds are between them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ROW_OPERANDS = ("p_w", "p_x", "p_grad_y", "p_gate", "p_out")
-"""Parameters whose dtype names a launch, the first that a kernel has."""
+"""Parameters whose dtype names a launch; the first one that a kernel has is used."""
 
 FUSED = ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 SMALL_M = "linear_nf4_small_m_kernel"
@@ -60,7 +60,7 @@ NO_MATMUL = (*CODEC, *MODEL_PARTS, "sum_partials_kernel", "cross_entropy_rows_ke
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a launcher, under a plan where it has a choice."""
+    """A call of a launcher, under a plan if there is a choice."""
 
     run: Callable[[], object]
     problem: Problem | None = None
@@ -68,12 +68,12 @@ class Case:
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without memory: its address counts as divisible by 16, as the allocator's are."""
+    """Return a tensor without memory, whose address counts as divisible by 16, as the allocator's addresses are."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def weight(double_quant: bool = True, blocksize: int = BLOCKSIZE) -> Weight:
-    """A quantized weight [N, K], as ops pass it."""
+    """Return a quantized weight [N, K] in the form that ops pass to kernels."""
     packed, blocks = meta(N * K // 2, dtype=torch.uint8), N * K // blocksize
     if not double_quant:
         return Weight(packed, meta(blocks), None, None, None, blocksize, N, K)
@@ -82,7 +82,7 @@ def weight(double_quant: bool = True, blocksize: int = BLOCKSIZE) -> Weight:
 
 
 def codec_cases(full: bool) -> Iterator[Case]:
-    """Dequantize by dtype, double quantization and blocksize; quantize; double-quantize."""
+    """Yield dequantization by dtype, double quantization and blocksize; quantization; double quantization."""
     for name in DTYPES if full else ("bf16",):
         for double_quant in (True, False):
             for blocksize in (32, 64, 128, 4096) if full and name == "bf16" else (64,):
@@ -93,7 +93,7 @@ def codec_cases(full: bool) -> Iterator[Case]:
 
 
 def model_part_cases(full: bool) -> Iterator[Case]:
-    """What lies between linear layers, for 1024 tokens of a width of 4096."""
+    """Yield the ops between linear layers, for 1024 tokens of width 4096."""
     for dtype in DTYPES.values() if full else (torch.bfloat16,):
         x, weight_row, scale = meta(1024, 4096, dtype=dtype), meta(4096, dtype=dtype), meta(1024)
         yield Case(partial(rms_norm, x, x, weight_row, 1e-5, 0.0))
@@ -106,13 +106,15 @@ def model_part_cases(full: bool) -> Iterator[Case]:
 
 
 def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterator[tuple[Problem, Plan]]:
-    """(problem, plan that decodes inside): what dispatch picks for ROWS; with full also each other candidate's tile."""
+    """Yield (problem, fused plan): the plans that dispatch chooses for ROWS; with full, each other candidate's tile
+    too.
+    """
     seen = set()
     for M in ROWS:
         problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
         picked = plan(problem, capability)
         for candidate in [picked, *(candidates(problem) if full else [])]:
-            # How many splits there are changes the grid, not the code.
+            # The number of splits changes the grid but not the code.
             key = (candidate.path, candidate.block_m, candidate.block_n, candidate.block_k, candidate.split_k > 1)
             if candidate.path != "decode" and key not in seen:
                 seen.add(key)
@@ -120,7 +122,7 @@ def plans_of(op: str, dtype: torch.dtype, capability: int, full: bool) -> Iterat
 
 
 def linear_cases(capability: int, full: bool) -> Iterator[Case]:
-    """The fused kernels, forward and backward, alone and with an adapter."""
+    """Yield the fused kernels, forward and backward, without and with an adapter."""
     for name in DTYPES if full else ("bf16",):
         dtype = DTYPES[name]
         for op in ("linear_nf4", "linear_nf4_grad_x"):
@@ -137,7 +139,7 @@ def linear_cases(capability: int, full: bool) -> Iterator[Case]:
 
 
 def lora_call(problem: Problem, r: int) -> object:
-    """One fused linear with an adapter: the forward or the backward that `problem.op` belongs to."""
+    """Call one fused linear with an adapter, in the direction of `problem.op`."""
     x, grad_y = meta(problem.M, K, dtype=problem.dtype), meta(problem.M, N, dtype=problem.dtype)
     lora = LoRA(meta(r, K), meta(N, r), meta(1, dtype=torch.int64), 2.0, 0.0)
     if problem.op == "linear_nf4":
@@ -147,14 +149,14 @@ def lora_call(problem: Problem, r: int) -> object:
 
 
 def adapter_cases(full: bool) -> Iterator[Case]:
-    """What surrounds the base matmul: the low-rank kernels at training sizes, and the multi-adapter ones."""
+    """Yield the kernels around the base matmul: low-rank kernels at training sizes, and the multi-adapter ones."""
     yield from adapter_cases_of(torch.bfloat16, (8, 64, 256) if full else (16,))
     if full:
         yield from adapter_cases_of(torch.float32, (16, 64))
 
 
 def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]:
-    """The same for activations of one dtype."""
+    """Yield the adapter cases for activations of one dtype."""
     M, decode = 4096, Plan("decode")
     seed = meta(1, dtype=torch.int64)
     for r in ranks:
@@ -173,7 +175,7 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
 
 
 def loss_cases(full: bool) -> Iterator[Case]:
-    """Head and loss, whose matmuls are the library's."""
+    """Yield head and loss, whose matmuls are the library's."""
     for name in DTYPES if full else ("bf16",):
         for bias, softcap in ((None, 0.0), (meta(V), 30.0)) if full else ((None, 0.0),):
             head = Head(meta(V, K, dtype=DTYPES[name]), bias, -100, 1.0, softcap)
@@ -182,7 +184,7 @@ def loss_cases(full: bool) -> Iterator[Case]:
 
 
 def compile_case(case: Case, capability: int) -> list[Compiled]:
-    """All launches of a case. Its plan holds for both matmul ops, forward and backward."""
+    """Return all launches of a case, whose plan applies to both matmul ops, forward and backward."""
     with ExitStack() as stack:
         stack.enter_context(assume_capability(capability))
         launches = stack.enter_context(compiling_for(capability))
@@ -194,7 +196,7 @@ def compile_case(case: Case, capability: int) -> list[Compiled]:
 
 
 def weights_per_thread(launch: Compiled) -> float | None:
-    """Weights that a thread of a codec kernel handles: these kernels are unrolled."""
+    """Return the number of weights per thread of a codec kernel, which is unrolled."""
     threads = 32 * launch.constants["num_warps"]
     if launch.name == "dequantize_nf4_kernel":
         return float(launch.constants["TILES"] * launch.constants["ROWS"] * launch.constants["ROW_BYTES"] * 2 / threads)
@@ -204,7 +206,7 @@ def weights_per_thread(launch: Compiled) -> float | None:
 
 
 def per_weight(launch: Compiled, facts: Facts) -> float | None:
-    """SASS instructions per weight: of the kernel for the codec, of the main loop for a fused matmul."""
+    """Return SASS instructions per weight, of the kernel for the codec, of the main loop for a fused matmul."""
     weights = weights_per_thread(launch)
     if weights is not None:
         return round(facts.total / weights, 2)
@@ -216,7 +218,7 @@ def per_weight(launch: Compiled, facts: Facts) -> float | None:
 
 
 def wide_loads_needed(launch: Compiled) -> int:
-    """16-byte loads of small_m's words and x if none is narrower: words also ahead of the loop, x for each row."""
+    """Return the number of loads of small_m's words and x if all are 16 bytes wide, including those before the loop."""
     if launch.name != SMALL_M:
         return 1
     c, x = launch.constants, launch.arguments["p_x"]
@@ -225,11 +227,11 @@ def wide_loads_needed(launch: Compiled) -> int:
 
 
 STEP_COUNTS = "%first"
-"""Where a split begins, in steps: the one product of run-time numbers that stays below what it counts."""
+"""The start of a split in steps: the one product of run-time numbers that cannot overflow."""
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """Names of the 32-bit products of two run-time numbers: a row times a row's length belongs into 64 bits."""
+    """Return the names of 32-bit products of two run-time numbers; row offsets must be computed in 64 bits."""
     constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
     products = re.findall(r"(%\w+) = arith\.muli (%\w+), (%\w+) : (\S+)", ttir)
     return [
@@ -240,7 +242,7 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def label(launch: Compiled) -> str:
-    """What tells one compilation of a kernel from another: dtype, tile, and the flags that are set."""
+    """Return the description of one compilation of a kernel: dtype, tile, and the flags that are set."""
     signature, constants = launch.kernel.src.signature, launch.constants
     words = [next((signature[name].lstrip("*") for name in ROW_OPERANDS if name in signature), "")]
     words += [f"M{constants['M']}"] if "M" in constants else []
@@ -264,7 +266,7 @@ def label(launch: Compiled) -> str:
 
 
 def row_of(launch: Compiled, case: Case, capability: int) -> Row:
-    """The report's row for one launch."""
+    """Return the report's row for one launch."""
     kernel = launch.kernel
     facts = facts_of(kernel.asm["cubin"], kernel.metadata.name)
     family, count = facts.tensor_core
@@ -297,7 +299,7 @@ def row_of(launch: Compiled, case: Case, capability: int) -> Row:
 
 
 def triton_rows(archs: Iterable[int], full: bool) -> list[Row]:
-    """Every row; full: also dtypes, blocksizes, ranks and tiles that CI's subset leaves out."""
+    """Return every row; full: also the dtypes, blocksizes, ranks and tiles that CI's subset leaves out."""
     rows: dict[tuple[str, str, int], Row] = {}
     for arch in archs:
         cases = [*codec_cases(full), *model_part_cases(full), *linear_cases(arch, full), *adapter_cases(full)]

@@ -1,1 +1,1 @@
-"""How far a correct result may lie from the exact one; the tests and the benchmarks share these bounds."""
+"""Numerical error bounds of correct results, shared by the tests and the benchmarks."""

@@ -1,14 +1,15 @@
-"""The linear ops' formulas, with the roundings that a kernel may make, for python/numerics/tolerances.py.
+"""The formulas of the linear ops, with the roundings that a kernel may make, for python/numerics/tolerances.py.
 
-`Arithmetic` says which roundings those are. The formulas are those of ops/linear_nf4_lora.py, with W as dequantized to
-x's dtype and the LoRA factors in x's dtype:
+`Arithmetic` describes these roundings. The formulas are those of ops/linear_nf4_lora.py, with W dequantized to x's
+dtype and the LoRA factors in x's dtype:
 
     s = dropout(x) A^T,   y = x W^T + bias + scaling * s B^T
     ds = scaling * grad_y B,   grad_B = scaling * grad_y^T s,   grad_A = ds^T dropout(x),
     grad_x = grad_y W + dropout'(ds A)
 
-`lora_forward` and `lora_backward` take the s that the kernel returned, which is compared by itself first. Then the
-rounding of s is no part of the bounds on y and grad_B, and a kernel that used another s than it saved is noticed.
+`lora_forward` and `lora_backward` take the s that the kernel returned, which is compared separately first. The rounding
+of s is therefore not part of the bounds on y and grad_B, and a kernel that computes with another s than it returns is
+detected.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from .tolerances import Expected, assert_within, cpu_depth, exactly, product, un
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a computation rounds.
+    """The roundings of a computation.
 
-    dtype: x's, to which s, ds and the results are rounded.
-    composed: whether each of torch's operations rounds its result to dtype, as in backends/reference; otherwise sums
-        stay in fp32 until they are finished, and the dropout's scale and `scaling` multiply fp32 sums.
-    cpu: the kernels of csrc/cpu, which know how long their chains are, and multiply B by `scaling` before they round it
-        to dtype.
-    weight_may_be_exact: whether a kernel may have multiplied by code * absmax as it is, as some do for few rows, though
-        the tests give the weight as rounded to dtype.
+    dtype: of x; s, ds and the results are rounded to it.
+    composed: whether each torch operation rounds its result to dtype, as in backends/reference. Otherwise sums stay in
+    fp32 until they are finished, and the dropout's scale and `scaling` multiply fp32 sums.
+    cpu: the kernels of csrc/cpu, whose chain lengths are known, and which multiply B by `scaling` before they round it
+    to dtype.
+    weight_may_be_exact: whether a kernel may multiply by the unrounded code * absmax, as some do for few rows, although
+    the tests pass the weight rounded to dtype.
     wide: the dtype of the exact computation (`tolerances.exactly`).
     """
 
@@ -43,27 +44,27 @@ class Arithmetic:
     wide: torch.dtype = torch.float64
 
     def input(self, tensor: Tensor | Expected) -> Expected:
-        """In the dtype of the computation, to which masters of LoRA factors are rounded first."""
+        """Convert to the dtype of the computation, to which masters of LoRA factors are rounded first."""
         if isinstance(tensor, Expected):
             return tensor
         return exactly(tensor.detach().to(self.dtype), self.wide)
 
     def weight(self, w: Tensor) -> Expected:
-        """W [N, K], as dequantized to dtype, or in float64 for kernels that do not round it."""
+        """Return W [N, K] dequantized to dtype, or in float64 for kernels that do not round it."""
         weight = exactly(w, self.wide)
         if not self.weight_may_be_exact:
             return weight
         return Expected(weight.value, unit_roundoff(self.dtype) * weight.value.abs())
 
     def bias(self, tensor: Tensor) -> Expected:
-        """A bias, which may also have been rounded to dtype where operations are composed."""
+        """Return a bias, which may also be rounded to dtype if operations are composed."""
         bias = exactly(tensor, self.wide)
         return Expected(bias.value, unit_roundoff(self.dtype) * bias.value.abs()) if self.composed else bias
 
     def product(self, a: Expected, b: Expected, beside: int = 0) -> Expected:
-        """a @ b, rounded to dtype where each operation is.
+        """Return a @ b, rounded to dtype if each operation is.
 
-        beside: the terms of another product that is summed in the same accumulators.
+        beside: number of terms of another product that is summed in the same accumulators.
         """
         depth = a.value.shape[-1] + beside
         if self.cpu and not (self.dtype == torch.bfloat16 and _bf16_pairs()):
@@ -71,33 +72,33 @@ class Arithmetic:
         return self.partial(product(a, b, depth))
 
     def partial(self, result: Expected) -> Expected:
-        """A result that is not the last, rounded where each operation is."""
+        """Return an intermediate result, rounded if each operation's is."""
         return result.to(self.dtype) if self.composed else result
 
 
 def arithmetic_of(backend: str, dtype: torch.dtype) -> Arithmetic:
-    """Of the linear ops of a backend, whichever kernel it chooses; not of ops that it composes of others."""
+    """Return the arithmetic of a backend's linear ops for any kernel it chooses, but not of ops that it composes."""
     if backend == "cpu":
         return Arithmetic(dtype, composed=False, cpu=True)
     return Arithmetic(dtype, weight_may_be_exact=backend in ("triton", "cuda"))
 
 
 def _bf16_pairs() -> bool:
-    """Whether csrc/cpu may multiply bf16 by vdpbf16ps, in one chain. AMX has shorter chains, but one token has not."""
+    """Whether csrc/cpu may multiply bf16 by vdpbf16ps in one chain; AMX has shorter chains, but not for one token."""
     from qlora_kernels.backends import cpu
 
     return cpu.unavailable() is None and cpu.instruction_set().startswith(("avx512_bf16", "amx_bf16"))
 
 
 class Dropout(NamedTuple):
-    """keep: bool [M, K].   scale: what kept elements are multiplied by."""
+    """keep: bool [M, K].   scale: the factor of kept elements."""
 
     keep: Tensor
     scale: float
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> Expected:
-    """y = x W^T + bias. w: dequantized, [N, K]."""
+    """Return y = x W^T + bias with its bound. w: dequantized, [N, K]."""
     y = arithmetic.product(arithmetic.input(x), arithmetic.weight(w).T)
     if bias is not None:
         y = y + arithmetic.bias(bias)
@@ -126,7 +127,7 @@ def lora_forward(
     scaling: float,
     arithmetic: Arithmetic,
 ) -> Expected:
-    """y = x W^T + bias + scaling * s B^T, given the s [M, r] that was computed, or what it should be."""
+    """Return y = x W^T + bias + scaling * s B^T with its bound, for a computed or expected s [M, r]."""
     a, r, K = arithmetic, lora_B.shape[1], w.shape[1]
     y = a.product(a.input(x), a.weight(w).T, beside=r)
     if bias is not None:
@@ -143,7 +144,7 @@ def scaled_product(s: Expected, lora_B: Tensor, scaling: float, arithmetic: Arit
 
 
 class Gradients(NamedTuple):
-    """Of lora_backward, with lora_A's and lora_B's gradients in fp32 or, where composed, rounded to x's dtype."""
+    """The gradients of lora_backward, those of lora_A and lora_B in fp32 or, if composed, rounded to x's dtype."""
 
     x: Expected
     lora_A: Expected
@@ -161,7 +162,7 @@ def lora_backward(
     dropout: Dropout | None,
     arithmetic: Arithmetic,
 ) -> Gradients:
-    """The three gradients, given the s [M, r] that forward saved, or what it should be."""
+    """Return the three gradients with their bounds, for a saved or expected s [M, r]."""
     a, r, N = arithmetic, lora_B.shape[1], lora_B.shape[0]
     g, down = a.input(grad_y), a.input(lora_A)
     ds = a.product(g, a.input(lora_B)).scaled(scaling).to(a.dtype)
@@ -185,7 +186,7 @@ def assert_lora(
     arithmetic: Arithmetic,
     name: str = "",
 ) -> None:
-    """Every result of the LoRA op and its backward.
+    """Compare every result of the LoRA op and its backward with its bound.
 
     results: y, s, and the gradients of x, lora_A and lora_B.   inputs: x, w, bias, lora_A, lora_B and y's gradient.
     """
@@ -206,7 +207,7 @@ def assert_multi_lora(
     dropout: Dropout | None,
     arithmetic: Arithmetic,
 ) -> None:
-    """As assert_lora, for rows under different adapters: each adapter's rows are those of a LoRA linear of its own."""
+    """Compare results as assert_lora does, for rows with different adapters, whose rows each form a LoRA linear."""
     y, s, grad_x, grad_A, grad_B = results
     x, w, bias, lora_A, lora_B, grad_y = inputs
     for e in range(-1, lora_A.shape[0]):
@@ -223,7 +224,7 @@ def assert_multi_lora(
 
 
 def _dropped(x: Tensor, dropout: Dropout, arithmetic: Arithmetic) -> tuple[Expected, float]:
-    """(dropout(x), 1.0) where the scale multiplies x, else (x with the dropped elements zeroed, the scale)."""
+    """Return (dropout(x), 1.0) if the scale multiplies x, otherwise (x with dropped elements zeroed, the scale)."""
     kept = arithmetic.input(x).masked(dropout.keep)
     if arithmetic.composed:
         return kept.scaled(dropout.scale).to(arithmetic.dtype), 1.0
