@@ -1,4 +1,4 @@
-"""A process under TRITON_INTERPRET=1 gets the mended interpreter before any kernel runs."""
+"""Applies the fixes of Triton's interpreter under TRITON_INTERPRET=1 before any kernel runs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Training, saving, loading, resuming and merging with every PEFT method, over and over: python -m tests.soak
+"""Repeated training, saving, loading, resuming and merging with every PEFT method: python -m tests.soak
 
-    SOAK_MINUTES=10 make soak       exit code 1 where something is lost or memory, descriptors, threads or files grow
+    SOAK_MINUTES=10 make soak       exit code 1 if values are lost or memory, descriptors, threads or files grow
 
-A cycle takes each case of tests/peft/cases.py through: three steps of PagedAdamW with pages in a file, a checkpoint
-after the second one, the adapter saved and loaded (same logits), the third step again from the checkpoint (same loss)
-and, where the method can be merged, a merge. The process is measured after every cycle, and the last cycles are
-compared with the first ones after a warm-up.
+A cycle runs each case of tests/peft/cases.py: three steps of PagedAdamW with pages in a file, a checkpoint after the
+second step, saving and loading of the adapter (same logits), the third step again from the checkpoint (same loss) and,
+if the method supports it, a merge. The process is measured after every cycle, and the last cycles are compared with the
+first ones after a warm-up.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tests.peft.cases import CASES, build, task_loss
 from tests.peft.models import batch, logits, make
 
 WARM_UP = 2
-"""Cycles in which caches, allocators and thread pools come to their sizes."""
+"""Number of cycles in which caches, allocators and thread pools reach their final size."""
 MOST_GROWTH = 6 << 20
-"""Bytes of anonymous memory over the whole run, as the allocator rearranges itself."""
+"""Permitted growth of anonymous memory over the whole run, in bytes, because the allocator rearranges itself."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds."""
+    """The resources of a process."""
 
     memory: int  # bytes, anonymous and resident
     descriptors: int
@@ -46,7 +46,7 @@ class Usage:
 
 
 def usage(folder: Path) -> Usage:
-    """Of this process, after a garbage collection."""
+    """Return this process's usage after a garbage collection."""
     gc.collect()
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     files = sum(len(names) for _, _, names in os.walk(folder))
@@ -59,7 +59,7 @@ def usage(folder: Path) -> Usage:
 
 
 def take_through(case: str, folder: Path) -> None:
-    """One case from its start to its end. Raises AssertionError where a value is lost."""
+    """Run one case from start to end. Raises AssertionError if a value is lost."""
     nf4 = CASES[case].quantized
     model = build(case, "llama", nf4=nf4).train()
     optimizer = _optimizer(model, folder)
@@ -77,7 +77,7 @@ def take_through(case: str, folder: Path) -> None:
     try:
         merged = model.merge_and_unload()
     except (NotImplementedError, ValueError, RuntimeError):
-        return  # a method that cannot be merged
+        return  # the method cannot be merged
     with torch.no_grad():
         assert logits(merged, batch("llama")).isfinite().all(), case
 
@@ -109,7 +109,7 @@ def _resumed(case: str, folder: Path, nf4: bool) -> float:
 
 def _check_loaded(case: str, folder: Path, nf4: bool, expected: torch.Tensor) -> None:
     loaded = build(case, "llama", nf4=nf4) if case == "fusion" else PeftModel(make("llama", nf4=nf4))
-    if case == "fusion":  # the adapters that it combines are in the model first
+    if case == "fusion":  # the adapters that it combines must be added first
         loaded.delete_adapter("default")
     loaded.load_adapter(folder / "adapter")
     loaded.set_adapter("default", inference_mode=True)
@@ -119,7 +119,7 @@ def _check_loaded(case: str, folder: Path, nf4: bool, expected: torch.Tensor) ->
 
 
 def soak(minutes: float) -> int:
-    """Runs cycles for that long, three at least. Returns 1 where the process has grown."""
+    """Run cycles for that long, at least three. Returns 1 if the process has grown."""
     torch.set_num_threads(2)
     end, cycle, first = time.monotonic() + minutes * 60, 0, None
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,7 +149,7 @@ def soak(minutes: float) -> int:
 
 
 def main() -> int:
-    """Takes the minutes from the command line."""
+    """Read the minutes from the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     options = parser.parse_args()

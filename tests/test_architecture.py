@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md, read from the source, and what importing the package may not do."""
+"""The import rules of docs/architecture.md, checked in the source, and the absence of side effects of an import."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ THIRD_PARTY = {
 
 
 def part_of(path: Path) -> str:
-    """ops, backends/cpu, ...; or nothing for the package's own __init__."""
+    """Return the part of the package: ops, backends/cpu, ...; empty for the package's __init__."""
     parts = path.relative_to(PACKAGE).parts[:-1]
     return "/".join(parts[:2]) if parts[:1] in (("backends",), ("peft",)) else "/".join(parts[:1])
 
 
 def imported(path: Path) -> list[tuple[str, int]]:
-    """Absolute dotted names of all that `path` imports, with line numbers."""
+    """Return the absolute dotted names that `path` imports, with line numbers."""
     package = ["qlora_kernels", *path.relative_to(PACKAGE).parts[:-1]]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -134,12 +134,12 @@ def test_no_import_circles_and_no_import_of_tests():
     assert circles_of(graph) == []
 
 
-def test_a_circle_is_found():
+def test_import_circle_is_detected():
     assert circles_of({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
 
 
 def imported_names(module: str, path: Path) -> set[str]:
-    """Dotted names of all that `module` imports, at its head or inside functions."""
+    """Return the dotted names that `module` imports, at its head or inside functions."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -153,13 +153,13 @@ def imported_names(module: str, path: Path) -> set[str]:
 
 
 def imported_modules(module: str, path: Path, modules: set[str]) -> set[str]:
-    """The modules among `modules` that `module` imports or from which it imports a name."""
+    """Return those of `modules` that `module` imports or from which it imports a name."""
     found = {name if name in modules else name.rpartition(".")[0] for name in imported_names(module, path)}
     return (found & modules) - {module}
 
 
 def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules each of which reaches all others of its group, sorted."""
+    """Return the groups of modules each of which reaches all others of its group, sorted."""
     reached: dict[str, set[str]] = {}
     for start in graph:
         seen, waiting = set(), [start]
@@ -172,7 +172,7 @@ def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
-def test_files_are_named_for_what_they_know():
+def test_no_catch_all_file_names():
     for path in SOURCES:
         assert path.stem not in ("utils", "helpers", "common", "misc"), path
 
@@ -195,8 +195,8 @@ def test_top_level():
     assert {name for name in top if not name.startswith(".")} <= expected
 
 
-def test_import_is_quiet_and_light():
-    """Importing pulls in no optional package, starts no process, opens no socket, touches no CUDA."""
+def test_import_has_no_side_effects():
+    """Importing loads no optional package, starts no process, opens no socket and does not initialize CUDA."""
     script = """
 import sys
 events = []
@@ -215,7 +215,7 @@ assert not torch.cuda.is_initialized()
 
 
 def text_calls_without_encoding(source: str) -> list[int]:
-    """Lines of calls that read or write text in whatever encoding the system prefers."""
+    """Return the lines of calls that read or write text without a named encoding."""
     lines = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
@@ -230,7 +230,7 @@ def text_calls_without_encoding(source: str) -> list[int]:
 
 
 def test_text_files_have_an_encoding():
-    """UTF-8 wherever the package reads or writes text: the default of Windows is another one."""
+    """The package reads and writes text as UTF-8; Windows has another default."""
     assert text_calls_without_encoding('p.read_text(); open(p, "w"); open(p, "rb"); os.open(p, 0)') == [1, 1]
     found = {
         str(path.relative_to(PACKAGE)): lines

@@ -1,4 +1,4 @@
-"""Public functions have a docstring that says something: more than four words."""
+"""Public functions have docstrings of at least five words."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TOPS = ("qlora_kernels", "bench", "python")
 FEWEST_WORDS = 5
 
 PENDING = {"qlora_kernels/peft": 90}
-"""Folder -> how many of its docstrings are still missing or too short. A number may fall, and may not rise."""
+"""Folder -> permitted number of missing or short docstrings. A number may only be reduced."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
-    """(name, node) of each public class, function and method; nested functions and overloads are not public."""
+    """Yield (name, node) of each public class, function and method, without nested functions and overloads."""
     waiting: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
     while waiting:
         prefix, parent = waiting.pop()
@@ -30,7 +30,7 @@ def public_definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
 
 
 def documented_methods() -> set[str]:
-    """Names of methods that some class of the package documents: an override inherits that text."""
+    """Return the names of methods that some class of the package documents; overrides inherit that text."""
     names = set()
     for path in (ROOT / "qlora_kernels").rglob("*.py"):
         for name, node in public_definitions(ast.parse(path.read_text(encoding="utf-8"))):
@@ -40,7 +40,7 @@ def documented_methods() -> set[str]:
 
 
 def faults_of(source: str, inherited: set[str]) -> list[str]:
-    """The public names of `source` whose docstring is missing or has too few words."""
+    """Return the public names of `source` whose docstring is missing or has too few words."""
     faults = []
     for name, node in public_definitions(ast.parse(source)):
         text = ast.get_docstring(node)
@@ -52,7 +52,7 @@ def faults_of(source: str, inherited: set[str]) -> list[str]:
     return faults
 
 
-def test_a_fault_is_found() -> None:
+def test_short_or_missing_docstring_is_detected() -> None:
     source = (
         "def f(): pass\nclass A:\n  'The first letter of all.'\n  def g(self):\n    'At once.'\n  def h(self): pass"
     )

@@ -1,6 +1,6 @@
-"""What the package may take for granted of an operating system: what Linux, macOS and Windows all have.
+"""The package uses only features of the operating system that Linux, macOS and Windows all have.
 
-Those systems are not here; their Pythons are imitated by hiding what they lack.
+The other systems are imitated by hiding features that their Pythons lack.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_package_and_command_import_without_posix_modules():
 
 
 def test_peak_memory_without_resource(monkeypatch):
-    """Windows: psutil knows it."""
+    """On Windows, psutil reports it."""
     psutil = pytest.importorskip("psutil")
     from qlora_kernels.cli import console
 

@@ -1,4 +1,4 @@
-"""The code's numbers stand in one place: format/nf4.py. Generated files are compared with what generates them."""
+"""The values of the NF4 code are written only in format/nf4.py; generated files match their generators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDERS = ("qlora_kernels", "csrc", "python", "tests", "bench")
 
 
 def test_no_second_copy_of_the_code():
-    """No code value but 0 and +-1 is written anywhere else, not even with fewer digits."""
+    """No code value except 0 and +-1 is written in another file, not even with fewer digits."""
     digits = {f"{abs(value):.6f}"[:8] for value in nf4.CODE if 0 < abs(value) < 1}
     pattern = re.compile("|".join(re.escape(d) for d in sorted(digits)))
     for folder in FOLDERS:
@@ -29,8 +29,8 @@ def test_no_second_copy_of_the_code():
             assert found is None, f"{path.relative_to(ROOT)} repeats the code value {found.group() if found else ''}"
 
 
-def test_maps_of_the_format_do_not_depend_on_the_cpu():
-    """Where torch has no fused multiply-adds, Python still computes what the kernels were compiled with."""
+def test_format_maps_independent_of_cpu():
+    """On CPUs for which torch has no fused multiply-adds, Python computes the values the kernels were compiled with."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     command = [sys.executable, "-m", "python.codegen.nf4_header", "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

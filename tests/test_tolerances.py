@@ -45,7 +45,7 @@ class Computation:
         return reference.dequantize_nf4(self.packed, self.absmax, BLOCKSIZE, torch.Size((N, K)), kind)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """fp32 sums, in `order` where it is given."""
+        """Return a product with fp32 sums, in `order` if given."""
         a, b = a.float(), b.float()
         if self.product_dtype is not None:
             a, b = a.to(self.product_dtype).float(), b.to(self.product_dtype).float()
@@ -88,7 +88,7 @@ def right(dtype: torch.dtype) -> Computation:
 
 
 def check(computation: Computation) -> None:
-    """Against what `right` should compute."""
+    """Compare with the expected results of `right`."""
     truth = right(computation.dtype)
     inputs = (truth.x, truth.weight(), truth.bias, truth.lora_A, truth.lora_B, truth.grad_y)
     arithmetic = Arithmetic(computation.dtype, composed=False)
@@ -115,7 +115,7 @@ def zeroed(tensor: Tensor, *index: int | slice) -> Tensor:
 
 
 def swapped(packed: Tensor) -> Tensor:
-    """One byte of 6400 with its nibbles the wrong way round."""
+    """Swap the nibbles in one of 6400 bytes."""
     packed = packed.clone()
     byte = int((packed >> 4 != packed & 15).nonzero()[1000])
     packed[byte] = packed[byte] >> 4 | packed[byte] << 4 & 0xF0
@@ -147,7 +147,7 @@ FAULTS = {
     "s rounded to bf16 on its way": lambda c: replace(c, stored_s=torch.bfloat16),
     "s rounded to fp16 on its way": lambda c: replace(c, stored_s=torch.float16),
 }
-NO_FAULT = {  # where nothing is rounded that would not be rounded anyway
+NO_FAULT = {  # faults that change no rounding for the dtype
     torch.float32: {"W as it is, not rounded to x's type", "y from an unrounded s"},
     torch.bfloat16: {"products of bf16", "products of fp16", "s rounded to bf16 on its way"},
     torch.float16: {"products of fp16", "s rounded to fp16 on its way"},
@@ -179,7 +179,7 @@ def test_known_roundings_leave_no_error() -> None:
     assert exactly(x).scaled(3.0).error.all()
 
 
-def test_what_is_wrong_is_named() -> None:
+def test_errors_name_wrong_elements() -> None:
     expected = product(exactly(torch.ones(2, 3)), exactly(torch.ones(3, 2)))
     actual = torch.full((2, 2), 3.0)
     assert_within(actual, expected)

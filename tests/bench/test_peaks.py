@@ -1,4 +1,4 @@
-"""Every device has all four peaks, whether probed or by a stand-in."""
+"""Every device has all four peaks, by probes or by stand-ins."""
 
 from __future__ import annotations
 

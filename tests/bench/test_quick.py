@@ -1,4 +1,4 @@
-"""The quick run, as CI sees it: every contender's result is right and every row complete. Times are not looked at."""
+"""The quick benchmark run: every implementation's result is right and every row complete. Times are not checked."""
 
 from __future__ import annotations
 

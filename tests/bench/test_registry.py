@@ -1,4 +1,4 @@
-"""Every op has a benchmark, and a wrong result yields no number."""
+"""Every op has a benchmark, and a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURED_WITH_ANOTHER = {
     "attention_backward": "attention",
     **dict.fromkeys(("rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward"), "model_parts"),
 }
-"""Ops that run inside another op's benchmark."""
+"""Ops that are measured in another op's benchmark."""
 
 NOT_MEASURED = {
     "linear_nf4_multi_lora",
@@ -28,7 +28,7 @@ NOT_MEASURED = {
     "linear_nf4_lora_group",
     "linear_nf4_lora_group_backward",
 }
-"""Ops without a peer: nothing else runs a batch of many adapters, or linears on one x, on a CPU."""
+"""Ops without a peer: no other library runs a batch with many adapters, or several linears on one x, on a CPU."""
 
 PEAKS = {name: Peak(name, 1e9, "given") for name in ("read", "copy", "bf16", "fma")}
 
@@ -76,7 +76,7 @@ def test_a_right_result_is_timed_cold_and_warm():
         assert row["roofline"] == max(row["fraction"].values())
 
 
-def test_a_wrong_result_yields_no_number():
+def test_wrong_result_is_not_timed():
     wrong = Contender("wrong", lambda case, inputs, copies: [lambda: inputs] * copies, lambda case: 16)
     suite = dataclasses.replace(SUITE, contenders=(*SUITE.contenders, wrong))
     rows = list(run_case(suite, Case("twice", N=4), PEAKS, Budget(rounds=1, samples=1, seconds=0.0)))

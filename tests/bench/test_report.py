@@ -1,4 +1,4 @@
-"""Targets judged, runs merged, tables written."""
+"""Verdicts on targets, merging of runs, and tables."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_names_are_unique():
     assert len(set(names)) == len(names)
 
 
-def test_targets_are_judged_by_their_worst_row():
+def test_target_verdict_uses_worst_row():
     assert verdict("forward M 1..8 over bnb eval", [ROW]).status == "met"
     missed = verdict("forward M 1..8 over bnb eval", [ROW, {**ROW, "mode": "warm", "speedup": {"bnb eval": 1.1}}])
     assert (missed.status, missed.kept, missed.measured[0][1]) == ("missed", 1, 1.1)
@@ -60,14 +60,14 @@ def test_targets_are_judged_by_their_worst_row():
     assert verdict("AdamW step, fp32 states, over torch", [ROW]).status == "not measured"
 
 
-def test_an_upper_bound_is_judged_by_the_largest():
+def test_upper_bound_verdict_uses_largest_value():
     row = {**ROW, "op": "linear_nf4_lora", "speedup": {"ours without LoRA": 0.95}}
     slow = {**row, "speedup": {"ours without LoRA": 0.5}}
     assert verdict("LoRA beside our plain layer", [row]).status == "met"
     assert verdict("LoRA beside our plain layer", [row, slow]).measured[0][1] == 2.0
 
 
-def test_a_bound_beyond_the_roofline_is_told_from_one_that_is_only_missed():
+def test_unreachable_targets_reported_separately():
     slow = {**ROW, "roofline": 0.5, "speedup": {"bnb eval": 0.6}}
     near = {**ROW, "roofline": 0.95, "speedup": {"bnb eval": 1.2}}
     assert verdict("forward M 1..8 over bnb eval", [near]).reachable == 0  # 1.26 at the roofline
@@ -86,7 +86,7 @@ def test_runs_merge_to_medians():
     assert report.merge([merged, ROW])[0]["runs"] == 4
 
 
-def test_a_disturbed_run_counts_only_where_there_is_no_quieter_one():
+def test_disturbed_run_used_only_without_quieter_one():
     disturbed = {**ROW, "median_us": 900.0, "foreign": 0.5}
     assert report.merge([ROW, disturbed, disturbed])[0]["median_us"] == ROW["median_us"]
     assert report.merge([disturbed])[0]["median_us"] == 900.0
@@ -119,7 +119,7 @@ def test_a_page_is_updated_between_its_marks(tmp_path):
     assert "stale" not in text
 
 
-def test_state_bytes_stand_beside_the_times():
+def test_report_includes_state_bytes():
     step = {**ROW, "op": "adamw_step", "case": "160M", "mode": "cold", "state_bytes_per_element": 8.0}
     text = report.report([step, {**step, "contender": "ours 8-bit", "state_bytes_per_element": 2.031}])
     assert "| 160M | 8.00 | 2.03       |" in text
@@ -136,7 +136,7 @@ def test_row_file_writes_provenance_once(tmp_path):
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_every_missed_target_of_committed_rows_has_a_cause(path):
+def test_missed_targets_of_committed_rows_have_documented_cause(path):
     page = (ROOT / report.CAUSES).read_text()
     explained = {name for heading in re.findall(r"^## (.+)$", page, re.MULTILINE) for name in heading.split("; ")}
     assert explained <= {target.name for target in TARGETS}

@@ -1,4 +1,4 @@
-"""The interleaved clock."""
+"""Interleaved timing of implementations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.timing import Budget, Entrant, measure, summarize
 
 @pytest.fixture
 def two_threads():
-    """torch with two threads, whatever the run has."""
+    """Run with two torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -67,7 +67,7 @@ def test_quiet_rounds_are_preferred(monkeypatch):
     assert timed["a"].foreign == pytest.approx(0.01)
 
 
-def test_a_late_measurement_still_has_three_rounds(monkeypatch):
+def test_at_least_three_rounds_after_time_limit(monkeypatch):
     monkeypatch.setattr(timing, "_run_round", lambda *arguments: timing._Round(0.5, {"a": [next(times)]}))
     monkeypatch.setattr(timing, "_turn_length", lambda *arguments: 1)
     times = iter([9.0, 1.0, 2.0])

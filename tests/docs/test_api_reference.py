@@ -1,4 +1,4 @@
-"""The API reference has an entry for every public name, and shows descriptions of parameters as lists."""
+"""The API reference has an entry for every public name, and shows parameter descriptions as lists."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_parameter_descriptions_become_lists():
     )
 
 
-def test_the_version_is_the_installed_packages():
+def test_docs_version_equals_installed_version():
     assert re.match(r"\d+\.\d+", qk.__version__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = qk.nothing

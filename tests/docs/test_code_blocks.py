@@ -1,4 +1,4 @@
-"""The code blocks of the documentation run, and the commands in it exist."""
+"""The Python blocks of the documentation run, and the commands in its shell blocks exist."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytest.importorskip("peft")
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {"docs/huggingface.md": ("accelerate", "bitsandbytes", "datasets", "trl")}
-"""Page -> libraries that its blocks import beside transformers and PEFT."""
+"""Page -> libraries that its blocks import in addition to transformers and PEFT."""
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """(line number, text) of the page's fenced blocks in `language`.
+    """Return (line number, text) of the page's fenced blocks in `language`.
 
-    A block titled "excerpt of ..." shows lines of the code that it names, which runs there; it is left out.
+    A block titled "excerpt of ..." repeats code that runs in the tests it names; it is left out.
     """
     text = page.read_text()
     found = re.finditer(rf"^```{language}([^\n]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -37,7 +37,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture
 def methods_as_before() -> Iterator[None]:
-    """A page may register a method; other tests run over the registered ones."""
+    """Restore the registered methods after a page that registers one, because other tests iterate over them."""
     before = dict(METHODS)
     yield
     METHODS.clear()
@@ -58,8 +58,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name)
-def test_shell_blocks_name_what_exists(page):
-    """Commands of this package parse, make's targets are in the Makefile, and pytest's paths are in the repository."""
+def test_shell_blocks_use_existing_commands_and_paths(page):
+    """Commands of this package parse, make targets are in the Makefile, and pytest paths exist."""
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for line, text in blocks(page, "bash"):
         for command in text.replace("\\\n", " ").splitlines():

@@ -1,4 +1,4 @@
-"""The comparison of methods: every method has a recipe, a run leaves a row and a picture, and a second run resumes."""
+"""compare_methods: every method has a recipe, a run writes a row and a figure, and a second run resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_row(method):
     assert row["peak_gb"] > 0.1
 
 
-def test_runs_leave_rows_and_resume(tmp_path, capsys):
+def test_runs_write_rows_and_resume(tmp_path, capsys):
     example.main(["--methods", "head", *TINY, "--out", str(tmp_path)])
     assert (tmp_path / "methods.png").stat().st_size > 1000
     results = tmp_path / "results.json"

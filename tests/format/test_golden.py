@@ -1,6 +1,6 @@
-"""The codec against bitsandbytes 0.50.2's own bytes (python/codegen/golden_vectors.py made the file).
+"""The codec compared with the bytes of bitsandbytes 0.50.2 (written by python/codegen/golden_vectors.py).
 
-Every difference that is accepted is listed here and in docs/format.md, with its cause; anything else is a failure.
+Every accepted difference is listed here and in docs/format.md with its cause; any other difference is a failure.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_double_quantization(case, backend):
         assert (values[q[i].int()] - exact).abs() < (values[theirs[i].int()] - exact).abs()
 
 
-def test_the_accepted_difference_in_8_bit_codes_is_exercised():
+def test_golden_file_contains_accepted_8_bit_difference():
     absmax = TENSORS["coarse-absmax/absmax"]
     q, _, _ = double_quant.quantize_absmax(absmax)
     assert 0 < (q != TENSORS["coarse-absmax/absmax_q"]).sum() <= 4
@@ -100,7 +100,7 @@ def test_dequantized_values_of_their_bytes(key, backend):
         pytest.param(lambda p, s: (p, s - TENSORS["normal-fp32/absmax_offset"]), id="offset-dropped"),
     ],
 )
-def test_a_mutated_codec_would_be_seen(mutate):
+def test_mutated_codec_is_detected(mutate):
     packed, scales = mutate(
         TENSORS["normal-fp32/packed"],
         double_quant.dequantize_absmax(*(TENSORS[f"normal-fp32/absmax_{k}"] for k in ("q", "scale", "offset"))),

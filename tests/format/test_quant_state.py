@@ -1,4 +1,4 @@
-"""QuantState checks itself, and its arithmetic on sizes is right."""
+"""QuantState validates its fields and computes sizes correctly."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_absmax_is_decoded_on_request():
     assert plain.absmax_code is None
     assert torch.equal(nested.absmax_code, dynamic_map())
     assert nested.absmax.dtype == torch.float32
-    # Steps of the map grow to 1.4 % of the scale; the scale is the largest deviation from the mean.
+    # Steps of the map are at most 1.4 % of the scale; the scale is the largest deviation from the mean.
     assert (nested.absmax - plain.absmax).abs().max() <= 0.008 * (plain.absmax - plain.absmax.mean()).abs().max()
 
 
-def test_refuses_what_does_not_fit():
+def test_refuses_inconsistent_fields():
     shape, dtype = torch.Size((4, 64)), torch.float32
     with pytest.raises(ValueError, match=r"QuantState: either absmax or all of"):
         qk.QuantState(shape, dtype, 64)
@@ -63,5 +63,5 @@ def test_pack_is_undone_by_unpack(numel):
         assert packed[-1] & 0xF == nf4.ZERO_INDEX
 
 
-def test_even_elements_stand_in_the_high_nibble():
+def test_even_elements_in_high_nibble():
     assert nf4.pack(torch.tensor([0xA, 0x3], dtype=torch.uint8)).tolist() == [0xA3]

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Without one every test here is skipped and says so: `make gpu-check` runs them."""
+"""Tests that need a GPU. Without one they are skipped with a reason; `make gpu-check` runs them."""
 
 from __future__ import annotations
 

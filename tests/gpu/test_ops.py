@@ -1,4 +1,4 @@
-"""Every GPU backend against the reference on the CPU: the codec bit for bit, the linears within the usual bounds."""
+"""Every GPU backend compared with the reference on the CPU: the codec bit for bit, the linears within the bounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGE = (Shape(16, 4096, 4096, r=16), Shape(300, 1024, 4096, r=64), Shape(2048, 
 
 @pytest.fixture(autouse=True)
 def _fp32_sums():
-    """Torch's own matmul sums in fp32, as python/numerics/tolerances.py assumes: no TF32, no 16 bits."""
+    """Make torch's matmul sum in fp32, without TF32 and 16-bit sums, as python/numerics/tolerances.py assumes."""
     settings = torch.backends.cuda.matmul  # computes its attributes, so monkeypatch would try to delete them
     names = [
         f"allow_{name}" for name in ("tf32", "bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction")
@@ -47,7 +47,7 @@ def backend(request):
 
 
 def needs(backend, op, **of_problem):
-    """Skips where the backend has no kernel for op, or refuses such a Problem."""
+    """Skip if the backend has no kernel for op or does not support the Problem."""
     spec = kernels_of(backend).get(op)
     if spec is None:
         pytest.skip(f"{backend} has no kernel for {op}")
@@ -102,7 +102,7 @@ def test_every_path(backend, plan):
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_few_rows(backend, dtype, rows, split):
-    """Two steps along K, the second of 64; and a row of W alone in its tile."""
+    """Two steps along K, the second of 64, and a row of W that is alone in its tile."""
     needs(backend, "linear_nf4_lora", dtype=dtype, dropout=True)
     with use_plan("linear_nf4", Plan("small_m", block_n=4, block_k=1024, split_k=split, num_warps=1)):
         check_linear_lora(backend, dtype, Shape(rows, 521, 1088, r=16), 0.1)
@@ -124,7 +124,7 @@ def check_linear_lora(backend, dtype, shape, p):
     y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, bias, *lora)
     grad_x, grad_A, grad_B, grad_bias = torch.autograd.grad(y, list(leaves.values()), grad_y)
     dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
-    # In float32 for the large products of 16-bit operands: a GPU may be slow in float64.
+    # Large products of 16-bit operands are compared in float32, because a GPU may be slow in float64.
     wide = torch.float64 if dtype == torch.float32 or shape not in LARGE else torch.float32
     arithmetic = replace(arithmetic_of(backend, dtype), wide=wide)
     assert_lora((y, s, grad_x, grad_A, grad_B), (x, w, bias, lora_A, lora_B, grad_y), 2.0, dropout, arithmetic)
@@ -132,7 +132,8 @@ def check_linear_lora(backend, dtype, shape, p):
 
 
 def test_captured_graph_replays_new_inputs(backend):
-    """No host sync, no allocation from outside the pool: forward and backward capture, and replay on other data."""
+    """Forward and backward can be captured (no host sync, no allocation outside the pool) and replayed on other
+    data."""
     needs(backend, "linear_nf4_lora_backward")
     packed, state = qk.quantize_nf4(gaussian(512, 1024).cuda())
     A, B = gaussian(16, 1024).cuda().requires_grad_(), gaussian(512, 16).cuda().requires_grad_()

@@ -1,4 +1,4 @@
-"""from_bnb and to_bnb: live models between bitsandbytes' layers and ours."""
+"""from_bnb and to_bnb: conversion of models between bitsandbytes' layers and this package's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def theirs(folder, **options):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_there_and_back(double_quant, folder, tmp_path):
+def test_round_trip_through_bitsandbytes(double_quant, folder, tmp_path):
     model = theirs(folder, bnb_4bit_use_double_quant=double_quant)
     expected = logits(model)
     first = model.model.layers[0].self_attn.q_proj.weight
@@ -51,8 +51,8 @@ def test_there_and_back(double_quant, folder, tmp_path):
     assert_same_function(logits(AUTO.from_pretrained(tmp_path / "theirs").train()), expected, terms=64)
 
 
-def test_layers_that_have_run_in_eval_mode(folder):
-    """On some CPUs bitsandbytes packs the weight anew then and rounds its scales to bfloat16."""
+def test_layers_after_forward_in_eval_mode(folder):
+    """On some CPUs bitsandbytes then repacks the weight and rounds its scales to bfloat16."""
     model = theirs(folder)
     before = qk.from_bnb(theirs(folder)).model.layers[0].mlp.up_proj.dequantize()
     logits(model.eval())
@@ -83,7 +83,7 @@ def test_plain_modules_and_shared_weights():
     ],
     ids=["fp4", "int8", "not quantized", "no layer"],
 )
-def test_what_cannot_be_right_is_refused(model, message):
+def test_unsupported_layers_are_refused(model, message):
     before = type(model[0])
     with pytest.raises(ValueError, match=message):
         qk.from_bnb(model)

@@ -1,4 +1,4 @@
-"""Code that a model folder brings is neither run nor asked about."""
+"""Code in a model folder is never run, and no question about it is asked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def no_questions(monkeypatch):
 
 
 def add_code(folder, config_file, auto_map, **values):
-    """Names custom classes in one JSON file of the folder. Returns the file that their code would create."""
+    """Name custom classes in one JSON file of the folder, and return the file that their code would create."""
     mark = folder / "code_was_run"
     (folder / "custom.py").write_text(CODE.format(mark=str(mark)))
     path = folder / config_file
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def custom(tmp_path):
-    """A folder whose model type only its own code implements."""
+    """A folder with a model type that only its own code implements."""
     folder = tmp_path / "custom"
     folder.mkdir()
     auto_map = {"AutoConfig": "custom.Custom", "AutoModelForCausalLM": "custom.Custom"}
@@ -65,7 +65,7 @@ def test_commands_refuse_custom_architectures(custom, tmp_path, capsys):
     assert main(generate) == 2
 
 
-def test_known_architecture_is_loaded_with_transformers_own_code(model, tmp_path):
+def test_known_architecture_uses_code_of_transformers(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model")
     auto_map = {"AutoConfig": "custom.Custom", "AutoModelForCausalLM": "custom.Custom"}
     mark = add_code(folder, "config.json", auto_map)

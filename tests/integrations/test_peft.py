@@ -31,7 +31,7 @@ def quantized(kind="llama"):
 
 
 def dense(kind="llama"):
-    """A dense model with the values of the quantized one."""
+    """Return a dense model with the values of the quantized one."""
     return quantized(kind).dequantize()
 
 
@@ -156,7 +156,7 @@ def test_two_adapters_merge_one_after_the_other():
     assert torch.equal(logits(model), expected)
 
 
-def test_merge_refuses_what_is_not_finite():
+def test_merge_refuses_nonfinite_weights():
     model = adapted(quantized(), targets=["q_proj"])
     with torch.no_grad():
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.fill_(float("inf"))

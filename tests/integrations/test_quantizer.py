@@ -138,7 +138,7 @@ def test_dtype_argument_on_reload(dense, tmp_path):
     assert logits(model).dtype == torch.bfloat16
 
 
-def test_layers_that_a_checkpoint_lacks_stay_dense(dense):
+def test_layers_missing_in_checkpoint_stay_dense(dense):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         dense("llama"), quantization_config=QLoRAKernelsConfig(), num_labels=3
     )
@@ -170,7 +170,7 @@ def test_bad_arguments(options, message, dense):
         load(dense("llama"), **options)
 
 
-def test_weights_that_cannot_be_quantized_are_an_error(tmp_path):
+def test_unquantizable_weights_raise(tmp_path):
     model = build("llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
@@ -179,7 +179,7 @@ def test_weights_that_cannot_be_quantized_are_an_error(tmp_path):
         load(tmp_path)
 
 
-def test_config_and_files_that_disagree(dense, tmp_path):
+def test_mismatch_of_config_and_files_raises(dense, tmp_path):
     load(dense("llama")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["skip_modules"].append("q_proj")
@@ -224,7 +224,7 @@ def test_experts_quantized_in_place_reload_in_transformers(tmp_path):
 
 @pytest.mark.parametrize("target", ["16bit", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_merged_model_says_what_it_is(kind, target, tmp_path):
+def test_merged_model_config_matches_layers(kind, target, tmp_path):
     model = in_place(kind)
     config = qk.peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     merged = qk.peft.get_peft_model(model, config).merge_and_unload(target=target)
@@ -237,7 +237,7 @@ def test_merged_model_says_what_it_is(kind, target, tmp_path):
         assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(merged))
 
 
-def test_a_weight_that_bitsandbytes_misreads_is_saved_for_this_package(tmp_path):
+def test_weight_misread_by_bitsandbytes_saved_in_own_format(tmp_path):
     """Its CPU code takes the blocks of 96 columns for those of rows; the folder is not given to it."""
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

@@ -60,7 +60,7 @@ def run(tmp_path_factory):
     return ours, folder
 
 
-def test_taken_for_a_peft_model():
+def test_is_instance_of_hugging_face_peft_model():
     model = adapted()
     assert isinstance(model, (peft.PeftModel, qk.peft.PeftModel))
     assert type(model) is qk.peft.PeftModel

@@ -1,7 +1,7 @@
-"""Runs an action in a child process that is hit by a fault at its n-th file operation.
+"""Runs an action in a child process with a fault at its n-th file operation.
 
-A file operation is what Python tells its audit hooks of (open, mkdir, rename, remove, ...), and each fsync and exchange
-of two paths. The fault comes before the operation: the one after operation n is the one before n + 1.
+A file operation is an event of Python's audit hooks (open, mkdir, rename, remove, ...), an fsync, or an exchange of two
+paths. The fault occurs before the operation, so that the fault after operation n is the one before n + 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPERATIONS = WRITES | {
 
 
 class Fault(Enum):
-    """What happens at operation n."""
+    """The fault at operation n."""
 
     KILL = "SIGKILL"
     TERMINATE = "SIGTERM"
@@ -46,9 +46,9 @@ ERRORS = {Fault.ERROR: errno.EIO, Fault.FULL: errno.ENOSPC, Fault.READ_ONLY: err
 
 
 def hit(action: Callable[[], object], fault: Fault, n: int) -> bool:
-    """Runs `action` in a child. Returns whether it had an n-th operation, counted from 1.
+    """Run `action` in a child. Returns whether it had an n-th operation, counted from 1.
 
-    Raises AssertionError where the action ended in anything but the fault or success.
+    Raises AssertionError if the action ended in anything but the fault or success.
     """
     reached, write_end = os.pipe()
     child = os.fork()
@@ -67,7 +67,7 @@ def hit(action: Callable[[], object], fault: Fault, n: int) -> bool:
 
 
 def every_point(action: Callable[[], object], fault: Fault, *, step: int = 1) -> Iterator[int]:
-    """Yields 1, 2, ... after a run of `action` that was hit at that operation; ends with a run that was not hit."""
+    """Yield 1, 2, ... after a run of `action` with a fault at that operation; ends after a run without a fault."""
     n = 1
     while hit(action, fault, n):
         yield n

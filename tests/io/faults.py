@@ -1,8 +1,8 @@
 """Every save of the package under every fault: python -m tests.io.faults, or `make faults`.
 
-For each save, the folder holds one state, and an action that writes another is hit by a fault at each of its file
-operations in turn. Afterwards a reader must find the whole old state or the whole new one, Hugging Face PEFT's view of
-an adapter folder must not mix the two, the next save must succeed, and nothing unfinished may be left after it.
+For each save, the folder holds one state, and an action that writes another state is hit by a fault at each of its file
+operations in turn. Afterwards a reader must find the complete old or the complete new state, Hugging Face PEFT must not
+read a mixture of the two from an adapter folder, the next save must succeed, and no unfinished files may be left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAST = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 @dataclass(frozen=True)
 class Save:
-    """write(folder, which) saves state 0 or 1 into a folder; read(folder) gives what a reader finds, comparable."""
+    """write(folder, which) saves state 0 or 1 to a folder; read(folder) returns a comparable value of what is found."""
 
     name: str
     write: Callable[[Path, int], object]
@@ -51,7 +51,7 @@ class Save:
 
 @cache
 def _adapters(which: int) -> peft.PeftModel:
-    """Two adapters, the first of which lies in other files in each state: a combination, and a single one."""
+    """Return two adapters, the first of which has other files in each state: a combination, and a single one."""
     torch.manual_seed(which)
     lora = peft.LoraConfig(r=2 + which, lora_alpha=8 << which, target_modules=["0"], init_lora_weights=False)
     first = lora if which else [lora, peft.BitFitConfig()]
@@ -111,7 +111,7 @@ def _write_cache(folder: Path, which: int) -> None:
 
 
 def _read_cache(folder: Path) -> object:
-    """What a later run gets: the entry that is there, or one that it makes now."""
+    """Return what a later run gets: the existing entry, or one that it makes."""
     return [
         _contents(cached_folder(folder / "cache", "kind", folder / f"source-{i}", {}, lambda p, i=i: _fill(p, i))[0])
         for i in (0, 1)
@@ -121,7 +121,7 @@ def _read_cache(folder: Path) -> object:
 
 @cache
 def _sources() -> Path:
-    """Two dense models, in folders 0 and 1."""
+    """Return two dense models, in folders 0 and 1."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for which in (0, 1):
@@ -130,7 +130,7 @@ def _sources() -> Path:
 
 
 def _write_quantized(folder: Path, which: int) -> None:
-    """What `qlora-kernels quantize` does once it knows the model's layers."""
+    """Write as `qlora-kernels quantize` does once the model's layers are known."""
     source = _sources() / str(which)
     with folder_appearing_by_rename(folder / "model") as partial:
         quantize_folder(source, partial, ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])
@@ -138,7 +138,7 @@ def _write_quantized(folder: Path, which: int) -> None:
 
 @cache
 def _merged(which: int) -> tuple[Any, Any]:
-    """(merged model, tokenizer), as `qlora-kernels merge` holds them before it writes."""
+    """Return (merged model, tokenizer), as `qlora-kernels merge` has them before it writes."""
     source = _sources() / str(which)
     config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
     model = peft.get_peft_model(load_model(source), config)
@@ -164,7 +164,7 @@ SAVES = [
 
 @contextmanager
 def exchange_of(save: Save) -> Iterator[None]:
-    """Takes the system's exchange away from the save that is to do without."""
+    """Disable the system's exchange for the save that must work without it."""
     exchange = atomic.exchange
     if "no exchange" in save.name:
         atomic.exchange = lambda first, second: False
@@ -175,7 +175,7 @@ def exchange_of(save: Save) -> Iterator[None]:
 
 
 def inject(save: Save, fault: Fault, *, step: int = 1) -> int:
-    """Hits the save at every `step`-th operation. Returns the number of faults; raises AssertionError for a loss."""
+    """Inject a fault at every `step`-th operation. Returns the number of faults; raises AssertionError for a loss."""
 
     def runs(write: Callable[[], object], folder: Path) -> Iterator[str]:
         return (f"{fault.value} at operation {n}" for n in every_point(write, fault, step=step))
@@ -184,7 +184,7 @@ def inject(save: Save, fault: Fault, *, step: int = 1) -> int:
 
 
 def inject_full_disk(save: Save, sizes: Iterable[int]) -> int:
-    """The same with limits on the files' sizes, which fail in the write calls themselves."""
+    """Limit the sizes of files, so that write calls fail. Returns the number of faults."""
 
     def runs(write: Callable[[], object], folder: Path) -> Iterator[str]:
         return (f"files limited to {size} bytes" for size in itertools.takewhile(lambda n: limited(write, n), sizes))
@@ -226,7 +226,7 @@ def _check(save: Save, folder: Path, old: object, new: object, where: str) -> No
 
 
 def _check_others_view(folder: Path, old: object, new: object, where: str) -> None:
-    """A program that reads adapter_config.json and adapter_model.safetensors by name must not get one of each state."""
+    """Check that a program that opens both adapter files by name never gets one file of each state."""
     from safetensors.torch import load_file
 
     assert isinstance(old, list)
@@ -245,7 +245,7 @@ def _restore(start: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Prints the table of docs/reliability.md."""
+    """Print the table of docs/reliability.md."""
     started, total = time.perf_counter(), 0
     print("| save | " + " | ".join(fault.value for fault in Fault) + " | a write fails after n bytes | lost |")
     print("|---" * (len(Fault) + 3) + "|")

@@ -1,7 +1,7 @@
-"""A tiny training run, as a program that tests kill: python -m tests.io.killed_run DIR TOTAL_STEPS [KILL_IN_SAVE_STEP]
+"""A tiny training run as a program that tests kill: python -m tests.io.killed_run DIR TOTAL_STEPS [KILL_IN_SAVE_STEP]
 
-Prints `<step> <loss in hex>` after each step and saves every fourth; continues from the newest checkpoint in DIR. With
-KILL_IN_SAVE_STEP it sends itself SIGKILL inside that save, when the file is written but has no name yet.
+It prints `<step> <loss in hex>` after each step, saves every fourth step, and continues from the newest checkpoint in
+DIR. With KILL_IN_SAVE_STEP it sends itself SIGKILL during that save, when the file is written but has no name yet.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ BATCHES_PER_EPOCH = 5
 
 
 def train(directory: str, total_steps: int) -> Iterator[tuple[int, float]]:
-    """Dropout draws from torch's generator, the data order from numpy's: both must survive the kill. So must the
-    optimizer's pages: 8-bit states in a file that has no name and dies with the process.
+    """Train with dropout from torch's generator, data order from numpy's, and pages in an unnamed file.
+
+    All of these must be restored after a kill, including the 8-bit states, whose file is lost with the process.
     """
     torch.manual_seed(0)
     np.random.seed(0)

@@ -1,9 +1,9 @@
-"""Processes that save and read the same place at once and are killed at random moments: python -m tests.io.stress
+"""Processes that save and read the same place and are killed at random moments: python -m tests.io.stress
 
     python -m tests.io.stress --seconds 60        for each place and each kind of file system; exit code 1 for a loss
 
-Every save writes one text into all of its files. A reader must find the files of one save, whole, at any moment; no
-process may fail; and after one more save nothing unfinished may be left.
+Every save writes one text to all of its files. A reader must always find the complete files of one save, no process may
+fail, and after one more save no unfinished files may be left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = ("config", "parts/weights", "note")
 
 
 def stress(place: str, seconds: float, system: str = "as it is", *, seed: int = 0) -> int:
-    """Runs and kills processes for `seconds`. Returns how many were killed; raises AssertionError for a loss."""
+    """Run and kill processes for `seconds`. Returns how many were killed; raises AssertionError for a loss."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
         target = Path(scratch, "target")
@@ -82,7 +82,7 @@ def _save(target: Path, place: str, text: str, variant: int) -> None:
             partial.write_text(text * 1000)
     elif place == "cache":
         cached_folder(target, "kind", target.parent / "source", {}, lambda partial: _fill(partial, "made", NAMES))
-        if variant == 0:  # damaged by somebody: it is made again
+        if variant == 0:  # damaged, so that it is made again
             for path in target.glob("kind-*/config"):
                 path.unlink(missing_ok=True)
     elif place == "files" or (place == "folder and files" and variant > 1):
@@ -113,7 +113,7 @@ def _read(target: Path, place: str) -> None:
 
 def _read_once(target: Path) -> None:
     found: dict[str, str] = {}
-    if not target.is_dir():  # nothing is locked then
+    if not target.is_dir():  # a missing folder is not locked
         return
     with reading(target):
         for name in NAMES:
@@ -125,7 +125,7 @@ def _read_once(target: Path) -> None:
 
 
 def _check_end(target: Path, place: str, *, locks_work: bool) -> None:
-    """One more save succeeds, is what a reader finds, and leaves nothing unfinished."""
+    """Check that one more save succeeds, that a reader finds it, and that no unfinished files are left."""
     _save(target, place, "last", 1)
     if place in ("files", "folder", "folder and files"):
         with reading(target):
@@ -140,9 +140,9 @@ def _check_end(target: Path, place: str, *, locks_work: bool) -> None:
 
 @contextmanager
 def _file_system(system: str, scratch: str) -> Iterator[None]:
-    """Imitates, in this process and its children, a file system that lacks what `system` says."""
+    """Imitate, in this process and its children, a file system without the features named by `system`."""
     exchange, fcntl, fsync = atomic.exchange, locks.fcntl, os.fsync
-    os.fsync = lambda descriptor: None  # no power fails here
+    os.fsync = lambda descriptor: None  # not needed, because power failures are not simulated
     if "no exchange" in system:
         atomic.exchange = lambda first, second: False
     if "no flock" in system:
@@ -185,14 +185,14 @@ def _in_child(action: Callable[[], object]) -> int:
 
 
 def _kill_all(processes: set[int]) -> int:
-    """Kills and awaits them. Returns how many had ended by themselves."""
+    """Kill all processes and wait for them. Returns how many had already ended."""
     for process in processes:
         os.kill(process, signal.SIGKILL)
     return sum(os.WIFEXITED(os.waitpid(process, 0)[1]) for process in processes)
 
 
 def main() -> int:
-    """Prints a table of docs/reliability.md."""
+    """Print a table of docs/reliability.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each place and kind of file system")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Publishing: what is switched, what stays, who cleans up, and what a hostile folder may not do."""
+"""Atomic publication: what is replaced, what is kept, cleanup, and protection against hostile folders."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_folder_replaces_another_as_a_whole(tmp_path, monkeypatch, possible):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_files_of_a_folder_that_holds_others(tmp_path):
+def test_files_appear_together_in_folder_with_others(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("config", "old", "sub/old", "mine"):
         (tmp_path / name).write_text("old")
@@ -77,13 +77,13 @@ def test_files_of_a_folder_that_holds_others(tmp_path):
         (partial / "config").write_text("new")
         assert contents(tmp_path)["config"] == "old"
     assert contents(tmp_path) == {"config": "new", "mine": "old"}
-    assert not (tmp_path / "sub").exists()  # it has no file left
+    assert not (tmp_path / "sub").exists()  # it has no files left
     with pytest.raises(TypeError), files_appearing_together(tmp_path, ["config"]) as partial:
         (partial / "config").write_text(3)
     assert contents(tmp_path) == {"config": "new", "mine": "old"}
 
 
-def test_places_that_are_no_folders_are_refused(tmp_path):
+def test_targets_of_wrong_kind_are_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NotADirectoryError, match="must be a folder"), folder_appearing_by_rename(path):
@@ -101,7 +101,7 @@ def test_places_that_are_no_folders_are_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "name"}
 
 
-def test_leftovers_of_the_dead_are_removed_and_the_living_left_alone(tmp_path):
+def test_staging_folders_removed_only_after_process_death(tmp_path):
     def die():
         with staging(tmp_path, "dead"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -128,7 +128,7 @@ def unfinished_commit(folder: Path, removed: object, **files: str) -> Path:
     return commit
 
 
-def test_a_reader_completes_a_commit(tmp_path):
+def test_reader_completes_unfinished_commit(tmp_path):
     (tmp_path / "config").write_text("old")
     (tmp_path / "gone").write_text("old")
     unfinished_commit(tmp_path, {"names": ["gone"]}, config="new", weights="new")
@@ -140,7 +140,7 @@ def test_a_reader_completes_a_commit(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_commit_in_a_folder_that_cannot_be_written(tmp_path):
+def test_unfinished_commit_in_read_only_folder_raises(tmp_path):
     unfinished_commit(tmp_path, {"names": []}, config="new")
     tmp_path.chmod(0o555)
     try:
@@ -151,7 +151,7 @@ def test_a_commit_in_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("removed", [{"names": ["../mine"]}, {"names": ["out/mine"]}, [1], {"names": 3}, "absolute"])
-def test_a_hostile_commit_reaches_nothing_outside(tmp_path, removed):
+def test_commit_outside_folder_is_refused(tmp_path, removed):
     mine, folder = tmp_path / "mine", tmp_path / "folder"
     mine.write_text("mine")
     folder.mkdir()
@@ -184,7 +184,7 @@ def test_exchange(tmp_path):
         exchange(tmp_path / "a", tmp_path / "none")
 
 
-def test_locks_are_waited_for_and_end_with_their_holder(tmp_path):
+def test_lock_waits_and_is_released_when_holder_dies(tmp_path):
     pytest.importorskip("fcntl")
     order = tmp_path / "order"
     order.touch()
@@ -208,7 +208,7 @@ def test_locks_are_waited_for_and_end_with_their_holder(tmp_path):
 
 
 def test_three_processes_fill_one_cache(tmp_path):
-    """One of them makes the folder, the others wait for it; nobody fails."""
+    """One process makes the folder, and the others wait for it; none fails."""
     source = tmp_path / "source"
     source.write_text("s")
     made = tmp_path / "made"
@@ -227,13 +227,13 @@ def test_three_processes_fill_one_cache(tmp_path):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_processes_that_save_read_and_are_killed(system):
+def test_concurrent_saves_and_reads_with_killed_processes(system):
     """A short form of tests/io/stress.py."""
     for place in ("files", "folder and files"):
         assert stress(place, 0.4, system)
 
 
-def test_a_folder_is_not_replaced_while_it_is_read(tmp_path):
+def test_folder_not_replaced_during_read(tmp_path):
     folder = tmp_path / "folder"
 
     def replace():
@@ -255,7 +255,7 @@ def test_a_folder_is_not_replaced_while_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("replace", [True, False])
-def test_another_process_makes_the_folder_first(tmp_path, monkeypatch, replace):
+def test_folder_made_first_by_another_process(tmp_path, monkeypatch, replace):
     folder, rename = tmp_path / "folder", os.rename
 
     def rename_late(source, target):
@@ -272,8 +272,8 @@ def test_another_process_makes_the_folder_first(tmp_path, monkeypatch, replace):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_commit_left_just_before_ours_does_not_outlive_it(tmp_path, monkeypatch):
-    """A writer is killed after its commit, while another one waits for the lock that it held."""
+def test_older_commit_not_completed_after_newer_one(tmp_path, monkeypatch):
+    """A writer is killed after its commit, while another one waits for its lock."""
 
     @contextmanager
     def lock_after_the_other(folder):
@@ -289,8 +289,8 @@ def test_a_commit_left_just_before_ours_does_not_outlive_it(tmp_path, monkeypatc
     assert contents(tmp_path) == {"config": "ours", "other": "theirs"}
 
 
-def test_files_of_a_folder_that_is_replaced_meanwhile(tmp_path):
-    """What was written before is lost with the folder: the save must not publish the rest."""
+def test_save_into_replaced_folder_raises(tmp_path):
+    """Files written before are lost with the folder, so the save must not publish the rest."""
     folder = tmp_path / "folder"
 
     def save():
@@ -308,7 +308,7 @@ def test_files_of_a_folder_that_is_replaced_meanwhile(tmp_path):
 
 @pytest.mark.parametrize("nfs", [False, True])
 def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch, nfs):
-    """The machine's processes lock a file in the temporary folder in its place, which is removed again."""
+    """Processes of the machine lock a file in the temporary folder instead, which is removed afterwards."""
     pytest.importorskip("fcntl")
     (tmp_path / "system").mkdir()
     (tmp_path / "folder").mkdir()
@@ -331,7 +331,7 @@ def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch, nfs):
 
 
 @pytest.mark.parametrize("damage", ["missing file", "other size", "no manifest", "broken manifest"])
-def test_a_cached_folder_that_is_not_whole_is_made_again(tmp_path, damage):
+def test_incomplete_cache_folder_is_rebuilt(tmp_path, damage):
     source = tmp_path / "source"
     source.write_text("s")
 
@@ -354,8 +354,8 @@ def test_a_cached_folder_that_is_not_whole_is_made_again(tmp_path, damage):
     assert get() == (folder, True)
 
 
-def test_importing_the_package_needs_no_lock(tmp_path):
-    """Windows has no fcntl: all works, and nothing waits."""
+def test_import_and_saves_work_without_fcntl(tmp_path):
+    """Without fcntl, as on Windows, everything works, and nothing waits."""
     script = """
 import sys
 sys.modules["fcntl"] = None

@@ -1,4 +1,4 @@
-"""A short form of `make faults`: saves that are killed, interrupted or run out of space lose and mix nothing."""
+"""A short form of `make faults`: saves that are killed, interrupted or run out of space neither lose nor mix data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="n
 
 @pytest.mark.parametrize("save", SAVES, ids=lambda save: save.name)
 def test_killed_at_file_operations(save):
-    """A step that has no factor in common with the operations' rhythm; `make faults` takes every one."""
+    """The step has no common factor with the period of the operations; `make faults` tests every operation."""
     assert inject(save, Fault.KILL, step=5) > 2
 
 

@@ -1,4 +1,4 @@
-"""Folders of many model families: quantized and loaded under transformers' names, refused where they are not whole."""
+"""Folders of many model families: quantized and loaded with transformers' names, refused if they are incomplete."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def logits(model):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """(a model, its folder, the number of layers to quantize)."""
+    """Return (a model, its folder, the number of layers to quantize)."""
     make, layers = FAMILIES[request.param]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(make()).eval()
@@ -70,7 +70,7 @@ def test_dense_folder_is_loaded_bit_for_bit(family):
     assert_same_function(logits(loaded), logits(model))
 
 
-def test_quantized_folder_computes_what_replace_linear_does(family, tmp_path):
+def test_quantized_folder_equals_replace_linear(family, tmp_path):
     model, folder, layers = family
     report = quantize_model(folder, tmp_path, compute_dtype=torch.float32)
     assert len(report.quantized) == layers
@@ -110,7 +110,7 @@ def folder(tmp_path):
 
 
 def rewritten(folder, change):
-    """Applies `change` to the tensors of the folder's one file."""
+    """Apply `change` to the tensors of the folder's file."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -141,14 +141,14 @@ def test_a_missing_tensor_is_named(folder, tmp_path, name, quantized):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_another_head_is_refused(tmp_path, tied):
-    """A classifier's folder is no language model: its head would be random numbers, or the embedding's."""
+    """A classifier's folder is not a language model: its head would be random, or the embedding's."""
     config = transformers.LlamaConfig(**ALL, num_labels=3, pad_token_id=0, tie_word_embeddings=tied)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"score\.weight too"):
         load_model(tmp_path)
 
 
-def test_what_is_wrong_is_named(folder):
+def test_errors_name_wrong_elements(folder):
     def shorten(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].clone()
         tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
@@ -171,8 +171,8 @@ def test_an_nf4_layer_of_another_size_is_refused(folder, tmp_path):
             load_model(tmp_path / "nf4")
 
 
-def test_names_without_the_prefix_of_the_base_model(folder):
-    """As the base model alone was saved, with a head beside it."""
+def test_tensor_names_without_base_model_prefix(folder):
+    """The files of a base model saved alone, with a head."""
     expected = logits(load_model(folder))
 
     def strip(tensors):
@@ -182,7 +182,7 @@ def test_names_without_the_prefix_of_the_base_model(folder):
     assert_same_function(logits(load_model(rewritten(folder, strip))), expected)
 
 
-def test_the_structure_costs_no_memory_whatever_the_configuration_claims(folder):
+def test_model_structure_allocates_no_memory(folder):
     config = json.loads((folder / "config.json").read_text())
     for field, value, message in (
         ("hidden_size", 2**30, "must be"),
@@ -204,7 +204,7 @@ def test_the_structure_costs_no_memory_whatever_the_configuration_claims(folder)
 
 
 def test_no_code_of_a_folder_is_run(tmp_path, monkeypatch):
-    """And nobody is asked to."""
+    """No question about it is asked either."""
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -252,8 +252,9 @@ OLD_BUFFERS = {
 
 
 @pytest.mark.parametrize("old", OLD_BUFFERS)
-def test_constants_that_older_versions_saved_are_passed_over(tmp_path, old):
-    """And the tied head, which safetensors' own writer leaves out. All else beside the weights is refused."""
+def test_constants_of_older_checkpoints_are_ignored(tmp_path, old):
+    """The tied head may be missing too, as in files of safetensors' writer; all other unexpected tensors are
+    refused."""
     config, buffers, copies = OLD_BUFFERS[old]
     folder, quantized = tmp_path / "model", tmp_path / "nf4"
     model = transformers.AutoModelForCausalLM.from_config(config()).eval()

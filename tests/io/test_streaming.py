@@ -1,4 +1,4 @@
-"""quantize_folder: the bytes of LinearNF4, in files that others read, one tensor in memory at a time."""
+"""quantize_folder: the same bytes as LinearNF4, in files that other libraries read, with one tensor in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.arange(24).view(2, 12)
 
 @pytest.fixture(scope="module", params=[64, 76], ids=["even", "odd-blocks"])
 def dense(request, tmp_path_factory):
-    """hidden 76: rows end inside blocks."""
+    """A hidden size of 76, with which rows end inside blocks."""
     return write_tiny_llama(tmp_path_factory.mktemp("dense") / "model", hidden=request.param)
 
 
@@ -99,10 +99,10 @@ def test_shards_stay_shards(dense, tmp_path):
         load_model(two)
 
 
-def test_peak_memory_is_near_one_tensor(tmp_path):
-    """48 layers of 4 MB: the second half needs no more than the first, up to two weights that the allocator may keep.
+def test_peak_memory_close_to_one_tensor(tmp_path):
+    """The second half of 48 layers of 4 MB needs no more memory than the first, within two weights for the allocator.
 
-    The second half's packed weights are 24 MB together: a writer that retains them is found.
+    The packed weights of the second half are 24 MB, so that a writer that retains them is detected.
     """
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -132,7 +132,7 @@ print(max(used[:24]), max(used))
     assert done.returncode == 0, done.stderr
     half, whole = map(int, done.stdout.split())
     assert whole <= half + 2 * 4 * 2**20
-    assert whole < 70 * 2**20  # the reference backend's own temporaries: fp32 and int64 copies of one weight
+    assert whole < 70 * 2**20  # temporaries of the reference backend: fp32 and int64 copies of one weight
 
 
 def test_refusals(dense, tmp_path):
@@ -156,7 +156,7 @@ def test_refusals(dense, tmp_path):
         quantize_folder(poisoned, tmp_path, linear_layers(dense))
 
 
-def test_folder_that_lacks_or_adds_a_weight_is_refused(dense, tmp_path):
+def test_missing_or_unexpected_weight_is_refused(dense, tmp_path):
     folder, _ = quantized(dense, tmp_path / "nf4")
     tensors = load_file(folder / "model.safetensors")
     norm = tensors.pop("model.norm.weight")

@@ -1,4 +1,4 @@
-"""Exact resume: what is saved comes back bit for bit, and a kill at any moment costs nothing but the steps since."""
+"""Exact resumption: saved values return bit for bit, and a kill loses only the steps since the last checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOTAL_STEPS = 60
     ],
     ids=["scalars", "integer-keys-and-tuples", "counter", "empty"],
 )
-def test_plain_data_comes_back_equal_and_of_the_same_type(tmp_path, value):
+def test_plain_data_round_trips_with_types(tmp_path, value):
     save_training_state(tmp_path, 1, {"part": value})
     loaded = load_latest(tmp_path).parts["part"]
     assert loaded == value
@@ -47,7 +47,7 @@ def test_plain_data_comes_back_equal_and_of_the_same_type(tmp_path, value):
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_NAMES, key=str), ids=str)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 7)], ids=str)
-def test_tensors_come_back_bit_for_bit(tmp_path, dtype, shape):
+def test_tensors_round_trip_bit_for_bit(tmp_path, dtype, shape):
     tensor = torch.randint(0, 2, shape).to(dtype)
     path = save_training_state(tmp_path, 1, {"part": {"t": tensor}})
     loaded = load_latest(tmp_path).parts["part"]["t"]
@@ -65,7 +65,7 @@ def test_transposed_tensor_and_colliding_names(tmp_path):
     assert torch.equal(loaded["t"], value["t"])
 
 
-def test_random_generators_continue_where_they_were(tmp_path):
+def test_random_generators_are_restored(tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
@@ -79,7 +79,7 @@ def test_random_generators_continue_where_they_were(tmp_path):
     assert drawn[2] == again[2]
 
 
-def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
+def test_newest_checkpoints_kept_and_newest_loaded(tmp_path):
     assert load_latest(tmp_path / "absent") is None
     for step in (9, 10, 11):
         save_training_state(tmp_path, step, {"step": step}, keep=2)
@@ -90,7 +90,7 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
     assert load_latest(tmp_path).step == 11
 
 
-def test_a_write_that_fails_leaves_the_former_checkpoint_alone(tmp_path, monkeypatch):
+def test_failed_write_keeps_previous_checkpoint(tmp_path, monkeypatch):
     save_training_state(tmp_path, 1, {"x": 1})
 
     def disk_full(descriptor):
@@ -104,7 +104,7 @@ def test_a_write_that_fails_leaves_the_former_checkpoint_alone(tmp_path, monkeyp
 
 
 def damaged(content: bytes) -> list[bytes]:
-    """Cut short at many lengths, and with one bit changed at many places."""
+    """Return variants cut short at many lengths, and with one bit changed at many places."""
     cuts = [content[:length] for length in {0, 1, 7, 8, 9, *range(16, len(content), 101), len(content) - 1}]
     flips = [
         content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :]
@@ -113,7 +113,7 @@ def damaged(content: bytes) -> list[bytes]:
     return cuts + flips
 
 
-def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path):
+def test_damaged_checkpoint_falls_back_to_previous(tmp_path):
     save_training_state(tmp_path, 1, {"x": torch.arange(50.0)})
     path = save_training_state(tmp_path, 2, {"x": torch.arange(50.0) + 1})
     harmless = 0
@@ -124,7 +124,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(tmp_path):
             found = load_latest(tmp_path)
         if found.step == 1:
             assert re.search("step-00000002.*loading the previous checkpoint", str(caught[0].message))
-        else:  # hit was the name of a metadata entry that nobody reads
+        else:  # the changed bit was in the name of an unused metadata entry
             harmless += 1
             assert torch.equal(found.parts["x"], torch.arange(50.0) + 1)
     assert harmless < 2
@@ -179,14 +179,14 @@ def test_killed_run_resumes_with_bit_identical_losses(tmp_path, moment):
         assert load_latest(directory).step >= 8
     resumed = subprocess.run(_program(directory), cwd=ROOT, capture_output=True, text=True, check=True)
     after = _losses(resumed.stdout)
-    assert min(after) > killed_run.SAVE_EVERY  # it did resume
+    assert min(after) > killed_run.SAVE_EVERY  # the run resumed
     assert max(after) == TOTAL_STEPS
     assert {**before, **after} == expected
     assert not list(directory.glob(".partial-*.step-*"))
 
 
-def test_load_latest_while_a_run_replaces_all_that_were_listed(tmp_path, monkeypatch):
-    """It must not take the folder for empty: the run would start anew."""
+def test_load_latest_during_concurrent_saves(tmp_path, monkeypatch):
+    """The folder must not be considered empty, which would restart the run."""
     save_training_state(tmp_path, 1, {"x": 1})
     load = training_state.load_training_state
 

@@ -1,4 +1,4 @@
-"""The kernels report's gates: each planted regression is named, and what is compiled today breaks none."""
+"""Gates of the kernels report: each planted regression is named, and the kernels as compiled break none."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=Fal
         (replace(CODEC, per_weight=None), "SASS instructions per weight"),
     ],
 )
-def test_a_regression_is_named(row, promise):
+def test_gate_names_regression(row, promise):
     assert any(promise in line and f"sm_{row.arch}" in line for line in broken_gates([row]))
 
 
-def test_good_rows_break_nothing():
+def test_good_rows_pass_all_gates():
     assert broken_gates([GOOD, FP32, SMALL_M, CODEC, replace(CODEC, arch=120, per_weight=7.0)]) == []
 
 
 def run_report(monkeypatch, rows, *arguments):
-    """The command's exit code, with `rows` in the place of what would be compiled."""
+    """Return the command's exit code, with `rows` instead of compiled kernels."""
     monkeypatch.setattr(report, "triton_rows", lambda archs, full: [r for r in rows if r.arch in archs])
     monkeypatch.setattr(report, "cuda_rows", lambda archs: [])
     monkeypatch.setattr("sys.argv", ["kernels_report", *arguments])
@@ -121,7 +121,7 @@ def last_of_each_row_kernel(p_x, p_out, ROW_TYPE: tl.constexpr, K, steps, N: tl.
 
 
 @pytest.mark.parametrize(("row_type", "products"), [(tl.int32, 1), (tl.int64, 0)])
-def test_offsets_in_32_bits_are_found(row_type, products):
+def test_32_bit_offsets_are_detected(row_type, products):
     with compiling_for(80) as launches:
         last_of_each_row_kernel[(1,)](meta(64, 4099), meta(64), row_type, 4099, 7, N=32)
     assert len(narrow_products(launches[0].kernel.asm["ttir"])) == products
@@ -135,7 +135,7 @@ def test_occupancy():
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_dequantize_is_compiled_within_its_budget(arch):
-    """Through the launcher, on a mock GPU: the whole report in small."""
+    """The report of one kernel, through the launcher on a mock GPU."""
     case = Case(lambda: dequantize_nf4(weight(), out=meta(4096, 4096, dtype=torch.bfloat16)))
     (launch,) = compile_case(case, arch)
     row = row_of(launch, case, arch)
@@ -159,7 +159,7 @@ def test_rank_64_gradients_do_not_spill(dtype):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_small_m_is_compiled_within_its_budget(arch):
-    """And the fused kernel beside it copies packed weights, as all else, by 16 bytes."""
+    """The fused kernel also copies packed weights in units of 16 bytes."""
     problem = Problem("linear_nf4", "cuda", torch.bfloat16, 1, 4096, 4096, 0, 64, True)
     x = meta(1, 4096, dtype=torch.bfloat16)
     for chosen, kernel in ((plan(problem, arch), "linear_nf4_small_m_kernel"), (FUSED, "linear_nf4_kernel")):

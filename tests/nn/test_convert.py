@@ -53,7 +53,7 @@ def test_targets(targets, expected):
     assert report.skipped["lm_head"] in ("in skip", "not among targets")
 
 
-def test_skip_takes_the_same_kinds():
+def test_skip_accepts_same_patterns_as_targets():
     model = Model()
     qk.replace_linear(model, skip=r".*k_proj|lm_head")
     assert names_of(model) == {"layers.0.q_proj", "layers.1.q_proj"}
@@ -66,7 +66,7 @@ def test_a_skipped_block_is_kept_whole():
     assert report.skipped == {"layers.1.q_proj": "in skip", "layers.1.k_proj": "in skip"}
 
 
-def test_the_default_skip_need_not_be_there():
+def test_default_skip_may_match_nothing():
     qk.replace_linear(nn.Sequential(nn.Linear(64, 64)))
 
 
@@ -114,7 +114,7 @@ def test_subclasses_are_left_alone():
     assert isinstance(model[1], qk.LinearNF4)
 
 
-def test_nothing_matched_names_the_nearest():
+def test_no_match_error_names_nearest_layers():
     for targets in (["q_prj"], ["q_proj", "q_prj"], ["layers"]):
         with pytest.raises(
             ValueError, match=rf"targets: every name must match a linear layer, got '{targets[-1]}'.*q_proj"
@@ -147,7 +147,7 @@ def test_training_flag_and_requires_grad_survive():
     model.layers[0].q_proj(gaussian(2, 64))
 
 
-def test_one_module_under_two_names_is_wanted_or_kept_under_both():
+def test_module_with_two_names_matches_by_either():
     model = Model()
     model.layers[1] = model.layers[0]
     report = qk.replace_linear(model, targets=["layers.1.q_proj"])
@@ -159,7 +159,7 @@ def test_one_module_under_two_names_is_wanted_or_kept_under_both():
     assert report.skipped["layers.0.q_proj"] == report.skipped["layers.1.q_proj"] == "in skip"
 
 
-def test_hooks_stay_at_their_place():
+def test_hooks_move_to_replacement():
     model = Model()
     layer, seen = model.layers[0].q_proj, []
     layer.register_forward_pre_hook(lambda module, args: seen.append("before"))
@@ -174,7 +174,7 @@ def test_hooks_stay_at_their_place():
     assert seen == ["before", "after", "backward", "before"]
 
 
-def test_what_cannot_move_is_named():
+def test_report_names_unmovable_attributes():
     model = Model()
     model.layers[0].q_proj.forward = lambda x: x
     with warnings.catch_warnings():

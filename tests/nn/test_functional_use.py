@@ -1,4 +1,4 @@
-"""Linear layers whose weight is read by other code: a quantized one serves it, and what is never called is found."""
+"""Linear layers whose weight other code reads: quantized ones work there, and those never called are found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
         return self.inner(self.looked_at(x))
 
 
-def test_names_only_what_is_computed_with_and_never_called():
+def test_finds_weights_computed_with_and_never_called():
     assert read_but_never_called(nn.ModuleDict({"block": Block()})) == {"block.read": "Block"}
     block = Block()
     assert [name for name, child in block.named_children() if weight_is_computed_with(block, child)] == ["read", "both"]
@@ -41,7 +41,7 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """Weights that are read by a chain of attributes, by a module that is given the layer, and from a list."""
+    """A model whose weights are read by a chain of attributes, by a module that gets the layer, and from a list."""
 
     def __init__(self):
         super().__init__()
@@ -61,18 +61,18 @@ class Model(nn.Module):
         return self.head(x, self.inner.given)
 
 
-def test_weights_that_other_modules_read():
+def test_weights_read_by_other_modules():
     model = Model()
     leaves = [(name, m) for name, m in model.named_modules() if hasattr(m, "weight")]
     read = [name for name, module in leaves if weight_is_computed_with(model, module)]
     assert read == ["inner.chained", "inner.given", "listed.0", "listed.1"]
 
 
-def test_torchs_attention_reads_its_projection():
+def test_multihead_attention_reads_out_proj_weight():
     assert read_but_never_called(nn.MultiheadAttention(8, 2)) == {"out_proj": "MultiheadAttention"}
 
 
-def test_a_quantized_layer_serves_the_code_that_reads_it():
+def test_quantized_layer_works_where_weight_is_read():
     torch.manual_seed(0)
     block, x = Block(), torch.randn(3, 32, requires_grad=True)
     qk.replace_linear(block)
@@ -91,7 +91,7 @@ def test_a_quantized_layer_serves_the_code_that_reads_it():
     assert_same_function(x.grad, again.grad, products=4)
 
 
-def test_mamba_multiplies_by_one_of_its_projections():
+def test_mamba_projection_read_but_never_called():
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
     model = transformers.MambaForCausalLM(config)

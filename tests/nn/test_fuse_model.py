@@ -1,4 +1,4 @@
-"""fuse_model over the families: what it replaces, that outputs and gradients stay, and that it can be undone."""
+"""fuse_model over all families: the modules it replaces, unchanged outputs and gradients, and undo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NORMS_OF_A_LAYER = {"Qwen3": 4, "Gemma2": 4, "Gemma3": 6}
 
 
 def loss_and_gradients(model, ids, **inputs):
-    """Return logits and gradients of a step. A fused model in training mode keeps its logits if it is told to."""
+    """Return logits and gradients of a step; a fused model in training mode returns logits only on request."""
     model.zero_grad()
     fused = {"skip_logits": False} if isinstance(model, FusedModule) else {}
     output = model(ids, labels=ids, **inputs, **fused)
@@ -26,8 +26,8 @@ def loss_and_gradients(model, ids, **inputs):
 
 
 @families
-def test_outputs_and_gradients_stay(family):
-    """In every family all norms, layers, attentions, MLPs and the model itself are replaced; outputs stay."""
+def test_outputs_and_gradients_unchanged(family):
+    """In every family all norms, layers, attentions, MLPs and the model are replaced without a change of outputs."""
     model, ids = tiny_decoder(family), tokens()
     logits, gradients = loss_and_gradients(model, ids)
     report = qk.fuse_model(model)

@@ -1,4 +1,4 @@
-"""What a fused model must go on doing: generate, checkpoint, compile, save, carry adapters; and what is left alone."""
+"""A fused model generates, checkpoints, compiles, saves and carries adapters; unknown modules are left alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = ("lora", "dora", "bitfit", "houlsby", "pfeiffer", "parallel", "prefix_
 
 
 def fused(model):
-    """A fused copy."""
+    """Return a fused copy of the model."""
     other = copy.deepcopy(model)
     assert qk.fuse_model(other).replaced
     return other
@@ -48,7 +48,7 @@ def test_generate_with_a_cache(family):
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Gemma2", "Gemma3"])
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_masks_and_positions(family, kind):
-    """Left-padded rows; and two texts in a row, the second of which starts at position 0 again."""
+    """Left-padded rows, and two texts in a row, the second of which starts at position 0 again."""
     model, ids = tiny_decoder(family, sliding_window=4), tokens(rows=2, length=9)
     mask = torch.ones_like(ids)
     if kind == "padded":
@@ -71,7 +71,7 @@ def test_gradient_checkpointing(reentrant):
     assert_same_gradients(loss_and_gradients(other, ids)[1], gradients)
 
 
-def test_compile_breaks_the_graph_nowhere_else():
+def test_compile_has_no_additional_graph_breaks():
     model, ids = tiny_decoder("Qwen3"), tokens()
 
     def breaks(candidate):
@@ -96,7 +96,7 @@ def test_files_are_those_of_the_plain_model(tmp_path):
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_before_and_after(method, nf4):
-    """Fused below the adapters or around them: the outputs and gradients of the plain model with these adapters."""
+    """With fusing below or around the adapters, outputs and gradients equal those of the plain model with adapters."""
     plain = build(method, "llama", nf4=nf4)
     randomize(plain)
     after = copy.deepcopy(plain)
@@ -125,7 +125,7 @@ def _gradients(model, y):
 
 
 def test_overridden_norms_are_pickled_and_unfused():
-    """BitFit and full fine-tuning put a made class of their own over or under that of fuse_model."""
+    """BitFit and full fine-tuning put a made class over or under that of fuse_model."""
     model = qk.peft.get_peft_model(_fused_base(False), qk.peft.FullFTConfig(modules_to_save=None)).eval()
     inputs = batch("llama")
     expected = logits(model, inputs)
@@ -136,8 +136,8 @@ def test_overridden_norms_are_pickled_and_unfused():
     assert qk.unfuse_model(other) == []
 
 
-def test_hooks_on_norms_and_layers_see_their_calls():
-    """A hook on the norm behind the residual addition gets that norm's own input and may change its output."""
+def test_hooks_on_norms_and_layers_are_called():
+    """A hook on the norm after the residual addition receives that norm's input and may change its output."""
     model, ids = tiny_decoder("Llama"), tokens()
     other = fused(model)
     results = []
@@ -169,10 +169,10 @@ class OtherSquares(GemmaRMSNorm):
 
 
 class PlainSubclass(LlamaRMSNorm):
-    """Overrides nothing."""
+    """A subclass that overrides nothing."""
 
 
-def test_what_is_left_alone():
+def test_unknown_modules_are_skipped_with_reason():
     unknown = "the code of its forward is not one of the known forms"
     model = tiny_decoder("Llama", hidden_act="gelu")
     model.model.norm = HalvedNorm(32)
@@ -194,7 +194,7 @@ def test_what_is_left_alone():
     assert_same_function(model(tokens()).logits, expected)
 
 
-def test_parts_are_chosen_and_other_models_stay():
+def test_parts_selectable_and_other_models_unchanged():
     model = tiny_decoder("Llama")
     report = qk.fuse_model(model, norms=False, rope=False, attention=False, loss=False)
     assert set(report.replaced.values()) == {"FusedMLP"}
@@ -235,7 +235,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_seen(fault, monkeypatch):
+def test_planted_fault_is_detected(fault, monkeypatch):
     family, module, name, faulty = PLANTED[fault]
     model, ids = tiny_decoder(family), tokens()
     values, gradients = loss_and_gradients(model, ids)
@@ -246,8 +246,8 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "Qwen3"])
-def test_a_lost_argument_of_the_attention_function_is_seen(family, monkeypatch):
-    """Caps and the norms of heads are part of a family's form; with another family's form outputs change."""
+def test_missing_attention_argument_is_detected(family, monkeypatch):
+    """Caps and norms of heads are part of a family's form; the form of another family changes outputs."""
     model, ids = tiny_decoder(family, initializer_range=1.0, attn_logit_softcapping=0.1), tokens()
     model.config._attn_implementation = "eager"
     expected = model(ids).logits

@@ -1,4 +1,4 @@
-"""fuse_model in training: the loss without logits, and attention on the op for every mask that is made of ranges."""
+"""fuse_model in training: the loss without logits, and attention on the op for every mask that consists of ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the nativ
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the ops that fused modules call, in order."""
+    """Record the names of the ops that fused modules call, in order."""
     seen = []
 
     def spied(place, name):
@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
 
 def step(model, ids, **inputs):
-    """Loss and gradients of a training step."""
+    """Return the loss and gradients of a training step."""
     model.train().zero_grad()
     output = model(ids, **{"labels": ids, **inputs})
     output.loss.backward()
@@ -73,7 +73,7 @@ BATCHES = {"plain": lambda ids: {}, "left": left_padding, "right": right_padding
 @families
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_training_step(family, batch):
-    """Loss and gradients stay, for padded and packed batches too; the logits are left out."""
+    """Loss and gradients do not change, also for padded and packed batches, and logits are left out."""
     model, ids = tiny_decoder(family, sliding_window=5) if family == "Mistral" else tiny_decoder(family), tokens()
     inputs = BATCHES[batch](ids)
     plain = step(model, ids, **inputs)
@@ -92,7 +92,7 @@ def test_every_mask_of_ranges_runs_on_the_op(calls, batch, window):
     assert calls == ["attention", "attention", "linear_cross_entropy"]
 
 
-def test_what_is_left_to_torchs_attention(calls):
+def test_unsupported_attention_calls_use_torch(calls):
     """Dropout, a mask with gaps, a single query, the eager implementation, and fuse_model(attention=False)."""
     model, ids = tiny_decoder("Llama"), tokens()
     report = qk.fuse_model(model)
@@ -117,7 +117,7 @@ def test_what_is_left_to_torchs_attention(calls):
     assert calls == []
 
 
-def test_masks_with_gaps_are_no_ranges():
+def test_masks_with_gaps_have_no_ranges():
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     starts, ends = fused_sdpa.key_ranges(mask, 2)
     assert starts.tolist() == [[0] * 6] * 2
@@ -152,8 +152,8 @@ def test_loss_arguments_of_trainer(family):
         with_report.undo()
 
 
-def test_when_logits_are_there(calls):
-    """By default in training with labels alone they are not; skip_logits decides otherwise."""
+def test_logits_returned_unless_skipped(calls):
+    """By default they are omitted in training with labels; skip_logits overrides this."""
     model, ids = tiny_decoder("Llama"), tokens()
     expected = model(ids, labels=ids)
     qk.fuse_model(model, attention=False)
@@ -183,7 +183,7 @@ def other_loss(model):
 
 
 @pytest.mark.parametrize("change", [hooked, other_head, other_loss], ids=lambda change: change.__name__)
-def test_a_changed_head_or_loss_keeps_its_effect(calls, change):
+def test_changed_head_or_loss_uses_original_forward(calls, change):
     model, ids = tiny_decoder("Llama"), tokens()
     qk.fuse_model(model, attention=False)
     change(model)

@@ -26,7 +26,7 @@ def dense(N=33, K=96, bias=True, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_a_dense_layer_of_the_dequantized_weight(dtype):
-    """K=96, N=33, blocks of 64: blocks straddle rows and N is odd."""
+    """With K=96, N=33 and blocks of 64, blocks straddle rows and N is odd."""
     linear_layer = dense(dtype=dtype)
     layer = qk.LinearNF4.from_linear(linear_layer)
     x = gaussian(7, 96, dtype=dtype).requires_grad_()
@@ -52,7 +52,7 @@ def test_eval_then_train_keeps_gradients():
     assert torch.equal(grads[0][1], grads[1][1])
 
 
-def test_nothing_changes_a_byte():
+def test_weight_bytes_never_change():
     layer = qk.LinearNF4.from_linear(dense(dtype=torch.bfloat16))
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_casts_move_activations_not_constants():
     assert layer(gaussian(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_whatever_replaces_a_buffer_is_what_forward_uses():
+def test_forward_uses_replaced_buffer():
     layer, other, x = qk.LinearNF4.from_linear(dense()), qk.LinearNF4.from_linear(dense(seed=1)), gaussian(2, 96)
     other.bias = layer.bias
     before, expected = layer(x), other(x)
@@ -204,7 +204,7 @@ def test_under_gradient_checkpointing_dropout_repeats():
     assert torch.equal(*grads)
 
 
-def test_from_linear_takes_conv1d():
+def test_from_linear_accepts_conv1d():
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(33, 96)
     layer = qk.LinearNF4.from_linear(conv1d)
     assert (layer.in_features, layer.out_features) == (96, 33)
@@ -219,7 +219,7 @@ def test_shapes_on_the_meta_device():
     assert layer(torch.randn(2, 8, device="meta")).shape == (2, 4)
 
 
-def test_module_type_leaves_packed_bytes():
+def test_module_type_keeps_packed_bytes():
     layer = qk.LinearNF4.from_linear(dense())
     packed, x, w = layer.packed.clone(), gaussian(2, 96), layer.dequantize()
     layer.type(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""NF4 weights in frozen integer parameters beside the same weights in buffers, in one process."""
+"""NF4 weights in frozen integer parameters compared with the same weights in buffers, in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LinearNF4.weight is computed on each access: code may read it like any tensor, and writing to it raises."""
+"""LinearNF4.weight is computed on each access: code may read it as a tensor, and writing to it raises."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_reading_gives_ordinary_tensors(layer):
     weight.clone().mul_(2)
 
 
-def test_hugging_face_peft_cannot_lose_an_update_in_a_merge(layer, monkeypatch):
-    """PEFT's own layer class, without integrations.peft.register()."""
+def test_merge_of_plain_hugging_face_peft_raises(layer, monkeypatch):
+    """PEFT's layer class without integrations.peft.register()."""
     peft = pytest.importorskip("peft")
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, peft.LoraModel)
     config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
@@ -74,8 +74,8 @@ def test_hugging_face_peft_cannot_lose_an_update_in_a_merge(layer, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cast_reaches_the_dtype_of_the_weight(layer, dtype):
-    """Also where the constants stay in fp32 and the packed bytes as they are."""
+def test_cast_changes_weight_dtype(layer, dtype):
+    """The dtype changes although the constants stay fp32 and the packed bytes do not change."""
     experts = qk.ExpertsNF4.from_parameter(torch.randn(2, 32, 64))
     packed = layer.packed.clone()
     nn.ModuleList([layer, experts]).to(dtype)
@@ -84,7 +84,7 @@ def test_a_cast_reaches_the_dtype_of_the_weight(layer, dtype):
     again = qk.LinearNF4(64, 32)
     again.load_state_dict(layer.state_dict())
     assert again.weight_dtype == dtype
-    assert layer.double().weight_dtype == dtype  # no dtype that a weight is dequantized to
+    assert layer.double().weight_dtype == dtype  # float64 is not a dtype of weights
 
 
 def test_an_expert_is_read_only_too():
@@ -94,7 +94,7 @@ def test_an_expert_is_read_only_too():
     assert type(torch.mul(experts[1], 2)) is Tensor
 
 
-def test_a_parameter_made_of_it_is_its_owners(layer):
+def test_parameter_made_from_weight_is_writable(layer):
     dense = nn.Linear(64, 32, bias=False)
     dense.weight = nn.Parameter(layer.weight)
     twin = copy.deepcopy(dense)

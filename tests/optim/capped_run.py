@@ -1,8 +1,8 @@
 """A training run under a memory cap: python -m tests.optim.capped_run PAGE_DIR|none CAP_BYTES
 
-Trains one parameter for three steps and prints the SHA-256 of the result. CAP_BYTES bounds what the process may
-allocate beyond what it holds already (RLIMIT_DATA: anonymous memory; mapped files are the page cache's, which the
-system takes back under pressure). Exits 3 if an allocation fails.
+It trains one parameter for three steps and prints the SHA-256 of the result. CAP_BYTES limits the allocations of the
+process beyond its present memory (RLIMIT_DATA: anonymous memory; mapped files are page cache, which the system reclaims
+under pressure). The exit code is 3 if an allocation fails.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CHUNK_BYTES = 4 << 20
 
 
 def train(page_dir: str | None, cap_bytes: int | None) -> str:
-    """`<digest of weight and states> <chunks> <bytes prefetched>`"""
+    """Return `<digest of weight and states> <chunks> <bytes prefetched>`."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(NUMEL))
     weight.grad = torch.randn(NUMEL)
-    warm = nn.Parameter(torch.zeros(256))  # threads and libraries come before the cap
+    warm = nn.Parameter(torch.zeros(256))  # starts threads and loads libraries before the limit is set
     warm.grad = torch.zeros(256)
     PagedAdamW([warm], page_dir=page_dir).step()
     if cap_bytes is not None:

@@ -17,8 +17,8 @@ SHAPES = ((7,), (64, 130), (5003,), (3, 3, 5), (), (0, 4), (96, 256))
 class DefinedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the arithmetic of ops/adamw_step.py, tensor by tensor.
 
-    Torch's fused kernel computes the same bits only on CPUs where it is compiled with fused multiply-adds, and there
-    only in whole vectors; its other paths take square roots from MKL.
+    Torch's fused kernel computes the same bits only on CPUs for which it is compiled with fused multiply-adds, and
+    there only in whole vectors; its other paths take square roots from MKL.
     """
 
     @torch.no_grad()
@@ -50,13 +50,13 @@ class DefinedAdamW(torch.optim.AdamW):
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
-    """Of the same values in every call."""
+    """Return parameters with the same values in every call."""
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
 def set_gradients(params: list[nn.Parameter], step: int, *, missing: bool = False) -> None:
-    """Gradients of step number `step`, over four decades of magnitude; every third step one is None if `missing`."""
+    """Set the gradients of step `step`, over four decades of magnitude; every third step omits one if `missing`."""
     generator = torch.Generator().manual_seed(1000 + step)
     for index, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator) * 10.0 ** (index % 4 - 3)
@@ -72,7 +72,7 @@ def run(
     params: list[nn.Parameter] | None = None,
     first: int = 0,
 ) -> tuple[list[nn.Parameter], Optimizer]:
-    """`steps` steps from number `first` on."""
+    """Run `steps` steps, starting with number `first`."""
     params = parameters(dtype) if params is None else params
     optimizer = make(params)
     for step in range(first, first + steps):
@@ -82,13 +82,13 @@ def run(
 
 
 def assert_same(actual: list[nn.Parameter], expected: list[nn.Parameter]) -> None:
-    """Bit for bit."""
+    """Assert that two lists of parameters are equal bit for bit."""
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, b), f"parameter {index}: {(a != b).sum()} of {a.numel()} elements differ"
 
 
 def assert_same_states(actual: Optimizer, expected: Optimizer) -> None:
-    """Every state in the two state_dicts, bit for bit."""
+    """Assert that every state in the two state_dicts is equal bit for bit."""
     left, right = actual.state_dict()["state"], expected.state_dict()["state"]
     assert left.keys() == right.keys()
     for key in left:

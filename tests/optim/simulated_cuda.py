@@ -1,9 +1,9 @@
 """A Driver whose streams are queues: nothing runs when it is enqueued, and `drain` interleaves the streams at random.
 
-So whatever order the events leave open, some seed takes it, and an update that could overtake its prefetch does. The
-device holds `capacity` bytes of unified memory. As in NVIDIA's driver, what does not fit evicts the pages that were
-migrated or prefetched longest ago: a kernel's accesses are not seen, so use does not keep a page. Bytes that an update
-finds absent are counted in `faulted_bytes`.
+Every order that the events permit is therefore reached with some seed, including those in which an update overtakes its
+prefetch. The device has `capacity` bytes of unified memory. As in NVIDIA's driver, the pages that were migrated or
+prefetched longest ago are evicted; a kernel's accesses do not keep a page. Bytes that are absent in an update are
+counted in `faulted_bytes`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGE = 64
 
 
 class SimulatedDriver:
-    """See paging_plan and managed_memory for what is asked of it."""
+    """A simulated implementation of managed_memory.Driver."""
 
     def __init__(self, *, capacity: int = 1 << 60, fail_allocation: int | None = None) -> None:
         self.queues: dict[str, deque[tuple[str, Any]]] = {name: deque() for name in STREAMS}
@@ -53,7 +53,7 @@ class SimulatedDriver:
     allocate_managed = allocate_pinned = allocate
 
     def allocate_device(self, nbytes: int) -> Tensor:
-        return self.allocate(nbytes).fill_(0xFF)  # NaN wherever a state is read that was not copied in
+        return self.allocate(nbytes).fill_(0xFF)  # NaN, so that reads of states that were not copied in are detected
 
     def to_device(self, table: Tensor) -> Tensor:
         return table
@@ -85,11 +85,11 @@ class SimulatedDriver:
         self.queues[stream].append(("run", work))
 
     def access(self, start: int, stop: int) -> None:
-        """A kernel's use of the bytes."""
+        """Record a kernel's use of the bytes."""
         self.faulted_bytes += self.bring_in(start, stop, mark_used=False)
 
     def bring_in(self, start: int, stop: int, *, mark_used: bool) -> int:
-        """The bytes that were not there."""
+        """Bring the bytes in, and return how many were absent."""
         missing = 0
         for page in range(start // PAGE, -(-stop // PAGE)):
             missing += PAGE * (page not in self.resident)
@@ -101,7 +101,7 @@ class SimulatedDriver:
         return missing
 
     def drain(self, rng: random.Random) -> None:
-        """Run everything, one entry at a time, from a random stream among those that can go on."""
+        """Run everything, one entry at a time, from a random stream among those that can continue."""
         while any(self.queues.values()):
             ready = [
                 name

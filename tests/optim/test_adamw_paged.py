@@ -1,7 +1,7 @@
-"""PagedAdamW beside torch.optim.AdamW: the same protocol, the same checkpoints, and the bits that its op defines.
+"""PagedAdamW compared with torch.optim.AdamW: the same protocol, the same checkpoints, and the bits of its definition.
 
-Torch's kernels round as the CPU has it, so bits are compared with tests/optim/runs.py's DefinedAdamW, and torch's own
-results with a bound.
+The rounding of torch's kernels depends on the CPU. Bits are therefore compared with tests/optim/runs.py's DefinedAdamW,
+and torch's results within a bound.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def groups(params):
 
 @pytest.fixture(params=["resident", "mapped"])
 def where(request, tmp_path):
-    """Keyword arguments that decide where the states lie."""
+    """Keyword arguments that determine where the states are stored."""
     return {"page_dir": tmp_path} if request.param == "mapped" else {}
 
 
 class TestNumerics:
     @pytest.mark.parametrize("arguments", [{}, {"lr": 1e-2, "weight_decay": 0.1}, {"betas": (0.3, 0.9)}], ids=str)
-    def test_fp32_has_the_defined_bits_over_40_steps(self, where, arguments):
+    def test_fp32_equals_definition_over_40_steps(self, where, arguments):
         expected, defined = run(lambda p: DefinedAdamW(p, **arguments), 40, params=parameters())
         actual, optimizer = run(lambda p: PagedAdamW(p, **arguments, **where), 40, params=parameters())
         assert_same(actual, expected)
@@ -47,10 +47,10 @@ class TestNumerics:
     @pytest.mark.parametrize(
         "torchs", [torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)], ids=["default", "fused"]
     )
-    def test_torchs_own_results_over_1000_steps(self, torchs):
-        """Each step rounds p twice. A state remembers 1 / (1 - beta2) steps of three roundings, an update both states.
+    def test_close_to_torch_over_1000_steps(self, torchs):
+        """Each step rounds p twice; a state remembers 1 / (1 - beta2) steps of three roundings, an update both states.
 
-        The rates add up to 1. An update is at most a few rates long, and most are shorter than one.
+        The rates add up to 1. An update is at most a few rates long, and most updates are shorter than one.
         """
         expected, _ = run(torchs, 1000)
         actual, _ = run(PagedAdamW, 1000)
@@ -98,7 +98,7 @@ class TestNumerics:
         exact, target = trajectory(lambda p: PagedAdamW(p, lr=2e-2))
         eight, _ = trajectory(lambda p: PagedAdamW8bit(p, lr=2e-2))
         distance = (exact - target).norm()
-        assert (eight - exact).norm() < 0.02 * exact.norm()  # of the way from zero
+        assert (eight - exact).norm() < 0.02 * exact.norm()  # relative to the distance from zero
         assert (eight - target).norm() < 1.15 * distance
 
     def test_layouts_other_than_contiguous(self):
@@ -137,7 +137,8 @@ class TestClip:
             defined.step()
             optimizer.step()
             assert all(torch.equal(p.grad, grad) for p, grad in zip(actual, before, strict=True))
-        # The norm is summed in another order. A relative error of the gradients moves an update by twice that, of lr.
+        # The norm is summed in another order. A relative error of the gradients changes an update by twice that, times
+        # lr.
         norm = gamma(sum(p.numel() for p in expected), torch.float32)
         for a, b in zip(actual, expected, strict=True):
             value = b.detach().double()
@@ -341,7 +342,7 @@ class TestCheckpoints:
         other.load_state_dict(optimizer.state_dict())
         assert seen == [7, 7, 7, 7]
 
-    def test_copies_and_pickles_keep_their_states_and_their_paging(self, where):
+    def test_copies_and_pickles_keep_states_and_paging(self, where):
         params, optimizer = run(lambda p: PagedAdamW(p, max_grad_norm=1.0, **where), 3)
         for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             assert_same_states(twin, optimizer)

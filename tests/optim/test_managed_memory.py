@@ -1,4 +1,4 @@
-"""The CUDA memories on simulated streams: right whatever the interleaving, ahead of the kernel, and freed."""
+"""The CUDA memories on simulated streams: correct for every interleaving, ahead of the kernel, and freed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORIES = {"managed": ManagedMemory, "staged": StagedMemory}
 
 
 class Simulation(PagedAdamW):
-    """PagedAdamW whose memory and kernel launches go through a SimulatedDriver."""
+    """PagedAdamW whose memory and kernel launches use a SimulatedDriver."""
 
     driver: SimulatedDriver
     memory_class: type
@@ -35,7 +35,7 @@ class Simulation(PagedAdamW):
 
 
 def simulation(monkeypatch, kind, driver, look_ahead=1):
-    """A factory of optimizers; their launches are enqueued on the driver's compute stream."""
+    """Return a factory of optimizers whose launches are enqueued on the driver's compute stream."""
 
     def launch(step):
         step = step._replace(params=list(step.params), grads=list(step.grads), steps=step.steps.clone())
@@ -61,7 +61,7 @@ def simulation(monkeypatch, kind, driver, look_ahead=1):
 @pytest.mark.parametrize("look_ahead", [0, 1, 2])
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_any_interleaving_gives_the_resident_result_without_a_fault(monkeypatch, kind, state_bits, look_ahead, seed):
+def test_every_interleaving_equals_resident_result_without_faults(monkeypatch, kind, state_bits, look_ahead, seed):
     expected, _ = run(lambda p: PagedAdamW(p, state_bits=state_bits), 4, missing=True)
     driver = SimulatedDriver(capacity=(look_ahead + 1) * (CHUNK_BYTES[state_bits] + 2048))
     optimizer_class = simulation(monkeypatch, kind, driver, look_ahead)
@@ -80,14 +80,14 @@ def test_any_interleaving_gives_the_resident_result_without_a_fault(monkeypatch,
 
 
 def test_prefetches_are_enqueued_ahead_of_the_updates(monkeypatch):
-    """The order in which a host that never waits hands work to the GPU."""
+    """The order in which a host that never waits enqueues work."""
     driver = SimulatedDriver()
     enqueued = []
     optimizer_class = simulation(monkeypatch, "managed", driver, look_ahead=1)
     inner = adamw_paged.run_adamw_step
     monkeypatch.setattr(adamw_paged, "run_adamw_step", lambda step: (enqueued.append("update"), inner(step)))
     monkeypatch.setattr(driver, "prefetch", lambda arena, start, stop: enqueued.append("prefetch"))
-    # One parameter of equal chunks: each is two ranges, exp_avg and exp_avg_sq.
+    # One parameter of equal chunks, each of two ranges, exp_avg and exp_avg_sq.
     params = [nn.Parameter(torch.ones(8 * 4096))]
     optimizer = optimizer_class(params)
     params[0].grad = torch.ones_like(params[0])
@@ -97,8 +97,8 @@ def test_prefetches_are_enqueued_ahead_of_the_updates(monkeypatch):
     assert driver.synchronized == []  # no host synchronization
 
 
-def test_a_lost_wait_would_be_seen(monkeypatch):
-    """The simulation's own proof: without the event between fetch and compute, some interleaving is wrong."""
+def test_missing_wait_is_detected(monkeypatch):
+    """Checks the simulation: without the event between fetch and compute, some interleaving is wrong."""
     expected, _ = run(lambda p: PagedAdamW(p), 2)
 
     def differs(seed):
@@ -138,7 +138,7 @@ def test_captured_graphs_hold_no_prefetch(monkeypatch):
     assert_same(actual, expected)
 
 
-def test_staged_states_are_settled_before_the_host_reads_them(monkeypatch):
+def test_staged_states_settled_before_host_reads(monkeypatch):
     driver = SimulatedDriver()
     optimizer_class = simulation(monkeypatch, "staged", driver)
     _, expected = run(lambda p: PagedAdamW(p), 2)
@@ -150,7 +150,7 @@ def test_staged_states_are_settled_before_the_host_reads_them(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_allocation_failures_are_exceptions_and_leak_nothing(monkeypatch, kind):
+def test_allocation_failures_raise_without_leaks(monkeypatch, kind):
     allocations = 1 if kind == "managed" else 3
     for failing in range(1, allocations + 1):
         driver = SimulatedDriver(fail_allocation=failing)
@@ -178,7 +178,7 @@ def test_memory_is_freed_on_close_and_with_the_last_reference(monkeypatch, kind)
     ("concurrent", "kind", "said"),
     [(None, "resident", "the CUDA library is missing"), (False, "staged", "no concurrent managed access")],
 )
-def test_what_a_lesser_device_gets_is_said_once(monkeypatch, recwarn, concurrent, kind, said):
+def test_fallback_memory_warns_once(monkeypatch, recwarn, concurrent, kind, said):
     from qlora_kernels.optim import managed_memory
 
     managed_memory._say_once.cache_clear()

@@ -1,4 +1,4 @@
-"""States in a mapped file: larger than the memory that the process may have, refused where the disk is too small."""
+"""States in a mapped file: larger than the permitted memory, and an error if the disk is too small."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAP_BYTES = 16 << 20
 
 
 def capped(page_dir):
-    """A process under the cap."""
+    """Run a process under the memory limit."""
     command = [sys.executable, "-m", "tests.optim.capped_run", str(page_dir or "none"), str(CAP_BYTES)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -65,7 +65,7 @@ def test_full_disk_is_an_error_before_the_first_step(monkeypatch, tmp_path, code
 
 @pytest.mark.parametrize("nbytes", [1, 1 << 20, (2 << 20) + 5])
 def test_without_fallocate_the_file_is_written(monkeypatch, tmp_path, nbytes):
-    """macOS and Windows have no posix_fallocate, Windows neither madvise; the steps are the same."""
+    """macOS and Windows have no posix_fallocate, and Windows no madvise; the steps give the same results."""
     monkeypatch.delattr(mapped_memory.os, "posix_fallocate")
     monkeypatch.delattr(mapped_memory.mmap, "MADV_WILLNEED")
     mapped, descriptor = mapped_memory._allocate(nbytes, tmp_path)
@@ -97,7 +97,7 @@ def test_full_disk_while_the_file_is_written(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_failures_of_the_disk_keep_their_own_words(monkeypatch, tmp_path):
+def test_other_disk_errors_are_unchanged(monkeypatch, tmp_path):
     def broken(descriptor, offset, nbytes):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -115,7 +115,7 @@ def test_blocks_are_allocated_up_front_in_a_file_without_a_name(tmp_path):
     assert optimizer.paging_report().resident_bytes < 1 << 20
 
 
-def test_chunks_are_asked_for_ahead_of_their_use(tmp_path):
+def test_chunks_prefetched_before_use(tmp_path):
     slots, nbytes = plan_slots([3 * 4096 + 5, 20_000], 32)
     chunks = plan_chunks(slots, [0, 0], 40_000)
     memory = MappedMemory(nbytes, chunks, tmp_path, look_ahead=1)
@@ -135,7 +135,7 @@ def test_report(tmp_path):
     report = optimizer.paging_report()
     assert (report.kinds, report.parameters, report.state_bytes) == (("mapped",), 1 << 20, 8 << 20)
     assert report.resident_bytes + report.paged_bytes == report.state_bytes
-    assert report.resident_bytes > 7 << 20  # just written, and nothing presses
+    assert report.resident_bytes > 7 << 20  # just written, without memory pressure
     assert str(report) == (
         f"8,388,608 bytes of states for 1,048,576 parameters in 1 chunks (mapped): "
         f"{report.resident_bytes:,} resident, 8,388,608 prefetched"

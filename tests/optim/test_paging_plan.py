@@ -1,4 +1,4 @@
-"""The plan of pages, chunks and prefetches, by properties over random sizes."""
+"""The plan of slots, chunks and prefetches, by properties over random sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sizes = st.lists(
 
 
 def spans_of(segment):
-    """(start, stop) in the arena of each state of a segment, from the kernel's row alone."""
+    """Return (start, stop) in the arena of each state of a segment, from the kernel's row alone."""
     if segment.exp_avg_absmax < 0:
         lengths = [(segment.exp_avg, 4 * segment.numel), (segment.exp_avg_sq, 4 * segment.numel)]
     else:
@@ -68,7 +68,7 @@ def test_chunks_cover_every_element_once_and_never_share_a_byte(numels, bits, ch
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.sampled_from([8, 32]))
-def test_chunks_keep_to_their_size_and_are_not_wastefully_small(numels, bits):
+def test_chunk_sizes_are_bounded(numels, bits):
     chunk_bytes = 150_000
     slots, _ = plan_slots(numels, bits)
     chunks = plan_chunks(slots, [0] * len(numels), chunk_bytes)
@@ -94,9 +94,9 @@ def test_schedule(n_chunks, look_ahead):
     assert len(position) == len(actions) == 2 * n_chunks
     for chunk in range(n_chunks):
         update = position["update", chunk]
-        assert position["prefetch", chunk] < update  # no use before its prefetch
+        assert position["prefetch", chunk] < update  # never used before its prefetch
         for ahead in range(chunk, min(chunk + look_ahead + 1, n_chunks)):
-            assert position["prefetch", ahead] < update  # all that lies in the window is under way
+            assert position["prefetch", ahead] < update  # all chunks in the window have been requested
         for beyond in range(chunk + look_ahead + 1, n_chunks):
             assert position["prefetch", beyond] > update
     for index, action in enumerate(actions):
@@ -122,7 +122,7 @@ def test_schedule_spelled_out():
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_staging_moves_ranges_together_and_segments_along(bits):
+def test_staging_packs_ranges_and_rebases_segments(bits):
     slots, _ = plan_slots([300, 50_000, 9000], bits)
     for chunk in plan_chunks(slots, [0, 0, 0], 60_000):
         segments, offsets, nbytes = plan_staging(chunk)

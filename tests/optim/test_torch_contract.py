@@ -1,4 +1,4 @@
-"""What code may do to an optimizer of torch's between two steps it may do to PagedAdamW: it follows, or says no."""
+"""PagedAdamW follows, or refuses, every change between two steps that torch's optimizers allow."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from qlora_kernels.optim import PagedAdamW
 from tests.support.tolerances import Expected, assert_within, gamma, unit_roundoff
 
 STATE_ERRORS = {
-    # exp_avg + (1 - beta1) (grad - exp_avg): roundings of the second term are averaged as gradients are, those of the
-    # sum add up for 1 / (1 - beta1) = 10 steps. Gradients are standard normal: |grad - exp_avg| < 5, |exp_avg| < 1.5.
+    # exp_avg + (1 - beta1) (grad - exp_avg): roundings of the second term are averaged as gradients are, and those of
+    # the sum accumulate over 1 / (1 - beta1) = 10 steps. Gradients are standard normal: |grad - exp_avg| < 5, |exp_avg|
+    # < 1.5.
     "exp_avg": lambda value, steps: (2 * 5 + 10 * 1.5) * unit_roundoff(torch.float32) * torch.ones_like(value),
-    # A sum of squares, each term of which passes through four operations in each step.
+    # A sum of squares, of which each term is rounded in four operations per step.
     "exp_avg_sq": lambda value, steps: gamma(4 * steps, torch.float32) * value,
 }
-"""The rounding error of a state after that many steps, whatever the order of operations."""
+"""A bound on the rounding error of a state after that many steps, for any order of operations."""
 
 FLAGS_OF_IMPLEMENTATIONS = {"foreach", "fused", "capturable"}
 
@@ -40,12 +41,12 @@ def torch_inputs(tmp_path_factory):
 
 @pytest.fixture(params=["resident", "mapped"])
 def where(request, tmp_path):
-    """Keyword arguments that decide where the states lie."""
+    """Keyword arguments that determine where the states are stored."""
     return {"page_dir": tmp_path} if request.param == "mapped" else {}
 
 
 class Pair:
-    """PagedAdamW and torch's AdamW, to which the same is done."""
+    """PagedAdamW and torch's AdamW, to which the same operations are applied."""
 
     def __init__(self, *shapes, **arguments):
         where = {name: arguments.pop(name) for name in ("page_dir", "state_bits") if name in arguments}
@@ -59,7 +60,7 @@ class Pair:
         self.seed = 0
 
     def change(self, function):
-        """function(optimizer, params) for each."""
+        """Call function(optimizer, params) for each optimizer."""
         for optimizer, params in zip(self.both, self.params, strict=True):
             function(optimizer, params)
 
@@ -73,7 +74,7 @@ class Pair:
                 optimizer.step()
 
     def check(self):
-        """Parameters and states agree to the roundings of both."""
+        """Assert that parameters and states agree within the rounding errors of both."""
         self.check_params()
         ours, theirs = (optimizer.state_dict()["state"] for optimizer in self.both)
         assert set(ours) == set(theirs)
@@ -97,7 +98,7 @@ class Pair:
             assert_within(a, Expected(value, 2 * error), "parameter")
 
 
-def test_torchs_own_inputs(torch_inputs):
+def test_inputs_of_torchs_adamw_tests(torch_inputs):
     for arguments in torch_inputs[0]:
         if arguments.get("amsgrad"):
             with pytest.raises(TypeError, match="amsgrad"):
@@ -109,8 +110,8 @@ def test_torchs_own_inputs(torch_inputs):
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters")
-def test_torchs_own_bad_inputs(torch_inputs):
-    """Twice in one group is an error here, where torch warns and steps twice; `foreach` and mixed betas are taken."""
+def test_bad_inputs_of_torchs_adamw_tests(torch_inputs):
+    """A parameter twice in one group is an error here, while torch warns and steps twice; `foreach` is accepted."""
     for arguments, params, error, _ in torch_inputs[1]:
         make = lambda: PagedAdamW(params or [nn.Parameter(torch.ones(1))], **arguments)  # noqa: B023, E731
         if any(isinstance(beta, torch.Tensor) for beta in arguments.get("betas", ())) and "foreach" not in arguments:
@@ -126,7 +127,7 @@ class TestGroups:
         [{"amsgrad": True}, {"differentiable": True}, {"capturable": True}, {"decoupled_weight_decay": False}],
         ids=str,
     )
-    def test_flags_that_are_not_offered_are_refused_whenever_they_are_set(self, flags):
+    def test_unsupported_flags_are_refused_at_any_time(self, flags):
         (name,) = flags
         with pytest.raises(ValueError, match=f"PagedAdamW: {name} must be"):
             PagedAdamW([{"params": [nn.Parameter(torch.ones(3))], **flags}])
@@ -157,7 +158,7 @@ class TestGroups:
         optimizer.step()
         nn.utils.clip_grad_norm_([b], 0.1)
         reference.step()
-        value = b.detach().double()  # the norm of 8 elements, then the ten operations of a step that moves 1 by 0.001
+        value = b.detach().double()  # the norm of 8 elements, then ten operations of a step from 1 by 0.001
         assert_within(a, Expected(value, 2 * gamma(2, torch.float32) * value.abs() + 0.002 * gamma(18, torch.float32)))
 
     def test_params_removed_returned_and_moved(self, where):
@@ -176,7 +177,7 @@ class TestGroups:
         pair.steps()
         pair.check()
 
-    def test_params_put_in_place_of_others(self, where):
+    def test_replaced_params_are_followed(self, where):
         pair = Pair((8,), (4, 3), **where)
         pair.steps()
 
@@ -189,7 +190,7 @@ class TestGroups:
         pair.steps()
         pair.check()
 
-    def test_a_param_that_stands_twice_is_refused(self):
+    def test_repeated_param_is_refused(self):
         pair = Pair((3,))
         pair.both[0].param_groups[0]["params"] *= 2
         with pytest.raises(ValueError, match="occur once"):
@@ -230,14 +231,14 @@ class TestStates:
     }
 
     @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-    def test_what_is_done_to_them_counts(self, change, where):
+    def test_edited_states_are_used(self, change, where):
         pair = Pair((5, 3), (4096,), (5, 3), **where)
         pair.steps()
         pair.change(change)
         pair.steps()
         pair.check()
 
-    def test_they_are_in_the_next_checkpoint(self):
+    def test_edited_states_are_in_next_checkpoint(self):
         pair = Pair((5, 3), (7,))
         pair.steps()
         pair.change(TestStates.CHANGES["cleared"])
@@ -284,7 +285,7 @@ class TestParameters:
         if bits == 32:
             pair.steps()
             pair.check()
-        else:  # blocks are cut anew: the moments move by no more than a step of the code
+        else:  # the blocks change, and moments differ by at most one step of the code
             pair.both[0]._follow_changes()
             after = pair.both[0].state_dict()["state"][0]["exp_avg"]
             assert (after - exp_avg).abs().max() < 0.01 * exp_avg.abs().max()
@@ -312,7 +313,7 @@ class TestParameters:
         ],
         ids=["column slice", "grown", "reshaped", "expanded"],
     )
-    def test_changes_that_cannot_be_followed_are_refused_before_anything_is_written(self, change, message):
+    def test_unsupported_parameter_changes_refused_before_writes(self, change, message):
         pair = Pair((6, 4), (5,))
         pair.steps()
         param, other = pair.params[0]
@@ -327,7 +328,7 @@ class TestParameters:
 
     @pytest.mark.parametrize("groups", [1, 2])
     @pytest.mark.parametrize("freed", ["param", "grad"])
-    def test_freed_memory_is_refused_before_anything_is_counted(self, freed, groups):
+    def test_freed_memory_refused_before_step_is_counted(self, freed, groups):
         a, b = nn.Parameter(torch.ones(300)), nn.Parameter(torch.ones(300))
         optimizer = PagedAdamW([a, b] if groups == 1 else [{"params": [a]}, {"params": [b], "lr": 0.1}])
         for _ in range(2):
@@ -343,7 +344,7 @@ class TestParameters:
         for key, state in optimizer.state_dict()["state"].items():
             assert all(torch.equal(value, before[key][name]) for name, value in state.items())
 
-    def test_autograd_sees_that_they_changed(self):
+    def test_autograd_detects_in_place_update(self):
         pair = Pair((4, 4))
         ours = pair.params[0][0]
         y = (ours * ours).sum()
@@ -365,7 +366,7 @@ class TestParameters:
 
 
 class TestCheckpoints:
-    def test_a_load_that_raises_leaves_everything(self, where):
+    def test_failed_load_changes_nothing(self, where):
         pair = Pair((5,), (5,), (4096,), **where)
         pair.steps()
         optimizer = pair.both[0]
@@ -408,14 +409,14 @@ class TestCheckpoints:
             copy.deepcopy(value)
 
     @pytest.mark.parametrize("state_dict", ["state_dict", "packed_state_dict"])
-    def test_a_part_of_a_state_dict_holds_its_own_bytes_alone(self, state_dict, where):
+    def test_saved_part_of_state_dict_has_only_its_bytes(self, state_dict, where):
         pair = Pair((500, 500), (3,), state_bits=8, **where)
         pair.steps(1)
         buffer = io.BytesIO()
         torch.save({1: getattr(pair.both[0], state_dict)()["state"][1]}, buffer)
         assert buffer.tell() < 4096
 
-    def test_hooks_see_torchs_form(self):
+    def test_hooks_receive_torch_state_dict(self):
         pair = Pair((70, 70), state_bits=8)
         pair.steps(1)
         optimizer, seen = pair.both[0], []
@@ -426,12 +427,12 @@ class TestCheckpoints:
         assert seen[0] == "before"
         assert {"step", "exp_avg", "exp_avg_sq"} <= seen[1]
 
-    def test_states_of_other_makers(self):
+    def test_states_of_other_optimizers_load(self):
         pair = Pair((5,), (4,))
         pair.steps()
         saved = copy.deepcopy(pair.both[1].state_dict())
         for state in saved["state"].values():
-            state["step"] = int(state["step"])  # as older versions of torch wrote it
+            state["step"] = int(state["step"])  # the form of older versions of torch
         saved["state"]["note"] = {"of": "a user"}
         saved["param_groups"][0] = {name: saved["param_groups"][0][name] for name in ("params", "lr", "betas")}
         optimizer = PagedAdamW(pair.params[0])
@@ -457,7 +458,7 @@ class TestCheckpoints:
 class TestFork:
     @staticmethod
     def in_child(function):
-        """The exit code of a forked child that runs `function`; 0 where it returns True."""
+        """Return the exit code of a forked child that runs `function`; 0 if it returns True."""
         pid = os.fork()
         if pid == 0:
             code = 2

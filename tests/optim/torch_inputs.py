@@ -1,6 +1,7 @@
-"""Prints, pickled, the inputs that torch's own tests give to AdamW: ([kwargs], [(kwargs, params, error, pattern)]).
+"""Prints, pickled, the inputs of torch's tests of AdamW: ([kwargs], [(kwargs, params, error, pattern)]).
 
-A process of its own: importing torch.testing's internals freezes the flags of torch.backends and takes seconds.
+It runs in a separate process, because importing torch.testing's internals freezes the flags of torch.backends and takes
+seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 
 def inputs() -> tuple[list[dict[str, Any]], list[tuple[Any, ...]]]:
-    """Of torch.testing._internal.common_optimizers, whose import asks for a package that is not used here."""
+    """Return the inputs in torch.testing._internal.common_optimizers, whose import needs an otherwise unused
+    package."""
     stub: Any = types.ModuleType("expecttest")
     stub.TestCase, stub.assert_expected_inline = unittest.TestCase, None
     sys.modules.setdefault("expecttest", stub)

@@ -1,8 +1,8 @@
-"""Every save under faults of the system calls themselves: python -m tests.io.failing_files [--step N]
+"""Every save under faults of system calls: python -m tests.io.failing_files [--step N]
 
-As tests/io/faults.py, whose faults come before Python's file operations; here the n-th call of the C library on a file
-below the folder (open, write, mkdir, rename, renameat2, unlink, fsync, ...) fails or ends the process, whoever calls
-it: Python, torch or the Rust of safetensors and tokenizers. interpose.cpp is preloaded into a child process for that.
+tests/io/faults.py injects faults before Python's file operations. Here the n-th call of the C library on a file below
+the folder (open, write, mkdir, rename, renameat2, unlink, fsync, ...) fails or ends the process, whether Python, torch
+or the Rust code of safetensors and tokenizers makes it. interpose.cpp is preloaded into a child process for this.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.io.fault_injection import ERRORS, Fault
 
 FAULTS = (Fault.KILL, Fault.ERROR, Fault.FULL, Fault.READ_ONLY)
 PERSISTS = {Fault.FULL: 2, Fault.READ_ONLY: 1}
-"""Kinds of calls (interpose.cpp) that go on failing."""
+"""Kinds of calls (interpose.cpp) that keep failing."""
 BUILD = ROOT / "build" / "failing_files"
 NOT_REACHED, OTHER_ERROR = 10, 11
 
 
 def build() -> Path:
-    """interpose.cpp as a shared library."""
+    """Compile interpose.cpp to a shared library."""
     BUILD.mkdir(parents=True, exist_ok=True)
     library = BUILD / "interpose.so"
     source = Path(__file__).with_name("interpose.cpp")
@@ -38,9 +38,9 @@ def build() -> Path:
 
 
 def hit(action: Callable[[], object], folder: Path, fault: Fault, n: int) -> bool:
-    """Runs `action` in a child whose n-th call on files below `folder` is hit. Returns whether it had an n-th call.
+    """Run `action` in a child with a fault at its n-th call on files below `folder`. Returns whether there was one.
 
-    Raises AssertionError where the action ended in anything but the fault or success.
+    Raises AssertionError if the action ended in anything but the fault or success.
     """
     child = os.fork()
     if child == 0:
@@ -70,7 +70,7 @@ def _child(action: Callable[[], object], folder: Path, fault: Fault, n: int) -> 
 
 
 def main() -> int:
-    """Prints a table of docs/reliability.md."""
+    """Print a table of docs/reliability.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step", type=int, default=1, help="hit every STEP-th call")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
