@@ -1,9 +1,9 @@
-"""The CPU kernels on AArch64: cross-compiled as a wheel would hold them, linked with the bindings, and run under qemu.
+"""The CPU kernels on AArch64: cross-compiled with a wheel's flags, linked with the bindings, and run under qemu.
 
-    python -m tests.cpu.aarch64 [ISA ...]          exit code 1 where a comparison fails
+    python -m tests.cpu.aarch64 [ISA ...]          exit code 1 if a comparison fails
 
-Needs an AArch64 compiler and qemu's user-mode emulator (Debian: g++-aarch64-linux-gnu, qemu-user). Without them it says
-so and exits with 0, or with 1 where QLORA_REQUIRE_AARCH64=1.
+It needs an AArch64 compiler and qemu's user-mode emulator (Debian: g++-aarch64-linux-gnu, qemu-user). Without them it
+prints a message and exits with 0, or with 1 if QLORA_REQUIRE_AARCH64=1.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ELF_AARCH64 = 183
 
 
 def machine_of(elf: bytes) -> int:
-    """The machine that an ELF file is for."""
+    """Return the machine number of an ELF file."""
     return int.from_bytes(elf[18:20], "little")
 
 
 def undefined_symbols(folder: Path) -> list[str]:
-    """What the package's library would miss of its own functions. It is linked without torch, which is not here."""
+    """Return the package's own functions that the library would lack; it is linked without torch."""
     os.environ["CXX"] = COMPILER
     steps = CpuLibrary().compile_steps(folder)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,7 +1,7 @@
-"""The AMX kernels: the tile instructions' emulation, and every schedule of the products, on hardware or emulated.
+"""The AMX kernels: the emulation of the tile instructions, and every schedule of the products, also on hardware.
 
-tests/cpu/test_instruction_sets.py runs the common shapes on `amx_bf16` and `amx_bf16_emulated`; here are the shapes
-that decide between the AMX kernels' own paths.
+tests/cpu/test_instruction_sets.py runs the common shapes on `amx_bf16` and `amx_bf16_emulated`; this file has the
+shapes that select between the AMX kernels' code paths.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_linear_ops(isa, problem, r, dropout_p, bias):
 
 
 @pytest.mark.parametrize("problem", ["tokens divided among threads", "rows too long to be resident", "odd K"])
-def test_bits_do_not_depend_on_the_number_of_threads(isa, problem):
+def test_thread_count_does_not_change_bits(isa, problem):
     threads = torch.get_num_threads()
     results = []
     try:
@@ -133,7 +133,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, problem):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_other_dtypes_run_on_avx512(isa, dtype):
-    """x is not rounded to bf16: the bits are those of avx512_bf16."""
+    """x is not rounded to bf16: the bits equal those of avx512_bf16."""
     packed, state = qk.quantize_nf4(gaussian(96, 256, seed=1))
     x = gaussian(20, 256, dtype=dtype)
     y = qk.linear_nf4(x, packed, state)

@@ -1,4 +1,4 @@
-"""How the CPU library is built for CPUs other than this one. `make test-aarch64` runs what is built."""
+"""The build of the CPU library for other CPUs. `make test-aarch64` runs the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 @pytest.fixture
 def compiler(tmp_path):
-    """A function that makes a compiler which reports the given target."""
+    """Return a function that makes a compiler with the given target."""
 
     def make(target: str) -> str:
         path = tmp_path / target
@@ -40,8 +40,8 @@ def compiler(tmp_path):
         ("powerpc64le-linux-gnu", ["portable"]),
     ],
 )
-def test_sets_follow_the_compilers_target(compiler, tmp_path, target, sets):
-    """The instruction sets are those of the target, which a cross compiler's host says nothing about."""
+def test_instruction_sets_follow_compiler_target(compiler, tmp_path, target, sets):
+    """The instruction sets are those of the compiler's target and do not depend on its host."""
     steps = cpu.kernel_commands(compiler(target), tmp_path, cpu.COMMON_FLAGS)
     built = {step.output.parent.name for step in steps}
     assert built == {"common", *sets}
@@ -55,8 +55,8 @@ def test_sets_follow_the_compilers_target(compiler, tmp_path, target, sets):
 
 
 @pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"{CROSS_COMPILER} is not installed")
-def test_neon_is_compiled_to_table_lookups(tmp_path):
-    """The decode of the neon set is a tbl instruction; nothing of x86 is compiled."""
+def test_neon_decode_uses_table_lookups(tmp_path):
+    """The decode of the neon set is a tbl instruction, and nothing of x86 is compiled."""
     command = (CROSS_COMPILER, *cpu.COMMON_FLAGS, *cpu.ARM_FLAGS["neon"], "-DQLORA_ISA=neon", f"-I{CSRC / 'include'}")
     source = CSRC / "cpu" / "dequantize_nf4.cpp"
     assembly = subprocess.run(
@@ -72,8 +72,8 @@ def test_other_systems_are_refused(monkeypatch, tmp_path, platform):
         cpu.CpuLibrary().compile_steps(tmp_path)
 
 
-def test_an_edited_header_recompiles_what_includes_it(tmp_path):
-    """The compiler's dependency file says which objects a header belongs to; others stay as they are."""
+def test_edited_header_recompiles_its_includers(tmp_path):
+    """The compiler's dependency file lists the headers of each object; other objects are not recompiled."""
     header, source, other = tmp_path / "a header.h", tmp_path / "source.cpp", tmp_path / "other.cpp"
     header.write_text("int value();\n")
     source.write_text('#include "a header.h"\n')

@@ -1,6 +1,6 @@
-"""Every instruction set that this machine has, forced in turn: same bytes from the codec, bounded errors from the rest.
+"""Every instruction set of this machine, forced in turn: equal bytes of the codec, bounded errors of the other ops.
 
-tests/ops runs the cpu backend on its best set; here the shapes that decide between code paths run on all of them.
+tests/ops runs the cpu backend on its best set; this file runs the shapes that select between code paths on all sets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PATHS = (
     Shape(13, 256, 128, r=20, blocksize=128),  # a rank of more than one vector
     Shape(25, 96, 64, r=64),
     Shape(2, 130, 4160, r=3),
-    Shape(10, 41, 2112),  # several pieces of K, rows and tokens that fill no tile
+    Shape(10, 41, 2112),  # several pieces of K, partial tiles of rows and tokens
 )
 shapes = pytest.mark.parametrize("shape", [s for s in PATHS if s.M], ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -88,7 +88,7 @@ def test_every_boundary(isa):
     assert torch.equal(packed.view(-1), reference.quantize_nf4(w, 64)[0])
 
 
-def test_tiny_values_keep_their_bits(isa):
+def test_subnormal_results_are_exact(isa):
     """Subnormal results are neither flushed nor rounded twice."""
     w = gaussian(4096) * 2.0**-125
     packed, state = qk.quantize_nf4(w, double_quant=False)
@@ -113,7 +113,8 @@ def test_linear(isa, dtype, shape):
 @dtypes
 @shapes
 def test_linear_lora(isa, dtype, shape):
-    """Forward and the three gradients; unrounded masters of the factors, and a scaling that is no power of two."""
+    """Forward and the three gradients, with unrounded masters of the factors and a scaling that is not a power of
+    two."""
     packed, state = qk.quantize_nf4(gaussian(shape.N, shape.K, seed=1) / shape.K**0.5, shape.blocksize)
     x = gaussian(shape.M, shape.K, dtype=dtype).requires_grad_()
     lora_A = (gaussian(shape.r, shape.K, seed=4) / shape.K**0.5).requires_grad_()
@@ -132,7 +133,7 @@ def test_linear_lora(isa, dtype, shape):
 
 @pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])
 def test_threads_do_not_change_the_bits(isa, N, K):
-    """Neither y's nor grad_x's, where a thread's share of the columns fits one panel and where it takes several."""
+    """The bits of y and grad_x, with one and with several panels per thread, do not depend on the threads."""
     packed, state = qk.quantize_nf4(gaussian(N, K, seed=1))
     x = gaussian(77, K, dtype=torch.bfloat16).requires_grad_()
     grad_y = gaussian(77, N, dtype=torch.bfloat16, seed=3)
@@ -181,7 +182,7 @@ def test_attention(isa, dtype, D):
         assert_within(actual, want, name)
 
 
-def test_threads_do_not_change_the_bits_of_attention(isa):
+def test_thread_count_does_not_change_bits_of_attention(isa):
     q, k, v, grad_out = (gaussian(2, n, 100, 16, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2, 4))
     tensors = [t.requires_grad_() for t in (q, k, v)]
     results = []
@@ -196,7 +197,7 @@ def test_threads_do_not_change_the_bits_of_attention(isa):
     assert all(map(torch.equal, *results))
 
 
-def test_threads_do_not_change_the_bits_of_a_loss(isa):
+def test_thread_count_does_not_change_bits_of_loss(isa):
     hidden = gaussian(300, 64, dtype=torch.bfloat16).requires_grad_()
     weight, labels = gaussian(900, 64, dtype=torch.bfloat16, seed=1) / 8, torch.arange(300)
     results = []
@@ -213,7 +214,7 @@ def test_threads_do_not_change_the_bits_of_a_loss(isa):
 
 
 def test_wrong_environment_value():
-    """The message offers the sets of this family of processors."""
+    """The message lists the instruction sets of this family of processors."""
     of_x86 = "amx_bf16, avx512_bf16_fma, avx512_bf16, avx512, avx2"
     family = {"x86_64": f"{of_x86} or ", "AMD64": f"{of_x86} or ", "aarch64": "neon or ", "arm64": "neon or "}
     code = "import torch, qlora_kernels as qk; qk.quantize_nf4(torch.ones(64))"

@@ -1,4 +1,4 @@
-"""More than 2**31 weights in one tensor: an index kept in 32 bits anywhere would wrap."""
+"""More than 2**31 weights in one tensor, with which a 32-bit index would overflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TAIL = 2 * COLUMNS
 
 
 def free_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Return the memory that is available without swapping."""
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
 
@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 
-def test_past_two_to_the_31():
+def test_more_than_two_to_the_31_weights():
     if free_bytes() < NEEDED_BYTES:
         pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free memory, there are {free_bytes() >> 30}")
     w = torch.zeros(ROWS * COLUMNS, dtype=torch.bfloat16)
@@ -46,7 +46,7 @@ def test_past_two_to_the_31():
             assert torch.equal(state.absmax[blocks], absmax)
         x = gaussian(1, COLUMNS, dtype=torch.bfloat16)
         y = qk.linear_nf4(x, packed, state)
-        out = qk.dequantize_nf4(packed, state, out=w.view(ROWS, COLUMNS))  # w's memory serves again
+        out = qk.dequantize_nf4(packed, state, out=w.view(ROWS, COLUMNS))  # reuses w's memory
     last = reference.dequantize_nf4(
         packed.reshape(-1)[-TAIL // 2 :], state.absmax[-TAIL // 64 :], 64, torch.Size((2, COLUMNS)), torch.bfloat16
     )

@@ -1,4 +1,4 @@
-"""What the CPU library may depend on, and what it may not contain."""
+"""The dependencies of the CPU library, and the instructions it may contain."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def test_no_second_thread_pool():
     assert "pthread_create" not in undefined
 
 
-def test_wide_instructions_stay_in_their_namespace():
-    """Functions outside the AVX-512 and AMX namespaces touch no zmm register, those outside these and AVX2 no ymm."""
+def test_wide_instructions_only_in_their_namespace():
+    """Only functions in the AVX-512 and AMX namespaces use zmm registers, and only these and AVX2's use ymm
+    registers."""
     current, wide, middle, leaks = "", False, False, set()
     for line in output_of("objdump", "-d", "-C", "--no-show-raw-insn", str(cpu.LIBRARY)).splitlines():
         if line.endswith(">:"):

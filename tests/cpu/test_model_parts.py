@@ -1,4 +1,4 @@
-"""rms_norm, rope and glu on every instruction set of this machine: rows that end within a vector, any threads."""
+"""rms_norm, rope and glu on every instruction set of this machine, with partial vectors and any number of threads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rope(isa, dtype, D):
 @dtypes
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_glu(isa, dtype, activation):
-    """A range that covers every branch of the sigmoid, and a tail that fills no vector."""
+    """The range covers every branch of the sigmoid, and the tail is a partial vector."""
     gate = torch.cat([torch.linspace(-95, 95, 4001), gaussian(1002) * 0.01]).to(dtype)
     up, grad_y = gaussian(gate.numel(), dtype=dtype, seed=1), gaussian(gate.numel(), dtype=dtype, seed=2)
     y = qk.glu(gate.requires_grad_(), up.requires_grad_(), activation)
@@ -63,7 +63,7 @@ def test_glu(isa, dtype, activation):
 
 
 def test_threads_do_not_change_the_bits(isa):
-    """The gradient of the weight is summed in an order that does not depend on the threads."""
+    """The gradient of the weight is summed in an order that does not depend on the number of threads."""
     x, grad_y = gaussian(2500, 96, dtype=torch.bfloat16), gaussian(2500, 96, dtype=torch.bfloat16, seed=1)
     weight, results = torch.ones(96), []
     scale = x.float().square().mean(-1).rsqrt()

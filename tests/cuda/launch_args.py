@@ -12,31 +12,31 @@ from qlora_kernels.format.quant_state import DTYPE_CODES
 from tests.support.cuda_host import out, pointers, struct_of
 
 Members = tuple[str, tuple[Any, ...]]
-"""A format of `struct_of` and its items."""
+"""A format string of `struct_of`, and its items."""
 
 
 def nf4_weight(packed: Tensor | None, constants: Sequence[Tensor | None], blocksize: int, N: int, K: int) -> Members:
-    """struct NF4Weight. constants: absmax, absmax_q, absmax_scale, absmax_offset."""
+    """Return struct NF4Weight. constants: absmax, absmax_q, absmax_scale, absmax_offset."""
     return "PPPPPqqi0q", (packed, *constants, N, K, blocksize.bit_length() - 1)
 
 
 def any_float(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Members:
-    """struct AnyFloat."""
+    """Return struct AnyFloat."""
     return "Pi0q", (tensor, dtype_code(dtype if tensor is None else tensor.dtype))
 
 
 def dtype_code(dtype: torch.dtype | int | None) -> int:
-    """enum DType; an int stands for itself."""
+    """Return the value of enum DType; an int is returned unchanged."""
     return dtype if isinstance(dtype, int) else DTYPE_CODES[dtype or torch.float32]
 
 
 def dequantize_args(weight: Members, w: Tensor | None, dtype: torch.dtype | int) -> struct_of:
-    """struct DequantizeNF4Args."""
+    """Return struct DequantizeNF4Args."""
     return _struct(weight, ("Pi", (None if w is None else out(w), dtype_code(dtype))))
 
 
 def quantize_args(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, partial_sums: Tensor | None) -> struct_of:
-    """struct QuantizeNF4Args."""
+    """Return struct QuantizeNF4Args."""
     outputs = (out(packed), out(absmax), None if partial_sums is None else out(partial_sums))
     return _struct(("PiiqPPP", (w, dtype_code(w.dtype), blocksize.bit_length() - 1, w.numel(), *outputs)))
 
@@ -44,7 +44,7 @@ def quantize_args(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, par
 def quantize_absmax_args(
     absmax: Tensor, partial_sums: Tensor, absmax_q: Tensor, absmax_scale: Tensor, absmax_offset: Tensor
 ) -> struct_of:
-    """struct QuantizeAbsmaxArgs."""
+    """Return struct QuantizeAbsmaxArgs."""
     outputs = (out(absmax_q), out(absmax_scale), out(absmax_offset))
     return _struct(("PqPqPPP", (absmax, absmax.numel(), partial_sums, partial_sums.numel(), *outputs)))
 
@@ -52,7 +52,7 @@ def quantize_absmax_args(
 def small_m_args(
     x: Tensor, weight: Members, bias: Tensor | None, lora: tuple[Tensor | None, Tensor | None, float], y: Tensor, M: int
 ) -> struct_of:
-    """struct LinearNF4SmallMArgs. lora: s, lora_B, scaling."""
+    """Return struct LinearNF4SmallMArgs. lora: s, lora_B, scaling."""
     s, lora_B, scaling = lora
     sizes = (out(y), dtype_code(x.dtype), M, 0 if s is None else s.shape[1], scaling)
     return _struct(("P", (x,)), weight, any_float(bias), ("P", (s,)), any_float(lora_B), ("Piiif", sizes))
@@ -68,7 +68,7 @@ def gemm_args(
     *,
     transposed: bool,
 ) -> struct_of:
-    """struct LinearNF4GemmArgs. lora: lora_left, lora_right, scaling."""
+    """Return struct LinearNF4GemmArgs. lora: lora_left, lora_right, scaling."""
     left, right, scaling = lora
     splits = 1 if partial is None else partial.shape[0]
     memory = (left, right, out(y), None if partial is None else out(partial))
@@ -77,7 +77,7 @@ def gemm_args(
 
 
 def dropout_args(x: Tensor, y: Tensor, threshold: int, scale: float, add: bool, seed: Tensor) -> struct_of:
-    """struct DropoutArgs."""
+    """Return struct DropoutArgs."""
     return _struct(("PPiifiPq", (x, out(y), dtype_code(x.dtype), threshold, scale, int(add), seed, x.numel())))
 
 
@@ -91,7 +91,8 @@ def adamw_args(
     scalars: Sequence[float],
     largest_segment: int,
 ) -> struct_of:
-    """struct AdamWArgs. optional: seed, grad_multiplier, found_inf.   scalars: beta1, beta2, eps, weight_decay, lr."""
+    """Return struct AdamWArgs. optional: seed, grad_multiplier, found_inf.   scalars: beta1, beta2, eps, weight_decay,
+    lr."""
     plan = (table, steps.numel(), segments, len(segments), steps, out(arena), arena.numel())
     rate = ("P", (lr,)) if lr.dtype == torch.float64 else ("P", (None,))
     return _struct(

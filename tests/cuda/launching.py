@@ -1,4 +1,4 @@
-"""How the tests of csrc/cuda run a launcher: every mode, several schedules, results of nvcc's PTX equal bit for bit."""
+"""Runs launchers of csrc/cuda in every mode and several schedules, and compares results of nvcc's PTX bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI(13__nv_bfloat16Li[148]E|fLi(1|16)E|6__halfLi(2|16)E)",
     "linear_nf4_gemm": "gemm_kernelI(13__nv_bfloat16Li(16|64)E|6__halfLi32E|6__halfLi64E.*Forward)|reduce_kernel",
 }
-"""Of csrc/cuda/<stem>.cu what the tests launch from PTX, by mangled name; all kernels where nothing is said."""
+"""Mangled names of the kernels that tests launch from PTX, by source; all kernels of sources that are not listed."""
 
 SANITIZED_PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI13__nv_bfloat16Li4E",
@@ -44,7 +44,7 @@ SANITIZED_PTX_KERNELS = {
     "quantize_nf4": "(quantize_nf4_kernelI13__nv_bfloat16|absmax_kernel)",
     "dequantize_nf4": "I13__nv_bfloat16",
 }
-"""The same under sanitizers: one of each kernel."""
+"""The same under sanitizers: one instance of each kernel."""
 
 Constants = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -55,33 +55,33 @@ def source(stem: str) -> tuple:  # type: ignore[type-arg]
 
 
 def runtime_to_preload() -> list[str]:
-    """The toolkit's libcudart where torch brings none of its own; the compiled library is loaded after it."""
+    """Return the toolkit's libcudart if torch has none; the compiled library is loaded after it."""
     home = cuda_home()
     runtime = None if torch.version.cuda or home is None else shared_runtime(home)
     return [] if runtime is None else [str(runtime)]
 
 
 def load_bindings() -> None:
-    """Loads the compiled library, which the package itself does only under a CUDA build of torch."""
+    """Load the compiled library, which the package itself loads only under a CUDA build of torch."""
     for path in runtime_to_preload():
         ctypes.CDLL(path)
     cuda.load()
 
 
 def library(stem: str, mode: str) -> cuda_host.Library:
-    """csrc/cuda/<stem>.cu built for `mode`."""
+    """Return csrc/cuda/<stem>.cu built for `mode`."""
     return cuda_host.build(source(stem), mode, kernels=kernels_of(stem, mode))
 
 
 def kernels_of(stem: str, mode: str) -> str:
-    """Which kernels of csrc/cuda/<stem>.cu are translated for `mode`."""
+    """Return the kernels of csrc/cuda/<stem>.cu that are translated for `mode`."""
     if mode not in cuda_host.PTX_MODES:
         return ""
     return (PTX_KERNELS if mode == "ptx" else SANITIZED_PTX_KERNELS).get(stem, "")
 
 
 def over_schedules(mode: str, run: Callable[[str, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The result of run(order, seed); in plain mode of every schedule, and all must be the same bits."""
+    """Return run(order, seed); in plain mode, run every schedule and require the same bits."""
     schedules = SCHEDULES if mode == "plain" else SCHEDULES[:1]
     first, *others = [run(order, seed) for order, seed in schedules]
     for other in others:
@@ -91,12 +91,12 @@ def over_schedules(mode: str, run: Callable[[str, int], tuple[Tensor, ...]]) -> 
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality of bytes, NaNs included."""
+    """Whether two tensors have equal bytes, NaNs included."""
     return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory that no kernel has written: 0xFF bytes, which are NaN in every float type."""
+    """Return memory filled with 0xFF, which is NaN in every float type, to detect unwritten elements."""
     return (
         torch.full((max(torch.Size(shape).numel(), 1) * dtype.itemsize,), 0xFF, dtype=torch.uint8)[
             : torch.Size(shape).numel() * dtype.itemsize
@@ -107,7 +107,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def quantized(w: Tensor, blocksize: int, double: bool) -> tuple[Tensor, Constants, Tensor]:
-    """(packed, constants, first-level absmax) of the reference."""
+    """Return the reference's (packed, constants, first-level absmax)."""
     packed, absmax = reference.quantize_nf4(w, blocksize)
     if not double:
         return packed, (absmax, None, None, None), absmax
@@ -116,5 +116,5 @@ def quantized(w: Tensor, blocksize: int, double: bool) -> tuple[Tensor, Constant
 
 
 def shift(blocksize: int) -> int:
-    """log2."""
+    """Return log2(blocksize)."""
     return blocksize.bit_length() - 1

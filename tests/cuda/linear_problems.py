@@ -1,4 +1,4 @@
-"""Linear problems as the CUDA launchers take them, and what their results are held to."""
+"""Linear problems as arguments of the CUDA launchers, with bounds on their results."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class LinearProblem:
 
     @property
     def gemm_k(self) -> int:
-        """Length of the contraction."""
+        """The length of the contraction."""
         return self.N if self.transposed else self.K
 
     @property
     def gemm_n(self) -> int:
-        """Columns of the result."""
+        """The number of columns of the result."""
         return self.K if self.transposed else self.N
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        """Everything the launchers read, from one seed."""
+        """Return all tensors that the launchers read, from one seed."""
         generator = torch.Generator().manual_seed(self.M * 7 + self.N * 3 + self.K)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -70,11 +70,11 @@ class LinearProblem:
         }
 
     def small_m_args(self, y: Tensor) -> struct_of:
-        """The argument of launch_linear_nf4_small_m."""
+        """Return the argument of launch_linear_nf4_small_m."""
         return small_m_args(self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, self.M)
 
     def gemm_args(self, y: Tensor, partial: Tensor | None = None) -> struct_of:
-        """The argument of launch_linear_nf4_gemm."""
+        """Return the argument of launch_linear_nf4_gemm."""
         operands = (self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, partial)
         return gemm_args(*operands, transposed=self.transposed)
 
@@ -88,7 +88,7 @@ class LinearProblem:
         return poisoned(self.M, self.gemm_n, dtype=self.dtype)
 
     def expected(self, *, rounded: bool) -> Expected:
-        """The result, with fp32 sums and one rounding at the end; rounded: whether W is rounded to x's dtype first."""
+        """Return the expected result with fp32 sums and one rounding. rounded: whether W is rounded to x's dtype."""
         t, n = self.tensors, self.N * self.K
         scale = t["absmax"].repeat_interleave(self.blocksize)[:n]
         w = exactly((nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K))

@@ -35,7 +35,7 @@ OUT_OF_MEMORY = 2
 
 @dataclass
 class State:
-    """Parameters with their states after a few steps of the reference, so that no state is zero."""
+    """Parameters with the states after a few steps of the reference, so that no state is zero."""
 
     params: list[Tensor]
     grads: list[Tensor | None]
@@ -150,7 +150,7 @@ def test_nonfinite_gradient_behaves_as_the_reference() -> None:
 
 
 def test_many_steps_through_the_device_counter() -> None:
-    """Step counts and learning rate are read from device memory: the same launch serves every step."""
+    """Step counts and learning rate are read from device memory, so that one launch is valid for every step."""
     mine = State.make(torch.float32, 32)
     expected = mine.copy()
     for step in range(5):
@@ -165,7 +165,7 @@ def managed(name: str, *arguments: object) -> int:
     return library("managed_memory", "plain").call(name, *arguments, error="return")
 
 
-def test_managed_memory_lives_and_dies() -> None:
+def test_managed_memory_is_allocated_and_freed() -> None:
     tested = library("managed_memory", "plain")
     tested.calls()
     place = torch.zeros(1, dtype=torch.int64)
@@ -189,7 +189,7 @@ def test_managed_memory_lives_and_dies() -> None:
 
 
 @pytest.mark.parametrize("call", ["cudaMallocManaged", "cudaMemsetAsync"])
-def test_allocation_failure_leaves_nothing_behind(call: str) -> None:
+def test_allocation_failure_leaks_nothing(call: str) -> None:
     tested, place = library("managed_memory", "plain"), torch.ones(1, dtype=torch.int64)
     tested.fail(call, OUT_OF_MEMORY)
     assert managed("managed_allocate", out(place), 1 << 20, None) == OUT_OF_MEMORY
@@ -204,7 +204,7 @@ def test_prefetch_outside_the_arena_is_an_error() -> None:
     assert managed("managed_free", int(place.item())) == 0
 
 
-def test_device_says_whether_it_pages() -> None:
+def test_concurrent_managed_access_is_queried() -> None:
     tested, answer = library("managed_memory", "plain"), torch.zeros(1, dtype=torch.int32)
     assert managed("managed_concurrent_access", 0, out(answer)) == 0
     assert answer.item() == 1
@@ -216,7 +216,7 @@ def test_device_says_whether_it_pages() -> None:
 
 @source_and_ptx
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
-def test_a_bad_gradient_does_not_spread_through_its_8bit_block(mode: str, value: float) -> None:
+def test_nonfinite_gradient_affects_only_its_element_of_8bit_block(mode: str, value: float) -> None:
     mine = State.make(torch.float32, 8)
     grad = mine.grads[2]
     assert grad is not None

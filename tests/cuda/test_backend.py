@@ -1,7 +1,7 @@
-"""qlora_kernels/backends/cuda: the built library loads anywhere, and its functions serve the ops' contracts.
+"""qlora_kernels/backends/cuda: the built library loads everywhere, and its functions implement the ops' contracts.
 
-The functions run on CPU tensors here: the library's private ops get CPU implementations that call the launchers under
-the emulator, so what is tested is the path from an op's arguments to a launcher's and back.
+The functions run on CPU tensors: the library's private ops get CPU implementations that call the launchers in the
+emulator. This tests the path from an op's arguments to the launcher and back.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: 
 
 @pytest.fixture(autouse=True)
 def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CPU implementations of the private ops, for the time of one test."""
+    """Register CPU implementations of the private ops during one test."""
     load_bindings()
     implementations = torch.library.Library("qlora_kernels_C", "IMPL", "CPU")
     for name, function in {
@@ -149,7 +149,7 @@ def test_codec(dtype: torch.dtype) -> None:
 
 
 def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """qk.quantize_nf4 with double quantization, as the op runs it where this backend is chosen."""
+    """qk.quantize_nf4 with double quantization, run as the op runs it on this backend."""
     kernels = {spec.op: spec for spec in cuda.KERNELS}
     monkeypatch.setattr(OP, "select", lambda problem: kernels[problem.op])
     w, recorded = gaussian(65, 67, dtype=torch.bfloat16), library("quantize_nf4", "plain")
@@ -165,7 +165,7 @@ def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert abs(state.absmax_offset.item() - mean) <= torch.finfo(torch.float32).eps * mean
 
 
-# Rows on both sides of every bound, K and N that the kernels take and that they do not, ranks that need padding.
+# Rows on both sides of every threshold, supported and unsupported K and N, and ranks that need padding.
 SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (65, 24, 64, 4), (3, 12, 50, 4)]
 
 
@@ -201,7 +201,7 @@ def test_linear_with_lora(p: float, M: int, N: int, K: int, r: int, dtype: torch
 @pytest.mark.parametrize("M", [3, 65])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_group(p: float, M: int, dtype: torch.dtype) -> None:
-    """Each linear as if alone, grad_x their sum. Small M is fused, large M decoded and summed inside torch's matmul."""
+    """Each linear equals the single op, and grad_x is their sum, for fused (small M) and decoded weights (large M)."""
     K, widths, ranks = 64, (24, 17), (4, 3)
     weights = [quantized_matrix(N, K) for N in widths]
     x, biases = gaussian(M, K, dtype=dtype, seed=2), [gaussian(widths[0], seed=3), None]
@@ -236,7 +236,7 @@ def test_a_misaligned_slice_is_copied() -> None:
     ("available", "with_dropout", "without"),
     [(("cuda", "triton"), "triton", "cuda"), (("cuda",), "cuda", "cuda"), ((), "reference", "reference")],
 )
-def test_dropout_goes_to_triton_where_it_can_run(
+def test_dropout_prefers_triton_if_available(
     monkeypatch: pytest.MonkeyPatch, available: tuple[str, ...], with_dropout: str, without: str
 ) -> None:
     usable = (*available, "reference")
@@ -253,8 +253,8 @@ def test_dropout_goes_to_triton_where_it_can_run(
             assert registry._select.__wrapped__(problem, None).backend == expected
 
 
-def test_tensor_of_frees_its_memory() -> None:
-    """The tensor of a DLManagedTensor calls its deleter once, with the last view of it."""
+def test_tensor_of_calls_deleter_once() -> None:
+    """The deleter is called once, with the last view of the tensor."""
     freed = []
     deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(freed.append)
     data, shape = (ctypes.c_uint8 * 64)(*range(64)), (ctypes.c_int64 * 1)(64)

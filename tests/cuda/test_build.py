@@ -1,4 +1,4 @@
-"""How the CUDA library is described: architectures and versions. What wheels hold is tested in test_wheels.py."""
+"""Architectures and versions of the CUDA library. test_wheels.py tests the contents of wheels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_unknown_architectures_are_refused(archs: str) -> None:
         cuda.gencode(archs)
 
 
-def test_all_means_every_shipped_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_selects_every_shipped_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.ARCHS_VARIABLE, "all")
     assert len(cuda.gencode(cuda.requested_archs())) == 7, "six binaries, and PTX of the last"
 
 
 @pytest.mark.skipif(cuda.cuda_home() is None, reason="the version of nvcc is part of the tag: put nvcc on PATH")
-def test_version_says_what_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_names_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cuda.ARCHS_VARIABLE, "80;90a")
     assert cuda.local_version().startswith("cu13")
     assert cuda.local_version().endswith(".sm80.sm90a")
@@ -41,8 +41,8 @@ def test_version_says_what_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.local_version() == "cpu"
 
 
-def test_architectures_that_were_asked_for_need_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No wheel that calls itself one for the CPU comes out of QLORA_CUDA_ARCHS=80."""
+def test_requested_architectures_need_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with QLORA_CUDA_ARCHS=80 never gives a wheel that is named as a CPU wheel."""
     monkeypatch.setenv(cuda.ARCHS_VARIABLE, "80")
     monkeypatch.setattr(cuda, "cuda_home", lambda: None)
     assert cuda.CudaLibrary().required

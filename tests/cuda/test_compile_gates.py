@@ -1,4 +1,4 @@
-"""csrc/cuda compiled by nvcc for every shipped architecture: what SASS alone can promise. Not a run on a GPU."""
+"""csrc/cuda compiled by nvcc for every shipped architecture, checked in SASS. Nothing runs on a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_compiles_without_warnings_and_passes_the_gates(stem: str, arch: int) ->
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_product_on_tensor_cores_is_one(arch: int) -> None:
+def test_all_gemm_kernels_use_tensor_cores(arch: int) -> None:
     products = [row for row in rows("linear_nf4_gemm", arch) if row.kernel == "linear_nf4_gemm"]
     assert len(products) == 12, "two types, three tiles, two directions"
     assert all(row.tensor_core == "mma.sync" and row.wide_loads >= 4 for row in products)
@@ -46,13 +46,13 @@ def test_instructions_per_dequantized_weight(arch: int) -> None:
     assert all(count is not None and count <= 6.0 for count in counted.values()), counted
 
 
-def test_the_gates_concern_our_rows() -> None:
+def test_gates_apply_to_our_rows() -> None:
     compiled = [row for stem in ("dequantize_nf4", "linear_nf4_gemm") for row in rows(stem, 80)]
     concerned = {promise for promise, concerns, _ in GATES if any(concerns(row) for row in compiled)}
     assert {"16-byte loads of packed weights", "a tensor-core instruction wherever there is a matmul"} <= concerned
 
 
-def test_the_peer_is_counted_the_same_way() -> None:
+def test_peer_kernels_are_counted() -> None:
     pytest.importorskip("bitsandbytes")
     peers = {row.kernel: row for row in peer_rows([80])}
     jobs = {"dequantize_nf4, one level", "quantize_nf4, first level", "adamw_step, 32-bit states"}

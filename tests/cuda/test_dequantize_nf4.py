@@ -1,4 +1,4 @@
-"""csrc/cuda/dequantize_nf4.cu: bit-equal to the reference (class 1), under the emulator."""
+"""csrc/cuda/dequantize_nf4.cu in the emulator: bit-equal to the reference (class 1)."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_compiled_under_sanitizers(mode: str) -> None:
     test_equals_reference(mode, *CASES[4], torch.bfloat16)
 
 
-def test_nothing_is_launched_for_nothing() -> None:
+def test_empty_input_launches_nothing() -> None:
     tested = library("dequantize_nf4", "plain")
     tested.calls()
     nothing = nf4_weight(None, (None, None, None, None), 64, 1, 0)

@@ -1,4 +1,4 @@
-"""csrc/cuda/dropout.cu: the mask of ops/philox.py bit for bit, under the emulator."""
+"""csrc/cuda/dropout.cu in the emulator: the mask of ops/philox.py bit for bit."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ pytestmark = needs_emulator
 
 SEEDS = (7, -3, 0x1234567890ABCDEF)
 SIZES = (1, 8, 2053, 4096)
-"""One element, one philox call, a tail behind two blocks, whole blocks."""
+"""One element, one Philox call, a tail after two blocks, whole blocks."""
 
 
 def launch(mode: str, x: torch.Tensor, p: float, seed: int, add_to: torch.Tensor | None) -> torch.Tensor:
-    """The launcher's y in every schedule of `mode`."""
+    """Return the launcher's y, equal in every schedule of `mode`."""
 
     def run(order: str, schedule_seed: int) -> tuple[torch.Tensor]:
         y = poisoned(*x.shape, dtype=x.dtype) if add_to is None else add_to.clone()
@@ -63,7 +63,7 @@ def test_adds_with_one_rounding(mode: str, dtype: torch.dtype) -> None:
     assert same_bits(launch(mode, x, p, seed, y), (y.float() + scaled).to(dtype))
 
 
-def test_seeds_give_other_masks() -> None:
+def test_different_seeds_give_different_masks() -> None:
     masks = [launch("plain", torch.ones(2048), 0.5, seed, None) for seed in SEEDS]
     assert all((a != b).float().mean() > 0.4 for a, b in itertools.pairwise(masks))
 

@@ -75,7 +75,7 @@ def test_compiled_under_sanitizers(mode: str, problem: LinearProblem, splits: in
     assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
-def test_splits_fill_the_gpu_and_no_more() -> None:
+def test_split_count_fills_gpu() -> None:
     tested = library("linear_nf4_gemm", "plain")
     splits = [tested.call("linear_nf4_gemm_splits", *sizes, 108) for sizes in ((1, 4096, 4096), (64, 28672, 8192))]
     assert splits[0] == 6, "216 blocks wanted of 32"
@@ -88,7 +88,7 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 @pytest.mark.parametrize(
     "change", [{"K": 40}, {"N": 12, "transposed": True}, {"r": 4}, {"dtype": torch.float32}], ids=str
 )
-def test_refuses_what_it_cannot_serve(change: dict) -> None:  # type: ignore[type-arg]
+def test_unsupported_problems_are_refused(change: dict) -> None:  # type: ignore[type-arg]
     problem = replace(LinearProblem(2, 16, 64, dtype=torch.bfloat16), **change)
     arguments = problem.gemm_args(problem.poisoned_y())
     assert library("linear_nf4_gemm", "plain").call("launch_linear_nf4_gemm", arguments, None) == 1

@@ -37,7 +37,7 @@ def run(mode: str, problem: LinearProblem, seed: int = 1, order: str = "random")
 @all_modes
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_forward(mode: str, problem: LinearProblem) -> None:
-    # W is not rounded to x's dtype: absmax multiplies fp32 sums of eight code values.
+    # W is not rounded to x's dtype, because absmax multiplies fp32 sums of eight code values.
     assert_within(run(mode, problem), problem.expected(rounded=False), str(problem))
 
 
@@ -61,7 +61,7 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
 
 
 @pytest.mark.parametrize(("M", "K"), [(17, 64), (0, 64), (1, 40)])
-def test_refuses_what_it_cannot_serve(M: int, K: int) -> None:
+def test_unsupported_problems_are_refused(M: int, K: int) -> None:
     tested, memory = library("linear_nf4_small_m", "plain"), torch.zeros(4096)
     weight = nf4_weight(memory, (memory, None, None, None), 64, 1, K)
     arguments = small_m_args(memory, weight, None, (None, None, 0.0), torch.zeros(64), M)

@@ -1,4 +1,4 @@
-"""Where the compiled library can be loaded and can run: torch's stream function, CUDA versions, driver, GPU."""
+"""Conditions for loading and running the compiled library: stream function, CUDA versions, driver, GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(torch.ops.qlora_kernels_C.cuda_has_current_stream())
 
 
 def finds_stream(*loaded_first: Path) -> bool:
-    """Whether the library finds torch's function in a new process that has loaded `loaded_first` as torch does."""
+    """Whether the library finds torch's function in a new process that loaded `loaded_first` in torch's way."""
     command = [sys.executable, "-c", PROGRAM, str(cuda.LIBRARY), *runtime_to_preload(), *map(str, loaded_first)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def finds_stream(*loaded_first: Path) -> bool:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="compiles a stand-in for libtorch_cuda.so: needs gcc on PATH")
 @pytest.mark.parametrize("source", [EXPORTS_THE_FUNCTION, ""], ids=["exported", "not exported"])
 def test_stream_function_of_a_simulated_torch_with_cuda(tmp_path: Path, source: str) -> None:
-    """A CUDA build of torch loads libtorch_cuda.so with RTLD_LOCAL: its symbols are in no global scope."""
+    """A CUDA build of torch loads libtorch_cuda.so with RTLD_LOCAL, so that its symbols are not in the global scope."""
     library = tmp_path / "libtorch_cuda.so"
     command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-x", "c", "-", "-o", str(library)]
     subprocess.run(command, input=source, text=True, check=True)
@@ -57,7 +57,7 @@ def test_stream_function_of_this_torch() -> None:
 
 @needs_library
 def test_build_record_is_read_without_loading(tmp_path: Path) -> None:
-    """`qlora-kernels info` reads the file; in a torch without CUDA nothing loads the library."""
+    """`qlora-kernels info` reads the file; the library is not loaded under a torch without CUDA."""
     build = read_build(cuda.LIBRARY)
     assert build.archs
     assert 13000 <= build.cuda < 14000
@@ -90,7 +90,7 @@ assert torch.version.cuda or "backends/cuda/_C" not in open("/proc/self/maps").r
         ("14.0", "this torch is built with CUDA 14.0 and has no libcudart.so.13"),
     ],
 )
-def test_build_against_a_torch(torch_cuda: str | None, says: str | None) -> None:
+def test_torch_version_mismatch(torch_cuda: str | None, says: str | None) -> None:
     reason = torch_mismatch(Build("80;90a", 13000), torch_cuda)
     assert reason is None if says is None else says in str(reason)
 
@@ -101,13 +101,13 @@ def test_build_against_a_torch(torch_cuda: str | None, says: str | None) -> None
         (13000, 13000, None),
         (13000, 13020, None),  # minor-version compatibility
         (14000, 13000, None),
-        (0, 13000, None),  # no driver: torch has no device, which is said elsewhere
+        (0, 13000, None),  # no driver: reported as a missing device
         (12080, 13000, "the NVIDIA driver supports CUDA 12.8 and torch's runtime is CUDA 13.0, which needs driver 580"),
         (12080, 13000, "update the driver, or install a torch built with CUDA 12"),
         (13020, 14000, "needs a newer driver or later"),
     ],
 )
-def test_driver_against_a_runtime(driver: int, runtime: int, says: str | None) -> None:
+def test_driver_version_mismatch(driver: int, runtime: int, says: str | None) -> None:
     reason = driver_too_old(driver, runtime)
     assert reason is None if says is None else says in str(reason)
 
@@ -125,7 +125,7 @@ def test_driver_against_a_runtime(driver: int, runtime: int, says: str | None) -
         ("90+PTX", (8, 0), False),
     ],
 )
-def test_built_archs_against_a_gpu(archs: str, capability: tuple[int, int], works: bool) -> None:
+def test_architecture_mismatch(archs: str, capability: tuple[int, int], works: bool) -> None:
     reason = arch_mismatch(Build(archs, 13000), capability, 13000)
     if works:
         assert reason is None
@@ -135,8 +135,8 @@ def test_built_archs_against_a_gpu(archs: str, capability: tuple[int, int], work
         assert f"QLORA_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
 
 
-def test_ptx_needs_a_driver_as_new_as_its_compiler() -> None:
-    """A CUDA 13.0 driver runs binaries of 13.2 and does not compile PTX of 13.2."""
+def test_ptx_needs_driver_of_compiler_version() -> None:
+    """A CUDA 13.0 driver runs binaries of 13.2 but does not compile PTX of 13.2."""
     build = Build("80+PTX", 13020)
     assert arch_mismatch(build, (8, 6), 13000) is None
     reason = arch_mismatch(build, (9, 0), 13000)
@@ -147,7 +147,7 @@ def test_ptx_needs_a_driver_as_new_as_its_compiler() -> None:
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with torch for CUDA 13.0, driver 13.0 and an H100, and a library for sm_80, as far as can be asked."""
+    """Simulate torch for CUDA 13.0, driver 13.0, an H100, and a library for sm_80."""
     monkeypatch.setattr(availability, "LIBRARY", Path(__file__))
     monkeypatch.setattr(availability, "read_build", lambda path: Build("80", 13000))
     monkeypatch.setattr(availability, "load", lambda: None)
@@ -166,16 +166,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         caching.cache_clear()
 
 
-def test_a_gpu_that_the_build_does_not_serve(simulated: pytest.MonkeyPatch) -> None:
-    """An H100 and a library built for sm_80: the backend says so, and so does whoever forces it."""
+def test_gpu_without_compiled_architecture(simulated: pytest.MonkeyPatch) -> None:
+    """For an H100 and a library built for sm_80, the backend and a forced call report the reason."""
     reason = "built for 80 and this GPU is sm_90; install a wheel for sm_90, or rebuild with QLORA_CUDA_ARCHS=90"
     assert reason in qk.backends()["cuda"]
     with qk.use_backend("cuda"), pytest.raises(NotImplementedError, match=reason):
         qk.quantize_nf4(torch.zeros(64))
 
 
-def test_a_driver_older_than_the_runtime(simulated: pytest.MonkeyPatch) -> None:
-    """Triton serves, instead of every op failing with cudaErrorInsufficientDriver."""
+def test_driver_older_than_runtime(simulated: pytest.MonkeyPatch) -> None:
+    """Triton is used instead, so that ops do not fail with cudaErrorInsufficientDriver."""
     simulated.setattr(availability, "driver_version", lambda: 12080)
     assert "the NVIDIA driver supports CUDA 12.8" in qk.backends()["cuda"]
     triton = registry.importlib.import_module("qlora_kernels.backends.triton")
@@ -184,7 +184,7 @@ def test_a_driver_older_than_the_runtime(simulated: pytest.MonkeyPatch) -> None:
     assert registry.select(registry.Problem("linear_nf4", "cuda", torch.bfloat16)).backend == "triton"
 
 
-def test_a_torch_of_another_cuda_version_loads_nothing(simulated: pytest.MonkeyPatch) -> None:
+def test_library_not_loaded_under_other_cuda_version(simulated: pytest.MonkeyPatch) -> None:
     def load() -> None:
         raise AssertionError("the library must not be loaded")
 
@@ -193,7 +193,7 @@ def test_a_torch_of_another_cuda_version_loads_nothing(simulated: pytest.MonkeyP
     assert "this torch is built with CUDA 12.6" in qk.backends()["cuda"]
 
 
-def test_a_torch_without_the_stream_function(simulated: pytest.MonkeyPatch) -> None:
+def test_torch_without_stream_function(simulated: pytest.MonkeyPatch) -> None:
     simulated.setattr(availability, "has_current_stream", lambda: False)
     assert "does not export aoti_torch_get_current_cuda_stream" in qk.backends()["cuda"]
 

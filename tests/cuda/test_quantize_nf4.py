@@ -33,7 +33,7 @@ def blocks_of(n: int, blocksize: int) -> int:
 
 
 def quantize(mode: str, w: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed, absmax, partial sums) of the launcher."""
+    """Return (packed, absmax, partial sums) of the launcher."""
     n = w.numel()
     tested = library("quantize_nf4", mode)
     sums = tested.call("quantize_nf4_partial_sums", n, shift(blocksize))
@@ -63,7 +63,7 @@ def test_equals_reference(mode: str, n: int, blocksize: int, dtype: torch.dtype)
 
 @source_and_ptx
 def test_boundaries_zeros_and_extremes(mode: str) -> None:
-    """Each boundary one ulp below, on and above; all-zero, denormal and huge blocks."""
+    """Each boundary one ulp below, on and above it; all-zero, denormal and huge blocks."""
     edges = nf4.boundaries()
     around = torch.stack([edges.nextafter(torch.tensor(-9.0)), edges, edges.nextafter(torch.tensor(9.0))], 1).reshape(
         -1
@@ -106,7 +106,7 @@ def quantize_absmax(mode: str, absmax: Tensor, partial_sums: Tensor) -> tuple[Te
 
 
 def expected_second_level(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference's bytes given the offset: subtracting it beforehand leaves a mean that must not be used."""
+    """Return the reference's bytes for the given offset, which is subtracted before so that the mean is not used."""
     n = absmax.numel()
     centred = torch.zeros(blocks_of(n, 256) * 256)
     centred[:n] = absmax - offset

@@ -1,4 +1,4 @@
-"""The sdist and the wheels: complete, named for what is inside, and working in an environment of their own."""
+"""The sdist and the wheels are complete, correctly named, and work in a new environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "qlora_kernels-0.1.0+{}-cp310-abi3-manylinux_2_34_x86_64.whl"
 
 
 def built(kind: str, source: Path, to: Path, **environment: str) -> Path:
-    """The sdist or wheel that setuptools makes of `source`."""
+    """Build an sdist or wheel of `source` with setuptools."""
     command = f"from setuptools import build_meta; build_meta.build_{kind}({str(to)!r})"
     variables = {k: v for k, v in os.environ.items() if k != ARCHS_VARIABLE} | environment
     done = subprocess.run([sys.executable, "-c", command], cwd=source, env=variables, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_sdist_holds_what_a_build_reads(unpacked_sdist: Path) -> None:
+def test_sdist_contains_build_inputs(unpacked_sdist: Path) -> None:
     needed = [path for path in CSRC.rglob("*") if path.is_file()]
     needed += [*(ROOT / "python" / "build_support").glob("*.py"), *(ROOT / "qlora_kernels").rglob("*.py")]
     missing = [path for path in needed if not (unpacked_sdist / path.relative_to(ROOT)).exists()]
@@ -53,15 +53,15 @@ def test_sdist_holds_what_a_build_reads(unpacked_sdist: Path) -> None:
 
 @pytest.mark.parametrize(("archs", "name"), [("", "qlora_kernels-0.1.0+cpu-"), (None, "qlora_kernels-0.1.0-")])
 def test_version_of_a_wheel_from_the_sdist(unpacked_sdist: Path, tmp_path: Path, archs: str | None, name: str) -> None:
-    """The setup.cfg in an sdist must not take the local version away."""
+    """The setup.cfg in an sdist does not remove the local version."""
     asked = {} if archs is None else {ARCHS_VARIABLE: archs}
     wheel = built("wheel", unpacked_sdist, tmp_path, **{SKIP_VARIABLE: "1", **asked})
     assert wheel.name.startswith(name)
 
 
 @needs_library
-def test_a_wheel_installs_and_computes(tmp_path: Path) -> None:
-    """`make wheel` for the architectures of this tree's library, whose objects are there already."""
+def test_wheel_installs_and_runs(tmp_path: Path) -> None:
+    """`make wheel` for the architectures of this tree's library, whose objects exist already."""
     pytest.importorskip("auditwheel", reason="auditwheel gives the manylinux tag: make setup")
     archs = read_build(cuda.LIBRARY).archs
     command = [
@@ -82,7 +82,7 @@ def test_a_wheel_installs_and_computes(tmp_path: Path) -> None:
 
 
 @needs_library
-def test_every_kernel_is_there_for_every_architecture() -> None:
+def test_every_kernel_compiled_for_every_architecture() -> None:
     pytest.importorskip("triton", reason="cuobjdump comes with triton's wheel: make setup")
     kernels = check_wheels.kernels_by_arch(cuda.LIBRARY)
     archs = [f"sm_{arch.removesuffix('+PTX')}" for arch in read_build(cuda.LIBRARY).archs.split(";")]
@@ -94,7 +94,7 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 
 
 @needs_library
-def test_the_cuda_library_uses_torchs_runtime() -> None:
+def test_cuda_library_uses_runtime_of_torch() -> None:
     check_wheels.check_runtime(cuda.LIBRARY, NAME.format("cu130.sm80"))
     with pytest.raises(BadWheel, match=r"must need libcudart\.so\.12, it needs .*libcudart\.so\.13"):
         check_wheels.check_runtime(cuda.LIBRARY, NAME.format("cu126.sm80"))
@@ -110,12 +110,12 @@ def test_archs_in_a_name(local: str, archs: list[str]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "qlora_kernels-0.1.0-cp310-abi3-manylinux_2_34_x86_64.whl",  # says nothing of what is inside
+        "qlora_kernels-0.1.0-cp310-abi3-manylinux_2_34_x86_64.whl",  # does not name the contents
         NAME.format("cpu").replace("abi3", "cp310"),
         NAME.format("cpu").replace("manylinux_2_34", "linux"),
     ],
 )
-def test_names_that_are_not_published(name: str) -> None:
+def test_invalid_wheel_names_are_refused(name: str) -> None:
     with pytest.raises(BadWheel, match="the name does not match"):
         check_wheels.archs_of(Path(name))
 
@@ -128,7 +128,7 @@ def wheel_of(folder: Path, local: str, **libraries: bytes) -> Path:
     return wheel
 
 
-def test_contents_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_wheel_contents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadWheel, match="holds the libraries") as refusal:
         check_wheels.check_content(wheel_of(tmp_path, "cu130.sm80", cpu=b""))
     assert CPU_LIBRARY in str(refusal.value)

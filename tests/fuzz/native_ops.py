@@ -1,8 +1,8 @@
 """Calls of every op with sound and unsound arguments: none may end the process or write outside its arguments.
 
-    python -m tests.fuzz.native_ops --calls 100000 --seed 0      exit code 1, and the call's number, where one does
+    python -m tests.fuzz.native_ops --calls 100000 --seed 0      exit code 1 and the call's number for a failure
 
-The calls run in child processes, each a range of numbers; the number alone determines the call.
+The calls run in child processes, each a range of numbers; a call is determined by its number.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .op_arguments import Problem, sound
 from .unsound import unsound
 
 ADDRESS_SPACE = 12 << 30
-"""Bytes: sizes that no machine has fail as allocations do, and take nothing from other processes."""
+"""Size limit in bytes; larger sizes fail as allocations do, without using other processes' memory."""
 
 PER_CHILD = 10_000
 
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, MemoryError, AssertionError)
-"""Assertions are those of torch, about tensors of several kinds in one call."""
+"""Exceptions that count as refusals. AssertionError is raised by torch for mixed kinds of tensors in one call."""
 
 
 class StrayWrite(Exception):
@@ -43,7 +43,7 @@ class StrayWrite(Exception):
 
 
 def ops() -> list[Any]:
-    """Every op of both namespaces that is loaded here."""
+    """Return every op of both namespaces that is loaded."""
     assert cpu.unavailable() is None
     cuda.load()
     overloads = []
@@ -56,7 +56,7 @@ def ops() -> list[Any]:
 
 
 def call(op: Any, number: int) -> str:
-    """The outcome of call `number`: "done", or the type of the refusal. Raises StrayWrite."""
+    """Return the outcome of call `number`: "done", or the type of the refusal. Raises StrayWrite."""
     rng = random.Random(number)
     torch.manual_seed(number)
     problem = Problem(rng)
@@ -68,7 +68,7 @@ def call(op: Any, number: int) -> str:
         values.append(value)
     places = rng.sample(range(len(values)), min(len(values), rng.choice((0, 1, 1, 1, 2, 3))))
     changes = {place: unsound(values[place], rng) for place in places}
-    # torch's fake mode leaves the dispatcher's state broken where it raises for another argument that is freed memory.
+    # torch's fake mode corrupts the dispatcher's state when it raises for another argument that is freed memory.
     fakes = {place: value for place, value in changes.items() if _has_fake(value)}
     for place, value in (fakes or changes).items():
         values[place] = value
@@ -107,13 +107,13 @@ def _has_fake(value: Any) -> bool:
 
 
 def _dispatcher_state() -> tuple[int, int]:
-    """The dispatch keys that this thread excludes and includes. Left changed, they break later calls of other ops."""
+    """Return the dispatch keys that this thread excludes and includes; if changed, they break later calls of ops."""
     exclude, include = torch._C._dispatch_tls_local_exclude_set(), torch._C._dispatch_tls_local_include_set()
     return exclude.raw_repr(), include.raw_repr()
 
 
 def run(first: int, last: int, report: Path) -> None:
-    """Calls [first, last); `report` holds the number of the one that is under way."""
+    """Run calls [first, last); `report` contains the number of the current one."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -129,7 +129,7 @@ def run(first: int, last: int, report: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the calls in children. Returns 1 where one of them died or reported a stray write."""
+    """Run the calls in child processes. Returns 1 if one of them died or reported a stray write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="number of the first call")

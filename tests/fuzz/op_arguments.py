@@ -1,4 +1,4 @@
-"""Sound arguments for every op, by the names in its schema, in memory whose surroundings are watched."""
+"""Sound arguments for every op, by the names in its schema, in memory between guards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Block:
-    """A tensor's bytes, or those of a watched tensor: between two guards."""
+    """The bytes of a tensor between two guards."""
 
     memory: Tensor
     before: Tensor
     written: bool
 
     def is_intact(self) -> bool:
-        """Whether the guards, and where nothing may be written the bytes between them, are as they were."""
+        """Whether the guards, and for read-only arguments the bytes between them, are unchanged."""
         if self.written:
             return bool((self.memory[:GUARD] == PATTERN).all() and (self.memory[-GUARD:] == PATTERN).all())
         return torch.equal(self.memory, self.before)
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass
 class Problem:
-    """Sizes of a call, and what it has been given."""
+    """The sizes of a call and the tensors it was given."""
 
     rng: random.Random
     blocks: list[Block] = field(default_factory=list)
@@ -80,7 +80,7 @@ MODEL_PARTS = ("rms_norm", "rms_norm_backward", "rope", "glu", "glu_backward")
 
 
 def _sound_model_part(op: str, name: str, problem: Problem, written: bool) -> Any:
-    """An argument of the ops for what lies between linear layers: M rows of K; heads [2, N, M, 8]."""
+    """Return an argument of the ops between linear layers: M rows of K; heads [2, N, M, 8]."""
     p, rng = problem, problem.rng
     numbers = {"eps": 1e-6, "weight_offset": 1.0, "need_grad_weight": rng.random() < 0.5, "inverse": rng.random() < 0.5}
     if name in numbers:
@@ -99,7 +99,7 @@ def _sound_model_part(op: str, name: str, problem: Problem, written: bool) -> An
 
 
 def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any:
-    """The argument `name` of `op`, of the schema's type `kind`, as the op's documentation asks for it."""
+    """Return a valid argument `name` of `op`, of the schema's type `kind`."""
     p, rng = problem, problem.rng
     grouped, multi = "group" in op, "multi" in op
     in_list = kind.startswith("List")

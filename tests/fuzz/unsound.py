@@ -1,4 +1,4 @@
-"""What else may stand in an argument's place: every kind of tensor that torch has, numbers at the ends of ranges."""
+"""Unsound replacements of arguments: every kind of tensor that torch has, and numbers at the ends of ranges."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ TENSORS: tuple[Callable[[Tensor, random.Random], Any], ...] = (
 
 
 def unsound(value: Any, rng: random.Random) -> Any:
-    """Something else for `value`; `value` itself where torch cannot make that of it."""
+    """Return a replacement of `value`, or `value` itself if torch cannot make it."""
     if isinstance(value, Tensor):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""adamw_step: every backend and instruction set gives the reference's bits; bad arguments are refused."""
+"""adamw_step: every backend and instruction set gives the reference's bits, and bad arguments are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GUARD = 64
 
 
 def layout(numels=NUMELS, bits=32):
-    """(segments, arena bytes): states one after another between guards; large parameters in two rows."""
+    """Return (segments, arena bytes): states one after another between guards; large parameters have two rows."""
     rows, offset, counter = [], GUARD, 0
     for param, numel in enumerate(numels):
         blocks = -(-numel // STATE_BLOCKSIZE)
@@ -45,7 +45,7 @@ def layout(numels=NUMELS, bits=32):
 
 
 def trajectory(dtype, bits, hyper, seed=None, steps=4):
-    """Every tensor after each step, from gradients of seven decades, one parameter without a gradient at times."""
+    """Return every tensor after each step; gradients cover seven decades, and one parameter has none at times."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(n, generator=generator).to(dtype) for n in NUMELS]
     segments, nbytes = layout(bits=bits)
@@ -69,12 +69,12 @@ def trajectory(dtype, bits, hyper, seed=None, steps=4):
 
 def assert_equal(actual, expected):
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        # As bytes: a NaN equals itself.
+        # Compared as bytes, so that a NaN equals itself.
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{index}: {(a != b).sum()} of {a.numel()} differ"
 
 
 def test_reference_multiplies_and_adds_with_one_rounding():
-    """The exact result lies just below the middle of two fp32 numbers; rounded to float64 first, it is the middle."""
+    """The exact result is just below the middle of two fp32 numbers; rounded to float64 first, it is the middle."""
     a, b, c = (torch.tensor(value) for value in (2.0**-24 * (1 + 2.0**-23), 1 - 2.0**-23, 1 + 2.0**-23))
     assert fma(a, b, c) == c
     assert (a.double() * b.double() + c.double()).float() != c
@@ -85,7 +85,7 @@ def test_reference_multiplies_and_adds_with_one_rounding():
 @bits_of_states
 @dtypes
 @pytest.mark.parametrize("backend", [b for b in usable_backends("adamw_step") if b != "reference"])
-def test_backends_give_the_references_bits(backend, dtype, bits, seed, hyper):
+def test_backends_equal_reference_bits(backend, dtype, bits, seed, hyper):
     with qk.use_backend("reference"):
         expected = trajectory(dtype, bits, hyper, seed)
     with qk.use_backend(backend):
@@ -94,7 +94,7 @@ def test_backends_give_the_references_bits(backend, dtype, bits, seed, hyper):
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "neon", "portable"])
-def test_instruction_sets_give_the_references_bits(isa):
+def test_instruction_sets_equal_reference_bits(isa):
     try:
         cpu.instruction_set(isa)
     except ValueError as reason:
@@ -118,7 +118,7 @@ BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "square overflows
 
 
 def spoiled(value):
-    """(parameter, arena) after a step with a bad element in the first and in the short last block, and one without."""
+    """Return (parameter, arena) after a step with and without a bad element in the first and the short last block."""
     n = 2 * STATE_BLOCKSIZE + 77
     segments, nbytes = layout((n,), bits=8)
     param, arena = torch.zeros(n), torch.zeros(nbytes, dtype=torch.uint8)
@@ -132,7 +132,7 @@ def spoiled(value):
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
-def test_a_bad_gradient_does_not_spread_through_its_8bit_block(backend, value):
+def test_nonfinite_gradient_affects_only_its_element_of_8bit_block(backend, value):
     with qk.use_backend(backend):
         param, arena = spoiled(value)
     good = torch.ones(len(param), dtype=torch.bool)
@@ -147,22 +147,22 @@ def test_a_bad_gradient_does_not_spread_through_its_8bit_block(backend, value):
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_a_bad_gradient_does_not_spread_on_any_instruction_set(isa):
+def test_nonfinite_gradient_affects_only_its_element_on_every_isa(isa):
     try:
         cpu.instruction_set(isa)
     except ValueError as reason:
         pytest.skip(str(reason))
     try:
         for value in BAD.values():
-            test_a_bad_gradient_does_not_spread_through_its_8bit_block("cpu", value)
+            test_nonfinite_gradient_affects_only_its_element_of_8bit_block("cpu", value)
     finally:
         cpu.instruction_set("")
 
 
 def encoded_states(values):
-    """What a step leaves in the 8-bit states if it would store `values` (exp_avg) and their squares (exp_avg_sq).
+    """Return the 8-bit states of a step that stores `values` (exp_avg) and their squares (exp_avg_sq).
 
-    beta1 = 0 and beta2 = 0 make the states the gradient and its square.
+    With beta1 = 0 and beta2 = 0, the states are the gradient and its square.
     """
     n = values.numel()
     blocks = -(-n // STATE_BLOCKSIZE)
@@ -195,8 +195,9 @@ def test_encoding_is_exact_at_every_boundary(backend):
 
 
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
-def test_encoding_is_exact_where_no_neighbour_is_close_to_a_boundary(backend):
-    """Each boundary alone among values far from any: a neighbour's second look must not be what makes it right."""
+def test_encoding_is_exact_at_isolated_boundaries(backend):
+    """Each boundary among values that are far from all boundaries, so that it is not corrected because of a
+    neighbour."""
     boundaries = dynamic_boundaries()
     up, down = boundaries.nextafter(torch.tensor(9.0)), boundaries.nextafter(torch.tensor(-9.0))
     points = torch.cat([boundaries, up, down])
@@ -211,7 +212,7 @@ def test_encoding_is_exact_where_no_neighbour_is_close_to_a_boundary(backend):
 
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
 def test_encoding_of_squares_is_exact_at_every_boundary(backend):
-    """The unsigned map's boundaries, as near as squares of fp32 numbers come to them on either side."""
+    """The unsigned map's boundaries, as close as squares of fp32 numbers come on either side."""
     roots = dynamic_boundaries(signed=False).double().sqrt().float()
     near = [roots, roots.nextafter(torch.tensor(9.0)), roots.nextafter(torch.tensor(-9.0))]
     rows = torch.stack(near).reshape(-1)
@@ -235,7 +236,7 @@ def test_blockwise_round_trip(signed):
     assert (absmax[1:3] == 0).all()
     y = dequantize_blockwise(q, absmax, signed=signed)
     assert (y[256:768] == 0).all()
-    # Half the widest cell: 0.9 / 64 signed, half of that unsigned; the signed map lacks -1 and so another half cell.
+    # Half of the widest cell: 0.9 / 64 signed, half of that unsigned; the signed map has no -1, which adds half a cell.
     assert ((x - y).abs()[:256] <= absmax[0] * (0.9 / 64 if signed else 0.9 / 256)).all()
     again, same = quantize_blockwise(y, signed=signed, absmax=absmax)
     assert torch.equal(again, q)
@@ -245,7 +246,7 @@ def test_blockwise_round_trip(signed):
 
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
 @bits_of_states
-def test_found_inf_writes_nothing(backend, bits):
+def test_found_inf_skips_all_writes(backend, bits):
     segments, nbytes = layout(bits=bits)
     params = [torch.ones(n) for n in NUMELS]
     arena = torch.zeros(nbytes, dtype=torch.uint8)
@@ -261,7 +262,7 @@ def test_found_inf_writes_nothing(backend, bits):
 
 @pytest.mark.parametrize("backend", usable_backends("adamw_step"))
 @bits_of_states
-def test_nothing_is_written_between_the_states(backend, bits):
+def test_gaps_between_states_are_not_written(backend, bits):
     segments, nbytes = layout(bits=bits)
     arena = torch.full((nbytes,), 0xA5, dtype=torch.uint8)
     owned = torch.zeros(nbytes, dtype=torch.bool)
@@ -294,7 +295,7 @@ def test_nothing_is_written_between_the_states(backend, bits):
         ("exp_avg_sq", 66, "are not aligned"),
     ],
 )
-def test_the_library_checks_every_row_before_it_becomes_a_pointer(column, value, message):
+def test_invalid_segment_rows_are_refused(column, value, message):
     segments, nbytes = layout()
     segments[0, SEGMENT_COLUMNS.index(column)] = value
     params, grads = [torch.ones(n) for n in NUMELS], [torch.ones(n) for n in NUMELS]
@@ -344,7 +345,7 @@ def test_refusals(change, error, message):
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-def test_any_number_of_threads_gives_the_same_bits():
+def test_thread_count_does_not_change_step_bits():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

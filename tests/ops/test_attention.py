@@ -26,14 +26,14 @@ SHAPES = {  # B, H, KV, T, D
 
 
 def heads(shape, dtype):
-    """q, k, v and grad_out as a model's projections lie in memory, [B, T, heads, D]."""
+    """Return q, k, v and grad_out in the memory layout of a model's projections, [B, T, heads, D]."""
     B, H, KV, T, D = SHAPES[shape]
     made = [gaussian(B, T, n, D, seed=i, dtype=dtype).transpose(1, 2) for i, n in enumerate((H, KV, KV, H))]
     return [tensor.requires_grad_(i < 3) for i, tensor in enumerate(made)]
 
 
 def run(backend, tensors, **options):
-    """out and the gradients of q, k and v."""
+    """Return out and the gradients of q, k and v."""
     q, k, v, grad_out = tensors
     with qk.use_backend(backend):
         out = qk.attention(q, k, v, **options)
@@ -81,7 +81,7 @@ def test_window(backend, window):
 @backends
 @dtypes
 def test_documents(backend, dtype):
-    """Packed rows are block-diagonal; a number that comes back later is another document."""
+    """Packed rows are block-diagonal; a number that occurs again later is another document."""
     tensors = heads("one block", dtype)
     documents = torch.tensor([[4] * 11 + [2] * 1 + [4] * 21, [0] * 33])
     run_of = (documents[:, 1:] != documents[:, :-1]).long().cumsum(1)
@@ -94,8 +94,8 @@ def test_documents(backend, dtype):
 
 @backends
 @dtypes
-def test_padding_on_either_side(backend, dtype):
-    """Padded queries see no key: their output and gradient are zero, and they change nobody else's."""
+def test_left_and_right_padding(backend, dtype):
+    """Padded queries have no keys: their output and gradient are zero, and they do not affect other queries."""
     tensors = heads("one block", dtype)
     first, last = torch.tensor([[0], [9]]), torch.tensor([[20], [33]])
     place = torch.arange(33)
@@ -112,14 +112,14 @@ def test_padding_on_either_side(backend, dtype):
 
 @backends
 @pytest.mark.parametrize(("Tq", "Tk"), [(5, 120), (120, 5), (1, 97)])
-def test_other_numbers_of_keys_than_queries(backend, Tq, Tk):
+def test_different_numbers_of_queries_and_keys(backend, Tq, Tk):
     q, k, v, grad_out = (gaussian(1, 2, T, 16, seed=i) for i, T in enumerate((Tq, Tk, Tk, Tq)))
     tensors = [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad_out]
     assert_attention(run(backend, tensors, causal=False), tensors, torch.ones(1, Tq, Tk, dtype=torch.bool))
 
 
 @backends
-def test_scores_that_rise_along_the_keys(backend):
+def test_scores_increasing_along_keys(backend):
     """The running maximum rises in each block of keys, by more than a probability's range."""
     tensors = [t.detach() for t in heads("two blocks", torch.float32)]
     tensors[1] = tensors[1] + torch.arange(101)[None, None, :, None] * tensors[0].mean(2, keepdim=True) / 2
@@ -142,15 +142,15 @@ def test_strides_do_not_change_the_bits(backend, dtype):
 
 @backends
 def test_layout_of_the_output(backend):
-    """[B, T, H, D] in memory: what an output projection reads is a view."""
+    """The memory layout is [B, T, H, D], so that the output projection reads a view."""
     q, k, v, _ = heads("one block", torch.float32)
     with qk.use_backend(backend):
         out = qk.attention(q, k, v)
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_formula_is_torchs():
-    """The formula that the other tests go by, beside scaled_dot_product_attention in float64."""
+def test_formula_equals_torch():
+    """The formula used by the other tests equals scaled_dot_product_attention in float64."""
     q, k, v, grad_out = (t.detach().double().requires_grad_() for t in heads("one block", torch.float32))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(out, (q, k, v), grad_out)

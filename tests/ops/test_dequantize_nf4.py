@@ -44,7 +44,7 @@ def test_every_byte_at_every_scale(backend, dtype):
 
 @backends
 @dtypes
-def test_out_is_filled_and_nothing_else(backend, dtype):
+def test_out_is_filled_without_overrun(backend, dtype):
     packed, state = qk.quantize_nf4(gaussian(33, 97))
     arena = torch.full((33 * 97 + 64,), torch.nan, dtype=dtype)
     out = arena[32 : 32 + 33 * 97].view(33, 97)
@@ -55,7 +55,7 @@ def test_out_is_filled_and_nothing_else(backend, dtype):
     assert arena[32 + 33 * 97 :].isnan().all()
 
 
-def test_defaults_to_the_source_dtype():
+def test_default_dtype_is_source_dtype():
     packed, state = qk.quantize_nf4(gaussian(64, dtype=torch.bfloat16))
     assert qk.dequantize_nf4(packed, state).dtype == torch.bfloat16
 

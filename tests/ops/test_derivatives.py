@@ -1,4 +1,4 @@
-"""Derivatives beyond the first gradient: as torch's own of the same composition, or refused; never zero in silence."""
+"""Higher and forward-mode derivatives equal those of torch's ops, or raise; they are never zero silently."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SEED = torch.tensor([7])
 ADAPTER = torch.tensor([0, 1, -1, 1, 0])
 SCALINGS = torch.tensor([2.0, 3.0])
 RELATIVE = 6 * K**0.5 * unit_roundoff(torch.float32)
-"""Relative to a tensor's norm: up to six products in a row of at most K terms a sum. In a norm over many elements the
-roundings of a sum add up like independent random numbers, to the square root of their number."""
+"""Relative to a tensor's norm: up to six successive products of at most K terms per sum. In a norm over many elements,
+the roundings of a sum add as independent random numbers do, as the square root of their number."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def weight():
 
 
 class Case:
-    """An op and the same function in dense torch, both of `arguments`."""
+    """An op and the same function composed of dense torch ops, both of `arguments`."""
 
     def __init__(self, op, dense, **arguments):
         self.op, self.dense, self.arguments = op, dense, tuple(arguments.values())
@@ -111,7 +111,7 @@ def first(case, function):
 
 
 def second(case, function):
-    """Gradients of a gradient, by torch.autograd."""
+    """Return gradients of a gradient, by torch.autograd."""
     leaves = [argument.clone().requires_grad_() for argument in case.arguments]
     grads = torch.autograd.grad(cubed(function)(*leaves), leaves, create_graph=True)
     along = sum((grad * v).sum() for grad, v in zip(grads, case.directions, strict=True))
@@ -128,7 +128,7 @@ def forward_over_reverse(case, function):
 
 
 @pytest.mark.parametrize("derivative", [first, second, tangent, forward_over_reverse], ids=lambda d: d.__name__)
-def test_equals_dense_torchs(case, derivative):
+def test_derivatives_equal_dense_torch(case, derivative):
     assert_close(derivative(case, case.op), derivative(case, case.dense))
 
 
@@ -177,7 +177,7 @@ def test_transforms_under_compile(weight):
     assert_close([compiled], [along(x, v)])
 
 
-def test_a_layer_has_a_tangent():
+def test_layer_supports_forward_mode():
     layer, x, v = qk.LinearNF4.from_linear(nn.Linear(K, N)), gaussian(M, K), gaussian(M, K, seed=9)
     _, out = torch.func.jvp(layer, (x,), (v,))
     assert_close([out], [v @ layer.dequantize().T])
@@ -213,7 +213,7 @@ def test_scalings_of_adapters_refuse_a_gradient(weight):
         )
 
 
-def test_a_group_whose_factors_B_alone_are_trained(weight):
+def test_group_with_only_lora_B_trained(weight):
     packed, state = weight
     A, B = factors().values()
     B.requires_grad_()
@@ -227,7 +227,7 @@ def test_a_group_whose_factors_B_alone_are_trained(weight):
 
 
 def test_outputs_may_be_written_to(weight):
-    """As those of nn.Linear: models add residuals in place, and ReLU has an option for it."""
+    """Outputs may be modified in place, as those of nn.Linear: models add residuals, and ReLU has an option for it."""
     packed, state = weight
     A, B = (factor.requires_grad_() for factor in factors().values())
     x = gaussian(M, K).view(1, M, K).requires_grad_()

@@ -1,4 +1,4 @@
-"""A call of an op: modes, transforms and subclasses see it, and where there are none it costs no more than it must."""
+"""Calls of an op are visible to modes, transforms and subclasses; without these, the cost of a call is bounded."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ with_and_without_grad = pytest.mark.parametrize("grad", [False, True], ids=["con
 
 @pytest.fixture
 def plain():
-    """x -> y by linear_nf4."""
+    """Return x -> y by linear_nf4."""
     packed, state = qk.quantize_nf4(gaussian(8, 64))
     return lambda x: qk.linear_nf4(x, packed, state)
 
 
 @pytest.fixture(params=["linear_nf4", "linear_nf4_lora"])
 def op_and_call(request, plain):
-    """An op's name, and x -> y by it."""
+    """Return an op's name, and x -> y by it."""
     packed, state = qk.quantize_nf4(gaussian(8, 64))
     lora_A, lora_B = gaussian(4, 64), gaussian(8, 4)
     lora = lambda x: qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=2.0)  # noqa: E731
@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Wrapped(torch.Tensor):
-    """Sees what it takes part in, and computes as the tensor inside."""
+    """A tensor subclass that records the ops it takes part in and computes with the tensor inside."""
 
     seen: ClassVar[list[str]] = []
 
@@ -70,7 +70,7 @@ class Wrapped(torch.Tensor):
 
 
 @with_and_without_grad
-def test_a_dispatch_mode_sees_forward_and_backward(op_and_call, grad):
+def test_dispatch_mode_receives_forward_and_backward(op_and_call, grad):
     op, call = op_and_call
     x = gaussian(3, 64).requires_grad_(grad)
     with Recorder() as forward:
@@ -84,7 +84,7 @@ def test_a_dispatch_mode_sees_forward_and_backward(op_and_call, grad):
 
 
 @with_and_without_grad
-def test_a_subclass_sees_the_call(plain, grad):
+def test_tensor_subclass_receives_call(plain, grad):
     Wrapped.seen.clear()
     y = plain(Wrapped(gaussian(3, 64), grad))
     assert Wrapped.seen == ["qlora_kernels::linear_nf4"]
@@ -101,20 +101,20 @@ def test_fake_tensors_stay_fake(grad):
     assert (y.shape, y.requires_grad) == ((3, 8), grad)
 
 
-def test_make_fx_traces_the_op_and_not_what_it_does(op_and_call):
+def test_make_fx_traces_op_as_one_node(op_and_call):
     op, call = op_and_call
     graph = make_fx(call)(gaussian(3, 64)).graph
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert [target for target in targets if "getitem" not in target] == [f"qlora_kernels.{op}.default"]
 
 
-def test_functorch_maps(plain):
+def test_vmap_over_op(plain):
     x = gaussian(3, 64)
     assert_same_function(torch.func.vmap(plain)(x), plain(x), products=1, terms=64)
 
 
 @with_and_without_grad
-def test_a_lazily_negated_x_is_negated(plain, grad):
+def test_lazy_negation_of_x_is_resolved(plain, grad):
     x = gaussian(3, 64)
     assert torch.equal(plain(torch._neg_view(x.clone().requires_grad_(grad))).detach(), plain(-x))
 
@@ -129,7 +129,7 @@ def test_inference_mode_and_no_grad_give_the_same_bits(plain):
 
 
 @with_and_without_grad
-def test_a_call_without_the_fast_path_gives_the_same_bits(op_and_call, grad, monkeypatch):
+def test_fast_path_does_not_change_bits(op_and_call, grad, monkeypatch):
     _, call = op_and_call
     x = gaussian(3, 64).requires_grad_(grad)
     y = call(x)
@@ -142,8 +142,8 @@ def test_a_call_without_the_fast_path_gives_the_same_bits(op_and_call, grad, mon
 
 @native
 @with_and_without_grad
-def test_the_dispatcher_is_entered_for_the_op_and_for_its_kernel_alone(grad):
-    """No op of torch's beside them on a matrix: x is taken as it is and the result returned as it comes."""
+def test_dispatcher_entered_only_for_op_and_kernel(grad):
+    """For a matrix no other torch op runs: neither x nor the result is reshaped or copied."""
     layer, x = qk.LinearNF4.from_linear(nn.Linear(64, 8, bias=False)), gaussian(3, 64).requires_grad_(grad)
     with profile() as profiled:
         layer(x)
@@ -152,15 +152,15 @@ def test_the_dispatcher_is_entered_for_the_op_and_for_its_kernel_alone(grad):
 
 
 def functions_called(call):
-    """(file, name) of each Python function that `call` runs."""
+    """Return (file, name) of each Python function that `call` runs."""
     called = []
 
     def note(frame, event, arg):
-        # Comprehensions are functions to some versions of Python and not to others.
+        # Comprehensions are functions in some versions of Python and not in others.
         if event == "call" and not frame.f_code.co_name.startswith("<"):
             called.append((frame.f_code.co_filename, frame.f_code.co_name))
 
-    call()  # whatever is cached is cached now
+    call()  # fills all caches
     before = sys.getprofile()
     sys.setprofile(note)
     try:
@@ -176,10 +176,10 @@ def count_of_ours(called):
 
 
 @native
-def test_a_call_runs_few_functions_of_ours_and_the_dispatcher_once():
-    """A function takes about a tenth of a microsecond, and on small layers the sum of them is most of a call's time.
+def test_python_functions_per_call_are_bounded():
+    """A function takes about a tenth of a microsecond; on small layers their sum is most of a call's time.
 
-    What raises a bound should be worth it: measure a 64x64 layer at M = 1 before and after (docs/notebook).
+    Before a bound is raised, measure a 64x64 layer at M = 1 before and after (docs/notebook).
     """
     layer, x = qk.LinearNF4.from_linear(nn.Linear(64, 64, bias=False)), gaussian(1, 64)
     config = qk.peft.LoraConfig(r=8, target_modules=["0"])

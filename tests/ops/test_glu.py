@@ -35,7 +35,7 @@ def test_forward_and_gradients(backend, dtype, activation, shape):
 @backends
 @activations
 def test_large_gates(backend, activation):
-    """Where the sigmoid is 0 or 1: no overflow on the way to it, and NaN stays NaN."""
+    """The sigmoid is 0 or 1 without an overflow on the way, and NaN stays NaN."""
     gate = torch.tensor([-3e38, -1e6, -100.0, -87.0, 87.0, 100.0, 1e6, 3e38]).requires_grad_()
     with qk.use_backend(backend):
         y = qk.glu(gate, torch.ones(8), activation)

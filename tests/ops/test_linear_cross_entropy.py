@@ -30,7 +30,8 @@ VARIANTS = {
 
 
 def problem(shape, dtype, *, bias=False, weight_dtype=None):
-    """hidden, weight, labels, bias of a head that is neither uniform nor certain; every fifth label is ignored."""
+    """Return hidden, weight, labels, bias of a head that is neither uniform nor certain; every fifth label is
+    ignored."""
     M, V, K = SHAPES[shape]
     hidden = gaussian(M, K, dtype=dtype)
     weight = (3 * gaussian(V, K, seed=1) / K**0.5).to(weight_dtype or dtype)
@@ -63,7 +64,7 @@ def test_losses_and_gradient_of_hidden(backend, dtype, shape, variant):
 @backends
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_the_head(backend, variant, monkeypatch):
-    """As torch's in float64; the head is longer than a chunk of its gradient."""
+    """Gradients equal torch's in float64; the head is longer than a chunk of its gradient."""
     monkeypatch.setattr("qlora_kernels.ops.linear_cross_entropy.VOCABULARY_CHUNK", 100)
     options = dict(VARIANTS[variant])
     hidden, weight, labels, _ = problem("blocks and chunks that are not full", torch.float32)
@@ -83,7 +84,7 @@ def test_gradients_of_the_head(backend, variant, monkeypatch):
 
 
 @backends
-def test_scaling_as_transformers_has_it(backend):
+def test_reductions_equal_transformers(backend):
     loss_utils = pytest.importorskip("transformers.loss.loss_utils")
     hidden, weight, labels, _ = problem("one chunk", torch.float32)
     with qk.use_backend(backend):
@@ -99,7 +100,7 @@ def test_scaling_as_transformers_has_it(backend):
 @backends
 @dtypes
 def test_ignored_tokens_have_no_influence(backend, dtype):
-    """Whatever their hidden states are; the ignored label may be one of the vocabulary."""
+    """This holds for any hidden states; the ignored label may be inside the vocabulary."""
     hidden, weight, labels, _ = problem("one column beyond a chunk", dtype)
     labels[labels == -100] = 7
     hidden[labels == 7] = float("nan")
@@ -129,7 +130,7 @@ def test_ignored_tokens_have_no_influence_on_the_gradient_of_the_head(backend):
 
 
 @backends
-def test_no_token_to_learn_from(backend):
+def test_all_tokens_ignored(backend):
     hidden, weight, labels, _ = problem("one chunk", torch.float32)
     hidden.requires_grad_()
     labels.fill_(-100)
@@ -146,7 +147,7 @@ def test_no_token_to_learn_from(backend):
 @backends
 @dtypes
 @pytest.mark.parametrize("growth", [1, 40], ids=["usual", "certain"])
-def test_logits_that_rise_along_the_vocabulary(backend, dtype, growth):
+def test_logits_increasing_along_vocabulary(backend, dtype, growth):
     """Each chunk raises the running maximum, and the sums are rescaled."""
     hidden, weight, labels, _ = problem("blocks and chunks that are not full", dtype)
     bias = growth * torch.arange(len(weight)) / 100
@@ -161,7 +162,7 @@ def test_logits_that_rise_along_the_vocabulary(backend, dtype, growth):
 
 @backends
 def test_minus_infinity_and_nan(backend):
-    """A vocabulary that is padded by biases of -inf, over a whole chunk too, has the losses of the one without."""
+    """A vocabulary padded by biases of -inf, also over a whole chunk, has the losses of the unpadded one."""
     hidden, weight, labels, _ = problem("blocks and chunks that are not full", torch.float32)
     labels = labels.where(labels < 0, 300 + labels % 100)
     hidden.requires_grad_()
@@ -217,7 +218,7 @@ def test_second_derivatives_and_forward_mode(backend):
                 assert_same_function(actual, expected)
 
 
-def test_autocast_runs_in_its_dtype():
+def test_autocast_uses_autocast_dtype():
     hidden, weight, labels, _ = problem("one chunk", torch.float32)
     hidden.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

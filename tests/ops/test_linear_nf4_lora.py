@@ -65,8 +65,8 @@ def test_grad_x_only_where_needed(backend):
 
 
 @backends
-def test_nothing_weight_sized_is_saved(backend):
-    """Between the passes live x, s and the weight's own bytes: no dequantized weight, no mask."""
+def test_no_weight_sized_tensor_is_saved(backend):
+    """Only x, s and the weight's own bytes are kept for backward: no dequantized weight, no mask."""
     packed, state = qk.quantize_nf4(gaussian(64, 128))
     x = gaussian(3, 128).requires_grad_()
     saved = []

@@ -72,7 +72,7 @@ def test_forward_and_gradients(backend, dtype, M, K, widths, ranks, p):
 
 
 @backends
-def test_each_is_linear_nf4_lora_with_the_same_seed(backend):
+def test_group_equals_linear_nf4_lora_with_same_seed(backend):
     weights, biases, leaves = problem(5, 64, (40, 17), (4, 3), torch.float32)
     seed = torch.tensor([77])
     with qk.use_backend(backend):
@@ -89,12 +89,12 @@ def test_each_is_linear_nf4_lora_with_the_same_seed(backend):
                 dropout_p=0.4,
                 seed=seed,
             )
-            assert_same_function(ys[i], alone)  # another mask would be far from it
+            assert_same_function(ys[i], alone)  # another mask would give a very different result
 
 
 @backends
-def test_an_output_that_nobody_uses(backend):
-    """Its gradient is zero, the others' are as they would be."""
+def test_unused_output_of_group(backend):
+    """Its gradient is zero, and the other gradients do not change."""
     weights, biases, leaves = problem(5, 64, (40, 17), (4, 3), torch.float32)
     with qk.use_backend(backend):
         run_group(weights, biases, leaves, 0.0, None)[0].sum().backward()

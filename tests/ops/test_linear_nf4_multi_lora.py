@@ -1,4 +1,4 @@
-"""Class 2 (matmul): every row with its own adapter equals that row alone with that adapter."""
+"""Class 2 (matmul): every row with its own adapter equals that row computed separately."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_forward_and_gradients(backend, dtype, shape, p):
     w = qk.dequantize_nf4(packed, state, dtype)
     results = (y, s, x.grad, lora_A.grad, lora_B.grad)
     inputs = (x, w, bias, lora_A, lora_B, grad_y)
-    # Also on the CPU, where torch computes the low-rank part (ops/composed_multi_lora.py).
+    # This includes the CPU, where torch computes the low-rank part (ops/composed_multi_lora.py).
     arithmetic = Arithmetic(dtype, weight_may_be_exact=backend == "triton")
     assert_multi_lora(results, inputs, SCALINGS, adapter, dropout, arithmetic)
     assert_within(bias.grad, total(exactly(grad_y)).to(dtype), "grad of bias")
@@ -87,8 +87,8 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", usable_backends("linear_nf4_multi_lora"))
-def test_a_number_beyond_the_adapters_reaches_no_memory(backend):
-    """An error where the numbers are on the host; on a GPU, which would have to wait for them, the base alone."""
+def test_adapter_number_out_of_range(backend):
+    """An error if the numbers are on the host; on a GPU, which would have to synchronize, only the base is computed."""
     packed, state = qk.quantize_nf4(gaussian(8, 64))
     x, A, B = gaussian(3, 64), gaussian(2, 4, 64), gaussian(2, 8, 4)
     adapter = torch.tensor([0, 2**40, -1])

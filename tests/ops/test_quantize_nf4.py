@@ -36,7 +36,7 @@ def test_double_quantization_matches_reference(backend, numel):
     if backend in ("reference", "cpu"):
         expected = double_quant.quantize_absmax(absmax)
     else:
-        # A GPU sums in its own order: the mean within one ulp of fp64's, and all else exact, given it.
+        # A GPU sums in another order: the mean is within one ulp of fp64's, and all else is exact for it.
         mean = absmax.double().mean().nan_to_num()
         assert abs(actual[2].double() - mean) <= torch.finfo(torch.float32).eps * mean
         expected = double_quant.quantize_absmax(absmax, actual[2])
@@ -47,7 +47,7 @@ def test_double_quantization_matches_reference(backend, numel):
 @backends
 @pytest.mark.parametrize("ulps", [-1, 0, 1])
 def test_decision_boundaries(backend, ulps):
-    """At each boundary and one ulp beside it; the block's absmax is 1, so w is the normalized value itself."""
+    """At each boundary and one ulp beside it; the block's absmax is 1, so that w is the normalized value."""
     w = torch.zeros(64)
     boundaries = nf4.boundaries()
     moved = boundaries if ulps == 0 else torch.nextafter(boundaries, torch.full((15,), ulps * torch.inf))
@@ -60,9 +60,9 @@ def test_decision_boundaries(backend, ulps):
 
 @backends
 def test_absmax_code_boundaries(backend):
-    """The 8-bit rule is exact: each midpoint and its two neighbours, in a block whose scale is one.
+    """The 8-bit rule is exact at each midpoint and its two neighbours, in a block whose scale is one.
 
-    255 midpoints and the extremes -1 and 1 pin mean 0 only if symmetric, so values enter in pairs +v, -v.
+    Values are paired as +v, -v, so that the mean is 0.
     """
     middles = double_quant.dynamic_boundaries()
     for ulps in (-1, 0, 1):
@@ -117,8 +117,8 @@ def test_nonfinite(backend, bad, where):
 @backends
 @pytest.mark.parametrize("size", [256, 1280])
 @pytest.mark.parametrize("value", [3e38, torch.finfo(torch.float32).max])
-def test_finite_weights_whose_constants_overflow(backend, size, value):
-    """The mean of their absmax overflows in fp32 on some backends: refused on all, and right in one level."""
+def test_weights_with_overflowing_constants_are_refused(backend, size, value):
+    """The mean of their absmax overflows in fp32 on some backends: all refuse it, and one level is right."""
     w = torch.full((size,), value)
     w[size // 2 :] = 1.0
     with qk.use_backend(backend):

@@ -1,4 +1,4 @@
-"""The registry as users meet it: qk.backends(), use_backend, and what a refusal says."""
+"""The registry's user interface: qk.backends(), use_backend, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import qlora_kernels as qk
 from tests.support.problems import gaussian
 
 
-def test_backends_is_a_function_also_after_one_was_loaded():
+def test_backends_remains_a_function_after_loading():
     qk.quantize_nf4(gaussian(64))
     report = qk.backends()
     assert set(report) == {"reference", "cpu", "triton", "cuda"}
     assert report["reference"].startswith("available: ")
 
 
-def test_a_forced_backend_that_cannot_serve_says_why():
+def test_forced_unavailable_backend_raises_with_reason():
     unusable = [name for name, state in qk.backends().items() if not state.startswith("available")]
     if not unusable:
         pytest.skip("every backend runs here")
@@ -24,7 +24,7 @@ def test_a_forced_backend_that_cannot_serve_says_why():
         qk.quantize_nf4(gaussian(64))
 
 
-def test_forcing_ends_with_the_block_also_on_an_error():
+def test_use_backend_is_reset_after_error():
     with pytest.raises(TypeError), qk.use_backend("reference"):
         qk.quantize_nf4(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"use_backend: name must be one of"), qk.use_backend("tpu"):

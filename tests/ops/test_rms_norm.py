@@ -46,7 +46,7 @@ def test_with_a_residual(backend, dtype, offset, shape):
 @offsets
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")], ids=str)
 def test_without_a_residual_and_with_a_weight_of_another_dtype(backend, offset, dtypes):
-    """The dtype of y is transformers': fp32 masters of the weight make y fp32 in Llama's form."""
+    """y has transformers' dtype: fp32 masters of the weight make y fp32 in Llama's form."""
     dtype, weight_dtype = (getattr(torch, name) for name in dtypes)
     x, _, weight, _, _ = operands((5, 40), dtype, weight_dtype)
     with qk.use_backend(backend):
@@ -63,8 +63,8 @@ def test_without_a_residual_and_with_a_weight_of_another_dtype(backend, offset, 
 
 
 @backends
-def test_only_what_is_used_has_a_gradient(backend):
-    """With y unused the sum's gradient passes through; a frozen weight gets none."""
+def test_gradients_of_unused_outputs_and_frozen_weight(backend):
+    """If y is unused, the gradient of the sum passes through; a frozen weight gets no gradient."""
     x, residual, weight, _, grad_s = operands((4, 24), torch.float32)
     with qk.use_backend(backend):
         _, s = qk.rms_norm(x.requires_grad_(), weight, EPS, residual=residual)
@@ -89,7 +89,7 @@ def test_empty_and_strided(backend):
 
 
 def test_equals_transformers():
-    """The same bits as transformers' modules in fp32, but for the order of the sum; in bf16 one rounding apart."""
+    """In fp32 the bits equal those of transformers' modules except for the order of the sum; in bf16 one rounding."""
     for dtype in (torch.float32, torch.bfloat16):
         x, _, weight, _, _ = operands((9, 96), dtype)
         n = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).to(dtype)

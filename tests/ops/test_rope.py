@@ -16,7 +16,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def heads(number, D, dtype, seed, layout="tokens"):
-    """[B, number, T, D]: a view of [B, T, number, D] as projections leave it, of a wider tensor, or contiguous."""
+    """Return [B, number, T, D]: a view of [B, T, number, D] as of projections, of a wider tensor, or contiguous."""
     if layout == "heads":
         return gaussian(B, number, T, D, dtype=dtype, seed=seed)
     wide = gaussian(B, T, number, D + 2 * (layout == "slice"), dtype=dtype, seed=seed)
@@ -24,7 +24,7 @@ def heads(number, D, dtype, seed, layout="tokens"):
 
 
 def table(D, dtype, rows=1, seed=7):
-    """cos or sin, any numbers: its two halves need not be equal."""
+    """Return cos or sin with arbitrary numbers, because its two halves need not be equal."""
     return gaussian(rows, T, D, dtype=dtype, seed=seed)
 
 

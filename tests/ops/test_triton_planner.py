@@ -1,4 +1,4 @@
-"""The planner: pure, complete, and overridden by what was measured."""
+"""The planner is pure and complete, and measured plans override it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_small_batches_are_fused_and_large_ones_decoded(capability, op):
     assert paths == sorted(paths, key=PATHS.index), "one crossover each"
 
 
-def test_a_small_m_step_pads_least():
+def test_small_m_step_minimizes_padding():
     for K, width in ((512, 512), (576, 1024), (4096, 1024), (4608, 512)):
         assert {c.block_k for c in candidates(problem(1, K=K)) if c.path == "small_m"} == {width}
     assert {c.block_k for c in candidates(problem(2)) if c.path == "small_m"} == {512}
@@ -55,7 +55,7 @@ def test_plans_fit_the_problem(capability):
 @pytest.mark.parametrize(
     "odd", [problem(1, K=4100), problem(64, dtype=torch.float32), problem(1, K=4096 + 32)], ids=["K", "fp32", "block"]
 )
-def test_what_fused_kernels_cannot_take_is_decoded(odd):
+def test_unsupported_shapes_use_decode_path(odd):
     assert plan(odd, 90) == Plan("decode")
 
 
@@ -68,12 +68,12 @@ def test_what_fused_kernels_cannot_take_is_decoded(odd):
     ],
     ids=["fused", "small_m", "block_k"],
 )
-def test_forced_plans_that_would_read_wrong_scales_are_refused(asked, forced, message):
+def test_forced_invalid_plans_are_refused(asked, forced, message):
     with use_plan("linear_nf4", forced), pytest.raises(ValueError, match=message):
         plan(asked, 80)
 
 
-def test_unknown_gpus_are_planned_as_the_nearest_below():
+def test_unknown_gpus_use_nearest_lower_capability():
     assert planner.arch_for(87) is ARCHS[86]
     assert planner.arch_for(103) is ARCHS[100]
     assert planner.arch_for(70) is ARCHS[80]

@@ -1,7 +1,7 @@
-"""These tests interpret kernels: `TRITON_INTERPRET=1 pytest tests/triton`, a process of its own.
+"""These tests interpret kernels in a separate process: `TRITON_INTERPRET=1 pytest tests/triton`.
 
-The variable must stand before a module with @triton.jit is imported, and it turns every kernel of the process into an
-interpreted one; so an ordinary run collects none of them and says so.
+The variable must be set before a module with @triton.jit is imported, and it applies to every kernel of the process. An
+ordinary run therefore skips these tests with a reason.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave every test of this folder to its own process."""
+    """Ignore every test of this folder in processes without the interpreter."""
     return True if not INTERPRETED and collection_path.name.startswith("test_") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs under the interpreter."""
+    """Mark the tests that run under the interpreter."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:

@@ -1,4 +1,4 @@
-"""The shuffle tables that a GPU encodes with, which the interpreter cannot run, agree with the boundaries exactly."""
+"""The GPU's shuffle tables for encoding, which the interpreter cannot run, agree with the boundaries exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_kernels.format import nf4
 
 
 def encode(x: float) -> int:
-    """What the inline PTX computes: python floats are fp64, in which the cell of an fp32 number is exact."""
+    """Compute as the inline PTX does; Python floats are fp64, in which the cell of an fp32 number is exact."""
     inside, count = cell_table()
     cell = cell_of(x)
     return count[cell] + (x > inside[cell])

@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 equals torch's, and each planted memory fault is caught."""
+"""The fixed interpreter: bfloat16 equals torch's, and each planted memory fault is detected."""
 
 from __future__ import annotations
 

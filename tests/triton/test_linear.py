@@ -1,6 +1,6 @@
 """Class 2 (matmul and gradients): the linear kernels against float64, interpreted.
 
-Every path runs on every dtype: the plan is forced, so that small shapes reach split sums and partial tiles.
+Every path runs on every dtype. The plan is forced, so that small shapes include split sums and partial tiles.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ cases = pytest.mark.parametrize(("shape", "plan", "dtype", "double_quant"), CASE
 
 
 class Problem:
-    """Operands of one case; everything but the weight in `dtype`, adapters as fp32 masters that dtype represents."""
+    """Operands of one case in `dtype`; adapters are fp32 masters with values that dtype represents."""
 
     def __init__(self, shape, dtype, double_quant):
         with qk.use_backend("reference"):
@@ -87,7 +87,7 @@ class Problem:
         self.lora_B = gaussian(shape.N, shape.r, seed=5).to(dtype).float()
 
     def weight(self, plan):
-        """W as the forward multiplies by it: small_m does not round code * absmax to x's dtype."""
+        """Return W as the forward multiplies by it: small_m does not round code * absmax to x's dtype."""
         return self.fp32_w if PLANS[plan].path == "small_m" else self.w
 
     def forced(self, plan, blocksize):
@@ -103,8 +103,10 @@ class Problem:
 
 
 def arithmetic_of(plan, dtype):
-    """Of y and grad_x: torch multiplies by the decoded weight, and lora_up adds to its rounded result; the other
-    kernels round once."""
+    """Return the arithmetic of y and grad_x.
+
+    On the decode path torch multiplies, and lora_up adds to its rounded result; the other kernels round once.
+    """
     return Arithmetic(dtype, composed=plan == "decode")
 
 
@@ -146,8 +148,8 @@ def test_linear_lora(shape, plan, dtype, double_quant, dropout_p):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_outputs_depend_on_nothing_but_inputs(plan):
-    """Twice the same bits; and rows do not leak into each other."""
+def test_outputs_repeat_and_rows_are_independent(plan):
+    """Two calls give the same bits, and rows do not affect each other."""
     problem = Problem(FEW_ROWS if plan.startswith("small_m") else ALIGNED, torch.bfloat16, True)
     with problem.forced(plan, 64):
         arguments = (problem.packed, problem.state, problem.lora_A, problem.lora_B)
@@ -159,8 +161,8 @@ def test_outputs_depend_on_nothing_but_inputs(plan):
     assert other[-1].isnan().all()
 
 
-def test_a_weight_that_begins_within_a_word():
-    """small_m reads words: a view cut by bytes is copied, anything else is taken as it is."""
+def test_weight_not_aligned_to_words():
+    """small_m reads words: a view that starts inside a word is copied, and any other weight is used in place."""
     problem = Problem(FEW_ROWS, torch.bfloat16, True)
     cut = torch.zeros(problem.packed.numel() + 1, dtype=torch.uint8)[1:].copy_(problem.packed.flatten())
     assert whole_words(cut).data_ptr() % 4 == 0
@@ -172,7 +174,7 @@ def test_a_weight_that_begins_within_a_word():
 
 @pytest.mark.parametrize("plan", ["decode", "fused", "small_m"])
 def test_compiled_in_one_graph(plan):
-    """torch.compile sees one op forward and one backward, whichever path runs inside."""
+    """torch.compile has one op forward and one backward for every path."""
     problem = Problem(Shape(3, 21, 192, r=4), torch.float32, True)
 
     def run(x, A, B):
@@ -188,7 +190,7 @@ def test_compiled_in_one_graph(plan):
 
 
 class Allocations(TorchDispatchMode):
-    """Weak references to every tensor made inside the block."""
+    """Records weak references to every tensor made inside the block."""
 
     def __init__(self):
         super().__init__()
@@ -201,8 +203,8 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_the_decoded_weight_does_not_outlive_the_call():
-    """Its memory goes back to torch's allocator, which knows streams and graph pools."""
+def test_decoded_weight_is_freed_after_call():
+    """Its memory is returned to torch's allocator, which handles streams and graph pools."""
     problem = Problem(ALIGNED, torch.bfloat16, True)
     weight = weight_of("linear_nf4", problem.packed, problem.state)
     with problem.forced("decode", 64), Allocations() as allocations:

@@ -51,8 +51,8 @@ def test_minus_infinity_over_a_whole_block(monkeypatch):
     assert_within(losses, expected.losses)
 
 
-def test_a_label_outside_the_vocabulary_gives_nan_and_reads_nothing():
-    """On a GPU the op does not look at labels first."""
+def test_label_outside_vocabulary_gives_nan():
+    """On a GPU the op does not check labels beforehand."""
     hidden, weight, labels, _ = problem(torch.float32)
     labels[1], labels[2] = V, -1
     losses, _, rows = module.linear_cross_entropy(

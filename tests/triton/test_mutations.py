@@ -1,4 +1,4 @@
-"""The tests' own test: a fault planted in a word of a kernel's source must be seen by the comparison it concerns."""
+"""The checks detect faults: a mutation of one word in a kernel's source makes the comparison of its result fail."""
 
 from __future__ import annotations
 
@@ -150,14 +150,14 @@ def test_checks_pass_unmutated(check):
 
 
 @pytest.mark.parametrize(("module", "old", "new", "check"), MUTATIONS)
-def test_mutation_is_seen(module, old, new, check, tmp_path, monkeypatch):
+def test_mutation_is_detected(module, old, new, check, tmp_path, monkeypatch):
     plant(module, old, new, tmp_path, monkeypatch)
     with pytest.raises((AssertionError, InterpreterError)):
         CHECKS[check]()
 
 
 def plant(module, old, new, folder, monkeypatch):
-    """Replace a module's functions, wherever the backend's modules have imported them, by those of a mutated copy."""
+    """Replace a module's functions by those of a mutated copy, in all modules of the backend that import them."""
     source = (Path(backend.__file__).parent / f"{module}.py").read_text()
     assert old in source, f"{module}.py no longer contains {old!r}: bring the mutation up to date"
     path = folder / f"{module}.py"
@@ -167,7 +167,7 @@ def plant(module, old, new, folder, monkeypatch):
     spec.loader.exec_module(mutated)
     importlib.import_module(f"{PACKAGE}.{module}")
     stock = sys.modules[f"{PACKAGE}.{module}"]
-    # A kernel is an object around its function.
+    # A kernel is an object that wraps its function.
     changed = {
         id(value): getattr(mutated, name)
         for name, value in vars(stock).items()

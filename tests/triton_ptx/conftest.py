@@ -1,4 +1,4 @@
-"""These tests need the emulator's compiler, and kernels that are compiled rather than interpreted."""
+"""These tests need the emulator's compiler, and compiled instead of interpreted kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The codec's sm_80 PTX, executed on the host, equals the reference bit for bit: this runs the shuffle tables."""
+"""The codec's sm_80 PTX, executed on the host, equals the reference bit for bit, including the shuffle tables."""
 
 from __future__ import annotations
 

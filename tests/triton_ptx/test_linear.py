@@ -23,7 +23,7 @@ SCALING, DROPOUT = 1.5, 0.25
 
 
 def quantized(N, K, dtype):
-    """(the weight, with double quantization; the same dequantized to `dtype`)."""
+    """Return (the weight, double-quantized; the same dequantized to `dtype`)."""
     packed, absmax = reference.quantize_nf4(gaussian(N, K) / K**0.5, 64)
     constants = double_quant.quantize_absmax(absmax)
     w = reference.dequantize_nf4(packed, double_quant.dequantize_absmax(*constants), 64, torch.Size((N, K)), dtype)
@@ -56,9 +56,9 @@ SMALL_M = [(1, torch.float16, 1), (2, torch.bfloat16, 1), (3, torch.float32, 2)]
 
 @pytest.mark.parametrize(("M", "dtype", "split"), SMALL_M, ids=str)
 def test_small_m(M, dtype, split):
-    """Two steps along K, the second of 64; a last row of w alone in its tile. Split: one step in each part."""
+    """Two steps along K, the second of 64; the last row of w is alone in its tile. Split: one step in each part."""
     N, K = 21, 576
-    weight, w = quantized(N, K, torch.float32)  # which the kernel does not round to x's dtype
+    weight, w = quantized(N, K, torch.float32)  # the kernel does not round it to x's dtype
     x, bias = gaussian(M, K, seed=1, dtype=dtype), gaussian(N, seed=3)
     lora_A, lora_B = (gaussian(R, K, seed=4) / K**0.5).to(dtype).float(), gaussian(N, R, seed=5).to(dtype).float()
     plan = Plan("small_m", block_n=4 if M < 3 else 2, block_k=512, split_k=split, num_warps=1)
@@ -72,7 +72,7 @@ def test_small_m(M, dtype, split):
 
 
 def test_multi_lora():
-    """A tile of rows under three adapters and none, one of them absent from the batch; dropout in both passes."""
+    """A tile has rows with three adapters and none, and one adapter is not used; dropout in both passes."""
     dtype, scalings = torch.bfloat16, torch.tensor([2.0, 0.5, 1.0, 3.0])
     weight, w = quantized(N, K, dtype)
     x, grad_y = gaussian(M, K, seed=1, dtype=dtype), gaussian(M, N, seed=2, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The group's launches as sm_80 PTX, executed on the host: each linear as if alone, grad_x their sum."""
+"""The group's launches as sm_80 PTX, executed on the host: each linear equals the single op, grad_x is their sum."""
 
 from __future__ import annotations
 

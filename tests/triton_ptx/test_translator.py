@@ -1,4 +1,4 @@
-"""The translator refuses what it would get wrong: an instruction whose modifier no handler follows."""
+"""The translator refuses instructions with modifiers that no handler implements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def unsupported(instruction: str) -> list[str]:
         "cvt.rn.relu.bf16x2.f32 %r1, %f1, %f2;",
     ],
 )
-def test_a_modifier_that_nothing_follows_is_refused(instruction):
+def test_unsupported_modifier_is_refused(instruction):
     assert unsupported(instruction) == [instruction.split()[0]]
 
 
@@ -60,5 +60,5 @@ def test_a_modifier_that_nothing_follows_is_refused(instruction):
         "cvt.rzi.s32.f32 %r1, %f1;",
     ],
 )
-def test_what_is_followed_is_translated(instruction):
+def test_supported_instruction_is_translated(instruction):
     assert unsupported(instruction) == []

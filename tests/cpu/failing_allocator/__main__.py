@@ -1,9 +1,9 @@
-"""Every allocation that the CPU library asks for, made to fail once: an exception, and right results afterwards.
+"""Every allocation of the CPU library is made to fail once; calls must raise and later results must be right.
 
-    python -m tests.cpu.failing_allocator [--threads N]      exit code 1 where the process dies or a result is wrong
+    python -m tests.cpu.failing_allocator [--threads N]      exit code 1 if the process dies or a result is wrong
 
-The allocator is replaced by preloading interpose.cpp into a child process. Tensors are among the allocations: torch's
-allocator (libc10) is watched too.
+The allocator is replaced by preloading interpose.cpp into a child process. Allocations of tensors by torch (libc10) are
+included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER = ROOT / "build" / "failing_allocator"
 
 
 def build() -> Path:
-    """interpose.cpp as a shared library."""
+    """Compile interpose.cpp to a shared library."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     library = FOLDER / "interpose.so"
     source = Path(__file__).with_name("interpose.cpp")
@@ -34,7 +34,7 @@ def build() -> Path:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
-    """(name, call) of each native op, with workspaces of every size."""
+    """Yield (name, call) of each native op, with workspaces of every size."""
     import torch
 
     C = torch.ops.qlora_kernels_C
@@ -83,8 +83,9 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
 
 
 def run(threads: int, most: int) -> int:
-    """In the child. Fails the first, second, ... allocation of each call, each in a fresh thread, whose workspaces are
-    empty. Returns how many failures were injected.
+    """Let the first, second, ... allocation of each call fail, each in a new thread with empty workspaces.
+
+    Runs in the child process. Returns the number of injected failures.
     """
     import threading
 
@@ -137,7 +138,7 @@ def run(threads: int, most: int) -> int:
 
 
 def main() -> int:
-    """Builds, and runs the child."""
+    """Build the library and run the child process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--most", type=int, default=200, help="allocations to fail of each call")

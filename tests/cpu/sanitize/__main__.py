@@ -1,12 +1,12 @@
-"""Build the CPU kernels with sanitizers, and run driver.cpp on every ISA.
+"""Builds the CPU kernels with sanitizers and runs driver.cpp on every instruction set.
 
-    python -m tests.cpu.sanitize [--thread] [ISA ...]         exit code 1 where a sanitizer or a comparison objects
+    python -m tests.cpu.sanitize [--thread] [ISA ...]         exit code 1 if a sanitizer or a comparison fails
 
-AddressSanitizer and UndefinedBehaviorSanitizer, or with --thread ThreadSanitizer, under which two threads call the
-kernels at the same time and each call uses three threads of its own (std::thread: no OpenMP, whose barriers the
-sanitizer does not know).
+The sanitizers are AddressSanitizer and UndefinedBehaviorSanitizer, or with --thread ThreadSanitizer. Under the latter,
+two threads call the kernels at the same time, and each call uses three threads of its own (std::thread and not OpenMP,
+whose barriers the sanitizer does not know).
 
-Instruction sets that this machine lacks are named and left out.
+Instruction sets that this machine lacks are listed and skipped.
 """
 
 from __future__ import annotations

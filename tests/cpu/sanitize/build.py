@@ -1,4 +1,4 @@
-"""Compiles the driver: the CPU kernels for all instruction sets of a compiler's target, without torch and Python."""
+"""Compiles the driver: the CPU kernels of all instruction sets of a compiler's target, without torch and Python."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SOURCES = Path(__file__).parent
 
 
 def build_driver(compiler: str, folder: Path, flags: Sequence[str], link_flags: Sequence[str]) -> Path:
-    """The program, compiled with `flags` in `folder`. Usage: PROGRAM ISA; exit code 1 where a comparison fails."""
+    """Compile the program in `folder`. Usage: PROGRAM ISA; exit code 1 if a comparison fails."""
     steps = kernel_commands(compiler, folder, flags)
     includes = (f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}")
     for source in sorted(SOURCES.glob("*.cpp")):
-        # GCC 12 for AArch64 fails with an internal error where it vectorizes some of the references.
+        # GCC 12 for AArch64 fails with an internal error when it vectorizes some of the references.
         command = (compiler, *flags, "-fno-tree-vectorize", *includes)
         steps.append(compile_step(command, source, folder / f"{source.stem}.o"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""The tool's own test: eight planted faults (faults.cu), each caught by every way of running that can see it."""
+"""The emulator detects eight planted faults (faults.cu) in every mode that can detect them."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ CAUGHT = {
         1: "outside every shared variable",
         2: WRONG_RESULT,
         3: WRONG_RESULT,
-        4: "outside every shared variable",  # the thread past the end reads an index there, which is no index
+        4: "outside every shared variable",  # the thread past the end reads an invalid index there
         5: WRONG_RESULT,
         6: WRONG_RESULT,
         7: DIVERGENCE,
@@ -43,7 +43,7 @@ CAUGHT = {
     "ptx-asan": {4: "heap-buffer-overflow"},
     "ptx-tsan": {3: RACE, 8: RACE},
 }
-"""What each mode reports for a fault; a fault that is not listed is one that the mode cannot see."""
+"""What each mode reports for a fault; faults that are not listed cannot be detected in that mode."""
 
 CASES = [
     pytest.param(mode, fault, report, id=f"{mode}-{fault}", marks=needs_nvcc if "ptx" in mode else ())
@@ -53,7 +53,7 @@ CASES = [
 
 
 def run(library: cuda_host.Library, seed: int, order: str = "random") -> str:
-    """Both kernels of faults.cu; returns the emulator's report, WRONG_RESULT, or nothing."""
+    """Run both kernels of faults.cu; return the emulator's report, WRONG_RESULT, or an empty string."""
     torch.manual_seed(seed)
     n, K = 64 * 13, 32 * 6
     x, table, y = torch.randint(0, 16, (n,), dtype=torch.uint8), torch.randn(16), torch.full((n,), torch.nan)
@@ -78,7 +78,7 @@ def test_fault_is_reported(mode: str, fault: int, report: str) -> None:
     if fault == RIGHT:
         assert reports == [""] * len(SEEDS)
         return
-    # A refill too early shows only where one warp runs far ahead: some of the schedules, not all of them.
+    # A refill that is too early shows only in schedules in which one warp runs far ahead.
     expected = 2 if fault == 8 and report is WRONG_RESULT else len(SEEDS)
     assert sum(report in text for text in reports) >= expected, reports
 

@@ -1,4 +1,4 @@
-"""What the emulator promises about warps, barriers, copies, atomics and the runtime, from source and from PTX."""
+"""The emulator's semantics of warps, barriers, copies, atomics and the runtime, from source and from PTX."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_unwritten_shared_memory_is_nan(mode: str) -> None:
 
 
 @both_paths
-def test_async_copy_is_late_and_fills_with_zeros(mode: str) -> None:
+def test_async_copy_completes_at_wait_and_fills_with_zeros(mode: str) -> None:
     x, y = torch.randn(64), torch.zeros(64)
     library(mode).call("launch_copy", x, out(y), 5, 0)
     assert torch.equal(y, torch.cat([x[:59], torch.zeros(5)]))
@@ -82,13 +82,13 @@ def test_atomics_over_all_blocks(mode: str) -> None:
     ("which", "report"),
     [(0, "not in its own mask"), (1, "deadlock"), (2, "which is not in mask")],
 )
-def test_misuse_of_a_warp_is_reported(which: int, report: str) -> None:
+def test_warp_misuse_is_reported(which: int, report: str) -> None:
     with pytest.raises(cuda_host.KernelFault, match=report):
         library().call("launch_misuse", out(torch.zeros(32, dtype=torch.int32)), which)
 
 
 @pytest.mark.parametrize(("which", "report"), [(0, "1 to 1024"), (1, "1 to 1024"), (2, "no GPU has that")])
-def test_a_launch_the_driver_would_refuse(which: int, report: str) -> None:
+def test_invalid_launch_is_refused(which: int, report: str) -> None:
     with pytest.raises(cuda_host.KernelFault, match=report):
         library().call("launch_refused", which)
 
@@ -109,7 +109,7 @@ def test_runtime_calls_are_recorded_in_order() -> None:
 
 
 @pytest.mark.parametrize("call", ["cudaMallocManaged", "cudaMemAdvise", "cudaMemPrefetchAsync"])
-def test_a_runtime_call_fails_on_demand(call: str) -> None:
+def test_runtime_call_failure_can_be_injected(call: str) -> None:
     tested = library()
     tested.fail(call, OUT_OF_MEMORY)
     assert tested.call("use_managed_memory", 4096) == OUT_OF_MEMORY
@@ -117,7 +117,7 @@ def test_a_runtime_call_fails_on_demand(call: str) -> None:
     assert tested.call("use_managed_memory", 4096) == 0
 
 
-def test_an_input_that_is_written_is_reported() -> None:
+def test_write_to_input_is_reported() -> None:
     with pytest.raises(cuda_host.KernelFault, match="an input of shape"):
         library().call("launch_poison", torch.zeros(128))
 
