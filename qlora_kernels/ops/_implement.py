@@ -20,7 +20,7 @@ from .tensor_memory import check_memory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Takes = tuple[type, ...]
-"""The types of a function's positional arguments: bundles of _operands.py, Tensor for everything else."""
+"""The types of a function's positional arguments: bundles of operands.py, Tensor for everything else."""
 
 DEVICES = ("cpu", "cuda")
 """Both dispatch keys lead to `select`, because Triton and CUDA share the key CUDA."""

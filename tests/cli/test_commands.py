@@ -72,7 +72,7 @@ def test_info(capsys):
     assert "instruction sets" in text
 
 
-def test_info_plan_says_what_each_backend_runs_and_why(capsys):
+def test_info_plan_lists_kernel_and_reason_per_backend(capsys):
     plans = json.loads(output(capsys, "info", "--plan", "8,4096,4096", "--json"))
     forward = plans["linear_nf4 M=8 N=4096 K=4096"]
     assert forward.keys() == {"reference", "cpu", "triton", "cuda"}

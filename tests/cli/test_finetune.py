@@ -125,7 +125,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_a_finished_run_is_left_as_it_is(capsys, model, text, tmp_path, method):
+def test_finished_run_is_not_changed(capsys, model, text, tmp_path, method):
     options = ["--method", method, "--checkpoint-every", "4"]
     whole = finetune(capsys, model, text, tmp_path, *options)
     before = files_of(tmp_path)
@@ -149,13 +149,13 @@ def test_a_finished_run_is_left_as_it_is(capsys, model, text, tmp_path, method):
     assert "finished already" not in capsys.readouterr().err
 
 
-def test_nothing_to_resume_is_said(capsys, model, text, tmp_path):
+def test_resume_without_checkpoint_is_reported(capsys, model, text, tmp_path):
     report = finetune(capsys, model, text, tmp_path, "--resume")
     assert any("nothing to resume" in note for note in report["notes"])
     assert len(report["steps"]) == 6
 
 
-def test_a_torn_checkpoint_costs_its_steps_alone(capsys, model, text, tmp_path):
+def test_damaged_checkpoint_loses_only_its_steps(capsys, model, text, tmp_path):
     options = ["--checkpoint-every", "2"]
     whole = finetune(capsys, model, text, tmp_path, *options)
     (tmp_path / "report.json").unlink()
@@ -174,7 +174,7 @@ def test_a_second_run_into_the_same_folder_is_refused(capsys, model, text, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_refused_takes_nothing_away(capsys, model, text, tmp_path):
+def test_refused_run_deletes_nothing(capsys, model, text, tmp_path):
     finetune(capsys, model, text, tmp_path, "--checkpoint-every", "4")
     before = files_of(tmp_path)
     assert main(arguments(model, "no/such.txt", tmp_path)) == 2
@@ -196,7 +196,7 @@ def test_records_with_completions(capsys, model, tmp_path):
     assert report["perplexity"]["NF4 + adapter, trained"] < report["perplexity"]["NF4 base"]
 
 
-def test_nf4_folder_is_taken_as_it_is(capsys, model, text, tmp_path):
+def test_nf4_folder_is_used_unchanged(capsys, model, text, tmp_path):
     assert main(["quantize", str(model), str(tmp_path / "nf4")]) == 0
     capsys.readouterr()
     direct = finetune(capsys, model, text, tmp_path / "a")

@@ -61,7 +61,7 @@ def test_adapter_configurations(whole, tmp_path, values, message):
     assert message in line
 
 
-def test_places_that_do_not_work(whole, tmp_path):
+def test_unusable_paths_are_refused(whole, tmp_path):
     (tmp_path / "file").touch()
     for argv, message in (
         (

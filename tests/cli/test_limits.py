@@ -137,7 +137,7 @@ def test_memory(capsys, model, data, tmp_path, options, words):
     assert words in refused(capsys, [*finetune_arguments(model, data, tmp_path), *options])
 
 
-def test_seq_len_beyond_all_examples_is_no_burden(capsys, model, data, tmp_path):
+def test_seq_len_beyond_all_examples_is_accepted(capsys, model, data, tmp_path):
     assert main([*finetune_arguments(model, data, tmp_path), "--seq-len", str(10**12)]) == 0
 
 
@@ -240,7 +240,7 @@ def test_slow_expression_in_an_adapter_file(capsys, model, tmp_path, monkeypatch
     assert "target_modules: must match the model's" in line
 
 
-def test_without_matplotlib_nothing_is_lost(capsys, model, data, tmp_path, monkeypatch):
+def test_run_without_matplotlib(capsys, model, data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     finetune_report.can_plot.cache_clear()
     try:

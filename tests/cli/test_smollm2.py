@@ -72,7 +72,7 @@ def test_nf4_perplexity_is_that_of_the_dequantized_weights(smollm2):
     assert 1.1 < replaced / dense < 1.6
 
 
-def test_it_learns(smollm2):
+def test_demo_loss_falls(smollm2):
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_model(smollm2.nf4), config)
@@ -82,7 +82,7 @@ def test_it_learns(smollm2):
     assert perplexity(loss, smollm2.unseen, 4).value < 0.9 * smollm2.nf4_perplexity
 
 
-def test_it_writes_sense(smollm2):
+def test_demo_generates_text(smollm2):
     prompt = smollm2.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
     )

@@ -98,7 +98,7 @@ def test_more_time_for_longer_texts(monkeypatch):
     assert clock.what == "rows:3"
 
 
-def test_what_the_work_raises_and_writes_is_kept(capfd):
+def test_exceptions_and_output_of_work_are_kept(capfd):
     def work(clock):
         sys.stderr.write("a warning\n")
         raise KeyError("x")

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over every method: gradients of one process, and the bytes that it broadcasts."""
+"""DistributedDataParallel over every method: gradients equal one process's, and the number of broadcast bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tolerances import assert_same_gradients
 
 
 def methods(group: Group) -> None:
-    """Two processes with half a batch each have the gradients of the whole; nothing is found unused."""
+    """Two processes with half a batch each have the gradients of the whole batch, and no parameter is unused."""
     for case in CASES:
         for kind in ("llama", "bert"):
             whole, half = build_case(case, kind), build_case(case, kind)
@@ -35,7 +35,7 @@ def methods(group: Group) -> None:
 
 
 class Inside(nn.Module):
-    """A model that holds another one, and a buffer of its own."""
+    """A module with another model and a buffer of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Inside(nn.Module):
 
 
 def counted(wrapped: DistributedDataParallel) -> list[int]:
-    """Numbers of bytes that each forward of `wrapped` broadcasts from now on."""
+    """Return a list to which each forward of `wrapped` adds the number of bytes it broadcasts."""
     sizes: list[int] = []
     broadcast = wrapped._distributed_broadcast_coalesced
 
@@ -60,7 +60,7 @@ def counted(wrapped: DistributedDataParallel) -> list[int]:
 
 
 def broadcast_bytes(group: Group) -> None:
-    """The NF4 bytes are sent once, when the wrapper is made; in a forward only other buffers are."""
+    """The NF4 bytes are sent once, when the wrapper is made; a forward sends only other buffers."""
 
     def plain():
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ def broadcast_bytes(group: Group) -> None:
 
 
 def weights_of_the_first_process(group: Group) -> None:
-    """As with dense weights, all processes compute with those of rank 0."""
+    """As for dense weights, all processes compute with the weights of rank 0."""
     reference = build(seed=0)
     loss_of(reference, batch()).backward()
     model = build(seed=group.rank)
@@ -91,7 +91,7 @@ def weights_of_the_first_process(group: Group) -> None:
 
 
 def merged_and_unloaded(group: Group) -> None:
-    """What is quantized anew under the wrapper is not broadcast in forward either."""
+    """Weights that are quantized again under the wrapper are not broadcast in forward."""
     model = build()
     wrapped = DistributedDataParallel(model)
     loss_of(wrapped, batch()).backward()

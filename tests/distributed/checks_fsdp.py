@@ -1,4 +1,4 @@
-"""FSDP2 over NF4 weights beside one process: what each process holds, sends, computes and saves."""
+"""FSDP2 over NF4 weights compared with one process: what each process holds, sends, computes and saves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def methods(group: Group) -> None:
 
 
 def bytes_held_and_gathered(group: Group) -> None:
-    """What is held, and what a forward and a backward gather and reduce, are the formulas' numbers."""
+    """The bytes that are held, gathered and reduced equal those of the formulas."""
     for double_quant in (True, False):
         weights = [
             rows
@@ -138,7 +138,7 @@ def activation_checkpointing(group: Group) -> None:
 
 
 def compiled_blocks(group: Group) -> None:
-    """As many graphs as blocks without sharding, and no break."""
+    """There are as many graphs as blocks without sharding, and no graph breaks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = qk.make_shardable(build())
@@ -151,7 +151,7 @@ def compiled_blocks(group: Group) -> None:
 
 
 def mixed_precision(group: Group) -> None:
-    """Casts of a policy, and of the model, do not touch the weight; the result is that of a model cast by hand."""
+    """Casts by a policy or of the model do not change the weight; results equal those of a model cast by hand."""
     for dtype in (torch.bfloat16, torch.float16):
         x = batch().chunk(group.world)[group.rank].to(dtype)
         reference = build().to(dtype)
@@ -173,7 +173,7 @@ def mixed_precision(group: Group) -> None:
 
 
 def meta_then_load(group: Group) -> None:
-    """Built without memory, sharded, then filled: under the parameters' names and under those of checkpoints."""
+    """The model is built without memory, sharded, then filled by the parameters' names and by those of checkpoints."""
     source = build(double_quant=True, mixture=True)
     loss = loss_of(source, batch())
     loss.backward()
@@ -227,7 +227,7 @@ def order_of_operations(group: Group) -> None:
 
 
 def training(group: Group) -> None:
-    """Optimizer steps equal those of one process, clipped, with 32- and 8-bit states, in memory and paged to a disk."""
+    """Clipped optimizer steps equal those of one process, with 32- and 8-bit states, in memory and paged to a disk."""
     for method, options in (
         ("lora", {}),
         ("lora", {"max_grad_norm": 0.1}),
@@ -251,7 +251,7 @@ def training(group: Group) -> None:
 
 
 def adapter_files(group: Group) -> None:
-    """save_pretrained gathers the adapter alone, writes once, and the files are those of one process."""
+    """save_pretrained gathers only the adapter and writes once, and the files equal those of one process."""
     for method in ("lora", "adalora", "head", "bitfit"):
         reference, model = build(method), shard(build(method))
         if group.rank == 0:
@@ -268,10 +268,10 @@ def adapter_files(group: Group) -> None:
 
 
 class counting:
-    """Appends the number of bytes of each all-gather or reduce-scatter of FSDP2, of the whole, while it is entered."""
+    """Records the number of bytes of each all-gather or reduce-scatter of FSDP2, for the whole tensors."""
 
     def __init__(self, collective: str, argument: str, sizes: list[int]) -> None:
-        # The names that end in "single" have taken the place of the older ones in newer versions of torch.
+        # In newer versions of torch, names that end in "single" have replaced the older ones.
         older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[collective]
         names = [name for name in (f"{collective}_single", older) if hasattr(dist, name)]
         self.originals = {name: getattr(dist, name) for name in names}
@@ -292,7 +292,7 @@ class counting:
 
 
 def distributed_checkpoint(group: Group) -> None:
-    """Saved with 4 processes, read with 4, 3, 2 and 1: weights bit for bit, states as paged as they were."""
+    """A checkpoint of 4 processes is read by 4, 3, 2 and 1: weights bit for bit, states still paged."""
     folder = group.folder.parent / "checkpoint"
     if group.world == max(WORLDS):
         model = shard(build())
@@ -324,7 +324,7 @@ def restore(model, optimizer, folder) -> None:
 
 
 def files(group: Group) -> None:
-    """Each process reads its rows of a checkpoint, and a sharded model writes the file that one process would."""
+    """Each process reads its rows of a checkpoint, and a sharded model writes the same file as one process."""
     for double_quant in (True, False):
         source = build(double_quant=double_quant).unload()
         folder = group.folder / f"base {double_quant}"
@@ -351,7 +351,7 @@ def files(group: Group) -> None:
 
 
 def accelerate_prepares(group: Group) -> None:
-    """accelerate's own FSDP2 preparation, whose launcher wants a GPU: also with the weights of rank 0 alone."""
+    """accelerate's FSDP2 preparation, whose launcher requires a GPU, also with only rank 0's weights."""
     try:
         from accelerate.utils import fsdp_utils
     except ImportError:

@@ -1,4 +1,4 @@
-"""Tensor-parallel NF4 layers with LoRA beside one process, alone and with FSDP2 over the other axis of the mesh."""
+"""Tensor-parallel NF4 layers with LoRA compared with one process, also with FSDP2 over the other mesh axis."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def same_as_one_process(group: Group) -> None:
 
 
 def with_fsdp(group: Group) -> None:
-    """Two processes share each layer, and the pairs share its parts and the batch."""
+    """Pairs of processes share the parts of each layer, and the pairs share the batch."""
     if group.world != 4:
         return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

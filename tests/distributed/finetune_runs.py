@@ -1,7 +1,7 @@
 """Runs of `qlora-kernels finetune` in several processes: python -m tests.distributed.finetune_runs FOLDER.
 
-A whole run in one process and one in two; and a run that loses a process of 4, is resumed with 2, loses one of them,
-and is finished by one. Each process leaves its output and exit code in FOLDER/<run>.<rank>.
+The runs are one with one process, one with two, and one that loses a process of 4, is resumed with 2, loses one of
+them, and is finished by one. Each process writes its output and exit code to FOLDER/<run>.<rank>.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEPS = 6
 
 
 class Run(NamedTuple):
-    """dies: (rank, step) of the process that ends there, without a word.   out: name of the folder."""
+    """dies: (rank, step) of a process that ends there without a message.   out: name of the folder."""
 
     name: str
     world: int
@@ -45,7 +45,7 @@ def arguments(folder: Path, run: Run) -> list[str]:
 
 
 def process(folder: Path, run: Run, rank: int) -> int:
-    """The whole command in one of the processes."""
+    """Run the command in one of the processes."""
     import torch
     import torch.distributed as dist
 
@@ -74,7 +74,7 @@ def _main(folder: Path) -> None:
 
     from tests.support.tiny_model import write_tiny_llama
 
-    child = os.fork()  # which may compute, so that this one, from which all are forked, has not
+    child = os.fork()  # only the child computes, because all other processes are forked from this one
     if child == 0:
         write_tiny_llama(folder / "model")
         (folder / "text.txt").write_text(TEXT)

@@ -1,4 +1,4 @@
-"""Small models under NF4 and adapters, of sizes that no number of processes divides, and how they are sharded."""
+"""Small models with NF4 and adapters, of sizes that no number of processes divides, and their sharding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = ["up", "down"]
 
 
 class Block(nn.Module):
-    """A residual MLP of 80 and 203 features: blocks of 64 weights straddle its rows."""
+    """A residual MLP of 80 and 203 features, in which blocks of 64 weights straddle rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class MixtureBlock(nn.Module):
-    """Three experts, each seen by the rows that its number divides up."""
+    """Three experts, each used by the rows whose index it divides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ METHODS: dict[str, PeftConfig] = {
 
 
 def build(method: str = "lora", *, seed: int = 0, double_quant: bool = True, mixture: bool = False) -> Any:
-    """The model in NF4 with an adapter whose parameters are random, equal in every process."""
+    """Return the model in NF4 with an adapter of random parameters, equal in every process."""
     torch.manual_seed(seed)
     model = Net(mixture=mixture)
     qk.replace_linear(model, skip=("head", *(["router"] if mixture else [])), double_quant=double_quant)
@@ -82,7 +82,7 @@ def build(method: str = "lora", *, seed: int = 0, double_quant: bool = True, mix
 
 
 def shard(model: Any, mesh: Any = None, **options: Any) -> Any:
-    """make_shardable and fully_shard over the blocks and the whole."""
+    """Apply make_shardable, then fully_shard to the blocks and the model."""
     qk.make_shardable(model)
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     apply = partial(fully_shard, mesh=mesh, **options)
@@ -92,17 +92,17 @@ def shard(model: Any, mesh: Any = None, **options: Any) -> Any:
 
 
 def batch(seed: int = 2) -> Tensor:
-    """12 rows, which 2, 3 and 4 processes share."""
+    """Return 12 rows, which 2, 3 and 4 processes can share."""
     return torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """A mean over the rows, so that the mean over equal parts is that over the whole."""
+    """Return a mean over the rows, so that the mean over equal parts equals that over the whole."""
     return model(x).square().mean()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a DTensor; any other itself. Every process has to call it."""
+    """Return the full tensor of a DTensor, or any other tensor itself. Every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -111,7 +111,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-6) -> None:
-    """Equal names, and each tensor equal within rtol of its largest element."""
+    """Assert equal names, and each tensor equal within rtol of its largest element."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     for name, wanted in expected.items():
         bound = rtol * max(float(wanted.abs().max()), 1e-8)
@@ -124,7 +124,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, group: Any, steps: int = 3) -> None:
-    """A few steps on this process's part of the batch."""
+    """Run a few steps on this process's part of the batch."""
     for step in range(steps):
         x = batch(seed=10 + step).chunk(group.world)[group.rank]
         (loss_of(model, x) + model.peft_loss()).backward()

@@ -1,8 +1,8 @@
-"""Run checks in several processes: `run(module, worlds, folder)`.
+"""Runs checks in several processes: `run(module, worlds, folder)`.
 
-One parent imports everything once and forks the processes of each world in turn, so that starting them costs nothing.
-A module of checks has a dictionary CHECKS, name -> function(Group). Processes find each other through a file. After
-each check they report; once one has failed the rest of that world is not run, since its group may be out of step.
+One parent imports everything once and forks the processes of each world in turn, so that starting them is fast. A
+module of checks has a dictionary CHECKS, name -> function(Group). Processes find each other through a file and report
+after each check. After a failed check, the rest of that world is not run, because its group may be out of step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_RUN = "not run, because an earlier check of this world failed"
 
 @dataclass(frozen=True)
 class Group:
-    """What a check is told.   folder: one for all processes of the world."""
+    """The argument of a check.   folder: one for all processes of the world."""
 
     rank: int
     world: int
@@ -31,7 +31,7 @@ class Group:
 
 
 def run(module: str, worlds: list[int], folder: Path) -> dict[str, str]:
-    """ "<check> with <world> processes" -> what went wrong in some process; "" where nothing did."""
+    """Return "<check> with <world> processes" -> the error in some process, or "" if there was none."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.distributed.processes", module, str(folder), *map(str, worlds)]
     root = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def run(module: str, worlds: list[int], folder: Path) -> dict[str, str]:
 
 
 def names(module: str) -> list[str]:
-    """Names of the module's checks, read without importing what it imports."""
+    """Return the names of the module's checks without importing the module."""
     return list(importlib.import_module(module).CHECKS)
 
 
@@ -69,7 +69,7 @@ def _process(module: str, group: Group) -> None:
         store.set(f"done/{name}/{group.rank}", "failed" if error else "right")
         if any(store.get(f"done/{name}/{rank}") != b"right" for rank in range(group.world)):
             os._exit(1)
-    os._exit(0)  # the group is left as it is: taking it down needs all processes once more
+    os._exit(0)  # the group is not destroyed, which would need all processes again
 
 
 def _main(module: str, folder: Path, worlds: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md are what the formulas give; checks_fsdp.py holds those against gloo."""
+"""The tables of docs/scaling.md equal the formulas, which checks_fsdp.py compares with gloo processes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_rows_of_the_documentation(name, model, world, nf4):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_parts_are_the_whole(world):
+def test_parts_sum_to_whole(world):
     tensors = [*nf4_rows(203, 80), Rows(5, 12)]
     assert sum(held_bytes(tensors, world, rank) for rank in range(world)) == sum(t.total for t in tensors)

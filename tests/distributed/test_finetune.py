@@ -1,4 +1,4 @@
-"""`qlora-kernels finetune` in several processes on the CPU: one result, one report, and nothing lost with a process."""
+"""`qlora-kernels finetune` in several processes on the CPU: equal results, one report, and recovery from lost ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def outcome(folder, name):
-    """[(exit code, stdout, stderr)] of each process of a run."""
+    """Return [(exit code, stdout, stderr)] of each process of a run."""
     world = next(run.world for run in RUNS if run.name == name)
     return [
         (
@@ -43,7 +43,7 @@ def numbers(report):
     return {step["step"]: (step["loss"], step["grad_norm"], step["tokens"]) for step in report["steps"]}
 
 
-def test_two_processes_report_what_one_does(folder):
+def test_two_processes_give_results_of_one(folder):
     (code, text, errors), *_ = outcome(folder, "one")
     assert (code, errors) == (0, ""), errors
     first, second = outcome(folder, "two")
@@ -53,13 +53,13 @@ def test_two_processes_report_what_one_does(folder):
     assert numbers(one).keys() == numbers(two).keys() == set(range(1, STEPS + 1))
     for step, wanted in numbers(one).items():
         assert numbers(two)[step] == pytest.approx(wanted, rel=1e-3), step
-    assert two["perplexity"]["NF4 base"] == one["perplexity"]["NF4 base"]  # the same batches, summed in one order
+    assert two["perplexity"]["NF4 base"] == one["perplexity"]["NF4 base"]  # the same batches, summed in the same order
     assert two["perplexity"]["NF4 + adapter, reloaded"] == two["perplexity"]["NF4 + adapter, trained"]
     assert two["predictions"] == one["predictions"]
 
 
 @pytest.mark.parametrize(("name", "lost"), [("four that lose one", 3), ("two that lose one", 0)])
-def test_a_lost_process_ends_the_others_with_its_name(folder, name, lost):
+def test_lost_process_ends_others_with_error(folder, name, lost):
     for rank, (code, text, errors) in enumerate(outcome(folder, name)):
         assert text == ""
         if rank == lost:

@@ -1,4 +1,4 @@
-"""One small call of each op of the cuda backend, with what the CPU gives for it."""
+"""One small call of each op of the cuda backend, with the CPU's results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tolerances import assert_same_function
 N, K, R = 40, 96, 8
 DTYPE = torch.bfloat16
 EXACT_CALLS = ("quantize", "quantize_double", "dequantize", "paged_adamw")
-"""Results must be equal bit for bit."""
+"""Names of calls whose results must be equal bit for bit."""
 
 
 @cache
@@ -114,7 +114,7 @@ def _expected(name: str) -> list[Tensor]:
 
 
 def check(name: str, results: list[Tensor]) -> None:
-    """Compares a call's results with the CPU's: to the bit, or to the roundings of three products in a row."""
+    """Compare a call's results with the CPU's, bit for bit or within the roundings of three successive products."""
     for result, expected in zip(results, _expected(name), strict=True):
         actual = result.cpu()
         assert actual.shape == expected.shape

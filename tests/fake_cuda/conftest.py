@@ -10,7 +10,7 @@ from tests.support import fake_cuda
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip them in a process whose torch sees the real machine."""
+    """Skip these tests in a process whose torch uses the real machine."""
     if fake_cuda.active() is not None:
         return
     here = Path(__file__).parent

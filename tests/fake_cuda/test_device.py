@@ -1,4 +1,4 @@
-"""The fake device itself, as torch sees it: without these the tests beside it would prove nothing."""
+"""The fake device as torch sees it; the other tests of this folder rely on it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_backend_is_available() -> None:
-    """Else tests/gpu would be skipped and nobody would notice."""
+    """Without this test, tests/gpu could be skipped unnoticed."""
     assert qk.backends()["cuda"].startswith("available")
 
 
-def test_a_lazy_stream_works_when_it_is_waited_for(device: FakeDevice) -> None:
+def test_lazy_stream_runs_when_waited_for(device: FakeDevice) -> None:
     device.set_schedule("lazy")
     source, target = torch.ones(64).pin_memory(), torch.empty(64, device="cuda")
     side = torch.cuda.Stream()
@@ -32,7 +32,7 @@ def test_a_lazy_stream_works_when_it_is_waited_for(device: FakeDevice) -> None:
     assert target.tolist() == [2.0] * 64
 
 
-def test_an_eager_stream_works_at_once(device: FakeDevice) -> None:
+def test_eager_stream_runs_immediately(device: FakeDevice) -> None:
     device.set_schedule("eager")
     source, target = torch.ones(64).pin_memory(), torch.empty(64, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -53,8 +53,8 @@ def test_fresh_memory_is_not_zero() -> None:
         (13000, ""),
     ],
 )
-def test_drivers_by_their_version(driver_version: int, says: str) -> None:
-    """An old driver: torch has no device, and the backend says why."""
+def test_driver_versions(driver_version: int, says: str) -> None:
+    """Under an old driver, torch has no device, and the backend gives the reason."""
     program = f"""
 from tests.support import fake_cuda
 fake_cuda.activate(driver_version={driver_version})

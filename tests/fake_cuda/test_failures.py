@@ -1,4 +1,4 @@
-"""Failing runtime calls: each op raises an error that names it and CUDA's reason, and the next call works."""
+"""Failing runtime calls: each op raises an error with its name and CUDA's reason, and the next call works."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ OPS = {
     "managed_prefer_device",
     "managed_prefetch",
 }
-"""What an error's message may begin with."""
+"""Permitted beginnings of an error's message."""
 
 NO_KERNEL_IMAGE, ILLEGAL_ADDRESS = 209, 700
 
 
-def test_each_call_of_the_library_may_fail(device: FakeDevice) -> None:
+def test_each_failing_runtime_call_raises(device: FakeDevice) -> None:
     """The 1st, 2nd, ... runtime call that the compiled library makes during an op fails."""
     with qk.use_backend("cuda"):
         for name, call in CALLS.items():
@@ -46,7 +46,7 @@ def test_each_call_of_the_library_may_fail(device: FakeDevice) -> None:
                         raised = str(error)
                     assert device.failed(), f"{name}: call {after} was not made"
                 where = f"{name}, {made[after]} (call {after + 1} of {len(made)})"
-                if made[after] != "cudaFree":  # made by a deleter, which has nobody to tell; the memory stays
+                if made[after] != "cudaFree":  # made by a deleter, which cannot report; the memory is not freed
                     assert raised is not None, f"{where}: the failure was swallowed"
                     assert raised.endswith("cudaErrorIllegalAddress: an illegal memory access was encountered"), where
                     assert raised.split(":")[0] in OPS, where
@@ -72,7 +72,7 @@ def test_a_library_without_kernels_for_this_gpu(device: FakeDevice) -> None:
 
 
 def test_no_memory_for_a_result(device: FakeDevice) -> None:
-    """torch's own allocation fails: torch's error, and nothing of ours stays behind."""
+    """torch's allocation fails with torch's error, and no memory of this library is leaked."""
     w = torch.ones(1 << 20, device="cuda")
     with qk.use_backend("cuda"):
         packed, state = qk.quantize_nf4(w)

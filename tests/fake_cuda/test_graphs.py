@@ -1,4 +1,4 @@
-"""CUDA graphs: a captured step replays on new data, and what a capture forbids raises instead of being left out."""
+"""CUDA graphs: a captured step replays on new data, and operations that capture forbids raise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.problems import gaussian
 
 
 def run(steps: int, captured: bool) -> list[Tensor]:
-    """Losses and adapters of `steps` training steps on changing data."""
+    """Return losses and adapters of `steps` training steps on changing data."""
     torch.manual_seed(0)
     packed, state = qk.quantize_nf4(gaussian(24, 64).cuda())
     A, B = (torch.nn.Parameter(gaussian(*shape, seed=3).cuda()) for shape in ((4, 64), (24, 4)))
@@ -61,8 +61,8 @@ def test_training_step_replays_on_new_data() -> None:
 
 
 @pytest.mark.parametrize("first_step_captured", [True, False])
-def test_addresses_that_a_graph_reads_outlive_other_steps(first_step_captured: bool) -> None:
-    """A captured step of PagedAdamW is replayed after eager steps whose gradients lie elsewhere each time."""
+def test_address_tables_of_captured_graph_are_kept(first_step_captured: bool) -> None:
+    """A captured step of PagedAdamW is replayed after eager steps with gradients at other addresses."""
 
     def train(captured: bool) -> Tensor:
         param = torch.nn.Parameter(gaussian(300, seed=1).cuda())
@@ -83,7 +83,7 @@ def test_addresses_that_a_graph_reads_outlive_other_steps(first_step_captured: b
         for i in range(70):
             kept.append(gaussian(300, seed=3 + i).cuda())
             step(kept[-1])
-        kept.append(torch.randint(1 << 20, (64, 8), device="cuda"))  # takes memory that a table has left
+        kept.append(torch.randint(1 << 20, (64, 8), device="cuda"))  # reuses memory of freed tables
         if captured:
             graph.replay()
         else:
@@ -96,7 +96,7 @@ def test_addresses_that_a_graph_reads_outlive_other_steps(first_step_captured: b
 
 
 def test_a_wait_during_capture_is_an_error() -> None:
-    """The fake device refuses what a real one does; a graph that lacks an op would replay without it."""
+    """The fake device refuses it as a real one does; otherwise a graph could replay without an op."""
     x = torch.ones(4, device="cuda")
 
     def capture() -> None:

@@ -1,4 +1,4 @@
-"""PagedAdamW's unified memory: states beyond the device's memory, and what is said where there is none."""
+"""PagedAdamW's unified memory: states larger than the device's memory, and the error without unified memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = (300_000, 70, 200_000)
 
 
 def run(on: str, bits: int, limits: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:
-    """Parameters after two steps whose states are several chunks; made and stepped within limits()."""
+    """Return parameters after two steps whose states are several chunks; made and stepped within limits()."""
     params = [torch.nn.Parameter(gaussian(n, seed=n).to(on)) for n in SIZES]
     for param in params:
         param.grad = torch.empty_like(param)
@@ -34,8 +34,8 @@ def run(on: str, bits: int, limits: Callable[[], AbstractContextManager[None]]) 
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_states_beyond_the_devices_memory(device: FakeDevice, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device has no room for the states, once it holds parameters and gradients; the result is the CPU's."""
+def test_states_larger_than_device_memory(device: FakeDevice, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parameters and gradients, the device has no room for the states; the result equals the CPU's."""
     monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", (1 << 20) * bits // 32)
 
     def no_more_than_now() -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ def test_states_beyond_the_devices_memory(device: FakeDevice, bits: int, monkeyp
 
 
 def test_no_managed_memory(device: FakeDevice) -> None:
-    """The optimizer cannot be made; nothing is kept, and it can be made once there is room."""
+    """The optimizer cannot be made and nothing is kept; it can be made once there is memory."""
     param = torch.nn.Parameter(torch.ones(100_000, device="cuda"))
     before = device.allocated()
     with (

@@ -1,4 +1,4 @@
-"""Every op works in the caller's stream: its result is there when that stream is waited for, whatever the schedule."""
+"""Every op runs on the caller's stream: its result is complete when that stream is synchronized, in any schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .calls import CALLS, check
 
 @pytest.mark.parametrize("name", CALLS)
 def test_side_stream(name: str) -> None:
-    """Under a lazy schedule nothing but the side stream works: a launch in another one is not finished."""
+    """Under a lazy schedule only the side stream runs, so that a launch on another stream would not be finished."""
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side), qk.use_backend("cuda"):
@@ -23,7 +23,7 @@ def test_side_stream(name: str) -> None:
 
 
 def test_streams_wait_for_each_other_by_events() -> None:
-    """A weight quantized in one stream, used in another behind an event."""
+    """A weight is quantized on one stream and used on another after an event."""
     dense = torch.nn.Linear(96, 40, dtype=torch.bfloat16)
     x = torch.randn(3, 96, dtype=torch.bfloat16)
     with qk.use_backend("cpu"):

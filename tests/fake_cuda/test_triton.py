@@ -1,6 +1,6 @@
 """Triton's kernels on the fake device: a stock Triton compiles them for sm_80 and launches them through the driver.
 
-A few kernels in small tiles, because each is compiled twice, by Triton and from PTX to host code.
+Only a few kernels in small tiles are run, because each is compiled twice, by Triton and from PTX to host code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _small_tiles() -> Iterator[None]:
 
 
 def linear(device: str) -> list[Tensor]:
-    """Forward and backward of the fused kernels."""
+    """Run forward and backward of the fused kernels."""
     packed, state = qk.quantize_nf4((gaussian(N, K) / K**0.5).to(device))
     x = gaussian(M, K, seed=1, dtype=DTYPE).to(device).requires_grad_()
     y = qk.linear_nf4(x, packed, state, gaussian(N, seed=2, dtype=DTYPE).to(device))
@@ -48,7 +48,7 @@ def call_of(name: str) -> Callable[[str], list[Tensor]]:
 
 
 def check(name: str, results: list[Tensor]) -> None:
-    """The CPU's results: of the codec to the bit, of products to their roundings."""
+    """Compare with the CPU's results: the codec bit for bit, products within their roundings."""
     with qk.use_backend("cpu"):
         expected = call_of(name)("cpu")
     for actual, e in zip(results, expected, strict=True):
@@ -64,7 +64,7 @@ def test_the_backend_is_available() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_side_stream(name: str) -> None:
-    """Nothing but the current stream is waited for."""
+    """Only the current stream is synchronized."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side), qk.use_backend("triton"):
         results = call_of(name)("cuda")

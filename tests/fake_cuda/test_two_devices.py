@@ -1,4 +1,4 @@
-"""Operands on a device that is not the current one: each op works where its operands are."""
+"""Operands on a device that is not the current one: each op runs on the device of its operands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_operands_on_the_second_device(name: str) -> None:
 
 
 def test_operands_of_two_devices_are_refused() -> None:
-    """By name, before a kernel follows an address of another GPU."""
+    """The error names the argument, before a kernel uses an address of another GPU."""
     packed, state = qk.quantize_nf4(gaussian(8, 64).to("cuda:1"))
     with qk.use_backend("cuda"), pytest.raises(ValueError, match="packed must be on cuda:0, got cuda:1"):
         qk.linear_nf4(gaussian(2, 64).to("cuda:0"), packed, state)

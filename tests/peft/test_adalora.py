@@ -148,7 +148,7 @@ def test_regularizer_of_the_papers_equation(tmp_path):
 
 
 @pytest.mark.parametrize(("orth_reg_weight", "steps"), [(0.0, 10), (0.3, 7)])
-def test_training_is_pefts(hf_peft, tmp_path, orth_reg_weight, steps):
+def test_training_equals_peft(hf_peft, tmp_path, orth_reg_weight, steps):
     """Step by step; with a regularizer up to the final phase, where PEFT's includes the triplets that are gone."""
     ours = get_peft_model(make("llama"), config(task_type="CAUSAL_LM", orth_reg_weight=orth_reg_weight))
     randomize(ours, std=0.05)
@@ -204,7 +204,7 @@ def test_files_cross_both_ways_with_equal_outputs(hf_peft, tmp_path, kind):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-def test_a_file_of_unpruned_pefts(hf_peft, tmp_path):
+def test_unpruned_peft_file_loads(hf_peft, tmp_path):
     options = {"target_modules": ["q_proj"], "total_step": 10, "init_lora_weights": False}
     theirs = hf_peft.get_peft_model(make("llama"), hf_peft.AdaLoraConfig(**options)).eval()
     theirs.save_pretrained(tmp_path)
@@ -271,7 +271,7 @@ def test_pruning_goes_on_from_a_pruned_file(tmp_path):
     assert_same_function(logits(again, batch("llama")), logits(model, batch("llama")))
 
 
-def test_a_forgotten_step_raises_at_save(tmp_path):
+def test_save_without_step_raises(tmp_path):
     model = get_peft_model(make("llama"), config())
     train(model, range(3), forget=True)
     with pytest.raises(RuntimeError, match=r"must be called after every backward.* last call was none"):
@@ -305,7 +305,7 @@ class TwoBranches(nn.Module):
         return self.needed(x) + 0.1 * self.idle(x.roll(1, 0))  # of another row: cannot help
 
 
-def test_ranks_go_where_they_matter():
+def test_ranks_follow_importance():
     torch.manual_seed(0)
     base, x = TwoBranches(), torch.randn(64, 16)
     target = base(x).detach() + x @ (torch.randn(16, 6) @ torch.randn(6, 16)) / 8
@@ -369,7 +369,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_step_waits_for_no_device_and_updates_all_weights_at_once():
+def test_step_does_not_synchronize_and_batches_updates():
     model = get_peft_model(make("llama"), config(total_step=100))
     train(model, range(3))
     model.train()
@@ -413,7 +413,7 @@ def test_merge_and_unmerge(nf4):
 
 
 @FORMATS
-def test_each_row_its_adapter(nf4):
+def test_rows_use_their_adapters(nf4):
     model, inputs = trained(nf4=nf4), batch("llama", rows=2)
     alone = logits(model, inputs)
     with model.disable_adapter():
@@ -452,7 +452,7 @@ def test_bad_configurations(field, options):
         config(**options)
 
 
-def test_what_peft_ignores_is_refused():
+def test_options_ignored_by_peft_are_refused():
     with pytest.raises(TypeError):
         config(r=4)
     with pytest.raises(NotImplementedError, match="use_rslora"):

@@ -47,7 +47,7 @@ def trained(model: PeftModel, *names: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "modules_to_save"])
-def test_other_threads_and_tasks_are_untouched(options):
+def test_other_threads_and_tasks_are_unaffected(options):
     model, inputs = two_adapters(**options), batch("llama")
     on = logits(model, inputs)
     with model.disable_adapter():
@@ -99,7 +99,7 @@ def test_threads_at_once(case, kind):
     assert not wrong
 
 
-def test_nothing_stays_set_after_an_exception():
+def test_call_state_is_reset_after_exception():
     model, inputs = two_adapters(), batch("llama")
     expected = logits(model, inputs)
     handle = model.base_model.lm_head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("stop")))
@@ -114,7 +114,7 @@ def test_nothing_stays_set_after_an_exception():
     assert_same_function(model.base_model(**inputs).logits, expected)
 
 
-def test_a_compiled_model_follows_too():
+def test_compiled_model_uses_call_state():
     torch._dynamo.reset()
     model, inputs = two_adapters(modules_to_save=["lm_head"]), batch("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

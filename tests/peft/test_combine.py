@@ -55,7 +55,7 @@ PARTS = {
 
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
-def test_one_adapter_with_weight_one_is_itself(tmp_path, options, kind):
+def test_combination_of_one_adapter_equals_it(tmp_path, options, kind):
     """Every part of it; also in the file, and from there."""
     model = model_with(LoraConfig(**{"target_modules": ["lin"], "r": 2, **options}))
     expected = output(model, "a")
@@ -94,7 +94,7 @@ def test_a_head_is_taken_from_its_only_owner():
     ],
     ids=lambda v: "" if isinstance(v, str) else "-".join(v),
 )
-def test_what_cannot_be_combined_is_refused(options, message):
+def test_incompatible_combinations_are_refused(options, message):
     model = model_with(*[LoraConfig(target_modules=["lin"], **options)] * 2)
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
@@ -152,7 +152,7 @@ def test_deleting_keeps_what_is_merged_and_what_is_active():
     assert_same_function(output(model), expected)
 
 
-def test_an_adapter_that_does_not_train_leaves_one_that_does_not():
+def test_combination_of_frozen_adapters_is_frozen():
     model = model_with(*[LoraConfig(target_modules=["lin"])] * 2)
     model.set_adapter("a", inference_mode=True)
     with pytest.warns(UserWarning, match="'b' is active now"):

@@ -149,7 +149,7 @@ def test_a_gate_leaves_padding_out():
     assert_same_function(gate(h, padding)[:1], alone, products=4)
 
 
-def test_a_querys_gate_scales_its_prefix_alone():
+def test_gate_scales_only_its_querys_prefix():
     """Three prefixes, the second without a gate."""
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
     gates = (torch.rand(2, 5, 1), None, torch.rand(2, 5, 1))
@@ -239,7 +239,7 @@ def test_fusion_of_adapters_that_were_trained_apart(tmp_path):
         again.set_adapter(["a", "fusion"])
 
 
-def test_fusion_wants_pfeiffer_adapters():
+def test_fusion_requires_pfeiffer_adapters():
     model = get_peft_model(make("bert"), peft.AdapterConfig(bottleneck_size=8), "a")
     with pytest.raises(ValueError, match="placement='pfeiffer'"):
         model.add_adapter("fusion", peft.AdapterFusionConfig(adapters=("a", "a2")))
@@ -283,7 +283,7 @@ def test_bitfit_trains_biases_only():
     assert model.unload().model.layers[0].mlp.up_proj.bias is None
 
 
-def test_bitfit_merges_by_staying():
+def test_merged_bitfit_keeps_its_biases():
     model, inputs = get_peft_model(make("llama"), peft.BitFitConfig(add_missing=True)), batch("llama")
     randomize(model)
     expected = logits(model, inputs)
@@ -363,7 +363,7 @@ def test_prompts_of_several_tasks_generate_in_one_batch():
             assert torch.equal(mixed[i : i + 1], alone), name
 
 
-def test_a_loop_of_ones_own_over_the_cache_sees_the_prompt_once():
+def test_manual_decode_loop_applies_prompt_once():
     inputs = batch("llama", rows=2)
     for config in (peft.PromptTuningConfig(num_virtual_tokens=3), peft.PTuningV2Config(num_virtual_tokens=3)):
         model = get_peft_model(make("llama"), config).eval()
@@ -401,7 +401,7 @@ def test_prefixes_reach_encoder_decoder_and_cross_attention():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_prefixes_from_words_are_the_words(kind):
+def test_prefixes_from_words_equal_reading_the_words(kind):
     """In a decoder, at the start: the model computes what it would with the words in front, by position too."""
     base, ids = make(kind), batch(kind)["input_ids"]
     words = torch.tensor([[5, 9, 2, 5]])

@@ -70,7 +70,7 @@ def test_wrong_types_are_refused(values):
     ],
     ids=str,
 )
-def test_right_types_are_taken(values):
+def test_right_types_are_accepted(values):
     LoraConfig(**values)
 
 

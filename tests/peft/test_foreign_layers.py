@@ -86,7 +86,7 @@ def test_weights_are_those_of_bitsandbytes(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unmerging_gives_the_same_layer_back(kind):
+def test_unmerge_restores_layer(kind):
     base = model_of(kind)
     layer, x = base[0], torch.randn(5, 128, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False))
@@ -97,7 +97,7 @@ def test_unmerging_gives_the_same_layer_back(kind):
     assert_same_function(model(x), before, products=4, terms=128)
 
 
-def test_what_codes_cannot_serve_is_refused():
+def test_unsupported_weight_codes_are_refused():
     model = get_peft_model(model_of("int8"), LoraConfig(target_modules=["0"]))
     with pytest.raises(NotImplementedError, match="target must be '16bit' or 'nf4' over a Linear8bitLt"):
         model.merge_adapter(target="same")
@@ -127,7 +127,7 @@ class Doubled(nn.Linear):
 
 
 @pytest.mark.parametrize("layer", ["own forward", "float8"])
-def test_a_weight_that_is_not_the_functions_is_refused(layer):
+def test_weight_not_used_by_forward_is_refused(layer):
     """LoRA beside such a layer is right; merging into it would not be."""
     base = nn.Sequential(Doubled(32, 32))
     if layer == "float8":
@@ -163,7 +163,7 @@ def test_a_merged_transformers_model_reloads(tmp_path, bits, targets):
     assert_same_function(logits(again, inputs), expected, terms=64)
 
 
-def test_a_subclass_that_computes_the_same_merges(tmp_path):
+def test_subclass_with_same_forward_merges(tmp_path):
     """Falcon's layers are nn.Linear with a forward of their own."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def test_null_means_the_default(tmp_path, stored):
 
 
 @pytest.mark.filterwarnings("ignore:.*differs from the file that was saved")
-def test_what_every_method_allocates_fits_its_file(tmp_path):
+def test_allocations_are_bounded_by_file_size(tmp_path):
     """The sizes in the configurations of all methods, without the time that allocating would take."""
     huge = 10**9
     for i, (config, field) in enumerate(
@@ -124,7 +124,7 @@ def test_tensors_are_floats(tmp_path, stored):
             load(tmp_path, config, integers)
 
 
-def test_a_users_slip_is_named_too():
+def test_users_mistake_is_named():
     for config, message in [
         ({"r": "8"}, "LoraConfig: r must be int, got '8'"),
         ({"lora_alpha": float("inf")}, "lora_alpha must be float"),

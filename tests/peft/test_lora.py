@@ -55,7 +55,7 @@ def test_files_cross_both_ways_with_equal_outputs(hf_peft, clone, tmp_path, kind
     assert_same_function(logits(again, inputs), expected)
 
 
-def test_keys_are_pefts(hf_peft, tmp_path):
+def test_keys_equal_peft(hf_peft, tmp_path):
     from safetensors.torch import load_file
 
     for module, config, folder in (
@@ -146,7 +146,7 @@ def test_identity_at_init(nf4, options):
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16"])
-def test_pissa_takes_the_principal_part(nf4, init):
+def test_pissa_starts_from_principal_part(nf4, init):
     base, inputs = make("llama", nf4=nf4), batch("llama")
     before = logits(base, inputs)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=init))
@@ -180,7 +180,7 @@ def test_loftq_lowers_the_quantization_error():
     assert errors[4] <= errors[1]
 
 
-def test_loftq_wants_the_dense_weight():
+def test_loftq_requires_dense_weight():
     with pytest.raises(ValueError, match="must be a dense layer"):
         get_peft_model(make("llama", nf4=True), LoraConfig(init_lora_weights="loftq"))
 
@@ -260,7 +260,7 @@ def test_embedding_of_another_base_is_refused(hf_peft, tmp_path):
         PeftModel.from_pretrained(make("llama", seed=1), tmp_path)
 
 
-def test_embedding_refuses_what_it_has_not():
+def test_embedding_refuses_unsupported_options():
     for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}):
         with pytest.raises(NotImplementedError, match="an embedding has no"):
             get_peft_model(make("llama"), LoraConfig(target_modules=["embed_tokens"], **options))

@@ -27,7 +27,7 @@ X = torch.linspace(-1, 1, 5 * 16).view(5, 16)
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "olora", "eva"])
-def test_files_that_peft_trained_from_it(hf_peft, tmp_path, init, rslora):
+def test_files_trained_by_peft_load(hf_peft, tmp_path, init, rslora):
     """PiSSA and OLoRA take their start out of the base, each time the file is loaded; the others leave the base."""
     options = {"target_modules": ["0", "2"], "r": 4, "lora_alpha": 12, "use_rslora": rslora}
     theirs = hf_peft.get_peft_model(two_layers(), hf_peft.LoraConfig(init_lora_weights=init, **options)).eval()
@@ -92,7 +92,7 @@ def test_a_new_adapter_is_the_identity(init, nf4):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_start_values_are_pefts(hf_peft, init):
+def test_start_values_equal_peft(hf_peft, init):
     options = {"target_modules": ["0"], "r": 4, "lora_alpha": 12, "init_lora_weights": init}
     delta = get_peft_model(two_layers(), LoraConfig(**options)).base_model[0].deltas["default"]
     theirs = hf_peft.get_peft_model(two_layers(), hf_peft.LoraConfig(**options)).base_model.model[0]

@@ -91,7 +91,7 @@ def test_every_parameter_is_in_the_tree_once(case, kind):
     assert all(name in state for name in names)
 
 
-def test_a_modules_parameters_are_those_it_computes_with():
+def test_module_parameters_are_those_used_in_forward():
     model = get_peft_model(
         make("llama", nf4=True), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
     )
@@ -165,7 +165,7 @@ def with_copies() -> PeftModel:
 @pytest.mark.parametrize(
     "change", ["load_state_dict", "assign", "to_empty", "overwrite", "swap", "float64", "parametrize", "weight_norm"]
 )
-def test_the_file_is_the_model_after_a_replacement_of_its_parameters(change, tmp_path):
+def test_saved_file_follows_replaced_parameters(change, tmp_path):
     model = with_copies()
     base = logits(make("llama"), batch("llama"))
     state = {key: value.clone() for key, value in with_copies().state_dict().items()}
@@ -390,7 +390,7 @@ def test_a_table_that_only_others_use_is_refused():
 @pytest.mark.parametrize(
     ("nf4", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)], ids=str
 )
-def test_torchs_attention_is_itself_again(nf4, dtype):
+def test_multihead_attention_is_restored(nf4, dtype):
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     encoder = nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
     if nf4:
@@ -416,7 +416,7 @@ def test_torchs_attention_is_itself_again(nf4, dtype):
     assert encoder.layers[0].self_attn.in_proj_weight.shape == (96, 32)
 
 
-def test_adapters_are_no_layers_of_the_model():
+def test_adapters_are_not_counted_as_model_layers():
     """Neither a second adapter nor replace_linear touches the layers of the first."""
     model = get_peft_model(make("llama"), LoraConfig(target_modules="all-linear"))
     adapted = set(model.injector.adapted_layers())
@@ -428,7 +428,7 @@ def test_adapters_are_no_layers_of_the_model():
     assert type(layer.deltas["default"].lora_A) is nn.Linear
 
 
-def test_a_failed_adapter_leaves_nothing_behind():
+def test_failed_add_adapter_is_rolled_back():
     base = make("bert")
     names, inputs = list(base.state_dict()), batch("bert")
     before = logits(base, inputs)
@@ -442,7 +442,7 @@ def test_a_failed_adapter_leaves_nothing_behind():
         model.add_adapter("keys", lora)
 
 
-def test_offloaded_weights_are_brought():
+def test_offloaded_weights_are_loaded():
     accelerate = pytest.importorskip("accelerate")
     for case in ("lora", "dora", "adalora", "prefix_tuning", "pfeiffer", "bitfit"):
         model, inputs = build(case, "llama", nf4=True, layers=1), batch("llama", rows=2)

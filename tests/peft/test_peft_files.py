@@ -91,14 +91,14 @@ def test_p_tuning_v2_is_a_flat_prefix(hf_peft, tmp_path):
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
-def test_what_peft_would_compute_otherwise_it_cannot_load(hf_peft, tmp_path, kind, config):
+def test_adapters_incompatible_with_peft_cannot_load_there(hf_peft, tmp_path, kind, config):
     get_peft_model(make(kind), config).save_pretrained(tmp_path)
     with pytest.raises((KeyError, ValueError)):
         hf_peft.PeftModel.from_pretrained(make(kind), tmp_path)
     PeftModel.from_pretrained(make(kind), tmp_path)
 
 
-def test_the_encoders_weights_are_pefts(hf_peft):
+def test_encoder_weights_equal_peft(hf_peft):
     """The same weights in both P-tuning encoders give the same prompt."""
     from peft.tuners.p_tuning.model import PromptEncoder
 
@@ -119,7 +119,7 @@ def names_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_saving_over_another_adapter_leaves_nothing_of_it(tmp_path):
+def test_save_replaces_previous_adapter_completely(tmp_path):
     """Neither its sidecar's tensors under a single adapter, nor a whole adapter under a combination; the rest stays."""
     (tmp_path / "README.md").write_text("mine")
     tuned = peft.PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=16)
@@ -134,7 +134,7 @@ def test_saving_over_another_adapter_leaves_nothing_of_it(tmp_path):
     assert len(PeftModel.from_pretrained(make("llama"), tmp_path).peft_config["default"]) == 2
 
 
-def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
+def test_failed_save_keeps_previous_adapter(tmp_path, monkeypatch):
     model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}

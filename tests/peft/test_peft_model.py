@@ -47,7 +47,7 @@ def test_active_adapters_add_up(nf4):
 
 @FORMATS
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_each_row_its_adapter(kind, nf4):
+def test_rows_use_their_adapters(kind, nf4):
     model, inputs = two_adapters(nf4, kind), batch(kind, rows=4)
     names = ["b", "__base__", "default", "b"]
     mixed = logits(model, inputs, adapter_names=names)
@@ -152,7 +152,7 @@ def test_merge_and_unload(target, nf4, layer):
     assert not any(p.requires_grad for p in base.parameters())
 
 
-def test_requantized_merge_says_what_it_cost():
+def test_requantized_merge_reports_error():
     model = two_adapters(nf4=True)
     with pytest.warns(UserWarning, match=r"\|error\|/\|update\| = \d"):
         model.merge_adapter(target="nf4")
@@ -190,7 +190,7 @@ def test_tied_head_is_merged_once():
         *("svd", "magnitude_prune_svd", "ties_svd", "dare_linear_svd", "dare_ties_svd"),
     ],
 )
-def test_weighted_combination_is_pefts(hf_peft, tmp_path, how, monkeypatch):
+def test_weighted_combination_equals_peft(hf_peft, tmp_path, how, monkeypatch):
     """Also with a negative weight. DARE's random mask is made the same for both, who hold embeddings transposed."""
     monkeypatch.setattr(
         torch,
@@ -252,7 +252,7 @@ def test_delete_and_unload_leave_the_model_as_it_was():
     assert all(torch.equal(tensor, state[key]) for key, tensor in base.state_dict().items())
 
 
-def test_modules_to_save_are_the_adapters_own(tmp_path):
+def test_modules_to_save_belong_to_adapter(tmp_path):
     base, inputs = make("bert"), batch("bert")
     before = logits(base, inputs)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", modules_to_save=["pooler"]))
@@ -273,7 +273,7 @@ def test_quantized_modules_cannot_be_trained_in_full():
 
 
 @FORMATS
-def test_save_and_load_keep_every_byte(tmp_path, nf4):
+def test_save_and_load_are_bit_exact(tmp_path, nf4):
     model, inputs = two_adapters(nf4), batch("llama")
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make("llama", nf4=nf4), tmp_path)

@@ -15,7 +15,7 @@ from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function
 
 
-def test_ia3_takes_pefts_layers():
+def test_ia3_default_layers_equal_peft():
     """For each type of model for which PEFT knows them."""
     constants = pytest.importorskip("peft.utils.constants")
     targets, feedforward = (

@@ -144,7 +144,7 @@ def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
 
 
 @PEER
-def test_a_new_adapter_is_pefts(hf_peft, tmp_path, peer):
+def test_new_adapter_equals_peft(hf_peft, tmp_path, peer):
     """The same layers, shapes and start: PEFT loads what is saved here, and has the same names in its own file."""
     inputs = batch(peer.kind)
     ours = get_peft_model(peer.base(), peer.ours()).eval()

@@ -35,7 +35,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
-def test_a_weight_that_is_read_includes_the_adapters(config, quantized):
+def test_read_weight_includes_adapters(config, quantized):
     torch.manual_seed(0)
     base = ReadsOrCalls().double()
     if quantized:
@@ -58,7 +58,7 @@ def test_a_weight_that_is_read_includes_the_adapters(config, quantized):
     torch.testing.assert_close(model(x), results[1][0], rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_read_weight_cannot_include_is_said():
+def test_limits_of_read_weights_are_reported():
     base = ReadsOrCalls()
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["proj"], lora_dropout=0.5))
     model(torch.zeros(2, 8))
@@ -102,7 +102,7 @@ class LooksAtAWeight(nn.Module):
         return self.wo(x)
 
 
-def test_looking_at_a_weight_is_no_computation():
+def test_metadata_access_is_not_a_read():
     model = get_peft_model(LooksAtAWeight(), LoraConfig(r=2, target_modules=["wo"], lora_dropout=0.5)).train()
     assert not model.injector.adapted_layers()["wo"].weight_is_read
     model(torch.zeros(2, 8)).sum().backward()

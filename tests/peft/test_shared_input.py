@@ -143,7 +143,7 @@ def test_the_compiled_graph_holds_one_op_for_each_group():
     assert [name.split(".")[-1] for name in seen] == ["linear_nf4_lora_group", "linear_nf4", "linear_nf4_lora_group"]
 
 
-def test_layers_on_different_tensors_part_with_a_warning(monkeypatch):
+def test_fusion_dropped_with_warning_on_different_inputs(monkeypatch):
     model, x, other = small(), torch.randn(5, 32), torch.randn(5, 32)
     parent = model.base_model[0]
     expected = parent(x, other)
@@ -157,7 +157,7 @@ def test_layers_on_different_tensors_part_with_a_warning(monkeypatch):
     assert calls == [3]
 
 
-def test_a_tensor_that_was_written_to_is_another(monkeypatch):
+def test_modified_input_is_recomputed(monkeypatch):
     model, x = small(), torch.randn(5, 32)
     parent = model.base_model[0]
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_a_tensor_that_was_written_to_is_another(monkeypatch):
         assert torch.equal(parent.k_proj(x), expected)
 
 
-def test_another_grad_mode_computes_for_itself():
+def test_change_of_grad_mode_recomputes():
     model, x = small(), torch.randn(5, 32)
     parent = model.base_model[0]
     qk.fuse_shared_input(model)
@@ -177,7 +177,7 @@ def test_another_grad_mode_computes_for_itself():
     assert parent.k_proj(x).requires_grad
 
 
-def test_nothing_is_held_after_the_last_share():
+def test_outputs_are_released_after_last_use():
     model, x = small(), torch.randn(5, 32)
     qk.fuse_shared_input(model)
     model(x)
@@ -191,7 +191,7 @@ def test_nothing_is_held_after_the_last_share():
         model(x)
 
 
-def test_asking_twice_computes_twice():
+def test_second_call_recomputes():
     model, x = small(dropout=0.5), torch.randn(5, 32)
     parent = model.base_model[0]
     qk.fuse_shared_input(model)
@@ -199,7 +199,7 @@ def test_asking_twice_computes_twice():
     assert not torch.equal(parent.k_proj(x), parent.k_proj(x))
 
 
-def test_adapters_come_go_merge_and_speak_for_rows(monkeypatch):
+def test_fused_group_falls_back_when_adapters_change(monkeypatch):
     """Whatever a group cannot serve runs as it would without it; several adapters with one rate run fused."""
     model, x = small(), torch.randn(5, 32)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
@@ -237,7 +237,7 @@ def test_adapters_come_go_merge_and_speak_for_rows(monkeypatch):
     assert not any(hasattr(m, "fused_projections") for m in model.unload().modules())
 
 
-def test_a_copy_is_fused_on_its_own(monkeypatch):
+def test_copy_of_fused_model_is_independent(monkeypatch):
     model, x = small(), torch.randn(5, 32)
     qk.fuse_shared_input(model)
     twin = copy.deepcopy(model)

@@ -68,7 +68,7 @@ def adapted(base, **options):
 
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_outputs_gradients_and_files_are_pefts(hf_peft, tmp_path, make, targets):
+def test_outputs_gradients_and_files_equal_peft(hf_peft, tmp_path, make, targets):
     options = {"r": 2, "lora_alpha": 6, **copy.deepcopy(TARGETS[targets])}
     theirs = hf_peft.get_peft_model(make(), hf_peft.LoraConfig(**options)).eval()
     randomize(theirs)
@@ -119,7 +119,7 @@ class TestOverQuantizedExperts:
                 setattr(layer.mlp.experts, name, nn.Parameter(getattr(nf4.mlp.experts, name).dequantize()))
         return model
 
-    def test_the_function_is_that_over_the_dequantized_weights(self, tmp_path):
+    def test_nf4_equals_dequantized_weights(self, tmp_path):
         model = adapted(self.quantized())
         expected = logits(model)
         expected.square().sum().backward()
@@ -164,7 +164,7 @@ class TestOverQuantizedExperts:
         assert_same_function(logits(back), logits(before), terms=TERMS)
 
 
-def test_several_adapters_add_up_and_go():
+def test_several_adapters_add_up_and_can_be_removed():
     model = adapted(mixtral())
     model.add_adapter("b", LoraConfig(r=3, target_parameters=EXPERTS[0], target_modules=["v_proj"]))
     model.set_adapter("b")
@@ -210,7 +210,7 @@ def test_a_new_adapter_is_the_identity_and_trains():
         ({"rank_pattern": {"mlp.experts.up": 3}}, "rank_pattern: every key must match"),
     ],
 )
-def test_what_is_refused(options, message):
+def test_unsupported_options_are_refused(options, message):
     model = mixtral()
     before = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(ValueError, match=message):
@@ -229,7 +229,7 @@ def test_files_of_another_rank_are_refused(tmp_path):
         PeftModel.from_pretrained(mixtral(), tmp_path)
 
 
-def test_all_linear_with_target_parameters_warns_of_nothing(recwarn):
+def test_all_linear_with_target_parameters_does_not_warn(recwarn):
     get_peft_model(mixtral(), LoraConfig(target_modules="all-linear", target_parameters=EXPERTS))
     assert not [warning for warning in recwarn if "leaves out" in str(warning.message)]
     with pytest.warns(UserWarning, match=r"leaves out 2 expert weights .*target_parameters adapts them"):

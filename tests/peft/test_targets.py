@@ -116,12 +116,12 @@ def test_one_rule_for_all_lists_of_names(hf_peft, kind):
         }
 
 
-def test_no_match_names_the_nearest():
+def test_no_match_error_names_nearest():
     with pytest.raises(ValueError, match=r"nearest names: .*'q_proj'"):
         get_peft_model(make("llama"), LoraConfig(target_modules=["q_projj"]))
 
 
-def test_a_block_is_no_target():
+def test_block_as_target_is_refused():
     with pytest.raises(TypeError, match=r"self_attn must be a linear layer or nn.Embedding, got LlamaAttention"):
         get_peft_model(make("llama"), LoraConfig(target_modules=["self_attn"]))
 
@@ -132,7 +132,7 @@ def test_unknown_architecture_needs_targets():
 
 
 @pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
-def test_layer_fields_do_not_go_with_a_regex(field):
+def test_layer_fields_with_regex_are_refused(field):
     with pytest.raises(ValueError, match=field):
         get_peft_model(make("llama"), LoraConfig(target_modules=r".*q_proj", **{field: [0]}))
 
@@ -184,12 +184,12 @@ def test_a_file_may_name_modules_of_other_models(hf_peft, tmp_path):
     assert len(PeftModel.from_pretrained(make("llama"), tmp_path).injector.adapted_layers()) == 2
 
 
-def test_a_head_of_another_name_is_asked_for():
+def test_head_with_other_name_is_excluded():
     with pytest.warns(UserWarning, match="name the head to train in modules_to_save"):
         get_peft_model(make("llama"), LoraConfig(task_type="SEQ_CLS"))
 
 
-def test_all_linear_tells_which_experts_it_leaves_out():
+def test_all_linear_warns_about_omitted_experts():
     model = nn.Sequential(nn.Linear(8, 8))
     model.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 8, 8))})
     with pytest.warns(UserWarning, match=r"leaves out 1 expert weights .*experts.up"):

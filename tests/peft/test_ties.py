@@ -189,7 +189,7 @@ def test_one_lora_for_all_ends_of_t5():
     assert len(list(model.adapters["default"].parameters())) == 2
 
 
-def test_tied_lora_wants_one_rank():
+def test_tied_lora_requires_equal_ranks():
     with pytest.raises(ValueError, match="must have one rank with ensure_weight_tying, got 4 for lm_head and 2"):
         adapted({**PARTS["lora on both"], "ensure_weight_tying": True, "rank_pattern": {"lm_head": 4}})
 

@@ -31,11 +31,11 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Attention:
-    """visible: bool [B, Tq, Tk], which keys a query attends to.
+    """visible: bool [B, Tq, Tk], True for keys that a query attends to.
 
     Probabilities and gradients of scores may be rounded to q's dtype before they are multiplied; sums are fp32. The
     error of a probability is that of cross_entropy_formula.py. The backward pass multiplies it by dP - delta, where
-    delta = rowsum(grad_out * out) has the error of out, rounded as it is stored.
+    delta = rowsum(grad_out * out) has the error of out, rounded when it is stored.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     B, H, KV = q.shape[0], q.shape[1], k.shape[1]

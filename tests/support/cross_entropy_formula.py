@@ -11,9 +11,9 @@ from .tolerances import Expected, exactly, gamma, product, unit_roundoff
 
 U = unit_roundoff(torch.float32)
 EXP = 4.0
-"""Roundings of an exponential function, beside those of its argument."""
+"""Roundings of an exponential function, in addition to those of its argument."""
 RISE = 5.0
-"""By how much a logit may exceed the number that is subtracted before its exponential is taken."""
+"""Maximum by which a logit may exceed the number that is subtracted before its exponential is computed."""
 TANH = 2.0**-21
 """Absolute error of tanh."""
 
@@ -37,13 +37,13 @@ def linear_cross_entropy(
     softcap: float | None = None,
     rounds_gradient: bool = False,
 ) -> Loss:
-    """The op's results. weight is rounded to hidden's dtype, probabilities may be; sums are fp32.
+    """Return the op's results. weight is rounded to hidden's dtype, probabilities may be; sums are fp32.
 
     rounds_gradient: the gradient of the logits, p - 1 for the label, may be rounded to hidden's dtype as a whole.
 
-    A logit's error delta makes its probability wrong by the factor exp(delta), and the log of the sum of exponentials
-    by the mean of the deltas, weighted by the probabilities. The exponential of x is wrong by EXP roundings and those
-    of x, 3 |x| roundings. The sum of V exponentials has no cancellation: gamma(V), relative.
+    A logit's error delta changes its probability by the factor exp(delta), and the log of the sum of exponentials by
+    the mean of the deltas, weighted by the probabilities. The exponential of x has the error of EXP roundings and
+    that of x, 3 |x| roundings. The sum of V exponentials has no cancellation: gamma(V), relative.
     """
     w = exactly(weight.to(hidden.dtype))
     z = product(exactly(hidden), w.T)
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     log_sums = z.value.logsumexp(1, keepdim=True)
     span = (z.value - z.value.amax(1, keepdim=True)).abs() + RISE
     p = torch.exp(z.value - log_sums)
-    # Of each exponential, relative; then of the sum, whose terms are weighted by p.
+    # Relative errors of each exponential, then of the sum, whose terms are weighted by p.
     of_exp = z.error + (EXP + 3 * span + 2) * U
     of_sum = (p * of_exp).sum(1, keepdim=True) + gamma(z.value.shape[1], torch.float32) + z.value.shape[1] * 2.0**-126
     log_sum_error = of_sum + 8 * U * (log_sums.abs() + span.amax(1, keepdim=True) * p.amax(1, keepdim=True) + RISE + 2)

@@ -1,4 +1,4 @@
-"""Tiny random decoders of the transformers families that fuse_model replaces parts of."""
+"""Tiny random decoders of the transformers families that fuse_model supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "
 
 
 def tiny_decoder(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
-    """A causal language model of two layers in eval mode, whose norms have weights of their own."""
+    """Return a causal language model of two layers in eval mode, with random weights in its norms."""
     import transformers
 
     config = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Config")
@@ -39,5 +39,5 @@ def tiny_decoder(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> Tensor:
-    """Token ids without the padding token 0."""
+    """Return token ids without the padding token 0."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
-"""The formulas of rms_norm, rope and glu in float64, with bounds on what their kernels may be off (tolerances.py).
+"""The formulas of rms_norm, rope and glu in float64, with bounds on the errors of their kernels (tolerances.py).
 
-u is fp32's unit roundoff. All kernels compute in fp32 and round each result once; rms_norm with weight_offset 0 rounds
-the normalized row to x's dtype as well.
+u is fp32's unit roundoff. All kernels compute in fp32 and round each result once; rms_norm with weight_offset 0 also
+rounds the normalized row to x's dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ U = unit_roundoff(torch.float32)
 
 
 class Normalized(NamedTuple):
-    """n = s / rms(s), how far a computed n may be off relative to n, and 1 / rms(s)."""
+    """n = s / rms(s), a bound on the relative error of a computed n, and 1 / rms(s)."""
 
     n: Tensor
     relative: float
@@ -25,14 +25,15 @@ class Normalized(NamedTuple):
 
 
 def normalized(s: Tensor, eps: float) -> Normalized:
-    """The sum of squares leaves gamma(C) of itself, of which the root takes half; mean, eps, root, inverse, product."""
+    """Return s / rms(s): the error is gamma(C) of the sum of squares, half of it after the root, and four more
+    steps."""
     wide = s.detach().double()
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return Normalized(wide * scale, gamma(s.shape[-1], torch.float32) + 6 * U, scale)
 
 
 def rms_norm(s: Tensor, weight: Tensor, eps: float, offset: float) -> Expected:
-    """y of s = x + residual as rounded."""
+    """Return y for s = x + residual after rounding."""
     n, relative, _ = normalized(s, eps)
     rounded = Expected(n, relative * n.abs())
     if offset == 0.0 and s.dtype != torch.float32:
@@ -45,7 +46,7 @@ def rms_norm(s: Tensor, weight: Tensor, eps: float, offset: float) -> Expected:
 def rms_norm_gradients(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Expected, Expected]:
-    """(grad_x, grad_weight)."""
+    """Return (grad_x, grad_weight)."""
     n, relative, scale = normalized(s, eps)
     grad = grad_y.double()
     g = grad * (weight.detach().double() + offset)
@@ -64,7 +65,7 @@ def rms_norm_gradients(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Expected:
-    """x [B, heads, T, D] rotated; cos and sin [B or 1, T, D]."""
+    """Return x [B, heads, T, D] rotated; cos and sin [B or 1, T, D]."""
     wide, c, s = x.detach().double(), cos.double()[:, None], sin.double()[:, None]
     if inverse:
         a, b = (wide * s).chunk(2, dim=-1)
@@ -76,7 +77,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Expected
 
 
 class Activated(NamedTuple):
-    """f(g) and f'(g), and how far either may be off."""
+    """f(g) and f'(g), with bounds on their errors."""
 
     value: Tensor
     error: Tensor
@@ -85,7 +86,7 @@ class Activated(NamedTuple):
 
 
 def activated(gate: Tensor, activation: str) -> Activated:
-    """f = g * sigmoid(a): an argument off by 4 u of itself moves the sigmoid by sigmoid' of that."""
+    """Return f = g * sigmoid(a); an error of 4 u |a| in the argument changes the sigmoid by sigmoid' times that."""
     g = gate.detach().double()
     if activation == "silu":
         a, inner = g, torch.ones_like(g)
@@ -100,14 +101,14 @@ def activated(gate: Tensor, activation: str) -> Activated:
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Expected:
-    """f(gate) * up."""
+    """Return f(gate) * up."""
     f, other = activated(gate, activation), up.detach().double()
     value = f.value * other
     return Expected(value, f.error * other.abs() + 2 * U * value.abs()).to(gate.dtype)
 
 
 def glu_gradients(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Expected, Expected]:
-    """(grad_gate, grad_up)."""
+    """Return (grad_gate, grad_up)."""
     f, grad = activated(gate, activation), grad_y.double()
     through = grad * up.detach().double()
     of_gate, of_up = through * f.slope, grad * f.value

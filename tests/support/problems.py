@@ -1,6 +1,7 @@
-"""The shapes that every kernel must serve, and how a test asks which backends can.
+"""The shapes that every kernel is tested with, and the backends that can run an op.
 
-Always among them: a prime size, an empty one, blocks that straddle rows, a short last block, an odd number of weights.
+The shapes always include a prime size, an empty one, blocks that straddle rows, a short last block, and an odd number
+of weights.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bf16, fp16, fp32."""
+    """Return bf16, fp16 or fp32."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def usable_backends(op: str) -> list[str]:
-    """Backends with a kernel for `op` that run on this machine's CPU tensors."""
+    """Return the backends with a kernel for `op` that run on this machine's CPU tensors."""
     return [b for b in BACKENDS if unavailable(b) is None and op in kernels_of(b) and _serves_cpu_tensors(b)]
 
 
@@ -47,7 +48,7 @@ class Shape:
 
 SHAPES = (
     Shape(1, 64, 64),
-    Shape(7, 33, 96),  # K is no multiple of the blocksize, N odd: blocks straddle rows
+    Shape(7, 33, 96),  # K is not a multiple of the blocksize, N is odd: blocks straddle rows
     Shape(5, 17, 31, r=1, blocksize=32),  # all prime; an odd number of weights
     Shape(0, 32, 64),
     Shape(19, 130, 257, r=8, blocksize=128),
@@ -59,5 +60,5 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def gaussian(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Standard normal numbers from a generator of their own."""
+    """Return standard normal numbers from a separate generator."""
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)

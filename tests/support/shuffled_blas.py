@@ -1,15 +1,15 @@
-"""A pytest plugin: torch's matrix products on the CPU add up their terms in a random order.
+"""A pytest plugin with which torch's matrix products on the CPU add their terms in a random order.
 
     python -m pytest -p tests.support.shuffled_blas tests/peft
     SHUFFLED_BLAS=alignment python -m pytest -p tests.support.shuffled_blas tests/training
 
-Without SHUFFLED_BLAS each call has an order of its own, which stands for the BLAS of other CPUs: the same call with the
-same numbers gives other last bits. A test that fails then asserts something about the order in which another library
-adds. With SHUFFLED_BLAS=alignment the order follows from the alignment of both operands within a cache line, as it does
-in MKL on Intel's CPUs: a run that is repeated or resumed in equally aligned memory, which torch's allocator gives, has
-the same bits. Processes that a test starts are not affected.
+Without SHUFFLED_BLAS each call has another order, which represents the BLAS of other CPUs: equal calls give different
+last bits. A test that fails then depends on the order of another library's additions. With SHUFFLED_BLAS=alignment the
+order is a function of the alignment of both operands within a cache line, as in MKL on Intel's CPUs: a run that is
+repeated or resumed in equally aligned memory, as torch's allocator provides, has the same bits. Processes that a test
+starts are not affected.
 
-Attention runs as its plain composition, so that its products are shuffled as well. Kernels of this project are not
+Attention runs as its plain composition, so that its products are shuffled too. Kernels of this project are not
 affected.
 """
 
@@ -58,12 +58,12 @@ def _added_product(name: str) -> Any:
 
 
 def pytest_configure(config: Any) -> None:
-    """Replace torch's kernels; their out variants remain torch's own."""
+    """Replace torch's kernels, except their out variants."""
     for name in ("mm", "bmm"):
         _LIBRARY.impl(name, _product(name), "CPU")
     for name in ("addmm", "baddbmm"):
         _LIBRARY.impl(name, _added_product(name), "CPU")
-    torch.backends.cuda.enable_flash_sdp(False)  # on the CPU, too, it calls BLAS from C++
+    torch.backends.cuda.enable_flash_sdp(False)  # also on the CPU, where it calls BLAS from C++
     values, memory = torch.randn(64, 512), torch.empty(64 * 512 + 1)
     elsewhere = memory[1:].view(64, 512).copy_(values)
     repeated = [torch.equal(values @ values.T, other @ other.T) for other in (values, elsewhere)]

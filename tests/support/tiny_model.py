@@ -1,4 +1,4 @@
-"""A random Llama of two layers and a tokenizer of bytes, as a folder that transformers wrote: ready in a second."""
+"""A random Llama of two layers with a byte tokenizer, as a folder that transformers wrote; made in a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token for each byte, and an end of text."""
+    """Write a tokenizer with one token per byte and an end of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,7 +33,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_tiny_llama(
     folder: Path, *, hidden: int = HIDDEN, tied: bool = True, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Path:
-    """Returns `folder`, which then holds config.json, model.safetensors and the tokenizer."""
+    """Write config.json, model.safetensors and the tokenizer to `folder`, and return it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -58,6 +58,6 @@ def write_tiny_llama(
 
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
-    """Returns `path`."""
+    """Write the records to `path`, and return it."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

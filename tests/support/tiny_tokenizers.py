@@ -30,7 +30,7 @@ def _fast(tokenizer: Any, adds: str | None = None, **special: str) -> Any:
 
 
 def _byte_level(adds: str | None, *, trim_offsets: bool = False, **special: str) -> Any:
-    """GPT-2, Llama 3, Qwen: BPE over bytes."""
+    """Return a byte-level BPE tokenizer, as of GPT-2, Llama 3 and Qwen."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -46,9 +46,10 @@ def _byte_level(adds: str | None, *, trim_offsets: bool = False, **special: str)
 
 
 def _sentencepiece(kind: str, adds: str | None, *, prepend: str) -> Any:
-    """Llama 2, Mistral, Gemma (BPE) and T5-like (unigram): words begin with a mark.
+    """Return a tokenizer like those of Llama 2, Mistral, Gemma (BPE) and T5 (unigram), in which words begin with a
+    mark.
 
-    prepend: the mark before a text: "first", "always" or "never", by Metaspace; "normalizer": as older Llama files do.
+    prepend: the mark before a text: "first", "always" or "never", by Metaspace; "normalizer": as in older Llama files.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -70,7 +71,7 @@ def _sentencepiece(kind: str, adds: str | None, *, prepend: str) -> Any:
 
 
 def _python(adds_bos: bool) -> Any:
-    """A tokenizer in Python, which tells no offsets: the longest known piece first, words with a mark before them."""
+    """Return a tokenizer in Python without offsets, which takes the longest known piece; words begin with a mark."""
     from transformers import PreTrainedTokenizer
 
     letters = sorted({letter for text in TEXT for letter in text})
@@ -135,5 +136,5 @@ FAMILIES = tuple(_BUILDERS)
 
 @cache
 def tiny_tokenizer(family: str) -> Any:
-    """One of FAMILIES. Shared by all callers: set attributes on copy.copy(...) of it."""
+    """Return one of FAMILIES, shared by all callers; set attributes only on a copy.copy(...) of it."""
     return _BUILDERS[family]()

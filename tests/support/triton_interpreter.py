@@ -1,14 +1,14 @@
-"""Makes TRITON_INTERPRET=1 fit to judge kernels: bfloat16 as numbers, and memory errors as errors.
+"""Fixes Triton's interpreter (TRITON_INTERPRET=1) for tests: bfloat16 arithmetic, and errors for memory faults.
 
-The stock interpreter (Triton 3.7) keeps bfloat16 as uint16 and computes on those bits, in silence; it truncates where
-the hardware rounds to nearest even; and it reads or writes whatever address a kernel forms. `install()` mends it:
+The stock interpreter (Triton 3.7) keeps bfloat16 as uint16 and silently computes with these integers, it truncates
+where the hardware rounds to nearest even, and it accesses any address that a kernel computes. `install()` fixes this:
 
     bfloat16      arithmetic, comparison, dot, fma, clamp, sum and max go through fp32 and round to nearest even
     bounds        an access outside the launch's tensors raises IndexError
     races         two programs, or two lanes of one store, that write one address raise RuntimeError
-    inline asm    stays refused: kernels keep a pure twin behind a constexpr
+    inline asm    still refused: kernels have an equivalent in plain Triton behind a constexpr
 
-What no interpreter shows: layouts, shared memory, num_warps, num_stages, races inside the lowered program, tf32.
+No interpreter shows layouts, shared memory, num_warps, num_stages, races inside the lowered program, or tf32.
 Installing is idempotent. tests/triton/test_interpreter.py plants one fault of each kind.
 """
 
@@ -27,22 +27,22 @@ NAN = np.uint16(0x7FC0)
 
 
 def is_bf16(handle: Handle) -> bool:
-    """Whether the handle's elements are bfloat16, that is, stored as uint16."""
+    """Whether the handle's elements are bfloat16, which are stored as uint16."""
     return handle.dtype.scalar == tl.bfloat16
 
 
 def widen(handle: Handle) -> np.ndarray:
-    """The handle's numbers: fp32 for bfloat16, else its data."""
+    """Return the handle's numbers: fp32 for bfloat16, otherwise its data."""
     return bf16_to_fp32(handle.data) if is_bf16(handle) else handle.data
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
-    """uint16 bit patterns of bfloat16 -> fp32, exactly."""
+    """Convert uint16 bit patterns of bfloat16 to fp32, exactly."""
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def fp32_to_bf16(numbers: np.ndarray) -> np.ndarray:
-    """fp32 -> uint16 bit patterns of bfloat16, to nearest, ties to even; every NaN to one quiet NaN."""
+    """Convert fp32 to uint16 bit patterns of bfloat16, to nearest, ties to even; every NaN to one quiet NaN."""
     numbers = np.asarray(numbers, dtype=np.float32)
     bits = np.ascontiguousarray(numbers).view(np.uint32).reshape(numbers.shape)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -50,14 +50,14 @@ def fp32_to_bf16(numbers: np.ndarray) -> np.ndarray:
 
 
 def narrow(numbers: np.ndarray, dtype: tl.dtype) -> Handle:
-    """A handle of `dtype`'s scalar type; booleans, from comparisons, stay booleans."""
+    """Return a handle of `dtype`'s scalar type; booleans, from comparisons, stay booleans."""
     if numbers.dtype == np.bool_:
         return Handle(numbers, tl.int1)
     return Handle(fp32_to_bf16(numbers) if dtype.scalar == tl.bfloat16 else numbers, dtype.scalar)
 
 
 def _wrap(owner: type, name: str, *, when: Any, instead: Any) -> None:
-    """Replace owner.name by `instead` for the calls that `when` picks."""
+    """Replace owner.name by `instead` for the calls for which `when` is true."""
     stock = getattr(owner, name)
 
     @functools.wraps(stock)
@@ -143,20 +143,20 @@ def _mend_bfloat16() -> None:
 
 
 class Memory:
-    """The tensors of the launch in progress, and which program wrote each of their bytes."""
+    """The tensors of the current launch, and the program that wrote each of their bytes."""
 
     def __init__(self, tensors: list[Any]) -> None:
         spans = sorted({_span(t) for t in tensors if t.numel()})
         self.low = np.array([low for low, _ in spans], dtype=np.uint64)
         self.high = np.array([high for _, high in spans], dtype=np.uint64)
-        # Overlapping views (two slices of one buffer) share bytes: one owner map spans them all.
+        # Overlapping views (two slices of one buffer) share bytes, so one owner map covers all of them.
         self.owners: dict[int, np.ndarray] = {}
 
     def check(self, kind: str, addresses: np.ndarray, width: int, program: tuple[int, ...]) -> None:
-        """Bounds of a load or a store of `width` bytes at each address; for stores also the owners."""
+        """Check the bounds of accesses of `width` bytes, and for stores also the owners."""
         if addresses.size == 0:
             return
-        # The last span that begins at or below; a longer one that begins earlier may still hold the access.
+        # The last span that begins at or below the address; a longer span that begins earlier may also contain it.
         inside = np.zeros(addresses.shape, dtype=bool)
         for low, high in zip(self.low, self.high, strict=True):
             inside |= (addresses >= low) & (addresses + np.uint64(width) <= high)
@@ -171,7 +171,7 @@ class Memory:
     def _claim(self, addresses: np.ndarray, program: tuple[int, ...]) -> None:
         if np.unique(addresses).size != addresses.size:
             raise RuntimeError(f"write race inside program {program}: one store writes an address twice")
-        # Grid coordinates stay far below 2**20 in tests, so the three pack into one int64.
+        # Grid coordinates are far below 2**20 in tests, so that all three fit in one int64.
         owner = np.int64(1 + program[0] + (program[1] << 20) + (program[2] << 40))
         for index, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
             mine = addresses[(addresses >= low) & (addresses < high)]
@@ -239,6 +239,6 @@ def _check_memory() -> None:
 
 @functools.cache
 def install() -> None:
-    """Mend the interpreter of this process. Needs TRITON_INTERPRET=1 before triton's first import."""
+    """Fix the interpreter of this process. Needs TRITON_INTERPRET=1 before triton's first import."""
     _mend_bfloat16()
     _check_memory()

@@ -1,10 +1,10 @@
-"""Runs what Triton compiles: launches are compiled to sm_80 PTX, translated to C++ and executed on the CPU.
+"""Runs kernels compiled by Triton: launches are compiled to sm_80 PTX, translated to C++ and executed on the CPU.
 
     with executing_ptx():
         y = linear_nf4(x, ...)          # backends.triton launchers, on CPU tensors
 
-So the compiler's output is tested, inline PTX included, where the interpreter tests only its input. sm_90 and later use
-instructions that the translator does not know (wgmma, tcgen05): there only the compile report speaks.
+This tests the compiler's output, inline PTX included, while the interpreter tests only its input. sm_90 and later use
+instructions that the translator does not support (wgmma, tcgen05) and are covered only by the compile report.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ OUTPUTS = {
     "multi_lora_grad_A_kernel": {"p_grad_A"},
     "cross_entropy_rows_kernel": {"p_losses", "p_log_sums", "p_out"},
 }
-"""Kernel -> the pointers it writes; a write through any other fails the launch."""
+"""Kernel -> the pointers that it writes; a write through any other pointer fails the launch."""
 
 
 @contextmanager
 def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
-    """Inside the block Triton's launches compile for sm_80 and run on the host. mode: "plain", "asan" or "tsan"."""
+    """Compile Triton's launches inside the block for sm_80 and run them on the host. mode: "plain", "asan" or
+    "tsan"."""
 
     def execute(launch: Compiled) -> None:
         module = cuda_host.load_ptx(launch.kernel.asm["ptx"], mode, f"{launch.name}.ptx")
@@ -68,7 +69,7 @@ def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
 
 
 def _same_tensors(arguments: dict[str, object], outputs: set[str]) -> dict[str, object]:
-    """Arguments with one object for each address: the emulator copies every object to memory of its own."""
+    """Return the arguments with one object per address, because the emulator copies every object to separate memory."""
     known: dict[tuple[int, int], Tensor] = {}
     merged: dict[str, object] = {}
     for name in sorted(arguments, key=lambda n: n not in outputs):

@@ -1,4 +1,4 @@
-"""Conversations: ids of the template's whole text, the assistant's turns learned, nothing of a record left out."""
+"""Conversations: ids of the template's whole text, learned assistant turns, and no omitted part of a record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKED = (
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
     "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Qwen3's rule: reasoning stays in the turns after the last user's, and the last turn always has a block for it.
+# Qwen3's rule: reasoning is kept in the turns after the last user turn, and the last turn always has a block for it.
 QWEN3 = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -48,7 +48,7 @@ def with_template(family: str, template: str):
 
 
 def turns(*contents: str) -> tuple[dict, ...]:
-    """Of user and assistant in turn."""
+    """Return turns of user and assistant in alternation."""
     return tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents))
 
 
@@ -57,7 +57,7 @@ def learned(tokenizer, example) -> str:
 
 
 def encoded(tokenizer, messages, tools=()):
-    """(its whole text, its learned text) of one conversation."""
+    """Return (whole text, learned text) of one conversation."""
     [example] = encode("x", [Chat(tuple(messages), tuple(tools))], tokenizer, 2000)
     return tokenizer.decode(example.input_ids), learned(tokenizer, example)
 
@@ -78,14 +78,14 @@ def test_ids_are_those_of_the_whole_text(family, template):
     messages = turns("What is the answer?", "yes", "hello there", "hello to you too")
     [example] = encode("x", [Chat(messages)], tokenizer, 2000)
     ids = example.input_ids.tolist()
-    # One beginning of text where the template writes it; none where it does not, as in transformers and TRL.
+    # There is one beginning of text if the template writes it, otherwise none, as in transformers and TRL.
     assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
     prompt = write_chat(tokenizer, messages[:1], generation_prompt=True)
     asked = tokenizer.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert TextTokens(tokenizer).ids(prompt, from_template=True) == list(asked)
     end = "<|im_end|>" + ("" if template is MARKED and tokenizer.is_fast else "\n")
     spoken = learned(tokenizer, example)
-    # Tokens that hold the end of a turn and the beginning of the next are learned.
+    # Tokens with the end of a turn and the beginning of the next one are learned.
     assert spoken.split("<|im_end|>")[0].endswith("yes")
     assert spoken.rstrip().endswith("hello to you too<|im_end|>")
     if family in ("gpt2", "qwen", "llama3"):
@@ -99,7 +99,7 @@ def test_generation_prompt_begins_the_learned_turn():
     assert encoded(tokenizer, messages) == (prompt + "yes<|im_end|>\n", "yes<|im_end|>\n")
 
 
-def test_turns_after_the_last_of_the_assistant_are_left_out():
+def test_turns_after_last_assistant_turn_are_dropped():
     tokenizer = with_template("gpt2", CHATML)
     assert encoded(tokenizer, turns("a", "b", "c")) == encoded(tokenizer, turns("a", "b"))
 
@@ -110,7 +110,7 @@ def test_conversation_may_begin_with_the_assistant():
 
 
 def test_template_that_rewrites_earlier_turns():
-    """They are context; the last turn is learned as the model is to write it."""
+    """Rewritten turns are context; the last turn is learned in the form the model generates."""
     tokenizer = with_template("gpt2", QWEN3)
     messages = turns("hi", "<think>\none\n</think>\n\nyo", "more", "<think>\ntwo\n</think>\n\nok", "bye")
     encoding = encode_rows("x", [Chat(messages)], tokenizer, 2000)
@@ -121,7 +121,7 @@ def test_template_that_rewrites_earlier_turns():
     assert "one" not in tokenizer.decode(example.input_ids)
     assert learned(tokenizer, example) == "<think>\ntwo\n</think>\n\nok<|im_end|>\n"
     assert encoded(tokenizer, turns("hi", "yo", "more", "ok"))[1] == "<think>\n\n</think>\n\nok<|im_end|>\n"
-    # Within the turns after one question nothing is rewritten.
+    # The turns after one question are not rewritten.
     call = {"role": "assistant", "reasoning_content": "look", "tool_calls": [CALL]}
     tool_use = (*turns("hi"), call, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "wet"})
     spoken = encoded(tokenizer, tool_use, [TOOL])[1]
@@ -131,15 +131,15 @@ def test_template_that_rewrites_earlier_turns():
     )
 
 
-def test_generation_prompt_that_says_more_than_the_turn():
-    """The turn begins where the prompt and the conversation part."""
+def test_generation_prompt_longer_than_turn_start():
+    """The turn begins where the prompt and the conversation differ."""
     tokenizer = with_template("gpt2", REASONS_ALWAYS)
     assert encoded(tokenizer, turns("hi", "yo", "more", "ok"))[1] == "yo<|im_end|>\nok<|im_end|>\n"
     thinking = turns("hi", "<think>\nhm</think>ok")
     assert encoded(tokenizer, thinking)[1] == "hm</think>ok<|im_end|>\n"
 
 
-def test_template_that_rewrites_what_is_before_the_last_turn_is_refused():
+def test_template_rewriting_text_before_last_turn_is_refused():
     tokenizer = with_template("gpt2", "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}")
     assert "must only append the assistant's last turn" in refusal(tokenizer, turns("a", "b"))
 
@@ -161,7 +161,7 @@ TOOLS_TEMPLATE = (
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
-def test_tools_calls_and_reasoning_reach_the_template(tmp_path, key, content):
+def test_template_receives_tools_calls_and_reasoning(tmp_path, key, content):
     tokenizer = with_template("gpt2", TOOLS_TEMPLATE.replace("ARGUMENTS", "c.function.arguments | tojson"))
     messages = [*turns("hi"), {"role": "assistant", **content, key: "because", "tool_calls": [CALL]}]
     rows = [{"messages": messages, "tools": [TOOL]}]
@@ -204,7 +204,7 @@ def test_arguments_of_calls_are_not_quoted_twice(arguments, written):
         ({"content": "yo", "thinking": "why"}, [], "does not write `thinking` of messages[1]"),
     ],
 )
-def test_keys_that_the_template_does_not_write_are_refused(message, tools, words):
+def test_keys_ignored_by_template_are_refused(message, tools, words):
     tokenizer = with_template("gpt2", CHATML)
     messages = [*turns("hi"), {"role": "assistant", **message}, *turns("thanks", "bye")]
     assert words in refusal(tokenizer, messages, tools)
@@ -273,7 +273,7 @@ def test_turns_of_weight_zero_are_context(tmp_path):
         read_corpus(path, 0.0)
 
 
-def test_a_function_call_that_the_template_leaves_out_is_refused():
+def test_function_call_ignored_by_template_is_refused():
     call = {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": "{}"}}
     message = refusal(with_template("gpt2", CHATML), [*turns("hi"), call])
     assert "does not write `function_call` of messages[1]" in message

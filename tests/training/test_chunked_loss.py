@@ -1,4 +1,4 @@
-"""ChunkedLoss is the loss that the model would compute with all logits in memory, gradients included."""
+"""ChunkedLoss equals the loss that the model computes with all logits in memory, including gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCABULARY, HIDDEN = 37, 16
 
 
 class Model(nn.Module):
-    """An embedding, a linear layer, a head; `cap` squashes logits after the head as some architectures do."""
+    """An embedding, a linear layer and a head; `cap` bounds the logits after the head, as some architectures do."""
 
     def __init__(self, cap: float | None = None, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ def test_value_and_gradients(cap, trained, chunk):
     got = loss(batch)
     (3 * whole).backward()
     (3 * got).backward()
-    # Softmax and the sum over 29 tokens, of one sign, are fp32: so many roundings and a few for the logarithm.
+    # Softmax and the sum over 29 tokens, of one sign, are fp32: that many roundings, and a few for the logarithm.
     assert got.item() == pytest.approx(whole.item(), rel=gamma(2 * 40, torch.float32))
     found, wanted = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, expected))
     assert_same_gradients(found, wanted, products=3)
 
 
-def test_head_is_in_its_place_afterwards_even_where_forward_raises():
+def test_head_is_restored_after_exception():
     model = Model()
     head = model.head
     loss = ChunkedLoss(model)
@@ -82,7 +82,7 @@ def test_head_is_in_its_place_afterwards_even_where_forward_raises():
     assert model.head is head
 
 
-def test_logits_of_the_whole_batch_are_never_there():
+def test_logits_of_whole_batch_are_never_allocated():
     largest = 0
 
     class Head(nn.Linear):
@@ -101,7 +101,7 @@ def test_logits_of_the_whole_batch_are_never_there():
 
 @pytest.mark.skipif(unavailable("cpu") is not None, reason="the native CPU backend is not built")
 def test_a_frozen_linear_head_runs_on_the_op(monkeypatch):
-    """The chunks are for everything else: heads that are trained, watched or of another class or dtype."""
+    """The chunks are for all other heads: trained, with hooks, or of another class or dtype."""
     monkeypatch.setattr(chunked_loss, "ChunkedCrossEntropy", None)
     model = Model(dtype=torch.float32)
     model.head.requires_grad_(False)
@@ -112,7 +112,7 @@ def test_a_frozen_linear_head_runs_on_the_op(monkeypatch):
     assert_same_gradients({"embedding": found[0]}, {"embedding": wanted[0]}, products=3)
 
 
-def test_perplexity_is_of_learned_tokens_and_independent_of_batching():
+def test_perplexity_covers_learned_tokens_for_any_batching():
     model = Model(dtype=torch.float32).train()
     torch.manual_seed(3)
     examples = []
@@ -121,7 +121,8 @@ def test_perplexity_is_of_learned_tokens_and_independent_of_batching():
         examples.append(Example(ids, torch.where(torch.arange(length) < 2, IGNORED, ids)))
     one, all_at_once = (perplexity(ChunkedLoss(model), examples, size) for size in (1, 4))
     assert one.tokens == all_at_once.tokens == 3 + 7 + 7 + 2
-    # exp(loss) is relatively as wrong as the loss, below 4, is absolutely: logits of 16 terms, a softmax and a sum.
+    # The relative error of exp(loss) is the absolute error of the loss, below 4: logits of 16 terms, a softmax and a
+    # sum.
     error = 4 * gamma(2 * 40, torch.float32)
     assert one.value == pytest.approx(all_at_once.value, rel=error)
     total = sum(whole_loss(model, collate([e])).item() for e in examples)

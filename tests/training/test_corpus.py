@@ -1,4 +1,4 @@
-"""From data files to records, and from records to the part that is trained on and the part that stays unseen."""
+"""From data files to records, and from records to training and held-out parts."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_refusals(tmp_path, name, content, message):
         ({"instruction": "x", "input": "", "output": "y"}, "got the keys 'instruction', 'input', 'output'"),
     ],
 )
-def test_rows_that_are_no_records(tmp_path, row, message):
+def test_invalid_rows_are_refused(tmp_path, row, message):
     assert message in refusal(tmp_path / "a.jsonl", json.dumps(row) + "\n")
 
 
@@ -246,7 +246,7 @@ def test_unseen_fraction_of_a_text(tmp_path, fraction):
     assert abs(len(corpus.unseen[0].text) / len(path.read_text()) - fraction) < 0.05
 
 
-def test_nothing_of_a_text_stays_unseen(tmp_path):
+def test_unseen_fraction_zero_of_text(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("word")
     corpus = read_corpus(path, 0)

@@ -1,4 +1,4 @@
-"""The loop: its schedule, equal gradients for any micro-batch, and a resumed run that is the same run."""
+"""The training loop: its schedule, equal gradients for any micro-batch, and exact resumption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def examples(n: int = 10) -> list[Example]:
 
 
 class Dropped(Model):
-    """Draws random numbers in every forward of training."""
+    """Model that draws random numbers in every forward of training."""
 
     def __init__(self) -> None:
         super().__init__(dtype=torch.float32)
@@ -49,7 +49,7 @@ def test_schedule():
     assert [factor("constant", step, 5, 2) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_learns_and_repeats_itself():
+def test_loss_falls_and_runs_repeat():
     (first, model), (second, _) = run(), run()
     assert losses(first) == losses(second)
     assert [r.step for r in first] == list(range(1, 9))
@@ -58,9 +58,9 @@ def test_learns_and_repeats_itself():
 
 
 def test_micro_batches_give_the_same_gradient():
-    """The losses of one step are fp32 sums of at most 15 predictions, in another order; all else is in float64.
+    """The losses of one step are fp32 sums of at most 15 predictions in another order; all else is in float64.
 
-    AdamW's first steps follow the sign of a gradient, however small, which in fp32 depends on the roundings.
+    AdamW's first steps follow the sign of even a small gradient, which in fp32 depends on the roundings.
     """
     whole, _ = run(model=Model())
     rounding = gamma(2 * 15, torch.float32)

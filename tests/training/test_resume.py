@@ -1,4 +1,4 @@
-"""Every PEFT method goes on from every checkpoint with the bits of the run that was never stopped."""
+"""Every PEFT method resumes from every checkpoint with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(config, folder, *, stop_after=STEPS, resume=False, data=None, seed=7):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_from_every_checkpoint(tmp_path, method):
+def test_resume_from_every_checkpoint(tmp_path, method):
     losses, parameters, model = run(METHODS[method], tmp_path / "whole")
     assert len({loss for _, loss, _ in losses}) == STEPS
     model.save_pretrained(tmp_path / "adapter")

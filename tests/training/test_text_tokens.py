@@ -67,7 +67,7 @@ def test_one_beginning_of_text(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_alone_begins_the_example(family):
-    """What generation gets is what training saw, where the prompt ends at a token's end."""
+    """If the prompt ends at a token's end, generation gets the tokens of training."""
     tokenizer = tiny_tokenizer(family)
     prompt, completion = "user: hello there\nassistant:", " hello to you too"
     encoding = encode_rows("x", [Completion(prompt, completion)], tokenizer, 200)
@@ -80,9 +80,9 @@ def test_prompt_alone_begins_the_example(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "llama2-legacy", "python"])
-def test_token_across_the_seam_is_learned_and_counted(family):
+def test_token_across_prompt_boundary_is_learned_and_counted(family):
     tokenizer = tiny_tokenizer(family)
-    # "Ġyes" or "▁yes" takes the prompt's last space.
+    # "Ġyes" or "▁yes" includes the prompt's last space.
     encoding = encode_rows("x", [Completion("the answer is ", "yes"), Completion("yes", "\nno")], tokenizer, 200)
     assert encoding.rows.straddling == 1
     assert "prompts that end inside a token: 1" in str(encoding.rows)
@@ -94,8 +94,8 @@ def test_token_across_the_seam_is_learned_and_counted(family):
 
 @pytest.mark.parametrize("family", BYTE_LEVEL)
 @pytest.mark.parametrize(("prompt", "completion"), PAIRS[:5])
-def test_learned_tokens_reach_into_the_completion(family, prompt, completion):
-    """Token k is learned just where the text of tokens 0..k is longer than the prompt."""
+def test_tokens_with_completion_characters_are_learned(family, prompt, completion):
+    """Token k is learned if and only if the text of tokens 0..k is longer than the prompt."""
     tokenizer = tiny_tokenizer(family)
     [example] = encode("x", [Completion(prompt, completion)], tokenizer, 200)
     begin = len(TextTokens(tokenizer).before)
@@ -105,7 +105,7 @@ def test_learned_tokens_reach_into_the_completion(family, prompt, completion):
 
 
 def test_offsets_and_prefixes_agree():
-    """Without offsets, the learned tokens are found by tokenizing beginnings of the text."""
+    """Without offsets, the learned tokens are found by tokenizing prefixes of the text."""
     for family in [f for f in FAMILIES if "python" not in f]:
         slow = copy.copy(TextTokens(tiny_tokenizer(family)))
         slow.has_offsets = False
@@ -115,7 +115,7 @@ def test_offsets_and_prefixes_agree():
             fast = TextTokens(tiny_tokenizer(family)).marked(text, spans)
             by_prefix = slow.marked(text, spans)
             assert by_prefix.ids == fast.ids
-            # Tokens before the seam that the completion changed count as learned, so never fewer are.
+            # Tokens before the boundary that the completion changed count as learned, so that never fewer are learned.
             assert all(mark or not other for mark, other in zip(by_prefix.learned, fast.learned, strict=True))
             assert by_prefix.learned == fast.learned or by_prefix.straddling
 
@@ -134,7 +134,7 @@ def test_several_spans(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_running_text(family):
-    """Documents are whole, each after a beginning, between them an end; each window has a beginning."""
+    """Documents are complete, each after a beginning, with an end between them; each window has a beginning."""
     tokenizer = tiny_tokenizer(family)
     texts = ["the quick brown fox jumps over the lazy dog.", "What is the answer?", "hello there"] * 3
     ids = [TextTokens(tokenizer).ids(text) for text in texts]
@@ -151,7 +151,7 @@ def test_running_text(family):
 
 
 def test_minimal_tokenizer():
-    """A tokenizer that is no transformers one: only the protocol's three names."""
+    """A tokenizer outside transformers, with only the protocol's three names."""
 
     class Letters:
         eos_token_id = 0

@@ -1,4 +1,4 @@
-"""Sources and PTX -> shared libraries, kept by content hash under build/cuda_host.
+"""Compilation of sources and PTX to shared libraries, cached by content hash in build/cuda_host.
 
 Modes: how the host code is compiled, and whose kernels its launches run.
     plain, asan, tsan               the .cu source through g++; with AddressSanitizer + UBSan; with ThreadSanitizer
@@ -32,15 +32,15 @@ _RUNTIME = tuple(sorted((_HERE / "runtime").glob("*.cpp")))
 _PRODUCT_INCLUDE = ROOT / "csrc" / "include"
 _PTX_ARCH = "sm_80"
 
-# -ffp-contract=off: g++ must not fuse what the source does not fuse. -w is for CUDA's own headers alone, see _compile.
+# -ffp-contract=off: g++ must not fuse operations. -w is only for CUDA's own headers, see _compile.
 _COMMON = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-omit-frame-pointer")
 _SANITIZE = {
     "plain": ("-O2",),
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_host_shared"),
     "tsan": ("-fsanitize=thread",),
 }
-# A translated kernel is one function of thousands of registers: what the optimizer and UBSan cost there is minutes, and
-# UBSan has nothing to find, because every operation means what PTX says.
+# A translated kernel is one function with thousands of registers, for which the optimizer and UBSan take minutes. UBSan
+# is not needed, because every operation of PTX is defined.
 _TRANSLATED = {
     "plain": (),
     "asan": ("-O0", "-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=0"),
@@ -50,7 +50,7 @@ _LIMIT_SECONDS = 1200
 
 
 class CompilerError(RuntimeError):
-    """A compiler's message."""
+    """A compiler failed; the message is the compiler's."""
 
 
 def build(
@@ -61,13 +61,13 @@ def build(
     include: Sequence[Path] = (),
     kernels: str = "",
 ) -> Library:
-    """Compiles CUDA C++ sources and loads them in a worker process.
+    """Compile CUDA C++ sources and load them in a worker process.
 
     sources: .cu files; their launchers must be `extern "C"`.   mode: one of MODES.
     defines: "NAME" or "NAME=VALUE".   include: folders beside csrc/include.
-    kernels: a regular expression; of the PTX only the kernels whose mangled names it finds are translated, which is
-    most of a build's time. A launch of another one fails and names it.
-    The same arguments give the same Library, whose worker process stays.
+    kernels: a regular expression; only kernels whose mangled names match are translated from PTX, because translation
+    takes most of a build's time. A launch of another kernel fails and names it.
+    Equal arguments give the same Library, whose worker process is kept.
     Raises CompilerError with the compiler's message.
     """
     return _library(tuple(sources), mode, tuple(defines), tuple(include), kernels)
@@ -81,19 +81,19 @@ def _library(
 
 
 def prebuild(jobs: Iterable[tuple[Path, str, str]]) -> None:
-    """Compiles each (source, mode, kernels) on all cores, or MAX_JOBS, so that later builds find their libraries."""
+    """Compile each (source, mode, kernels) on all cores, or MAX_JOBS, so that later builds find their libraries."""
     jobs = list(jobs)
     with ThreadPoolExecutor(_jobs()) as pool:
-        # What several libraries link comes first, so that it is compiled once.
+        # Objects that several libraries link are compiled first, so that each is compiled once.
         shared = {(s, _sanitizer(mode)): None for source, mode, _ in jobs for s in (*_RUNTIME, source)}
         list(pool.map(lambda job: compile_object(*job, (), ()), shared))
         list(pool.map(lambda job: _link((job[0],), job[1], (), (), job[2]), jobs))
 
 
 def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module:
-    """Translates PTX text (nvcc's or Triton's, sm_80) and loads its kernels in a worker process.
+    """Translate PTX text (nvcc's or Triton's, sm_80) and load its kernels in a worker process.
 
-    mode: "plain", "asan" or "tsan".   name: stands in reports beside PTX line numbers.
+    mode: "plain", "asan" or "tsan".   name: used in reports with PTX line numbers.
     """
     translation = translate(text, name)
     source = store_text(translation.cpp, ".cpp")
@@ -102,7 +102,7 @@ def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module
 
 
 def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] = ()) -> str:
-    """nvcc's PTX of one .cu for sm_80."""
+    """Return nvcc's PTX of one .cu for sm_80."""
     folders = [f"-I{path}" for path in (_PRODUCT_INCLUDE, *include)]
     flags = ("-std=c++20", f"-arch={_PTX_ARCH}", "-ptx", "-lineinfo", *[f"-D{d}" for d in defines], *folders)
     path = cached(
@@ -112,12 +112,12 @@ def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] 
 
 
 def translated_kernels(sources: Sequence[Path]) -> tuple[list[Path], dict[str, list[Parameter]]]:
-    """Objects of all kernels of `sources`, from nvcc's PTX, and of the emulator's runtime; each kernel's parameters."""
+    """Return objects of all kernels of `sources`, from nvcc's PTX, and of the runtime; and each kernel's parameters."""
     return translated_text([part for source in sources for part in _parts(emit_ptx(source))])
 
 
 def translated_text(ptx: Iterable[str]) -> tuple[list[Path], dict[str, list[Parameter]]]:
-    """The same of the kernels in PTX texts. Raises CompilerError where the emulator does not know an instruction."""
+    """Translate the kernels in PTX texts. Raises CompilerError if the emulator does not support an instruction."""
     texts, parameters = [], {}
     for translation in map(translate, ptx):
         if translation.unsupported:
@@ -130,11 +130,11 @@ def translated_text(ptx: Iterable[str]) -> tuple[list[Path], dict[str, list[Para
 
 
 _PART_BYTES = 300_000
-"""PTX in one translated source. g++ takes a third of a gigabyte for that much; memory and time grow with a source."""
+"""Bytes of PTX in one translated source, for which g++ needs a third of a gigabyte; memory and time grow with it."""
 
 
 def _parts(ptx: str) -> list[str]:
-    """PTX text in several, each with as many kernels as fit into _PART_BYTES, at least one."""
+    """Split PTX text into parts, each with as many kernels as fit in _PART_BYTES, but at least one."""
     shared, *entries = _split(ptx)
     parts = [""]
     for entry in entries:
@@ -177,13 +177,13 @@ def _translation(source: Path, defines: tuple[str, ...], include: tuple[Path, ..
 
 
 def only_kernels(ptx: str, pattern: str) -> str:
-    """PTX text with the kernels whose names `pattern` finds, and what all kernels share."""
+    """Return PTX text with the shared declarations and the kernels whose names match `pattern`."""
     shared, *entries = _split(ptx)
     return shared + "".join(entry for entry in entries if re.search(pattern, entry.split("(", 1)[0]))
 
 
 def _split(ptx: str) -> list[str]:
-    """What all kernels share, then each kernel."""
+    """Return the shared declarations, then each kernel."""
     return re.split(r"(?=^\.visible \.entry )", ptx, flags=re.MULTILINE)
 
 
@@ -224,9 +224,9 @@ def store_text(text: str, suffix: str) -> Path:
 
 
 def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
-    """The cached file, made first where it is not there: under another name, so that no half-written one is found.
+    """Return the cached file; if it does not exist, make it under another name and rename it.
 
-    Of several processes that want it one makes it, and the others wait.
+    If several processes need it, one makes it and the others wait.
     """
     path = CACHE / f"{key}{suffix}"
     if path.exists():

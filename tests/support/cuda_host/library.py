@@ -1,4 +1,4 @@
-"""A built library in a worker process of its own: sanitizers are preloaded there, and a crash is a report, not ours."""
+"""A built library in a separate worker process, in which sanitizers are preloaded and a crash becomes a report."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .ptx.parser import Parameter
 from .toolchain import sanitizer_library
 
 ORDERS = ("random", "uniform", "warp-priority", "forward", "reverse")
-"""How ready threads take turns; "random" draws "uniform" or "warp-priority" for each block."""
+"""The order in which ready threads run; "random" draws "uniform" or "warp-priority" for each block."""
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LIMIT_SECONDS = 240
 
 
 class KernelFault(RuntimeError):
-    """The emulator's report: barrier divergence, deadlock, a bad address, a bad launch, an overwritten guard byte."""
+    """An error of the emulator: barrier divergence, deadlock, bad address, bad launch, or an overwritten guard byte."""
 
 
 class SanitizerReport(RuntimeError):
-    """The worker died: a sanitizer's report, or a crash."""
+    """The worker died; the message is a sanitizer's report or describes a crash."""
 
 
 @dataclass(frozen=True)
 class out:
-    """An argument that the call may write. All other tensors must come back unchanged."""
+    """An argument that the call may write. All other tensors must be unchanged afterwards."""
 
     tensor: Tensor
 
@@ -53,7 +53,7 @@ class pointers:
 
 @dataclass(frozen=True)
 class struct_of:
-    """A struct in host memory, passed by its address: the launchers' arguments.
+    """A struct in host memory, passed by its address, as the launchers' arguments are.
 
     format: of its members in order, as in Python's `struct` module with native sizes and alignment: P for a pointer,
         q int64, i int, f float, d double, "0q" for the padding at the end of a nested struct.
@@ -66,7 +66,7 @@ class struct_of:
 
 @dataclass(frozen=True)
 class RuntimeCall:
-    """One recorded call of the CUDA runtime, or a "launch" with the kernel's name; the integers as the log has them."""
+    """One recorded call of the CUDA runtime, or a "launch" with the kernel's name, and its integers from the log."""
 
     name: str
     text: str
@@ -74,14 +74,14 @@ class RuntimeCall:
 
 
 class Worker:
-    """worker.py over a pipe; started on the first request and again after it died."""
+    """The process of worker.py, connected by a pipe; started at the first request and after a crash."""
 
     def __init__(self, library: Path, sanitizer: str) -> None:
         self._library, self._sanitizer = library, sanitizer
         self._process: subprocess.Popen[bytes] | None = None
 
     def request(self, **message: Any) -> Any:
-        """Sends one message and waits for its answer."""
+        """Send one message and wait for its answer."""
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -105,7 +105,7 @@ class Worker:
         return pickle.loads(answer)
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -113,7 +113,7 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **_sanitizer_environment(self._sanitizer)}
-        # ThreadSanitizer's shadow memory needs the addresses that randomization may take.
+        # ThreadSanitizer's shadow memory needs addresses that address randomization may use.
         fixed_addresses = ["setarch", "-R"] if self._sanitizer == "tsan" and shutil.which("setarch") else []
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
@@ -138,14 +138,14 @@ class Worker:
 
 
 class Library:
-    """Compiled sources. Each call runs the launcher's own host code; its kernels run on emulated threads."""
+    """Compiled sources. Each call runs the launcher's host code, and its kernels run on emulated threads."""
 
     def __init__(self, path: Path, sanitizer: str) -> None:
         self.path = path
         self._worker = Worker(path, sanitizer)
 
     def call(self, name: str, *arguments: Any, seed: int = 1, order: str = "random", error: str = "raise") -> int:
-        """Calls `extern "C"` function `name` and returns its result (a cudaError_t for launchers).
+        """Call `extern "C"` function `name` and return its result (a cudaError_t for launchers).
 
         arguments: a tensor (copied to memory of its exact size with guarded ends) or None for a pointer, `out(tensor)`
         for one that is written, `pointers(...)`, `struct_of(...)`, int for any integer, float for a float, bytes for
@@ -164,7 +164,7 @@ class Library:
             tensor = argument.tensor if isinstance(argument, out) else argument
             if isinstance(tensor, Tensor):
                 for index, known in enumerate(flat):
-                    if known is tensor:  # the same tensor twice is the same memory
+                    if known is tensor:  # equal tensors share memory
                         writable[index] |= isinstance(argument, out)
                         return ("memory", index)
                 flat.append(tensor)
@@ -188,7 +188,7 @@ class Library:
         return result
 
     def calls(self, clear: bool = True) -> list[RuntimeCall]:
-        """The runtime calls and launches recorded so far."""
+        """Return the recorded runtime calls and launches."""
         records = []
         for line in self._worker.request(action="log", clear=clear):
             name, *rest = line.split(" ")
@@ -197,25 +197,25 @@ class Library:
         return records
 
     def fail(self, call: str, error: int, after: int = 0) -> None:
-        """Makes runtime function `call` (or "launch") return `error` once, after `after` calls that succeed."""
+        """Make runtime function `call` (or "launch") return `error` once, after `after` successful calls."""
         self._worker.request(action="fail", call=call, error=error, after=after)
 
     def set_attribute(self, attribute: int, value: int) -> None:
-        """What cudaDeviceGetAttribute answers from now on."""
+        """Set the result of cudaDeviceGetAttribute for later calls."""
         self._worker.request(action="attribute", attribute=attribute, value=value)
 
     def live_allocations(self) -> int:
-        """Allocations made by launchers that they have not freed."""
+        """Return the number of allocations by launchers that are not freed."""
         count: int = self._worker.request(action="live")
         return count
 
     def close(self) -> None:
-        """Ends the worker process."""
+        """End the worker process."""
         self._worker.close()
 
 
 class Module(Library):
-    """Translated PTX. unsupported: opcodes that would fail if they were reached, with their counts."""
+    """Translated PTX. unsupported: opcodes that fail if they are executed, with their counts."""
 
     def __init__(
         self, path: Path, sanitizer: str, parameters: dict[str, list[Parameter]], unsupported: Counter[str]
@@ -235,7 +235,7 @@ class Module(Library):
         seed: int = 1,
         order: str = "random",
     ) -> None:
-        """Runs one kernel by its name in the PTX.
+        """Run one kernel by its name in the PTX.
 
         grid, block: up to three sizes.   shared: bytes of dynamic shared memory.
         args: one for each parameter, as in `Library.call`; ints and floats take the width that the PTX declares,
@@ -264,7 +264,7 @@ def _on_alarm(signum: int, frame: object) -> None:
 
 def _sanitizer_environment(sanitizer: str) -> dict[str, str]:
     if sanitizer == "asan":
-        # libstdc++ after libasan: else the first C++ exception dies inside AddressSanitizer.
+        # libstdc++ is loaded after libasan; otherwise the first C++ exception crashes in AddressSanitizer.
         preload = [sanitizer_library(name) for name in ("asan", "ubsan", "stdc++")]
         options = "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1:abort_on_error=0"
         return {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}

@@ -1,4 +1,4 @@
-"""The compilers the emulator needs, or why it cannot have them: g++ for everything, nvcc for PTX, CUDA's headers."""
+"""Locates the compilers that the emulator needs: g++ for everything, nvcc for PTX, CUDA's headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHE = ROOT / "build" / "cuda_host"
 
 
 def cuda_includes() -> tuple[Path, Path]:
-    """Folders of cuda_runtime.h and of the headers that it takes from CCCL."""
+    """Return the folders of cuda_runtime.h and of its headers from CCCL."""
     home = cuda_home()
     if home is None:
         raise FileNotFoundError(missing_tools())
@@ -23,7 +23,7 @@ def cuda_includes() -> tuple[Path, Path]:
 
 
 def nvcc() -> Path:
-    """The compiler itself."""
+    """Return the path of nvcc."""
     home = cuda_home()
     if home is None:
         raise FileNotFoundError(nvcc_missing())
@@ -31,7 +31,7 @@ def nvcc() -> Path:
 
 
 def missing_tools() -> str | None:
-    """Why .cu sources cannot be compiled for the CPU here, with the fix; None where they can."""
+    """Return why .cu sources cannot be compiled for the CPU here, with the fix, or None if they can."""
     if platform.machine() != "x86_64":
         return f"the CUDA emulator switches x86-64 stacks, this machine is {platform.machine()}"
     if shutil.which("g++") is None:
@@ -43,7 +43,7 @@ def missing_tools() -> str | None:
 
 
 def nvcc_missing() -> str | None:
-    """Why PTX cannot be made here, with the fix; None where it can."""
+    """Return why PTX cannot be made here, with the fix, or None if it can."""
     home = cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
         return "compiling CUDA needs nvcc: put nvcc 13 on PATH, or run `make setup`"
@@ -52,13 +52,13 @@ def nvcc_missing() -> str | None:
 
 @cache
 def sanitizer_library(name: str) -> str:
-    """Path of g++'s lib<name>.so, to be preloaded into the worker."""
+    """Return the path of g++'s lib<name>.so, for preloading into the worker."""
     command = ["g++", f"-print-file-name=lib{name}.so"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @cache
 def versions() -> str:
-    """What the cache's keys must change with."""
+    """Return the versions that are part of the cache's keys."""
     commands = [["g++", "--version"]] + ([[str(nvcc()), "--version"]] if nvcc_missing() is None else [])
     return "\n".join(subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)

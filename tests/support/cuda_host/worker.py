@@ -1,4 +1,4 @@
-"""Loads one built library and answers requests on stdin. Standard library only: it starts fast under a sanitizer."""
+"""Loads a built library and answers requests on stdin. Uses only the standard library, to start fast in a sanitizer."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ def main() -> None:
     library.cuda_host_allocate.argtypes = [ctypes.c_size_t]
     library.cuda_host_release.argtypes = [ctypes.c_void_p]
     library.cuda_host_schedule.argtypes = [ctypes.c_uint64, ctypes.c_int]
-    # What a kernel or a sanitizer prints must not land among the answers.
+    # Output of kernels and sanitizers must not be mixed with the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     requests = sys.stdin.buffer
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def call(library, name, arguments, memory, seed, order):
-    """Copies the memory in, calls, copies it out again; reports the emulator's error or an overwritten guard."""
+    """Copy the memory in, call, and copy it out; report the emulator's error or an overwritten guard."""
     addresses = []
     for content in memory:
         address = library.cuda_host_allocate(len(content))
@@ -58,7 +58,7 @@ def call(library, name, arguments, memory, seed, order):
 
 
 def to_ctypes(library, argument, addresses, kept):
-    """Integers travel as 64 bits: the calling convention lets a narrower parameter read its low part."""
+    """Convert arguments; integers are passed as 64 bits, of which a narrower parameter reads the low part."""
     kind, value = argument
     if kind == "memory":
         return ctypes.c_void_p(addresses[value])
@@ -75,7 +75,7 @@ def to_ctypes(library, argument, addresses, kept):
 
 
 def packed_struct(library, value, addresses, kept):
-    """The bytes of a struct whose pointers are addresses of this call's memory."""
+    """Return the bytes of a struct whose pointers are addresses of this call's memory."""
     form, items = value
     words = []
     for kind, item in items:
@@ -89,7 +89,7 @@ def packed_struct(library, value, addresses, kept):
 
 
 def table(library, items, addresses, kept):
-    """A device array of addresses."""
+    """Return a device array of addresses."""
     words = struct.pack(f"<{len(items)}Q", *[addresses[v] if k == "memory" else (v or 0) for k, v in items])
     address = library.cuda_host_allocate(len(words))
     ctypes.memmove(address, words, len(words))
@@ -98,7 +98,7 @@ def table(library, items, addresses, kept):
 
 
 def launch_ptx(library, arguments, addresses, kept):
-    """Packs a kernel's parameters as its PTX declares them and launches it by name."""
+    """Pack a kernel's parameters as its PTX declares them, and launch it by name."""
     (_, (_, kernel, grid, block, shared, layout)), *values = arguments
     packed = bytearray(max([offset + size for offset, size, _ in layout], default=0) + 8)
     for (offset, size, type_name), (kind, value) in zip(layout, values, strict=True):
@@ -124,7 +124,7 @@ def launch_ptx(library, arguments, addresses, kept):
 
 
 def read_log(library, clear):
-    """The recorded runtime calls, one line each."""
+    """Return the recorded runtime calls, one per line."""
     lines = [library.cuda_host_log_line(i).decode() for i in range(library.cuda_host_log_size())]
     if clear:
         library.cuda_host_clear_log()

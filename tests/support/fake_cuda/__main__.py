@@ -1,10 +1,10 @@
-"""The tests that need a CUDA build of torch, in an environment of their own: `make test-cuda-torch`.
+"""Runs the tests that need a CUDA build of torch, in a separate environment: `make test-cuda-torch`.
 
     python -m tests.support.fake_cuda ENVIRONMENT_FOLDER
 
-Makes the environment where it is not there or not current, with this interpreter; then runs tests/gpu and
-tests/fake_cuda on the fake device, and the CPU tests of the ops under that torch as it is. Where the environment cannot
-be made, prints why and succeeds.
+The environment is made with this interpreter if it is missing or out of date. Then tests/gpu and tests/fake_cuda run on
+the fake device, and the CPU tests of the ops run under that torch. If the environment cannot be made, the reason is
+printed and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from qlora_kernels.backends import cuda
 from tests.support.cuda_host import nvcc_missing
 
 REQUIREMENTS = ("torch==2.14.1", "numpy", "safetensors>=0.4", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-"""PyPI's torch is a CUDA build."""
+"""torch from PyPI is a CUDA build."""
 
 NEEDED_BYTES = 12 << 30
-"""5.5 GB installed, the packages beside it while pip works, and some room."""
+"""Disk space: 5.5 GB installed, the packages themselves while pip works, and a reserve."""
 
 WORKER_BYTES = 3 << 29
-"""Memory to spare for each process: a test process takes up to 1.1 GiB, a compiler of translated kernels 0.4."""
+"""Memory per process: a test process takes up to 1.1 GiB, a compiler of translated kernels 0.4."""
 
 ON_THE_FAKE_DEVICE = ("-p", "tests.support.fake_cuda.pytest_plugin", "tests/gpu", "tests/fake_cuda")
 AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py")
 
 
 class CannotRun(Exception):
-    """Why these tests are skipped."""
+    """These tests are skipped; the message is the reason."""
 
 
 def report(line: str) -> None:
@@ -41,7 +41,7 @@ def report(line: str) -> None:
 
 
 def environment(folder: Path) -> Path:
-    """The environment's interpreter; installed where the folder does not hold REQUIREMENTS yet. Raises CannotRun."""
+    """Return the environment's interpreter, installed if the folder lacks REQUIREMENTS. Raises CannotRun."""
     python, stamp = folder / "bin" / "python", folder / ".installed"
     wanted = f"{sys.version_info[:2]} {' '.join(REQUIREMENTS)}"
     if stamp.exists() and stamp.read_text() == wanted:
@@ -66,7 +66,7 @@ def environment(folder: Path) -> Path:
 
 
 def processes() -> int:
-    """One for each core, as far as memory reaches."""
+    """Return the number of processes: one per core, limited by memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     return max(1, min(os.cpu_count() or 1, available // WORKER_BYTES))

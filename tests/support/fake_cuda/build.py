@@ -1,9 +1,9 @@
-"""Compiles the fake driver, the fake runtime and the project's kernels into one folder, kept by content.
+"""Compiles the fake driver, the fake runtime and the project's kernels to one folder, cached by content.
 
     python -m tests.support.fake_cuda.build        prints the folder
 
-A process of its own, because it imports torch, which must not be loaded before the fake device. `module_library` is for
-PTX that a program loads later.
+It runs in a separate process, because it imports torch, which must not be loaded before the fake device.
+`module_library` is for PTX that a program loads later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMMON = ("-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-shared")
 
 
 def build() -> Path:
-    """The folder with the three libraries, made where it is not there. Raises CompilerError."""
+    """Return the folder with the three libraries, made if needed. Raises CompilerError."""
     if (missing := nvcc_missing()) is not None:
         raise FileNotFoundError(missing)
     digest = hashlib.sha256(versions().encode())
@@ -53,9 +53,9 @@ def _make(folder: Path) -> None:
 
 
 def module_library(ptx: str, driver_folder: Path) -> Path:
-    """A kernel library of the kernels in PTX text for sm_80, kept by content. Raises CompilerError.
+    """Return a library of the kernels in PTX text for sm_80, cached by content. Raises CompilerError.
 
-    driver_folder: where libcuda.so.1 is.
+    driver_folder: the folder of libcuda.so.1.
     """
     objects, parameters = translated_text([ptx])
     inputs = [*map(str, objects), *(path.read_text() for path in sorted(_SOURCES.glob("kernels*"))), ptx]
@@ -69,7 +69,7 @@ def module_library(ptx: str, driver_folder: Path) -> Path:
 
 
 def _libraries(folder: Path, include: Path) -> None:
-    """libcuda.so.1 and, linked to it, libcudart.so.13."""
+    """Compile libcuda.so.1 and libcudart.so.13, which is linked to it."""
     compiler = ["g++", "-std=c++20", *_COMMON, f"-isystem{include}"]
     for name, source in ((DRIVER, driver_stubs(include)), (RUNTIME, runtime_stubs(include))):
         stubs = folder / f"{name}.stubs.c"
@@ -99,7 +99,7 @@ def _kernel_library(
         "const std::vector<KernelParameters>& kernel_parameters() {\n"
         f"static const std::vector<KernelParameters> all{{\n{chr(10).join(rows)}\n}};\nreturn all;\n}}\n"
     )
-    # Each library has an emulator of its own, with CUDA runtime functions, whose symbols the map keeps inside.
+    # Each library contains an emulator with CUDA runtime functions, whose symbols the version script hides.
     command = ["g++", "-std=c++20", *_COMMON, "-fvisibility=default", f"-I{_SOURCES}"]
     command += [f"-Wl,--version-script={_SOURCES / 'kernels.map'}"]
     sources = [str(_SOURCES / "kernels_of_project.cpp"), str(table)]

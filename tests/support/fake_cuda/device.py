@@ -1,6 +1,6 @@
-"""Starts the fake device in this process, and controls it: schedules, memory, failing calls.
+"""Starts the fake device in this process and controls it: schedules, memory, failing calls.
 
-Standard library only: it must run before torch is imported.
+It uses only the standard library, because it must run before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER_VARIABLE = "FAKE_CUDA_FOLDER"
-"""Folder of the compiled libraries; without it `build` is run to find or make them."""
+"""Folder of the compiled libraries; if it is not set, `build` finds or makes them."""
 
 SCHEDULES = ("eager", "lazy", "random:1")
-"""eager: a stream works at once.   lazy: only what somebody waits for, as late as possible.   random:SEED: whatever the
-events allow, one step at a time, whenever somebody waits."""
+"""eager: a stream runs immediately.   lazy: a stream runs only as far as something waits for it.   random:SEED: at each
+wait, steps that the events permit run in random order."""
 
 _active: FakeDevice | None = None
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
 def _translate(ptx: bytes, path: int, capacity: int) -> int:
-    """Called by the driver for a module of PTX text, which is Triton's; plugin.h has the contract."""
+    """Translate a module of PTX text (Triton's) for the driver; plugin.h has the contract."""
     from .build import module_library  # imports torch
 
     try:
@@ -38,7 +38,7 @@ def _translate(ptx: bytes, path: int, capacity: int) -> int:
 
 
 class FakeDevice:
-    """The devices of this process. All settings hold for all of them."""
+    """Control of the devices of this process. All settings apply to all devices."""
 
     def __init__(self, driver: ctypes.CDLL, runtime: ctypes.CDLL) -> None:
         self._driver, self._runtime = driver, runtime
@@ -48,13 +48,13 @@ class FakeDevice:
         driver.fake_cuda_set_translator(_translate)
 
     def set_schedule(self, schedule: str) -> None:
-        """One of SCHEDULES, with any seed. What is queued is worked off first."""
+        """Set one of SCHEDULES, with any seed, after all queued work has run."""
         if self._driver.fake_cuda_set_schedule(schedule.encode()) != 0:
             raise ValueError(f"set_schedule: schedule must be eager, lazy or random:SEED, got {schedule!r}")
 
     @contextmanager
     def memory(self, device_bytes: int, managed_bytes: int) -> Iterator[None]:
-        """Limits of each device's own memory and of managed memory, inside the block."""
+        """Limit each device's own memory and managed memory inside the block."""
         self._driver.fake_cuda_set_memory(device_bytes, managed_bytes)
         try:
             yield
@@ -62,15 +62,15 @@ class FakeDevice:
             self._driver.fake_cuda_set_memory(16 << 30, 64 << 30)
 
     def allocated(self) -> int:
-        """Bytes of live device and managed memory, in pages."""
+        """Return the bytes of live device and managed memory, in pages."""
         return int(self._driver.fake_cuda_allocated())
 
     @contextmanager
     def failing(self, error: int, *, caller: str = "", call: str = "", after: int = 0) -> Iterator[None]:
-        """One runtime call inside the block returns `error`, a cudaError_t.
+        """Make one runtime call inside the block return `error`, a cudaError_t.
 
-        caller: part of the path of the library that makes it.   call: its name.   after: how many such calls succeed
-        before it.   "" stands for any.
+        caller: part of the path of the calling library.   call: its name.   after: number of successful calls before
+        it.   "" matches any.
         """
         self._driver.fake_cuda_fail(caller.encode(), call.encode(), after, error)
         try:
@@ -79,12 +79,13 @@ class FakeDevice:
             self._driver.fake_cuda_clear_failure()
 
     def failed(self) -> bool:
-        """Whether the failure of the innermost `failing` has happened; to be asked inside the block."""
+        """Whether the failure of the innermost `failing` has occurred; valid inside the block."""
         return bool(self._driver.fake_cuda_failed())
 
     @contextmanager
     def recorded_calls(self, caller: str = "") -> Iterator[list[str]]:
-        """Names of the runtime calls inside the block, complete at its end; of one library, as in `failing`."""
+        """Record the names of the runtime calls inside the block, of one library as in `failing`; complete at its
+        end."""
         calls: list[str] = []
         self._driver.fake_cuda_clear_calls()
         yield calls
@@ -92,27 +93,28 @@ class FakeDevice:
         calls += [name for name, _, path in (line.partition(" ") for line in lines) if caller in path]
 
     def pending_error(self) -> int:
-        """The error that the thread's next cudaGetLastError would report."""
+        """Return the error that the thread's next cudaGetLastError would report."""
         return int(self._runtime.cudaPeekAtLastError())
 
     def load_module(self, image: bytes) -> int:
-        """The driver's result for loading a module: PTX text or any other image."""
+        """Return the driver's result of loading a module: PTX text or any other image."""
         module = ctypes.c_void_p()
         return int(self._driver.cuModuleLoadData(ctypes.byref(module), image))
 
     def launch_host_function(self, stream: int, function: object) -> None:
-        """Puts a ctypes function of one void* onto a stream, or into the graph that the stream is captured into."""
+        """Enqueue a ctypes function of one void* on a stream, or add it to the graph that the stream is captured
+        into."""
         code = self._driver.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
         if code != 0:
             raise RuntimeError(f"cuLaunchHostFunc: error {code}")
 
 
 def activate(devices: int = 1, *, capability: str = "8.0", driver_version: int = 13000, log: str = "") -> FakeDevice:
-    """Loads the fake runtime and driver. torch, imported later, finds their names taken by them and uses them.
+    """Load the fake runtime and driver, which torch, imported later, uses because their names are already loaded.
 
-    driver_version: what the driver says of itself, 12080 for CUDA 12.8.   log: file for the runtime's calls, "-" for
+    driver_version: version that the driver reports, 12080 for CUDA 12.8.   log: file for the runtime's calls, "-" for
     stderr.
-    Raises RuntimeError where torch is imported already.
+    Raises RuntimeError if torch is already imported.
     """
     global _active
     if "torch" in sys.modules:
@@ -126,21 +128,21 @@ def activate(devices: int = 1, *, capability: str = "8.0", driver_version: int =
             "FAKE_CUDA_DRIVER_VERSION": str(driver_version),
             "FAKE_CUDA_KERNELS": str(folder / "libkernels.so"),
             "FAKE_CUDA_LOG": log,
-            # Triton: its assembler, the driver that it links to, and a cache that no real GPU's kernels are in.
+            # Settings of Triton: its assembler, the driver it links to, and a cache without kernels of a real GPU.
             "TRITON_PTXAS_PATH": str(Path(__file__).with_name("ptxas")),
             "TRITON_LIBCUDA_PATH": str(folder),
             "TRITON_CACHE_DIR": str(folder.parent / "triton"),
         }
     )
-    # torch's libraries find theirs by DT_RPATH, before LD_LIBRARY_PATH; a library that is loaded under the same SONAME
-    # comes before both.
+    # torch's libraries find theirs by DT_RPATH before LD_LIBRARY_PATH, but a loaded library with the same SONAME has
+    # precedence over both.
     libraries = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in ("libcuda.so.1", "libcudart.so.13")]
     _active = FakeDevice(*libraries)
     return _active
 
 
 def active() -> FakeDevice | None:
-    """The fake device of this process, None where torch sees what there really is."""
+    """Return the fake device of this process, or None if torch uses the real machine."""
     return _active
 
 

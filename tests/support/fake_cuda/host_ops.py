@@ -1,9 +1,8 @@
-"""torch's own CUDA kernels, served by its CPU kernels: the fake device's memory is host memory, so a CUDA tensor can be
-seen as a CPU tensor without a copy.
+"""Runs torch's CUDA kernels by its CPU kernels: the fake device's memory is host memory, so no copies are needed.
 
-install() registers a Python kernel in front of every CUDA kernel of aten that has a counterpart on the CPU. What
-allocates, views or copies bytes stays torch's own, so that its allocator, its streams and its copies are exercised.
-Custom ops are not touched.
+install() registers a Python kernel in front of every CUDA kernel of aten that has a CPU counterpart. Ops that allocate,
+view or copy bytes are not replaced, so that torch's allocator, streams and copies are tested. Custom ops are not
+replaced.
 """
 
 from __future__ import annotations
@@ -61,18 +60,18 @@ _generators: dict[tuple[int, int], torch.Generator] = {}
 
 
 def install() -> int:
-    """Registers the kernels, once; their number."""
+    """Register the kernels once; return their number."""
     if _library:
         return 0
     library = torch.library.Library("aten", "IMPL")
     _library.append(library)
     served = [op for op in map(_op_to_serve, torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")) if op]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
+        warnings.simplefilter("ignore")  # the warnings about overridden kernels are expected
         for op in served:
             library.impl(op, _kernel(op), "CUDA", allow_override=True)
         library.impl(torch.ops.aten.copy_.default, _copy, "CUDA", allow_override=True)
-    # Attention by matmul and softmax: the fused kernels exist for the device alone.
+    # Attention runs by matmul and softmax, because its fused kernels exist only for the device.
     for kind in ("cudnn", "flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     # autograd's device thread runs Python here. It must have left it before the interpreter ends, which would unwind
@@ -82,7 +81,7 @@ def install() -> int:
 
 
 def host_view(tensor: Tensor) -> Tensor:
-    """The same memory as a CPU tensor. It holds no reference: for the time of one op."""
+    """Return the same memory as a CPU tensor without a reference, valid during one op."""
     storage = tensor.untyped_storage()
     view = torch.empty(0, dtype=tensor.dtype)
     if storage.nbytes() == 0:
@@ -93,8 +92,10 @@ def host_view(tensor: Tensor) -> Tensor:
 
 
 def _op_to_serve(registration: str) -> torch._ops.OpOverload | None:
-    """The overload of "aten::add.Tensor" where the CPU can serve it. A kernel that only a device has stays: its launch
-    will say which one is missing."""
+    """Return the overload of a name like "aten::add.Tensor" if the CPU can run it.
+
+    Kernels that exist only for the device are kept; their launch reports the missing kernel.
+    """
     namespace, _, rest = registration.partition("::")
     name, _, overload = rest.partition(".")
     if namespace != "aten" or name in _KEPT or name.startswith(_DEVICE_ONLY):
@@ -108,7 +109,7 @@ def _kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     takes_tensor = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # A number in a tensor's place promotes as a number; the overload alone would make a tensor of it.
+        # A number in a tensor's place must be promoted as a number; the overload would make a tensor of it.
         is_number = (isinstance(value, (int, float, complex)) for value in args)
         by_number = any(wanted and number for wanted, number in zip(takes_tensor, is_number, strict=False))
         call = _HostCall(op.overloadpacket if by_number else op, args, kwargs)
@@ -119,7 +120,7 @@ def _kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 class _HostCall:
-    """A call of `function` with the device's operands seen as CPU tensors."""
+    """A call of `function` with the device's operands as CPU tensors."""
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.function = function
@@ -134,7 +135,7 @@ class _HostCall:
             self.kwargs["pin_memory"] = False
 
     def run(self) -> Any:
-        self.stream.synchronize()  # this stream alone: what others have queued stays queued
+        self.stream.synchronize()  # only this stream; other streams keep their queued work
         before = [(view.shape, view.data_ptr()) for view in self.views]
         result = self.function(*self.args, **self.kwargs)
         for view, was in zip(self.views, before, strict=True):
@@ -145,8 +146,10 @@ class _HostCall:
         return tree_map(self._to_device, result)
 
     def add_to_graph(self) -> Any:
-        """A node of the captured graph. The op runs now on copies, which shows the shapes of its results, and on the
-        tensors' own memory at each replay."""
+        """Add a node to the captured graph.
+
+        The op runs on copies now, which gives the shapes of its results, and on the tensors' memory at each replay.
+        """
         copies = {id(view): view.clone() for view in self.views}
         originals = {id(copies[id(view)]): self.originals[id(view)] for view in self.views}
 
@@ -207,10 +210,10 @@ class _HostCall:
 
 
 def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """aten::copy_. Bytes alone go through torch's own code and the runtime; a conversion or a gather is done here."""
+    """Run aten::copy_: plain copies by torch's code and the runtime, conversions and gathers here."""
     same_layout = destination.is_contiguous() and source.is_contiguous() and destination.shape == source.shape
     if same_layout and destination.dtype == source.dtype and destination.is_conj() == source.is_conj():
-        # The entry of a backend without a copy_ of its own is torch's kernel for all devices.
+        # For a backend without a copy_ of its own, the entry is torch's kernel for all devices.
         every_device = torch._C.DispatchKeySet(torch._C.DispatchKey.HPU)
         return torch.ops.aten.copy_.default.redispatch(every_device, destination, source, non_blocking)
     if torch.cuda.is_current_stream_capturing():

@@ -1,4 +1,4 @@
-"""pytest -p tests.support.fake_cuda.pytest_plugin: two fake devices for torch, each GPU test under every schedule."""
+"""pytest -p tests.support.fake_cuda.pytest_plugin: two fake devices, and each GPU test under every schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FOLDERS = ("tests/gpu/", "tests/fake_cuda/")
 
 
 _LARGEST_WEIGHT = 1 << 20
-"""Elements; the emulator takes seconds for more."""
+"""Number of elements above which tests are skipped, because the emulator takes seconds for more."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, of the GPU tests, what the fake device cannot run or not in reasonable time."""
+    """Skip the GPU tests that the fake device cannot run in reasonable time."""
     for item in items:
         if item.nodeid.startswith("tests/gpu/") and (reason := _reason_to_skip(item)):
             item.add_marker(pytest.mark.skip(reason=f"fake device: {reason}"))
@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _schedule(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The order in which streams work during a test."""
+    """Set the schedule of the streams for a test."""
     DEVICE.set_schedule(getattr(request, "param", "eager"))
     yield
     DEVICE.set_schedule("eager")
@@ -58,5 +58,5 @@ def _schedule(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def device() -> fake_cuda.FakeDevice:
-    """The control of the fake devices."""
+    """The control object of the fake devices."""
     return DEVICE

@@ -1,7 +1,8 @@
-"""Functions of CUDA's headers that the fake device does not implement: weak ones that report "not supported".
+"""Weak stubs of the functions in CUDA's headers that the fake device lacks; they report "not supported".
 
-Also the table for cuGetProcAddress: each driver function with the versions of its binary interface. cudaTypedefs.h has
-a type PFN_<name>_v<version> for each of them; from the newest on they belong to the exported suffixes _v3, _v2, none.
+This module also makes the table for cuGetProcAddress: each driver function with the versions of its binary interface.
+cudaTypedefs.h has a type PFN_<name>_v<version> for each; in order from the newest, they belong to the exported suffixes
+_v3, _v2, none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _HEAD = '#include <stddef.h>\n#include "plugin.h"\n'
 
 
 def driver_stubs(include: Path) -> str:
-    """C source for libcuda.so.1: stubs and the table `fake_cuda_entries`."""
+    """Return C source for libcuda.so.1: stubs and the table `fake_cuda_entries`."""
     names = _declared(include, "cuda.h", r"\bCUresult\s+(cu[A-Z]\w*)\s*\(", "-D__CUDA_API_VERSION_INTERNAL")
     entries = "\n".join(
         f'    {{"{name}", {version}, "{exported}"}},' for name, version, exported in _table(include, names)
@@ -25,7 +26,7 @@ def driver_stubs(include: Path) -> str:
 
 
 def runtime_stubs(include: Path) -> str:
-    """C source for libcudart.so.13."""
+    """Return C source for libcudart.so.13."""
     names = _declared(include, "cuda_runtime_api.h", r"\bcudaError_t\s+(cuda[A-Z]\w*)\s*\(")
     return f"{_HEAD}{_stubs(names)}\n"
 
@@ -42,7 +43,7 @@ def _stubs(names: list[str]) -> str:
 
 
 def _table(include: Path, names: list[str]) -> list[tuple[str, int, str]]:
-    """(name, version, exported name), the newest version of a name first."""
+    """Return (name, version, exported name), the newest version of each name first."""
     versions, suffixes = defaultdict(set), defaultdict(list)
     for name, version in re.findall(r"\bPFN_(cu[A-Za-z0-9]\w*?)_v(\d+)\)", (include / "cudaTypedefs.h").read_text()):
         versions[name].add(int(version))

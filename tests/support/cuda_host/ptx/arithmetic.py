@@ -1,4 +1,4 @@
-"""Instructions on registers alone: arithmetic, logic, comparison, conversion."""
+"""Instructions on registers: arithmetic, logic, comparison, conversion."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _UNSIGNED_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 UNHONOURED = frozenset(("rz", "rm", "rp", "rna", "rs", "ftz", "relu", "satfinite", "NaN", "xorsign"))
-"""Modifiers that change a result and that no handler follows: each computes in round-to-nearest-even, keeps subnormals,
-and takes the number where one operand of min or max is NaN. An instruction with one of them is unsupported, but for
-fma.ftz.f32, which libdevice's logarithm uses."""
+"""Modifiers that change a result and that no handler implements: each handler rounds to nearest even, keeps subnormals,
+and takes the number if one operand of min or max is NaN. Instructions with these are unsupported, except fma.ftz.f32,
+which libdevice's logarithm uses."""
 
 
 def has_unhonoured_modifier(i: Instruction) -> bool:
-    """Whether the instruction would be translated without one of its modifiers."""
+    """Whether a modifier of the instruction would be ignored by its translation."""
     honoured = {"ftz"} if i.parts[0] == "fma" and i.parts[-1] == "f32" else set()
     return bool(UNHONOURED.intersection(i.parts) - honoured)
 
@@ -39,7 +39,7 @@ def _raw(kind: str) -> str:
 
 
 def _wide(kind: str) -> str:
-    """The C++ type of twice the width, in which a product is exact."""
+    """Return the C++ type of twice the width, in which a product is exact."""
     bits, signed = BITS[kind], kind.startswith("s")
     if bits == 64:
         return "__int128" if signed else "unsigned __int128"
@@ -141,7 +141,7 @@ def _bit_field(scope: Scope, i: Instruction) -> str:
 
 
 def _function(name: str, *kinds: str) -> Handler:
-    """A function of the operands read as `kinds`; `t` is the instruction's own type."""
+    """Return a handler that applies a function to operands read as `kinds`; `t` is the instruction's type."""
 
     def handler(scope: Scope, i: Instruction) -> str:
         own = i.parts[-1]
@@ -177,7 +177,7 @@ def _compare(scope: Scope, i: Instruction) -> str:
         result = f"({x} {_COMPARISONS[base]} {y})"
         if accepts_nan:
             result = f"({result} || {unordered})"
-        elif is_float and base == "ne":  # C++'s != is true of NaN, PTX's ordered ne is not
+        elif is_float and base == "ne":  # C++'s != is true for NaN, PTX's ordered ne is false
             result = f"({result} && !{unordered})"
     combine = next((p for p in i.parts[2:] if p in ("and", "or", "xor")), None)
     if combine:
@@ -207,7 +207,7 @@ def _convert(scope: Scope, i: Instruction) -> str:
         return scope.write(i.operands[0], f"to_integer<{C_TYPES[to]}>({_ROUNDINGS[rounding]}(double({value})))", to)
     if "sat" in parts:
         return scope.write(i.operands[0], f"saturate_integer<{C_TYPES[to]}>({value})", to)
-    # A narrow result is extended to the register's width according to its own sign.
+    # A narrow result is extended to the register's width with its own sign.
     return f"{scope.register(i.operands[0])} = {C_TYPES[to]}({value});"
 
 
@@ -230,7 +230,8 @@ def _move(scope: Scope, i: Instruction) -> str:
 
 
 def _approximate(expression: str) -> Handler:
-    """Functions that a GPU approximates are exact to fp32 here: the last bits differ from hardware's."""
+    """Return a handler for functions that a GPU approximates; they are exact to fp32 here and differ in the last
+    bits."""
 
     def handler(scope: Scope, i: Instruction) -> str:
         kind = i.parts[-1]

@@ -16,7 +16,7 @@ def _space(i: Instruction) -> str:
 
 
 def _access(i: Instruction) -> tuple[int, int, str]:
-    """(elements, bytes of one, the kind to move it as: signed loads extend their sign)."""
+    """Return (elements, bytes of each, the kind to move them as; signed loads extend their sign)."""
     kind = i.parts[-1]
     elements = next((int(part[1]) for part in i.parts if part in ("v2", "v4", "v8")), 1)
     return elements, BITS[kind] // 8, kind if kind.startswith("s") else f"b{BITS[kind]}"
@@ -28,7 +28,7 @@ def _load(scope: Scope, i: Instruction) -> str:
     moves = " ".join(
         f"{scope.register(name)} = loaded[{k}];" for k, name in enumerate(vector(i.operands[0])) if name != "_"
     )
-    # The alignment is what the instruction demands and the pointer check has seen.
+    # The pointer check has verified the alignment that the instruction requires.
     return (
         f"{C_TYPES[kind]} loaded[{elements}]; const auto* from = {pointer}; "
         f"__builtin_memcpy(loaded, __builtin_assume_aligned(from, {size}), sizeof loaded); {moves}"
@@ -95,6 +95,6 @@ HANDLERS: dict[str, Handler] = {
     "red": _atomic,
     "cvta": _convert_address,
     "cp": _async_copy,
-    # Blocks run one after another and memory is sequentially consistent here: fences order nothing that is not ordered.
+    # Fences have no effect, because blocks run one after another and memory is sequentially consistent.
     **dict.fromkeys(("membar", "fence", "prefetch", "prefetchu", "nanosleep", "discard", "applypriority"), _nothing),
 }

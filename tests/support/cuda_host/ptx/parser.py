@@ -1,4 +1,4 @@
-"""PTX text -> kernels as lists of statements. Only the subset that nvcc and Triton emit for sm_80."""
+"""Parses PTX text to kernels as lists of statements, for the subset that nvcc and Triton emit for sm_80."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BITS = {
     "bf16x2": 32,
     "pred": 1,
 }
-"""Width of every type that a statement may name."""
+"""Width in bits of every type of a statement."""
 
 SHARED_GAP = 128
-"""Bytes left free after each shared variable, so that running past its end is seen."""
+"""Unused bytes after each shared variable, so that an access past its end is detected."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`@!p opcode.modifiers a, b, c;`"""
+    """An instruction `@!p opcode.modifiers a, b, c;`."""
 
     line: int
     opcode: str
@@ -46,7 +46,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Brace:
-    """Opens or closes a scope of registers."""
+    """The start or end of a scope of registers."""
 
     text: str
 
@@ -82,7 +82,7 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """One .entry."""
+    """A kernel, declared by .entry."""
 
     name: str
     parameters: list[Parameter]
@@ -105,13 +105,13 @@ class Module:
 
     @property
     def static_shared_bytes(self) -> int:
-        """Where the dynamic array starts."""
+        """Return the offset at which the dynamic array starts."""
         return _align(self.shared_ranges[-1][1] + SHARED_GAP, 1024) if self.shared_ranges else 0
 
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        # Comments become blanks of as many lines, so that line numbers stay those of the file.
+        # Comments are replaced by as many line breaks, so that line numbers do not change.
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         self.text = re.sub(r"//[^\n]*", "", text)
         self.module = Module()
@@ -132,7 +132,7 @@ class _Parser:
 
     def _body(self, kernel: Kernel, body: str, first_line: int) -> None:
         pending, pending_line = "", first_line
-        # A statement ends at ';'; braces that hold a vector operand are not scopes.
+        # A statement ends at ';'; braces around a vector operand are not scopes.
         body = re.sub(r"\{([^{};]*)\}", "\x01\\1\x02", body)
         for offset, raw in enumerate(body.split("\n")):
             for piece in re.split(r"(?<=[;{}])", raw):
@@ -199,12 +199,12 @@ class _Parser:
 
 
 def parse(text: str) -> Module:
-    """The module that `text` describes."""
+    """Parse `text` to a Module."""
     return _Parser(text).parse()
 
 
 def c_name(name: str) -> str:
-    """A PTX identifier as one of C++'s."""
+    """Return a C++ identifier for a PTX identifier."""
     return "ptx_" + name.replace("%", "").replace("$", "_").replace(".", "_")
 
 

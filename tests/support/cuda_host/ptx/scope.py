@@ -1,4 +1,4 @@
-"""Operands of one kernel as C++ expressions: registers hold bits, instructions say what the bits mean."""
+"""Operands of one kernel as C++ expressions; registers hold bits that instructions interpret."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _SPECIAL = {
     "%laneid": "lane()",
     "%warpid": "machine().current->warp",
     "WARP_SZ": "32",
-    # Clocks and placement have no meaning here; kernels may read them but must not depend on them.
+    # Clocks and placement are constants here; kernels may read them but must not depend on them.
     **dict.fromkeys(("%clock", "%clock64", "%globaltimer", "%smid"), "0"),
 }
 
 
 class Unsupported(Exception):
-    """An instruction or operand that the emulator does not know."""
+    """The emulator does not support an instruction or operand."""
 
 
 def storage(kind: str) -> str:
-    """The type of a register that holds `kind`."""
+    """Return the type of a register that holds `kind`."""
     return "bool" if kind == "pred" else f"uint{BITS[kind]}_t"
 
 
 class Scope:
-    """Names of one kernel."""
+    """The names of one kernel."""
 
     def __init__(self, module: Module, kernel: Kernel) -> None:
         self.module = module
@@ -46,7 +46,7 @@ class Scope:
         self.locals = {s.name for s in kernel.statements if isinstance(s, Local)}
 
     def register(self, name: str) -> str:
-        """The C++ variable of a register, or the value of a special register."""
+        """Return the C++ variable of a register, or the value of a special register."""
         part = re.fullmatch(r"(%\w+)\.([xyz])", name)
         if part and part[1] in _VARIABLES:
             return f"uint32_t({_VARIABLES[part[1]]}.{part[2]})"
@@ -57,7 +57,7 @@ class Scope:
         return c_name(name)
 
     def symbol(self, name: str) -> str | None:
-        """The address of a variable: an offset for shared memory, a pointer for the rest."""
+        """Return the address of a variable: an offset for shared memory, a pointer for others."""
         if name in self.module.shared:
             offset = self.module.shared[name]
             return f"uint64_t({self.module.static_shared_bytes if offset is None else offset})"
@@ -68,7 +68,7 @@ class Scope:
         return None
 
     def read(self, operand: str, kind: str) -> str:
-        """An operand as a value of `kind`."""
+        """Return an operand as a value of `kind`."""
         bits, c_type = BITS[kind], C_TYPES[kind]
         if kind == "pred":
             if operand.startswith("!"):
@@ -91,7 +91,7 @@ class Scope:
         return f"{c_type}({value})"
 
     def write(self, destination: str, expression: str, kind: str) -> str:
-        """A statement that stores a value of `kind`."""
+        """Return a statement that stores a value of `kind`."""
         if destination == "_":
             return f"(void)({expression});"
         register = self.register(destination)
@@ -104,7 +104,7 @@ class Scope:
         return f"{register} = {C_TYPES[kind]}({expression});"
 
     def address(self, operand: str) -> str:
-        """`[base + offset]` as a number."""
+        """Return `[base + offset]` as a number."""
         match = re.fullmatch(r"\[\s*([^+\]\s]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if match is None:
             raise Unsupported(f"address {operand}")
@@ -114,7 +114,7 @@ class Scope:
         return f"uint64_t({self.symbol(base) or self.register(base)} + ({offset}ll))"
 
     def pointer(self, operand: str, space: str, size: int) -> str:
-        """A checked host pointer to `size` bytes. Shared addresses are offsets, all others are host addresses."""
+        """Return a checked host pointer to `size` bytes. Shared addresses are offsets, all others host addresses."""
         if space == "shared":
             return f"shared_pointer(shared_ranges, {self.address(operand)}, {size})"
         return f"global_pointer({self.address(operand)}, {size})"

@@ -1,4 +1,4 @@
-"""PTX -> C++ that runs on the emulator: what the compiler emitted, inline assembly included, executed on the CPU."""
+"""Translates PTX to C++ that runs on the emulator, so that compiler output and inline assembly run on the CPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HANDLERS = {**arithmetic.HANDLERS, **memory.HANDLERS, **warp.HANDLERS}
 
 @dataclass(frozen=True)
 class Translation:
-    """C++ text, the kernels' parameters by name, and how often each unsupported opcode occurs.
+    """C++ text, the kernels' parameters by name, and the count of each unsupported opcode.
 
-    An unsupported instruction fails when it is executed, with its name; a kernel that never reaches it runs.
+    An unsupported instruction fails with its name when it is executed; kernels that do not reach it run.
     """
 
     cpp: str
@@ -25,7 +25,7 @@ class Translation:
 
 
 def translate(text: str, name: str = "module.ptx") -> Translation:
-    """The translation of one PTX file; `name` stands in the emulator's reports beside the PTX line number."""
+    """Translate one PTX file; `name` is used in the emulator's reports with the PTX line number."""
     module = parse(text)
     unsupported: Counter[str] = Counter()
     kernels = [_kernel(module, kernel, name, unsupported) for kernel in module.kernels]

@@ -76,7 +76,7 @@ def _active_mask(scope: Scope, i: Instruction) -> str:
 
 def _ldmatrix(scope: Scope, i: Instruction) -> str:
     matrices = next(int(part[1]) for part in i.parts if part in ("x1", "x2", "x4"))
-    # Only 8 lanes a matrix give an address that is used; the others' may be anything.
+    # Only the addresses of 8 lanes per matrix are used; those of other lanes may be invalid.
     row = f"lane() < {matrices * 8} ? {scope.pointer(i.operands[1], 'shared', 16)} : nullptr"
     moves = " ".join(f"{scope.register(d)} = words.word[{k}];" for k, d in enumerate(vector(i.operands[0])))
     return f"const Words4 words = ldmatrix({matrices}, {str('trans' in i.parts).lower()}, {row}); {moves}"
