@@ -20,6 +20,8 @@ METHODS = (
     "vera",
     "loha",
     "lokr",
+    "oft",
+    "boft",
     "bitfit",
     "prefix_tuning",
     "prompt_tuning",

@@ -14,6 +14,8 @@ _ELSEWHERE = {
     "full_ft",  # needs a dense model
     "adapter_fusion",  # needs adapters that are trained already
 }
+_OTHER_MEANING = {"oft": {"r"}}
+"""Fields of a method that have the name of an option and another meaning: OFT's r is a number of blocks."""
 METHODS = {config.peft_type.lower(): config for config in REGISTERED if config.peft_type.lower() not in _ELSEWHERE}
 """Name on the command line -> configuration."""
 
@@ -30,5 +32,6 @@ def adapter_config(method: str, options: Mapping[str, Any], assignments: Mapping
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=3, cutoff=0.4) or fields
             raise ValueError(f"--set: {method} has no field {name!r}; did you mean one of {near}?")
-    taken = {name: value for name, value in options.items() if name in fields}
+    known = set(fields) - _OTHER_MEANING.get(method, set())
+    taken = {name: value for name, value in options.items() if name in known}
     return config(**{**taken, **assignments})

@@ -6,12 +6,14 @@ from .methods.adalora import AdaLoraConfig
 from .methods.adapter import AdapterConfig
 from .methods.adapter_fusion import AdapterFusionConfig
 from .methods.bitfit import BitFitConfig
+from .methods.boft import BOFTConfig
 from .methods.full_ft import FullFTConfig
 from .methods.ia3 import IA3Config
 from .methods.loha import LoHaConfig
 from .methods.lokr import LoKrConfig
 from .methods.lora_config import LoraConfig
 from .methods.mam import MAMConfig
+from .methods.oft import OFTConfig
 from .methods.p_tuning import PTuningConfig
 from .methods.prefix_tuning import PrefixTuningConfig, PTuningV2Config
 from .methods.prompt_tuning import PromptTuningConfig
@@ -28,6 +30,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterFusionConfig",
+    "BOFTConfig",
     "BitFitConfig",
     "FullFTConfig",
     "IA3Config",
@@ -35,6 +38,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MAMConfig",
+    "OFTConfig",
     "PTuningConfig",
     "PTuningV2Config",
     "PeftConfig",

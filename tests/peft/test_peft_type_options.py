@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qlora_kernels import peft
 from qlora_kernels.peft import PeftModel, get_peft_model
-from qlora_kernels.peft.methods import ia3, lokr
+from qlora_kernels.peft.methods import ia3, lokr, rotation
 from tests.peft.models import batch, logits, make, randomize
-from tests.support.tolerances import assert_same_function
+from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 
 def test_ia3_default_layers_equal_peft():
@@ -130,6 +131,13 @@ def test_vera_projections_are_held_and_saved_once(tmp_path):
         ("LoKrConfig", {"module_dropout": -0.1}, "module_dropout must be in"),
         ("LoKrConfig", {"decompose_factor": 0}, "decompose_factor must be -1 or >= 1"),
         ("LoKrConfig", {"init_weights": "lyco"}, "init_weights must be a bool or 'lycoris'"),
+        ("OFTConfig", {"r": 4}, "oft_block_size must be 0 or r, which is 4, must be, got 32"),
+        ("OFTConfig", {"oft_block_size": 0}, "oft_block_size must be 0 or r"),
+        ("OFTConfig", {"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms must be >= 1"),
+        ("OFTConfig", {"eps": 0.0}, "eps must be > 0"),
+        ("BOFTConfig", {"boft_block_num": 2}, "boft_block_num must be 0 or boft_block_size"),
+        ("BOFTConfig", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be >= 1"),
+        ("BOFTConfig", {"bias": "oft_only"}, "bias must be 'none', 'all' or 'boft_only'"),
     ],
     ids=str,
 )
@@ -149,6 +157,134 @@ def test_files_with_another_rank_are_refused(tmp_path, name, change):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(ValueError, match=r"must be that of its tensors|another shape"):
         PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("terms", range(1, 8))
+def test_cayley_neumann_sums_are_pefts(hf_peft, terms):
+    from peft.tuners.oft.layer import OFTRotationModule
+
+    theirs = OFTRotationModule(2, 15, 6, 12)
+    torch.nn.init.normal_(theirs.weight, std=0.1)
+    skew = theirs._pytorch_skew_symmetric(theirs.weight, 6)
+    expected = theirs._cayley_batch(theirs.weight, 6, True, terms)
+    assert_same_function(rotation.cayley_neumann(skew, terms), expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted", "size"), [("oft_block_size", 12, 8), ("oft_block_size", 99, 32), ("r", 5, 8)]
+)
+def test_oft_takes_the_nearest_divisor(hf_peft, field, wanted, size):
+    """Of the 32 inputs of the layer, as PEFT does it."""
+    options = {"oft_block_size": 0, "target_modules": ["q_proj"], field: wanted}
+    with pytest.warns(UserWarning, match=f"{field}: {wanted} does not divide the 32 inputs of model.layers.0"):
+        model = get_peft_model(make("llama", layers=1), peft.OFTConfig(**options))
+    theirs = hf_peft.get_peft_model(make("llama", layers=1), hf_peft.OFTConfig(**options))
+    shapes = [[p.shape for p in each.parameters() if p.requires_grad] for each in (model, theirs)]
+    assert shapes[0] == shapes[1] == [(32 // size, size * (size - 1) // 2)]
+
+
+def test_coft_training_keeps_the_blocks_near_the_identity():
+    config = peft.OFTConfig(oft_block_size=8, coft=True, eps=0.1, target_modules=["q_proj"])
+    model = get_peft_model(make("llama", layers=1), config)
+    randomize(model)
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    before = weight.detach().clone()
+    y = logits(model.eval(), batch("llama"))
+    assert torch.equal(weight, before), "only training moves the parameter"
+    assert_same_function(logits(model.train(), batch("llama")), y)
+    assert (2**0.5 * weight.detach().norm(dim=1)).max() <= 0.1 / 2 * (1 + 1e-5)
+
+
+def test_files_of_the_old_oft_are_refused(tmp_path):
+    get_peft_model(make("llama"), peft.OFTConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({k: v for k, v in values.items() if k != "oft_block_size"})
+    )
+    with (
+        pytest.warns(UserWarning, match=r"adapter_config\.json"),
+        pytest.raises(NotImplementedError, match="an OFT adapter must have oft_block_size"),
+    ):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_butterfly_factors_are_pefts(hf_peft, monkeypatch, tmp_path, factors):
+    """PEFT's own CUDA kernel for several factors is replaced by torch's block_diag, which it stands for."""
+    from peft.tuners.boft import layer
+
+    block_diagonal = SimpleNamespace(apply=lambda blocks: torch.stack([torch.block_diag(*each) for each in blocks]))
+    monkeypatch.setattr(layer, "FastBlockDiag", block_diagonal)
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+    options = {"boft_block_size": 4, "boft_n_butterfly_factor": factors, "target_modules": ["q_proj", "down_proj"]}
+    theirs = hf_peft.get_peft_model(make("llama"), hf_peft.BOFTConfig(**options)).eval()
+    randomize(theirs, std=0.5)
+    expected = logits(theirs, batch("llama"))
+    (expected**2).mean().backward()
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True).eval()
+    y = logits(ours, batch("llama"))
+    assert_same_function(y, expected)
+    (y**2).mean().backward()
+    grads = {name.partition(".")[2]: p.grad for name, p in ours.adapters["default"].named_parameters()}
+    own = {n.replace(".default", ""): p.grad for n, p in theirs.base_model.model.named_parameters() if p.requires_grad}
+    assert_same_gradients(grads, own)
+    with torch.no_grad():
+        assert_same_function(logits(ours.merge_and_unload(), batch("llama")), expected)
+
+
+def test_boft_that_peft_trained_without_its_kernel_has_one_factor(hf_peft, monkeypatch, tmp_path):
+    """The file asks for two and holds one."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    config = hf_peft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=["q_proj"])
+    theirs = hf_peft.get_peft_model(make("llama"), config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(make("llama"), tmp_path)
+    with torch.no_grad():
+        assert_same_function(logits(ours, batch("llama")), logits(theirs, batch("llama")))
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boft_block_size": 5}, "boft_block_size must divide the 32 inputs of model.layers.0.self_attn.q_proj, got 5"),
+        ({"boft_n_butterfly_factor": 5}, "must be a multiple of 16 and their size even, got 8 blocks of 4"),
+        ({"boft_block_size": 1, "boft_n_butterfly_factor": 2}, "their size even, got 32 blocks of 1"),
+    ],
+)
+def test_boft_blocks_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make("llama"), peft.BOFTConfig(target_modules=["q_proj"], **options))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.OFTConfig(
+            oft_block_size=8,
+            module_dropout=0.5,
+            init_weights=False,
+            use_cayley_neumann=False,
+            target_modules=["q_proj"],
+        ),
+        peft.BOFTConfig(boft_n_butterfly_factor=2, boft_dropout=0.5, init_weights=False, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_dropped_blocks_are_the_identity(config):
+    """In training a share of the blocks, other ones in each call; none in use."""
+    model = get_peft_model(make("llama", layers=1), config)
+    delta = next(iter(model.adapters["default"][0].deltas.values()))
+    x = torch.eye(32)
+    whole = delta.eval().prepare_input(x)
+    assert torch.equal(delta.prepare_input(x), whole)
+    found = [delta.train().prepare_input(x) for _ in range(4)]
+    assert all((y - whole).abs().max() > 1e-3 for y in found)
+    assert any((y - found[0]).abs().max() > 1e-3 for y in found)
+    assert_same_function(found[0] @ found[0].T, x, "orthogonal")
 
 
 def test_only_lora_adapters_are_summed():

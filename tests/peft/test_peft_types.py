@@ -77,6 +77,23 @@ PEERS = {
         },
     ),
     "lokr_whole": Peer("LoKrConfig", {"r": 16, "init_weights": False, "target_modules": ["v_proj", "up_proj"]}),
+    "oft": Peer("OFTConfig", {"oft_block_size": 8, "target_modules": ["q_proj", "k_proj", "down_proj"]}),
+    "oft_exact": Peer(
+        "OFTConfig",
+        {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True, "target_modules": "all-linear"},
+    ),
+    "oft_few_terms": Peer(
+        "OFTConfig",
+        {"oft_block_size": 16, "num_cayley_neumann_terms": 2, "init_weights": False, "bias": "oft_only"},
+        "bert",
+    ),
+    "coft": Peer("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 0.3, "target_modules": ["v_proj", "up_proj"]}),
+    "boft": Peer("BOFTConfig", {"target_modules": ["q_proj", "k_proj", "down_proj"]}),
+    "boft_bert": Peer(
+        "BOFTConfig",
+        {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False, "bias": "boft_only"},
+        "bert",
+    ),
 }
 PEER = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 
@@ -163,7 +180,7 @@ def test_new_adapter_equals_peft(hf_peft, tmp_path, peer):
         assert_same_function(logits(theirs, inputs), logits(ours, inputs))
 
 
-SEVERAL = pytest.mark.parametrize("name", ["ia3", "vera", "loha_dense", "lokr"])
+SEVERAL = pytest.mark.parametrize("name", ["ia3", "vera", "loha_dense", "lokr", "oft", "boft"])
 
 
 @SEVERAL
