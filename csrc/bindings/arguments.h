@@ -1,6 +1,5 @@
-// The checks of an op's arguments that guard memory, shared by the CPU and the CUDA library. Every address that a
-// kernel receives comes from here, so no tensor that a caller passes can make a kernel read or write outside its
-// memory.
+// The memory-safety checks of an op's arguments, shared by the CPU and the CUDA library. Every address that a kernel
+// receives is checked here, so that no tensor can make a kernel read or write outside its memory.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -32,7 +31,7 @@ inline constexpr ScalarType kScalarTypeOf<uint8_t> = ScalarType::Byte;
 template <>
 inline constexpr ScalarType kScalarTypeOf<int64_t> = ScalarType::Long;
 
-// For a >= 0 and b > 0; a + b may exceed int64.
+// For a >= 0 and b > 0, also if a + b exceeds int64.
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 enum class Device { kCpu, kCuda };
@@ -60,7 +59,7 @@ class Arguments {
         int64_t rows, columns;
     };
 
-    // The sizes of a matrix, both positive: the kernels are never asked for empty products.
+    // The sizes of a matrix, both positive, because kernels do not support empty products.
     Matrix matrix(const Tensor& tensor, const char* name) const {
         require(tensor.dim() == 2, op_, ": ", name, " must have two dimensions, got ", tensor.dim());
         const Matrix sizes{tensor.size(0), tensor.size(1)};
@@ -129,7 +128,7 @@ class Arguments {
         return tensor.has_value() ? any_float(*tensor, name, numel) : AnyFloat{nullptr, DType::kFloat32};
     }
 
-    // The address of `numel` contiguous elements of `dtype`, which x or grad_y has; null for no tensor.
+    // The address of `numel` contiguous elements of `dtype`, the dtype of x or grad_y; null for no tensor.
     const void* floats(const Tensor& tensor, const char* name, int64_t numel, DType dtype) const {
         const AnyFloat elements = any_float(tensor, name, numel);
         require(elements.dtype == dtype, op_, ": ", name, " must have the dtype of the op's other activations");
@@ -192,8 +191,9 @@ class Arguments {
         }
     }
 
-    // The tensor's address, from where its storage holds `elements` elements: a view may outlive its storage's memory
-    // (untyped_storage().resize_(0), by which FSDP frees parameters), and a wrapper may have none of its own.
+    // The tensor's address, after a check that its storage has `elements` elements from there on. A view may outlive
+    // its storage's memory (untyped_storage().resize_(0), by which FSDP frees parameters), and a wrapper may have no
+    // memory.
     const void* address(const Tensor& tensor, const char* name, int64_t elements, int64_t item_size) const {
         if (elements == 0) return nullptr;
         int64_t storage_bytes = 0, last = 0, needed = 0;
@@ -204,7 +204,7 @@ class Arguments {
                 " bytes, got a storage of ", storage_bytes, " bytes; was it freed?");
         const void* data = tensor.const_data_ptr();
         require(data != nullptr, op_, ": ", name,
-                " must have memory of its own, got none; pass the tensor that a wrapper or fake stands for");
+                " must have memory of its own, got none; pass the tensor inside the wrapper or fake tensor");
         require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(item_size) == 0, op_, ": ", name,
                 " must be aligned to its element size of ", item_size, " bytes; pass a clone");
         return data;

@@ -12,7 +12,7 @@ void check_range(int64_t offset, int64_t bytes, int64_t alignment, int64_t arena
             " of them, lie outside the arena or are not aligned");
 }
 
-// The rows are the caller's plan and become addresses: each is checked against the memory that it points into.
+// The rows are planned by the caller and become addresses, so each is checked against its tensor's memory.
 void check(const AdamWSegment& segment, const std::vector<int64_t>& numels, int64_t arena_bytes) {
     require(segment.param >= 0 && segment.param < static_cast<int64_t>(numels.size()),
             "adamw_step: segments: no parameter ", segment.param);
@@ -53,7 +53,7 @@ void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor st
     auto* bytes = arguments.written<uint8_t>(arena, "arena", arena_bytes);
     require(reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0, "adamw_step: arena must be aligned");
 
-    // Copies: the step writes into tensors that may share memory with `segments` and `steps`.
+    // Copied, because the step may write into tensors that share memory with `segments` and `steps`.
     const std::vector<AdamWSegment> plan(rows, rows + n_segments);
     std::vector<AdamWParam> pointers;
     pointers.reserve(params.size());

@@ -9,7 +9,7 @@ class AttentionArguments : public CpuArguments {
   public:
     using CpuArguments::CpuArguments;
 
-    // A tensor [B, heads, T, D] whose last dimension is contiguous; any other strides.
+    // A tensor [B, heads, T, D] with a contiguous last dimension and any other strides.
     HeadsView heads(const Tensor& tensor, const char* name, int64_t B, int64_t heads, int64_t T, int64_t D,
                     ScalarType dtype) const {
         check_device(tensor, name);

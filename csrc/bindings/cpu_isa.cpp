@@ -9,13 +9,14 @@
 namespace qlora::bindings {
 namespace {
 
-// The instruction set in use. `force` names another one for the rest of the process, "" restores the automatic choice.
+// Returns the instruction set in use. `force` selects another one for the rest of the process; "" restores the
+// automatic choice.
 std::string cpu_isa(std::optional<std::string> force) {
     if (force.has_value()) force_cpu_isa(force->c_str());
     return isa_name(qlora::cpu_isa());
 }
 
-// Why this process cannot use AMX tiles, in one sentence; empty if it can.
+// Returns in one sentence why this process cannot use AMX tiles; empty if it can.
 std::string cpu_amx_unavailable() {
     const char* reason = amx_unavailable();
     return reason ? reason : "";

@@ -14,7 +14,7 @@ Lora lora_of(const CpuArguments& arguments, const Tensor& lora_A, const Tensor& 
     lora.scaling = static_cast<float>(scaling);
     if (dropout_p > 0.0) {
         require(dropout_p < 1.0 - 0x1p-17, "linear_nf4_lora: dropout_p must be below 1 - 2**-17, got ", dropout_p);
-        // nearbyint rounds halves to even, as Python's round does: the mask is one function of (seed, p) everywhere.
+        // nearbyint rounds halves to even, as Python's round does, so that the mask depends only on (seed, p).
         lora.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
         lora.seed = static_cast<uint64_t>(arguments.only<int64_t>(seed, "seed"));
     }

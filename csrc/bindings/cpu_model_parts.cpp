@@ -6,7 +6,7 @@
 namespace qlora::bindings {
 namespace {
 
-// A fresh contiguous CPU tensor of the shape and dtype of a contiguous one.
+// Returns a new contiguous CPU tensor of the shape and dtype of a contiguous one.
 Tensor empty_as(const Tensor& like) {
     std::vector<int64_t> sizes, strides;
     for (int64_t dim = 0; dim < like.dim(); ++dim) {
@@ -77,8 +77,8 @@ class RopeArguments : public CpuArguments {
   public:
     using CpuArguments::CpuArguments;
 
-    // The address of x [B, heads, T, D] with contiguous heads, of q's dtype and with q's B, T and D; fills the strides
-    // of B, heads and T.
+    // The address of x [B, heads, T, D] with contiguous heads and with q's dtype, B, T and D. Writes the strides of B,
+    // heads and T.
     const void* heads(const Tensor& x, const char* name, const Tensor& q, int64_t (&strides)[3]) const {
         check_device(x, name);
         const DType dtype = float_type(x, name);

@@ -1,4 +1,4 @@
-// qlora/parallel.h over torch's own pool: no second runtime, and torch.set_num_threads() is obeyed.
+// qlora/parallel.h with torch's thread pool: no second threading runtime, and torch.set_num_threads() applies.
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
@@ -15,7 +15,7 @@ void run_tasks(int64_t tasks, TaskFunction run, const void* context) {
         for (int64_t task = 0; task < tasks; ++task) run(context, task);
         return;
     }
-    // The pool cuts its range into equal parts; a shared counter lets a thread that finishes early take more.
+    // The pool splits its range into equal parts; a shared counter lets threads that finish early take more tasks.
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
         for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) run(context, task);

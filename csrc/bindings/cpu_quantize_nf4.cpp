@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> quantize_nf4(Tensor w, int64_t blocksize) {
     return {packed, absmax};
 }
 
-// torch's own: its order of summation is part of what other implementations store.
+// torch's mean, because other implementations store results of its order of summation.
 Tensor mean(const Tensor& tensor) {
     StableIValue stack[] = {torch::stable::detail::from(tensor),
                             torch::stable::detail::from(std::optional<ScalarType>())};

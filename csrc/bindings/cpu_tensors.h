@@ -1,4 +1,4 @@
-// Tensors to what the CPU kernels take.
+// Conversion of tensors to arguments of the CPU kernels.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,8 +20,8 @@ class CpuArguments : public Arguments<Device::kCpu> {
     }
 };
 
-// A fresh contiguous CPU tensor. On the CPU this entry goes straight to the allocator; torch::stable::new_empty goes
-// through the dispatcher, which takes as long as a small kernel.
+// Returns a new contiguous CPU tensor. This function calls the allocator directly; torch::stable::new_empty uses the
+// dispatcher, which takes as long as a small kernel.
 template <size_t kDims>
 Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
     int64_t strides[kDims];

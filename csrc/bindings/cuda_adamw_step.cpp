@@ -8,7 +8,7 @@ namespace qlora::cuda_bindings {
 namespace {
 
 // table: int64 [n_params, 4] in device memory, (address, address of the gradient or 0, DType, numel) of each of
-// `params`. lr as a number is used where lr_tensor, on the device, is not given.
+// `params`. The number lr is used if lr_tensor, a tensor on the device, is not given.
 void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor table, Tensor segments, Tensor steps,
                 Tensor arena, OptionalTensor lr_tensor, double lr, OptionalTensor seed, OptionalTensor grad_multiplier,
                 OptionalTensor found_inf, double beta1, double beta2, double eps, double weight_decay) {

@@ -17,7 +17,7 @@ void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_
     check(launch_dequantize_nf4(&args, current_stream(packed)), "dequantize_nf4");
 }
 
-// packed and absmax of w. partial_sums: sums of absmax for the second level, or null.
+// Computes packed and absmax of w. partial_sums: receives sums of absmax for the second level, or null.
 void quantize(const Tensor& w, int64_t blocksize, Tensor& packed, Tensor& absmax, double* partial_sums) {
     const CudaArguments arguments("quantize_nf4", w);
     const int64_t numel = w.numel();
@@ -39,7 +39,7 @@ void quantize_nf4(Tensor w, int64_t blocksize, Tensor packed, Tensor absmax) {
     quantize(w, blocksize, packed, absmax, nullptr);
 }
 
-// absmax_q, absmax_scale and absmax_offset from absmax and the sums of its parts: one launch.
+// Computes absmax_q, absmax_scale and absmax_offset from absmax and its partial sums, in one launch.
 void quantize_absmax_from_sums(const Tensor& absmax, const double* partial_sums, int64_t n_partial_sums,
                                Tensor& absmax_q, Tensor& absmax_scale, Tensor& absmax_offset) {
     const CudaArguments arguments("quantize_absmax", absmax);
@@ -68,7 +68,7 @@ void quantize_absmax(Tensor absmax, Tensor partial_sums, Tensor absmax_q, Tensor
     quantize_absmax_from_sums(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
-// Two launches for both levels: the first leaves the partial sums behind.
+// Quantizes both levels in two launches; the first one computes the partial sums.
 void quantize_nf4_double(Tensor w, int64_t blocksize, Tensor packed, Tensor absmax, Tensor partial_sums,
                          Tensor absmax_q, Tensor absmax_scale, Tensor absmax_offset) {
     const DeviceGuard guard(w.get_device_index());
@@ -79,7 +79,7 @@ void quantize_nf4_double(Tensor w, int64_t blocksize, Tensor packed, Tensor absm
     quantize_absmax_from_sums(absmax, partial, sums, absmax_q, absmax_scale, absmax_offset);
 }
 
-// Doubles that quantize_absmax and quantize_nf4_double need as scratch.
+// Returns the number of doubles that quantize_absmax and quantize_nf4_double need as scratch memory.
 int64_t absmax_partial_sums(int64_t n_blocks) {
     bindings::require(n_blocks >= 0, "quantize_absmax: n_blocks must be >= 0, got ", n_blocks);
     return sum_absmax_partial_sums(n_blocks);

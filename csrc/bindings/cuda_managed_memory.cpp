@@ -1,11 +1,11 @@
-// Unified memory as a tensor that frees it. The stable ABI of torch 2.10 has no tensor with a deleter, so ownership
-// passes through DLPack's C structure, which torch has taken since 1.0.
+// Unified memory as a tensor that frees it. The stable ABI of torch 2.10 has no tensor with a deleter, so ownership is
+// passed through DLPack's C structure, which torch has supported since 1.0.
 #include "cuda_tensors.h"
 
 namespace qlora::cuda_bindings {
 namespace {
 
-// DLPack 0.x, by its published layout.
+// The published layout of DLPack 0.x.
 struct DLTensor {
     void* data;
     struct {
@@ -34,11 +34,12 @@ struct ManagedTensor {
 };
 
 void free_managed(DLManagedTensor* tensor) {
-    if (managed_free(tensor->tensor.data) != cudaSuccess) cudaGetLastError();  // a deleter has nobody to tell
+    if (managed_free(tensor->tensor.data) != cudaSuccess) cudaGetLastError();  // a deleter cannot report an error
     delete static_cast<ManagedTensor*>(tensor->context);
 }
 
-// The address of a DLManagedTensor of uint8 [nbytes], zeroed on `stream_of`'s current stream, for a "dltensor" capsule.
+// Returns the address of a DLManagedTensor of uint8 [nbytes], zeroed on `stream_of`'s current stream, for a "dltensor"
+// capsule.
 int64_t allocate(Tensor stream_of, int64_t nbytes) {
     bindings::require(nbytes >= 0, "managed_alloc: nbytes must be >= 0, got ", nbytes);
     const int32_t device = stream_of.get_device_index();

@@ -1,5 +1,5 @@
-// What surrounds the library: torch's function for the current stream, the versions of driver and runtime, and the
-// record of what this library was built for.
+// The environment of the library: torch's function for the current stream, the versions of driver and runtime, and the
+// library's build record.
 #include <dlfcn.h>
 
 #include "cuda_tensors.h"
@@ -12,9 +12,9 @@ constexpr const char* kStreamSymbol = "aoti_torch_get_current_cuda_stream";
 
 using StreamFunction = AOTITorchError (*)(int32_t device_index, void** stream);
 
-// Null where this torch has none. The function is exported by libtorch_cuda.so, which `import torch` loads with
-// RTLD_LOCAL: an undefined symbol of ours would never be bound to it. RTLD_NOLOAD finds the copy that is loaded
-// already; RTLD_DEFAULT serves builds of torch that keep CUDA in another library of the global scope.
+// Null if this torch does not have the function. libtorch_cuda.so exports it, and `import torch` loads that library
+// with RTLD_LOCAL, so that an undefined symbol of this library would never be bound to it. RTLD_NOLOAD finds the loaded
+// copy; RTLD_DEFAULT covers builds of torch that have CUDA in another library of the global scope.
 StreamFunction find_stream_function() {
     void* const torch_cuda = dlopen(kTorchCuda, RTLD_NOLOAD | RTLD_LAZY);
     void* symbol = torch_cuda ? dlsym(torch_cuda, kStreamSymbol) : nullptr;
@@ -41,7 +41,7 @@ int64_t runtime_version() {
     return version;
 }
 
-// Read from the file, without loading it, by qlora_kernels/backends/cuda/availability.py.
+// qlora_kernels/backends/cuda/availability.py reads this from the file, without loading it.
 #define QLORA_TEXT(macro) QLORA_TEXT_OF(macro)
 #define QLORA_TEXT_OF(value) #value
 __attribute__((used)) const char kBuildRecord[] =

@@ -1,5 +1,5 @@
-// CUDA tensors to what the launchers take. The library loads into a torch without CUDA, so that its ops can be listed
-// anywhere.
+// Conversion of CUDA tensors to launcher arguments. The library can be loaded by a torch without CUDA, so that its ops
+// can be listed everywhere.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,12 +23,12 @@ using bindings::ScalarType;
 using bindings::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// torch's current stream on the device of `tensor`. Raises where torch offers none. (cuda_platform.cpp)
+// Returns torch's current stream on the device of `tensor`. Raises if torch does not provide one. (cuda_platform.cpp)
 cudaStream_t current_stream(const Tensor& tensor);
 
-// Raises for a launcher's error, with the fix where the binaries are for other GPUs. what: the op, and what it was
-// doing. The runtime's own record of the error is cleared: torch looks there after its next launch and would blame that
-// one.
+// Raises for a launcher's error, with the fix if the binaries are for other GPUs. what: the op and its action. The
+// runtime's own record of the error is cleared, because torch reads it after its next launch and would report it for
+// that launch.
 inline void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();
@@ -44,12 +44,12 @@ inline void check(cudaError_t error, const std::string& what) {
     throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The arguments of one op, all on the device of one of them.
+// The arguments of one op, all on one device.
 class CudaArguments : public bindings::Arguments<bindings::Device::kCuda> {
   public:
     using Arguments::Arguments;
 
-    // Sizes that the launchers take as int.
+    // A size that the launchers take as int.
     int to_int(int64_t size, const char* name) const {
         bindings::require(size >= 0 && size <= INT32_MAX, op_, ": ", name, " must fit 32 bits, got ", size);
         return static_cast<int>(size);

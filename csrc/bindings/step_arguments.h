@@ -1,4 +1,4 @@
-// The checks of an optimizer's parameters and gradients, which are walked flat, in the order of their memory.
+// The checks of an optimizer's parameters and gradients, which are processed as flat arrays in memory order.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 
 namespace qlora::bindings {
 
-// On top of CpuArguments or CudaArguments.
+// A class on top of CpuArguments or CudaArguments.
 template <class DeviceArguments>
 class StepArguments : public DeviceArguments {
   public:
     using DeviceArguments::DeviceArguments;
 
-    // Raises unless `param` and `grad` are floats of one dtype that fill a block of memory each, in one layout.
-    // An empty gradient is none.
+    // Raises unless `param` and `grad` are floats of one dtype that each fill a dense block of memory, in one layout.
+    // An empty gradient means none.
     void check_pair(const Tensor& param, const Tensor& grad) const {
         dense(param, "params");
         if (grad.numel() == 0) return;
@@ -32,7 +32,7 @@ class StepArguments : public DeviceArguments {
         require(is_half || dtype == ScalarType::Float, this->op_, ": ", name, " must be float32, bfloat16 or float16");
         this->check_device(tensor, name);
         require(tensor.is_contiguous() || fills_a_block(tensor), this->op_, ": ", name,
-                " must fill a block of memory, without gaps and without elements that share a place");
+                " must fill a block of memory, without gaps or overlapping elements");
         this->address(tensor, name, tensor.numel(), is_half ? 2 : 4);
     }
 

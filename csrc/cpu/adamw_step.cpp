@@ -1,10 +1,10 @@
-// adamw_step: AdamW over many tensors, the arithmetic of qlora_kernels/ops/adamw_step.py.
+// adamw_step: AdamW over many tensors, as defined in qlora_kernels/ops/adamw_step.py.
 //
-// With fp32 states bound by memory, 28 bytes an element; with 8-bit states, 16 bytes, by their decoding and encoding.
-// All segments are cut into tasks of at most one length, so 448 small tensors and one large keep the threads equally
-// busy. fp32 is updated where it lies; 16-bit parameters and 8-bit states pass through fp32 buffers of a block, which
-// never leave the L1 cache. The loops over a block are plain C that every compiler turns into vectors; `fma` stands
-// where the contract has one.
+// With fp32 states the step is bound by memory, at 28 bytes per element; with 8-bit states, at 16 bytes, by their
+// decoding and encoding. Segments are split into tasks of limited length, so that 448 small tensors and one large one
+// keep the threads equally busy. fp32 data is updated in place; 16-bit parameters and 8-bit states pass through fp32
+// buffers of one block that stay in L1. The loops over a block are plain C, which every compiler vectorizes; `fma` is
+// written where the definition has one.
 #include <cmath>
 #include <vector>
 
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int kBlock = kStateBlocksize;
 
-// Elements of a task: long, because each restarts seven streams (with 64 blocks, one tensor of 80 M took 10 % longer
-// than with 1024), but enough tasks for the threads to end together.
+// Elements per task. Each task restarts seven streams, so tasks are long (with 64 blocks, one tensor of 80 M took 10 %
+// longer than with 1024), but there are enough of them for the threads to finish together.
 constexpr int64_t kShortest = 64 * kBlock;
 constexpr int64_t kLongest = 1024 * kBlock;
 constexpr int64_t kTasksPerThread = 8;
@@ -30,11 +30,11 @@ struct Scalars {
     bool lerp_from_grad;
 };
 
-// Doubles as Python computes them, rounded once, as torch hands them to its kernels.
+// Computes in double, as Python does, and rounds once, as torch does for its kernels.
 Scalars scalars_of(const AdamWStep& s, double t) {
     Scalars c{};
     c.grad_multiplier = s.grad_multiplier;
-    c.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);  // a factor of exactly 1 without decay
+    c.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);  // exactly 1 without decay
     c.beta1_weight = static_cast<float>(1.0 - s.beta1);
     c.lerp_from_grad = c.beta1_weight >= 0.5f;
     if (c.lerp_from_grad) c.beta1_weight -= 1.0f;
@@ -72,7 +72,7 @@ void narrow(const float* source, T* target, int n) {
     for (int i = 0; i < n; i += kLanes) store_n(target + i, load(source + i), n - i < kLanes ? n - i : kLanes);
 }
 
-// 16 random bits below the bf16 mantissa, then truncation. A NaN could overflow into a number, so it stays as it is.
+// Adds 16 random bits below the bf16 mantissa and truncates. NaN is kept, because it could overflow to a number.
 void narrow_stochastic(const float* source, Bf16* target, int n, uint64_t seed, uint64_t counter) {
     alignas(64) uint32_t words[4 * kPhiloxCalls];
     for (int begin = 0; begin < n; begin += 8 * kPhiloxCalls) {
@@ -92,7 +92,7 @@ struct States {
     float *m_absmax, *v_absmax;  // null: fp32
 };
 
-// A copy of a short block's indices, zeros behind them.
+// Copies a short block's indices and pads them with zeros.
 template <bool kSigned>
 const uint8_t* padded(const uint8_t* q, int n, uint8_t* space) {
     memset(space, DynamicMap<kSigned>::kOrigin, kBlock);
@@ -102,8 +102,8 @@ const uint8_t* padded(const uint8_t* q, int n, uint8_t* space) {
 
 bool is_finite(float x) { return (float_bits(x) & 0x7f800000) != 0x7f800000; }
 
-// 8-bit codes have no NaN, and an absmax that is not finite would spread to the whole block: an element whose moments
-// are not finite starts anew from zero. Its parameter is NaN, or stays where an infinite root left it.
+// 8-bit codes have no NaN, and a non-finite absmax would affect the whole block. An element whose moments are not
+// finite therefore restarts from zero. Its parameter becomes NaN, or is unchanged if the root is infinite.
 void restart_nonfinite(float* m, float* v, F32& largest_m, F32& largest_v) {
     for (int i = 0; i < kBlock; ++i) {
         if (!is_finite(m[i]) || !is_finite(v[i])) m[i] = v[i] = 0.0f;
@@ -113,8 +113,8 @@ void restart_nonfinite(float* m, float* v, F32& largest_m, F32& largest_v) {
     collect_largest(v, kBlock, largest_v);
 }
 
-// One block with 8-bit states. Decoded piece by piece, so that the divisions of one overlap with the lookups of the
-// next; encoded when the block's largest values are known.
+// Updates one block with 8-bit states. It is decoded in pieces, so that the divisions of one piece overlap with the
+// lookups of the next, and encoded once the block's largest values are known.
 void step_quantized(float* p, const float* g, const States& states, int n, const Scalars& c) {
     alignas(64) float m[kBlock], v[kBlock];
     alignas(64) uint8_t m_space[kBlock], v_space[kBlock];
@@ -140,7 +140,7 @@ void step_quantized(float* p, const float* g, const States& states, int n, const
     *states.v_absmax = encode_block<false>(v, largest_v, states.v, n);
 }
 
-// One block, with whatever is not fp32 in memory passing through buffers.
+// Updates one block; data that is not fp32 in memory passes through buffers.
 template <class T>
 void step_block(T* param, const T* grad, const States& states, int n, const Scalars& c, const uint64_t* seed,
                 uint64_t counter) {

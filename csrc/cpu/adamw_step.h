@@ -1,4 +1,4 @@
-// What adamw_step works on: borrowed pointers and rows of the plan (qlora_kernels/ops/adamw_step.py).
+// Arguments of adamw_step: borrowed pointers and rows of the plan (qlora_kernels/ops/adamw_step.py).
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@ namespace qlora {
 
 struct AdamWParam {
     void* data;
-    const void* grad;  // null: its segments are skipped
+    const void* grad;  // if null, the parameter's segments are skipped
     DType dtype;       // of both
     float step;
 };
 
-// A row of `segments`, column by column.
+// One row of `segments`; the members are its columns.
 struct AdamWSegment {
     int64_t param, start, numel, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, counter;
 };

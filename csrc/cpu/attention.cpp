@@ -1,4 +1,4 @@
-// Attention on register tiles, for each type of the heads.
+// Attention on register tiles, for each dtype of the heads.
 #include "attention.h"
 
 #include "ops.h"

@@ -1,17 +1,17 @@
-// Attention for training over any arithmetic: the forward pass keeps the log of each row's sum of exponentials, the
-// backward pass computes the probabilities again.
+// Attention for training. The forward pass keeps the log of each row's sum of exponentials, from which the backward
+// pass recomputes the probabilities.
 //
-// A task is one key head of one sequence with the query heads that read it. Its keys and values are packed once, block
-// by block, and the gradients of keys and values are summed by one thread in a fixed order: any number of threads gives
-// the same bits. For each block of queries and each block of keys that some of them see
+// A task is one key head of one sequence with the query heads that use it. Its keys and values are packed once, block
+// by block. The gradients of keys and values are summed by one thread in a fixed order, so that any number of threads
+// gives the same bits. For each block of queries and each block of keys that is visible to some of them:
 //
 //     forward    S = Q K^T;  P = exp2(c S - m);  O += P V
 //     backward   S = Q K^T;  P = exp2(c S - log_sum);  dP = dO V^T;  dS = P (dP - rowsum(dO O))
 //                dQ += dS K;  dV += P^T dO;  dK += dS^T Q
 //
-// Left operands are rows; P and dS are transposed once a block. Tiles of queries that see no key of a block are
-// skipped, and so are the columns and steps beyond what a tile sees. scale is applied to the scores and, at the end, to
-// dQ and dK.
+// Left operands are rows; P and dS are transposed once per block. Tiles of queries for which no key of a block is
+// visible are skipped, and so are invisible columns and steps of other tiles. scale is applied to the scores and, at
+// the end, to dQ and dK.
 #pragma once
 
 #include "attention_operands.h"
@@ -20,7 +20,7 @@
 namespace qlora::QLORA_ISA {
 
 inline constexpr float kLn2 = 0.693147180559945309f;
-inline constexpr float kRise2 = 8.0f;  // how far a score in base 2 may exceed the maximum in use
+inline constexpr float kRise2 = 8.0f;  // limit in base 2 by which a score may exceed the maximum in use
 
 template <class T, class Tiles>
 class Attention {
@@ -58,7 +58,7 @@ class Attention {
     };
     struct Rows {  // of a block of queries
         int64_t count;
-        KeyRange ranges[kBlock];  // as given
+        KeyRange ranges[kBlock];  // as in the arguments
         float maxima[kBlock], totals[kBlock], deltas[kBlock];
         KeyRange all() const {
             KeyRange range;
@@ -120,14 +120,14 @@ class Attention {
         return rows;
     }
 
-    // Columns of a block of keys that a tile computes, in strips.
+    // The strips of a block of keys that a tile computes.
     static int64_t first_strip(const KeyRange& seen) { return seen.first / kColumns; }
     static int64_t last_strip(const KeyRange& seen) { return (seen.last + kColumns - 1) / kColumns; }
     static int64_t steps_to(int64_t tokens) {
         return round_up_to((tokens + Tiles::kPair - 1) / Tiles::kPair, Tiles::kStepMultiple);
     }
 
-    // Scores to base-2 logits.
+    // Converts scores to base-2 logits.
     F32 logits(F32 scores) const {
         if (p_.softcap > 0.0f) scores = tanh_vector(mul(scores, set1(into_cap_)));
         return mul(scores, set1(to_log2_));
@@ -177,7 +177,7 @@ class Attention {
         }
     }
 
-    // Scores of one query to probabilities relative to its running maximum; zero outside `own`.
+    // Converts the scores of one query to probabilities relative to its running maximum; zero outside `own`.
     void soften(int64_t r, const KeyRange& own, const KeyRange& seen, Rows& rows, const Buffers& buffers) const {
         Elem* probs = buffers.probs + r * kBlock;
         const int64_t begin = first_strip(seen) * kColumns, end = last_strip(seen) * kColumns;
@@ -297,7 +297,7 @@ class Attention {
         return hsum(sum);
     }
 
-    // P and dS of one query and a block of keys; zero outside `own`.
+    // Computes P and dS of one query and a block of keys; zero outside `own`.
     void between(int64_t r, const KeyRange& own, const KeyRange& seen, const Rows& rows, const Buffers& buffers) const {
         Elem *probs = buffers.probs + r * kBlock, *grad_scores = buffers.grad_scores + r * kBlock;
         const int64_t begin = first_strip(seen) * kColumns, end = last_strip(seen) * kColumns;
@@ -322,7 +322,8 @@ class Attention {
         }
     }
 
-    // Of each tile of the keys of block j: the steps along the queries between the first and the last that see a key.
+    // For each tile of keys of block j: the steps along the queries between the first and the last that see one of
+    // them.
     struct QueryRanges {
         int64_t first_step[kTilesOfBlock], last_step[kTilesOfBlock];
     };
@@ -341,7 +342,7 @@ class Attention {
         return ranges;
     }
 
-    // sums[keys of a block] += M^T B, M [queries, keys] and B the panel of the queries.
+    // sums[keys of a block] += M^T B with M [queries, keys], where B is the panel of the queries.
     void add_transposed(const QueryRanges& queries, const Elem* matrix, const Elem* panel, const Buffers& buffers,
                         float* sums) const {
         transpose_block<Tiles>(matrix, buffers.pairs, buffers.turned);

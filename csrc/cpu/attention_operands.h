@@ -1,5 +1,5 @@
 // Operands and scratch memory of attention: blocks of kBlock tokens, as rows (left operands) and as panels (right
-// ones).
+// operands).
 #pragma once
 
 #include "attention_problem.h"
@@ -7,9 +7,9 @@
 
 namespace qlora::QLORA_ISA {
 
-inline constexpr int64_t kBlock = 96;  // tokens; a multiple of tiles' rows and columns and of their steps on every set
+inline constexpr int64_t kBlock = 96;  // tokens; a multiple of the rows, columns and steps of tiles on every set
 
-// Hands out parts of a buffer. With a null base it only measures.
+// Allocates parts of a buffer. With a null base, it only computes the size.
 class Carver {
   public:
     explicit Carver(char* base) : base_(base) {}
@@ -36,7 +36,7 @@ struct HeadLayout {
     static constexpr int64_t kTileFloats = Tiles::kRows * kColumns;
     static_assert(kBlock % Tiles::kRows == 0 && kBlock % kColumns == 0 && kBlockSteps % Tiles::kStepMultiple == 0);
 
-    int64_t D, steps, strips, row;  // of a head: steps along D, strips of columns, elements of a row of a left operand
+    int64_t D, steps, strips, row;  // of a head: steps along D, column strips, elements per row of a left operand
 
     explicit HeadLayout(int64_t head_dim)
         : D(head_dim),
@@ -49,7 +49,7 @@ struct HeadLayout {
     int64_t pairs_size() const { return strips * kColumns * kBlock; }
     int64_t sums_size() const { return strips * kTilesOfBlock * kTileFloats; }
 
-    // Left operand: rows along D; rows beyond `count` are zero.
+    // Packs a left operand with rows along D; rows beyond `count` are zero.
     void pack_rows(const T* tokens, int64_t stride, int64_t count, Elem* out) const {
         for (int64_t t = 0; t < kBlock; ++t) {
             if (t < count) convert_row(tokens + t * stride, D, out + t * row);
@@ -58,14 +58,14 @@ struct HeadLayout {
         }
     }
 
-    // Right operand whose columns are tokens: [strip of tokens][steps of D][kColumns]. Only strips with tokens.
+    // Packs a right operand whose columns are tokens: [strip of tokens][steps of D][kColumns], without empty strips.
     void pack_keys(const T* tokens, int64_t stride, int64_t count, Elem* out) const {
         fill_from_rows<typename Tiles::Panel, kColumns>(
             0, count, 0, steps, D, out,
             [&](int64_t t, int64_t begin, int64_t n, Elem* dst) { convert_row(tokens + t * stride + begin, n, dst); });
     }
 
-    // Right operand that contracts over tokens: [strip of D][steps of tokens][kColumns].
+    // Packs a right operand that contracts over tokens: [strip of D][steps of tokens][kColumns].
     void pack_pairs(const T* tokens, int64_t stride, int64_t count, Elem* out) const {
         for (int64_t strip = 0; strip < strips; strip += kMaxGroup) {
             const int64_t column0 = strip * kColumns;
@@ -101,7 +101,7 @@ struct HeadLayout {
         }
     }
 
-    // Row r of the first strip of scores or sums; the next strip is kStripFloats further.
+    // Row r of the first strip of scores or sums; consecutive strips are kStripFloats apart.
     static constexpr int64_t kStripFloats = kTilesOfBlock * kTileFloats;
     static float* row_of(float* tiles, int64_t r) {
         return tiles + r / Tiles::kRows * kTileFloats + r % Tiles::kRows * kColumns;
@@ -150,7 +150,7 @@ static inline void transpose_block(const typename Tiles::Elem* src, typename Til
     }
 }
 
-// The keys [first, last) that a row may see, of a block of keys.
+// The keys [first, last) of a block that are visible to a row.
 struct KeyRange {
     int64_t first = 0, last = 0;
     bool empty() const { return first >= last; }
@@ -169,7 +169,7 @@ struct KeyRange {
     }
 };
 
-// v where lane j of column + j lies in the range, else `other`.
+// Returns v in lanes j for which column + j is in the range, and `other` in the rest.
 static inline F32 visible(F32 v, const KeyRange& range, int64_t column, float other) {
     if (range.first <= column && column + kLanes <= range.last) return v;
     const auto lanes_below = [&](int64_t key) {

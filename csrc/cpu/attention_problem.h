@@ -1,4 +1,4 @@
-// What attention works on: borrowed pointers.
+// Arguments of attention: borrowed pointers.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct AttentionProblem {
     HeadsView q, k, v;
 };
 
-// out [B, Tq, H, D] and log_sums [B, H, Tq], the log of the sum of exp(z); a query without keys has zeros in both.
+// out [B, Tq, H, D] and log_sums [B, H, Tq], the log of the sum of exp(z); both are zero for a query without keys.
 struct AttentionOutputs {
     void* out;
     float* log_sums;
@@ -31,7 +31,7 @@ struct AttentionOutputs {
 
 // grad_q [B, Tq, H, D], grad_k and grad_v [B, Tk, KV, D].
 struct AttentionGradients {
-    const void* out;  // as the forward pass left it
+    const void* out;  // the forward pass's result
     const float* log_sums;
     HeadsView grad_out;
     void *grad_q, *grad_k, *grad_v;

@@ -1,4 +1,4 @@
-// What linear_cross_entropy works on: borrowed pointers, all contiguous.
+// Arguments of linear_cross_entropy: borrowed pointers, all contiguous.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace qlora {
 
-// logits z[m, v] = f(scale * (hidden[m] . weight[v] + bias[v])), f(z) = z, or softcap * tanh(z / softcap) if softcap >
-// 0.
+// logits z[m, v] = f(scale * (hidden[m] . weight[v] + bias[v])), where f(z) = z, or softcap * tanh(z / softcap) if
+// softcap > 0.
 struct CrossEntropyProblem {
     int64_t M, V, K;
     DType dtype;            // of hidden and its gradient
-    AnyFloat weight;        // [V, K]; used rounded to `dtype`
+    AnyFloat weight;        // [V, K]; rounded to `dtype` when used
     AnyFloat bias;          // [V], or data == nullptr
     const int64_t* labels;  // [M], in [0, V) or `ignored`
     int64_t ignored;
@@ -20,11 +20,11 @@ struct CrossEntropyProblem {
     float softcap;
 };
 
-// Results of each token m, zero where its label is `ignored`.
+// Results of each token m; zero if its label is `ignored`.
 struct CrossEntropyResults {
     float* losses;      // -log p(label)
     float* log_sums;    // log of the sum of exp(z)
-    void* grad_hidden;  // [M, K] of `dtype`: the gradient of losses[m]; null where it is not wanted
+    void* grad_hidden;  // [M, K] of `dtype`: the gradient of losses[m]; null if it is not needed
 };
 
 }  // namespace qlora

@@ -1,8 +1,8 @@
-// From packed indices to numbers.
+// Decodes packed indices to numbers.
 //
-// All 64 weights of a block share one absmax, so a block has sixteen possible values: code[q] * absmax is multiplied
-// and rounded once per block into a table of sixteen, and each weight is then a table lookup with no arithmetic. The
-// result is bit for bit the dequantized weight, in any element type, at the cost of a copy.
+// All weights of a block share one absmax, so that a block has only sixteen different values. code[q] * absmax is
+// computed and rounded once per block into a table of sixteen, and each weight is a table lookup without arithmetic.
+// The result equals the dequantized weight bit for bit in any element type, at the cost of a copy.
 #pragma once
 
 #include "block_absmax.h"
@@ -11,8 +11,8 @@
 
 namespace qlora::QLORA_ISA {
 
-// out[i] = block_absmax(w, block + i), i < n. Decoding one absmax at a time costs more than the 64 multiply-adds of its
-// block, so a run of blocks is decoded at once.
+// out[i] = block_absmax(w, block + i), i < n. Decoding one absmax at a time costs more than its block's 64 FMAs, so a
+// range of blocks is decoded at once.
 static inline void decode_absmax(const NF4Weight& w, int64_t block, int64_t n, float* out) {
     if (w.absmax) {
         memcpy(out, w.absmax + block, static_cast<size_t>(n) * sizeof(float));
@@ -39,14 +39,14 @@ static inline void decode_absmax(const NF4Weight& w, int64_t block, int64_t n, f
     for (int64_t i = 0; i < n; ++i) out[i] += offset;
 }
 
-// How a block's table is made: values rounded to T and stored as T ...
+// Makes a block's table. RoundTo: values rounded to T and stored as T.
 template <class T>
 struct RoundTo {
     using Elem = T;
     static Code16<T> code(float absmax) { return code16(scaled_code(absmax), static_cast<T*>(nullptr)); }
 };
 
-// ... or rounded to T and stored as float, for kernels that compute on floats whatever x's type is.
+// Values rounded to T and stored as float, for kernels that compute in fp32 for every dtype of x.
 template <class T>
 struct RoundWidened {
     using Elem = float;
@@ -60,7 +60,7 @@ struct RoundForDot {
 };
 #endif
 
-// dst[i] = value of element begin + i, for elements of one block.
+// dst[i] = value of element begin + i, for elements of a single block.
 template <class E>
 static inline void decode_run(const Code16<E>& code, const uint8_t* packed, int64_t begin, int64_t end, E* dst) {
     alignas(64) E values[32];
@@ -81,7 +81,7 @@ static inline void decode_run(const Code16<E>& code, const uint8_t* packed, int6
     }
 }
 
-// Asks for the bytes of `count` elements from `begin` on, where they exist.
+// Prefetches the bytes of `count` elements from `begin` on, as far as they exist.
 static inline void prefetch_range(const NF4Weight& w, int64_t begin, int64_t count) {
     if (begin + count > w.N * w.K) return;
     const uint8_t* last = w.packed + ((begin + count - 1) >> 1);
@@ -92,7 +92,7 @@ static inline void prefetch_range(const NF4Weight& w, int64_t begin, int64_t cou
 // dst[i] = value of the flat element begin + i; the range may start and end anywhere.
 template <class Rounding>
 static inline void decode_range(const NF4Weight& w, int64_t begin, int64_t end, typename Rounding::Elem* dst) {
-    constexpr int64_t kFew = 8;  // blocks whose absmax is faster decoded one at a time
+    constexpr int64_t kFew = 8;  // up to this number, decoding one absmax at a time is faster
     const int64_t last = (end - 1) >> w.block_shift;
     for (int64_t block = begin >> w.block_shift; begin < end; block += kPiece) {
         const int64_t count = last + 1 - block < kPiece ? last + 1 - block : kPiece;

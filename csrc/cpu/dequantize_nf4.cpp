@@ -1,7 +1,7 @@
 // dequantize_nf4: out[i] = code[q[i]] * absmax[i / blocksize], one fp32 product rounded once to the output type.
 //
-// Bound by memory: half a byte read and two or four written per weight. The product is formed for the sixteen values of
-// a block, not for its 64 weights (decode.h), so a core keeps ahead of the store bandwidth.
+// It is bound by memory: half a byte is read and two or four are written per weight. The product is computed for the
+// sixteen values of a block and not for each of its weights (decode.h), so that one core exceeds the store bandwidth.
 #include "decode.h"
 #include "ops.h"
 #include "qlora/parallel.h"
@@ -9,7 +9,7 @@
 namespace qlora::QLORA_ISA {
 namespace {
 
-// A multiple of every blocksize, and whole cache lines of every output type, so that no two tasks share one.
+// A multiple of every blocksize and of the cache line in every output dtype, so that no two tasks share a line.
 constexpr int64_t kGrain = 1 << 15;
 
 template <class T>

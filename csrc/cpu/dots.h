@@ -1,29 +1,29 @@
-// y = x W^T as dot products along k, where both operands lie the way they are stored: nothing is transposed, as the
-// panels (gemm.h) have to, and the sums of a row's lanes are added up once a piece of K.
+// y = x W^T as dot products along k. Both operands are used in their stored layout; unlike the panels of gemm.h,
+// nothing is transposed. The lanes of a row's sums are added once per piece of K.
 //
-// A vector of packed bytes becomes the values of its high nibbles (even k) and those of its low nibbles (odd k) by two
-// table lookups, and x waits in that order. For a handful of tokens the values go straight from the lookup into the
-// products; for more, eight rows' values for a piece of K wait in the first-level cache while all tokens pass by.
+// Two table lookups decode a vector of packed bytes into the values of its high nibbles (even k) and of its low nibbles
+// (odd k); x is stored in the same order. For a few tokens, the decoded values are multiplied directly. For more
+// tokens, the values of 8 weight rows for one piece of K are decoded into L1 and reused for every token.
 //
-// Bound by reading the weights for one or two tokens, from eight on by the multiply-adds.
+// The kernel is bound by reading the weights for one or two tokens, and by the FMAs from eight on.
 #pragma once
 
 #include "linear.h"
 
 namespace qlora::QLORA_ISA {
 
-// Rows of W worked on together, and bytes of a piece of K: half of a first-level cache.
+// Number of rows of W that are processed together, and bytes of a piece of K: half of L1.
 inline constexpr int kGroup = 8;
 inline constexpr int64_t kPieceBytes = 16 << 10;
 
-// Rows of W in a register tile, and tokens beside them.
+// Rows of W in a register tile, and tokens in it.
 inline constexpr int kTileRows = 4;
 #if defined(__AVX512F__)
 inline constexpr int kTileTokens = 6;
 inline constexpr int kDirectTokens = 8;
 #elif defined(QLORA_NEON)
 inline constexpr int kTileTokens = 6;
-inline constexpr int kDirectTokens = 4;  // a row's table of floats takes four registers
+inline constexpr int kDirectTokens = 4;  // the fp32 table of a row takes four registers
 #else
 inline constexpr int kTileTokens = 3;
 inline constexpr int kDirectTokens = 4;
@@ -50,15 +50,15 @@ struct Halves<Bf16Mac> {
 };
 #endif
 
-// Whether dots can take the shape (rows are whole blocks, blocks whole pairs of vectors) and are quicker than panels:
-// adding up lanes costs each sum the same however short its row is, decoding panels costs each weight the same.
+// Whether dots support the shape (rows of whole blocks, blocks of whole pairs of vectors) and are faster than panels:
+// adding lanes costs the same for each sum, even of a short row, while decoding panels costs the same for each weight.
 template <class Mac>
 static inline bool suits_dots(const NF4Weight& w, int64_t M) {
     const int64_t blocksize = int64_t{1} << w.block_shift;
     return M <= (w.K < 1024 ? 32 : 64) && w.K % blocksize == 0 && blocksize % (2 * Halves<Mac>::kElements) == 0;
 }
 
-// Two vectors' elements to one of the even and one of the odd ones, `stride` apart.
+// Splits two vectors into one of their even and one of their odd elements, `stride` apart.
 template <class T>
 static inline void split_pair(const T* x, float* split, int64_t stride) {
     for (int i = 0; i < kLanes; ++i) {
@@ -80,7 +80,7 @@ static inline void split_pair(const Bf16* x, Bf16* split, int64_t stride) {
 #endif
 
 // x in tiles of tokens, each [vectors][tokens][kElements]: vector 2i holds the even elements of the i-th pair of
-// vectors, vector 2i + 1 the odd ones.
+// vectors, and vector 2i + 1 the odd ones.
 template <class Mac>
 struct PackedTokens {
     using Elem = typename Mac::Elem;
@@ -91,7 +91,7 @@ struct PackedTokens {
     Elem* tile(int64_t t) const { return data + tiling.begin(t) * K; }
 };
 
-// x [M, K], K whole pairs of vectors.
+// Packs x [M, K] with K a whole number of vector pairs.
 template <class Mac, class T>
 static PackedTokens<Mac> pack_tokens(const T* x, int64_t M, int64_t K, int most) {
     using Elem = typename Mac::Elem;
@@ -126,15 +126,14 @@ static inline void add_lanes(const F32 (&sum)[kRows][kM], float* sums) {
     }
 }
 
-// Asks for `count` bytes at the same place in the next group, into the second-level cache: this group's bytes and x
-// fill the first.
+// Prefetches `count` bytes at the same offset of the next group into L2; the bytes of this group and x fill L1.
 static inline void prefetch_next(const uint8_t* bytes, int64_t group_bytes, int64_t count) {
     for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(bytes + group_bytes + byte, 0, 2);
 }
 
 // For at most kDirectTokens tokens: sums[m * kGroup + i] += (row i of W) . (token m) over blocks [block0, block1), for
-// kGroup rows. `packed` and `absmax` point to the bytes and the block constants of the first row. Rows from `valid` on
-// do not exist: they repeat the last one, and their sums are not read.
+// kGroup rows. `packed` and `absmax` point to the bytes and the constants of the first row. Rows from `valid` on do not
+// exist: they read the last row, and their sums are not used.
 template <class T, int kM>
 static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* absmax, int valid, int64_t block0,
                         int64_t block1, const typename Arithmetic<T>::Mac::Elem* x, float* sums) {
@@ -257,7 +256,7 @@ static DotTile<Mac> dot_tile_for(int tokens) {
     return dot_tile<Mac, kM>;
 }
 
-// y [M, N] = start + x W^T + bias. start(n, valid, sums): the first values of rows n to n + valid, sums[M][kGroup].
+// y [M, N] = start + x W^T + bias. start(n, valid, sums): initial values of rows n to n + valid, sums[M][kGroup].
 template <class T, class Start>
 static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* bias, T* y, const Start& start) {
     using Mac = typename Arithmetic<T>::Mac;

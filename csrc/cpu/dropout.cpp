@@ -1,6 +1,6 @@
-// dropout_bits: the dropout mask as a bitmap, bit i for the flat element i.
+// dropout_bits: the dropout mask as a bitmap; bit i is that of the flat element i.
 //
-// Philox4x32-10 with key = seed and counter = i >> 3: one call gives the eight 16-bit draws of one byte of the bitmap.
+// Philox4x32-10 with key = seed and counter = i >> 3: each call gives the eight 16-bit draws of one byte of the bitmap.
 #include "ops.h"
 #include "philox.h"
 #include "qlora/parallel.h"
@@ -9,7 +9,7 @@
 namespace qlora::QLORA_ISA {
 namespace {
 
-// Four calls' draws, eight each in order, to four bytes: a draw at or above the threshold is kept.
+// Converts the draws of four calls, eight each, to four bytes; draws of at least the threshold set their bit.
 uint32_t kept(const uint32_t* words, uint32_t threshold) {
 #ifdef __AVX512BW__
     const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));

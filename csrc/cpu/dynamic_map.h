@@ -1,11 +1,12 @@
-// The 8-bit dynamic map over blocks of 256 (qlora_kernels/format/blockwise8.py), decoded by table, encoded by
+// The 8-bit dynamic map over blocks of 256 (qlora_kernels/format/blockwise8.py), decoded by table and encoded by
 // arithmetic.
 //
-// The map is seven decades of equal cells: decade d divides [0.1, 1) * 10^(d - 6) into 2^d cells, or 2^(d + 1) in the
-// unsigned map, so within a decade the code is a linear function of the magnitude. The decade itself is guessed from
-// the magnitude's bits, too high by one at most, and put right by one comparison. fp32 rounding can miss by one next to
-// a boundary; a group of four vectors that holds one that close, some 1 in 60 of 64 elements, is compared with the
-// boundaries themselves. Eight comparisons and selections instead of the guess took 1.7 times as long.
+// The map consists of seven decades of equal cells: decade d divides [0.1, 1) * 10^(d - 6) into 2^d cells, or 2^(d + 1)
+// in the unsigned map. Within a decade, the code is therefore a linear function of the magnitude. The decade is
+// estimated from the magnitude's bits, at most one too high, and corrected by one comparison. fp32 rounding can give a
+// code that is off by one next to a boundary. A group of four vectors with an element that close, about 1 in 60 groups
+// of 64 elements, is therefore compared with the boundaries themselves. Eight comparisons and selections instead of the
+// estimate took 1.7 times as long.
 #pragma once
 
 #include <bit>
@@ -16,7 +17,7 @@
 
 namespace qlora::QLORA_ISA {
 
-// Elements decoded at a time.
+// Number of elements decoded at a time.
 inline constexpr int kPiece = 64;
 
 template <bool kSigned>
@@ -27,8 +28,8 @@ struct DynamicMap {
     static constexpr float kSmallest = kBoundaries[kOrigin];        // between zero and the first code
     static constexpr float kOne = kBoundaries[254];                 // between the last code and 1.0
 
-    // What depends on the decade, as tables of eight: the last entry serves a guess beyond the last decade.
-    // code = round(magnitude * slope + offset), at most `last`, for magnitudes above `threshold`.
+    // Values per decade, as tables of eight; the last entry is for an estimate beyond the last decade. code =
+    // round(magnitude * slope + offset), at most `last`, for magnitudes above `threshold`.
     struct Decades {
         alignas(64) float threshold[8]{}, slope[8]{}, offset[8]{}, last[8]{};
 
@@ -50,7 +51,7 @@ struct DynamicMap {
 
 #ifdef __AVX512BW__
 
-// The floats of a map as two planes of words, which two permutes of 64 entries each and a selection look up.
+// The floats of a map as two planes of words, for lookup by two permutes of 64 entries each and a selection.
 template <bool kSigned>
 struct WordPlanes {
     alignas(64) uint16_t low[256]{}, high[256]{};
@@ -88,7 +89,7 @@ template <bool kSigned>
 static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
     static constexpr WordPlanes<kSigned> kPlanes;
     const WordTable low(kPlanes.low), high(kPlanes.high);
-    // Unpacking interleaves within 128 bits; this order of the indices makes its results consecutive.
+    // Unpacking interleaves within 128 bits; with this order of the indices, its results are consecutive.
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
 #pragma GCC unroll 2
     for (int i = 0; i < kPiece; i += 32) {
@@ -102,13 +103,13 @@ static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
     }
 }
 
-// By the exponent's low five bits: the highest decade that a number of that exponent can lie in.
+// The highest decade of the numbers with an exponent, indexed by the exponent's low five bits.
 template <bool kSigned>
 struct DecadeOfExponent {
     alignas(64) int32_t decade[32]{};
 
     constexpr DecadeOfExponent() {
-        float end = 2.0f;  // of the numbers with that exponent
+        float end = 2.0f;  // upper bound of the numbers with that exponent
         for (int i = 31; i >= 0; --i, end *= 0.5f) {
             decade[i] = 6;
             while (decade[i] > 0 && DynamicMap<kSigned>::kDecades.threshold[decade[i]] >= end) --decade[i];
@@ -116,7 +117,7 @@ struct DecadeOfExponent {
     }
 };
 
-// Indices of kLanes normalized numbers. `farthest` collects how far from the middle of its cell any of them lies.
+// Indices of kLanes normalized numbers. `farthest` collects the largest distance from the middle of a cell.
 template <bool kSigned>
 static inline I32 approximate_index(F32 x, F32& farthest) {
     using Map = DynamicMap<kSigned>;
@@ -134,7 +135,7 @@ static inline I32 approximate_index(F32 x, F32& farthest) {
         magnitude = _mm512_mask_add_epi32(magnitude, negative, magnitude, one);
     }
     const __m512 a = _mm512_castsi512_ps(magnitude);
-    // Exponents beyond the table's take some other's decade, and are zeroed below.
+    // Exponents outside the table give a wrong decade; these codes are zeroed below.
     const __m512i highest = _mm512_permutex2var_epi32(
         _mm512_load_si512(kHighest.decade), _mm512_srli_epi32(magnitude, 23), _mm512_load_si512(kHighest.decade + 16));
     const __mmask16 below = _mm512_cmp_ps_mask(a, by_decade(Map::kDecades.threshold, highest), _CMP_LE_OQ);
@@ -144,7 +145,7 @@ static inline I32 approximate_index(F32 x, F32& farthest) {
     farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(within, _MM_FROUND_TO_NEAREST_INT), 0xb);  // max |.|
     const __mmask16 counts = _mm512_cmp_ps_mask(a, set1(Map::kSmallest), _CMP_GT_OQ);
     __m512i code = _mm512_maskz_cvtps_epi32(counts, within);
-    // One more where x is 1.0, of which there is no negative.
+    // Add one where x is 1.0, which has no negative counterpart.
     code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, set1(Map::kOne), _CMP_GT_OQ), code, one);
     if constexpr (kSigned) {
         const __m512i origin = _mm512_set1_epi32(Map::kOrigin);
@@ -160,7 +161,7 @@ static inline void decode_piece(const uint8_t* q, float absmax, float* x) {
     for (int i = 0; i < kPiece; ++i) x[i] = DynamicMap<kSigned>::kCode[q[i]] * absmax;
 }
 
-// table[i & 7] in every lane.
+// table[i & 7] in each lane.
 static inline F32 lookup8(const float* table, I32 i) {
 #ifdef __AVX2__
     return _mm256_permutevar8x32_ps(_mm256_load_ps(table), reinterpret_cast<__m256i>(i));
@@ -173,7 +174,7 @@ static inline F32 lookup8(const float* table, I32 i) {
 #endif
 }
 
-// To the nearest integer, of positive numbers that do not lie between two.
+// Rounds positive numbers that are not halfway between two integers to the nearest integer.
 static inline I32 nearest(F32 x) {
 #ifdef __AVX2__
     return reinterpret_cast<I32>(_mm256_cvtps_epi32(x));
@@ -184,7 +185,8 @@ static inline I32 nearest(F32 x) {
 #endif
 }
 
-// As above; the decade comes from the bits read as an integer, a logarithm good to 0.03 decades.
+// The same for compilers without AVX-512: the decade is estimated from the bits as an integer, a logarithm with an
+// error below 0.03 decades.
 template <bool kSigned>
 static inline I32 approximate_index(F32 x, F32& farthest) {
     using Map = DynamicMap<kSigned>;
@@ -194,25 +196,25 @@ static inline I32 approximate_index(F32 x, F32& farthest) {
 
     const I32 bits = reinterpret_cast<I32>(x);
     const I32 negative = kSigned ? bits >> 31 : bits ^ bits;  // -1 below zero
-    // A tie goes to the lower index, away from zero for negative numbers: their magnitude moves up one step.
+    // A tie takes the lower index, which for negative numbers is away from zero: their magnitude is raised by one ulp.
     const I32 magnitude = kSigned ? (bits & 0x7fffffff) - negative : bits;
     const F32 a = reinterpret_cast<F32>(magnitude);
     const F32 logarithm = fma(__builtin_convertvector(magnitude, F32), set1(kLogOfBits), set1(kLogOrigin));
-    const I32 guess = __builtin_convertvector(logarithm, I32);  // nonsense below kSmallest, which is zeroed below
+    const I32 guess = __builtin_convertvector(logarithm, I32);  // wrong below kSmallest; zeroed below
     const I32 decade = guess + (a <= lookup8(Map::kDecades.threshold, guess));
     const F32 place = fma(a, lookup8(Map::kDecades.slope, decade), lookup8(Map::kDecades.offset, decade));
     const F32 last = lookup8(Map::kDecades.last, decade);
     const F32 within = place < last ? place : last;
     const I32 code = nearest(within);
     farthest = max_magnitude(farthest, within - __builtin_convertvector(code, F32));
-    // One more where x is 1.0, of which there is no negative.
+    // Add one where x is 1.0, which has no negative counterpart.
     const I32 k = (code & (a > set1(Map::kSmallest))) - (x > set1(Map::kOne));
     return Map::kOrigin + ((k ^ negative) - negative);
 }
 
 #endif
 
-// Index of x: how many boundaries lie strictly below it, found from a guess that is off by one at most.
+// The index of x, the number of boundaries strictly below it, from an estimate that is off by at most one.
 template <bool kSigned>
 static inline int corrected_index(float x, int guess) {
     constexpr const float* kBoundaries = DynamicMap<kSigned>::kBoundaries;
@@ -221,12 +223,13 @@ static inline int corrected_index(float x, int guess) {
     return guess;
 }
 
-// largest[lane] = the largest magnitude seen so far in that lane, over `n` more elements, a multiple of kLanes.
+// largest[lane] = the largest magnitude so far in that lane, over `n` more elements, a multiple of kLanes.
 static inline void collect_largest(const float* x, int n, F32& largest) {
     for (int i = 0; i < n; i += kLanes) largest = max_magnitude(largest, load(x + i));
 }
 
-// x[i] -> q[i], i < n <= 256; returns absmax. x has room for 256 and is zero from n on; `largest` is of them all.
+// x[i] -> q[i], i < n <= 256; returns absmax. x has room for 256 elements and is zero from n on; `largest` covers all
+// of them.
 template <bool kSigned>
 static inline float encode_block(const float* x, F32 largest, uint8_t* q, int n) {
     constexpr int kGroup = 4 * kLanes;

@@ -1,4 +1,4 @@
-// exp and tanh of vectors, and the vector operations that a softmax needs beside those of simd.h.
+// exp and tanh of vectors, and the vector operations of a softmax that simd.h does not have.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@ inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 static inline F32 subtract(F32 a, F32 b) { return add(a, mul(b, set1(-1.0f))); }
 
-// The larger of a and b in each lane. A NaN in a stays, a NaN in b is lost.
+// The larger of a and b in each lane. A NaN in a is kept, a NaN in b is lost.
 static inline F32 maximum(F32 a, F32 b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(b, a);
@@ -25,7 +25,7 @@ static inline F32 maximum(F32 a, F32 b) {
 #endif
 }
 
-// The largest lane.
+// The largest lane of a vector.
 static inline float highest(F32 v) {
     float lanes[kLanes];
     store(lanes, v);
@@ -68,7 +68,7 @@ static inline F32 exp2_vector(F32 x) {
     const F32 result = _mm256_mul_ps(exp2_fraction(_mm256_sub_ps(x, whole)), power);
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), result);
 #else
-    // x + 1.5 * 2^23 has the whole number next to x in its low bits, from where it moves into the exponent.
+    // x + 1.5 * 2^23 has the integer nearest to x in its low bits, which are then shifted into the exponent.
     const F32 shifter = set1(12582912.0f), bounded = x < set1(-126.0f) ? set1(-126.0f) : x;
     const F32 shifted = bounded + shifter, fraction = exp2_fraction(bounded - (shifted - shifter));
     const F32 result = reinterpret_cast<F32>(reinterpret_cast<I32>(fraction) + (reinterpret_cast<I32>(shifted) << 23));

@@ -1,6 +1,6 @@
-// The kernels of avx512_bf16_fma: those of avx512_bf16, except that linear ops on many bf16 tokens run on the fp32
-// multiply-adds of avx512, for processors whose vdpbf16ps has half their rate. Few tokens are limited by reading and
-// decoding the weight, which avx512_bf16 does with half the instructions.
+// The kernels of avx512_bf16_fma: those of avx512_bf16, except that linear ops on many bf16 tokens use the fp32 FMAs of
+// avx512, for processors whose vdpbf16ps has half their rate. Few tokens are bound by reading and decoding the weight,
+// for which avx512_bf16 needs half the instructions.
 //
 // Both compute the product of the same rounded operands with fp32 sums.
 #ifdef QLORA_X86_KERNELS
@@ -19,7 +19,7 @@ extern const Kernels kKernels;
 namespace avx512_bf16_fma {
 namespace {
 
-// At 8 tokens vdpbf16ps at half rate takes as long as the decode of a weight; an estimate from instruction counts.
+// At 8 tokens, vdpbf16ps at half rate takes as long as decoding a weight; this is an estimate from instruction counts.
 constexpr int64_t kFewTokens = 8;
 
 const Kernels& table_for(const LinearProblem& p) {

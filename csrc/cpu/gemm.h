@@ -1,18 +1,19 @@
-// The matrix product that every linear op is made of: C[M, N] = A[M, L] * B[L, N] with fp32 accumulators.
+// The matrix product that all linear ops use: C[M, N] = A[M, L] * B[L, N] with fp32 accumulators.
 //
-// A is read in place, a few rows at a time: a broadcast of one element, or pair, takes it from wherever its row lies.
-// B is never stored: each task owns a group of column strips, decodes a panel [steps][kColumns] of them into its L2,
-// and runs every tile of A over it, so that a weight is decoded once per call however large M is. A tile's accumulators
-// live in registers for a whole panel:
+// A is read in place, a few rows at a time, by broadcasts of one element or pair. B is never stored as a whole: each
+// task computes a group of column strips. It decodes a panel [steps][kColumns] of them into its L2 and multiplies every
+// tile of A with it, so that each weight is decoded once per call for any M. A tile's accumulators stay in registers
+// for a whole panel:
 //
 //     for each panel (a piece of L, a group of strips)            decode: fill(...)
 //         for each tile of A, for each strip of the group         rows x kColumns accumulators, kept over `steps`
 //             c += a[row][step] * b[step][column]
 //
-// One step is one element of L, or a pair of them for vdpbf16ps (kPair = 2), where a and b hold 32-bit pairs. L is
-// padded with zeros to whole steps, strips to whole columns.
+// One step is one element of L, or a pair of elements for vdpbf16ps (kPair = 2), for which a and b hold 32-bit pairs. L
+// is padded with zeros to whole steps, strips to whole columns.
 //
-// The order of additions for one element of C depends only on the shapes: any number of threads gives the same bits.
+// The order of additions for an element of C depends only on the shapes, so that any number of threads gives the same
+// bits.
 #pragma once
 
 #include "decode.h"
@@ -22,7 +23,7 @@
 
 namespace qlora::QLORA_ISA {
 
-// fp32 operands, fused multiply-add.
+// fp32 operands with fused multiply-adds.
 struct FloatMac {
     using Elem = float;
     static constexpr int kPair = 1;
@@ -33,11 +34,11 @@ struct FloatMac {
 };
 
 #ifdef __AVX512BF16__
-// bf16 operands in pairs along L, two exact products and fp32 sums per lane.
+// bf16 operands in pairs along L: two exact products per lane, fp32 sums.
 struct Bf16Mac {
     using Elem = Bf16;
     static constexpr int kPair = 2;
-    static constexpr int64_t kChain = 1 << 14;  // far below the rounding of bf16 operands
+    static constexpr int64_t kChain = 1 << 14;  // its rounding error is far below that of bf16 operands
     static __m512i broadcast(const Bf16* a) {
         int pair;
         memcpy(&pair, a, sizeof pair);
@@ -50,7 +51,7 @@ struct Bf16Mac {
 };
 #endif
 
-// Rows of accumulators: 2 * kMaxRows registers of C, 2 of B and 1 of A have to fit the register file.
+// Rows of accumulators: 2 * kMaxRows registers of C, 2 of B and 1 of A must fit the register file.
 #if defined(__AVX512F__) || defined(QLORA_NEON)
 inline constexpr int kMaxRows = 12;
 #elif defined(__AVX2__)
@@ -59,16 +60,16 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes], a's rows `stride` elements apart and its
-// steps `step`.
+// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes]; the rows of a are `stride` elements
+// apart, its steps `step`.
 //
-// Sums run in chains of kChain steps that are then added to c: the rounding error of a long sum grows with the length
-// of its chains.
+// Sums run in chains of kChain steps, which are then added to c, because the rounding error of a sum grows with the
+// length of its chains.
 template <class Mac, int kRows, int kVectors>
 static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t step, const typename Mac::Elem* b,
                         int64_t steps, float* c) {
-    // Every third row has a pointer, the others are `stride` and 2 * `stride` past one: the addresses of twelve rows in
-    // the registers that there are.
+    // Every third row has a pointer; the others are addressed by offsets of `stride` and 2 * `stride`. This keeps the
+    // addresses of twelve rows in the available registers.
     constexpr int kPointers = (kRows + 2) / 3;
     const typename Mac::Elem* rows[kPointers];
 #pragma GCC unroll 4
@@ -103,7 +104,7 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t ste
                 store(sum, add(load(sum), acc[i][j]));
             }
         }
-        // Without it the compiler keeps the sums of the next chain on the stack, a second copy of c.
+        // Without this barrier, the compiler keeps the sums of the next chain on the stack, as a second copy of c.
         asm volatile("" ::: "memory");
         steps -= chain;
     }
@@ -120,8 +121,8 @@ static TileKernel<Mac> tile_kernel_for(int rows) {
     return tile_kernel<Mac, kRows, kVectors>;
 }
 
-// How M rows are cut into tiles of at most `most`: as even as can be, so that none is left with too few accumulators to
-// hide the multiply's latency.
+// Splits M rows into tiles of at most `most` rows, as evenly as possible, so that every tile has enough accumulators to
+// hide the latency of the multiply.
 struct Tiling {
     int64_t M, count;
 
@@ -135,7 +136,7 @@ static inline int64_t steps_of(int64_t length) {
     return (length + Mac::kPair - 1) / Mac::kPair;
 }
 
-// The operand A: rows `stride` elements apart, of whole steps `step` elements apart.
+// The operand A: rows `stride` elements apart, each of whole steps that are `step` elements apart.
 template <class Mac>
 struct Rows {
     using Elem = typename Mac::Elem;
@@ -143,7 +144,7 @@ struct Rows {
     int64_t stride, step, steps;
     Tiling tiling;
 
-    // c[rows of tile t] += its steps [step0, step0 + count) times b's.
+    // c[rows of tile t] += the tile's steps [step0, step0 + count) times b's.
     template <int kVectors>
     void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, float* c) const {
         const Elem* tile = data + tiling.begin(t) * stride + step0 * step;
@@ -155,18 +156,18 @@ static inline void clear(float* c, int64_t floats) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
 }
 
-// One task's share: the strips [strip0, strip1) for the tiles [tile0, tile1).
+// The part of one task: the strips [strip0, strip1) and the tiles [tile0, tile1).
 struct Share {
     int64_t strip0, strip1, tile0, tile1;
 };
 
-// A group of four strips reads a tile of A from the first-level cache three times out of four. Their panels of at most
-// kPanelBytes leave half of a 1 MiB L2 to the tiles of A that stream past them.
+// With 4 strips per group, 3 of 4 reads of an A tile hit L1. Panels of at most kPanelBytes leave half of a 1 MiB L2 to
+// the tiles of A that are streamed.
 inline constexpr int64_t kMaxGroup = 4;
 inline constexpr int64_t kPanelBytes = 512 << 10;
 
-// Groups shrink towards the end, so that all threads end together. M is split only where there are too few strips to
-// keep all threads busy, since each part decodes its panels again. Neither changes the order of additions.
+// Groups become smaller towards the end, so that all threads finish together. M is split only if there are too few
+// strips for all threads, because each part decodes its panels again. Neither changes the order of additions.
 struct Plan {
     int64_t strips, tiles, threads, tile_tasks, tasks;
 
@@ -191,9 +192,9 @@ struct Plan {
     }
 };
 
-// fill(column0, columns, step0, step1, panel): write the strips of [column0, column0 + columns), zero-padded, each
-//     [step1 - step0][strip width][kPair], one after the other.
-// finish(tile, column0, columns, c): take the result c[rows][strip width] away; it may change c.
+// fill(column0, columns, step0, step1, panel): writes the strips of [column0, column0 + columns), zero-padded, each
+// [step1 - step0][strip width][kPair], one after the other.
+// finish(tile, column0, columns, c): stores accumulator tile c[rows][strip width]; it may change c.
 template <class Mac, int kVectors, class Fill, class Finish>
 static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
     using Elem = typename Mac::Elem;

@@ -1,7 +1,8 @@
 // glu: activation(gate) * up, and its gradients (qlora_kernels/ops/glu.py).
 //
-// Both activations are gate * sigmoid(u): u = gate for silu, and for gelu_tanh u = 2 sqrt(2 / pi) (gate + 0.044715
-// gate^3), because (1 + tanh(z)) / 2 = sigmoid(2 z). Bound by memory where the vectors are long, else by the division.
+// Both activations are gate * sigmoid(u): u = gate for silu, and u = 2 sqrt(2 / pi) (gate + 0.044715 gate^3) for
+// gelu_tanh, because (1 + tanh(z)) / 2 = sigmoid(2 z). The op is bound by memory with long vectors, otherwise by the
+// division.
 #include "exp.h"
 #include "ops.h"
 #include "qlora/parallel.h"
@@ -12,10 +13,10 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 12;
 
-// The exponential of a larger argument overflows or is 0.
+// The exponential of a larger argument overflows, or is 0.
 constexpr float kLargestExponent = 86.0f;
 
-// Beyond this magnitude the sigmoid of gelu_tanh's u is 0 or 1 in fp32, and its cube would overflow later on.
+// Above this magnitude the sigmoid of gelu_tanh's u is 0 or 1 in fp32; much larger cubes would overflow.
 constexpr float kSaturated = 32.0f;
 constexpr float kLinear = 1.59576912f;   // 2 sqrt(2 / pi)
 constexpr float kCubic = 0.0713548162f;  // 2 sqrt(2 / pi) 0.044715
@@ -27,7 +28,7 @@ struct Sigmoid {
 static inline Sigmoid sigmoid(F32 u) {
     const F32 e = exp_vector(clamp(mul(u, set1(-1.0f)), kLargestExponent));
     const F32 quotient = set1(1.0f) / add(set1(1.0f), e);
-    // Zero where e is not e^-u any more: times a large gate its remainder would show.
+    // Zero if e no longer equals e^-u, because its remainder times a large gate would not be negligible.
     const F32 value = u > set1(-kLargestExponent) ? quotient : zero();
     const F32 complement = u < set1(kLargestExponent) ? mul(e, quotient) : zero();
     return {value, complement};

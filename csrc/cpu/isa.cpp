@@ -20,7 +20,7 @@ QLORA_DECLARE_TABLE(avx2)
 QLORA_DECLARE_TABLE(avx512)
 QLORA_DECLARE_TABLE(avx512_bf16)
 
-// Tables that take most kernels from another one (amx/table.cpp, fma_for_bf16.cpp).
+// Tables that take most kernels from another table (amx/table.cpp, fma_for_bf16.cpp).
 namespace avx512_bf16_fma {
 const Kernels& kernels();
 }
@@ -38,7 +38,7 @@ QLORA_DECLARE_TABLE(neon)
 
 namespace {
 
-// The instruction sets of this build from which the automatic choice takes the first that the machine supports.
+// The instruction sets of this build in order of preference; the automatic choice takes the first supported one.
 constexpr Isa kBestFirst[] = {
 #ifdef QLORA_X86_KERNELS
     Isa::kAmxBf16,  Isa::kAvx512Bf16Fma, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
@@ -49,7 +49,7 @@ constexpr Isa kBestFirst[] = {
     Isa::kPortable,
 };
 
-// Those that only a name chooses.
+// Instruction sets that are used only if they are named.
 constexpr Isa kByNameOnly[] = {Isa::kAmxBf16Emulated};
 
 // "avx512_bf16, avx512, avx2 or portable"
@@ -62,8 +62,8 @@ std::string choices() {
     return names;
 }
 
-// Whether the automatic choice prefers fp32 multiply-adds to vdpbf16ps: on Intel's cores vdpbf16ps has half the rate of
-// fp32 multiply-adds (224 and 440 GFLOP/s on two cores of a Xeon), on AMD's Zen 4 and 5 twice the rate.
+// Whether the automatic choice prefers fp32 FMAs to vdpbf16ps: on Intel's cores vdpbf16ps has half the rate of fp32
+// FMAs (224 and 440 GFLOP/s on two cores of a Xeon), on AMD's Zen 4 and 5 twice the rate.
 bool prefers_fma() {
 #ifdef QLORA_X86_KERNELS
     __builtin_cpu_init();
@@ -91,7 +91,7 @@ Isa choose(const char* name, const char* source) {
         const char* reason = "this CPU or its operating system lacks it";
         if (isa == Isa::kAmxBf16 && amx_unavailable()) reason = amx_unavailable();
         throw std::invalid_argument(std::string(source) + "=" + name + ": " + reason +
-                                    "; unset it to use the best one there is");
+                                    "; unset it to use the best supported one");
     }
     throw std::invalid_argument(std::string(source) + " must be " + choices() + ", got " + name);
 }
@@ -123,8 +123,8 @@ const char* isa_name(Isa isa) {
     return "unknown";
 }
 
-// __builtin_cpu_supports looks at XCR0 as well as at cpuid: an operating system that does not save the wide registers
-// counts as lacking the instructions.
+// __builtin_cpu_supports checks XCR0 as well as cpuid: an operating system that does not save the wide registers counts
+// as lacking the instructions.
 bool isa_supported(Isa isa) {
     if (isa == Isa::kPortable) return true;
 #if defined(QLORA_ARM_KERNELS)

@@ -1,6 +1,7 @@
-// What the CPU kernels are called. One table per instruction set; cpu_kernels() is the one of cpu_isa().
+// The interface of the CPU kernels: one table of functions per instruction set; cpu_kernels() is the table of
+// cpu_isa().
 //
-// Every pointer is contiguous and valid for the shapes given; x, y and gradients share one dtype.
+// Every pointer refers to contiguous memory of the given shape; x, y and gradients have one dtype.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ struct LinearProblem {
     int64_t M;
 };
 
-// lora_A [r, K], lora_B [N, r]. threshold: an element is dropped where its 16-bit draw lies below; 0 means no dropout.
+// lora_A [r, K], lora_B [N, r]. threshold: an element is dropped if its 16-bit draw is below it; 0 means no dropout.
 struct Lora {
     AnyFloat A;
     AnyFloat B;
@@ -44,16 +45,16 @@ struct Kernels {
     void (*linear_nf4_grad_x)(const LinearProblem& p, const void* grad_y, void* grad_x);
     // s = dropout(x) A^T [M, r];  y = x W^T + bias + scaling s B^T
     void (*linear_nf4_lora)(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s);
-    // grad_x (skipped where null), grad_A [r, K] and grad_B [N, r] in fp32
+    // grad_x (skipped if null), grad_A [r, K] and grad_B [N, r] in fp32
     void (*linear_nf4_lora_backward)(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
                                      const void* s, void* grad_x, float* grad_A, float* grad_B);
-    // bits [ceil(numel / 8)]: bit i set where element i is kept
+    // bits [ceil(numel / 8)]: bit i is set if element i is kept
     void (*dropout_bits)(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
     // parameters and states in place
     void (*adamw_step)(const AdamWStep& step);
-    // the loss of each token over logits of hidden [M, K], and its gradient
+    // losses of the tokens over the logits of hidden [M, K], and their gradient
     void (*linear_cross_entropy)(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
-    // s = x + residual (null: s is x, and not written), y, scale [rows] = 1 / rms of s's rows
+    // s = x + residual (if null, s is x and is not written), y, scale [rows] = 1 / rms of s's rows
     void (*rms_norm)(const RmsNorm& p, const void* x, const void* residual, float eps, void* s, void* y, float* scale);
     // grad_x, with grad_s added unless null; grad_weight [columns] in fp32 unless null
     void (*rms_norm_backward)(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s,
@@ -64,7 +65,7 @@ struct Kernels {
     void (*glu)(Activation activation, DType dtype, int64_t n, const void* gate, const void* up, void* y);
     void (*glu_backward)(Activation activation, DType dtype, int64_t n, const void* grad_y, const void* gate,
                          const void* up, void* grad_gate, void* grad_up);
-    // attention of each query to a range of keys, and its gradients
+    // attention of each query to its range of keys, and its gradients
     void (*attention)(const AttentionProblem& p, const AttentionOutputs& outputs);
     void (*attention_backward)(const AttentionProblem& p, const AttentionGradients& gradients);
 };

@@ -1,4 +1,5 @@
-// What the linear ops share: the choice of arithmetic for x's type, panels of the quantized weight, tiles in and out.
+// Shared parts of the linear ops: the arithmetic for x's dtype, panels of the quantized weight, loads and stores of
+// tiles.
 #pragma once
 
 #include "kernels.h"
@@ -9,7 +10,7 @@ namespace qlora::QLORA_ISA {
 inline constexpr int kVectors = 2;
 inline constexpr int kColumns = kVectors * kLanes;
 
-// x's type T -> the arithmetic. The weight is rounded to T in every case, so y is x @ dequantize(W, T)^T.
+// Maps x's dtype T to the arithmetic. The weight is always rounded to T, so that y is x @ dequantize(W, T)^T.
 template <class T>
 struct Arithmetic {
     using Mac = FloatMac;
@@ -24,8 +25,8 @@ struct Arithmetic<Bf16> {
 };
 #endif
 
-// Rows that grad_x's panels fetch ahead of the one they decode. Both panels read short pieces of many rows, which the
-// hardware's own prefetchers do not follow.
+// Distance in rows by which grad_x's panels prefetch. Panels read short pieces of many rows, which hardware prefetchers
+// do not detect.
 inline constexpr int64_t kRowsAhead = 8;
 
 // B[k, n] = W[n, k], for y = x W^T.
@@ -42,7 +43,7 @@ static inline auto weight_columns(const NF4Weight& w) {
     };
 }
 
-// B[n, k] = W[n, k], for grad_x = grad_y W: the same bytes, decoded the other way round.
+// B[n, k] = W[n, k], for grad_x = grad_y W: the same bytes, decoded without a transposition.
 template <class T>
 static inline auto weight_rows(const NF4Weight& w) {
     using A = Arithmetic<T>;
@@ -58,7 +59,7 @@ static inline auto weight_rows(const NF4Weight& w) {
     };
 }
 
-// One tile's accumulators, plus a bias by column where there is one, to rows of a row-major [*, row_length] output.
+// Stores one tile's accumulators, plus a bias by column if given, to rows of a row-major [*, row_length] output.
 template <int kWidth, class T>
 static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile, int64_t column0, int64_t columns,
                               int64_t row_length, T* out, const float* bias = nullptr) {
@@ -76,7 +77,7 @@ static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile
     }
 }
 
-// bias as fp32, in scratch memory; null stays null.
+// The bias as fp32 in scratch memory; null stays null.
 static inline const float* bias_as_float(AnyFloat bias, int64_t N) {
     if (!bias.data) return nullptr;
     if (bias.dtype == DType::kFloat32) return static_cast<const float*>(bias.data);

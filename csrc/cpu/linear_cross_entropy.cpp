@@ -1,4 +1,4 @@
-// linear_cross_entropy on register tiles, for each type of the hidden states.
+// linear_cross_entropy on register tiles, for each dtype of the hidden states.
 #include "linear_cross_entropy.h"
 
 #include "ops.h"

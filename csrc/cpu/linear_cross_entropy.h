@@ -1,19 +1,18 @@
-// linear_cross_entropy over any arithmetic: the loss of each token and its gradient in one pass over the weight, with
-// logits of only kTokens x kChunk at a time.
+// linear_cross_entropy: the loss of each token and its gradient in one pass over the weight, with logits of only
+// kTokens x kChunk at a time.
 //
-// With p = softmax(z), the gradient of a loss with respect to the hidden state is sum_v p_v W_v - W_label. The sum has
-// the form of an attention whose keys and values are both W, so it is computed the way attention is: for each chunk of
-// the vocabulary
+// With p = softmax(z), the gradient of a loss with respect to the hidden state is sum_v p_v W_v - W_label. The sum is
+// an attention whose keys and values are both W, and it is computed as attention is, for each chunk of the vocabulary:
 //
 //     scores = X W^T              kTokens x kChunk, fp32
 //     P      = exp(scores - m)    rounded to the operand type; m is a running maximum of each token
 //     sums  += P W                kTokens x K, fp32
 //
-// m rises only by more than kRise, so rescaling the sums is rare. The label's column is left out of P: p_label - 1,
-// which would cancel, is computed from the loss and multiplied by W_label in fp32.
+// m rises only in steps of more than kRise, so that the sums are rarely rescaled. The label's column is left out of P:
+// p_label - 1, which would cancel, is computed from the loss and multiplied by W_label in fp32.
 //
 // A task is one block of tokens and one part of the vocabulary. Blocks and parts depend only on the shapes, and parts
-// are merged in their order: any number of threads gives the same bits.
+// are merged in order, so that any number of threads gives the same bits.
 #pragma once
 
 #include "cross_entropy.h"
@@ -22,9 +21,9 @@
 
 namespace qlora::QLORA_ISA {
 
-inline constexpr int64_t kTokens = 256;      // of a block
-inline constexpr int64_t kChunk = 256;       // rows of the weight
-inline constexpr int64_t kFewestTasks = 16;  // a smaller number of blocks is multiplied by parts of the vocabulary
+inline constexpr int64_t kTokens = 256;      // per block
+inline constexpr int64_t kChunk = 256;       // rows of the weight per chunk
+inline constexpr int64_t kFewestTasks = 16;  // with fewer blocks, the vocabulary is split into parts
 inline constexpr float kRise = 5.0f;
 
 template <class T, class Tiles>
@@ -48,7 +47,7 @@ class CrossEntropy {
     void run() {
         if (learned_ == 0) return;
         copy_hidden();
-        // Of each part: the maximum and the sum of each token; where there are several parts, also the sums of P W.
+        // For each part, the maximum and the sum of each token; with several parts, also the sums of P W.
         const int64_t sums = parts_ > 1 && results_.grad_hidden ? parts_ * blocks_ * sums_floats() : 0;
         float* floats = static_cast<float*>(
             workspace(Slot::kFactors, static_cast<size_t>((2 * parts_ + 1) * learned_ + sums) * sizeof(float)));
@@ -75,7 +74,7 @@ class CrossEntropy {
         return tiles_of_strip + i / Tiles::kRows * kTileFloats + i % Tiles::kRows * kColumns;
     }
 
-    // Writes zeros for ignored tokens; the others keep their order.
+    // Collects the tokens that are not ignored, in order, and writes zeros for the ignored ones.
     void find_learned() {
         int64_t* tokens = static_cast<int64_t*>(workspace(Slot::kBits, static_cast<size_t>(p_.M) * sizeof(int64_t)));
         for (int64_t m = 0; m < p_.M; ++m) {
@@ -95,7 +94,7 @@ class CrossEntropy {
         constexpr int64_t kLine = 64 / sizeof(Elem);
         stride_ = round_up_to(steps_ * kPair, kLine);
         if (stride_ * static_cast<int64_t>(sizeof(Elem)) % kConflict == 0) stride_ += kLine;
-        // A tile reads all of its rows, also where fewer exist.
+        // A tile reads all of its rows, even if fewer exist.
         const int64_t rows = round_up_to(learned_, Tiles::kRows) + Tiles::kRows;
         Elem* data = static_cast<Elem*>(workspace(Slot::kRows, static_cast<size_t>(rows * stride_) * sizeof(Elem)));
         parallel_ranges(rows, Tiles::kRows, [&](int64_t begin, int64_t end) {
@@ -183,7 +182,7 @@ class CrossEntropy {
         return static_cast<int>(left < Tiles::kRows ? left : Tiles::kRows);
     }
 
-    // Scores of one token to probabilities relative to its running maximum.
+    // Converts the scores of one token to probabilities relative to its running maximum.
     void soften(int64_t token, int64_t i, int64_t rows, int64_t v0, int64_t columns, float* scores, float& shift,
                 float& total, Elem* probs, float* sums) const {
         const int64_t strips = (columns + kColumns - 1) / kColumns, count = tiles(rows);
@@ -232,7 +231,7 @@ class CrossEntropy {
             }
         }
         total += hsum(sum);
-        // The last chunk's steps are padded.
+        // The steps of the last chunk are padded.
         const int64_t end = round_up_to(strips * kColumns, Tiles::kStepMultiple * kPair);
         if (results_.grad_hidden) zero_row(probs + strips * kColumns, end - strips * kColumns);
     }
@@ -248,7 +247,7 @@ class CrossEntropy {
         return value;
     }
 
-    // dz / d(z before the cap) = 1 - (z / softcap)^2, at most 0 for z = -inf.
+    // The derivative of the softcap, dz / d(z before the cap) = 1 - (z / softcap)^2, at most 0 for z = -inf.
     static F32 softcap_slope(F32 z, F32 over_cap) {
         const F32 t = maximum(mul(z, over_cap), set1(-1.0f));
         return subtract(set1(1.0f), mul(t, t));

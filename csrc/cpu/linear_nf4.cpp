@@ -1,7 +1,7 @@
 // linear_nf4: y[m, n] = bias[n] + sum_k x[m, k] * w_hat[n, k], fp32 accumulators.
 //
-// Some tens of tokens: dots.h. More: panels of W^T (gemm.h): 2 * kLanes columns n, decoded row by row along k and
-// transposed in registers.
+// Up to some tens of tokens use dots.h. More tokens use panels of W^T (gemm.h): 2 * kLanes columns n, decoded row by
+// row along k and transposed in registers.
 #include "dots.h"
 #include "ops.h"
 

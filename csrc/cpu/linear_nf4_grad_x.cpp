@@ -1,7 +1,7 @@
 // linear_nf4_grad_x: grad_x[m, k] = sum_n grad_y[m, n] * w_hat[n, k], fp32 accumulators.
 //
-// Panels of W itself (gemm.h): 2 * kLanes columns k of consecutive rows n, decoded from the forward's bytes; the pairs
-// that vdpbf16ps wants are two rows interleaved, so nothing is transposed.
+// It uses panels of W itself (gemm.h): 2 * kLanes columns k of consecutive rows n. The pairs of vdpbf16ps are two
+// interleaved rows, so that nothing is transposed.
 #include "linear.h"
 #include "ops.h"
 

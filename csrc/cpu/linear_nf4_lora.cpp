@@ -1,17 +1,17 @@
 // linear_nf4_lora: s = dropout(x) A^T;  y = x W^T + bias + scaling * s B^T.
 //
-// s comes first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). s (scaling
-// B)^T is added to each finished tile of the large product, r more steps of the same kernel, so that y is written once
-// and the low-rank path costs r / K of the product instead of three passes over y. For a few tokens the sums of dots.h
-// start as s (scaling B)^T.
+// s is computed first, from tiles of x with the dropped elements zeroed (1 / keep is applied to the fp32 sums). s
+// (scaling B)^T is added to each finished tile of the large product, as r more steps of the same kernel. y is therefore
+// written once, and the low-rank path costs r / K of the product instead of three passes over y. For a few tokens the
+// sums of dots.h start with s (scaling B)^T.
 #include "dots.h"
 #include "lora.h"
 
 namespace qlora::QLORA_ISA {
 namespace {
 
-// sums[m * kGroup + i] = scaling * sum_j s[m, j] * B[n + i, j] for kGroup rows of B [N, r], of which `valid` exist.
-// Summed in chains, as the tiles of gemm.h are and for the same reason.
+// sums[m * kGroup + i] = scaling * sum_j s[m, j] * B[n + i, j] for kGroup rows of B [N, r], of which `valid` exist. It
+// is summed in chains, as the tiles of gemm.h are, and for the same reason.
 template <class T>
 void start_sums(const Lora& lora, const T* s, int64_t M, int64_t n, int valid, float* sums) {
     float columns[kSpan][kGroup];  // of scaling * B^T, a piece of r

@@ -1,27 +1,27 @@
 // linear_nf4_lora_backward, with G = grad_y:
 //
-//     ds     = scaling * G B               narrow product over n, from the tiles of G that grad_x needs anyway
+//     ds     = scaling * G B               narrow product over n, from the tiles of G that grad_x also uses
 //     grad_B = scaling * (s^T G)^T         r x N product over tokens, panels of G
 //     grad_A = ds^T dropout(x)             r x K product over tokens, panels of x with the dropped elements zeroed
 //     grad_x = G W + mask * (ds A) / keep  the large product, the low-rank one added to its tiles
 //
-// The mask is one bitmap made once and read twice. Everything accumulates in fp32; ds is rounded to x's type, as the
-// composed operations would.
+// The mask is one bitmap that is made once and read twice. All sums are fp32; ds is rounded to x's dtype, as in the
+// composed operations.
 #include "lora.h"
 
 namespace qlora::QLORA_ISA {
 namespace {
 
-// Asks for `count` elements of a later row of a matrix that ends at `end`: panels read short pieces of many rows, which
-// the hardware's own prefetchers do not follow.
+// Prefetches `count` elements of a later row of a matrix that ends at `end`: panels read short pieces of many rows,
+// which hardware prefetchers do not detect.
 template <class T>
 void prefetch_row(const T* row, int64_t count, const T* end) {
     if (row + count > end) return;
     for (const T* line = row; line < row + count; line += 64 / sizeof(T)) __builtin_prefetch(line);
 }
 
-// The rows of a row-major [M, width] matrix, dropped elements zeroed where there are `bits`, as panels that contract
-// over m.
+// Packs the rows of a row-major [M, width] matrix as panels that contract over m, with dropped elements zeroed if
+// `bits` is given.
 template <class Mac, class T>
 auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
     using Elem = typename Mac::Elem;
@@ -63,7 +63,7 @@ void grad_factor(const T* factors, int64_t M, int64_t r, int64_t columns, float 
     });
 }
 
-// c *= scale where kept, 0 where dropped, for the tile of an [M, K] tensor.
+// c *= scale for kept elements, 0 for dropped ones, for the tile of an [M, K] tensor.
 void apply_mask(const uint8_t* bits, const Tiling& tiling, int64_t tile, int64_t column0, int64_t K, float scale,
                 float* c) {
     const F32 factor = set1(scale);

@@ -1,4 +1,4 @@
-// The low-rank products beside the quantized one. All are the same tiles and panels (gemm.h); only the operands differ.
+// The low-rank products of LoRA, computed with the same tiles and panels (gemm.h) as the quantized product.
 #pragma once
 
 #include <type_traits>
@@ -8,10 +8,10 @@
 
 namespace qlora::QLORA_ISA {
 
-// The low-rank product that is added to the large one's finished sums. It comes last: the large product adds up its
-// chains in c, and each of those additions would round the low-rank part, often the larger of the two, once more. Its
-// panel strips are made with the weight's, by the task that uses them, in a buffer of the thread's own: the strips of
-// one group never share a place.
+// The low-rank product that is added to the finished sums of the large one. It is added last: the large product adds
+// its chains to c, and each of these additions would round the low-rank part, often the larger of the two, once more.
+// The task that uses its panel strips makes them together with the weight's, in a buffer of its own; the strips of one
+// group never share memory.
 template <class Mac>
 struct LowRank {
     Rows<Mac> rows;
@@ -23,7 +23,7 @@ struct LowRank {
         return strips + column0 / kColumns % kMaxGroup * size;
     }
 
-    // weight: the large product's fill. fill(column0, columns, strip): one strip of the factor.
+    // weight: the fill of the large product. fill(column0, columns, strip): writes one strip of the factor.
     template <class Weight, class Fill>
     auto beside(const Weight& weight, const Fill& fill) const {
         return [=, this](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
@@ -34,7 +34,7 @@ struct LowRank {
         };
     }
 
-    // c += the low-rank product's tile, which change(product) may alter first.
+    // c += the tile of the low-rank product, which change(product) may modify first.
     template <class Change>
     void add_to(float* c, int64_t tile, int64_t column0, const Change& change) const {
         alignas(64) float product[kMaxRows * kColumns];
@@ -46,7 +46,7 @@ struct LowRank {
     }
 };
 
-// out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: one strip of kLanes columns where r allows.
+// out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: a single strip of kLanes columns if r allows.
 template <class Mac, class T, class Fill>
 static void narrow_product(const Rows<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
     const F32 factor = set1(scale);
@@ -70,7 +70,7 @@ static void narrow_product(const Rows<Mac>& a, int64_t r, float scale, const Fil
     }
 }
 
-// What the kept elements are multiplied by.
+// The factor of kept elements.
 static inline float keep_scale(const Lora& lora) { return 65536.0f / static_cast<float>(65536 - lora.threshold); }
 
 // The dropout bitmap of an [M, K] tensor in scratch memory, or null without dropout.

@@ -1,4 +1,4 @@
-// Problems of the kernels for what lies between a model's linear layers.
+// Arguments of the kernels for the parts between a model's linear layers.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace qlora {
 
 // x, s and their gradients [rows, columns] of `dtype`, contiguous; y and grad_y of `y_dtype`, which is `dtype` or fp32.
-// weight [columns]. offset: 0 or 1, added to the weight; with 1 the normalized row is not rounded before the product.
+// weight [columns]. offset: 0 or 1, added to the weight; for 1, the normalized row is not rounded before the product.
 struct RmsNorm {
     int64_t rows, columns;
     DType dtype, y_dtype;
@@ -24,8 +24,8 @@ struct RopeOperand {
     int64_t strides[3], out_strides[3];
 };
 
-// cos and sin [T, D], or [B, T, D] with `table_stride` elements between the tables of rows; 0 for one table.
-// inverse: by the opposite angles.
+// cos and sin [T, D], or [B, T, D] with `table_stride` elements between the tables of rows; 0 for one table. inverse:
+// rotate by the opposite angles.
 struct Rope {
     DType dtype;
     int64_t B, T, D;

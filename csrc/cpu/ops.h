@@ -1,4 +1,4 @@
-// One instruction set's kernels, as the files of this folder define them; kernels.h says what each computes.
+// The kernels of one instruction set, as the files of this folder define them; kernels.h describes each.
 #pragma once
 
 #include "kernels.h"

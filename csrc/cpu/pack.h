@@ -1,4 +1,4 @@
-// Operands for panel_gemm (gemm.h): rows of x, of gradients and of LoRA factors as they lie, copied, or as panels.
+// Operands of panel_gemm (gemm.h): rows of x, of gradients and of LoRA factors, in place, copied, or as panels.
 #pragma once
 
 #include <type_traits>
@@ -7,10 +7,10 @@
 
 namespace qlora::QLORA_ISA {
 
-// Elements a conversion buffer holds: a few rows of this stay in the first-level cache.
+// Elements of a conversion buffer; a few rows of this length fit in L1.
 inline constexpr int64_t kSpan = 256;
 
-// dst[i] = src[i], converted. Only the copies that the ops need.
+// dst[i] = src[i], converted, for the combinations that the ops need.
 template <class T, class E>
 static inline void convert_row(const T* src, int64_t n, E* dst) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -34,8 +34,7 @@ static inline void convert_row(const AnyFloat& src, int64_t offset, int64_t n, E
     }
 }
 
-// dst[i] = src[offset + i] * scale, rounded to T, x's type, as `lora_A.to(x.dtype)` is, whatever type the product
-// computes in.
+// dst[i] = src[offset + i] * scale, rounded to x's dtype T, as `lora_A.to(x.dtype)` is, for any arithmetic type E.
 template <class T, class E>
 static inline void factor_row(const AnyFloat& src, int64_t offset, int64_t n, float scale, E* dst) {
     float values[kSpan];
@@ -56,14 +55,14 @@ static inline void zero_row(E* dst, int64_t n) {
     if (n > 0) memset(dst, 0, static_cast<size_t>(n) * sizeof(E));
 }
 
-// Sixty-four bits of a bitmap from bit `position` on, the first in bit 0. The bitmap is padded by eight bytes.
+// The 64 bits of a bitmap from bit `position` on, the first in bit 0. The bitmap is padded by eight bytes.
 static inline uint64_t bits_at(const uint8_t* bits, int64_t position) {
     uint64_t word;
     memcpy(&word, bits + (position >> 3), sizeof word);
     return word >> (position & 7);
 }
 
-// dst[i] = src[i] where bit (position + i) is set, else 0.
+// dst[i] = src[i] if bit (position + i) is set, otherwise 0.
 template <class T, class E>
 static inline void masked_row(const T* src, int64_t n, const uint8_t* bits, int64_t position, E* dst) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -73,7 +72,7 @@ static inline void masked_row(const T* src, int64_t n, const uint8_t* bits, int6
 }
 
 #ifdef __AVX512BW__
-// Without arithmetic: the bits are the write mask of a load.
+// Uses the bits as the mask of a load, without arithmetic.
 static inline void masked_row(const Bf16* src, int64_t n, const uint8_t* bits, int64_t position, Bf16* dst) {
     for (int64_t i = 0; i < n; i += 32) {
         const __mmask32 inside = n - i < 32 ? (1u << (n - i)) - 1 : 0xffffffff;
@@ -83,7 +82,7 @@ static inline void masked_row(const Bf16* src, int64_t n, const uint8_t* bits, i
 }
 #endif
 
-// Rows this far apart fall into two of a first-level cache's sets, 4 KiB a way: too few for the rows of a tile.
+// Strides that are multiples of 2 KiB map to 2 L1 sets (4 KiB per way), so that the rows of a tile evict each other.
 inline constexpr int64_t kConflict = 2048;
 
 // A[m, l] for l < length from read(m, dst), which writes a row.
@@ -105,7 +104,7 @@ static Rows<Mac> copied_rows(Slot slot, int64_t M, int64_t length, const Read& r
     return {data, stride, Mac::kPair, steps, {M, kMaxRows}};
 }
 
-// A[m, l] = src[m * length + l]: in place where it can be.
+// A[m, l] = src[m * length + l], in place if the dtype and the stride allow it.
 template <class Mac, class T>
 static Rows<Mac> rows_of(Slot slot, const T* src, int64_t M, int64_t length) {
     if constexpr (std::is_same_v<T, typename Mac::Elem>) {
@@ -173,7 +172,7 @@ static void fill_from_rows(int64_t column0, int64_t columns, int64_t step0, int6
 }
 
 // Panel strips whose columns are columns of the source: B[l, n] = row l, element n. `read(l, begin, count, dst)`
-// returns the elements: dst, or where they lie if all columns of the strips exist.
+// returns the elements: in dst, or in place if all columns of the strips exist.
 template <class Mac, int kColumns, class Read>
 static void fill_from_columns(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
                               typename Mac::Elem* panel, const Read& read) {

@@ -1,8 +1,8 @@
-// Philox4x32-10 as every backend draws it (qlora_kernels/ops/_philox.py): key = seed, counter = (call, 0).
+// Philox4x32-10, equal to qlora_kernels/ops/philox.py: key = seed, counter = (call, 0).
 //
-// Sixteen calls run side by side. A call's words live in 64-bit lanes of which only the low half counts: the 32 x
-// 32-bit multiply reads the low halves and leaves (high : low) in place, so a round of all its calls is two multiplies,
-// two shifts and the exclusive ors, with no shuffle between rounds.
+// Sixteen calls are computed at once. The words of a call are in 64-bit lanes, of which only the low half is used. The
+// 32 x 32-bit multiply reads the low halves and leaves (high : low) in place, so that a round of all calls is two
+// multiplies, two shifts and the exclusive ors, without shuffles between rounds.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ static inline Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
 static inline Lanes product(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 static inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
-// Lane order that makes the final unpacking deliver the calls in sequence.
+// Lane order with which the final unpacking returns the calls in sequence.
 static inline Lanes counters(uint64_t first) {
     return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
 }
@@ -82,7 +82,8 @@ static inline void store_words(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t*
 
 }  // namespace philox_detail
 
-// words[4 * i + w]: word w of the call with counter `counter + i`. Its 16-bit draws are the words' halves, low first.
+// words[4 * i + w]: word w of the call with counter `counter + i`. Its 16-bit draws are the halves of the words, low
+// first.
 static inline void philox(uint64_t seed, uint64_t counter, uint32_t* words) {
     using namespace philox_detail;
     constexpr int kSets = kPhiloxCalls / kLaneCalls;

@@ -1,8 +1,8 @@
-// quantize_absmax: the second level. Per 256 constants scale = max|absmax - offset|; absmax_q = how many boundaries of
-// the dynamic map lie strictly below (absmax - offset) * (1 / scale).
+// quantize_absmax: the second level. For each 256 constants, scale = max|absmax - offset|, and absmax_q = number of
+// boundaries of the dynamic map strictly below (absmax - offset) * (1 / scale).
 //
-// The search is dynamic_map.h's. A branchless binary search over the 255 boundaries took 41 ns a constant, twice the
-// time of the whole pass over the 64 weights behind it.
+// It uses the search of dynamic_map.h. A branchless binary search over the 255 boundaries took 41 ns per constant,
+// twice the time of the whole pass over the 64 weights of its block.
 #include "dynamic_map.h"
 #include "ops.h"
 #include "qlora/parallel.h"

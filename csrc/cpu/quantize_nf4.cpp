@@ -1,10 +1,12 @@
-// quantize_nf4: per block absmax = max|w|; q = how many boundaries lie strictly below fp32(w * fp32(1 / absmax)).
+// quantize_nf4: absmax = max|w| per block; q = number of boundaries strictly below fp32(w * fp32(1 / absmax)).
 //
-// With tables of 32 entries in registers, the search cuts [-1, 1] into as many cells. No cell holds two boundaries
-// (they are at least 0.08 apart), so
+// With tables of 32 entries in registers, the search divides [-1, 1] into 32 cells. No cell has two boundaries (they
+// are at least 0.08 apart), so
+//
 //     q = below[cell] + (v > boundary[cell])
+//
 // with the cell's own boundary (or 2) and the number of boundaries below it. A v that rounds into the neighbouring cell
-// still gets the right answer, because no boundary lies near a cell's edge (checked when the tables are made).
+// still gets the right index, because no boundary is near a cell's edge (checked when the tables are made).
 #include "ops.h"
 #include "qlora/parallel.h"
 #include "simd.h"
@@ -14,7 +16,7 @@ namespace {
 
 constexpr int kCells = 32;
 
-// round(v * kCellsPerOne + 16) is the cell, 1 .. 31 for |v| <= 1 + 1 ulp; 2^23 on top rounds it, to an integer in the
+// round(v * kCellsPerOne + 16) is the cell, 1 .. 31 for |v| <= 1 + 1 ulp. Adding 2^23 rounds it to an integer in the
 // low bits of the sum.
 constexpr float kCellsPerOne = 15.2f;
 [[maybe_unused]] constexpr float kCellOrigin = 0x1p23f + 16.0f;
@@ -54,7 +56,7 @@ constexpr bool cells_are_safe() {
 [[maybe_unused]] constexpr Search kSearch = make_search();
 static_assert(cells_are_safe(), "the boundaries moved: choose another number of cells");
 
-// 2 * kLanes weights, those of even index apart from those of odd index.
+// 2 * kLanes weights, split into those of even and those of odd index.
 template <class T>
 struct Pairs {
     F32 even, odd;
@@ -81,7 +83,7 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
             _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)))};
 }
 
-// The tables, kept in registers: a compiler that sees constants loads them anew for each use.
+// The tables in registers. The asm hides their values, because compilers reload constants for each use.
 struct Registers {
     __m512 boundary[2];
     __m512i low[2], high[2];
@@ -95,10 +97,10 @@ struct Registers {
         }
     }
 
-    // Four bits of index for each lane, moved up by kShift.
+    // Four bits of index in each lane, shifted left by kShift.
     template <int kShift>
     __m512i indices(__m512 v) const {
-        // Rounded to an integer in the low bits, of which the permutes read five: the cell.
+        // The sum is rounded to an integer in the low bits; the permutes use the lowest five of these, the cell.
         const __m512 sum = _mm512_fmadd_ps(v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellOrigin));
         const __m512i cell = _mm512_castps_si512(sum);
         const __mmask16 above =
@@ -131,7 +133,7 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
     return {pairs.even, pairs.odd};
 }
 
-// A binary search in registers: each step's boundary is looked up by the bits found so far.
+// A binary search in registers: the boundary of each step is looked up by the bits found so far.
 struct Registers {
     template <int kShift>
     __m256i indices(__m256 v) const {
@@ -169,7 +171,7 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(words.val[0])), vcvt_f32_f16(vreinterpret_f16_u16(words.val[1]))};
 }
 
-// A binary search in registers, as with AVX2: each step's boundary is looked up by the bits found so far.
+// A binary search in registers, as for AVX2: the boundary of each step is looked up by the bits found so far.
 struct Registers {
     template <int kShift>
     uint32x4_t indices(F32 v) const {
@@ -217,7 +219,7 @@ struct Registers {
 
 #endif
 
-// 2 * kLanes values of w * inverse to kLanes bytes.
+// Quantizes 2 * kLanes values of w * inverse to kLanes bytes.
 template <class T>
 inline void pack_pairs(const Registers& search, const T* w, F32 inverse, uint8_t* packed) {
     const Pairs<T> pairs = load_pairs(w);
@@ -226,7 +228,7 @@ inline void pack_pairs(const Registers& search, const T* w, F32 inverse, uint8_t
     store_bytes(packed, reinterpret_cast<I32>(high) | reinterpret_cast<I32>(low));
 }
 
-// inf where w has one, NaN where w has one: the caller of the op finds them in absmax.
+// The result is inf or NaN if w has one; the op's caller detects this in absmax.
 template <class T>
 float max_abs(const T* w, int64_t n) {
     F32 largest = zero();
@@ -237,7 +239,7 @@ float max_abs(const T* w, int64_t n) {
 }
 
 #if defined(__AVX2__) || defined(QLORA_NEON)
-// Of 16-bit floats without converting them: magnitudes order as their bits do. 32 words at least.
+// For 16-bit floats without conversion: magnitudes order as their bits do. Needs at least 32 words.
 template <class T>
 float max_abs_words(const T* w, int64_t n) {
 #ifdef QLORA_NEON
@@ -263,7 +265,7 @@ float max_abs_words(const T* w, int64_t n) {
     }
 #endif
     const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    // The instruction finds the smallest.
+    // The instruction finds the minimum, so the bits are inverted.
     const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
     return to_float(T{static_cast<uint16_t>(~_mm_cvtsi128_si32(smallest))});
 #endif
@@ -283,7 +285,8 @@ inline void pack_block(const Registers& search, const T* w, int64_t n, float abs
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) pack_pairs(search, w + i, set1(inverse), packed + (i >> 1));
     if (i < n) {
-        // The last block's rest. A zero quantizes to kZeroIndex, which is also what an odd tail's missing nibble holds.
+        // The tail of the last block. A zero quantizes to kZeroIndex, which also pads the missing nibble of an odd
+        // tail.
         T rest[kStep] = {};
         uint8_t bytes[kStep / 2];
         memcpy(rest, w + i, static_cast<size_t>(n - i) * sizeof(T));
@@ -292,8 +295,8 @@ inline void pack_block(const Registers& search, const T* w, int64_t n, float abs
     }
 }
 
-// Blocks whose constants are found before any is packed: one block's maximum, reciprocal and products depend on each
-// other for longer than a core looks ahead.
+// Number of blocks whose constants are computed before any is packed: the maximum, reciprocal and products of one block
+// form a dependency chain that is longer than a core's reorder window.
 constexpr int64_t kAhead = 16;
 
 template <class T>

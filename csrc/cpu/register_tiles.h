@@ -1,5 +1,5 @@
 // The products of linear_cross_entropy and attention on the register tiles of gemm.h. csrc/cpu/amx has the same
-// interface over AMX tiles.
+// interface with AMX tiles.
 #pragma once
 
 #include "linear.h"
@@ -10,18 +10,18 @@ static inline int64_t round_up_to(int64_t n, int64_t multiple) { return (n + mul
 
 template <class Mac>
 struct RegisterTiles {
-    using Panel = Mac;  // names the layout of b
+    using Panel = Mac;  // selects the layout of b
     using Elem = typename Mac::Elem;
     static constexpr int kPair = Mac::kPair;
     static constexpr int kRows = kMaxRows;
-    static constexpr int64_t kStepMultiple = 1;  // steps of an operand are padded to it with zeros
-    struct Session {                             // what a thread holds while it multiplies
+    static constexpr int64_t kStepMultiple = 1;  // operands are padded with zeros to a multiple of it
+    struct Session {                             // state of a thread while it multiplies
         Session() {}
         ~Session() {}
     };
 
-    // c[rows][kColumns] += a[rows][steps] b[steps][kColumns], rows <= kRows. a's rows lie `stride` elements apart;
-    // steps is a multiple of kStepMultiple. Rows of a and c up to kRows must be memory of the caller.
+    // c[rows][kColumns] += a[rows][steps] b[steps][kColumns], rows <= kRows. The rows of a are `stride` elements apart;
+    // steps is a multiple of kStepMultiple. The memory of a and c must include all kRows rows.
     static void multiply(const Elem* a, int64_t stride, int rows, const Elem* b, int64_t steps, float* c) {
         tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, c);
     }

@@ -1,7 +1,7 @@
 // rms_norm: residual addition and root mean square norm, forward and backward (qlora_kernels/ops/rms_norm.py).
 //
-// Bound by memory: each row is read once, and its second use comes from L1. A task is a run of rows whose number does
-// not depend on the threads, so that the sums of grad_weight have the same bits for any number of them.
+// It is bound by memory: each row is read once, and its second use hits L1. The number of rows per task does not depend
+// on the number of threads, so that the sums of grad_weight have the same bits for any number.
 #include <cmath>
 
 #include "ops.h"
@@ -76,7 +76,7 @@ void forward_row(const RmsNorm& p, const float* weight, const T* x, const T* res
     });
 }
 
-// sums [columns], or null: grad_weight of the rows so far.
+// sums [columns], or null: grad_weight of the rows processed so far.
 template <class T, class Y>
 void backward_row(const RmsNorm& p, const float* weight, const Y* grad_y, const T* grad_s, const T* s, float scale,
                   T* grad_x, float* grad_weight) {
@@ -96,7 +96,7 @@ void backward_row(const RmsNorm& p, const float* weight, const Y* grad_y, const 
     });
 }
 
-// Rows of a task: about kTaskElements elements.
+// Rows per task, for about kTaskElements elements.
 int64_t rows_of_task(const RmsNorm& p) {
     const int64_t rows = kTaskElements / p.columns;
     return rows < 1 ? 1 : rows;

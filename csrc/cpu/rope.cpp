@@ -1,6 +1,7 @@
 // rope: rotary embedding of q and k, or its inverse (qlora_kernels/ops/rope.py).
 //
-// Bound by memory. A task takes whole tokens: the angles of a position are loaded once for all heads of both tensors.
+// It is bound by memory. A task processes whole tokens: the angles of a position are loaded once for all heads of q and
+// k.
 #include "ops.h"
 #include "qlora/parallel.h"
 #include "simd.h"
@@ -8,7 +9,7 @@
 namespace qlora::QLORA_ISA {
 namespace {
 
-constexpr int64_t kTokens = 16;  // of a task, at least
+constexpr int64_t kTokens = 16;  // minimum per task
 
 // All heads of one token: (a, b) -> (a cos_a + b to_a, b cos_b + a to_b) on the halves a and b of a head.
 template <class T>

@@ -1,14 +1,14 @@
-// The vector vocabulary of the kernels. Each kernel source is compiled once per instruction set (QLORA_ISA names it,
-// and is the namespace); this header picks the words for the one at hand:
+// The vector operations of the kernels. Each kernel source is compiled once per instruction set, in the namespace
+// QLORA_ISA; this header selects the implementation:
 //
 //     F32, kLanes                          a vector of floats and its length
 //     load, load_n, store, store_n         from and to float, Bf16, Fp16; _n touches only the first n elements
-//     I32, store_bytes                     a vector of as many int32, and their low bytes to memory: one or four
+//     I32, store_bytes                     a vector of as many int32; stores of their low bytes (one or four)
 //     zero, set1, fma, add, mul, clamp, max_magnitude, hsum, add_hsums, any_above; F32 and I32 have operators as well
 //     rounded_to<T>(v)                     v rounded to T and widened again
-//     keep(v, bits)                        lane i of v where bit i is set, else 0
+//     keep(v, bits)                        lane i of v if bit i is set, else 0
 //     kTranspose, transpose_tile           dst[c * dst_ld + r] = src[r * ld + c] on dwords, a square tile
-//     Code16, code16<T, E>, lookup         sixteen values of one block, looked up by nibbles (decode.h)
+//     Code16, code16<T, E>, lookup         the sixteen values of one block, looked up by nibbles (decode.h)
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ static inline void store_n(T* p, F32 v, int n) {
     memcpy(p, padded, n * sizeof(T));
 }
 
-// The largest of the lanes of what max_magnitude collects; NaN and inf win.
+// The largest lane of a result of max_magnitude; NaN and inf are kept.
 static inline float largest_lane(F32 v) {
 #if defined(QLORA_NEON)
     return bits_float(vmaxvq_u32(vreinterpretq_u32_f32(v)));
@@ -85,7 +85,7 @@ static inline void transpose_dwords(const uint32_t* src, int64_t src_ld, int row
     }
 }
 
-// As store, but free to take a subnormal bf16 for zero: results of sums, not of the codec.
+// store for sums, which need not be bit-exact: it may flush subnormal bf16 to zero.
 template <class T>
 static inline void store_sum(T* p, F32 v) {
     store(p, v);
@@ -101,7 +101,7 @@ static inline void store_sum_n(T* p, F32 v, int n) {
     store_n(p, v, n);
 }
 
-// A subnormal bf16 may become zero, as in store_sum.
+// May flush subnormal bf16 to zero, as store_sum.
 template <class T>
 static inline F32 rounded_to(F32 v) {
     if constexpr (std::is_same_v<T, float>) {

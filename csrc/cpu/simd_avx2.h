@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C. See simd.h for the vocabulary.
+// AVX2 with FMA and F16C. simd.h describes the operations.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ static inline F32 zero() { return _mm256_setzero_ps(); }
 static inline F32 set1(float x) { return _mm256_set1_ps(x); }
 static inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
-// max(|a|, |b|) for a whose sign is clear: as integers, so that inf and NaN win.
+// max(|a|, |b|) for non-negative a, compared as integers, so that inf and NaN are kept.
 static inline F32 max_magnitude(F32 a, F32 b) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7fffffff));
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), magnitude));
@@ -35,7 +35,7 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), half));
 }
 
-// v within [-limit, limit]; -limit for NaN.
+// v limited to [-limit, limit]; -limit for NaN.
 static inline F32 clamp(F32 v, float limit) { return _mm256_min_ps(_mm256_max_ps(v, set1(-limit)), set1(limit)); }
 
 static inline bool any_above(F32 v, float limit) {
@@ -70,7 +70,7 @@ static inline F32 load(const Bf16* p) {
 }
 static inline F32 load(const Fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// Round to nearest even, subnormals kept.
+// Rounds to nearest even and keeps subnormals.
 static inline __m128i round_bf16(F32 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -123,8 +123,8 @@ static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uin
     }
 }
 
-// Sixteen values of one block. Floats: two registers, chosen between by an index's bit 3. Words: a plane of low bytes
-// and a plane of high bytes, each looked up by vpshufb.
+// Sixteen values of one block. Floats: two registers, selected by bit 3 of an index. Words: a plane of low bytes and a
+// plane of high bytes, each looked up by vpshufb.
 template <class E>
 struct Code16 {
     __m256i first;
@@ -165,7 +165,7 @@ static inline Code16<float> widen(Scaled v, Fp16*) {
     return {_mm256_castps_si256(low), _mm256_castps_si256(_mm256_cvtph_ps(round_fp16(v.high)))};
 }
 
-// Eight values from the four bytes in each dword of `copies`, spread by `spread`.
+// Eight values for the four bytes in each dword of `copies`, selected by `spread`.
 static inline __m256 lookup8(const Code16<float>& code, __m256i copies, __m256i spread) {
     const __m256i index = _mm256_srlv_epi32(_mm256_shuffle_epi8(copies, spread), _mm256_set1_epi64x(4));
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(code.first), index);
@@ -173,7 +173,7 @@ static inline __m256 lookup8(const Code16<float>& code, __m256i copies, __m256i 
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 
-// Sixteen bytes, thirty-two values.
+// Looks up the thirty-two values of sixteen bytes.
 template <class E>
 static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst) {
     const __m128i source = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
@@ -200,7 +200,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
-// Eight bytes: the eight values of their high nibbles and the eight of their low ones.
+// Looks up the eight values of the high nibbles and the eight of the low nibbles of eight bytes.
 static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     const __m256i high = _mm256_srli_epi32(low, 4);

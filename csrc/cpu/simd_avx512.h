@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ), with AVX512-BF16 where the compiler was told so. See simd.h for the vocabulary.
+// AVX-512 (F, BW, VL, DQ), with AVX512-BF16 if the compiler flags enable it. simd.h describes the operations.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ static inline F32 zero() { return _mm512_setzero_ps(); }
 static inline F32 set1(float x) { return _mm512_set1_ps(x); }
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
-// max(|a|, |b|) for a whose sign is clear: as integers, so that inf and NaN win.
+// max(|a|, |b|) for non-negative a, compared as integers, so that inf and NaN are kept.
 static inline F32 max_magnitude(F32 a, F32 b) {
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), magnitude));
@@ -31,7 +31,7 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), quarter));
 }
-// v within [-limit, limit]; -limit for NaN.
+// v limited to [-limit, limit]; -limit for NaN.
 static inline F32 clamp(F32 v, float limit) { return _mm512_min_ps(_mm512_max_ps(v, set1(-limit)), set1(limit)); }
 static inline bool any_above(F32 v, float limit) { return _mm512_cmp_ps_mask(v, set1(limit), _CMP_GT_OQ) != 0; }
 static inline void store_bytes(uint8_t* p, I32 v) {
@@ -55,7 +55,7 @@ static inline F32 load(const Fp16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// Round to nearest even, subnormals kept: vcvtneps2bf16 would flush them and break bit-equality between backends.
+// Rounds to nearest even and keeps subnormals; vcvtneps2bf16 would flush them and break bit-equality between backends.
 static inline __m256i round_bf16(F32 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -65,7 +65,7 @@ static inline __m256i round_bf16(F32 v) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-// The quick one, for operands of vdpbf16ps, which itself takes subnormals for zero.
+// The faster rounding, for operands of vdpbf16ps, which flushes subnormals itself.
 static inline __m256i round_bf16_fast(F32 v) {
 #ifdef __AVX512BF16__
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
@@ -123,8 +123,8 @@ static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uin
     for (int c = 0; c < 16; ++c) _mm512_mask_storeu_epi32(dst + c * dst_ld, valid, a[c]);
 }
 
-// Sixteen values of one block, ready to be looked up: as floats, or twice over as words, so that an index's fifth bit
-// (a neighbour nibble's) does not matter to vpermw.
+// Sixteen values of one block for lookups: as floats, or as words that are repeated, so that vpermw ignores the fifth
+// bit of an index, which belongs to a neighbouring nibble.
 template <class E>
 struct Code16 {
     __m512i values;
@@ -150,8 +150,8 @@ static inline Code16<float> widen(F32 values, Fp16*) {
     return {_mm512_castps_si512(_mm512_cvtph_ps(round_fp16(values)))};
 }
 
-// Sixteen bytes, thirty-two values. Each byte is copied into two places by one shuffle, then the even copies are
-// shifted down to the high nibble; the table permutes ignore whatever stands above an index.
+// Looks up the thirty-two values of sixteen bytes. One shuffle copies each byte to two places, and the even copies are
+// shifted down to the high nibble; the table permutes ignore the bits above an index.
 template <class E>
 static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst) {
     const __m512i copies = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
@@ -174,7 +174,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
-// Sixteen bytes: the sixteen values of their high nibbles and the sixteen of their low ones.
+// Looks up the sixteen values of the high nibbles and the sixteen of the low nibbles of sixteen bytes.
 static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     even = _mm512_castsi512_ps(_mm512_permutexvar_epi32(_mm512_srli_epi32(index, 4), code.values));
@@ -182,14 +182,14 @@ static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes
 }
 
 #ifdef __AVX512BF16__
-// The same of thirty-two bytes, as bf16.
+// The same for thirty-two bytes, as bf16.
 static inline void lookup_halves(const Code16<Bf16>& code, const uint8_t* bytes, __m512i& even, __m512i& odd) {
     const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
     even = _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), code.values);
     odd = _mm512_permutexvar_epi16(index, code.values);
 }
 
-// dst[c] = p[c] | q[c] << 16: the operand order of vdpbf16ps. 16 or 32 columns.
+// dst[c] = p[c] | q[c] << 16, the operand layout of vdpbf16ps, for 16 or 32 columns.
 template <int kColumns>
 static inline void interleave(const Bf16* p, const Bf16* q, uint32_t* dst) {
     const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,

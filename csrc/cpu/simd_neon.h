@@ -1,4 +1,4 @@
-// NEON (Advanced SIMD), which every AArch64 CPU has. See simd.h for the vocabulary.
+// NEON (Advanced SIMD), which every AArch64 CPU has. simd.h describes the operations.
 #pragma once
 
 #include <arm_neon.h>
@@ -16,7 +16,7 @@ static inline F32 set1(float x) { return vdupq_n_f32(x); }
 static inline F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
 static inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
-// max(|a|, |b|) for a whose sign is clear: as integers, so that inf and NaN win.
+// max(|a|, |b|) for non-negative a, compared as integers, so that inf and NaN are kept.
 static inline F32 max_magnitude(F32 a, F32 b) {
     const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(b), vdupq_n_u32(0x7fffffff));
     return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), magnitude));
@@ -26,7 +26,7 @@ static inline float hsum(F32 a) { return vaddvq_f32(a); }
 static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))));
 }
-// v within [-limit, limit]; -limit for NaN.
+// v limited to [-limit, limit]; -limit for NaN.
 static inline F32 clamp(F32 v, float limit) { return vminq_f32(vmaxnmq_f32(v, set1(-limit)), set1(limit)); }
 static inline bool any_above(F32 v, float limit) { return vmaxvq_u32(vcgtq_f32(v, set1(limit))) != 0; }
 
@@ -49,7 +49,7 @@ static inline F32 keep(F32 v, uint32_t bits) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), kept));
 }
 
-// Where in a table of dwords the bytes of entry index[lane] lie, for vqtbl.
+// The byte offsets of entry index[lane] in a table of dwords, for vqtbl.
 static inline uint8x16_t dword_bytes(uint32x4_t index) {
     return vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100), index, 0x04040404));
 }
@@ -60,7 +60,7 @@ static inline F32 load(const float* p) { return vld1q_f32(p); }
 static inline F32 load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(load_words(p), 16)); }
 static inline F32 load(const Fp16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(load_words(p))); }
 
-// Round to nearest even, subnormals kept.
+// Rounds to nearest even and keeps subnormals.
 static inline uint16x4_t round_bf16(F32 v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -94,7 +94,7 @@ static inline void transpose_tile(const uint32_t* src, int64_t ld, int rows, uin
     }
 }
 
-// Sixteen values of one block as planes of bytes, the least significant first: vqtbl1q looks sixteen bytes up at a
+// Sixteen values of one block as planes of bytes, the least significant first; vqtbl1q looks up sixteen bytes at a
 // time.
 template <class E>
 struct Code16 {
@@ -141,7 +141,7 @@ static inline Code16<float> widen(Scaled v, Fp16*) {
     return code16(v, static_cast<float*>(nullptr));
 }
 
-// Sixteen values of the indices in `index`, in order.
+// The sixteen values of the indices in `index`, in order.
 template <class E>
 static inline void lookup16(const Code16<E>& code, uint8x16_t index, E* dst) {
     if constexpr (sizeof(E) == 2) {
@@ -161,7 +161,7 @@ static inline void lookup16(const Code16<E>& code, uint8x16_t index, E* dst) {
     }
 }
 
-// Sixteen bytes, thirty-two values.
+// Looks up the thirty-two values of sixteen bytes.
 template <class E>
 static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst) {
     const uint8x16_t source = vld1q_u8(bytes);
@@ -170,11 +170,11 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     lookup16(code, vzip2q_u8(high, low), dst + 16);
 }
 
-// Four bytes: the four values of their high nibbles and the four of their low ones.
+// Looks up the four values of the high nibbles and the four of the low nibbles of four bytes.
 static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     uint32_t word;
     memcpy(&word, bytes, sizeof word);
-    // The first four bytes become the high nibbles, the next four the low ones; the rest is not used.
+    // The first four bytes become the high nibbles and the next four the low ones; the rest is not used.
     const int8x16_t shift = {-4, -4, -4, -4, 0, 0, 0, 0, -4, -4, -4, -4, 0, 0, 0, 0};
     const uint8x16_t copies = vreinterpretq_u8_u32(vdupq_n_u32(word));
     const uint8x16_t index = vandq_u8(vshlq_u8(copies, shift), vdupq_n_u8(0xf));

@@ -1,4 +1,4 @@
-// Plain C++ over the compiler's own four-float vectors: any CPU. See simd.h for the vocabulary.
+// Portable C++ with the compiler's four-float vectors, for any CPU. simd.h describes the operations.
 #pragma once
 
 #include "qlora/nf4_code.h"
@@ -27,7 +27,7 @@ static inline void add_hsums(F32 a, F32 b, F32 c, F32 d, float* sums) {
     const float added[4] = {hsum(a), hsum(b), hsum(c), hsum(d)};
     for (int i = 0; i < 4; ++i) sums[i] += added[i];
 }
-// v within [-limit, limit]; -limit for NaN.
+// v limited to [-limit, limit]; -limit for NaN.
 static inline F32 clamp(F32 v, float limit) {
     for (int i = 0; i < kLanes; ++i) {
         v[i] = v[i] > -limit ? v[i] : -limit;
@@ -104,7 +104,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
     }
 }
 
-// kLanes bytes: the values of their high nibbles and those of their low ones.
+// Looks up the values of the high nibbles and of the low nibbles of kLanes bytes.
 static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     for (int i = 0; i < kLanes; ++i) {
         even[i] = code.values[bytes[i] >> 4];

@@ -1,4 +1,4 @@
-// Compiled once per instruction set: the table of that set's kernels.
+// The table of one instruction set's kernels; compiled once per instruction set.
 #include "ops.h"
 
 namespace qlora::QLORA_ISA {

@@ -27,7 +27,7 @@ struct Buffer {
         if (!data) throw std::bad_alloc();
         size = rounded;
 #ifdef __linux__
-        // A hint: panels are walked with strides that would otherwise miss the first-level TLB on every row.
+        // A hint for huge pages: the strides of panels would otherwise miss the L1 TLB on every row.
         if (alignment == kHugePage) madvise(data, rounded, MADV_HUGEPAGE);
 #endif
     }

@@ -1,7 +1,7 @@
-// The interface of ../register_tiles.h over AMX tiles.
+// The interface of ../register_tiles.h, implemented with AMX tiles.
 //
-// The panels of gemm.h, [steps][32 columns] of pairs, hold two right operands side by side: 16 steps of 16 columns are
-// a tile whose rows lie 128 bytes apart. Left operands are rows, read in place.
+// A panel of gemm.h, [steps][32 columns] of pairs, holds two right operands side by side: 16 steps of 16 columns form a
+// tile whose rows are 128 bytes apart. Left operands are rows and are read in place.
 #pragma once
 
 #include "../register_tiles.h"

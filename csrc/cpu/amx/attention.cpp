@@ -1,4 +1,4 @@
-// Attention on tiles for bf16; other types run on avx512_bf16.
+// Attention on AMX tiles for bf16; other dtypes use the avx512_bf16 kernels.
 #include "../attention.h"
 
 #include "amx_tiles.h"

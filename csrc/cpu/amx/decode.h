@@ -1,12 +1,12 @@
-// Decoding NF4 weights into tiles.
+// Decodes NF4 weights into AMX tiles.
 //
-// The fast decoders take units of 128 weights: one load (or two), a table of 2 x 16 rounded values (two products, one
-// conversion), four lookups and four stores to four steps of the contraction. A task issues the units of its next chunk
-// between the tile products of the current one: the tile unit and the vector ports work side by side, and no tile is
-// loaded soon after it was stored, which would stall because tile loads cannot be forwarded from stores.
+// The fast decoders process units of 128 weights: one or two loads, a table of 2 x 16 rounded values (two products, one
+// conversion), four lookups, and four stores to four steps of the contraction. A task interleaves the units of its next
+// chunk with the tile products of the current one, so that the tile unit and the vector ports work in parallel. No tile
+// is loaded soon after it was stored: tile loads cannot be forwarded from stores and would stall.
 //
 // The fast decoders need K % 64 == 0 and blocks of at least 64, so that 64 consecutive weights of a row share one
-// absmax. All other weights are decoded by decode_range (../decode.h), not interleaved.
+// absmax. All other weights are decoded by decode_range (../decode.h), without interleaving.
 #pragma once
 
 #include "../linear.h"
@@ -18,7 +18,7 @@ namespace qlora::QLORA_ISA {
 
 static inline bool suits_fast_decoder(const NF4Weight& w) { return w.K % kGroup64 == 0 && w.block_shift >= 6; }
 
-// out[i] = absmax of the weights [64 (group0 + i), 64 (group0 + i + 1)), for weights that suit the fast decoders.
+// out[i] = absmax of the weights [64 (group0 + i), 64 (group0 + i + 1)), for weights that the fast decoders support.
 static inline void absmax_of_groups(const NF4Weight& w, int64_t group0, int64_t groups, float* out) {
     const int shift = w.block_shift - 6;
     if (shift == 0) return decode_absmax(w, group0, groups, out);
@@ -33,7 +33,7 @@ static inline void absmax_of_groups(const NF4Weight& w, int64_t group0, int64_t 
     }
 }
 
-// Whether the groups' absmax can be read where it is stored.
+// Whether the groups' absmax values are stored and need no decoding.
 static inline bool stores_absmax_of_groups(const NF4Weight& w) { return w.absmax && w.block_shift == 6; }
 
 // The sixteen rounded values of each of two blocks: entries 0..15 and 16..31.
@@ -41,14 +41,14 @@ QLORA_INLINE __m512i two_tables(float absmax0, float absmax1) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled_code(absmax1), scaled_code(absmax0)));
 }
 
-// Values for the low nibbles of `words`. upper_half: 16 in words that look up the second table, else 0.
+// Looks up the low nibbles of `words`. upper_half: 16 in words that use the second table, otherwise 0.
 QLORA_INLINE __m512i lookup_words(__m512i words, __m512i upper_half, __m512i tables) {
     constexpr int kAndOr = 0xea;  // (words & 15) | upper_half
     const __m512i index = _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(15), upper_half, kAndOr);
     return _mm512_permutexvar_epi16(index, tables);
 }
 
-// Nibble c of every word, k = 4j + c, to out + c * stride.
+// Stores the values of nibble c of every word, k = 4j + c, at out + c * stride.
 QLORA_INLINE void store_four_nibbles(__m512i words, __m512i upper_half, __m512i tables, uint8_t* out, int64_t stride) {
     _mm512_store_si512(out, lookup_words(_mm512_srli_epi16(words, 4), upper_half, tables));
     _mm512_store_si512(out + stride, lookup_words(words, upper_half, tables));
@@ -56,13 +56,13 @@ QLORA_INLINE void store_four_nibbles(__m512i words, __m512i upper_half, __m512i 
     _mm512_store_si512(out + 3 * stride, lookup_words(_mm512_srli_epi16(words, 8), upper_half, tables));
 }
 
-// Forward: 128 weights of one row to one row of four L tiles.
+// Forward: decodes 128 weights of one row to one row of four L tiles.
 QLORA_INLINE void decode_row128(const uint8_t* bytes, const float* absmax, uint8_t* out, int64_t stride) {
     const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     store_four_nibbles(_mm512_loadu_si512(bytes), second, two_tables(absmax[0], absmax[1]), out, stride);
 }
 
-// Forward: the last 64 weights of a row to one row of two L tiles.
+// Forward: decodes the last 64 weights of a row to one row of two L tiles.
 QLORA_INLINE void decode_row64(const uint8_t* bytes, const float* absmax, uint8_t* out, int64_t stride) {
     const __m512i table = two_tables(absmax[0], absmax[0]);
     const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
@@ -70,7 +70,7 @@ QLORA_INLINE void decode_row64(const uint8_t* bytes, const float* absmax, uint8_
     _mm512_store_si512(out + stride, _mm512_permutexvar_epi16(words, table));
 }
 
-// grad_x: 64 weights of row n and 64 of row n + 1 to one row of pairs of four R tiles.
+// grad_x: decodes 64 weights of row n and 64 of row n + 1 to one row of pairs of four R tiles.
 QLORA_INLINE void decode_pair64(const uint8_t* bytes, int64_t row_bytes, const float* absmax, int64_t row_groups,
                                 uint8_t* out) {
     const __m512i odd = _mm512_set1_epi32(16 << 16);
@@ -82,20 +82,20 @@ QLORA_INLINE void decode_pair64(const uint8_t* bytes, int64_t row_bytes, const f
     store_four_nibbles(words, odd, two_tables(absmax[0], absmax[row_groups]), out, kTileBytes);
 }
 
-// The units of one chunk of a forward strip, one after the other. A copy of this struct lives in registers while
-// products and units alternate, so everything that uses it is inlined.
+// The units of one chunk of a forward strip, in order. While products and units alternate, a copy of this struct is in
+// registers, so that all functions that use it are inlined.
 struct ForwardUnits {
     static constexpr bool kDecodesLeft = true;
     const uint8_t* bytes;
     const float* absmax;
     uint8_t* out;
-    int64_t row_bytes, row_groups, stride;  // stride: bytes from a tile to the same tile one step later
-    int64_t left;                           // units still to decode
+    int64_t row_bytes, row_groups, stride;  // stride: bytes between the same tile of consecutive steps
+    int64_t left;                           // units that remain to decode
     int64_t row, rows, valid_rows;          // rows beyond valid_rows repeat the last one; their results are not stored
-    int64_t wide;                           // units of 128 before those of a last 64
+    int64_t wide;                           // units of 128, which precede those of a last 64
 
     // Rows [n0, n0 + n_rows) of W, of which n_valid exist; `length` weights from k0 on, a multiple of 64. absmax: of
-    // the strip's groups, row by row.
+    // the strip's groups, in row order.
     ForwardUnits(const NF4Weight& w, const float* strip_absmax, int64_t n0, int64_t n_rows, int64_t n_valid, int64_t k0,
                  int64_t length, uint8_t* to)
         : bytes(w.packed + (n0 * w.K + k0) / 2),
@@ -110,7 +110,7 @@ struct ForwardUnits {
           valid_rows(n_valid),
           wide(length / kGroup128 * n_rows) {}
 
-    // prefetch_distance: bytes ahead of this unit's to fetch into L1.
+    // prefetch_distance: distance in bytes from this unit's bytes to those that are prefetched into L1.
     QLORA_INLINE void decode_next(ForwardUnits& u, int64_t prefetch_distance) {
         if (u.left <= 0) return;
         if (u.wide > 0) {
@@ -141,7 +141,7 @@ struct GradXUnits {
     uint8_t* out;
     int64_t row_bytes, row_groups, left, row;
 
-    // Columns [k0, k0 + 64), rows [n0, n0 + length), all of which exist, to tiles [steps][4]. absmax: of all groups.
+    // Columns [k0, k0 + 64) and rows [n0, n0 + length), which all exist, to tiles [steps][4]. absmax: of all groups.
     GradXUnits(const NF4Weight& w, const float* all_absmax, int64_t k0, int64_t n0, int64_t length, uint8_t* to)
         : bytes(w.packed + (n0 * w.K + k0) / 2),
           absmax(all_absmax + (n0 * w.K + k0) / kGroup64),
@@ -167,7 +167,7 @@ struct GradXUnits {
     }
 };
 
-// Forward, any weight: `length` weights from k0 on, those beyond K as zeros, of rows [n0, n0 + n_rows).
+// Forward, any weight: decodes `length` weights from k0 on, with zeros beyond K, of rows [n0, n0 + n_rows).
 static inline void decode_strip(const NF4Weight& w, int64_t n0, int64_t n_rows, int64_t k0, int64_t length,
                                 uint8_t* out) {
     alignas(64) Bf16 row[kGroup128];
@@ -183,7 +183,7 @@ static inline void decode_strip(const NF4Weight& w, int64_t n0, int64_t n_rows, 
     }
 }
 
-// grad_x, any weight: columns [k0, k0 + 64), rows [n0, n0 + length), those outside the weight as zeros.
+// grad_x, any weight: decodes columns [k0, k0 + 64) of rows [n0, n0 + length), with zeros outside the weight.
 static inline void decode_columns(const NF4Weight& w, int64_t k0, int64_t n0, int64_t length, uint8_t* out) {
     const int64_t columns = std::min(kGroup64, w.K - k0);
     alignas(64) Bf16 rows[2][kGroup64] = {};

@@ -1,4 +1,4 @@
-// linear_cross_entropy on tiles for bf16 hidden states; other types run on avx512_bf16.
+// linear_cross_entropy on AMX tiles for bf16 hidden states; other dtypes use the avx512_bf16 kernels.
 #include "../linear_cross_entropy.h"
 
 #include "amx_tiles.h"

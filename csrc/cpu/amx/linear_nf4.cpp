@@ -2,9 +2,9 @@
 //
 //     s = dropout(x) A^T, rounded to bf16;   y = x W^T + s (scaling B)^T + bias
 //
-// The tiles of x hold s as extra steps in front: s (scaling B)^T costs r more elements of the contraction. One token
-// runs on the dot products of avx512_bf16 (../dots.h), which read W in its own order; x in fp32 or fp16 runs on
-// avx512_bf16 too, since rounding x to bf16 would change the result.
+// The tiles of x begin with s as extra steps, so that s (scaling B)^T makes the contraction longer by r elements. A
+// single token uses the dot products of avx512_bf16 (../dots.h), which read W in its stored order. x in fp32 or fp16
+// also uses avx512_bf16, because rounding x to bf16 would change the result.
 #include "low_rank.h"
 #include "ops.h"
 
@@ -61,10 +61,10 @@ struct Forward {
                 true};
     }
 
-    // The next strip's rows follow this one's.
+    // The rows of the next strip follow those of this strip.
     int64_t prefetch_distance(int64_t, int64_t) const { return strip_rows() * w.K / 2; }
 
-    // The absmax of a group of strips.
+    // Memory for the absmax of a group of strips.
     float* scratch(int64_t group) const {
         if (!suits_fast_decoder(w) || stores_absmax_of_groups(w)) return nullptr;
         const int64_t floats = group * strip_rows() * (w.K / kGroup64);
@@ -151,7 +151,7 @@ struct ForwardOperands {
     Bf16* s;                // [M, r]
     Bf16* y;                // [M, N]
 
-    // The product of the tokens [m0, m0 + M), without tiles yet.
+    // Makes the product of the tokens [m0, m0 + M), whose tiles are not packed yet.
     Forward product(int64_t m0, int64_t M) const {
         Forward forward{p.weight, lora, bias, y + m0 * p.weight.N, {nullptr, M, 0}};
         forward.tiles.steps = forward.extra_steps() + nibble_steps(p.weight.K);
@@ -159,7 +159,7 @@ struct ForwardOperands {
         return forward;
     }
 
-    // Block `b` of x into the tiles, with s in front. m0: the tiles' first token.
+    // Packs block `b` of x, preceded by s, into the tiles. m0: the tiles' first token.
     void pack(const Forward& forward, int64_t m0, int64_t b) const {
         const int64_t K = p.weight.K, extra = forward.extra_steps();
         const TokenTiles& tiles = forward.tiles;

@@ -1,7 +1,7 @@
 // linear_nf4_grad_x and linear_nf4_lora_backward on AMX tiles, for bf16. With G = grad_y:
 //
-//     ds     = scaling * G B                 from the tiles of G that grad_x needs anyway; rounded to bf16
-//     grad_x = G W + mask * (ds A) / keep    the tiles of G hold ds as extra steps in front
+//     ds     = scaling * G B                 from the tiles of G that grad_x also uses; rounded to bf16
+//     grad_x = G W + mask * (ds A) / keep    the tiles of G begin with ds as extra steps
 //     grad_A = ds^T dropout(x)               contractions over tokens (token_products.h)
 //     grad_B = scaling * (s^T G)^T
 #include "low_rank.h"
@@ -38,10 +38,10 @@ void store_strip(const float* const (&tiles)[4], int64_t rows, int64_t columns, 
 
 struct GradX {
     const NF4Weight& w;
-    const float* absmax;  // of all groups of 64, or null where the weight does not suit the fast decoder
+    const float* absmax;  // of all groups of 64, or null if the fast decoder does not support the weight
     const Lora* lora;     // or null
     const uint8_t* kept;  // dropout bitmap of [M, K], or null
-    int64_t position;     // of the tiles' first token in it
+    int64_t position;     // index of the tiles' first token in the bitmap
     Bf16* grad_x;         // of the tiles' tokens
     TokenTiles tiles;
 
@@ -51,8 +51,8 @@ struct GradX {
     int64_t passes() const { return narrow() ? 1 : 2; }
     int64_t block_sums() const { return (narrow() ? 4 : 8) * kTileFloats; }
 
-    // Strips read a line, or half of one, of every row of W. Where W is not in a near cache, a chunk's rows are better
-    // read for many strips in one go.
+    // Each strip reads a cache line, or half of one, of every row of W. If W is not in L1 or L2, it is better to read a
+    // chunk's rows for many strips at once.
     static bool is_near(const NF4Weight& w) { return w.N * w.K / 2 <= 512 << 10; }
     ProductShape shape() const {
         return {(w.K + kGroup64 - 1) / kGroup64,
@@ -63,7 +63,7 @@ struct GradX {
                 is_near(w)};
     }
 
-    // The line that this strip needs in the next chunk, or, where a chunk has many strips, the next line.
+    // The cache line of this strip in the next chunk or, if a chunk has many strips, the next cache line.
     int64_t prefetch_distance(int64_t chunk, int64_t group) const { return group <= 4 ? chunk * w.K / 2 : 64; }
 
     float* scratch(int64_t) const { return nullptr; }
@@ -183,7 +183,7 @@ struct BackwardOperands {
         return grad;
     }
 
-    // Block `b` of grad_y into the tiles, with ds in front. m0: the tiles' first token.
+    // Packs block `b` of grad_y, preceded by ds, into the tiles. m0: the tiles' first token.
     void pack(const GradX& grad, int64_t m0, int64_t b) const {
         const int64_t N = p.weight.N, extra = grad.extra_steps();
         const TokenTiles& tiles = grad.tiles;
@@ -224,8 +224,8 @@ void run(const BackwardOperands& operands) {
     parallel_tasks(schedule.tasks(), [&](int64_t i) { run_task(grad, schedule.task(i)); });
 }
 
-// One absmax for each 64 weights: as stored, or computed in scratch memory of the calling thread. Null where the weight
-// does not suit the fast decoder.
+// One absmax for each 64 weights: the stored array, or an array computed in scratch memory of the calling thread. Null
+// if the fast decoder does not support the weight.
 const float* absmax_of_all_groups(const NF4Weight& w) {
     if (!suits_fast_decoder(w)) return nullptr;
     if (stores_absmax_of_groups(w)) return w.absmax;

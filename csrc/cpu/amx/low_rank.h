@@ -1,5 +1,5 @@
-// The narrow products of LoRA on tiles: s = dropout(x) A^T and ds = scaling * grad_y B, from the tiles of x and grad_y
-// that the large products need anyway.
+// The narrow products of LoRA on AMX tiles: s = dropout(x) A^T and ds = scaling * grad_y B, from the tiles of x and
+// grad_y that the large products also use.
 #pragma once
 
 #include "../lora.h"
@@ -45,8 +45,8 @@ static inline const uint8_t* pack_lora_B(const Lora& lora, int64_t N) {
     return out;
 }
 
-// sums[kL][kR] of whole contractions, with two tiles of a side at a time where there are two: one accumulator alone
-// would wait for the latency of every product.
+// sums[kL][kR] of whole contractions, with two tiles of a side at a time if there are two: with one accumulator, each
+// product would wait for the latency of the previous one.
 static inline void multiply_few(int left_tiles, int right_tiles, const uint8_t* left, int64_t left_step,
                                 const uint8_t* right, int64_t right_step, int64_t steps, float* sums) {
     NoUnits none;

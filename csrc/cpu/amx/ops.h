@@ -1,4 +1,4 @@
-// The ops that tiles compute, and the table whose kernels compute everything else.
+// The ops that are computed on AMX tiles, and the table with the kernels of all other ops.
 #pragma once
 
 #include "../kernels.h"

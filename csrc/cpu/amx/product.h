@@ -1,19 +1,20 @@
 // The tile product and its schedule.
 //
 // A strip is 32 rows of W in the forward product (64 if there is one tile of tokens) or 64 columns of W in grad_x. A
-// chunk is 256 elements of the contraction: 16 KiB of decoded strip. Two such buffers alternate in L1, one multiplied
-// while the other is filled. All blocks of 32 tokens pass by a decoded chunk, loaded with a hint not to stay in L1.
-// Accumulators stay in their tiles if one block of tokens has them all or the contraction is one chunk; otherwise they
-// wait as fp32 tiles in memory. Two schedules keep all of this within L2:
+// chunk is 256 elements of the contraction: 16 KiB of decoded strip. Two such buffers alternate in L1: one is
+// multiplied while the other is filled. All blocks of 32 tokens are multiplied with a decoded chunk and are loaded with
+// a hint not to stay in L1. Accumulators stay in their tiles if there is one block of tokens or one chunk; otherwise
+// they are kept as fp32 tiles in memory. Two schedules keep all of this within L2:
 //
-//     resident   so few tokens that their tiles fit kResidentBytes: strips one after the other, each through the whole
-//                contraction. The next tokens decode W again.
-//     grouped    as many strips at a time as kAccumulatorBytes of accumulators hold, chunk by chunk, so that W is read
-//                in long runs: for tokens whose rows are too long to be resident, and for grad_x, whose strips read
-//                half a cache line of every row of W.
+//     resident   for tokens whose tiles fit kResidentBytes: strips are processed one after the other, each over the
+//                whole contraction. The next tokens decode W again.
+//     grouped    as many strips at a time as kAccumulatorBytes of accumulators allow, chunk by chunk, so that W is
+//                read in long runs. It is used if the rows of the tokens are too long to be resident, and for grad_x,
+//                whose strips read half a cache line of every row of W.
 //
-// With many tokens the threads divide them, and each packs its own and takes them through all of W. With few, all
-// threads pack, then they divide the strips. The order of additions follows from the shapes alone: every schedule and
+// With many tokens, the threads divide them: each thread packs its own tokens and multiplies them with all of W. With
+// few tokens, all threads pack, then they divide the strips. The order of additions depends only on the shapes, so that
+// every schedule and any number of threads gives the same bits.
 // any number of threads gives the same bits.
 #pragma once
 
@@ -25,14 +26,14 @@
 namespace qlora::QLORA_ISA {
 
 inline constexpr int64_t kBlockTokens = 32;
-inline constexpr int64_t kStripTiles = 4;     // tiles of a decoded strip in one step, at most
+inline constexpr int64_t kStripTiles = 4;     // maximum number of tiles of a decoded strip in one step
 inline constexpr int64_t kChunk = 256;        // a multiple of 128
 inline constexpr int64_t kSingleChunk = 640;  // a contraction up to this length is one chunk
 inline constexpr int64_t kResidentBytes = 1 << 20;
-inline constexpr int64_t kFewestResident = 64;  // fewer resident tokens would decode W too often
+inline constexpr int64_t kFewestResident = 64;  // with fewer resident tokens, W would be decoded too often
 inline constexpr int64_t kMostTokens = 512;     // tokens of a task in the grouped schedule
 inline constexpr int64_t kAccumulatorBytes = 1 << 20;
-inline constexpr int64_t kTokensOfOneThread = 128;  // from this many on a thread takes them through all of W
+inline constexpr int64_t kTokensOfOneThread = 128;  // from this number on, a thread multiplies its tokens with all of W
 
 // The tiles of M tokens: [blocks][steps][2], the last block [steps][1] if it has 16 tokens or fewer.
 struct TokenTiles {
@@ -52,7 +53,7 @@ struct TokenTiles {
 
 // ---- Tile products ------------------------------------------------------------------------------------------------
 
-// Where accumulators come from and where they go.
+// The initial values of accumulators, and where they are kept.
 enum class Sums { kZero, kMemory, kTiles };
 
 template <int kFirst, int kCount, class Body>
@@ -68,7 +69,7 @@ QLORA_INLINE void decode_units(Units& units, int64_t prefetch_distance) {
     for (int i = 0; i < kCount; ++i) Units::decode_next(units, prefetch_distance);
 }
 
-// The part of `kUnits` units for a step that follows product `i` of `kProducts`.
+// The number of the `kUnits` units of a step that follow product `i` of `kProducts`.
 template <int kUnits, int kProducts>
 constexpr int units_after(int i) {
     return (kUnits * (i + 1) + kProducts - 1) / kProducts - (kUnits * i + kProducts - 1) / kProducts;
@@ -86,7 +87,7 @@ QLORA_INLINE void multiply_tiles(const uint8_t* left, int64_t left_step, const u
     } else if (begin == Sums::kMemory) {
         for_tiles<0, kProducts>([&](auto t) { load_tile<t.value>(sums + t.value * kTileFloats); });
     }
-    // The tokens pass by the decoded strip and must not evict it from L1.
+    // The tokens are streamed, so that they do not evict the decoded strip from L1.
     const auto load_left = [&](auto t, int i) {
         const uint8_t* p = left + i * kTileBytes;
         Units::kDecodesLeft ? load_tile<t.value>(p) : load_tile_streaming<t.value>(p);
@@ -135,7 +136,7 @@ QLORA_INLINE void multiply_tiles(const uint8_t* left, int64_t left_step, const u
 template <int kL, int kR, class Units>
 static void multiply(int per_step, const uint8_t* left, int64_t left_step, const uint8_t* right, int64_t right_step,
                      int64_t steps, float* sums, Sums begin, Sums end, Units& units, int64_t prefetch_distance) {
-    Units u = units;  // a local copy can live in registers
+    Units u = units;  // a local copy can be kept in registers
     const auto run = [&](auto count) __attribute__((always_inline)) {
         multiply_tiles<kL, kR, decltype(count)::value>(left, left_step, right, right_step, steps, sums, begin, end, u,
                                                        prefetch_distance);
@@ -162,7 +163,7 @@ static void multiply(int per_step, const uint8_t* left, int64_t left_step, const
     units = u;
 }
 
-// A product without decoding beside it, for operands that are packed already.
+// The units of a product without decoding, for operands that are already packed.
 struct NoUnits {
     static constexpr bool kDecodesLeft = true;
     int64_t left = 0;
@@ -171,18 +172,18 @@ struct NoUnits {
 
 // ---- Schedule -----------------------------------------------------------------------------------------------------
 
-// The strips [strip0, strip1) for the blocks of tokens [block0, block1), `group` strips at a time.
+// The strips [strip0, strip1) and the blocks of tokens [block0, block1), `group` strips at a time.
 struct Task {
     int64_t strip0, strip1, block0, block1, group;
 };
 
-// What the schedule needs to know of a product.
+// The properties of a product that determine its schedule.
 struct ProductShape {
     int64_t strips, blocks;
     int64_t token_bytes;  // of one token's packed row
     int64_t strip_sums;   // bytes of accumulators for one strip and one block
-    int64_t least_group;  // strips that share cache lines of W
-    bool one_by_one;      // whether strips may go through the whole contraction one after the other
+    int64_t least_group;  // number of strips that share cache lines of W
+    bool one_by_one;      // whether each strip may run over the whole contraction
 };
 
 struct Schedule {
@@ -200,7 +201,8 @@ struct Schedule {
             const int64_t blocks = (s.blocks + by_blocks - 1) / by_blocks;
             group = std::max(s.least_group, kAccumulatorBytes / (blocks * s.strip_sums));
         }
-        // Enough tasks to finish together, each of whole groups; more parts of the tokens if there are too few strips.
+        // Enough tasks, each of whole groups, to finish together; tokens are split into more parts if there are few
+        // strips.
         const int64_t groups = (s.strips + group - 1) / group;
         by_strips = std::min(groups, by_blocks > 1 ? threads : 4 * threads);
         if (by_strips < threads) by_strips = std::min(s.strips, threads);
@@ -222,7 +224,7 @@ struct Schedule {
     }
 };
 
-// How many tokens each thread packs and takes through all of W by itself; 0 if there are too few for that.
+// The number of tokens that each thread packs and multiplies with all of W; 0 if there are too few tokens for that.
 static inline int64_t tokens_of_one_thread(int64_t M, int64_t token_bytes, bool one_by_one, int64_t threads) {
     const int64_t resident = kResidentBytes / token_bytes;
     const int64_t most = one_by_one && resident >= kFewestResident ? resident : kMostTokens;
@@ -231,7 +233,7 @@ static inline int64_t tokens_of_one_thread(int64_t M, int64_t token_bytes, bool 
     return tokens >= kTokensOfOneThread ? tokens : 0;
 }
 
-// All strips for all blocks, by one thread.
+// The task of a single thread: all strips and all blocks.
 static inline Task whole_task(const ProductShape& shape) {
     const bool resident = shape.one_by_one && kResidentBytes / shape.token_bytes >= kFewestResident;
     const int64_t tokens = shape.blocks * kBlockTokens;
@@ -240,14 +242,14 @@ static inline Task whole_task(const ProductShape& shape) {
     return Schedule::with_even_groups({0, shape.strips, 0, shape.blocks, schedule.group});
 }
 
-// Where a task stands: chunk by chunk within a group of strips, strip by strip within a chunk.
+// The position of a task: chunk by chunk within a group of strips, strip by strip within a chunk.
 struct Place {
     int64_t group0, group1, chunk, strip;
 
     explicit Place(const Task& t)
         : group0(t.strip0), group1(std::min(t.strip1, t.strip0 + t.group)), chunk(0), strip(t.strip0) {}
 
-    // Moves on; false at the end.
+    // Advances the position; returns false at the end.
     bool next(const Task& t, int64_t chunks) {
         if (++strip < group1) return true;
         if (++chunk == chunks) {
@@ -267,21 +269,21 @@ static void decode_rest(Units& units, int64_t prefetch_distance) {
     units = u;
 }
 
-// Units in a step so that `units` of them fit into `steps` steps: a power of two, at most 16.
+// The number of units per step with which `units` of them fit into `steps` steps: a power of two, at most 16.
 static inline int units_per_step(int64_t units, int64_t steps) {
     int n = 1;
     while (n < 16 && n * steps < units) n *= 2;
     return n;
 }
 
-// A Product (Forward, GradX) says how a strip is decoded, multiplied and stored:
+// A Product (Forward, GradX) defines how a strip is decoded, multiplied and stored:
 //
 //     length(), extra_steps()                        of the contraction; extra_steps come first in every strip (LoRA)
 //     narrow()                                       whether there is one tile of tokens, and strips are wide
 //     passes(), block_sums()                         products of a step with one block, and floats of its accumulators
-//     scratch(group)                                 memory of the task that `units` may use
-//     units(place, step0, steps, buffer, scratch)    the units of one chunk; weights that have none are decoded at once
-//     multiply(per_step, buffer, strip, block, ...)  one block's products with a decoded chunk
+//     scratch(group)                                 memory of the task for `units`
+//     units(place, step0, steps, buffer, scratch)    the units of one chunk; weights without units are decoded at once
+//     multiply(per_step, buffer, strip, block, ...)  multiplies one block with a decoded chunk
 //     store(strip, block, sums)                      writes the finished accumulators
 template <class Product>
 static void run_task(const Product& product, const Task& task) {

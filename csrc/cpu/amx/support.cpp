@@ -30,7 +30,7 @@ const char* ask() {
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     constexpr uint32_t kTileStates = 1u << 17 | 1u << 18;
     if ((low & kTileStates) != kTileStates) return "the operating system does not save AMX tile state (XCR0)";
-    // Without the permission the first tile instruction raises SIGILL. The request also fails if a thread has a signal
+    // Without the permission, the first tile instruction raises SIGILL. The request also fails if a thread has a signal
     // stack (sigaltstack) that is too small for the larger frame, and in sandboxes that filter arch_prctl.
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
         return "the kernel denied the permission to use AMX tile data (arch_prctl)";
@@ -44,7 +44,7 @@ const char* ask() {
 
 #else
 
-const char* ask() { return "AMX exists on x86-64 processors under Linux only"; }
+const char* ask() { return "AMX is supported only on x86-64 processors under Linux"; }
 
 #endif
 

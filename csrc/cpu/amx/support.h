@@ -1,14 +1,14 @@
-// Whether this process may use AMX tiles with bf16.
+// Detection of AMX tiles with bf16 for this process.
 #pragma once
 
 namespace qlora {
 
-// nullptr if it may; otherwise the reason in one sentence.
+// Returns nullptr if the process may use AMX, otherwise the reason in one sentence.
 //
-// Three parties decide: the processor (cpuid), the operating system (XCR0: it saves the tile state at a context
-// switch), and the Linux kernel, which grants the state to a process that asks for it by arch_prctl. The first call
-// asks; the answer is kept. A permission belongs to the process: all its threads and forked children have it, exec
-// drops it.
+// It needs the processor (cpuid), an operating system that saves the tile state at context switches (XCR0), and the
+// permission of the Linux kernel, which grants the state to processes that request it by arch_prctl. The first call
+// requests it and caches the result. The permission belongs to the process: all threads and forked children have it,
+// and exec drops it.
 const char* amx_unavailable();
 
 }  // namespace qlora

@@ -1,12 +1,12 @@
-// The kernels of amx_bf16: the linear ops on tiles, all others those of avx512_bf16. A function, because a table that
-// copies entries of another table would depend on the order of static initialization.
+// The kernels of amx_bf16: the linear ops on tiles, and all others from avx512_bf16. This is a function, because a
+// table that copies entries of another table would depend on the order of static initialization.
 #include "ops.h"
 
 namespace qlora::QLORA_ISA {
 
 const Kernels& kernels();
 
-// lora.h calls it by this namespace's name.
+// lora.h calls this function in this namespace.
 void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits) {
     avx512_bf16::kKernels.dropout_bits(seed, threshold, numel, bits);
 }

@@ -1,20 +1,20 @@
-// The AMX tile operations for bf16: the instructions, or, with QLORA_EMULATE_AMX defined, an emulation of them, so that
-// the kernels are tested on machines without AMX.
+// The AMX tile operations for bf16: the instructions or, with QLORA_EMULATE_AMX defined, an emulation, which tests use
+// on machines without AMX.
 //
 //     TileSession                 configures the eight tiles of this thread, 16 rows x 64 bytes each; its destructor
 //                                 releases them
 //     zero_tile<T>()              tile T = 0
 //     load_tile<T>(p, stride)     tile T = 16 rows of 64 bytes, the first at p, `stride` bytes apart (64 by default)
-//     load_tile_streaming<T>(p)   the same, with a hint that L1 need not keep the lines
-//     store_tile<T>(p, stride)    likewise
+//     load_tile_streaming<T>(p)   load_tile with a hint that L1 need not keep the lines
+//     store_tile<T>(p, stride)    stores tile T to 16 rows, as load_tile loads them
 //     tile_dot<C, L, R>()         C[i][j] += sum_p L[i][2p] * R[p][2j] + L[i][2p + 1] * R[p][2j + 1], fp32 sums of bf16
 //
-// Tiles 0 to 3 are accumulators in all kernels, tiles 4 to 7 operands.
+// In all kernels, tiles 0 to 3 are accumulators and tiles 4 to 7 operands.
 //
-// The emulation computes what the hardware computes, bit for bit: within one instruction the even and the odd products
-// of the pairs go to two chains of fused multiply-adds that start at zero; the chains are added, and their sum is added
-// to C. Subnormal operands and results count as zero, and rounding is to nearest even whatever MXCSR says. It needs
-// AVX-512. Source: Intel's instruction set extensions reference, TDPBF16PS; compared with hardware on 4.6 million
+// The emulation computes the hardware's results bit for bit: within one instruction, the even and the odd products of
+// the pairs are summed in two chains of fused multiply-adds that start at zero; the chains are added, and their sum is
+// added to C. Subnormal operands and results are flushed to zero, and rounding is to nearest even for any MXCSR. It
+// needs AVX-512. Source: Intel's instruction set extensions reference, TDPBF16PS; compared with hardware on 4.6 million
 // values.
 #pragma once
 
@@ -32,8 +32,8 @@ inline constexpr int kTileFloats = kTileBytes / 4;
 
 #ifndef QLORA_EMULATE_AMX
 
-// The assembler needs no compiler flag, so the compiler itself never emits a tile instruction. The "memory" clobbers
-// keep program order: GCC 12's own intrinsics have none, and a tile load may then move above the vector stores that
+// The assembler needs no compiler flag for these instructions, and the compiler itself never emits one. The "memory"
+// clobbers keep program order: GCC 12's intrinsics have none, and a tile load could move above the vector stores that
 // fill its source.
 struct TileSession {
     TileSession() {
@@ -45,7 +45,7 @@ struct TileSession {
         for (int t = 0; t < 8; ++t) config.row_bytes[t] = kTileRowBytes, config.rows[t] = kTileRows;
         asm volatile("ldtilecfg %0" ::"m"(config));
     }
-    // A thread that keeps tiles configured carries 8 KiB more state through every context switch.
+    // A thread with configured tiles saves 8 KiB more state at every context switch.
     ~TileSession() { asm volatile("tilerelease" ::); }
     TileSession(const TileSession&) = delete;
     TileSession& operator=(const TileSession&) = delete;
@@ -79,7 +79,7 @@ struct EmulatedTiles {
     alignas(64) uint8_t data[8][kTileRows][kTileRowBytes];
 };
 
-// Not static: the functions of TileSession are shared by all sources, and so the tiles must be.
+// Not static: the functions of TileSession are shared by all sources, and therefore the tiles must be shared too.
 inline EmulatedTiles& emulated_tiles() {
     static thread_local EmulatedTiles tiles;
     return tiles;
@@ -123,7 +123,7 @@ static inline void store_tile(void* p, int64_t stride = kTileRowBytes) {
     }
 }
 
-// Subnormal numbers become zero of the same sign.
+// Flushes subnormal numbers to zeros of the same sign.
 static inline __m512 flush_subnormals(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __mmask16 subnormal = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));

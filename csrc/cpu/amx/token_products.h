@@ -1,8 +1,8 @@
 // Products that contract over tokens: grad_A = ds^T dropout(x) and grad_B^T = s^T grad_y, [r, M] times [M, width].
 //
-// L tiles are the factors' columns (s or ds, transposed once a call), R tiles are pairs of rows of x or grad_y, which
-// are interleaved by the task that uses them. A task owns 64 columns of the result. It interleaves a piece of 256
-// tokens (32 KiB), multiplies it with every tile of ranks, and keeps the sums as fp32 tiles.
+// L tiles are the factors' columns (s or ds, transposed once per call). R tiles are pairs of rows of x or grad_y, which
+// the task that uses them interleaves. A task computes 64 columns of the result. It interleaves 256 tokens at a time
+// (32 KiB), multiplies them with every tile of ranks, and keeps the sums as fp32 tiles.
 #pragma once
 
 #include "low_rank.h"
@@ -17,8 +17,8 @@ struct TokenFactors {
 
 inline constexpr int64_t kTokenPiece = 256;
 
-// The factors as L tiles [natural_steps(M)][rank_tiles(r)] in scratch memory of the calling thread: row j of a tile is
-// 32 tokens of rank j.
+// The factors as L tiles [natural_steps(M)][rank_tiles(r)] in scratch memory of the calling thread: row j of a tile
+// holds 32 tokens of rank j.
 static inline const uint8_t* pack_factors(const TokenFactors& factors, int64_t M) {
     const int64_t r = factors.r, tiles = rank_tiles(r), steps = natural_steps(M);
     uint8_t* out = static_cast<uint8_t*>(workspace(Slot::kFactors, static_cast<size_t>(steps * tiles * kTileBytes)));
@@ -36,7 +36,7 @@ static inline const uint8_t* pack_factors(const TokenFactors& factors, int64_t M
     return out;
 }
 
-// Rows [m0, m0 + 32 steps) of 64 columns as R tiles [steps][4]; rows and columns that do not exist are zeros.
+// Rows [m0, m0 + 32 steps) of 64 columns as R tiles [steps][4]; missing rows and columns are zeros.
 static inline void pack_token_pairs(const TokenRows& rows, int64_t m0, int64_t steps, int64_t column0, uint8_t* out) {
     const __mmask32 low = rows.existing(column0), high = rows.existing(column0 + 32);
     for (int64_t p = 0; p < steps * kTileRows; ++p) {

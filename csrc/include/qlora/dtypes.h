@@ -1,5 +1,4 @@
-// Element types as the kernels see them: 16-bit floats are their bits, conversions are exact or rounded to nearest
-// even.
+// Element types of the kernels: 16-bit floats are stored as their bits; conversions are exact or round to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +62,7 @@ static inline void convert(float value, Fp16& out) {
     } else if (magnitude >= 0x38800000) {
         rounded = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
     } else {
-        // Subnormal result: adding 0.5 makes the fp32 adder round at fp16's fixed step, 2^-24.
+        // Subnormal result: adding 0.5 makes the fp32 addition round to multiples of 2^-24, fp16's fixed step.
         rounded = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
     }
     out.bits = static_cast<uint16_t>(sign | rounded);

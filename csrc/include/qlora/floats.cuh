@@ -1,4 +1,5 @@
-// The three element types in device code: exact conversion to fp32, one rounding back, eight elements at a time.
+// The three element types in device code: exact conversion to fp32, conversion back with one rounding, vectors of
+// eight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +15,7 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ T round_to(float value);
 template <>
@@ -55,7 +56,7 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t word) {
     return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
-// Eight elements at a 16-byte aligned address, which is not read where !valid: they are zero then.
+// Eight elements at a 16-byte aligned address; if !valid, the address is not read and the elements are zero.
 template <typename T>
 __device__ __forceinline__ void load8_or_zeros(float (&to)[8], const T* from, bool valid) {
     const uint4 words = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
@@ -89,7 +90,7 @@ __device__ __forceinline__ void store8<float>(float* to, const float (&from)[8])
     reinterpret_cast<float4*>(to)[1] = make_float4(from[4], from[5], from[6], from[7]);
 }
 
-// An element of a tensor whose type is known at run time: biases and LoRA factors keep their own dtype.
+// An element of a tensor whose dtype is known at run time, such as a bias or LoRA factor.
 __device__ __forceinline__ float load_any(const AnyFloat& tensor, int64_t index) {
     if (tensor.dtype == DType::kFloat32) return static_cast<const float*>(tensor.data)[index];
     if (tensor.dtype == DType::kBfloat16) return to_float(static_cast<const __nv_bfloat16*>(tensor.data)[index]);

@@ -1,4 +1,4 @@
-// Launching a kernel without <<<>>>: plain C++ for host compilers too, and every launch's error is returned.
+// Kernel launches without <<<>>>: plain C++ that host compilers accept, with the error of every launch returned.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ struct LaunchShape {
     cudaStream_t stream = nullptr;
 };
 
-// Shared memory that a launch may ask for without opting in.
+// Dynamic shared memory that a launch may use without cudaFuncSetAttribute.
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 template <class... Parameters, class... Arguments>

@@ -1,4 +1,4 @@
-// Reading NF4 weights in device code. The numbers come from nf4_code.h, which is generated from format/nf4.py.
+// Reads NF4 weights in device code. The constants are those of nf4_code.h, generated from format/nf4.py.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace qlora {
 
-constexpr int kNestedShift = 8;  // log2 of the 256 constants that share an absmax_scale
+constexpr int kNestedShift = 8;  // log2(256), the constants per absmax_scale
 static_assert(1 << kNestedShift == kNestedBlocksize);
 
 __device__ __forceinline__ float nf4_code(int q) {
@@ -15,13 +15,13 @@ __device__ __forceinline__ float nf4_code(int q) {
     return table[q];
 }
 
-// 1 KiB that stays in L1: the lanes of a warp ask for a handful of its entries at a time.
+// A table of 1 KiB that stays in L1; the lanes of a warp read a few different entries at a time.
 __device__ __forceinline__ float absmax_code(int q) {
     static const float table[256] = {QLORA_ABSMAX_CODE};
     return table[q];
 }
 
-// The absmax of block `index` under double quantization: an fp32 product and an fp32 sum, never fused.
+// The absmax of block `index` under double quantization: an fp32 product and an fp32 sum, which must not be fused.
 template <class Index>
 __device__ __forceinline__ float decoded_block_absmax(const NF4Weight& w, Index index) {
     const float value = absmax_code(__ldg(w.absmax_q + index));
@@ -34,7 +34,7 @@ __device__ __forceinline__ float block_absmax(const NF4Weight& w, int64_t index)
     return w.absmax ? __ldg(w.absmax + index) : decoded_block_absmax(w, index);
 }
 
-// The absmax of several blocks, with one branch for all of them.
+// The absmax of several blocks, with a single branch for all of them.
 template <int COUNT>
 __device__ __forceinline__ void block_absmax(float (&to)[COUNT], const NF4Weight& w, const uint32_t (&index)[COUNT]) {
     if (w.absmax) {
@@ -46,8 +46,8 @@ __device__ __forceinline__ void block_absmax(float (&to)[COUNT], const NF4Weight
     }
 }
 
-// The 16 code values in shared memory: 16 banks, one wavefront for any 32 indices. Measured against the alternatives in
-// docs/kernels/cuda.md.
+// The 16 code values in shared memory: 16 banks, one wavefront for any 32 indices. docs/kernels/cuda.md compares it
+// with alternatives.
 struct CodeTable {
     float value[16];
 
@@ -55,9 +55,9 @@ struct CodeTable {
         if (thread < 16) value[thread] = nf4_code(thread);
     }
 
-    // The eight elements of a little-endian word of packed indices: byte 0 first, in a byte the high nibble first. Two
-    // masks turn the nibbles into byte offsets four at a time, so that each value costs one byte extraction and the
-    // load: 1.5 integer instructions where a shift and a mask for each took 2.
+    // The eight elements of a little-endian word of packed indices: byte 0 first, and the high nibble of each byte
+    // first. Two masks convert four nibbles at a time to byte offsets, so that each value costs one byte extraction and
+    // the load: 1.5 integer instructions, where a shift and a mask for each took 2.
     __device__ __forceinline__ void decode8(float (&to)[8], uint32_t word) const {
         const uint32_t even = word >> 2 & 0x3C3C3C3Cu, odd = word << 2 & 0x3C3C3C3Cu;
 #pragma unroll
@@ -72,7 +72,7 @@ struct CodeTable {
     }
 };
 
-// Index i of a flat weight: the high nibble of byte i / 2 where i is even.
+// Index i of a flat weight, in the high nibble of byte i / 2 if i is even.
 __device__ __forceinline__ int nibble(const uint8_t* packed, int64_t i) {
     return (packed[i >> 1] >> (i & 1 ? 0 : 4)) & 0xF;
 }

@@ -1,5 +1,5 @@
-// A quantized weight as CPU kernels, CUDA launchers, CUDA kernels and bindings see it: borrowed pointers in the storage
-// format, nothing repacked.
+// A quantized weight for CPU kernels, CUDA launchers, CUDA kernels and bindings: borrowed pointers to the storage
+// format.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace qlora {
 
-// W [N, K], row-major, two 4-bit indices a byte (element 2i in the high nibble), flattened into blocks of 2^block_shift
-// elements that may straddle rows. All pointers are in the memory of the device that computes. Either `absmax` is
-// given, or absmax_q, absmax_scale and absmax_offset are.
+// W [N, K], row-major, two 4-bit indices per byte (element 2i in the high nibble), flattened into blocks of
+// 2^block_shift elements that may straddle rows. All pointers refer to memory of the computing device. Either `absmax`
+// is given, or absmax_q, absmax_scale and absmax_offset are.
 struct NF4Weight {
     const uint8_t* packed;       // u8 [ceil(N * K / 2)]
     const float* absmax;         // fp32 [n_blocks], or null under double quantization
@@ -22,7 +22,7 @@ struct NF4Weight {
     int block_shift;  // log2(blocksize)
 };
 
-// A tensor whose element type is known at run time: biases and LoRA factors keep the user's own dtype.
+// A tensor whose dtype is known at run time, such as a bias or LoRA factor in the user's dtype.
 struct AnyFloat {
     const void* data;  // or null
     DType dtype;

@@ -1,5 +1,5 @@
-// The kernels' only door to threads. The library links the implementation over torch's pool
-// (csrc/bindings/cpu_parallel.cpp), the sanitizer driver one over std::thread (tests/cpu/sanitize).
+// The only interface of the kernels to threads. The library implements it with torch's pool
+// (csrc/bindings/cpu_parallel.cpp), the sanitizer driver with std::thread (tests/cpu/sanitize).
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@ using TaskFunction = void (*)(const void* context, int64_t task);
 
 int num_threads();
 
-// Calls run(context, task) once for each task in [0, tasks), from several threads, and returns when all have ended.
-// Threads take the next task when they are free, so a task must not depend on who runs it: results are then the same
-// for any number of threads.
+// Calls run(context, task) once for each task in [0, tasks), from several threads, and returns when all have finished.
+// A free thread takes the next task, so a task must not depend on its thread; results are then the same for any number
+// of threads.
 void run_tasks(int64_t tasks, TaskFunction run, const void* context);
 
 template <class Body>
@@ -20,7 +20,7 @@ static inline void parallel_tasks(int64_t tasks, const Body& body) {
     run_tasks(tasks, [](const void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, &body);
 }
 
-// Cuts [0, n) into pieces of at least `grain`, about four per thread, each a multiple of `grain` but the last.
+// Splits [0, n) into pieces of at least `grain`, about four per thread, each but the last a multiple of `grain`.
 template <class Body>
 static inline void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
     if (n <= 0) return;

@@ -1,4 +1,4 @@
-// Random bits as a pure function of (seed, counter): philox4x32-10, the generator of qlora_kernels/ops/_philox.py.
+// Random bits as a pure function of (seed, counter) by Philox4x32-10, equal to qlora_kernels/ops/philox.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Every PTX instruction that kernels write by hand, each with the twin that the host emulator runs in its place
+// All handwritten PTX instructions of the kernels, each with the function that the host emulator runs instead
 // (docs/gpu_less.md). No other file contains inline assembly.
 #pragma once
 
@@ -12,20 +12,20 @@ namespace qlora::ptx {
 
 #ifdef QLORA_CUDA_HOST
 
-// `bytes` is 4, 8 or 16. Copies asynchronously from global to shared memory, or writes zeros where !valid.
+// Copies `bytes` (4, 8 or 16) asynchronously from global to shared memory; writes zeros if !valid.
 template <int bytes>
 inline void cp_async(void* to_sh, const void* from_gl, bool valid) {
     cuda_host::cp_async(to_sh, from_gl, bytes, valid ? bytes : 0);
 }
-// Ends the group of the copies issued since the last commit.
+// Closes the group of copies issued since the last commit.
 inline void cp_async_commit() { cuda_host::cp_async_commit(); }
-// Waits until at most `groups` of the youngest groups are incomplete; only this thread's copies are meant.
+// Waits until at most the `groups` youngest groups of this thread's copies are incomplete.
 template <int groups>
 inline void cp_async_wait() {
     cuda_host::cp_async_wait(groups);
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the 16-byte row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of the 16-byte row l % 8 of matrix l / 8.
 inline void ldmatrix_x4(uint32_t (&words)[4], const void* row_sh) {
     const cuda_host::Words4 loaded = cuda_host::ldmatrix(4, false, row_sh);
     for (int i = 0; i < 4; i++) words[i] = loaded.word[i];
@@ -48,7 +48,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer_sh) {
 
 template <int bytes>
 __device__ __forceinline__ void cp_async(void* to_sh, const void* from_gl, bool valid) {
-    if constexpr (bytes == 16) {  // .cg: packed weights and activations pass through L2 once, L1 has no use for them
+    if constexpr (bytes == 16) {  // .cg bypasses L1: packed weights and activations are read once
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_sh)), "l"(from_gl),
                      "r"(valid ? 16 : 0)
                      : "memory");

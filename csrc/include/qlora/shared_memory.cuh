@@ -1,16 +1,16 @@
-// Shared memory as typed storage. Kernels name theirs as one struct, so its size is a constant of the type.
+// Shared memory as typed storage. Each kernel uses one struct, so that the size is a constant of its type.
 #pragma once
 
 namespace qlora {
 
 #ifdef QLORA_CUDA_HOST
 
-// The block's T: static shared memory, one per type. Uninitialized.
+// The block's static shared memory of type T, one per type. Uninitialized.
 template <typename T>
 T& block_shared() {
     return cuda_host::block_shared<T>();
 }
-// The block's dynamic shared memory, 1024-byte aligned, of the size that the launch gave. Uninitialized.
+// The block's dynamic shared memory, 1024-byte aligned, of the size given at launch. Uninitialized.
 template <typename T>
 T& dynamic_shared() {
     return *static_cast<T*>(cuda_host::dynamic_shared());

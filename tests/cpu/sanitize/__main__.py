@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     family = family_of(compiler)
     for isa in names or (*family.sets, *family.amx):
         done = subprocess.run([str(program), isa, callers], capture_output=True, text=True, check=False)
-        if "unset it to use the best one there is" in done.stderr:
+        if "unset it to use the best supported one" in done.stderr:
             sys.stdout.write(f"{isa}: not on this machine\n")
             continue
         sys.stdout.write(done.stdout + done.stderr)
