@@ -1,7 +1,8 @@
 """Damaged and hostile model and adapter folders for the command line: python -m tests.cli.hostile_files [RUNS] [SEED].
 
-Each run changes one file of a whole folder (cut short, bytes changed, a JSON value replaced) and gives the folder to a
-command in this process. It must end with an exit code of 0, 1 or 2 and at most one line on stderr; an exception fails.
+Each run changes one file of an intact folder (cut short, bytes changed, a JSON value replaced) and gives the folder to
+a command in this process. The command must end with exit code 0, 1 or 2 and at most one line on stderr; an exception is
+a failure.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ VALUES += [[], [1], {}, {"a": 1}, [[[]]], "../../etc/passwd", "__import__('os')"
 
 
 def folders(root: Path) -> dict[str, Path]:
-    """A dense model, an NF4 model and two adapters, tiny and whole."""
+    """Return a tiny dense model, an NF4 model and two adapters, all intact."""
     made = {name: root / name for name in ("dense", "nf4", "lora", "p_tuning")}
     write_tiny_llama(made["dense"])
     made["nf4"].mkdir()
@@ -45,7 +46,7 @@ def folders(root: Path) -> dict[str, Path]:
 
 
 def command(kind: str, whole: dict[str, Path], changed: Path, out: Path) -> list[str]:
-    """What to do with the changed copy of folder `kind`."""
+    """Return the commands to run on the changed copy of folder `kind`."""
     if kind == "dense":
         return ["quantize", str(changed), str(out), "--json"]
     prompt = ["--prompt", "abc", "--max-new-tokens", "1", "--json"]
@@ -55,7 +56,7 @@ def command(kind: str, whole: dict[str, Path], changed: Path, out: Path) -> list
 
 
 def changes(path: Path, generator: random.Random) -> tuple[str, bytes]:
-    """(what was done, the file's new contents)."""
+    """Return (a description of the change, the file's new contents)."""
     content = path.read_bytes()
     how = generator.choice(
         ["cut", "flip", "noise", "empty", "header", *(["json"] * 6 if path.suffix == ".json" else [])]
@@ -91,7 +92,7 @@ def _json_change(content: bytes, generator: random.Random) -> tuple[str, bytes]:
 
 
 def run(argv: list[str]) -> tuple[int, str]:
-    """(exit code, stderr) of a command. Raises AssertionError for an exception, or more than one line."""
+    """Run a command; return (exit code, stderr). Raises AssertionError for an exception, or more than one line."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,7 +108,7 @@ def run(argv: list[str]) -> tuple[int, str]:
 
 
 def fuzz(runs: int, seed: int) -> Iterator[tuple[str, int, str]]:
-    """Yields (what was done, the exit code, the line on stderr)."""
+    """Yield (a description of the change, the exit code, the line on stderr)."""
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

@@ -1,4 +1,4 @@
-"""--device and --compute-dtype: what they resolve to, commands beside the CPU, and code that assumes no device."""
+"""--device and --compute-dtype: the values they resolve to, results equal to the CPU's, and device-independent code."""
 
 from __future__ import annotations
 
@@ -139,17 +139,17 @@ ALLOWED = {
     ("training/workers.py", "Workers.total", "tensor"): "a number of Python, summed by gloo whatever the device",
     ("training/batches.py", "BatchOrder._permuted", "Generator"): "the order must not depend on the device",
     ("training/batches.py", "BatchOrder._permuted", "randperm"): "the order must not depend on the device",
-    ("training/chunked_loss.py", "_runs_on_the_op", "is_cpu"): "the op's kernel was measured on the CPU alone",
+    ("training/chunked_loss.py", "_runs_on_the_op", "is_cpu"): "the op's kernel was measured only on the CPU",
     ("integrations/model_folders.py", "_quantized", "LinearNF4"): "load_model moves the whole model at its end",
     ("cli/limits.py", "", "device"): "ids and labels of a step are in CPU memory",
-    ("cli/device.py", "chosen_device", "device"): "this is the choice",
+    ("cli/device.py", "chosen_device", "device"): "the device is chosen here",
     ("cli/info.py", "_facts", "cpu"): "torch.backends.cpu",
 }
-"""(file, function, what) -> why it may. Functions of methods have their class's name before them."""
+"""(file, function, call) -> the reason why it is permitted. Methods are named with their class."""
 
 
 class Assumptions(ast.NodeVisitor):
-    """Collects what ties code to one device."""
+    """Collects expressions that tie code to one device."""
 
     def __init__(self) -> None:
         self.place: list[str] = []

@@ -1,4 +1,4 @@
-"""The whole command on a tiny model: what it writes, that it repeats itself and resumes exactly, what it refuses."""
+"""The finetune command on a tiny model: its output, repeatability, exact resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_options(capsys, model, text, tmp_path, options):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
 def test_every_method_runs_and_resumes(capsys, model, text, tmp_path, method):
-    """From a checkpoint in its middle, to the same losses and perplexity; training/test_resume.py has the others."""
+    """Resumption from a middle checkpoint gives the same losses and perplexity; training/test_resume.py has more."""
     options = ["--method", method, "--checkpoint-every", "4"]
     options += ["--set", "add_missing=true"] if method == "bitfit" else []
     whole = finetune(capsys, model, text, tmp_path, *options)
@@ -131,7 +131,7 @@ def test_finished_run_is_not_changed(capsys, model, text, tmp_path, method):
     before = files_of(tmp_path)
     assert finetune(capsys, model, text, tmp_path, *options, "--resume") == whole
     assert files_of(tmp_path) == before
-    # Without the report, it goes on from the last checkpoint, which the last step is: to the same adapter.
+    # Without the report, it continues from the last checkpoint, that of the last step, and gives the same adapter.
     (tmp_path / "report.json").unlink()
     again = finetune(capsys, model, text, tmp_path, *options, "--resume")
     assert losses(again) == losses(whole)
@@ -139,7 +139,7 @@ def test_finished_run_is_not_changed(capsys, model, text, tmp_path, method):
     after = files_of(tmp_path)
     kept = [name for name in before if name.startswith(("adapter", "cache", "checkpoints"))]
     assert [name for name in kept if after[name] != before[name]] == []
-    # A damaged adapter is not whole: it is made again.
+    # A damaged adapter is incomplete and is made again.
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(before["adapter/adapter_model.safetensors"][:-1])
     finetune(capsys, model, text, tmp_path, *options, "--resume")
@@ -277,7 +277,7 @@ def test_refusal_of_the_chat_template_names_the_record(capsys, model, tmp_path):
 
 
 def refused(capsys, *argv) -> str:
-    """The one line of an exit with code 2."""
+    """Return the line on stderr of a run that exits with code 2."""
     try:
         code = main([str(argument) for argument in argv])
     except SystemExit as exit:
@@ -339,7 +339,7 @@ def test_diverging_ends_with_1(capsys, model, text, tmp_path):
 
 
 def test_fused_parts(capsys, model, text, tmp_path):
-    """Two layers, the last norm and the output head; losses differ from those of the plain model by roundings."""
+    """Two layers, the last norm and the output head are fused; losses differ from the plain model's by roundings."""
     plain, fused = (
         finetune(capsys, model, text, tmp_path / name, *more) for name, more in (("a", []), ("b", ["--fuse"]))
     )

@@ -1,4 +1,4 @@
-"""Damaged and hostile files end a command in one line; `make fuzz-files` runs many more of them."""
+"""Damaged and hostile files end a command with one line; `make fuzz-files` tests many more of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_random_changes():
-    """Most are refused; some hit what nobody reads."""
+    """Most changes are refused; some affect only unused values."""
     codes = [code for _, code, _ in fuzz(40, seed=5)]
     assert codes.count(2) > 10
     assert codes.count(1) == 0
@@ -101,7 +101,7 @@ def _closed_pipe() -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_removes_the_scratch_folders(whole, tmp_path, number):
-    """quantize works in a folder beside its target, and in one of the system's for temporary files."""
+    """quantize works in a folder beside its target, and in one in the system's folder for temporary files."""
     program = """
 import signal, sys, time
 import qlora_kernels.cli.quantize as quantize

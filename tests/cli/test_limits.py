@@ -1,4 +1,4 @@
-"""What cannot work is refused with one line before any work; what is only wanted on the side costs no result."""
+"""Impossible requests are refused with one line before any work; optional parts never cost the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tiny_model import write_jsonl, write_tiny_llama
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 SLOW = r"([\w.]+_?)+!"
-"""Exponential in the length of a name without a "!"."""
+"""A regular expression that takes exponential time in the length of a name without a "!"."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def finetune_arguments(model, data, out, *more) -> list[str]:
 
 
 def refused(capsys, argv, code: int = 2) -> str:
-    """The one line of an exit with `code`."""
+    """Return the line on stderr of a run that exits with `code`."""
     capsys.readouterr()
     try:
         got = main([str(argument) for argument in argv])
@@ -53,7 +53,7 @@ def refused(capsys, argv, code: int = 2) -> str:
 
 
 def with_config(model, folder, **values):
-    """A copy of the model folder with other values in config.json."""
+    """Return a copy of the model folder with other values in config.json."""
     shutil.copytree(model, folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -61,7 +61,7 @@ def with_config(model, folder, **values):
 
 
 def with_token(model, folder, **special):
-    """A copy of the model folder whose tokenizer has a token more than the embedding has rows."""
+    """Return a copy of the model folder whose tokenizer has one token more than the embedding has rows."""
     from transformers import AutoTokenizer
 
     shutil.copytree(model, folder)
@@ -85,7 +85,7 @@ def test_tokens_without_an_embedding_are_refused(capsys, model, tmp_path):
 
 
 def test_tokenizer_of_another_model_is_refused(capsys, data, model, tmp_path):
-    """Also where the data happens to use only ids that the model has."""
+    """This is refused even if the data uses only ids that the model has."""
     folder = shutil.copytree(model, tmp_path / "model")
     tiny_tokenizer("gpt2").save_pretrained(folder)
     line = refused(capsys, finetune_arguments(folder, data, tmp_path / "out"))
@@ -93,7 +93,7 @@ def test_tokenizer_of_another_model_is_refused(capsys, data, model, tmp_path):
 
 
 def test_padding_token_needs_no_embedding(capsys, model, data, tmp_path):
-    """A tokenizer with a token added for padding alone trains as one that pads with the end of text."""
+    """A tokenizer with a token added only for padding gives the training of one that pads with the end of text."""
     folder = with_token(model, tmp_path / "model", pad_token="<pad>")
     losses = []
     for number, source in enumerate((model, folder)):

@@ -1,4 +1,4 @@
-"""plan: the sizes of real models without their weights, cards, and what is refused."""
+"""plan: the sizes of real models without their weights, GPUs, and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_weights_are_those_of_the_loaded_model(capsys, tmp_path):
     for source in (folder, tmp_path / "nf4"):
         values = plan(capsys, "--model", source, "--rank", 4)
         assert values["weights"] == sum(held.values())
-    (folder / "model.safetensors").unlink()  # shapes alone are read
+    (folder / "model.safetensors").unlink()  # only shapes are read
     skipping = plan(capsys, "--model", folder, "--rank", 4, "--skip", "lm_head,down_proj")
     assert skipping["nf4"] < values["nf4"]
     assert skipping["adapters"] == values["adapters"], "a dense layer gets an update too"

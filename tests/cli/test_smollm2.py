@@ -1,4 +1,4 @@
-"""The real model of the demo, SmolLM2-135M-Instruct, on a few windows of Python's language reference."""
+"""The model of the demo, SmolLM2-135M-Instruct, on a few windows of Python's language reference."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_tokenizer_and_sizes(smollm2):
     assert len(smollm2.report.quantized) == 210
     weights = smollm2.report.bytes_before // 2
     assert weights == 106_168_320
-    # 4 bits, and 8 and a little for every 64 weights' scale.
+    # 4 bits, and a little over 8 bits for the scale of every 64 weights.
     assert 4.125 < 8 * smollm2.report.bytes_after / weights < 4.13
 
 
 def test_nf4_perplexity_is_that_of_the_dequantized_weights(smollm2):
-    """Within 0.5 %: the two differ in how matmuls are summed and rounded alone. NF4 itself costs 20 to 40 %."""
+    """Within 0.5 %: they differ only in the order and rounding of matmuls. NF4 itself costs 20 to 40 %."""
     model, quantized = load_model(smollm2.dense), load_model(smollm2.nf4)
     dense = perplexity(ChunkedLoss(model), smollm2.unseen, 4).value
     with torch.no_grad():

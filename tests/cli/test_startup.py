@@ -1,4 +1,4 @@
-"""What the command does before it imports torch: help, versions, wrong arguments."""
+"""The command before it imports torch: help, versions, wrong arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOW = {"torch", "numpy", "transformers", "accelerate", "datasets", "matplotlib"
 
 
 def test_arguments_are_parsed_without_torch():
-    """All in one process: help of each command, versions, an unknown option, and then a name of the package."""
+    """In one process: help of each command, versions, an unknown option, and then a name of the package."""
     script = f"""
 import contextlib, io, sys
 sys.argv = ["/usr/bin/qlora-kernels"]

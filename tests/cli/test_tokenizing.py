@@ -1,4 +1,4 @@
-"""Chat templates and tokenizers that do not come to an end, or fail in native code, end a command with one line."""
+"""Chat templates and tokenizers that do not terminate, or fail in native code, end a command with one line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def chats(folder):
 
 
 def test_an_endless_template_ends_the_command(model, tmp_path):
-    """In a process of its own, because the thread that is given up goes on as long as the process."""
+    """Runs in a separate process, because an abandoned thread continues until the process ends."""
     folder = with_template(model, tmp_path / "model", ENDLESS)
     code = "import sys; from qlora_kernels.cli import main, tokenizing; tokenizing.SECONDS = 0.5; "
     code += "sys.exit(main(sys.argv[1:]))"

@@ -1,11 +1,11 @@
-"""What the `adapters` library computes, written once into tests/golden/adapters.safetensors for test_adapters.py.
+"""Writes the outputs of the `adapters` library to tests/golden/adapters.safetensors for test_adapters.py.
 
-That library pins transformers 4, so it cannot run beside this project's tests. In an environment with adapters 1.3.0,
-transformers 4.57.6 and torch, from the root of this repository:
+That library pins transformers 4, so that it cannot be installed with this project's test environment. Run in an
+environment with adapters 1.3.0, transformers 4.57.6 and torch, from the root of this repository:
 
     python -m tests.peft.adapters_peer
 
-Weights are a formula of their names, the same on both sides, so the file holds outputs only.
+Weights are a function of their names, equal on both sides, so that the file holds only outputs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GOLDEN = Path(__file__).parents[1] / "golden/adapters.safetensors"
 KINDS = ("bert", "llama", "gpt2", "t5")
 PREFIX, HIDDEN, REDUCTION, RANK = 3, 16, 4, 4
 
-# Method -> the models it is compared on. The library's gates average over the sequence, in decoders too: BERT only.
-# In T5 its prefixes move the relative positions of the model's own tokens apart by the length of the prefix.
+# Method -> the models on which it is compared. The library's gates average over the sequence, also in decoders, so only
+# BERT. In T5, its prefixes change the relative positions of the model's own tokens by the length of the prefix.
 CASES = {
     "base": KINDS,
     "houlsby": KINDS,
@@ -37,7 +37,7 @@ CASES = {
 
 
 def value(name: str, like: Tensor) -> Tensor:
-    """A value for the parameter `name`; factors of norms are near one."""
+    """Return a value of the parameter `name`; factors of norms are near one."""
     phase = zlib.crc32(name.encode()) % 10_000
     waves = torch.sin(torch.arange(like.numel(), dtype=torch.float64) * 0.7391 + phase)
     centre = 1.0 if like.dim() == 1 and name.endswith("weight") else 0.0
@@ -81,7 +81,7 @@ def peer_outputs() -> dict[str, Tensor]:
         for kind in kinds:
             model = base(kind)
             adapters.init(model)
-            # Its sdpa path in decoders takes is_causal over prefix and tokens for a mask where no row is padded.
+            # In decoders, its sdpa path uses is_causal over prefix and tokens as the mask if no row is padded.
             model.config._attn_implementation = "eager"
             if case == "fusion":
                 for name in ("one", "two"):

@@ -15,9 +15,9 @@ from tests.peft.models import HEADS, batch, logits, make, randomize
 
 @dataclass(frozen=True)
 class Case:
-    """identity: whether a new adapter computes the base function, exactly or to this tolerance; None where it does not.
+    """identity: whether a new adapter computes the base function, exactly or to this tolerance; None if it does not.
 
-    rows: whether rows of a batch may have different adapters of it.
+    rows: whether the rows of a batch may use different adapters of the method.
     """
 
     config: PeftConfig | Sequence[PeftConfig]
@@ -71,7 +71,8 @@ ARCHITECTURES = ("llama", "bert", "gpt2", "t5", "torch")
 
 
 def build(case: str, kind: str, *, nf4: bool = False, task: bool = False, seed: int = 0, layers: int = 2) -> PeftModel:
-    """A model with the case's adapter, "default", active.   task: with a classification head that trains, for BERT."""
+    """Build a model with the case's adapter, "default", active.   task: with a trained classification head, for
+    BERT."""
     torch.manual_seed(seed)
     config = CASES[case].config
     if task and kind == "bert" and isinstance(config, PeftConfig):
@@ -90,7 +91,7 @@ def build(case: str, kind: str, *, nf4: bool = False, task: bool = False, seed: 
 
 
 def task_loss(model: PeftModel, kind: str, rows: int = 8) -> torch.Tensor:
-    """A task that can be learnt: name the first token (its parity, for the classifier) everywhere."""
+    """Return a learnable task: predict the first token (its parity, for the classifier) everywhere."""
     inputs = batch(kind, rows=rows)
     first = inputs["input_ids"][:, 0]
     y = logits(model, inputs)

@@ -1,4 +1,4 @@
-"""PEFT is the oracle where it is right; its import is slow and noisy, so it happens once."""
+"""Imports PEFT, the reference where it is right, once, because its import is slow and prints warnings."""
 
 from __future__ import annotations
 

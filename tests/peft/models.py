@@ -1,4 +1,4 @@
-"""Small random models of the architectures that the methods must serve, and a batch for each."""
+"""Small random models of the architectures that the methods support, and a batch for each."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ HEADS = {"bert": "classifier", "torch": "head"} | dict.fromkeys(("llama", "qwen3
 
 
 def make(kind: str, *, nf4: bool = False, seed: int = 0, layers: int = 2) -> nn.Module:
-    """A random model in eval mode; with nf4 all its linear layers but the head are LinearNF4."""
+    """Return a random model in eval mode; with nf4 all its linear layers but the head are LinearNF4."""
     import qlora_kernels as qk
 
     torch.manual_seed(seed)
@@ -150,7 +150,7 @@ def make(kind: str, *, nf4: bool = False, seed: int = 0, layers: int = 2) -> nn.
 
 
 def batch(kind: str, rows: int = 3, length: int = 7, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Inputs of the model's forward, without labels; no token is the padding token 0."""
+    """Return inputs of the model's forward, without labels; no token is the padding token 0."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCAB, (rows, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -165,7 +165,7 @@ def logits(model: nn.Module, inputs: dict[str, torch.Tensor], **kwargs) -> torch
 
 
 def randomize(model: nn.Module, std: float = 0.1, seed: int = 2) -> None:
-    """Gives every trained parameter noise, so that no adapter is the identity any more."""
+    """Add noise to every trained parameter, so that no adapter is the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

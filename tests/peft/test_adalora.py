@@ -1,4 +1,4 @@
-"""AdaLoRA beside its equations and beside PEFT, and without PEFT's defects. Class 3: training behaviour."""
+"""AdaLoRA compared with its equations and with PEFT, without PEFT's defects. Class 3: training behaviour."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adalora(model: PeftModel, name: str = "default"):
 
 
 def train(model: PeftModel, steps, kind: str = "llama", lr: float = 0.5, forget: bool = False) -> None:
-    """SGD on random data, the same for the same step."""
+    """SGD on random data that depend only on the step."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     model.train()
     for t in steps:
@@ -46,7 +46,7 @@ def train(model: PeftModel, steps, kind: str = "llama", lr: float = 0.5, forget:
 
 
 def trained(kind: str = "llama", *, nf4: bool = False, **options) -> PeftModel:
-    """A model at the end of its schedule, away from the identity from the first step on."""
+    """Return a model at the end of its schedule, different from the identity from the first step on."""
     model = get_peft_model(make(kind, nf4=nf4), config(**options))
     randomize(model, std=0.05)
     train(model, range(10), kind)
@@ -132,7 +132,7 @@ def test_regularizer_in_training_only_whatever_the_task(task):
 
 
 def test_regularizer_of_the_papers_equation(tmp_path):
-    """Squared norms, summed; the choice lies in the sidecar, since PEFT's file has no field for it."""
+    """Squared norms, summed; the choice is stored in the sidecar, because PEFT's file has no field for it."""
     model = get_peft_model(make("llama"), config(orth_reg_weight=0.3, orth_reg_squared=True)).train()
     deltas = model.injector.adapters["default"][0].deltas.values()
     grams = [gram for d in deltas for gram in (d.lora_A @ d.lora_A.T, d.lora_B.T @ d.lora_B)]
@@ -144,12 +144,12 @@ def test_regularizer_of_the_papers_equation(tmp_path):
     assert again.peft_config["default"].orth_reg_squared
 
 
-# Beside PEFT
+# Comparison with PEFT
 
 
 @pytest.mark.parametrize(("orth_reg_weight", "steps"), [(0.0, 10), (0.3, 7)])
 def test_training_equals_peft(hf_peft, tmp_path, orth_reg_weight, steps):
-    """Step by step; with a regularizer up to the final phase, where PEFT's includes the triplets that are gone."""
+    """Step by step, with a regularizer before the final phase, in which PEFT's still includes pruned triplets."""
     ours = get_peft_model(make("llama"), config(task_type="CAUSAL_LM", orth_reg_weight=orth_reg_weight))
     randomize(ours, std=0.05)
     ours.save_pretrained(tmp_path)
@@ -174,12 +174,12 @@ def test_training_equals_peft(hf_peft, tmp_path, orth_reg_weight, steps):
             layer = theirs.get_submodule(f"base_model.model.{path}")
             if pattern:
                 assert pattern.get(f"{path}.lora_E.default", pattern.get(f"{path}.lora_E")) == delta.kept.tolist()
-            if t < 7:  # later the pruned rows drift, theirs and ours apart
+            if t < 7:  # later the pruned rows of both libraries differ
                 assert_same_function(delta.lora_E, layer.lora_E["default"], products=20 * (t + 1))
                 assert_same_function(delta.lora_A, layer.lora_A["default"], products=20 * (t + 1))
     for model in (ours, theirs):
         model.eval()
-    # Ten steps, forward and backward. The step's rate is small beside the parameters, so errors add up.
+    # Ten steps, forward and backward. A step's rate is small relative to the parameters, so that errors add up.
     assert_same_function(logits(ours, batch("llama")), logits(theirs, batch("llama")), products=20 * steps)
 
 
@@ -302,7 +302,7 @@ class TwoBranches(nn.Module):
         self.needed, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
 
     def forward(self, x):
-        return self.needed(x) + 0.1 * self.idle(x.roll(1, 0))  # of another row: cannot help
+        return self.needed(x) + 0.1 * self.idle(x.roll(1, 0))  # from another row, so that it cannot help
 
 
 def test_ranks_follow_importance():
@@ -317,7 +317,7 @@ def test_ranks_follow_importance():
         loss = (model(x) - target).square().mean()
         losses.append(loss.item())
         (loss + model.peft_loss()).backward()
-        model.step(t)  # before the optimizer's, which is allowed too
+        model.step(t)  # before the optimizer's step, which is also allowed
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.05 * losses[0]
@@ -340,7 +340,7 @@ def test_final_ranks_shrink_the_forward(nf4):
     before = logits(model, batch("llama"))
     for path, delta in deltas.items():
         gone = ~delta.kept
-        delta.lora_E.data[gone] = 7.0  # whatever an optimizer's momentum does to them
+        delta.lora_E.data[gone] = 7.0  # simulates an optimizer's momentum
         assert delta.lora_E.shape[0] == 4, path
     assert_same_function(logits(model, batch("llama")), before)
 

@@ -1,5 +1,7 @@
-"""Houlsby, Pfeiffer, parallel, AdapterFusion, prefixes, MAM and UniPELT beside the `adapters` library: the same weights
-give the same outputs. adapters_peer.py says where the outputs come from."""
+"""Houlsby, Pfeiffer, parallel, AdapterFusion, prefixes, MAM and UniPELT compared with the `adapters` library.
+
+Equal weights give equal outputs. adapters_peer.py describes how the library's outputs were made.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from tests.peft.adapters_peer import CASES, GOLDEN, HIDDEN, PREFIX, RANK, REDUCT
 from tests.peft.models import batch, logits
 from tests.support.tolerances import assert_same_function
 
-# Where the library keeps a layer's bottlenecks, (after the attention, after the FFN), and its attentions.
+# Names of a layer's bottlenecks in the library (after the attention, after the FFN), and of its attentions.
 PLACES = {
     "bert": ("{}.attention.output", "{}.output"),
     "llama": ("{}.attention_adapters", "{}.output_adapters"),
@@ -29,7 +31,7 @@ POOL = {
 
 
 def take(parameters: dict[str, torch.Tensor], places: dict[str, str]) -> None:
-    """Gives each of our parameters the value of the library's name for it."""
+    """Set each of our parameters to the value of the library's name for it."""
     with torch.no_grad():
         for ours, theirs in places.items():
             parameters[ours].copy_(value(theirs, parameters[ours]))
@@ -57,7 +59,7 @@ def adapters(method, kind: str, case: str) -> None:
 
 
 def prefix(method, kind: str, case: str) -> None:
-    """The library's MLP is as wide as the model, ours as the keys: the prefixes themselves are compared."""
+    """The library's MLP is as wide as the model, ours as the keys, so that the prefixes themselves are compared."""
     pool = f"{POOL[kind]}.prefix_tuning.pool.prefix_tunings.{case}.self_prefix"
     (encoder,) = method.prefixes.values()
     width = encoder.flat().shape[1]

@@ -1,4 +1,4 @@
-"""What holds for one call: rows, disabled adapters, threads, tasks, recomputation in the backward pass."""
+"""State of one call: rows, disabled adapters, threads, tasks, recomputation in the backward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 
 def two_adapters(kind: str = "llama", **options) -> PeftModel:
-    """Adapters "a" and "b", away from the identity, with heads of their own where `options` says so."""
+    """Return a model with adapters "a" and "b", not identities, with heads of their own if `options` includes them."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
     model = get_peft_model(make(kind), config, "a")
     model.add_adapter("b", config)
@@ -77,7 +77,7 @@ def test_other_threads_and_tasks_are_unaffected(options):
 @pytest.mark.parametrize("case", ["prompt_tuning", "parallel", "unipelt"])
 @pytest.mark.parametrize("kind", ["llama", "torch"])
 def test_threads_at_once(case, kind):
-    """Methods that carry something from one hook of a call to another do it for each thread."""
+    """Methods that pass values between hooks of one call keep them separate for each thread."""
     model = build(case, kind, layers=1)
     randomize(model)
     inputs = [batch(kind, rows=rows, length=5 + rows, seed=rows) for rows in (1, 2, 3)]
@@ -155,7 +155,7 @@ def test_one_name_for_each_row(names):
     "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 2}], ids=str
 )
 def test_rows_of_beams_and_returned_sequences(kind, options):
-    """Each row generates what it does alone; sampling is of one token, so that it is greedy too."""
+    """Each row generates what it generates alone; sampling has one candidate, so that it is greedy too."""
     model = two_adapters(kind)
     inputs = batch(kind, rows=3)
     inputs.pop("decoder_input_ids", None)
@@ -179,7 +179,7 @@ def test_rows_with_prefixes_and_beams():
 
 
 def test_deleting_a_prefix_leaves_the_others():
-    """Two sites of one decoder share a configuration, and with it the attention function."""
+    """Two sites of one decoder share a configuration, and therefore the attention function."""
     model = get_peft_model(make("t5"), qk.peft.PTuningV2Config(num_virtual_tokens=3, sites=["cross"]), "a").eval()
     expected = logits(model, batch("t5"))
     model.add_adapter("b", qk.peft.PTuningV2Config(num_virtual_tokens=3, sites=["decoder"]))
@@ -197,7 +197,7 @@ def gradients(model: PeftModel, run) -> dict[str, torch.Tensor]:
 
 
 def of_two_adapters(model: PeftModel) -> torch.Tensor:
-    """One loss of calls with different adapters, rows, heads and none."""
+    """One loss from calls with different adapters, rows, heads and without adapters."""
     inputs = batch("llama", rows=2)
     loss = torch.zeros(())
     for name in "ab":
@@ -230,7 +230,7 @@ def test_two_adapters_in_one_checkpointed_loss(reentrant, options):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("where", ["blocks", "nested", "compiled"])
 def test_checkpoints_by_hand(reentrant, where):
-    """Around the blocks of the base model, with the adapter changed between calls; nested, and around compiled code."""
+    """Checkpoints around the base model's blocks, with changing adapters, nested, and around compiled code."""
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -265,7 +265,7 @@ def test_checkpoints_by_hand(reentrant, where):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_in_another_thread(reentrant):
-    """As autograd does it for devices."""
+    """Recomputation in another thread, as autograd does for devices."""
     model = two_adapters().train()
     inputs = batch("llama", rows=2)
     names = ["b", "__base__"]

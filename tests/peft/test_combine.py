@@ -1,4 +1,4 @@
-"""What becomes of all parts of adapters that are combined, merged beside others, or deleted."""
+"""All parts of adapters that are combined, merged with others present, or deleted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.arange(11)
 
 
 def model_with(*configs: LoraConfig) -> PeftModel:
-    """Adapters a, b, ... away from the identity."""
+    """Return a model with adapters a, b, ..., none of which is the identity."""
     torch.manual_seed(0)
     model = PeftModel(Net())
     for name, config in zip("abc", configs, strict=False):
@@ -56,7 +56,7 @@ PARTS = {
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
 def test_combination_of_one_adapter_equals_it(tmp_path, options, kind):
-    """Every part of it; also in the file, and from there."""
+    """Every part of the combination is right, also in the file and after loading it."""
     model = model_with(LoraConfig(**{"target_modules": ["lin"], "r": 2, **options}))
     expected = output(model, "a")
     model.add_weighted_adapter(["a"], [1.0], "sum", kind)
@@ -103,7 +103,7 @@ def test_incompatible_combinations_are_refused(options, message):
 
 @pytest.mark.parametrize("active", ["a", "b"])
 def test_merging_an_adapter_keeps_its_head(active):
-    """Whichever adapter is active before: each has a head of its own."""
+    """The result does not depend on the adapter that was active before; each has a head of its own."""
     model = model_with(*[LoraConfig(target_modules=["lin"], modules_to_save=["head"])] * 2)
     expected = output(model, "b")
     model.set_adapter(active)
@@ -135,7 +135,7 @@ def test_deleting_the_active_adapter_makes_another_active():
 
 
 def test_deleting_keeps_what_is_merged_and_what_is_active():
-    """The others stay as they are; a merged adapter cannot be deleted."""
+    """The other adapters do not change; a merged adapter cannot be deleted."""
     model = model_with(*[LoraConfig(target_modules=["lin"])] * 3)
     model.set_adapter(["a", "b"])
     model.merge_adapter()

@@ -1,4 +1,4 @@
-"""What every method promises, over each registered method, base format and architecture. A new method adds a case."""
+"""The contract of all methods, over each registered method, base format and architecture. A new method adds a case."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENERATORS = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 
 @pytest.fixture(autouse=True)
 def _one_path_through_torchs_encoder():
-    """torch's fast path rounds otherwise than its slow one, which models with adapters take."""
+    """torch's fast path rounds differently from its slow one, which models with adapters use."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     yield
@@ -48,9 +48,9 @@ def test_every_method_has_a_case():
 @KIND
 @METHOD
 def test_function(case, kind, nf4, tmp_path):
-    """Identity at the start where promised; the base when disabled or unloaded; copies and files keep every byte.
+    """The identity at the start if promised; the base when disabled or unloaded; copies and files equal byte for byte.
 
-    Outputs of two models are equal to within the order of their sums alone: MKL's depends on the tensors' alignment.
+    Outputs of two models may differ by the order of their sums, which in MKL depends on the tensors' alignment.
     """
     applies(case, nf4)
     inputs = batch(kind)
@@ -70,7 +70,7 @@ def test_function(case, kind, nf4, tmp_path):
     assert_same_bytes(again.state_dict(), model.state_dict())
     assert_same_function(logits(again, inputs), changed, "copied")
     for method in model.injector.adapters["default"]:
-        method.loaded = True  # AdaLoRA would miss its steps
+        method.loaded = True  # AdaLoRA would report missing steps
     model.save_pretrained(tmp_path / "first", ["default"])
     again = build(case, kind, nf4=nf4) if case == "fusion" else PeftModel(make(kind, nf4=nf4))
     if case == "fusion":
@@ -85,7 +85,7 @@ def test_function(case, kind, nf4, tmp_path):
     assert files
     for file in files:
         first, second = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / "trained" / file)
-        # Prompts and prefixes are stored as their encoder computes them, beside the encoder.
+        # Prompts and prefixes are stored as computed by their encoder, in addition to the encoder.
         for name in [name for name in first if "prompt_embeddings" in name or "flat." in name]:
             assert_same_function(second.pop(name), first.pop(name), name)
         assert_same_bytes(second, first)
@@ -93,7 +93,7 @@ def test_function(case, kind, nf4, tmp_path):
 
 
 def assert_same_bytes(actual, expected):
-    """Two dictionaries of tensors are the same, bit for bit."""
+    """Assert that two dictionaries of tensors are equal bit for bit."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
@@ -103,7 +103,7 @@ def assert_same_bytes(actual, expected):
 @KIND
 @METHOD
 def test_training(case, kind, nf4, capsys):
-    """Only the adapter trains, all of it trains, the count is right, and a task is learnt."""
+    """Only the adapter trains, all of it trains, the count is right, and a task is learned."""
     applies(case, nf4)
     model = build(case, kind, nf4=nf4, task=True).train()
     adapter = {id(p) for p in model.adapters["default"].parameters()}
@@ -132,7 +132,7 @@ def test_training(case, kind, nf4, capsys):
 @METHOD
 @GENERATORS
 def test_generate_is_forward(case, kind):
-    """Greedy generation with a cache: each step's scores are the whole forward's, and its token their argmax."""
+    """Greedy generation with a cache: each step's scores equal the forward's, and its token is their argmax."""
     model = build(case, kind)
     randomize(model)
     inputs = batch(kind, rows=2)
@@ -151,7 +151,7 @@ def test_generate_is_forward(case, kind):
 @METHOD
 @KIND
 def test_rows(case, kind, nf4):
-    """Two adapters of a method, of different size where that can be, and the base, in one batch; or a clear refusal."""
+    """Two adapters of a method, of different sizes if possible, and the base in one batch; or a clear refusal."""
     applies(case, nf4)
     if case == "fusion":
         pytest.skip("two fusions of the same adapters are one more than this test's builder makes")
@@ -232,8 +232,8 @@ EVERY_MECHANISM = ("prompt_tuning", "prefix_tuning", "houlsby", "lora", "unipelt
     + [(kind, case) for kind in ARCHITECTURES if kind != "llama" for case in EVERY_MECHANISM],
 )
 def test_compiles(case, kind):
-    """In one graph, but for the LSTM, which torch.compile does not take. One model is lowered, and trains so."""
-    torch._dynamo.reset()  # its guards know objects by address, and earlier models' addresses are in use again
+    """One graph, except for the LSTM, which torch.compile does not support. One model is compiled and trained."""
+    torch._dynamo.reset()  # its guards identify objects by address, and addresses of earlier models are reused
     training = kind == "llama"
     model = build(case, kind, layers=1).train(training)
     randomize(model)
@@ -253,7 +253,7 @@ def test_compiles(case, kind):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_trained_model_is_freed(case):
-    """Hooks and caches keep nothing alive once nobody holds the model."""
+    """Hooks and caches do not keep the model alive."""
     model = build(case, "llama").train()
     task_loss(model, "llama", rows=2).backward()
     weight = weakref.ref(next(model.parameters()))
@@ -276,7 +276,7 @@ def test_full_fine_tuning_is_refused_over_nf4():
 
 
 def test_training_goes_on_after_load(tmp_path):
-    """The encoders of prefix and P-tuning come back for training, and only then."""
+    """The encoders of prefix and P-tuning are restored only for training."""
     for case in ("prefix_tuning", "p_tuning", "p_tuning_lstm", "mam", "unipelt"):
         model = build(case, "t5")
         randomize(model)

@@ -1,4 +1,4 @@
-"""Each method against a few lines that say what the paper says, on one layer where that is enough."""
+"""Each method compared with a few lines that implement its paper, on one layer if that is sufficient."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def attend(q, k, v, scale):
 def bert_reference(
     layer, x, *, attention=lambda h: h, ffn=lambda h: h, parallel=lambda x: 0.0, normed=lambda x: 0.0, prefix=None
 ):
-    """A BERT layer with a function after each sublayer, one beside the FFN, one that reads the layer's output and is
-    added before its norm, keys and values before the attention's."""
+    """Compute a BERT layer with a function after each sublayer and one parallel to the FFN.
+
+    normed reads the layer's output and is added before its norm; prefix gives keys and values before the attention's.
+    """
     self_attention, d = layer.attention.self, x.shape[-1]
     q, k, v = (heads(getattr(self_attention, name)(x)) for name in ("query", "key", "value"))
     if prefix is not None:
@@ -45,7 +47,7 @@ def bert_reference(
 
 
 def layer_norm(norm, x):
-    """Without the hooks on the module."""
+    """Compute without the hooks on the module."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
@@ -167,7 +169,7 @@ def test_gate_scales_only_its_querys_prefix():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "torch"])
 def test_pfeiffer_where_layers_normalise_their_input(kind):
-    """The stream after the FFN, u, becomes u + f(u); torch's own layers do it either way."""
+    """The stream after the FFN, u, becomes u + f(u), also in torch's layers."""
     if kind == "torch":
         layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
         model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
@@ -246,7 +248,7 @@ def test_fusion_requires_pfeiffer_adapters():
 
 
 def test_gemmas_sublayers_end_in_a_norm():
-    """What is added to the stream, and so what a Houlsby adapter reads, is the norm's output."""
+    """The norm's output is added to the stream, and a Houlsby adapter reads it."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 48}
@@ -340,7 +342,7 @@ def test_placeholders_put_virtual_tokens_where_the_template_says():
 
 
 def test_prompts_of_several_tasks_generate_in_one_batch():
-    """Rows of different prompt length, one of LoRA and one of the base, as alone; also with beams."""
+    """Rows of different prompt length, one with LoRA and one of the base, equal separate calls, also with beams."""
     model = PeftModel(make("llama")).eval()
     configs = {
         "long": peft.PromptTuningConfig(num_virtual_tokens=6),
@@ -375,7 +377,7 @@ def test_manual_decode_loop_applies_prompt_once():
 
 
 def test_padded_batches():
-    """Padding to the right of a row, or to its left in generation, changes nothing."""
+    """Padding to the right of a row, or to its left in generation, does not change outputs."""
     for config in (peft.PromptTuningConfig(num_virtual_tokens=3), peft.PTuningV2Config(num_virtual_tokens=3)):
         model = get_peft_model(make("llama"), config).eval()
         ids = batch("llama", rows=2)["input_ids"]
@@ -402,7 +404,7 @@ def test_prefixes_reach_encoder_decoder_and_cross_attention():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_prefixes_from_words_equal_reading_the_words(kind):
-    """In a decoder, at the start: the model computes what it would with the words in front, by position too."""
+    """At the start, a decoder computes what it computes after reading the words, with the same positions."""
     base, ids = make(kind), batch(kind)["input_ids"]
     words = torch.tensor([[5, 9, 2, 5]])
     with torch.no_grad():
@@ -464,7 +466,7 @@ for case in CASES:
 
 
 def test_nn_transformer_shapes_and_masks():
-    """The parts of torch's attention are its whole: every layout, mask and kind of output."""
+    """The separated projections of torch's attention equal the module for every layout, mask and kind of output."""
     for batch_first in (True, False):
         attention = nn.MultiheadAttention(16, 4, batch_first=batch_first, dropout=0.0).eval()
         x, other = torch.randn(3, 5, 16), torch.randn(3, 5, 16)

@@ -1,4 +1,4 @@
-"""Configurations refuse values of the wrong type by name, wherever they come from."""
+"""Configurations refuse values of the wrong type by name, from code and from files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_kernels.peft.core.field_types import admits, field_types
 from qlora_kernels.peft.framework.registry import config_from_dict
 
 WRONG = [object(), {"a": object()}, [object()]]
-"""Values that no field of any configuration holds."""
+"""Values that are invalid for every field of every configuration."""
 
 REQUIRED = {"AdaLoraConfig": {"total_step": 10}, "AdapterFusionConfig": {"adapters": ["a", "b"]}}
 

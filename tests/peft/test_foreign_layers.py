@@ -1,4 +1,4 @@
-"""LoRA over layers that bitsandbytes has quantized: a merge is right, or refused."""
+"""LoRA over layers that bitsandbytes has quantized: a merge is right, or it is refused."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def model_of(kind):
 
 
 def exact_in_int8(rows):
-    """bf16 inputs that an int8 layer quantizes without an error, its outliers (above 6) aside.
+    """Return bf16 inputs that an int8 layer quantizes without error, except its outliers (above 6).
 
-    Each row's codes are integers up to 127 in steps of 2**-5, and two columns hold outliers.
+    The codes of each row are integers up to 127 in steps of 2**-5, and two columns hold outliers.
     """
     codes = torch.randint(-126, 127, (rows, 128))
     codes[:, 0] = 127
@@ -50,8 +50,8 @@ def exact_in_int8(rows):
 def test_merging_keeps_the_function(kind, options, ran_in_eval):
     """Running in eval mode changes the layout of a Linear4bit on CPUs with AVX512-BF16.
 
-    int8 layers quantize their input as well, so theirs has exact codes. Where outliers are not served apart, they are
-    left out, because they would determine the step.
+    int8 layers also quantize their input, so that their inputs have exact codes. If outliers are not handled
+    separately, they are left out, because they would determine the step.
     """
     x = torch.randn(5, 128, dtype=torch.bfloat16) if "int8" not in kind else exact_in_int8(5)
     if kind == "int8":
@@ -72,7 +72,7 @@ def test_merging_keeps_the_function(kind, options, ran_in_eval):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4_single", "nf4_in_bf16", "int8"])
 def test_weights_are_those_of_bitsandbytes(kind):
-    """To the roundings of absmax = code * scale + offset and of its product with the weight's code.
+    """Equal within the roundings of absmax = code * scale + offset and of its product with the weight's code.
 
     bitsandbytes may fuse the first two; both are at most twice as large as their sum.
     """
@@ -128,7 +128,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("layer", ["own forward", "float8"])
 def test_weight_not_used_by_forward_is_refused(layer):
-    """LoRA beside such a layer is right; merging into it would not be."""
+    """LoRA over such a layer is right; merging into it would not be."""
     base = nn.Sequential(Doubled(32, 32))
     if layer == "float8":
         base = nn.Sequential(nn.Linear(32, 32))
@@ -143,10 +143,10 @@ def test_weight_not_used_by_forward_is_refused(layer):
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_merged_transformers_model_reloads(tmp_path, bits, targets):
-    """Its configuration says which layers are still quantized; dense ones must not be quantized anew."""
+    """Its configuration lists the layers that are still quantized; dense ones must not be quantized again."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)  # bitsandbytes' CPU kernel wants N % 32 == 0
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)  # bitsandbytes' CPU kernel needs N % 32 == 0
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     loading = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     auto = transformers.AutoModelForCausalLM
@@ -164,7 +164,7 @@ def test_a_merged_transformers_model_reloads(tmp_path, bits, targets):
 
 
 def test_subclass_with_same_forward_merges(tmp_path):
-    """Falcon's layers are nn.Linear with a forward of their own."""
+    """Falcon's layers are subclasses of nn.Linear with their own forward."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.FalconConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -184,7 +184,7 @@ def test_subclass_with_same_forward_merges(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "clip"])
 def test_saving_beside_input_embeddings_that_are_no_table(tmp_path, kind):
-    """Those of ViT cut an image into patches; transformers raises where it is asked for those of CLIP."""
+    """The input embeddings of ViT cut an image into patches; transformers raises for those of CLIP."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     image = {"image_size": 8, "patch_size": 4}
@@ -203,7 +203,7 @@ def test_saving_beside_input_embeddings_that_are_no_table(tmp_path, kind):
 
 
 class Router(nn.Linear):
-    """As Llama 4's."""
+    """A router like that of Llama 4."""
 
     def forward(self, x):
         y = super().forward(x)

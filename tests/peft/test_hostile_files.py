@@ -1,4 +1,4 @@
-"""Adapter folders that say anything: each is refused with an error that names the field or the tensor."""
+"""Adapter folders with arbitrary contents: each is refused with an error that names the field or the tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """(config, tensors) of a small LoRA adapter."""
+    """Return (config, tensors) of a small LoRA adapter."""
     folder = tmp_path_factory.mktemp("good")
     get_peft_model(net(), peft.LoraConfig(target_modules=["0"], r=2)).save_pretrained(folder)
     return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
@@ -85,7 +85,7 @@ def test_null_means_the_default(tmp_path, stored):
 
 @pytest.mark.filterwarnings("ignore:.*differs from the file that was saved")
 def test_allocations_are_bounded_by_file_size(tmp_path):
-    """The sizes in the configurations of all methods, without the time that allocating would take."""
+    """The sizes in the configurations of all methods are checked without the time of allocating."""
     huge = 10**9
     for i, (config, field) in enumerate(
         [

@@ -1,4 +1,4 @@
-"""LoRA beside PEFT and beside its equation: outputs, gradients, initialisations, variants."""
+"""LoRA compared with PEFT and with its equation: outputs, gradients, initializations, variants."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_dora_equation():
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dora_over_rows_of_zeros(nf4, dtype):
-    """The identity at first; finite, and still training, afterwards. Some mixtures of experts have such rows."""
+    """The identity at first; finite and still training afterwards. Some mixtures of experts have such rows."""
     linear = nn.Linear(64, 8, bias=False)
     linear.weight.data[2:4] = 0
     base = qk.LinearNF4.from_linear(linear) if nf4 else linear
@@ -235,7 +235,7 @@ def test_bad_configurations():
 
 
 def test_embedding():
-    """The rows of the table move by scaling * B A; merged, mixed by row, and counted as PEFT does."""
+    """The rows of the table change by scaling * B A; merged, mixed by row, and counted as in PEFT."""
     table = nn.Embedding(10, 6, padding_idx=0)
     model = get_peft_model(nn.Sequential(table), LoraConfig(target_modules=["0"], r=4, lora_alpha=6))
     ids = torch.tensor([[1, 2, 0], [3, 3, 9]])
@@ -253,7 +253,7 @@ def test_embedding():
 
 
 def test_embedding_of_another_base_is_refused(hf_peft, tmp_path):
-    """PEFT writes the table it adapted beside the adapter."""
+    """PEFT stores the table that it adapted with the adapter."""
     hf_peft.get_peft_model(make("llama"), hf_peft.LoraConfig(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
     PeftModel.from_pretrained(make("llama"), tmp_path)
     with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight must be the base model's own"):

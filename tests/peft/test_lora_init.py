@@ -1,4 +1,4 @@
-"""Start values of LoRA, and files of PEFT's that were trained from them."""
+"""Start values of LoRA, and PEFT's files that were trained from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ X = torch.linspace(-1, 1, 5 * 16).view(5, 16)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "olora", "eva"])
 def test_files_trained_by_peft_load(hf_peft, tmp_path, init, rslora):
-    """PiSSA and OLoRA take their start out of the base, each time the file is loaded; the others leave the base."""
+    """PiSSA and OLoRA subtract their start from the base each time the file is loaded; the others do not."""
     options = {"target_modules": ["0", "2"], "r": 4, "lora_alpha": 12, "use_rslora": rslora}
     theirs = hf_peft.get_peft_model(two_layers(), hf_peft.LoraConfig(init_lora_weights=init, **options)).eval()
     randomize(theirs)
@@ -46,7 +46,7 @@ def test_files_trained_by_peft_load(hf_peft, tmp_path, init, rslora):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_conv1d_layers_of_pefts_files(hf_peft, tmp_path, init):
-    """PEFT's OLoRA of a Conv1D factors the transposed weight, whose parts do not fit: no such file exists."""
+    """PEFT's OLoRA of a Conv1D factors the transposed weight, whose parts do not fit, so no such file exists."""
     options = {"target_modules": ["c_attn"], "r": 4, "fan_in_fan_out": True, "init_lora_weights": init}
     try:
         theirs = hf_peft.get_peft_model(make("gpt2"), hf_peft.LoraConfig(**options)).eval()
@@ -124,7 +124,7 @@ def test_bad_options(options, message):
 
 
 def test_eva_finds_the_directions_of_the_inputs(tmp_path):
-    """Against one SVD of all inputs; padding does not count."""
+    """Compared with one SVD of all inputs; padding does not count."""
     model = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="eva"))
     with pytest.raises(RuntimeError, match="initialize_eva"):
         model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters are in the module tree: what walks over a model, copies it or replaces parts of it is right."""
+"""Adapters are in the module tree, so that code that iterates over, copies or replaces parts of a model is right."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ METHOD = pytest.mark.parametrize("case", CASES)
 
 
 def replicated(network: nn.Module, change) -> nn.Module:
-    """What torch.nn.parallel.replicate makes of a network, without its devices: modules are copied one by one, and
-    every parameter becomes an attribute of its copy, here `change` of it."""
+    """Replicate a network as torch.nn.parallel.replicate does, without devices.
+
+    Modules are copied one by one, and every parameter becomes an attribute of its copy, here `change` of it.
+    """
     modules = list(network.modules())
     copies = {module: module._replicate_for_data_parallel() for module in modules}
     tensors = {id(p): change(p.detach()) for p in network.parameters()}
@@ -46,7 +48,7 @@ def replicated(network: nn.Module, change) -> nn.Module:
 @METHOD
 @pytest.mark.parametrize("kind", ["llama", "t5", "torch"])
 def test_replicas_compute_with_their_own_parameters(case, kind):
-    """A replica of which all parameters are changed equals a copy with the same change; so with its own thread."""
+    """A replica with changed parameters equals a copy with the same change, also in a thread of its own."""
     model, inputs = build(case, kind), batch(kind, rows=2)
     randomize(model)
 
@@ -54,7 +56,7 @@ def test_replicas_compute_with_their_own_parameters(case, kind):
         return p * 0.9 + 0.01 if p.is_floating_point() else p
 
     with torch.no_grad():
-        logits(model, inputs)  # nothing of this call may be kept for the replicas
+        logits(model, inputs)  # values of this call must not be kept for the replicas
         replica = replicated(model, change)
         changed = copy.deepcopy(model)
         for parameter in changed.parameters():
@@ -146,11 +148,11 @@ def test_chunked_loss_trains_an_adapted_head(how):
     assert_same_gradients(got, {name: p.grad for name, p in model.named_parameters() if name in got})
 
 
-# What is kept by name, not by object
+# Parts that are identified by name, not by object
 
 
 def saved(model: PeftModel, path) -> torch.Tensor:
-    """The outputs of a fresh base with the file that the model writes."""
+    """Return the outputs of a new base with the file that the model writes."""
     model.save_pretrained(path)
     return logits(PeftModel.from_pretrained(make("llama"), path), batch("llama"))
 
@@ -177,7 +179,7 @@ def test_saved_file_follows_replaced_parameters(change, tmp_path):
     elif change == "to_empty":
         model.to_empty(device="cpu").load_state_dict(state)
         for ours, theirs in zip(model.base_model.buffers(), make("llama").buffers(), strict=True):
-            ours.copy_(theirs)  # no state dict has them
+            ours.copy_(theirs)  # state dicts do not include them
     elif change in ("overwrite", "swap"):
         setter = getattr(
             torch.__future__,
@@ -205,7 +207,7 @@ def test_saved_file_follows_replaced_parameters(change, tmp_path):
     if change not in ("parametrize", "weight_norm"):
         with model.disable_adapter():
             assert_same_function(logits(model, batch("llama")), base)
-        # Training goes on with what is in the model now.
+        # Training continues with the values that are in the model now.
         randomize(model, seed=7)
         assert not torch.equal(logits(model, batch("llama")), expected)
         assert_same_function(saved(model, tmp_path), logits(model, batch("llama")))
@@ -221,7 +223,7 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resized_embeddings(tmp_path, dtype):
-    """Trained rows stay, base and copies grow by the same rows, and the file fits a base of the new size."""
+    """Trained rows are kept, base and copies grow by the same rows, and the file fits a base of the new size."""
     model = with_copies().to(dtype)
     plain = logits(model, batch("llama"))
     assert model.resize_token_embeddings(51, mean_resizing=False) is model.base_model.get_input_embeddings()
@@ -237,7 +239,7 @@ def test_resized_embeddings(tmp_path, dtype):
     base = make("llama").to(dtype)
     base.resize_token_embeddings(51, mean_resizing=False)
     again = PeftModel.from_pretrained(base, tmp_path, adapter_dtype=torch.float32)
-    # Of a bf16 model the factors were cast to bf16 here, and are fp32 there: one rounding more in each product.
+    # The factors of a bf16 model were cast to bf16 here and are fp32 there: one more rounding in each product.
     assert_same_function(again(input_ids=ids).logits, model(input_ids=ids).logits, products=20)
 
 
@@ -290,7 +292,7 @@ def test_resizing_under_a_lora_is_refused():
 
 
 def test_half_precision_copies_have_fp32_masters():
-    """What trains is fp32 and is used in the model's dtype, so that fp16 training with a GradScaler works."""
+    """Trained parameters are fp32 and used in the model's dtype, so that fp16 training with a GradScaler works."""
     base = make("llama").half()
     inputs = batch("llama")
     before = logits(base, inputs)
@@ -312,7 +314,7 @@ def test_half_precision_copies_have_fp32_masters():
 
 
 def test_a_recurrent_module_is_overridden():
-    """It reads its parameters from a list of its own."""
+    """A recurrent module reads its parameters from a list of its own."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -417,7 +419,7 @@ def test_multihead_attention_is_restored(nf4, dtype):
 
 
 def test_adapters_are_not_counted_as_model_layers():
-    """Neither a second adapter nor replace_linear touches the layers of the first."""
+    """Neither a second adapter nor replace_linear changes the layers of the first."""
     model = get_peft_model(make("llama"), LoraConfig(target_modules="all-linear"))
     adapted = set(model.injector.adapted_layers())
     model.add_adapter("second", LoraConfig(target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""Prompt-type adapters beside PEFT: the same weights give the same outputs, and files cross in both directions."""
+"""Prompt-type adapters compared with PEFT: equal weights give equal outputs, and files load in both directions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ N = 4
 
 
 def theirs_logits(model, kind, inputs, shift):
-    """PEFT returns logits of virtual positions too."""
+    """Drop the logits of virtual positions, which PEFT returns too."""
     y = model(**inputs).logits
     return y[:, shift:] if kind in ("llama", "gpt2") else y
 
 
 def cross(hf_peft, tmp_path, kind, ours_config, theirs_config, shift):
-    """Ours to PEFT and back, then PEFT's to ours, each with other weights."""
+    """Check files from here to PEFT and back, then from PEFT to here, each with other weights."""
     inputs = batch(kind)
     ours = get_peft_model(make(kind), ours_config).eval()
     randomize(ours)
@@ -99,7 +99,7 @@ def test_adapters_incompatible_with_peft_cannot_load_there(hf_peft, tmp_path, ki
 
 
 def test_encoder_weights_equal_peft(hf_peft):
-    """The same weights in both P-tuning encoders give the same prompt."""
+    """Equal weights in both P-tuning encoders give equal prompts."""
     from peft.tuners.p_tuning.model import PromptEncoder
 
     for kind in ("MLP", "LSTM"):
@@ -120,7 +120,8 @@ def names_in(folder):
 
 
 def test_save_replaces_previous_adapter_completely(tmp_path):
-    """Neither its sidecar's tensors under a single adapter, nor a whole adapter under a combination; the rest stays."""
+    """Neither the sidecar's tensors nor a complete adapter in a folder of a combination are left; other files are
+    kept."""
     (tmp_path / "README.md").write_text("mine")
     tuned = peft.PTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=16)
     get_peft_model(make("llama"), tuned).save_pretrained(tmp_path)
@@ -150,7 +151,7 @@ def test_failed_save_keeps_previous_adapter(tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    """Cut short or with a bit changed: refused; a changed configuration, which may be meant, is warned of."""
+    """Files that are cut short or have a changed bit are refused; a changed configuration gives a warning."""
     model = get_peft_model(make("llama"), peft.PTuningConfig(num_virtual_tokens=N, encoder_hidden_size=16))
     model.save_pretrained(tmp_path)
     for name in ("adapter_model.safetensors", "qlora_kernels.safetensors"):
@@ -182,7 +183,7 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path):
 
 
 def test_several_adapters_are_saved_as_one(tmp_path, monkeypatch):
-    """Adapters that belong together, as a fusion and its parts do, are never of two saves."""
+    """Adapters that belong together, such as a fusion and its parts, are always of one save."""
     model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("second", peft.LoraConfig(target_modules=["v_proj"]))
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Several adapters on one model: choosing, per-row batches, merging, disabling, counting, files."""
+"""Several adapters on one model: selection, per-row batches, merging, disabling, counting, files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 
 
 def two_adapters(nf4: bool = False, kind: str = "llama") -> PeftModel:
-    """Adapters "default" and "b", of other rank, scaling and targets, both away from the identity."""
+    """Return a model with adapters "default" and "b", of different rank, scaling and targets, not identities."""
     model = get_peft_model(make(kind, nf4=nf4), LoraConfig(target_modules="all-linear", r=4))
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}[kind]
     model.add_adapter("b", LoraConfig(target_modules=targets, r=2, lora_alpha=8))
@@ -191,7 +191,7 @@ def test_tied_head_is_merged_once():
     ],
 )
 def test_weighted_combination_equals_peft(hf_peft, tmp_path, how, monkeypatch):
-    """Also with a negative weight. DARE's random mask is made the same for both, who hold embeddings transposed."""
+    """Also with a negative weight. DARE's random mask is made equal for both, which store embeddings transposed."""
     monkeypatch.setattr(
         torch,
         "bernoulli",
@@ -289,7 +289,7 @@ def test_save_and_load_are_bit_exact(tmp_path, nf4):
 
 
 def test_an_adapter_loaded_for_use_is_in_eval_mode(tmp_path):
-    """Also where the base was in training mode; two calls agree although the adapter has dropout."""
+    """Also if the base was in training mode; two calls agree although the adapter has dropout."""
     config = LoraConfig(target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
     get_peft_model(make("llama"), config).save_pretrained(tmp_path)
     inputs = batch("llama")
@@ -372,7 +372,7 @@ def test_prepare_for_training():
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "gpt2", "t5"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_prepared_models_train_and_generate_in_bf16(kind, autocast):
-    """With the defaults, in a plain loop: fp32 norms must not make the rest of the model see fp32."""
+    """With the defaults, in a plain loop: fp32 norms must not make the rest of the model compute in fp32."""
     base = make(kind).bfloat16()
     qk.replace_linear(base, skip=(HEADS[kind],))
     model = get_peft_model(qk.prepare_for_training(base), LoraConfig(r=2, target_modules="all-linear")).train()
@@ -405,7 +405,7 @@ def test_a_prepared_norm_whose_input_is_cast_to_its_dtype():
 
 @pytest.mark.parametrize("quantized_first", [False, True])
 def test_a_merged_gpt2_has_its_own_kind_of_layers(tmp_path, quantized_first):
-    """GPT-2's layers store their weights transposed, also where NF4 stood for them in between."""
+    """GPT-2's layers store their weights transposed, also after a conversion to NF4 and back."""
     from transformers import GPT2LMHeadModel
 
     base = make("gpt2")

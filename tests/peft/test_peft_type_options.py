@@ -1,4 +1,4 @@
-"""Options, dropout, limits and errors of the adapter types that PEFT has too; test_peft_types.py compares outputs."""
+"""Options, dropout, limits and errors of PEFT's adapter types; test_peft_types.py compares outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 
 def test_ia3_default_layers_equal_peft():
-    """For each type of model for which PEFT knows them."""
+    """For each type of model that PEFT lists."""
     constants = pytest.importorskip("peft.utils.constants")
     targets, feedforward = (
         getattr(constants, f"TRANSFORMERS_MODELS_TO_IA3_{which}_MODULES_MAPPING") for which in ("TARGET", "FEEDFORWARD")
@@ -59,7 +59,7 @@ def test_lokr_divides_sizes_as_peft(hf_peft):
 )
 @pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig"])
 def test_lycoris_dropout_is_pefts(hf_peft, name, options):
-    """With the same random numbers the same parts of the update are left out in training, and none in use."""
+    """Equal random numbers drop equal parts of the update in training; nothing is dropped in inference."""
     scale = {"rank_dropout_scale": True} if name == "LoKrConfig" else {}
     options |= {"r": 2, "init_weights": False, "target_modules": ["q_proj", "up_proj"]} | scale
     outputs = []
@@ -83,14 +83,14 @@ def test_lycoris_dropout_of_everything_is_finite():
 
 
 def test_lokr_computes_no_dense_update(monkeypatch):
-    """The Kronecker product itself is for merges."""
+    """The Kronecker product itself is computed only for merges."""
     model = get_peft_model(make("llama"), peft.LoKrConfig(r=2, target_modules="all-linear")).eval()
     monkeypatch.delattr(torch, "kron")
     logits(model, batch("llama"))
 
 
 def test_loha_of_low_rank_and_vera_run_fused():
-    """r * r (N + K) <= N K: the update is one of rank r * r, whose factors go into the fused op."""
+    """For r * r (N + K) <= N K, the update has rank r * r, and its factors are used in the fused op."""
     for config in (
         peft.LoHaConfig(r=2, target_modules="all-linear"),
         peft.VeraConfig(r=4, target_modules="all-linear"),
@@ -102,7 +102,7 @@ def test_loha_of_low_rank_and_vera_run_fused():
 
 
 def test_vera_projections_are_held_and_saved_once(tmp_path):
-    """All layers share them, also in copies and in the state of a run; they come from the seed, or from the file."""
+    """All layers share them, also in copies and in a run's state; they come from the seed or from the file."""
     config = peft.VeraConfig(r=4, target_modules=["q_proj", "up_proj"], projection_prng_key=3)
     model = get_peft_model(make("llama"), config)
     for each in (model, copy.deepcopy(model)):

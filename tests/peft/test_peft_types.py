@@ -1,6 +1,6 @@
-"""Adapter types that PEFT has too, beside PEFT: outputs, gradients, merges, and files in both directions.
+"""PEFT's adapter types compared with PEFT: outputs, gradients, merges, and files in both directions.
 
-Over NF4 the peer is PEFT over a dense copy of the dequantized model.
+Over NF4, the peer is PEFT over a dense copy of the dequantized model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 
 
 class Peer(NamedTuple):
-    """A configuration that both libraries have, by the name of its class and its fields."""
+    """A configuration that both libraries have, with the name of its class and its fields."""
 
     name: str
     options: dict[str, Any]
@@ -34,7 +34,7 @@ class Peer(NamedTuple):
         return make(self.kind, nf4=nf4, layers=self.layers)
 
     def dense_copy(self):
-        """The NF4 model with nn.Linear layers that hold the dequantized weights."""
+        """Return the NF4 model with nn.Linear layers that hold the dequantized weights."""
         model = self.base(nf4=True)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LinearNF4):
@@ -118,14 +118,14 @@ def their_gradients(model):
 
 
 def assert_same_files(ours, theirs):
-    """Equal keys, shapes and values; the configuration has PEFT's fields and says the same."""
+    """Assert equal keys, shapes and values, and a configuration with PEFT's fields and values."""
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
     assert {name: tensor.shape for name, tensor in first.items()} == {n: t.shape for n, t in second.items()}
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     own, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs))
     assert own.keys() - {"peft_version"} <= other.keys()
-    # A Conv1D in NF4 is a LinearNF4, which does not store a transpose.
+    # A Conv1D in NF4 is a LinearNF4, which is not stored transposed.
     for key in own.keys() - {"peft_version", "base_model_name_or_path", "modules_to_save", "fan_in_fan_out"}:
         values = [sorted(v) if isinstance(v, list) else v for v in (own[key], other[key])]
         assert values[0] == values[1], key
@@ -134,7 +134,7 @@ def assert_same_files(ours, theirs):
 @PEER
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
-    """One adapter, trained by PEFT, loaded here, saved here, and loaded by PEFT: outputs, gradients, files, merges."""
+    """An adapter trained by PEFT is loaded and saved here and loaded by PEFT: outputs, gradients, files, merges."""
     inputs = batch(peer.kind)
     theirs = their_model(hf_peft, peer)
     randomize(theirs)
@@ -162,7 +162,7 @@ def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
 
 @PEER
 def test_new_adapter_equals_peft(hf_peft, tmp_path, peer):
-    """The same layers, shapes and start: PEFT loads what is saved here, and has the same names in its own file."""
+    """Layers, shapes and start are equal: PEFT loads a file saved here, and its own file has the same names."""
     inputs = batch(peer.kind)
     ours = get_peft_model(peer.base(), peer.ours()).eval()
     randomize(ours)
@@ -186,7 +186,7 @@ SEVERAL = pytest.mark.parametrize("name", ["ia3", "vera", "loha_dense", "lokr", 
 @SEVERAL
 @torch.no_grad()
 def test_several_adapters_act_as_in_peft(hf_peft, tmp_path, name):
-    """Two at once, in either order, each alone, none, and each on rows of its own; merges give what forward gives."""
+    """Two at once in either order, each alone, none, and each on its own rows; merges equal forward."""
     peer, inputs = PEERS[name], batch(PEERS[name].kind)
     theirs = their_model(hf_peft, peer)
     theirs.add_adapter("b", peer.theirs(hf_peft))
@@ -217,7 +217,7 @@ def test_several_adapters_act_as_in_peft(hf_peft, tmp_path, name):
 @torch.no_grad()
 @pytest.mark.parametrize("first", ["lora", "other"])
 def test_merges_beside_lora_keep_the_order(name, first):
-    """With LoRA before or after it, and where code reads weights, the merged layers compute what forward computes."""
+    """With LoRA before or after it, and where code reads weights, merged layers equal forward."""
     peer, inputs = PEERS[name], batch(PEERS[name].kind)
     lora = peft.LoraConfig(r=2, target_modules="all-linear")
     configs = {"lora": lora, "other": peer.ours()}

@@ -1,4 +1,4 @@
-"""Adapters on layers whose weight the model reads instead of calling the layer, on some of its paths or on all."""
+"""Adapters on layers whose weight the model reads instead of calling the layer, on some or all of its paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.peft.models import randomize
 
 
 class ReadsOrCalls(nn.Module):
-    """As Mamba: a fused kernel takes the weights of layers that the plain implementation calls."""
+    """A module like Mamba, whose fused kernel takes the weights of layers that its plain implementation calls."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ def test_limits_of_read_weights_are_reported():
 
 
 def test_a_head_that_is_given_the_embedding():
-    """DeBERTa-v2's own head multiplies by the table of the embedding, which the model hands to it."""
+    """DeBERTa-v2's head multiplies by the embedding's table, which the model passes to it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.DebertaV2Config(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -90,7 +90,7 @@ def test_a_head_that_is_given_the_embedding():
 
 
 class LooksAtAWeight(nn.Module):
-    """As T5's wo: the dtype of the weight decides a cast."""
+    """As for T5's wo, whose dtype decides on a cast."""
 
     def __init__(self):
         super().__init__()

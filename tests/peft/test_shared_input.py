@@ -1,4 +1,4 @@
-"""fuse_shared_input: one op for layers on one tensor, the same results, and safe where they are not on one tensor."""
+"""fuse_shared_input: one op for layers with one input, with equal results, and a fallback for different inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 
 class Parent(nn.Module):
-    """q, k, v and out of an attention without the attention."""
+    """The q, k, v and out projections of an attention, without the attention."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def gradients(model, x, run=None):
 
 
 def assert_same(actual, expected):
-    """y, then gradients."""
+    """Return y, then gradients."""
     for a, e in zip(actual, expected, strict=True):
         assert_same_function(a, e)
 
@@ -95,7 +95,7 @@ def test_unfuse():
 
 
 def test_one_mask_for_the_group(monkeypatch):
-    """With dropout the group equals the layers one by one under the seed of the group."""
+    """With dropout, the group equals the single layers with the group's seed."""
     model, x = small(dropout=0.4), torch.randn(5, 32)
     seed = torch.tensor([99])
     for module in ("qlora_kernels.nn.linear_nf4",):
@@ -107,7 +107,7 @@ def test_one_mask_for_the_group(monkeypatch):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
-    """Also where the checkpoint's own input is the tensor that the layers read, with dropout replayed."""
+    """Also if the checkpoint's input is the tensor that the layers read, with dropout replayed."""
     model, x = small(dropout=0.3), torch.randn(5, 32)
     qk.fuse_shared_input(model)
     blocks = model.base_model
@@ -200,7 +200,7 @@ def test_second_call_recomputes():
 
 
 def test_fused_group_falls_back_when_adapters_change(monkeypatch):
-    """Whatever a group cannot serve runs as it would without it; several adapters with one rate run fused."""
+    """Calls that a group does not support run unfused; several adapters with one dropout rate run fused."""
     model, x = small(), torch.randn(5, 32)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     randomize(model)
@@ -220,7 +220,7 @@ def test_fused_group_falls_back_when_adapters_change(monkeypatch):
 
     both(with_adapters(["default", "second"]))
     assert calls == [3, 3]
-    both(with_adapters("second"))  # v has none of it
+    both(with_adapters("second"))  # v has no such adapter
     assert calls == [3, 3]
     both(
         lambda m: (

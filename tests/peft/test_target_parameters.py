@@ -18,11 +18,11 @@ EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 IDS = torch.arange(1, 15).view(2, 7)
 
 TERMS = 96
-"""Of the longest sums of these models: their intermediate size."""
+"""Length of the longest sums of these models, their intermediate size."""
 
 
 def mixtral(implementation="eager"):
-    """[experts, out, in], one matmul per expert."""
+    """Weights [experts, out, in], with one matmul per expert."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def mixtral(implementation="eager"):
 
 
 def gpt_oss():
-    """[experts, in, out] (is_transposed), biases beside the weights."""
+    """Weights [experts, in, out] (is_transposed), with biases."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_outputs_gradients_and_files_equal_peft(hf_peft, tmp_path, make, targets
 
 
 def test_a_router_and_a_plain_weight(hf_peft, tmp_path):
-    """Two dimensions are one expert."""
+    """A two-dimensional parameter is treated as one expert."""
     options = {"r": 2, "target_modules": ["v_proj"], "target_parameters": ["gate.weight", "k_proj.weight"]}
     theirs = hf_peft.get_peft_model(mixtral(), hf_peft.LoraConfig(**options)).eval()
     randomize(theirs)
@@ -144,7 +144,7 @@ class TestOverQuantizedExperts:
         merged = logits(model)
         if target == "16bit":
             assert_same_function(merged, expected, terms=TERMS)
-        else:  # quantized again, which moves weights by up to a seventh of the largest in their block
+        else:  # quantized again, with errors of up to a seventh of a block's largest weight
             assert (merged - expected).abs().max() < 0.2
         with pytest.raises(ValueError, match="must not be merged"):
             model.delete_adapter("default")

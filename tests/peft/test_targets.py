@@ -1,4 +1,4 @@
-"""target_modules and its companions: the same layers as PEFT, and errors that help."""
+"""target_modules and related fields: the same layers as PEFT, and helpful errors."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ NAMES_OF_NOTHING = [
 
 @pytest.mark.parametrize(("kind", "config", "message"), NAMES_OF_NOTHING)
 def test_a_name_that_matches_nothing_is_refused(kind, config, message):
-    """Also beside names that match; nothing is changed in the model."""
+    """Also together with names that match; the model is not changed."""
     model = make(kind)
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
@@ -178,7 +178,7 @@ def test_a_string_is_one_name(tmp_path):
 
 
 def test_a_file_may_name_modules_of_other_models(hf_peft, tmp_path):
-    """People share one list of targets for all models; the tensors of the file say what was adapted."""
+    """Users share one list of targets for all models; the tensors of the file determine the adapted modules."""
     config = hf_peft.LoraConfig(target_modules=["q_proj", "query_key_value"], modules_to_save=["score"])
     hf_peft.get_peft_model(make("llama"), config).save_pretrained(tmp_path)
     assert len(PeftModel.from_pretrained(make("llama"), tmp_path).injector.adapted_layers()) == 2

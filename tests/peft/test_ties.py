@@ -1,4 +1,4 @@
-"""Tied embeddings and heads: flags, files and weights agree in every order of operations."""
+"""Tied embeddings and heads: flags, files and weights are consistent in every order of operations."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_tied_lora_requires_equal_ranks():
 
 
 def test_full_fine_tuning_keeps_the_tie(tmp_path):
-    """Its own file holds the shared tensor once."""
+    """Its own file stores the shared tensor once."""
     model, inputs = get_peft_model(tied(), FullFTConfig()).eval(), batch("llama")
     randomize(model)
     model.save_pretrained(tmp_path)
@@ -208,7 +208,7 @@ def test_full_fine_tuning_keeps_the_tie(tmp_path):
 
 
 def test_an_encoder_decoder_keeps_its_flag(tmp_path):
-    """T5 scales its logits where the flag of its configuration is set."""
+    """T5 scales its logits if the flag of its configuration is set."""
     from transformers import AutoModelForSeq2SeqLM
 
     from tests.peft.models import t5
@@ -230,7 +230,7 @@ class TestResizedVocabulary:
     @staticmethod
     def resized(seed, base=tied, rows=VOCAB + 3):
         model = base()
-        torch.manual_seed(seed)  # of the new rows
+        torch.manual_seed(seed)  # for the new rows
         model.resize_token_embeddings(rows)
         return model
 
@@ -262,7 +262,7 @@ class TestResizedVocabulary:
             PeftModel.from_pretrained(base(), tmp_path)
 
     def test_rows_by_the_configuration_of_the_base(self, tmp_path):
-        """Where no module says how many rows there were."""
+        """A case in which no module has the original number of rows."""
         tied().save_pretrained(tmp_path / "base")
         base = self.resized(1)
         base.model.vocab_size = VOCAB + 3

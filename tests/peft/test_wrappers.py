@@ -1,4 +1,4 @@
-"""Wrappers of torch's around the model or parts of it have no part in names: not in targets, and not in files."""
+"""torch's wrappers around the model or its parts do not appear in names: neither in targets nor in files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.tolerances import assert_same_function
 
 @pytest.fixture(autouse=True)
 def _recompile():
-    """torch.compile does not look whether hooks were added since it compiled the code of a class."""
+    """Reset torch.compile, which does not notice hooks that are added after it has compiled a class's code."""
     torch.compiler.reset()
 
 
 class FSDPLike(nn.Module):
-    """Keeps the module where torch's FSDP does, without its process group."""
+    """Holds the module as torch's FSDP does, without a process group."""
 
     def __init__(self, module):
         super().__init__()
@@ -92,7 +92,7 @@ def stored(model, folder):
     ids=[*WRAPS, "hooks, compile", "hooks, nested blocks"],
 )
 def test_files_are_those_of_the_plain_model(tmp_path, wrap, config):
-    """Both ways: an adapter of the wrapped model fits the plain one, and the plain one's adapter the wrapped."""
+    """In both directions: an adapter of the wrapped model fits the plain one and the reverse."""
     plain = get_peft_model(make("llama"), config).eval()
     names = set(stored(plain, tmp_path / "plain"))
     model = get_peft_model(wrap(make("llama")), config).eval()
@@ -126,7 +126,7 @@ def test_wrappers_that_come_after_the_adapter(tmp_path, wrapper):
 
 
 def test_wrappers_names_in_a_file_are_left_out(tmp_path):
-    """PEFT writes them where the base was compiled first."""
+    """PEFT includes them in names if the base was compiled first."""
     model = get_peft_model(make("llama"), CONFIG).eval()
     randomize(model)
     tensors = stored(model, tmp_path)
