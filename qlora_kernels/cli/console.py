@@ -38,10 +38,13 @@ class Console:
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
 
     def bar(self, total: int, name: str, unit: str) -> Any:
-        """A tqdm bar; only on a terminal."""
-        from tqdm import tqdm
+        """A tqdm bar on a terminal or in a notebook; elsewhere it is disabled."""
+        from tqdm.auto import tqdm
 
-        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else None)
+        in_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+        # None disables it where stderr is no terminal, which is so in notebooks too.
+        shown = False if in_notebook else None
+        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else shown)
 
 
 def rss_bytes() -> int:

@@ -7,33 +7,33 @@ import importlib
 import json
 import math
 import os
-import shutil
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .. import LinearNF4, PagedAdamW, fuse_model, prepare_for_training
+from .. import LinearNF4, fuse_model
 from ..integrations.model_folders import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
 from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
 from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
-from ..peft import PeftModel, PromptTuningConfig, PTuningConfig, get_peft_model
+from ..peft import PromptTuningConfig, PTuningConfig
 from ..peft.framework import checkpoint
 from ..training import (
     ChunkedLoss,
     Corpus,
     Example,
+    Interrupted,
     LostWorkerError,
     Record,
-    StepRecord,
     TextTokens,
     Workers,
     encode_rows,
@@ -41,18 +41,21 @@ from ..training import (
     language_reference,
     perplexity,
     read_corpus,
-    train,
 )
 from ..training.loop import fingerprint
 from .arguments import UsageError, bad_input
-from .console import Console, memory_now, peak_device_bytes, peak_rss_bytes
+from .console import Console, peak_device_bytes, peak_rss_bytes
 from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
+from .finetune_training import TrainingStage, check_no_other_run, has_checkpoints
 from .generate import check_prompt, continuation
+from .interrupts import Interrupt, deferred
 from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
 from .model_source import dense_folder, load_adapter, nf4_folder
 from .patterns import check_patterns
+from .recipes import write_recipe
 from .tokenizing import within_time
+from .trackers import check_trackers
 
 _PROMPT_TOKENS = 24
 """Of the unseen text, where no --prompt is given."""
@@ -61,7 +64,10 @@ _PROMPT_TOKENS = 24
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns 1 where training diverged or the reloaded adapter gives another perplexity."""
     options = FinetuneOptions.of(arguments)
+    options.check()
     _check_needs()
+    check_trackers(options.track)
+    check_no_other_run(options)
     _prepare_output(options)
     try:
         device = torch.device(options.device)
@@ -70,7 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
             with held_alone(options.out) if workers.first else nullcontext(True) as alone:
                 if not alone:
                     raise UsageError(f"--out: {options.out} must be this run's alone, another run is writing to it")
-                report = _Finetune(options, console, workers).run()
+                run = _Finetune(options, console, workers, arguments)
+                report = run.run()
+    except Interrupted as stopped:
+        _say_how_to_resume(options, f"stopped by {run.interrupt.name} after step {stopped.step} of {stopped.steps}")
+        return run.interrupt.exit_code
+    except (KeyboardInterrupt, SystemExit):
+        if has_checkpoints(options.out):
+            _say_how_to_resume(options, "stopped")
+        raise
     except (FloatingPointError, LostWorkerError) as error:
         sys.stderr.write(f"qlora-kernels finetune: {error}\n")
         return 1
@@ -84,6 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"qlora-kernels finetune: the reloaded adapter gives {reloaded}, not {trained}\n")
         return 1
     return 0
+
+
+def _say_how_to_resume(options: FinetuneOptions, what: str) -> None:
+    command = shlex.join(["qlora-kernels", "finetune", "--config", str(options.out / "run.yaml"), "--resume"])
+    sys.stderr.write(f"qlora-kernels finetune: {what}; continue with: {command}\n")
 
 
 def _check_needs() -> None:
@@ -102,20 +121,25 @@ def _prepare_output(options: FinetuneOptions) -> None:
 class _Finetune:
     """One run: the steps of the command and what they share."""
 
-    def __init__(self, options: FinetuneOptions, console: Console, workers: Workers) -> None:
+    def __init__(
+        self, options: FinetuneOptions, console: Console, workers: Workers, arguments: argparse.Namespace
+    ) -> None:
         self.options = options
         self.console = console
         self.workers = workers
         self.device = torch.device(options.device)
         self.report = FinetuneReport(options.model, options.data, str(options.out), device=options.device)
+        self.interrupt = Interrupt()
+        self.arguments = arguments
 
     def run(self) -> FinetuneReport:
         with bad_input():
             self.adapter_config = self.options.adapter_config()
         if not can_plot():
             self._note("loss.png is not drawn: matplotlib is missing; `pip install 'qlora_kernels[plot]'` brings it")
-        if self.options.resume and not any((self.options.out / "checkpoints").glob("step-*.safetensors")):
-            self._note(f"nothing to resume: {self.options.out / 'checkpoints'} holds no checkpoint, so it starts anew")
+        nothing_to_resume = self.options.resume and not has_checkpoints(self.options.out)
+        if nothing_to_resume and not (self.options.out / "report.json").exists():
+            self._note_nothing_to_resume()
         corpus = self._corpus()
         dense = dense_folder(self.options.model, self.options.cache_folder, self.console)
         with bad_input():
@@ -124,6 +148,7 @@ class _Finetune:
             unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen)
             self.unseen = unseen[: self.options.eval_windows]
             self._check_limits(model_outline(dense), [*train_examples, *self.unseen])
+        self._set_steps(len(train_examples))
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
         with bad_input():
@@ -133,16 +158,34 @@ class _Finetune:
             self.console.say(f"finished already: {self.options.out} is left as it is")
             self.workers.wait()
             return finished
+        if nothing_to_resume and (self.options.out / "report.json").exists():
+            self._note_nothing_to_resume()
         if not is_quantized(dense):
             self._measure("16-bit base", load_model(dense, self.options.dtype, self.device))
         model = self._load(quantized)
         self._measure("NF4 base", model)
-        adapted = self._train(model, train_examples)
+        stage = TrainingStage(
+            self.options,
+            self.console,
+            self.workers,
+            self.report,
+            self.adapter_config,
+            self.pad_token_id,
+            self.unseen,
+            self.device,
+        )
         adapter = self.options.out / "adapter"
-        if self.workers.first:
-            with folder_appearing_by_rename(adapter) as partial:
-                adapted.save_pretrained(partial)
-        self.workers.wait()
+        with deferred("training stops after this step, with a checkpoint; a second signal stops it at once") as signals:
+            self.interrupt = signals
+            if not self.options.resume:
+                self._write_recipe()
+            adapted = stage.run(model, train_examples, signals)
+            if self.workers.first:
+                with folder_appearing_by_rename(adapter) as partial:
+                    adapted.save_pretrained(partial)
+            self.workers.wait()
+            if self.workers.total(float(signals())):  # it came during the last step
+                raise Interrupted(len(self.report.steps), self.options.steps, None)
         self._measure("NF4 + adapter, trained", adapted)
         del model, adapted
         reloaded = load_adapter(self._load(quantized), adapter)
@@ -150,8 +193,24 @@ class _Finetune:
         if self.workers.first:
             self._sample(reloaded)
             self._finish()
+            stage.remove_checkpoints()
         self.workers.wait()
         return self.report
+
+    def _write_recipe(self) -> None:
+        if self.workers.first:
+            with file_appearing_by_rename(self.options.out / "run.yaml") as partial:
+                write_recipe(partial, self.arguments, self.arguments.parser)
+
+    def _set_steps(self, examples: int) -> None:
+        """Turn --epochs into steps, of which the learning rate and some adapters are functions."""
+        if self.options.epochs is not None:
+            self.options = replace(self.options, steps=self.options.steps_of(examples))
+            with bad_input():
+                self.adapter_config = self.options.adapter_config()
+
+    def _note_nothing_to_resume(self) -> None:
+        self._note(f"nothing to resume: {self.options.out / 'checkpoints'} holds no checkpoint, so it starts anew")
 
     def _finished(self) -> FinetuneReport | None:
         """The report of the very run that --resume asks for, if it has ended and its adapter is whole."""
@@ -264,43 +323,6 @@ class _Finetune:
         self.report.predictions = measured.tokens
         self.console.say(f"perplexity, {name}: {measured.value:.3f}")
 
-    def _train(self, model: nn.Module, examples: list[Example]) -> PeftModel:
-        options = self.options
-        torch.manual_seed(options.seed)
-        checkpointing: Literal["non_reentrant", False] = "non_reentrant" if options.gradient_checkpointing else False
-        with bad_input():
-            # Norms stay in the compute dtype: fp32 ones would make the whole residual stream fp32.
-            prepared = prepare_for_training(model, upcast="none", gradient_checkpointing=checkpointing)
-            adapted = get_peft_model(prepared, self.adapter_config)
-        self.report.trainable = adapted.get_nb_trainable_parameters()[0]
-        self.console.say(f"training {self.report.trainable:,} parameters for {options.steps} steps")
-        checkpoints = options.out / "checkpoints"
-        if not options.resume and checkpoints.is_dir() and self.workers.first:
-            shutil.rmtree(checkpoints)  # of an earlier run, which a later --resume must not pick up
-        with bad_input(), self.console.stage("train"), self.console.bar(options.steps, "training", "step") as bar:
-            self.report.steps = train(
-                ChunkedLoss(adapted),
-                examples,
-                lambda trained: _optimizer(trained, options),
-                options.train_config(),
-                pad_token_id=self.pad_token_id,
-                checkpoints=checkpoints,
-                settings={**options.identity(), "base": self.report.base},
-                resume=options.resume,
-                on_step=lambda step: self._show(bar, step),
-                workers=self.workers,
-            )
-        return adapted
-
-    def _show(self, bar: Any, step: StepRecord) -> None:
-        speed = step.tokens / step.seconds
-        bar.set_postfix_str(f"loss {step.loss:.4f}, {speed:,.0f} tokens/s, {memory_now(self.device)}", refresh=False)
-        bar.update()
-        if bar.disable and step.step % max(self.options.steps // 8, 1) == 0:
-            self.console.say(
-                f"step {step.step}: loss {step.loss:.4f}, {speed:,.0f} tokens/s, {memory_now(self.device)}"
-            )
-
     def _sample(self, model: nn.Module) -> None:
         options = self.options
         if not options.max_new_tokens:
@@ -328,13 +350,9 @@ class _Finetune:
             ]
         if can_plot():
             write_loss_curve(out / "loss.png", report.steps)
+        self._write_recipe()
         report.seconds = {**self.console.stages, "all": self.console.seconds}
         report.peak_rss_bytes = peak_rss_bytes()
         report.peak_device_bytes = peak_device_bytes(self.device)
         with file_appearing_by_rename(out / "report.json") as partial:
             partial.write_text(report.to_json() + "\n", encoding="utf-8")
-
-
-def _optimizer(trained: list[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:
-    kind = PagedAdamW if options.optimizer == "paged_adamw" else torch.optim.AdamW
-    return kind(trained, lr=options.lr, weight_decay=options.weight_decay)

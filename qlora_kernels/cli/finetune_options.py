@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import dtype_of
+from .arguments import UsageError, dtype_of
 from .choices import Schedule
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class FinetuneOptions:
     target_modules: tuple[str, ...] | str
     set: list[tuple[str, Any]]
     steps: int
+    epochs: float | None
     batch: int
     micro_batch: int
     seq_len: int
@@ -53,9 +55,15 @@ class FinetuneOptions:
     fuse: bool
     checkpoint_every: int
     resume: bool
+    overwrite: bool
     timeout: int
     unseen: float
     eval_windows: int
+    eval_every: int
+    patience: int
+    track: tuple[str, ...]
+    project: str
+    run_name: str | None
     prompt: str | None
     max_new_tokens: int
 
@@ -68,6 +76,19 @@ class FinetuneOptions:
         device = chosen_device(arguments.device, os.environ)
         values |= {"device": str(device), "compute_dtype": chosen_dtype(arguments.compute_dtype, device)}
         return cls(**values)
+
+    def check(self) -> None:
+        """Raise UsageError for options that contradict each other."""
+        if self.patience and not self.eval_every:
+            raise UsageError("--patience: must come with --eval-every, whose evaluations it counts")
+        if self.eval_every and not (self.eval_windows and (self.unseen or self.data == "builtin")):
+            raise UsageError("--eval-every: must have unseen text; use an --unseen and --eval-windows above 0")
+
+    def steps_of(self, examples: int) -> int:
+        """Return the steps of --epochs passes over so many examples, the last batch filled from the next pass."""
+        if self.epochs is None:
+            return self.steps
+        return max(math.ceil(round(self.epochs * examples, 6) / self.batch), 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +125,7 @@ class FinetuneOptions:
             "lora_r": self.r,
             "target_r": self.r,
             "init_r": self.r + (self.r + 1) // 2,
+            # Until the examples are counted, only what holds for any number of steps can be refused.
             "total_step": self.steps,
             "lora_alpha": self.alpha,
             "alpha": self.alpha,
@@ -123,7 +145,10 @@ class FinetuneOptions:
 
     def result_options(self) -> dict[str, Any]:
         """All that the adapter and the report depend on."""
-        free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout"}
-        if not self.fuse:  # runs of versions without the option can be resumed
-            free.add("fuse")
+        # --epochs is in the steps.
+        free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout", "epochs", "overwrite"}
+        free |= {"track", "project", "run_name"}
+        # Runs of versions without these options can be resumed.
+        later = {"fuse": False, "eval_every": 0, "patience": 0}
+        free |= {name for name, default in later.items() if getattr(self, name) == default}
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -20,7 +20,7 @@ from .arguments import (
     seed,
 )
 from .assignment import assignment
-from .choices import METHODS, SCHEDULES
+from .choices import METHODS, SCHEDULES, TRACKERS
 
 OPTIMIZERS = ("adamw", "paged_adamw")
 
@@ -36,6 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "never sees, save the adapter in PEFT's layout, and check that it reloads to the same perplexity.",
     )
     add_options(parser)
+    parser.set_defaults(parser=parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -47,6 +48,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All of them but --json."""
     files = parser.add_argument_group("input and output")
+    files.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="options by name; those on the command line override it. Each run writes its own to OUT/run.yaml",
+    )
     add_model(files)
     files.add_argument(
         "--data",
@@ -88,7 +95,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=40, help="optimizer steps")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, default=40, help="optimizer steps")
+    length.add_argument(
+        "--epochs", type=positive_float, metavar="PASSES", help="passes over the training examples, instead of --steps"
+    )
     training.add_argument("--batch", type=positive, default=4, metavar="EXAMPLES", help="examples a step")
     training.add_argument(
         "--micro-batch", type=not_negative, default=0, metavar="EXAMPLES", help="examples in memory at a time; 0: all"
@@ -111,19 +122,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=seed, default=0, help="of the adapter's start, data order and dropout")
     training.add_argument(
         "--gradient-checkpointing",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="recompute activations: less memory, about a third more time",
     )
     training.add_argument(
         "--fuse",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="run norms, rotary embedding and gated MLPs of the model fused, where its code is known",
     )
     training.add_argument(
-        "--checkpoint-every", type=not_negative, default=0, metavar="STEPS", help="steps between checkpoints; 0: none"
+        "--checkpoint-every",
+        type=not_negative,
+        default=0,
+        metavar="STEPS",
+        help="steps between checkpoints; 0: only where it is stopped",
     )
     training.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in OUT, bit by bit"
+    )
+    training.add_argument(
+        "--overwrite", action="store_true", help="delete the checkpoints of another run in OUT once training starts"
     )
     training.add_argument(
         "--timeout",
@@ -133,11 +153,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of several processes (torchrun), for which they wait for one that does not answer",
     )
 
+    watching = parser.add_argument_group("evaluation during training, and trackers")
+    watching.add_argument(
+        "--eval-every",
+        type=not_negative,
+        default=0,
+        metavar="STEPS",
+        help="steps between evaluations on the unseen examples; the adapter of the best one is kept. 0: none, and the "
+        "last step's is kept",
+    )
+    watching.add_argument(
+        "--patience",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="stop after N evaluations in a row without a lower perplexity; 0: never",
+    )
+    watching.add_argument(
+        "--track",
+        type=trackers,
+        default=(),
+        metavar="NAME,...",
+        help=f"give the figures to trackers: {', '.join(TRACKERS)}",
+    )
+    watching.add_argument("--project", default="qlora_kernels", metavar="NAME", help="the trackers' project")
+    watching.add_argument("--run-name", metavar="NAME", help="the trackers' name of the run (default: the folder's)")
+
     sample = parser.add_argument_group("sample at the end")
     sample.add_argument("--prompt", help="text to continue (default: the beginning of the unseen text)")
     sample.add_argument(
         "--max-new-tokens", type=not_negative, default=40, metavar="TOKENS", help="length of it; 0: none"
     )
+
+
+def trackers(text: str) -> tuple[str, ...]:
+    """Names of trackers, separated by commas."""
+    chosen = names(text)
+    for name in chosen:
+        if name not in TRACKERS:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(TRACKERS)}, got {name!r}")
+    return tuple(dict.fromkeys(chosen))
 
 
 def _targets(text: str) -> tuple[str, ...] | str:

@@ -22,6 +22,8 @@ class FinetuneReport:
     perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
     fused: modules that --fuse replaced.
     device: where the model was.   peak_device_bytes: the most that tensors took there; 0 for the CPU.
+    evaluations: perplexity during training, by step.   best: the step whose adapter is kept, and why; empty without
+    evaluations.
     bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
     seconds: by stage.   options: all that the results depend on, beside the fingerprints of the NF4 folder (`base`) and
     of what was trained on (`examples`).
@@ -48,6 +50,8 @@ class FinetuneReport:
     options: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     examples: str = ""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
 
     def result_of(self) -> tuple[object, ...]:
         """What two runs must agree on to be the same run."""
@@ -56,7 +60,8 @@ class FinetuneReport:
     @classmethod
     def of(cls, values: dict[str, Any]) -> FinetuneReport:
         """From the object that to_json wrote. Raises TypeError or KeyError for another one."""
-        later = {"fused": 0, "device": "cpu", "peak_device_bytes": 0}  # reports of earlier versions lack them
+        # Reports of earlier versions lack them.
+        later = {"fused": 0, "device": "cpu", "peak_device_bytes": 0, "evaluations": [], "best": {}}
         own = {name: {**later, **values}[name] for name in cls.__dataclass_fields__}
         own["rows"] = {part: RowCounts(**counts) for part, counts in own["rows"].items()}
         own["steps"] = [StepRecord(**step) for step in own["steps"]]
@@ -86,11 +91,12 @@ class FinetuneReport:
             ("trained parameters", f"{self.trainable:,}"),
             *([("fused modules", f"{self.fused}")] if self.fused else []),
             ("loss", f"{self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps"),
+            *([("adapter", f"of step {self.best['step']}: {self.best['why']}")] if self.best else []),
             ("training", f"{self.tokens_per_second:,.0f} tokens/s"),
             ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())),
             ("peak memory (RSS)", megabytes(self.peak_rss_bytes)),
             *([(f"peak memory ({self.device})", megabytes(self.peak_device_bytes))] if self.peak_device_bytes else []),
-            ("written to", f"{self.out}: adapter/, {'loss.png, ' if can_plot() else ''}report.json"),
+            ("written to", f"{self.out}: adapter/, {'loss.png, ' if can_plot() else ''}report.json, run.yaml"),
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]

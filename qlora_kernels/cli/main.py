@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from . import bench, finetune_parser, generate, info, merge, plan, quantize
 from .arguments import UsageError
+from .recipes import with_recipe
 
 _EXTRAS = {
     "transformers": "hf",
@@ -26,6 +27,8 @@ _EXTRAS = {
     "gguf": "hf",
     "tqdm": "hf",
     "psutil": "hf",
+    "yaml": "hf",
+    "shtab": "completion",
     "matplotlib": "plot",
 }
 """Optional package -> the extra of ours that installs it."""
@@ -55,10 +58,31 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
+class _Completion(argparse.Action):
+    """Prints the script that completes the command in a shell, made by shtab, and exits."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,  # noqa: ARG002
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.exit(2, f"qlora-kernels: {_install('shtab')}\n")
+        if values not in shtab.SUPPORTED_SHELLS:
+            shells = ", ".join(shtab.SUPPORTED_SHELLS)
+            parser.error(f"argument --print-completion: must be one of {shells}, got {values!r}")
+        print(shtab.complete(parser, values))
+        parser.exit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = command_parser().parse_args([*argv[:1], "--", *argv[1:]] if argv[:1] == ["bench"] else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _arguments(argv)
     # Importing torch takes seconds, which `--help` and wrong arguments do not wait for: no command module imports it
     # before its run.
     from ..integrations.model_folders import ModelError
@@ -73,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        message = f"{error.name} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[error.name]}]'`"
+        message = _install(error.name)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
         return 1
@@ -90,6 +114,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     sys.stderr.write(f"qlora-kernels {arguments.command}: {message}\n")
     return 2
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line, and for `finetune` the recipe that it names."""
+    parser = command_parser()
+    if argv[:1] == ["bench"]:
+        return parser.parse_args([*argv[:1], "--", *argv[1:]])
+    if argv[:1] == ["finetune"]:
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        try:
+            argv = [*argv[:1], *with_recipe(argv[1:], commands.choices["finetune"])]
+        except UsageError as error:
+            parser.exit(2, f"qlora-kernels finetune: {error}\n")
+        except ModuleNotFoundError as error:
+            if error.name != "yaml":
+                raise
+            parser.exit(2, f"qlora-kernels finetune: {_install('yaml')}\n")
+    return parser.parse_args(argv)
+
+
+def _install(package: str) -> str:
+    return f"{package} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[package]}]'`"
 
 
 @contextmanager
@@ -119,6 +165,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 def command_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line with the parsers of all commands."""
     parser = _Parser(prog="qlora-kernels", description="Quantized LoRA: NF4 models, their adapters and their training.")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        metavar="SHELL",
+        help="print a completion script for bash, zsh and others",
+    )
     parser.add_argument("--version", action=_Version, help="print the versions of qlora_kernels, torch and Python")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (info, plan, quantize, finetune_parser, merge, generate, bench):

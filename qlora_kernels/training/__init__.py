@@ -8,9 +8,10 @@ from .chat_text import write_chat
 from .chunked_loss import ChunkedLoss
 from .corpus import Corpus, language_reference, read_corpus
 from .evaluate import Perplexity, perplexity
-from .loop import StepRecord, TrainConfig, train
+from .loop import Interrupted, StepRecord, TrainConfig, train
 from .records import Chat, Completion, DataError, Plain, Record
 from .text_tokens import TextTokens
+from .validation import Evaluated, Validation
 from .windows import Encoding, Example, RowCounts, encode, encode_rows
 from .workers import LostWorkerError, Workers, joined
 
@@ -22,7 +23,9 @@ __all__ = [
     "Corpus",
     "DataError",
     "Encoding",
+    "Evaluated",
     "Example",
+    "Interrupted",
     "LostWorkerError",
     "Perplexity",
     "Plain",
@@ -31,6 +34,7 @@ __all__ = [
     "StepRecord",
     "TextTokens",
     "TrainConfig",
+    "Validation",
     "Workers",
     "collate",
     "encode",

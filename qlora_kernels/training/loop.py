@@ -20,6 +20,7 @@ from ..peft.framework.method import Method
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor
+from .validation import Validation
 from .windows import Example
 from .workers import ONE_PROCESS, Workers
 
@@ -61,6 +62,18 @@ class ResumeError(ValueError):
     """The checkpoint belongs to a run with other settings."""
 
 
+class Interrupted(Exception):
+    """Training was asked to stop, and did so after a whole step.
+
+    step: the last finished one.   steps: of the whole run.   checkpoint: the file that the run continues from, or None
+    where `train` was given no folder.
+    """
+
+    def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
+        super().__init__(f"train: stopped after step {step} of {steps}")
+        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+
+
 def train(
     loss: ChunkedLoss,
     examples: Sequence[Example],
@@ -72,6 +85,8 @@ def train(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     on_step: Callable[[StepRecord], object] = lambda record: None,
+    validation: Validation | None = None,
+    interrupted: Callable[[], bool] | None = None,
     workers: Workers | None = None,
 ) -> list[StepRecord]:
     """Train the parameters of loss.model that require a gradient, and return every step's record.
@@ -80,20 +95,36 @@ def train(
     settings: values, in addition to `config`, that must not change between runs of one training; kept in the
     checkpoint.
     resume: continue from the newest checkpoint, if any, also with another number of processes.
+    validation: evaluations during training. At the end the model holds the parameters of the best step, and the last
+    checkpoint holds both those and the parameters of the last step. A run that is resumed must be given one with the
+    same `every` and `patience`.
+    interrupted: asked after every step whether to stop. If so, a checkpoint is written (to `checkpoints`) and
+    Interrupted raised. With it, the last step is always a checkpoint.
     workers: the processes that share every batch; each has the whole model, and rank 0 writes the checkpoints.
     A resumed run computes the same bits as an uninterrupted one.
-    Raises ResumeError if the checkpoint's settings differ; FloatingPointError for a loss that is not finite.
+    Raises ResumeError where the checkpoint's settings differ, and, without `resume`, where `checkpoints` holds a run's
+    checkpoints already: they are never mixed with another run's and never removed.
+    Raises FloatingPointError for a loss that is not finite.
     """
     model, workers = loss.model, workers or ONE_PROCESS
     identity = json.dumps(
-        {**asdict(config), "checkpoint_every": None, "examples": fingerprint(examples), **(settings or {})},
+        {
+            **asdict(config),
+            "checkpoint_every": None,
+            "examples": fingerprint(examples),
+            # Runs without evaluations keep the settings that checkpoints of earlier versions hold.
+            **({"eval_every": validation.every, "patience": validation.patience} if validation else {}),
+            **(settings or {}),
+        },
         sort_keys=True,
     )
+    if checkpoints is not None and not resume:
+        _check_unused(checkpoints, workers)
     state = load_latest(checkpoints) if resume and checkpoints is not None else None
     records: list[StepRecord] = []
     if state is not None:
         _check_identity(str(checkpoints), state, identity)
-        _restore_model(model, state)
+        _restore_model(model, state.parts)
         records = [StepRecord(**record) for record in state.parts["records"]]
     # Only after the model was restored, because this may replace parameters.
     trained = list(_trained(model).values())
@@ -103,19 +134,59 @@ def train(
         state.restore({"optimizer": cast(Stateful, stepper)})
     for record in records:
         on_step(record)
+    if state is not None and validation is not None:
+        validation.restore(state.parts["validation"])
     order = BatchOrder(len(examples), config.batch_size, config.seed)
     model.train()
+
+    def save() -> Path | None:
+        if checkpoints is None or not workers.first:
+            return None
+        parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
+        if validation is not None:
+            parts["validation"] = validation.state()
+        return save_training_state(checkpoints, len(records), {**parts, **_model_parts(model)})
+
     for step in range(len(records), config.steps):
+        if validation is not None and validation.stops:
+            break
         chosen = [examples[i] for i in order.indices(step)]
         workers.seed(config.seed, step)
         records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
         on_step(records[-1])
-        last = step + 1 == config.steps
-        due = config.checkpoint_every and (last or (step + 1) % config.checkpoint_every == 0)
-        if checkpoints is not None and due and workers.first:
-            parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
-            save_training_state(checkpoints, step + 1, {**parts, **_model_parts(model)})
+        if validation is not None and validation.is_due(step + 1, config.steps):
+            validation.evaluate(step + 1, lambda: _copied(_model_parts(model)))
+        last = step + 1 == config.steps or (validation is not None and validation.stops)
+        # Processes that share a batch must agree, because each of them may have got the signal at another step.
+        if not last and interrupted is not None and workers.total(float(interrupted())):
+            raise Interrupted(step + 1, config.steps, save())
+        every = config.checkpoint_every
+        if (every and (step + 1) % every == 0) or (last and (every or interrupted is not None)):
+            save()
+    if validation is not None and validation.best_parts is not None:
+        _restore_model(model, validation.best_parts)
     return records
+
+
+def _check_unused(checkpoints: Path, workers: Workers) -> None:
+    found = next(iter(sorted(checkpoints.glob("step-*.safetensors"))), None)
+    workers.wait()  # before one of them writes the first checkpoint
+    if found is not None:
+        raise ResumeError(
+            f"train: checkpoints must hold no other run's checkpoints, got {found}; resume that run, use another "
+            "folder, or remove them"
+        )
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested dicts and lists, whose tensors the next step would change in place."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -192,10 +263,11 @@ def _model_parts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _restore_model(model: nn.Module, state: TrainingState) -> None:
-    for method, (values, tensors) in zip(_methods(model), state.parts["methods"], strict=True):
+def _restore_model(model: nn.Module, parts: Mapping[str, Any]) -> None:
+    """Put back what `_model_parts` returned."""
+    for method, (values, tensors) in zip(_methods(model), parts["methods"], strict=True):
         method.load_training_state(values, tensors)
-    trained, saved = _trained(model), state.parts["trained"]
+    trained, saved = _trained(model), parts["trained"]
     if trained.keys() != saved.keys():
         other = sorted(trained.keys() ^ saved.keys())
         raise ResumeError(f"train: the checkpoint must hold the parameters that are trained, {other[0]} differs")

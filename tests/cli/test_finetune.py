@@ -62,7 +62,7 @@ def test_whole_command(capsys, model, text, tmp_path):
     assert perplexity["NF4 + adapter, reloaded"] == perplexity["NF4 + adapter, trained"] < perplexity["NF4 base"]
     assert report["layers"] == LINEARS
     assert 3.7 < report["bytes_dense"] / report["bytes_nf4"] < 3.9
-    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "cache", "loss.png", "report.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "cache", "loss.png", "report.json", "run.yaml"}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     again = finetune(capsys, model, text, tmp_path, "--dropout", "0.1")
     assert losses(again) == losses(report)

@@ -60,3 +60,25 @@ def test_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert f"qlora_kernels {qlora_kernels.__version__}, torch {torch.__version__}, Python 3." in capsys.readouterr().out
+
+
+def test_completion_script(capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    assert "--eval-every" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "nosh"])
+    assert ended.value.code == 2
+    assert "--print-completion: must be one of bash, zsh" in capsys.readouterr().err
+
+
+def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "qlora-kernels: shtab must be installed; run `pip install 'qlora_kernels[completion]'`\n"
+    )

@@ -1,0 +1,65 @@
+"""Signals that ask a training run to stop: it finishes its step, writes a checkpoint and says how to resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Ctrl-C; what schedulers and `kill` send; what a closed terminal sends. Windows has no SIGHUP."""
+
+
+class Interrupt:
+    """number: the first signal that arrived since `deferred` began, or None."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        """Return whether a signal has arrived."""
+        return self.number is not None
+
+    @property
+    def name(self) -> str:
+        """Return the signal's name; another process may have got it instead of this one."""
+        return "a signal" if self.number is None else signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of a process that this signal ends, as shells give it."""
+        return 128 + (signal.SIGTERM if self.number is None else self.number)
+
+
+@contextmanager
+def deferred(message: str) -> Iterator[Interrupt]:
+    """Inside, the first signal is noted and `message` printed; a second one ends the process as it would outside.
+
+    Signals that the process ignores (nohup, a job in the background) stay ignored. Only the main thread can set signal
+    handlers: in another thread nothing is noted.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        interrupt.number = number
+        for other, handler in before.items():
+            signal.signal(other, signal.SIG_DFL if handler is None else handler)
+        # Not through sys.stderr, whose buffer the signal may have interrupted in the middle of a write.
+        os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
