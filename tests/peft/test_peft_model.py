@@ -310,7 +310,7 @@ def test_files_are_checked(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
     with pytest.raises(ValueError, match=r"rank of .*q_proj must be that of its tensors, of shape \[4, 32\], got 5"):
         PeftModel.from_pretrained(make("llama"), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "VERA"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "XLORA"}))
     with pytest.raises(ValueError, match="peft_type must be one of"):
         PeftModel.from_pretrained(make("llama"), tmp_path)
 

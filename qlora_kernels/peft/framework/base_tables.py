@@ -44,7 +44,7 @@ def resized_tables(injector: Injector, base_model: str | None, replaced: Collect
     warnings.warn(
         f"save_pretrained: the embeddings have {rows} rows, those of the base model {before}, and are saved with "
         "the adapter, whose base must be resized before it loads; name them in modules_to_save to train them",
-        stacklevel=6,
+        stacklevel=7,
     )
     names = {p: f"{p}.base_layer" if isinstance(injector.called_module(p), AdaptedLinear) else p for p in layers}
     with injector.selection.disabled():

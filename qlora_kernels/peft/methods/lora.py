@@ -115,7 +115,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
             warnings.warn(
                 "adapter_config.json: the start of 'pissa_niter_<n>' is a random approximation, which loading repeats "
                 "with other random numbers, here as in PEFT; outputs may differ a little from those of training",
-                stacklevel=6,
+                stacklevel=7,
             )
         return config if starts_in_base(config.init_lora_weights) else config.replace(init_lora_weights=True)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...nn.match import contained_in
+from ..framework.injector import Injector
+from ..framework.method import methods_of
 from ..methods.lora import Lora
 from ..methods.lora_config import LoraConfig
 from ..methods.lora_init import principal_factors
@@ -194,3 +196,20 @@ def _replaced(parts: Sequence[Lora], weights: Sequence[float]) -> dict[str, Tens
                 "(modules_to_save): trained copies of a module are no updates that add up"
             )
     return values
+
+
+def single_lora(injector: Injector, name: str) -> Lora:
+    """Return the LoRA that adapter `name` consists of; raise TypeError for any other adapter."""
+    methods = methods_of(injector, name)
+    if len(methods) != 1 or type(methods[0]) is not Lora:
+        raise TypeError(f"add_weighted_adapter: adapter {name!r} must be a LoRA adapter")
+    return methods[0]
+
+
+def set_combined(injector: Injector, name: str, combined: Combined) -> None:
+    """Set the factors and the replaced parameters of adapter `name`, which was made from `combined.config`."""
+    lora = single_lora(injector, name)
+    for path, (lora_A, lora_B) in combined.factors.items():
+        lora.deltas[path].set_factors(lora_A, lora_B)
+    for path, value in combined.replaced.items():
+        lora.overrides.copies[path].data.copy_(value)

@@ -42,6 +42,16 @@ def merge(injector: Injector, names: Sequence[str], *, target: str, safe_merge: 
         warnings.warn(f"merge: quantizing again cost |error|/|update| = {error / update:.1%}", stacklevel=3)
 
 
+def check_active(injector: Injector, names: Sequence[str]) -> None:
+    """Raise ValueError for an adapter that replaces parameters and is not active: merging would not include them."""
+    for name in names:
+        replaced = [path for method in methods_of(injector, name) for path in method.overrides.paths]
+        if replaced and name not in injector.selection.active:
+            raise ValueError(
+                f"merge: adapter {name!r} must be active, since it replaces {min(replaced)}; call set_adapter"
+            )
+
+
 def unmerge(injector: Injector) -> None:
     """Lets the layers' own weights compute again."""
     for layer in injector.adapted_layers().values():

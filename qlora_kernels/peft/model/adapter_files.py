@@ -1,0 +1,51 @@
+"""Adapters in folders: what save_pretrained writes and load_adapter reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ...nn.quantized_weight import is_sharded
+from ..framework import checkpoint
+from ..framework.injector import Injector
+from ..framework.method import methods_of
+from . import adapters
+
+
+def save(injector: Injector, directory: str | os.PathLike[str], names: Sequence[str], *, is_main_process: bool) -> None:
+    """Write the adapters: "default" into the folder, any other into a folder of its name inside it.
+
+    is_main_process: False writes nothing, except that every process takes part where parameters are sharded.
+    Raises ValueError for an unknown name before anything is written.
+    """
+    for name in names:
+        methods_of(injector, name)
+    folders = {"." if name == "default" else name: injector.adapters[name] for name in names}
+    parameters = (p for methods in folders.values() for method in methods for p in method.parameters())
+    if is_main_process or any(is_sharded(p) for p in parameters):
+        checkpoint.save_adapters(folders, directory)
+
+
+def load(
+    injector: Injector, directory: str | os.PathLike[str], name: str, *, is_trainable: bool, training: bool
+) -> None:
+    """Add the adapter of a folder, or fill an adapter of that name that is there with the folder's values.
+
+    is_trainable: also load what only training needs.   training: whether the model is in training mode.
+    Raises ValueError if the folder has another configuration than the adapter that is there. An error while a new
+    adapter is filled leaves the model as it was.
+    """
+    configs, files = zip(*checkpoint.load_adapter(directory), strict=True)
+    if name in injector.adapters:
+        methods = injector.adapters[name]
+        checkpoint.require_same_configs(name, methods, files)
+        trains = adapters.is_trained(injector, name)
+        checkpoint.load_weights(methods, files, is_trainable=is_trainable or trains)
+        return
+    buildable = [checkpoint.buildable(config, file, injector) for config, file in zip(configs, files, strict=True)]
+    adapters.add(injector, name, buildable, training=training)
+    try:
+        checkpoint.load_weights(injector.adapters[name], files, is_trainable=is_trainable)
+    except BaseException:
+        adapters.remove(injector, name)
+        raise

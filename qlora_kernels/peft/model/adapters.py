@@ -1,0 +1,100 @@
+"""Adding, activating and removing the adapters of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..core.adapter_selection import BASE
+from ..core.adapter_tree import AdapterModules
+from ..core.config import PeftConfig
+from ..framework.injector import Injector
+from ..framework.method import Method, methods_of
+from ..framework.registry import method_for
+
+Configs = PeftConfig | Sequence[PeftConfig]
+
+
+def as_configs(configs: Configs) -> list[PeftConfig]:
+    """Return a list of configurations from one configuration or several."""
+    return [configs] if isinstance(configs, PeftConfig) else list(configs)
+
+
+def add(injector: Injector, name: str, configs: Configs, *, training: bool) -> None:
+    """Add an adapter, not active and not trained; an error leaves the model as it was.
+
+    Raises ValueError for a name that is taken or cannot be the name of a module.
+    """
+    if name in injector.adapters or name == BASE or "." in name or not name:
+        raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {name!r}")
+    if hasattr(AdapterModules, name):
+        raise ValueError(f"add_adapter: adapter_name must be no attribute of nn.ModuleDict, got {name!r}; use another")
+    methods: list[Method] = []
+    injector.adapters[name] = methods
+    try:
+        with injector.selection.disabled():
+            for config in as_configs(configs):
+                methods.append(method_for(config)(config, injector, name))
+    except BaseException:
+        for method in reversed(injector.unfinished):
+            method.detach()
+        del injector.adapters[name]
+        raise
+    finally:
+        injector.unfinished = []
+    for method in methods_of(injector, name):
+        method.set_trainable(False)
+        method.tree.train(training)
+
+
+def remove(injector: Injector, name: str) -> None:
+    """Remove the adapter from the model and from the active ones."""
+    for method in reversed(methods_of(injector, name)):
+        method.detach()
+    del injector.adapters[name]
+    injector.selection.active = tuple(other for other in injector.selection.active if other != name)
+
+
+def activate(injector: Injector, names: Sequence[str], *, trainable: bool) -> None:
+    """Make exactly these adapters active, and train exactly them or none.
+
+    Raises ValueError for unknown names, for adapters that replace the same parameters, and for an adapter beside one
+    that is made of it.
+    """
+    for name in names:
+        methods_of(injector, name)
+    check_replaced(injector, "set_adapter", names)
+    if both := {part for name in names for part in parts_of(injector, name)} & set(names):
+        raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
+    injector.selection.active = tuple(names)
+    for name in injector.adapters:
+        for method in methods_of(injector, name):
+            method.set_trainable(name in names and trainable)
+            method.watch_training()
+
+
+def parts_of(injector: Injector, name: str) -> set[str]:
+    """Return the names of the other adapters that adapter `name` is made of."""
+    return {part for method in methods_of(injector, name) for part in method.needs}
+
+
+def replaced_paths(injector: Injector, name: str) -> list[str]:
+    """Return the paths of the model's parameters that adapter `name` replaces while it is active."""
+    return [path for method in methods_of(injector, name) for path in method.overrides.paths]
+
+
+def check_replaced(injector: Injector, op: str, names: Sequence[str]) -> None:
+    """Raise ValueError if two of the adapters replace one parameter.   op: begins the message."""
+    replaced = [path for name in names for path in replaced_paths(injector, name)]
+    if twice := {path for path in replaced if replaced.count(path) > 1}:
+        raise ValueError(f"{op}: adapters {list(names)} must not replace the same parameters, got {min(twice)}")
+
+
+def is_trained(injector: Injector, name: str) -> bool:
+    """Whether some parameter of adapter `name` requires a gradient."""
+    return any(p.requires_grad for method in methods_of(injector, name) for p in method.parameters())
+
+
+def configs_of(injector: Injector) -> dict[str, PeftConfig | list[PeftConfig]]:
+    """Return each adapter's configuration, or the list of them where it combines several methods."""
+    configs = {name: [method.config for method in methods] for name, methods in injector.adapters.items()}
+    return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
