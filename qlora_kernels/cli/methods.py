@@ -13,6 +13,7 @@ from ..peft import PeftConfig
 _ELSEWHERE = {
     "full_ft",  # needs a dense model
     "adapter_fusion",  # needs adapters that are trained already
+    "trainable_tokens",  # tokens beside a LoRA: --set trainable_token_indices=[1,2]
 }
 _OTHER_MEANING = {"oft": {"r"}}
 """Fields of a method that have the name of an option and another meaning: OFT's r is a number of blocks."""

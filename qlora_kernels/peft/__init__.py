@@ -17,6 +17,7 @@ from .methods.oft import OFTConfig
 from .methods.p_tuning import PTuningConfig
 from .methods.prefix_tuning import PrefixTuningConfig, PTuningV2Config
 from .methods.prompt_tuning import PromptTuningConfig
+from .methods.trainable_tokens import TrainableTokensConfig
 from .methods.unipelt import UniPELTConfig
 from .methods.vera import VeraConfig
 from .model.adalora_ranks import adalora_ranks
@@ -45,6 +46,7 @@ __all__ = [
     "PeftModel",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "TrainableTokensConfig",
     "UniPELTConfig",
     "VeraConfig",
     "adalora_ranks",

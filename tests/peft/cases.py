@@ -55,6 +55,12 @@ CASES: dict[str, Case] = {
     "lokr": Case(peft.LoKrConfig(target_modules="all-linear", r=2, decompose_both=True), identity=1e-5),
     "oft": Case(peft.OFTConfig(target_modules="all-linear", oft_block_size=8), identity=1e-5),
     "boft": Case(peft.BOFTConfig(target_modules="all-linear", boft_n_butterfly_factor=2), identity=1e-5),
+    "trainable_tokens": Case(
+        peft.TrainableTokensConfig(
+            token_indices=list(range(1, 48)), target_modules=r".*(embed_tokens|word_embeddings|wte|shared)|embed"
+        ),
+        identity=1e-5,
+    ),
     "mam": Case(peft.MAMConfig(prefix_length=4, prefix_hidden_size=16, bottleneck_size=8)),
     "unipelt": Case(peft.UniPELTConfig(prefix_length=4, prefix_hidden_size=16, lora_r=4, reduction_factor=4)),
     "lora+bitfit": Case([peft.LoraConfig(r=4), peft.BitFitConfig(add_missing=True)], identity=1e-5, rows=False),

@@ -94,6 +94,16 @@ PEERS = {
         {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False, "bias": "boft_only"},
         "bert",
     ),
+    "tokens": Peer("TrainableTokensConfig", {"token_indices": [27, 12, 6]}),
+    "tokens_t5": Peer("TrainableTokensConfig", {"token_indices": [12, 0, 24], "init_weights": False}, "t5"),
+    "tokens_both": Peer(
+        "TrainableTokensConfig", {"token_indices": [12, 24], "target_modules": ["embed_tokens", "lm_head"]}
+    ),
+    "lora_tokens": Peer("LoraConfig", {"r": 2, "trainable_token_indices": [12, 24]}),
+    "lora_tokens_by_name": Peer(
+        "LoraConfig", {"r": 2, "trainable_token_indices": {"embed_tokens": [12], "lm_head": [3]}}
+    ),
+    "lora_tokens_t5": Peer("LoraConfig", {"r": 2, "trainable_token_indices": [12]}, "t5"),
 }
 PEER = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 

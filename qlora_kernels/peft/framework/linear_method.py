@@ -89,7 +89,8 @@ class LinearMethod(Method, Generic[D]):
     @property
     def deltas(self) -> dict[str, D]:
         """The updates by the names of their layers."""
-        return {path: cast(D, self.tree[path]) for path, place in self.tree.places.items() if place.slot == "deltas"}
+        own = (path for path, place in self.tree.places.items() if place.slot == "deltas" and place.owner == path)
+        return {path: cast(D, self.tree[path]) for path in own}
 
     def add_delta(self, path: str, delta: D) -> None:
         if self.name in self.injector.adapt(path).deltas:

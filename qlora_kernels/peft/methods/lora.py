@@ -29,6 +29,7 @@ from .lora_embedding import LoraEmbedding
 from .lora_init import init_from_base, init_loftq, init_orthogonal
 from .lora_layers import DoraLinear, LoraLinear
 from .tied_lora import TransposedLora, same_tensors, shared
+from .token_rows import add_named_token_rows
 
 
 @register_method(LoraConfig)
@@ -44,6 +45,8 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         self.needs_eva = self.config.init_lora_weights == "eva"
         for path, stored_as in matched_parameters(injector, self.config.target_parameters).items():
             self._add_parameter(path, stored_as)
+        if tokens := self.config.trainable_token_indices:
+            add_named_token_rows(self, tokens, tie=self.config.ensure_weight_tying)
 
     @classmethod
     def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:

@@ -25,6 +25,8 @@ class LoraConfig(PeftConfig):
     target_parameters: names, or endings of names, of parameters that a module multiplies by itself, such as the
     [experts, out, in] weights of a mixture of experts, dense or ExpertsNF4; with it, None or [] as target_modules means
     no layers.
+    trainable_token_indices: tokens whose rows in the input's embedding train too, or such tokens by the names of
+    embeddings and heads; layers that share a weight then have the same rows, but for those with tokens of their own.
     target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
     """
 
@@ -48,6 +50,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
     ensure_weight_tying: bool = False
     target_parameters: list[str] | tuple[str, ...] | set[str] | str | None = None
+    trainable_token_indices: list[int] | tuple[int, ...] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

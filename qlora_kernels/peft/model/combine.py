@@ -143,11 +143,15 @@ def weighted_lora(parts: Sequence[Lora], weights: Sequence[float], combination: 
     if not parts or len(parts) != len(weights):
         raise ValueError(f"add_weighted_adapter: weights must be one per adapter, got {len(weights)} for {len(parts)}")
     for part in parts:
-        for option, why in (("lora_bias", "B's biases"), ("use_dora", "DoRA's magnitudes")):
-            if getattr(part.config, option):
+        for option, why in (
+            ("lora_bias", "B's biases"),
+            ("use_dora", "DoRA's magnitudes"),
+            ("trainable_token_indices", "rows for tokens"),
+        ):
+            if value := getattr(part.config, option):
                 raise ValueError(
-                    f"add_weighted_adapter: adapter {part.name!r} must not have {option}=True, {why} are no part of a "
-                    "low-rank sum; merge it instead"
+                    f"add_weighted_adapter: adapter {part.name!r} must not have {option}={value}, {why} are no part of "
+                    "a low-rank sum; merge it instead"
                 )
         if part.config.target_parameters:
             raise NotImplementedError(

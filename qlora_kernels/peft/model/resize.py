@@ -17,7 +17,7 @@ def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> An
     for path, module in injector.modules().items():
         if module in _tables(injector) and isinstance(injector.hooked_module(path), AdaptedLinear):
             raise ValueError(
-                f"resize_token_embeddings: {path} must have no LoRA, whose factors are of the old size; call "
+                f"resize_token_embeddings: {path} must have no LoRA or trained rows, which are of the old table; call "
                 "merge_and_unload first, or resize before the adapter is added"
             )
     overrides = [

@@ -1,0 +1,88 @@
+"""Trainable tokens: some rows of the embedding's table train, and nothing else.
+
+Source: PEFT. Names, defaults and files are PEFT's; the mechanism is in token_rows.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..core.config import PeftConfig
+from ..framework.injector import Injector
+from ..framework.method import Method
+from ..framework.registry import register_method
+from .token_rows import add_token_rows, input_embeddings_path, layers_with_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(PeftConfig):
+    """Fields, names and defaults of PEFT's TrainableTokensConfig.
+
+    token_indices: numbers of the tokens that train.
+    target_modules: embeddings, or heads; None is the embedding of the model's input. What is tied to an embedding has
+    its rows.
+    init_weights: True (the rows of the base: identity) or False (normal).
+    """
+
+    peft_type = "TRAINABLE_TOKENS"
+
+    token_indices: list[int] | tuple[int, ...] = field(default_factory=list)
+    target_modules: list[str] | tuple[str, ...] | set[str] | str | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules_to_save:
+            raise ValueError(
+                "TrainableTokensConfig: modules_to_save must be None, since files of this type have no place for them, "
+                f"got {list(self.modules_to_save)}; use LoraConfig with trainable_token_indices"
+            )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """None: a file of this type has no place for a head."""
+        return ()
+
+
+@register_method(TrainableTokensConfig)
+class TrainableTokens(Method):
+    """Rows of the tables that the configuration targets."""
+
+    config: TrainableTokensConfig
+    loads_in_peft = True
+
+    def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
+        assert isinstance(config, TrainableTokensConfig)
+        targets = config.target_modules
+        if targets is None:
+            targets = input_embeddings_path(injector, "target_modules")
+        super().__init__(config.replace(target_modules=targets), injector, name)
+        layers = layers_with_tables(injector, "target_modules", targets)
+        tokens = dict.fromkeys(layers, config.token_indices)
+        self.shared = add_token_rows(self, "token_indices", tokens, init=config.init_weights)
+
+    def merge_unsupported(self) -> str | None:
+        return None
+
+    def file_config(self) -> dict[str, object]:
+        values = super().file_config()
+        del values["modules_to_save"]
+        return values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows under the names of all layers that have them, as PEFT writes them."""
+        return {**super().tensors(), **{name: tensor.clone() for name, tensor in self._copies(super().tensors())}}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        copies = {name for name, _ in self._copies(tensors)}
+        super().load_tensors({name: tensor for name, tensor in tensors.items() if name not in copies})
+
+    def _copies(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name in the file, rows) of the layers that share the rows of another."""
+        for path, first in self.shared.items():
+            name, of_first = (f"{self.file_prefix}{each}.trainable_tokens_delta" for each in (path, first))
+            if of_first in tensors:
+                yield name, tensors[of_first]
