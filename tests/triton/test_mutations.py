@@ -93,10 +93,10 @@ CHECKS = {
 }
 
 MUTATIONS = [
-    ("_decode", "return high, low", "return low, high", "codec"),
-    ("_decode", " * scale + tl.load(p_absmax_offset)", " * scale", "fused"),
-    ("_decode", "o_block // 256", "o_block // 64", "fused"),
-    ("_decode", "4 * (1 - i % 2)", "4 * (i % 2)", "small_m"),
+    ("decode", "return high, low", "return low, high", "codec"),
+    ("decode", " * scale + tl.load(p_absmax_offset)", " * scale", "fused"),
+    ("decode", "o_block // 256", "o_block // 64", "fused"),
+    ("decode", "4 * (1 - i % 2)", "4 * (i % 2)", "small_m"),
     ("linear_nf4_small_m", "tl.fma(runs, b_absmax, sums[m])", "tl.fma(runs, b_absmax, 0.0)", "small_m"),
     ("linear_nf4_small_m", "b_absmax = next_words, next_absmax", "b_absmax = next_words, next_absmax * 2", "small_m"),
     ("linear_nf4_small_m", "* RUN // BLOCKSIZE", "* RUN // BLOCKSIZE * 0", "small_m"),
@@ -124,8 +124,8 @@ MUTATIONS = [
     ("lora_grads", "sum_partials(ds_parts, scaling", "sum_partials(ds_parts, 1.0", "decode"),
     ("lora_grads", "sum_partials(grad_B_parts, scaling", "sum_partials(grad_B_parts, 1.0", "decode"),
     ("lora_grads", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
-    ("_partials", "total * scale", "total", "decode"),
-    ("_dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "decode"),
+    ("partials", "total * scale", "total", "decode"),
+    ("dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "decode"),
     ("linear_nf4_multi_lora", "factor * tl.load(p_scalings + e)", "factor", "multi"),
     ("linear_nf4_multi_lora", 'input_precision="ieee") * scale', 'input_precision="ieee")', "multi"),
     ("linear_nf4_multi_lora", "(acc * keep_scale)", "(acc)", "multi"),

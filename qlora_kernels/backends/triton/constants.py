@@ -13,9 +13,13 @@ from ...ops.operands import Weight
 
 
 class AbsmaxPointers(NamedTuple):
-    """The four pointers that `load_absmax` takes. Without double quantization, the last three repeat absmax, unused."""
+    """The four pointers that `load_absmax` takes.
 
-    absmax: Tensor
+    stored_absmax: absmax (fp32), or absmax_q (uint8) under double quantization; without it, the last three repeat
+    absmax and are not used.
+    """
+
+    stored_absmax: Tensor
     absmax_map: Tensor
     absmax_scale: Tensor
     absmax_offset: Tensor

@@ -112,15 +112,17 @@ def decode_words(b_words, table):
 
 
 @triton.jit
-def load_absmax(p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, o_block, m_block, DOUBLE_QUANT: tl.constexpr):
+def load_absmax(
+    p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, o_block, m_block, DOUBLE_QUANT: tl.constexpr
+):
     """Load the first-level constants of blocks `o_block` (int64) as fp32; 0 where masked off.
 
-    DOUBLE_QUANT: p_absmax points to absmax_q (uint8), and the result is map[q] * scale[block // 256] + offset with two
-    roundings, so the kernel must be launched with enable_fp_fusion=False. Otherwise p_absmax points to absmax (fp32).
+    DOUBLE_QUANT: p_stored_absmax points to absmax_q (uint8), and the result is map[q] * scale[block // 256] + offset
+    with two roundings, so the kernel must be launched with enable_fp_fusion=False. Otherwise it is absmax (fp32).
     """
     if DOUBLE_QUANT:
-        q = tl.load(p_absmax + o_block, mask=m_block, other=0).to(tl.int32)
+        q = tl.load(p_stored_absmax + o_block, mask=m_block, other=0).to(tl.int32)
         scale = tl.load(p_absmax_scale + o_block // 256, mask=m_block, other=0.0)
         return tl.load(p_absmax_map + q) * scale + tl.load(p_absmax_offset)
     else:
-        return tl.load(p_absmax + o_block, mask=m_block, other=0.0)
+        return tl.load(p_stored_absmax + o_block, mask=m_block, other=0.0)

@@ -21,7 +21,7 @@ PROGRAM_VALUES = 16384
 @triton.jit
 def dequantize_nf4_kernel(
     p_packed,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     p_absmax_scale,
     p_absmax_offset,
@@ -49,7 +49,7 @@ def dequantize_nf4_kernel(
     i_block = tl.program_id(0).to(tl.int64) * (RUN // BLOCKSIZE)
     p_packed += i_first // 2
     p_w += i_first
-    p_absmax += i_block
+    p_stored_absmax += i_block
     scale = 0.0
     offset = 0.0
     if DOUBLE_QUANT:
@@ -60,12 +60,12 @@ def dequantize_nf4_kernel(
         values_left = numel - i_first
         if values_left < RUN:
             decode_run(
-                p_packed, p_absmax, p_absmax_map, scale, offset, p_w, values_left, n_blocks - i_block, table,
+                p_packed, p_stored_absmax, p_absmax_map, scale, offset, p_w, values_left, n_blocks - i_block, table,
                 BLOCKSIZE, DOUBLE_QUANT, True, ROWS, ROW_BYTES, TILES,
             )  # fmt: skip
             return
     decode_run(
-        p_packed, p_absmax, p_absmax_map, scale, offset, p_w, 0, 0, table,
+        p_packed, p_stored_absmax, p_absmax_map, scale, offset, p_w, 0, 0, table,
         BLOCKSIZE, DOUBLE_QUANT, False, ROWS, ROW_BYTES, TILES,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def dequantize_nf4_kernel(
 @triton.jit
 def decode_run(
     p_packed,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     scale,
     offset,
@@ -98,10 +98,10 @@ def decode_run(
         o_block = (i_value + o_row * ROW_VALUES) // BLOCKSIZE
         if MASKED:
             b_packed = tl.load(p_packed + (i_value // 2 + o_byte), mask=i_value + 2 * o_byte < values_left, other=0)
-            b_absmax = tl.load(p_absmax + o_block, mask=o_block < blocks_left, other=0)
+            b_absmax = tl.load(p_stored_absmax + o_block, mask=o_block < blocks_left, other=0)
         else:
             b_packed = tl.load(p_packed + (i_value // 2 + o_byte))
-            b_absmax = tl.load(p_absmax + o_block)
+            b_absmax = tl.load(p_stored_absmax + o_block)
         if DOUBLE_QUANT:
             b_absmax = tl.load(p_absmax_map + b_absmax.to(tl.int32)) * scale + offset
         high, low = decode_pairs(b_packed, table)
@@ -124,7 +124,7 @@ def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
         *pointers,
         out,
         numel,
-        pointers.absmax.numel(),
+        pointers.stored_absmax.numel(),
         BLOCKSIZE=weight.blocksize,
         DOUBLE_QUANT=weight.double_quant,
         SHORT_TAIL=numel % program_values != 0,

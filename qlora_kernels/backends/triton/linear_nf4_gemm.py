@@ -21,7 +21,7 @@ from .dropout import keep_tile
 def linear_nf4_kernel(
     p_x,
     p_packed,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     p_absmax_scale,
     p_absmax_offset,
@@ -85,14 +85,14 @@ def linear_nf4_kernel(
 
     table = code_table()
     b_absmax = load_absmax(
-        p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
+        p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
         row_block + first * BLOCK_K // BLOCKSIZE, first < last, DOUBLE_QUANT,
     )  # fmt: skip
     for i in range(first, last):
         b_packed = tl.load(p_weights + i * HALF_K)  # [BLOCK_N, HALF_K]
         b_x = tl.load(p_activations + i * BLOCK_K)  # [BLOCK_K, BLOCK_M]
         next_absmax = load_absmax(
-            p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
+            p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
             row_block + (i + 1) * BLOCK_K // BLOCKSIZE, i + 1 < last, DOUBLE_QUANT,
         )  # fmt: skip
         high, low = decode_pairs(b_packed, table)
@@ -114,7 +114,7 @@ def linear_nf4_kernel(
 def linear_nf4_grad_x_kernel(
     p_grad_y,
     p_packed,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     p_absmax_scale,
     p_absmax_offset,
@@ -176,7 +176,7 @@ def linear_nf4_grad_x_kernel(
     table = code_table()
     row_n = tl.minimum(first * BLOCK_N + o_n, N - 1).to(tl.int64)
     b_absmax = load_absmax(
-        p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
+        p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
         row_n * (K // BLOCKSIZE) + i_block, first < last, DOUBLE_QUANT,
     )  # fmt: skip
     for i in range(first, last):
@@ -187,7 +187,7 @@ def linear_nf4_grad_x_kernel(
         b_grad = tl.load(p_grad_y + row_m[None, :] * N + column[:, None], mask=column[:, None] < N, other=0.0)
         next_n = tl.minimum(column + BLOCK_N, N - 1).to(tl.int64)
         next_absmax = load_absmax(
-            p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
+            p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
             next_n * (K // BLOCKSIZE) + i_block, i + 1 < last, DOUBLE_QUANT,
         )  # fmt: skip
         high, low = decode_pairs(b_packed, table)

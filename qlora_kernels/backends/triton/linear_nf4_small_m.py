@@ -19,7 +19,7 @@ RUN = tl.constexpr(32)
 def linear_nf4_small_m_kernel(
     p_x,
     p_packed,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     p_absmax_scale,
     p_absmax_offset,
@@ -69,13 +69,13 @@ def linear_nf4_small_m_kernel(
     table = code_table()
     sums = (tl.zeros((BLOCK_N, RUNS), tl.float32),) * M
     next_words, next_absmax = load_step(
-        p_words, p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, row_block, first,
+        p_words, p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, row_block, first,
         tl.where(first < last, blocks, 0), BLOCKSIZE, DOUBLE_QUANT, BLOCK_K,
     )  # fmt: skip
     for i in range(first, last):
         b_words, b_absmax = next_words, next_absmax
         next_words, next_absmax = load_step(
-            p_words, p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, row_block, i + 1,
+            p_words, p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset, row_block, i + 1,
             tl.where(i + 1 < last, blocks, 0), BLOCKSIZE, DOUBLE_QUANT, BLOCK_K,
         )  # fmt: skip
         w = decode_words(b_words, table)
@@ -112,7 +112,7 @@ def linear_nf4_small_m_kernel(
 @triton.jit
 def load_step(
     p_words,
-    p_absmax,
+    p_stored_absmax,
     p_absmax_map,
     p_absmax_scale,
     p_absmax_offset,
@@ -132,7 +132,7 @@ def load_step(
     b_words = tl.load(p_words + i * (BLOCK_K // 8), mask=m_word[None, :], other=0)
     o_block = first + tl.arange(0, BLOCK_K // RUN) * RUN // BLOCKSIZE
     b_absmax = load_absmax(
-        p_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
+        p_stored_absmax, p_absmax_map, p_absmax_scale, p_absmax_offset,
         row_block[:, None] + o_block[None, :], o_block[None, :] < blocks, DOUBLE_QUANT,
     )  # fmt: skip
     return b_words, b_absmax
