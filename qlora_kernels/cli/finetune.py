@@ -37,10 +37,13 @@ from ..training import (
     TextTokens,
     Workers,
     encode_rows,
+    is_dataset,
     joined,
+    keeps_apart,
     language_reference,
+    pack,
     perplexity,
-    read_corpus,
+    read_data,
 )
 from ..training.loop import fingerprint
 from .arguments import UsageError, bad_input
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The whole command. Returns 1 where training diverged or the reloaded adapter gives another perplexity."""
     options = FinetuneOptions.of(arguments)
     options.check()
-    _check_needs()
+    _check_needs(options)
     check_trackers(options.track)
     check_no_other_run(options)
     _prepare_output(options)
@@ -105,10 +108,12 @@ def _say_how_to_resume(options: FinetuneOptions, what: str) -> None:
     sys.stderr.write(f"qlora-kernels finetune: {what}; continue with: {command}\n")
 
 
-def _check_needs() -> None:
+def _check_needs(options: FinetuneOptions) -> None:
     """Raises ModuleNotFoundError for an optional package that the command uses, before it has done any work."""
     for name in ("transformers", "accelerate", "tqdm", "psutil"):
         importlib.import_module(name)
+    if options.data != "builtin" and is_dataset(options.data):
+        importlib.import_module("datasets")
 
 
 def _prepare_output(options: FinetuneOptions) -> None:
@@ -145,6 +150,7 @@ class _Finetune:
         with bad_input():
             self.tokenizer = load_tokenizer(dense)
             train_examples = self._encode("train", corpus.source, corpus.train)
+            train_examples = self._packed(train_examples)
             unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen)
             self.unseen = unseen[: self.options.eval_windows]
             self._check_limits(model_outline(dense), [*train_examples, *self.unseen])
@@ -163,6 +169,7 @@ class _Finetune:
         if not is_quantized(dense):
             self._measure("16-bit base", load_model(dense, self.options.dtype, self.device))
         model = self._load(quantized)
+        self._check_packing(model)
         self._measure("NF4 base", model)
         stage = TrainingStage(
             self.options,
@@ -226,7 +233,7 @@ class _Finetune:
         with bad_input():
             if self.options.data == "builtin":
                 return language_reference()
-            corpus = read_corpus(Path(self.options.data), self.options.unseen)
+            corpus = read_data(self.options.data, self.options.unseen, self.options.split)
         if corpus.unused:
             self._note(f"keys of the data that are not used: {', '.join(corpus.unused)}")
         if not corpus.unseen:
@@ -246,6 +253,20 @@ class _Finetune:
         self.report.rows[part] = rows
         self.console.say(f"{part}: {rows}")
         return examples
+
+    def _packed(self, examples: list[Example]) -> list[Example]:
+        if not self.options.packing:
+            return examples
+        windows = pack(examples, self.options.seq_len)
+        self._note(f"packed {len(examples):,} examples into {len(windows):,} windows")
+        return windows
+
+    def _check_packing(self, model: nn.Module) -> None:
+        if self.options.packing and not keeps_apart(model):
+            raise UsageError(
+                f"--packing: {type(model).__name__} must keep packed examples apart by their position ids, and does "
+                "not; leave --packing out"
+            )
 
     def _check_limits(self, model: nn.Module, examples: Sequence[Example]) -> None:
         """Before anything is computed: whether `model`, of which only the shapes are known, can take the examples."""

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from ..training import TrainConfig
 
 
+PACKABLE = ("lora", "adalora", "bitfit", "bottleneck_adapter", "ia3", "vera", "loha", "lokr", "oft", "boft")
+"""Methods that compute each token by itself, so that packed examples stay apart."""
+
+
 @dataclass(frozen=True)
 class FinetuneOptions:
     """One field for each option of the command line, by its name there."""
 
     model: str
     data: str
+    split: str | None
+    packing: bool
     out: Path
     cache: Path | None
     json: bool
@@ -83,6 +89,12 @@ class FinetuneOptions:
             raise UsageError("--patience: must come with --eval-every, whose evaluations it counts")
         if self.eval_every and not (self.eval_windows and (self.unseen or self.data == "builtin")):
             raise UsageError("--eval-every: must have unseen text; use an --unseen and --eval-windows above 0")
+
+        if self.packing and self.method not in PACKABLE:
+            raise UsageError(
+                f"--packing: must come with a method of {', '.join(PACKABLE)}, got {self.method}; others put tokens or "
+                "states before a text, which packed examples would not each have"
+            )
 
     def steps_of(self, examples: int) -> int:
         """Return the steps of --epochs passes over so many examples, the last batch filled from the next pass."""
@@ -149,6 +161,6 @@ class FinetuneOptions:
         free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout", "epochs", "overwrite"}
         free |= {"track", "project", "run_name"}
         # Runs of versions without these options can be resumed.
-        later = {"fuse": False, "eval_every": 0, "patience": 0}
+        later = {"fuse": False, "eval_every": 0, "patience": 0, "split": None, "packing": False}
         free |= {name for name, default in later.items() if getattr(self, name) == default}
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -58,10 +58,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--data",
         required=True,
-        metavar="FILE|builtin",
-        help='.jsonl, .json or .csv with rows of {"text"}, {"prompt", "completion"} or {"messages"}; .txt or .md with '
-        "running text; or builtin: the language reference that comes with Python",
+        metavar="PATH|OWNER/NAME|builtin",
+        help='file with rows of {"text"}, {"prompt", "completion"}, {"messages"}, ShareGPT or Alpaca (.jsonl .json '
+        ".csv .tsv .parquet .arrow), or with running text (.txt .md); a folder of rows, or of save_to_disk; a dataset "
+        "of the Hugging Face hub, from the local cache; or builtin: the language reference that comes with Python",
     )
+    files.add_argument("--split", metavar="NAME", help="split of a dataset (default: train, or the only one)")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for adapter, report, loss curve")
     files.add_argument("--cache", type=Path, metavar="DIR", help="folder for converted models (default: OUT/cache)")
     files.add_argument(
@@ -106,6 +108,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"
+    )
+    training.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="join short examples into windows of --seq-len tokens, none of which sees another",
     )
     training.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate")
     training.add_argument(

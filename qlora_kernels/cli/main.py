@@ -29,6 +29,7 @@ _EXTRAS = {
     "psutil": "hf",
     "yaml": "hf",
     "shtab": "completion",
+    "datasets": "data",
     "matplotlib": "plot",
 }
 """Optional package -> the extra of ours that installs it."""

@@ -6,9 +6,11 @@ Any model works whose forward takes `input_ids` and returns an object with `logi
 from .batches import BatchOrder, collate
 from .chat_text import write_chat
 from .chunked_loss import ChunkedLoss
-from .corpus import Corpus, language_reference, read_corpus
+from .corpus import Corpus, language_reference, read_corpus, read_data
+from .dataset_rows import is_dataset
 from .evaluate import Perplexity, perplexity
 from .loop import Interrupted, StepRecord, TrainConfig, train
+from .packing import keeps_apart, pack
 from .records import Chat, Completion, DataError, Plain, Record
 from .text_tokens import TextTokens
 from .validation import Evaluated, Validation
@@ -39,10 +41,14 @@ __all__ = [
     "collate",
     "encode",
     "encode_rows",
+    "is_dataset",
     "joined",
+    "keeps_apart",
     "language_reference",
+    "pack",
     "perplexity",
     "read_corpus",
+    "read_data",
     "train",
     "write_chat",
 ]

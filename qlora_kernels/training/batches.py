@@ -13,11 +13,16 @@ from .windows import IGNORED, Example
 
 
 class Batch(NamedTuple):
-    """input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None if nothing is padded."""
+    """input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None if nothing is padded.
+
+    position_ids: int64 [B, T] of packed windows, which begin at 0 with each example; then attention_mask is None. From
+    these, transformers' models build the mask that keeps the examples, and the padding, apart.
+    """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor | None
+    position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; page-locked memory is copied without waiting."""
@@ -51,6 +56,8 @@ class BatchOrder:
 
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
     """Return one batch, padded on the right to its longest example, on the device of the examples."""
+    if any(example.lengths is not None for example in examples):
+        return _collate_packed(examples, pad_token_id)
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
     device = examples[0].input_ids.device
@@ -63,3 +70,20 @@ def collate(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
         labels[row, :length] = example.labels
         mask[row, :length] = True
     return Batch(input_ids, labels, None if bool(mask.all()) else mask)
+
+
+def _collate_packed(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Return a batch of packed windows; the padding of a window is one more example, of which nothing is learned."""
+    longest = max(len(example.input_ids) for example in examples)
+    device = examples[0].input_ids.device
+    input_ids = torch.full((len(examples), longest), pad_token_id, device=device)
+    labels = torch.full_like(input_ids, IGNORED)
+    position_ids = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = example.input_ids
+        labels[row, :length] = example.labels
+        lengths = example.lengths or (length,)
+        padding = (longest - length,) if longest > length else ()
+        position_ids[row] = torch.cat([torch.arange(n, device=device) for n in (*lengths, *padding)])
+    return Batch(input_ids, labels, None, position_ids)

@@ -70,7 +70,11 @@ class ChunkedLoss:
         return total
 
     def _forward(self, batch: Batch) -> Tensor:
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        # Only packed batches have position ids: not every model takes them.
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        output = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions
+        )
         return cast(Tensor, output.logits)
 
     @contextmanager

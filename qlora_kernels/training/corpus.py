@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from .data_files import Row, read_file
+from .dataset_rows import is_dataset, read_dataset
 from .records import DataError, Plain, Record, parse_record, unused_keys
 
 
@@ -36,6 +37,19 @@ def read_corpus(path: Path, unseen_fraction: float) -> Corpus:
     if isinstance(content, str):
         return _split_text(str(path), content, unseen_fraction)
     return corpus_of_rows(str(path), content, unseen_fraction)
+
+
+def read_data(data: str, unseen_fraction: float, split: str | None = None) -> Corpus:
+    """Read the corpus that a path or a name stands for, through `datasets` where it is no file of `read_corpus`.
+
+    data, split: as in `dataset_rows.read_dataset`.   unseen_fraction: as in `read_corpus`.
+    Raises DataError; ModuleNotFoundError where `datasets` is needed and not installed.
+    """
+    if is_dataset(data):
+        return corpus_of_rows(data, read_dataset(data, split), unseen_fraction)
+    if split is not None:
+        raise DataError(f"{data}: must be a dataset with splits for --split {split}, got one file; leave --split out")
+    return read_corpus(Path(data), unseen_fraction)
 
 
 def corpus_of_rows(source: str, rows: Iterable[Row], unseen_fraction: float) -> Corpus:

@@ -195,6 +195,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         for ids in (example.input_ids, example.labels):
             digest.update(len(ids).to_bytes(8, "little") + ids.contiguous().numpy().tobytes())
+        if example.lengths is not None:
+            digest.update(str(example.lengths).encode())
     return digest.hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..io.strict_json import JSONRefused, parse_json
+from .row_formats import converted, preference, used_keys
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its reasoning."""
@@ -57,6 +58,12 @@ def parse_record(place: str, value: Any) -> Record:
     Raises DataError for any other row.
     """
     if isinstance(value, dict):
+        if kind := preference(value):
+            raise DataError(
+                f"{place}: must not be {kind}, which supervised training has no use for; write what is to be learned "
+                'as {"prompt", "completion"} or {"messages"}, or use a trainer of preferences such as TRL\'s DPOTrainer'
+            )
+        value = converted(value, lambda rule: DataError(f"{place}: {rule}"))
         if "messages" in value:
             tools = _list_of_objects(place, "tools", value.get("tools"))
             return Chat(_messages(place, value["messages"]), tools, place=place)
@@ -66,16 +73,14 @@ def parse_record(place: str, value: Any) -> Record:
         if "text" in value:
             return Plain(_string(place, value, "text"), place=place)
     raise DataError(
-        f'{place}: must hold {{"text"}}, {{"prompt", "completion"}} or {{"messages"}}, got {excerpt(value)}'
+        f'{place}: must hold {{"text"}}, {{"prompt", "completion"}} or {{"messages"}}, got {excerpt(value)}; '
+        '{"conversations"} of ShareGPT and {"instruction", "input", "output"} of Alpaca are taken too'
     )
 
 
 def unused_keys(value: Mapping[str, Any]) -> set[str]:
     """Return the keys of a row that `parse_record` ignored."""
-    for used in ({"messages", "tools"}, {"prompt", "completion"}, {"text"}):
-        if used - {"tools"} <= value.keys():
-            return set(value) - used
-    return set(value)
+    return set(value) - used_keys(value)
 
 
 def excerpt(value: Any) -> str:
@@ -87,7 +92,7 @@ def excerpt(value: Any) -> str:
         return f"the keys {keys}{', ...' if len(value) > 6 else ''}" if value else "no key"
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return excerpt(", ".join(value))
-    return _KINDS[type(value)]
+    return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _string(place: str, row: Mapping[str, Any], key: str) -> str:

@@ -18,10 +18,14 @@ IGNORED = -100
 
 
 class Example(NamedTuple):
-    """input_ids, labels: int64 [T]. labels[t] is the token at t, or IGNORED; the loss shifts the labels."""
+    """input_ids, labels: int64 [T]. labels[t] is the token at t, or IGNORED; the loss shifts the labels.
+
+    lengths: of the examples that a packed window joins (`packing.pack`); None for a window that is one text.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    lengths: tuple[int, ...] | None = None
 
 
 @dataclass

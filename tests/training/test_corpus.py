@@ -208,7 +208,7 @@ def test_refusals(tmp_path, name, content, message):
         ({"messages": TURNS, "tools": {"name": "weather"}}, "tools must be a list of objects, got the keys 'name'"),
         ({"messages": TURNS, "tools": ["weather"]}, "tools must be a list of objects"),
         ({"messages": TURNS, "tools": "[weather]"}, "tools must be a list of objects"),
-        ({"instruction": "x", "input": "", "output": "y"}, "got the keys 'instruction', 'input', 'output'"),
+        ({"question": "x", "input": "", "output": "y"}, "got the keys 'question', 'input', 'output'"),
     ],
 )
 def test_invalid_rows_are_refused(tmp_path, row, message):
