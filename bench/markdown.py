@@ -1,4 +1,4 @@
-"""Markdown tables, and pages of which a marked part is generated."""
+"""Markdown tables, and generated parts of pages between markers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are padded to one width, so that its source can be read too."""
+    """Return a Markdown table whose columns are padded to equal width, so that its source is readable."""
     rows = [header, *lines]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     rendered = [
@@ -18,9 +18,9 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def replace_marked(page: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands in a page between the lines `begin` and `end`.
+    """Replace the text between the lines `begin` and `end` of a page.
 
-    Raises ValueError where the page lacks one of the marks, so that no part of it is lost.
+    Raises ValueError if the page lacks one of the marks, so that no other part of it is lost.
     """
     before, found, rest = page.read_text().partition(begin)
     _, ended, after = rest.partition(end)

@@ -1,8 +1,8 @@
-"""`make bench-gate`: the headline ratios of ours to each peer, measured now, against the committed ones with slack.
+"""`make bench-gate`: compares the headline ratios of ours to each peer, measured now, with the committed ones.
 
-Both sides of a ratio are measured in one process, in turns, so that a slower machine does not fail the gate. A machine
-with another instruction set than the committed rows' has nothing to be compared with. A case that fails is measured
-once more.
+Both sides of a ratio are measured alternately in one process, so that a slower machine does not fail the gate. On a
+machine with another instruction set than the committed rows, nothing is compared. A failing case is measured a second
+time.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ HEADLINES = (
     ("linear_nf4_lora", "4096x4096 M256 r16 bf16", "cold"),
     ("adamw_step", "1.11M 120 tensors fp32", "cold"),
 )
-"""(op, case, mode) of the measurements that README and docs/benchmarks.md stand on."""
+"""(op, case, mode) of the measurements that README and docs/benchmarks.md are based on."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster ours is than a peer: as committed and as measured now, None where it was not measured."""
+    """The speedup of ours over a peer, as committed and as measured now; None if it was not measured."""
 
     name: str
     committed: float
@@ -53,7 +53,7 @@ class Ratio:
 
 
 def main() -> int:
-    """Returns 1 where a ratio is below its bound, 2 where this machine has nothing to be compared with, else 0."""
+    """Return 1 if a ratio is below its bound, 2 if there are no rows to compare with, otherwise 0."""
     isa = cpu_isa()
     committed = [row for path in committed_files() for row in read_rows(path) if row["isa"] == isa]
     if not any(row["op"] != "peak" for row in committed):
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def compared(committed: Iterable[Row], measured: Sequence[Row]) -> Iterator[tuple[Row, Ratio]]:
-    """Each headline's committed row of ours with its ratio to each peer."""
+    """Yield each headline's committed row of ours with its ratio to each peer."""
     now = {_key(row): row for row in measured if row["contender"] == "ours" and "speedup" in row}
     for row in committed:
         if row["contender"] != "ours" or _key(row) not in HEADLINES:

@@ -19,13 +19,13 @@ MODEL = "all linear layers of SmolLM2-135M"
 
 
 def formula(blocksize: int, double_quant: bool) -> float:
-    """Bits per parameter of a tensor whose blocks are all full."""
+    """Return the bits per parameter of a tensor with full blocks."""
     constants = 8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double_quant else 32 / blocksize
     return 4 + constants
 
 
 def cases(quick: bool) -> list[Row]:
-    """The square weight at every blocksize that is compared, and the model at the default one."""
+    """Return the square weight at every compared blocksize, and the model at the default one."""
     blocksizes = (64,) if quick else (32, 64, 128, 256)
     squares: list[Row] = [
         {"weights": SQUARE, "blocksize": size, "double_quant": dq} for size in blocksizes for dq in (False, True)
@@ -51,7 +51,7 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """Counted bits beside the formula."""
+    """Return a table of counted bits and the formula."""
     return table(
         ["weights", "blocksize", "double quantization", "parameters", "bytes", "bits per parameter", "formula"],
         [
@@ -70,7 +70,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """The square weight of blocks of 64 against the paper's figures."""
+    """Compare the square weight in blocks of 64 with the paper's figures."""
     with_dq = find(rows, weights=SQUARE, blocksize=64, double_quant=True)
     without = find(rows, weights=SQUARE, blocksize=64, double_quant=False)
     if with_dq is None or without is None:

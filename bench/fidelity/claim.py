@@ -1,4 +1,4 @@
-"""What a claim is: the statement of a paper, the cases that are measured for it, its table and its verdict."""
+"""The definition of a claim: a paper's statement, the measured cases, a table and a verdict."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..row_file import Row
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement of a paper and what was found.
+    """One statement of a paper and the result.
 
-    holds: whether the rows agree with the statement; None where they cannot decide it.
+    holds: whether the rows agree with the statement; None if they cannot decide it.
     measured: the numbers that decided, in words.
     """
 
@@ -22,7 +22,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """The word of the tables."""
+        """Return the word for the tables."""
         return {True: "holds", False: "does not hold here", None: "not decided here"}[self.holds]
 
 
@@ -30,7 +30,7 @@ class Finding:
 class Claim:
     """A claim, one module of this package.
 
-    name: as the command line takes it.   title: heading of its part of the page.
+    name: its name on the command line.   title: heading of its part of the page.
     source: papers, with section or table.   method: how the claim is checked, a paragraph in Markdown.
     cases: quick -> the identifying fields of every row. A quick case is tiny and needs no downloaded weights.
     measure: (cases, quick) -> one row for each case, in order: its identifying fields and the results.
@@ -48,10 +48,10 @@ class Claim:
 
 
 def has_case(row: Row, case: Row) -> bool:
-    """Whether a row is the measurement of a case: all of the case's fields are equal in the row."""
+    """Whether a row is the measurement of a case, with equal values of all the case's fields."""
     return all(name in row and row[name] == value for name, value in case.items())
 
 
 def find(rows: Sequence[Row], **fields: object) -> Row | None:
-    """The last row with these fields, or None."""
+    """Return the last row with these fields, or None."""
     return next((row for row in reversed(rows) if has_case(row, fields)), None)

@@ -17,7 +17,7 @@ from qlora_kernels.format import nf4
 
 
 def _signed(*magnitudes: float) -> tuple[float, ...]:
-    """Both signs of the magnitudes and zero, ascending, scaled to [-1, 1]."""
+    """Return both signs of the magnitudes and zero, ascending, scaled to [-1, 1]."""
     top = max(magnitudes)
     positive = sorted(magnitude / top for magnitude in magnitudes)
     return (*(-value for value in reversed(positive)), 0.0, *positive)
@@ -44,12 +44,12 @@ ONLY_BLOCKSIZE = {"AF4": 64}
 
 
 def indices(w: Tensor, kind: str, blocksize: int) -> Tensor:
-    """The index into CODES[kind] of each weight's nearest value: int64 [w.numel()]."""
+    """Return the index into CODES[kind] of each weight's nearest value, int64 [w.numel()]."""
     return _nearest(w, kind, blocksize)[0]
 
 
 def rounded(w: Tensor, kind: str, blocksize: int) -> Tensor:
-    """A weight of any shape as its 4-bit form gives it back, in the weight's dtype.
+    """Return a weight of any shape after rounding to a 4-bit type, in the weight's dtype.
 
     kind: a name in CODES, or DOUBLE_QUANTIZED.   blocksize: elements of a block, which run row-major over w.
     """
@@ -62,7 +62,7 @@ def rounded(w: Tensor, kind: str, blocksize: int) -> Tensor:
 
 
 def _nearest(w: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Indices int64 [n] and absmax fp32 [blocks], with the rules of format/nf4.py."""
+    """Return indices int64 [n] and absmax fp32 [blocks], by the rules of format/nf4.py."""
     code = torch.tensor(CODES[kind], dtype=torch.float32)
     blocks = -(-w.numel() // blocksize)
     padded = torch.zeros(blocks * blocksize)

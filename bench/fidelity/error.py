@@ -1,4 +1,4 @@
-"""Claim `error`: how far NF4, AF4, FP4 and int4 are from the weights that they stand for."""
+"""Claim `error`: the errors of NF4, AF4, FP4 and int4 relative to the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = "SmolLM2-135M"
 
 
 def cases(quick: bool) -> list[Row]:
-    """Every type at every blocksize that it is defined for."""
+    """Return every type at every blocksize for which it is defined."""
     return [
         {"weights": weights, "type": kind, "blocksize": blocksize}
         for weights in (NORMAL, MODEL)
@@ -30,7 +30,7 @@ def cases(quick: bool) -> list[Row]:
 
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
-    """Errors relative to the weights, and the entropy of the indices."""
+    """Yield errors relative to the weights, and the entropy of the indices."""
     loaded: dict[str, list[Tensor]] = {}
     for case in chosen:
         if case["weights"] not in loaded:
@@ -53,14 +53,14 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def _weights(name: str, quick: bool) -> list[Tensor]:
-    """The weights in fp32."""
+    """Return the weights in fp32."""
     if name == NORMAL:
         return [torch.randn((1 << 12) if quick else (1 << 22), generator=torch.Generator().manual_seed(0))]
     return [linear.weight.float() for linear in subject.linears(subject.model(quick)).values()]
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One line for each type and blocksize."""
+    """Return a table with one line per type and blocksize."""
     return table(
         [
             "weights",
@@ -85,7 +85,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """Blocks of 64, on both kinds of weights."""
+    """Judge blocks of 64 on both kinds of weights."""
     findings = []
     for weights in (NORMAL, MODEL):
         of = {kind: row for kind in CODES if (row := find(rows, weights=weights, type=kind, blocksize=64))}

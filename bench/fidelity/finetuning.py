@@ -32,7 +32,7 @@ STEPS, EXAMPLES, LEARNING_RATE, WARMUP = 20, 2, 1e-3, 3
 
 
 def cases(quick: bool) -> list[Row]:
-    """One comparison after the other, and both its sides seed by seed, so that an interrupted run can be judged."""
+    """Return the cases by comparison, both sides seed by seed, so that an interrupted run can be judged."""
     seeds, pairs = ((0,), ((SIXTEEN, FOUR),)) if quick else (SEEDS, ((SIXTEEN, FOUR), (LORA, DORA)))
     return [
         {"variant": name, "seed": seed, "steps": 2 if quick else STEPS}
@@ -44,7 +44,7 @@ def cases(quick: bool) -> list[Row]:
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
     """Train each variant from the same base and measure its perplexity on the unseen text."""
-    before: dict[bool, float] = {}  # one measurement for each base, which no seed changes
+    before: dict[bool, float] = {}  # one measurement per base, independent of the seed
     for case in chosen:
         quantized, config = VARIANTS[case["variant"]]
         model = subject.model(quick)
@@ -73,7 +73,7 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One line for each variant, one column for each seed."""
+    """Return a table with one line per variant and one column per seed."""
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         chosen = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["seed"])
@@ -91,7 +91,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """Means over the seeds that both sides of a comparison have, against the spread between seeds."""
+    """Compare means over the common seeds of two sides with the spread between seeds."""
     return [
         *_compare(rows, FOUR, SIXTEEN, "LoRA over NF4 + DQ reaches the perplexity of LoRA over 16-bit weights"),
         *_compare(rows, DORA, LORA, "DoRA reaches a lower perplexity than LoRA of the same rank", better=True),

@@ -1,4 +1,4 @@
-"""Claim `memory`: a 65B model, which takes 780 GB to fine-tune in 16 bits, takes less than 48 GB under QLoRA."""
+"""Claim `memory`: a 65B model needs 780 GB for fine-tuning in 16 bits, and less than 48 GB under QLoRA."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Weights that are quantized: four projections of attention and three of the MLP, in each block."""
+        """Return the number of quantized weights: four projections of attention and three of the MLP in each block."""
         return self.blocks * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
 
     @property
     def dense(self) -> int:
-        """Weights that stay in 16 bits: embedding, head and norms."""
+        """Return the number of weights in 16 bits: embedding, head and norms."""
         return 2 * VOCABULARY * self.hidden + (2 * self.blocks + 1) * self.hidden
 
     @property
     def lora(self) -> int:
-        """Parameters of the adapters of all blocks."""
+        """Return the number of parameters in the adapters of all blocks."""
         return self.blocks * RANK * (4 * 2 * self.hidden + 3 * (self.hidden + self.ffn))
 
 
@@ -52,12 +52,12 @@ SHAPES = {
 
 
 def cases(quick: bool) -> list[Row]:
-    """The four sizes of LLaMA, in the paper's names."""
+    """Return the four sizes of LLaMA, with the paper's names."""
     return [{"model": name} for name in SHAPES]
 
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
-    """Bytes by formula; nothing is allocated."""
+    """Yield bytes by formula; nothing is allocated."""
     for case in chosen:
         shape = SHAPES[case["model"]]
         base = shape.linear * formula(64, True) / 8
@@ -74,12 +74,12 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def _trained(row: Row) -> float:
-    """All bytes of QLoRA training but the activations."""
+    """Return all bytes of QLoRA training except the activations."""
     return float(row["base_bytes"] + row["adapter_bytes"] + row["gradient_bytes"] + row["optimizer_bytes"])
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One line for each size, in decimal gigabytes."""
+    """Return a table with one line per size, in decimal gigabytes."""
     return table(
         [
             "LLaMA",
@@ -106,7 +106,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """The largest model against the abstract."""
+    """Compare the largest model with the abstract."""
     row = find(rows, model="65B")
     if row is None:
         return []

@@ -19,7 +19,7 @@ PAPER = {"int4": 34.34, "FP4 E2M1": 31.07, DOUBLE_QUANTIZED: 27.41}
 
 
 def cases(quick: bool) -> list[Row]:
-    """The base, every type in blocks of 64, and the paper's types in other blocks."""
+    """Return the base, every type in blocks of 64, and the paper's types in other blocks."""
     of_64: list[Row] = [{"type": kind, "blocksize": 64} for kind in ("NF4", DOUBLE_QUANTIZED, *list(CODES)[1:])]
     others: list[Row] = [
         {"type": kind, "blocksize": blocksize}
@@ -32,7 +32,7 @@ def cases(quick: bool) -> list[Row]:
 
 @torch.no_grad()
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
-    """The dense model with each weight replaced by what its 4-bit form gives back."""
+    """Measure the dense model with each weight rounded to its 4-bit form."""
     if not chosen:
         return
     model = subject.model(quick)
@@ -46,7 +46,7 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One line for each type, one column for each blocksize."""
+    """Return a table with one line per type and one column per blocksize."""
     blocksizes = sorted({row["blocksize"] for row in rows if row["blocksize"]})
     types = [kind for kind in dict.fromkeys(row["type"] for row in rows) if kind != "bf16"]
     base = find(rows, **BASE)
@@ -64,7 +64,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """The order of the types in blocks of 64, as in the paper's table."""
+    """Compare the order of the types in blocks of 64 with that of the paper's table."""
     of = {row["type"]: row["perplexity"] for row in rows if row["blocksize"] in (64, None)}
     findings = []
     if {DOUBLE_QUANTIZED, "FP4 E2M1", "int4"} <= of.keys():

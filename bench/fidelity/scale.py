@@ -21,7 +21,7 @@ LEARNING_RATE = {"SGD": 5e-4, "AdamW": 1e-4}
 
 
 def cases(quick: bool) -> list[Row]:
-    """Both scalings with both optimizers at every rank."""
+    """Return both scalings with both optimizers at every rank."""
     ranks, optimizers = ((4, 16), ("SGD",)) if quick else (RANKS, OPTIMIZERS)
     return [
         {"optimizer": optimizer, "use_rslora": use_rslora, "r": r}
@@ -32,7 +32,7 @@ def cases(quick: bool) -> list[Row]:
 
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
-    """How far some steps on a random regression move the layer's outputs, and how far they reduce the loss."""
+    """Measure how far some steps on a random regression change the outputs, and how far they reduce the loss."""
     for case in chosen:
         yield case | _train(case, features=32 if quick else FEATURES, steps=2 if quick else STEPS)
 
@@ -48,7 +48,7 @@ def _train(case: Row, features: int, steps: int) -> Row:
     model = qk.peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_A" in name:  # of a variance that does not depend on the rank, as the theorem assumes
+            if "lora_A" in name:  # its variance does not depend on the rank, as the theorem assumes
                 nn.init.normal_(parameter, std=features**-0.5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = torch.optim.SGD if case["optimizer"] == "SGD" else torch.optim.AdamW
@@ -66,7 +66,7 @@ def _train(case: Row, features: int, steps: int) -> Row:
 
 
 def show(rows: Sequence[Row]) -> str:
-    """One line for each optimizer and scaling, one column for each rank: how much of the loss is learned."""
+    """Return a table of learned shares of the loss, one line per optimizer and scaling, one column per rank."""
     ranks = sorted({row["r"] for row in rows})
     lines = []
     for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
@@ -78,7 +78,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """The share of the loss that is learned at the highest rank over that at the lowest."""
+    """Compare the learned share of the loss at the highest rank with that at the lowest."""
     findings = []
     for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
         ratios = {}

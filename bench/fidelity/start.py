@@ -23,18 +23,18 @@ LAYERS = (
 )
 RANKS = (4, 16, 64)
 ITERATIONS = (1, 5)
-"""Of the alternation between quantizing and fitting: both papers use 1 and 5."""
+"""Iterations of alternating quantization and fitting; both papers use 1 and 5."""
 
 
 def cases(quick: bool) -> list[Row]:
-    """Six layers of different kind and depth, at low and middle ranks."""
+    """Return six layers of different kind and depth, at low and middle ranks."""
     layers, ranks = (("model.layers.0.self_attn.q_proj",), (4,)) if quick else (LAYERS, RANKS)
     return [{"layer": layer, "r": r} for layer in layers for r in ranks]
 
 
 @torch.no_grad()
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
-    """Share of NF4's error that remains, in the nuclear and in the Frobenius norm."""
+    """Measure the share of NF4's error that remains, in the nuclear and in the Frobenius norm."""
     if not chosen:
         return
     layers = subject.linears(subject.model(quick))
@@ -56,7 +56,7 @@ def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
 
 
 def _alternate(weight: Tensor, low_rank: Tensor, r: int, iterations: int) -> Tensor:
-    """NF4(W - L) + L after so many rounds of quantizing W - L and fitting L to what is missing.
+    """Return NF4(W - L) + L after `iterations` rounds of quantizing W - L and fitting L to W - NF4(W - L).
 
     low_rank: the first L: zero for LoftQ, the principal part of W for PiSSA, whose first round keeps it.
     """
@@ -78,13 +78,13 @@ def _nf4(weight: Tensor) -> Tensor:
 
 
 def _means(rows: Sequence[Row], r: int, norm: str) -> dict[str, float]:
-    """Mean over the layers of what remains of NF4's error."""
+    """Return the mean over the layers of the remaining share of NF4's error."""
     chosen = [row for row in rows if row["r"] == r]
     return {name: statistics.mean(row[norm][name] for row in chosen) for name in chosen[0][norm]}
 
 
 def show(rows: Sequence[Row]) -> str:
-    """Means over the layers, one line for each rank."""
+    """Return a table of means over the layers, one line per rank."""
     names = list(rows[0]["nuclear"])
     lines = []
     for r in sorted({row["r"] for row in rows}):
@@ -94,7 +94,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """Each start at each rank, in the nuclear norm, which PiSSA's paper uses."""
+    """Judge each start at each rank in the nuclear norm, which PiSSA's paper uses."""
     findings = []
     ranks = sorted({row["r"] for row in rows})
     means = {r: _means(rows, r, "nuclear") for r in ranks}

@@ -1,4 +1,4 @@
-"""The model and the text that claims are measured on: SmolLM2-135M and the demo's unseen text, or tiny stand-ins."""
+"""The model and text for measuring claims: SmolLM2-135M and the demo's unseen text, or tiny replacements."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ CACHE = ROOT / "out" / "fidelity"
 """Folder, ignored by git, for the model in 16 bits."""
 
 WINDOW, WINDOWS, BATCH = 256, 16, 4
-"""Tokens of a window, windows that are evaluated and windows of one batch: what `make demo` uses."""
+"""Tokens of a window, number of evaluated windows and windows per batch, as in `make demo`."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of tokens to train on, and windows that training never sees."""
+    """Windows of tokens for training, and held-out windows."""
 
     train: list[Example]
     unseen: list[Example]
 
 
 def model(quick: bool) -> nn.Module:
-    """A fresh causal language model in bf16 and eval mode: SmolLM2-135M, or two tiny random blocks."""
+    """Return a new causal language model in bf16 and eval mode: SmolLM2-135M, or two tiny random blocks."""
     return _tiny_model() if quick else load_model(_smollm2())
 
 
 @cache
 def text(quick: bool) -> Text:
-    """Python's language reference as tokens, its every eighth topic unseen; random tokens for the tiny model."""
+    """Return Python's language reference as tokens, every eighth topic held out; random tokens for the tiny model."""
     if quick:
         torch.manual_seed(0)
         windows = [Example(ids, ids) for ids in torch.randint(_TINY_VOCABULARY, (6, 16))]
@@ -48,12 +48,12 @@ def text(quick: bool) -> Text:
 
 
 def perplexity_of(subject: nn.Module, quick: bool) -> float:
-    """The model's perplexity over the unseen windows."""
+    """Return the model's perplexity over the held-out windows."""
     return perplexity(ChunkedLoss(subject), text(quick).unseen, BATCH).value
 
 
 def linears(subject: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that QLoRA quantizes, all but the output head, by name."""
+    """Return the linear layers that QLoRA quantizes, all but the output head, by name."""
     return {
         name: module for name, module in subject.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
@@ -61,7 +61,7 @@ def linears(subject: nn.Module) -> dict[str, nn.Linear]:
 
 @cache
 def _smollm2() -> Path:
-    """Folder of SmolLM2-135M in bf16, dequantized from the installed package's GGUF file."""
+    """Return the folder of SmolLM2-135M in bf16, dequantized from the installed package's GGUF file."""
     source = resolve_model("builtin")
     CACHE.mkdir(parents=True, exist_ok=True)
     folder, _ = cached_folder(

@@ -1,4 +1,4 @@
-"""What PagedAdamW asks of its parameters and of its parameter groups."""
+"""The requirements of PagedAdamW for its parameters and parameter groups."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_flags(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where a group asks for what PagedAdamW does not compute.
+    """Raise ValueError if a group asks for a variant that PagedAdamW does not compute.
 
-    `foreach` and `fused` name implementations of the same step, and may be anything. A step on CUDA is always
-    capturable, one on the CPU never.
+    `foreach` and `fused` select implementations of the same step and are ignored. A step on CUDA is always capturable,
+    a step on the CPU never.
     """
     for flag in ("amsgrad", "differentiable"):
         if group.get(flag):

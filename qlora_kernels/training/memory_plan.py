@@ -1,4 +1,4 @@
-"""How much memory a fine-tuning run takes, from the shapes of a model and the settings of the run.
+"""The memory of a fine-tuning run, computed from the shapes of a model and the settings of the run.
 
 The parts are bytes of tensors, as torch.autograd saves them for a decoder of transformers with rotary embedding,
 RMSNorm and gated MLPs, under scaled_dot_product_attention with a kernel that keeps no scores. N is the number of tokens
@@ -29,11 +29,11 @@ from typing import Any
 from torch import Tensor, nn
 
 CONTEXT_BYTES = 700_000_000
-"""Of a GPU, for the context of the driver, the code of kernels and fragments of the allocator."""
+"""Bytes reserved on a GPU for the driver's context, the code of kernels and fragmentation of the allocator."""
 LOGITS_CHUNK = 256
-"""Tokens whose logits are in memory at one time (`ChunkedLoss`)."""
+"""Number of tokens whose logits are in memory at one time (`ChunkedLoss`)."""
 LOGITS_SCRATCH = 32
-"""Rows of fp32 logits beside them."""
+"""Number of rows of fp32 logits in addition to them."""
 _FP32 = 4
 _BLOCKS_PER_SCALE = 256
 
@@ -44,7 +44,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What, beside the model, the memory of a run depends on.
+    """The settings on which the memory of a run depends, in addition to the model.
 
     r: rank of each LoRA update.   seq_len: tokens of an example.   micro_batch: examples in memory at one time.
     blocksize, double_quant: of the NF4 weights.   itemsize: bytes of a value in the compute dtype.
@@ -62,13 +62,13 @@ class RunSettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens in memory at one time."""
+        """Return the number of tokens in memory at one time."""
         return self.seq_len * self.micro_batch
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part.   paged: of the optimizer, those that may leave the device."""
+    """Bytes of each part.   paged: bytes of the optimizer that may leave the device."""
 
     nf4: int
     dense: int
@@ -96,7 +96,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """The sizes of a decoder that its memory depends on.
+    """The sizes of a decoder on which its memory depends.
 
     quantized: number of values of each quantized weight.   dense_values: of all other parameters, tied ones once.
     buffer_bytes: of all buffers.   adapted: in + out features of each layer with an update.
@@ -177,7 +177,7 @@ class DecoderSizes:
         return rotary + tokens * (last + layers)
 
     def _of_layers(self, settings: RunSettings) -> int:
-        """Bytes for each token, of all layers."""
+        """Return bytes per token of all layers."""
         item = settings.itemsize
         norms = sum(
             rows * (_FP32 * width + _FP32) + (item * rows * width if read else 0) for width, rows, read in self.norms
@@ -196,7 +196,7 @@ class DecoderSizes:
 
 
 def _norm(name: str, width: int, hidden: int, heads: int, config: Any) -> tuple[int, int, bool]:
-    """(width, rows for each token, whether a linear layer reads its output) of a norm."""
+    """Return (width, rows per token, whether a linear layer reads its output) of a norm."""
     if width == hidden:
         return width, 1, True
     of_keys = "k_norm" in name or "key" in name
@@ -205,7 +205,7 @@ def _norm(name: str, width: int, hidden: int, heads: int, config: Any) -> tuple[
 
 
 def _nf4_bytes(values: int, settings: RunSettings) -> int:
-    """Bytes of a packed weight and its constants, as QuantState.nbytes counts them."""
+    """Return the bytes of a packed weight and its constants, as QuantState.nbytes counts them."""
     blocks = -(-values // settings.blocksize)
     packed = -(-values // 2)
     if not settings.double_quant:

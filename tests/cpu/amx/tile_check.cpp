@@ -1,8 +1,9 @@
-// Compares the tile product of csrc/cpu/amx/tile.h with a scalar model of TDPBF16PS, on random bit patterns of bf16
-// that include subnormal numbers, infinities and NaN. Built with QLORA_EMULATE_AMX it checks the emulation; built
-// without, on a machine with AMX, it checks that the model, and so the emulation, is what the hardware computes.
+// Compares the tile product of csrc/cpu/amx/tile.h with a scalar model of TDPBF16PS on random bit patterns of bf16,
+// which include subnormal numbers, infinities and NaN. Built with QLORA_EMULATE_AMX, it checks the emulation. Built
+// without, on a machine with AMX, it checks that the model, and therefore the emulation, equals the hardware.
 //
-// Prints the number of values that differ; exit code 1 if there is one, 77 if this process may not use AMX.
+// It prints the number of values that differ; the exit code is 1 if there are any, and 77 if this process may not use
+// AMX.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -34,7 +35,7 @@ int main() {
     std::mt19937 random(0);
     int wrong = 0;
     for (int round = 0; round < 200; ++round) {
-        // Every third round draws all bit patterns; the others keep to exponents at which sums do not overflow.
+        // Every third round draws all bit patterns; the others use exponents for which sums do not overflow.
         const auto word = [&]() -> uint16_t {
             const auto bits = static_cast<uint16_t>(random());
             return round % 3 == 0 ? bits : static_cast<uint16_t>((bits & 0x83ff) | 0x3c00);

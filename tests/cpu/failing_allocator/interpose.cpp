@@ -1,4 +1,4 @@
-// Preloaded into a process: once armed, the n-th allocation that the named libraries ask for fails, and no other.
+// Preloaded into a process: once armed, the n-th allocation by the named libraries fails, and no other.
 #include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
@@ -18,7 +18,7 @@ struct Range {
 constexpr int kMostRanges = 64;
 Range ranges[kMostRanges];
 std::atomic<int> n_ranges{0};
-std::atomic<long> left{0};  // allocations until the one that fails; 0: none fails
+std::atomic<long> left{0};  // allocations before the failing one; 0: none fails
 std::atomic<long> failed{0};
 
 int note(struct dl_phdr_info* info, size_t, void* wanted) {

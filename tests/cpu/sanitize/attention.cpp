@@ -1,4 +1,4 @@
-// Attention and its gradients against double precision, every buffer a heap block of exactly its size.
+// Attention and its gradients compared with double precision; every buffer is a heap block of its exact size.
 #include <cmath>
 #include <cstdio>
 

@@ -1,4 +1,4 @@
-// What the parts of the driver share.
+// Declarations that the parts of the driver share.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,14 @@ extern std::atomic<int> failures;
 // Counts and reports a failure unless `ok`.
 void expect(bool ok, const char* what, const char* where);
 
-// Every kernel without a matmul (elementwise.cpp).
+// All kernels without a matmul (elementwise.cpp).
 void check_codec();
 void check_dropout();
 void check_adamw();
 
 // cross_entropy.cpp
 void check_cross_entropy();
-// What lies between linear layers (model_parts.cpp).
+// The ops between linear layers (model_parts.cpp).
 void check_model_parts();
 
 // attention.cpp

@@ -1,4 +1,4 @@
-// linear_cross_entropy against double precision, every buffer a heap block of exactly its size.
+// linear_cross_entropy compared with double precision; every buffer is a heap block of its exact size.
 #include <cmath>
 #include <cstdio>
 

@@ -1,6 +1,6 @@
-// The CPU kernels on ragged shapes against naive loops, in a program of its own, for sanitizers and for emulators of
-// other CPUs: every buffer is a heap block of exactly its size, so that one element too far is an error.
-// Usage: driver ISA [CALLERS], where CALLERS threads call the kernels at the same time.
+// Compares the CPU kernels on ragged shapes with naive loops, in a separate program for sanitizers and emulators of
+// other CPUs. Every buffer is a heap block of its exact size, so that any access outside it is an error. Usage: driver
+// ISA [CALLERS], where CALLERS threads call the kernels at the same time.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -197,7 +197,7 @@ int main(int argc, char** argv) {
     std::vector<std::thread> callers(argc > 2 ? static_cast<size_t>(std::atoi(argv[2])) : 1);
     for (std::thread& caller : callers) caller = std::thread(check_linears_and_codec);
     for (std::thread& caller : callers) caller.join();
-    checks::check_adamw();  // it changes the instruction set, which is the whole process's
+    checks::check_adamw();  // it changes the instruction set of the whole process
     std::printf("%s: %d failures\n", qlora::isa_name(qlora::cpu_isa()), checks::failures.load());
     return checks::failures != 0;
 }

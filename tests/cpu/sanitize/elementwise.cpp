@@ -1,5 +1,5 @@
-// The codec, the dropout mask and the optimizer against their definitions, element by element: all of these have exact
-// results, the same ones on every instruction set.
+// Compares the codec, the dropout mask and the optimizer with their definitions, element by element. Their results are
+// exact and equal on every instruction set.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -48,14 +48,14 @@ constexpr DType dtype_of<Fp16>() {
     return DType::kFloat16;
 }
 
-// How many of the `n` increasing boundaries lie strictly below v.
+// The number of the `n` increasing boundaries strictly below v.
 int index_of(float v, const float* boundaries, int n) {
     int index = 0;
     for (int i = 0; i < n; ++i) index += v > boundaries[i];
     return index;
 }
 
-// NaN counts as the largest magnitude, inf as the next.
+// NaN counts as the largest magnitude, inf as the second largest.
 float largest_magnitude(const float* w, int64_t n) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; ++i) largest = std::max(largest, qlora::float_bits(w[i]) & 0x7fffffff);
@@ -82,7 +82,7 @@ void check_quantize(const std::vector<T>& w, int block_shift, const char* what) 
             const int index = finite ? index_of(values[i] * inverse, qlora::kBoundaries, 15) : qlora::kZeroIndex;
             want[i / 2] = static_cast<uint8_t>(want[i / 2] | index << (i % 2 ? 0 : 4));
         }
-        // A NaN may keep other payload bits.
+        // The payload bits of a NaN may differ.
         if (std::isnan(want_absmax[b]) && std::isnan(absmax[b])) absmax[b] = want_absmax[b];
     }
     char where[100];
@@ -129,7 +129,7 @@ std::vector<float> magnitudes(float size) {
     return values;
 }
 
-// Halfway between two numbers of bf16 or fp16, the even one above or below, and a little to either side.
+// Values halfway between two numbers of bf16 or fp16, with the even one above or below, and close to halfway.
 std::vector<float> ties() {
     std::vector<float> values;
     for (const uint32_t bits : {0x3f808000u, 0x3f818000u, 0x00018000u, 0x3f801000u, 0x3f803000u, 0x33c00000u}) {
@@ -155,7 +155,7 @@ void check_dequantize(const std::vector<float>& absmax, const char* what) {
     expect(memcmp(out.data(), want.data(), numel * sizeof(T)) == 0, "dequantize_nf4", where);
 }
 
-// Constants of every magnitude that the dynamic map distinguishes, boundaries among them.
+// Constants of every magnitude that the dynamic map distinguishes, including boundaries.
 void check_quantize_absmax() {
     constexpr int64_t kBlocks = 3 * 256 - 9;
     std::vector<float> absmax = normal(kBlocks, 23);
@@ -190,8 +190,8 @@ std::vector<uint8_t> bytes_of(const std::vector<T>& values) {
     return bytes;
 }
 
-// Two steps over a parameter whose last block is short: the second decodes what the first encoded. All bytes that they
-// leave: the parameter's, then the states'.
+// Two steps over a parameter whose last block is short; the second step decodes what the first one encoded. Returns all
+// bytes that they write: the parameter's, then the states'.
 template <class T>
 std::vector<uint8_t> adamw_bytes(int64_t n, bool quantized, double beta1) {
     std::vector<T> param = rounded<T>(normal(n, 8)), grad = rounded<T>(normal(n, 7));
@@ -222,7 +222,7 @@ std::vector<uint8_t> adamw_bytes(int64_t n, bool quantized, double beta1) {
     return bytes;
 }
 
-// With beta1 = beta2 = 0 the first state is the gradient, which comes back within a cell of the map.
+// With beta1 = beta2 = 0 the first state is the gradient, which is stored within one cell of the map.
 template <class T>
 bool state_is_gradient(int64_t n, bool quantized) {
     const std::vector<uint8_t> bytes = adamw_bytes<T>(n, quantized, 0.0);

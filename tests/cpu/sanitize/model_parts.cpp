@@ -1,4 +1,4 @@
-// rms_norm, rope and glu against their formulas in double precision.
+// Compares rms_norm, rope and glu with their formulas in double precision.
 #include <cmath>
 #include <cstdio>
 #include <type_traits>
@@ -79,7 +79,7 @@ void check_rms_norm(int64_t rows, int64_t C, float offset) {
     compare(grad_weight, want_weight, "rms_norm_backward's grad_weight", C);
 }
 
-// q [B, T, H, D] as projections leave it, k [B, H, T, D]; each head of exactly its elements.
+// q [B, T, H, D], the layout of projections, and k [B, H, T, D]; each head has exactly its elements.
 template <class T>
 void check_rope(int64_t D, bool inverse) {
     constexpr int64_t B = 2, L = 5, H = 3;

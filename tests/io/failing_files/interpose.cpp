@@ -15,13 +15,13 @@
 
 namespace {
 
-enum Kind { kReads = 0, kRemoves = 1, kWrites = 2 };  // by what a full disk and a read-only one refuse
+enum Kind { kReads = 0, kRemoves = 1, kWrites = 2 };  // ordered by what a full and a read-only disk refuse
 
 char folder[PATH_MAX];
 std::atomic<long> calls{0};
 long fails_at = 0;      // 0: not armed
 int code = 0;           // errno of the failure; 0: SIGKILL
-int persists_from = 3;  // kinds from this one on fail at every call after that one too
+int persists_from = 3;  // later calls of this kind and higher ones fail too
 
 bool fails(Kind kind, const char* path) {
     if (!fails_at || strncmp(path, folder, strlen(folder)) != 0) return false;
@@ -57,7 +57,7 @@ int mode_of(int flags, va_list arguments) { return flags & O_CREAT ? va_arg(argu
 
 extern "C" {
 
-// fault: an errno, or 0 for SIGKILL.   persists: from which kind on all later calls fail too; 3: none.
+// fault: an errno, or 0 for SIGKILL.   persists: lowest kind of which all later calls fail too; 3: none.
 void arm_files(const char* path, long n, int fault, int persists) {
     snprintf(folder, sizeof folder, "%s", path);
     code = fault;
