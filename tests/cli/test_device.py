@@ -142,6 +142,9 @@ ALLOWED = {
     ("training/chunked_loss.py", "_runs_on_the_op", "is_cpu"): "the op's kernel was measured only on the CPU",
     ("integrations/model_folders.py", "_quantized", "LinearNF4"): "load_model moves the whole model at its end",
     ("cli/limits.py", "", "device"): "ids and labels of a step are in CPU memory",
+    ("integrations/gguf_export.py", "_add", "to"): "a file is written from CPU memory",
+    ("integrations/gguf_export.py", "_add", "numpy"): "a file is written from CPU memory",
+    ("integrations/gguf_export.py", "_rope_factors", "tensor"): "a file is written from CPU memory",
     ("cli/device.py", "chosen_device", "device"): "the device is chosen here",
     ("cli/info.py", "_facts", "cpu"): "torch.backends.cpu",
 }

@@ -1,0 +1,112 @@
+"""A fast tokenizer as the fields of a GGUF file, for tokenizers that llama.cpp reproduces.
+
+llama.cpp knows the regular expressions that split a text by name. A name is written only where the tokenizer splits by
+that very expression, because another one would give other tokens without an error.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .model_structure import ModelError
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    (("bytes", True),): "gpt-2",
+    (("digits", True), ("bytes", True)): "smollm",
+    (("split", _LETTERS + r"\p{N}{1,3}" + _REST), ("bytes", False)): "llama-bpe",
+    (("split", _LETTERS + r"\p{N}" + _REST), ("bytes", False)): "qwen2",
+}
+"""Steps of a pre-tokenizer -> its name in llama.cpp."""
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+    """Add tokens, merges, special tokens and the chat template to a writer of the gguf package.
+
+    tokenizer: a fast tokenizer of transformers.   vocabulary: rows of the model's embedding.
+    Raises ModelError for a tokenizer that llama.cpp would not reproduce.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"export: the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
+    if model["type"] != "BPE":
+        raise ModelError(f"export: the tokenizer must be of type BPE, got {model['type']}")
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in description["added_tokens"]}}
+    if len(ids) > vocabulary:
+        raise ModelError(f"export: the tokenizer must have at most {vocabulary} tokens, got {len(ids)}")
+    of_id = {number: token for token, number in ids.items()}
+    added = {token["content"]: token["special"] for token in description["added_tokens"]}
+    sentencepiece = bool(model.get("byte_fallback"))
+    tokens = [of_id.get(number, f"[PAD{number}]") for number in range(vocabulary)]
+    kinds = [_kind(token, number in of_id, added, tokenizer, sentencepiece) for number, token in enumerate(tokens)]
+    if sentencepiece:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([-float(number) for number in range(vocabulary)])
+        writer.add_add_space_prefix(_adds_space(description))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split_name(description))
+        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for name in ("bos", "eos", "unk", "pad"):
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    encoded = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(encoded[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _kind(token: str, known: bool, added: dict[str, bool], tokenizer: Any, sentencepiece: bool) -> int:
+    from gguf import TokenType
+
+    if not known:
+        return int(TokenType.UNUSED)
+    if sentencepiece and token == tokenizer.unk_token:
+        return int(TokenType.UNKNOWN)
+    if sentencepiece and len(token) == 6 and token.startswith("<0x"):
+        return int(TokenType.BYTE)
+    if token in added:
+        return int(TokenType.CONTROL if added[token] else TokenType.USER_DEFINED)
+    return int(TokenType.NORMAL)
+
+
+def _split_name(description: dict[str, Any]) -> str:
+    steps = _steps(description["pre_tokenizer"])
+    normalizer = (description.get("normalizer") or {"type": None})["type"]
+    name = _SPLITS.get(tuple(steps))
+    if name is None or normalizer not in (None, "NFC"):
+        raise ModelError(
+            "export: the tokenizer must split texts as GPT-2, Llama 3, Qwen 2 or SmolLM do, got another pre-tokenizer; "
+            "use convert_hf_to_gguf.py of llama.cpp on a folder of `export --merged`"
+        )
+    return name
+
+
+def _steps(part: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """The steps of a pre-tokenizer in a form that can be compared."""
+    if part is None:
+        return []
+    kind = part["type"]
+    if kind == "Sequence":
+        return [step for one in part["pretokenizers"] for step in _steps(one)]
+    if kind == "ByteLevel" and not part["add_prefix_space"]:
+        return [("bytes", part["use_regex"])]
+    if kind == "Digits":
+        return [("digits", part["individual_digits"])]
+    if kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+        return [("split", part["pattern"].get("Regex"))]
+    return [(kind, json.dumps(part))]
+
+
+def _adds_space(description: dict[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    normalizer = json.dumps(description.get("normalizer"))
+    before = description.get("pre_tokenizer") or {}
+    return '"Prepend"' in normalizer or before.get("prepend_scheme", "never") != "never"
