@@ -20,6 +20,7 @@ class Composite(Method):
         super().__init__(config, injector, name)
 
     def add(self, components: Mapping[str, Method]) -> None:
+        """Add components, which attach() puts into the model in this order."""
         self.components.update(components)
 
     @property
@@ -30,6 +31,11 @@ class Composite(Method):
         for name, part in self.components.items():
             yield from ((f"{name}:{path}", parameter) for path, parameter in part.named_parameters())
         yield from super().named_parameters()
+
+    def attach(self) -> None:
+        super().attach()
+        for part in self.parts:
+            part.attach()
 
     def detach(self) -> None:
         for part in reversed(self.parts):

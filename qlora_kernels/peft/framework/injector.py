@@ -40,7 +40,6 @@ class Injector:
         self.prompts = AdapterModules() if prompts is None else prompts
         self.selection = AdapterSelection()
         self.adapters: dict[str, list[Any]] = {}  # of Method, whose module imports this one
-        self.unfinished: list[Any] = []  # those of the adapter that is being added
         self.split_attention()
 
     def split_attention(self) -> None:

@@ -34,9 +34,17 @@ class LinearMethod(Method, Generic[D]):
         if hasattr(config, "fan_in_fan_out"):
             config = config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values())))
         super().__init__(config, injector, name)
+        self.built: dict[str, D] = {}
+        """The updates by the names of their layers, until attach() puts them into the model."""
         for path, base in targets.items():
-            self.add_delta(path, self.new_delta(path, base))
-        self._add_biases(getattr(config, "bias", "none"))
+            self.built[path] = self.new_delta(path, base)
+
+    def attach(self) -> None:
+        super().attach()
+        built, self.built = self.built, {}
+        for path, delta in built.items():
+            self.add_delta(path, delta)
+        self._add_biases(getattr(self.config, "bias", "none"))
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
@@ -84,15 +92,17 @@ class LinearMethod(Method, Generic[D]):
                 )
 
     def new_delta(self, path: str, base: nn.Module) -> D:
+        """Build the update of the layer `base` at `path`; `deltas` holds those of the layers before it."""
         raise NotImplementedError
 
     @property
     def deltas(self) -> dict[str, D]:
         """The updates by the names of their layers."""
         own = (path for path, place in self.tree.places.items() if place.slot == "deltas" and place.owner == path)
-        return {path: cast(D, self.tree[path]) for path in own}
+        return self.built or {path: cast(D, self.tree[path]) for path in own}
 
     def add_delta(self, path: str, delta: D) -> None:
+        """Put an update into the model, on the layer at `path`."""
         if self.name in self.injector.adapt(path).deltas:
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")

@@ -46,9 +46,10 @@ class CalledModel(Protocol):
 class Method:
     """What a method must say; each default is the answer of a method that has nothing special to do.
 
-    A subclass's __init__ makes the modules that train and adds them to the model: `tree` knows where they are,
-    `overrides` are trained copies of the model's own parameters. The instance holds none of them. What runs in the
-    model's forward is in the modules and hooks; `selection.has(self.name)` tells them whether to act.
+    A subclass's __init__ completes the configuration and builds the modules that train; the model is unchanged. Its
+    attach() puts them into the model: `tree` knows where they are, `overrides` are trained copies of the model's own
+    parameters. From then on the instance holds none of them. What runs in the model's forward is in the modules and
+    hooks; `selection.has(self.name)` tells them whether to act.
     """
 
     loads_in_peft: ClassVar[bool] = False
@@ -62,10 +63,6 @@ class Method:
         self.tree = AdapterTree(injector, name)
         self.overrides = ParameterOverrides(injector, name)
         self.hooks: list[RemovableHandle] = []
-        injector.unfinished.append(self)
-        self.overrides.add_modules(config.heads)
-        if getattr(config, "ensure_weight_tying", False):
-            self.overrides.add_tied()
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
@@ -125,8 +122,17 @@ class Method:
         """The tensors of the file by their paths in the model."""
         return {**self.tree.state_dict(), **self.overrides.state_dict()}
 
+    def attach(self) -> None:
+        """Put the adapter's modules, and its copies of the model's parameters, into the model.
+
+        __init__ builds the modules and changes nothing in the model. An error in attach is followed by detach().
+        """
+        self.overrides.add_modules(self.config.heads)
+        if getattr(self.config, "ensure_weight_tying", False):
+            self.overrides.add_tied()
+
     def detach(self) -> None:
-        """Leaves the model as if this adapter had never been added."""
+        """Remove everything that attach() has put into the model, also where attach() stopped halfway."""
         for hook in self.hooks:
             hook.remove()
         self.overrides.detach()

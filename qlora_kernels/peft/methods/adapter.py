@@ -78,6 +78,14 @@ class Adapter(Method):
 
     def __init__(self, config: AdapterConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)
+        slots = ("attention_adapter", "ffn_adapter") if config.placement == "houlsby" else ("ffn_adapter",)
+        self.built = {
+            f"{layer.path}.{slot}": self.new_bottleneck(layer) for layer in injector.layout.layers for slot in slots
+        }
+
+    def attach(self) -> None:
+        super().attach()
+        config, injector = self.config, self.injector
         modules = injector.modules()
         for layer in injector.layout.layers:
             if config.placement == "houlsby":
@@ -102,7 +110,8 @@ class Adapter(Method):
         return layer.stream if self.config.placement == "pfeiffer" else layer.ffn_output
 
     def _add_bottleneck(self, layer: TransformerLayer, slot: str, owner: str) -> AdapterHook:
-        place = self.tree.add(f"{layer.path}.{slot}", self.new_bottleneck(layer), owner=owner, slot=slot)
+        path = f"{layer.path}.{slot}"
+        place = self.tree.add(path, self.built.pop(path), owner=owner, slot=slot)
         return AdapterHook(self.injector.selection, self.name, place)
 
     def new_bottleneck(self, layer: TransformerLayer) -> nn.Module:

@@ -100,12 +100,21 @@ class AdapterFusion(Method):
             raise ValueError(f"AdapterFusion: adapters must name at least two, got {list(fused)}")
         super().__init__(config, injector, name)
         self.needs = tuple(fused)
+        self.built: dict[str, Fusion] = {}
         for layer in injector.layout.layers:
-            bottlenecks = [adapter.tree.places[f"{layer.path}.ffn_adapter"] for adapter in fused.values()]
             device = device_of(injector.module(layer.norms[0]))
-            fusion = Fusion(injector.width(layer), config.value, device, injector.adapter_dtype)
+            self.built[layer.path] = Fusion(injector.width(layer), config.value, device, injector.adapter_dtype)
+
+    def attach(self) -> None:
+        super().attach()
+        injector = self.injector
+        fused = [_pfeiffer(injector, adapter) for adapter in self.needs]
+        for layer in injector.layout.layers:
+            bottlenecks = [adapter.tree.places[f"{layer.path}.ffn_adapter"] for adapter in fused]
+            fusion = self.built.pop(layer.path)
             place = self.tree.add(f"{layer.path}.fusion", fusion, owner=layer.stream, slot=SLOT)
-            self.hooks += attach_to_stream(FusionHook(injector.selection, name, place, bottlenecks), layer, injector)
+            hook = FusionHook(injector.selection, self.name, place, bottlenecks)
+            self.hooks += attach_to_stream(hook, layer, injector)
 
     def peft_loss(self) -> Tensor | None:
         fusions = [cast(Fusion, self.tree[path]) for path, place in self.tree.places.items() if place.slot == SLOT]

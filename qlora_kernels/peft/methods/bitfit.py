@@ -45,6 +45,10 @@ class BitFit(Method):
     def __init__(self, config: BitFitConfig, injector: Injector, name: str) -> None:
         self.added: list[str] = []  # paths of the layers that had no bias
         super().__init__(config, injector, name)
+
+    def attach(self) -> None:
+        super().attach()
+        config = self.config
         chosen = dict(self._chosen(config.biases))
         if config.add_missing:
             self._add_missing(chosen)

@@ -31,7 +31,10 @@ class FullFT(Method):
                 "indices have no gradient. Load it unquantized, or take an adapter method"
             )
         super().__init__(config, injector, name)
-        for path, module in injector.modules().items():
+
+    def attach(self) -> None:
+        super().attach()
+        for path, module in self.injector.modules().items():
             for leaf in module._parameters:
                 if module._parameters[leaf] is not None:
                     self.overrides.add(f"{path}.{leaf}" if path else leaf)

@@ -43,8 +43,16 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)
         self.needs_eva = self.config.init_lora_weights == "eva"
-        for path, stored_as in matched_parameters(injector, self.config.target_parameters).items():
-            self._add_parameter(path, stored_as)
+        parameters = matched_parameters(injector, self.config.target_parameters)
+        self.built_parameters = {path: (name, self._new_parameter_delta(path)) for path, name in parameters.items()}
+
+    def attach(self) -> None:
+        super().attach()
+        built, self.built_parameters = self.built_parameters, {}
+        for path, (stored_as, delta) in built.items():
+            owner, _, attribute = path.rpartition(".")
+            self.injector.adapt_parameter(path)
+            self.tree.add(stored_as, delta, owner=owner, slot=f"{attribute}{UPDATES}")
         if tokens := self.config.trainable_token_indices:
             add_named_token_rows(self, tokens, tie=self.config.ensure_weight_tying)
 
@@ -53,8 +61,8 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         assert isinstance(config, LoraConfig)
         return {} if config.target_parameters and not config.target_modules else super().targets(config, injector)
 
-    def _add_parameter(self, path: str, stored_as: str) -> None:
-        owner, _, attribute = path.rpartition(".")
+    def _new_parameter_delta(self, path: str) -> ParameterDelta:
+        owner = path.rpartition(".")[0]
         own, r = self.injector.own_value(path), self.rank(self.config, path)
         if len(own.shape) not in (2, 3) or not own.dtype.is_floating_point:
             raise ValueError(
@@ -65,9 +73,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         transposed = len(own.shape) == 3 and bool(getattr(self.injector.module(owner), "is_transposed", False))
         scaling = self.config.scaling(r, pattern_value(path, self.config.alpha_pattern, self.config.lora_alpha))
         init, dtype = self.config.init_lora_weights, self.injector.adapter_dtype
-        self.injector.adapt_parameter(path)
-        delta = ParameterDelta(own, r, scaling, init, dtype, transposed=transposed)
-        self.tree.add(stored_as, delta, owner=owner, slot=f"{attribute}{UPDATES}")
+        return ParameterDelta(own, r, scaling, init, dtype, transposed=transposed)
 
     @classmethod
     def check_file(
@@ -123,9 +129,13 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         return config if starts_in_base(config.init_lora_weights) else config.replace(init_lora_weights=True)
 
     def new_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding | TransposedLora:
-        delta = self._own_delta(path, base)
-        first = self._first_tied(path)
-        return delta if first is None else cast(Any, shared(delta, self.deltas[first], path))
+        delta: Any = self._own_delta(path, base)
+        if (first := self._first_tied(path)) is not None:
+            delta = shared(delta, self.deltas[first], path)
+        how = str(self.config.init_lora_weights)
+        if starts_in_base(how) and isinstance(delta, LoraLinear):
+            init_from_base(delta, base, how)
+        return cast("LoraLinear | LoraEmbedding | TransposedLora", delta)
 
     def _own_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
         config, r = self.config, self.rank(self.config, path)
@@ -146,12 +156,9 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
 
     def add_delta(self, path: str, delta: LoraLinear | LoraEmbedding | TransposedLora) -> None:
         super().add_delta(path, delta)
-        if not isinstance(delta, LoraLinear):
-            return
-        layer, how = self.injector.adapt(path), str(self.config.init_lora_weights)
-        if starts_in_base(how):
-            init_from_base(delta, layer.base_layer, how)
-        elif how == "loftq":
+        if self.config.init_lora_weights == "loftq" and isinstance(delta, LoraLinear):
+            # The base is replaced here, one layer after another, so that no second model is held.
+            layer = self.injector.adapt(path)
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
 
     def before_save(self) -> None:

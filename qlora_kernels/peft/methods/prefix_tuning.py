@@ -200,18 +200,26 @@ class PrefixTuning(Method):
         )
         super().__init__(config, injector, name)
         self.sites = sites
+        self.built: dict[str, PrefixPart] = {}
         for site in sites:
             paths = self.attentions[site]
             encoder = self._new_encoder(paths)
             for i, path in enumerate(paths):
                 layer = 2 * i % len(paths) if config.peft_layers else i
-                self._attach(site, path, self.part_type(name, encoder, layer))
+                self.built[path] = self.new_part(site, path, encoder, layer)
+
+    def attach(self) -> None:
+        super().attach()
+        config, injector = self.config, self.injector
+        built, self.built = self.built, {}
+        for path, part in built.items():
+            self._attach(path, part)
         if words := list(config.init_token_ids or ()):
             n = config.num_virtual_tokens
             for site, encoder in self.prefixes.items():
                 encoder.set_flat(prefix_of_tokens(injector, self.attentions[site], (words * (n // len(words) + 1))[:n]))
             self.config = self.config.replace(init_token_ids=None)
-        if offset:
+        if config.position_offset:
             for path in injector.layout.positions:
                 handle = injector.hooked_module(path).register_forward_pre_hook(self._shift_positions, with_kwargs=True)
                 self.hooks.append(handle)
@@ -230,10 +238,15 @@ class PrefixTuning(Method):
             nn.init.zeros_(encoder.embedding.weight)
         return encoder
 
-    def _attach(self, site: str, path: str, part: PrefixPart) -> None:
-        attention_slot(self.injector.module(path), self.injector.selection)
+    def new_part(self, site: str, path: str, encoder: PrefixEncoder, layer: int) -> PrefixPart:
+        """Build the part of the attention at `path`, which reads layer `layer` of the site's encoder."""
+        part = self.part_type(self.name, encoder, layer)
         if site == "decoder" and self.config.position_offset:
             part.bias = bias_source(self.injector.module(self.attentions[site][0]))
+        return part
+
+    def _attach(self, path: str, part: PrefixPart) -> None:
+        attention_slot(self.injector.module(path), self.injector.selection)
         self.tree.add(part_path(path), part, owner=path, slot=SLOT, in_file=False)
 
     @property

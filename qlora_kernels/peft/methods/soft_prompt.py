@@ -69,12 +69,16 @@ class SoftPrompt(Method):
             num_transformer_submodules=1,
         )
         super().__init__(config, injector, name)
-        self.owner: str | None = None
-        if embeddings is None:
+        self.owner = EncoderPrompt.place(injector) if embeddings is None else None
+        self.built: nn.Module | None = self.new_prompt()
+
+    def attach(self) -> None:
+        super().attach()
+        if self.owner is not None:
             encoder = EncoderPrompt(self._layout, self._leads)
-            self.owner = encoder.place(injector)
-            self.hooks += encoder.attach(injector.hooked_module(self.owner))
-        self.tree.add("prompt", self.new_prompt(), owner=self.owner, slot=SLOT, in_file=False)
+            self.hooks += encoder.attach(self.injector.hooked_module(self.owner))
+        self.tree.add("prompt", cast(nn.Module, self.built), owner=self.owner, slot=SLOT, in_file=False)
+        self.built = None
 
     def new_prompt(self) -> nn.Module:
         """The module that trains; self.config is complete."""

@@ -60,9 +60,13 @@ class TrainableTokens(Method):
         if targets is None:
             targets = input_embeddings_path(injector, "target_modules")
         super().__init__(config.replace(target_modules=targets), injector, name)
-        layers = layers_with_tables(injector, "target_modules", targets)
-        tokens = dict.fromkeys(layers, config.token_indices)
-        self.shared = add_token_rows(self, "token_indices", tokens, init=config.init_weights)
+        self.layers = list(layers_with_tables(injector, "target_modules", targets))
+        self.shared: dict[str, str] = {}
+
+    def attach(self) -> None:
+        super().attach()
+        tokens = dict.fromkeys(self.layers, self.config.token_indices)
+        self.shared = add_token_rows(self, "token_indices", tokens, init=self.config.init_weights)
 
     def merge_unsupported(self) -> str | None:
         return None

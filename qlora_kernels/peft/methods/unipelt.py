@@ -131,11 +131,16 @@ class GatedPrefix(PrefixTuning):
 
     part_type = GatedPrefixPart
 
-    def _attach(self, site: str, path: str, part: PrefixPart) -> None:
-        super()._attach(site, path, part)
-        gated = cast(GatedPrefixPart, part)
+    def new_part(self, site: str, path: str, encoder: PrefixEncoder, layer: int) -> PrefixPart:
+        part = cast(GatedPrefixPart, super().new_part(site, path, encoder, layer))
+        owner = cast(TransformerLayer, self.injector.layer_of(path))
+        part.gate = new_gate(self.injector, path, self.injector.width(owner))
+        part.selection = self.injector.selection
+        return part
+
+    def _attach(self, path: str, part: PrefixPart) -> None:
+        super()._attach(path, part)
         layer = cast(TransformerLayer, self.injector.layer_of(path))
-        gated.gate, gated.selection = new_gate(self.injector, path, self.injector.width(layer)), self.injector.selection
         place = self.tree.places[part_path(path)]
         self.tree.add_inner(f"{layer.path}.prefix_gate", place, "gate")
         remember = RememberInput(place.key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -119,13 +119,13 @@ class Vera(LinearMethod[VeraLinear]):
         return config.r
 
     def new_delta(self, path: str, base: nn.Module) -> VeraLinear:
-        projection = self._new_projection() if not self.tree.places else self.projection
+        projection = self._new_projection() if not self.deltas else self.projection
         return VeraLinear(base, projection, self.config, self.injector.adapter_dtype)
 
     @property
     def projection(self) -> VeraProjection:
         """What all layers share."""
-        return cast(VeraLinear, self.tree[next(iter(self.tree.places))]).projection
+        return next(iter(self.deltas.values())).projection
 
     def _new_projection(self) -> VeraProjection:
         layers = list(self.targets(self.config, self.injector).values())

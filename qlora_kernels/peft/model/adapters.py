@@ -33,14 +33,14 @@ def add(injector: Injector, name: str, configs: Configs, *, training: bool) -> N
     try:
         with injector.selection.disabled():
             for config in as_configs(configs):
-                methods.append(method_for(config)(config, injector, name))
+                method = method_for(config)(config, injector, name)
+                methods.append(method)
+                method.attach()
     except BaseException:
-        for method in reversed(injector.unfinished):
+        for method in reversed(methods):
             method.detach()
         del injector.adapters[name]
         raise
-    finally:
-        injector.unfinished = []
     for method in methods_of(injector, name):
         method.set_trainable(False)
         method.tree.train(training)
