@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("qlora_kernels", "bench", "python")
 FEWEST_WORDS = 5
 
-PENDING = {"qlora_kernels/peft": 90}
+PENDING: dict[str, int] = {}
 """Folder -> permitted number of missing or short docstrings. A number may only be reduced."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

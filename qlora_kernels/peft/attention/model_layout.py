@@ -67,6 +67,7 @@ class ModelLayout:
 
     @property
     def seq2seq(self) -> bool:
+        """Whether the model has both encoder and decoder layers."""
         return len({layer.stack for layer in self.layers}) == 2
 
 

@@ -42,10 +42,12 @@ class Prefixes:
 
     @property
     def lengths(self) -> dict[str, int]:
+        """The number of prefix positions of each entry of the slot."""
         return {name: part.keys.shape[-2] for name, part in self.parts.items()}
 
     @property
     def gates(self) -> list[Tensor]:
+        """The gates of those prefixes that have one, in order."""
         return [part.gate for part in self.parts.values() if part.gate is not None]
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

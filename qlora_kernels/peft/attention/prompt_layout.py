@@ -42,6 +42,7 @@ class PromptLayout:
 
     @property
     def n(self) -> int:
+        """The number of positions before the tokens of a row, filling included."""
         return self.front.shape[1]
 
     @property

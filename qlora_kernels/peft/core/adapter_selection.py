@@ -36,7 +36,7 @@ class CallState:
     padding: Tensor | None = None
 
     def has(self, name: str) -> bool:
-        """Whether adapter `name` acts."""
+        """Whether adapter `name` is active in this call."""
         return self.enabled and name in (self.active if self.rows is None else self.rows)
 
 
@@ -170,6 +170,7 @@ class PerThread:
         self._values[_thread()] = value
 
     def get(self) -> Any:
+        """Return the value that this thread has put, or None."""
         return self._values.get(_thread())
 
     def take(self) -> Any:

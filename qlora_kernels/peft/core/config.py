@@ -60,6 +60,7 @@ class PeftConfig:
         return tuple(dict.fromkeys((*as_names(self.modules_to_save), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values of the given fields."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

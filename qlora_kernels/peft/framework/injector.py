@@ -47,12 +47,14 @@ class Injector:
         split_attention(self.model, self.selection)
 
     def join_attention(self) -> None:
+        """Undo split_attention: the packed modules return, with the present weights."""
         join_attention(self.model)
 
     # The model by names
 
     @cached_property
     def layout(self) -> ModelLayout:
+        """The transformer layers of the model and their parts. Raises NotImplementedError for unknown families."""
         return model_layout(self.modules())
 
     @staticmethod
@@ -152,9 +154,11 @@ class Injector:
         return layer
 
     def adapted_layers(self) -> dict[str, AdaptedLinear]:
+        """Return the wrapped layers by their canonical names."""
         return {self.canonical(name): m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
 
     def unwrap(self, layer: AdaptedLinear) -> None:
+        """Put the base layer back into the place of an adapted layer."""
         self._replace(layer, layer.base_layer)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
@@ -178,6 +182,7 @@ class Injector:
         return cast(ParameterUpdates, module._modules[attribute + UPDATES])
 
     def adapted_parameters(self) -> dict[str, ParameterUpdates]:
+        """Return the updates of parameters by the canonical paths of the parameters."""
         updates = {n: m for n, m in self.model.named_modules() if isinstance(m, ParameterUpdates)}
         return {self.canonical(name).removesuffix(UPDATES): module for name, module in updates.items()}
 

@@ -116,6 +116,7 @@ class Method:
         yield from self.overrides.named_parameters().items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield each parameter of the adapter once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -147,6 +148,7 @@ class Method:
         return f"{type(self).__name__} is not an update of weights"
 
     def set_trainable(self, trainable: bool) -> None:
+        """Set requires_grad of the adapter's floating-point parameters; copies that never train stay frozen."""
         fixed = {id(copy) for path, copy in self.overrides.copies.items() if path in self.overrides.fixed}
         for parameter in self.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
@@ -252,6 +254,7 @@ class AdapterMethods(list[Method]):
             yield from ((f"{number}.{path}", parameter) for path, parameter in method.named_parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of all methods of the adapter."""
         return (parameter for _, parameter in self.named_parameters())
 
 
@@ -276,6 +279,7 @@ class Adapters(Mapping[str, AdapterMethods]):
             yield from ((f"{name}.{path}", parameter) for path, parameter in methods.named_parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of all adapters."""
         return (parameter for _, parameter in self.named_parameters())
 
 

@@ -28,6 +28,7 @@ def register_method(config: type[PeftConfig]) -> Callable[[M], M]:
 
 
 def method_for(config: PeftConfig) -> type[Method]:
+    """Return the method that serves a configuration; raise TypeError for an unregistered type."""
     try:
         return METHODS[type(config)]
     except KeyError:

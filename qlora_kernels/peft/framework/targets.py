@@ -42,17 +42,26 @@ class TargetConfig(Protocol):
     """The matching fields of LoraConfig and AdaLoraConfig."""
 
     @property
-    def target_modules(self) -> Names | None: ...
+    def target_modules(self) -> Names | None:
+        """Names or a regular expression of the layers to adapt."""
+
     @property
-    def exclude_modules(self) -> Names | None: ...
+    def exclude_modules(self) -> Names | None:
+        """Names or a regular expression of modules to leave out."""
+
     @property
-    def layers_to_transform(self) -> list[int] | tuple[int, ...] | int | None: ...
+    def layers_to_transform(self) -> list[int] | tuple[int, ...] | int | None:
+        """Numbers of the layers to adapt; None = all layers."""
+
     @property
-    def layers_pattern(self) -> list[str] | tuple[str, ...] | str | None: ...
+    def layers_pattern(self) -> list[str] | tuple[str, ...] | str | None:
+        """Names of the lists of layers that the numbers refer to."""
+
     @property
     def heads(self) -> tuple[str, ...]: ...
     @property
-    def task_type(self) -> str | None: ...
+    def task_type(self) -> str | None:
+        """PEFT's name of the task, such as "SEQ_CLS"."""
 
 
 def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
@@ -175,6 +184,7 @@ def called_instead(injector: Injector, path: str) -> list[str]:
 
 
 def is_all_linear(targets: Names | None) -> bool:
+    """Whether target_modules is the keyword "all-linear", in any case."""
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 

@@ -114,6 +114,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias of the layer that computes, with the active updates where the model reads the weight itself."""
         layer = self._computing_layer()
         bias = cast("Tensor | None", layer.bias)
         if self.weight_is_read and layer is self.base_layer:
@@ -304,18 +305,22 @@ class AdaptedEmbedding(AdaptedLinear):
 
     @property
     def bias(self) -> None:
+        """None, because an embedding has no bias."""
         return None
 
     @property
     def num_embeddings(self) -> int:
+        """The size of the vocabulary, as nn.Embedding names it."""
         return self.in_features
 
     @property
     def embedding_dim(self) -> int:
+        """The size of an embedding, as nn.Embedding names it."""
         return self.out_features
 
     @property
     def padding_idx(self) -> int | None:
+        """The padding index of the base embedding, or None."""
         return self.base_layer.padding_idx  # type: ignore[return-value]
 
 

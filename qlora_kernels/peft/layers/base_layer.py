@@ -21,6 +21,7 @@ from .overridden_module import plain_class
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of one of the supported kinds."""
     return isinstance(module, LinearNF4) or is_conv1d(module) or (isinstance(module, nn.Linear) and gives_rows(module))
 
 
@@ -48,6 +49,7 @@ def stores_transposed(base: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer stores its weight as codes, here or in bitsandbytes."""
     return _can_dequantize(module) or is_bitsandbytes(module)
 
 
@@ -56,7 +58,7 @@ def _can_dequantize(module: nn.Module) -> bool:
 
 
 def features(base: nn.Module) -> tuple[int, int]:
-    """(in_features K, out_features N)."""
+    """Return (in_features K, out_features N) of a base layer."""
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
     return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)  # type: ignore[return-value]
@@ -90,6 +92,7 @@ def weight_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def device_of(base: nn.Module) -> torch.device:
+    """Return the device of the module's first parameter or buffer."""
     return next(t for t in (*base.parameters(), *base.buffers())).device
 
 

@@ -86,6 +86,7 @@ class AdaLoraConfig(PeftConfig):
 
     @property
     def last_allocation(self) -> int:
+        """The step from which on the ranks are final."""
         return self.total_step - self.tfinal
 
     @classmethod
@@ -119,6 +120,7 @@ class SvdLinear(Delta):
 
     @property
     def triplets(self) -> Triplets:
+        """The parameters (lora_A, lora_E, lora_B) of all triplets."""
         return self.lora_A, self.lora_E, self.lora_B
 
     def freeze_rank(self) -> None:
@@ -276,7 +278,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return [present and next(still) for present in loaded]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The kept triplets."""
+        """Return the tensors of the file, which holds the kept triplets only."""
         tensors = super().tensors()
         for path, delta in self.deltas.items():
             for leaf, dim in TRIPLET_DIM.items():

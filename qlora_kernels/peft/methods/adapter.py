@@ -59,14 +59,17 @@ class AdapterConfig(PeftConfig):
 
     @property
     def activation(self) -> str:
+        """The name of the non-linearity: the field's, or the authors' for the placement."""
         return self.non_linearity or ("gelu" if self.placement == "houlsby" else "relu")
 
     @property
     def trains_layer_norm(self) -> bool:
+        """Whether LayerNorms train too: the field's value, or the paper's for the placement."""
         return self.placement == "houlsby" if self.train_layer_norm is None else self.train_layer_norm
 
     @property
     def start(self) -> float | Literal["lora"]:
+        """The initialization: the field's value, or the paper's for the placement."""
         return self.init if self.init is not None else "lora" if self.placement == "parallel" else 1e-2
 
 
@@ -115,6 +118,7 @@ class Adapter(Method):
         return AdapterHook(self.injector.selection, self.name, place)
 
     def new_bottleneck(self, layer: TransformerLayer) -> nn.Module:
+        """Build the bottleneck network of a transformer layer."""
         d = self.injector.width(layer)
         reduced = self.config.reduction_factor
         return Bottleneck(

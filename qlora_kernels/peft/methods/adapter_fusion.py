@@ -66,7 +66,7 @@ class Fusion(nn.Module):
         return mixed.to(h.dtype)
 
     def penalty(self) -> Tensor | None:
-        """|V - I|^2, summed."""
+        """Return the sum of the squares of V - I, or None without a value matrix."""
         if self.value is None:
             return None
         identity = torch.eye(self.value.out_features, device=self.value.weight.device, dtype=self.value.weight.dtype)

@@ -88,6 +88,7 @@ class LoraConfig(PeftConfig):
             )
 
     def scaling(self, r: int, alpha: float) -> float:
+        """Return the factor of B A: alpha / r, or alpha / sqrt(r) with use_rslora."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 

@@ -33,6 +33,7 @@ class LoraEmbedding(Delta):
         self.lora_embedding_B = nn.Parameter(torch.randn(d, r, device=device, dtype=dtype))
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy lora_A [r, vocab] and lora_B [d, r] into the parameters."""
         self.lora_embedding_A.data.copy_(lora_A)
         self.lora_embedding_B.data.copy_(lora_B)
 

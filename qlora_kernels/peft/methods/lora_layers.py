@@ -45,6 +45,7 @@ class LoraLinear(Delta):
             nn.init.zeros_(self.lora_B.bias)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy lora_A [r, K] and lora_B [N, r] into the parameters."""
         self.lora_A.weight.data.copy_(lora_A)
         self.lora_B.weight.data.copy_(lora_B)
 

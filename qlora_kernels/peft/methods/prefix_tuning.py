@@ -341,6 +341,7 @@ class PTuningV2(PrefixTuning):
 
 
 def part_path(attention: str) -> str:
+    """Return the path of a prefix part in the adapter's tree, from the path of its attention."""
     return f"{attention}.prefix"
 
 

@@ -69,7 +69,7 @@ class PromptTable(nn.Module):
 
 @register_method(PromptTuningConfig)
 class PromptTuning(SoftPrompt):
-    """The prompt itself trains."""
+    """Soft prompt whose embeddings are the trained parameters."""
 
     config: PromptTuningConfig
 

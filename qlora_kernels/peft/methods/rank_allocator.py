@@ -35,10 +35,12 @@ class BudgetSchedule:
     deltaT: int
 
     def budget(self, step: int) -> int:
+        """Return the number of triplets to keep at this step."""
         left = 1 - (step - self.tinit) / (self.last - self.tinit)
         return int(self.end + (self.start - self.end) * min(max(left, 0.0), 1.0) ** 3)
 
     def allocates_at(self, step: int) -> bool:
+        """Whether the ranks change at this step."""
         return step >= self.last or (step > self.tinit and step % self.deltaT == 0)
 
 

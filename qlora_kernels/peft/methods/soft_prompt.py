@@ -89,6 +89,7 @@ class SoftPrompt(Method):
         return self.tree["prompt"]
 
     def replace_module(self, module: nn.Module) -> None:
+        """Put another module into the place of the one that gives the prompt."""
         self.injector.slot(self.owner, SLOT)[self.tree.places["prompt"].key] = module
 
     def prompt(self) -> Tensor:
@@ -240,6 +241,7 @@ class SoftPrompt(Method):
         raise NotImplementedError
 
     def embedding_device(self) -> torch.device:
+        """Return the device of the input embedding, or of the model without one."""
         embeddings = input_embeddings(self.injector)
         return device_of(embeddings if embeddings is not None else self.injector.model)
 
@@ -271,6 +273,7 @@ def _with_input(ids: Tensor, output: Any) -> Any:
 
 
 def input_embeddings(injector: Injector) -> nn.Embedding | None:
+    """Return the model's input embedding, or None if it has none."""
     return cast("nn.Embedding | None", input_embeddings_of(injector.model))
 
 

@@ -43,6 +43,7 @@ class TransposedLora(Delta):
         return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Copy lora_A [r, K] and lora_B [N, r] into the embedding's parameters, transposed."""
         own_A, own_B, _ = self.lowrank()
         own_A.data.copy_(lora_A)
         own_B.data.copy_(lora_B)

@@ -45,6 +45,7 @@ class EncoderPrompt:
     def before(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the encoder: put the prompts before src and extend the masks."""
         if not self.leads():
             return args, kwargs
         names = ("src", "mask", "src_key_padding_mask", "is_causal")

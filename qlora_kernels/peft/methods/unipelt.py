@@ -49,6 +49,7 @@ class UniPELTConfig(PeftConfig):
 
     @property
     def lora(self) -> LoraConfig:
+        """The configuration of the LoRA part."""
         return LoraConfig(r=self.lora_r, lora_dropout=self.lora_dropout, target_modules=self.target_modules)
 
 
@@ -82,7 +83,7 @@ class GatedLora(LinearMethod[GatedLoraLinear]):
 
 
 class GatedBottleneck(nn.Module):
-    """g(h) * f(h)."""
+    """The output of a bottleneck multiplied by its gate: g(h) * f(h)."""
 
     def __init__(self, bottleneck: nn.Module, gate: Gate, injector: Injector, name: str) -> None:
         super().__init__()
@@ -96,9 +97,10 @@ class GatedBottleneck(nn.Module):
 
 
 class GatedAdapter(Adapter):
-    """Bottlenecks behind gates."""
+    """Adapter method whose bottlenecks are multiplied by gates."""
 
     def new_bottleneck(self, layer: TransformerLayer) -> GatedBottleneck:
+        """Build a bottleneck with a gate for a transformer layer."""
         gate = new_gate(self.injector, layer.ffn_output, self.injector.width(layer))
         return GatedBottleneck(super().new_bottleneck(layer), gate, self.injector, self.name)
 
@@ -159,6 +161,7 @@ class RememberInput:
 
 
 def new_gate(injector: Injector, path: str, d: int) -> Gate:
+    """Build the gate of size d for the module at `path`, per token in decoders."""
     layer = injector.layer_of(path)
     device = device_of(injector.module(layer.norms[0] if layer else path))
     return Gate(d, layer is not None and layer.stack == "decoder", device, injector.adapter_dtype)

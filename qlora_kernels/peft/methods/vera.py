@@ -124,7 +124,7 @@ class Vera(LinearMethod[VeraLinear]):
 
     @property
     def projection(self) -> VeraProjection:
-        """What all layers share."""
+        """The random matrices that all layers share."""
         return next(iter(self.deltas.values())).projection
 
     def _new_projection(self) -> VeraProjection:

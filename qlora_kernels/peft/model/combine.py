@@ -78,6 +78,7 @@ class Combination:
 
     @property
     def arithmetic(self) -> _Arithmetic:
+        """How tensors are combined for this type of combination."""
         return _ARITHMETICS[_SVD.get(self.kind, self.kind)]
 
     def factors(self, path: str, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -99,6 +100,7 @@ class Combination:
         return self.sum(all_A, signed), self.sum(all_B, roots)
 
     def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Return the combination of tensors of one shape, with one weight for each."""
         pruned = torch.stack([self._pruned(tensor) for tensor in tensors])
         weight = torch.tensor(weights, dtype=pruned.dtype, device=pruned.device).view(-1, *(1,) * tensors[0].dim())
         if not self.arithmetic.elect:

@@ -16,6 +16,7 @@ class Explanation(dict[str, str]):
 
 
 def explain(injector: Injector) -> Explanation:
+    """Return for each adapted layer "fused" or the reason why it is not."""
     return Explanation(
         {name: layer.fusion_unsupported() or "fused" for name, layer in injector.adapted_layers().items()}
     )
