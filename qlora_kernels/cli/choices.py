@@ -13,6 +13,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCKSIZE = 64
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+TRAINERS = ("own", "hf")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 METHODS = (
     "lora",

@@ -104,6 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _say_how_to_resume(options: FinetuneOptions, what: str) -> None:
+    if options.trainer == "hf":
+        sys.stderr.write(
+            f"qlora-kernels finetune: {what}; --trainer hf cannot be resumed, the adapter so far is in {options.out}\n"
+        )
+        return
     command = shlex.join(["qlora-kernels", "finetune", "--config", str(options.out / "run.yaml"), "--resume"])
     sys.stderr.write(f"qlora-kernels finetune: {what}; continue with: {command}\n")
 

@@ -30,6 +30,7 @@ class FinetuneOptions:
     model: str
     data: str
     split: str | None
+    trainer: str
     packing: bool
     out: Path
     cache: Path | None
@@ -90,11 +91,25 @@ class FinetuneOptions:
         if self.eval_every and not (self.eval_windows and (self.unseen or self.data == "builtin")):
             raise UsageError("--eval-every: must have unseen text; use an --unseen and --eval-windows above 0")
 
+        if self.trainer == "hf":
+            self._check_trainer()
         if self.packing and self.method not in PACKABLE:
             raise UsageError(
                 f"--packing: must come with a method of {', '.join(PACKABLE)}, got {self.method}; others put tokens or "
                 "states before a text, which packed examples would not each have"
             )
+
+    def _check_trainer(self) -> None:
+        refused = [name for name in ("checkpoint_every", "resume", "eval_every") if getattr(self, name)]
+        if refused:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+            raise UsageError(f"--trainer hf: must come without {names}, which need the exact loop of --trainer own")
+        if self.method == "adalora":
+            raise UsageError("--trainer hf: must come with another method than adalora, whose schedule Trainer lacks")
+        if self.device not in ("cpu", "cuda", "cuda:0"):
+            raise UsageError(f"--trainer hf: must run on the CPU or the first CUDA device, got --device {self.device}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("--trainer hf: must run in one process; --trainer own takes several")
 
     def steps_of(self, examples: int) -> int:
         """Return the steps of --epochs passes over so many examples, the last batch filled from the next pass."""
@@ -161,6 +176,6 @@ class FinetuneOptions:
         free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout", "epochs", "overwrite"}
         free |= {"track", "project", "run_name"}
         # Runs of versions without these options can be resumed.
-        later = {"fuse": False, "eval_every": 0, "patience": 0, "split": None, "packing": False}
+        later = {"fuse": False, "eval_every": 0, "patience": 0, "split": None, "packing": False, "trainer": "own"}
         free |= {name for name, default in later.items() if getattr(self, name) == default}
         return {name: value for name, value in asdict(self).items() if name not in free}

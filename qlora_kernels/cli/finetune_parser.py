@@ -20,7 +20,7 @@ from .arguments import (
     seed,
 )
 from .assignment import assignment
-from .choices import METHODS, SCHEDULES, TRACKERS
+from .choices import METHODS, SCHEDULES, TRACKERS, TRAINERS
 
 OPTIMIZERS = ("adamw", "paged_adamw")
 
@@ -108,6 +108,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"
+    )
+    training.add_argument(
+        "--trainer",
+        choices=TRAINERS,
+        default="own",
+        help="own: the exact loop, which can be resumed; hf: transformers' Trainer on the same batches and loss",
     )
     training.add_argument(
         "--packing",

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .. import PagedAdamW, prepare_for_training
+from ..io.atomic import folder_appearing_by_rename
 from ..peft import PeftConfig, PeftModel, get_peft_model
-from ..training import ChunkedLoss, Evaluated, Example, StepRecord, Validation, Workers, perplexity, train
+from ..training import ChunkedLoss, Evaluated, Example, Interrupted, StepRecord, Validation, Workers, perplexity, train
 from .arguments import UsageError, bad_input
 from .console import Console, memory_now
 from .finetune_options import FinetuneOptions
@@ -83,22 +84,46 @@ class TrainingStage:
             self.console.bar(options.steps, "training", "step") as bar,
         ):
             self._bar = bar
-            self.report.steps = train(
-                loss,
-                examples,
-                lambda trained: _optimizer(trained, options),
-                options.train_config(),
-                pad_token_id=self.pad_token_id,
-                checkpoints=checkpoint_folder(options.out),
-                settings={**options.identity(), "base": self.report.base},
-                resume=options.resume,
-                on_step=self._on_step,
-                validation=self._validation,
-                interrupted=interrupt,
-                workers=self.workers,
-            )
+            if options.trainer == "hf":
+                self.report.steps = self._train_with_hf(loss, examples, interrupt)
+            else:
+                self.report.steps = train(
+                    loss,
+                    examples,
+                    lambda trained: _optimizer(trained, options),
+                    options.train_config(),
+                    pad_token_id=self.pad_token_id,
+                    checkpoints=checkpoint_folder(options.out),
+                    settings={**options.identity(), "base": self.report.base},
+                    resume=options.resume,
+                    on_step=self._on_step,
+                    validation=self._validation,
+                    interrupted=interrupt,
+                    workers=self.workers,
+                )
         self._note_best()
         return adapted
+
+    def _train_with_hf(self, loss: ChunkedLoss, examples: list[Example], interrupt: Interrupt) -> list[StepRecord]:
+        from .hf_trainer import train_with_hf
+
+        options = self.options
+        try:
+            return train_with_hf(
+                loss,
+                examples,
+                _optimizer([p for p in loss.model.parameters() if p.requires_grad], options),
+                options.train_config(),
+                out=options.out / "trainer",
+                pad_token_id=self.pad_token_id,
+                on_step=self._on_step,
+                interrupted=interrupt,
+            )
+        except Interrupted as stopped:
+            folder = options.out / f"adapter-step-{stopped.step}"
+            with folder_appearing_by_rename(folder) as partial:
+                loss.model.save_pretrained(partial)
+            raise
 
     def remove_checkpoints(self) -> None:
         """Remove this run's checkpoints once its report is written, if none were asked for."""
