@@ -66,9 +66,9 @@ def worktree(ref: str) -> Iterator[Path]:
 
 
 def build(tree: Path) -> None:
-    """Compile the native libraries of a tree in place."""
+    """Compile the CPU library of a tree in place."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=tree, check=True, stdout=sys.stderr)
+    subprocess.run(command, cwd=tree, check=True, stdout=sys.stderr, env={**os.environ, "QLORA_CUDA_ARCHS": ""})
 
 
 def in_turn(trees: Mapping[str, Path], number: int) -> list[tuple[str, Path]]:

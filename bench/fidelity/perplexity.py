@@ -77,6 +77,21 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
             ),
             Finding("FP4 has a lower perplexity than int4", of["FP4 E2M1"] < of["int4"], words),
         ]
+    other = {
+        blocksize: {kind: row["perplexity"] for kind in PAPER if (row := find(rows, type=kind, blocksize=blocksize))}
+        for blocksize in (32, 128, 256)
+    }
+    if all(found.keys() == PAPER.keys() for found in other.values()):
+        broken = [size for size, found in other.items() if min(found.values()) != found[DOUBLE_QUANTIZED]]
+        words = ", ".join(f"{other[size][DOUBLE_QUANTIZED]:.3f} and {other[size]['FP4 E2M1']:.3f}" for size in other)
+        findings.append(
+            Finding(
+                "The same with blocks of 32, 128 and 256",
+                not broken,
+                f"NF4 + DQ and FP4 have {words}"
+                + (f"; it does not hold with blocks of {', '.join(map(str, broken))}" if broken else ""),
+            )
+        )
     if {DOUBLE_QUANTIZED, "NF4"} <= of.keys():
         change = of[DOUBLE_QUANTIZED] / of["NF4"] - 1
         findings.append(

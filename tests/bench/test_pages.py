@@ -11,6 +11,9 @@ import pytest
 
 from bench import report
 from bench.fidelity import __main__ as fidelity
+from bench.fidelity import bits
+from bench.fidelity.claim import find
+from bench.row_file import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +31,24 @@ def test_a_page_is_what_its_rows_say(page, write, tmp_path):
     shutil.copy(ROOT / "docs" / page, copy)
     write(copy)
     assert copy.read_text() == (ROOT / "docs" / page).read_text(), "run `make bench-report`"
+
+
+def test_figures_of_the_readme_are_those_of_the_rows():
+    readme = (ROOT / "README.md").read_text()
+    rows = list(read_rows(report.FIDELITY))
+    base = find(rows, claim="perplexity", type="bf16")
+    assert base is not None
+    assert f"16-bit base | {base['perplexity']:.3f} |" in readme
+    weights = find(rows, claim="bits", weights=bits.MODEL, double_quant=True)
+    assert weights is not None
+    assert f"{2 * weights['parameters'] / 1e6:.1f} MB in 16 bits, {weights['bytes'] / 1e6:.1f} MB in NF4" in readme
+    (step,) = [
+        row
+        for path in report.committed_files()
+        for row in read_rows(path)
+        if (row["op"], row["contender"]) == ("train_step", "ours") and row["case"].startswith("SmolLM2-135M")
+    ]
+    assert f"bitsandbytes + PEFT takes {step['speedup']['bnb + PEFT']:.1f} times as long" in readme
 
 
 def test_pictures_of_the_page_exist():
@@ -63,7 +84,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 
 
 def test_rows_of_two_machines_are_not_mixed():
-    rows = list(report.read_rows(report.committed_files()[0]))[:40]
+    rows = list(read_rows(report.committed_files()[0]))[:40]
     other = [{**row, "machine": "another machine", "median_us": 1e9} for row in rows if "median_us" in row]
     merged = report.merge([*rows, *other])
     assert len(merged) == len(report.merge(rows)) + len(report.merge(other))
