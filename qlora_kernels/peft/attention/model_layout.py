@@ -1,7 +1,7 @@
-"""ModelLayout: where the parts of a transformer are, by module names, for methods that act at attention or the FFN.
+"""ModelLayout: the module names of a transformer's parts, for methods that act on attention or the FFN.
 
-One entry of `_PATTERNS` describes a family by the names its layers use. A model of another family needs an entry, not
-code.
+Each entry of `_PATTERNS` describes the layers of one model family by their module names. A new family needs a new entry
+and no code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""PrefixSlot: the place in an attention module where adapters put keys and values before the model's own.
+"""PrefixSlot: a child of an attention module with the keys and values that adapters put before the model's own.
 
-Prefixes are joined inside the attention computation, after rotary embedding and after the cache. So encoders have them,
-generate() computes what forward() does, gradient checkpointing recomputes them, and no cache argument is involved.
+Prefixes are concatenated inside the attention computation, after rotary embedding and after the cache. They therefore
+work in encoders, generate() computes the same as forward(), gradient checkpointing recomputes them, and no argument for
+a cache is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torch's nn.MultiheadAttention with its packed projections taken apart, so that methods can reach into it."""
+"""torch's nn.MultiheadAttention with separate projections in place of the packed one, which methods can adapt."""
 
 from __future__ import annotations
 

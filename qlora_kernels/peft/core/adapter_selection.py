@@ -1,8 +1,8 @@
-"""Which adapters act: one AdapterSelection per PeftModel, read by every adapted layer and hook while it runs.
+"""Which adapters are active: one AdapterSelection per PeftModel, read by each adapted layer and hook when it runs.
 
-`set_adapter` changes what all calls do from then on. What holds for one call only (`disable_adapter`, `adapter_names`,
-the padding mask) is a CallState in a ContextVar: other threads and asyncio tasks do not see it, and nothing of it is
-left after the call. torch.compile cannot read a ContextVar, so compiled code reads a copy of it that each thread has.
+`set_adapter` changes the default for all later calls. The settings of one call (`disable_adapter`, `adapter_names`, the
+padding mask) are a CallState in a ContextVar, which other threads and asyncio tasks do not see and which ends with the
+call. torch.compile cannot read a ContextVar, so compiled code reads a thread-local copy of it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ BASE = "__base__"  # PEFT's name for a row that no adapter touches
 
 @dataclass(frozen=True)
 class CallState:
-    """What a call computes with.
+    """The adapters and masks of one call.
 
-    active: adapters whose contributions add up.   enabled: False gives the base model.
+    active: adapters whose contributions are added.   enabled: False computes the base model.
     rows: one adapter name per row of the batch, or None.
     padding: [B, S], 1 where a token is real; the model's own attention_mask, for gates that average over tokens.
     """
@@ -41,7 +41,7 @@ class CallState:
 
 
 States = tuple[tuple["AdapterSelection", CallState], ...]
-"""The states that hold for the running call, outermost first; of one selection the last one counts."""
+"""The states of the running call, outermost first. The last state of a selection is the one that applies."""
 
 _states: ContextVar[States] = ContextVar("qlora_kernels_call_states", default=())
 
@@ -80,7 +80,7 @@ class AdapterSelection:
 
     @property
     def state(self) -> CallState:
-        """What holds for the running call."""
+        """The state that applies to the running call."""
         # Every adapted layer asks in every call, so _current() is written out here.
         for owner, state in reversed(_compiled.states if torch.compiler.is_compiling() else _states.get()):
             if owner is self:
@@ -92,7 +92,7 @@ class AdapterSelection:
         return using_states((*_current(), (self, replace(self.state, **changes))))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the `with` the base model computes."""
+        """Compute the base model inside the `with`."""
         return self.within(enabled=False)
 
     def has(self, name: str) -> bool:
@@ -100,18 +100,18 @@ class AdapterSelection:
         return self.state.has(name)
 
     def replaces(self, name: str) -> bool:
-        """Whether the parameters that adapter `name` replaces are replaced in the running call; never for some rows."""
+        """Whether the running call uses the copies of adapter `name` for parameters of the model; never by rows."""
         state = self.state
         return state.enabled and state.rows is None and name in state.active
 
     def row_index(self, name: str, x: Tensor) -> Tensor | None:
-        """Rows of x that belong to adapter `name`; None = all of them. Call only where has(name)."""
+        """Return the indices of the rows of x that use adapter `name`, which acts; None = all rows."""
         if self.state.rows is None:
             return None
         return torch.tensor([i for i, row in enumerate(self.rows_of(x.shape[0])) if row == name], device=x.device)
 
     def owners(self, names: Sequence[str], x: Tensor) -> Tensor | None:
-        """For each row of x the place of its adapter in names, -1 if it is none of them; None without rows."""
+        """Return the index in `names` of the adapter of each row of x, or -1; None without adapters by row."""
         if self.state.rows is None:
             return None
         place = {name: i for i, name in enumerate(names)}
@@ -151,14 +151,14 @@ def using_states(states: States) -> Iterator[None]:
 
 
 def capture_states() -> States:
-    """What holds now for every selection there is, to be entered later or in another thread."""
+    """Return the present state of every selection, for using_states later or in another thread."""
     with _selections_lock:
         selections = list(_selections)
     return tuple((selection, selection.state) for selection in selections)
 
 
 class PerThread:
-    """One value for each thread: what a hook of a call leaves for a later hook of the same call.
+    """One value per thread, by which a hook passes data to a later hook of the same call.
 
     Copies and pickles of it are empty.
     """
@@ -174,7 +174,7 @@ class PerThread:
         return self._values.get(_thread())
 
     def take(self) -> Any:
-        """The value, which is then forgotten; None if there is none."""
+        """Return and remove this thread's value, or return None."""
         return self._values.pop(_thread(), None)
 
     def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:

@@ -1,9 +1,9 @@
-"""Where the modules of adapters are: inside the model, as children of the modules that they act on.
+"""The places of the adapters' modules in the model: they are children of the modules that they act on.
 
-So whatever walks over the model finds them: `parameters()`, hooks, `nn.DataParallel`, FSDP, an optimizer made of a part
-of the model. What a module runs it looks up among its own children, because a replica of the module has other ones.
+Code that walks over the model therefore finds them: `parameters()`, hooks, `nn.DataParallel`, FSDP, an optimizer over a
+part of the model. A module looks its adapters up among its own children, because a replica has replicas of them.
 
-The names in an adapter's file are PEFT's, not those of the tree; AdapterTree translates.
+Names in an adapter's file are PEFT's names and not the paths in the model; AdapterTree maps the one to the other.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .sharded import full_tensor
 
 
 class AdapterModules(nn.ModuleDict):
-    """What adapters have added to one module of the model, a child of that module; entries by name of the adapter.
+    """A child of a module of the model that holds the modules of adapters, by the names of the adapters.
 
-    A second part of one adapter at the same place gets the name with a number behind it.
+    A second module of one adapter in the same slot gets the adapter's name followed by a number.
     """
 
     holds_adapters = True
-    """Tells code that lists the layers of a model to leave out this child and all below it."""
+    """Marks this child and everything below it as no part of the model's own layers."""
 
     def add(self, adapter: str, module: nn.Module) -> str:
         """Adds a module and returns the name of its entry."""

@@ -1,4 +1,4 @@
-"""What every method's configuration shares: frozen, made of plain values, read from and written as PEFT's JSON."""
+"""PeftConfig: the base of all configurations, which are frozen dataclasses of plain values, as in PEFT's JSON files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Heads that PEFT trains and saves without being asked, by task.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-# Fields that say how much is allocated.
+# Fields that decide the sizes of allocated tensors.
 SIZES = (
     "r",
     "lora_r",
@@ -27,8 +27,8 @@ SIZES = (
     "prefix_hidden_size",
 )
 
-# Keys that PEFT writes beside a method's own fields and that say nothing about the function computed: the last three
-# tell how training started.
+# Keys that PEFT writes beside a method's own fields and that do not change the computed function. The last three
+# describe how training started.
 _BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
 _BOOKKEEPING |= {"eva_config", "corda_config", "lora_ga_config"}
 
@@ -41,7 +41,7 @@ class PeftConfig:
     """
 
     peft_type: ClassVar[str]
-    own_fields: ClassVar[tuple[str, ...]] = ()  # those that PEFT's file of this type has no place for
+    own_fields: ClassVar[tuple[str, ...]] = ()  # fields that PEFT's files of this type do not have
 
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -71,10 +71,10 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration a file describes; null is a field's default.
+        """Return the configuration that a file describes; null is a field's default.
 
-        Raises NotImplementedError for a key this method does not have unless its value is null, false or empty, that
-        is, unless it asks for nothing: dropping it in silence would compute another function than the file's author.
+        Raises NotImplementedError for a key that this method does not have, unless its value is null, false or empty:
+        ignoring the key would compute another function than the author of the file.
         """
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}

@@ -1,6 +1,6 @@
-"""Types of a configuration's fields, checked against their annotations.
+"""Check of a configuration's fields against their annotations.
 
-Configurations come from files and command lines too, where use_rslora="false" would count as true, and r=1.5 as a rank.
+Configurations also come from files and command lines, where use_rslora="false" would count as true and r=1.5 as a rank.
 """
 
 from __future__ import annotations

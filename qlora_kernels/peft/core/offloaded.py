@@ -1,7 +1,7 @@
-"""Weights of modules that are read without a call of the module.
+"""Reading the weights of modules that are not called.
 
-accelerate keeps offloaded weights elsewhere and brings them when their module is called. What an adapter reads itself,
-such as the factors that go into one fused op, is brought here.
+accelerate keeps offloaded weights elsewhere and loads them when their module is called. Weights that an adapter reads
+without a call, such as the factors of a fused op, are loaded here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules does more than its forward says."""
+    """Whether a call of one of the modules runs hooks or a replaced forward."""
     for module in modules:
         if (
             module._forward_hooks

@@ -1,4 +1,4 @@
-"""Embedding tables of the base model that go with an adapter: rows that were added by resizing are in no other file.
+"""Embedding tables of the base model that are saved with an adapter, because no other file has rows added by resizing.
 
 PEFT saves the tables with the adapter where the vocabulary was resized, or an embedding is adapted, and puts those of a
 file into the base model when it loads one.

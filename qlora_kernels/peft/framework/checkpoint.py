@@ -1,4 +1,4 @@
-"""From adapters to the folder they lie in, and back. A combination of methods is a folder of folders."""
+"""Saving adapters to folders and loading them. A combination of methods is a folder of folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .method import Method
 from .registry import config_from_dict, method_for
 
 _ABOUT_THE_RUN = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-"""Fields of adapter_config.json that say nothing of what the adapter computes."""
+"""Fields of adapter_config.json that do not change what the adapter computes."""
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:

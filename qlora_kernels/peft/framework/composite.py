@@ -1,4 +1,4 @@
-"""Composite: a method made of others, one adapter in one file."""
+"""Composite: a method that consists of other methods, saved as one adapter in one file."""
 
 from __future__ import annotations
 

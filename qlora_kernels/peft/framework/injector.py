@@ -1,4 +1,4 @@
-"""Injector: the model as the methods see it, by names that stay the same whatever has been wrapped."""
+"""Injector: a model by canonical module names, and the operations that put adapters into it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..layers.parameter_lora import ParameterUpdates
 
 
 class Injector:
-    """The base model, the selection of adapters, the adapters themselves, and where their modules go.
+    """The base model, which adapters it has, which of them are active, and access to the places of their modules.
 
     model: the one inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
-    Wrappers further inside have no part in names either, whether they were there before the adapters or came later.
-    prompts: the place of the modules that belong to the whole model, a child of the PeftModel.
+    Names do not contain wrappers further inside either, whether they were added before or after the adapters.
+    prompts: the slot for modules that belong to the whole model, a child of the PeftModel.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Injector:
 
     @staticmethod
     def canonical(name: str) -> str:
-        """The name before wrapping: `_orig_mod.q_proj.base_layer.bias` is `q_proj.bias`."""
+        """Return the name without wrappers: `_orig_mod.q_proj.base_layer.bias` becomes `q_proj.bias`."""
         return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
 
     def modules(self, *, aliases: bool = False) -> dict[str, nn.Module]:
@@ -118,7 +118,7 @@ class Injector:
         return module
 
     def dtype(self) -> torch.dtype:
-        """That of most of the model's own dense parameters."""
+        """Return the dtype of most of the model's own dense parameters."""
         trained = {id(p) for methods in self.adapters.values() for m in methods for p in m.parameters()}
         coded = {id(p) for m in self.modules().values() if is_quantized(m) for p in m.parameters(recurse=False)}
         sizes: dict[torch.dtype, int] = {}
@@ -187,14 +187,14 @@ class Injector:
         return {self.canonical(name).removesuffix(UPDATES): module for name, module in updates.items()}
 
     def own_value(self, path: str) -> nn.Parameter | ExpertsNF4:
-        """What the model itself has at the path of a parameter."""
+        """Return the model's own parameter at a path, or its quantized experts."""
         owner, _, attribute = path.rpartition(".")
         module = self.module(owner)
         stored: Any = module._parameters.get(attribute)
         return stored if stored is not None else cast(ExpertsNF4, module._modules[attribute])
 
     def set_own_value(self, path: str, value: Tensor | ExpertsNF4) -> None:
-        """Puts another value in its place for good."""
+        """Replace the model's own value at a path for good."""
         owner, _, attribute = path.rpartition(".")
         module = self.module(owner)
         if isinstance(value, ExpertsNF4):

@@ -1,4 +1,4 @@
-"""Method: the base class of every PEFT method. One instance is one adapter: its parameters, and where they act."""
+"""Method: the base class of all PEFT methods. An instance is one adapter: its parameters and their places."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CalledModel(Protocol):
 
 
 class Method:
-    """What a method must say; each default is the answer of a method that has nothing special to do.
+    """The interface of a method; the defaults suit a method that does nothing special.
 
     A subclass's __init__ completes the configuration and builds the modules that train; the model is unchanged. Its
     attach() puts them into the model: `tree` knows where they are, `overrides` are trained copies of the model's own
@@ -105,7 +105,7 @@ class Method:
 
     @property
     def parts(self) -> list[Method]:
-        """The methods that this one consists of; they run as methods of their own."""
+        """The component methods of a composite method; each runs as a method."""
         return []
 
     # In the model
@@ -140,11 +140,11 @@ class Method:
         self.tree.detach()
 
     def row_mixing_unsupported(self) -> str | None:
-        """Why this adapter cannot serve some rows of a batch only; None if it can."""
+        """Return the reason why this adapter cannot serve single rows of a batch, or None if it can."""
         return f"it replaces {min(self.overrides.paths)} for the whole batch" if self.overrides.paths else None
 
     def merge_unsupported(self) -> str | None:
-        """Why this adapter is not an update of weights; None if it is."""
+        """Return the reason why this adapter cannot be merged into weights, or None if it can."""
         return f"{type(self).__name__} is not an update of weights"
 
     def set_trainable(self, trainable: bool) -> None:
@@ -164,7 +164,7 @@ class Method:
     # In training
 
     def watch_training(self) -> None:
-        """Called where training may begin: in train(), set_adapter and peft_loss."""
+        """Hook that is called when training may begin: in train(), set_adapter and peft_loss."""
 
     def peft_loss(self) -> Tensor | None:
         """The method's auxiliary loss, to be added to the task's; None if it has none."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ParameterOverrides:
-    """The mechanism under full fine-tuning, BitFit, trained LayerNorms, bias options and modules_to_save.
+    """An adapter's copies of parameters: for full fine-tuning, BitFit, LayerNorms, bias options, modules_to_save.
 
     `paths`: canonical path of an overridden parameter -> its path in the adapter's file. Modules and copies are looked
     up by these paths whenever they are needed. The copies of tied parameters are one parameter.

@@ -1,4 +1,4 @@
-"""Which method a configuration means: `@register_method(Config)` on the class, looked up by type or by PEFT's name."""
+"""The registry of methods: `@register_method(Config)` adds one; it is found by type or by PEFT's name."""
 
 from __future__ import annotations
 

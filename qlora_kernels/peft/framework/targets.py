@@ -1,4 +1,4 @@
-"""Which layers a configuration means: PEFT's rules over canonical module names."""
+"""The layers that a configuration targets, by PEFT's rules over canonical module names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
 
 
 class TargetConfig(Protocol):
-    """The matching fields of LoraConfig and AdaLoraConfig."""
+    """The fields of a configuration that decide which layers are adapted."""
 
     @property
     def target_modules(self) -> Names | None:

@@ -1,4 +1,4 @@
-"""Tied parameters: what a transformers model says of its ties follows what its weights are."""
+"""Tied parameters: finding them, and keeping a transformers model's configuration consistent with them."""
 
 from __future__ import annotations
 

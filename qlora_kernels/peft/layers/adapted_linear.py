@@ -1,4 +1,4 @@
-"""AdaptedLinear: a base layer and the weight updates of any number of adapters, each asked in its turn."""
+"""AdaptedLinear: a base linear layer plus the updates of any number of adapters, applied in order."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ class SharedOutputs(Protocol):
 
 
 class AdaptedLinear(nn.Module):
-    """y = base(x) + the active adapters' updates; base(x) exactly where none is active.
+    """y = base(x) plus the updates of the active adapters; exactly base(x) if none is active.
 
     Low-rank updates of several adapters are one update: their factors are concatenated along r, so they run as one
     fused call where the base offers forward_lora; where each row names its own (`adapter_names`), as one call of
     forward_multi_lora, or one pair of matmuls with the middle masked by row.
 
-    Merging puts a merged layer beside the base and lets it compute: unmerging is exact, nothing is undone.
+    A merge keeps the base layer and computes with a second, merged layer, so that unmerging restores the same bits.
     """
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
@@ -103,9 +103,9 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the layer that computes; most models look at its dtype and device only.
+        """The weight of the layer that computes; most models read only its dtype and device.
 
-        Where code of the model computes with it (`weight_is_read`), it includes the active updates.
+        If the model's own code computes with it (`weight_is_read`), it includes the active updates.
         """
         layer = self._computing_layer()
         if self.weight_is_read and layer is self.base_layer:
@@ -291,11 +291,11 @@ class AdaptedLinear(nn.Module):
         return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
 
     def unmerge(self) -> None:
-        """Lets the base layer compute again: the same object, so the same bits."""
+        """Compute with the base layer again; it is the same object, so its bits are the same."""
         self.merged_layer, self.merged_names = None, ()
 
     def keep_merged(self) -> None:
-        """Makes the merged layer the base for good."""
+        """Replace the base layer by the merged layer for good."""
         if self.merged_layer is not None:
             self.base_layer, self.merged_layer, self.merged_names = self.merged_layer, None, ()
 
@@ -338,5 +338,5 @@ def in_order(updates: dict[str, Delta]) -> dict[str, Delta]:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The base layer of an adapted layer; any other module itself."""
+    """Return the base layer of an adapted layer, and any other module unchanged."""
     return module.base_layer if isinstance(module, AdaptedLinear) else module

@@ -1,10 +1,10 @@
-"""The base-layer protocol: all that a method may know of a linear layer, whatever its storage.
+"""The base-layer protocol: what methods may use of a linear layer, independent of how its weight is stored.
 
 A base layer has in_features, out_features, bias and forward; a quantized one also dequantize(dtype) -> [N, K]; one
 with a fused low-rank path also forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K] as
 `weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf; an nn.Embedding is a linear
-layer of one-hot tokens that holds the transpose too; bitsandbytes' layers hold codes. Only this file and
-foreign_layer.py know.
+layer of one-hot tokens that holds the transpose too; bitsandbytes' layers hold codes. No other file
+than this one and foreign_layer.py depends on these differences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bottleneck: the small network that adapter methods put beside or behind a sublayer."""
+"""Bottleneck: the small network that adapter methods add in parallel to a sublayer or after it."""
 
 from __future__ import annotations
 

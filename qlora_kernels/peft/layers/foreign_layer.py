@@ -1,7 +1,7 @@
-"""Linear layers that another library quantizes: their weight is read as their forward uses it, or refused.
+"""Linear layers of other libraries: their weight is read as their forward uses it, or an error explains why not.
 
-bitsandbytes' Linear4bit and Linear8bitLt are subclasses of nn.Linear whose `weight` holds codes. They are known by the
-class of that weight, so that bitsandbytes need not be installed.
+bitsandbytes' Linear4bit and Linear8bitLt are subclasses of nn.Linear whose `weight` holds codes. They are recognized by
+the class of that weight, so that bitsandbytes need not be installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 
 
 def weight_unreadable(linear: nn.Linear) -> str | None:
-    """Why `linear.weight` is not the W of y = x W^T + bias; None where it is."""
+    """Return the reason why `linear.weight` is not the W of y = x W^T + bias, or None if it is."""
     weight = linear.weight
     if not weight.is_floating_point() or weight.element_size() == 1:
         return f"its weight holds codes in {weight.dtype}"
@@ -114,10 +114,10 @@ def in_cpu_format(state: Any) -> bool:
 
 
 def forget_quantization(model: nn.Module) -> None:
-    """Tells a transformers model that was quantized what is dense now, so that it saves and reloads.
+    """Update the quantization settings of a transformers model after layers became dense, so that it saves and reloads.
 
-    Where no quantized layer is left, all that speaks of quantization goes; else the dense layers are named as those
-    that loading must not quantize.
+    If no quantized layer is left, the settings are removed. Otherwise the dense layers are listed as those that loading
+    must not quantize.
     """
     describe_quantization(model)
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)

@@ -1,15 +1,15 @@
 """fuse_shared_input: adapted NF4 layers of one parent that read the same tensor (q, k, v; gate, up) run as one op.
 
-Model code calls such layers one after another on the same tensor. The first of them, the leader, computes them all by
-LinearNF4.forward_lora_group, and the others are handed their share when they are called on that very tensor: the same
-object, not written to since, in the same grad mode and autocast dtype. In every other case a layer computes for itself,
-as if nothing were fused. Each share is handed out once; with the last of them nothing is held any more.
+A model calls such layers one after another on the same tensor. The first layer computes the outputs of all of them by
+LinearNF4.forward_lora_group. Each other layer returns its pending output if it is called on the same tensor object,
+unmodified, in the same grad mode and autocast dtype; otherwise it computes its output itself. Each output is returned
+once, and no tensor is held after the last one was returned.
 
-What this is safe against, and why:
-  checkpointing   the recomputation begins with the leader, which always computes anew
-  autograd        the shares are outputs of one node; it runs backward once, with zeros for outputs that were not used
-  exceptions      what was not fetched is held until the leader's next call, and fetched only on the tensor it is of
-  threads         a call leaves its shares as one object, so two calls cannot mix; the loser computes for itself
+This is safe under:
+  checkpointing   the recomputation begins with the first layer, which always computes again
+  autograd        the outputs belong to one node, which runs backward once, with zeros for unused outputs
+  exceptions      pending outputs stay until the first layer runs again, and are returned only for their input tensor
+  threads         a call stores its outputs as one object, so two calls cannot mix; on a race one of them recomputes
 Under torch.compile a write into the tensor between the calls goes unseen; models that write there must not be fused.
 """
 

@@ -1,4 +1,4 @@
-"""Gate: how much of a method an input gets."""
+"""Gate: a scalar in (0, 1), computed from the input, that scales the contribution of a method."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Modules of which an adapter replaces parameters while it is active.
+"""Modules whose parameters an adapter replaces while it is active.
 
-The module keeps its own parameters. The adapters' copies are in its child `overrides`, and reading an overridden
-attribute (`module.weight`) gives the copy of the adapter that is active in the running call, so that the module's own
-forward, and any other code that reads the attribute, computes with it. As in torch's parametrize, the module gets a
-subclass of its class, with a property for each such attribute; here state dicts keep their names, and modules can be
-pickled.
+The module keeps its own parameters, and the adapters' copies are in its child `overrides`. Reading an overridden
+attribute (`module.weight`) returns the copy of the adapter that is active in the running call, so the module's forward
+and all other code that reads the attribute compute with it. As in torch's parametrize, the module's class becomes a
+subclass with a property for each such attribute; unlike there, state dicts keep their names and modules can be pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..core.offloaded import weight_of
 
 SLOT = "overrides"
 UPDATES = "_updates"
-"""What follows an attribute's name in that of the child with the adapters' updates of it (parameter_lora.py)."""
+"""Suffix of the child that holds the adapters' updates of an attribute (parameter_lora.py)."""
 
 
 class AdapterCopies(nn.Module):
@@ -98,7 +97,7 @@ def _flat_weights(module: nn.Module) -> list[Tensor]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module was made with."""
+    """Return the class of the module before any parameter was overridden."""
     kind = type(module)
     return kind.plain_class if issubclass(kind, _Overridden) else kind
 

@@ -1,9 +1,8 @@
-"""LoRA of parameters that a module multiplies by itself, such as the [experts, out, in] weights of a mixture.
+"""LoRA of parameters that a module multiplies in its own code, such as the [experts, out, in] weights of a mixture.
 
-Names, shapes and files are those of PEFT's target_parameters. Wherever the module reads the attribute, it gets a weight
-that includes the update. Of a stack of experts it gets one that is computed expert by expert: F.linear(x, stack[e])
-adds the low-rank product to base(x), also over ExpertsNF4, whose fused product stays; any other use sees the updated
-stack.
+Names, shapes and files are those of PEFT's target_parameters. When the module reads the attribute, it gets a weight
+that includes the update. A stack of experts is updated one expert at a time: F.linear(x, stack[e]) adds the low-rank
+product to base(x), also over ExpertsNF4 and its fused product. All other uses see the whole updated stack.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which singular values of which layers AdaLoRA keeps: importance, and the budget they compete for.
+"""The choice of singular values that AdaLoRA keeps: their importance, and the budget of the whole model.
 
 Source: AdaLoRA (arXiv:2303.10512) sections 3.2 and 3.3.
 """

@@ -1,4 +1,4 @@
-"""Soft prompts in front of torch's own nn.TransformerEncoder, which takes embeddings and knows no input_ids."""
+"""Soft prompts before the input of torch's nn.TransformerEncoder, which takes embeddings and not input_ids."""
 
 from __future__ import annotations
 

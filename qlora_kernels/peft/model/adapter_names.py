@@ -1,4 +1,4 @@
-"""adapter_names: how many rows a call has, and how many generate makes of them."""
+"""Checks of adapter_names against the rows of a call, and their expansion for generate."""
 
 from __future__ import annotations
 

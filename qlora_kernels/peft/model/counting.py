@@ -1,4 +1,4 @@
-"""How many weights a model with adapters has, and how many of them train."""
+"""Counting the weights of a model with adapters, and those that train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ran fused, and why the rest did not."""
+"""Which adapted layers run in one fused call, and the reasons for the others."""
 
 from __future__ import annotations
 

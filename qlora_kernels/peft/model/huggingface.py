@@ -1,4 +1,4 @@
-"""What transformers' Trainer, TRL and accelerate need to see in a model: they ask isinstance(model, peft.PeftModel).
+"""Recognition by transformers' Trainer, TRL and accelerate, which ask isinstance(model, peft.PeftModel).
 
 Their answer decides which forward signature is inspected, that checkpoints hold adapters alone and how these are loaded
 again, and where DPO's reference comes from. The names that they use then (get_base_model, disable_adapter, set_adapter,

@@ -1,4 +1,4 @@
-"""Merging of adapters into the layers that they adapt, and what has to agree with the merged weights afterwards."""
+"""Merging adapters into the layers that they adapt, and updating ties and settings of the model afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
 
 
 def merge(injector: Injector, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
-    """Lets merged layers compute, see PeftModel.merge_adapter; warns of what quantizing again costs."""
+    """Compute with merged layers, see PeftModel.merge_adapter; warn of the error of quantizing again."""
     dtype = injector.dtype()
     with injector.selection.within(active=tuple(names), enabled=True, rows=None):  # the biases of these adapters
         norms = [
@@ -53,7 +53,7 @@ def check_active(injector: Injector, names: Sequence[str]) -> None:
 
 
 def unmerge(injector: Injector) -> None:
-    """Lets the layers' own weights compute again."""
+    """Compute with the layers' own weights again."""
     for layer in injector.adapted_layers().values():
         layer.unmerge()
     for updates in injector.adapted_parameters().values():

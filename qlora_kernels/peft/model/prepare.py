@@ -1,4 +1,4 @@
-"""prepare_for_training: a frozen base made ready for adapters, with no cast that was not asked for."""
+"""prepare_for_training: freeze a base model for adapters, with the casts that are requested and no others."""
 
 from __future__ import annotations
 
