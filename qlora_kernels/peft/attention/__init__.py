@@ -1,1 +1,1 @@
-"""Where the parts of a transformer are, and how prefixes and prompts enter it."""
+"""Module names of the parts of a transformer, and the places where prefixes and prompts enter it."""

@@ -112,7 +112,7 @@ class PrefixSlot(AdapterModules):
         self.seen: list[tuple[Tensor, Tensor]] | None = None
 
     def read(self, k: Tensor, v: Tensor) -> Prefixes | None:
-        """What the adapters that act put before k and v [B, heads_kv, S, head_dim]; a row sees its own adapter's."""
+        """Return the active prefixes for k and v [B, heads_kv, S, head_dim], or None; a row sees its own adapter's."""
         if self.seen is not None:
             self.seen.append((k, v))
         sources = {
@@ -172,7 +172,7 @@ def _modeling(attention: nn.Module) -> ModuleType:
 
 
 def _use_prefix_attention(attention: nn.Module) -> None:
-    """Makes the attention module's model call attention_with_prefix around the implementation it uses now.
+    """Make the attention module's model call attention_with_prefix around the implementation it uses now.
 
     Raises NotImplementedError for a model without transformers' attention interface, or one that uses another
     implementation than eager or sdpa: the others take no mask that a prefix could be written into.
@@ -193,7 +193,7 @@ def _use_prefix_attention(attention: nn.Module) -> None:
 
 
 def restore_attention(attention: nn.Module, others: Iterable[nn.Module]) -> None:
-    """Undoes attention_slot once no adapter uses the slot.
+    """Undo attention_slot once no adapter uses the slot.
 
     others: the attention modules that have a slot; those of one configuration use one implementation.
     """

@@ -1,4 +1,4 @@
-"""PromptLayout: soft prompts of different length before the tokens of each row."""
+"""PromptLayout: the positions of soft prompts of different lengths before the tokens of each row."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class PromptLayout:
         return _gather(y, self.lengths[:, None] + torch.arange(y.shape[1] - self.n, device=y.device))
 
     def _order(self, length: int) -> Tensor:
-        """Where in [prompt, filling, tokens] each position of [prompt, tokens, filling] comes from, [B, n + S]."""
+        """Return [B, n + S]: the index in [prompt, filling, tokens] of each position of [prompt, tokens, filling]."""
         at, own = torch.arange(self.n + length, device=self.front.device), self.lengths[:, None]
         return torch.where(at < own, at, torch.where(at < own + length, at + self.n - own, at - length))
 

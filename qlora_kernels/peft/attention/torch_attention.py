@@ -99,7 +99,7 @@ class SplitAttention(nn.Module):
         return self.shell[0] if self._fill(self.shell[0]) else None
 
     def _fill(self, packed: nn.MultiheadAttention) -> bool:
-        """Gives `packed` the present weights, if they are dense, without a copy where they still lie side by side."""
+        """Give `packed` the present weights, if they are dense, without a copy where they still lie side by side."""
         projections = [base_of(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if not all(isinstance(projection, nn.Linear) for projection in projections):
             return False
@@ -167,7 +167,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def split_attention(model: nn.Module, selection: AdapterSelection) -> None:
-    """Puts a SplitAttention in the place of every nn.MultiheadAttention of the model that can be taken apart.
+    """Put a SplitAttention in the place of every nn.MultiheadAttention of the model that can be taken apart.
 
     torch's encoders are told to use no nested tensors, which lead to a fast path that adapters cannot act in.
     """
@@ -184,7 +184,7 @@ def split_attention(model: nn.Module, selection: AdapterSelection) -> None:
 
 
 def join_attention(model: nn.Module) -> None:
-    """Undoes split_attention: the modules are nn.MultiheadAttention again, with the weights as they are now."""
+    """Undo split_attention: the modules are nn.MultiheadAttention again, with the weights as they are now."""
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder) and "nested_tensor_before_adapters" in vars(module):
             del module.nested_tensor_before_adapters

@@ -28,7 +28,7 @@ class AdapterModules(nn.ModuleDict):
     """Marks this child and everything below it as no part of the model's own layers."""
 
     def add(self, adapter: str, module: nn.Module) -> str:
-        """Adds a module and returns the name of its entry."""
+        """Add a module and return the name of its entry."""
         key, number = adapter, 1
         while key in self:
             number += 1
@@ -52,13 +52,13 @@ class Place:
 
 
 class SlotOwner(Protocol):
-    """What AdapterTree needs of an Injector: access to the slots of the model's modules."""
+    """The interface of Injector that AdapterTree uses: access to the slots of the model's modules."""
 
     def slot(self, owner: str | None, slot: str) -> AdapterModules:
         """The child `slot` of the module at `owner`, made where it is missing."""
 
     def remove(self, owner: str | None, slot: str, key: str) -> None:
-        """Removes the entry `key` from a slot, and the slot with its last entry."""
+        """Remove the entry `key` from a slot, and the slot with its last entry."""
 
 
 class AdapterTree:
@@ -72,7 +72,7 @@ class AdapterTree:
         self.places: dict[str, Place] = {}
 
     def add(self, path: str, module: nn.Module, *, owner: str | None, slot: str, in_file: bool = True) -> Place:
-        """Makes `module` a part of the adapter: a child of the model's module at `owner`.
+        """Make `module` a part of the adapter: a child of the model's module at `owner`.
 
         path: its name in the file, if it is in the file at all.
         """
@@ -81,7 +81,7 @@ class AdapterTree:
         return place
 
     def add_inner(self, path: str, place: Place, inner: str) -> None:
-        """Gives the module at `inner` below `place` a name of its own in the file."""
+        """Give the module at `inner` below `place` a name of its own in the file."""
         self.places[path] = Place(place.owner, place.slot, place.key, inner)
 
     def __getitem__(self, path: str) -> nn.Module:
@@ -93,7 +93,7 @@ class AdapterTree:
             self[path].train(mode)
 
     def detach(self) -> None:
-        """Takes the adapter's modules out of the model, also where some of it was never added."""
+        """Take the adapter's modules out of the model, also where some of it was never added."""
         for owner, slot, key in {(place.owner, place.slot, place.key) for place in self.places.values()}:
             self.injector.remove(owner, slot, key)
         self.places = {}

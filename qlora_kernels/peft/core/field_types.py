@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def check_field_types(config: Any) -> None:
-    """Raises ValueError where a field of a dataclass holds a value that its annotation does not admit.
+    """Raise ValueError where a field of a dataclass holds a value that its annotation does not admit.
 
     Lists may be any collection but a string; an integer is a float, but a bool is no number, and inf and NaN are not
     admitted. For a Literal, the type of its values is enough: the class itself says which values there are.

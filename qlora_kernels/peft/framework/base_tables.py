@@ -82,7 +82,7 @@ def _stated_rows(base_model: str | None) -> int | None:
 
 
 def pop_base_tables(injector: Injector, tensors: dict[str, Tensor], known: set[str]) -> dict[str, tuple[str, Tensor]]:
-    """Removes the base model's own parameters from a file's tensors; returns those that are to replace the base's:
+    """Remove the base model's own parameters from a file's tensors; return those that are to replace the base's:
     path -> (path in the file, value).
 
     known: paths of the adapter's own tensors. A table replaces the base's where most of its rows, the leading ones, are

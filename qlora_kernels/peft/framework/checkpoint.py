@@ -21,7 +21,7 @@ _ABOUT_THE_RUN = {"base_model_name_or_path", "revision", "inference_mode", "peft
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
-    """Writes all of them as one change.   adapters: by path relative to the directory, "." for itself.
+    """Write all of them as one change.   adapters: by path relative to the directory, "." for itself.
 
     Where parameters are sharded every process has to call it, and rank 0 writes.
     """
@@ -81,7 +81,7 @@ def buildable(config: PeftConfig, files: AdapterFiles, injector: Injector) -> Pe
 
 
 def require_same_configs(name: str, methods: Sequence[Method], files: Sequence[AdapterFiles]) -> None:
-    """Raises ValueError where the files are not of an adapter that is configured as `methods` are."""
+    """Raise ValueError where the files are not of an adapter that is configured as `methods` are."""
     kinds = [method.config.peft_type for method in methods]
     found = [contents.config.get("peft_type") for contents in files]
     different = {} if kinds == found else {"peft_type": found}

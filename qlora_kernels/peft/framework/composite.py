@@ -75,5 +75,5 @@ class Composite(Method):
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Removes and returns the entries below a prefix, without it."""
+    """Remove and return the entries below a prefix, without it."""
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}

@@ -43,7 +43,7 @@ class Injector:
         self.split_attention()
 
     def split_attention(self) -> None:
-        """Takes torch's packed attention apart; join_attention puts it back."""
+        """Take torch's packed attention apart; join_attention puts it back."""
         split_attention(self.model, self.selection)
 
     def join_attention(self) -> None:
@@ -108,7 +108,7 @@ class Injector:
         return module
 
     def hooked_module(self, path: str) -> nn.Module:
-        """What is called at `path`, wrapped or not: hooks registered on it stay at that place.
+        """Return the module that is called at `path`, wrapped or not, on which hooks are registered.
 
         Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
         """
@@ -162,7 +162,7 @@ class Injector:
         self._replace(layer, layer.base_layer)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` where `old` is, with the hooks and with the adapters' modules that the hooks run."""
+        """Put `new` where `old` is, with the hooks and with the adapters' modules that the hooks run."""
         names = names_of(self.model, old)
         move_hooks(old, new)
         for slot, child in list(old._modules.items()):
@@ -216,7 +216,7 @@ class Injector:
         return cast(AdapterModules, module._modules[slot])
 
     def remove(self, owner: str | None, slot: str, key: str) -> None:
-        """Takes an entry out of a slot, the slot with its last entry, and a wrapper with the last of its updates."""
+        """Take an entry out of a slot, the slot with its last entry, and a wrapper with the last of its updates."""
         if owner is None:
             self.prompts.pop(key)
             return

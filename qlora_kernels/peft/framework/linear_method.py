@@ -124,7 +124,7 @@ class LinearMethod(Method, Generic[D]):
 
 
 def _check_called(injector: Injector, targets: Iterable[str]) -> None:
-    """Raises ValueError for an embedding that other embeddings take their table from: models call those instead."""
+    """Raise ValueError for an embedding that other embeddings take their table from: models call those instead."""
     for path in targets:
         if called := called_instead(injector, path):
             raise ValueError(

@@ -66,7 +66,7 @@ class Method:
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
-        """Raises ValueError where a name in `config` means nothing in the model, and gives the nearest names.
+        """Raise ValueError where a name in `config` matches nothing in the model, and name the nearest.
 
         For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
         """
@@ -92,7 +92,7 @@ class Method:
     def check_file(
         cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
-        """Raises ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
+        """Raise ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
         held = (*tensors.values(), *extra_tensors.values())
         longest = max((size for tensor in held for size in tensor.shape), default=0)
         for field in SIZES:
@@ -176,7 +176,7 @@ class Method:
     # In files
 
     def before_save(self) -> None:
-        """Raises RuntimeError if the adapter is not in a state worth saving."""
+        """Raise RuntimeError if the adapter is not in a state worth saving."""
 
     def file_config(self) -> dict[str, Any]:
         """adapter_config.json, in PEFT's fields where PEFT has the method."""
@@ -191,7 +191,7 @@ class Method:
         return {f"{self.file_prefix}{key}": value for key, value in tensors.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes what tensors() gave; raises ValueError for missing, unexpected or misshapen ones."""
+        """Load the tensors that tensors() returned; raise ValueError for missing, unexpected or misshapen ones."""
         self.fill(tensors_by_path(tensors, self.file_prefix))
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -218,7 +218,7 @@ class Method:
         return {"config": {name: values[name] for name in (*self.config.own_fields, "peft_type")}}, {}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
-        """Takes what extras() gave; not called for a file that PEFT wrote."""
+        """Load the result of extras(); not called for a file that PEFT wrote."""
 
     # In checkpoints of a run, which needs more to go on than a finished adapter needs to be used.
 
@@ -228,7 +228,7 @@ class Method:
         return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.tree.named_buffers()}}
 
     def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Takes what training_state() gave, also at the end of a run."""
+        """Load the result of training_state(), also at the end of a run."""
         self.load_extras(values, {n: t for n, t in tensors.items() if not n.startswith(_BUFFER)}, is_trainable=True)
         for name, buffer in self.tree.named_buffers():
             if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none

@@ -36,7 +36,7 @@ class ParameterOverrides:
         self.fixed: set[str] = set()  # paths of copies that never train
 
     def add(self, path: str, *, stored_as: str | None = None) -> None:
-        """Copies the parameter at `path`; one copy for all the paths of a tied one.
+        """Copy the parameter at `path`; one copy for all the paths of a tied one.
 
         stored_as: its path in the file, if that is not `path`.
         """
@@ -71,14 +71,14 @@ class ParameterOverrides:
                             self.add(f"{owner}.{attribute}" if owner else attribute)
 
     def add_tied(self) -> None:
-        """Copies what is tied to the parameters that have copies: one copy for all of them."""
+        """Copy the parameters that are tied to copied ones: one copy for all of them."""
         tied = paths_of_tied(self.injector.modules(aliases=True))
         for path in list(self.paths):
             for other in tied.get(path, ()):
                 self.add(other)
 
     def add_fixed(self, path: str, value: Tensor, *, stored_as: str | None = None) -> None:
-        """Replaces the parameter at `path` by a value that does not train."""
+        """Replace the parameter at `path` by a value that does not train."""
         self.add(path, stored_as=stored_as)
         self.set_copy(path, nn.Parameter(value.to(cast(Tensor, self.copy(path))), requires_grad=False))
         self.fixed.add(path)
@@ -89,7 +89,7 @@ class ParameterOverrides:
         return {self.paths[p]: self.paths[f] for p, copy in copies.items() if (f := _first(copies, copy)) != p}
 
     def untie(self, stored_as: str) -> None:
-        """Gives the parameter with this path in the file a copy of its own."""
+        """Give the parameter with this path in the file a copy of its own."""
         path = next(path for path, stored in self.paths.items() if stored == stored_as)
         copy = cast(nn.Parameter, self.copy(path))
         self.set_copy(path, nn.Parameter(copy.detach().clone(), requires_grad=copy.requires_grad))
@@ -118,7 +118,7 @@ class ParameterOverrides:
         return cast(nn.ModuleDict, overrides)[key]._parameters.get(attribute)
 
     def set_copy(self, path: str, copy: nn.Parameter) -> None:
-        """Puts another parameter in the place of the copy at `path`, also where the module there is a new one."""
+        """Put another parameter in the place of the copy at `path`, also where the module there is a new one."""
         owner, _, attribute = path.rpartition(".")
         overrides = override(self.injector.module(owner), attribute, self.injector.selection)
         if self.keys[owner] not in overrides:
@@ -155,7 +155,7 @@ class ParameterOverrides:
         return {self.paths[path]: full_tensor(t.detach()) for path, t in tensors.items() if _first(tensors, t) == path}
 
     def detach(self) -> None:
-        """Takes the copies out of the model."""
+        """Take the copies out of the model."""
         for owner, key in self.keys.items():
             module = self.injector.module(owner)
             overrides = module._modules.get(SLOT)
@@ -165,7 +165,7 @@ class ParameterOverrides:
         self.paths, self.keys = {}, {}
 
     def keep(self) -> None:
-        """Makes the copies the model's own parameters for good, in the dtypes of the originals."""
+        """Make the copies the model's own parameters for good, in the dtypes of the originals."""
         made: dict[int, nn.Parameter] = {}
         for path in self.paths:
             original, copy = self.original(path), self.copy(path)

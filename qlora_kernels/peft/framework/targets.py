@@ -95,8 +95,8 @@ def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool
 
 
 def check_target_names(injector: Injector, config: TargetConfig) -> None:
-    """Raises ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform means
-    nothing in the model.
+    """Raise ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform
+    matches nothing in the model.
 
     For configurations that a user writes. One out of a file may list names of other models: its tensors say what it
     adapts, and each of them must find its place.
@@ -157,7 +157,7 @@ def parameter_paths(injector: Injector) -> Iterator[str]:
 
 
 def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
-    """Raises ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
+    """Raise ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
     if lost := [key for key in pattern if not any(matches_ending(key, name) for name in targets)]:
         raise ValueError(
             f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
@@ -256,7 +256,7 @@ def _layer_of(name: str, config: TargetConfig) -> int | None:
 
 
 def _output_heads(injector: Injector, task_type: str | None) -> set[str]:
-    """What 'all-linear' leaves out: the output embedding of a language model, else the head of a classifier."""
+    """Return the layers that 'all-linear' excludes: the output embedding, or the head of a classifier."""
     output = output_embeddings_of(injector.model)
     if output is not None:
         layer = base_of(unwrapped(output))

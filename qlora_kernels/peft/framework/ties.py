@@ -23,7 +23,7 @@ def paths_of_tied(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def declare_ties(model: nn.Module) -> None:
-    """Makes the configuration of a transformers model, and the list that tie_weights() follows, agree with its weights.
+    """Make the configuration of a transformers model, and the list that tie_weights() follows, agree with its weights.
 
     Where parameters that the configuration ties are different ones by now (a head was trained in full, or merged),
     tie_word_embeddings becomes False. It speaks for all ties of the model, so that those which still hold become

@@ -73,7 +73,7 @@ class Delta(nn.Module):
 
 
 class SharedOutputs(Protocol):
-    """What a layer needs of the FusedProjections that it belongs to."""
+    """The interface of FusedProjections that an adapted layer uses."""
 
     def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
         """The output of `layer` for x where the group computes it; else None."""
@@ -271,7 +271,7 @@ class AdaptedLinear(nn.Module):
     def merge(
         self, names: Sequence[str], *, target: str, safe_merge: bool, default: torch.dtype = torch.float32
     ) -> tuple[float, float]:
-        """Makes a layer whose weight includes the named updates, and those merged before, compute.
+        """Compute with a layer whose weight includes the named updates and those merged before.
 
         default: dtype of a dense merged weight whose base does not say which it was quantized from.
         Returns Frobenius norms (|error|, |delta|): how far the stored weight is from base + delta, and the update.

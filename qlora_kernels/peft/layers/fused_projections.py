@@ -68,7 +68,7 @@ def fuse_shared_input(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS
 
 
 def unfuse_shared_input(model: nn.Module) -> None:
-    """Every layer computes for itself again."""
+    """Undo fuse_shared_input: every layer computes its own output again."""
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.fused_projections = None
@@ -79,14 +79,14 @@ def _can_join(module: nn.Module | None) -> bool:
 
 
 class _PendingOutputs:
-    """What one call of the leader computed and the others have not fetched yet."""
+    """Outputs that a call of the first layer computed and the other layers have not returned yet."""
 
     def __init__(self, x: Tensor, state: tuple[object, ...], outputs: dict[int, Tensor]) -> None:
         self.x, self.state, self.outputs = x, state, outputs
 
 
 class FusedProjections:
-    """Layers that read one tensor, the leader first."""
+    """A group of layers that read one tensor, in the order in which the model calls them."""
 
     def __init__(self, layers: Sequence[AdaptedLinear], names: Sequence[str]) -> None:
         self.layers, self.names = tuple(layers), tuple(names)
@@ -144,7 +144,7 @@ def _trains_bias(base: LinearNF4) -> bool:
 
 
 def _state_of(x: Tensor) -> tuple[object, ...]:
-    """What must not change between the leader's call and the others'."""
+    """Return the state that must be the same in the first layer's call and in the others'."""
     # torch.compile has no versions to compare while it traces, and inference tensors have none at all.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     device = x.device.type

@@ -24,7 +24,7 @@ class AdapterHook:
         self.x = PerThread()
 
     def update(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What is added where `module` is."""
+        """Return the update that is added at `module`."""
         entries = cast(nn.ModuleDict, module._modules[self.place.slot])
         return entries[self.place.key](x)  # type: ignore[no-any-return]
 

@@ -103,7 +103,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def override(module: nn.Module, attribute: str, selection: AdapterSelection) -> ParameterCopies:
-    """Makes `attribute`, a parameter of the module, one that adapters can override; returns the child for their copies.
+    """Make `attribute`, a parameter of the module, one that adapters can override; return the child for their copies.
 
     Raises NotImplementedError for a container that calls each of its children, which would call that child too.
     """
@@ -122,7 +122,7 @@ def override(module: nn.Module, attribute: str, selection: AdapterSelection) -> 
 
 
 def restore(module: nn.Module) -> None:
-    """Undoes `override` once no adapter has a copy any more."""
+    """Undo `override` once no adapter has a copy any more."""
     if not module._modules.get(SLOT):
         module._modules.pop(SLOT, None)
         if any(name.endswith(UPDATES) for name in module._modules):

@@ -71,7 +71,7 @@ class ParameterUpdates(AdapterModules):
         self.merged_names: tuple[str, ...] = ()
 
     def applied(self, own: Stored) -> Any:
-        """What the module gets where it reads the parameter, whose own value is `own`."""
+        """Return the value that the module reads for the parameter.   own: the parameter's own value."""
         if self.merged and self.selection.state.enabled:
             return self.merged[0]
         chosen = [cast(ParameterDelta, delta) for name, delta in self.items() if self.selection.has(name)]

@@ -124,7 +124,7 @@ class SvdLinear(Delta):
         return self.lora_A, self.lora_E, self.lora_B
 
     def freeze_rank(self) -> None:
-        """Makes `kept` final. A layer that keeps none goes on with one masked row: kernels want a rank of one."""
+        """Make `kept` final. A layer without kept triplets computes with one masked row: kernels need a rank of one."""
         self.rows = self.kept.nonzero().flatten()
         if len(self.kept) and not len(self.rows):
             self.rows = self.rows.new_zeros(1)
@@ -196,7 +196,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return [delta.triplets for delta in self.deltas.values()]
 
     def watch_training(self) -> None:
-        """Notes gradients, to tell at save whether step() was called. Parameters may have been replaced since."""
+        """Register hooks that note gradients, by which saving finds that step() was not called."""
         for delta in self.deltas.values():
             hooks = getattr(delta.lora_E, "_post_accumulate_grad_hooks", None) or {}
             if not any(isinstance(hook, _NoteGradient) and hook.method() is self for hook in hooks.values()):
@@ -232,7 +232,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return self.config.orth_reg_weight * (norms.square().sum() if self.config.orth_reg_squared else norms.mean())
 
     def step(self, global_step: int) -> None:
-        """Updates the importance and, where the schedule says so, moves the ranks.
+        """Update the importance and, where the schedule says so, move the ranks.
 
         Raises RuntimeError if there are no gradients to judge by.
         """
@@ -292,7 +292,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return super().extras() if finished else self._unfinished()
 
     def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The same at the end too: a run is compared and continued there by all its triplets."""
+        """Return all triplets also at the end of training, where runs are compared and continued."""
         return self._unfinished()
 
     def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:

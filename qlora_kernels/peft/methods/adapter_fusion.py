@@ -1,4 +1,4 @@
-"""AdapterFusion: attention over adapters that were trained apart; only the attention trains.
+"""AdapterFusion: trained attention over the outputs of adapters that were trained separately and stay frozen.
 
 Source: Pfeiffer et al. (arXiv:2005.00247).
 """

@@ -38,7 +38,7 @@ class BitFitConfig(PeftConfig):
 
 @register_method(BitFitConfig)
 class BitFit(Method):
-    """Biases of quantized layers are float parameters like any other, so NF4 bases serve as they are."""
+    """Trained biases. They are float parameters in quantized layers too, so NF4 models need no special case."""
 
     config: BitFitConfig
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning in the same interface: the baseline of every comparison."""
+"""Full fine-tuning as a method: all parameters train, as a baseline for comparisons."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         self.fill({**stored, **fixed})
 
     def _untie_different(self, stored: dict[str, Tensor]) -> None:
-        """Gives layers that share a weight, and of which a file has different updates, parameters of their own."""
+        """Give layers that share a weight, and of which a file has different updates, parameters of their own."""
 
         def update(path: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{path}."): t for key, t in stored.items() if key.startswith(f"{path}.")}

@@ -1,4 +1,4 @@
-"""LoRA of an embedding: that of a linear layer of one-hot tokens."""
+"""LoRA of an embedding, computed as for a linear layer whose input is one-hot tokens."""
 
 from __future__ import annotations
 

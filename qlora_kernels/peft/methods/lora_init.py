@@ -59,7 +59,7 @@ def init_orthogonal(delta: LoraLinear) -> None:
 
 @torch.no_grad()
 def init_loftq(delta: LoraLinear, base: nn.Module, path: str, loftq_iter: int = 1, loftq_bits: int = 4) -> nn.Module:
-    """Alternates Q = NF4(W - scaling * B A) and B A = SVD_r(W - Q) / scaling; returns Q, to stand in the base's place.
+    """Alternate Q = NF4(W - scaling * B A) and B A = SVD_r(W - Q) / scaling; returns Q, to stand in the base's place.
 
     Raises ValueError where the base is quantized already (the error against the dense weight is what is fitted) and
     NotImplementedError for other than 4 bits.

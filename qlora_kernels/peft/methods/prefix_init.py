@@ -1,4 +1,4 @@
-"""Prefixes that start as the keys and values of real words.
+"""Initialization of prefixes with the keys and values of given tokens.
 
 Source: Prefix-Tuning (arXiv:2101.00190) section 7.4: activations of words relevant to the task, where data is scarce.
 """

@@ -153,7 +153,7 @@ class SoftPrompt(Method):
         return PreparedCall((), kwargs, finish)
 
     def _extend_companions(self, layout: PromptLayout, kwargs: dict[str, Any], length: int) -> None:
-        """What goes with the tokens, one value each, gets values for the virtual ones."""
+        """Extend labels, token types and positions, in place, by values for the virtual tokens."""
         labels: Tensor | None = kwargs.get("labels")
         if labels is not None and not labels.is_floating_point() and not self.injector.layout.seq2seq:
             per_token = labels.dim() == 2 and labels.shape[1] == length
@@ -176,7 +176,7 @@ class SoftPrompt(Method):
         seq2seq = self.injector.layout.seq2seq
         finish = None if seq2seq else partial(_with_input, ids)
         if kwargs.get("max_length") is not None and not seq2seq:
-            # generate counts from its input, of which it sees embeddings only.
+            # generate counts the length of its input, which are embeddings here and not tokens.
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
         if self.config.placeholder_token_id is not None:
             return PreparedCall((), {**kwargs, "inputs_embeds": self._placed(model, ids)}, finish)

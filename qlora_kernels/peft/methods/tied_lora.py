@@ -107,7 +107,7 @@ def same_tensors(one: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool
 
 
 def tie_merged(injector: Injector) -> None:
-    """Gives merged layers that had one weight, and one update of it, one weight again."""
+    """Give merged layers that had one weight, and one update of it, one weight again."""
     merged = [layer for layer in injector.adapted_layers().values() if layer.merged_layer is not None]
     for number, layer in enumerate(merged):
         for first in merged[:number]:

@@ -88,7 +88,7 @@ def input_embeddings_path(injector: Injector, field: str) -> str:
 
 
 def add_named_token_rows(method: Method, tokens: Sequence[int] | Mapping[str, Sequence[int]], *, tie: bool) -> None:
-    """Gives LoRA's layers rows for the tokens that trainable_token_indices names; see add_token_rows."""
+    """Give LoRA's layers rows for the tokens that trainable_token_indices names; see add_token_rows."""
     injector, field = method.injector, "trainable_token_indices"
     if not isinstance(tokens, Mapping):
         tokens = {input_embeddings_path(injector, field): tokens}
@@ -105,7 +105,7 @@ def add_token_rows(
     suffix: str = "",
     tie: bool = False,
 ) -> dict[str, str]:
-    """Gives the layers rows for their tokens, as parts of the adapter.
+    """Give the layers rows for their tokens, as parts of the adapter.
 
     tokens: by the path of an embedding or a head.   init: whether rows start as the base's; else normal.
     suffix: what follows a layer's path in the file.

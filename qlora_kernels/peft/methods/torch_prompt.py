@@ -53,7 +53,7 @@ class EncoderPrompt:
         src = self._batch_first(encoder, given.pop("src"))
         layout = self.layout(src, cast(nn.ModuleDict, encoder.prompt_encoder))
         self.joined.put(layout)
-        given["is_causal"] = False  # a hint that the mask is the causal one, which it is no more
+        given["is_causal"] = False  # the extended mask is not the causal mask
         if (mask := given.get("mask")) is not None:
             given["mask"] = _extended(mask, layout.n)
         padding = given.get("src_key_padding_mask")

@@ -1,4 +1,4 @@
-"""UniPELT: LoRA, prefix and adapter in every layer, each behind a gate that the input sets.
+"""UniPELT: LoRA, prefix and adapter in every layer, each scaled by a gate that is computed from the input.
 
 Source: Mao et al. (arXiv:2110.07577) and the authors' code, where it says more than the paper.
 """
@@ -169,7 +169,7 @@ def new_gate(injector: Injector, path: str, d: int) -> Gate:
 
 @register_method(UniPELTConfig)
 class UniPELT(Composite):
-    """See UniPELTConfig. Gates average over the sequence in encoders, and stand for each token alone in decoders."""
+    """The method of UniPELTConfig. Gates are averaged over the sequence in encoders, and per token in decoders."""
 
     config: UniPELTConfig
 

@@ -23,7 +23,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | None) -> None:
-    """Raises ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
+    """Raise ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
     if batch is not None and len(adapter_names) != batch:
         raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
     for name in set(adapter_names) - {BASE}:

@@ -26,7 +26,7 @@ Factors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """How several tensors become one.
+    """The arithmetic by which several tensors become one.
 
     prune: keeps `density` of each tensor's entries, the largest ("magnitude") or random ones scaled by 1 / density.
     elect: each entry has a sign elected, and is the mean of the tensors that have it; else the sum of all.
@@ -122,7 +122,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Combined:
-    """What a new LoRA adapter of scaling 1 consists of.
+    """The configuration and tensors of a new LoRA adapter of scaling 1.
 
     factors: (A, B) of each layer that one of the parts adapts.   replaced: values of the parameters that it replaces.
     """

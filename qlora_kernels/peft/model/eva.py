@@ -19,7 +19,7 @@ from .peft_model import PeftModel
 
 @torch.no_grad()
 def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
-    """Sets lora_A of each layer to the first r right singular vectors of the inputs that the layer gets.
+    """Set lora_A of each layer to the first r right singular vectors of the inputs that the layer gets.
 
     batches: keyword arguments of the model's forward, a few hundred tokens or more in all. Tokens with attention_mask 0
     do not count. The base model runs over them, without adapters, in eval mode.

@@ -50,7 +50,7 @@ def _new(kind: Any) -> Any:
 
 
 def check_save_options(state_dict: Mapping[str, Tensor] | None, safe_serialization: bool) -> None:
-    """Raises where save_pretrained is asked for what it does not do."""
+    """Raise where save_pretrained is asked for what it does not do."""
     if not safe_serialization:
         raise ValueError("save_pretrained: safe_serialization must be True, got False; pickled files are not written")
     if state_dict is not None:

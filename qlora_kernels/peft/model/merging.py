@@ -14,7 +14,7 @@ from ..methods.tied_lora import tie_merged
 
 
 def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
-    """Raises ValueError for an adapter that is no update of weights."""
+    """Raise ValueError for an adapter that is no update of weights."""
     for name in names:
         for method in methods_of(injector, name):
             if reason := method.merge_unsupported():
@@ -68,7 +68,7 @@ def is_merged(injector: Injector, name: str) -> bool:
 
 
 def keep_merged(injector: Injector, names: Sequence[str]) -> None:
-    """Makes the merged layers, and the parameters that the adapters replace, the model's own for good."""
+    """Make the merged layers, and the parameters that the adapters replace, the model's own for good."""
     _warn_of_ties(injector)
     tie_merged(injector)
     for layer in injector.adapted_layers().values():

@@ -16,7 +16,7 @@ def prepare_for_training(
     upcast: Literal["norms", "none", "all"] = "norms",
     gradient_checkpointing: Literal["non_reentrant", "reentrant", False] = "non_reentrant",
 ) -> nn.Module:
-    """Freezes `model`, in place, and returns it.
+    """Freeze `model`, in place, and returns it.
 
     upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all (as PEFT's
     prepare_model_for_kbit_training does, which takes 4 bytes for every weight of the embeddings and the head too).

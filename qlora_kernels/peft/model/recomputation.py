@@ -23,7 +23,7 @@ _lock = threading.Lock()
 
 
 def save_state_with_regions() -> None:
-    """Makes torch's checkpoints save the state of all adapters; called for each PeftModel, and done once.
+    """Make torch's checkpoints save the state of all adapters; called for each PeftModel, and done once.
 
     Warns where this torch's checkpoint works in another way: then the adapters must not change between forward and
     backward.

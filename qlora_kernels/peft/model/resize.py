@@ -1,4 +1,4 @@
-"""resize_token_embeddings of a model with adapters that replace its embeddings or its head."""
+"""resize_token_embeddings for a model whose adapters replace the embeddings or the head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..layers.adapted_linear import AdaptedLinear, base_of
 
 
 def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> Any:
-    """The base model's method, over its own parameters; then the copies follow. See PeftModel."""
+    """Resize the base model's own embeddings, then the adapters' copies of them. See PeftModel."""
     model: Any = injector.model
     for path, module in injector.modules().items():
         if module in _tables(injector) and isinstance(injector.hooked_module(path), AdaptedLinear):
