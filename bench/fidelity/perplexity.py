@@ -86,10 +86,10 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         words = ", ".join(f"{other[size][DOUBLE_QUANTIZED]:.3f} and {other[size]['FP4 E2M1']:.3f}" for size in other)
         findings.append(
             Finding(
-                "The same with blocks of 32, 128 and 256",
+                "NF4 with double quantization is below FP4 and int4 also in blocks of 32, 128 and 256",
                 not broken,
                 f"NF4 + DQ and FP4 have {words}"
-                + (f"; it does not hold with blocks of {', '.join(map(str, broken))}" if broken else ""),
+                + (f"; the order is another in blocks of {', '.join(map(str, broken))}" if broken else ""),
             )
         )
     if {DOUBLE_QUANTIZED, "NF4"} <= of.keys():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..markdown import table
 from ..row_file import Row
-from .claim import Claim, Finding
+from .claim import Claim, Finding, has_case
 from .claims import CLAIMS
 
 BEGIN, END = "<!-- begin: python -m bench.fidelity report -->", "<!-- end -->"
@@ -39,9 +39,20 @@ def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], result
         claim.table(rows),
         "\n".join(verdicts),
         f"```bash\npython -m bench.fidelity {claim.name} --out {results}\n```",
+        _unmeasured(claim, rows),
         _provenance(rows),
     ]
     return list(filter(None, parts))
+
+
+def _unmeasured(claim: Claim, rows: Sequence[Row]) -> str:
+    """The cases that have no row, so that a verdict on a part of them is seen to be one."""
+    cases = claim.cases(False)
+    missing = [case for case in cases if not any(has_case(row, case) for row in rows)]
+    if not missing:
+        return ""
+    words = "; ".join(", ".join(f"{name} {value}" for name, value in case.items()) for case in missing)
+    return f"Not measured, {len(missing)} of {len(cases)} cases: {words}."
 
 
 def _provenance(rows: Sequence[Row]) -> str:
