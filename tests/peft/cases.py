@@ -12,6 +12,8 @@ from qlora_kernels import peft
 from qlora_kernels.peft import PeftConfig, PeftModel, get_peft_model
 from tests.peft.models import HEADS, batch, logits, make, randomize
 
+ARCHITECTURES = ("llama", "bert", "gpt2", "t5", "torch")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -24,6 +26,7 @@ class Case:
     identity: float | None = None
     rows: bool = True
     quantized: bool = True
+    kinds: Sequence[str] = ARCHITECTURES
 
 
 CASES: dict[str, Case] = {
@@ -49,17 +52,23 @@ CASES: dict[str, Case] = {
             feedforward_modules=r".*(down_proj|output\.dense|mlp\.c_proj|wo|linear2)",
         ),
         identity=0.0,
+        kinds=("llama", "t5"),
     ),
-    "vera": Case(peft.VeraConfig(target_modules="all-linear", r=8), identity=1e-5),
-    "loha": Case(peft.LoHaConfig(target_modules="all-linear", r=2), identity=1e-5),
-    "lokr": Case(peft.LoKrConfig(target_modules="all-linear", r=2, decompose_both=True), identity=1e-5),
-    "oft": Case(peft.OFTConfig(target_modules="all-linear", oft_block_size=8), identity=1e-5),
-    "boft": Case(peft.BOFTConfig(target_modules="all-linear", boft_n_butterfly_factor=2), identity=1e-5),
+    "vera": Case(peft.VeraConfig(target_modules="all-linear", r=8), identity=1e-5, kinds=("llama", "gpt2")),
+    "loha": Case(peft.LoHaConfig(target_modules="all-linear", r=2), identity=1e-5, kinds=("llama", "bert")),
+    "lokr": Case(
+        peft.LoKrConfig(target_modules="all-linear", r=2, decompose_both=True), identity=1e-5, kinds=("llama", "torch")
+    ),
+    "oft": Case(peft.OFTConfig(target_modules="all-linear", oft_block_size=8), identity=1e-5, kinds=("llama", "gpt2")),
+    "boft": Case(
+        peft.BOFTConfig(target_modules="all-linear", boft_n_butterfly_factor=2), identity=1e-5, kinds=("llama", "bert")
+    ),
     "trainable_tokens": Case(
         peft.TrainableTokensConfig(
             token_indices=list(range(1, 48)), target_modules=r".*(embed_tokens|word_embeddings|wte|shared)|embed"
         ),
         identity=1e-5,
+        kinds=("llama", "t5"),
     ),
     "mam": Case(peft.MAMConfig(prefix_length=4, prefix_hidden_size=16, bottleneck_size=8)),
     "unipelt": Case(peft.UniPELTConfig(prefix_length=4, prefix_hidden_size=16, lora_r=4, reduction_factor=4)),
@@ -72,8 +81,6 @@ CASES: dict[str, Case] = {
         ]
     ),
 }
-
-ARCHITECTURES = ("llama", "bert", "gpt2", "t5", "torch")
 
 
 def build(case: str, kind: str, *, nf4: bool = False, task: bool = False, seed: int = 0, layers: int = 2) -> PeftModel:

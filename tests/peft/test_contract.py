@@ -18,8 +18,15 @@ from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 METHOD = pytest.mark.parametrize("case", CASES)
-KIND = pytest.mark.parametrize("kind", ARCHITECTURES)
-GENERATORS = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+
+
+def on(*kinds):
+    """Every case on those of these models that it is tried on."""
+    pairs = [(case, kind) for case in CASES for kind in kinds if kind in CASES[case].kinds]
+    return pytest.mark.parametrize(("case", "kind"), pairs, ids=["-".join(pair) for pair in pairs])
+
+
+EACH_KIND = on(*ARCHITECTURES)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +52,7 @@ def test_every_method_has_a_case():
 
 @torch.no_grad()
 @FORMATS
-@KIND
-@METHOD
+@EACH_KIND
 def test_function(case, kind, nf4, tmp_path):
     """The identity at the start if promised; the base when disabled or unloaded; copies and files equal byte for byte.
 
@@ -100,8 +106,7 @@ def assert_same_bytes(actual, expected):
 
 
 @FORMATS
-@KIND
-@METHOD
+@EACH_KIND
 def test_training(case, kind, nf4, capsys):
     """Only the adapter trains, all of it trains, the count is right, and a task is learned."""
     applies(case, nf4)
@@ -129,8 +134,7 @@ def test_training(case, kind, nf4, capsys):
     assert not unmoved
 
 
-@METHOD
-@GENERATORS
+@on("llama", "gpt2", "t5")
 def test_generate_is_forward(case, kind):
     """Greedy generation with a cache: each step's scores equal the forward's, and its token is their argmax."""
     model = build(case, kind)
@@ -148,8 +152,7 @@ def test_generate_is_forward(case, kind):
 
 
 @FORMATS
-@METHOD
-@KIND
+@EACH_KIND
 def test_rows(case, kind, nf4):
     """Two adapters of a method, of different sizes if possible, and the base in one batch; or a clear refusal."""
     applies(case, nf4)
@@ -182,8 +185,7 @@ def test_rows(case, kind, nf4):
         assert_same_function(mixed[i : i + 1], alone)
 
 
-@METHOD
-@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
+@on("llama", "bert", "gpt2", "t5")
 def test_gradient_checkpointing(case, kind):
     grads = []
     for checkpointing in (False, {"use_reentrant": False}, {"use_reentrant": True}):
@@ -200,8 +202,7 @@ def test_gradient_checkpointing(case, kind):
 
 
 @FORMATS
-@METHOD
-@KIND
+@EACH_KIND
 def test_autocast(case, kind, nf4):
     applies(case, nf4)
     model = build(case, kind, nf4=nf4).train()
@@ -223,12 +224,14 @@ def test_bf16_base(case):
     y.float().sum().backward()
 
 
+LIKE_OTHERS = ("vera", "loha", "boft")
+"""Cases that run the code of others: LoRA's and OFT's."""
 EVERY_MECHANISM = ("prompt_tuning", "prefix_tuning", "houlsby", "lora", "unipelt")
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [("llama", case) for case in CASES]
+    [("llama", case) for case in CASES if case not in LIKE_OTHERS]
     + [(kind, case) for kind in ARCHITECTURES if kind != "llama" for case in EVERY_MECHANISM],
 )
 def test_compiles(case, kind):

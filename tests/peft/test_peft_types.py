@@ -54,7 +54,7 @@ PEERS = {
     "ia3_bert": Peer("IA3Config", {"task_type": "SEQ_CLS"}, "bert"),
     "ia3_gpt2": Peer("IA3Config", {}, "gpt2"),
     "ia3_t5": Peer("IA3Config", {"init_ia3_weights": False, "task_type": "SEQ_2_SEQ_LM"}, "t5"),
-    "ia3_names": Peer("IA3Config", {**FEEDFORWARD, "exclude_modules": ["layers.0.mlp.down_proj"]}, layers=2),
+    "ia3_names": Peer("IA3Config", {**FEEDFORWARD, "exclude_modules": ["q_proj"]}),
     "vera": Peer("VeraConfig", {"r": 4, "target_modules": ["q_proj", "k_proj", "down_proj"], "projection_prng_key": 7}),
     "vera_gpt2": Peer("VeraConfig", {"r": 4, "target_modules": ["c_attn", "c_proj"], "bias": "vera_only"}, "gpt2"),
     "vera_seed": Peer("VeraConfig", {"r": 40, "save_projection": False, "init_weights": False, "d_initial": 0.3}),
@@ -62,7 +62,6 @@ PEERS = {
     "loha_dense": Peer(
         "LoHaConfig", {"r": 6, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 3}, "init_weights": False}
     ),
-    "loha_bert": Peer("LoHaConfig", {"r": 3, "task_type": "SEQ_CLS", "layers_to_transform": [1]}, "bert", layers=2),
     "lokr": Peer("LoKrConfig", {"r": 2, "alpha": 3, "target_modules": ["q_proj", "k_proj", "down_proj"]}),
     "lokr_both": Peer(
         "LoKrConfig",
@@ -105,7 +104,12 @@ PEERS = {
     ),
     "lora_tokens_t5": Peer("LoraConfig", {"r": 2, "trainable_token_indices": [12]}, "t5"),
 }
-PEER = pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler_of_pefts(hf_peft, monkeypatch):
+    """PEFT would try to build a CUDA library for BOFT."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
 def their_model(hf_peft, peer):
@@ -141,8 +145,15 @@ def assert_same_files(ours, theirs):
         assert values[0] == values[1], key
 
 
-@PEER
-@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+ONE_OF_EACH = [name for name in PEERS if "_" not in name]
+OVER_NF4 = [(PEERS[name], True) for name in ONE_OF_EACH]
+
+
+@pytest.mark.parametrize(
+    ("peer", "nf4"),
+    [(peer, False) for peer in PEERS.values()] + OVER_NF4,
+    ids=[*PEERS, *(f"{name}-nf4" for name in ONE_OF_EACH)],
+)
 def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
     """An adapter trained by PEFT is loaded and saved here and loaded by PEFT: outputs, gradients, files, merges."""
     inputs = batch(peer.kind)
@@ -170,7 +181,7 @@ def test_peft_computes_the_same(hf_peft, tmp_path, peer, nf4):
         assert_same_function(logits(ours.merge_and_unload(), inputs), expected, "merged for good")
 
 
-@PEER
+@pytest.mark.parametrize("peer", [PEERS[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
 def test_new_adapter_equals_peft(hf_peft, tmp_path, peer):
     """Layers, shapes and start are equal: PEFT loads a file saved here, and its own file has the same names."""
     inputs = batch(peer.kind)
@@ -190,7 +201,7 @@ def test_new_adapter_equals_peft(hf_peft, tmp_path, peer):
         assert_same_function(logits(theirs, inputs), logits(ours, inputs))
 
 
-SEVERAL = pytest.mark.parametrize("name", ["ia3", "vera", "loha_dense", "lokr", "oft", "boft"])
+SEVERAL = pytest.mark.parametrize("name", ["ia3", "lokr", "oft", "boft"])
 
 
 @SEVERAL
