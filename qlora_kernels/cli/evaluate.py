@@ -65,13 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _records(data: str) -> tuple[str, tuple[Any, ...]]:
     """(the name of the data, all its records)."""
-    from ..training import language_reference, read_corpus
+    from ..training import language_reference, read_data
 
     with bad_input():
         if data == "builtin":
             corpus = language_reference()
             return corpus.source, corpus.train + corpus.unseen
-        corpus = read_corpus(Path(data), 0.0)
+        corpus = read_data(data, 0.0)
         return corpus.source, corpus.train
 
 

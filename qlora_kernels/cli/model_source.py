@@ -31,7 +31,13 @@ from .patterns import check_patterns
 
 
 def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Module, Any]:
-    """(model, tokenizer): the model in NF4, or as it is with --dense, on the device of --device."""
+    """(model, tokenizer): the model in NF4, or as it is with --dense, on the device of --device.
+
+    An --adapter that cannot be read is refused before the model is converted and loaded.
+    """
+    if getattr(arguments, "adapter", None) is not None:
+        with bad_input():
+            checkpoint.load_adapter(arguments.adapter)
     device = chosen_device(arguments.device, os.environ)
     dtype = dtype_of(chosen_dtype(arguments.compute_dtype, device))
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qlora_kernels
-from qlora_kernels.cli import choices, main
+from qlora_kernels.cli import choices, main, model_source
 from qlora_kernels.cli.arguments import dtype_of
 from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.format import nf4
@@ -82,3 +82,17 @@ def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "qlora-kernels: shtab must be installed; run `pip install 'qlora_kernels[completion]'`\n"
     )
+
+
+@pytest.mark.parametrize("command", ["generate", "merge", "eval", "chat"])
+def test_an_adapter_that_is_missing_is_refused_before_the_model_is_read(capsys, monkeypatch, tmp_path, command):
+    def never(*_):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(model_source, "dense_folder", never)
+    rows = tmp_path / "rows.txt"
+    rows.write_text("text")
+    more = {"generate": ["--prompt", "x"], "merge": ["--out", str(tmp_path / "out")], "eval": ["--data", str(rows)]}
+    adapter = str(tmp_path / "absent")
+    assert main([command, "--model", "m", "--adapter", adapter, *more.get(command, [])]) == 2
+    assert adapter in capsys.readouterr().err
