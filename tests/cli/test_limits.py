@@ -275,7 +275,7 @@ def test_out_of_memory_is_one_line(capsys, model, data, tmp_path, monkeypatch, e
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("qlora_kernels.cli.finetune.train", fail)
+    monkeypatch.setattr("qlora_kernels.cli.finetune_training.train", fail)
     line = refused(capsys, finetune_arguments(model, data, tmp_path), code=1)
     assert line.startswith("qlora-kernels finetune: out of memory: ")
 
