@@ -54,6 +54,10 @@ class LoHaLinear(LycorisDelta):
         a1, b1, a2, b2 = (weight_of(self, f"hada_w{number}_{side}") for number in (1, 2) for side in "ab")
         return a1, b1, a2, b2
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return weight_of(self, "hada_w1_a").dtype
+
     def update(self) -> Tensor:
         a1, b1, a2, b2 = self._factors()
         return self.scaling * ((a1 @ b1) * (a2 @ b2))
@@ -66,8 +70,8 @@ class LoHaLinear(LycorisDelta):
         return lora_A, lora_B, self.scaling
 
     def factors(self) -> LoraFactors | None:
-        n, r = self._parameters["hada_w1_a"].shape  # type: ignore[union-attr]
-        k = self._parameters["hada_w1_b"].shape[1]  # type: ignore[union-attr]
+        a1, b1, _, _ = self._factors()
+        (n, r), k = a1.shape, b1.shape[1]
         # Beyond that the dense update is cheaper to store and to multiply by.
         if r * r * (n + k) > n * k or self.drops or has_hooks(self):
             return None

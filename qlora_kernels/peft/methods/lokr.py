@@ -74,9 +74,13 @@ class LoKrLinear(LycorisDelta):
             self.register_parameter(each, parameter)
 
     def _matrix(self, name: str) -> Tensor:
-        if name in self._parameters:
+        if hasattr(self, name):
             return weight_of(self, name)
         return weight_of(self, f"{name}_a") @ weight_of(self, f"{name}_b")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return weight_of(self, "lokr_w1" if hasattr(self, "lokr_w1") else "lokr_w1_a").dtype
 
     def update(self) -> Tensor:
         return self.scaling * torch.kron(self._matrix("lokr_w1"), self._matrix("lokr_w2").contiguous())

@@ -54,6 +54,11 @@ class LycorisDelta(Delta):
         self.scaling = scaling
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors; a replica of the layer has them as attributes and not as parameters."""
+        raise NotImplementedError
+
     def update(self) -> Tensor:
         """The update of the weight, [N, K]."""
         raise NotImplementedError
@@ -68,8 +73,7 @@ class LycorisDelta(Delta):
         return self.training and (self.rank_dropout > 0 or self.module_dropout > 0)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        dtype = next(self.parameters()).dtype
-        part = self.product(x.to(dtype))
+        part = self.product(x.to(self.dtype))
         if self.drops:
             part = part * self._mask(part)
         return (y + part).to(y.dtype)
