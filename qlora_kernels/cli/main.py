@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import bench, chat, evaluate, export, finetune_parser, generate, info, merge, plan, quantize
+from . import bench, chat, evaluate, export, finetune_parser, generate, info, merge, plan, quality, quantize
 from .arguments import UsageError
 from .recipes import with_recipe
 
@@ -174,6 +174,6 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the versions of qlora_kernels, torch and Python")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (info, plan, quantize, finetune_parser, evaluate, generate, chat, merge, export, bench):
+    for command in (info, plan, quality, quantize, finetune_parser, evaluate, generate, chat, merge, export, bench):
         command.add_parser(subparsers)
     return parser

@@ -145,6 +145,8 @@ ALLOWED = {
     ("integrations/gguf_export.py", "_add", "to"): "a file is written from CPU memory",
     ("integrations/gguf_export.py", "_add", "numpy"): "a file is written from CPU memory",
     ("integrations/gguf_export.py", "_rope_factors", "tensor"): "a file is written from CPU memory",
+    ("integrations/quantization_report.py", "normal_shares", "linspace"): "numbers about the format, not a model's",
+    ("integrations/quantization_report.py", "normal_shares", "tensor"): "numbers about the format, not a model's",
     ("cli/device.py", "chosen_device", "device"): "the device is chosen here",
     ("cli/info.py", "_facts", "cpu"): "torch.backends.cpu",
 }

@@ -25,7 +25,7 @@ def test_arguments_are_parsed_without_torch():
 import contextlib, io, sys
 sys.argv = ["/usr/bin/qlora-kernels"]
 from qlora_kernels.cli.main import main
-commands = ["info", "plan", "quantize", "finetune", "eval", "generate", "chat", "merge", "export"]
+commands = ["info", "plan", "quality", "quantize", "finetune", "eval", "generate", "chat", "merge", "export"]
 for argv in (["--help"], ["--version"], ["finetune", "--no-such"], *([name, "--help"] for name in commands)):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:

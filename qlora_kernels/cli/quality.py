@@ -1,0 +1,88 @@
+"""qlora-kernels quality: what quantization to NF4 costs each layer of a model, as a table, a file and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import Subparsers, UsageError, add_command, add_quantization, bad_input, positive
+from .console import Console
+
+if TYPE_CHECKING:
+    from ..integrations.quantization_report import QuantizationReport
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add this subcommand and its options to the command line."""
+    parser = add_command(
+        subparsers,
+        "quality",
+        run,
+        "say what quantization to NF4 costs each layer",
+        "Quantize each linear layer of a dense model and report its error, and how often each of the 16 codes occurs "
+        "beside how often it would among normally distributed weights.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR|GGUF|ID|builtin", help="a dense model")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the whole report here")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw errors and codes; needs matplotlib")
+    parser.add_argument("--rows", type=positive, default=10, metavar="LAYERS", help="layers of the table, worst first")
+    add_quantization(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantize layer by layer and print the report."""
+    from ..integrations.model_folders import is_quantized
+    from ..integrations.quantization_report import quantization_report
+    from ..io.atomic import file_appearing_by_rename
+    from .model_source import dense_folder
+
+    if arguments.plot is not None:
+        import matplotlib  # noqa: F401, its absence is said before any work
+    console = Console(quiet=arguments.json)
+    with tempfile.TemporaryDirectory() as scratch, bad_input():
+        folder = dense_folder(arguments.model, Path(scratch), console)
+        if is_quantized(folder):
+            raise UsageError(f"--model: must be dense, got {folder}, whose NF4 layers leave nothing to compare with")
+        with console.bar(0, "quantizing", "layer") as bar:
+            report = quantization_report(
+                folder,
+                skip=arguments.skip,
+                blocksize=arguments.blocksize,
+                double_quant=arguments.double_quant,
+                on_layers=bar.reset,
+                on_layer=bar.update,
+            )
+    text = json.dumps({**asdict(report), "relative": report.relative, "shares": report.shares})
+    with bad_input():
+        if arguments.out is not None:
+            with file_appearing_by_rename(arguments.out) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
+        if arguments.plot is not None:
+            from .quality_plot import draw
+
+            with file_appearing_by_rename(arguments.plot) as partial:
+                draw(report, partial)
+    print(text if arguments.json else _table(report, arguments.rows))
+    return 0
+
+
+def _table(report: QuantizationReport, rows: int) -> str:
+    worst = sorted(report.layers, key=lambda layer: -layer.relative)[:rows]
+    width = max(len(layer.name) for layer in worst)
+    lines = [
+        f"{len(report.layers)} layers, blocks of {report.blocksize}: relative error {report.relative:.4f} "
+        "(root mean square, over that of the weights)",
+        "",
+        f"{'worst layers':<{width}}  {'relative':>9}  {'largest':>9}  {'bits':>6}  bits from normal",
+    ]
+    lines += [
+        f"{layer.name:<{width}}  {layer.relative:9.4f}  {layer.largest:9.2e}  {layer.bits:6.3f}  {layer.divergence:.5f}"
+        for layer in worst
+    ]
+    lines += ["", "code   all layers  normal weights"]
+    lines += [f"{i:4}  {p:10.4%}  {q:14.4%}" for i, (p, q) in enumerate(zip(report.shares, report.normal, strict=True))]
+    return "\n".join(lines)
