@@ -287,6 +287,34 @@ def test_dropped_blocks_are_the_identity(config):
     assert_same_function(found[0] @ found[0].T, x, "orthogonal")
 
 
+@torch.no_grad()
+def test_weighted_sums_of_ia3_are_pefts(hf_peft, tmp_path):
+    """Of adapters on different layers too; what is no vector is refused."""
+    configs = {
+        "default": {},
+        "other": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    }
+    theirs = hf_peft.get_peft_model(make("llama", layers=1), hf_peft.IA3Config()).eval()
+    theirs.add_adapter("other", hf_peft.IA3Config(**configs["other"]))
+    for number, name in enumerate(configs):
+        theirs.set_adapter(name)
+        randomize(theirs, seed=number)
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(make("llama", layers=1), tmp_path)
+    ours.load_adapter(tmp_path / "other", "other")
+    theirs.base_model.add_weighted_adapter(list(configs), [0.7, 0.6], "sum")
+    theirs.base_model.set_adapter("sum")
+    ours.add_weighted_adapter(list(configs), [0.7, 0.6], "sum")
+    ours.set_adapter("sum")
+    assert_same_function(logits(ours, batch("llama")), logits(theirs, batch("llama")))
+    ours.add_adapter("head", peft.IA3Config(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"adapter 'head' must not replace lm_head\.weight"):
+        ours.add_weighted_adapter(["default", "head"], [1.0, 1.0], "further")
+    ours.add_adapter("turned", peft.IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match=r"must all scale the input of model\.layers\.0\.mlp\.down_proj, or all"):
+        ours.add_weighted_adapter(["default", "turned"], [1.0, 1.0], "further")
+
+
 def test_only_lora_adapters_are_summed():
     model = get_peft_model(make("llama"), peft.LoKrConfig(r=2))
     with pytest.raises(TypeError, match="add_weighted_adapter: adapter 'default' must be a LoRA adapter"):

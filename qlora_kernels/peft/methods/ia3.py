@@ -6,6 +6,7 @@ Source: IA3 (arXiv:2205.05638). Names, defaults and files: PEFT's.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -131,6 +132,35 @@ class IA3(LinearMethod[IA3Linear]):
     def new_delta(self, path: str, base: nn.Module) -> IA3Linear:
         config = self.config
         return IA3Linear(base, config.scales_input(path), config.init_ia3_weights, self.injector.adapter_dtype)
+
+
+@torch.no_grad()
+def weighted_ia3(parts: Sequence[IA3], weights: Sequence[float]) -> tuple[IA3Config, dict[str, Tensor]]:
+    """Return the configuration and the vectors of the sum of IA3 adapters' vectors by weight, which is PEFT's.
+
+    A layer that only some of the adapters have gets the sum of theirs.
+    Raises ValueError for adapters that train other parameters too, and where one scales a layer's input and another its
+    output.
+    """
+    if len(parts) != len(weights):
+        raise ValueError(f"add_weighted_adapter: weights must be one per adapter, got {len(weights)} for {len(parts)}")
+    vectors: dict[str, Tensor] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        if part.overrides.paths:
+            raise ValueError(
+                f"add_weighted_adapter: adapter {part.name!r} must not replace {min(part.overrides.paths)} "
+                "(modules_to_save), since trained copies are no vectors that add up; merge it instead"
+            )
+        for path, delta in part.deltas.items():
+            vector = weight * weight_of(delta, "ia3_l").detach()
+            if path in vectors and vectors[path].shape != vector.shape:
+                raise ValueError(
+                    f"add_weighted_adapter: adapters must all scale the input of {path}, or all its output"
+                )
+            vectors[path] = vectors[path] + vector if path in vectors else vector
+    scaled = [path for part in parts for path, delta in part.deltas.items() if delta.acts_on_input]
+    changes = {"target_modules": list(vectors), "feedforward_modules": list(dict.fromkeys(scaled))}
+    return parts[0].config.replace(exclude_modules=None, **changes), vectors
 
 
 def _completed(config: PeftConfig, injector: Injector) -> IA3Config:

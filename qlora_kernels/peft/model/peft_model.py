@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...nn.match import as_names
 from ...nn.module_tree import shards, unwrapped
+from ..framework.method import methods_of
 from ..framework.registry import method_for
 from ..framework.ties import declare_ties
 from ..layers.foreign_layer import forget_quantization
+from ..methods.ia3 import IA3, weighted_ia3
 from . import adapter_files, adapters, merging
 from .adapted_model import AdaptedModel
 from .adapters import Configs, as_configs
@@ -108,10 +110,20 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Add a LoRA adapter that is the weighted sum of other adapters' updates, or a sparser combination of them.
 
+        Of IA3 adapters the vectors are summed, whatever the combination_type: methods.ia3.weighted_ia3.
+
         combination_type: "cat" (exact), "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties", and the
         last four with "_svd"; those that prune need `density`. combine.Combination describes the types and the other
         arguments, combine.weighted_lora the biases and modules_to_save.
         """
+        methods = [method for name in adapters for method in methods_of(self.injector, name)]
+        if methods and len(methods) == len(adapters) and all(isinstance(method, IA3) for method in methods):
+            config, vectors = weighted_ia3(cast("list[IA3]", methods), weights)
+            self.add_adapter(adapter_name, config)
+            (new,) = methods_of(self.injector, adapter_name)
+            for path, vector in vectors.items():
+                cast(IA3, new).deltas[path].ia3_l.data.copy_(vector)
+            return
         parts = [single_lora(self.injector, name) for name in adapters]
         combination = Combination(combination_type, svd_rank, density, majority_sign_method)
         combined = weighted_lora(parts, weights, combination)
