@@ -104,12 +104,12 @@ def test_a_signal_removes_the_scratch_folders(whole, tmp_path, number):
     """quantize works in a folder beside its target, and in one in the system's folder for temporary files."""
     program = """
 import signal, sys, time
-import qlora_kernels.cli.quantize as quantize
+from qlora_kernels.cli import model_source
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 def wait(*arguments, **options):
     print("waiting", flush=True)
     time.sleep(60)
-quantize.quantize_with_bar = wait
+model_source.quantize_with_bar = wait
 from qlora_kernels.cli import main
 sys.exit(main(["quantize", *sys.argv[1:]]))
 """
