@@ -175,6 +175,13 @@ def ours_full_logits(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     return [partial(step, *through_qk(case, inputs), inputs.tokens)]
 
 
+def ours_fused(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """LinearNF4, qk.peft and PagedAdamW, with fuse_model; the model computes its own loss."""
+    model, optimizer = through_qk(case, inputs)
+    qk.fuse_model(model)
+    return [partial(step, model, optimizer, inputs.tokens)]
+
+
 def through_qk(case: Case, inputs: Inputs) -> tuple[nn.Module, Optimizer]:
     """Return our model with LoRA, and its optimizer."""
     model = copy.deepcopy(inputs.source)
@@ -307,6 +314,7 @@ SUITE = Suite(
     inputs=Inputs,
     contenders=(
         Contender("ours", ours, _once, measures=peak_memory("ours")),
+        Contender("ours, fused", ours_fused, _once, measures=peak_memory("ours, fused")),
         Contender("ours, full logits", ours_full_logits, _once, applies=is_small),
         Contender("bnb + PEFT", bnb_peft, _once, applies=has_bitsandbytes, measures=peak_memory("bnb + PEFT")),
         Contender(

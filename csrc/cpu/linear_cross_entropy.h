@@ -136,13 +136,23 @@ class CrossEntropy {
         for (int64_t i = 0; i < rows; ++i) finish(token0 + i, sums);
     }
 
-    // dst = W[v, k .. k + count) in the operand type.
-    void read_weight(int64_t v, int64_t k, int64_t count, Elem* dst) const { factor_or_copy(v * p_.K + k, count, dst); }
-
+    // dst = W[v, k .. k + count), rounded to T and stored as E.
     template <class E>
-    void factor_or_copy(int64_t offset, int64_t count, E* dst) const {
-        if (p_.weight.dtype == p_.dtype) return convert_row(static_cast<const T*>(p_.weight.data) + offset, count, dst);
-        factor_row<T>(p_.weight, offset, count, 1.0f, dst);
+    void read_weight(int64_t v, int64_t k, int64_t count, E* dst) const {
+        const HeadWeight& w = p_.weight;
+        const int64_t columns = p_.K - w.rank, offset = v * columns + k;
+        const int64_t left = columns - k < 0 ? 0 : columns - k;
+        const int64_t own = left < count ? left : count;  // in front of the low-rank columns
+        if (!w.dense.data) {
+            using Rounding =
+                std::conditional_t<std::is_same_v<E, float>, RoundWidened<T>, typename Arithmetic<T>::Rounding>;
+            if (own > 0) decode_range<Rounding>(w.nf4, offset, offset + own, dst);
+        } else if (w.dense.dtype == p_.dtype) {
+            convert_row(static_cast<const T*>(w.dense.data) + offset, own, dst);
+        } else {
+            factor_row<T>(w.dense, offset, own, 1.0f, dst);
+        }
+        if (own < count) factor_row<T>(w.low_rank, v * w.rank + k + own - columns, count - own, 1.0f, dst + own);
     }
 
     // scores[strip][tile] = X W^T of the columns [v0, v0 + columns).
@@ -266,7 +276,8 @@ class CrossEntropy {
         const int64_t steps = padded_steps(length), count = tiles(rows);
         Elem* panel = static_cast<Elem*>(
             workspace(Slot::kPanel, static_cast<size_t>(kMaxGroup * kColumns * steps * kPair) * sizeof(Elem)));
-        const bool in_place = p_.weight.dtype == p_.dtype && sizeof(T) == sizeof(Elem);
+        const HeadWeight& w = p_.weight;
+        const bool in_place = w.dense.data && w.dense.dtype == p_.dtype && w.rank == 0;
         const typename Tiles::Session session;
         for (int64_t strip0 = 0; strip0 < strips_of_k_; strip0 += kMaxGroup) {
             const int64_t group = strips_of_k_ - strip0 < kMaxGroup ? strips_of_k_ - strip0 : kMaxGroup;
@@ -276,7 +287,7 @@ class CrossEntropy {
             fill_from_columns<typename Tiles::Panel, kColumns>(
                 k0, width, 0, steps, length, panel, [&](int64_t l, int64_t k, int64_t n, Elem* dst) -> const Elem* {
                     if constexpr (std::is_same_v<T, Elem>) {
-                        if (in_place && whole) return static_cast<const T*>(p_.weight.data) + (v0 + l) * p_.K + k;
+                        if (in_place && whole) return static_cast<const T*>(w.dense.data) + (v0 + l) * p_.K + k;
                     }
                     read_weight(v0 + l, k, n, dst);
                     return dst;
@@ -315,7 +326,7 @@ class CrossEntropy {
         float* gradient =
             static_cast<float*>(workspace(Slot::kSmall, static_cast<size_t>(2 * p_.K + 2 * kColumns) * sizeof(float)));
         float* label_row = gradient + round_up_to(p_.K, kColumns);
-        factor_or_copy(p_.labels[m] * p_.K, p_.K, label_row);
+        read_weight(p_.labels[m], 0, p_.K, label_row);
         for (int64_t k = 0; k < p_.K; ++k) gradient[k] = label_row[k] * of_label;
         for (int64_t part = 0; part < parts_; ++part) {
             const float weight = part_weight(part, token, base) / total * p_.scale;

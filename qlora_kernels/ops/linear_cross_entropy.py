@@ -1,11 +1,14 @@
 """linear_cross_entropy: the loss of an output head and its gradient, without the logits of all tokens in memory.
 
-Op: qlora_kernels::linear_cross_entropy (differentiable in hidden, weight and bias).
+Op: qlora_kernels::linear_cross_entropy (differentiable in hidden, a dense weight, low_rank and bias).
 
 With z[m] = softcap(logit_scale * (hidden[m] @ weight.T + bias)) and softcap(z) = cap * tanh(z / cap), the loss of a
 token is losses[m] = log(sum_v exp(z[m, v])) - z[m, labels[m]], and 0 where labels[m] == ignore_index.
 
-Kernel contract: hidden [M, K] and labels int64 [M] contiguous; head: Head, its weight [V, K] contiguous; M, V, K >= 1.
+The weight is dense or in NF4. A low-rank update of the head is r more columns of hidden and of the weight
+(output_head.py); weight means all columns here, and K counts them.
+
+Kernel contract: hidden [M, K] and labels int64 [M] contiguous; head: Head, its tensors contiguous; M, V, K >= 1.
     run(hidden, labels, head, *, need_grad_hidden)
         -> (losses fp32 [M], log_sums fp32 [M], rows [M, K] of hidden.dtype or empty)
 log_sums[m] is log(sum_v exp(z[m, v])), any finite value for ignored tokens; rows[m] is the gradient of losses[m] with
@@ -14,50 +17,38 @@ once. Probabilities, or the gradient of the logits, may be rounded to hidden's d
 weight. On a CPU, labels are checked before the call; on other devices a wrong label must give NaN.
 
 The forward pass also computes the gradient of the hidden states, by a second product over each chunk of the weight. The
-gradient of the weight, required only if the head is trained, is computed in the backward pass by torch's ops, over a
-chunk of the vocabulary at a time. Second derivatives, forward mode and the transforms of torch.func run in torch's ops
-over whole logits.
+gradient of the weight, required only if the head or its adapter is trained, is computed in the backward pass by torch's
+ops, over a chunk of the vocabulary at a time. Second derivatives, forward mode and the transforms of torch.func run in
+torch's ops over whole logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..format.quant_state import QuantState
+from .checks import check_bias, check_float, check_given, check_last_dim, check_weight
 from ._implement import differentiate, fake, implement
-from ._linear import matrix
-from .checks import check_bias, check_float, check_given, check_last_dim
-from .registry import Problem, select
+from ._linear import CONSTANTS, matrix
 from .tensor_memory import check_memory, contiguous
+from .output_head import Head, grad_of_logits, logits_of
+from .registry import Problem, select
 
 OP = "linear_cross_entropy"
 VOCABULARY_CHUNK = 4096
 """Number of rows of the weight whose probabilities are in memory at one time for the gradient of the weight."""
 
 
-class Head(NamedTuple):
-    """An output head.   weight: [V, K] and bias: [V] or None, any float dtype.
-
-    logit_scale: factor of the logits.   softcap: their bound, 0 for none.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    ignore_index: int
-    logit_scale: float
-    softcap: float
-
-
 _TAKES = (Tensor, Tensor, Head, Tensor)
 torch.library.define(
     f"qlora_kernels::{OP}",
-    "(Tensor hidden, Tensor labels, Tensor weight, Tensor? bias, int ignore_index, float logit_scale, float softcap, "
-    "bool need_grad_hidden) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor hidden, Tensor labels, {Head.schema()}, bool need_grad_hidden) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -67,6 +58,10 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    state: QuantState | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -77,13 +72,15 @@ def linear_cross_entropy(
 
     hidden: [..., K], fp32, bf16 or fp16; under torch.autocast it is cast to the autocast dtype.
     weight: [V, K] and bias: [V], any float dtype; the weight is used in hidden's dtype.
+    state: for a weight in NF4, which is a constant: `weight` is then `packed`, both from `quantize_nf4`.
+    lora_A: [r, K] and lora_B: [V, r], any float dtype, add scaling * lora_B @ lora_A to the weight; None for no update.
     labels: int64 with hidden's leading dimensions, each in [0, V) or ignore_index; tokens of that label have no loss.
     logit_scale: factor of the logits.   softcap: bounds them, cap * tanh(z / cap), as in Gemma 2; None for no bound.
     reduction: "mean" over the tokens that are not ignored (NaN if there are none), "sum", or "none": a loss for each
         token.   num_items_in_batch: with "mean", the number to divide the sum by instead, as transformers passes it
         under gradient accumulation.
-    Returns the loss in fp32: a scalar, or a tensor of labels' shape for "none". Differentiable in hidden, weight and
-    bias.
+    Returns the loss in fp32: a scalar, or for "none" of labels' shape. Differentiable in hidden, weight, bias, lora_A
+    and lora_B.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     """
     if reduction not in ("mean", "sum", "none"):
@@ -99,13 +96,15 @@ def linear_cross_entropy(
             f"{OP}: labels must have the leading dimensions of hidden, {tuple(hidden.shape[:-1])}, "
             f"got shape {tuple(labels.shape)}"
         )
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    head = Head(weight, bias, ignore_index, float(logit_scale), float(softcap or 0.0))
+    if state is not None:
+        head = head._replace(**nf4_fields(state))
+    if lora_A is not None or lora_B is not None:
+        hidden, low_rank = with_low_rank(hidden, head.V, lora_A, lora_B, scaling)
+        head = head._replace(low_rank=low_rank)
     need_grad_hidden = hidden.requires_grad and torch.is_grad_enabled()
-    losses, _, _ = torch.ops.qlora_kernels.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        labels.reshape(-1),
-        *Head(weight, bias, ignore_index, float(logit_scale), float(softcap or 0.0)),
-        need_grad_hidden,
-    )
+    losses, _, _ = torch.ops.qlora_kernels.linear_cross_entropy(hidden, labels.reshape(-1), *head, need_grad_hidden)
     if reduction == "none":
         each: Tensor = losses.view(labels.shape)
         return each
@@ -118,6 +117,40 @@ def linear_cross_entropy(
     return total / (labels != ignore_index).sum()
 
 
+def nf4_fields(state: QuantState) -> dict[str, Any]:
+    """The fields of a Head whose weight is the packed bytes that belong to `state`."""
+    if len(state.shape) != 2:
+        raise ValueError(f"{OP}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
+    names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+    constants = dict(zip(names, state.constants, strict=True))
+    out_features, in_features = state.shape
+    return {**constants, "blocksize": state.blocksize, "out_features": out_features, "in_features": in_features}
+
+
+def with_low_rank(
+    hidden: Tensor, V: int, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(hidden [M, K + r] with the columns of an update, the columns [V, r] of the weight), differentiable.
+
+    The values of lora_A are rounded to hidden's dtype, as in a LoRA linear. Its gradient is not: the product is
+    computed on fp32 operands, and the rounding is a constant that autograd does not see.
+    """
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor is None:
+            raise ValueError(f"{OP}: lora_A and lora_B must be given together, got no {name}")
+        check_float(OP, name, factor)
+    assert lora_A is not None
+    assert lora_B is not None
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{OP}: lora_A must have shape [r, K={hidden.shape[-1]}], got {tuple(lora_A.shape)}")
+    if tuple(lora_B.shape) != (V, lora_A.shape[0]):
+        raise ValueError(f"{OP}: lora_B must have shape [V={V}, r={lora_A.shape[0]}], got {tuple(lora_B.shape)}")
+    A = lora_A.float()
+    used = A + (lora_A.detach().to(hidden.dtype).float() - A.detach())
+    s = F.linear(hidden.float(), used).to(hidden.dtype)
+    return torch.cat([hidden, s], dim=1), lora_B if scaling == 1.0 else lora_B * scaling
+
+
 @implement(f"qlora_kernels::{OP}", _TAKES)
 def linear_cross_entropy_impl(
     hidden: Tensor, labels: Tensor, head: Head, need_grad_hidden: bool
@@ -128,15 +161,15 @@ def linear_cross_entropy_impl(
     if labels.is_cpu:  # on a GPU the test would synchronize with the device
         _check_labels(labels, head)
     M, K = hidden.shape
-    V = head.weight.shape[0]
+    V = head.V
     if M == 0 or V == 0:  # without a vocabulary every token is ignored
         return _zeros(hidden, need_grad_hidden)
-    if K == 0:
+    if K - head.rank == 0:
         losses, log_sums = losses_and_log_sums(hidden, labels, head)
         return losses, log_sums, _zeros(hidden, need_grad_hidden)[2]
-    bias = None if head.bias is None else contiguous(OP, head.bias)
-    head = head._replace(weight=contiguous(OP, head.weight), bias=bias)
-    problem = Problem(OP, "cpu" if hidden.is_cpu else hidden.device.type, hidden.dtype, M, V, K)
+    head = Head(*[contiguous(OP, field) if isinstance(field, Tensor) else field for field in head])
+    device = "cpu" if hidden.is_cpu else hidden.device.type
+    problem = Problem(OP, device, hidden.dtype, M, V, K, head.rank, head.blocksize)
     losses, log_sums, rows = select(problem).run(
         matrix(hidden), contiguous(OP, labels), head, need_grad_hidden=need_grad_hidden
     )
@@ -154,7 +187,10 @@ def linear_cross_entropy_fake(
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """The losses of linear_cross_entropy and their gradients with respect to hidden, weight and bias."""
+    """losses of linear_cross_entropy and its gradients with respect to hidden, weight, bias and low_rank.
+
+    Autograd sees arguments only, not what a bundle holds; so the three of the head are passed on their own as well.
+    """
 
     @staticmethod
     def forward(
@@ -163,72 +199,49 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         labels: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ignore_index: int,
-        logit_scale: float,
-        softcap: float,
+        low_rank: Tensor | None,
+        head: Head,
         need_grad_hidden: bool,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (losses, log_sums, rows); log_sums and rows have no gradient."""
-        numbers = (ignore_index, logit_scale, softcap)
-        losses, log_sums, rows = run(hidden, labels, weight, bias, *numbers, need_grad_hidden)
+        losses, log_sums, rows = run(hidden, labels, *head, need_grad_hidden)
         ctx.mark_non_differentiable(log_sums, rows)
-        ctx.save_for_backward(hidden, labels, weight, bias, log_sums, rows)
-        ctx.numbers = numbers
+        constants = (head.absmax, head.absmax_q, head.absmax_scale, head.absmax_offset)
+        ctx.save_for_backward(hidden, labels, log_sums, rows, weight, bias, low_rank, *constants)
+        ctx.numbers = {
+            name: value for name, value in head._asdict().items() if isinstance(value, (int, float))
+        }
         return losses, log_sums, rows
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of forward's arguments."""
-        hidden, labels, weight, bias, log_sums, rows = ctx.saved_tensors
-        head = Head(weight, bias, *ctx.numbers)
-        need_hidden, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        hidden, labels, log_sums, rows, weight, bias, low_rank, *constants = ctx.saved_tensors
+        names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
+        fields = dict(zip(names, constants, strict=True))
+        head = Head(weight, bias, low_rank=low_rank, **fields, **ctx.numbers)
+        need_hidden, _, *need_of_head = ctx.needs_input_grad[:5]
+        of_head: tuple[Tensor | None, ...] = (None, None, None)
+        grad_hidden = None
         if torch.is_grad_enabled() or (need_hidden and rows.shape != hidden.shape):
-            wanted = [t for t, needed in ((hidden, need_hidden), (weight, need_weight), (bias, need_bias)) if needed]
+            inputs = (hidden, weight, bias, low_rank)
+            needs = (need_hidden, *need_of_head)
+            wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
             gradients = iter(_gradients_composed(grad_losses, hidden, labels, head, wanted))
-            grad_hidden = next(gradients) if need_hidden else None
-            grad_weight = next(gradients) if need_weight else None
-            grad_bias = next(gradients) if need_bias else None
+            grad_hidden, *of_head_list = [next(gradients) if needed else None for needed in needs]
+            of_head = tuple(of_head_list)
         else:
-            grad_hidden = rows * grad_losses[:, None].to(rows.dtype) if need_hidden else None
-            grad_weight = grad_bias = None
-            if need_weight or need_bias:
-                grad_weight, grad_bias = _gradients_of_head(grad_losses, hidden, labels, head, log_sums)
-        return (
-            grad_hidden,
-            None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            *(None,) * 5,
-        )
-
-
-def logits_of(hidden: Tensor, weight: Tensor, head: Head, bias: Tensor | None) -> Tensor:
-    """Return z [M, V] of `weight` and `bias`, which may be some rows of the head's; fp32 for an fp32 `hidden`."""
-    z = F.linear(hidden, weight)
-    if bias is not None:
-        z = z + bias.float()
-    if head.logit_scale != 1.0:
-        z = z * head.logit_scale
-    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
-
-
-def grad_of_logits(z: Tensor, log_sums: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Return the gradient of each token's loss with respect to hidden @ weight.T + bias.
-
-    z: [M, columns], some columns of the logits.   labels: relative to the first of these columns; a label outside them
-    has no column here, and the caller must mask tokens whose label is in no column.
-    """
-    grad = torch.exp(z - log_sums[:, None])
-    grad -= (torch.arange(z.shape[1], device=z.device) == labels[:, None]).to(grad.dtype)
-    if head.softcap:
-        grad *= 1.0 - (z / head.softcap).square()
-    return grad * head.logit_scale
+            if need_hidden:
+                grad_hidden = rows * grad_losses[:, None].to(rows.dtype)
+            if any(need_of_head):
+                of_head = _gradients_of_head(grad_losses, hidden, labels, head, log_sums, need_of_head)
+        return grad_hidden, None, *of_head, None, None, None
 
 
 def losses_and_log_sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Compose (losses [M], log_sums [M]) of torch's differentiable ops over whole logits; log_sums is detached."""
-    z = logits_of(hidden.float(), head.weight.to(hidden.dtype).float(), head, head.bias)
+    """(losses [M], log_sums [M]) in torch's own differentiable ops, over whole logits; log_sums is detached."""
+    z = logits_of(hidden.float(), head.rows(0, head.V, hidden.dtype).float(), head, head.bias)
     losses = F.cross_entropy(z, labels, ignore_index=head.ignore_index, reduction="none")
     return losses, z.detach().logsumexp(dim=1)
 
@@ -243,7 +256,7 @@ def linear_cross_entropy_composed(
 
 def _apply(hidden: Tensor, labels: Tensor, head: Head, need_grad_hidden: bool, run: Callable[..., Any]) -> Any:
     return LinearCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, *head, need_grad_hidden, run
+        hidden, labels, head.weight, head.bias, head.low_rank, head, need_grad_hidden, run
     )
 
 
@@ -252,7 +265,7 @@ differentiate(
     _TAKES,
     _apply,
     compose=linear_cross_entropy_composed,
-    constants=(),
+    constants=CONSTANTS,
 )
 
 
@@ -267,24 +280,34 @@ def _gradients_composed(
 
 
 def _gradients_of_head(
-    grad_losses: Tensor, hidden: Tensor, labels: Tensor, head: Head, log_sums: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Return (grad_weight, grad_bias), computed over VOCABULARY_CHUNK rows of the weight at a time."""
-    weight, bias = head.weight, head.bias
+    grad_losses: Tensor, hidden: Tensor, labels: Tensor, head: Head, log_sums: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The wanted ones of (grad_weight, grad_bias, grad_low_rank), over VOCABULARY_CHUNK rows of the weight at a time.
+
+    needs: which of the three are wanted.
+    """
+    need_weight, need_bias, need_low_rank = needs
     learned = labels != head.ignore_index
     of_token = torch.where(learned, grad_losses, 0.0)[:, None]
     relative = torch.where(learned, labels, -1)
     wide = torch.where(learned[:, None], hidden, 0.0).float()
+    own = hidden.shape[1] - head.rank
     log_sums = torch.where(learned, log_sums, 0.0)
-    grad_weight, grad_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
-    for start in range(0, weight.shape[0], VOCABULARY_CHUNK):
-        chunk = slice(start, start + VOCABULARY_CHUNK)
-        z = logits_of(wide, weight[chunk].to(hidden.dtype).float(), head, None if bias is None else bias[chunk])
+    grad_weight = torch.empty_like(head.weight) if need_weight else None
+    grad_bias = torch.empty_like(head.bias) if need_bias and head.bias is not None else None
+    grad_low_rank = torch.empty_like(head.low_rank) if need_low_rank and head.low_rank is not None else None
+    for start in range(0, head.V, VOCABULARY_CHUNK):
+        chunk = slice(start, min(start + VOCABULARY_CHUNK, head.V))
+        rows = head.rows(chunk.start, chunk.stop, hidden.dtype).float()
+        z = logits_of(wide, rows, head, None if head.bias is None else head.bias[chunk])
         grad_z = grad_of_logits(z, log_sums, relative - start, head) * of_token
-        grad_weight[chunk] = grad_z.T @ wide
+        if grad_weight is not None:
+            grad_weight[chunk] = grad_z.T @ wide[:, :own]
         if grad_bias is not None:
             grad_bias[chunk] = grad_z.sum(0)
-    return grad_weight, grad_bias
+        if grad_low_rank is not None:
+            grad_low_rank[chunk] = grad_z.T @ wide[:, own:]
+    return grad_weight, grad_bias, grad_low_rank
 
 
 def _zeros(hidden: Tensor, need_grad_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,28 +316,45 @@ def _zeros(hidden: Tensor, need_grad_hidden: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def _check(hidden: Tensor, labels: Tensor, head: Head) -> None:
-    weight = head.weight
     check_float(OP, "hidden", hidden)
-    check_float(OP, "weight", weight)
+    check_given(OP, "weight", head.weight)
     check_given(OP, "labels", labels)
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{OP}: {name} must have two dimensions, got shape {tuple(tensor.shape)}")
-    check_last_dim(OP, "hidden", hidden, weight.shape[1], "K")
-    check_bias(OP, head.bias, weight.shape[0], hidden.device)
+    if hidden.dim() != 2:
+        raise ValueError(f"{OP}: hidden must have two dimensions, got shape {tuple(hidden.shape)}")
+    _check_head(hidden, head)
     if labels.dtype != torch.int64 or tuple(labels.shape) != (hidden.shape[0],):
         expected = f"int64 with one label for each of the {hidden.shape[0]} tokens"
         raise ValueError(f"{OP}: labels must be {expected}, got {labels.dtype} {tuple(labels.shape)}")
-    for name, tensor in (("weight", weight), ("labels", labels)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{OP}: {name} must be on {hidden.device}, got {tensor.device}")
+    if labels.device != hidden.device:
+        raise ValueError(f"{OP}: labels must be on {hidden.device}, got {labels.device}")
     if not math.isfinite(head.logit_scale) or not math.isfinite(head.softcap) or head.softcap < 0:
         got = f"{head.logit_scale} and {head.softcap}"
         raise ValueError(f"{OP}: logit_scale and softcap must be finite, and softcap not negative, got {got}")
 
 
+def _check_head(hidden: Tensor, head: Head) -> None:
+    weight, low_rank, nf4 = head.weight, head.low_rank, head.nf4
+    if nf4 is None:
+        check_float(OP, "weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"{OP}: weight must have two dimensions, got shape {tuple(weight.shape)}")
+        if weight.device != hidden.device:
+            raise ValueError(f"{OP}: weight must be on {hidden.device}, got {weight.device}")
+    if low_rank is not None:
+        check_float(OP, "low_rank", low_rank)
+        if low_rank.dim() != 2 or low_rank.shape[0] != head.V or low_rank.shape[1] < 1:
+            raise ValueError(f"{OP}: low_rank must have shape [V={head.V}, r] with r >= 1, got {tuple(low_rank.shape)}")
+        if low_rank.device != hidden.device:
+            raise ValueError(f"{OP}: low_rank must be on {hidden.device}, got {low_rank.device}")
+    K = weight.shape[1] if nf4 is None else nf4.K
+    check_last_dim(OP, "hidden", hidden, K + head.rank, "K" if low_rank is None else "K + r")
+    if nf4 is not None:
+        check_weight(OP, nf4, hidden.device)
+    check_bias(OP, head.bias, head.V, hidden.device)
+
+
 def _check_labels(labels: Tensor, head: Head) -> None:
-    V = head.weight.shape[0]
+    V = head.V
     wrong = ((labels < 0) | (labels >= V)) & (labels != head.ignore_index)
     if wrong.any():
         first = int(labels[wrong][0])

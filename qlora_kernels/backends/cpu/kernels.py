@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.attention import Keys
-from ...ops.linear_cross_entropy import Head
-from ...ops.operands import LoRA, Weight
 from ...ops.tensor_memory import contiguous
+from ...ops.operands import LoRA, Weight
+from ...ops.output_head import Head
+from ...ops.attention import Keys
 
 _C = torch.ops.qlora_kernels_C
 
@@ -75,7 +75,21 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (losses [M], log_sums [M], rows [M, K] or empty)."""
     losses, log_sums, rows = _C.cpu_linear_cross_entropy(
-        hidden, head.weight, head.bias, labels, *head[2:], need_grad_hidden
+        hidden,
+        head.weight,
+        head.absmax,
+        head.absmax_q,
+        head.absmax_scale,
+        head.absmax_offset,
+        head.blocksize,
+        head.V,
+        head.low_rank,
+        head.bias,
+        labels,
+        head.ignore_index,
+        head.logit_scale,
+        head.softcap,
+        need_grad_hidden,
     )
     return losses, log_sums, rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.linear_cross_entropy import Head, grad_of_logits, logits_of
+from ...ops.output_head import Head, grad_of_logits, logits_of
 
 CHUNK = 256
 """Number of tokens whose logits are in memory at one time."""
@@ -14,8 +14,8 @@ CHUNK = 256
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (losses, log_sums, rows), as ops/linear_cross_entropy.py defines them."""
-    weight = head.weight.to(hidden.dtype).float()
+    """Return (losses, log_sums, rows) as the op of this name defines them."""
+    weight = head.rows(0, head.V, hidden.dtype).float()
     losses, log_sums, rows = [], [], []
     for part, of_part in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
         z = logits_of(part.float(), weight, head, head.bias)

@@ -8,12 +8,14 @@ memory can hold them.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.linear_cross_entropy import Head
+from ...ops.output_head import Head
 
 CHUNK_BYTES = 256 << 20
 """Bytes of a chunk's fp32 logits: 512 tokens of a vocabulary of 128k."""
@@ -100,9 +102,10 @@ def cross_entropy_rows_kernel(
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
-    M, V = hidden.shape[0], head.weight.shape[0]
-    weight = head.weight.to(hidden.dtype)
+    """(losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
+    M, V = hidden.shape[0], head.V
+    if head.nf4 is None:
+        head = head._replace(weight=head.weight.to(hidden.dtype))
     losses = hidden.new_empty(M, dtype=torch.float32)
     log_sums = torch.empty_like(losses)
     rows = torch.empty_like(hidden) if need_grad_hidden else hidden.new_empty(0)
@@ -110,7 +113,7 @@ def linear_cross_entropy(
     grad_logits = hidden.new_empty((chunk, V)) if need_grad_hidden else hidden
     for start in range(0, M, chunk):
         stop = min(start + chunk, M)
-        products = _products(hidden[start:stop], weight)
+        products = _products(hidden[start:stop], head)
         cross_entropy_rows_kernel[(stop - start,)](
             products,
             products if head.bias is None else head.bias,
@@ -129,14 +132,39 @@ def linear_cross_entropy(
             num_warps=NUM_WARPS,
         )
         if need_grad_hidden:
-            torch.mm(grad_logits[: stop - start], weight, out=rows[start:stop])
+            _products_with_weight(grad_logits[: stop - start], head, out=rows[start:stop])
     return losses, log_sums, rows
 
 
-def _products(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return hidden @ weight.T in fp32."""
-    if hidden.dtype == torch.float32:
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+def _products(hidden: Tensor, head: Head) -> Tensor:
+    """hidden @ weight.T in fp32; one product where the head is dense, otherwise one for each of its parts."""
+    products = None
+    for columns, weight in head.parts(hidden.dtype):
+        part = _in_fp32(hidden, weight.T)
+        if part.shape[1] == head.V:
+            return part
+        if products is None:
+            products = hidden.new_empty((hidden.shape[0], head.V), dtype=torch.float32)
+        products[:, columns] = part
+    return cast(Tensor, products)
+
+
+def _products_with_weight(grad_logits: Tensor, head: Head, *, out: Tensor) -> None:
+    """out = grad_logits @ weight, rounded once."""
+    total = None
+    for columns, weight in head.parts(grad_logits.dtype):
+        if columns.stop - columns.start == head.V:
+            torch.mm(grad_logits, weight, out=out)
+            return
+        product = _in_fp32(grad_logits[:, columns], weight)
+        total = product if total is None else total.add_(product)
+    out.copy_(cast(Tensor, total))
+
+
+def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

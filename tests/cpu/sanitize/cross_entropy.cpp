@@ -25,7 +25,7 @@ void check(int64_t M, int64_t V, int64_t K, DType dtype, float softcap, double t
                                              V,
                                              K,
                                              dtype,
-                                             {weight.data(), DType::kBfloat16},
+                                             {{weight.data(), DType::kBfloat16}, {}, {}, 0},
                                              {bias.data(), DType::kFloat32},
                                              labels.data(),
                                              -100,
