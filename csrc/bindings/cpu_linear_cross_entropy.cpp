@@ -16,16 +16,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor we
     const CpuArguments arguments(op);
     const auto [M, K] = arguments.matrix(hidden, "hidden");
     const int64_t rank = low_rank.has_value() ? arguments.matrix(*low_rank, "low_rank").columns : 0;
-    require(V > 0 && rank < K, op, ": hidden must have more columns than low_rank, and out_features must be positive, got ",
-            K, ", ", rank, " and ", V);
+    require(V > 0 && rank < K, op,
+            ": hidden must have more columns than low_rank, and out_features must be positive, got ", K, ", ", rank,
+            " and ", V);
     HeadWeight head{};
     head.rank = rank;
     head.low_rank = arguments.any_float(low_rank, "low_rank", arguments.product(V, rank, "low_rank"));
     if (blocksize == 0) {
         head.dense = arguments.any_float(weight, "weight", arguments.product(V, K - rank, "weight"));
     } else {
-        head.nf4 =
-            arguments.weight(weight, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, V, K - rank);
+        head.nf4 = arguments.weight(weight, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, V, K - rank);
     }
     const AnyFloat rows = arguments.any_float(hidden, "hidden", M * K);
     const AnyFloat summand = arguments.any_float(bias, "bias", V);

@@ -33,8 +33,8 @@ from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.backends.triton.rms_norm import rms_norm, rms_norm_backward
 from qlora_kernels.backends.triton.rope import rope
 from qlora_kernels.ops.glu import ACTIVATIONS
-from qlora_kernels.ops.linear_cross_entropy import Head
 from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
+from qlora_kernels.ops.output_head import Head
 from qlora_kernels.ops.registry import Problem
 
 from .mock_gpu import Compiled, compiling_for

@@ -14,9 +14,8 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear_cross_entropy import linear_cross_entropy
-from ..ops.registry import unavailable
-from .fused_module import FusedModule, is_watched, served
+from .fused_module import FusedModule
+from .head_loss import head_loss, serves_head
 from .known_forms import form_of, unwrapped_function
 
 _HANDLED = ("transformers.utils.generic",)
@@ -89,19 +88,17 @@ class FusedCausalLM(FusedModule):
         shifted = kwargs.get("shift_labels")
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
-        head = cast(nn.Linear, self.lm_head)
-        return linear_cross_entropy(
+        return head_loss(
+            self.lm_head,
             hidden,
-            head.weight,
             shifted.to(hidden.device).view(hidden.shape[:-1]),
-            head.bias,
             ignore_index=ignored,
             softcap=getattr(self.config, self.softcap_name) if self.softcap_name else None,
             num_items_in_batch=kwargs.get("num_items_in_batch"),
         )
 
     def _serves_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        head, logits_to_keep = self.lm_head, kwargs.get("logits_to_keep", 0)
+        logits_to_keep = kwargs.get("logits_to_keep", 0)
         return (
             len(args) <= len(_ARGUMENTS)
             and isinstance(kwargs.get("labels"), Tensor)
@@ -110,20 +107,9 @@ class FusedCausalLM(FusedModule):
             and kwargs.get("return_dict") is not False
             and getattr(self.config, "return_dict", True)
             and "past_key_values" not in kwargs
-            and type(head) is nn.Linear
-            and not is_watched(head)
-            and type(head.weight) is nn.Parameter  # not a subclass of Tensor such as DTensor
-            and served(head.weight)
-            and _has_kernel(head.weight.device.type)
-            and head.out_features == self.config.vocab_size
             and _is_known_loss(self.loss_function)
+            and serves_head(self.lm_head, self.config.vocab_size)
         )
-
-
-def _has_kernel(device: str) -> bool:
-    """Whether a backend other than the reference runs the op on this device."""
-    backend = {"cpu": "cpu", "cuda": "triton"}.get(device)
-    return backend is not None and unavailable(backend) is None
 
 
 def _is_known_loss(function: Any) -> bool:

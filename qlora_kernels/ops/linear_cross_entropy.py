@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..format.quant_state import QuantState
-from .checks import check_bias, check_float, check_given, check_last_dim, check_weight
 from ._implement import differentiate, fake, implement
 from ._linear import CONSTANTS, matrix
-from .tensor_memory import check_memory, contiguous
+from .checks import check_bias, check_float, check_given, check_last_dim, check_weight
 from .output_head import Head, grad_of_logits, logits_of
 from .registry import Problem, select
+from .tensor_memory import check_memory, contiguous
 
 OP = "linear_cross_entropy"
 VOCABULARY_CHUNK = 4096
@@ -167,7 +167,7 @@ def linear_cross_entropy_impl(
     if K - head.rank == 0:
         losses, log_sums = losses_and_log_sums(hidden, labels, head)
         return losses, log_sums, _zeros(hidden, need_grad_hidden)[2]
-    head = Head(*[contiguous(OP, field) if isinstance(field, Tensor) else field for field in head])
+    head = Head._make(contiguous(OP, field) if isinstance(field, Tensor) else field for field in head)
     device = "cpu" if hidden.is_cpu else hidden.device.type
     problem = Problem(OP, device, hidden.dtype, M, V, K, head.rank, head.blocksize)
     losses, log_sums, rows = select(problem).run(
@@ -209,9 +209,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(log_sums, rows)
         constants = (head.absmax, head.absmax_q, head.absmax_scale, head.absmax_offset)
         ctx.save_for_backward(hidden, labels, log_sums, rows, weight, bias, low_rank, *constants)
-        ctx.numbers = {
-            name: value for name, value in head._asdict().items() if isinstance(value, (int, float))
-        }
+        ctx.numbers = {name: value for name, value in head._asdict().items() if isinstance(value, (int, float))}
         return losses, log_sums, rows
 
     @staticmethod

@@ -78,7 +78,7 @@ class Head(NamedTuple):
         return rows if self.low_rank is None else torch.cat([rows, self.low_rank[start:stop].to(dtype)], dim=1)
 
     def parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of the logits, their rows of the weight): the whole of a dense head, else DECODED_BYTES at a time."""
+        """(columns of the logits, their rows of the weight): a dense head as one part, else of DECODED_BYTES each."""
         step = self.V
         if self.blocksize or self.low_rank is not None:
             columns = (self.in_features or self.weight.shape[1]) + self.rank

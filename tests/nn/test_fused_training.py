@@ -10,7 +10,7 @@ from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
-from qlora_kernels.nn import fused_causal_lm, fused_sdpa
+from qlora_kernels.nn import fused_sdpa, head_loss
 from tests.support.decoder_families import FAMILIES, tiny_decoder, tokens
 from tests.support.tolerances import assert_same_function, assert_same_gradients
 
@@ -32,7 +32,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(place, name, call)
 
-    spied(fused_causal_lm, "linear_cross_entropy")
+    spied(head_loss, "linear_cross_entropy")
     spied(fused_sdpa, "attention")
     return seen
 
@@ -194,13 +194,106 @@ def test_changed_head_or_loss_uses_original_forward(calls, change):
     assert_same_function(fused.loss, step(model, ids)[0].loss)
 
 
-def test_a_head_with_adapters_keeps_its_logits(calls):
-    model, ids = tiny_decoder("Llama"), tokens()
-    qk.fuse_model(model)
-    config = qk.peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
-    adapted = qk.peft.get_peft_model(model, config).train()
-    assert adapted(input_ids=ids, labels=ids).logits is not None
-    assert "linear_cross_entropy" not in calls
+def with_nf4(model):
+    qk.replace_linear(model, skip=())
+    assert isinstance(model.lm_head, qk.LinearNF4)
+    return model
+
+
+def with_lora(model, **options):
+    config = qk.peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False, **options)
+    return qk.peft.get_peft_model(model, config)
+
+
+def with_two_adapters(model):
+    model = with_lora(with_nf4(model))
+    model.add_adapter("second", qk.peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    model.set_adapter(["default", "second"])
+    return model
+
+
+def with_a_trained_copy(model):
+    return qk.peft.get_peft_model(model, qk.peft.LoraConfig(r=2, modules_to_save=["lm_head"]))
+
+
+def with_hugging_face_lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+HEADS = {
+    "nf4": (with_nf4, True),
+    "lora": (with_lora, True),
+    "lora over nf4": (lambda model: with_lora(with_nf4(model)), True),
+    "two adapters": (with_two_adapters, True),
+    "bias of lora": (lambda model: with_lora(model, lora_bias=True), False),
+    "dora": (lambda model: with_lora(model, use_dora=True), False),
+    "trained copy": (with_a_trained_copy, False),
+    "peft's lora": (with_hugging_face_lora, False),
+}
+"""Name -> (the head, whether it runs on the op). The others are called on a few tokens at a time."""
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_quantized_and_adapted_heads(calls, monkeypatch, kind, family):
+    """Loss and gradients stay, the head's own included, whatever runs the head."""
+    make, on_op = HEADS[kind]
+    monkeypatch.setattr(head_loss, "CHUNK", 4)
+    torch.manual_seed(0)
+    model, ids = make(tiny_decoder(family)), tokens()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = {"labels": ids.masked_fill(ids % 4 == 0, -100), "num_items_in_batch": torch.tensor(11)}
+    base.requires_grad_(False) if kind == "nf4" else None
+    base.model.embed_tokens.weight.requires_grad_()
+    plain = step(base, ids, **inputs)
+    assert qk.fuse_model(base, attention=False).replaced
+    fused = step(base, ids, **inputs)
+    assert fused[0].logits is None
+    assert ("linear_cross_entropy" in calls) == on_op
+    assert any("lm_head" in name for name in fused[1]) or kind == "nf4"
+    assert_same_step(fused, plain)
+    with torch.no_grad():
+        assert_same_function(base(ids, skip_logits=True, **inputs).loss, plain[0].loss)
+
+
+def test_no_logits_beyond_a_chunk(monkeypatch):
+    monkeypatch.setattr(head_loss, "CHUNK", 4)
+    model, ids = with_lora(tiny_decoder("Llama"), lora_dropout=0.5), tokens()
+    base = model.get_base_model()
+    qk.fuse_model(base)
+    rows, forward = [], type(base.lm_head).forward
+    monkeypatch.setattr(type(base.lm_head), "forward", lambda self, x: (rows.append(len(x)), forward(self, x))[1])
+    losses = {step(base, ids)[0].loss.item() for _ in range(2)}
+    assert len(losses) == 2, "dropout acts"
+    assert max(rows) == 4
+
+
+def test_heads_that_are_left_to_the_model(calls):
+    """Adapters chosen row by row, and hooks inside an adapted head, keep the model's own forward."""
+    model, ids = with_lora(tiny_decoder("Llama")), tokens()
+    base = model.get_base_model()
+    qk.fuse_model(base, attention=False)
+    model.train()
+    assert model(input_ids=ids, labels=ids, adapter_names=["default", "__base__"]).logits is not None
+    base.lm_head.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+    assert model(input_ids=ids, labels=ids).logits is not None
+    assert calls == []
+
+
+def test_merged_and_disabled_adapters_of_a_head(calls):
+    model, ids = with_lora(tiny_decoder("Llama")).eval(), tokens()
+    base = model.get_base_model()
+    plain = base(ids, labels=ids).loss
+    with model.disable_adapter():
+        disabled = base(ids, labels=ids).loss
+    qk.fuse_model(base, attention=False)
+    with model.disable_adapter():
+        assert_same_function(base(ids, labels=ids, skip_logits=True).loss, disabled)
+    model.merge_adapter()
+    assert_same_function(base(ids, labels=ids, skip_logits=True).loss, plain)
+    assert calls == ["linear_cross_entropy"] * 2
 
 
 def test_adapters_train_on_the_fused_loss(calls):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import qlora_kernels as qk
-from qlora_kernels.ops.output_head import Head
 from qlora_kernels.ops.linear_cross_entropy import nf4_fields
+from qlora_kernels.ops.output_head import Head
 from tests.support.cross_entropy_formula import linear_cross_entropy as formula
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_same_function, assert_within
@@ -252,7 +252,7 @@ def test_nf4_head(backend, dtype, blocksize, double_quant, monkeypatch):
     """The losses and gradients of the dequantized head; rows start within a block, and a part within a group."""
     monkeypatch.setattr("qlora_kernels.ops.output_head.DECODED_BYTES", 65 * 4 * 199)
     shape = "blocks and chunks that are not full"
-    M, V, K = SHAPES[shape]
+    _, V, K = SHAPES[shape]
     hidden, _, labels, bias = problem(shape, dtype, bias=True)
     packed, state = nf4_head(V, K, blocksize=blocksize, double_quant=double_quant)
     hidden.requires_grad_()
@@ -352,7 +352,7 @@ def test_adapted_head_has_second_derivatives_and_forward_mode(backend):
 
 @backends
 def test_opcheck_of_an_adapted_nf4_head(backend):
-    hidden, weight, labels, bias = problem("one chunk", torch.float32, bias=True)
+    hidden, _, labels, bias = problem("one chunk", torch.float32, bias=True)
     packed, state = nf4_head(256, 61)
     head = Head(packed, bias, -100, 1.0, 0.0, gaussian(256, 3, seed=4).requires_grad_(), **nf4_fields(state))
     with qk.use_backend(backend):

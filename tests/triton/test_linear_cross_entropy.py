@@ -7,7 +7,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.backends.triton import linear_cross_entropy as module
-from qlora_kernels.ops.linear_cross_entropy import Head
+from qlora_kernels.ops.output_head import Head
 from tests.support.cross_entropy_formula import linear_cross_entropy as formula
 from tests.support.problems import DTYPES, dtype_name, gaussian
 from tests.support.tolerances import assert_within

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_kernels.backends.triton import linear_cross_entropy as module
-from qlora_kernels.ops.linear_cross_entropy import Head
+from qlora_kernels.ops.output_head import Head
 from tests.support.cross_entropy_formula import linear_cross_entropy as formula
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.tensor_memory import contiguous
+from ...ops.attention import Keys
 from ...ops.operands import LoRA, Weight
 from ...ops.output_head import Head
-from ...ops.attention import Keys
+from ...ops.tensor_memory import contiguous
 
 _C = torch.ops.qlora_kernels_C
 

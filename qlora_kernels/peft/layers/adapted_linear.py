@@ -252,6 +252,28 @@ class AdaptedLinear(nn.Module):
             return None
         return concatenated(updates), rates.pop()
 
+    @property
+    def is_tokenwise(self) -> bool:
+        """Whether the output of each token depends on that token alone, not on its row of the batch."""
+        return self.selection.state.rows is None
+
+    def plain_form(self) -> tuple[nn.Module, LoraFactors | None] | None:
+        """(the layer that computes, the active low-rank updates as one) where the output is exactly their sum.
+
+        None where anything else takes part: dropout, an offset, other kinds of updates, an adapter for each row.
+        """
+        if not self.is_tokenwise:
+            return None
+        if self.merged_layer is not None:
+            return self._computing_layer(), None
+        chosen = self._chosen().values()
+        if not chosen:
+            return self.base_layer, None
+        update = self.fusable_update()
+        if update is None or update[1] > 0 or any(delta.offset() is not None for delta in chosen):
+            return None
+        return self.base_layer, update[0]
+
     def fusion_unsupported(self) -> str | None:
         """None if the active adapters run in one fused call; else the reason they do not."""
         chosen = self._chosen().values()
