@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
 import qlora_kernels as qk
-from qlora_kernels.backends import triton as backend
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops.operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora
+from tests.support.planted_fault import plant
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
-PACKAGE = "qlora_kernels.backends.triton"
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
 DECODE = Plan("decode")
@@ -154,27 +148,3 @@ def test_mutation_is_detected(module, old, new, check, tmp_path, monkeypatch):
     plant(module, old, new, tmp_path, monkeypatch)
     with pytest.raises((AssertionError, InterpreterError)):
         CHECKS[check]()
-
-
-def plant(module, old, new, folder, monkeypatch):
-    """Replace a module's functions by those of a mutated copy, in all modules of the backend that import them."""
-    source = (Path(backend.__file__).parent / f"{module}.py").read_text()
-    assert old in source, f"{module}.py no longer contains {old!r}: bring the mutation up to date"
-    path = folder / f"{module}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{module}_mutated", path)
-    mutated = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutated)
-    importlib.import_module(f"{PACKAGE}.{module}")
-    stock = sys.modules[f"{PACKAGE}.{module}"]
-    # A kernel is an object that wraps its function.
-    changed = {
-        id(value): getattr(mutated, name)
-        for name, value in vars(stock).items()
-        if getattr(getattr(value, "fn", value), "__module__", None) == stock.__name__
-    }
-    for name, user in list(sys.modules.items()):
-        if name.startswith(f"{PACKAGE}.") and user is not mutated:
-            for attribute, value in list(vars(user).items()):
-                if id(value) in changed:
-                    monkeypatch.setattr(user, attribute, changed[id(value)])

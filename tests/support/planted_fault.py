@@ -1,0 +1,40 @@
+"""A fault planted in a word of a Triton kernel's source."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_kernels.backends import triton as backend
+
+PACKAGE = "qlora_kernels.backends.triton"
+
+
+def plant(module: str, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a module's functions by those of a mutated copy, in all modules of the backend that import them."""
+    source = (Path(backend.__file__).parent / f"{module}.py").read_text()
+    assert old in source, f"{module}.py no longer contains {old!r}: bring the mutation up to date"
+    path = folder / f"{module}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{module}_mutated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    mutated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutated)
+    importlib.import_module(f"{PACKAGE}.{module}")
+    stock = sys.modules[f"{PACKAGE}.{module}"]
+    # A kernel is an object that wraps its function.
+    changed = {
+        id(value): getattr(mutated, name)
+        for name, value in vars(stock).items()
+        if getattr(getattr(value, "fn", value), "__module__", None) == stock.__name__
+    }
+    for name, user in list(sys.modules.items()):
+        if name.startswith(f"{PACKAGE}.") and user is not mutated:
+            for attribute, value in list(vars(user).items()):
+                if id(value) in changed:
+                    monkeypatch.setattr(user, attribute, changed[id(value)])
