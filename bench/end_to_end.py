@@ -302,8 +302,8 @@ def peak_bytes_of(build: Callable[[Case, Inputs, int], Sequence[Call]], case: Ca
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _once(case: Case) -> int:
-    """Return 1: no copies are needed, because a step exceeds the last-level cache by far."""
+def whole_model(case: Case) -> int:
+    """Return 1 << 40: no copies are needed, because a step exceeds the last-level cache by far."""
     return 1 << 40
 
 
@@ -313,14 +313,17 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", ours, _once, measures=peak_memory("ours")),
-        Contender("ours, fused", ours_fused, _once, measures=peak_memory("ours, fused")),
-        Contender("ours, full logits", ours_full_logits, _once, applies=is_small),
-        Contender("bnb + PEFT", bnb_peft, _once, applies=has_bitsandbytes, measures=peak_memory("bnb + PEFT")),
+        Contender("ours", ours, whole_model, measures=peak_memory("ours")),
+        Contender("ours, fused", ours_fused, whole_model, measures=peak_memory("ours, fused")),
+        Contender("ours, full logits", ours_full_logits, whole_model, applies=is_small),
+        Contender("bnb + PEFT", bnb_peft, whole_model, applies=has_bitsandbytes, measures=peak_memory("bnb + PEFT")),
         Contender(
-            "bnb + PEFT fp32", bnb_peft_fp32, _once, applies=lambda case: has_bitsandbytes(case) and is_small(case)
+            "bnb + PEFT fp32",
+            bnb_peft_fp32,
+            whole_model,
+            applies=lambda case: has_bitsandbytes(case) and is_small(case),
         ),
-        Contender("dense + PEFT", dense_peft, _once, applies=has_peft, measures=peak_memory("dense + PEFT")),
+        Contender("dense + PEFT", dense_peft, whole_model, applies=has_peft, measures=peak_memory("dense + PEFT")),
     ),
     verify=verify,
     modes=(COLD,),

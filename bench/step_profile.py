@@ -1,7 +1,8 @@
 """Profile of a training step: torch.profiler's self times by part of the model, forward and backward.
 
 Each module's forward is a region, and the innermost region counts. Autograd tags a backward event with its forward op's
-sequence number, by which both are attributed to the same region.
+sequence number, by which both are attributed to the same region. In a fused model, norms that a decoder layer calls as
+an op count as residual adds, and the output head counts as loss.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
 PREFIX = "region: "
@@ -47,23 +49,29 @@ def profile_step(model: nn.Module, call: Callable[[], Any]) -> dict[str, dict[st
 
 @contextmanager
 def regions(model: nn.Module) -> Iterator[None]:
-    """Record each module's forward inside the block under the name of its part."""
+    """Record each module's forward inside the block under the name of its part.
+
+    The hooks are global ones, because fused modules give way to the original code where a module has hooks of its own.
+    """
+    parts: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        part = "loss" if name == "" else part_of(name)
+        if part is not None:
+            parts[module] = part
+    opened: list[record_function] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in parts:
+            opened.append(record_function(PREFIX + parts[module]))
+            opened[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in parts:
+            opened.pop().__exit__(None, None, None)
+
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            part = "loss" if name == "" else part_of(name)
-            if part is None:
-                continue
-            opened: list[record_function] = []
-
-            def enter(module: nn.Module, args: Any, *, part: str = part, opened: list[Any] = opened) -> None:
-                opened.append(record_function(PREFIX + part))
-                opened[-1].__enter__()
-
-            def leave(module: nn.Module, args: Any, output: Any, *, opened: list[Any] = opened) -> None:
-                opened.pop().__exit__(None, None, None)
-
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+        hooks.callback(register_module_forward_pre_hook(enter).remove)
+        hooks.callback(register_module_forward_hook(leave).remove)
         yield
 
 
