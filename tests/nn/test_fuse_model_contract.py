@@ -194,6 +194,40 @@ def test_unknown_modules_are_skipped_with_reason():
     assert_same_function(model(tokens()).logits, expected)
 
 
+OTHER_FAMILIES = {
+    "GptOss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},  # attention sinks
+    "Phi3": {},  # one projection for q, k and v
+    "Olmo2": {},  # norms of whole q and k
+    "Cohere2": {"sliding_window": 4},  # scaled logits, interleaved rotary embedding
+    "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "Glm4": {},  # rotary embedding of half of each head
+    "Qwen2Moe": {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1},
+}
+"""Models with what no fused part computes -> their settings."""
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_keep_loss_and_gradients(family):
+    """Parts whose code is known are fused, all others are named; a padded batch."""
+    model, ids = tiny_decoder(family, **OTHER_FAMILIES[family]).train(), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    inputs = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def loss_and_grads():
+        model.zero_grad()
+        loss = model(ids, **inputs).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = loss_and_grads()
+    report = qk.fuse_model(model)
+    assert report.skipped
+    fused_loss, fused_gradients = loss_and_grads()
+    assert_same_function(fused_loss, loss)
+    assert_same_gradients(fused_gradients, gradients)
+
+
 def test_parts_selectable_and_other_models_unchanged():
     model = tiny_decoder("Llama")
     report = qk.fuse_model(model, norms=False, rope=False, attention=False, loss=False)
