@@ -58,7 +58,7 @@ def regions(model: nn.Module) -> Iterator[None]:
         part = "loss" if name == "" else part_of(name)
         if part is not None:
             parts[module] = part
-    opened: list[record_function] = []
+    opened: list[Any] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         if module in parts:

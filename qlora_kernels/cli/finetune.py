@@ -51,6 +51,7 @@ from .console import Console, peak_device_bytes, peak_rss_bytes
 from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
 from .finetune_training import TrainingStage, check_no_other_run, has_checkpoints
+from .fusion_gain import step_seconds
 from .generate import check_prompt, continuation
 from .interrupts import Interrupt, deferred
 from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
@@ -199,6 +200,10 @@ class _Finetune:
             if self.workers.total(float(signals())):  # it came during the last step
                 raise Interrupted(len(self.report.steps), self.options.steps, None)
         self._measure("NF4 + adapter, trained", adapted)
+        if self.options.model == "builtin" and self.workers.first:
+            with self.console.stage("compare --fuse"):
+                batch = train_examples[: self.options.micro_batch or self.options.batch]
+                self.report.step_seconds = step_seconds(adapted, batch, self.pad_token_id)
         del model, adapted
         reloaded = load_adapter(self._load(quantized), adapter)
         self._measure("NF4 + adapter, reloaded", reloaded)
