@@ -5,7 +5,8 @@ namespace {
 
 void linear_nf4_small_m(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
                         OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
-                        OptionalTensor s, OptionalTensor lora_B, double scaling, int64_t blocksize, Tensor y) {
+                        OptionalTensor s, OptionalTensor lora_B, double scaling, int64_t blocksize,
+                        int64_t multiprocessors, Tensor y) {
     const DeviceGuard guard(x.get_device_index());
     const CudaArguments arguments("linear_nf4", x);
     const auto [M, K] = arguments.matrix(x, "x");
@@ -23,6 +24,7 @@ void linear_nf4_small_m(Tensor x, Tensor packed, OptionalTensor absmax, Optional
         .M = arguments.to_int(M, "M"),
         .r = arguments.to_int(r, "r"),
         .scaling = static_cast<float>(scaling),
+        .multiprocessors = arguments.to_int(multiprocessors, "multiprocessors"),
     };
     check(launch_linear_nf4_small_m(&args, current_stream(x)), "linear_nf4");
 }
@@ -78,8 +80,9 @@ int64_t gemm_splits(int64_t M, int64_t gemm_n, int64_t gemm_k, int64_t multiproc
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def(
         "cuda_linear_nf4_small_m(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
-        "Tensor? absmax_offset, Tensor? bias, Tensor? s, Tensor? lora_B, float scaling, int blocksize, Tensor(a!) y) "
-        "-> ()");
+        "Tensor? absmax_offset, Tensor? bias, Tensor? s, Tensor? lora_B, float scaling, int blocksize, int "
+        "multiprocessors, "
+        "Tensor(a!) y) -> ()");
     m.def(
         "cuda_linear_nf4_gemm(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
         "Tensor? absmax_offset, Tensor? bias, Tensor? lora_left, Tensor? lora_right, float scaling, int blocksize, "

@@ -16,7 +16,9 @@ namespace qlora {
 
 constexpr int kAdamWThreads = 256;
 constexpr int kAdamWWarps = kAdamWThreads / 32;
-constexpr int kLargestSegmentRow = 4096;  // blocks that share one segment
+// Blocks that share one segment: about one wave of a large GPU. More would each compute the segment's factors again, in
+// fp64, which many GPUs run at 1/64 of the fp32 rate.
+constexpr int kLargestSegmentRow = 1024;
 constexpr unsigned kEveryLane = 0xFFFFFFFFu;
 
 // Columns of `segments`, as ops/adamw_step.py names them.
@@ -83,20 +85,22 @@ __device__ __forceinline__ double power(double base, float t) {
     return result;
 }
 
-__device__ __forceinline__ AdamWFactors factors_of(const AdamWArgs& p, float t) {
+// Threads 0 and 32 compute the factors of a segment, one power of beta each: their warps run at the same time.
+__device__ __forceinline__ void fill_factors(AdamWFactors& f, const AdamWArgs& p, float t, int thread) {
     const AdamWScalars& s = p.scalars;
-    const double lr = learning_rate(p);
-    AdamWFactors f;
-    f.decay = float(1 - __dmul_rn(lr, s.weight_decay));
-    f.one_minus_beta1 = float(1 - s.beta1);
-    f.minus_beta1 = float((1 - s.beta1) - 1);
-    f.beta2 = float(s.beta2);
-    f.one_minus_beta2 = float(1 - s.beta2);
-    f.step_size = float(-(lr / (1 - power(s.beta1, t))));
-    f.correction2 = float(sqrt(1 - power(s.beta2, t)));
-    f.eps = float(s.eps);
-    f.lerp_from_state = s.beta1 > 0.5;
-    return f;
+    if (thread == 0) {
+        const double lr = learning_rate(p);
+        f.decay = float(1 - __dmul_rn(lr, s.weight_decay));
+        f.step_size = float(-(lr / (1 - power(s.beta1, t))));
+        f.lerp_from_state = s.beta1 > 0.5;
+        f.one_minus_beta1 = float(1 - s.beta1);
+        f.minus_beta1 = float((1 - s.beta1) - 1);
+    } else if (thread == 32) {
+        f.beta2 = float(s.beta2);
+        f.one_minus_beta2 = float(1 - s.beta2);
+        f.correction2 = float(sqrt(1 - power(s.beta2, t)));
+        f.eps = float(s.eps);
+    }
 }
 
 template <typename T>
@@ -127,11 +131,21 @@ __device__ __forceinline__ void load_typed(float (&to)[8], const void* from, DTy
     if (type == DType::kFloat16) load_elements<__half>(to, from, index, count);
 }
 
-// Eight states from one 64-bit load: value[q] * absmax.
+// value[q] * absmax for eight states: one 64-bit load where all eight exist and are aligned, which the arena's layout
+// makes the rule.
 __device__ __forceinline__ void decode_states(float (&to)[8], const uint8_t* q, const StateCode& code, float absmax,
                                               int count) {
+    if (count == 8 && is_aligned(q, 8)) {
+        const uint2 words = *reinterpret_cast<const uint2*>(q);
 #pragma unroll
-    for (int i = 0; i < 8; i++) to[i] = i < count ? __fmul_rn(code.value[q[i]], absmax) : 0.0f;
+        for (int i = 0; i < 8; i++) {
+            const uint32_t byte = (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 0xFF;
+            to[i] = __fmul_rn(code.value[byte], absmax);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = i < count ? __fmul_rn(code.value[q[i]], absmax) : 0.0f;
+    }
 }
 
 // Encodes a unit: lanes of the warp agree on the absmax of their 256 elements. Lanes with no element bring zeros.
@@ -148,9 +162,16 @@ __device__ __forceinline__ void encode_states(uint8_t* q, float* absmax, const S
     float scale = __uint_as_float(bits);
     if (scale < kSmallestAbsmax) scale = 0.0f;
     const float inverse = scale > 0 ? __frcp_rn(scale) : 0.0f;
+    uint32_t word[2] = {};
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (i < count) q[i] = static_cast<uint8_t>(code.index_of(__fmul_rn(from[i], inverse)));
+    for (int i = 0; i < 8; i++) word[i / 4] |= code.index_of(__fmul_rn(from[i], inverse)) << (8 * (i % 4));
+    if (count == 8 && is_aligned(q, 8)) {
+        *reinterpret_cast<uint2*>(q) = make_uint2(word[0], word[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i < count) q[i] = static_cast<uint8_t>(word[i / 4] >> (8 * (i % 4)));
+        }
     }
     if (threadIdx.x % 32 == 0) *absmax = scale;
 }
@@ -259,7 +280,7 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_step_kernel(const Adam
         const AdamWTensor& tensor = tensors_of(problem)[segment.param];
         const int64_t units = ceil_div<int64_t>(segment.numel, kStateBlocksize);
         __syncthreads();  // the factors of the segment before are no longer read
-        if (thread == 0) shared.factors = factors_of(problem, problem.steps[segment.param]);
+        fill_factors(shared.factors, problem, problem.steps[segment.param], thread);
         if (segment.exp_avg_absmax >= 0 && !has_codes) {
             shared.exp_avg_code.fill_signed(thread);
             shared.exp_avg_sq_code.fill_unsigned(thread);

@@ -52,6 +52,7 @@ struct LinearNF4SmallMArgs {
     DType dtype;
     int M, r;
     float scaling;
+    int multiprocessors;  // of the device: how many warps share a row of w follows from it
 };
 
 // y [M, gemm_n] = x w_hat^T (transposed 0: x [M, K], gemm_n = N) or x w_hat (transposed 1: x is grad_y [M, N] and y is
@@ -124,6 +125,7 @@ cudaError_t launch_quantize_nf4(const qlora::QuantizeNF4Args* args, cudaStream_t
 cudaError_t launch_sum_absmax(const float* absmax, double* partial_sums, int64_t n_blocks, cudaStream_t stream);
 cudaError_t launch_quantize_absmax(const qlora::QuantizeAbsmaxArgs* args, cudaStream_t stream);
 
+int linear_nf4_small_m_warps_per_row(int M, int64_t N, int64_t K, int multiprocessors);
 cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream);
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors);
 cudaError_t launch_linear_nf4_gemm(const qlora::LinearNF4GemmArgs* args, cudaStream_t stream);

@@ -3,9 +3,9 @@
 //
 // A thread block of four warps computes a tile of BLOCK_M x 128 outputs. Each warp takes all BLOCK_M rows and 32 output
 // columns, so every weight is decoded once per thread block. One stage holds 64 of the contraction dimension gemm_k: x
-// (swizzled rows, read by ldmatrix), packed weights and their absmax. Stages are fetched kGemmStages - 1 ahead by
-// 16-byte cp.async. The absmax, two for each thread, are read by plain loads and stored to the stage after the
-// tensor-core work of the step that issued the loads.
+// (swizzled rows, read by ldmatrix), packed weights and their absmax. Stages are fetched kStages - 1 ahead by 16-byte
+// cp.async. The constants of two blocks for each thread are loaded with them into registers; absmax is computed and
+// stored to the stage after the tensor-core work of that step, so no instruction before it waits for memory.
 //
 // LoRA takes extra steps at the front of the same pipeline, each 16 of the rank: a tile of lora_left is stored in the
 // space of x, a tile of lora_right in the space of the packed weights, undecoded. After these steps the sums are
@@ -13,6 +13,8 @@
 //
 // Where the output tiles alone do not fill the GPU, the contraction is split over grid.z. A second kernel adds the
 // parts in a fixed order, so the result does not depend on timing.
+#include <algorithm>
+
 #include "launchers.h"
 #include "qlora/ptx.cuh"
 #include "qlora/shared_memory.cuh"
@@ -20,10 +22,9 @@
 
 namespace qlora {
 
-constexpr int kGemmStages = 4;
 constexpr int kLoraK = 16;               // of r in one step: a tile of lora_right is as large as the packed weights
 constexpr int kRowChunks = kBlockK / 8;  // 16-byte chunks of a row of x
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 64;
 
 // The product as the kernel sees it: y [M, gemm_n] = x [M, gemm_k] times the weight or its transpose.
 struct GemmProblem : LinearNF4GemmArgs {
@@ -40,9 +41,15 @@ struct GemmStage {
 };
 static_assert(kBlockN * kLoraK * 2 == sizeof(uint4) * kChunks);
 
+// 64 rows take three stages instead of four: 40 KiB, so that two thread blocks fit the 100 KiB of sm_86, 89 and 120.
+template <int BLOCK_M>
+constexpr int kStagesOf = BLOCK_M < 64 ? 4 : 3;
+constexpr int kMostStages = kStagesOf<16>;
+
 template <int BLOCK_M>
 struct GemmShared {
-    GemmStage<BLOCK_M> stage[kGemmStages];
+    GemmStage<BLOCK_M> stage[kStagesOf<BLOCK_M>];
+    AbsmaxTable absmax;
     CodeTable code;
 };
 
@@ -51,15 +58,16 @@ __device__ __forceinline__ int x_chunk(int row, int column) { return row * kRowC
 
 template <typename T, int BLOCK_M, class Weights>
 __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const GemmProblem p) {
-    constexpr int kRowTiles = BLOCK_M / 16;
-    GemmShared<BLOCK_M>& shared = dynamic_shared<GemmShared<BLOCK_M>>();
+    constexpr int kRowTiles = BLOCK_M / 16, kStages = kStagesOf<BLOCK_M>;
+    using Shared = GemmShared<BLOCK_M>;
+    Shared& shared = block_shared<Shared>();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int n0 = int(blockIdx.x) * kBlockN, m0 = int(blockIdx.y) * BLOCK_M;
     const int first_step = int(blockIdx.z) * p.steps_per_split;
     const int weight_steps = min(p.steps_per_split, ceil_div(p.gemm_k, kBlockK) - first_step);
     const int lora_steps = p.lora_left && blockIdx.z == 0 ? ceil_div(p.r, kLoraK) : 0;
     const int steps = lora_steps + weight_steps;
-    shared.code.fill(thread);
+    const AbsmaxReader constants(p.weight);
 
     // Elements [column, column + 8) of row `row` of a matrix, or zeros outside it.
     auto fetch_chunk = [](uint4* to, const void* matrix, int row, int rows, int column, int columns) {
@@ -67,23 +75,26 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
         ptx::cp_async<16>(to, static_cast<const T*>(matrix) + (valid ? int64_t(row) * columns + column : 0), valid);
     };
     auto fetch_lora = [&](int step) {
-        GemmStage<BLOCK_M>& to = shared.stage[step % kGemmStages];
+        GemmStage<BLOCK_M>& to = shared.stage[step % kStages];
         const int r0 = step * kLoraK;
-        for (int i = thread; i < BLOCK_M * 2; i += kGemmThreads) {
-            fetch_chunk(&to.x[x_chunk(i / 2, i % 2)], p.lora_left, m0 + i / 2, p.M, r0 + i % 2 * 8, p.r);
+        static_assert(BLOCK_M * 2 <= kGemmThreads);
+        const int row = thread / 2;
+        if (row < BLOCK_M) {
+            fetch_chunk(&to.x[x_chunk(row, thread % 2)], p.lora_left, m0 + row, p.M, r0 + thread % 2 * 8, p.r);
         }
-        for (int i = thread; i < kBlockN * 2; i += kGemmThreads) {
-            const int slot = i / 2;
+#pragma unroll
+        for (int j = 0; j < kBlockN * 2 / kGemmThreads; j++) {
+            const int i = thread + j * kGemmThreads, slot = i / 2;
             fetch_chunk(&to.packed[row_chunk(slot, i % 2)], p.lora_right, n0 + column_of_slot(slot), p.gemm_n,
                         r0 + i % 2 * 8, p.r);
         }
     };
-    auto fetch_weights = [&](int step, float (&absmax)[kChunksPerThread]) {
-        GemmStage<BLOCK_M>& to = shared.stage[step % kGemmStages];
+    auto fetch_weights = [&](int step, RawAbsmax(&raw)[kChunksPerThread]) {
+        GemmStage<BLOCK_M>& to = shared.stage[step % kStages];
         const int k0 = (first_step + step - lora_steps) * kBlockK;
 #pragma unroll
-        for (int i = thread; i < BLOCK_M * kRowChunks; i += kGemmThreads) {
-            const int row = i / kRowChunks, column = i % kRowChunks;
+        for (int j = 0; j < BLOCK_M * kRowChunks / kGemmThreads; j++) {  // counted by j: nvcc peels a loop over i
+            const int i = thread + j * kGemmThreads, row = i / kRowChunks, column = i % kRowChunks;
             fetch_chunk(&to.x[x_chunk(row, column)], p.x, m0 + row, p.M, k0 + column * 8, p.gemm_k);
         }
 #pragma unroll
@@ -93,14 +104,14 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
             const int64_t first = valid ? int64_t(chunk.n) * p.K + chunk.k : 0;
             ptx::cp_async<16>(&to.packed[chunk.packed], p.weight.packed + first / 2, valid);
             // Missing weights are zero because their absmax is: zero bytes would decode to -1.
-            absmax[i] = valid ? block_absmax(p.weight, first >> p.weight.block_shift) : 0.0f;
+            raw[i] = constants.load(first >> p.weight.block_shift, valid);
         }
     };
-    auto store_absmax = [&](int step, const float (&absmax)[kChunksPerThread]) {
-        GemmStage<BLOCK_M>& to = shared.stage[step % kGemmStages];
+    auto store_absmax = [&](int step, const RawAbsmax(&raw)[kChunksPerThread]) {
+        GemmStage<BLOCK_M>& to = shared.stage[step % kStages];
 #pragma unroll
         for (int i = 0; i < kChunksPerThread; i++) {
-            to.absmax[Weights::chunk(thread + i * kGemmThreads, 0, 0).absmax] = absmax[i];
+            to.absmax[Weights::chunk(thread + i * kGemmThreads, 0, 0).absmax] = constants.decode(shared.absmax, raw[i]);
         }
     };
 
@@ -118,29 +129,37 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
         }
     };
 
-    float absmax[kChunksPerThread];
+    RawAbsmax first[kStages - 1][kChunksPerThread];  // of all stages before any is decoded: one wait for memory
 #pragma unroll
-    for (int step = 0; step < kGemmStages - 1; step++) {
+    for (int step = 0; step < kStages - 1; step++) {
         if (step < lora_steps) {
             fetch_lora(step);
         } else if (step < steps) {
-            fetch_weights(step, absmax);
-            store_absmax(step, absmax);
+            fetch_weights(step, first[step]);
         }
         ptx::cp_async_commit();
     }
+    // The tables are filled while the first stages are on their way.
+    shared.code.fill(thread);
+    shared.absmax.template fill<kGemmThreads>(thread);
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kStages - 1; step++) {
+        if (step >= lora_steps && step < steps) store_absmax(step, first[step]);
+    }
+    RawAbsmax raw[kChunksPerThread];
     for (int step = 0; step < steps; step++) {
-        ptx::cp_async_wait<kGemmStages - 2>();
+        ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is there for all, and all have left the one that is fetched into next
-        const int next = step + kGemmStages - 1;
+        const int next = step + kStages - 1;
         const bool next_has_weights = next >= lora_steps && next < steps;
         if (next_has_weights) {
-            fetch_weights(next, absmax);
+            fetch_weights(next, raw);
         } else if (next < lora_steps) {
             fetch_lora(next);
         }
         ptx::cp_async_commit();
-        const GemmStage<BLOCK_M>& from = shared.stage[step % kGemmStages];
+        const GemmStage<BLOCK_M>& from = shared.stage[step % kStages];
         if (step < lora_steps) {
             uint32_t b[kWarpTiles][2];
 #pragma unroll
@@ -164,7 +183,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
                 multiply(from.x, half * 2 + 1, b[1]);
             }
         }
-        if (next_has_weights) store_absmax(next, absmax);
+        if (next_has_weights) store_absmax(next, raw);
     }
 
     // A thread has eight neighbouring outputs of two rows of each 16.
@@ -203,17 +222,47 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
     }
 }
 
-// y = the sum of the parts, first to last, + bias.
+// y = the sum of the parts, first to last, + bias. A thread has eight neighbouring columns of row blockIdx.x.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
     linear_nf4_reduce_kernel(const float* __restrict__ partial, const int splits, const AnyFloat bias,
-                             T* __restrict__ y, const int64_t numel, const int gemm_n) {
-    const int64_t i = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
-    if (i >= numel) return;
-    float sum = partial[i];
-    for (int part = 1; part < splits; part++) sum += partial[part * numel + i];
-    if (bias.data) sum += load_any(bias, i % gemm_n);
-    y[i] = round_to<T>(sum);
+                             T* __restrict__ y, const int gemm_n) {
+    const int64_t row = blockIdx.x, numel = int64_t(gridDim.x) * gemm_n;
+    const int columns_of_grid = int(gridDim.y) * kReduceThreads * 8;
+    const bool whole = gemm_n % 8 == 0;  // rows begin at 16-byte boundaries
+    for (int64_t n = (blockIdx.y * kReduceThreads + threadIdx.x) * 8; n < gemm_n; n += columns_of_grid) {
+        const int count = whole ? 8 : int(min(int64_t(8), gemm_n - n));
+        float sum[8] = {};
+        for (int part = 0; part < splits; part++) {
+            const float* from = partial + part * numel + row * gemm_n + n;
+            float value[8] = {};
+            if (whole) {
+                load8(value, from);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    if (i < count) value[i] = from[i];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += value[i];
+        }
+        if (bias.data) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i < count) sum[i] += load_any(bias, n + i);
+            }
+        }
+        T* to = y + row * gemm_n + n;
+        if (whole) {
+            store8(to, sum);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i < count) to[i] = round_to<T>(sum[i]);
+            }
+        }
+    }
 }
 
 namespace {
@@ -226,13 +275,14 @@ cudaError_t launch_tile(GemmProblem problem, cudaStream_t stream) {
     if (splits == 1) problem.partial = nullptr;
     const dim3 grid(static_cast<unsigned>(ceil_div(problem.gemm_n, kBlockN)),
                     static_cast<unsigned>(ceil_div(problem.M, BLOCK_M)), static_cast<unsigned>(splits));
-    const cudaError_t error = launch({grid, kGemmThreads, sizeof(GemmShared<BLOCK_M>), stream},
-                                     linear_nf4_gemm_kernel<T, BLOCK_M, Weights>, problem);
+    const cudaError_t error =
+        launch({grid, kGemmThreads, 0, stream}, linear_nf4_gemm_kernel<T, BLOCK_M, Weights>, problem);
     if (error != cudaSuccess || splits == 1) return error;
-    const int64_t numel = int64_t(problem.M) * problem.gemm_n;
-    const dim3 reduce_grid(static_cast<unsigned>(ceil_div<int64_t>(numel, kReduceThreads)));
+    constexpr int kMostGridRows = 65535;
+    const int column_blocks = std::min(ceil_div(problem.gemm_n, kReduceThreads * 8), kMostGridRows);
+    const dim3 reduce_grid(static_cast<unsigned>(problem.M), static_cast<unsigned>(column_blocks));
     return launch({reduce_grid, kReduceThreads, 0, stream}, linear_nf4_reduce_kernel<T>, problem.partial, splits,
-                  problem.bias, static_cast<T*>(problem.y), numel, problem.gemm_n);
+                  problem.bias, static_cast<T*>(problem.y), problem.gemm_n);
 }
 
 template <typename T, class Weights>
@@ -253,7 +303,7 @@ cudaError_t launch_gemm(const GemmProblem& problem, cudaStream_t stream) {
 
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors) {
     using namespace qlora;
-    constexpr int kBlocksPerMultiprocessor = 2, kFewestSteps = 2 * kGemmStages;
+    constexpr int kBlocksPerMultiprocessor = 2, kFewestSteps = 2 * kMostStages;
     const int tile = M <= 16 ? 16 : M <= 32 ? 32 : 64;
     const int64_t blocks = ceil_div<int64_t>(gemm_n, kBlockN) * ceil_div<int64_t>(M, tile);
     int64_t splits = int64_t(multiprocessors) * kBlocksPerMultiprocessor / blocks;

@@ -13,6 +13,8 @@
 // At M = 1 the bound is instruction issue. So indices count chunks in 32 bits, the index of the pipeline stage is
 // carried from fetch to fetch, and only rows of x that a tile may lack are tested for. docs/notebook has the
 // instruction counts.
+#include <algorithm>
+
 #include "launchers.h"
 #include "qlora/floats.cuh"
 #include "qlora/launch.cuh"
@@ -39,6 +41,7 @@ template <int M_TILE, int ROWS>
 struct SmallMShared {
     uint4 packed[kSmallMWarps][kSmallMStages][ROWS][32];
     float partial[kSmallMWarps][M_TILE * ROWS];
+    AbsmaxTable absmax;
     CodeTable code;
 };
 
@@ -46,12 +49,12 @@ template <typename T, int M_TILE, int ROWS>
 __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(const SmallMProblem p) {
     using Shared = SmallMShared<M_TILE, ROWS>;
     Shared& shared = block_shared<Shared>();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Taken from lane 0, so that the compiler sees one value for the warp: loops that depend on it do not diverge.
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(kWholeWarp, int(threadIdx.x) / 32, 0);
     const int rows_per_block = kSmallMWarps / p.warps_per_row * ROWS;
     const int n0 = int(blockIdx.x) * rows_per_block + warp / p.warps_per_row * ROWS;
     const int part = warp % p.warps_per_row;
-    shared.code.fill(threadIdx.x);
-    __syncthreads();
+    const AbsmaxReader constants(p.weight);
 
     // Rows past the end repeat the last one and are not stored.
     const int chunks = p.K / 32, fetches = ceil_div(chunks, 32), block_shift = p.weight.block_shift - kChunkShift;
@@ -72,26 +75,30 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
         ptx::cp_async_commit();
     };
     // Past the end of K any absmax of the row will do: x is zero there.
-    auto load_absmax = [&](float (&absmax)[ROWS], int index) {
+    auto load_absmax = [&](RawAbsmax(&raw)[ROWS], int index) {
         const int chunk = min(index * 32 + lane, chunks - 1);
-        uint32_t block[ROWS];
 #pragma unroll
-        for (int row = 0; row < ROWS; row++) block[row] = (row_start[row] + chunk) >> block_shift;
-        block_absmax(absmax, p.weight, block);
+        for (int row = 0; row < ROWS; row++) raw[row] = constants.load((row_start[row] + chunk) >> block_shift);
     };
 
     float sum[M_TILE][ROWS] = {};
-    float absmax[ROWS];
+    RawAbsmax raw[ROWS];
+    load_absmax(raw, part);
     for (int i = 0; i < kSmallMStages - 1; i++) fetch(part + i * p.warps_per_row, i);
-    load_absmax(absmax, part);
+    // The tables are filled while the first fetches are on their way.
+    shared.code.fill(threadIdx.x);
+    shared.absmax.template fill<kSmallMThreads>(threadIdx.x);
+    __syncthreads();
 
     int stage = 0;
     for (int index = part; index < fetches; index += p.warps_per_row) {
         ptx::cp_async_wait<kSmallMStages - 2>();
         __syncwarp();  // every lane's bytes are there, and every lane has left the stage that is fetched into next
         fetch(index + (kSmallMStages - 1) * p.warps_per_row, stage == 0 ? kSmallMStages - 1 : stage - 1);
-        float next_absmax[ROWS];
-        load_absmax(next_absmax, index + p.warps_per_row);
+        float absmax[ROWS];
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) absmax[row] = constants.decode(shared.absmax, raw[row]);
+        load_absmax(raw, index + p.warps_per_row);  // first used a step later
         const uint32_t* words = reinterpret_cast<const uint32_t*>(shared.packed[warp][stage]) + lane;
         stage = stage == kSmallMStages - 1 ? 0 : stage + 1;
         const T* x_gl = static_cast<const T*>(p.x) + index * kSmallMFetchK + lane * 8;
@@ -119,8 +126,6 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
                 }
             }
         }
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) absmax[row] = next_absmax[row];
     }
 
     if (p.s && part == 0) {
@@ -164,19 +169,31 @@ __global__ void __launch_bounds__(kSmallMThreads, 2) linear_nf4_small_m_kernel(c
 
 namespace {
 
-constexpr int kWarpsThatFill = 108 * 16;  // resident warps of a mid-size GPU at the kernel's registers
+constexpr int kResidentWarps = 16;  // of a multiprocessor, at the kernel's registers
+
+// Rows of w of one warp: more rows of x leave registers for fewer.
+constexpr int rows_of_warp(int M) { return M <= 4 ? 4 : 2; }
+
+// How many warps share a row. One fetch is added for a warp's begin and end; warps beyond the resident ones wait.
+int warps_per_row(int M, int64_t N, int64_t K, int multiprocessors) {
+    const int64_t groups = ceil_div<int64_t>(N, rows_of_warp(M)), fetches = ceil_div<int64_t>(K, kSmallMFetchK);
+    const int64_t resident = int64_t(multiprocessors) * kResidentWarps;
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int warps = 1; warps <= kSmallMWarps && warps <= fetches; warps *= 2) {
+        const int64_t cost = (ceil_div<int64_t>(fetches, warps) + 1) * std::max(resident, groups * warps);
+        if (cost < least) least = cost, best = warps;
+    }
+    return best;
+}
 
 template <typename T, int M_TILE, int ROWS>
 cudaError_t launch_small_m_tile(const LinearNF4SmallMArgs& args, cudaStream_t stream) {
     SmallMProblem problem{args};
     problem.N = static_cast<int>(args.weight.N);
     problem.K = static_cast<int>(args.weight.K);
-    problem.warps_per_row = 1;
-    const int groups = ceil_div(problem.N, ROWS), fetches = ceil_div(problem.K, kSmallMFetchK);
-    while (problem.warps_per_row < kSmallMWarps && groups * problem.warps_per_row < kWarpsThatFill &&
-           problem.warps_per_row < fetches) {
-        problem.warps_per_row *= 2;
-    }
+    static_assert(ROWS == rows_of_warp(M_TILE));
+    problem.warps_per_row = warps_per_row(M_TILE, problem.N, problem.K, args.multiprocessors);
     const dim3 grid(static_cast<unsigned>(ceil_div(problem.N, kSmallMWarps / problem.warps_per_row * ROWS)));
     return launch({grid, kSmallMThreads, 0, stream}, linear_nf4_small_m_kernel<T, M_TILE, ROWS>, problem);
 }
@@ -193,11 +210,16 @@ cudaError_t launch_small_m(const LinearNF4SmallMArgs& args, cudaStream_t stream)
 }  // namespace
 }  // namespace qlora
 
+int linear_nf4_small_m_warps_per_row(int M, int64_t N, int64_t K, int multiprocessors) {
+    return qlora::warps_per_row(M, N, K, multiprocessors);
+}
+
 cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream) {
     using namespace qlora;
     const int64_t N = args->weight.N, K = args->weight.K;
-    if (args->M < 1 || args->M > 16 || N < 1 || N > INT32_MAX || K < 32 || K > INT32_MAX || K % 32 ||
-        N * (K / 32) > int64_t(UINT32_MAX) || !is_aligned(args->x, 16) || !is_aligned(args->weight.packed, 16)) {
+    if (args->M < 1 || args->M > 16 || args->multiprocessors < 1 || N < 1 || N > INT32_MAX || K < 32 || K > INT32_MAX ||
+        K % 32 || N * (K / 32) > int64_t(UINT32_MAX) || !is_aligned(args->x, 16) ||
+        !is_aligned(args->weight.packed, 16)) {
         return cudaErrorInvalidValue;
     }
     switch (args->dtype) {

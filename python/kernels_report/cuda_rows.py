@@ -29,10 +29,12 @@ THREADS = {
     "linear_nf4_gemm": 128,
 }
 DEFAULT_THREADS = 256
-GEMM_STAGES = 4
 
 WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "quantize_nf4": 8}
 """Weights that one pass of a thread through the kernel's code processes."""
+
+GEMM_WEIGHTS = 64
+"""Weights that a thread of linear_nf4_gemm decodes in one iteration of its main loop."""
 
 PEER_KERNELS = {
     # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
@@ -120,10 +122,11 @@ def _peer_rows_of(library: Path, arch: int) -> list[Row]:
 
 def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights: int | None = None) -> Row:
     tensor_core, count = facts.tensor_core
-    weights = weights or WEIGHTS_PER_THREAD.get(kernel)
-    threads = THREADS.get(kernel, DEFAULT_THREADS)
-    shared = facts.static_shared + _dynamic_shared(kernel, config)
     ours = source == "cuda"
+    weights = weights or WEIGHTS_PER_THREAD.get(kernel)
+    per_weight = facts.total / weights if weights else _per_weight_of_loop(kernel, config, facts) if ours else None
+    threads = THREADS.get(kernel, DEFAULT_THREADS)
+    shared = facts.static_shared
     return Row(
         source=source,
         kernel=kernel,
@@ -139,9 +142,10 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         wide_loads=facts.wide_loads,
         narrow_copies=facts.narrow_copies,
         instructions=facts.total,
-        per_weight=facts.total / weights if weights else None,
+        per_weight=per_weight,
         matmul=ours and kernel == "linear_nf4_gemm",
         default=ours,
+        early_waits=facts.early_waits if ours else 0,
     )
 
 
@@ -156,12 +160,15 @@ def _named(signature: str) -> tuple[str, str]:
     return kernel, " ".join(f"M{w}" if i == 1 and w.isdigit() else w for i, w in enumerate(words))
 
 
-def _dynamic_shared(kernel: str, config: str) -> int:
-    """Return the bytes that launch_linear_nf4_gemm requests; per stage, a row of x is 128 bytes, weights and absmax 5
-    KiB.
+def _per_weight_of_loop(kernel: str, config: str, facts: Facts) -> float | None:
+    """Instructions of the main loop for each weight that a thread decodes in one iteration; None where it is unknown.
+
+    From 8 rows on linear_nf4_small_m has an inner loop, whose iterations the listing does not show.
     """
-    rows = re.search(r"M(\d+)", config)
-    return GEMM_STAGES * (int(rows[1]) * 128 + 5 * 1024) + 64 if kernel == "linear_nf4_gemm" and rows else 0
+    if kernel == "linear_nf4_gemm":
+        return round(facts.main_loop / GEMM_WEIGHTS, 2)
+    small_m = re.search(r" M([124]) (\d)$", config) if kernel == "linear_nf4_small_m" else None
+    return round(facts.main_loop / (32 * int(small_m[2])), 2) if small_m else None
 
 
 def _demangled(names: list[str]) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Row:
     matmul: whether tensor-core instructions are expected.   default: whether untuned dispatch can choose the config.
     wide_loads_needed: number of 16-byte loads in code that reads weights and activations only in 16-byte loads.
     narrow_products: 32-bit products of two run-time numbers, which an index above 2^31 would overflow.
+    early_waits: instructions that wait for a global load of the same iteration of the main loop before its products.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Row:
     default: bool = True
     wide_loads_needed: int = 1
     narrow_products: int = 0
+    early_waits: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as plain data for JSON."""
@@ -71,12 +73,26 @@ ONE_ROW_BUDGET = 6.0
 """The same for small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
 
 
+GEMM_BUDGETS = {"M16": 9.5, "M32": 10.5, "M64": 12.0}
+"""The same of the CUDA tensor-core loop by rows of a block; the steps of LoRA, 1 to 2 instructions, count too."""
+
+
 def _is_fused(row: Row) -> bool:
     return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 
 
 def _is_small_m(row: Row) -> bool:
     return row.source == "triton" and row.kernel == "linear_nf4_small_m_kernel"
+
+
+def _is_cuda_linear(row: Row) -> bool:
+    return row.source == "cuda" and row.kernel in ("linear_nf4_small_m", "linear_nf4_gemm")
+
+
+def _gemm_budget(row: Row) -> float | None:
+    if row.source != "cuda" or row.kernel != "linear_nf4_gemm" or row.arch not in (80, 90):
+        return None
+    return next((budget for rows, budget in GEMM_BUDGETS.items() if rows in row.config.split()), None)
 
 
 def _reads_packed_weights(row: Row) -> bool:
@@ -100,8 +116,24 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ),
     (
         f"at most {ONE_ROW_BUDGET:g} SASS instructions per weight in small_m with one row of 16-bit x",
-        lambda r: _is_small_m(r) and " M1 " in r.config and "fp32" not in r.config,
+        lambda r: (
+            (_is_small_m(r) or (_is_cuda_linear(r) and r.kernel == "linear_nf4_small_m"))
+            and "M1" in r.config.split()
+            and "fp32" not in r.config
+        ),
         lambda r: r.per_weight is not None and r.per_weight <= ONE_ROW_BUDGET,
+    ),
+    (
+        "at most "
+        + ", ".join(f"{budget:g} ({rows})" for rows, budget in GEMM_BUDGETS.items())
+        + " SASS instructions per weight in the CUDA tensor-core loop",
+        lambda r: _gemm_budget(r) is not None,
+        lambda r: r.per_weight is not None and r.per_weight <= (_gemm_budget(r) or 0.0),
+    ),
+    (
+        "no wait for a load of the same iteration before the products of a CUDA linear's main loop",
+        _is_cuda_linear,
+        lambda r: r.early_waits == 0,
     ),
     # Rows of an adapter's factors may be narrower than 16 bytes.
     (
@@ -128,7 +160,8 @@ def broken_gates(rows: list[Row]) -> list[str]:
     return [
         f"{row.kernel} [{row.config}] sm_{row.arch}: {promise}: "
         f"spills {row.spills}, {row.tensor_core or 'no tensor core'}, {row.per_weight} per weight, "
-        f"{row.narrow_copies} narrow copies, {row.wide_loads} wide loads, {row.narrow_products} 32-bit products"
+        f"{row.narrow_copies} narrow copies, {row.wide_loads} wide loads, {row.narrow_products} 32-bit products, "
+        f"{row.early_waits} early waits"
         for promise, concerns, holds in GATES
         for row in rows
         if row.source in OURS and concerns(row) and not holds(row)

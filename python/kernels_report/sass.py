@@ -13,6 +13,8 @@ from pathlib import Path
 
 import triton
 
+from .early_waits import Instruction, early_waits
+
 TOOL_SECONDS = 300
 """Time limit of a disassembler in seconds, far above its need, so that a stuck one fails the report."""
 
@@ -36,6 +38,7 @@ class Facts:
     instructions: opcode with modifiers -> count, padding NOPs left out.
     loops: the instructions of each loop, from a label to a branch back to it.
     static_shared: bytes of shared memory that need no launch argument.
+    early_waits: waits for memory at the head of the main loop, counted by early_waits.py.
     """
 
     registers: int
@@ -43,6 +46,7 @@ class Facts:
     instructions: Counter[str]
     loops: tuple[Counter[str], ...]
     static_shared: int = 0
+    early_waits: int = 0
 
     @property
     def total(self) -> int:
@@ -65,6 +69,11 @@ class Facts:
             if self.count(opcode):
                 return family, self.count(opcode)
         return "", 0
+
+    @property
+    def main_loop(self) -> int:
+        """Instructions of the main loop: the smallest of those with most asynchronous copies; 0 without any."""
+        return self.hottest_loop("LDGSTS")[0]
 
     def hottest_loop(self, opcode: str) -> tuple[int, int]:
         """Return (instructions, of these `opcode`) of the smallest loop with most of `opcode`; (0, 0) without any."""
@@ -106,20 +115,37 @@ def all_facts(cubin: bytes, names: Sequence[str] | None = None) -> dict[str, Fac
 
 def _facts(listing: str, name: str, usage: re.Match[str]) -> Facts:
     section = listing.split(f".section\t.text.{name},", 1)[-1].split(".section\t", 1)[0]
-    ops: list[str] = []
+    body: list[Instruction] = []
     labels: dict[str, int] = {}
-    loops = []
+    loops: list[list[Instruction]] = []
     for match in _LINE.finditer(section):
         if match["label"]:
-            labels[match["label"]] = len(ops)
+            labels[match["label"]] = len(body)
             continue
         if match["op"] == "NOP":
             continue
-        ops.append(match["op"])
+        body.append(Instruction(match["op"], match["rest"]))
         target = _TARGET.search(match["rest"]) if match["op"].startswith("BRA") else None
-        if target and target[1] in labels and labels[target[1]] < len(ops) - 1:
-            loops.append(Counter(ops[labels[target[1]] :]))
-    return Facts(int(usage[2]), int(usage[3]) + int(usage[5]), Counter(ops), tuple(loops), int(usage[4]))
+        if target and target[1] in labels and labels[target[1]] < len(body) - 1:
+            loops.append(body[labels[target[1]] :])
+    return Facts(
+        registers=int(usage[2]),
+        stack=int(usage[3]) + int(usage[5]),
+        instructions=Counter(one.op for one in body),
+        loops=tuple(Counter(one.op for one in loop) for loop in loops),
+        static_shared=int(usage[4]),
+        early_waits=early_waits(_main_loop(loops)),
+    )
+
+
+def _main_loop(loops: Sequence[Sequence[Instruction]]) -> Sequence[Instruction]:
+    """The smallest of the loops that have most asynchronous copies into shared memory; empty without any."""
+
+    def copies(loop: Sequence[Instruction]) -> int:
+        return sum(one.op.startswith("LDGSTS") for one in loop)
+
+    candidates = [loop for loop in loops if copies(loop)]
+    return max(candidates, key=lambda loop: (copies(loop), -len(loop)), default=())
 
 
 def _run(tool: str, *arguments: str) -> str:

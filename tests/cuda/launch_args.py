@@ -11,6 +11,9 @@ from torch import Tensor
 from qlora_kernels.format.quant_state import DTYPE_CODES
 from tests.support.cuda_host import out, pointers, struct_of
 
+MULTIPROCESSORS = 108
+"""Of the GPU that the launchers plan for."""
+
 Members = tuple[str, tuple[Any, ...]]
 """A format string of `struct_of`, and its items."""
 
@@ -54,8 +57,8 @@ def small_m_args(
 ) -> struct_of:
     """Return struct LinearNF4SmallMArgs. lora: s, lora_B, scaling."""
     s, lora_B, scaling = lora
-    sizes = (out(y), dtype_code(x.dtype), M, 0 if s is None else s.shape[1], scaling)
-    return _struct(("P", (x,)), weight, any_float(bias), ("P", (s,)), any_float(lora_B), ("Piiif", sizes))
+    sizes = (out(y), dtype_code(x.dtype), M, 0 if s is None else s.shape[1], scaling, MULTIPROCESSORS)
+    return _struct(("P", (x,)), weight, any_float(bias), ("P", (s,)), any_float(lora_B), ("Piiifi", sizes))
 
 
 def gemm_args(

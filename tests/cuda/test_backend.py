@@ -29,6 +29,7 @@ from tests.support.problems import DTYPES, gaussian
 from tests.support.tolerances import assert_within
 
 from .launch_args import (
+    MULTIPROCESSORS,
     dequantize_args,
     dropout_args,
     gemm_args,
@@ -50,7 +51,6 @@ pytestmark = [needs_library, needs_emulator]
 
 OP = importlib.import_module("qlora_kernels.ops.quantize_nf4")
 ROUTING = importlib.import_module("qlora_kernels.backends.cuda.linear_nf4")  # the package names the function so too
-MULTIPROCESSORS = 108
 
 
 def launch(stem: str, name: str, *arguments: Any) -> None:
@@ -80,7 +80,8 @@ def emulate_quantize_double(
 
 
 def emulate_small_m(x: Tensor, packed: Tensor, *rest: Any) -> None:
-    *constants, bias, s, B, scaling, blocksize, y = rest
+    *constants, bias, s, B, scaling, blocksize, multiprocessors, y = rest
+    assert multiprocessors == MULTIPROCESSORS
     weight = nf4_weight(packed, constants, blocksize, y.shape[1], x.shape[1])
     arguments = small_m_args(x, weight, bias, (s, B, float(scaling)), y, x.shape[0])
     launch("linear_nf4_small_m", "launch_linear_nf4_small_m", arguments, None)

@@ -55,6 +55,13 @@ def test_split_contraction(mode: str, splits: int, problem: LinearProblem) -> No
     assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
+@pytest.mark.parametrize("N", [40, 37])  # rows at 16-byte boundaries, and not
+@pytest.mark.parametrize("bias", [None, torch.float16])
+def test_parts_are_added_in_rows_of_any_width(N: int, bias: torch.dtype | None) -> None:
+    problem = LinearProblem(3, N, 4 * DEPTH, dtype=torch.bfloat16, bias=bias)
+    assert_within(run("asan", problem, 2), problem.expected(rounded=True), str(problem))
+
+
 @pytest.mark.parametrize("problem", [PROBLEMS[2], PROBLEMS[7]], ids=str)
 def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
     first = run("plain", problem)

@@ -60,6 +60,22 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
         assert same_bits(run("plain", problem, seed, order), first)
 
 
+@pytest.mark.parametrize(
+    ("N", "K", "multiprocessors", "expected"),
+    [
+        (4096, 4096, 132, 2),
+        (1024, 4096, 132, 4),
+        (5120, 5120, 132, 2),
+        (1024, 1024, 132, 1),
+        (14336, 4096, 132, 1),
+        (4096, 4096, 20, 1),
+    ],
+)
+def test_warps_share_a_row_where_rows_do_not_fill_the_gpu(N: int, K: int, multiprocessors: int, expected: int) -> None:
+    tested = library("linear_nf4_small_m", "plain")
+    assert tested.call("linear_nf4_small_m_warps_per_row", 1, N, K, multiprocessors) == expected
+
+
 @pytest.mark.parametrize(("M", "K"), [(17, 64), (0, 64), (1, 40)])
 def test_unsupported_problems_are_refused(M: int, K: int) -> None:
     tested, memory = library("linear_nf4_small_m", "plain"), torch.zeros(4096)

@@ -15,17 +15,8 @@ struct LaunchShape {
     cudaStream_t stream = nullptr;
 };
 
-// Dynamic shared memory that a launch may use without cudaFuncSetAttribute.
-constexpr size_t kDefaultSharedBytes = 48 * 1024;
-
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    if (shape.dynamic_shared_bytes > kDefaultSharedBytes) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.dynamic_shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
     config.blockDim = shape.block;

@@ -22,8 +22,7 @@ __device__ __forceinline__ float absmax_code(int q) {
 }
 
 // The absmax of block `index` under double quantization: an fp32 product and an fp32 sum, which must not be fused.
-template <class Index>
-__device__ __forceinline__ float decoded_block_absmax(const NF4Weight& w, Index index) {
+__device__ __forceinline__ float decoded_block_absmax(const NF4Weight& w, int64_t index) {
     const float value = absmax_code(__ldg(w.absmax_q + index));
     const float scale = __ldg(w.absmax_scale + (index >> kNestedShift));
     return __fadd_rn(__fmul_rn(value, scale), __ldg(w.absmax_offset));
@@ -34,17 +33,56 @@ __device__ __forceinline__ float block_absmax(const NF4Weight& w, int64_t index)
     return w.absmax ? __ldg(w.absmax + index) : decoded_block_absmax(w, index);
 }
 
-// The absmax of several blocks, with a single branch for all of them.
-template <int COUNT>
-__device__ __forceinline__ void block_absmax(float (&to)[COUNT], const NF4Weight& w, const uint32_t (&index)[COUNT]) {
-    if (w.absmax) {
+// Constants of a block as loaded. A kernel with a pipeline loads them a step before it decodes them: a lookup by
+// absmax_q straight after its load would hold up every later instruction until both loads have answered.
+struct RawAbsmax {
+    float scale;  // absmax itself, or under double quantization the absmax_scale
+    uint32_t q;   // absmax_q, or kMissing
+    static constexpr uint32_t kMissing = 256;
+};
+
+// The 256 values of absmax_q in shared memory.
+struct AbsmaxTable {
+    float value[256];
+
+    template <int THREADS>
+    __device__ __forceinline__ void fill(int thread) {
+        static_assert(256 % THREADS == 0);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = __ldg(w.absmax + index[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) to[i] = decoded_block_absmax(w, index[i]);
+        for (int j = 0; j < 256 / THREADS; j++) value[thread + j * THREADS] = absmax_code(thread + j * THREADS);
     }
-}
+};
+
+// Reads absmax in two parts: load() reads memory only, decode() computes. Holds what both need in registers.
+class AbsmaxReader {
+  public:
+    __device__ __forceinline__ explicit AbsmaxReader(const NF4Weight& w)
+        : scales_(w.absmax ? w.absmax : w.absmax_scale),
+          q_(w.absmax ? nullptr : w.absmax_q),
+          scale_shift_(w.absmax ? 0 : kNestedShift),
+          offset_(w.absmax ? 0.0f : __ldg(w.absmax_offset)) {}
+
+    // Of a block that does not exist, an absmax of zero: its weights are zero then.
+    template <class Index>
+    __device__ __forceinline__ RawAbsmax load(Index block, bool exists = true) const {
+        return {exists ? __ldg(scales_ + (block >> scale_shift_)) : 0.0f, !exists ? RawAbsmax::kMissing
+                                                                          : q_    ? __ldg(q_ + block)
+                                                                                  : 0u};
+    }
+
+    // An fp32 product and an fp32 sum, never fused.
+    __device__ __forceinline__ float decode(const AbsmaxTable& table, const RawAbsmax& raw) const {
+        if (!q_) return raw.scale;
+        if (raw.q == RawAbsmax::kMissing) return 0.0f;
+        return __fadd_rn(__fmul_rn(table.value[raw.q], raw.scale), offset_);
+    }
+
+  private:
+    const float* scales_;
+    const uint8_t* q_;
+    int scale_shift_;
+    float offset_;
+};
 
 // The 16 code values in shared memory: 16 banks, one wavefront for any 32 indices. docs/kernels/cuda.md compares it
 // with alternatives.

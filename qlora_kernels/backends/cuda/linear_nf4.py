@@ -144,7 +144,7 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
         B = None if lora_B is None else lora_B.contiguous()
         operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
         s = None if s is None else s.contiguous()
-        _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, y)
+        _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, _multiprocessors(x), y)
         return y
     if kernel == GEMM:
         lora_right = None if lora_B is None else lora_B.to(x.dtype)
