@@ -12,11 +12,13 @@ import itertools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from . import graphs
 from .registry import Call
 
 QUIET = 0.06
@@ -69,6 +71,8 @@ class _Round:
 def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
     """Time the calls of all implementations, interleaved in random order."""
     clock = clock_of(device)
+    if device == "cuda":
+        entrants = {name: Entrant([_replayed(entrant.calls)], entrant.threads) for name, entrant in entrants.items()}
     started, before = time.perf_counter(), torch.get_num_threads()
     circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
     rounds: list[_Round] = []
@@ -103,23 +107,33 @@ def summarize(times: Sequence[float], foreign: float) -> Timing:
 
 def clock_of(device: str) -> Callable[[Call], float]:
     """Return a function that runs a call and returns its seconds on `device`."""
-    return _cuda_seconds if device == "cuda" else _host_seconds
+    return graphs.seconds if device == "cuda" else _host_seconds
+
+
+def _replayed(calls: Sequence[Call]) -> Call:
+    """The calls as one replayed CUDA graph; one after another where they cannot be captured."""
+    try:
+        return graphs.Graphed(calls)
+    except RuntimeError as reason:
+        warnings.warn(f"timed with the host's part: no CUDA graph of a contender ({reason})", stacklevel=2)
+        return _InTurn(calls)
+
+
+class _InTurn:
+    """Calls one after another from Python. `count`: how many they are."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls, self.count = calls, len(calls)
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
 
 
 def _host_seconds(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _cuda_seconds(call: Call) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    seconds: float = start.elapsed_time(end) / 1e3
-    return seconds
 
 
 def _turn_length(clock: Callable[[Call], float], calls: itertools.cycle[Call], threads: int) -> int:

@@ -34,6 +34,9 @@ AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference"
 
 ENVIRONMENT = "QLORA_BACKEND"
 
+EXACT_ROWS = 16
+"""Largest M for which a kernel is chosen by M itself."""
+
 
 class Problem(NamedTuple):
     """The properties of a call that may influence the choice of a kernel; hashable."""
@@ -142,12 +145,30 @@ def reasons_against(problem: Problem, backend: str) -> list[str]:
     return spec.unsupported(problem)
 
 
+def planned_rows(M: int) -> int:
+    """The number of rows for which a choice is made instead of M: M up to 16, then the next multiple of 16 up to 64, of
+    64 up to 1024, and the next power of two. Batches of varying length share their choices, and the caches of these.
+    """
+    if M <= EXACT_ROWS:
+        return M
+    if M <= 1024:
+        step = 16 if M <= 64 else 64
+        return -(-M // step) * step
+    return 1 << (M - 1).bit_length()
+
+
 def select(problem: Problem) -> KernelSpec:
-    """Return the kernel that runs `problem`.
+    """The kernel that runs `problem`; one choice for all M of equal planned_rows.
 
     Raises NotImplementedError, with every reason, if a forced backend cannot run it.
     """
-    return _select(problem, _forced)
+    rows = planned_rows(problem.M)
+    if rows == problem.M:
+        return _select(problem, _forced)
+    try:
+        return _select(problem._replace(M=rows), _forced)
+    except NotImplementedError:
+        return _select(problem, _forced)  # the message names the problem as it was asked
 
 
 @lru_cache(maxsize=4096)

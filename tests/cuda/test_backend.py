@@ -24,7 +24,15 @@ from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from qlora_kernels.ops.registry import Problem
 from tests.support.cuda_host import out
-from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, lora_backward, lora_down, lora_forward
+from tests.support.linear_formulas import (
+    Arithmetic,
+    Dropout,
+    arithmetic_of,
+    assert_lora,
+    lora_backward,
+    lora_down,
+    lora_forward,
+)
 from tests.support.problems import DTYPES, gaussian
 from tests.support.tolerances import assert_within
 
@@ -114,7 +122,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_dropout": emulate_dropout,
     }.items():
         implementations.impl(name, function)
-    monkeypatch.setattr(ROUTING, "_multiprocessors", lambda x: MULTIPROCESSORS)
+    monkeypatch.setattr(ROUTING, "_multiprocessors", lambda device: MULTIPROCESSORS)
     yield
     implementations._destroy()
 
@@ -167,7 +175,7 @@ def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # Rows on both sides of every threshold, supported and unsupported K and N, and ranks that need padding.
-SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (65, 24, 64, 4), (3, 12, 50, 4)]
+SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (129, 24, 64, 4), (3, 12, 50, 4)]
 
 
 def quantized_matrix(N: int, K: int) -> Weight:
@@ -199,7 +207,7 @@ def test_linear_with_lora(p: float, M: int, N: int, K: int, r: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [3, 65])
+@pytest.mark.parametrize("M", [3, 129])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_group(p: float, M: int, dtype: torch.dtype) -> None:
     """Each linear equals the single op, and grad_x is their sum, for fused (small M) and decoded weights (large M)."""
@@ -225,6 +233,22 @@ def test_group(p: float, M: int, dtype: torch.dtype) -> None:
         total = expected.x if total is None else (total + expected.x).to(dtype)
     assert total is not None
     assert_within(grad_x, total, "grad_x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_the_factors_are_not_rounded_to_the_activations(dtype: torch.dtype) -> None:
+    """fp32 sums, as the Triton backend returns them."""
+    M, N, K, r = 96, 24, 64, 4
+    weight, x, grad_y = quantized_matrix(N, K), gaussian(M, K, dtype=dtype, seed=2), gaussian(M, N, dtype=dtype, seed=6)
+    factors = [(gaussian(*size, seed=4) * 0.1).to(dtype).float() for size in ((r, K), (N, r))]
+    lora = LoRA(*factors, None, 0.5, 0.0)
+    _, s = cuda.linear_nf4_lora(x, weight, None, lora)
+    _, *gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=False)
+    arithmetic = Arithmetic(dtype, composed=False)
+    expected = lora_backward(grad_y, x, s, dequantized(weight, dtype), *factors, lora.scaling, None, arithmetic)
+    for name, actual, bound in zip("AB", gradients, expected[1:], strict=True):
+        assert_within(actual, bound, f"grad of lora_{name}")
+        assert (actual.to(dtype).float() != actual).float().mean() > 0.5, "rounded"
 
 
 def test_a_misaligned_slice_is_copied() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ from qlora_kernels.backends.triton.planner import (
     modelled_seconds,
     plan,
     use_plan,
-    write_tuned,
 )
+from qlora_kernels.ops import measured_plans
 from qlora_kernels.ops.registry import Problem
 
 N, K = 4096, 4096
@@ -83,8 +85,11 @@ def test_measured_plans_override_the_model(tmp_path, monkeypatch):
     measured = Plan("fused", block_m=32, block_n=128, split_k=4)
     asked = problem(1000)
     assert plan(asked, 90).path == "decode"
-    write_tuned(90, {planner.bucket(asked): measured}, {"gpu": "test"}, tmp_path)
-    monkeypatch.setattr(planner, "TUNED", tmp_path)
+    measured_plans.write(
+        90, {measured_plans.bucket(asked): {"backend": "triton"} | asdict(measured)}, {"gpu": "test"}, tmp_path
+    )
+    monkeypatch.setattr(measured_plans, "FOLDER", tmp_path)
+    measured_plans.entries.cache_clear()
     planner.tuned_plans.cache_clear()
     planner._plan.cache_clear()
     try:
@@ -94,5 +99,6 @@ def test_measured_plans_override_the_model(tmp_path, monkeypatch):
         with use_plan("linear_nf4", Plan("decode")):
             assert plan(asked, 90) == Plan("decode")
     finally:
+        measured_plans.entries.cache_clear()
         planner.tuned_plans.cache_clear()
         planner._plan.cache_clear()

@@ -5,6 +5,7 @@ docs/kernels/cuda.md lists the problems for which these kernels, or Triton's, ar
 
 from __future__ import annotations
 
+from ...ops import measured_plans
 from ...ops.registry import KernelPlan, KernelSpec, Problem, only_kernel, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
@@ -21,11 +22,11 @@ from .linear_nf4 import (
 from .linear_nf4 import plan as linear_plan
 
 
-def _behind_triton_with_dropout(problem: Problem) -> int:
-    """Return the priority: dropout needs extra passes over [M, K] here, while Triton draws the mask where it reads
-    x.
+def _priority(problem: Problem) -> int:
+    """Behind Triton with dropout, which takes passes over [M, K] of its own here, while Triton draws the mask where it
+    reads x. Otherwise as measured on this GPU.
     """
-    return -1 if problem.dropout else 0
+    return -1 if problem.dropout else measured_plans.priority(problem, "cuda")
 
 
 def _plan(problem: Problem) -> KernelPlan:
@@ -34,7 +35,7 @@ def _plan(problem: Problem) -> KernelPlan:
 
 KERNELS = (
     *(
-        KernelSpec(function.__name__, "cuda", function, supports_all, checks_memory=True, plan=_plan)
+        KernelSpec(function.__name__, "cuda", function, supports_all, _priority, checks_memory=True, plan=_plan)
         for function in (
             quantize_nf4,
             quantize_absmax,
@@ -50,7 +51,7 @@ KERNELS = (
         )
     ),
     *(
-        KernelSpec(function.__name__, "cuda", function, supports_all, _behind_triton_with_dropout, plan=_plan)
+        KernelSpec(function.__name__, "cuda", function, supports_all, _priority, plan=_plan)
         for function in (
             linear_nf4_lora,
             linear_nf4_lora_backward,

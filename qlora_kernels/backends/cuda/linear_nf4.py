@@ -1,12 +1,6 @@
-"""The linear ops on CUDA: the choice of kernel by number of rows, and torch.matmul for many rows.
+"""The linear ops over the kernels that routing.py chooses, and over torch's own matmul.
 
-    rows <= SMALL_ROWS        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
-    rows <= FUSED_ROWS        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
-    more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
-
-Dropout is a separate pass (dropout.cu): over x for s and grad_A, over ds A for grad_x.
-
-The thresholds follow from the bytes that each path moves (docs/kernels/cuda.md); they are not measured on a GPU.
+Dropout is a pass of its own (dropout.cu): over x for s and for grad_A, over ds A for grad_x.
 """
 
 from __future__ import annotations
@@ -21,60 +15,20 @@ from ...ops.composed_lora_group import split_by_rank
 from ...ops.operands import GroupLoRA, LoRA, Weight
 from ...ops.philox import keep_scale, keep_threshold
 from ...ops.registry import KernelPlan, Problem
+from . import torch_products
 from .codec import dequantize_nf4
+from .routing import BOUNDS, GEMM, SMALL_M, route
 
 _C = torch.ops.qlora_kernels_C
-
-SMALL_ROWS = 4
-SMALL_ROWS_FP32 = 16
-"""The dtypes with a tensor-core kernel; fp32 has none here."""
-
-FUSED_ROWS = 64
-"""One row of blocks; with more rows, each weight would be decoded more than once."""
 
 ALIGNMENT = 16
 """Bytes of the widest access in the kernels."""
 
 
-SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
-
-
 def plan(problem: Problem) -> KernelPlan:
-    """Return which of the three paths runs a product, with or without LoRA."""
-    M, N, K, dtype = problem.M, problem.N, problem.K, problem.dtype
-    if problem.op.endswith(("_grad_x", "_backward")):
-        return _grad_x_plan(M, N, K, dtype)
-    return _forward_plan(M, K, dtype)
-
-
-@lru_cache(maxsize=4096)
-def _forward_plan(M: int, K: int, dtype: torch.dtype) -> KernelPlan:
-    small_rows = SMALL_ROWS_FP32 if dtype == torch.float32 else SMALL_ROWS
-    if K % 32:
-        return KernelPlan(DECODE, {}, f"K={K} is not a multiple of 32, the weights of one 16-byte load")
-    if small_rows >= M:
-        return KernelPlan(SMALL_M, {}, f"M={M} <= {small_rows}: bound by reading the packed weight once")
-    if dtype == torch.float32:
-        return KernelPlan(DECODE, {}, f"fp32 has no tensor-core kernel here and M={M} > {small_rows}")
-    if M > FUSED_ROWS:
-        return KernelPlan(DECODE, {}, f"M={M} > {FUSED_ROWS}: a fused kernel would decode each weight more than once")
-    return KernelPlan(GEMM, _gemm_tile(M), f"{small_rows} < M={M} <= {FUSED_ROWS}: tensor cores, weights decoded once")
-
-
-@lru_cache(maxsize=4096)
-def _grad_x_plan(M: int, N: int, K: int, dtype: torch.dtype) -> KernelPlan:
-    if K % 32 or N % 8:
-        return KernelPlan(DECODE, {}, f"K={K} must be a multiple of 32 and N={N} of 8 for 16-byte loads")
-    if dtype == torch.float32:
-        return KernelPlan(DECODE, {}, "fp32 has no tensor-core kernel here")
-    if M > FUSED_ROWS:
-        return KernelPlan(DECODE, {}, f"M={M} > {FUSED_ROWS}: a fused kernel would decode each weight more than once")
-    return KernelPlan(GEMM, _gemm_tile(M), f"M={M} <= {FUSED_ROWS}: tensor cores, weights decoded once")
-
-
-def _gemm_tile(M: int) -> dict[str, int]:
-    """Return BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
-    return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}
+    """Which kernel serves a product, for the op itself and for the same product with LoRA, on the current GPU."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return route(problem, _capability(device))
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -96,10 +50,10 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
-    ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
-    grad_B = lora.scaling * (grad_y.T @ s)
-    grad_A = ds.T @ _dropped(x, lora)
+    """(grad_x [M, K] or empty, grad_A, grad_B)."""
+    ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
+    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling)
+    grad_A = torch_products.in_fp32(ds.T, _dropped(x, lora))
     grad_x = _lora_grad_x(grad_y, weight, ds, lora) if need_grad_x else x.new_empty(0)
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
@@ -119,10 +73,10 @@ def linear_nf4_lora_group_backward(
     """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
     ds, grads_B = [], []
     for grad_y, part, B, scaling in zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True):
-        ds.append(scaling * (grad_y @ B.to(x.dtype)))
-        grads_B.append((scaling * (grad_y.T @ part)).to(B.dtype))
+        ds.append(torch_products.scaled(grad_y, B.to(x.dtype), scaling))
+        grads_B.append(torch_products.in_fp32(grad_y.T, part).mul_(scaling).to(B.dtype))
     all_ds = torch.cat(ds, dim=1)
-    grad_A = (all_ds.T @ _dropped(x, lora)).to(lora.A.dtype)
+    grad_A = torch_products.in_fp32(all_ds.T, _dropped(x, lora)).to(lora.A.dtype)
     if not need_grad_x:
         return x.new_empty(0), grad_A, grads_B
     grad_x = _lora_grad_x(grad_ys[0], weights[0], all_ds, lora)
@@ -135,23 +89,22 @@ def linear_nf4_lora_group_backward(
 
 
 def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None) -> Tensor:
-    M, N, K = x.shape[0], weight.N, weight.K
+    M, N = x.shape[0], weight.N
     bias = None if bias is None else bias.contiguous()
     lora_B, scaling = (None, 0.0) if lora is None else (lora.B, lora.scaling)
-    kernel = _forward_plan(M, K, x.dtype).kernel
+    kernel = route(_problem("linear_nf4", x, weight), _capability(x.device)).kernel
     if kernel == SMALL_M:
         y = x.new_empty(M, N)
         B = None if lora_B is None else lora_B.contiguous()
         operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
         s = None if s is None else s.contiguous()
-        _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, _multiprocessors(x), y)
+        _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, _multiprocessors(x.device), y)
         return y
     if kernel == GEMM:
         lora_right = None if lora_B is None else lora_B.to(x.dtype)
         return _gemm(x, weight, bias, s, lora_right, scaling, transposed=False)
-    y = x @ _dequantized(weight, x).T
-    if bias is not None:
-        y += bias
+    w = _dequantized(weight, x).T
+    y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
     return y if s is None or lora_B is None else y.addmm_(s, lora_B.to(x.dtype).T, alpha=scaling)
 
 
@@ -194,7 +147,12 @@ def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | 
 
 
 def _grad_x_is_fused(grad_y: Tensor, weight: Weight) -> bool:
-    return _grad_x_plan(grad_y.shape[0], weight.N, weight.K, grad_y.dtype).kernel == GEMM
+    return route(_problem("linear_nf4_grad_x", grad_y, weight), _capability(grad_y.device)).kernel == GEMM
+
+
+def _problem(op: str, rows: Tensor, weight: Weight) -> Problem:
+    sizes = (rows.shape[0], weight.N, weight.K, 0, weight.blocksize, weight.double_quant)
+    return Problem(op, "cuda", rows.dtype, *sizes)
 
 
 def _gemm(
@@ -211,7 +169,7 @@ def _gemm(
     M, gemm_k = x.shape
     gemm_n = weight.K if transposed else weight.N
     y = x.new_empty(M, gemm_n)
-    splits = _C.cuda_linear_nf4_gemm_splits(M, gemm_n, gemm_k, _multiprocessors(x))
+    splits = _C.cuda_linear_nf4_gemm_splits(M, gemm_n, gemm_k, _multiprocessors(x.device))
     partial = x.new_empty(splits, M, gemm_n, dtype=torch.float32) if splits > 1 else None
     lora = (_padded_rank(lora_left), _padded_rank(lora_right))
     operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
@@ -226,8 +184,20 @@ def _dequantized(weight: Weight, like: Tensor) -> Tensor:
     return w
 
 
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def _capability_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; on a machine without a GPU that of the smallest table, for `info --plan`."""
+    return _capability_of(device) if device.type == "cuda" else min(BOUNDS)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

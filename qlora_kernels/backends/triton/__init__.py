@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import measured_plans
 from ...ops.registry import KernelPlan, KernelSpec, Problem, only_kernel
 from . import planner
 
@@ -83,4 +84,9 @@ def _plan(problem: Problem) -> KernelPlan:
     return planner.kernel_plan(base, capability)
 
 
-KERNELS = tuple(KernelSpec(op, "triton", _launcher(op), _unsupported, plan=_plan) for op in _MODULES)
+def _priority(problem: Problem) -> int:
+    """As measured on this GPU."""
+    return measured_plans.priority(problem, "triton")
+
+
+KERNELS = tuple(KernelSpec(op, "triton", _launcher(op), _unsupported, _priority, plan=_plan) for op in _MODULES)

@@ -1,7 +1,7 @@
 """The choice of kernel and tile, by pure functions from (Problem, Arch) to a Plan.
 
-     plan(problem, arch) = the tuned plan for the problem's bucket, if tuned/sm_<arch>.json has one,
-                           otherwise the candidate with the least modelled time
+    plan(problem, arch) = the tuned plan for the problem's bucket, if ops/tuned/sm_<arch>.json holds one,
+                          else the candidate with the smallest modelled time
 
 The model divides bytes by bandwidth, flops by throughput and instructions by issue slots. Its constants are from data
 sheets and static instruction counts, not measurements, so that it also gives reasonable plans for GPUs without tuning.
@@ -10,18 +10,15 @@ sheets and static instruction counts, not measurements, so that it also gives re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 
-from ...ops.registry import KernelPlan, Problem
-
-TUNED = Path(__file__).parent / "tuned"
+from ...ops import measured_plans
+from ...ops.registry import KernelPlan, Problem, planned_rows
 
 PATHS = ("small_m", "fused", "decode")
 """small_m: decoded into FMAs without tensor cores; forward of one or two rows. fused: decoded inside the matmul.
@@ -192,7 +189,7 @@ def plan(problem: Problem, capability: int) -> Plan:
     """
     forced = _forced.get(problem.op)
     if forced is None:
-        return _plan(problem, capability)
+        return _plan(problem._replace(M=planned_rows(problem.M)), capability)
     if forced.path != "decode" and problem.K % problem.blocksize:
         raise ValueError(
             f"use_plan: path must be decode where K is not a multiple of blocksize, got {forced.path} for "
@@ -207,7 +204,7 @@ def plan(problem: Problem, capability: int) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, capability: int) -> Plan:
-    tuned = tuned_plans(capability).get(bucket(problem))
+    tuned = tuned_plans(capability).get(measured_plans.bucket(problem))
     if tuned is not None and (tuned.path == "decode" or not fused_obstacles(problem)):
         return tuned
     arch = arch_for(capability)
@@ -217,7 +214,7 @@ def _plan(problem: Problem, capability: int) -> Plan:
 def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
     """Return the plan in the registry's form, with the modelled time and the limiting resource."""
     chosen, arch = plan(problem, capability), arch_for(capability)
-    tuned = tuned_plans(capability).get(bucket(problem)) == chosen
+    tuned = tuned_plans(capability).get(measured_plans.bucket(problem)) == chosen
     source = "measured best" if tuned else f"least modelled time on {arch.name}"
     microseconds = 1e6 * modelled_seconds(problem, chosen, arch)
     reason = f"{source}, {microseconds:.1f} us, bound by {bound_of(problem, chosen, arch)}"
@@ -234,31 +231,14 @@ def arch_for(capability: int) -> Arch:
     return ARCHS[max(known)] if known else ARCHS[min(ARCHS)]
 
 
-def bucket(problem: Problem) -> str:
-    """Return the tuned table's key: M is rounded up to a power of two, and all other fields are exact."""
-    rows = 1 << max(0, problem.M - 1).bit_length()
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return f"{problem.op}:{dtype}:M{rows}:N{problem.N}:K{problem.K}:b{problem.blocksize}"
-
-
 @cache
 def tuned_plans(capability: int) -> dict[str, Plan]:
-    """Return bucket -> measured best plan, from tuned/sm_<capability>.json; empty if there is none."""
-    path = TUNED / f"sm_{capability}.json"
-    if not path.exists():
-        return {}
-    return {key: Plan(**fields) for key, fields in json.loads(path.read_text(encoding="utf-8"))["plans"].items()}
-
-
-def write_tuned(capability: int, plans: dict[str, Plan], measured_on: dict[str, str], folder: Path = TUNED) -> Path:
-    """Write measured plans to the tuned table, by rename; `measured_on` names the GPU and versions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"sm_{capability}.json"
-    content = {"measured_on": measured_on, "plans": {key: asdict(best) for key, best in sorted(plans.items())}}
-    draft = path.with_suffix(".json.partial")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-    return path
+    """bucket -> the plan that was measured best; empty where nobody measured or the CUDA backend was faster."""
+    return {
+        key: Plan(**{name: value for name, value in fields.items() if name != "backend"})
+        for key, fields in measured_plans.entries(capability).items()
+        if fields["backend"] == "triton"
+    }
 
 
 _forced: dict[str, Plan] = {}

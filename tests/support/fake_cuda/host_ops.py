@@ -71,6 +71,7 @@ def install() -> int:
         for op in served:
             library.impl(op, _kernel(op), "CUDA", allow_override=True)
         library.impl(torch.ops.aten.copy_.default, _copy, "CUDA", allow_override=True)
+        library.impl(torch.ops.aten.mm.dtype, _kernel_of(torch.ops.aten.mm.dtype, _mm), "CUDA", allow_override=True)
     # Attention runs by matmul and softmax, because its fused kernels exist only for the device.
     for kind in ("cudnn", "flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
@@ -105,14 +106,24 @@ def _op_to_serve(registration: str) -> torch._ops.OpOverload | None:
     return getattr(packet, overload or "default", None) if on_host else None
 
 
+def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """aten::mm.dtype, which has no CPU kernel: the exact operands multiplied in the result's dtype."""
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
 def _kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    return _kernel_of(op, op)
+
+
+def _kernel_of(op: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The device's kernel of `op`: `function` on the host."""
     takes_tensor = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in op._schema.arguments]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # A number in a tensor's place must be promoted as a number; the overload would make a tensor of it.
         is_number = (isinstance(value, (int, float, complex)) for value in args)
         by_number = any(wanted and number for wanted, number in zip(takes_tensor, is_number, strict=False))
-        call = _HostCall(op.overloadpacket if by_number else op, args, kwargs)
+        call = _HostCall(op.overloadpacket if by_number else function, args, kwargs)
         return call.add_to_graph() if torch.cuda.is_current_stream_capturing() else call.run()
 
     run.__name__ = op._schema.name.replace("::", "_")

@@ -1,0 +1,166 @@
+"""Predicted times of one linear layer on GPUs that nobody has run: `python -m bench.roofline`.
+
+Arithmetic alone: bytes over sustained bandwidth, products over sustained matmul rate, SASS instructions over issue
+slots, and a fixed cost for each launch. Prints the tables of docs/notebook/gpu-review.md.
+**Predicted, not run on a GPU.**
+
+The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is bf16, the rank is 16.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+N = K = 4096
+WEIGHTS = N * K
+PACKED, CODED = 0.516, 2.516
+"""Bytes for each weight: packed with its constants; the same read and 16 bits written."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Sustained figures: DRAM bytes a second, dense bf16 flops a second, lane-instructions issued a second."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    issues_per_s: float
+
+
+GPUS = {
+    80: GPU("A100", 1.75e12, 250e12, 19.5e12),
+    86: GPU("RTX 3090", 0.84e12, 62e12, 17.8e12),
+    89: GPU("RTX 4090", 0.92e12, 155e12, 41e12),
+    90: GPU("H100", 3.0e12, 700e12, 29.6e12),
+    100: GPU("B200", 7.0e12, 1600e12, 35e12),
+    120: GPU("RTX 5090", 1.6e12, 200e12, 52e12),
+}
+
+DEQUANTIZE, PEER_DEQUANTIZE = 5.95, 26.0
+"""SASS instructions for each weight: dequantize_nf4.cu, and bitsandbytes' kernel without the second level."""
+
+SMALL_M, GEMM = 5.2, {16: 8.5, 32: 9.3, 64: 10.9}
+"""SASS instructions for each weight: linear_nf4_small_m.cu with one row, linear_nf4_gemm.cu by rows of a block."""
+
+MMA_SYNC = 0.6
+"""Share of the library's rate that mma.sync with decoding beside it is assumed to reach."""
+
+LAUNCH, FUSED_ENDS, SMALL_ENDS, PRODUCT_ENDS = 3.0, 2.5, 1.0, 1.5
+"""Microseconds: a launch and its tail; begin and end of a fused kernel; of a small-M kernel; of a library product."""
+
+SKINNY, ADDMM = 0.7, 0.85
+"""Share of DRAM bandwidth of a product with r columns, and of one that adds r of the contraction to its result."""
+
+STEP_LAUNCH = 0.75
+"""Microseconds that a launch adds where the queue is full."""
+
+
+def dequantize_us(gpu: GPU, instructions: float = DEQUANTIZE, launches: int = 1) -> float:
+    """Decoding the weight into a workspace."""
+    return max(CODED * WEIGHTS / gpu.bytes_per_s, instructions * WEIGHTS / gpu.issues_per_s) * 1.1e6 + LAUNCH * launches
+
+
+def product_us(gpu: GPU, M: int) -> float:
+    """The library's product with the decoded weight."""
+    moved = 2.0 * WEIGHTS + 2.0 * M * (N + K)
+    return max(2.0 * M * WEIGHTS / gpu.flops_per_s, moved / gpu.bytes_per_s) * 1e6 + PRODUCT_ENDS
+
+
+def decoded_us(gpu: GPU, M: int) -> float:
+    """Decode, then the library's product. No reuse of the workspace in L2 is counted."""
+    return dequantize_us(gpu) + product_us(gpu, M)
+
+
+def fused_us(gpu: GPU, M: int) -> float:
+    """The tensor-core kernel that decodes inside: each row of blocks of 64 rows decodes every weight again."""
+    rows = next((rows for rows in GEMM if rows >= M), 64)
+    tiles = -(-M // rows)
+    moved = PACKED * WEIGHTS + 2.0 * M * (N + K)
+    flops = 2.0 * tiles * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s)
+    return max(moved / gpu.bytes_per_s, tiles * GEMM[rows] * WEIGHTS / gpu.issues_per_s, flops) * 1e6 + FUSED_ENDS
+
+
+def small_m_us(gpu: GPU) -> float:
+    """One row of x."""
+    return max(PACKED * WEIGHTS / gpu.bytes_per_s, SMALL_M * WEIGHTS / gpu.issues_per_s) * 1e6 + SMALL_ENDS
+
+
+def forward_us(gpu: GPU, M: int) -> float:
+    """Forward at few rows, by the kernel that is fastest in the model."""
+    return small_m_us(gpu) if M == 1 else min(fused_us(gpu, M), decoded_us(gpu, M))
+
+
+ROUTING_MARGIN = 1.5
+"""How much faster the fused kernel must be in the model to be chosen. The model counts no L2 reuse of the workspace,
+and bitsandbytes' measured bounds for a similar choice are lower than such models say."""
+
+
+def fused_rows(gpu: GPU) -> int:
+    """The largest multiple of 64 rows, up to 512, for which the fused kernel wins by ROUTING_MARGIN; at least 64."""
+    rows = 64
+    while rows < 512 and fused_us(gpu, rows + 64) * ROUTING_MARGIN <= decoded_us(gpu, rows + 64):
+        rows += 64
+    return rows
+
+
+def training_us(gpu: GPU, M: int) -> dict[str, float]:
+    """Forward and backward of one LoRA linear without dropout, by implementation. A pass reads [M, 4096] once."""
+    products = 2 * 2.0 * M * WEIGHTS / gpu.flops_per_s * 1e6
+    a_pass = 2.0 * M * K / gpu.bytes_per_s * 1e6
+    ours, peer = 2 * dequantize_us(gpu), 2 * dequantize_us(gpu, PEER_DEQUANTIZE, launches=3)
+    return {
+        "products": products,
+        "by parts": products + ours + 4 * a_pass / SKINNY + 4 * a_pass / ADDMM + 12 * STEP_LAUNCH,
+        "extended K": products + ours + 3 * a_pass / 0.9 + 2 * a_pass / ADDMM + 0.67 * a_pass + 8 * STEP_LAUNCH,
+        "Unsloth": products + peer + 6 * a_pass / SKINNY + 4 * a_pass / ADDMM + 14 * STEP_LAUNCH,
+        "bitsandbytes + PEFT": products + peer + 4 * a_pass / SKINNY + 12 * a_pass / 0.9 + 20 * STEP_LAUNCH,
+        "dense + PEFT": products + 4 * a_pass / SKINNY + 12 * a_pass / 0.9 + 18 * STEP_LAUNCH,
+    }
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report() -> str:
+    """All tables."""
+    few = (1, 16, 64, 128, 256, 512)
+    forward = table(
+        ("GPU", "path", *(f"M={M}" for M in few), "routed fused up to"),
+        (
+            row
+            for gpu in GPUS.values()
+            for row in (
+                (
+                    gpu.name,
+                    "decoded inside",
+                    *(f"{small_m_us(gpu) if M == 1 else fused_us(gpu, M):.1f}" for M in few),
+                    fused_rows(gpu),
+                ),
+                ("", "decode, product", *(f"{decoded_us(gpu, M):.1f}" for M in few), ""),
+            )
+        ),
+    )
+    kinds = list(training_us(GPUS[90], 1024))
+    training = table(
+        ("GPU", "M", *kinds),
+        (
+            (gpu.name, M, *(f"{us:.0f}" for us in training_us(gpu, M).values()))
+            for gpu in GPUS.values()
+            for M in (1024, 4096, 16384)
+        ),
+    )
+    return (
+        "Predicted, not run on a GPU. Microseconds, N = K = 4096.\n\n"
+        f"Forward, kernels alone:\n\n{forward}\n\n"
+        f"One LoRA linear (r = 16, no dropout), forward + backward:\n\n{training}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report())

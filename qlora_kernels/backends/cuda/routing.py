@@ -1,0 +1,129 @@
+"""Which kernel serves a product: a table for each GPU architecture, overridden by what was measured on the GPU.
+
+    rows <= small_rows        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
+    rows <= fused_rows        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
+    more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
+
+The bounds are those of the model in bench/roofline.py (`fused_rows`), which counts bytes, products and SASS
+instructions. They are predicted, not run on a GPU; ops/tuned/sm_<capability>.json (ops/measured_plans.py) replaces
+them shape by shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ...ops import measured_plans
+from ...ops.registry import KernelPlan, Problem, planned_rows
+
+SMALL_ROWS_FP32 = 16
+"""fp32 has no tensor-core kernel here."""
+
+MOST_SMALL_ROWS = 16
+"""Rows that linear_nf4_small_m.cu takes."""
+
+
+class Bounds(NamedTuple):
+    """The most rows of x that each kernel serves by default, in 16-bit dtypes."""
+
+    small_rows: int
+    fused_rows: int
+
+
+BOUNDS = {
+    80: Bounds(4, 128),
+    86: Bounds(4, 64),
+    89: Bounds(4, 128),
+    90: Bounds(4, 192),
+    100: Bounds(4, 64),
+    120: Bounds(4, 64),
+}
+"""By compute capability; another one takes the nearest below it."""
+
+SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
+KERNELS = {"small_m": SMALL_M, "fused": GEMM, "decode": DECODE}
+"""By the names of paths in tuned files."""
+
+
+def bounds_of(capability: int) -> Bounds:
+    """The table's row for a GPU."""
+    known = [c for c in BOUNDS if c <= capability]
+    return BOUNDS[max(known, default=min(BOUNDS))]
+
+
+def route(problem: Problem, capability: int) -> KernelPlan:
+    """The kernel of the base product of `problem` on a GPU of compute capability `capability` (90 for 9.0)."""
+    backward = problem.op.endswith(("_grad_x", "_backward"))
+    op = "linear_nf4_grad_x" if backward else "linear_nf4"
+    rows = planned_rows(problem.M)
+    base = problem._replace(op=op, M=rows, r=0, dropout=False)
+    if _forced is not None and _forced in (KERNELS[path] for path in served_paths(base)):
+        return KernelPlan(_forced, gemm_tile(rows) if _forced == GEMM else {}, "use_path")
+    return _route(base, capability)
+
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_path(path: str) -> Iterator[None]:
+    """Run the linears of this backend by one path of KERNELS inside the block, where it serves the problem: for tuning
+    and tests.
+    """
+    global _forced
+    before, _forced = _forced, KERNELS[path]
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def served_paths(problem: Problem) -> list[str]:
+    """The paths of KERNELS that can serve a base product."""
+    if obstacle(problem) is not None:
+        return ["decode"]
+    backward, fp32 = problem.op == "linear_nf4_grad_x", problem.dtype == torch.float32
+    small_m = [] if backward or problem.M > MOST_SMALL_ROWS else ["small_m"]
+    return [*small_m, *([] if fp32 else ["fused"]), "decode"]
+
+
+@lru_cache(maxsize=4096)
+def _route(problem: Problem, capability: int) -> KernelPlan:
+    M, reason = problem.M, obstacle(problem)
+    if reason is not None:
+        return KernelPlan(DECODE, {}, reason)
+    bounds = bounds_of(capability)
+    fp32, served = problem.dtype == torch.float32, [KERNELS[path] for path in served_paths(problem)]
+    entry = measured_plans.entries(capability).get(measured_plans.bucket(problem))
+    if entry is not None and entry["backend"] == "cuda" and KERNELS.get(entry["path"]) in served:
+        kernel = KERNELS[entry["path"]]
+        return KernelPlan(kernel, gemm_tile(M) if kernel == GEMM else {}, "measured best")
+    small_rows = SMALL_ROWS_FP32 if fp32 else bounds.small_rows
+    if SMALL_M in served and small_rows >= M:
+        return KernelPlan(SMALL_M, {}, f"M={M} <= {small_rows}: bound by reading the packed weight once")
+    if GEMM not in served:
+        return KernelPlan(DECODE, {}, "fp32 has no tensor-core kernel here")
+    if bounds.fused_rows < M:
+        return KernelPlan(
+            DECODE, {}, f"M={M} > {bounds.fused_rows}: a fused kernel would decode each weight too many times"
+        )
+    return KernelPlan(GEMM, gemm_tile(M), f"M={M} <= {bounds.fused_rows}: tensor cores, weights decoded in the loop")
+
+
+def obstacle(problem: Problem) -> str | None:
+    """Why no kernel that decodes inside can take a problem; None where one can."""
+    if problem.K % 32:
+        return f"K={problem.K} is not a multiple of 32, the weights of one 16-byte load"
+    if problem.op == "linear_nf4_grad_x" and problem.N % 8:
+        return f"N={problem.N} is not a multiple of 8, the elements of one 16-byte load of grad_y"
+    return None
+
+
+def gemm_tile(M: int) -> dict[str, int]:
+    """BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
+    return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}

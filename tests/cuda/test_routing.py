@@ -1,0 +1,125 @@
+"""Which CUDA kernel serves a product: the table, what overrides it, and that the table is what the model says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import roofline
+from qlora_kernels.backends import cuda, triton
+from qlora_kernels.backends.cuda import routing
+from qlora_kernels.ops import measured_plans, registry
+from qlora_kernels.ops.registry import Problem, planned_rows
+
+
+def problem(
+    M: int, op: str = "linear_nf4", dtype: torch.dtype = torch.bfloat16, N: int = 4096, K: int = 4096
+) -> Problem:
+    return Problem(op, "cuda", dtype, M, N, K, 0, 64, True)
+
+
+def kernel(M: int, capability: int = 80, **of_problem: object) -> str:
+    return routing.route(problem(M, **of_problem), capability).kernel  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", routing.BOUNDS)
+def test_the_table_is_what_the_model_says(capability: int) -> None:
+    assert routing.BOUNDS[capability].fused_rows == roofline.fused_rows(roofline.GPUS[capability])
+
+
+def test_bounds_of_an_unknown_gpu_are_those_of_the_nearest_below() -> None:
+    assert routing.bounds_of(103) == routing.BOUNDS[100]
+    assert routing.bounds_of(75) == routing.BOUNDS[80]
+
+
+def test_every_kernel_serves_its_rows() -> None:
+    assert [kernel(M) for M in (1, 4, 5, 128, 129)] == [routing.SMALL_M] * 2 + [routing.GEMM] * 2 + [routing.DECODE]
+    assert kernel(192, 90) == routing.GEMM
+    assert kernel(192, 100) == routing.DECODE
+    assert kernel(1, op="linear_nf4_lora_backward") == routing.GEMM
+    assert kernel(16, dtype=torch.float32) == routing.SMALL_M
+    assert kernel(17, dtype=torch.float32) == routing.DECODE
+    assert kernel(1, op="linear_nf4_grad_x", dtype=torch.float32) == routing.DECODE
+
+
+@pytest.mark.parametrize(("op", "N", "K"), [("linear_nf4", 64, 40), ("linear_nf4_grad_x", 12, 64)])
+def test_shapes_that_no_fused_kernel_takes_are_decoded(op: str, N: int, K: int) -> None:
+    assert kernel(8, op=op, N=N, K=K) == routing.DECODE
+
+
+@pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 1000, 1025, 5000])
+def test_planned_rows_are_no_fewer_and_in_the_same_bucket(M: int) -> None:
+    rows = planned_rows(M)
+    assert rows >= M
+    assert planned_rows(rows) == rows
+    assert measured_plans.bucket(problem(rows)) == measured_plans.bucket(problem(M))
+    assert routing.gemm_tile(rows) == routing.gemm_tile(M)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of tuned files that is read in place of the package's."""
+    monkeypatch.setattr(measured_plans, "FOLDER", tmp_path)
+    caches = (measured_plans.entries, routing._route, registry._select)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_measured_paths_override_the_table(measured: Path) -> None:
+    plans = {
+        measured_plans.bucket(problem(256)): {"backend": "cuda", "path": "fused"},
+        measured_plans.bucket(problem(8)): {"backend": "cuda", "path": "small_m"},
+        measured_plans.bucket(problem(64)): {"backend": "cuda", "path": "small_m"},  # a kernel that takes 16 rows
+        measured_plans.bucket(problem(4)): {"backend": "triton", "path": "decode"},
+    }
+    measured_plans.write(90, plans, {"gpu": "test"}, measured)
+    assert [kernel(M, 90) for M in (250, 256, 257)] == [routing.GEMM, routing.GEMM, routing.DECODE]
+    assert kernel(8, 90) == routing.SMALL_M
+    assert kernel(64, 90) == routing.GEMM, "an entry that the kernel cannot serve has no effect"
+    assert kernel(4, 90) == routing.SMALL_M, "the other backend's entry has no effect"
+
+
+def test_measurements_choose_between_the_backends(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    plans = {
+        measured_plans.bucket(problem(64)): {"path": "fused"},
+        measured_plans.bucket(problem(8)): {"backend": "cuda", "path": "fused"},
+    }
+    (measured / "sm_90.json").write_text(json.dumps({"measured_on": {}, "plans": plans}))
+    kernels = {"cuda": {s.op: s for s in cuda.KERNELS}, "triton": {s.op: s for s in triton.KERNELS}}
+
+    def best(asked: Problem) -> str:
+        return max(("cuda", "triton"), key=lambda backend: kernels[backend][asked.op].priority(asked))
+
+    assert best(problem(64)) == "triton", "an entry without a backend is Triton's"
+    assert best(problem(60, "linear_nf4_lora")) == "triton"
+    assert best(problem(8)) == "cuda"
+    assert best(problem(512)) == "cuda", "where nothing was measured"
+    assert best(problem(8, "linear_nf4_lora")._replace(dropout=True)) == "triton"
+
+
+def test_an_unknown_backend_in_a_tuned_file_is_an_error(measured: Path) -> None:
+    measured_plans.write(90, {measured_plans.bucket(problem(8)): {"backend": "rocm", "path": "fused"}}, {}, measured)
+    with pytest.raises(ValueError, match=r"sm_90.json: backend must be one of .* got 'rocm'"):
+        kernel(8, 90)
+
+
+def test_rows_of_one_choice_share_it_and_errors_name_the_problem_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry._select.cache_clear()
+    cpu = problem(1001, N=64, K=64)._replace(device="cpu")
+    first = registry.select(cpu)
+    misses = registry._select.cache_info().misses
+    assert registry.select(cpu._replace(M=1024)) is first
+    assert registry._select.cache_info().misses == misses
+    monkeypatch.setattr(registry, "_forced", "cuda")
+    monkeypatch.setattr(registry, "unavailable", lambda name: "not here")
+    with pytest.raises(NotImplementedError, match="M=1001"):
+        registry.select(cpu)
