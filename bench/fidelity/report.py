@@ -1,4 +1,4 @@
-"""docs/fidelity.md from rows: the verdicts of all claims, then a part for each claim."""
+"""Generate docs/fidelity.md from rows: the verdicts of all claims, then one section per claim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- begin: python -m bench.fidelity report -->", "<!-- end -->"
 
 
 def report(rows: Sequence[Row], results: str) -> str:
-    """The generated part of the page.   rows: of any claims; quick ones are left out.   results: name of their file."""
+    """Return the generated part of the page.   rows: of any claims; quick rows are omitted.   results: their file."""
     of = {name: [row for row in rows if row["claim"] == name and not row["quick"]] for name in CLAIMS}
     measured = {name: claim for name, claim in CLAIMS.items() if of[name]}
     findings = {name: claim.judge(of[name]) for name, claim in measured.items()}
@@ -56,7 +56,7 @@ def _unmeasured(claim: Claim, rows: Sequence[Row]) -> str:
 
 
 def _provenance(rows: Sequence[Row]) -> str:
-    """Where the rows come from."""
+    """Return the line that names the machine, commit and torch version of the rows."""
     machines = ", ".join(dict.fromkeys(f"{row['machine']} ({row['isa']})" for row in rows))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     torches = ", ".join(dict.fromkeys(row["versions"]["torch"] for row in rows))

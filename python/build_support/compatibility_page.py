@@ -19,7 +19,7 @@ packages at their lower bounds; *oldest torch*, *oldest transformers*: that one 
 
 - **wheel alone**: installed with its dependencies and no extra, imported; the codec and a LoRA linear's gradients run.
   numpy and safetensors are those of this step; the extras may need newer ones.
-- **source**: the bindings compile against this torch's headers; the rest of `csrc` knows nothing of torch.
+- **source**: the bindings compile against this torch's headers; the rest of `csrc` does not use torch.
 - **op tests**: `tests/ops`, on the installed wheel.
 - **fine-tune**: the command trains, saves and reloads an adapter of a tiny Llama on the CPU.
 """

@@ -1,4 +1,4 @@
-"""Models by their id on the Hugging Face hub: from the local cache first, then from the hub where that is allowed."""
+"""Find a model by its Hugging Face hub id in the local cache, and download it from the hub if that is allowed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .model_structure import CONFIG, ModelError
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-"""Weights, configuration and tokenizer. Pickled weights and code are never read, so they are not downloaded."""
+"""Files to download: weights, configuration and tokenizer. The package never reads pickled weights or code."""
 _ELSEWHERE = ["*/*"]
-"""Folders of a repository: the weights of other libraries (onnx/, original/)."""
+"""Files not to download: subfolders of a repository hold weights for other libraries (onnx/, original/)."""
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` has the form of an id on the hub: NAME or OWNER/NAME, with @REVISION or without."""
+    """Return whether `model` has the form of a hub id: NAME or OWNER/NAME, optionally followed by @REVISION."""
     return _ID.fullmatch(model) is not None and ".." not in model and "--" not in model
 
 
 def hub_folder(model: str, *, weights: bool = True) -> Path:
-    """The folder in the local Hugging Face cache that holds a model's files.
+    """Return the folder in the local Hugging Face cache that holds a model's files.
 
     model: id on the hub, OWNER/NAME or OWNER/NAME@REVISION.   weights: whether more than config.json is needed.
     A model whose files are all in the cache is taken from there without asking the hub. The others are downloaded,
-    unless HF_HUB_OFFLINE is set. Raises ModelError where the model is in neither place, in one line.
+    unless HF_HUB_OFFLINE is set. Raises ModelError with a one-line message if the model is in neither place.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -61,7 +61,7 @@ def hub_folder(model: str, *, weights: bool = True) -> Path:
 
 
 def _folder(download: Callable[..., str], weights: bool, **wanted: Any) -> tuple[Path, str]:
-    """(folder of the snapshot, what it lacks).   Raises ModelError where there is none."""
+    """Return (folder of the snapshot, text about its missing files). Raises ModelError if there is no snapshot."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -70,13 +70,13 @@ def _folder(download: Callable[..., str], weights: bool, **wanted: Any) -> tuple
         if wanted.get("local_files_only"):
             raise ModelError("no file is in the cache") from error
         raise ModelError(f"the hub is not reached: {_first_line(error.__cause__ or error)}") from error
-    except Exception as error:  # of huggingface_hub, of its HTTP client, and of the network below
+    except Exception as error:  # errors of huggingface_hub, its HTTP client or the network
         raise ModelError(_first_line(error)) from error
     return folder, _missing(folder, weights)
 
 
 def _missing(folder: Path, weights: bool) -> str:
-    """What a model's folder lacks, for a message; empty where it is whole."""
+    """Return message text that names the files missing from a model's folder, or "" if none is missing."""
     if not (folder / CONFIG).is_file():
         return f"{CONFIG} is missing"
     if not weights:
@@ -90,6 +90,6 @@ def _missing(folder: Path, weights: bool) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error that says something, without its links."""
+    """Return the first non-empty line of an error's text, at most 300 characters; without text, its class name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

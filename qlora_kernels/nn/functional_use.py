@@ -93,7 +93,7 @@ def _chains_computed_with(kind: Any) -> frozenset[tuple[str, ...]]:
 def _trees(kind: Any) -> tuple[ast.AST | None, ...]:
     """The source of a class and of each that it inherits from, but for torch's and transformers' base classes.
 
-    None stands for a class whose source is not to be had.
+    None represents a class whose source is not available.
     """
     trees: list[ast.AST | None] = []
     for base in kind.__mro__:
@@ -131,7 +131,7 @@ def _chain_from_self(node: ast.AST) -> tuple[str, ...]:
 
 
 def _is_call_of(outer: ast.AST, node: ast.AST) -> bool:
-    """Whether `outer` calls what `node` is, or asks what it is."""
+    """Return whether `outer` is a call of `node`, or a call such as isinstance or hasattr that inspects `node`."""
     if not isinstance(outer, ast.Call):
         return False
     asks = isinstance(outer.func, ast.Name) and outer.func.id in ("isinstance", "hasattr", "len", "type", "id")

@@ -193,8 +193,10 @@ def inject_full_disk(save: Save, sizes: Iterable[int]) -> int:
 
 
 def inject_runs(save: Save, runs: Callable[[Callable[[], object], Path], Iterator[str]]) -> int:
-    """runs: runs the save that it is given, into that folder, with one fault after another, and says after each which
-    it was. Returns the number of faults; raises AssertionError for a loss.
+    """Inject one fault after another into a save, and check after each that no checkpoint was lost.
+
+    runs: called with a save function and its folder; runs the save once per fault, yielding a text about the fault.
+    Returns the number of faults. Raises AssertionError if a checkpoint was lost.
     """
     with tempfile.TemporaryDirectory(dir=FAST) as scratch, exchange_of(save):
         start, folder = Path(scratch, "start"), Path(scratch, "folder")

@@ -154,7 +154,7 @@ def _file_system(system: str, scratch: str) -> Iterator[None]:
 
 
 class NoFlockBelow:
-    """The module fcntl, whose flock fails on what lies below a folder.
+    """Stand-in for the module fcntl whose flock fails for files below a given folder.
 
     shared: shared locks are given nevertheless, as on NFS, where a folder's descriptor cannot be locked exclusively.
     """

@@ -1,9 +1,9 @@
-"""A device of pure Python beside the CPU: its tensors hold their values in CPU memory, and meet no CPU tensor.
+"""Simulate a second device in Python: its tensors keep their values in CPU memory but do not mix with CPU tensors.
 
-torch's PrivateUse1 backend, implemented for every operator of every namespace, the package's own ops included: the
-tensors are unwrapped, the operator runs on the CPU, and the results are wrapped. An operator that gets tensors of both
-devices raises, as on a GPU, except where torch takes a CPU tensor there: copies, indices, scalars of zero dimensions.
-Autograd, modules and optimizers run unchanged above it. `install` acts on the whole process: run it in one of its own.
+The device is torch's PrivateUse1 backend, implemented for every operator of every namespace, including the package's
+ops: the tensors are unwrapped, the operator runs on the CPU, and the results are wrapped. An operator that gets tensors
+of both devices raises, as on a GPU, except where torch permits a CPU tensor: copies, indices, zero-dimensional scalars.
+Autograd, modules and optimizers run unchanged on it. `install` affects the whole process, so use a separate process.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "simulated"
 CALLS: Counter[str] = Counter()
-"""How often each operator ran on the device."""
+"""Operator name -> number of times that it ran on the device."""
 
 _TAKE_BOTH = {"aten::_to_copy", "aten::copy_", "aten::index.Tensor", "aten::index_put_"}
 _kept: list[Any] = []
 
 
 class OnDevice(torch.Tensor):
-    """A tensor of the device.   held: its values, on the CPU."""
+    """A tensor on the simulated device.   held: CPU tensor with its values."""
 
     held: torch.Tensor
 
@@ -47,11 +47,11 @@ class OnDevice(torch.Tensor):
         return f"OnDevice({self.held})"
 
     def tolist(self) -> Any:
-        """The values, which torch does not give for subclasses."""
+        """Return the values as a list; torch does not support tolist for such subclasses."""
         return self.held.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refused, as for tensors of a GPU."""
+        """Raise TypeError, as for tensors on a GPU."""
         raise TypeError(f"can't convert {self.device} tensor to numpy")
 
     @classmethod
@@ -65,7 +65,7 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 def install() -> torch.device:
-    """Make torch know the device, and return it."""
+    """Register the device with torch, and return it."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
@@ -74,7 +74,7 @@ def install() -> torch.device:
     _device_constructors()  # torch keeps this list of the factories that `with torch.device()` acts on: with its own
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        """torch.tensor, whose own code cannot make a tensor of a device in Python."""
+        """Replace torch.tensor, which cannot create a tensor on a device implemented in Python."""
         if device is None or torch.device(device).type != NAME:
             return of_data(data, device=device, **options)
         return of_data(data, device="cpu", **options).to(device)
