@@ -20,7 +20,8 @@
 #   make bench-gate    the headline ratios to the peers, measured now, against the committed ones with slack (a minute)
 #   make fidelity   the papers' claims that a CPU can check, into bench/results/fidelity.jsonl (half an hour)
 #   make kernels-report | gpu-check
-#                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU
+#                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU, in ten minutes
+#   make gpu-bundle a folder with all that gpu-check needs on a machine without network and pip
 #
 # Variables: SYSTEM_PYTHON (makes .venv), PYTHON (runs everything; give it to use an environment of your own),
 # TORCH (what to install, e.g. TORCH=torch for the newest with CUDA), WHEEL_ENVIRONMENTS (where wheels are tried:
@@ -213,9 +214,19 @@ wheels: $(READY)
 kernels-report: $(READY)
 	$(PYTHON) -m python.kernels_report --summary docs/kernels/summary.md
 
-# On a machine with a CUDA device: GPU tests, compute-sanitizer, benchmarks; writes bench/results/<gpu>.jsonl.
-gpu-check: $(READY)
-	$(PYTHON) -m bench.gpu_check
+# On a machine with a CUDA device: every op compared with the CPU, kernel times, training, paging, within ten minutes;
+# writes rows.jsonl and summary.txt to GPU_CHECK_OUT at once. Without pip: PYTHON=python3 uses what is built already.
+GPU_CHECK_OUT ?= out/gpu-check
+gpu-check: $(if $(wildcard qlora_kernels/backends/cuda/_C.abi3.so),,$(READY))
+	$(PYTHON) -m bench.gpu_check --out $(GPU_CHECK_OUT)
+
+# A folder for a machine without network and pip, for GPUs of GPU_ARCH (90 for an H100); there: sh run.sh RESULTS.
+GPU_ARCH ?= 90
+GPU_BUNDLE ?= out/gpu-bundle
+.PHONY: gpu-bundle
+gpu-bundle: $(READY)
+	QLORA_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m bench.gpu_bundle --arch $(GPU_ARCH) --out $(GPU_BUNDLE)
 
 kernels-gate: $(READY)
 	$(PYTHON) -m python.kernels_report --quick --archs 80 90 120 --out out/kernels

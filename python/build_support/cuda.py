@@ -19,7 +19,8 @@ ARCHS_VARIABLE = "QLORA_CUDA_ARCHS"
 DEFAULT_ARCHS = "80+PTX"
 """A single compilation that every GPU from sm_80 on can load."""
 
-ALL_ARCHS = "80;86;89;90;100;120+PTX"
+ALL_ARCHS = "80+PTX;86;89;90;100;120+PTX"
+"""PTX of 80 serves the GPUs between these, PTX of 120 the later ones."""
 
 NO_NVCC = "nvcc is not found; put CUDA 13 on PATH, or run `make setup`."
 

@@ -167,7 +167,8 @@ def test_compiles_without_graph_breaks(backend):
     def layer(x):
         return torch.nn.functional.gelu(qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0))
 
-    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    # gelu of Inductor and of ATen may differ by a unit in the last place.
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
 def test_opcheck(backend):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = Path("bench") / "results"
 
 SANITIZED = "test_codec and 9001 or test_every_path"

@@ -1,0 +1,90 @@
+"""Make one folder with everything that `make gpu-check` needs on a machine without network and pip.
+
+    python -m bench.gpu_bundle --arch 90 --out out/gpu-bundle        then, there: sh run.sh RESULTS
+
+Copies the package with its compiled libraries, bench/, and the installed packages safetensors and bitsandbytes, whose
+binaries serve every Python 3. Triton's kernels are compiled for the GPU into triton-cache, which serves where the
+machine has the same version of Triton; elsewhere Triton compiles them again. bundle.json says what is inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OWN = ("qlora_kernels", "bench")
+INSTALLED = ("safetensors", "bitsandbytes")
+
+RUN = """#!/bin/sh
+# sh run.sh RESULTS: the check, within ten minutes. PYTHON names another interpreter.
+out=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)
+cd "$(dirname "$0")" || exit 1
+export TRITON_CACHE_DIR="$PWD/triton-cache" PYTHONPATH="$PWD"
+exec "${PYTHON:-python3}" -m bench.gpu_check --out "$out"
+"""
+
+COMPILE = """
+import sys
+from python.kernels_report.triton_rows import triton_rows
+print(len(triton_rows([int(sys.argv[1])], full=False)))
+"""
+
+
+def copy_packages(out: Path) -> list[str]:
+    """Copy our packages and the installed ones; return the names of the latter that were there."""
+    unused = ("__pycache__", "*.pyc", "results", "libbitsandbytes_cuda12*", "libbitsandbytes_rocm*")
+    ignored = shutil.ignore_patterns(*unused)
+    for name in OWN:
+        shutil.copytree(ROOT / name, out / name, ignore=ignored)
+    found = []
+    for name in INSTALLED:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            shutil.copytree(Path(spec.origin).parent, out / name, ignore=ignored)
+            found.append(name)
+    return found
+
+
+def compile_triton(out: Path, arch: int) -> str | None:
+    """Compile the kernels that dispatch picks by default into the bundle's cache; return Triton's version, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    variables = os.environ | {"TRITON_CACHE_DIR": str(out / "triton-cache")}
+    subprocess.run([sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=variables, check=True)
+    import triton
+
+    version: str = triton.__version__
+    return version
+
+
+def main() -> int:
+    """Make the folder."""
+    parser = argparse.ArgumentParser(prog="bench.gpu_bundle", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for an H100")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu-bundle"))
+    parser.add_argument("--no-triton", action="store_true", help="leave Triton's cache out")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        if not (arguments.out / "bundle.json").exists():
+            parser.error(f"--out must be a new folder or an older bundle, got {arguments.out}; give another one")
+        shutil.rmtree(arguments.out)
+    arguments.out.mkdir(parents=True)
+    packages = copy_packages(arguments.out)
+    version = None if arguments.no_triton else compile_triton(arguments.out, arguments.arch)
+    libraries = sorted(path.name for path in (arguments.out / "qlora_kernels").rglob("*.so"))
+    content = {"arch": arguments.arch, "triton": version, "packages": packages, "libraries": libraries}
+    (arguments.out / "bundle.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "run.sh").write_text(RUN, encoding="utf-8")
+    sys.stdout.write(f"{arguments.out}: {json.dumps(content)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Times step: the kernels of one backend by CUDA-graph replay, cold in L2; each path forced, beside a dense product.
+
+Writes DIR/sm_<capability>.json, in the form of qlora_kernels/ops/tuned, from the fastest rows of all backends so far.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.backends.cuda import routing
+from qlora_kernels.backends.triton import planner
+from qlora_kernels.ops import measured_plans
+from qlora_kernels.ops.registry import Problem
+
+from .. import graphs
+from ..graphs import Call
+from . import rows as rows_module
+from .rows import Rows, read, step_arguments
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 4096, 16384)
+BEST_PLANS = 4
+"""Triton plans that are timed, of those that the model ranks first."""
+
+
+Forced = tuple[dict[str, Any], AbstractContextManager[None]]
+"""Entry of the tuned file, and the context that forces it."""
+
+
+def paths(problem: Problem, backend: str, capability: int) -> Iterator[Forced]:
+    """Yield each way of one backend that is timed."""
+    if backend == "cuda":
+        for path in routing.served_paths(problem):
+            yield {"backend": "cuda", "path": path}, routing.use_path(path)
+        return
+    arch = planner.arch_for(capability)
+    ranked = sorted(planner.candidates(problem), key=lambda plan: planner.modelled_seconds(problem, plan, arch))
+    for plan in ranked[:BEST_PLANS]:
+        yield {"backend": "triton"} | asdict(plan), planner.use_plan(problem.op, plan)
+
+
+def measure_shape(rows: Rows, backend: str, N: int, K: int, row_counts: tuple[int, ...], flush: torch.Tensor) -> None:
+    """Time all paths for one weight at every number of rows."""
+    capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
+    w = torch.randn(N, K, device=rows_module.DEVICE, dtype=torch.bfloat16) / K**0.5
+    with qk.use_backend(backend):
+        packed, state = qk.quantize_nf4(w)
+    weights = [packed, *(packed.clone() for _ in range(graphs.copies_beyond_l2(packed.numel()) - 1))]
+    dense = [w, *(w.clone() for _ in range(graphs.copies_beyond_l2(2 * w.numel()) - 1))]
+    for M in row_counts:
+        x = torch.randn(M, K, device=rows_module.DEVICE, dtype=torch.bfloat16)
+        problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, 64, True)
+        seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], flush=flush)
+        rows.add(backend="torch", path="dense", M=M, N=N, K=K, us=seconds * 1e6)
+        if backend == "cuda":
+            measure_peer(rows, w, x, len(weights), flush)
+        for entry, forced in paths(problem, backend, capability):
+            with forced, qk.use_backend(backend):
+                calls = [partial(qk.linear_nf4, x, one, state) for one in weights]
+                seconds = graphs.median_seconds(calls, flush=flush)
+            rows.add(M=M, N=N, K=K, us=seconds * 1e6, key=measured_plans.bucket(problem), entry=entry, **_names(entry))
+
+
+def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
+    """The calls of bitsandbytes' 4-bit product over `copies` copies of the weight; empty where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return []
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    quantize = bitsandbytes.functional.quantize_4bit
+    packed, state = quantize(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return [partial(bitsandbytes.matmul_4bit, x, packed.clone().t(), state) for _ in range(copies)]
+
+
+def measure_peer(rows: Rows, w: torch.Tensor, x: torch.Tensor, copies: int, flush: torch.Tensor) -> None:
+    """Time bitsandbytes beside ours. That it fails here says nothing of this project: a row, and the step goes on."""
+    (M, K), N = x.shape, w.shape[0]
+    try:
+        if calls := peer_calls(w, x, copies):
+            seconds = graphs.median_seconds(calls, flush=flush)
+            rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, us=seconds * 1e6)
+    except Exception as error:
+        rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, error=f"{type(error).__name__}: {error}")
+
+
+def _names(entry: dict[str, Any]) -> dict[str, str]:
+    return {"backend": entry["backend"], "path": entry["path"]}
+
+
+def main() -> int:
+    """Run the step."""
+    arguments = step_arguments(__doc__)
+    rows = Rows(arguments.out, "times")
+    shapes, row_counts = (((64, 64),), (1, 5)) if arguments.tiny else (SHAPES, ROWS)
+    flush = graphs.flush_buffer(1 << 12 if arguments.tiny else graphs.FLUSH_BYTES)
+    for N, K in shapes:
+        measure_shape(rows, arguments.backend, N, K, row_counts, flush)
+    write_tuned(arguments.out, rows)
+    return 0
+
+
+def write_tuned(folder: Any, rows: Rows) -> None:
+    """Write the fastest entries of all rows so far."""
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for row in read(folder):
+        if "entry" in row and row["us"] < best.get(row["key"], (float("inf"), {}))[0]:
+            best[row["key"]] = (row["us"], row["entry"])
+    capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
+    measured_on = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    path = measured_plans.write(capability, {key: entry for key, (_, entry) in best.items()}, measured_on, folder)
+    rows.add(tuned=str(path), entries=len(best))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Smoke step: versions, and each op of one backend once on one tile, compared with the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import qlora_kernels as qk
+
+from .compare import check_case, check_codec
+from .rows import Rows, step_arguments
+
+
+def main() -> int:
+    """Run the step; 1 if the backend cannot be used."""
+    arguments = step_arguments(__doc__)
+    rows = Rows(arguments.out, "smoke")
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    state = qk.backends()[arguments.backend]
+    rows.add(
+        backend=arguments.backend,
+        gpu=device.name,
+        capability=10 * device.major + device.minor,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        state=state.split(":")[0] if state.startswith("available") else state,
+    )
+    if not state.startswith("available"):
+        return 1
+    ok = check_codec(rows, arguments.backend, torch.bfloat16, 4096 + 96, True)
+    if not (arguments.tiny and arguments.backend == "triton"):  # the fake device needs a minute for a Triton product
+        ok &= check_case(rows, arguments.backend, torch.bfloat16, 5, 64, 128, 0.0)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The steps of the GPU check, run on the CPU by the CPU backend: their code, not what they measure."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import graphs
+from bench.gpu_check import compare, kernel_times, paging, rows, training
+from qlora_kernels.backends.triton import planner
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rows.Rows:
+    """Rows of a step that runs on the CPU."""
+    monkeypatch.setattr(rows, "DEVICE", "cpu")
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    return rows.Rows(tmp_path, "test")
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_codec(written: rows.Rows, double: bool) -> None:
+    assert compare.check_codec(written, "cpu", torch.bfloat16, 4096 + 96, double)
+
+
+@pytest.mark.parametrize("dtype", compare.TOLERANCE, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_lora_linear(written: rows.Rows, dtype: torch.dtype, p: float) -> None:
+    assert compare.check_case(written, "cpu", dtype, 5, 64, 128, p)
+
+
+def test_wrong_result_is_a_failed_row(written: rows.Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compare.lora_results
+    calls: list[int] = []
+
+    def wrong_on_the_device(*arguments: Any) -> Sequence[torch.Tensor]:
+        calls.append(1)
+        y, *gradients = right(*arguments)
+        return [y * (1.1 if len(calls) <= 2 else 1.0), *gradients]
+
+    monkeypatch.setattr(compare, "lora_results", wrong_on_the_device)
+    assert not compare.check_case(written, "cpu", torch.bfloat16, 5, 64, 128, 0.0)
+    assert rows.read(written.path.parent)[-1]["ok"] is False
+
+
+@pytest.mark.parametrize("way", ["fused op", "by parts", "dense"])
+def test_training(written: rows.Rows, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SECONDS", 0.0)
+    training.measure(written, training.Sizes(8, 64, 64, 2, 1, 1), way, "cpu", 0.05)
+    assert rows.read(written.path.parent)[-1]["tokens_per_s"] > 0
+
+
+def test_paging(written: rows.Rows) -> None:
+    assert paging.check_bits(written)
+    paging.measure(written, 10_000, pressure=False)
+
+
+def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two forced ways the faster one reaches the tuned file."""
+    seconds = iter([1.0, 3e-6, 2e-6])
+
+    def timed(calls: Sequence[Callable[[], object]], **_: Any) -> float:
+        for call in calls:
+            call()
+        return next(seconds)
+
+    def two_ways(*_: Any) -> Iterator[kernel_times.Forced]:
+        for path in ("fused", "decode"):
+            yield {"backend": "cuda", "path": path}, contextlib.nullcontext()
+
+    monkeypatch.setattr(graphs, "median_seconds", timed)
+    monkeypatch.setattr(graphs, "copies_beyond_l2", lambda bytes_: 2)
+    monkeypatch.setattr(kernel_times, "paths", two_ways)
+    monkeypatch.setattr(kernel_times.qk, "use_backend", lambda name: contextlib.nullcontext())
+    with planner.assume_capability(90):
+        kernel_times.measure_shape(written, "triton", 64, 64, (5,), torch.empty(1))
+        kernel_times.write_tuned(written.path.parent, written)
+    (entry,) = json.loads((written.path.parent / "sm_90.json").read_text())["plans"].values()
+    assert entry == {"backend": "cuda", "path": "decode"}
