@@ -58,23 +58,23 @@ STEP_LAUNCH = 0.75
 
 
 def dequantize_us(gpu: GPU, instructions: float = DEQUANTIZE, launches: int = 1) -> float:
-    """Decoding the weight into a workspace."""
+    """Return the time in microseconds of decoding the weight into a workspace."""
     return max(CODED * WEIGHTS / gpu.bytes_per_s, instructions * WEIGHTS / gpu.issues_per_s) * 1.1e6 + LAUNCH * launches
 
 
 def product_us(gpu: GPU, M: int) -> float:
-    """The library's product with the decoded weight."""
+    """Return the time in microseconds of the library's product of M rows with the decoded weight."""
     moved = 2.0 * WEIGHTS + 2.0 * M * (N + K)
     return max(2.0 * M * WEIGHTS / gpu.flops_per_s, moved / gpu.bytes_per_s) * 1e6 + PRODUCT_ENDS
 
 
 def decoded_us(gpu: GPU, M: int) -> float:
-    """Decode, then the library's product. No reuse of the workspace in L2 is counted."""
+    """Return the time in microseconds of decoding and the library's product, without L2 reuse of the workspace."""
     return dequantize_us(gpu) + product_us(gpu, M)
 
 
 def fused_us(gpu: GPU, M: int) -> float:
-    """The tensor-core kernel that decodes inside: each row of blocks of 64 rows decodes every weight again."""
+    """Return the time in microseconds of the fused tensor-core kernel, which decodes each weight once per 64 rows."""
     rows = next((rows for rows in GEMM if rows >= M), 64)
     tiles = -(-M // rows)
     moved = PACKED * WEIGHTS + 2.0 * M * (N + K)
@@ -83,12 +83,12 @@ def fused_us(gpu: GPU, M: int) -> float:
 
 
 def small_m_us(gpu: GPU) -> float:
-    """One row of x."""
+    """Return the time in microseconds of the fused kernel for one row of x."""
     return max(PACKED * WEIGHTS / gpu.bytes_per_s, SMALL_M * WEIGHTS / gpu.issues_per_s) * 1e6 + SMALL_ENDS
 
 
 def forward_us(gpu: GPU, M: int) -> float:
-    """Forward at few rows, by the kernel that is fastest in the model."""
+    """Return the forward time in microseconds for M rows, with the kernel that the model predicts to be fastest."""
     return small_m_us(gpu) if M == 1 else min(fused_us(gpu, M), decoded_us(gpu, M))
 
 
@@ -98,7 +98,7 @@ and bitsandbytes' measured bounds for a similar choice are lower than such model
 
 
 def fused_rows(gpu: GPU) -> int:
-    """The largest multiple of 64 rows, up to 512, for which the fused kernel wins by ROUTING_MARGIN; at least 64."""
+    """Return the largest multiple of 64 rows, 64 to 512, up to which the fused kernel is ROUTING_MARGIN faster."""
     rows = 64
     while rows < 512 and fused_us(gpu, rows + 64) * ROUTING_MARGIN <= decoded_us(gpu, rows + 64):
         rows += 64
@@ -121,14 +121,14 @@ def training_us(gpu: GPU, M: int) -> dict[str, float]:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A markdown table."""
+    """Return a Markdown table with the given header cells and rows."""
     head = list(head)
     lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def report() -> str:
-    """All tables."""
+    """Return all tables of predicted times as Markdown."""
     few = (1, 16, 64, 128, 256, 512)
     forward = table(
         ("GPU", "path", *(f"M={M}" for M in few), "routed fused up to"),
