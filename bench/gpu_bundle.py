@@ -65,7 +65,7 @@ def compile_triton(out: Path, arch: int) -> str | None:
 
 
 def main() -> int:
-    """Make the folder."""
+    """Create the bundle in the folder --out, and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench.gpu_bundle", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for an H100")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-bundle"))

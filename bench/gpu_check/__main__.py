@@ -89,7 +89,7 @@ def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Ro
 
 
 def main() -> int:
-    """Run all steps."""
+    """Run all steps of the check within --seconds, and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench.gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, logs and summary.txt")
     parser.add_argument("--seconds", type=float, default=570.0, help="for all steps together")

@@ -97,7 +97,7 @@ def _names(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> int:
-    """Run the step."""
+    """Run the step for the kernels of one backend, and return the exit code."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "times")
     shapes, row_counts = (((64, 64),), (1, 5)) if arguments.tiny else (SHAPES, ROWS)

@@ -131,7 +131,7 @@ def measure(rows: Rows, sizes: Sizes, way: str, backend: str, dropout_p: float) 
 
 
 def main() -> int:
-    """Run the step."""
+    """Run the step for every implementation, and return the exit code."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "training")
     sizes = Sizes(8, 64, 64, 2, 1, 1) if arguments.tiny else Sizes()
