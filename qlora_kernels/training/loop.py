@@ -217,8 +217,13 @@ def _step(
     own = workers.share(chosen)
     size = config.micro_batch or max(len(own), 1)
     micro_batches = [collate(own[i : i + size], pad_token_id) for i in range(0, len(own), size)]
-    mean = _backward(loss, micro_batches, workers)
+    scale = _gradient_scale(loss.model, trained, micro_batches, workers)
+    mean = _backward(loss, micro_batches, workers, scale)
     workers.sum_gradients(trained)
+    if scale != 1.0:
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad /= scale
     if not math.isfinite(mean):
         raise FloatingPointError(f"train: the loss of step {step + 1} must be finite, got {mean}; use a smaller lr")
     norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
@@ -230,9 +235,25 @@ def _step(
     return StepRecord(step + 1, mean, lr, norm.item(), tokens, time.perf_counter() - started)
 
 
-def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers = ONE_PROCESS) -> float:
+def _gradient_scale(
+    model: nn.Module, trained: Sequence[nn.Parameter], micro_batches: Sequence[Batch], workers: Workers
+) -> float:
+    """Return the factor by which the gradients are larger until they are summed: 1.0 but for fp16 models.
+
+    The gradient of the mean loss is that of the sum divided by the number of tokens, and would underflow in fp16. The
+    fp32 gradients of the trained parameters are divided instead. Parameters that are trained in fp16 have no such room.
+    """
+    if all(p.dtype != torch.float16 for p in model.parameters()) or any(p.dtype == torch.float16 for p in trained):
+        return 1.0
+    return max(workers.total(sum(batch.learned_tokens for batch in micro_batches)), 1.0)
+
+
+def _backward(
+    loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Workers = ONE_PROCESS, scale: float = 1.0
+) -> float:
     """Accumulate this process's part of the gradient of the mean loss over the learned tokens of all processes.
 
+    scale: the gradient's factor (`_gradient_scale`).
     Returns that mean, without auxiliary losses.
     """
     learned = workers.total(sum(batch.learned_tokens for batch in micro_batches))
@@ -243,6 +264,8 @@ def _backward(loss: ChunkedLoss, micro_batches: Sequence[Batch], workers: Worker
         mean += share.item()
         if isinstance(loss.model, PeftModel):
             share = share + loss.model.peft_loss() / (len(micro_batches) * taking_part)
+        if scale != 1.0:
+            share = share * scale
         share.backward()  # type: ignore[no-untyped-call]
     return workers.total(mean)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from qlora_kernels.training import ChunkedLoss, TrainConfig, train
 from qlora_kernels.training.loop import ResumeError
@@ -110,3 +112,39 @@ def test_loss_that_is_not_finite_stops():
         model.mix.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="loss of step 1 must be finite, got nan; use a smaller lr"):
         run(model=model)
+
+
+class SmallGradients(nn.Module):
+    """A decoder whose gradients are far smaller than its activations; the trained matrix is fp32 in every dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(VOCABULARY, 8, generator=generator).to(dtype))
+        self.trained = nn.Parameter(
+            torch.randn(8, 8, generator=generator).to(torch.promote_types(dtype, torch.float32))
+        )
+        self.head = nn.Linear(8, VOCABULARY, bias=False, dtype=dtype).requires_grad_(False)
+        self.head.weight.data.copy_(torch.randn(VOCABULARY, 8, generator=generator) * 1e-5)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, head):
+        self.head = head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        hidden = self.embedding(input_ids)
+        hidden = (hidden.to(self.trained.dtype) @ self.trained).to(hidden.dtype)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+def test_gradients_of_an_fp16_model_do_not_underflow():
+    """With the mean's factor of 1 / 1000 they would be below 6e-8, the smallest fp16 number, and become zero."""
+    ids = torch.randint(0, VOCABULARY, (50, 21), generator=torch.Generator().manual_seed(4))
+    config = TrainConfig(steps=1, batch_size=50, lr=0.0, max_grad_norm=0.0)
+    norms = []
+    for dtype in (torch.float16, torch.float64):
+        rows = [Example(row, row) for row in ids]
+        norms.append(train(ChunkedLoss(SmallGradients(dtype)), rows, torch.optim.AdamW, config)[0].grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
