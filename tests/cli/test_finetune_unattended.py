@@ -129,7 +129,15 @@ def test_a_signal_after_training_loses_no_step(capsys, monkeypatch, model, text,
     assert (len(report["steps"]), steps) == (6, [])
 
 
-def test_second_signal_ends_at_once():
+@pytest.fixture
+def interrupts():
+    """The tests may have been started with SIGINT ignored, as a shell does for jobs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_ends_at_once(interrupts):
     with deferred("stops later") as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert (interrupt(), interrupt.name, interrupt.exit_code) == (True, "SIGINT", 130)

@@ -13,7 +13,13 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 @pytest.fixture(scope="session")
 def hf_peft():
-    return pytest.importorskip("peft", reason="dev dependency peft is not installed")
+    peft = pytest.importorskip("peft", reason="dev dependency peft is not installed")
+    # PEFT would try to build a CUDA library for BOFT and, where it fails, leave CC=gcc and CXX=gcc in the environment
+    # of the tests that follow.
+    patch = pytest.MonkeyPatch()
+    patch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+    yield peft
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)

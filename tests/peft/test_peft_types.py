@@ -106,12 +106,6 @@ PEERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler_of_pefts(hf_peft, monkeypatch):
-    """PEFT would try to build a CUDA library for BOFT."""
-    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
-
-
 def their_model(hf_peft, peer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
