@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,8 +104,9 @@ def test_what_cannot_be_read_is_refused(made, tmp_path):
 
 def test_a_dataset_of_the_hub_comes_from_the_local_cache(made, monkeypatch):
     """The layout in which `datasets` keeps what it has prepared; nothing is downloaded here."""
-    datasets.load_dataset("parquet", data_files=str(made / "rows.parquet"))
-    prepared = next((made / "cache").glob("parquet/default-*/*/*/dataset_info.json")).parent
+    # Other tests have prepared files of their own in this cache.
+    loaded = datasets.load_dataset("parquet", data_files=str(made / "rows.parquet"))
+    prepared = Path(loaded["train"].cache_files[0]["filename"]).parent
     cached = made / "cache" / "owner___chats" / "default" / "0.0.0" / "0123456789abcdef"
     shutil.copytree(prepared, cached)
     for file in cached.glob("parquet-train*"):
