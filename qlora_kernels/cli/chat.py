@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
+from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
 from .generate import check_text
-from .model_options import add_base
+from .model_options import add_adapter, add_base, add_sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,13 +30,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "answer is a line of JSON.",
     )
     add_base(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
+    add_adapter(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message at the start of every conversation")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="TOKENS", help="of an answer, at most")
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.0, help="0: always the most likely token; above: sampling"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
+    add_sampling(parser, tokens=512, tokens_help="of an answer, at most")
 
 
 def run(arguments: argparse.Namespace) -> int:

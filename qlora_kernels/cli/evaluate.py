@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Subparsers, UsageError, add_command, bad_input, names, not_negative, positive
 from .console import Console
-from .model_options import add_base
+from .model_options import add_adapter, add_base
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on it, or both.",
     )
     add_base(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
+    add_adapter(parser)
     parser.add_argument("--data", metavar="FILE|builtin", help="a file as finetune takes it; all of it is evaluated")
     parser.add_argument(
         "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"

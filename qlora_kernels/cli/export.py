@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
-from .model_options import add_base
+from .model_options import add_adapter, add_base
 
 _OUTTYPES = ("f16", "bf16", "f32", "q8_0")
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "as by `merge`; --lora-gguf and --vllm write the adapter alone.",
     )
     add_base(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
+    add_adapter(parser)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--merged", type=Path, metavar="DIR", help="16-bit model folder of transformers")
     target.add_argument("--gguf", type=Path, metavar="FILE", help="model file of llama.cpp")

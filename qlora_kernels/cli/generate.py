@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Subparsers, UsageError, add_command, bad_input, positive, seed, temperature
+from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
-from .model_options import add_base
+from .model_options import add_adapter, add_base, add_sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,14 +19,10 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add this subcommand and its options to the command line."""
     parser = add_command(subparsers, "generate", run, "continue a prompt, with or without an adapter")
     add_base(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder in PEFT's layout")
+    add_adapter(parser)
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a conversation")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="TOKENS", help="stop after this many")
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.0, help="0: always the most likely token; above: sampling"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
+    add_sampling(parser, tokens=64, tokens_help="stop after this many")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
-from .model_options import add_base
+from .model_options import add_adapter, add_base
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -24,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "added to the base's own weights instead.",
     )
     add_base(parser)
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="adapter folder in PEFT's layout")
+    add_adapter(parser, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
 
 

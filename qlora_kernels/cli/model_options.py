@@ -1,11 +1,11 @@
-"""The options that name a model and say how it is loaded."""
+"""The options that name a model and an adapter, and those of sampling, which several subcommands share."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from .arguments import add_model, add_quantization
+from .arguments import add_model, add_quantization, positive, seed, temperature
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -16,3 +16,22 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dense", action="store_true", help="do not quantize a dense model")
     add_quantization(parser)
+
+
+def add_adapter(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the option that names an adapter folder to a parser."""
+    parser.add_argument(
+        "--adapter", type=Path, required=required, metavar="DIR", help="adapter folder in PEFT's layout"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, tokens: int, tokens_help: str) -> None:
+    """Add the options that say how new tokens are chosen to a parser.
+
+    tokens: default of --max-new-tokens.   tokens_help: its help text.
+    """
+    parser.add_argument("--max-new-tokens", type=positive, default=tokens, metavar="TOKENS", help=tokens_help)
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0: always the most likely token; above: sampling"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
