@@ -248,6 +248,9 @@ def _restore(start: Path, folder: Path) -> None:
 
 def main() -> None:
     """Print the table of docs/reliability.md."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     started, total = time.perf_counter(), 0
     print("| save | " + " | ".join(fault.value for fault in Fault) + " | a write fails after n bytes | lost |")
     print("|---" * (len(Fault) + 3) + "|")
