@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
@@ -83,11 +82,10 @@ def dense(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copie
 @lru_cache(maxsize=1)
 def bitsandbytes_eval(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[nn.Module]:
     """Return Linear4bit in eval mode; on an AVX512-BF16 CPU its first call repacks it for its fused kernel."""
-    layers = [copy.deepcopy(_linear4bit(N, K, blocksize, dtype, device)).eval() for _ in range(copies)]
+    layer = copy.deepcopy(_linear4bit(N, K, blocksize, dtype, device)).eval()
     with torch.no_grad():
-        for layer in layers:
-            layer(torch.zeros(1, K, dtype=dtype, device=device))
-    return layers
+        layer(torch.zeros(1, K, dtype=dtype, device=device))
+    return [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]  # repacking takes far longer than copying
 
 
 @lru_cache(maxsize=1)
@@ -144,14 +142,9 @@ def dense_bytes(case: Case) -> int:
     return case.N * case.K * case.dtype.itemsize
 
 
-def has_bitsandbytes(case: Case) -> bool:
-    """Whether bitsandbytes is installed and computes the case correctly; its CPU code fails if blocks straddle rows."""
-    return importlib.util.find_spec("bitsandbytes") is not None and case.K % case.blocksize == 0
-
-
-def has_peft(case: Case) -> bool:
-    """Whether Hugging Face PEFT is installed."""
-    return importlib.util.find_spec("peft") is not None
+def blocks_end_with_rows(case: Case) -> bool:
+    """Whether no block straddles two rows; bitsandbytes' CPU code decodes such weights wrongly."""
+    return case.K % case.blocksize == 0
 
 
 def bitsandbytes() -> Any:
