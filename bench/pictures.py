@@ -38,10 +38,27 @@ COLORS = {
     "bnb 8-bit": "#ffa726",
     "dense": "#546e7a",
     "torch": "#546e7a",
+    "Unsloth-style": "#2e7d32",
+    "torchao": "#ad1457",
+    "torch int8": "#00838f",
+    "torch int4": "#6d4c41",
+    "linear_nf4": "#3949ab",
+    "linear_nf4_grad_x": "#e65100",
+    "linear_nf4_lora": "#2e7d32",
 }
+"""Color of each contender, and of each op in the roofline."""
 
-SHAPES = ((4096, 4096), (11008, 4096), (576, 1536))
-"""(N, K) of the layers whose speed is drawn over M."""
+MARKERS = {"linear_nf4": "o", "linear_nf4_grad_x": "s", "linear_nf4_lora": "^"}
+"""Ops in the roofline, with their marks."""
+
+OVER_TOKENS = ("ours", "bnb eval", "bnb train", "dense", "Unsloth-style", "torchao", "torch int8", "torch int4")
+"""Contenders whose speed is drawn over M, where they have rows."""
+
+OTHER_WEIGHTS = ("torch int8", "torch int4")
+"""Contenders with other weights than NF4, drawn as dotted lines."""
+
+SHAPES = ((4096, 4096), (14336, 4096), (11008, 4096), (576, 1536))
+"""(N, K) of the layers whose speed is drawn over M: the first two that have rows, and the last."""
 
 
 def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Path]:
@@ -73,14 +90,18 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
     shapes = [shape for shape in SHAPES if any((row["N"], row["K"]) == shape for row in cold)]
     if not shapes:
         return None
+    shapes = [*shapes[:2], *shapes[2:][-1:]]
     figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.2), squeeze=False, sharey=True)
     peak = _peak(rows, "bf16")
     for axis, (n, k) in zip(axes[0], shapes, strict=True):
-        for contender in ("ours", "bnb eval", "bnb train", "dense"):
+        for contender in OVER_TOKENS:
             chosen = [row for row in cold if (row["N"], row["K"], row["contender"]) == (n, k, contender)]
             points = sorted((row["M"], 2 * row["M"] * n * k / row["median_us"] / 1e3) for row in chosen)
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=contender, color=COLORS[contender])
+                style = {"ls": ":" if contender in OTHER_WEIGHTS else "-", "lw": 2 if contender == "ours" else 1.2}
+                axis.plot(
+                    *zip(*points, strict=True), marker="o", ms=3, label=contender, color=COLORS[contender], **style
+                )
         if peak:
             axis.axhline(peak, color="black", lw=0.8, ls="--")
             axis.annotate("bf16 peak", (1, peak), xytext=(0, 3), textcoords="offset points", fontsize=8)
@@ -88,14 +109,18 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set(yscale="log", title=f"W {n} x {k}", xlabel="M, tokens")
     axes[0][0].set_ylabel("GFLOP/s, cold weights")
-    axes[0][-1].legend(fontsize=8, loc="lower right")
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines() if line.get_label() in COLORS}
+    figure.legend(
+        lines.values(), lines.keys(), fontsize=8, ncols=len(lines), loc="upper center", bbox_to_anchor=(0.5, 0.0)
+    )
+    figure.tight_layout()
     return figure
 
 
 def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
     """GFLOP/s of our kernels over flops per byte that must move, below the measured peaks."""
     peak, bandwidth = _peak(rows, "bf16"), _peak(rows, "read")
-    ours = [row for row in rows if row.get("contender") == "ours" and row.get("mode") == COLD]
+    ours = [row for row in rows if row.get("contender") == "ours" and row.get("mode") == COLD and row["op"] in MARKERS]
     ours = [row for row in ours if row.get("dtype") == "bfloat16" and row.get("gflops") and row.get("gbps")]
     if not (peak and bandwidth and ours):
         return None
@@ -105,11 +130,14 @@ def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
     ridge = peak / bandwidth
     axis.plot([low, ridge, high], [low * bandwidth, peak, peak], color="black", lw=1)
     axis.annotate(f"{peak:.0f} GFLOP/s", (high, peak), xytext=(-2, 3), textcoords="offset points", ha="right")
-    axis.annotate(f"{bandwidth:.0f} GB/s", (low, low * bandwidth), xytext=(4, 6), textcoords="offset points")
-    for op, marker in {"linear_nf4": "o", "linear_nf4_grad_x": "s", "linear_nf4_lora": "^"}.items():
+    middle = (low * ridge) ** 0.5
+    axis.annotate(
+        f"{bandwidth:.0f} GB/s", (middle, middle * bandwidth), xytext=(-8, 0), textcoords="offset points", ha="right"
+    )
+    for op, marker in MARKERS.items():
         points = [(row["gflops"] / row["gbps"], row["gflops"]) for row in ours if row["op"] == op]
         if points:
-            axis.scatter(*zip(*points, strict=True), s=16, marker=marker, label=op, alpha=0.7)
+            axis.scatter(*zip(*points, strict=True), s=16, marker=marker, label=op, color=COLORS[op], alpha=0.7)
     axis.set(xscale="log", yscale="log", xlabel="flops per byte that must move", ylabel="GFLOP/s, cold weights")
     axis.legend(fontsize=8, loc="lower right")
     return figure

@@ -27,6 +27,12 @@ CAUSES = "docs/notebook/missed-targets.md"
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "bf16": "GFLOP/s", "fma": "GFLOP/s"}
 
+PARTS = ("forward", "loss alone")
+"""Ends of the names of contenders that compute only a part of their op."""
+
+WHOLE_MODELS = ("train_step", "evaluate", "generate")
+"""Ops of which each contender of ours, such as a fused model, has a line of its own beside the peers."""
+
 MERGED = (
     "median_us",
     "p10_us",
@@ -167,15 +173,20 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
     timed = [row for row in rows if "median_us" in row]
-    for op in dict.fromkeys(row["op"] for row in timed):
-        for mode in dict.fromkeys(row["mode"] for row in timed if row["op"] == op):
-            chosen = [row for row in timed if (row["op"], row["mode"]) == (op, mode)]
-            yield f"### {op}{f', {mode}' if mode else ''}\n\n{_op_table(chosen)}"
-            held = [row for row in chosen if "state_bytes_per_element" in row]
-            if held:
-                yield f"Bytes of optimizer state per parameter element:\n\n{_state_table(held)}"
-            if peaks := [row for row in chosen if "peak_bytes" in row]:
-                yield f"Peak memory of a process that holds the contender alone:\n\n{_memory_table(peaks)}"
+    for op, part, mode in dict.fromkeys((row["op"], _part(row), row["mode"]) for row in timed):
+        chosen = [row for row in timed if (row["op"], _part(row), row["mode"]) == (op, part, mode)]
+        heading = ", ".join(filter(None, (op, part, mode)))
+        yield f"### {heading}\n\n{_op_table(chosen)}"
+        held = [row for row in chosen if "state_bytes_per_element" in row]
+        if held:
+            yield f"Bytes of optimizer state per parameter element:\n\n{_state_table(held)}"
+        if peaks := [row for row in chosen if "peak_bytes" in row]:
+            yield f"Peak memory of a process that holds the contender alone:\n\n{_memory_table(peaks)}"
+
+
+def _part(row: Row) -> str:
+    """Return which part of an op a contender computes, "" if all of it: only contenders of one part compare."""
+    return next((part for part in PARTS if row["contender"].endswith(f", {part}")), "")
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
@@ -186,19 +197,32 @@ def _memory_table(rows: Sequence[Row]) -> str:
 
 
 def _op_table(rows: Sequence[Row]) -> str:
-    peers = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "ours"]
-    ours = [row for row in rows if row["contender"] == "ours"]
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("case", lambda row: row["case"]),
-        ("ours, ms (p10..p90)", _spread),
-    ]
-    if any(row["gbps"] for row in ours):
-        columns.append(("GB/s", lambda row: f"{row['gbps']:.1f}"))
-    if any(row["gflops"] for row in ours):
-        columns.append(("GFLOP/s", lambda row: f"{row['gflops']:.0f}"))
-    columns.append(("of roofline", lambda row: f"{row['roofline']:.0%}"))
-    columns += [(f"over {peer}", partial(_speedup_over, peer)) for peer in peers]
+    """Return a table with a line for each case, or, of WHOLE_MODELS, for each case and contender of ours."""
+    part = _part(rows[0])
+    whole_model = rows[0]["op"] in WHOLE_MODELS
+    first = f"ours, {part}" if part else "ours"
+    ours = [row for row in rows if (row["contender"].startswith("ours") if whole_model else row["contender"] == first)]
+    names = dict.fromkeys(row["contender"] for row in rows)
+    peers = [name for name in names if name != first and not (whole_model and name.startswith("ours"))]
+    columns: list[tuple[str, Callable[[Row], str]]] = [("case", lambda row: row["case"])]
+    if whole_model:
+        columns.append(("contender", lambda row: row["contender"]))
+    columns.append(("ours, ms (p10..p90)", _spread))
+    if not part:  # earlier rows of parts have the rates of the whole op
+        columns += _rate_columns(ours)
+    if any("trained" in row for row in ours):
+        columns.append(("trained parameters", lambda row: f"{row['trained']:,}" if "trained" in row else ""))
+    columns += [(f"over {peer.removesuffix(f', {part}')}", partial(_speedup_over, peer)) for peer in peers]
     return table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in ours])
+
+
+def _rate_columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[Row], str]]]:
+    """Yield the columns of rates, without those that are zero in all rows."""
+    if any(row["gbps"] for row in rows):
+        yield "GB/s", lambda row: f"{row['gbps']:.1f}"
+    if any(row["gflops"] for row in rows):
+        yield "GFLOP/s", lambda row: f"{row['gflops']:.0f}"
+    yield "of roofline", lambda row: f"{row['roofline']:.0%}"
 
 
 def _state_table(rows: Sequence[Row]) -> str:

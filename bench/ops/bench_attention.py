@@ -39,6 +39,12 @@ def cost(case: Case) -> Cost:
     return Cost(case.dtype.itemsize * case.M * 4 * (case.N + case.K), 7 * case.M * H * T * D)
 
 
+def forward_cost(case: Case) -> Cost:
+    """Return the cost of the forward alone: q, k, v and out once; half of two products."""
+    _, H, _, T, D = LAYERS[case.label]
+    return Cost(case.dtype.itemsize * case.M * 2 * (case.N + case.K), 2 * case.M * H * T * D)
+
+
 class Inputs:
     """q, k, v and grad_out in the memory layout of a model's projections, and the expected results."""
 
@@ -113,8 +119,8 @@ SUITE = Suite(
     contenders=(
         Contender("ours", over(by_op, backward=True), no_weight),
         Contender("torch", over(by_torch, backward=True), no_weight),
-        Contender("ours, forward", over(by_op, backward=False), no_weight),
-        Contender("torch, forward", over(by_torch, backward=False), no_weight),
+        Contender("ours, forward", over(by_op, backward=False), no_weight, cost=forward_cost),
+        Contender("torch, forward", over(by_torch, backward=False), no_weight, cost=forward_cost),
     ),
     verify=verify,
     modes=(WARM,),

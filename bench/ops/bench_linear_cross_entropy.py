@@ -34,6 +34,11 @@ def cost(case: Case) -> Cost:
     return Cost(item * (case.N * case.K + 2 * case.M * case.K), 4 * case.M * case.N * case.K)
 
 
+def loss_cost(case: Case) -> Cost:
+    """Return the cost of the loss alone: the weight and hidden read once; one product."""
+    return Cost(case.dtype.itemsize * (case.N * case.K + case.M * case.K), 2 * case.M * case.N * case.K)
+
+
 class Inputs:
     """hidden [M, K], weight [V, K], labels [M], and the expected (loss, grad_hidden)."""
 
@@ -114,8 +119,8 @@ SUITE = Suite(
         Contender("ours", training(op_loss), layers.dense_bytes),
         Contender("ChunkedLoss", training(chunked_loss), layers.dense_bytes),
         Contender("logits", training(dense_loss), layers.dense_bytes),
-        Contender("ours, loss alone", evaluation(op_loss), layers.dense_bytes),
-        Contender("logits, loss alone", evaluation(dense_loss), layers.dense_bytes),
+        Contender("ours, loss alone", evaluation(op_loss), layers.dense_bytes, cost=loss_cost),
+        Contender("logits, loss alone", evaluation(dense_loss), layers.dense_bytes, cost=loss_cost),
     ),
     verify=verify,
     modes=(WARM,),

@@ -143,3 +143,24 @@ def test_missed_targets_of_committed_rows_have_documented_cause(path):
     verdicts = judge(read_rows(path))
     assert verdicts
     assert {verdict.target.name for verdict in verdicts if verdict.status == "missed"} <= explained
+
+
+def test_contenders_of_one_part_are_compared_with_each_other():
+    whole = {**ROW, "op": "attention", "mode": "warm", "speedup": {"torch": 2.0, "torch, forward": 0.5}}
+    forward = {**whole, "contender": "ours, forward", "speedup": {"torch": 9.0, "torch, forward": 3.0}}
+    peers = [{**whole, "contender": name, "speedup": {}} for name in ("torch", "torch, forward")]
+    first, second = report.report([whole, forward, *peers], targets=False).split("### attention")[1:]
+    assert first.startswith(", warm")
+    assert ("| 2.00x " in first, "0.50x" in first, "9.00x" in first) == (True, False, False)
+    assert second.startswith(", forward, warm")
+    assert "| over torch |" in second
+    assert ("| 3.00x " in second, "9.00x" in second, "GFLOP/s" in second) == (True, False, False)
+
+
+def test_each_contender_of_ours_in_a_whole_model_has_a_line():
+    step = {**ROW, "op": "train_step", "case": "a model", "mode": "cold", "speedup": {"bnb + PEFT": 1.5}}
+    fused = {**step, "contender": "ours, fused", "speedup": {"bnb + PEFT": 2.5, "ours": 1.6}}
+    text = report.report([step, fused, {**step, "contender": "bnb + PEFT", "speedup": {}}], targets=False)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| a model" in line]
+    assert [(line[1], line[-1]) for line in lines] == [("ours", "1.50x"), ("ours, fused", "2.50x")]
+    assert "over ours" not in text
