@@ -16,7 +16,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = {"docs/huggingface.md": ("accelerate", "bitsandbytes", "datasets", "trl")}
+NEEDS = {
+    "docs/huggingface.md": ("accelerate", "bitsandbytes", "datasets", "trl"),
+    "docs/tutorials/finetune-gpu.md": ("accelerate", "datasets", "trl"),
+}
 """Page -> libraries that its blocks import in addition to transformers and PEFT."""
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
