@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
@@ -255,16 +254,6 @@ def verify(case: Case, inputs: Inputs, contender: str, loss: Tensor) -> None:
     assert abs(loss.item() - expected) <= LOSS_ERROR * expected, f"first loss {loss.item():.4f}, not {expected:.4f}"
 
 
-def has_peft(case: Case) -> bool:
-    """Whether transformers and PEFT are installed."""
-    return layers.has_peft(case) and importlib.util.find_spec("transformers") is not None
-
-
-def has_bitsandbytes(case: Case) -> bool:
-    """Whether bitsandbytes is installed as well."""
-    return has_peft(case) and importlib.util.find_spec("bitsandbytes") is not None
-
-
 def is_small(case: Case) -> bool:
     """Whether the case is not the large model, of which all implementations together need too much memory."""
     return case.label != "llama-1b"
@@ -316,14 +305,15 @@ SUITE = Suite(
         Contender("ours", ours, whole_model, measures=peak_memory("ours")),
         Contender("ours, fused", ours_fused, whole_model, measures=peak_memory("ours, fused")),
         Contender("ours, full logits", ours_full_logits, whole_model, applies=is_small),
-        Contender("bnb + PEFT", bnb_peft, whole_model, applies=has_bitsandbytes, measures=peak_memory("bnb + PEFT")),
         Contender(
-            "bnb + PEFT fp32",
-            bnb_peft_fp32,
+            "bnb + PEFT",
+            bnb_peft,
             whole_model,
-            applies=lambda case: has_bitsandbytes(case) and is_small(case),
+            packages=("bitsandbytes", "peft"),
+            measures=peak_memory("bnb + PEFT"),
         ),
-        Contender("dense + PEFT", dense_peft, whole_model, applies=has_peft, measures=peak_memory("dense + PEFT")),
+        Contender("bnb + PEFT fp32", bnb_peft_fp32, whole_model, applies=is_small, packages=("bitsandbytes", "peft")),
+        Contender("dense + PEFT", dense_peft, whole_model, packages=("peft",), measures=peak_memory("dense + PEFT")),
     ),
     verify=verify,
     modes=(COLD,),

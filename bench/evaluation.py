@@ -71,7 +71,7 @@ SUITE = Suite(
             "bnb",
             contender(bitsandbytes),
             end_to_end.whole_model,
-            applies=end_to_end.has_bitsandbytes,
+            packages=("bitsandbytes",),
         ),
         Contender("dense", contender(lambda inputs: copy.deepcopy(inputs.dequantized).eval()), end_to_end.whole_model),
     ),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qlora_kernels as qk
 
 from . import layers
-from .end_to_end import ARCHITECTURES, dense_twin, has_peft, llama, random_tokens, with_linears
+from .end_to_end import ARCHITECTURES, dense_twin, llama, random_tokens, with_linears
 from .registry import COLD, Call, Case, Contender, Cost, Suite
 
 PREFILL, BEHIND = 512, 64
@@ -125,9 +125,9 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", ours, _once, applies=has_peft),
-        Contender("bnb", bitsandbytes, _once, applies=lambda case: has_peft(case) and layers.has_bitsandbytes(case)),
-        Contender("dense", dense, _once, applies=has_peft),
+        Contender("ours", ours, _once, packages=("transformers",)),
+        Contender("bnb", bitsandbytes, _once, packages=("transformers", "bitsandbytes")),
+        Contender("dense", dense, _once, packages=("transformers",)),
     ),
     verify=verify,
     modes=(COLD,),

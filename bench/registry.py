@@ -87,6 +87,7 @@ class Contender:
     that does not occur on each call, such as a layer's repacking at its first use.
     weight_bytes: of one copy, as this implementation stores it; determines the number of copies that exceed the cache.
     applies: whether a case is supported; it excludes peers where they are slow or wrong.
+    packages: those of bench/optional.py without which the implementation is left out, with a printed reason.
     threads: torch's thread count during the call; None: the run's.
     cost: replaces the suite's cost for implementations that must move other bytes.
     measures: (case, call after its first run) -> further fields of its rows, e.g. bytes of state.
@@ -96,6 +97,7 @@ class Contender:
     build: Callable[[Case, Any, int], Sequence[Call]]
     weight_bytes: Callable[[Case], int]
     applies: Callable[[Case], bool] = lambda case: True
+    packages: tuple[str, ...] = ()
     threads: int | None = None
     cost: Callable[[Case], Cost] | None = None
     measures: Callable[[Case, Call], dict[str, Any]] = lambda case, call: {}

@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m bench.run [cpu|cuda] [--quick] [--only REGEX] [--json] [--out FILE]`.
+"""Run the benchmarks: `python -m bench.run [cpu|cuda] [--suite NAME ...] [--only REGEX] [--quick] [--out FILE]`.
 
 For each case, every implementation is built and its result verified; the correct ones are timed, interleaved, with cold
 and with warm weights. Each implementation, case and mode gives one row (a flat dict; bench/report.py lists its fields).
@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from .machine import ROOT, cache_bytes, provenance
+from .optional import left_out, runs
 from .peaks import Peak, measure_peaks
 from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite
 from .report import print_report
 from .row_file import Row, RowWriter
-from .suites import suites
+from .suites import GROUPS, suites
 from .timing import Budget, Entrant, Timing, measure
 
 WORKING_SET = 4
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as files:
         # Line buffering keeps every measured row if the run is interrupted.
         out = RowWriter(files.enter_context(options.out.open("a", buffering=1))) if options.out else None
-        for row in run(options.device, options.only, quick=options.quick, isa=options.isa, budget=budget):
+        ops = [op for name in options.suite or GROUPS for op in GROUPS[name]]
+        for row in run(options.device, options.only, ops=ops, quick=options.quick, isa=options.isa, budget=budget):
             rows.append(row)
             if out:
                 out.write(row)
@@ -61,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     made.add_argument("device", nargs="?", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument(
+        "--suite", nargs="+", choices=GROUPS, metavar="NAME", help=f"only these: {', '.join(GROUPS)}; default: all"
+    )
     made.add_argument("--only", default="", metavar="REGEX", help='cases whose "op name" it matches')
     made.add_argument("--quick", action="store_true", help="a few small cases, to see that everything works")
     made.add_argument("--json", action="store_true", help="rows as JSON lines on standard output, no table")
@@ -72,16 +77,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(device: str, only: str, *, quick: bool, isa: str | None, budget: Budget) -> Iterator[Row]:
-    """Yield the rows of all selected cases; those of forced instruction sets are run by child processes."""
+def run(device: str, only: str, *, ops: Sequence[str], quick: bool, isa: str | None, budget: Budget) -> Iterator[Row]:
+    """Yield the rows of all selected cases; those of forced instruction sets are run by child processes.
+
+    device: "cpu" or "cuda".   only: a regular expression for "op case".   ops: suites.   quick: only the quick cases.
+    isa: the instruction set that this process is limited to.   budget: time for a case.
+    """
     chosen = [
         (suite, case)
         for suite in suites().values()
+        if suite.op in ops
         for case in suite.cases(device)
         if (case.quick or not quick) and re.search(only, f"{case.op} {case.name}")
     ]
     here = [(suite, case) for suite, case in chosen if case.isa == isa]
     common = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
+    if isa is None:
+        for line in left_out(suite for suite, _ in chosen):
+            print(line, file=sys.stderr, flush=True)
     peaks = measure_peaks(device, isa) if here else {}
     for peak in peaks.values():
         yield peak_row(peak, isa) | common
@@ -118,7 +131,7 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
     right: dict[str, tuple[Contender, Sequence[Call]]] = {}
     measures: dict[str, Row] = {}
     for contender in suite.contenders:
-        if not contender.applies(case):
+        if not runs(contender, case):
             continue
         calls = build(contender, case, inputs, copies_beyond_cache(contender, case))
         fault = fault_of(suite, case, inputs, contender, calls[0])

@@ -68,7 +68,7 @@ SUITE = Suite(
     inputs=lambda case: layers.dequantized(*case.weight),
     contenders=(
         Contender("ours", ours, layers.nf4_bytes),
-        Contender("bnb", bnb, layers.nf4_bytes, applies=layers.has_bitsandbytes),
+        Contender("bnb", bnb, layers.nf4_bytes, applies=layers.blocks_end_with_rows, packages=("bitsandbytes",)),
         Contender("ours, fresh output", ours_fresh, layers.nf4_bytes),
     ),
     verify=verify,

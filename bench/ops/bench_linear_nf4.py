@@ -8,12 +8,20 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..gate import Expected, arithmetic, assert_close_to_peer, assert_within, linear
+from .. import layers, peers
+from ..gate import Expected, arithmetic, assert_close_to_peer, assert_quantizes, assert_within, linear
 from ..registry import Call, Case, Contender, Cost, Suite
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
+"""(N, K) of Llama 2 7B and SmolLM2-135M."""
+
+LLAMA_3_8B = ((1024, 4096), (14336, 4096), (4096, 14336))
+"""(N, K) of Llama 3 8B, in addition to 4096 x 4096."""
+
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+FEWER_ROWS = (1, 4, 16, 64, 256, 1024)
+DRAWN = ((4096, 4096), (14336, 4096), (576, 1536), (1536, 576))
+"""(N, K) of the layers that are measured with all peers."""
 FORCED_ISAS = ("avx512", "avx2", "portable")
 
 
@@ -22,7 +30,11 @@ def cases(device: str) -> Iterator[Case]:
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4", M, N, K, device=device, quick=(N, K) == (1536, 576) and M in (1, 16, 256))
-    yield Case("linear_nf4", 4096, 4096, 4096, device=device)
+    for N, K in LLAMA_3_8B:
+        for M in FEWER_ROWS:
+            yield Case("linear_nf4", M, N, K, device=device)
+    for N, K in ((4096, 4096), (576, 1536)):
+        yield Case("linear_nf4", 4096, N, K, device=device)
     if device == "cpu":
         for isa in (None, *FORCED_ISAS):
             yield Case("linear_nf4", 256, 4096, 4096, dtype=torch.float32, isa=isa)
@@ -58,9 +70,12 @@ def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callabl
 
 
 def verify(case: Case, inputs: Inputs, contender: str, y: Tensor) -> None:
-    """Check our result within the tests' bounds, and a peer's within its coarser roundings."""
+    """Check our result within the tests' bounds, and a peer's within its coarser roundings of its own weight."""
     if contender.startswith("ours"):
         assert_within(y, inputs.expected, "y")
+    elif (own := peers.own_weight(contender, case.weight)) is not None:
+        assert_quantizes(own, layers.source_weight(case.N, case.K, case.dtype, case.device))
+        assert_close_to_peer(y, inputs.x.float() @ own.T, name="y")
     else:
         assert_close_to_peer(y, inputs.expected.value, name="y")
 
@@ -70,9 +85,14 @@ def scales_with_threads(case: Case) -> bool:
     return case.device == "cpu" and case.M == 256 and case.N >= 4096 and case.dtype == torch.bfloat16
 
 
+def for_context(case: Case) -> bool:
+    """Whether the case is of one of the layers that are drawn over M, for which further peers are measured."""
+    return (case.N, case.K) in DRAWN and peers.is_16_bit(case) and case.isa is None
+
+
 def has_fused_bitsandbytes(case: Case) -> bool:
     """Whether bitsandbytes' fused CPU kernel, which computes only in bf16, supports the case."""
-    return layers.has_bitsandbytes(case) and case.dtype == torch.bfloat16
+    return layers.blocks_end_with_rows(case) and case.dtype == torch.bfloat16
 
 
 SUITE = Suite(
@@ -83,12 +103,35 @@ SUITE = Suite(
     contenders=(
         Contender("ours", layer_contender(layers.ours), layers.nf4_bytes),
         Contender(
-            "bnb eval", layer_contender(layers.bitsandbytes_eval), layers.nf4_bytes, applies=has_fused_bitsandbytes
+            "bnb eval",
+            layer_contender(layers.bitsandbytes_eval),
+            layers.nf4_bytes,
+            applies=has_fused_bitsandbytes,
+            packages=("bitsandbytes",),
         ),
         Contender(
-            "bnb train", layer_contender(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes
+            "bnb train",
+            layer_contender(layers.bitsandbytes_train),
+            layers.nf4_bytes,
+            applies=layers.blocks_end_with_rows,
+            packages=("bitsandbytes",),
         ),
         Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
+        Contender(
+            "Unsloth-style",
+            layer_contender(peers.unsloth_style),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and peers.multiplies_matrices(case),
+        ),
+        Contender(
+            "torchao",
+            layer_contender(peers.torchao),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and peers.torchao_applies(case),
+            packages=("torchao",),
+        ),
+        Contender("torch int8", layer_contender(peers.int8), peers.int8_bytes, applies=for_context),
+        Contender("torch int4", layer_contender(peers.int4), peers.int4_bytes, applies=for_context),
         Contender(
             "ours, 1 thread", layer_contender(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1
         ),

@@ -8,10 +8,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..gate import Expected, arithmetic, assert_close_to_peer, assert_within, linear, linear_grad_x
+from .. import layers, peers
+from ..gate import Expected, arithmetic, assert_close_to_peer, assert_quantizes, assert_within, linear, linear_grad_x
 from ..registry import Call, Case, Contender, Cost, Suite
-from .bench_linear_nf4 import SHAPES
+from .bench_linear_nf4 import LLAMA_3_8B, SHAPES, for_context
 
 ROWS = (1, 16, 256, 1024)
 
@@ -21,6 +21,8 @@ def cases(device: str) -> Iterator[Case]:
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4_grad_x", M, N, K, device=device, quick=(N, K) == (1536, 576) and M == 256)
+    for N, K in LLAMA_3_8B:
+        yield Case("linear_nf4_grad_x", 256, N, K, device=device)
 
 
 def cost(case: Case) -> Cost:
@@ -61,7 +63,12 @@ def layer_contender(build_layers: Callable[..., Sequence[nn.Module]]) -> Callabl
 
 
 def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, Tensor]) -> None:
-    """Check both tensors, ours within the tests' bounds, a peer's within its coarser roundings."""
+    """Check both tensors, ours within the tests' bounds, a peer's within its coarser roundings of its own weight."""
+    if (own := peers.own_weight(contender, case.weight)) is not None:
+        assert_quantizes(own, layers.source_weight(case.N, case.K, case.dtype, case.device))
+        assert_close_to_peer(result[0], inputs.x.float() @ own.T, name="y")
+        assert_close_to_peer(result[1], inputs.grad_y.float() @ own, name="grad_x")
+        return
     for name, actual, expected in zip(("y", "grad_x"), result, inputs.expected, strict=True):
         if contender == "ours":
             assert_within(actual, expected, name)
@@ -77,9 +84,26 @@ SUITE = Suite(
     contenders=(
         Contender("ours", layer_contender(layers.ours), layers.nf4_bytes),
         Contender(
-            "bnb train", layer_contender(layers.bitsandbytes_train), layers.nf4_bytes, applies=layers.has_bitsandbytes
+            "bnb train",
+            layer_contender(layers.bitsandbytes_train),
+            layers.nf4_bytes,
+            applies=layers.blocks_end_with_rows,
+            packages=("bitsandbytes",),
         ),
         Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
+        Contender(
+            "Unsloth-style",
+            layer_contender(peers.unsloth_style),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and peers.multiplies_matrices(case),
+        ),
+        Contender(
+            "torchao",
+            layer_contender(peers.torchao),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and peers.torchao_applies(case),
+            packages=("torchao",),
+        ),
     ),
     verify=verify,
 )

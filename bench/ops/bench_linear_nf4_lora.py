@@ -17,11 +17,11 @@ from qlora_kernels import LinearNF4
 from qlora_kernels.ops.linear_nf4_lora import draw_seed
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 
-from .. import layers
+from .. import layers, peers
 from ..gate import Dropout, Expected, assert_close_to_peer, assert_within, lora_backward, lora_down, lora_forward
 from ..registry import GATE_SEED, Call, Case, Contender, Cost, Suite
 from . import bench_linear_nf4_grad_x as plain
-from .bench_linear_nf4 import SHAPES
+from .bench_linear_nf4 import LLAMA_3_8B, SHAPES, for_context
 
 ROWS = (256, 1024)
 RANK = 16
@@ -35,6 +35,8 @@ def cases(device: str) -> Iterator[Case]:
             for dropout in (0.0, 0.05):
                 quick = (N, K) == (1536, 576) and M == 256
                 yield Case("linear_nf4_lora", M, N, K, RANK, dropout, device=device, quick=quick)
+    for N, K in LLAMA_3_8B:
+        yield Case("linear_nf4_lora", 256, N, K, RANK, device=device)
 
 
 def cost(case: Case) -> Cost:
@@ -85,6 +87,22 @@ def ours(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     return [partial(call, layer) for layer in layers.ours(*case.weight, copies)]
 
 
+def unsloth_style(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build calls of Unsloth's algorithm: decode into a shared buffer, multiply, and addmm for the update."""
+
+    def call(layer: peers.UnslothStyle) -> tuple[Tensor, ...]:
+        y = layer.forward_lora(inputs.x, inputs.lora_A, inputs.lora_B, inputs.scaling)
+        gradients = torch.autograd.grad(y, (inputs.x, inputs.lora_A, inputs.lora_B), inputs.grad_y)
+        return y.detach(), *gradients
+
+    return [partial(call, layer) for layer in peers.unsloth_style(*case.weight, copies)]
+
+
+def has_no_dropout(case: Case) -> bool:
+    """Whether the case is one that Unsloth's fused path supports, with the further peers' layers."""
+    return for_context(case) and case.dropout == 0
+
+
 def through_peft(stack: Sequence[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
     """Build calls of Hugging Face PEFT around the layers of `stack`."""
 
@@ -124,14 +142,11 @@ def verify(case: Case, inputs: Inputs, contender: str, result: tuple[Tensor, ...
             assert_close_to_peer(actual, expected.value, name=name)
 
 
-def with_peft(case: Case) -> bool:
-    """Whether PEFT can run the case."""
-    return layers.has_peft(case)
-
-
-def with_bitsandbytes_and_peft(case: Case) -> bool:
-    """Whether bitsandbytes and PEFT can run the case."""
-    return layers.has_peft(case) and layers.has_bitsandbytes(case)
+OVER_BITSANDBYTES: dict[str, Any] = {
+    "applies": layers.blocks_end_with_rows,
+    "packages": ("bitsandbytes", "peft"),
+}
+"""Where PEFT over bitsandbytes runs."""
 
 
 SUITE = Suite(
@@ -142,9 +157,10 @@ SUITE = Suite(
     contenders=(
         Contender("ours", ours, layers.nf4_bytes),
         Contender("ours without LoRA", plain.layer_contender(layers.ours), layers.nf4_bytes),
-        Contender("bnb + PEFT", bnb_peft, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
-        Contender("bnb + PEFT fp32", bnb_peft_fp32, layers.nf4_bytes, applies=with_bitsandbytes_and_peft),
-        Contender("dense + PEFT", dense_peft, layers.dense_bytes, applies=with_peft),
+        Contender("bnb + PEFT", bnb_peft, layers.nf4_bytes, **OVER_BITSANDBYTES),
+        Contender("bnb + PEFT fp32", bnb_peft_fp32, layers.nf4_bytes, **OVER_BITSANDBYTES),
+        Contender("Unsloth-style", unsloth_style, layers.nf4_bytes, applies=has_no_dropout),
+        Contender("dense + PEFT", dense_peft, layers.dense_bytes, packages=("peft",)),
     ),
     verify=verify,
 )

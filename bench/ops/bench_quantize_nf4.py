@@ -83,7 +83,7 @@ SUITE = Suite(
     inputs=Inputs,
     contenders=(
         Contender("ours", ours, layers.dense_bytes),
-        Contender("bnb", bnb, layers.dense_bytes, applies=layers.has_bitsandbytes),
+        Contender("bnb", bnb, layers.dense_bytes, packages=("bitsandbytes",)),
     ),
     verify=verify,
 )

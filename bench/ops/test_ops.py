@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.optional import runs
 from bench.registry import Case, Contender, Suite
 from bench.run import build, fault_of
 from bench.suites import suites
@@ -19,7 +20,7 @@ RUNS = [
     for suite in suites().values()
     for case in suite.cases("cpu")
     for contender in suite.contenders
-    if case.quick and contender.threads is None and contender.applies(case)
+    if case.quick and contender.threads is None and runs(contender, case)
 ]
 
 

@@ -37,4 +37,4 @@ def test_quick_run():
     held = {row["contender"]: row["state_bytes_per_element"] for row in rows if row["op"] == "adamw_step"}
     assert held["ours"] < 8.1
     assert held["ours 8-bit"] < 2.1
-    assert {row["op"] for row in rows} == OPS | {"train_step", "evaluate", "generate"}
+    assert {row["op"] for row in rows} == OPS | {"train_step", "evaluate", "generate", "methods"}
