@@ -1,4 +1,5 @@
-"""AdaLoRA: y = W x + (lora_alpha / init_r) * B diag(E) A dropout(x), ranks moved during training to where they matter.
+"""AdaLoRA: y = W x + (lora_alpha / init_r) * B diag(E) A dropout(x), with ranks that are reallocated between layers
+during training.
 
 Source: AdaLoRA (arXiv:2303.10512) and its authors' code. Names, defaults and files: PEFT's.
 """
@@ -31,15 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's AdaLoraConfig, without those that it ignores (`r`, ...).
+    """Configuration of AdaLoRA, with the fields, names and defaults of PEFT's AdaLoraConfig that PEFT uses.
 
-    Every layer starts with rank init_r; on average they end with target_r, after total_step calls of step(). Nothing is
-    pruned in the first tinit steps, ranks are final for the last tfinal, and change at every deltaT-th step between.
-    beta1, beta2: of the averages of sensitivity and uncertainty.   orth_reg_weight: factor of peft_loss().
-    orth_reg_squared: the regularizer as the paper's equation (4) has it, squared norms summed over the layers; False:
-    as the authors' code and PEFT have it, norms averaged. The weights published (0.1, 0.3, 0.5) are for the latter.
+    Every layer starts with rank init_r. After total_step calls of step() the mean rank is target_r. No triplet is
+    pruned in the first tinit steps, ranks are final in the last tfinal steps, and in between they change at every
+    deltaT-th step.
+    beta1, beta2: decay of the running averages of sensitivity and uncertainty. orth_reg_weight: factor of peft_loss().
+    orth_reg_squared: True sums the squared norms over the layers, as equation (4) of the paper; False averages the
+    norms, as the authors' code and PEFT. The published weights (0.1, 0.3, 0.5) are for the latter.
     init_lora_weights: True (E zero, A and B normal of std 0.02: identity) or False (all standard normal).
-    rank_pattern: written on save: {"<layer>.lora_E": [whether each of the init_r triplets is kept]}.
+    rank_pattern: {"<layer>.lora_E": [whether each of the init_r triplets is kept]}, written on save.
     """
 
     peft_type = "ADALORA"
@@ -86,20 +88,20 @@ class AdaLoraConfig(PeftConfig):
 
     @property
     def last_allocation(self) -> int:
-        """The step from which on the ranks are final."""
+        """Number of the first step with final ranks."""
         return self.total_step - self.tfinal
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        # PEFT writes LoRA's `r` beside init_r, and ignores it.
+        # PEFT also writes LoRA's `r`, which it ignores.
         return super().from_dict({key: value for key, value in values.items() if key != "r"})
 
 
 class SvdLinear(Delta):
-    """lora_A [r, K], lora_E [r, 1], lora_B [N, r]; the update is scaling * B diag(E) A.
+    """Update scaling * B diag(E) A with the parameters lora_A [r, K], lora_E [r, 1] and lora_B [N, r].
 
-    `kept` bool [r]: the triplets of the last allocation.   `rows` int64: those of the final one, None before it; from
-    then on the rest of A, E and B takes no part in the forward.
+    `kept` bool [r]: the triplets of the last allocation. `rows` int64: the triplets of the final allocation, None
+    before it. Once `rows` is set, forward uses only these rows of A, E and B.
     """
 
     kept: Tensor
@@ -124,20 +126,22 @@ class SvdLinear(Delta):
         return self.lora_A, self.lora_E, self.lora_B
 
     def freeze_rank(self) -> None:
-        """Make `kept` final. A layer without kept triplets computes with one masked row: kernels need a rank of one."""
+        """Make `kept` final. A layer without kept triplets computes with one masked row, because kernels need a rank of
+        at least one.
+        """
         self.rows = self.kept.nonzero().flatten()
         if len(self.kept) and not len(self.rows):
             self.rows = self.rows.new_zeros(1)
 
     def live(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, E and B of the triplets that take part; gathered where they are sharded, as outside of a forward."""
+        """Return A, E and B of the triplets that forward uses. Sharded parameters are gathered."""
         lora_A, lora_E, lora_B = (full_tensor(weight_of(self, name)) for name in TRIPLET_DIM)
         if self.rows is None:
             return lora_A, lora_E, lora_B
         return lora_A[self.rows], (lora_E * self.kept[:, None])[self.rows], lora_B[:, self.rows]
 
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
-        # E goes into A's rows: the fused path sees a LoRA, and autograd takes its gradient for E * A apart.
+        # E is multiplied into A's rows, so the fused LoRA op applies and autograd splits the gradient of E * A.
         lora_A, lora_E, lora_B = self.live()
         return lora_E * lora_A, lora_B, self.scaling
 
@@ -150,16 +154,17 @@ class SvdLinear(Delta):
         return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
 
     def orthogonality(self) -> list[Tensor]:
-        """||A A^T - I||_F and ||B^T B - I||_F."""
+        """Return ||A A^T - I||_F and ||B^T B - I||_F."""
         lora_A, _, lora_B = self.live()
         eye = torch.eye(len(lora_A), device=lora_A.device, dtype=lora_A.dtype)
         return [torch.linalg.matrix_norm(gram - eye) for gram in (lora_A @ lora_A.T, lora_B.T @ lora_B)]
 
 
 class _NoteGradient:
-    """A hook that notes gradients in a method without keeping it alive.
+    """Hook that records in a method that gradients exist, without keeping the method alive.
 
-    The garbage collector does not see what hooks on parameters refer to: a strong reference would keep the whole model.
+    The garbage collector does not follow references held by parameter hooks, so a strong reference would keep the whole
+    model alive.
     """
 
     def __init__(self, method: AdaLora) -> None:
@@ -172,7 +177,9 @@ class _NoteGradient:
 
 @register_method(AdaLoraConfig)
 class AdaLora(LinearMethod[SvdLinear]):
-    """The training loop adds model.peft_loss() to its loss and calls model.step(t) after backward, before zero_grad."""
+    """AdaLoRA as a method of a PeftModel. The training loop adds model.peft_loss() to its loss and calls model.step(t)
+    after backward and before zero_grad.
+    """
 
     config: AdaLoraConfig
     rank_tensors: ClassVar[dict[str, int]] = {"lora_A": 0}
@@ -196,7 +203,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         return [delta.triplets for delta in self.deltas.values()]
 
     def watch_training(self) -> None:
-        """Register hooks that note gradients, by which saving finds that step() was not called."""
+        """Register hooks that record gradients, so that saving can detect that step() was not called."""
         for delta in self.deltas.values():
             hooks = getattr(delta.lora_E, "_post_accumulate_grad_hooks", None) or {}
             if not any(isinstance(hook, _NoteGradient) and hook.method() is self for hook in hooks.values()):
@@ -218,13 +225,14 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     def new_delta(self, path: str, base: nn.Module) -> SvdLinear:
         config, r = self.config, self.rank(self.config, path)
-        # Pruned or not, the scale is that of the initial rank.
+        # The scale is that of the initial rank, also after pruning.
         return SvdLinear(base, r, config.lora_alpha / config.init_r, config, self.injector.adapter_dtype)
 
     # In training
 
     def peft_loss(self) -> Tensor:
-        """orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, or the sum of squares.
+        """Return orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers, or times the
+        sum of squares.
 
         Source: section 3.1, equation (4); the authors' code.
         """
@@ -232,9 +240,9 @@ class AdaLora(LinearMethod[SvdLinear]):
         return self.config.orth_reg_weight * (norms.square().sum() if self.config.orth_reg_squared else norms.mean())
 
     def step(self, global_step: int) -> None:
-        """Update the importance and, where the schedule says so, move the ranks.
+        """Update the importance scores and, at the steps of the schedule, reallocate the ranks.
 
-        Raises RuntimeError if there are no gradients to judge by.
+        Raises RuntimeError if no parameter has a gradient.
         """
         if not self._is_final():
             final = global_step >= self.config.last_allocation
@@ -269,7 +277,9 @@ class AdaLora(LinearMethod[SvdLinear]):
         return {**super().file_config(), "rank_pattern": pattern if pruned else None}
 
     def _kept_of_initial(self, path: str) -> list[bool]:
-        """Which of the init_r triplets are kept, also where the adapter was loaded without some of them."""
+        """Return a mask of the init_r triplets that are kept. Triplets that the loaded file did not have are not
+        kept.
+        """
         kept: list[bool] = self.deltas[path].kept.tolist()
         loaded = (self.config.rank_pattern or {}).get(f"{path}.lora_E")
         if loaded is None:
@@ -287,12 +297,14 @@ class AdaLora(LinearMethod[SvdLinear]):
         return tensors
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Before the end of training: all triplets, since pruned ones may come back, and their importance."""
+        """Return all triplets and their importance before the end of training, because pruned triplets may be
+        restored.
+        """
         finished = self.last_step is not None and self.last_step >= self.config.total_step - 1
         return super().extras() if finished else self._unfinished()
 
     def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return all triplets also at the end of training, where runs are compared and continued."""
+        """Return all triplets, also at the end of training, so that runs can be compared and continued."""
         return self._unfinished()
 
     def load_training_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -317,7 +329,7 @@ class AdaLora(LinearMethod[SvdLinear]):
             return
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
-        # Copies: a file's tensors are not aligned as torch's own, and the order of sums depends on that.
+        # Copies, because the tensors of a file have another alignment and the order of sums depends on the alignment.
         for name, weight in zip(self._weight_names(), self.allocator.weights, strict=True):
             weight.data = tensors[name].to(weight, copy=True)
             for average in ("sensitivity", "uncertainty"):

@@ -1,4 +1,4 @@
-"""Adapter Tuning: bottlenecks inside each layer.
+"""Adapter Tuning: trained bottleneck networks inside each transformer layer.
 
 Source: Houlsby et al. (arXiv:1902.00751); Pfeiffer et al. (arXiv:2005.00247); parallel: He et al. (arXiv:2110.04366).
 """
@@ -24,14 +24,15 @@ from ..layers.hooks import AdapterHook
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(PeftConfig):
     """placement: "houlsby" = h + f(h) after the attention output and after the FFN output, before the residual is
-    added; "pfeiffer" = u + f(LayerNorm(u)), u being the sum of residual and FFN output, in the place of the LayerNorm's
-    input (in layers that normalise their input: u + f(u)); "parallel" = FFN(x) + f(x), x being the residual
-    stream before the FFN and before its LayerNorm, if it has one first.
+    added; "pfeiffer" = u + f(LayerNorm(u)) as input of the LayerNorm after the FFN, where u is the sum of residual and
+    FFN output (in layers that normalise their input: u + f(u)); "parallel" = FFN(x) + f(x), where x is the residual
+    stream before the FFN and before its LayerNorm, if that comes first.
 
-    bottleneck_size: of f; reduction_factor, if given, sets it to d / reduction_factor.
-    non_linearity: None = the authors': GELU with houlsby, else ReLU.
+    bottleneck_size: inner width of f; reduction_factor, if given, sets it to d / reduction_factor.
+    non_linearity: None = the authors' choice, GELU with houlsby and else ReLU.
     init: std of the near-identity start, or "lora"; None = 1e-2, and "lora" for parallel.
-    scale: factor of f.   train_layer_norm: LayerNorms train too; None = as the paper: with houlsby only.
+    scale: factor of f.
+    train_layer_norm: whether LayerNorms train too; None = with houlsby only, as in the papers.
     """
 
     peft_type = "BOTTLENECK_ADAPTER"
@@ -59,7 +60,7 @@ class AdapterConfig(PeftConfig):
 
     @property
     def activation(self) -> str:
-        """The name of the non-linearity: the field's, or the authors' for the placement."""
+        """Name of the non-linearity: the field's value, or the authors' choice for the placement."""
         return self.non_linearity or ("gelu" if self.placement == "houlsby" else "relu")
 
     @property
@@ -75,7 +76,7 @@ class AdapterConfig(PeftConfig):
 
 @register_method(AdapterConfig)
 class Adapter(Method):
-    """A Bottleneck at `<layer>.attention_adapter` and `<layer>.ffn_adapter` each, by the names in the file."""
+    """Bottleneck networks in each layer, stored in files as `<layer>.attention_adapter` and `<layer>.ffn_adapter`."""
 
     config: AdapterConfig
 
@@ -96,7 +97,7 @@ class Adapter(Method):
                 self.hooks += hook.after(injector.hooked_module(layer.attention_output))
             hook = self._add_bottleneck(layer, "ffn_adapter", self.ffn_owner(layer))
             if config.placement == "parallel":
-                # The FFN's input itself, not the last layer of a container.
+                # The FFN module itself, because the bottleneck needs its input; not the last layer of a container.
                 self.hooks += hook.parallel(
                     injector.called_module(layer.ffn_input), injector.hooked_module(layer.ffn_output)
                 )
@@ -109,7 +110,9 @@ class Adapter(Method):
                     self.overrides.add(f"{norm}.{leaf}")
 
     def ffn_owner(self, layer: TransformerLayer) -> str:
-        """Path of the module whose output, or for a LayerNorm whose input, the bottleneck after the FFN changes."""
+        """Return the path of the module at which the bottleneck after the FFN acts: on its output, or on the input of a
+        LayerNorm.
+        """
         return layer.stream if self.config.placement == "pfeiffer" else layer.ffn_output
 
     def _add_bottleneck(self, layer: TransformerLayer, slot: str, owner: str) -> AdapterHook:
@@ -134,6 +137,8 @@ class Adapter(Method):
 
 
 def attach_to_stream(hook: AdapterHook, layer: TransformerLayer, injector: Injector) -> list[RemovableHandle]:
-    """Pfeiffer's place: the hook reads the residual stream after the FFN, normalised where the layer does so."""
+    """Attach `hook` for Pfeiffer's placement: it reads the residual stream after the FFN, normalised if the layer
+    normalises it.
+    """
     stream = injector.hooked_module(layer.stream)
     return hook.before_norm(stream) if layer.post_norm else hook.after(stream)

@@ -28,9 +28,12 @@ SLOT = "adapter_fusion"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFusionConfig(PeftConfig):
-    """adapters: names of the adapters to fuse, of AdapterConfig(placement="pfeiffer"), in the model already.
+    """Configuration of AdapterFusion.
 
-    value: has a value matrix, near the identity at first.   regularization: weight of |V - I|^2 in peft_loss().
+    adapters: names of the adapters to fuse, which are in the model and have AdapterConfig(placement="pfeiffer").
+
+    value: whether there is a value matrix V, which starts near the identity. regularization: weight of |V - I|^2 in
+    peft_loss().
     """
 
     peft_type = "ADAPTER_FUSION"
@@ -41,7 +44,7 @@ class AdapterFusionConfig(PeftConfig):
 
 
 class Fusion(nn.Module):
-    """sum_n s_n V z_n,  s = softmax over n of (Q h) . (K z_n),  z_n = f_n(h): what is added where one f would be.
+    """Attention over bottleneck outputs z_n = f_n(h): sum_n s_n V z_n, s = softmax over n of (Q h) . (K z_n).
 
     Q and K are linear with bias, weights N(0, 0.02); V has ones on the diagonal and 1e-6 elsewhere.
     """
@@ -74,7 +77,7 @@ class Fusion(nn.Module):
 
 
 class FusionHook(AdapterHook):
-    """`bottlenecks`: where the fused bottlenecks are below the module that has the fusion."""
+    """Hook that adds the fusion. `bottlenecks`: paths of the fused bottlenecks below the module that has the fusion."""
 
     def __init__(self, selection: AdapterSelection, name: str, place: Place, bottlenecks: Sequence[Place]) -> None:
         super().__init__(selection, name, place)
@@ -88,8 +91,8 @@ class FusionHook(AdapterHook):
 
 @register_method(AdapterFusionConfig)
 class AdapterFusion(Method):
-    """A Fusion at `<layer>.fusion`, by its name in the file. The adapters it fuses are its `needs`; they stay as they
-    are.
+    """A Fusion in each layer, stored in files as `<layer>.fusion`. `needs` lists the fused adapters, which are not
+    changed.
     """
 
     config: AdapterFusionConfig

@@ -1,4 +1,4 @@
-"""BitFit: train the biases and nothing else.
+"""BitFit: only the biases are trained.
 
 Source: BitFit (arXiv:2106.10199).
 """
@@ -23,11 +23,13 @@ from ..layers.base_layer import device_of, features, is_linear, weight_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(PeftConfig):
-    """biases: "all", or "query+mlp" (the paper's subset: the biases of the queries and of the FFN's first linear layer,
-    half of all in BERT), or names of the modules whose biases train, matched as target_modules are.
+    """Configuration of BitFit.
 
-    add_missing: gives linear layers without a bias one that starts at zero (Llama has none); without it a model in
-    which nothing would train is refused.
+    biases: "all", "query+mlp" (the paper's subset: the biases of the queries and of the FFN's first linear layer, half
+    of all biases in BERT), or names of the modules whose biases train, matched as target_modules are.
+
+    add_missing: adds a bias of zero to linear layers that have none (Llama has no biases). Without it, a model in which
+    no bias would train is refused.
     """
 
     peft_type = "BITFIT"
@@ -38,7 +40,7 @@ class BitFitConfig(PeftConfig):
 
 @register_method(BitFitConfig)
 class BitFit(Method):
-    """Trained biases. They are float parameters in quantized layers too, so NF4 models need no special case."""
+    """Trained biases. Quantized layers have float biases too, so NF4 models need no special case."""
 
     config: BitFitConfig
 
@@ -81,7 +83,7 @@ class BitFit(Method):
                 yield from ((path, modules[path]) for path in (layer.query, *layer.ffn_first))
             return
         for path, module in modules.items():
-            # By the parameter's own name: T5's relative_attention_bias is an embedding.
+            # The parameter's own name decides, because T5's relative_attention_bias is an embedding.
             if biases == "all" or matches(biases, path):
                 yield path, module
 

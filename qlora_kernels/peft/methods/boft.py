@@ -1,4 +1,4 @@
-"""BOFT: W' = diag(s) W B^T, B an orthogonal product of block-diagonal matrices between butterfly permutations.
+"""BOFT: W' = diag(s) W B^T, where B is an orthogonal product of block-diagonal matrices and butterfly permutations.
 
 Source: BOFT (arXiv:2311.06243). Names, defaults and files: PEFT's.
 """
@@ -23,12 +23,13 @@ from .rotation import cayley, drop_blocks, rotate_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class BOFTConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's BOFTConfig.
+    """Configuration of BOFT, with the fields, names and defaults of PEFT's BOFTConfig.
 
-    boft_block_size, boft_block_num: size and number of the blocks of each factor, whose product is the layer's
-    in_features; one of the two is given and the other is 0.
-    boft_n_butterfly_factor: number of factors; 1 is OFT with a scale. PEFT takes 1 wherever it has no CUDA compiler.
-    boft_dropout: share of the blocks of one factor that a training step leaves out.
+    boft_block_size, boft_block_num: size and number of the blocks of each factor. Their product is the layer's
+    in_features; exactly one is given, the other is 0.
+    boft_n_butterfly_factor: number of factors; 1 is OFT with a scale. PEFT always uses 1 on machines without a CUDA
+    compiler.
+    boft_dropout: fraction of the blocks of one factor that are replaced by the identity in a training step.
     init_weights: True (identity) or False (normal).
     """
 
@@ -61,9 +62,9 @@ class BOFTConfig(PeftConfig):
                 raise ValueError(f"BOFTConfig: {field} must {rule}, got {getattr(self, field)!r}")
 
     def blocks(self, path: str, k: int) -> tuple[int, int]:
-        """(number, size) of the blocks of each factor for the layer at `path`, which has k inputs.
+        """Return (number, size) of the blocks of each factor for the layer at `path`, which has k inputs.
 
-        Raises ValueError where there are none.
+        Raises ValueError if no such blocks exist.
         """
         field = "boft_block_size" if self.boft_block_size else "boft_block_num"
         given, groups = getattr(self, field), 2 ** (self.boft_n_butterfly_factor - 1)
@@ -79,7 +80,9 @@ class BOFTConfig(PeftConfig):
 
 
 class BOFTLinear(Delta):
-    """boft_R [factors, D, b, b], used by its skew-symmetric part, and boft_s [N, 1], the scale of the outputs."""
+    """Rotation of the input by the skew-symmetric parts of boft_R [factors, D, b, b], and output scale boft_s [N,
+    1].
+    """
 
     acts_on_input = True
 
@@ -96,7 +99,7 @@ class BOFTLinear(Delta):
         self.boft_s = nn.Parameter(start_s.to(device, dtype))
 
     def _rotated(self, x: Tensor, *, transposed: bool = False) -> Tensor:
-        """x [..., K] times B, or times its transpose, in the parameters' dtype."""
+        """Return x [..., K] times B or its transpose, in the parameters' dtype."""
         raw = weight_of(self, "boft_R")
         factors = list(cayley(0.5 * (raw - raw.transpose(-2, -1))))
         if self.training and self.block_dropout:
@@ -143,7 +146,7 @@ class BOFT(LinearMethod[BOFTLinear]):
         return BOFTLinear(base, path, self.config, self.injector.adapter_dtype)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        # Where PEFT has no CUDA compiler it trains one factor, whatever its file says.
+        # Without a CUDA compiler PEFT trains one factor, although its configuration file may state more.
         stored = tensors_by_path(tensors, self.file_prefix)
         rotations = [stored[key] for path in self.deltas if (key := f"{path}.boft_R") in stored]
         if self.config.boft_n_butterfly_factor > 1 and all(len(rotation) == 1 for rotation in rotations):
@@ -154,7 +157,7 @@ class BOFT(LinearMethod[BOFTLinear]):
 
 
 def butterfly_order(k: int, groups: int, chunk: int) -> Tensor:
-    """int64 [k]: in each of the groups the chunks of even number, then those of odd number."""
+    """Return the permutation, int64 [k], that puts the even chunks of each group before the odd ones."""
     chunks = k // groups // chunk
     order = torch.cat([torch.arange(0, chunks, 2), torch.arange(1, chunks, 2)])
     return torch.arange(k).view(groups, chunks, chunk)[:, order].flatten()

@@ -14,14 +14,16 @@ from ..layers.base_layer import is_quantized
 
 @dataclass(frozen=True, kw_only=True)
 class FullFTConfig(PeftConfig):
-    """Every parameter of the model trains. Takes a copy of the model, so that disable_adapter can give the base."""
+    """Every parameter of the model trains. The base is copied, so that disable_adapter can restore it."""
 
     peft_type = "FULL_FT"
 
 
 @register_method(FullFTConfig)
 class FullFT(Method):
-    """Copies of all parameters, tied ones tied, in place of the originals while active."""
+    """Trained copies of all parameters, which replace the originals while the adapter is active. Tied parameters stay
+    tied.
+    """
 
     def __init__(self, config: FullFTConfig, injector: Injector, name: str) -> None:
         quantized = [path for path, module in injector.modules().items() if is_quantized(module)]

@@ -1,4 +1,4 @@
-"""IA3: trained vectors scale the outputs of attention's layers and the inputs of the feed-forward ones.
+"""IA3: trained vectors scale the outputs of attention layers and the inputs of feed-forward layers.
 
 Source: IA3 (arXiv:2205.05638). Names, defaults and files: PEFT's.
 """
@@ -22,7 +22,7 @@ from ..framework.targets import is_all_linear
 from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
 
-# (target_modules, feedforward_modules) that PEFT takes where they are None -> types of models.
+# PEFT's defaults of (target_modules, feedforward_modules) -> the model types that they are for.
 _DEFAULTS: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {
     (("k_proj", "v_proj", "down_proj"), ("down_proj",)): "llama mistral",
     (("q_proj", "v_proj", "down_proj"), ("down_proj",)): "llama4 gemma gemma2 gemma3_text qwen2 qwen3",
@@ -44,10 +44,10 @@ _DEFAULTS: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(PeftConfig):
-    """Fields, names and defaults of PEFT's IA3Config.
+    """Configuration of IA3, with the fields, names and defaults of PEFT's IA3Config.
 
-    feedforward_modules: those of the target_modules whose input is scaled instead of the output, as endings of names or
-    as a regular expression. Where it or target_modules is None, the type of the model decides.
+    feedforward_modules: the target_modules whose input is scaled instead of the output, as endings of names or as a
+    regular expression. If it or target_modules is None, PEFT's default for the model type is used.
     init_ia3_weights: True (ones: identity) or False (normal).
     """
 
@@ -70,7 +70,7 @@ class IA3Config(PeftConfig):
             raise ValueError(f"IA3Config: feedforward_modules must be some of target_modules, got {beside} beside them")
 
     def scales_input(self, path: str) -> bool:
-        """Whether the layer at `path` is one of feedforward_modules, by PEFT's rule for their names."""
+        """Return whether the layer at `path` matches feedforward_modules, by PEFT's rule for names."""
         modules = self.feedforward_modules or ()
         if isinstance(modules, str):
             return re.fullmatch(modules, path) is not None
@@ -78,7 +78,7 @@ class IA3Config(PeftConfig):
 
 
 class IA3Linear(Delta):
-    """ia3_l, a vector that the output (shape [N, 1]) or the input (shape [1, K]) of the layer is multiplied by."""
+    """Trained vector ia3_l that multiplies the output (shape [N, 1]) or the input (shape [1, K]) of the layer."""
 
     def __init__(self, base: nn.Module, scales_input: bool, init: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class IA3Linear(Delta):
 
 @register_method(IA3Config)
 class IA3(LinearMethod[IA3Linear]):
-    """One trained vector for each linear layer that the configuration targets."""
+    """One trained vector for each targeted linear layer."""
 
     config: IA3Config
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         config = _completed(config, injector)
         if is_all_linear(config.target_modules):
-            # PEFT loads a file where the one list holds the names of the other.
+            # PEFT loads only files whose feedforward_modules is a subset of target_modules, so both are listed by path.
             layers = super().targets(config, injector)
             scaled = [path for path in layers if config.scales_input(path)]
             config = config.replace(target_modules=list(layers), feedforward_modules=scaled)
@@ -136,11 +136,11 @@ class IA3(LinearMethod[IA3Linear]):
 
 @torch.no_grad()
 def weighted_ia3(parts: Sequence[IA3], weights: Sequence[float]) -> tuple[IA3Config, dict[str, Tensor]]:
-    """Return the configuration and the vectors of the sum of IA3 adapters' vectors by weight, which is PEFT's.
+    """Return the configuration and vectors of the weighted sum of IA3 adapters, as PEFT computes it.
 
-    A layer that only some of the adapters have gets the sum of theirs.
-    Raises ValueError for adapters that train other parameters too, and where one scales a layer's input and another its
-    output.
+    In a layer that only some of the adapters have, the sum is taken over these.
+    Raises ValueError for adapters that train other parameters too, and if one adapter scales a layer's input and
+    another its output.
     """
     if len(parts) != len(weights):
         raise ValueError(f"add_weighted_adapter: weights must be one per adapter, got {len(weights)} for {len(parts)}")
@@ -164,9 +164,9 @@ def weighted_ia3(parts: Sequence[IA3], weights: Sequence[float]) -> tuple[IA3Con
 
 
 def _completed(config: PeftConfig, injector: Injector) -> IA3Config:
-    """`config` with PEFT's names for this type of model where it has None.
+    """Return `config` with fields that are None set to PEFT's names for this type of model.
 
-    Raises ValueError where there are none.
+    Raises ValueError if PEFT has no names for this type of model.
     """
     assert isinstance(config, IA3Config)
     missing = [name for name in ("target_modules", "feedforward_modules") if getattr(config, name) is None]

@@ -21,12 +21,13 @@ from .lycoris import LycorisConfig, LycorisDelta, LycorisMethod
 
 @dataclass(frozen=True, kw_only=True)
 class LoHaConfig(LycorisConfig):
-    """Fields, names and defaults of PEFT's LoHaConfig.
+    """Configuration of LoHa, with the fields, names and defaults of PEFT's LoHaConfig.
 
-    rank_dropout: share of the update's output features that a training step leaves out; the others are scaled up.
-    module_dropout: how often a training step leaves out a layer's whole update.
+    rank_dropout: probability with which an output feature of the update is zeroed in a training step; the others are
+    scaled up.
+    module_dropout: probability with which a layer's whole update is left out of a training step.
     init_weights: True (the fourth factor zero: identity) or False (all four Kaiming uniform).
-    use_effective_conv2d says nothing about linear layers.
+    use_effective_conv2d: accepted for PEFT's files; it has no effect on linear layers.
     """
 
     peft_type = "LOHA"
@@ -35,7 +36,7 @@ class LoHaConfig(LycorisConfig):
 
 
 class LoHaLinear(LycorisDelta):
-    """hada_w1_a, hada_w2_a [N, r] and hada_w1_b, hada_w2_b [r, K]."""
+    """Update (w1_a w1_b) * (w2_a w2_b) with parameters hada_w1_a, hada_w2_a [N, r] and hada_w1_b, hada_w2_b [r, K]."""
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoHaConfig, dtype: torch.dtype) -> None:
         super().__init__(scaling, config)
@@ -63,7 +64,7 @@ class LoHaLinear(LycorisDelta):
         return self.scaling * ((a1 @ b1) * (a2 @ b2))
 
     def lowrank(self) -> LoraFactors:
-        """As an update of rank r * r: the products of each pair of columns and of each pair of rows."""
+        """Return the update as factors of rank r * r: the products of all pairs of columns and of all pairs of rows."""
         a1, b1, a2, b2 = self._factors()
         lora_B = (a1[:, :, None] * a2[:, None, :]).flatten(1)
         lora_A = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
@@ -72,7 +73,7 @@ class LoHaLinear(LycorisDelta):
     def factors(self) -> LoraFactors | None:
         a1, b1, _, _ = self._factors()
         (n, r), k = a1.shape, b1.shape[1]
-        # Beyond that the dense update is cheaper to store and to multiply by.
+        # For larger ranks the dense update is smaller and cheaper to multiply by.
         if r * r * (n + k) > n * k or self.drops or has_hooks(self):
             return None
         return self.lowrank()
@@ -83,7 +84,7 @@ class LoHaLinear(LycorisDelta):
 
 @register_method(LoHaConfig)
 class LoHa(LycorisMethod[LoHaLinear]):
-    """LoHa over the linear layers that the configuration targets."""
+    """LoHa updates of the targeted linear layers."""
 
     config: LoHaConfig
     rank_tensors: ClassVar[dict[str, int]] = {"hada_w1_b": 0}

@@ -1,4 +1,4 @@
-"""LoKr: W' = W + (alpha / r) kron(W1, W2), where W1 and W2 may themselves be of rank r.
+"""LoKr: W' = W + (alpha / r) kron(W1, W2), where W1 and W2 may be products of rank r.
 
 Source: LyCORIS (arXiv:2309.14859). Names, defaults and files: PEFT's.
 """
@@ -20,14 +20,16 @@ from .lycoris import LycorisConfig, LycorisDelta, LycorisMethod
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrConfig(LycorisConfig):
-    """Fields, names and defaults of PEFT's LoKrConfig.
+    """Configuration of LoKr, with the fields, names and defaults of PEFT's LoKrConfig.
 
-    decompose_factor: size of W1, in both dimensions where it divides them; -1 = near the square root.
-    decompose_both: whether W1 too is of rank r where that is less than half of its larger side; W2 always is.
-    rank_dropout: share of the update's output features that a training step leaves out; rank_dropout_scale: whether
-    the others are scaled up.   module_dropout: how often a training step leaves out a layer's whole update.
+    decompose_factor: size of W1 in each dimension that it divides; -1 = near the square root.
+    decompose_both: whether W1 too is a product of rank r if r is less than half of its larger side. W2 always follows
+    this rule.
+    rank_dropout: probability with which an output feature of the update is zeroed in a training step;
+    rank_dropout_scale: whether the others are scaled up. module_dropout: probability with which a layer's whole update
+    is left out of a training step.
     init_weights: True (W1 zero: identity), "lycoris" (W2 zero: identity) or False (all Kaiming uniform).
-    use_effective_conv2d says nothing about linear layers.
+    use_effective_conv2d: accepted for PEFT's files; it has no effect on linear layers.
     """
 
     peft_type = "LOKR"
@@ -46,7 +48,9 @@ class LoKrConfig(LycorisConfig):
 
 
 class LoKrLinear(LycorisDelta):
-    """lokr_w1 [L, M] and lokr_w2 [N / L, K / M], each also as a pair lokr_w1_a [L, r], lokr_w1_b [r, M]."""
+    """Update kron(W1, W2): lokr_w1 [L, M] and lokr_w2 [N / L, K / M], each as a matrix or as a pair `_a` [L, r], `_b`
+    [r, M].
+    """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoKrConfig, dtype: torch.dtype) -> None:
         super().__init__(scaling, config)
@@ -86,7 +90,7 @@ class LoKrLinear(LycorisDelta):
         return self.scaling * torch.kron(self._matrix("lokr_w1"), self._matrix("lokr_w2").contiguous())
 
     def product(self, x: Tensor) -> Tensor:
-        # kron(W1, W2) x, with x as a matrix X [M, K / M], is W1 X W2^T: the update itself is not computed.
+        # With x as a matrix X [M, K / M], kron(W1, W2) x is W1 X W2^T, so the dense update is not computed.
         w1, w2 = self._matrix("lokr_w1"), self._matrix("lokr_w2")
         matrix = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
         y: Tensor = self.scaling * (w1 @ (matrix @ w2.T))
@@ -95,7 +99,7 @@ class LoKrLinear(LycorisDelta):
 
 @register_method(LoKrConfig)
 class LoKr(LycorisMethod[LoKrLinear]):
-    """LoKr over the linear layers that the configuration targets."""
+    """LoKr updates of the targeted linear layers."""
 
     config: LoKrConfig
 
@@ -105,10 +109,10 @@ class LoKr(LycorisMethod[LoKrLinear]):
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m * n = dimension and m <= n, as LyCORIS and PEFT choose them.
+    """Return (m, n) with m * n = dimension and m <= n, as LyCORIS and PEFT choose them.
 
-    factor: what m is where it divides `dimension`, and at most else; -1: as near to the square root as can be. Only
-    with a factor that divides `dimension` m may be larger than n.
+    factor: value of m if it divides `dimension`, else an upper bound of m; -1 = as near to the square root as possible.
+    m is larger than n only for a factor that divides `dimension`.
     """
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor

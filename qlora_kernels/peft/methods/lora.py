@@ -34,7 +34,7 @@ from .token_rows import add_named_token_rows
 
 @register_method(LoraConfig)
 class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
-    """LoRA over the linear layers and embeddings that the configuration targets."""
+    """LoRA updates of the targeted linear layers, embeddings and parameters."""
 
     config: LoraConfig
     adapts_embeddings = True
@@ -111,8 +111,10 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
 
     @classmethod
     def config_of_file(cls, config: PeftConfig) -> PeftConfig:
-        """PEFT takes the start values of PiSSA and OLoRA out of the base's weights each time it loads such a file; here
-        the fixed pair stands for that. LoftQ's base is not in the file.
+        """Return the configuration with which a file is loaded.
+
+        Each time PEFT loads a PiSSA or OLoRA file, it subtracts the start values from the base's weights; here the
+        fixed pair has this effect. A file of LoftQ is refused, because its base is not in the file.
         """
         assert isinstance(config, LoraConfig)
         if config.init_lora_weights == "loftq":
@@ -147,7 +149,9 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
         return delta
 
     def _first_tied(self, path: str) -> str | None:
-        """The first adapted layer with the weight of the layer at `path`, where they are to train as one."""
+        """Return the first adapted layer that shares its weight with the layer at `path`, if they must share one
+        update.
+        """
         if not self.config.ensure_weight_tying:
             return None
         tied = paths_of_tied(self.injector.modules(aliases=True)).get(f"{path}.weight", ())
@@ -157,7 +161,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     def add_delta(self, path: str, delta: LoraLinear | LoraEmbedding | TransposedLora) -> None:
         super().add_delta(path, delta)
         if self.config.init_lora_weights == "loftq" and isinstance(delta, LoraLinear):
-            # The base is replaced here, one layer after another, so that no second model is held.
+            # The base is replaced layer by layer, so that no second copy of the model is in memory.
             layer = self.injector.adapt(path)
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
 
@@ -171,7 +175,8 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
             config = config.replace(target_modules=list(self.deltas))
         if not starts_in_base(self.config.init_lora_weights):
             return {**config.to_dict(), "inference_mode": True}
-        # Trained and taken-out parts side by side are a LoRA of twice the rank at the same scaling, over the same base.
+        # The trained and the subtracted pair, concatenated, are a LoRA of twice the rank with the same scaling and
+        # base.
         alpha = math.sqrt(2) if config.use_rslora else 2
         doubled = config.replace(
             r=2 * config.r,
@@ -184,7 +189,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.config.init_lora_weights != "loftq" or self.config.loftq_config.get("loftq_iter", 1) == 1:
             return {}, {}
-        # From the second iteration on, the base is NF4(W - B A), which nothing but this file can give back.
+        # From the second iteration on, the base is NF4(W - B A), which cannot be recomputed and is therefore saved.
         layers = {path: self.injector.module(path) for path in self.deltas}
         return {}, {f"{path}.{key}": value for path, m in layers.items() for key, value in m.state_dict().items()}
 
@@ -194,14 +199,15 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
             self.injector.module(path).load_state_dict(own)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        # A file of PEFT's holds the trained pair alone: the fixed one was computed from the base a moment ago.
+        # A file of PEFT holds only the trained pair; the fixed pair was computed from the base when the method was
+        # built.
         fixed = {k: v for k, v in self.state_dict().items() if k.endswith((".fixed_A", ".fixed_B"))}
         stored = tensors_by_path(tensors, self.file_prefix)
         self._untie_different(stored)
         self.fill({**stored, **fixed})
 
     def _untie_different(self, stored: dict[str, Tensor]) -> None:
-        """Give layers that share a weight, and of which a file has different updates, parameters of their own."""
+        """Give layers that share a weight parameters of their own if the file has different updates for them."""
 
         def update(path: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{path}."): t for key, t in stored.items() if key.startswith(f"{path}.")}

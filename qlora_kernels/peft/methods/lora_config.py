@@ -12,22 +12,23 @@ from ..core.config import PeftConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's LoraConfig.
+    """Configuration of LoRA, with the fields, names and defaults of PEFT's LoraConfig.
 
     init_lora_weights: True (A Kaiming uniform, B zero: identity), "gaussian" (A normal of std 1/r, B zero: identity),
     "orthogonal" (random, the rows of A orthogonal to the columns of B in the r dimensions: identity; r must be even),
     "pissa" or "pissa_niter_<n>" (the principal part of W), "olora" (the first part of W's QR decomposition), "loftq"
     (quantizes a dense base and fits the error), "eva" (A from the layer's inputs: initialize_eva fills it in), False
     (both Kaiming: not identity).   loftq_config: {"loftq_iter": n}.
-    lora_bias: B has a bias, which is scaled and merged with it.
-    ensure_weight_tying: layers that share a weight, such as the head and the embedding, train as one. It holds for
-    modules_to_save and for target_modules: one LoRA for all of them, which the head has transposed.
-    target_parameters: names, or endings of names, of parameters that a module multiplies by itself, such as the
-    [experts, out, in] weights of a mixture of experts, dense or ExpertsNF4; with it, None or [] as target_modules means
-    no layers.
-    trainable_token_indices: tokens whose rows in the input's embedding train too, or such tokens by the names of
-    embeddings and heads; layers that share a weight then have the same rows, but for those with tokens of their own.
-    target_modules may also name an nn.Embedding: its LoRA is that of a linear layer of one-hot tokens.
+    lora_bias: whether B has a bias, which is scaled and merged with B.
+    ensure_weight_tying: whether layers that share a weight, such as the head and the embedding, share one update. It
+    applies to modules_to_save and to target_modules; the head uses the embedding's LoRA transposed.
+    target_parameters: names, or endings of names, of parameters that are not weights of a linear layer, such as the
+    [experts, out, in] weights of a mixture of experts, dense or ExpertsNF4. If it is given, target_modules None or []
+    selects no layers.
+    trainable_token_indices: tokens whose rows of the input embedding train too, or a dictionary from names of
+    embeddings and heads to such tokens. Layers that share a weight share the rows, unless they are given tokens of
+    their own.
+    target_modules may also name an nn.Embedding, whose LoRA is that of a linear layer with one-hot inputs.
     """
 
     peft_type = "LORA"
@@ -93,5 +94,5 @@ class LoraConfig(PeftConfig):
 
 
 def starts_in_base(how: bool | str) -> bool:
-    """Whether the start values are a part of the base's weight, which is taken out of it: PiSSA and OLoRA."""
+    """Return whether the start values are subtracted from the base's weight, as for PiSSA and OLoRA."""
     return str(how).startswith("pissa") or how == "olora"

@@ -15,9 +15,9 @@ from .lora_config import LoraConfig
 
 
 class LoraEmbedding(Delta):
-    """lora_embedding_A [r, vocab], lora_embedding_B [d, r]; row t of the table gets scaling * B A[:, t].
+    """LoRA of a table: scaling * B A[:, t] is added to row t; lora_embedding_A [r, vocab], lora_embedding_B [d, r].
 
-    A zero and B normal at the start: identity. No dropout, as in PEFT: there is no x to drop from.
+    A starts at zero and B normal, so that the start is the identity. There is no dropout, as in PEFT.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:

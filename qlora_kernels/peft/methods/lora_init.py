@@ -13,9 +13,9 @@ from .lora_layers import LoraLinear
 
 
 def principal_factors(weight: Tensor, r: int, niter: int | None = None) -> tuple[Tensor, Tensor]:
-    """(A [r, K], B [N, r]): B A is the best rank-r approximation of weight [N, K], singular values split evenly.
+    """Return A [r, K], B [N, r] with B A the best rank-r approximation of weight [N, K], singular values split evenly.
 
-    niter: power iterations of a randomised SVD; None = the exact one.
+    niter: power iterations of a randomised SVD; None = exact SVD.
     """
     if niter is None:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -28,11 +28,12 @@ def principal_factors(weight: Tensor, r: int, niter: int | None = None) -> tuple
 
 @torch.no_grad()
 def init_from_base(delta: LoraLinear, base: nn.Module, how: str) -> None:
-    """scaling * B A = a rank-r part of W; the same part is subtracted by the fixed pair: identity.
+    """Set scaling * B A to a rank-r part of W, and the fixed pair to the same part, which is subtracted.
 
     "pissa": the principal part.   "olora": B A = Q[:, :r] R[:r] of W = Q R, times scaling, as in PEFT.
-    PEFT subtracts it from the base's weight instead. Left here it costs r more columns in the fused call, and the base
-    stays what it was: other adapters, disable_adapter and the saved file (a LoRA of rank 2r) stand on the original.
+    PEFT subtracts the part from the base's weight instead. The fixed pair costs r more columns in the fused call, but
+    the base is unchanged, so that other adapters, disable_adapter and the saved file (a LoRA of rank 2r) refer to the
+    original weight.
     """
     weight = dense_weight(base)
     if how == "olora":
@@ -50,7 +51,9 @@ def init_from_base(delta: LoraLinear, base: nn.Module, how: str) -> None:
 
 @torch.no_grad()
 def init_orthogonal(delta: LoraLinear) -> None:
-    """Random A and B with B A = 0: A's columns lie in the span of half an orthogonal basis, B's rows in the rest."""
+    """Set random A and B with B A = 0: A's columns lie in the span of one half of an orthogonal basis, B's rows in the
+    other.
+    """
     half, (lora_A, lora_B) = delta.r // 2, (delta.lora_A.weight, delta.lora_B.weight)
     q, _ = torch.linalg.qr(torch.randn(delta.r, delta.r))
     lora_A.copy_(q[0::2].T @ torch.randn(half, lora_A.shape[1]) / 10)
@@ -59,9 +62,9 @@ def init_orthogonal(delta: LoraLinear) -> None:
 
 @torch.no_grad()
 def init_loftq(delta: LoraLinear, base: nn.Module, path: str, loftq_iter: int = 1, loftq_bits: int = 4) -> nn.Module:
-    """Alternate Q = NF4(W - scaling * B A) and B A = SVD_r(W - Q) / scaling; returns Q, to stand in the base's place.
+    """Alternate Q = NF4(W - scaling * B A) and B A = SVD_r(W - Q) / scaling; return Q, which replaces the base.
 
-    Raises ValueError where the base is quantized already (the error against the dense weight is what is fitted) and
+    Raises ValueError if the base is already quantized, because the error against the dense weight is fitted, and
     NotImplementedError for other than 4 bits.
     """
     if is_quantized(base):

@@ -1,4 +1,4 @@
-"""The updates that LoRA makes of a linear layer: a low-rank product, and DoRA's with a trained magnitude."""
+"""LoRA's updates of a linear layer: a low-rank product, and DoRA with a trained magnitude."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .lora_config import LoraConfig
 
 
 class LoraLinear(Delta):
-    """lora_A.weight [r, K], lora_B.weight [N, r]; the update is scaling * B A.
+    """Update scaling * B A with the parameters lora_A.weight [r, K] and lora_B.weight [N, r].
 
-    `fixed_A` [r, K], `fixed_B` [N, r], where present, are a second, untrained pair: the part that PiSSA and OLoRA take
-    out of W.
+    `fixed_A` [r, K] and `fixed_B` [N, r], if present, are a second, untrained pair: the part that PiSSA and OLoRA
+    subtract from W.
     """
 
     fixed_A: Tensor | None
@@ -37,7 +37,7 @@ class LoraLinear(Delta):
 
     def _init(self, how: bool | str) -> None:
         if how is False or how == "orthogonal":
-            return  # nn.Linear's own, Kaiming uniform for both; init_orthogonal replaces them
+            return  # nn.Linear's initialization, Kaiming uniform for both; init_orthogonal replaces it
         if how == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         nn.init.zeros_(self.lora_B.weight)
@@ -62,7 +62,7 @@ class LoraLinear(Delta):
         return lora_A, lora_B, self.scaling
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        # Hooks act where layers are called, and FSDP wraps layers in others.
+        # Hooks run only when layers are called, and FSDP wraps layers, so the layers are called in these cases.
         lora_A, lora_B = self.lora_A, self.lora_B
         if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or has_hooks(self, lora_A, lora_B):
             return None
@@ -80,9 +80,9 @@ class LoraLinear(Delta):
 class DoraLinear(LoraLinear):
     """W' = m * V / |V|_row, V = W + scaling * B A; m = lora_magnitude_vector [N] starts as |W|_row: identity.
 
-    |V|_row is a constant for the gradient (DoRA section 4.3). A row of V that is zero has no direction: it stays as it
-    is, with no factor, until B gives it one. With dropout, PEFT drops x in the W part of the update as well; here W x
-    is the layer's own output, computed once.
+    |V|_row is a constant for the gradient (DoRA section 4.3). A row of V that is zero has no direction; it is not
+    scaled until B changes it. With dropout, PEFT also drops x in the W part of the update; here W x is the layer's
+    output, which is computed once.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:

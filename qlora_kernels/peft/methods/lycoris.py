@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: their fields, patterns of ranks, and the two kinds of dropout of the LyCORIS library.
+"""Shared parts of LoHa and LoKr: fields, rank patterns, and the two kinds of dropout of the LyCORIS library.
 
 Source: LyCORIS (arXiv:2309.14859). Names, defaults and files: PEFT's.
 """
@@ -45,7 +45,7 @@ class LycorisConfig(PeftConfig):
 
 
 class LycorisDelta(Delta):
-    """scaling times a product that a subclass computes, with the dropout of LyCORIS in training."""
+    """Update scaling * product, with the dropout of LyCORIS in training; a subclass computes the product."""
 
     rank_dropout_scale: bool
 
@@ -56,20 +56,20 @@ class LycorisDelta(Delta):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the factors; a replica of the layer has them as attributes and not as parameters."""
+        """The dtype of the factors, also in a replica of the layer, whose factors are attributes and not parameters."""
         raise NotImplementedError
 
     def update(self) -> Tensor:
-        """The update of the weight, [N, K]."""
+        """Return the update of the weight, [N, K]."""
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., K] times the update, [..., N]."""
+        """Return x [..., K] times the update, [..., N]."""
         raise NotImplementedError
 
     @property
     def drops(self) -> bool:
-        """Whether this call leaves some of the update out."""
+        """Whether this call drops a part of the update."""
         return self.training and (self.rank_dropout > 0 or self.module_dropout > 0)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
@@ -79,14 +79,14 @@ class LycorisDelta(Delta):
         return (y + part).to(y.dtype)
 
     def _mask(self, part: Tensor) -> Tensor:
-        """[N]: PEFT's random numbers in PEFT's order, on the device of `part`."""
+        """Return the mask [N], from PEFT's random numbers in PEFT's order, on the device of `part`."""
         here = torch.rand(1, device=part.device) > self.module_dropout
         if not self.rank_dropout:
             return here.to(part.dtype)
         n = part.shape[-1]
         kept = (torch.rand(n, device=part.device) > self.rank_dropout).to(part.dtype)
         if self.rank_dropout_scale:
-            kept = kept / kept.mean().clamp(min=1 / n)  # where nothing is kept, nothing is scaled
+            kept = kept / kept.mean().clamp(min=1 / n)  # if nothing is kept, there is no scale
         return kept * here
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ D = TypeVar("D", bound=LycorisDelta)
 
 
 class LycorisMethod(LinearMethod[D]):
-    """Ranks and scalings by the names of layers."""
+    """Linear method whose ranks and scalings depend on the names of layers."""
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
@@ -117,7 +117,7 @@ class LycorisMethod(LinearMethod[D]):
         return int(pattern_value(path, config.rank_pattern, config.r))
 
     def size(self, path: str) -> tuple[int, float]:
-        """(rank, scaling) of the update of the layer at `path`."""
+        """Return (rank, scaling) of the update of the layer at `path`."""
         config = self.config
         assert isinstance(config, LycorisConfig)
         r = self.rank(config, path)

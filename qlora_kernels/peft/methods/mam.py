@@ -17,7 +17,9 @@ from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MAMConfig(PeftConfig):
-    """The paper's: prefixes of 30 through an MLP of 800; bottlenecks of 512 with ReLU, scale 4, zero at the start."""
+    """Configuration of the paper: prefixes of 30 from an MLP of width 800; bottlenecks of 512 with ReLU and scale 4,
+    zero at the start.
+    """
 
     peft_type = "MAM"
 
@@ -33,7 +35,9 @@ class MAMConfig(PeftConfig):
 
 @register_method(MAMConfig)
 class MAM(Composite):
-    """y = FFN(x) + scale * up(relu(down(x))), and softmax(Q [P_k; K]^T) [P_v; V] in every attention."""
+    """A parallel adapter, y = FFN(x) + scale * up(relu(down(x))), and prefixes, softmax(Q [P_k; K]^T) [P_v; V], in
+    every layer.
+    """
 
     def __init__(self, config: MAMConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)

@@ -24,14 +24,14 @@ from .rotation import cayley, cayley_neumann, drop_blocks, rotate_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class OFTConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's OFTConfig.
+    """Configuration of OFT, with the fields, names and defaults of PEFT's OFTConfig.
 
-    r, oft_block_size: number and size of the blocks of R, whose product is the layer's in_features; one of the two is
-    given and the other is 0. A value that does not divide in_features is changed to the nearest that does, with a
-    warning.
-    use_cayley_neumann: whether R is the sum of num_cayley_neumann_terms terms, nearly orthogonal, or an exact one.
+    r, oft_block_size: number and size of the blocks of R. Their product is the layer's in_features; exactly one is
+    given, the other is 0. A value that does not divide in_features is changed to the nearest divisor, with a warning.
+    use_cayley_neumann: whether R is a sum of num_cayley_neumann_terms terms, which is nearly orthogonal, instead of the
+    exact Cayley transform.
     coft, eps: whether the blocks stay within eps of the identity.   block_share: one block for all of a layer.
-    module_dropout: share of the blocks that a training step leaves out.
+    module_dropout: fraction of the blocks that are replaced by the identity in a training step.
     init_weights: True (identity) or False (normal).
     """
 
@@ -69,7 +69,9 @@ class OFTConfig(PeftConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OFTConfig:
-        """The configuration of a file. Raises NotImplementedError for files of PEFT before 0.15, of another method."""
+        """Return the configuration of a file. Raises NotImplementedError for files of PEFT before 0.15, whose OFT is
+        another method.
+        """
         if "oft_block_size" not in values:
             raise NotImplementedError(
                 "adapter_config.json: an OFT adapter must have oft_block_size; without it the file is of PEFT 0.13 or "
@@ -79,7 +81,9 @@ class OFTConfig(PeftConfig):
 
 
 class OFTRotation(nn.Module):
-    """weight [D, b (b - 1) / 2]: the upper triangles of skew-symmetric matrices; D = 1 where all blocks share one."""
+    """Rotation from weight [D, b (b - 1) / 2], the upper triangles of skew-symmetric matrices; D = 1 if all blocks are
+    the same.
+    """
 
     rows: Tensor
     cols: Tensor
@@ -95,7 +99,7 @@ class OFTRotation(nn.Module):
         self.weight = nn.Parameter(start.to(device, dtype))
 
     def blocks(self) -> Tensor:
-        """R's blocks [D, b, b]."""
+        """Return the blocks of R, [D, b, b]."""
         weight = self._constrained(weight_of(self, "weight")) if self.coft else weight_of(self, "weight")
         rows, cols = torch.triu_indices(self.size, self.size, 1, device=weight.device)
         upper = weight.new_zeros(weight.shape[0], self.size, self.size)
@@ -105,12 +109,14 @@ class OFTRotation(nn.Module):
         return drop_blocks(blocks, self.dropout_p) if self.training and len(blocks) > 1 and self.dropout_p else blocks
 
     def _constrained(self, weight: Tensor) -> Tensor:
-        """The weight with blocks beyond eps pulled back, which training keeps; the gradient is that at that point."""
+        """Return the weight with its blocks projected to within eps. In training the parameter is set to the
+        projection.
+        """
         with torch.no_grad():
-            # Each entry is in its block twice.
+            # Each entry of the triangle occurs twice in its block.
             norm = math.sqrt(2) * weight.norm(dim=1, keepdim=True)
-            most = self.eps / math.sqrt(len(weight))
-            pulled = torch.where(norm <= most, weight, weight * (most / norm))
+            limit = self.eps / math.sqrt(len(weight))
+            pulled = torch.where(norm <= limit, weight, weight * (limit / norm))
             if self.training:
                 weight.copy_(pulled)
                 return weight
@@ -118,10 +124,10 @@ class OFTRotation(nn.Module):
 
 
 class OFTLinear(Delta):
-    """oft_R, the rotation of the layer's input."""
+    """Rotation of the layer's input by oft_R."""
 
     acts_on_input = True
-    first_is_outermost = True  # as in PEFT, whose rotations act on x in the order of the adapters
+    first_is_outermost = True  # as in PEFT, which applies rotations to x in the order of the adapters
 
     def __init__(self, base: nn.Module, path: str, config: OFTConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -149,7 +155,7 @@ class OFTLinear(Delta):
 
 @register_method(OFTConfig)
 class OFT(LinearMethod[OFTLinear]):
-    """A rotation of the input of each linear layer that the configuration targets."""
+    """A rotation of the input of each targeted linear layer."""
 
     config: OFTConfig
 
@@ -158,7 +164,7 @@ class OFT(LinearMethod[OFTLinear]):
 
 
 def _divisor(path: str, field: str, wanted: int, k: int) -> int:
-    """The divisor of k nearest to `wanted`, the smaller one of two; PEFT's rule."""
+    """Return the divisor of k nearest to `wanted`, and of two equally near the smaller one, by PEFT's rule."""
     if k % wanted == 0:
         return wanted
     divisors = [d for d in range(1, k + 1) if k % d == 0]

@@ -22,12 +22,12 @@ from .soft_prompt import SoftPrompt, SoftPromptConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningConfig(SoftPromptConfig):
-    """PEFT's PromptEncoderConfig.
+    """Configuration of P-Tuning, with the fields of PEFT's PromptEncoderConfig.
 
     encoder_reparameterization_type: "MLP" = three linear layers with ReLU between; "LSTM" = a bidirectional LSTM of
     encoder_num_layers, then two linear layers with ReLU between. encoder_hidden_size: None = d. The paper's LAMA
     encoder is LSTM with encoder_hidden_size = d / 2.   encoder_dropout: between LSTM layers.
-    With placeholder_token_id the virtual tokens stand where a template puts them, among anchor words.
+    With placeholder_token_id the virtual tokens are inserted at the positions of a template, among anchor words.
     """
 
     peft_type = "P_TUNING"
@@ -47,7 +47,7 @@ class PTuningConfig(SoftPromptConfig):
 
 
 class PromptEncoder(nn.Module):
-    """embedding [n, d] -> [n, d]."""
+    """Network that maps a trained embedding [n, d] to the prompt [n, d]."""
 
     def __init__(self, config: PTuningConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,7 +74,9 @@ class PromptEncoder(nn.Module):
 
 @register_method(PTuningConfig)
 class PTuning(SoftPrompt):
-    """A PromptEncoder while training; a PromptTable of what it gave at last, once loaded for use."""
+    """Soft prompt from a PromptEncoder in training, and from a PromptTable of its last output once loaded for
+    inference.
+    """
 
     config: PTuningConfig
 
@@ -83,7 +85,7 @@ class PTuning(SoftPrompt):
         return PromptEncoder(self.config, self.embedding_device(), self.injector.adapter_dtype)
 
     def set_prompt(self, rows: Tensor) -> None:
-        """The embeddings alone, trained as they are from here on."""
+        """Replace the encoder by these embeddings, which are then the trained parameters."""
         self.replace_module(PromptTable(rows.to(self.embedding_device(), self.injector.adapter_dtype, copy=True)))
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Initialization of prefixes with the keys and values of given tokens.
 
-Source: Prefix-Tuning (arXiv:2101.00190) section 7.4: activations of words relevant to the task, where data is scarce.
+Source: Prefix-Tuning (arXiv:2101.00190) section 7.4: activations of words that are relevant to the task, for little
+training data.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from ..layers.base_layer import device_of
 
 @torch.no_grad()
 def prefix_of_tokens(injector: Injector, attentions: Sequence[str], ids: Sequence[int]) -> Tensor:
-    """[n, n_attentions * 2 * heads_kv * head_dim]: what the base model's attentions compute for the n tokens, in the
-    order of a flat prefix. Keys are the rotated ones, of positions 0 to n - 1.
+    """Return the keys and values that the base model's attentions compute for n tokens.
 
-    Raises ValueError for a model that has an encoder and a decoder, or takes no input_ids.
+    The result has shape [n, n_attentions * 2 * heads_kv * head_dim], in the order of a flat prefix. Keys are rotated,
+    for positions 0 to n - 1.
+
+    Raises ValueError for a model that has an encoder and a decoder, or that does not take input_ids.
     """
     if injector.layout.seq2seq or input_embeddings_of(injector.model) is None:
         raise ValueError("init_token_ids: the model must be a decoder or an encoder that takes input_ids")

@@ -1,4 +1,4 @@
-"""Prefix Tuning and P-Tuning v2: trained keys and values before each attention's own.
+"""Prefix Tuning and P-Tuning v2: trained keys and values that are prepended in each attention.
 
 Source: Prefix-Tuning (arXiv:2101.00190), P-Tuning v2 (arXiv:2110.07602). Files are PEFT's PREFIX_TUNING.
 """
@@ -33,20 +33,24 @@ SITES = ("decoder", "encoder", "cross")
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(PeftConfig):
-    """num_virtual_tokens: n, prefix positions in each layer.
+    """Configuration of prefix tuning.
 
-    prefix_projection: trains an embedding and an MLP that gives the prefixes (the paper's; PEFT's default is False,
-    which is P-Tuning v2); what is saved for use is the prefixes alone.   encoder_hidden_size: width of that MLP; None
-    = 512.
-    init_weights: None = N(0, 1), "zero".   prefix_dropout: on keys and values.
-    init_token_ids: prefixes start as the keys and values of these tokens, repeated or cut to n; without an MLP only. In
-    a decoder that is the model with the words before its input, exactly. from_text(text, tokenizer) fills it in.
-    sites: of "decoder", "encoder", "cross", those to have a prefix; None = all that the model has.
-    position_offset: the model's tokens are numbered from n on, and T5's decoder sees its prefix by distance, as PEFT
-    does it; None = in decoders. Without it tokens are numbered from 0 and the prefix has no position.
-    peft_layers: of an encoder-decoder's L decoder layers, layer l has the prefix of layer 2l mod L. PEFT's have, by the
-    way it cuts its rows; its files say so here.
-    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
+    num_virtual_tokens: number n of prefix positions in each layer.
+
+    prefix_projection: whether the prefixes come from an embedding and an MLP, as in the paper; PEFT's default is False,
+    which is P-Tuning v2. Adapter files hold only the resulting prefixes.
+    encoder_hidden_size: width of the MLP; None = 512.
+    init_weights: None = N(0, 1), or "zero".
+    prefix_dropout: dropout probability of keys and values.
+    init_token_ids: prefixes start as the keys and values of these tokens, repeated or cut to n; only without an MLP. A
+    decoder then starts out exactly as if the tokens preceded its input. from_text(text, tokenizer) fills this field.
+    sites: attentions that get a prefix, from "decoder", "encoder" and "cross"; None = all that the model has.
+    position_offset: whether the positions of the input's tokens start at n, and T5's decoder gets relative positions
+    for its prefix, as in PEFT; None = in decoders. Otherwise positions start at 0 and the prefix has no position.
+    peft_layers: whether decoder layer l of an encoder-decoder with L decoder layers uses prefix 2l mod L. PEFT assigns
+    its rows to layers in this order, so the field is set when a PEFT file is loaded.
+    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model, filled in
+    automatically.
     """
 
     peft_type = "PREFIX_TUNING"
@@ -84,9 +88,10 @@ class PrefixTuningConfig(PeftConfig):
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Callable[[str], Any], **fields: Any) -> Self:
-        """Starts from the words of `text`, without an MLP; num_virtual_tokens defaults to their number of tokens.
+        """Return a configuration whose prefixes start from the words of `text`, without an MLP.
 
-        tokenizer: as transformers', tokenizer(text)["input_ids"] is a list of ids.
+        tokenizer: callable as in transformers; tokenizer(text)["input_ids"] is a list of ids. num_virtual_tokens
+        defaults to the number of tokens.
         """
         ids = list(tokenizer(text)["input_ids"])
         fields = {"num_virtual_tokens": len(ids), "prefix_projection": False, **fields}
@@ -94,7 +99,9 @@ class PrefixTuningConfig(PeftConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """A file of PEFT's for an encoder-decoder has a prefix for the decoder's self-attention alone."""
+        """Return the configuration of a file. In PEFT's files for an encoder-decoder, only the decoder's self-attention
+        has a prefix.
+        """
         if "sites" not in values and values.get("num_transformer_submodules") == 2:
             values = {**values, "sites": ["decoder"], "peft_layers": True}
         return super().from_dict(values)
@@ -110,11 +117,13 @@ class PTuningV2Config(PrefixTuningConfig):
 
 
 class PrefixEncoder(nn.Module):
-    """Keys and values of `n_layers` attentions, [heads_kv, n, head_dim] each, from one embedding of n rows.
+    """Network that gives keys and values, [heads_kv, n, head_dim] each, of `n_layers` attentions, from one embedding of
+    n rows.
 
-    Flat: embedding.weight [n, n_layers * 2 * heads_kv * head_dim] is they, entry 2l the keys of layer l, 2l + 1 its
-    values. With a hidden size: embedding [n, token_dim], then down, tanh and up to that same row.
-    Each layer computes its own part when it runs, so nothing has to be kept between layers or for backward.
+    Flat form: embedding.weight [n, n_layers * 2 * heads_kv * head_dim] holds the keys of layer l at entry 2l and its
+    values at entry 2l + 1. With a hidden size, an embedding [n, token_dim], a down projection, tanh and an up
+    projection compute the same rows.
+    Each layer computes its part when it runs, so no result is kept between layers or for backward.
     """
 
     def __init__(
@@ -150,11 +159,11 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def flat(self) -> Tensor:
-        """[n, n_layers * 2 * heads_kv * head_dim]: all that is needed once training is over."""
+        """Return the prefixes [n, n_layers * 2 * heads_kv * head_dim], which are all that inference needs."""
         return self._rows(slice(None)).detach().clone()
 
     def set_flat(self, rows: Tensor) -> None:
-        """Becomes the flat form with these prefixes; the MLP is dropped."""
+        """Switch to the flat form with these prefixes and drop the MLP."""
         if rows.shape != (want := (self.embedding.num_embeddings, self.n_layers * 2 * self.heads * self.head_dim)):
             raise ValueError(f"adapter file: prompt_embeddings must be {list(want)}, got {list(rows.shape)}")
         old = self.embedding.weight
@@ -164,7 +173,7 @@ class PrefixEncoder(nn.Module):
 
 
 class PrefixPart(PrefixSource):
-    """One attention's share of an encoder, which is a child of all the attentions that it serves."""
+    """Keys and values of one attention. The encoder is shared, and a child of every attention that uses it."""
 
     def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
         super().__init__(adapter)
@@ -176,7 +185,7 @@ class PrefixPart(PrefixSource):
 
 @register_method(PrefixTuningConfig)
 class PrefixTuning(Method):
-    """In each attention's slot a part of the encoder of its site; `prefixes`: site -> encoder."""
+    """Prefix tuning: each attention has a slot with a part of the encoder of its site. `prefixes`: site -> encoder."""
 
     config: PrefixTuningConfig
     file_prefix = PROMPT_PREFIX
@@ -251,14 +260,16 @@ class PrefixTuning(Method):
 
     @property
     def prefixes(self) -> dict[str, PrefixEncoder]:
-        """The encoder of each site."""
+        """Return the prefix encoder of each site."""
         parts = {site: cast(PrefixPart, self.tree[part_path(self.attentions[site][0])]) for site in self.sites}
         return {site: part.encoder for site, part in parts.items()}
 
     def _shift_positions(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Tokens are numbered from num_virtual_tokens on. Position numbers are the integer tensors a module gets."""
+        """Add num_virtual_tokens to the positions of tokens. Positions are the integer tensors among a module's
+        inputs.
+        """
         if not self.injector.selection.has(self.name):
             return args, kwargs
         return tuple(map(self._shifted, args)), {key: self._shifted(value) for key, value in kwargs.items()}
@@ -281,11 +292,11 @@ class PrefixTuning(Method):
         for attention in attentions:
             restore_attention(attention, others)
 
-    # In files: PEFT's prompt_embeddings is the decoder's prefix of a seq2seq model, else the only one.
+    # In files, PEFT's prompt_embeddings is the decoder's prefix of a seq2seq model, and else the only prefix.
 
     @property
     def loads_in_peft(self) -> bool:  # type: ignore[override]
-        """PEFT knows one site only, numbers positions in one way, and has its own order of a decoder's layers."""
+        """PEFT supports one site, one numbering of positions, and its own order of a decoder's layers."""
         config = self.config
         same_layers = config.peft_layers or not self.injector.layout.seq2seq
         return self.sites in (("decoder",), ("encoder",)) and bool(config.position_offset) and same_layers
@@ -346,7 +357,7 @@ def part_path(attention: str) -> str:
 
 
 def _attentions(injector: Injector) -> dict[str, list[str]]:
-    """Site -> paths of the attention modules there, in order of the layers."""
+    """Return site -> paths of the attention modules at the site, in the order of the layers."""
     found: dict[str, list[str]] = {}
     for layer in injector.layout.layers:
         found.setdefault(layer.stack, []).append(layer.self_attention)
@@ -356,7 +367,7 @@ def _attentions(injector: Injector) -> dict[str, list[str]]:
 
 
 def _heads(injector: Injector, path: str) -> tuple[int, int]:
-    """(key/value heads, head_dim) of an attention module, by the names that transformers and torch give them."""
+    """Return (key/value heads, head_dim) of an attention module, from the attributes of transformers and torch."""
     attention = injector.module(path)
     config = getattr(attention, "config", attention)
     names = ("num_key_value_heads", "num_attention_heads", "n_heads", "num_heads")

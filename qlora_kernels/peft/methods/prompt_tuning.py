@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(SoftPromptConfig):
-    """prompt_tuning_init: "RANDOM" (uniform in [-0.5, 0.5], the paper's; PEFT draws from N(0, 1)), "SAMPLE_VOCAB"
-    (embeddings of tokens drawn from the first sample_vocab_size ids, which are the commonest in most vocabularies), or
-    "TEXT" (embeddings of init_token_ids, repeated or cut to n; an entry that is a list, such as a class label of
+    """Configuration of prompt tuning.
+
+    prompt_tuning_init: "RANDOM" (uniform in [-0.5, 0.5], as in the paper; PEFT draws from N(0, 1)), "SAMPLE_VOCAB"
+    (embeddings of tokens drawn from the first sample_vocab_size ids, which are the most frequent in most vocabularies),
+    or "TEXT" (embeddings of init_token_ids, repeated or cut to n; an entry that is a list, such as a class label of
     several tokens, gives the mean of its embeddings). from_text(text, tokenizer) fills in init_token_ids.
     """
 
@@ -47,9 +49,10 @@ class PromptTuningConfig(SoftPromptConfig):
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Callable[[str], Any], **fields: Any) -> Self:
-        """Starts from the embeddings of `text`; num_virtual_tokens defaults to its length.
+        """Return a configuration that starts from the embeddings of `text`; num_virtual_tokens defaults to its length
+        in tokens.
 
-        tokenizer: as transformers', tokenizer(text)["input_ids"] is a list of ids.
+        tokenizer: callable as in transformers; tokenizer(text)["input_ids"] is a list of ids.
         """
         ids = list(tokenizer(text)["input_ids"])
         fields = {"num_virtual_tokens": len(ids), **fields}
@@ -57,7 +60,7 @@ class PromptTuningConfig(SoftPromptConfig):
 
 
 class PromptTable(nn.Module):
-    """`embedding.weight` [n, d] is the prompt."""
+    """Trained prompt `embedding.weight` [n, d]."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()

@@ -15,17 +15,18 @@ from ...nn.quantized_weight import cut_as
 from ..core.sharded import full_tensor
 
 Triplets = tuple[nn.Parameter, nn.Parameter, nn.Parameter]
-"""(lora_A [r, K], lora_E [r, 1], lora_B [N, r]) of one layer: r triplets of a row, a singular value and a column."""
+"""(lora_A [r, K], lora_E [r, 1], lora_B [N, r]) of one layer: r triplets, each a row, a singular value and a column."""
 
 TRIPLET_DIM = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
-"""Along which dimension of each the triplets lie."""
+"""Dimension of each tensor that indexes the triplets."""
 
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """b(t): how many triplets of the whole model are kept at step t, falling as a cube from `start` to `end`.
+    """Budget b(t): number of triplets of the whole model that are kept at step t, a cubic decay from `start` to `end`.
 
-    `start` until `tinit`; `end` from `last` = total_step - tfinal on; at every deltaT-th step between them.
+    b is `start` until step `tinit` and `end` from step `last` = total_step - tfinal on; ranks change at every deltaT-th
+    step in between.
     """
 
     start: int
@@ -52,10 +53,10 @@ class RankAllocator:
     """
 
     def __init__(self, triplets: Callable[[], Sequence[Triplets]], beta1: float, beta2: float) -> None:
-        """triplets: gives those of every layer, in an order that stays."""
+        """triplets: callable that returns the triplets of every layer, always in the same order."""
         self.triplets = triplets
         self.beta1, self.beta2 = beta1, beta2
-        # fp32, made where the weights are at the first update.
+        # fp32, created at the first update on the device of the weights.
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
 
@@ -65,7 +66,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step of both averages. A layer that the last forward did not use has gradient zero.
+        """Update both averages. The gradient of a layer that the last forward did not use counts as zero.
 
         Raises RuntimeError if no weight has a gradient.
         """
@@ -84,16 +85,18 @@ class RankAllocator:
         torch._foreach_lerp_(self.uncertainty, importance, 1 - self.beta2)
 
     def scores(self) -> list[Tensor]:
-        """[r] for each layer: the score of E plus the mean scores of its row of A and its column of B."""
+        """Return scores [r] of each layer: the score of E plus the mean scores of its row of A and its column of B."""
         of_weight = [full_tensor(score) for score in torch._foreach_mul(self.sensitivity, self.uncertainty)]
         parts = zip(of_weight[0::3], of_weight[1::3], of_weight[2::3], strict=True)
         return [E.flatten() + A.mean(dim=1) + B.mean(dim=0) for A, E, B in parts]
 
     @torch.no_grad()
     def keep(self, budget: int) -> list[Tensor]:
-        """bool [r] for each layer: the `budget` triplets of highest score. The others' E becomes zero.
+        """Return a mask [r] of each layer for the `budget` triplets of highest score, and set the E of the others to
+        zero.
 
-        Exactly `budget` of them, also where scores are equal. A zeroed E still gets a gradient, so it may come back.
+        Exactly `budget` triplets are kept, also if scores are equal. A zeroed E still gets a gradient, so its triplet
+        may be restored.
         """
         scores = self.scores()
         everything = torch.cat(scores)

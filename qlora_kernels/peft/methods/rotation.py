@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """(I - Q)(I + Q)^-1, orthogonal, for skew-symmetric Q [..., b, b]."""
+    """Return the orthogonal matrix (I - Q)(I + Q)^-1 for skew-symmetric Q [..., b, b]."""
     identity = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype).expand_as(skew)
     rotation: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
     return rotation
 
 
 def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
-    """I + 2 (Q + Q^2 + ...) + Q^(terms - 1), nearly the inverse of cayley(Q), for small Q [..., b, b].
+    """Return I + 2 (Q + Q^2 + ...) + Q^(terms - 1), which for small Q [..., b, b] is nearly the inverse of cayley(Q).
 
-    terms: 1 gives I, 2 gives I + 2 Q, and 3 gives what 4 gives. Source: PEFT's OFT, whose sum this is.
+    terms: 1 gives I, 2 gives I + 2 Q, and 3 gives the same as 4. Source: PEFT's OFT, which computes this sum.
     """
     rotation = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype).expand_as(skew)
     highest = max(terms, 4) - 1 if terms > 2 else terms - 1
@@ -28,14 +28,14 @@ def cayley_neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x [..., K] times the block-diagonal matrix of `blocks` [D, b, b], or of one block repeated, [1, b, b]."""
+    """Return x [..., K] times the block-diagonal matrix of `blocks` [D, b, b], or of one repeated block [1, b, b]."""
     b = blocks.shape[-1]
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // b, b)
     return torch.einsum("...db,dbc->...dc", parts, blocks.expand(parts.shape[-2], b, b)).reshape(x.shape)
 
 
 def drop_blocks(blocks: Tensor, p: float) -> Tensor:
-    """`blocks` [D, b, b] with a share p of them, rounded down, replaced by the identity."""
+    """Return `blocks` [D, b, b] with a fraction p of them, rounded down, replaced by the identity."""
     count = blocks.shape[0]
     dropped = torch.randperm(count, device=blocks.device) < int(p * count)
     identity = torch.eye(blocks.shape[-1], device=blocks.device, dtype=blocks.dtype)

@@ -1,4 +1,4 @@
-"""SoftPrompt: what prompt tuning and P-tuning share, trained embeddings before (or among) the input's own."""
+"""SoftPrompt, the base of prompt tuning and P-tuning: trained embeddings before or among those of the input."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ SLOT = "prompt_encoder"
 
 @dataclass(frozen=True, kw_only=True)
 class SoftPromptConfig(PeftConfig):
-    """num_virtual_tokens: n.
+    """Fields of all soft prompts.
 
-    placeholder_token_id: if given, the virtual embeddings take the places where input_ids has this id, n in each row
-    and in order, instead of standing before the input: P-tuning's templates.
-    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model; filled in.
+    num_virtual_tokens: number n of trained embeddings.
+
+    placeholder_token_id: if given, the trained embeddings replace, in order, the n positions of each row where
+    input_ids has this id, as in P-tuning's templates. Otherwise they precede the input.
+    token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model, filled in
+    automatically.
     """
 
     num_virtual_tokens: int = 20
@@ -46,13 +49,15 @@ class SoftPromptConfig(PeftConfig):
 
 
 class SoftPrompt(Method):
-    """A subclass makes a module whose call gives the prompt [n, d]; it is a child of the PeftModel, or of torch's
-    encoder where that reads the prompt. All soft prompts that act in a call are laid out by the first of them, so rows
-    with adapters of different length share a batch.
+    """Base of the methods that prepend trained embeddings.
 
-    forward: the logits and last_hidden_state returned are those of the input's own positions. Labels of virtual
-    positions are ignored by the loss. An encoder-decoder has its prompt before the encoder's input.
-    generate: the prompt enters once, as embeddings before the input's.
+    A subclass builds a module whose call returns the prompt [n, d]. The module is a child of the PeftModel, or of
+    torch's encoder if the encoder reads the prompt. The first active soft prompt of a call lays out all of them, so
+    rows with prompts of different lengths can share a batch.
+
+    forward: the returned logits and last_hidden_state cover the input's positions only. The loss ignores the labels of
+    virtual positions. In an encoder-decoder the prompt precedes the encoder's input.
+    generate: the prompt is added once, as embeddings before those of the input.
     """
 
     config: SoftPromptConfig
@@ -81,7 +86,7 @@ class SoftPrompt(Method):
         self.built = None
 
     def new_prompt(self) -> nn.Module:
-        """The module that trains; self.config is complete."""
+        """Return the module that is trained. self.config is complete."""
         raise NotImplementedError
 
     @property
@@ -89,17 +94,17 @@ class SoftPrompt(Method):
         return self.tree["prompt"]
 
     def replace_module(self, module: nn.Module) -> None:
-        """Put another module into the place of the one that gives the prompt."""
+        """Replace the module that computes the prompt."""
         self.injector.slot(self.owner, SLOT)[self.tree.places["prompt"].key] = module
 
     def prompt(self) -> Tensor:
-        """[n, d], in the parameters' dtype."""
+        """Return the prompt [n, d] in the parameters' dtype."""
         return self.module()  # type: ignore[no-any-return]
 
-    # Where the prompt goes
+    # Placement of the prompt
 
     def _leads(self) -> bool:
-        """Whether this method lays out the prompts of the call: the first soft prompt that acts does."""
+        """Whether this method lays out the prompts of the call, which is the task of the first active soft prompt."""
         acting = (
             m
             for name in self.injector.adapters
@@ -109,7 +114,9 @@ class SoftPrompt(Method):
         return next((m is self for m in acting if isinstance(m, SoftPrompt)), False)
 
     def _layout(self, x: Tensor, modules: nn.ModuleDict) -> PromptLayout:
-        """x [B, ...]: the batch.   modules: the prompts' modules, those of a replica in a replica."""
+        """Return the layout of the prompts. x [B, ...]: the batch. modules: the prompts' modules, in a replica those of
+        the replica.
+        """
         selection = self.injector.selection
         prompts: dict[str, list[Tensor]] = {}
         for name in self.injector.adapters:
@@ -140,7 +147,7 @@ class SoftPrompt(Method):
         if (mask := layout.mask(kwargs.get("attention_mask"), past + length)) is not None:
             kwargs["attention_mask"] = mask
         if past or kwargs.get("encoder_outputs") is not None:
-            # The prompt is in the cache, or in the encoder's output, already.
+            # The prompt is already in the cache or in the encoder's output.
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = kwargs["position_ids"] + layout.lengths[:, None]
             elif layout.ragged and past and self._numbers_positions():
@@ -176,7 +183,7 @@ class SoftPrompt(Method):
         seq2seq = self.injector.layout.seq2seq
         finish = None if seq2seq else partial(_with_input, ids)
         if kwargs.get("max_length") is not None and not seq2seq:
-            # generate counts the length of its input, which are embeddings here and not tokens.
+            # generate limits lengths by its number of input tokens, but here the input is embeddings.
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
         if self.config.placeholder_token_id is not None:
             return PreparedCall((), {**kwargs, "inputs_embeds": self._placed(model, ids)}, finish)
@@ -193,7 +200,7 @@ class SoftPrompt(Method):
         return {**({first: args[0]} if args else {}), **kwargs}
 
     def _placed(self, model: CalledModel, ids: Tensor | None) -> Tensor:
-        """The embeddings of ids [B, S] with the prompt in the places of the placeholder."""
+        """Return the embeddings of ids [B, S] with the prompt at the positions of the placeholder."""
         if ids is None:
             raise ValueError("soft prompt: input_ids must be given where placeholder_token_id is set")
         places = ids.eq(self.config.placeholder_token_id or 0)
@@ -232,12 +239,12 @@ class SoftPrompt(Method):
         if rows.shape not in ((n, self.config.token_dim), (2 * n, self.config.token_dim)):
             want = [n, self.config.token_dim]
             raise ValueError(f"adapter file: prompt_embeddings must be {want}, got {list(rows.shape)}")
-        # PEFT allocates n more rows for a decoder, which its forward never reads.
+        # PEFT allocates n further rows for a decoder, which its forward never reads.
         self.set_prompt(rows[:n])
         self.fill(tensors)
 
     def set_prompt(self, rows: Tensor) -> None:
-        """rows [n, d]: what prompt() shall give from now on."""
+        """Set the values that prompt() returns from now on, rows [n, d]."""
         raise NotImplementedError
 
     def embedding_device(self) -> torch.device:
@@ -252,7 +259,7 @@ def _embedded(model: CalledModel, ids: Tensor) -> Tensor:
 
 
 def _own_positions(layout: PromptLayout, length: int, output: Any) -> Any:
-    """The output of forward without the positions of the prompts."""
+    """Return the output of forward without the positions of the prompts."""
     if isinstance(output, tuple):
         raise NotImplementedError("soft prompt: return_dict must be True")
     for field in ("logits", "last_hidden_state", "start_logits", "end_logits"):
@@ -263,7 +270,9 @@ def _own_positions(layout: PromptLayout, length: int, output: Any) -> Any:
 
 
 def _with_input(ids: Tensor, output: Any) -> Any:
-    """With embeddings as input, generate returns new tokens only; callers expect the input before them."""
+    """Prepend the input, because generate returns only new tokens for embeddings and callers expect the input before
+    them.
+    """
     sequences = output if isinstance(output, Tensor) else output.sequences
     whole = torch.cat([ids.repeat_interleave(sequences.shape[0] // ids.shape[0], 0), sequences], dim=1)
     if isinstance(output, Tensor):
@@ -278,6 +287,6 @@ def input_embeddings(injector: Injector) -> nn.Embedding | None:
 
 
 def _cached(kwargs: dict[str, Any]) -> int:
-    """Positions in the cache that is handed in, by whatever name."""
+    """Return the number of positions in the cache among the arguments, under any of its names."""
     lengths = [int(v.get_seq_length()) for v in kwargs.values() if callable(getattr(v, "get_seq_length", None))]
     return max(lengths) if lengths else 0  # max(..., default=0) would break the graph of torch.compile

@@ -1,7 +1,8 @@
-"""One LoRA for the layers that share a weight, such as an embedding and the head that is tied to it.
+"""One LoRA for layers that share a weight, such as an embedding and the head tied to it.
 
-An embedding is a linear layer of one-hot tokens whose W is the transpose of its table, and the table is the W of the
-head. So the head's factors are the embedding's, transposed and exchanged. Source: PEFT's ensure_weight_tying.
+An embedding is a linear layer with one-hot inputs whose W is the transpose of its table. The table is also the W of the
+head. The factors of the head are therefore the factors of the embedding, transposed and exchanged. Source: PEFT's
+ensure_weight_tying.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 
 
 class TransposedLora(Delta):
-    """The update of a linear layer whose weight is the table of an embedding with LoRA.
+    """Update of a linear layer whose weight is the table of an embedding with LoRA.
 
-    It holds the two parameters of the embedding's LoRA: lora_embedding_A [r, N], lora_embedding_B [K, r]. In state
-    dicts they are called, and have the shapes, as in any linear layer: lora_A.weight [r, K], lora_B.weight [N, r].
+    It holds the parameters of the embedding's LoRA, lora_embedding_A [r, N] and lora_embedding_B [K, r]. State dicts
+    have the names and shapes of a linear layer: lora_A.weight [r, K], lora_B.weight [N, r].
     """
 
     def __init__(self, embedding: Delta, scaling: float, dropout_p: float) -> None:
@@ -74,10 +75,11 @@ class TransposedLora(Delta):
 
 
 def shared(delta: Delta, first: Delta, path: str) -> Delta:
-    """The update of the layer at `path` with the parameters of `first`, that of a layer with the same weight.
+    """Return the update of the layer at `path` with the parameters of `first`, the update of a layer with the same
+    weight.
 
-    delta: what the update would be if it had parameters of its own.
-    Raises ValueError for another rank, NotImplementedError for updates whose parameters cannot be the same.
+    delta: the update that the layer has if its parameters are not shared.
+    Raises ValueError for another rank and NotImplementedError for kinds of updates that cannot share parameters.
     """
     of_embedding = all(name in first._parameters for name in _EMBEDDING)
     ranks = [update.lowrank()[0].shape[0] for update in (delta, first)]
@@ -100,14 +102,14 @@ def shared(delta: Delta, first: Delta, path: str) -> Delta:
 
 
 def same_tensors(one: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of two tied layers in a file, by their names there, are one update."""
+    """Return whether the tensors of two tied layers in a file, by their names in the file, are the same update."""
     if _EMBEDDING[0] in first and _EMBEDDING[0] not in one:
         first = {"lora_A.weight": first[_EMBEDDING[1]].T, "lora_B.weight": first[_EMBEDDING[0]].T}
     return one.keys() == first.keys() and all(torch.equal(tensor, first[name]) for name, tensor in one.items())
 
 
 def tie_merged(injector: Injector) -> None:
-    """Give merged layers that had one weight, and one update of it, one weight again."""
+    """Tie merged layers again if they shared one weight and one update."""
     merged = [layer for layer in injector.adapted_layers().values() if layer.merged_layer is not None]
     for number, layer in enumerate(merged):
         for first in merged[:number]:

@@ -1,6 +1,6 @@
-"""Trained rows of an embedding's table, and of the layers that are tied to it, for some tokens.
+"""Trained rows, for some tokens, of an embedding's table and of the layers tied to it.
 
-Source: PEFT's TrainableTokens, whose names and files these are.
+Source: PEFT's TrainableTokens, with the same names and files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..layers.base_layer import dense_weight, device_of, embedding_scale, is_emb
 
 
 class TokenRows(Delta):
-    """trainable_tokens_delta [T, d]: the rows for T tokens of the table of an embedding or of a head.
+    """Rows trainable_tokens_delta [T, d] for T tokens of the table of an embedding or of a head.
 
-    They take the place of the base's rows, and of those of adapters that act before. As in nn.Embedding, the padding
-    token gets no gradient.
+    They replace the rows of the base and of adapters that are applied before. As in nn.Embedding, the padding token
+    gets no gradient.
     """
 
     scaling = 1.0
@@ -39,7 +39,7 @@ class TokenRows(Delta):
         self.of_embedding = is_embedding(base)
         sorted_tokens, order = torch.tensor(tokens, dtype=torch.int64, device=device_of(base)).sort()
         self.register_buffer("tokens", sorted_tokens, persistent=False)
-        self.register_buffer("order", order, persistent=False)  # which row is that of each of the sorted tokens
+        self.register_buffer("order", order, persistent=False)  # row number of each of the sorted tokens
         padding: int | None = getattr(base, "padding_idx", None)
         self.padding_row = None if padding is None or padding not in tokens else list(tokens).index(padding)
 
@@ -67,9 +67,9 @@ class TokenRows(Delta):
 
 
 def layers_with_tables(injector: Injector, field: str, names: Names) -> dict[str, nn.Module]:
-    """The embeddings and linear layers that `names` means, by path, each once.
+    """Return the embeddings and linear layers matched by `names`, by path, each once.
 
-    Raises ValueError for a name that means none.
+    Raises ValueError for a name that matches none.
     """
     layers = {n: m for n, m in injector.modules().items() if n and (is_embedding(m) or is_linear(m))}
     check_names(field, names, list(layers), of="an embedding or a linear layer")
@@ -77,7 +77,7 @@ def layers_with_tables(injector: Injector, field: str, names: Names) -> dict[str
 
 
 def input_embeddings_path(injector: Injector, field: str) -> str:
-    """Path of the embedding of the model's input. Raises ValueError where the model does not say which that is."""
+    """Return the path of the model's input embedding. Raises ValueError if the model does not report it."""
     table = input_embeddings_of(injector.model)
     if table is None:
         raise ValueError(
@@ -105,15 +105,17 @@ def add_token_rows(
     suffix: str = "",
     tie: bool = False,
 ) -> dict[str, str]:
-    """Give the layers rows for their tokens, as parts of the adapter.
+    """Add trained rows for tokens to layers, as parts of the adapter.
 
-    tokens: by the path of an embedding or a head.   init: whether rows start as the base's; else normal.
-    suffix: what follows a layer's path in the file.
-    tie: whether layers that share a weight must have the same tokens. Those that have, and those that are tied to an
-    embedding and have no tokens of their own, share its rows, which the state has under the path of the first.
-    Returns the path of each further layer -> that of the layer whose rows it shares.
-    Raises ValueError, named by `field`, for tokens that a table does not have or that are given twice, and for layers
-    that the adapter changes otherwise too.
+    tokens: path of an embedding or head -> token ids.
+    init: whether rows start as those of the base, and else normal.
+    suffix: text after a layer's path in the file.
+    tie: whether layers that share a weight must have the same tokens. Layers with the same tokens share rows, and so do
+    layers that are tied to an embedding and have no tokens of their own. Shared rows are stored under the path of the
+    first layer.
+    Returns, for each layer that shares rows, its path -> the path of the layer that holds them.
+    Raises ValueError, which names `field`, for tokens that a table does not have or that are given twice, and for
+    layers that the adapter also changes in another way.
     """
     injector, added, shared = method.injector, dict[str, Sequence[int]](), dict[str, str]()
     tied = paths_of_tied(injector.modules())
@@ -143,7 +145,7 @@ def add_token_rows(
 def _add(
     method: Method, field: str, path: str, tokens: Sequence[int], init: bool, suffix: str, first: str | None
 ) -> None:
-    """first: path of the layer whose rows these are too."""
+    """Add the rows to one layer. first: path of the layer with which the rows are shared."""
     injector = method.injector
     base: Any = injector.module(path)
     size = int(base.num_embeddings if is_embedding(base) else base.out_features)

@@ -17,11 +17,11 @@ from ..framework.injector import Injector
 
 @dataclass
 class EncoderPrompt:
-    """The encoder reads [prompt, src] and returns the positions of src, as its callers expect.
+    """Hooks by which an encoder reads [prompt, src] and returns the positions of src.
 
     layout: (batch, the prompts' modules) -> PromptLayout.
-    leads: whether this prompt is the one to lay out all the prompts of the call.
-    A mask among tokens is kept; virtual positions are seen by all and see one another.
+    leads: callable that returns whether this prompt lays out all prompts of the call.
+    The mask between tokens is kept. Virtual positions attend to each other, and all positions attend to them.
     """
 
     layout: Callable[[Tensor, nn.ModuleDict], PromptLayout]
@@ -30,7 +30,7 @@ class EncoderPrompt:
 
     @staticmethod
     def place(injector: Injector) -> str:
-        """The path of the encoder."""
+        """Return the path of the encoder."""
         encoders = [path for path, m in injector.modules().items() if isinstance(m, nn.TransformerEncoder)]
         if not encoders:
             raise NotImplementedError(
@@ -69,13 +69,13 @@ class EncoderPrompt:
 
     @staticmethod
     def _batch_first(encoder: nn.Module, x: Tensor) -> Tensor:
-        """[B, S, d] from the encoder's order, and back."""
+        """Transpose between the encoder's order of dimensions and [B, S, d]."""
         layers: Any = encoder.layers
         return x if layers[0].self_attn.batch_first else x.transpose(0, 1)
 
 
 def _extended(mask: Tensor, n: int) -> Tensor:
-    """A mask [S, S] (bool: True is hidden; float: added) with n virtual positions in front."""
+    """Return a mask [S, S] (bool: True is hidden; float: added) extended by n virtual positions in front."""
     hidden: float | bool = True if mask.dtype == torch.bool else float("-inf")
     size = mask.shape[-1]
     extended = mask.new_zeros(*mask.shape[:-2], n + size, n + size)

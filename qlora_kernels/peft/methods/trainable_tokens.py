@@ -1,4 +1,4 @@
-"""Trainable tokens: some rows of the embedding's table train, and nothing else.
+"""Trainable tokens: only some rows of the embedding's table are trained.
 
 Source: PEFT. Names, defaults and files are PEFT's; the mechanism is in token_rows.py.
 """
@@ -19,11 +19,11 @@ from .token_rows import add_token_rows, input_embeddings_path, layers_with_table
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokensConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's TrainableTokensConfig.
+    """Configuration of trainable tokens, with the fields, names and defaults of PEFT's TrainableTokensConfig.
 
-    token_indices: numbers of the tokens that train.
-    target_modules: embeddings, or heads; None is the embedding of the model's input. What is tied to an embedding has
-    its rows.
+    token_indices: ids of the tokens whose rows train.
+    target_modules: embeddings or heads; None is the model's input embedding. Layers tied to an embedding share its
+    rows.
     init_weights: True (the rows of the base: identity) or False (normal).
     """
 
@@ -43,13 +43,13 @@ class TrainableTokensConfig(PeftConfig):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """None: a file of this type has no place for a head."""
+        """None, because a file of this type cannot hold a head."""
         return ()
 
 
 @register_method(TrainableTokensConfig)
 class TrainableTokens(Method):
-    """Rows of the tables that the configuration targets."""
+    """Trained rows of the targeted tables."""
 
     config: TrainableTokensConfig
     loads_in_peft = True
@@ -77,7 +77,7 @@ class TrainableTokens(Method):
         return values
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows under the names of all layers that have them, as PEFT writes them."""
+        """Return the rows under the names of all layers that have them, as PEFT writes them."""
         return {**super().tensors(), **{name: tensor.clone() for name, tensor in self._copies(super().tensors())}}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -85,7 +85,7 @@ class TrainableTokens(Method):
         super().load_tensors({name: tensor for name, tensor in tensors.items() if name not in copies})
 
     def _copies(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name in the file, rows) of the layers that share the rows of another."""
+        """Return (name in the file, rows) of the layers that share the rows of another layer."""
         for path, first in self.shared.items():
             name, of_first = (f"{self.file_prefix}{each}.trainable_tokens_delta" for each in (path, first))
             if of_first in tensors:

@@ -1,6 +1,6 @@
 """UniPELT: LoRA, prefix and adapter in every layer, each scaled by a gate that is computed from the input.
 
-Source: Mao et al. (arXiv:2110.07577) and the authors' code, where it says more than the paper.
+Source: Mao et al. (arXiv:2110.07577), and the authors' code for details that the paper does not give.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .prefix_tuning import PrefixEncoder, PrefixPart, PrefixTuning, PrefixTuning
 
 @dataclass(frozen=True, kw_only=True)
 class UniPELTConfig(PeftConfig):
-    """The authors' defaults: prefixes of 10 through an MLP of 512, LoRA of rank 8 on queries and values, adapters of
-    d/16 after the FFN. A LoRA's gate takes the place of alpha / r.
+    """Configuration of UniPELT with the authors' defaults: prefixes of 10 from an MLP of width 512, LoRA of rank 8 on
+    queries and values, and adapters of width d/16 after the FFN. The gate of a LoRA replaces alpha / r.
 
-    target_modules: for LoRA; None = the model's usual query and value.
+    target_modules: layers with LoRA; None = the model's query and value projections.
     """
 
     peft_type = "UNIPELT"
@@ -54,7 +54,7 @@ class UniPELTConfig(PeftConfig):
 
 
 class GatedLoraLinear(Delta):
-    """y + g(x) * B A dropout(x)."""
+    """Gated LoRA update of a linear layer: y + g(x) * B A dropout(x)."""
 
     def __init__(self, lora: LoraLinear, gate: Gate, injector: Injector, name: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class GatedLora(LinearMethod[GatedLoraLinear]):
 
 
 class GatedBottleneck(nn.Module):
-    """The output of a bottleneck multiplied by its gate: g(h) * f(h)."""
+    """Bottleneck whose output is multiplied by its gate: g(h) * f(h)."""
 
     def __init__(self, bottleneck: nn.Module, gate: Gate, injector: Injector, name: str) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class GatedAdapter(Adapter):
 
 
 class GatedPrefixPart(PrefixPart):
-    """One gate for keys and values, from the attention's input h."""
+    """Prefix part with one gate for keys and values, computed from the attention's input h."""
 
     gate: Gate
     selection: AdapterSelection
@@ -129,7 +129,7 @@ class GatedPrefixPart(PrefixPart):
 
 
 class GatedPrefix(PrefixTuning):
-    """Prefixes behind gates, `<layer>.prefix_gate` in the tree."""
+    """Prefix tuning with gates, which are `<layer>.prefix_gate` in the tree."""
 
     part_type = GatedPrefixPart
 
@@ -151,7 +151,7 @@ class GatedPrefix(PrefixTuning):
 
 @dataclass
 class RememberInput:
-    """A hook: an attention's input h, for the gate of the prefix at entry `key` of its slot."""
+    """Hook that stores an attention's input h for the gate of the prefix at entry `key` of its slot."""
 
     key: str
 
@@ -169,7 +169,9 @@ def new_gate(injector: Injector, path: str, d: int) -> Gate:
 
 @register_method(UniPELTConfig)
 class UniPELT(Composite):
-    """The method of UniPELTConfig. Gates are averaged over the sequence in encoders, and per token in decoders."""
+    """LoRA, prefix and adapter with gates. Gates are averaged over the sequence in encoders, and per token in
+    decoders.
+    """
 
     config: UniPELTConfig
 

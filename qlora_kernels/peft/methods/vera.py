@@ -1,4 +1,4 @@
-"""VeRA: W' = W + diag(b) B diag(d) A with trained vectors b and d, and random A and B that all layers share.
+"""VeRA: W' = W + diag(b) B diag(d) A with trained vectors b and d, and random matrices A and B shared by all layers.
 
 Source: VeRA (arXiv:2310.11454). Names, defaults and files: PEFT's.
 """
@@ -22,17 +22,18 @@ from ..layers.base_layer import device_of, features
 from ..layers.lowrank import LoraFactors, add_lowrank
 
 PROJECTIONS = ("vera_A", "vera_B")
-"""Names of the shared projections; in files they have the prefix of prompts."""
+"""Names of the shared projections. In files they have the same prefix as prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VeraConfig(PeftConfig):
-    """Fields, names and defaults of PEFT's VeraConfig.
+    """Configuration of VeRA, with the fields, names and defaults of PEFT's VeraConfig.
 
-    projection_prng_key: seed of the shared projections.   save_projection: whether files hold them; without them, a
-    loaded adapter has those of its seed.
-    d_initial: start value of the trained vector of length r; the other starts at zero: identity.
-    init_weights: False starts from ones and from normal numbers instead.
+    projection_prng_key: seed of the shared projections.
+    save_projection: whether files hold the projections; otherwise a loaded adapter computes them from the seed.
+    d_initial: start value of the trained vector of length r; the other vector starts at zero, so that the start is the
+    identity.
+    init_weights: False starts from ones and normal numbers instead.
     """
 
     peft_type = "VERA"
@@ -61,14 +62,14 @@ class VeraConfig(PeftConfig):
 
 
 class VeraProjection(nn.Module):
-    """vera_A [r, K] and vera_B [N, r], which do not train: K and N are the largest of the layers that share them."""
+    """Shared, untrained matrices vera_A [r, K] and vera_B [N, r], with the largest K and N of the layers."""
 
     vera_A: Tensor
     vera_B: Tensor
 
     def __init__(self, r: int, k: int, n: int, key: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        # On the CPU, whatever the device: the numbers are PEFT's for the same key.
+        # Drawn on the CPU for every device, so that the numbers equal PEFT's for the same key.
         generator = torch.Generator(device="cpu").manual_seed(key)
         for name, shape in (("vera_A", (r, k)), ("vera_B", (n, r))):
             bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
@@ -77,7 +78,7 @@ class VeraProjection(nn.Module):
 
 
 class VeraLinear(Delta):
-    """vera_lambda_d [r] and vera_lambda_b [N], the trained vectors; `projection` is one module for all layers."""
+    """Update with the trained vectors vera_lambda_d [r] and vera_lambda_b [N]; `projection` is shared by all layers."""
 
     def __init__(self, base: nn.Module, projection: VeraProjection, config: VeraConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class VeraLinear(Delta):
         self.projection = projection
 
     def lowrank(self) -> LoraFactors:
-        # The vectors go into the factors: the fused path sees a LoRA, and autograd takes its gradients apart.
+        # The vectors are multiplied into the factors, so the fused LoRA op applies and autograd splits its gradients.
         lambda_d, lambda_b = weight_of(self, "vera_lambda_d"), weight_of(self, "vera_lambda_b")
         projection = self.projection
         vera_A = projection.vera_A[:, : self.k].to(lambda_d.device)
@@ -108,7 +109,7 @@ class VeraLinear(Delta):
 
 @register_method(VeraConfig)
 class Vera(LinearMethod[VeraLinear]):
-    """Two trained vectors for each linear layer that the configuration targets."""
+    """Two trained vectors for each targeted linear layer."""
 
     config: VeraConfig
     rank_tensors: ClassVar[dict[str, int]] = {"vera_lambda_d": 0}
@@ -124,7 +125,7 @@ class Vera(LinearMethod[VeraLinear]):
 
     @property
     def projection(self) -> VeraProjection:
-        """The random matrices that all layers share."""
+        """Return the random matrices that all layers share."""
         return next(iter(self.deltas.values())).projection
 
     def _new_projection(self) -> VeraProjection:
@@ -133,7 +134,7 @@ class Vera(LinearMethod[VeraLinear]):
         config, device = self.config, device_of(layers[0])
         return VeraProjection(config.r, k, n, config.projection_prng_key, device, self.injector.adapter_dtype)
 
-    # In files, which hold the projections once, or not at all.
+    # Files hold the projections once or not at all.
 
     def state_dict(self) -> dict[str, Tensor]:
         tensors = {name: tensor for name, tensor in super().state_dict().items() if ".projection." not in name}
@@ -148,7 +149,7 @@ class Vera(LinearMethod[VeraLinear]):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         stored = tensors_by_path(tensors, self.file_prefix)
         if not self.config.save_projection:
-            # A file may hold them all the same. They are what the vectors were trained with.
+            # The file may hold projections anyway; they are used, because the vectors were trained with them.
             held = {name: stored.pop(name) for name in PROJECTIONS if name in stored}
             if held:
                 load_into(self.projection, held)
