@@ -23,8 +23,8 @@ class LayerParts:
     attention_output, ffn_output: modules whose output is added to the residual stream next.
     ffn_input: the module whose first argument is the residual stream that the FFN, or its LayerNorm, reads.
     ffn_first: the FFN's first linear layer; two where one of them is a gate.
-    stream: the module that gives the residual stream once the FFN's output was added: the LayerNorm of that sum, or,
-    where layers normalise their input instead, the block that adds.
+    stream: the module that returns the residual stream after the FFN's output was added: the LayerNorm of the sum, or,
+    if layers normalise their input, the block that computes the sum.
     norms: normalisation layers.
     """
 
@@ -40,7 +40,7 @@ class LayerParts:
 
     @property
     def post_norm(self) -> bool:
-        """Whether `stream` is a LayerNorm, whose input is the sum; else its output is."""
+        """Whether `stream` is a LayerNorm, so that its input is the sum; otherwise its output is the sum."""
         return self.stream in self.norms
 
 
@@ -49,7 +49,7 @@ class TransformerLayer(LayerParts):
     """One transformer layer: its number, its own path, and its parts by their paths in the model."""
 
     index: int
-    stack: str  # "encoder" (tokens see each other) or "decoder" (tokens see the past)
+    stack: str  # "encoder" (tokens attend to all tokens) or "decoder" (tokens attend to earlier ones)
     path: str
 
 
@@ -62,7 +62,7 @@ class ModelLayout:
 
     @property
     def causal(self) -> bool:
-        """Whether all that the model reads passes through decoder layers only."""
+        """Whether the model has only decoder layers."""
         return all(layer.stack == "decoder" for layer in self.layers)
 
     @property
@@ -73,12 +73,14 @@ class ModelLayout:
 
 @dataclass(frozen=True)
 class _LayerPattern:
-    """A family of layers.   layer: pattern of a path, whose last number is the index.   parts: by names below it, the
-    layer itself being ""; they tell the family. Of ffn_first those count that are there.
+    """A family of layers.
+
+    layer: pattern of a layer's path, whose last number is the index. parts: names of the parts below the layer, which
+    is itself ""; they identify the family. Names in ffn_first that do not exist are ignored.
     """
 
     layer: str
-    stack: str | None  # None: the path says it
+    stack: str | None  # None: determined by the path
     parts: LayerParts
 
     def fits(self, path: str, modules: Mapping[str, nn.Module]) -> re.Match[str] | None:
@@ -100,7 +102,7 @@ _LLAMA = LayerParts(
     stream="",
     norms=("input_layernorm", "post_attention_layernorm"),
 )
-_GEMMA = dataclasses.replace(  # a LayerNorm behind each sublayer as well
+_GEMMA = dataclasses.replace(  # also has a LayerNorm after each sublayer
     _LLAMA,
     attention_output="post_attention_layernorm",
     ffn_input="pre_feedforward_layernorm",
@@ -130,7 +132,7 @@ _GPT2 = LayerParts(
 
 
 def _t5(ffn: str, cross_attention: str | None = None) -> LayerParts:
-    """A T5 block whose FFN is at `ffn`, after one or two attentions."""
+    """Return the parts of a T5 block with its FFN at `ffn`, after one or two attentions."""
     dense = f"{ffn}.DenseReluDense"
     before = ("layer.0",) if cross_attention is None else ("layer.0", "layer.1")
     return LayerParts(
@@ -147,7 +149,7 @@ def _t5(ffn: str, cross_attention: str | None = None) -> LayerParts:
 
 
 def _torch(norms: int, cross_attention: str | None = None) -> LayerParts:
-    """torch's own layer with that many LayerNorms and as many dropouts."""
+    """Return the parts of torch's layer with that many LayerNorms and as many dropouts."""
     return LayerParts(
         self_attention="self_attn",
         query="self_attn.q_proj",
@@ -175,9 +177,9 @@ _PATTERNS = (
 
 
 def model_layout(modules: Mapping[str, nn.Module]) -> ModelLayout:
-    """The parts of the model with these modules (Injector.modules()).
+    """Return the parts of the model with these modules (Injector.modules()).
 
-    Raises NotImplementedError, with the families known, for a model that fits none of them.
+    Raises NotImplementedError, which lists the known families, for a model of no known family.
     """
     layers = [layer for path in modules if (layer := _layer(path, modules))]
     if not layers:
@@ -197,7 +199,7 @@ def _layer(path: str, modules: Mapping[str, nn.Module]) -> TransformerLayer | No
     for pattern in _PATTERNS:
         if found := pattern.fits(path, modules):
             parts = pattern.parts
-            if getattr(modules[path], "norm_first", False):  # torch's layers normalise either way
+            if getattr(modules[path], "norm_first", False):  # torch's layers can normalise before or after
                 parts = dataclasses.replace(parts, stream="", ffn_input=parts.norms[-1])
             paths = {field.name: _below(path, getattr(parts, field.name)) for field in dataclasses.fields(parts)}
             paths["ffn_first"] = tuple(linear for linear in paths["ffn_first"] if linear in modules)
@@ -206,7 +208,7 @@ def _layer(path: str, modules: Mapping[str, nn.Module]) -> TransformerLayer | No
 
 
 def _below(path: str, name: str | tuple[str, ...] | None) -> Any:
-    """The name's path, or the names', below `path`; "" is `path` itself."""
+    """Return the path of a name, or of each of several names, below `path`; "" is `path` itself."""
     if name is None:
         return None
     if isinstance(name, tuple):

@@ -1,4 +1,4 @@
-"""PrefixSlot: a child of an attention module with the keys and values that adapters put before the model's own.
+"""PrefixSlot: a child of an attention module with the keys and values that adapters prepend.
 
 Prefixes are concatenated inside the attention computation, after rotary embedding and after the cache. They therefore
 work in encoders, generate() computes the same as forward(), gradient checkpointing recomputes them, and no argument for
@@ -22,9 +22,9 @@ from ..core.adapter_tree import AdapterModules
 
 
 class Prefix(NamedTuple):
-    """One adapter's keys and values [B, heads_kv, n, head_dim], or without B where all rows have the same.
+    """One adapter's keys and values [B, heads_kv, n, head_dim], without B if all rows have the same.
 
-    gate: [B, S_q, 1], factor of both as each query sees them, or None.
+    gate: [B, S_q, 1], factor of both keys and values for each query, or None.
     """
 
     keys: Tensor
@@ -34,8 +34,8 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefixes:
-    """The prefixes of the adapters that act, side by side.   visible: bool [B, 1, 1, n], or None where every row sees
-    all n positions of them.
+    """The concatenated prefixes of the active adapters. visible: bool [B, 1, 1, n], or None if every row attends to all
+    n positions.
     """
 
     parts: dict[str, Prefix]
@@ -52,11 +52,11 @@ class Prefixes:
         return [part.gate for part in self.parts.values() if part.gate is not None]
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k, v) over [prefixes; own].
+        """Return (q, k, v) over [prefixes; own].
 
-        A gate g of the query scales q.k and v of its prefix alone. With as many head dimensions again for each gate
-        that is plain attention: q' = [q, g q], own k' = [k, 0], prefix k' = [0, k]; values alike, and out() weighs the
-        slices.
+        A gate g of a query scales q.k and v of its prefix only. This is plain attention with another head_dim
+        dimensions for each gate: q' = [q, g q], own k' = [k, 0], prefix k' = [0, k], and values likewise; out()
+        multiplies the slices by the gates.
         """
         gates, gated = self.gates, 0
         keys, values = [], []
@@ -72,7 +72,7 @@ class Prefixes:
         return q, torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def out(self, heads: Tensor) -> Tensor:
-        """[B, S_q, heads, head_dim for the model's own and for each gate] -> [B, S_q, heads, head_dim]."""
+        """Sum the slices: [B, S_q, heads, (1 + gates) * head_dim] -> [B, S_q, heads, head_dim]."""
         own, *gated = heads.chunk(1 + len(self.gates), dim=-1)
         for part, gate in zip(gated, self.gates, strict=True):
             own = own + part * gate[..., None].to(part.dtype)
@@ -80,15 +80,15 @@ class Prefixes:
 
 
 def _in_slice(place: int, gates: int, x: Tensor) -> Tensor:
-    """x [..., d] in the slice `place` of [..., (1 + gates) * d], zero elsewhere."""
+    """Return x [..., d] in slice number `place` of [..., (1 + gates) * d], zero elsewhere."""
     d = x.shape[-1]
     return F.pad(x, (d * place, d * (gates - place))) if gates else x
 
 
 class PrefixSource(nn.Module):
-    """One adapter's part in one attention; its call gives a Prefix.
+    """One adapter's part in one attention; a call returns a Prefix.
 
-    `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n] where the prefix has positions.
+    `bias`: T5's relative position bias (queries, n, past) -> [1, heads, queries, n], if the prefix has positions.
     """
 
     def __init__(self, adapter: str) -> None:
@@ -101,9 +101,9 @@ class PrefixSource(nn.Module):
 
 
 class PrefixSlot(AdapterModules):
-    """Child `prefix_slot` of an attention module: a PrefixSource of each adapter that has one there.
+    """Child `prefix_slot` of an attention module, which holds the PrefixSource of each adapter.
 
-    `seen`: a list to which the model's own keys and values are to be added, or None.
+    `seen`: a list to which the model's own keys and values are appended, or None.
     """
 
     def __init__(self, selection: AdapterSelection) -> None:
@@ -112,7 +112,9 @@ class PrefixSlot(AdapterModules):
         self.seen: list[tuple[Tensor, Tensor]] | None = None
 
     def read(self, k: Tensor, v: Tensor) -> Prefixes | None:
-        """Return the active prefixes for k and v [B, heads_kv, S, head_dim], or None; a row sees its own adapter's."""
+        """Return the active prefixes for k and v [B, heads_kv, S, head_dim], or None. Each row gets the prefix of its
+        own adapter.
+        """
         if self.seen is not None:
             self.seen.append((k, v))
         sources = {
@@ -131,9 +133,11 @@ class PrefixSlot(AdapterModules):
 
 
 def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, causal: bool) -> Tensor | None:
-    """The attention mask over [prefix; keys]: `mask` (bool, True is seen; or float, added) with columns in front.
+    """Return the attention mask over [prefix; keys]: `mask` (bool, True is visible; or float, added) with columns in
+    front.
 
-    q [B, heads, S_q, d], k [B, heads_kv, S_k, d] before the prefix is joined.   causal: what a mask of None stands for.
+    q [B, heads, S_q, d], k [B, heads_kv, S_k, d] before the prefix is joined.
+    causal: the meaning of a mask of None.
     """
     n = sum(prefix.lengths.values())
     queries, length = q.shape[2], k.shape[2]
@@ -151,7 +155,7 @@ def extend_mask(mask: Tensor | None, prefix: Prefixes, q: Tensor, k: Tensor, *, 
 
 
 def attention_slot(attention: nn.Module, selection: AdapterSelection) -> PrefixSlot:
-    """The slot of an attention module, made if it has none."""
+    """Return the slot of an attention module, created if it does not exist."""
     slot: PrefixSlot | None = getattr(attention, SLOT, None)
     if slot is None:
         if not getattr(attention, "reads_prefix_slot", False):
@@ -161,7 +165,7 @@ def attention_slot(attention: nn.Module, selection: AdapterSelection) -> PrefixS
     return slot
 
 
-# transformers' models look their attention function up by the name in config._attn_implementation.
+# transformers' models look up their attention function by the name in config._attn_implementation.
 
 SLOT = "prefix_slot"
 _PREFIXED = "qlora_kernels_prefix_"
@@ -174,8 +178,8 @@ def _modeling(attention: nn.Module) -> ModuleType:
 def _use_prefix_attention(attention: nn.Module) -> None:
     """Make the attention module's model call attention_with_prefix around the implementation it uses now.
 
-    Raises NotImplementedError for a model without transformers' attention interface, or one that uses another
-    implementation than eager or sdpa: the others take no mask that a prefix could be written into.
+    Raises NotImplementedError for a model without transformers' attention interface, or with another implementation
+    than eager or sdpa, because the others do not take a mask that can be extended by a prefix.
     """
     modeling, config = _modeling(attention), getattr(attention, "config", None)
     interface = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
@@ -195,7 +199,7 @@ def _use_prefix_attention(attention: nn.Module) -> None:
 def restore_attention(attention: nn.Module, others: Iterable[nn.Module]) -> None:
     """Undo attention_slot once no adapter uses the slot.
 
-    others: the attention modules that have a slot; those of one configuration use one implementation.
+    others: the attention modules that have a slot. Modules with the same configuration use the same implementation.
     """
     if SLOT not in attention._modules:
         config = getattr(attention, "config", None)
@@ -224,7 +228,7 @@ def attention_with_prefix(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`inner`, an attention function of transformers, over [prefix; key] and [prefix; value]."""
+    """Run `inner`, an attention function of transformers, over [prefix; key] and [prefix; value]."""
     extra: dict[str, Any] = {} if is_causal is None else {"is_causal": is_causal}
     slot: PrefixSlot | None = getattr(attention, SLOT, None)
     prefix = slot.read(key, value) if slot is not None else None
@@ -241,7 +245,7 @@ def attention_with_prefix(
 
 
 def _prefix_bias(slot: PrefixSlot, prefix: Prefixes, query: Tensor, key: Tensor, position_bias: Tensor) -> Tensor:
-    """T5's position bias for the prefix columns: zero, or by distance where the adapter's prefix has positions."""
+    """Return T5's position bias of the prefix columns: zero, or by distance if the adapter's prefix has positions."""
     queries = query.shape[2]
     past = key.shape[2] - queries
     columns = []

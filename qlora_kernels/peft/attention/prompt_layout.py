@@ -12,11 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Rows become [prompt, tokens], filled up to one length.
+    """The layout of a batch whose rows become [prompt, tokens], padded to one length.
 
-    front: [B, n, d], each row's prompt and filling, n the longest.   lengths: of the prompts, [B].
-    side: where the filling lies. "left" of the prompt for models that read from left to right; "right" of the tokens
-    for encoders, whose first position has a meaning (BERT's classifiers read it).
+    front: [B, n, d], each row's prompt and padding, where n is the longest prompt. lengths: [B], lengths of the
+    prompts.
+    side: position of the padding. It is "left" of the prompt for decoders, and "right" of the tokens for encoders,
+    whose first position has a meaning (BERT's classifiers read it).
     """
 
     front: Tensor
@@ -26,7 +27,7 @@ class PromptLayout:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[Tensor]], side: Literal["left", "right"]) -> PromptLayout:
-        """prompts: for each row the prompts before it, [n_i, d] each, joined in that order."""
+        """Return the layout of `prompts`, which lists for each row its prompts, [n_i, d] each, in order."""
         distinct = {id(p): p for row in prompts for p in row}
         some = next(iter(distinct.values()))
         table = torch.cat([*distinct.values(), some.new_zeros(1, some.shape[1])])
@@ -42,32 +43,34 @@ class PromptLayout:
 
     @property
     def n(self) -> int:
-        """The number of positions before the tokens of a row, filling included."""
+        """The number of positions before the tokens of a row, padding included."""
         return self.front.shape[1]
 
     @property
     def filling(self) -> Tensor:
-        """Positions by which each row is short, [B, 1]."""
+        """The number of padded positions of each row, [B, 1]."""
         return self.n - self.lengths[:, None]
 
     def visible(self) -> Tensor:
-        """bool [B, n]: where front is prompt, not filling."""
+        """Bool [B, n], True where `front` is prompt and not padding."""
         at = torch.arange(self.n, device=self.front.device)
         return at >= self.filling if self.side == "left" else at < self.lengths[:, None]
 
     def join(self, front: Tensor, x: Tensor) -> Tensor:
-        """[B, n, ...] and [B, S, ...] -> [B, n + S, ...]."""
+        """Join front [B, n, ...] and tokens [B, S, ...] in the layout's order, [B, n + S, ...]."""
         joined = torch.cat([front.to(x.dtype), x], dim=1)
         if self.side == "left" or not self.ragged:
             return joined
         return _gather(joined, self._order(x.shape[1]))
 
     def fill(self, x: Tensor, value: int) -> Tensor:
-        """x [B, S] with `value` at all of front's positions."""
+        """Return x [B, S] joined with `value` at all positions of `front`."""
         return self.join(x.new_full((x.shape[0], self.n), value), x)
 
     def mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
-        """The attention mask [B, S] (1 where seen) over the joined rows; None where all is seen."""
+        """Return the attention mask [B, S] (1 is visible) extended to the joined rows; None if all positions are
+        visible.
+        """
         if attention_mask is None:
             if not self.ragged:
                 return None
@@ -75,7 +78,7 @@ class PromptLayout:
         return self.join(self.visible(), attention_mask)
 
     def tokens(self, y: Tensor) -> Tensor:
-        """The tokens' part [B, S, ...] of joined rows [B, n + S, ...]."""
+        """Return the tokens [B, S, ...] of joined rows [B, n + S, ...]."""
         if self.side == "left" or not self.ragged:
             return y[:, self.n :]
         return _gather(y, self.lengths[:, None] + torch.arange(y.shape[1] - self.n, device=y.device))
@@ -87,5 +90,5 @@ class PromptLayout:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b, i]]."""
+    """Return x[b, index[b, i]] for all b and i."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

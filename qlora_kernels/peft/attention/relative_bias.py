@@ -12,11 +12,11 @@ _SETTINGS = ("is_decoder", "relative_attention_num_buckets", "relative_attention
 class RelativeBias(nn.Module):
     """Bias of queries after n prefix positions: [1, heads, queries, n].
 
-    Computed as `attention`, the layer that owns the table, computes it, over the same table: a child here, because
-    other layers use it and a replica of the model has its own.
+    It is computed by `attention`, the layer that owns the table. The table is a child of this module, because other
+    layers use it too and each replica of the model has its own.
     """
 
-    of_base_model = True  # no parameter below it is the adapter's
+    of_base_model = True  # the parameters below it belong to the model
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -32,6 +32,6 @@ class RelativeBias(nn.Module):
 
 
 def bias_source(first_attention: nn.Module) -> RelativeBias | None:
-    """The first layer's table serves all layers of a T5 stack; None for models without one."""
+    """Return the first layer's table, which all layers of a T5 stack use; None for models without one."""
     has_table = getattr(first_attention, "has_relative_attention_bias", False)
     return RelativeBias(first_attention) if has_table else None

@@ -1,4 +1,4 @@
-"""torch's nn.MultiheadAttention with separate projections in place of the packed one, which methods can adapt."""
+"""torch's nn.MultiheadAttention with separate projections, which methods can adapt, instead of the packed one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .prefix_slot import PrefixSlot, extend_mask
 
 
 class SplitAttention(nn.Module):
-    """nn.MultiheadAttention's function and signature over q_proj, k_proj, v_proj and out_proj.
+    """Computes nn.MultiheadAttention, with its signature, from q_proj, k_proj, v_proj and out_proj.
 
-    The packed original computes with raw weights, where neither a wrapped layer nor a prefix can act, and torch's
-    encoder layers have a fast path that reads them directly. The projections here are views of the same storage, until
-    one of them is cast, moved or merged.
+    The packed original computes with raw weights, so that wrapped layers and prefixes have no effect, and torch's
+    encoder layers have a fast path that reads the weights directly. The projections here are views of the same storage
+    until one of them is cast, moved or merged.
     """
 
-    # What nn.TransformerEncoderLayer asks before it takes its fast path: this says no.
+    # nn.TransformerEncoderLayer reads this attribute; False disables its fast path.
     _qkv_same_embed_dim = False
     in_proj_bias = None
     is_causal = False
@@ -41,7 +41,7 @@ class SplitAttention(nn.Module):
         biases = packed.in_proj_bias.chunk(3) if packed.in_proj_bias is not None else (None, None, None)
         self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.out_proj = packed.out_proj
-        # The original, outside the module tree and without its parameters until join() puts them back.
+        # The original is kept outside the module tree, without its parameters until join() restores them.
         packed._parameters, packed._modules = dict.fromkeys(packed._parameters), {}
         self.shell = (packed,)
         self.train(packed.training)
@@ -58,7 +58,8 @@ class SplitAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if not self.selection.state.enabled and not torch.compiler.is_compiling():
-            # One matmul for three projections rounds otherwise than three: for the base exactly, the original computes.
+            # One matmul for three projections has other roundings than three matmuls, so the original computes the
+            # base.
             original = copy.copy(self.shell[0])
             original._parameters, original._modules = dict(original._parameters), {}
             if self._fill(original):
@@ -93,13 +94,15 @@ class SplitAttention(nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     def join(self) -> nn.MultiheadAttention | None:
-        """The original again, with the weights as they are now; None where one of them is not dense any more, as after
-        a merge with target="nf4".
+        """Return the original module with the present weights, or None if a weight is no longer dense, as after a merge
+        with target="nf4".
         """
         return self.shell[0] if self._fill(self.shell[0]) else None
 
     def _fill(self, packed: nn.MultiheadAttention) -> bool:
-        """Give `packed` the present weights, if they are dense, without a copy where they still lie side by side."""
+        """Give `packed` the present weights, if they are dense; they are not copied while they are consecutive in
+        memory.
+        """
         projections = [base_of(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
         if not all(isinstance(projection, nn.Linear) for projection in projections):
             return False
@@ -110,7 +113,7 @@ class SplitAttention(nn.Module):
         else:
             for name, weight in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), weights, strict=True):
                 setattr(packed, name, _parameter(weight))
-        if any(bias is not None for bias in biases):  # after a merge perhaps not all of them
+        if any(bias is not None for bias in biases):  # after a merge some may have no view
             rows = zip(biases, weights, strict=True)
             packed.in_proj_bias = _parameter(_side_by_side([w.new_zeros(len(w)) if b is None else b for b, w in rows]))
         packed.out_proj = base_of(self.out_proj)  # type: ignore[assignment]
@@ -118,7 +121,7 @@ class SplitAttention(nn.Module):
         return True
 
     def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
-        """[B, S, E] -> [B, heads, S, head_dim]."""
+        """Split the heads: [B, S, E] -> [B, heads, S, head_dim]."""
         y: Tensor = projection(x)
         return y.view(*y.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -132,7 +135,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _merged_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Both of nn.MultiheadAttention's masks (bool: True is hidden; float: added) as one float mask to add, or None."""
+    """Return both masks of nn.MultiheadAttention (bool: True is hidden; float: added) as one float mask to add, or
+    None.
+    """
     parts = []
     if attn_mask is not None:
         attn_mask = _additive(attn_mask, q.dtype)
@@ -155,7 +160,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat(parts), without a copy where the parts are already consecutive in one storage."""
+    """Return torch.cat(parts), without a copy if the parts are already consecutive in one storage."""
     first = parts[0].detach()
     place = first.storage_offset()
     for part in parts:
@@ -167,9 +172,9 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def split_attention(model: nn.Module, selection: AdapterSelection) -> None:
-    """Put a SplitAttention in the place of every nn.MultiheadAttention of the model that can be taken apart.
+    """Replace every nn.MultiheadAttention of the model that can be split by a SplitAttention.
 
-    torch's encoders are told to use no nested tensors, which lead to a fast path that adapters cannot act in.
+    Nested tensors are disabled in torch's encoders, because they lead to a fast path that ignores adapters.
     """
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
@@ -184,7 +189,7 @@ def split_attention(model: nn.Module, selection: AdapterSelection) -> None:
 
 
 def join_attention(model: nn.Module) -> None:
-    """Undo split_attention: the modules are nn.MultiheadAttention again, with the weights as they are now."""
+    """Undo split_attention: restore the nn.MultiheadAttention modules, with the present weights."""
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder) and "nested_tensor_before_adapters" in vars(module):
             del module.nested_tensor_before_adapters

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BASE = "__base__"  # PEFT's name for a row that no adapter touches
+BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CallState:
 
     active: adapters whose contributions are added.   enabled: False computes the base model.
     rows: one adapter name per row of the batch, or None.
-    padding: [B, S], 1 where a token is real; the model's own attention_mask, for gates that average over tokens.
+    padding: [B, S], 1 for tokens and 0 for padding; the model's attention_mask, for gates that average over tokens.
     """
 
     active: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class CallState:
 
 
 States = tuple[tuple["AdapterSelection", CallState], ...]
-"""The states of the running call, outermost first. The last state of a selection is the one that applies."""
+"""The states of the running call, outermost first. The last state of a selection applies."""
 
 _states: ContextVar[States] = ContextVar("qlora_kernels_call_states", default=())
 
@@ -57,10 +57,10 @@ _selections_lock = threading.Lock()
 
 
 class AdapterSelection:
-    """The adapters of one PeftModel that act, by default and in the running call."""
+    """The active adapters of one PeftModel, by default and in the running call."""
 
     def __new__(cls) -> AdapterSelection:
-        # Copies and unpickled selections are made here too.
+        # Also called for copies and for unpickled selections.
         self = super().__new__(cls)
         with _selections_lock:
             _selections.add(self)
@@ -71,7 +71,7 @@ class AdapterSelection:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The active adapters where no call says otherwise."""
+        """The adapters that are active by default."""
         return self.default.active
 
     @active.setter
@@ -81,14 +81,14 @@ class AdapterSelection:
     @property
     def state(self) -> CallState:
         """The state that applies to the running call."""
-        # Every adapted layer asks in every call, so _current() is written out here.
+        # Every adapted layer reads this in every call, so _current() is inlined here.
         for owner, state in reversed(_compiled.states if torch.compiler.is_compiling() else _states.get()):
             if owner is self:
                 return state
         return self.default
 
     def within(self, **changes: Any) -> contextlib.AbstractContextManager[None]:
-        """Inside the `with`, in this thread or task, the state has these fields."""
+        """Set fields of the state inside the `with`, in this thread or task."""
         return using_states((*_current(), (self, replace(self.state, **changes))))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
@@ -96,29 +96,31 @@ class AdapterSelection:
         return self.within(enabled=False)
 
     def has(self, name: str) -> bool:
-        """Whether adapter `name` acts in the running call."""
+        """Whether adapter `name` is active in the running call."""
         return self.state.has(name)
 
     def replaces(self, name: str) -> bool:
-        """Whether the running call uses the copies of adapter `name` for parameters of the model; never by rows."""
+        """Whether the running call uses adapter `name`'s copies of parameters; never in calls with adapters by row."""
         state = self.state
         return state.enabled and state.rows is None and name in state.active
 
     def row_index(self, name: str, x: Tensor) -> Tensor | None:
-        """Return the indices of the rows of x that use adapter `name`, which acts; None = all rows."""
+        """Return the indices of the rows of x that use the active adapter `name`; None = all rows."""
         if self.state.rows is None:
             return None
         return torch.tensor([i for i, row in enumerate(self.rows_of(x.shape[0])) if row == name], device=x.device)
 
     def owners(self, names: Sequence[str], x: Tensor) -> Tensor | None:
-        """Return the index in `names` of the adapter of each row of x, or -1; None without adapters by row."""
+        """Return for each row of x the index of its adapter in `names`, or -1; None without adapters by row."""
         if self.state.rows is None:
             return None
         place = {name: i for i, name in enumerate(names)}
         return torch.tensor([place.get(row, -1) for row in self.rows_of(x.shape[0])], device=x.device)
 
     def rows_of(self, batch: int) -> tuple[str, ...]:
-        """`rows` for the `batch` rows that a layer sees: more where beams or a row's tokens are rows of their own."""
+        """Return `rows` for the `batch` rows of a layer's input, which are more if beams or tokens are separate
+        rows.
+        """
         rows = self.state.rows or ()
         repeats, rest = divmod(batch, max(len(rows), 1))
         if rest:
@@ -132,7 +134,7 @@ def _current() -> States:
 
 @contextlib.contextmanager
 def using_states(states: States) -> Iterator[None]:
-    """Inside the `with`, in this thread or task, these states hold and no others."""
+    """Apply these states, and no others, inside the `with`, in this thread or task."""
     if torch.compiler.is_compiling():
         before = _compiled.states
         _compiled.states = states
@@ -170,7 +172,7 @@ class PerThread:
         self._values[_thread()] = value
 
     def get(self) -> Any:
-        """Return the value that this thread has put, or None."""
+        """Return the value of this thread, or None."""
         return self._values.get(_thread())
 
     def take(self) -> Any:
@@ -182,5 +184,5 @@ class PerThread:
 
 
 def _thread() -> int:
-    # torch.compile does not know get_ident; it runs one call at a time.
+    # torch.compile does not support get_ident; it runs one call at a time.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

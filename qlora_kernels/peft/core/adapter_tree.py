@@ -1,9 +1,10 @@
-"""The places of the adapters' modules in the model: they are children of the modules that they act on.
+"""The places of the adapters' modules in the model, which are children of the modules that they change.
 
-Code that walks over the model therefore finds them: `parameters()`, hooks, `nn.DataParallel`, FSDP, an optimizer over a
-part of the model. A module looks its adapters up among its own children, because a replica has replicas of them.
+Code that iterates over the model therefore finds them: `parameters()`, hooks, `nn.DataParallel`, FSDP, an optimizer
+over a part of the model. A module looks up its adapters among its own children, so that a replica uses its own replicas
+of them.
 
-Names in an adapter's file are PEFT's names and not the paths in the model; AdapterTree maps the one to the other.
+Names in an adapter's file are PEFT's names and differ from the paths in the model; AdapterTree maps between them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class AdapterModules(nn.ModuleDict):
     """
 
     holds_adapters = True
-    """Marks this child and everything below it as no part of the model's own layers."""
+    """Marks this child and everything below it as not part of the model's own layers."""
 
     def add(self, adapter: str, module: nn.Module) -> str:
         """Add a module and return the name of its entry."""
@@ -39,7 +40,7 @@ class AdapterModules(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class Place:
-    """An entry `key` of the child `slot` of the module `owner`, or what is at `inner` below that entry.
+    """An entry `key` of the child `slot` of the module `owner`, or the module at `inner` below that entry.
 
     owner: canonical path; None for the prompts, which belong to the whole model.
     """
@@ -55,7 +56,7 @@ class SlotOwner(Protocol):
     """The interface of Injector that AdapterTree uses: access to the slots of the model's modules."""
 
     def slot(self, owner: str | None, slot: str) -> AdapterModules:
-        """The child `slot` of the module at `owner`, made where it is missing."""
+        """Return the child `slot` of the module at `owner`, created if it does not exist."""
 
     def remove(self, owner: str | None, slot: str, key: str) -> None:
         """Remove the entry `key` from a slot, and the slot with its last entry."""
@@ -64,7 +65,7 @@ class SlotOwner(Protocol):
 class AdapterTree:
     """The modules of one adapter by the paths that they have in its file.
 
-    Modules are looked up by these paths whenever they are needed: nothing here holds one.
+    Modules are looked up by these paths on each use; this object holds no reference to them.
     """
 
     def __init__(self, injector: SlotOwner, name: str) -> None:
@@ -74,14 +75,14 @@ class AdapterTree:
     def add(self, path: str, module: nn.Module, *, owner: str | None, slot: str, in_file: bool = True) -> Place:
         """Make `module` a part of the adapter: a child of the model's module at `owner`.
 
-        path: its name in the file, if it is in the file at all.
+        path: its name in the file, if the file contains it.
         """
         key = self.injector.slot(owner, slot).add(self.name, module)
         place = self.places[path] = Place(owner, slot, key, in_file=in_file)
         return place
 
     def add_inner(self, path: str, place: Place, inner: str) -> None:
-        """Give the module at `inner` below `place` a name of its own in the file."""
+        """Give the module at `inner` below `place` a separate name in the file."""
         self.places[path] = Place(place.owner, place.slot, place.key, inner)
 
     def __getitem__(self, path: str) -> nn.Module:
@@ -93,13 +94,13 @@ class AdapterTree:
             self[path].train(mode)
 
     def detach(self) -> None:
-        """Take the adapter's modules out of the model, also where some of it was never added."""
+        """Remove the adapter's modules from the model, also if some of them were never added."""
         for owner, slot, key in {(place.owner, place.slot, place.key) for place in self.places.values()}:
             self.injector.remove(owner, slot, key)
         self.places = {}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Each parameter once, below the first path that leads to it."""
+        """Yield each parameter once, under the first path that leads to it."""
         seen: set[int] = set()
         for path in self.places:
             for name, parameter in _own_parameters(self[path]):
@@ -108,7 +109,7 @@ class AdapterTree:
                     yield f"{path}.{name}", parameter
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Each buffer once, below the first path that leads to it."""
+        """Yield each buffer once, under the first path that leads to it."""
         seen: set[int] = set()
         for path in self.places:
             for name, buffer in self[path].named_buffers():
@@ -117,7 +118,7 @@ class AdapterTree:
                     yield f"{path}.{name}", buffer
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the file by their paths in it."""
+        """Return the tensors of the file by their paths in the file."""
         return {
             f"{path}.{name}": full_tensor(tensor)
             for path, place in self.places.items()
@@ -127,7 +128,7 @@ class AdapterTree:
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """module.named_parameters() without those of the base model that an adapter's module only reads."""
+    """Yield module.named_parameters() without the base model's parameters, which an adapter's module only reads."""
     yield from module.named_parameters(recurse=False)
     for name, child in module.named_children():
         if not getattr(child, "of_base_model", False):
@@ -135,7 +136,7 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def effective_state(module: nn.Module) -> dict[str, Tensor]:
-    """module.state_dict(), with the computed tensor in the place of one that torch's parametrize replaced."""
+    """Return module.state_dict() with the computed values of tensors that torch's parametrize replaced."""
     if not any(parametrize.is_parametrized(child) for child in module.modules()):
         return dict(module.state_dict())
     tensors = {name: tensor for name, tensor in module.state_dict().items() if "parametrizations." not in name}

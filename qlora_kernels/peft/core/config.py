@@ -12,10 +12,10 @@ from .field_types import check_field_types
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Heads that PEFT trains and saves without being asked, by task.
+# Heads that PEFT trains and saves by default, by task.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-# Fields that decide the sizes of allocated tensors.
+# Fields that determine the sizes of allocated tensors.
 SIZES = (
     "r",
     "lora_r",
@@ -27,8 +27,8 @@ SIZES = (
     "prefix_hidden_size",
 )
 
-# Keys that PEFT writes beside a method's own fields and that do not change the computed function. The last three
-# describe how training started.
+# Keys that PEFT writes in addition to a method's own fields and that do not change the computed function. The last
+# three describe how training started.
 _BOOKKEEPING = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
 _BOOKKEEPING |= {"eva_config", "corda_config", "lora_ga_config"}
 
@@ -37,7 +37,7 @@ _BOOKKEEPING |= {"eva_config", "corda_config", "lora_ga_config"}
 class PeftConfig:
     """Fields of every method. `modules_to_save`: name suffixes of modules trained in full, e.g. a new head.
 
-    Raises ValueError for a field whose value is not of its annotation's type.
+    Raises ValueError for a field whose value does not have the annotated type.
     """
 
     peft_type: ClassVar[str]
@@ -56,7 +56,7 @@ class PeftConfig:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """`modules_to_save` and the task's usual head."""
+        """`modules_to_save` and the names of the task's head."""
         return tuple(dict.fromkeys((*as_names(self.modules_to_save), *TASK_HEADS.get(self.task_type or "", ()))))
 
     def replace(self, **changes: Any) -> Self:
@@ -71,10 +71,10 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Return the configuration that a file describes; null is a field's default.
+        """Return the configuration in a file; null means the field's default.
 
         Raises NotImplementedError for a key that this method does not have, unless its value is null, false or empty:
-        ignoring the key would compute another function than the author of the file.
+        without the key, the adapter would compute another function than intended.
         """
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
@@ -88,7 +88,7 @@ class PeftConfig:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has lists, not tuples or sets."""
+    """Return `value` with tuples and sets as lists, for JSON."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value

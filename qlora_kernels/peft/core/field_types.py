@@ -17,8 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 def check_field_types(config: Any) -> None:
     """Raise ValueError where a field of a dataclass holds a value that its annotation does not admit.
 
-    Lists may be any collection but a string; an integer is a float, but a bool is no number, and inf and NaN are not
-    admitted. For a Literal, the type of its values is enough: the class itself says which values there are.
+    Lists may be any collection but a string. An integer is admitted as a float, a bool is not admitted as a number, and
+    inf and NaN are not admitted. For a Literal, only the type of the value is checked; the class itself checks the
+    value.
     """
     for name, hint in field_types(type(config)).items():
         value = getattr(config, name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def weight_of(module: nn.Module, name: str) -> Tensor:
-    """The parameter `name` of the module; from where accelerate keeps it if the module itself has none."""
+    """Return the parameter `name` of the module, or accelerate's copy if it was offloaded."""
     tensor: Tensor = getattr(module, name)
     if tensor is not None and tensor.is_meta:
         hook: Any = getattr(module, "_hf_hook", None)

@@ -12,17 +12,17 @@ from ...nn.quantized_weight import is_sharded
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, sharded ones gathered. Every process has to call it with the same names."""
+    """Return the tensors, with sharded ones gathered. Every process must call this function with the same names."""
     return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """The whole tensor of which a DTensor is a part; any other tensor itself."""
+    """Return the whole tensor of a DTensor, and any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def write_on_rank_zero(write: Callable[[], None]) -> None:
-    """Run `write` on rank 0; every process returns when it is done, and raises where it failed."""
+    """Run `write` on rank 0. Every process returns when it is done, and raises if it failed."""
     failed: list[str | None] = [None]
     error: BaseException | None = None
     if dist.get_rank() == 0:

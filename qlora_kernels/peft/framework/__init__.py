@@ -1,1 +1,1 @@
-"""The base classes of methods, and what every method shares: names, targets, copies of parameters, files."""
+"""The base classes of methods, and their shared parts: names, targets, copies of parameters, files."""

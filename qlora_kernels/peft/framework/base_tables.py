@@ -1,7 +1,7 @@
-"""Embedding tables of the base model that are saved with an adapter, because no other file has rows added by resizing.
+"""Embedding tables of the base model, saved with an adapter because no other file has rows that were added by resizing.
 
-PEFT saves the tables with the adapter where the vocabulary was resized, or an embedding is adapted, and puts those of a
-file into the base model when it loads one.
+PEFT saves the tables with the adapter if the vocabulary was resized or an embedding is adapted. When it loads a file
+with tables, it copies them into the base model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def resized_tables(injector: Injector, base_model: str | None, replaced: Collection[str] = ()) -> dict[str, Tensor]:
-    """The tables of the input embedding and the output head by path in a file, if they have other rows than the base's.
+    """Return the tables of the input embedding and the output head, by path in a file, if their number of rows was
+    changed.
 
-    base_model: the folder or name that the base came from, if known.   replaced: paths of parameters that the adapter
-    has copies of, which the file holds anyway. The base's own number is what the configuration
-    there says, or the module that holds the embedding where it still does.
+    base_model: the folder or name of the base, if known; its configuration, or else the module that holds the
+    embedding, gives the original number of rows.
+    replaced: paths of parameters of which the adapter has copies, which are in the file anyway.
     """
     layers = _layers(injector)
     if not layers:
@@ -48,7 +49,7 @@ def resized_tables(injector: Injector, base_model: str | None, replaced: Collect
     )
     names = {p: f"{p}.base_layer" if isinstance(injector.called_module(p), AdaptedLinear) else p for p in layers}
     with injector.selection.disabled():
-        # AdapterCopies, since a file holds no two tensors that share memory.
+        # AdapterCopies, because tensors of a file must not share memory.
         return {f"{names[p]}.weight": _dense(p, layer).detach().clone() for p, layer in layers.items()}
 
 
@@ -63,13 +64,14 @@ def _layers(injector: Injector) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for table in (input_embeddings_of(injector.model), output_embeddings_of(injector.model)):
         layer = None if table is None else base_of(unwrapped(table))
-        if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # no patches of an image
+        if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # not an embedding of image
+        patches
             found |= {path: layer for path, module in injector.modules(aliases=True).items() if module is layer}
     return found
 
 
 def _stated_rows(base_model: str | None) -> int | None:
-    """vocab_size in the base model's config.json, where that is a local folder."""
+    """Return vocab_size in the base model's config.json, if the base model is a local folder."""
     path = Path(base_model or "") / "config.json"
     if not base_model or not path.is_file():
         return None
@@ -82,12 +84,12 @@ def _stated_rows(base_model: str | None) -> int | None:
 
 
 def pop_base_tables(injector: Injector, tensors: dict[str, Tensor], known: set[str]) -> dict[str, tuple[str, Tensor]]:
-    """Remove the base model's own parameters from a file's tensors; return those that are to replace the base's:
-    path -> (path in the file, value).
+    """Remove the base model's parameters from a file's tensors, and return those that replace the base's as path ->
+    (path in the file, value).
 
-    known: paths of the adapter's own tensors. A table replaces the base's where most of its rows, the leading ones, are
-    the base's and all others differ: a vocabulary that was resized.
-    Raises ValueError where the file's table is another one: the adapter was trained over another base.
+    known: paths of the adapter's own tensors. A table replaces the base's if most of its rows, from the start, equal
+    the base's and all others differ, as in a vocabulary that was resized.
+    Raises ValueError for any other table, because the adapter was then trained over another base.
     """
     modules = injector.modules(aliases=True)
     replacing: dict[str, tuple[str, Tensor]] = {}

@@ -21,9 +21,9 @@ _ABOUT_THE_RUN = {"base_model_name_or_path", "revision", "inference_mode", "peft
 
 
 def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.PathLike[str]) -> None:
-    """Write all of them as one change.   adapters: by path relative to the directory, "." for itself.
+    """Write all adapters as one change. adapters: path relative to the directory ("." for itself) -> adapter.
 
-    Where parameters are sharded every process has to call it, and rank 0 writes.
+    If parameters are sharded, every process must call this function; rank 0 writes.
     """
     folders: dict[str, AdapterFiles | Sequence[str]] = {}
     for folder, methods in adapters.items():
@@ -57,12 +57,14 @@ def _files(method: Method) -> AdapterFiles:
 
 
 def load_adapter(directory: str | os.PathLike[str]) -> list[tuple[PeftConfig, AdapterFiles]]:
-    """The methods that an adapter's folder describes, each with what `load_weights` takes: one state of the folder."""
+    """Return the methods that an adapter's folder describes, each with the files for `load_weights`, all from one state
+    of the folder.
+    """
     return [(_config(files), files) for files in read_adapters(directory)]
 
 
 def _config(files: AdapterFiles) -> PeftConfig:
-    """adapter_config.json, and over it the fields that only our sidecar knows."""
+    """Return adapter_config.json, updated with the fields of our sidecar file."""
     own = (files.extras or {}).get("config", {})
     if not isinstance(own, dict):
         raise ValueError(f"adapter's sidecar: config must be an object, got {own!r}")
@@ -70,9 +72,9 @@ def _config(files: AdapterFiles) -> PeftConfig:
 
 
 def buildable(config: PeftConfig, files: AdapterFiles, injector: Injector) -> PeftConfig:
-    """The configuration with which the method is built before `load_weights` fills it.
+    """Return the configuration with which the method is built before `load_weights` fills it.
 
-    Raises ValueError where it asks for more than the files hold.
+    Raises ValueError if it requires more than the files hold.
     """
     method = method_for(config)
     config = method.config_of_file(config)
@@ -81,7 +83,7 @@ def buildable(config: PeftConfig, files: AdapterFiles, injector: Injector) -> Pe
 
 
 def require_same_configs(name: str, methods: Sequence[Method], files: Sequence[AdapterFiles]) -> None:
-    """Raise ValueError where the files are not of an adapter that is configured as `methods` are."""
+    """Raise ValueError if the files belong to an adapter with another configuration than `methods`."""
     kinds = [method.config.peft_type for method in methods]
     found = [contents.config.get("peft_type") for contents in files]
     different = {} if kinds == found else {"peft_type": found}
@@ -102,7 +104,7 @@ def _unordered(value: object) -> object:
 
 
 def load_weights(methods: Sequence[Method], files: Sequence[AdapterFiles], *, is_trainable: bool) -> None:
-    """files: as `load_adapter` gives them, one for each method."""
+    """Load the files that `load_adapter` returned, one entry for each method."""
     for method, contents in zip(methods, files, strict=True):
         method.load_tensors(contents.tensors)
         if contents.extras is not None:

@@ -13,14 +13,16 @@ from .method import Method
 
 
 class Composite(Method):
-    """`components`: name -> method. Each runs as a method of its own; its tensors lie under its name in the file."""
+    """A method made of `components`, name -> method. Each component runs as a method; in files its tensors are under
+    its name.
+    """
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         self.components: dict[str, Method] = {}
         super().__init__(config, injector, name)
 
     def add(self, components: Mapping[str, Method]) -> None:
-        """Add components, which attach() puts into the model in this order."""
+        """Add components; attach() attaches them in this order."""
         self.components.update(components)
 
     @property

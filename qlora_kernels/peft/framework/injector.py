@@ -22,10 +22,10 @@ from ..layers.parameter_lora import ParameterUpdates
 
 
 class Injector:
-    """The base model, which adapters it has, which of them are active, and access to the places of their modules.
+    """The base model, its adapters, the selection of active ones, and access to the places of their modules.
 
-    model: the one inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
-    Names do not contain wrappers further inside either, whether they were added before or after the adapters.
+    model: the model inside torch's wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing).
+    Names also leave out wrappers inside the model, whether they were added before or after the adapters.
     prompts: the slot for modules that belong to the whole model, a child of the PeftModel.
     """
 
@@ -39,15 +39,15 @@ class Injector:
         self.adapter_dtype = adapter_dtype
         self.prompts = AdapterModules() if prompts is None else prompts
         self.selection = AdapterSelection()
-        self.adapters: dict[str, list[Any]] = {}  # of Method, whose module imports this one
+        self.adapters: dict[str, list[Any]] = {}  # values are of type Method, whose module imports this one
         self.split_attention()
 
     def split_attention(self) -> None:
-        """Take torch's packed attention apart; join_attention puts it back."""
+        """Split torch's packed attention; join_attention restores it."""
         split_attention(self.model, self.selection)
 
     def join_attention(self) -> None:
-        """Undo split_attention: the packed modules return, with the present weights."""
+        """Undo split_attention: restore the packed modules, with the present weights."""
         join_attention(self.model)
 
     # The model by names
@@ -63,9 +63,10 @@ class Injector:
         return ".".join(part for part in name.split(".") if part not in ("base_layer", *WRAPPED))
 
     def modules(self, *, aliases: bool = False) -> dict[str, nn.Module]:
-        """Every module of the base model by its canonical name, those of adapters left out; wrapped layers unwrapped.
+        """Return every module of the base model by canonical name, without those of adapters, and with wrapped layers
+        unwrapped.
 
-        aliases: also the further names of a module that the model has under several.
+        aliases: include all names of a module that the model has under several names.
         """
         found: dict[str, nn.Module] = {}
         seen: set[int] = set()
@@ -87,7 +88,7 @@ class Injector:
         return {name: module for name, module in self.modules().items() if is_linear(module)}
 
     def expert_stacks(self) -> list[str]:
-        """Paths of the [experts, out, in] weights that a module holds as parameters, dense or as ExpertsNF4."""
+        """Return the paths of [experts, out, in] weights that a module holds as parameters, dense or as ExpertsNF4."""
         found = []
         for name, module in self.modules().items():
             if isinstance(module, ExpertsNF4):
@@ -97,11 +98,11 @@ class Injector:
         return found
 
     def module(self, path: str) -> nn.Module:
-        """The module at a canonical path, unwrapped."""
+        """Return the module at a canonical path, unwrapped."""
         return base_of(self.called_module(path))
 
     def called_module(self, path: str) -> nn.Module:
-        """The module at a canonical path, an AdaptedLinear where there is one."""
+        """Return the module at a canonical path, or its AdaptedLinear if it has one."""
         module: nn.Module = self.model
         for part in path.split(".") if path else ():
             module = unwrapped(base_of(module).get_submodule(part))
@@ -110,7 +111,8 @@ class Injector:
     def hooked_module(self, path: str) -> nn.Module:
         """Return the module that is called at `path`, wrapped or not, on which hooks are registered.
 
-        Of an nn.Sequential it is the last layer, because each child of the container itself would be called.
+        For an nn.Sequential this is its last layer, because the container would call an adapter that is added as its
+        child.
         """
         module = self.called_module(path)
         while isinstance(module, nn.Sequential) and len(module):
@@ -128,17 +130,17 @@ class Injector:
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.get_default_dtype())
 
     def width(self, layer: TransformerLayer) -> int:
-        """Size d of the residual stream."""
+        """Return the width d of the residual stream."""
         return next(self.module(layer.norms[0]).parameters()).numel()
 
     def layer_of(self, path: str) -> TransformerLayer | None:
-        """The transformer layer that the module at `path` is a part of."""
+        """Return the transformer layer that contains the module at `path`."""
         return next((layer for layer in self.layout.layers if path.startswith(f"{layer.path}.")), None)
 
     # Adapted layers
 
     def adapt(self, path: str) -> AdaptedLinear:
-        """The AdaptedLinear at `path`, put there, under all names of the layer, if it is not yet."""
+        """Return the AdaptedLinear at `path`; if there is none, create it under all names of the layer."""
         layer = self.called_module(path)
         if not isinstance(layer, AdaptedLinear):
             parent = base_of(self.called_module(path.rpartition(".")[0]))
@@ -158,11 +160,11 @@ class Injector:
         return {self.canonical(name): m for name, m in self.model.named_modules() if isinstance(m, AdaptedLinear)}
 
     def unwrap(self, layer: AdaptedLinear) -> None:
-        """Put the base layer back into the place of an adapted layer."""
+        """Replace an adapted layer by its base layer."""
         self._replace(layer, layer.base_layer)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` where `old` is, with the hooks and with the adapters' modules that the hooks run."""
+        """Replace `old` by `new`, and move the hooks and the adapters' modules that the hooks run."""
         names = names_of(self.model, old)
         move_hooks(old, new)
         for slot, child in list(old._modules.items()):
@@ -173,7 +175,7 @@ class Injector:
             set_submodule(self.model, name, new)
 
     def adapt_parameter(self, path: str) -> ParameterUpdates:
-        """The ParameterUpdates of the parameter at `path`, put there if they are not yet."""
+        """Return the ParameterUpdates of the parameter at `path`, created if there are none."""
         owner, _, attribute = path.rpartition(".")
         module = self.module(owner)
         if attribute + UPDATES not in module._modules:
@@ -204,10 +206,12 @@ class Injector:
             module._modules.pop(attribute, None)
             module._parameters[attribute] = nn.Parameter(value.detach(), requires_grad=False)
 
-    # Where the modules of adapters are
+    # Places of the adapters' modules
 
     def slot(self, owner: str | None, slot: str) -> AdapterModules:
-        """The child `slot` of the model's module at `owner`, which holds the adapters' modules; made if not there."""
+        """Return the child `slot` of the model's module at `owner`, which holds adapters' modules; created if it does
+        not exist.
+        """
         if owner is None:
             return self.prompts
         module = self.hooked_module(owner)
@@ -216,7 +220,7 @@ class Injector:
         return cast(AdapterModules, module._modules[slot])
 
     def remove(self, owner: str | None, slot: str, key: str) -> None:
-        """Take an entry out of a slot, the slot with its last entry, and a wrapper with the last of its updates."""
+        """Remove an entry from a slot, an empty slot from its module, and a wrapper without updates from the model."""
         if owner is None:
             self.prompts.pop(key)
             return

@@ -19,12 +19,16 @@ D = TypeVar("D", bound=Delta)
 
 
 class LinearMethod(Method, Generic[D]):
-    """An update of each targeted layer, a child of the AdaptedLinear in the layer's place; new_delta makes them."""
+    """An update of each targeted layer, built by new_delta; each is a child of the AdaptedLinear that replaces its
+    layer.
+    """
 
     loads_in_peft = True
     adapts_embeddings: ClassVar[bool] = False
     rank_tensors: ClassVar[dict[str, int]] = {}
-    """Names of an update's tensors in a file -> the dimension that is its rank; empty where the rank needs no check."""
+    """Names of an update's tensors in a file -> the dimension that equals the rank; empty if the rank needs no
+    check.
+    """
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         where = cast(TargetConfig, config)
@@ -35,7 +39,7 @@ class LinearMethod(Method, Generic[D]):
             config = config.replace(fan_in_fan_out=any(map(is_conv1d, targets.values())))
         super().__init__(config, injector, name)
         self.built: dict[str, D] = {}
-        """The updates by the names of their layers, until attach() puts them into the model."""
+        """Name of a layer -> its update, until attach() adds them to the model."""
         for path, base in targets.items():
             self.built[path] = self.new_delta(path, base)
 
@@ -63,12 +67,12 @@ class LinearMethod(Method, Generic[D]):
 
     @classmethod
     def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:
-        """The layers that the configuration targets, by name."""
+        """Return the targeted layers by name."""
         return matched_layers(injector, cast(TargetConfig, config), embeddings=cls.adapts_embeddings)
 
     @classmethod
     def rank(cls, config: PeftConfig, path: str) -> int:
-        """Rank of the update of the layer at `path`."""
+        """Return the rank of the update of the layer at `path`."""
         raise NotImplementedError
 
     @classmethod
@@ -97,25 +101,25 @@ class LinearMethod(Method, Generic[D]):
 
     @property
     def deltas(self) -> dict[str, D]:
-        """The updates by the names of their layers."""
+        """Return the updates by the names of their layers."""
         own = (path for path, place in self.tree.places.items() if place.slot == "deltas" and place.owner == path)
         return self.built or {path: cast(D, self.tree[path]) for path in own}
 
     def add_delta(self, path: str, delta: D) -> None:
-        """Put an update into the model, on the layer at `path`."""
+        """Add an update to the layer at `path`."""
         if self.name in self.injector.adapt(path).deltas:
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")
 
     def _add_biases(self, which: str) -> None:
-        """which: "none", "all", or "<method>_only" for those of the adapted layers."""
+        """Train biases. which: "none", "all", or "<method>_only" for those of the adapted layers."""
         if which == "none":
             return
         deltas = self.deltas
         for owner, module in self.injector.modules().items():
             adapted = owner in deltas
             if module._parameters.get("bias") is not None and (adapted or which == "all"):
-                # PEFT's place for the bias of a wrapped layer.
+                # PEFT's name of the bias of a wrapped layer
                 stored_as = f"{owner}.base_layer.bias" if adapted else None
                 self.overrides.add(f"{owner}.bias", stored_as=stored_as)
 
@@ -124,7 +128,7 @@ class LinearMethod(Method, Generic[D]):
 
 
 def _check_called(injector: Injector, targets: Iterable[str]) -> None:
-    """Raise ValueError for an embedding that other embeddings take their table from: models call those instead."""
+    """Raise ValueError for an embedding whose table other embeddings use, because models call those instead."""
     for path in targets:
         if called := called_instead(injector, path):
             raise ValueError(

@@ -19,17 +19,17 @@ from .injector import Injector
 from .parameter_overrides import ParameterOverrides
 
 _BUFFER = "buffer:"
-"""Before the names of buffers in a run's checkpoint."""
+"""Prefix of the names of buffers in a run's checkpoint."""
 
-# PEFT's names for the base model in the keys of a file: of layers' adapters, and of the head beside a prompt.
+# PEFT's prefixes in the keys of a file: for adapters of layers, and for the head saved with a prompt.
 FILE_PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
 
 
-_HARMLESS_SIZE = 16384  # a size that may stand in a configuration without a tensor of that size in the file
+_HARMLESS_SIZE = 16384  # largest size in a configuration that needs no tensor of that size in the file
 
 
 class PreparedCall(NamedTuple):
-    """The arguments of the base model's forward or generate, and what is done with its output before it is returned."""
+    """The arguments of the base model's forward or generate, and a function that is applied to its output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,24 +37,24 @@ class PreparedCall(NamedTuple):
 
 
 class CalledModel(Protocol):
-    """The PeftModel that is called, or a replica of it, as methods see it."""
+    """The interface of the called PeftModel, or of a replica of it, that methods use."""
 
     base_model: nn.Module
     prompt_encoder: AdapterModules
 
 
 class Method:
-    """The interface of a method; the defaults suit a method that does nothing special.
+    """The interface of a method, with defaults for methods without special behaviour.
 
-    A subclass's __init__ completes the configuration and builds the modules that train; the model is unchanged. Its
-    attach() puts them into the model: `tree` knows where they are, `overrides` are trained copies of the model's own
-    parameters. From then on the instance holds none of them. What runs in the model's forward is in the modules and
-    hooks; `selection.has(self.name)` tells them whether to act.
+    A subclass's __init__ completes the configuration and builds the trained modules; it does not change the model.
+    attach() adds the modules to the model. `tree` stores their places, `overrides` the places of trained copies of the
+    model's own parameters; the instance holds no module afterwards. The modules and hooks run in the model's forward,
+    if `selection.has(self.name)` is true.
     """
 
     loads_in_peft: ClassVar[bool] = False
     file_prefix: ClassVar[str] = FILE_PREFIX
-    needs: tuple[str, ...] = ()  # other adapters that this one is made of
+    needs: tuple[str, ...] = ()  # other adapters that this one uses
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
         self.config = config
@@ -66,9 +66,10 @@ class Method:
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
-        """Raise ValueError where a name in `config` matches nothing in the model, and name the nearest.
+        """Raise ValueError, with the nearest names, if a name in `config` matches nothing in the model.
 
-        For a configuration that a user wrote. One out of a file is not checked: its tensors say what it acts on.
+        This check is for configurations written by users. Those from files are not checked, because the tensors of a
+        file determine its layers.
         """
         modules = [name for name in injector.modules(aliases=True) if name]
         check_names("modules_to_save", config.modules_to_save or (), modules)
@@ -82,9 +83,10 @@ class Method:
 
     @classmethod
     def config_of_file(cls, config: PeftConfig) -> PeftConfig:
-        """The configuration with which the adapter of a file is built, given the file's own.
+        """Return the configuration with which an adapter is built before its file is loaded, given the file's
+        configuration.
 
-        Start values that the file's tensors replace need not be computed.
+        It avoids the computation of start values that the file's tensors replace.
         """
         return config
 
@@ -92,7 +94,7 @@ class Method:
     def check_file(
         cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:
-        """Raise ValueError where `config` asks for more than the files hold. Called before anything is allocated."""
+        """Raise ValueError if `config` requires more than the files hold. Called before anything is allocated."""
         held = (*tensors.values(), *extra_tensors.values())
         longest = max((size for tensor in held for size in tensor.shape), default=0)
         for field in SIZES:
@@ -105,13 +107,13 @@ class Method:
 
     @property
     def parts(self) -> list[Method]:
-        """The component methods of a composite method; each runs as a method."""
+        """Return the components of a composite method, each of which runs as a method."""
         return []
 
-    # In the model
+    # Places in the model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Each parameter of the adapter once, by its name in the adapter's file where it is there."""
+        """Yield each parameter of the adapter once, with its name in the adapter's file if it is in the file."""
         yield from self.tree.named_parameters()
         yield from self.overrides.named_parameters().items()
 
@@ -120,20 +122,20 @@ class Method:
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the file by their paths in the model."""
+        """Return the tensors of the adapter's file by their paths in the model."""
         return {**self.tree.state_dict(), **self.overrides.state_dict()}
 
     def attach(self) -> None:
-        """Put the adapter's modules, and its copies of the model's parameters, into the model.
+        """Add the adapter's modules, and its copies of the model's parameters, to the model.
 
-        __init__ builds the modules and changes nothing in the model. An error in attach is followed by detach().
+        An error in attach() is followed by detach().
         """
         self.overrides.add_modules(self.config.heads)
         if getattr(self.config, "ensure_weight_tying", False):
             self.overrides.add_tied()
 
     def detach(self) -> None:
-        """Remove everything that attach() has put into the model, also where attach() stopped halfway."""
+        """Remove everything that attach() has added to the model, also if attach() failed before its end."""
         for hook in self.hooks:
             hook.remove()
         self.overrides.detach()
@@ -154,11 +156,11 @@ class Method:
             parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
 
     def prepare_forward(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
-        """Called before the base model's forward.   model: the one that is called, which may be a replica."""
+        """Change the arguments of the base model's forward. model: the called model, which may be a replica."""
         return PreparedCall(args, kwargs)
 
     def prepare_generate(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
-        """Called before the base model's generate."""
+        """Change the arguments of the base model's generate."""
         return PreparedCall(args, kwargs)
 
     # In training
@@ -167,26 +169,26 @@ class Method:
         """Hook that is called when training may begin: in train(), set_adapter and peft_loss."""
 
     def peft_loss(self) -> Tensor | None:
-        """The method's auxiliary loss, to be added to the task's; None if it has none."""
+        """Return the auxiliary loss, which is added to the loss of the task, or None."""
         return None
 
     def step(self, global_step: int) -> None:
-        """Called after backward and before zero_grad, once for each optimizer step."""
+        """Update schedules; called after backward and before zero_grad, once for each optimizer step."""
 
     # In files
 
     def before_save(self) -> None:
-        """Raise RuntimeError if the adapter is not in a state worth saving."""
+        """Raise RuntimeError if the adapter is in a state that must not be saved."""
 
     def file_config(self) -> dict[str, Any]:
-        """adapter_config.json, in PEFT's fields where PEFT has the method."""
+        """Return the contents of adapter_config.json, in PEFT's fields if PEFT has the method."""
         values = {name: v for name, v in self.config.to_dict().items() if name not in self.config.own_fields}
         return {**values, "inference_mode": True}
 
     def tensors(self) -> dict[str, Tensor]:
-        """adapter_model.safetensors, in PEFT's keys where PEFT has the method."""
+        """Return the tensors of adapter_model.safetensors, under PEFT's keys if PEFT has the method."""
         tensors = self.state_dict()
-        if self.loads_in_peft:  # PEFT wants each parameter under each of its names
+        if self.loads_in_peft:  # PEFT requires a tied parameter under all of its names
             tensors |= {name: tensors[first].clone() for name, first in self.overrides.tied().items()}
         return {f"{self.file_prefix}{key}": value for key, value in tensors.items()}
 
@@ -195,9 +197,9 @@ class Method:
         self.fill(tensors_by_path(tensors, self.file_prefix))
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """load_into for the adapter's own tensors; those of the base model that the file has too are compared.
+        """Load the adapter's own tensors by load_into, and compare those of the base model that are also in the file.
 
-        Copies of parameters that are tied in the model, and have different values in the file, are tied no more.
+        Copies of tied parameters are untied if the file has different values for them.
         """
         tensors = dict(tensors)
         for name, first in self.overrides.tied().items():
@@ -211,7 +213,9 @@ class Method:
             self.overrides.add_fixed(path, value, stored_as=stored_as)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(values, tensors) that PEFT's layout has no place for; values["config"]: fields over the file's."""
+        """Return (values, tensors) that PEFT's layout cannot hold; values["config"] replaces fields of the file's
+        configuration.
+        """
         if not self.config.own_fields:
             return {}, {}
         values = self.config.to_dict()
@@ -220,10 +224,12 @@ class Method:
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
         """Load the result of extras(); not called for a file that PEFT wrote."""
 
-    # In checkpoints of a run, which needs more to go on than a finished adapter needs to be used.
+    # In checkpoints of a run, which needs more state to continue than a finished adapter
 
     def training_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(values, tensors) that a run needs, beside the trained parameters, to go on exactly as if never stopped."""
+        """Return (values, tensors) that a resumed run needs in addition to the trained parameters to compute the same
+        bits.
+        """
         values, tensors = self.extras()
         return values, {**tensors, **{f"{_BUFFER}{name}": buffer for name, buffer in self.tree.named_buffers()}}
 
@@ -231,12 +237,12 @@ class Method:
         """Load the result of training_state(), also at the end of a run."""
         self.load_extras(values, {n: t for n, t in tensors.items() if not n.startswith(_BUFFER)}, is_trainable=True)
         for name, buffer in self.tree.named_buffers():
-            if f"{_BUFFER}{name}" in tensors:  # checkpoints of older versions hold none
+            if f"{_BUFFER}{name}" in tensors:  # absent in checkpoints of older versions
                 buffer.copy_(tensors[f"{_BUFFER}{name}"])
 
 
 def methods_of(injector: Injector, name: str) -> list[Method]:
-    """The methods of adapter `name`, each followed by its parts.
+    """Return the methods of adapter `name`, each followed by its parts.
 
     Raises ValueError for an unknown name.
     """
@@ -249,7 +255,7 @@ class AdapterMethods(list[Method]):
     """The methods that one adapter combines, and their parameters."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(number of the method.name in the adapter's file, parameter)."""
+        """Yield ("<number of the method>.<name in the adapter's file>", parameter)."""
         for number, method in enumerate(self):
             yield from ((f"{number}.{path}", parameter) for path, parameter in method.named_parameters())
 
@@ -274,7 +280,7 @@ class Adapters(Mapping[str, AdapterMethods]):
         return len(self._methods)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(adapter.number of the method.name in the adapter's file, parameter)."""
+        """Yield ("<adapter>.<number of the method>.<name in the adapter's file>", parameter)."""
         for name, methods in self.items():
             yield from ((f"{name}.{path}", parameter) for path, parameter in methods.named_parameters())
 
@@ -284,11 +290,11 @@ class Adapters(Mapping[str, AdapterMethods]):
 
 
 def tensors_by_path(tensors: dict[str, Tensor], prefix: str = FILE_PREFIX) -> dict[str, Tensor]:
-    """Tensors of a file by their paths in the model.
+    """Return the tensors of a file by their paths in the model.
 
-    PEFT writes a prefix before each, a shorter one for prompts; a model's own paths may begin alike. With bias="all" it
-    also writes the biases of modules_to_save a second and third time, under names of its wrapper. Names of wrappers of
-    torch's, which PEFT writes where they were there before the adapter, are left out.
+    PEFT writes a prefix before each path, and a shorter one for prompts; a model's own paths may begin in the same way.
+    With bias="all", PEFT also writes the biases of modules_to_save a second and third time, under names of its wrapper.
+    Names of torch's wrappers, which PEFT writes if they were present before the adapter, are removed.
     """
     paths = {key.removeprefix(prefix).removeprefix("base_model."): value for key, value in tensors.items()}
     paths = {".".join(part for part in key.split(".") if part not in WRAPPED): value for key, value in paths.items()}
@@ -302,9 +308,9 @@ class HasTensors(Protocol):
 
 
 def load_into(module: HasTensors, tensors: dict[str, Tensor]) -> None:
-    """A strict copy into `module`'s parameters and buffers, in their own dtypes.
+    """Copy tensors strictly into `module`'s parameters and buffers, in their dtypes.
 
-    Raises ValueError that names the missing, unexpected and misshapen keys.
+    Raises ValueError, which lists the missing, unexpected and misshapen keys.
     """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

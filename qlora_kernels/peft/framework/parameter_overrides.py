@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class ParameterOverrides:
-    """An adapter's copies of parameters: for full fine-tuning, BitFit, LayerNorms, bias options, modules_to_save.
+    """An adapter's copies of parameters, for full fine-tuning, BitFit, LayerNorms, bias options and modules_to_save.
 
     `paths`: canonical path of an overridden parameter -> its path in the adapter's file. Modules and copies are looked
-    up by these paths whenever they are needed. The copies of tied parameters are one parameter.
-    Copies of fp16 and bf16 parameters are kept in the injector's adapter_dtype, fp32 by default, and used in the
-    dtype of the original: what trains has fp32 masters.
+    up by these paths on each use. Tied parameters have one copy.
+    Copies of fp16 and bf16 parameters are kept in the injector's adapter_dtype, fp32 by default, and cast to the dtype
+    of the original when they are used, so that training has fp32 masters.
     """
 
     def __init__(self, injector: Injector, name: str) -> None:
@@ -36,9 +36,9 @@ class ParameterOverrides:
         self.fixed: set[str] = set()  # paths of copies that never train
 
     def add(self, path: str, *, stored_as: str | None = None) -> None:
-        """Copy the parameter at `path`; one copy for all the paths of a tied one.
+        """Copy the parameter at `path`; a tied parameter gets one copy for all its paths.
 
-        stored_as: its path in the file, if that is not `path`.
+        stored_as: its path in the file, if it differs from `path`.
         """
         owner, _, attribute = path.rpartition(".")
         module = self.injector.module(owner)
@@ -54,9 +54,9 @@ class ParameterOverrides:
         self.paths[path] = stored_as or path
 
     def add_modules(self, suffixes: Iterable[str]) -> None:
-        """Every parameter of the modules whose name is, or ends with, one of the suffixes.
+        """Copy every parameter of the modules whose name is, or ends with, one of the suffixes.
 
-        Raises ValueError if such a module has quantized weights: those cannot be trained.
+        Raises ValueError if such a module has quantized weights, because these cannot be trained.
         """
         wanted = tuple(suffixes)
         modules = self.injector.modules(aliases=True)
@@ -71,7 +71,7 @@ class ParameterOverrides:
                             self.add(f"{owner}.{attribute}" if owner else attribute)
 
     def add_tied(self) -> None:
-        """Copy the parameters that are tied to copied ones: one copy for all of them."""
+        """Let parameters that are tied to copied parameters share their copies."""
         tied = paths_of_tied(self.injector.modules(aliases=True))
         for path in list(self.paths):
             for other in tied.get(path, ()):
@@ -84,12 +84,12 @@ class ParameterOverrides:
         self.fixed.add(path)
 
     def tied(self) -> dict[str, str]:
-        """Path in the file of each copy that is another's too -> path in the file of the first that has it."""
+        """Return, for copies with several paths in the file, each further path -> the first path."""
         copies = self.copies
         return {self.paths[p]: self.paths[f] for p, copy in copies.items() if (f := _first(copies, copy)) != p}
 
     def untie(self, stored_as: str) -> None:
-        """Give the parameter with this path in the file a copy of its own."""
+        """Give the parameter with this path in the file a separate copy."""
         path = next(path for path, stored in self.paths.items() if stored == stored_as)
         copy = cast(nn.Parameter, self.copy(path))
         self.set_copy(path, nn.Parameter(copy.detach().clone(), requires_grad=copy.requires_grad))
@@ -104,12 +104,12 @@ class ParameterOverrides:
         return nn.Parameter(original.detach().to(dtype, copy=True), requires_grad=original.is_floating_point())
 
     def original(self, path: str) -> nn.Parameter | None:
-        """The model's own parameter at `path`."""
+        """Return the model's own parameter at `path`."""
         owner, _, attribute = path.rpartition(".")
         return self.injector.module(owner)._parameters.get(attribute)
 
     def copy(self, path: str) -> nn.Parameter | None:
-        """The adapter's copy of the parameter at `path`; None where the module has been replaced by another since."""
+        """Return the adapter's copy of the parameter at `path`; None if the module was replaced since."""
         owner, _, attribute = path.rpartition(".")
         overrides = self.injector.module(owner)._modules.get(SLOT)
         key = self.keys[owner]
@@ -118,7 +118,7 @@ class ParameterOverrides:
         return cast(nn.ModuleDict, overrides)[key]._parameters.get(attribute)
 
     def set_copy(self, path: str, copy: nn.Parameter) -> None:
-        """Put another parameter in the place of the copy at `path`, also where the module there is a new one."""
+        """Replace the copy at `path` by another parameter, also if the module was replaced."""
         owner, _, attribute = path.rpartition(".")
         overrides = override(self.injector.module(owner), attribute, self.injector.selection)
         if self.keys[owner] not in overrides:
@@ -126,24 +126,25 @@ class ParameterOverrides:
         overrides[self.keys[owner]].register_parameter(attribute, copy)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The copies by the paths of the originals, each of tied ones once."""
+        """Return the copies by the paths of the originals, tied ones once."""
         copies = self.copies
         return {path: copy for path, copy in copies.items() if _first(copies, copy) == path}
 
     @property
     def copies(self) -> dict[str, nn.Parameter]:
-        """The copies by the paths of the originals, tied ones under each path."""
+        """Return the copies by the paths of the originals, tied ones under each path."""
         return {path: copy for path in self.paths if (copy := self.copy(path)) is not None}
 
     @property
     def originals(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters of which there are copies."""
+        """Return the model's own parameters that have copies."""
         return {path: original for path in self.paths if (original := self.original(path)) is not None}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the file: what the model computes with while the adapter is active; of tied ones the first.
+        """Return the tensors of the file: the values used while the adapter is active, with tied ones under the first
+        path.
 
-        Where a module was replaced or re-parametrized after the adapter was added, that is not the copy.
+        If a module was replaced or re-parametrized after the adapter was added, these values are not the copy.
         """
         tensors: dict[str, Tensor] = {}
         with self.injector.selection.within(active=(self.name,), enabled=True, rows=None):
@@ -155,7 +156,7 @@ class ParameterOverrides:
         return {self.paths[path]: full_tensor(t.detach()) for path, t in tensors.items() if _first(tensors, t) == path}
 
     def detach(self) -> None:
-        """Take the copies out of the model."""
+        """Remove the copies from the model."""
         for owner, key in self.keys.items():
             module = self.injector.module(owner)
             overrides = module._modules.get(SLOT)
@@ -165,11 +166,11 @@ class ParameterOverrides:
         self.paths, self.keys = {}, {}
 
     def keep(self) -> None:
-        """Make the copies the model's own parameters for good, in the dtypes of the originals."""
+        """Replace the model's own parameters by the copies permanently, in the dtypes of the originals."""
         made: dict[int, nn.Parameter] = {}
         for path in self.paths:
             original, copy = self.original(path), self.copy(path)
-            if original is not None and copy is not None:  # a merged layer has its bias already
+            if original is not None and copy is not None:  # a merged layer already includes its bias
                 own = nn.Parameter(copy.detach().to(original.dtype), requires_grad=False)
                 owner, _, attribute = path.rpartition(".")
                 self.injector.module(owner).register_parameter(attribute, made.setdefault(id(copy), own))

@@ -1,4 +1,4 @@
-"""The registry of methods: `@register_method(Config)` adds one; it is found by type or by PEFT's name."""
+"""The registry of methods: `@register_method(Config)` adds a method, which is looked up by type or by PEFT's name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def method_for(config: PeftConfig) -> type[Method]:
 
 
 def config_from_dict(values: dict[str, Any]) -> PeftConfig:
-    """The configuration that an adapter_config.json describes."""
+    """Return the configuration in an adapter_config.json."""
     for config in METHODS:
         if config.peft_type == values.get("peft_type"):
             return config.from_dict(values)

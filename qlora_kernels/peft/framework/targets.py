@@ -27,7 +27,7 @@ from ..layers.base_layer import is_embedding, is_linear
 from .injector import Injector
 from .ties import paths_of_tied
 
-# What PEFT adapts where target_modules is None.
+# PEFT's defaults for target_modules None.
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): "llama mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo bart stablelm",
     ("q", "v"): "t5 mt5",
@@ -39,7 +39,7 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
 
 
 class TargetConfig(Protocol):
-    """The fields of a configuration that decide which layers are adapted."""
+    """The fields of a configuration that select the adapted layers."""
 
     @property
     def target_modules(self) -> Names | None:
@@ -65,17 +65,17 @@ class TargetConfig(Protocol):
 
 
 def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
-    """The linear layers, and with `embeddings` the embeddings, that `config` targets, by name, in the model's order.
+    """Return the targeted linear layers, and with `embeddings` the targeted embeddings, by name, in the model's order.
 
-    Raises ValueError where nothing matches (with the nearest names) and where target_modules is None for an
-    architecture without a default; TypeError where a name in target_modules leads to another kind of layer.
+    Raises ValueError, with the nearest names, if nothing matches, and if target_modules is None for an architecture
+    without a default; TypeError if a name in target_modules matches another kind of layer.
     """
     _check(config)
     linears, targets = injector.linears(), _targets(injector, config)
     matched = {name: module for name, module in _named(injector, targets, config).items() if _in_layers(name, config)}
     if getattr(config, "ensure_weight_tying", False):
         matched |= _tied_to(matched, injector)
-        # Embeddings first: the update of a head with the same weight is made of the embedding's.
+        # Embeddings come first, because the update of a tied head is derived from that of the embedding.
         matched = dict(sorted(matched.items(), key=lambda item: not is_embedding(item[1])))
     if not matched:
         raise ValueError(_no_match(targets, linears))
@@ -95,11 +95,11 @@ def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool
 
 
 def check_target_names(injector: Injector, config: TargetConfig) -> None:
-    """Raise ValueError where an item of target_modules, exclude_modules, layers_pattern or layers_to_transform
-    matches nothing in the model.
+    """Raise ValueError if an item of target_modules, exclude_modules, layers_pattern or layers_to_transform matches
+    nothing in the model.
 
-    For configurations that a user writes. One out of a file may list names of other models: its tensors say what it
-    adapts, and each of them must find its place.
+    This check is for configurations written by users. A configuration from a file may list names of other models; the
+    tensors of the file determine its layers, and each of them must match one.
     """
     _check(config)
     modules = [name for name in injector.modules(aliases=True) if name]
@@ -125,10 +125,10 @@ def check_target_names(injector: Injector, config: TargetConfig) -> None:
 
 
 def matched_parameters(injector: Injector, wanted: Names | None) -> dict[str, str]:
-    """The parameters that target_parameters names: path -> path of the update in a file.
+    """Return the parameters matched by target_parameters, as path -> path of the update in a file.
 
-    PEFT nests a wrapper around the module for each of its parameters, in their order, so that all but the last have
-    `base_layer` in their names. Raises ValueError where a name matches none, and for parameters of the model itself.
+    PEFT nests a wrapper around the module for each of its parameters, in order, so that the names of all but the last
+    contain `base_layer`. Raises ValueError for a name that matches nothing, and for parameters of the root module.
     """
     names = as_names(wanted)
     by_owner: dict[str, list[str]] = {}
@@ -149,7 +149,7 @@ def matched_parameters(injector: Injector, wanted: Names | None) -> dict[str, st
 
 
 def parameter_paths(injector: Injector) -> Iterator[str]:
-    """Paths of all parameters of the model, quantized experts included."""
+    """Return the paths of all parameters of the model, quantized experts included."""
     for owner, module in injector.modules().items():
         leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
         leaves += [leaf for leaf, child in module._modules.items() if isinstance(child, ExpertsNF4)]
@@ -157,7 +157,7 @@ def parameter_paths(injector: Injector) -> Iterator[str]:
 
 
 def check_pattern_names(field: str, pattern: Mapping[str, object], targets: Collection[str]) -> None:
-    """Raise ValueError where a key of rank_pattern or alpha_pattern matches none of the targets."""
+    """Raise ValueError if a key of rank_pattern or alpha_pattern matches none of the targets."""
     if lost := [key for key in pattern if not any(matches_ending(key, name) for name in targets)]:
         raise ValueError(
             f"{field}: every key must match a targeted layer, got {lost}; nearest names: {nearest(lost, targets)}"
@@ -173,9 +173,9 @@ def _tied_to(matched: Collection[str], injector: Injector) -> dict[str, nn.Modul
 
 
 def called_instead(injector: Injector, path: str) -> list[str]:
-    """The embeddings that take their table from the embedding at `path` and that the model calls in its place.
+    """Return the embeddings that share the table of the embedding at `path` and are called instead of it.
 
-    T5's `shared` is such a one in transformers 5, where the stacks have embeddings of their own, tied to it.
+    T5 has such embeddings in transformers 5, where each stack has an embedding tied to `shared`.
     """
     tied: Mapping[str, str] = getattr(injector.model, "all_tied_weights_keys", None) or {}
     users = [user.rpartition(".")[0] for user, source in tied.items() if source == f"{path}.weight"]
@@ -189,7 +189,9 @@ def is_all_linear(targets: Names | None) -> bool:
 
 
 def pattern_value(name: str, pattern: Mapping[str, int | float], default: float) -> float:
-    """rank_pattern and alpha_pattern: the value of the first key that matches the name or a dotted ending of it."""
+    """Return the value of the first key of rank_pattern or alpha_pattern that matches the name or a dotted ending of
+    it.
+    """
     for key, value in pattern.items():
         if matches_ending(key, name):
             return value
@@ -206,7 +208,9 @@ def _check(config: TargetConfig) -> None:
 
 
 def _never_called(injector: Injector) -> dict[nn.Module, str]:
-    """Layers that no forward calls -> the class that reads their weight. torch's attention is taken apart first."""
+    """Return the layers that no forward calls -> the class that reads their weight. torch's attention is split
+    before.
+    """
     return {
         injector.model.get_submodule(name): holder
         for name, holder in read_but_never_called(injector.model).items()
@@ -215,7 +219,7 @@ def _never_called(injector: Injector) -> dict[nn.Module, str]:
 
 
 def _targets(injector: Injector, config: TargetConfig) -> Names:
-    """target_modules with "all-linear" and None spelt out."""
+    """Return target_modules with "all-linear" and None replaced by names."""
     if is_all_linear(config.target_modules):
         heads, unused = _output_heads(injector, config.task_type), _never_called(injector)
         return [name for name, module in injector.linears().items() if name not in heads and module not in unused]
@@ -223,9 +227,9 @@ def _targets(injector: Injector, config: TargetConfig) -> Names:
 
 
 def _named(injector: Injector, targets: Names, config: TargetConfig) -> dict[str, nn.Module]:
-    """The modules that `targets` names and that are neither excluded nor part of a head.
+    """Return the modules that match `targets` and are neither excluded nor part of a head.
 
-    A module that the model has under several names is there once, by the first of them that is meant.
+    A module with several names is included once, under the first name that matches.
     """
     left_out = config.exclude_modules or ()
     modules = injector.modules(aliases=True)
@@ -239,7 +243,7 @@ def _named(injector: Injector, targets: Names, config: TargetConfig) -> dict[str
 
 
 def layer_numbers(config: TargetConfig) -> set[int]:
-    """layers_to_transform as a set; empty where it restricts nothing."""
+    """Return layers_to_transform as a set, which is empty if it restricts nothing."""
     wanted = config.layers_to_transform
     return {wanted} if isinstance(wanted, int) else set(wanted or ())
 
@@ -250,7 +254,7 @@ def _in_layers(name: str, config: TargetConfig) -> bool:
 
 
 def _layer_of(name: str, config: TargetConfig) -> int | None:
-    """The number of the layer that the module belongs to, by layers_pattern."""
+    """Return the number of the module's layer, by layers_pattern."""
     found = (number_after(pattern, name) for pattern in as_names(config.layers_pattern) or (r"[^.]*",))
     return next((number for number in found if number is not None), None)
 

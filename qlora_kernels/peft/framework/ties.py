@@ -10,7 +10,7 @@ from torch import nn
 
 
 def paths_of_tied(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Path of each parameter that the model has under several paths -> all its paths, itself included.
+    """Return, for each parameter with several paths, each path -> all paths of the parameter.
 
     modules: Injector.modules(aliases=True).
     """
@@ -23,12 +23,12 @@ def paths_of_tied(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def declare_ties(model: nn.Module) -> None:
-    """Make the configuration of a transformers model, and the list that tie_weights() follows, agree with its weights.
+    """Update the configuration of a transformers model, and its list of tied weights, to the present ties.
 
-    Where parameters that the configuration ties are different ones by now (a head was trained in full, or merged),
-    tie_word_embeddings becomes False. It speaks for all ties of the model, so that those which still hold become
-    parameters of their own: else a saved model would lack them. T5 and its kin, which scale their output by the flag,
-    keep it, with a warning: transformers does not tie what a folder holds twice with different values.
+    If parameters that the configuration ties now differ (a head was trained in full, or merged), tie_word_embeddings
+    becomes False. The flag applies to all ties of the model, so parameters that are still tied are copied; otherwise a
+    saved model would lack them. T5 and related models, whose output is scaled depending on the flag, keep it, with a
+    warning: transformers does not tie parameters that a folder holds twice with different values.
     """
     keys: Any = getattr(model, "all_tied_weights_keys", None) or {}
     broken = [target for target, source in keys.items() if not _same(model, target, source)]
@@ -57,7 +57,7 @@ def declare_ties(model: nn.Module) -> None:
 
 
 def _output_depends_on_flag(model: nn.Module) -> bool:
-    """Whether the model's forward, or what it reads of its configuration, depends on tie_word_embeddings."""
+    """Return whether the model's forward, or a field that it reads, depends on tie_word_embeddings."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return False
@@ -82,5 +82,5 @@ def _parameter(model: nn.Module, path: str) -> object:
         module = model.get_submodule(owner)
     except AttributeError:
         return None
-    # A quantized head has no parameter of that name; it is tied to nothing.
+    # A quantized head has no parameter of that name and is not tied.
     return module._parameters.get(leaf, module)

@@ -1,1 +1,1 @@
-"""Layers with adapters: the protocol of a base layer, and the modules that change what a layer computes."""
+"""Layers with adapters: the protocol of a base layer, and the modules that change a layer's computation."""

@@ -16,51 +16,51 @@ from .lowrank import LoraFactors, add_lowrank, concatenated, forward_lowrank
 
 
 class Delta(nn.Module):
-    """One adapter's update of one linear layer: what it does to the input, to the output, and to weight and bias.
+    """One adapter's update of one linear layer: its effect on input, output, weight and bias.
 
-    A low-rank update gives factors() and nothing else. An update that acts on the input gives prepare_input(), one
-    that acts on the output gives forward(). With several active adapters each acts on the layer that the earlier ones
-    have made, in forward and in merges alike.
+    A low-rank update implements factors() only. An update of the input implements prepare_input(), an update of the
+    output forward(). With several active adapters, each is applied to the layer with the earlier updates, in forward
+    and in merges.
     """
 
     dropout_p: float = 0.0
     acts_on_input: bool = False
-    """Whether prepare_input does anything."""
+    """Whether the update changes the input in prepare_input."""
     first_is_outermost: bool = False
-    """Whether of consecutive updates of this kind the last acts on the layer first, the others on the result."""
+    """Whether consecutive updates of this kind are applied in reverse order, the last one first."""
 
     def factors(self) -> LoraFactors | None:
-        """The factors, where the update is scaling * B A and nothing else; else None."""
+        """Return the factors if the update is exactly scaling * B A, otherwise None."""
         return None
 
     def offset(self) -> Tensor | None:
-        """[N], added to every output beside the factors' part; None = nothing."""
+        """Return a vector [N] that is added to every output in addition to the factors' part, or None."""
         return None
 
     def updated_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The updated bias [N] of a layer with this bias, differentiable; None = no bias."""
+        """Return the updated bias [N] of a layer with this bias, differentiable; None = no bias."""
         offset = self.offset()
         if offset is None or bias is None:
             return offset if bias is None else bias
         return (bias + offset).to(bias.dtype)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """The input [..., K] of the layer and of the earlier adapters' updates, from x [..., K], in its dtype."""
+        """Return the input [..., K] of the layer and of the earlier updates, from x [..., K], in x's dtype."""
         return x
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y with this update.   x [..., K];  y [..., N]: output of the layer with the earlier adapters' updates."""
+        """Return y with this update. x [..., K]; y [..., N]: output of the layer with the earlier updates."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The updated weight.   weight: fp32 [N, K]."""
+        """Return the updated weight. weight: fp32 [N, K]."""
         lora_A, lora_B, scaling = self.lowrank()
         return weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())
 
     def updated(self, weight: Tensor) -> Tensor:
-        """The updated weight in the dtype of `weight` [N, K], differentiable.
+        """Return the updated weight in the dtype of `weight` [N, K], differentiable.
 
-        Raises NotImplementedError where the update is not one of the weight.
+        Raises NotImplementedError if the update is not an update of the weight.
         """
         lora_A, lora_B, scaling = self.lowrank()
         return weight + (scaling * (lora_B @ lora_A)).to(weight.dtype)
@@ -76,17 +76,17 @@ class SharedOutputs(Protocol):
     """The interface of FusedProjections that an adapted layer uses."""
 
     def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """The output of `layer` for x where the group computes it; else None."""
+        """Return the output of `layer` for x if the group computes it, otherwise None."""
 
 
 class AdaptedLinear(nn.Module):
     """y = base(x) plus the updates of the active adapters; exactly base(x) if none is active.
 
-    Low-rank updates of several adapters are one update: their factors are concatenated along r, so they run as one
-    fused call where the base offers forward_lora; where each row names its own (`adapter_names`), as one call of
-    forward_multi_lora, or one pair of matmuls with the middle masked by row.
+    Low-rank updates of several adapters are concatenated along r, so that they run as one call of forward_lora if the
+    base has it. With adapters by row (`adapter_names`) they run as one call of forward_multi_lora, or as one pair of
+    matmuls whose intermediate result is masked by row.
 
-    A merge keeps the base layer and computes with a second, merged layer, so that unmerging restores the same bits.
+    A merge keeps the base layer and adds a second, merged layer, so that unmerging restores the same bits.
     """
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
@@ -103,9 +103,9 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer that computes; most models read only its dtype and device.
+        """The weight of the base or merged layer; most models read only its dtype and device.
 
-        If the model's own code computes with it (`weight_is_read`), it includes the active updates.
+        It includes the active updates if the model's own code computes with it (`weight_is_read`).
         """
         layer = self._computing_layer()
         if self.weight_is_read and layer is self.base_layer:
@@ -114,7 +114,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the layer that computes, with the active updates where the model reads the weight itself."""
+        """The bias of the base or merged layer, with the active updates if the model reads the weight itself."""
         layer = self._computing_layer()
         bias = cast("Tensor | None", layer.bias)
         if self.weight_is_read and layer is self.base_layer:
@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Module):
         weight = weight.T if transposed else weight
         for name, delta in chosen.items():
             if delta.training and delta.dropout_p:
-                # A model may read the weight for a kernel that it then has not, and call the layer after all.
+                # A model may read the weight for a fused kernel that is not installed, and then call the layer.
                 warnings.warn(
                     f"lora_dropout: {delta.dropout_p} of adapter {name!r} does not act where a model reads the weight "
                     "of an adapted layer instead of calling the layer; the update itself does",
@@ -151,7 +151,7 @@ class AdaptedLinear(nn.Module):
         return self.merged_layer
 
     def _chosen(self) -> dict[str, Delta]:
-        """The updates that act in the running call, in the order in which they act on the layer."""
+        """Return the active updates of the running call, in the order in which they are applied."""
         state = self.selection.state
         names = self.deltas if state.rows is not None else state.active if state.enabled else ()
         return in_order({n: cast(Delta, self.deltas[n]) for n in names if n in self.deltas and state.has(n)})
@@ -167,7 +167,7 @@ class AdaptedLinear(nn.Module):
         chosen = {name: cast(Delta, delta) for name, delta in self.deltas.items() if state.has(name)}
         if not chosen:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        # Without an assignment inside the comprehension: torch.compile would break the graph there.
+        # No assignment inside the comprehension, because torch.compile would break the graph there.
         factors = {name: delta.factors() for name, delta in chosen.items()}
         lowrank = {name: update for name, update in factors.items() if update is not None}
         by_row = state.rows is not None
@@ -182,7 +182,7 @@ class AdaptedLinear(nn.Module):
     def _in_order(
         self, x: Tensor, chosen: dict[str, Delta], lowrank: dict[str, LoraFactors], *, by_row: bool
     ) -> Tensor:
-        """The output where some update is not of low rank.   lowrank: factors of those that are."""
+        """Compute the output if some updates are not of low rank. lowrank: factors of the low-rank updates."""
         rows = {name: self.selection.row_index(name, x) if by_row else None for name in chosen}
         inputs: dict[str, Tensor] = {}
         for name, delta in reversed(chosen.items()):
@@ -193,8 +193,8 @@ class AdaptedLinear(nn.Module):
                     x = delta.prepare_input(x)
                 else:
                     x = x.index_copy(0, own_rows, delta.prepare_input(x[own_rows]))
-        # One call for the base and the low-rank updates that come first. Where each row has one adapter, no order is
-        # to be kept.
+        # One call computes the base and the leading low-rank updates. With one adapter for each row the order is
+        # irrelevant.
         fused = dict(lowrank)
         if not by_row:
             others = [name for name in chosen if name not in lowrank or inputs[name] is not x]
@@ -209,7 +209,7 @@ class AdaptedLinear(nn.Module):
         return y
 
     def _add_offset(self, name: str, offset: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the bias [N] of adapter `name`, in its rows of x where each row has an adapter of its own."""
+        """Return y plus the offset [N] of adapter `name`, added only to its rows if adapters are given by row."""
         offset, rows = offset.to(y.dtype), self.selection.row_index(name, x)
         return y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
 
@@ -219,9 +219,9 @@ class AdaptedLinear(nn.Module):
         return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
 
     def _lowrank(self, x: Tensor, updates: dict[str, LoraFactors], *, by_row: bool) -> Tensor:
-        """base(x) and the updates; one call for all, and a pair of matmuls for each further rate of dropout.
+        """Return base(x) plus the updates, by one call and one pair of matmuls for each further dropout rate.
 
-        by_row: whether each row of x has an adapter of its own.
+        by_row: whether adapters are given by row.
         """
         if self.fused_projections is not None:
             shared = self.fused_projections.output_of(self, x)
@@ -241,7 +241,9 @@ class AdaptedLinear(nn.Module):
         return cast(Tensor, y)
 
     def fusable_update(self) -> tuple[LoraFactors, float] | None:
-        """(the active low-rank updates as one, its dropout) where they are one call of forward_lora; else None."""
+        """Return (the active low-rank updates as one, its dropout) if they run as one call of forward_lora, otherwise
+        None.
+        """
         if self.merged_layer is not None or self.selection.state.rows is not None:
             return None
         chosen = self._chosen().values()
@@ -254,13 +256,13 @@ class AdaptedLinear(nn.Module):
 
     @property
     def is_tokenwise(self) -> bool:
-        """Whether the output of each token depends on that token alone, not on its row of the batch."""
+        """Return whether the output of each token depends on that token only, and not on its row of the batch."""
         return self.selection.state.rows is None
 
     def plain_form(self) -> tuple[nn.Module, LoraFactors | None] | None:
-        """(the layer that computes, the active low-rank updates as one) where the output is exactly their sum.
+        """Return (base or merged layer, the active low-rank updates as one) if the output is exactly their sum.
 
-        None where anything else takes part: dropout, an offset, other kinds of updates, an adapter for each row.
+        Returns None with dropout, an offset, other kinds of updates, or adapters by row.
         """
         if not self.is_tokenwise:
             return None
@@ -275,7 +277,7 @@ class AdaptedLinear(nn.Module):
         return self.base_layer, update[0]
 
     def fusion_unsupported(self) -> str | None:
-        """None if the active adapters run in one fused call; else the reason they do not."""
+        """Return None if the active adapters run in one fused call, otherwise the reason why not."""
         chosen = self._chosen().values()
         if self.merged_layer is not None or not chosen:
             return "merged: one layer runs" if self.merged_layer is not None else "no adapter is active here"
@@ -295,8 +297,8 @@ class AdaptedLinear(nn.Module):
     ) -> tuple[float, float]:
         """Compute with a layer whose weight includes the named updates and those merged before.
 
-        default: dtype of a dense merged weight whose base does not say which it was quantized from.
-        Returns Frobenius norms (|error|, |delta|): how far the stored weight is from base + delta, and the update.
+        default: dtype of a dense merged weight if the base does not record the dtype before quantization.
+        Returns the Frobenius norms (|error|, |delta|) of stored weight - (base + delta) and of the update.
         Raises ValueError with safe_merge if the merged weight is not finite.
         """
         base = self.base_layer
@@ -313,17 +315,17 @@ class AdaptedLinear(nn.Module):
         return float((dense_weight(merged) - wanted).norm()), float((wanted - weight).norm())
 
     def unmerge(self) -> None:
-        """Compute with the base layer again; it is the same object, so its bits are the same."""
+        """Compute with the base layer again, which is the same object with the same bits."""
         self.merged_layer, self.merged_names = None, ()
 
     def keep_merged(self) -> None:
-        """Replace the base layer by the merged layer for good."""
+        """Replace the base layer by the merged layer permanently."""
         if self.merged_layer is not None:
             self.base_layer, self.merged_layer, self.merged_names = self.merged_layer, None, ()
 
 
 class AdaptedEmbedding(AdaptedLinear):
-    """An embedding seen as a linear layer of one-hot tokens: in_features is the size of its vocabulary."""
+    """An adapted embedding, as a linear layer with one-hot inputs: in_features is the size of its vocabulary."""
 
     @property
     def bias(self) -> None:
@@ -347,7 +349,7 @@ class AdaptedEmbedding(AdaptedLinear):
 
 
 def in_order(updates: dict[str, Delta]) -> dict[str, Delta]:
-    """The updates of a layer in the order in which they act on it, given them in the order of their adapters."""
+    """Return the updates of a layer in the order in which they are applied, from the order of their adapters."""
     if not any(delta.first_is_outermost for delta in updates.values()):
         return updates
     runs: list[list[tuple[str, Delta]]] = []

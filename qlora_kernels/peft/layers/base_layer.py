@@ -1,10 +1,10 @@
-"""The base-layer protocol: what methods may use of a linear layer, independent of how its weight is stored.
+"""The base-layer protocol: the interface of a linear layer for methods, independent of how its weight is stored.
 
-A base layer has in_features, out_features, bias and forward; a quantized one also dequantize(dtype) -> [N, K]; one
-with a fused low-rank path also forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K] as
-`weight`; GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx, nf; an nn.Embedding is a linear
-layer of one-hot tokens that holds the transpose too; bitsandbytes' layers hold codes. No other file
-than this one and foreign_layer.py depends on these differences.
+A base layer has in_features, out_features, bias and forward. A quantized layer also has dequantize(dtype) -> [N, K],
+and a layer with a fused low-rank path forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K]
+as `weight`. GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx and nf. An nn.Embedding is a
+linear layer with one-hot inputs that also holds the transpose. bitsandbytes' layers hold codes. Only this file and
+foreign_layer.py depend on these differences.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .overridden_module import plain_class
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of one of the supported kinds."""
+    """Return whether a module is a linear layer of one of the supported kinds."""
     return isinstance(module, LinearNF4) or is_conv1d(module) or (isinstance(module, nn.Linear) and gives_rows(module))
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether it is nn.Embedding itself, or transformers' kind whose output is scaled (Gemma, BART).
+    """Return whether a module is an nn.Embedding, or transformers' embedding with scaled output (Gemma, BART).
 
-    Any other subclass may compute something else.
+    Other subclasses may compute something else.
     """
     kind = plain_class(module)
     return kind is nn.Embedding or (issubclass(kind, nn.Embedding) and _is_scaled(kind))
@@ -39,7 +39,7 @@ def _is_scaled(kind: type[nn.Module]) -> bool:
 
 
 def embedding_scale(base: nn.Module) -> Tensor | float:
-    """The factor between a row of an embedding's table and its output; 1.0 for nn.Embedding itself."""
+    """Return the factor between a row of an embedding's table and its output; 1.0 for nn.Embedding."""
     return base.embed_scale if _is_scaled(plain_class(base)) else 1.0  # type: ignore[return-value]
 
 
@@ -49,7 +49,7 @@ def stores_transposed(base: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer stores its weight as codes, here or in bitsandbytes."""
+    """Return whether a layer stores its weight as codes, as LinearNF4 and bitsandbytes' layers do."""
     return _can_dequantize(module) or is_bitsandbytes(module)
 
 
@@ -65,9 +65,9 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """[N, K] fp32, detached: the weight as the forward uses it.
+    """Return the weight [N, K] as the forward uses it, fp32 and detached.
 
-    Raises NotImplementedError for a layer of another library whose stored weight is something else.
+    Raises NotImplementedError for a layer of another library whose stored weight cannot be read.
     """
     if _can_dequantize(base):
         weight: Tensor = base.dequantize(torch.float32)  # type: ignore[operator]
@@ -86,7 +86,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 
 
 def weight_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of the weight, or the one it was quantized from; `default` where the layer does not say."""
+    """Return the dtype of the weight, for quantized weights that before quantization, or `default` if it is unknown."""
     own = getattr(base, "weight_dtype", None)
     return own or (default if is_quantized(base) else base.weight.dtype)  # type: ignore[return-value]
 
@@ -99,10 +99,11 @@ def device_of(base: nn.Module) -> torch.device:
 def with_weight(
     base: nn.Module, weight: Tensor, bias: Tensor | None, target: str, *, default: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A new layer y = x weight^T + bias in the storage `target`; `base` is not touched.
+    """Return a new layer y = x weight^T + bias in the storage `target`; `base` is not changed.
 
-    weight: fp32 [N, K].   target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the
-    base is, which must be no layer of another library. An embedding stays dense.
+    weight: fp32 [N, K].
+    target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the base, which must not be
+    a layer of another library. An embedding stays dense.
     """
     if target not in ("16bit", "nf4", "same"):
         raise ValueError(f"merge: target must be '16bit', 'nf4' or 'same', got {target!r}")
@@ -112,7 +113,7 @@ def with_weight(
     dtype = weight_dtype(base, default)
     layer: nn.Module
     if isinstance(base, nn.Embedding):
-        # With the padding index, the scale and other options.
+        # The copy has the padding index, the scale and other options.
         layer = copy.copy(base)
         layer._parameters = {"weight": nn.Parameter(weight.T.contiguous().to(dtype), requires_grad=False)}
         layer._buffers, layer._modules = dict(base._buffers), {}
@@ -133,7 +134,7 @@ def with_weight(
 
 
 def quantized(linear: nn.Module, *, like: nn.Module | None = None) -> nn.Module:
-    """`linear` as LinearNF4, with the block size, compute dtype and storage of `like` where that is one."""
+    """Return `linear` as LinearNF4, with the blocksize, compute dtype and storage of `like` if that is a LinearNF4."""
     if isinstance(like, LinearNF4):
         layer = LinearNF4.from_linear(
             linear, blocksize=like.blocksize, double_quant=like.double_quant, compute_dtype=like.compute_dtype

@@ -1,4 +1,4 @@
-"""Bottleneck: the small network that adapter methods add in parallel to a sublayer or after it."""
+"""Bottleneck: a small network that adapter methods add in parallel to a sublayer or after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """f(x) = scale * up(activation(down(dropout(x)))).
+    """The network f(x) = scale * up(activation(down(dropout(x)))).
 
     x [..., d];  down.weight [bottleneck_size, d];  up.weight [d, bottleneck_size]; both with bias.
     init: a number = both weights from a normal of that std, cut at two std (Houlsby); "lora" = Kaiming for down, zero

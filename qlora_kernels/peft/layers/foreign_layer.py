@@ -1,4 +1,4 @@
-"""Linear layers of other libraries: their weight is read as their forward uses it, or an error explains why not.
+"""Linear layers of other libraries: reads their weight as their forward uses it, or gives the reason why it cannot.
 
 bitsandbytes' Linear4bit and Linear8bitLt are subclasses of nn.Linear whose `weight` holds codes. They are recognized by
 the class of that weight, so that bitsandbytes need not be installed.
@@ -17,7 +17,9 @@ from ...nn.describe import describe_quantization
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether `module` holds a weight that bitsandbytes has quantized. Before it is moved to a device, it has not."""
+    """Return whether `module` holds a weight that bitsandbytes has quantized, which it does when the layer is moved to
+    a device.
+    """
     weight: Any = module._parameters.get("weight")
     kind = type(weight).__name__
     return (kind == "Params4bit" and weight.quant_state is not None) or (
@@ -32,7 +34,7 @@ def weight_unreadable(linear: nn.Linear) -> str | None:
         return f"its weight holds codes in {weight.dtype}"
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
         return None
-    # The common case first: torch.compile traces no further.
+    # The common case comes first, so that torch.compile traces no further.
     if type(weight) not in (Tensor, nn.Parameter) and not type(weight).__module__.startswith("torch."):
         return f"its weight is a {type(weight).__name__}"
     if type(linear) is not nn.Linear and type(linear).forward is not nn.Linear.forward and not _is_affine(linear):
@@ -45,9 +47,9 @@ _GIVES_ROWS: dict[type[nn.Module], bool] = {}
 
 @torch.no_grad()
 def gives_rows(linear: nn.Linear) -> bool:
-    """Whether the layer gives a tensor [..., N], by trying it; routers that are an nn.Linear give more.
+    """Return whether a trial call of the layer returns a tensor [..., N]; routers derived from nn.Linear return more.
 
-    A forward that raises, as that of a quantized layer may on this device, is taken to be a linear layer's.
+    A layer whose forward raises, as a quantized layer may on this device, counts as a linear layer.
     """
     kind = type(linear)
     if kind.forward is nn.Linear.forward:
@@ -56,7 +58,7 @@ def gives_rows(linear: nn.Linear) -> bool:
         x = torch.zeros(2, linear.in_features, dtype=torch.float32, device=linear.weight.device)
         try:
             y = linear.forward(x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x)
-        except Exception:  # whatever another library raises
+        except Exception:  # other libraries may raise any error
             return True
         _GIVES_ROWS[kind] = isinstance(y, Tensor) and y.shape == (2, linear.out_features)
     return _GIVES_ROWS[kind]
@@ -64,7 +66,7 @@ def gives_rows(linear: nn.Linear) -> bool:
 
 @torch.no_grad()
 def _is_affine(linear: nn.Linear) -> bool:
-    """Whether a subclass with a forward of its own, such as Falcon's, computes y = x W^T + bias, by trying it."""
+    """Return whether a trial call of a subclass with its own forward, such as Falcon's, gives y = x W^T + bias."""
     weight = linear.weight
     x = torch.linspace(-1, 1, 2 * linear.in_features, dtype=torch.float32, device=weight.device)
     x = x.cos().view(2, -1).to(weight.dtype)
@@ -73,14 +75,14 @@ def _is_affine(linear: nn.Linear) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     expected = F.linear(x, weight, linear.bias)
-    # Each term may be rounded another time; a layer that computes something else is far beyond that.
+    # Roundings may differ; a layer that computes something else exceeds this bound by far.
     size = F.linear(x.abs().float(), weight.abs().float()) + 1
     rounding = 8 * torch.finfo(weight.dtype).eps
     return isinstance(y, Tensor) and y.shape == expected.shape and bool(((y - expected).abs() <= rounding * size).all())
 
 
 def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
-    """[N, K] fp32 of a layer for which is_bitsandbytes holds. The layer is not changed."""
+    """Return the weight [N, K] in fp32 of a layer for which is_bitsandbytes holds. The layer is not changed."""
     weight: Any = linear.weight
     if type(weight).__name__ == "Int8Params":
         state: Any = linear.state
@@ -90,7 +92,7 @@ def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
     absmax = _absmax(state)
     if in_cpu_format(state):
         common = copy.deepcopy(linear)
-        common.state_dict()  # puts the indices back into the common order, but not always the absmax
+        common.state_dict()  # restores the common order of the indices, but not always that of absmax
         weight = common.weight
     packed = weight.data.view(torch.uint8).flatten()
     indices = torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten()[: state.shape.numel()]
@@ -99,7 +101,7 @@ def bitsandbytes_weight(linear: nn.Linear) -> Tensor:
 
 
 def _absmax(state: Any) -> Tensor:
-    """fp32, one per block of a Linear4bit's weight in row-major order."""
+    """Return the absmax of each block of a Linear4bit's weight, fp32, in row-major order."""
     if in_cpu_format(state):
         return state.absmax.T.flatten().float()  # type: ignore[no-any-return]
     if not state.nested:
@@ -109,7 +111,9 @@ def _absmax(state: Any) -> Tensor:
 
 
 def in_cpu_format(state: Any) -> bool:
-    """Whether the layer has run in eval mode on a CPU with AVX512-BF16: the absmax of row n, block b lies at [b, n]."""
+    """Return whether the layer has run in eval mode on a CPU with AVX512-BF16, so that absmax is stored as [block,
+    row].
+    """
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
