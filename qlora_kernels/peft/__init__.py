@@ -1,4 +1,4 @@
-"""Every PEFT method in plain PyTorch, over nn.Linear and LinearNF4 alike. docs/methods.md teaches each."""
+"""Every PEFT method in plain PyTorch, over nn.Linear and LinearNF4 alike. docs/methods.md describes each."""
 
 from .core.config import PeftConfig
 from .framework.registry import METHODS, register_method

@@ -1,4 +1,4 @@
-"""Public path of LinearMethod, the base of LoRA-like methods outside of this package."""
+"""Public path of LinearMethod, the base class for LoRA-like methods outside this package."""
 
 from .framework.linear_method import LinearMethod
 from .layers.adapted_linear import Delta

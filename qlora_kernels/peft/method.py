@@ -1,4 +1,4 @@
-"""Public path of what a method outside of this package is built from; docs/tutorials/add-a-method.md shows one."""
+"""Public path of the base classes for methods outside this package; docs/tutorials/add-a-method.md has an example."""
 
 from .framework.method import Method, PreparedCall
 from .framework.registry import register_method

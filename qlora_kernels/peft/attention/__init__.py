@@ -1,1 +1,1 @@
-"""Module names of the parts of a transformer, and the places where prefixes and prompts enter it."""
+"""Module names of the parts of a transformer, and the places at which prefixes and prompts are added."""

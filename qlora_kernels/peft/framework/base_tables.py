@@ -64,8 +64,7 @@ def _layers(injector: Injector) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for table in (input_embeddings_of(injector.model), output_embeddings_of(injector.model)):
         layer = None if table is None else base_of(unwrapped(table))
-        if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # not an embedding of image
-        patches
+        if layer is not None and (isinstance(layer, nn.Embedding) or is_linear(layer)):  # not an image embedding
             found |= {path: layer for path, module in injector.modules(aliases=True).items() if module is layer}
     return found
 

@@ -10,7 +10,8 @@ This is safe under:
   autograd        the outputs belong to one node, which runs backward once, with zeros for unused outputs
   exceptions      pending outputs stay until the first layer runs again, and are returned only for their input tensor
   threads         a call stores its outputs as one object, so two calls cannot mix; on a race one of them recomputes
-Under torch.compile a write into the tensor between the calls goes unseen; models that write there must not be fused.
+Under torch.compile a write into the tensor between the calls is not detected; models with such writes must not be
+fused.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ GROUPS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-"""Names of siblings that read one tensor in common architectures, leaders first."""
+"""Names of sibling layers that read one tensor in common architectures, in the order of their calls."""
 
 
 def fuse_shared_input(model: nn.Module, groups: Sequence[Sequence[str]] = GROUPS) -> list[tuple[str, ...]]:
-    """Let adapted NF4 layers that read the same tensor run as one op: one pass over x, one sum of its gradient.
+    """Run adapted NF4 layers that read the same tensor as one op, with one pass over x and one sum of its gradient.
 
     model: after get_peft_model, in place. Names, parameters, hooks and files stay as they are.
-    groups: names of layers under one parent, in the order in which the model calls them; of each, those that are LoRA
-    over LinearNF4 are fused, where there are two or more. A group whose layers turn out to read different tensors warns
+    groups: names of layers under one parent, in the order in which the model calls them. In each group, the layers with
+    LoRA over LinearNF4 are fused if there are at least two. A group whose layers read different tensors gives a warning
     and runs unfused.
-    Dropout: the layers of a group share one mask, where unfused each draws its own; without dropout nothing changes but
-    the order of additions.
-    Returns the names of each group fused. Raises ValueError where there is none.
+    Dropout: the layers of a group share one mask, while unfused layers draw separate masks. Without dropout only the
+    order of additions changes.
+    Returns the names of each fused group. Raises ValueError if there is none.
     """
     fused = []
     for path, parent in model.named_modules():
@@ -90,18 +91,18 @@ class FusedProjections:
 
     def __init__(self, layers: Sequence[AdaptedLinear], names: Sequence[str]) -> None:
         self.layers, self.names = tuple(layers), tuple(names)
-        self.apart = False  # they were seen to read different tensors
+        self.apart = False  # they have read different tensors
         self._shares: _PendingOutputs | None = None
 
     def output_of(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """base(x) with the low-rank updates of `layer`, or None where it has to compute for itself."""
+        """Return base(x) with the low-rank updates of `layer`, or None if the layer must compute its output itself."""
         if self.apart:
             return None
         place = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if place == 0:
             return self._compute(x)
         shares = self._shares
-        if place is None or shares is None:  # None: a replica of a layer, which data-parallel code makes
+        if place is None or shares is None:  # None for a replica of a layer, as data-parallel code makes
             return None
         if shares.x is not x:
             self._part(place)
@@ -144,8 +145,8 @@ def _trains_bias(base: LinearNF4) -> bool:
 
 
 def _state_of(x: Tensor) -> tuple[object, ...]:
-    """Return the state that must be the same in the first layer's call and in the others'."""
-    # torch.compile has no versions to compare while it traces, and inference tensors have none at all.
+    """Return the state that must be equal in the first layer's call and in the calls of the others."""
+    # Versions are not available while torch.compile traces, and inference tensors have none.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

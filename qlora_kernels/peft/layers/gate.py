@@ -11,8 +11,8 @@ from ..core.adapter_selection import AdapterSelection
 class Gate(nn.Module):
     """g = sigmoid(w . h + b), w ~ N(0, 0.02), b = 0: one half at the start.
 
-    h [B, S, d] -> [B, 1, 1], the mean over a row's tokens, padding left out; with per_token [B, S, 1]: a decoder must
-    not see tokens to come, and its value for a token must not depend on what else is in the call.
+    h [B, S, d] -> [B, 1, 1], the mean over a row's tokens without padding; with per_token -> [B, S, 1], for decoders,
+    in which the value of a token must depend neither on later tokens nor on the other inputs of the call.
     """
 
     def __init__(self, d: int, per_token: bool, device: torch.device, dtype: torch.dtype) -> None:
@@ -23,7 +23,7 @@ class Gate(nn.Module):
         self.per_token = per_token
 
     def forward(self, h: Tensor, padding: Tensor | None) -> Tensor:
-        """padding [B, S]: 1 where a token is real, or None."""
+        """Compute the gate of h. padding [B, S]: 1 for tokens and 0 for padding, or None."""
         g = torch.sigmoid(self.linear(h.to(self.linear.weight.dtype)))
         if self.per_token:
             return g
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 def padding_of(selection: AdapterSelection, name: str, h: Tensor) -> Tensor | None:
-    """The rows of the call's padding mask that go with h, a batch that holds adapter `name`'s rows only; or None."""
+    """Return the rows of the call's padding mask that belong to h, a batch of only adapter `name`'s rows, or None."""
     padding = selection.state.padding
     if padding is None:
         return None

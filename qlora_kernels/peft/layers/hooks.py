@@ -1,4 +1,4 @@
-"""AdapterHook: hooks by which an adapter adds to what a module of the model computes, in the rows that are its own."""
+"""AdapterHook: hooks by which an adapter changes the input or output of a module, in the rows that use the adapter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..core.adapter_tree import Place
 
 
 class AdapterHook:
-    """Adds update(x), x being read at one place of the model and the sum made at another.
+    """Adds update(x), where x is read at one place of the model and update(x) is added at another.
 
-    Each of the methods that take modules is one such pair of places, and returns the handles of the hooks that it
-    registered. The adapter's module is looked up at `place` below the module where the sum is made: that is the module
-    that the hook is called with, so a replica of it computes with the replica of the adapter.
+    Each method that takes modules registers the hooks for one such pair of places, and returns their handles. The
+    adapter's module is looked up at `place` below the module at which the update is added. A hook receives this module
+    as an argument, so that a replica uses its replica of the adapter.
     """
 
     def __init__(self, selection: AdapterSelection, name: str, place: Place) -> None:
@@ -29,18 +29,17 @@ class AdapterHook:
         return entries[self.place.key](x)  # type: ignore[no-any-return]
 
     def after(self, module: nn.Module) -> list[RemovableHandle]:
-        """The module's output h becomes h + update(h).   h: the output, or the first element of an output tuple."""
+        """Change the module's output h to h + update(h). h: the output, or the first element of an output tuple."""
         return [module.register_forward_hook(self._after)]
 
     def before_norm(self, norm: nn.Module) -> list[RemovableHandle]:
-        """The module's input u becomes u + update(norm(u))."""
+        """Change the module's input u to u + update(norm(u))."""
         return [norm.register_forward_pre_hook(self._before_norm)]
 
     def parallel(self, first: nn.Module, last: nn.Module) -> list[RemovableHandle]:
-        """The output h of a sublayer becomes h + update(x), x being the sublayer's input.
+        """Change the output h of a sublayer to h + update(x), where x is the sublayer's input.
 
-        Two modules, because a sublayer is not always one: x is the first argument of the one, h the output of the
-        other.
+        A sublayer may consist of several modules: x is the first argument of the first one, h the output of the last.
         """
         return [first.register_forward_pre_hook(self._remember), last.register_forward_hook(self._parallel)]
 
@@ -48,7 +47,7 @@ class AdapterHook:
         return self._added(module, output) if self.selection.has(self.name) else output
 
     def _before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> Any:
-        # forward, not a call: that would come back here.
+        # forward() and not a call, which would run this hook again
         return self._added(norm, args, norm.forward(args[0])) if self.selection.has(self.name) else args
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -64,7 +63,7 @@ class AdapterHook:
         return self._added(module, output, x)
 
     def _added(self, module: nn.Module, to: Any, x: Tensor | None = None) -> Any:
-        """`to`, a tensor or a tuple that begins with one, h, with update(x) added to h; x: None = h."""
+        """Return `to`, a tensor h or a tuple that begins with h, with update(x) added to h; x: None = h."""
         h, *rest = to if isinstance(to, tuple) else (to,)
         x, rows = h if x is None else x, self.selection.row_index(self.name, h)
         added = self.update(module, x if rows is None else x[rows]).to(h.dtype)

@@ -1,4 +1,4 @@
-"""Low-rank updates of a linear layer, any number of them as one: y = base(x) + sum_i scaling_i * B_i A_i dropout(x)."""
+"""Low-rank updates of a linear layer, combined: y = base(x) + sum_i scaling_i * B_i A_i dropout(x)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LoraFactors = tuple[Tensor, Tensor, float]
 def forward_lowrank(
     base: nn.Module, x: Tensor, updates: Sequence[LoraFactors], *, dropout_p: float, owner: Tensor | None = None
 ) -> Tensor:
-    """base(x) and the updates, in one fused call where the base offers it.
+    """Return base(x) plus the updates, by one fused call if the base supports it.
 
-    x [B, ..., K].   owner: int64 [B], which of the updates each row gets, -1 for none; None = every row gets all.
+    x [B, ..., K]. owner: int64 [B], the index of the update of each row, -1 for none; None = every row gets all.
     """
     if owner is None and hasattr(base, "forward_lora"):
         lora_A, lora_B, scaling = updates[0] if len(updates) == 1 else concatenated(updates)
@@ -32,9 +32,9 @@ def forward_lowrank(
 def add_lowrank(
     x: Tensor, y: Tensor, updates: Sequence[LoraFactors], *, dropout_p: float, owner: Tensor | None = None
 ) -> Tensor:
-    """y and the updates, by plain matmuls in the factors' dtype, rounded once to y's.
+    """Return y plus the updates, by matmuls in the factors' dtype, rounded once to y's dtype.
 
-    One pair serves all updates; with owners the middle [B, ..., sum of r] is masked by row.
+    One pair of matmuls computes all updates; with owners the intermediate result [B, ..., sum of r] is masked by row.
     """
     lora_A, lora_B, scaling = concatenated(updates)
     s = F.linear(F.dropout(x.to(lora_A.dtype), dropout_p), lora_A)
@@ -47,7 +47,7 @@ def add_lowrank(
 
 
 def concatenated(updates: Sequence[LoraFactors]) -> LoraFactors:
-    """The sum as one update of rank sum_i r_i."""
+    """Return the sum of the updates as one update of rank sum_i r_i."""
     if len(updates) == 1:
         return updates[0]
     lora_A = torch.cat([A for A, _, _ in updates])
@@ -55,7 +55,7 @@ def concatenated(updates: Sequence[LoraFactors]) -> LoraFactors:
 
 
 def _stacked(updates: Sequence[LoraFactors]) -> tuple[Tensor, Tensor, Tensor]:
-    """A [E, r, K], B [E, N, r], ranks padded with zeros to the largest, and scalings fp32 [E]."""
+    """Return A [E, r, K] and B [E, N, r], with ranks padded by zeros to the largest, and scalings fp32 [E]."""
     r = max(A.shape[0] for A, _, _ in updates)
     lora_A = torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A, _, _ in updates])
     lora_B = torch.stack([F.pad(B, (0, r - B.shape[1])) for _, B, _ in updates])

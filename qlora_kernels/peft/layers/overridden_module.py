@@ -40,7 +40,7 @@ class ParameterCopies(AdapterModules):
         self.selection = selection
 
     def active(self, attribute: str) -> Tensor | None:
-        """The copy to compute with in the running call; None for the module's own parameter."""
+        """Return the copy that applies in the running call; None for the module's own parameter."""
         for copies in self.values():
             if hasattr(copies, attribute) and self.selection.replaces(cast(AdapterCopies, copies).adapter):
                 return weight_of(copies, attribute)
@@ -56,7 +56,7 @@ class _Overridden(MadeClass):
 
 @cache
 def _overridden_class(plain_class: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """A subclass by the same name whose `attributes` are read through the active overrides."""
+    """Return a subclass of the same name in which `attributes` are read through the active overrides."""
     members: dict[str, Any] = {name: _property(name) for name in attributes}
     if issubclass(plain_class, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, lambda module, value: None)
@@ -77,16 +77,17 @@ def _property(attribute: str) -> property:
             raise AttributeError(f"{type(module).__name__} has no attribute {attribute!r}")
         own = values[attribute]
         if is_sharded(own) and "_is_fsdp_managed_module" in module.__dict__:
-            return own  # fully_shard looks for its shards here; in a forward, where copies act, it has gathered them
+            # fully_shard reads its shards here; during a forward, in which copies are active, they are gathered.
+            return own
         overrides = module._modules.get(SLOT)
         copy = None if overrides is None else cast(ParameterCopies, overrides).active(attribute)
-        # A copy may be kept in a wider dtype than the model computes in.
+        # A copy may have a wider dtype than the model's computation.
         value = own if copy is None else copy.to(own.dtype)
         updates: Any = module._modules.get(attribute + UPDATES)
         return value if updates is None else updates.applied(value)
 
     def write(module: nn.Module, value: Any) -> None:
-        # A parameter is assigned by nn.Module itself; a replica of nn.DataParallel gets plain tensors.
+        # nn.Module assigns parameters; nn.DataParallel assigns plain tensors to replicas.
         module.__dict__[attribute] = value
 
     return property(read, write)
@@ -103,9 +104,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def override(module: nn.Module, attribute: str, selection: AdapterSelection) -> ParameterCopies:
-    """Make `attribute`, a parameter of the module, one that adapters can override; return the child for their copies.
+    """Let adapters override `attribute`, a parameter of the module; return the child that holds their copies.
 
-    Raises NotImplementedError for a container that calls each of its children, which would call that child too.
+    Raises NotImplementedError for a container that calls each of its children, because it would call this child too.
     """
     if SLOT not in module._modules:
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -122,11 +123,11 @@ def override(module: nn.Module, attribute: str, selection: AdapterSelection) -> 
 
 
 def restore(module: nn.Module) -> None:
-    """Undo `override` once no adapter has a copy any more."""
+    """Undo `override` if no adapter has a copy any more."""
     if not module._modules.get(SLOT):
         module._modules.pop(SLOT, None)
         if any(name.endswith(UPDATES) for name in module._modules):
             return
-        # Another library may have put a class of its own over ours, which then stays as it is and reads through.
+        # If another library has extended this class, it stays and reads the module's own parameters.
         if type(module) is not plain_class(module) and "plain_class" in vars(type(module)):
             module.__class__ = plain_class(module)

@@ -1,4 +1,4 @@
-"""LoRA of parameters that a module multiplies in its own code, such as the [experts, out, in] weights of a mixture.
+"""LoRA of parameters that a module multiplies in its own code, such as the [experts, out, in] weights of an MoE.
 
 Names, shapes and files are those of PEFT's target_parameters. When the module reads the attribute, it gets a weight
 that includes the update. A stack of experts is updated one expert at a time: F.linear(x, stack[e]) adds the low-rank
@@ -46,22 +46,22 @@ class ParameterDelta(nn.Module):
             nn.init.zeros_(self.lora_B.weight)
 
     def factors(self, experts: Any) -> tuple[Tensor, Tensor]:
-        """(A [..., r, K], B [..., N, r]) of these experts: a number, or a tensor of numbers."""
+        """Return (A [..., r, K], B [..., N, r]) of one expert, or of several for a tensor of numbers."""
         lora_A = self.lora_A.weight.view(self.experts, self.r, -1)
         lora_B = self.lora_B.weight.view(-1, self.r, self.experts).permute(2, 0, 1)
         return lora_A[experts], lora_B[experts]
 
     def update(self, experts: Any) -> Tensor:
-        """[..., N, K] (or transposed): scaling * B A of these experts."""
+        """Return scaling * B A of these experts, [..., N, K] or transposed."""
         lora_A, lora_B = self.factors(experts)
         product = self.scaling * (lora_B @ lora_A)
         return product.transpose(-2, -1) if self.transposed else product
 
 
 class ParameterUpdates(AdapterModules):
-    """The updates of all adapters of one parameter; a child of the module that has the parameter.
+    """The updates of one parameter by all adapters; a child of the module that has the parameter.
 
-    While merged, `merged` is the weight that the module computes with.
+    While merged, `merged` is the weight that the module uses.
     """
 
     def __init__(self, selection: AdapterSelection) -> None:
@@ -82,7 +82,7 @@ class ParameterUpdates(AdapterModules):
         return stack if lazy else stack.dense()
 
     def merge(self, own: Stored, names: Sequence[str], *, target: str, safe_merge: bool) -> tuple[float, float]:
-        """As AdaptedLinear.merge, for a parameter whose own value is `own`."""
+        """Merge updates as AdaptedLinear.merge does, for a parameter whose own value is `own`."""
         names = (*self.merged_names, *(n for n in names if n in self and n not in self.merged_names))
         weight = _dense(own).detach().float()
         with torch.no_grad():
@@ -100,14 +100,14 @@ class ParameterUpdates(AdapterModules):
         self.merged, self.merged_names = [], ()
 
     def kept_merged(self) -> Stored | None:
-        """The merged weight, which is to be the module's own for good; None where nothing is merged."""
+        """Return the merged weight, which becomes the module's own, or None if nothing is merged."""
         merged = self.merged[0] if self.merged else None
         self.unmerge()
         return merged
 
 
 class UpdatedStack:
-    """[E, N, K] of `own` and the updates: not a tensor, but torch functions take it as one."""
+    """The weights [E, N, K] of all experts with updates. Not a tensor, but accepted by torch functions."""
 
     def __init__(self, own: Stored, deltas: Sequence[ParameterDelta]) -> None:
         self.own, self.deltas = own, deltas
@@ -115,7 +115,7 @@ class UpdatedStack:
         self._dense: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The updated weight, computed once."""
+        """The dense updated weight, computed once."""
         if self._dense is None:
             own = _dense(self.own)
             self._dense = own + sum(d.update(slice(None)).to(own.dtype).view_as(own) for d in self.deltas)
@@ -141,7 +141,7 @@ class UpdatedStack:
 
 
 class UpdatedExpert:
-    """[N, K] of one expert and its updates: not a tensor, but torch functions take it as one."""
+    """The weight [N, K] of one expert with updates. Not a tensor, but accepted by torch functions."""
 
     def __init__(self, own: Tensor | ExpertWeight, parts: Sequence[tuple[ParameterDelta, int]]) -> None:
         self.own, self.parts = own, parts
@@ -152,7 +152,7 @@ class UpdatedExpert:
         return own + sum(delta.update(expert).to(own.dtype) for delta, expert in self.parts)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """F.linear with this as the weight, where it is stored as [N, K]."""
+        """Compute F.linear with this weight, if it is stored as [N, K]."""
         y = F.linear(x, cast(Tensor, self.own), bias)
         for delta, expert in self.parts:
             lora_A, lora_B = delta.factors(expert)

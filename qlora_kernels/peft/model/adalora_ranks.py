@@ -7,9 +7,9 @@ from .peft_model import PeftModel
 
 
 def adalora_ranks(model: PeftModel, adapter_name: str = "default") -> dict[str, int]:
-    """Layer name -> the number of triplets it keeps. Final once step() has seen total_step - tfinal.
+    """Return layer name -> number of kept triplets, which is final after step(total_step - tfinal).
 
-    Raises ValueError if the adapter is not there or has no AdaLoRA.
+    Raises ValueError if there is no such adapter or it does not use AdaLoRA.
     """
     methods = model.injector.adapters.get(adapter_name, [])
     deltas = [item for method in methods if isinstance(method, AdaLora) for item in method.deltas.items()]

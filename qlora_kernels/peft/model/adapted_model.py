@@ -27,7 +27,7 @@ M = TypeVar("M", bound="AdaptedModel")
 
 
 class AdaptedModel(RecognizedAsPeftModel, nn.Module):
-    """Forward, generation and training of a model with adapters. An attribute that it lacks is the base model's.
+    """Forward, generation and training of a model with adapters. Other attributes are those of the base model.
 
     base_model: the model, whose layers are wrapped or hooked in place.   prompt_encoder: the modules of soft prompts.
     injector: the model by canonical names, and the methods of its adapters.   selection: which adapters are active.
@@ -53,7 +53,7 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         self.prompt_encoder = AdapterModules()
         self.injector = Injector(model, adapter_dtype, self.prompt_encoder)
         self.selection = self.injector.selection
-        self.replica_states: States | None = None  # in a replica: the call states of the thread that made it
+        self.replica_states: States | None = None  # in a replica, the call states of the thread that made it
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -110,7 +110,7 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         return self.selection.within(rows=tuple(adapter_names), padding=padding)
 
     def _acting(self) -> list[Method]:
-        """Return the methods that act in the running call, in the order in which the adapters were added."""
+        """Return the methods that are active in the running call, in the order in which the adapters were added."""
         acting = (name for name in self.injector.adapters if self.selection.has(name))
         return [method for name in acting for method in methods_of(self.injector, name)]
 
@@ -119,7 +119,7 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         return [method for name in self.selection.active for method in methods_of(self.injector, name)]
 
     def _replicate_for_data_parallel(self) -> Any:
-        # A replica runs in a thread of its own, where the call states of this thread do not hold.
+        # A replica runs in another thread, which does not have the call states of this thread.
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.replica_states = capture_states()
         return replica
@@ -128,7 +128,7 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Compute as the base model inside the `with`, also while adapters are merged.
 
-        It holds for calls inside the `with` in this thread or asyncio task. The merge state does not change.
+        This applies to calls inside the `with` in this thread or asyncio task. The merge state does not change.
         """
         with self.selection.disabled():
             yield
@@ -139,7 +139,7 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         with self.selection.disabled():
             return None if tie is None else tie(*args, **kwargs)
 
-    # What the model consists of
+    # Contents of the model
 
     def get_base_model(self) -> nn.Module:
         """Return the base model, with the adapters in it."""

@@ -1,4 +1,4 @@
-"""Adapters in folders: what save_pretrained writes and load_adapter reads."""
+"""Adapters in folders, as save_pretrained writes and load_adapter reads them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def save(injector: Injector, directory: str | os.PathLike[str], names: Sequence[
 def load(
     injector: Injector, directory: str | os.PathLike[str], name: str, *, is_trainable: bool, training: bool
 ) -> None:
-    """Add the adapter of a folder, or fill an adapter of that name that is there with the folder's values.
+    """Add the adapter of a folder, or load the folder's values into an existing adapter of that name.
 
-    is_trainable: also load what only training needs.   training: whether the model is in training mode.
-    Raises ValueError if the folder has another configuration than the adapter that is there. An error while a new
-    adapter is filled leaves the model as it was.
+    is_trainable: also load state that only training needs. training: whether the model is in training mode.
+    Raises ValueError if the folder has another configuration than the existing adapter. An error while a new adapter is
+    loaded leaves the model unchanged.
     """
     configs, files = zip(*checkpoint.load_adapter(directory), strict=True)
     if name in injector.adapters:

@@ -15,7 +15,9 @@ _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of the call's input: transformers' by name, else the first tensor; None where there is no tensor."""
+    """Return the number of rows of the call's input: of transformers' input by name, else of the first tensor, else
+    None.
+    """
     named = [kwargs[name] for name in _INPUTS if name in kwargs]
     tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
     first = next(tensors, None)
@@ -23,7 +25,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | None) -> None:
-    """Raise ValueError for another number of names than rows, and for adapters that cannot serve single rows."""
+    """Raise ValueError if the number of names differs from the number of rows, or an adapter cannot be used by row."""
     if batch is not None and len(adapter_names) != batch:
         raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
     for name in set(adapter_names) - {BASE}:
@@ -36,10 +38,10 @@ def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | No
 
 
 def expanded_rows(rows: tuple[str, ...] | None, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...] | None:
-    """`rows` for the rows that the layers see while `model` generates with the arguments `kwargs`.
+    """Return `rows` expanded to the rows of the layers' inputs while `model` generates with the arguments `kwargs`.
 
-    generate repeats each row for every beam or every returned sequence, in a decoder before its first step; an encoder
-    sees each row once, and the layers of its decoder stretch the names themselves.
+    generate repeats each row for every beam or returned sequence. In a decoder this happens before the first step. An
+    encoder computes each row once, and the layers of its decoder expand the names themselves.
     """
     if rows is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return rows

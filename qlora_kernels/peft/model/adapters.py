@@ -20,7 +20,7 @@ def as_configs(configs: Configs) -> list[PeftConfig]:
 
 
 def add(injector: Injector, name: str, configs: Configs, *, training: bool) -> None:
-    """Add an adapter, not active and not trained; an error leaves the model as it was.
+    """Add an adapter, which is neither active nor trained; an error leaves the model unchanged.
 
     Raises ValueError for a name that is taken or cannot be the name of a module.
     """
@@ -57,8 +57,8 @@ def remove(injector: Injector, name: str) -> None:
 def activate(injector: Injector, names: Sequence[str], *, trainable: bool) -> None:
     """Make exactly these adapters active, and train exactly them or none.
 
-    Raises ValueError for unknown names, for adapters that replace the same parameters, and for an adapter beside one
-    that is made of it.
+    Raises ValueError for unknown names, for adapters that replace the same parameters, and for an adapter together with
+    another one that uses it.
     """
     for name in names:
         methods_of(injector, name)
@@ -73,7 +73,7 @@ def activate(injector: Injector, names: Sequence[str], *, trainable: bool) -> No
 
 
 def parts_of(injector: Injector, name: str) -> set[str]:
-    """Return the names of the other adapters that adapter `name` is made of."""
+    """Return the names of the other adapters that adapter `name` uses."""
     return {part for method in methods_of(injector, name) for part in method.needs}
 
 
@@ -95,6 +95,6 @@ def is_trained(injector: Injector, name: str) -> bool:
 
 
 def configs_of(injector: Injector) -> dict[str, PeftConfig | list[PeftConfig]]:
-    """Return each adapter's configuration, or the list of them where it combines several methods."""
+    """Return each adapter's configuration, or a list of configurations if it combines several methods."""
     configs = {name: [method.config for method in methods] for name, methods in injector.adapters.items()}
     return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}

@@ -1,6 +1,6 @@
-"""A LoRA adapter that is the weighted sum of others, or one of its sparser relatives.
+"""Combination of LoRA adapters into one: the weighted sum of the updates, or sparser variants of it.
 
-Source: TIES (arXiv:2306.01708), DARE (arXiv:2311.03099). Names and what is combined: PEFT's.
+Source: TIES (arXiv:2306.01708), DARE (arXiv:2311.03099). Names and combined tensors: PEFT's.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ Factors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """The arithmetic by which several tensors become one.
+    """The operations that combine several tensors into one.
 
-    prune: keeps `density` of each tensor's entries, the largest ("magnitude") or random ones scaled by 1 / density.
-    elect: each entry has a sign elected, and is the mean of the tensors that have it; else the sum of all.
+    prune: keeps a fraction `density` of each tensor's entries, the largest ("magnitude") or random ones scaled by 1 /
+    density.
+    elect: whether a sign is elected for each entry, which is then the mean of the tensors with that sign; otherwise
+    entries are summed.
     """
 
     prune: Literal["magnitude", "random"] | None = None
@@ -48,13 +50,14 @@ _SVD = {"svd": "linear"} | {f"{name}_svd": name for name in _ARITHMETICS if name
 
 @dataclass(frozen=True)
 class Combination:
-    """kind, as in PEFT: "cat" is sum_i w_i s_i B_i A_i exactly (s_i: the adapters' scalings), at rank sum_i r_i.
+    """A combination of updates. kind, as in PEFT: "cat" is exactly sum_i w_i s_i B_i A_i (s_i: scalings), with rank
+    sum_i r_i.
 
-    "svd" is the best approximation of that sum of rank svd_rank (default: the largest r_i). "linear" needs equal ranks
-    and combines A and B apart, which is another update: (sum_i sqrt(w_i s_i) B_i)(sum_i sqrt(w_i s_i) A_i).
-    "magnitude_prune", "ties", "dare_linear" and "dare_ties" take a sparser sum in place of "linear"'s; with "_svd" in
-    place of "svd"'s. They keep `density` of the entries; ties elects signs by the "total" of the entries or by the
-    "frequency" of their signs.
+    "svd" is the best approximation of this sum with rank svd_rank (default: the largest r_i). "linear" needs equal
+    ranks and combines A and B separately, which gives another update: (sum_i sqrt(w_i s_i) B_i)(sum_i sqrt(w_i s_i)
+    A_i). "magnitude_prune", "ties", "dare_linear" and "dare_ties" replace the sum of "linear" by a sparser one, and
+    with the suffix "_svd" that of "svd". They keep a fraction `density` of the entries. ties elects signs by the
+    "total" of the entries or by the "frequency" of their signs.
     """
 
     kind: str
@@ -78,11 +81,11 @@ class Combination:
 
     @property
     def arithmetic(self) -> _Arithmetic:
-        """How tensors are combined for this type of combination."""
+        """The operations of this type of combination."""
         return _ARITHMETICS[_SVD.get(self.kind, self.kind)]
 
     def factors(self, path: str, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """(A, B) of the layer at `path`."""
+        """Return (A, B) of the layer at `path`."""
         scaled = [w * s for w, (_, _, s) in zip(weights, parts, strict=True)]
         ranks = [A.shape[0] for A, _, _ in parts]
         all_A, all_B = [A for A, _, _ in parts], [B for _, B, _ in parts]
@@ -124,7 +127,7 @@ class Combination:
 class Combined:
     """The configuration and tensors of a new LoRA adapter of scaling 1.
 
-    factors: (A, B) of each layer that one of the parts adapts.   replaced: values of the parameters that it replaces.
+    factors: (A, B) of each layer that is adapted by a part. replaced: values of replaced parameters.
     """
 
     config: LoraConfig
@@ -134,12 +137,12 @@ class Combined:
 
 @torch.no_grad()
 def weighted_lora(parts: Sequence[Lora], weights: Sequence[float], combination: Combination) -> Combined:
-    """The weighted combination of the parts.
+    """Return the weighted combination of the parts.
 
-    Biases that bias="all" or "lora_only" trains are updates like the others: their differences from the base's are
-    summed by weight. Other parameters that an adapter replaces (modules_to_save) are no updates: where one adapter has
-    them, they are taken from it as they are.
-    Raises ValueError, naming the adapter and the part, for what cannot be combined: parameters that two adapters
+    Biases trained by bias="all" or "lora_only" are treated as updates: the weighted sum of their differences from the
+    base's biases is added. Other replaced parameters (modules_to_save) are not updates; if one adapter has them, they
+    are copied from it.
+    Raises ValueError, naming the adapter and the part, for parts that cannot be combined: parameters that two adapters
     replace, DoRA's magnitudes, biases of lora_bias.
     """
     if not parts or len(parts) != len(weights):

@@ -1,4 +1,4 @@
-"""Counting the weights of a model with adapters, and those that train."""
+"""Counts of all weights and of trained weights of a model with adapters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ..layers.base_layer import features, is_quantized
 
 
 def count_parameters(model: nn.Module, injector: Injector) -> tuple[int, int]:
-    """(trained, all) of what the model computes with: a merged layer without its base, and an active copy without the
-    parameter that it replaces. A quantized layer counts as its dense shape.
+    """Return the numbers (trained, all) of the weights that the model uses.
+
+    A merged layer is counted without its base, and an active copy without the parameter that it replaces. A quantized
+    layer counts as its dense shape.
     """
     aside = {id(layer.base_layer) for layer in injector.adapted_layers().values() if layer.merged_layer is not None}
     active = [method for name in injector.selection.active for method in methods_of(injector, name)]

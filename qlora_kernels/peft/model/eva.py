@@ -1,6 +1,7 @@
-"""EVA: A of each LoRA layer starts as the directions in which the layer's inputs vary most.
+"""EVA: initializes A of each LoRA layer with the principal directions of the layer's inputs.
 
-Source: Explained Variance Adaptation (arXiv:2410.07170). Its redistribution of ranks over layers is not done.
+Source: Explained Variance Adaptation (arXiv:2410.07170). The paper's redistribution of ranks over layers is not
+implemented.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .peft_model import PeftModel
 def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
     """Set lora_A of each layer to the first r right singular vectors of the inputs that the layer gets.
 
-    batches: keyword arguments of the model's forward, a few hundred tokens or more in all. Tokens with attention_mask 0
-    do not count. The base model runs over them, without adapters, in eval mode.
-    Raises ValueError where the adapter is not one LoRA of init_lora_weights="eva", and where a layer got fewer input
+    batches: keyword arguments of the model's forward, with at least a few hundred tokens in total. Tokens with
+    attention_mask 0 are left out. The base model runs over the batches without adapters, in eval mode.
+    Raises ValueError if the adapter is not a single LoRA with init_lora_weights="eva", or if a layer got fewer input
     rows than its rank.
     """
     methods = model.injector.adapters.get(adapter_name, [])
@@ -39,7 +40,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, Any]], adapt
             x = x[mask[0].bool()]
         rows = x.reshape(-1, x.shape[-1]).float()
         seen = torch.cat([found[path], rows]) if path in found else rows
-        # The singular vectors scaled by their values stand for all rows seen so far.
+        # The singular vectors scaled by the singular values represent all previous rows.
         _, s, vh = torch.linalg.svd(seen, full_matrices=False)
         found[path] = (s[:, None] * vh)[:rank]
 

@@ -6,7 +6,9 @@ from ..framework.injector import Injector
 
 
 class Explanation(dict[str, str]):
-    """Layer name -> "fused" or the reason it is not. Printing it shows one line for each distinct answer."""
+    """A mapping from layer name to "fused" or the reason why it is not fused; str() gives one line for each distinct
+    value.
+    """
 
     def __str__(self) -> str:
         layers: dict[str, list[str]] = {}

@@ -1,8 +1,8 @@
-"""Recognition by transformers' Trainer, TRL and accelerate, which ask isinstance(model, peft.PeftModel).
+"""Recognition by transformers' Trainer, TRL and accelerate, which call isinstance(model, peft.PeftModel).
 
-Their answer decides which forward signature is inspected, that checkpoints hold adapters alone and how these are loaded
-again, and where DPO's reference comes from. The names that they use then (get_base_model, disable_adapter, set_adapter,
-load_adapter, save_pretrained, peft_config, active_adapters) are PeftModel's own.
+The result determines which forward signature they inspect, whether checkpoints hold only adapters, how checkpoints are
+loaded, and which model is DPO's reference. PeftModel has the methods that they then use (get_base_model,
+disable_adapter, set_adapter, load_adapter, save_pretrained, peft_config, active_adapters).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class RecognizedAsPeftModel:
-    """isinstance(model, peft.PeftModel) is true where peft has been imported, whenever the model was made.
+    """Makes isinstance(model, peft.PeftModel) true if peft has been imported, before or after the model was made.
 
-    `__class__` names a class that derives from both, as proxies do it. The model's type is its own, so that nothing of
-    PEFT's code runs in it; nothing is imported here.
+    As in proxies, `__class__` returns a class that derives from both. The type of the model does not change, so that no
+    code of PEFT runs in it. PEFT is not imported here.
     """
 
     @property
@@ -32,7 +32,7 @@ class RecognizedAsPeftModel:
         object.__dict__["__class__"].__set__(self, kind)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle compares the class in object's own answer with __class__.
+        # pickle compares the class in the result of object.__reduce_ex__ with __class__.
         _, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
         return (_new, arguments, *state)
 
@@ -50,7 +50,7 @@ def _new(kind: Any) -> Any:
 
 
 def check_save_options(state_dict: Mapping[str, Tensor] | None, safe_serialization: bool) -> None:
-    """Raise where save_pretrained is asked for what it does not do."""
+    """Raise for arguments of save_pretrained that are not supported."""
     if not safe_serialization:
         raise ValueError("save_pretrained: safe_serialization must be True, got False; pickled files are not written")
     if state_dict is not None:

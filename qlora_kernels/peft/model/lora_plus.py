@@ -1,7 +1,7 @@
 """LoRA+: a higher learning rate for B than for A.
 
-Source: LoRA+ (arXiv:2402.12354): with B from zero, equal rates learn too slowly in wide layers; a ratio near 16 is its
-advice.
+Source: LoRA+ (arXiv:2402.12354): B starts at zero, and equal rates learn too slowly in wide layers; the paper
+recommends a ratio near 16.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import nn
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float, *, weight_decay: float = 0.0, embedding_lr: float = 1e-6
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimizer: `lora_B` at lr * ratio, LoRA factors of embeddings at embedding_lr, the rest
-    of what trains at lr. One-dimensional parameters are not decayed.
+    """Return parameter groups: `lora_B` at lr * ratio, LoRA factors of embeddings at embedding_lr, all other trained
+    parameters at lr. One-dimensional parameters have no weight decay.
 
     Raises ValueError if the model trains no lora_B.
     """

@@ -14,7 +14,7 @@ from ..methods.tied_lora import tie_merged
 
 
 def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
-    """Raise ValueError for an adapter that is no update of weights."""
+    """Raise ValueError for an adapter that is not an update of weights."""
     for name in names:
         for method in methods_of(injector, name):
             if reason := method.merge_unsupported():
@@ -68,7 +68,7 @@ def is_merged(injector: Injector, name: str) -> bool:
 
 
 def keep_merged(injector: Injector, names: Sequence[str]) -> None:
-    """Make the merged layers, and the parameters that the adapters replace, the model's own for good."""
+    """Make the merged layers, and the parameters that the adapters replace, the model's own permanently."""
     _warn_of_ties(injector)
     tie_merged(injector)
     for layer in injector.adapted_layers().values():
@@ -91,5 +91,5 @@ def _warn_of_ties(injector: Injector) -> None:
     }
     for path, layer in merged.items():
         if id(layer.base_layer._parameters.get("weight")) in others:
-            # The merged weight is another tensor than the one it was tied to, which keeps its values.
+            # The merged weight is a new tensor; the tensor to which the layer was tied keeps its values.
             warnings.warn(f"merge: {path} was tied to another layer and is so no more", stacklevel=4)

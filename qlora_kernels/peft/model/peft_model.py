@@ -42,7 +42,7 @@ def get_peft_model(
 
 
 class PeftModel(AdaptedModel):
-    """A model with adapters: how they are added, merged, counted, saved and loaded. AdaptedModel says how it runs.
+    """A model with adapters, and the methods that add, merge, count, save and load them; AdaptedModel runs them.
 
     The adapters' parameters are inside `base_model`, in the modules whose output they change, and those of prompts in
     `prompt_encoder`; docs/methods.md lists their names.
@@ -62,7 +62,7 @@ class PeftModel(AdaptedModel):
             self.set_adapter(adapter_name)
 
     def add_adapter(self, adapter_name: str, peft_config: Configs) -> None:
-        """Add an adapter beside the others; set_adapter makes it active. Its parameters do not train until then.
+        """Add an adapter. Its parameters are neither used nor trained until set_adapter makes it active.
 
         Raises ValueError if a name in the configuration matches nothing in the model.
         """
@@ -77,13 +77,15 @@ class PeftModel(AdaptedModel):
         adapters.add(self.injector, adapter_name, peft_config, training=self.training)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make exactly these adapters active and trained (none trains with inference_mode). Several add up."""
+        """Make exactly these adapters active and trained (none is trained with inference_mode). Several adapters are
+        added up.
+        """
         adapters.activate(self.injector, as_names(adapter_name), trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter. If no other is active then, the first of those left becomes active.
+        """Remove the adapter. If no adapter is active afterwards, the first of the remaining ones becomes active.
 
-        Raises ValueError for an adapter that is merged or that another one is made of.
+        Raises ValueError for an adapter that is merged or that another adapter uses.
         """
         trained = adapters.is_trained(self.injector, adapter_name)
         if users := [name for name in self.adapters if adapter_name in adapters.parts_of(self.injector, name)]:
@@ -110,11 +112,11 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Add a LoRA adapter that is the weighted sum of other adapters' updates, or a sparser combination of them.
 
-        Of IA3 adapters the vectors are summed, whatever the combination_type: methods.ia3.weighted_ia3.
+        The vectors of IA3 adapters are summed for every combination_type, see methods.ia3.weighted_ia3.
 
-        combination_type: "cat" (exact), "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties", and the
-        last four with "_svd"; those that prune need `density`. combine.Combination describes the types and the other
-        arguments, combine.weighted_lora the biases and modules_to_save.
+        combination_type: "cat" (exact), "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties", or one
+        of the last four with the suffix "_svd"; types that prune need `density`. combine.Combination describes the
+        types and the other arguments, combine.weighted_lora the biases and modules_to_save.
         """
         methods = [method for name in adapters for method in methods_of(self.injector, name)]
         if methods and len(methods) == len(adapters) and all(isinstance(method, IA3) for method in methods):
@@ -137,9 +139,11 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Merge the adapters' updates into the weights they adapt; unmerge_adapter restores the bits.
 
-        target: storage of the merged layers: "16bit" (dense, added in fp32, cast once), "nf4", or "same" as the base. A
-        layer that is quantized again warns with |error| / |update|: NF4's steps are often larger than the update.
-        Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are no weight update.
+        target: storage of the merged layers: "16bit" (dense, added in fp32, cast once), "nf4", or "same" as the base.
+        Quantizing a layer again gives a warning with |error| / |update|, because NF4's steps are often larger than the
+        update.
+        Raises ValueError with safe_merge if a merged weight is not finite, and for adapters that are not weight
+        updates.
         """
         names = as_names(adapter_names) if adapter_names is not None else self.selection.active
         merging.check_mergeable(self.injector, names)
@@ -177,7 +181,7 @@ class PeftModel(AdaptedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the base model's embeddings as in transformers, and the adapters' copies of embeddings and head.
 
-        Rows that are added to a copy are those that the base model gets.
+        Rows that are added to a copy equal the new rows of the base model.
         Raises ValueError if the embeddings or the head have a LoRA.
         """
         return resize_token_embeddings(self.injector, *args, **kwargs)
@@ -206,9 +210,9 @@ class PeftModel(AdaptedModel):
         """Write each adapter: "default" into the folder, any other into a folder of its name inside it.
 
         is_main_process: with False nothing is written.
-        state_dict, safe_serialization: arguments of transformers' Trainer; only None and True are served.
-        An interrupted save leaves the whole old state or the whole new one (docs/reliability.md). Under fully_shard
-        every process has to call it, whatever is_main_process says; the adapters alone are gathered, and rank 0 writes.
+        state_dict, safe_serialization: arguments of transformers' Trainer; only None and True are supported.
+        An interrupted save leaves the complete old or the complete new state (docs/reliability.md). Under fully_shard
+        every process must call it, for any is_main_process; only the adapters are gathered, and rank 0 writes.
         """
         check_save_options(state_dict, safe_serialization)
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.adapters)
@@ -219,10 +223,10 @@ class PeftModel(AdaptedModel):
     ) -> None:
         """Add the adapter in a folder, written here or by PEFT; set_adapter makes it active.
 
-        An adapter of that name that the model has already takes the values of the folder, which must hold an adapter of
-        the same configuration; it trains as before.
-        is_trainable: also load what only training needs, such as the encoders of prefix and P-tuning. Without it the
-        model is put in eval mode, as PEFT does.
+        If the model already has an adapter of that name, the values of the folder are loaded into it, and it is trained
+        as before. The folder must have the same configuration.
+        is_trainable: also load state that only training needs, such as the encoders of prefix and P-tuning. Otherwise
+        the model is switched to eval mode, as in PEFT.
         """
         adapter_files.load(self.injector, model_id, adapter_name, is_trainable=is_trainable, training=self.training)
         if not is_trainable:
@@ -238,9 +242,9 @@ class PeftModel(AdaptedModel):
         *,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> PeftModel:
-        """Return `model` with the adapter in a folder, active; it trains only with is_trainable.
+        """Return `model` with the adapter in a folder, which is active; it is trained only with is_trainable.
 
-        Without is_trainable the model is in eval mode: no dropout of the base or of the adapter acts.
+        Without is_trainable the model is in eval mode, so that no dropout is applied.
         """
         peft_model = cls(model, adapter_dtype=adapter_dtype)
         peft_model.load_adapter(model_id, adapter_name, is_trainable)

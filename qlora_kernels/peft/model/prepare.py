@@ -16,14 +16,14 @@ def prepare_for_training(
     upcast: Literal["norms", "none", "all"] = "norms",
     gradient_checkpointing: Literal["non_reentrant", "reentrant", False] = "non_reentrant",
 ) -> nn.Module:
-    """Freeze `model`, in place, and returns it.
+    """Freeze `model` in place, and return it.
 
-    upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all (as PEFT's
-    prepare_model_for_kbit_training does, which takes 4 bytes for every weight of the embeddings and the head too).
-    A normalisation layer that becomes fp32 still returns what the next layer takes, so the model runs with and
-    without autocast.
-    gradient_checkpointing: needs a transformers model; "reentrant" also makes the embeddings' output require a
-    gradient, without which reentrant checkpointing trains nothing.
+    upcast: which fp16/bf16 parameters become fp32: those of normalisation layers, none, or all. PEFT's
+    prepare_model_for_kbit_training converts all, including the embeddings and the head.
+    A normalisation layer in fp32 returns its output in the dtype that the next layer expects, so that the model runs
+    with and without autocast.
+    gradient_checkpointing: needs a transformers model. "reentrant" also makes the embeddings' output require a
+    gradient, which reentrant checkpointing needs to compute gradients.
     """
     if upcast not in ("norms", "none", "all"):
         raise ValueError(f"prepare_for_training: upcast must be 'norms', 'none' or 'all', got {upcast!r}")
@@ -47,12 +47,12 @@ def prepare_for_training(
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm, GroupNorm and the models' own of such names."""
+    """Return whether a module is a LayerNorm, RMSNorm, GroupNorm or a model's own class with such a name."""
     return type(module).__name__.lower().endswith("norm")
 
 
 def _return_narrow(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook: the output in the input's dtype; without autocast at most as wide as `dtype`.
+    """Forward hook that casts the output to the input's dtype, and without autocast at most to the width of `dtype`.
 
     Some models multiply the fp32 weight last, so that their output is fp32 for any input. Others cast the input to the
     weight's dtype first (Mamba, with residuals in fp32), so that an fp32 weight makes the next layer's input fp32.

@@ -1,10 +1,11 @@
-"""Gradient checkpointing recomputes a region with the adapters that were active in its forward.
+"""Recomputes regions of gradient checkpointing with the adapters that were active in the forward pass.
 
-torch.utils.checkpoint runs a region again in the backward pass, after the call has returned: perhaps another adapter is
-active by then, the rows of the batch are forgotten, or the thread is one of autograd's own. As the state of the random
-generators and of autocast does, the state of the adapters belongs to what a region saves. torch has no place where such
-a state can be registered for both of its variants, and the call of checkpoint is in the models' code. So the two
-classes that keep a region's function between forward and backward are changed here to keep the state with it.
+torch.utils.checkpoint runs a region again in the backward pass, after the call has returned. By then another adapter
+may be active, the adapters by row are no longer set, and the thread may be one of autograd's. Like the states of the
+random generators and of autocast, the state of the adapters must therefore be saved with the region. torch offers no
+registration for such a state that works for both of its variants, and checkpoint is called in the models' code. This
+module therefore changes the two classes that keep a region's function between forward and backward, so that they keep
+the state too.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _lock = threading.Lock()
 
 
 def save_state_with_regions() -> None:
-    """Make torch's checkpoints save the state of all adapters; called for each PeftModel, and done once.
+    """Make torch's checkpoints save the state of all adapters. Called for each PeftModel; only the first call has an
+    effect.
 
-    Warns where this torch's checkpoint works in another way: then the adapters must not change between forward and
-    backward.
+    Warns if this version of torch implements checkpoint in another way. Then the adapters must not change between
+    forward and backward.
     """
     with _lock:
         reentrant = getattr(checkpoint, "CheckpointFunction", None)
@@ -46,7 +48,7 @@ def save_state_with_regions() -> None:
 
 
 def _with_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method`, whose second argument is a region's function, with one that runs in the present state."""
+    """Wrap `method` so that its second argument, a region's function, runs in the present state."""
 
     @functools.wraps(method)
     def wrapper(owner: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +59,7 @@ def _with_state(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_present_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as it would run now, whenever and in whatever thread it is called."""
+    """Return `function` bound to the present state, for calls at any time and in any thread."""
     states = capture_states()
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> An
     overrides = [
         method.overrides for methods in injector.adapters.values() for m in methods for method in (m, *m.parts)
     ]
-    # By path: the model's method puts a new module in the place of some.
+    # Looked up by path, because the model's method replaces some modules.
     copies = [(each, path, each.copy(path)) for each in overrides for path in each.paths]
     with injector.selection.disabled():
         result = model.resize_token_embeddings(*args, **kwargs)
@@ -44,7 +44,7 @@ def _tables(injector: Injector) -> list[nn.Module]:
 
 
 def _resized(copy: Tensor, own: Tensor) -> Tensor:
-    """`copy` with as many rows as `own`, further rows being own's."""
+    """Return `copy` with the number of rows of `own`; added rows are those of `own`."""
     rows = min(len(copy), len(own))
     resized = own.detach().to(copy.dtype, copy=True)
     resized[:rows] = copy.detach()[:rows]
