@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import is_
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from ..ops.adamw_step import Step, run_adamw_step
 from ..ops.tensor_memory import check_memory
+from .adamw_update import count_step, grad_multiplier, update_arena
 from .managed_memory import cuda_memory
 from .mapped_memory import MappedMemory
-from .paging_plan import plan_chunks, plan_slots
 from .paging_report import PagingReport
-from .parameter_rules import HYPERPARAMETERS, check_flags, check_group, check_param
-from .shards import is_dtensor, local, total_norm
-from .state_arena import StateArena
+from .parameter_rules import HYPERPARAMETERS, check_flags, check_group
+from .shards import is_dtensor
 from .state_memory import ResidentMemory, StateMemory
-from .state_watch import StateWatch
-
-CHUNK_BYTES = 32 << 20
-"""Bytes of state per chunk of a paged arena; large enough to use the full bandwidth of a disk or PCIe."""
+from .state_placement import StatePlacement, params_of
 
 LOOK_AHEAD = 2
 """Number of chunks that are fetched in advance while one is updated."""
-
-COUNTERS_PER_ARENA = 1 << 40
-"""Stride between the random counters of arenas, so that their stochastic rounding draws from disjoint ranges."""
 
 
 class PagedAdamW(Optimizer):
@@ -78,7 +68,7 @@ class PagedAdamW(Optimizer):
         self._set_options(state_bits, max_grad_norm, stochastic_rounding, page_dir)
         values = (lr, betas, eps, weight_decay, maximize)
         super().__init__(params, dict(zip(HYPERPARAMETERS, values, strict=True)))
-        self._replan_if_edited()
+        self._placement.replan_if_edited(self.param_groups, self._memory)
 
     def _set_options(
         self, state_bits: int, max_grad_norm: float | None, stochastic_rounding: bool, page_dir: str | Path | None
@@ -87,21 +77,17 @@ class PagedAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.stochastic_rounding = stochastic_rounding
         self.page_dir = page_dir
-        self._arenas: list[StateArena] = []
-        self._places: dict[Tensor, tuple[StateArena, int]] = {}
-        self._unplaced: list[Tensor] = []
-        self._planned: list[list[Tensor]] = []  # the params of each group at the time the chunks were planned
-        self._watch = StateWatch()
+        self._placement = StatePlacement(state_bits, page_dir)
         self._closed = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does. Its states get an arena of their own; groups given at construction share one."""
-        started = bool(self._planned)
+        started = bool(self._placement.planned)
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
             if started:
-                self._replan_if_edited()
+                self._placement.replan_if_edited(self.param_groups, self._memory)
         except Exception:
             del self.param_groups[-1]
             raise
@@ -122,170 +108,42 @@ class PagedAdamW(Optimizer):
             if found_inf.item() != 0:
                 return loss
             found_inf = None
-        grads_of = {arena: arena.grads() for arena in self._arenas}
+        grads_of = {arena: arena.grads() for arena in self._placement.arenas}
         chunks_of = {arena: arena.active_chunks(grads) for arena, grads in grads_of.items()}
         several = sum(map(len, chunks_of.values())) > 1
         if several:  # a single kernel call makes this check before it writes anything
             for arena, grads in grads_of.items():
                 stepped = [(p, g) for p, g in zip(arena.tensors(), grads, strict=True) if g is not None]
                 check_memory("PagedAdamW", stepped)
-        multiplier = self._grad_multiplier(grads_of)
+        multiplier = grad_multiplier(grads_of, getattr(self, "grad_scale", None), self.max_grad_norm)
         seeds: dict[torch.device, Tensor] = {}
         for arena, grads in grads_of.items():
             steps = None if several else arena.steps.clone()
-            self._count_step(arena, grads, found_inf)
+            count_step(arena, grads, found_inf)
             try:
-                self._update(arena, chunks_of[arena], grads, multiplier, found_inf, seeds)
+                if self.stochastic_rounding and arena.device not in seeds:
+                    seeds[arena.device] = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=arena.device)
+                update_arena(
+                    arena,
+                    chunks_of[arena],
+                    grads,
+                    self.param_groups,
+                    multiplier=multiplier,
+                    found_inf=found_inf,
+                    seed=seeds.get(arena.device),
+                )
             except Exception:
                 if steps is not None:
                     arena.steps.copy_(steps)
                 raise
-            self._show_first_states(arena, grads)
+            self._placement.show_first_states(arena, grads, self.state)
         return loss
 
     def _follow_changes(self) -> None:
         """Adopt changes since the last step to groups, their flags, parameters and states."""
         for group in self.param_groups:
             check_flags(group)
-        self._replan_if_edited()
-        if any(param.grad is not None for param in self._unplaced):
-            self._reserve(lambda param: param.grad is not None)
-        for arena in self._arenas:
-            for index in arena.follow():
-                if index not in arena.unstepped:
-                    arena.show(index, self.state[arena.params[index]])
-                    self._watch.look(self.state)
-        if not self._watch.is_unchanged(self.state):
-            self._take_states()
-
-    def _replan_if_edited(self) -> None:
-        """Plan the chunks of each arena again if the parameter lists of the groups were edited."""
-        if _same_items(self._planned, [group["params"] for group in self.param_groups]):
-            return
-        params = self._all_params()
-        if len(set(params)) != len(params):
-            raise ValueError("PagedAdamW: a parameter must occur once in all groups, got one that occurs twice")
-        group_of = {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
-        for arena in self._arenas:
-            arena.memory.settle()
-            groups = [group_of.get(param) for param in arena.params]
-            arena.members = {index for index, group in enumerate(groups) if group is not None}
-            arena.memory.replan(plan_chunks(arena.slots, groups, self._chunk_bytes(arena.device)))
-        self._reserve(lambda param: param.requires_grad and not param.is_meta)
-        self._planned = [list(group["params"]) for group in self.param_groups]
-
-    def _take_states(self) -> None:
-        """Copy edited entries of `state` into the arenas, and reset states that were removed."""
-        self._reserve(lambda param: bool(self.state.get(param)))
-        taken = {
-            param: entry
-            for param, entry in self.state.items()
-            if entry and param in self._places and not self._watch.holds(param, entry)
-        }
-        self._load(taken)
-        for param, (arena, index) in self._places.items():
-            if not self.state.get(param) and index not in arena.unstepped:
-                arena.clear(index)
-                arena.unstepped.add(index)
-        self._watch.look(self.state)
-
-    def _load(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Copy states into the arenas, all of them or none, and show them in `state`."""
-        for param, entry in states.items():
-            arena, index = self._places[param]
-            arena.check_load(index, entry)
-        copies = {}  # of arena tensors in another parameter's entry, which could be overwritten before they are read
-        for param, entry in states.items():
-            copies[param] = {
-                name: value.clone() if any(arena.owns(value) for arena in self._arenas) else value
-                for name, value in entry.items()
-            }
-        for param, entry in copies.items():
-            arena, index = self._places[param]
-            arena.load(index, entry)
-            arena.unstepped.discard(index)
-            shown = self.state.setdefault(param, entry)
-            arena.show(index, shown)
-
-    def _count_step(self, arena: StateArena, grads: Sequence[Tensor | None], found_inf: Tensor | None) -> None:
-        increment: float | Tensor = 1.0 if found_inf is None else 1.0 - found_inf.to(arena.steps.device)
-        absent = [index for index, grad in enumerate(grads) if grad is None]
-        if absent:
-            active = torch.ones(len(grads))
-            active[absent] = 0.0
-            increment = active.to(arena.steps.device) * increment
-        arena.steps.add_(increment)
-
-    def _show_first_states(self, arena: StateArena, grads: Sequence[Tensor | None]) -> None:
-        first = [index for index in arena.unstepped if grads[index] is not None]
-        for index in first:
-            arena.show(index, self.state.setdefault(arena.params[index], {}))
-        if first:
-            arena.unstepped.difference_update(first)
-            self._watch.look(self.state)
-
-    def _update(
-        self,
-        arena: StateArena,
-        active: Sequence[int],
-        grads: list[Tensor | None],
-        multiplier: Tensor | None,
-        found_inf: Tensor | None,
-        seeds: dict[torch.device, Tensor],
-    ) -> None:
-        device, params = arena.device, arena.tensors()
-        if self.stochastic_rounding and device not in seeds:
-            seeds[device] = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
-        multiplier = None if multiplier is None else multiplier.to(device, non_blocking=True)
-        found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
-
-        def update(chunk: Any, arena_bytes: Tensor, segments: Tensor) -> None:
-            group = self.param_groups[chunk.group]
-            own = multiplier
-            if group["maximize"]:
-                own = torch.full((1,), -1.0, device=device) if own is None else -own
-            lr = group["lr"] if isinstance(group["lr"], Tensor) else torch.tensor(group["lr"], dtype=torch.float64)
-            here = slice(chunk.first_param, chunk.last_param + 1)
-            run_adamw_step(
-                Step(
-                    params[here],
-                    grads[here],
-                    arena_bytes,
-                    arena.steps[here],
-                    segments,
-                    lr,
-                    seeds.get(device),
-                    own,
-                    found_inf,
-                    beta1=float(group["betas"][0]),
-                    beta2=float(group["betas"][1]),
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                )
-            )
-
-        arena.memory.run(active, update)
-        if not torch.is_inference_mode_enabled():
-            increment_version([param for param, grad in zip(params, grads, strict=True) if grad is not None])
-
-    def _grad_multiplier(self, grads_of: Mapping[StateArena, Sequence[Tensor | None]]) -> Tensor | None:
-        """Return the factor for the gradients, fp32 on the device: GradScaler's 1 / scale times the clipping factor."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        multiplier = None if grad_scale is None else grad_scale.double().reciprocal().float()
-        # For a DTensor, its gradient is taken as a DTensor, so that the norm covers all of its parts.
-        grads = [
-            part if param.grad is None or not is_dtensor(param) else param.grad
-            for arena, parts in grads_of.items()
-            for param, part in zip(arena.params, parts, strict=True)
-            if part is not None
-        ]
-        if self.max_grad_norm is None or not grads:
-            return multiplier
-        norm = total_norm(grads)
-        if multiplier is not None:
-            norm = norm * multiplier.to(norm.device)
-        clip = (self.max_grad_norm / (norm.float() + 1e-6)).clamp(max=1.0)
-        return clip if multiplier is None else clip * multiplier.to(clip.device)
+        self._placement.follow(self.param_groups, self.state, self._memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch.optim.AdamW's state_dict.
@@ -295,9 +153,9 @@ class PagedAdamW(Optimizer):
         """
 
         def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-            params, state = self._all_params(), {}
+            params, state = params_of(self.param_groups), {}
             for key, value in packed["state"].items():
-                place = self._places.get(params[key]) if isinstance(key, int) and value else None
+                place = self._placement.places.get(params[key]) if isinstance(key, int) and value else None
                 state[key] = value if place is None else place[0].torch_state_of(place[1], value)
             return {**packed, "state": state}
 
@@ -313,9 +171,9 @@ class PagedAdamW(Optimizer):
         They are views of the arena. load_state_dict accepts both forms.
         """
         self._check_open("state_dict")
-        self._settle()
-        if not self._watch.is_unchanged(self.state):
-            self._take_states()
+        self._placement.settle()
+        if not self._placement.watch.is_unchanged(self.state):
+            self._placement.take_states(self.param_groups, self.state, self._memory)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -324,7 +182,7 @@ class PagedAdamW(Optimizer):
         Raises ValueError for groups or shapes that do not fit, and for unsupported flags, before anything is changed.
         """
         self._check_open("load_state_dict")
-        self._settle()
+        self._placement.settle()
         saved: dict[str, Any] = {}
 
         # torch checks and replaces the groups, and runs the user's hooks. The two hooks below skip torch's default of
@@ -335,10 +193,10 @@ class PagedAdamW(Optimizer):
             return {**incoming, "state": {}}
 
         def place_states(optimizer: Optimizer) -> None:  # noqa: ARG001
-            params = dict(zip(_numbers(saved), self._all_params(), strict=True))
-            self._place({params[i]: state for i, state in saved["state"].items() if i in params and state})
+            params = dict(zip(_numbers(saved), params_of(self.param_groups), strict=True))
+            self._replace_states({params[i]: state for i, state in saved["state"].items() if i in params and state})
             self.state.update({key: value for key, value in saved["state"].items() if key not in params})
-            self._watch.look(self.state)
+            self._placement.watch.look(self.state)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_states),
@@ -352,40 +210,28 @@ class PagedAdamW(Optimizer):
 
     def _check_incoming(self, incoming: Mapping[str, Any]) -> None:
         groups = incoming["param_groups"]
-        sizes = [[len(group["params"]) for group in each] for each in (groups, self.param_groups)]
+        sizes = [[len(group["params"]) for group in those] for those in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
             return  # torch raises its own error
         for group, own in zip(groups, self.param_groups, strict=True):
             check_group({**self.defaults, **group, "params": own["params"]})
-        params = dict(zip(_numbers(incoming), self._all_params(), strict=True))
+        params = dict(zip(_numbers(incoming), params_of(self.param_groups), strict=True))
         states = {params[i]: state for i, state in incoming["state"].items() if i in params and state}
-        self._replan_if_edited()
-        self._reserve(lambda param: param in states)
-        for param, state in states.items():
-            arena, index = self._places[param]
-            arena.check_load(index, state)
+        self._placement.check_load(self.param_groups, states, self._memory)
 
-    def _place(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Write `states` into the arenas and clear all other states."""
-        self._replan_if_edited()
-        self._reserve(lambda param: param in states)
-        self.state.clear()
-        self._load(states)
-        for param, (arena, index) in self._places.items():
-            if param not in states and index not in arena.unstepped:
-                arena.clear(index)
-                arena.unstepped.add(index)
-        self._watch.look(self.state)
+    def _replace_states(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._placement.replace_states(self.param_groups, self.state, states, self._memory)
 
     def paging_report(self) -> PagingReport:
         """Return the bytes of states that are resident, paged out, and were prefetched."""
-        memories = [arena.memory for arena in self._arenas]
+        arenas = self._placement.arenas
+        memories = [arena.memory for arena in arenas]
         state_bytes = sum(memory.arena.nbytes for memory in memories)
-        each = [memory.resident_bytes() for memory in memories]
-        resident = None if None in each else sum(size for size in each if size is not None)
+        sizes = [memory.resident_bytes() for memory in memories]
+        resident = None if None in sizes else sum(size for size in sizes if size is not None)
         return PagingReport(
             kinds=tuple(memory.kind for memory in memories),
-            parameters=sum(slot.numel for arena in self._arenas for slot in arena.slots),
+            parameters=sum(slot.numel for arena in arenas for slot in arena.slots),
             state_bytes=state_bytes,
             resident_bytes=resident,
             paged_bytes=None if resident is None else state_bytes - resident,
@@ -397,10 +243,8 @@ class PagedAdamW(Optimizer):
     def close(self) -> None:
         """Free the states. The parameters are kept; step() and state_dict() raise afterwards. May be called twice."""
         self.state.clear()
-        self._watch.look(self.state)
-        self._arenas.clear()
-        self._places.clear()
-        self._unplaced.clear()
+        self._placement.watch.look(self.state)
+        self._placement.close()
         self._closed = True
 
     def __enter__(self) -> PagedAdamW:
@@ -410,8 +254,8 @@ class PagedAdamW(Optimizer):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_process()
-        self._settle()
+        self._placement.check_process()
+        self._placement.settle()
         options = (self.state_bits, self.max_grad_norm, self.stochastic_rounding, self.page_dir)
         return {**super().__getstate__(), "options": options}
 
@@ -423,49 +267,12 @@ class PagedAdamW(Optimizer):
                 group.setdefault(name, self.defaults.get(name, False))
         if options is not None:  # unpickled or deep-copied: move the states into arenas
             self._set_options(*options)
-            self._place({param: entry for param, entry in self.state.items() if entry})
-
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _settle(self) -> None:
-        for arena in self._arenas:
-            arena.memory.settle()
+            self._replace_states({param: entry for param, entry in self.state.items() if entry})
 
     def _check_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"PagedAdamW.{method}: the optimizer is closed")
-        self._check_process()
-
-    def _check_process(self) -> None:
-        for arena in self._arenas:
-            if isinstance(arena.memory, MappedMemory):
-                arena.memory.check_process()
-
-    def _chunk_bytes(self, device: torch.device) -> int | None:
-        return CHUNK_BYTES if self.page_dir is not None or device.type == "cuda" else None
-
-    def _reserve(self, wanted: Callable[[Tensor], bool]) -> None:
-        """Allocate one more arena for each device with wanted parameters that have no slot yet."""
-        missing: dict[torch.device, list[tuple[int, Tensor]]] = {}
-        made: list[StateArena] = []
-        for group, param_group in enumerate(self.param_groups):
-            for param in param_group["params"]:
-                if param not in self._places and wanted(param):
-                    check_param(param)
-                    missing.setdefault(param.device, []).append((group, param))
-        for device, entries in missing.items():
-            groups, params = zip(*entries, strict=True)
-            counter = (len(self._arenas) + len(made)) * COUNTERS_PER_ARENA
-            slots, nbytes = plan_slots(
-                [local(param).numel() for param in params], self.state_bits, first_counter=counter
-            )
-            chunks = plan_chunks(slots, groups, self._chunk_bytes(device))
-            made.append(StateArena(params, slots, self._memory(nbytes, chunks, device)))
-        self._arenas += made
-        for arena in made:
-            self._places.update({param: (arena, index) for index, param in enumerate(arena.params)})
-        self._unplaced = [param for param in self._all_params() if param not in self._places]
+        self._placement.check_process()
 
     def _memory(self, nbytes: int, chunks: tuple[Any, ...], device: torch.device) -> StateMemory:
         if self.page_dir is not None:
@@ -505,12 +312,6 @@ class PagedAdamW8bit(PagedAdamW):
             stochastic_rounding=stochastic_rounding,
             page_dir=page_dir,
         )
-
-
-def _same_items(planned: list[list[Tensor]], current: list[list[Tensor]]) -> bool:
-    return len(planned) == len(current) and all(
-        len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(planned, current, strict=True)
-    )
 
 
 def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:

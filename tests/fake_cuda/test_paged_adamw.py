@@ -36,7 +36,7 @@ def run(on: str, bits: int, limits: Callable[[], AbstractContextManager[None]]) 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_states_larger_than_device_memory(device: FakeDevice, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parameters and gradients, the device has no room for the states; the result equals the CPU's."""
-    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", (1 << 20) * bits // 32)
+    monkeypatch.setattr("qlora_kernels.optim.state_placement.CHUNK_BYTES", (1 << 20) * bits // 32)
 
     def no_more_than_now() -> AbstractContextManager[None]:
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import nn
 
-from qlora_kernels.optim import PagedAdamW, adamw_paged
+from qlora_kernels.optim import PagedAdamW, state_placement
 
 NUMEL = 8 << 20
 STATE_BYTES = 8 * NUMEL
@@ -46,7 +46,7 @@ def train(page_dir: str | None, cap_bytes: int | None) -> str:
 
 
 def main() -> None:
-    adamw_paged.CHUNK_BYTES = CHUNK_BYTES
+    state_placement.CHUNK_BYTES = CHUNK_BYTES
     try:
         result = train(None if sys.argv[1] == "none" else sys.argv[1], int(sys.argv[2]))
     except (RuntimeError, MemoryError) as error:

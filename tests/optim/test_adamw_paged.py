@@ -285,7 +285,7 @@ class TestCheckpoints:
         if target == "ours":
             report = continued.paging_report()
             assert report.kinds == ("mapped",) if where else ("resident",)
-            arena = continued._arenas[0].memory.arena
+            arena = continued._placement.arenas[0].memory.arena
             lower, upper = arena.data_ptr(), arena.data_ptr() + arena.nbytes
             for state in continued.state.values():
                 assert state["exp_avg"].numel() == 0 or lower <= state["exp_avg"].data_ptr() < upper
@@ -359,8 +359,8 @@ class TestCheckpoints:
 class TestLifetime:
     def test_freed_with_the_last_reference_without_a_collector(self, where):
         _, optimizer = run(lambda p: PagedAdamW(p, **where), 2)
-        arena = weakref.ref(optimizer._arenas[0].memory.arena.untyped_storage())
-        memory = weakref.ref(optimizer._arenas[0].memory)
+        arena = weakref.ref(optimizer._placement.arenas[0].memory.arena.untyped_storage())
+        memory = weakref.ref(optimizer._placement.arenas[0].memory)
         del optimizer
         assert memory() is None
         assert arena() is None
@@ -370,7 +370,7 @@ class TestLifetime:
         with PagedAdamW(params, **where) as optimizer:
             set_gradients(params, 0)
             optimizer.step()
-            memory = weakref.ref(optimizer._arenas[0].memory)
+            memory = weakref.ref(optimizer._placement.arenas[0].memory)
         assert memory() is None
         assert optimizer.paging_report().state_bytes == 0
         optimizer.close()

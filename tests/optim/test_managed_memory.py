@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from qlora_kernels.ops import adamw_step as op
-from qlora_kernels.optim import PagedAdamW, adamw_paged
+from qlora_kernels.optim import PagedAdamW, adamw_update
 from qlora_kernels.optim.managed_memory import ManagedMemory, StagedMemory, cuda_memory
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
+from qlora_kernels.optim.state_placement import params_of
 
 from .runs import assert_same, parameters, run, set_gradients
 from .simulated_cuda import SimulatedDriver
@@ -28,7 +29,7 @@ class Simulation(PagedAdamW):
     look_ahead: int
 
     def _memory(self, nbytes, chunks, device):
-        slots, _ = plan_slots([p.numel() for p in self._all_params()], self.state_bits)
+        slots, _ = plan_slots([p.numel() for p in params_of(self.param_groups)], self.state_bits)
         chunks = plan_chunks(slots, [0] * len(slots), CHUNK_BYTES[self.state_bits])
         assert len(chunks) > 3
         return self.memory_class(nbytes, chunks, self.driver, look_ahead=self.look_ahead)
@@ -52,7 +53,7 @@ def simulation(monkeypatch, kind, driver, look_ahead=1):
 
         driver.enqueue("compute", kernel)
 
-    monkeypatch.setattr(adamw_paged, "run_adamw_step", launch)
+    monkeypatch.setattr(adamw_update, "run_adamw_step", launch)
     attributes = {"driver": driver, "memory_class": MEMORIES[kind], "look_ahead": look_ahead}
     return type("Simulated", (Simulation,), attributes)
 
@@ -84,8 +85,8 @@ def test_prefetches_are_enqueued_ahead_of_the_updates(monkeypatch):
     driver = SimulatedDriver()
     enqueued = []
     optimizer_class = simulation(monkeypatch, "managed", driver, look_ahead=1)
-    inner = adamw_paged.run_adamw_step
-    monkeypatch.setattr(adamw_paged, "run_adamw_step", lambda step: (enqueued.append("update"), inner(step)))
+    inner = adamw_update.run_adamw_step
+    monkeypatch.setattr(adamw_update, "run_adamw_step", lambda step: (enqueued.append("update"), inner(step)))
     monkeypatch.setattr(driver, "prefetch", lambda arena, start, stop: enqueued.append("prefetch"))
     # One parameter of equal chunks, each of two ranges, exp_avg and exp_avg_sq.
     params = [nn.Parameter(torch.ones(8 * 4096))]
@@ -121,7 +122,7 @@ def test_chunks_without_gradients_are_not_fetched(monkeypatch):
     params[-1].grad = torch.ones_like(params[-1])
     optimizer.step()
     driver.drain(random.Random(0))
-    lowest = optimizer._arenas[0].slots[-1].exp_avg
+    lowest = optimizer._placement.arenas[0].slots[-1].exp_avg
     assert min(start for kind, start in driver.log if kind == "prefetch") >= lowest - CHUNK_BYTES[32]
     assert optimizer.paging_report().prefetched_bytes < optimizer.paging_report().state_bytes
 
