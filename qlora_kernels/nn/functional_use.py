@@ -1,7 +1,9 @@
 """Finds linear layers whose holder computes with their weight, as in `F.linear(x, self.proj.weight)`.
 
-A quantized layer works there, because its `weight` returns the dequantized weight. Mamba's fused kernels take the
-weights of layers that its plain implementation calls.
+A quantized layer works there, because its `weight` returns the dequantized weight. An adapted layer must include its
+updates in `weight` there. Mamba's fused kernels take the weights of layers that its plain implementation calls.
+
+The source of each class is parsed once, and one walk over it lists its reads of attributes of `self`.
 """
 
 from __future__ import annotations
@@ -10,18 +12,37 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from .module_tree import names_of, unwrapped
+from .module_tree import unwrapped
 
 _METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"})
 """Attributes of a weight whose use is not a computation with it."""
+_INSPECTIONS = frozenset({"isinstance", "hasattr", "len", "type", "id"})
+"""Functions that inspect a module and compute nothing with its weight."""
 _NOT_FORWARD = re.compile("__init__$|reset_parameters$|_?init_weights$|[gs]et_|tie_|_?resize|_?load|post_init$")
-"""Functions that prepare a model, and those that return or replace a module for others."""
+"""Functions that prepare a model, and functions that return or replace a module for others."""
+
+
+class _Read(NamedTuple):
+    """A chain of attributes of self in the source of a class, such as self.model.embed_tokens.weight.
+
+    names: the attributes in order. A chain ends at the weight of a module, at a call, or at an index.
+    is_weight: whether the last name is the weight of the module before it.
+    around: the node that contains the chain; called, stored: whether it calls the chain, or assigns to it.
+    function: name of the function that contains the chain.
+    """
+
+    names: tuple[str, ...]
+    is_weight: bool
+    around: ast.AST | None
+    called: bool
+    stored: bool
+    function: str
 
 
 def read_but_never_called(model: nn.Module) -> dict[str, str]:
@@ -40,29 +61,36 @@ def read_but_never_called(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def weight_is_computed_with(model: nn.Module, target: nn.Module) -> bool:
-    """Whether the code of some module of `model` may compute with the weight of `target`; it may call it too.
+def weights_computed_with(model: nn.Module, layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return those of `layers` with whose weight the code of some module of `model` may compute.
 
-    Found in the sources of the classes of `model`: a chain such as `self.model.embed_tokens.weight`, or other code that
-    is given the module or the list that holds it (DeBERTa and Perceiver give the embedding to their heads). What that
-    code does with a module is not looked at, so the answer may be True where it only calls it.
+    The sources of the classes of `model` are searched for a chain such as `self.model.embed_tokens.weight`, and for
+    code that passes the layer, or the list that holds it, to other code (DeBERTa and Perceiver pass the embedding to
+    their heads). The other code is not analysed, so a layer that it only calls may be returned too.
     """
-    last = {part for name in names_of(model, target) for part in name.split(".")[-2:]}
-    return any(
-        _leads_to(holder, chain, target)
+    wanted = set(layers)
+    names: dict[nn.Module, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in wanted:
+            names.setdefault(module, set()).update(name.split(".")[-2:])
+    last = set().union(*names.values())
+    return {
+        layer
         for holder in model.modules()
         for chain in _chains_computed_with(cast(Any, type(holder)))
         if chain[-1] in last
-    )
+        for layer in _reached(holder, chain)
+        if chain[-1] in names.get(layer, ())
+    }
 
 
-def _leads_to(holder: nn.Module, chain: tuple[str, ...], target: nn.Module) -> bool:
-    """Whether `holder.<chain>` is `target`, or a list that holds it."""
+def _reached(holder: nn.Module, chain: tuple[str, ...]) -> list[nn.Module]:
+    """Return the module `holder.<chain>`, and the modules in it if it is a list."""
     reached: Any = holder
     for name in chain:
         reached = getattr(reached, name, None)
     listed = reached.children() if isinstance(reached, (nn.ModuleList, nn.ModuleDict)) else ()
-    return any(isinstance(each, nn.Module) and unwrapped(each) is target for each in (reached, *listed))
+    return [unwrapped(module) for module in (reached, *listed) if isinstance(module, nn.Module)]
 
 
 @cache
@@ -73,99 +101,92 @@ def _children_by_use(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
     nothing: frozenset[str] = frozenset()
     if kind.__module__.startswith("torch.nn.modules.") and kind is not nn.MultiheadAttention:
         return nothing, nothing
-    trees = _trees(kind)
-    if None in trees:
+    reads = _reads(kind)
+    if None in reads:
         return nothing, nothing
-    uses = [use for tree in trees if tree is not None for use in _uses(tree)]
-    computed = frozenset(child for child, use in uses if use == "weight")
-    return computed, frozenset(child for child, use in uses if use == "other")
+    computed, otherwise = set(), set()
+    for read in reads:
+        if read is None or read.function in ("__init__", "reset_parameters"):
+            continue
+        if len(read.names) == 1:
+            if not read.stored:
+                otherwise.add(read.names[0])
+        elif read.names[1] == "weight":
+            if not _is_metadata(read.around):
+                computed.add(read.names[0])
+        elif read.names[1] not in ("bias", "in_features", "out_features"):
+            otherwise.add(read.names[0])
+    return frozenset(computed), frozenset(otherwise)
 
 
 @cache
 def _chains_computed_with(kind: Any) -> frozenset[tuple[str, ...]]:
-    """Chains of attributes of self, (a, b) for self.a.b, whose `.weight` the code of a class may compute with."""
+    """Return chains of attributes of self, (a, b) for self.a.b, with whose `.weight` a class may compute."""
     if kind.__module__.startswith("torch.nn.") and kind is not nn.MultiheadAttention:
         return frozenset()
-    return frozenset(chain for tree in _trees(kind) if tree is not None for chain in _chains(tree))
+    chains = set()
+    for read in _reads(kind):
+        if read is None or read.around is None or read.stored or _NOT_FORWARD.match(read.function):
+            continue
+        if read.is_weight:
+            if not _is_metadata(read.around):
+                chains.add(read.names[:-1])
+        elif not (read.called or isinstance(read.around, (ast.Subscript, ast.Compare)) or _inspects(read.around)):
+            chains.add(read.names)  # passed to other code
+    return frozenset(chains)
 
 
 @cache
-def _trees(kind: Any) -> tuple[ast.AST | None, ...]:
-    """The source of a class and of each that it inherits from, but for torch's and transformers' base classes.
+def _reads(kind: Any) -> tuple[_Read | None, ...]:
+    """Return the reads in the source of a class and of its bases, except torch's and transformers' base classes.
 
     None represents a class whose source is not available.
     """
-    trees: list[ast.AST | None] = []
+    reads: list[_Read | None] = []
     for base in kind.__mro__:
         if base in (nn.Module, object) or base.__module__ == "transformers.modeling_utils":
             continue
         try:
-            trees.append(ast.parse(textwrap.dedent(inspect.getsource(base))))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):
-            trees.append(None)
-    return tuple(trees)
-
-
-def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
-    parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
-    for node in ast.walk(tree):
-        chain = _chain_from_self(node)
-        outer = parents.get(node)
-        if not chain or not isinstance(outer, ast.AST) or _NOT_FORWARD.match(_function_of(node, parents)):
+            reads.append(None)
             continue
-        if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Store):
-            continue
-        if chain[-1] == "weight":
-            if len(chain) > 1 and not _is_metadata(outer):
-                yield chain[:-1]
-        elif not (isinstance(outer, (ast.Attribute, ast.Subscript, ast.Compare)) or _is_call_of(outer, node)):
-            yield chain  # handed on
+        reads += _reads_in(tree)
+    return tuple(reads)
 
 
-def _chain_from_self(node: ast.AST) -> tuple[str, ...]:
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
-
-
-def _is_call_of(outer: ast.AST, node: ast.AST) -> bool:
-    """Return whether `outer` is a call of `node`, or a call such as isinstance or hasattr that inspects `node`."""
-    if not isinstance(outer, ast.Call):
-        return False
-    asks = isinstance(outer.func, ast.Name) and outer.func.id in ("isinstance", "hasattr", "len", "type", "id")
-    return outer.func is node or asks
-
-
-def _uses(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield (child, "weight" or "other") for each `self.<child>` outside __init__, without metadata and assignments."""
-    parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
+def _reads_in(tree: ast.AST) -> Iterator[_Read]:
+    """Yield the chains of attributes of self in a syntax tree."""
+    around: dict[ast.AST, ast.AST] = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
             continue
-        if isinstance(node.ctx, ast.Store) or _function_of(node, parents) in ("__init__", "reset_parameters"):
-            continue
-        read = parents.get(node)
-        if not (isinstance(read, ast.Attribute) and read.value is node):
-            yield node.attr, "other"
-        elif read.attr == "weight":
-            if not _is_metadata(parents.get(read)):
-                yield node.attr, "weight"
-        elif read.attr not in ("bias", "in_features", "out_features"):
-            yield node.attr, "other"
+        names, outer = [node.attr], around.get(node)
+        is_weight = False
+        while isinstance(outer, ast.Attribute) and not is_weight:
+            node = outer
+            names.append(node.attr)
+            outer, is_weight = around.get(node), node.attr == "weight"
+        called = isinstance(outer, ast.Call) and outer.func is node
+        stored = isinstance(node.ctx, ast.Store)
+        yield _Read(tuple(names), is_weight, outer, called, stored, _function_of(node, around))
 
 
-def _is_metadata(use: ast.AST | None) -> bool:
+def _inspects(around: ast.AST) -> bool:
+    """Whether the node around a module only inspects it."""
+    return isinstance(around, ast.Call) and isinstance(around.func, ast.Name) and around.func.id in _INSPECTIONS
+
+
+def _is_metadata(around: ast.AST | None) -> bool:
     """Whether the node around a weight computes nothing with it: `.dtype`, `isinstance`, `is None`."""
-    if isinstance(use, ast.Attribute):
-        return use.attr in _METADATA
-    if isinstance(use, ast.Compare):
-        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in use.ops)
-    return isinstance(use, ast.Call) and isinstance(use.func, ast.Name) and use.func.id == "isinstance"
+    if isinstance(around, ast.Attribute):
+        return around.attr in _METADATA
+    if isinstance(around, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in around.ops)
+    return isinstance(around, ast.Call) and isinstance(around.func, ast.Name) and around.func.id == "isinstance"
 
 
-def _function_of(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> str:
-    while node in parents and not isinstance(node, ast.FunctionDef):
-        node = parents[node]
+def _function_of(node: ast.AST, around: dict[ast.AST, ast.AST]) -> str:
+    while node in around and not isinstance(node, ast.FunctionDef):
+        node = around[node]
     return node.name if isinstance(node, ast.FunctionDef) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from ...nn.functional_use import weight_is_computed_with
+from ...nn.functional_use import weights_computed_with
 from ...nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
 from ..attention.model_layout import ModelLayout, TransformerLayer, model_layout
 from ..attention.torch_attention import join_attention, split_attention
@@ -139,8 +140,17 @@ class Injector:
 
     # Adapted layers
 
-    def adapt(self, path: str) -> AdaptedLinear:
-        """Return the AdaptedLinear at `path`; if there is none, create it under all names of the layer."""
+    def weights_read(self, paths: Iterable[str]) -> set[str]:
+        """Return those of `paths` with the weight of whose layer the model's code may compute."""
+        layers = {path: self.module(path) for path in paths}
+        read = weights_computed_with(self.model, layers.values())
+        return {path for path, layer in layers.items() if layer in read}
+
+    def adapt(self, path: str, weight_is_read: bool | None = None) -> AdaptedLinear:
+        """Return the AdaptedLinear at `path`; if there is none, create it under all names of the layer.
+
+        weight_is_read: whether the model's code may compute with the layer's weight; None determines it.
+        """
         layer = self.called_module(path)
         if not isinstance(layer, AdaptedLinear):
             parent = base_of(self.called_module(path.rpartition(".")[0]))
@@ -151,7 +161,7 @@ class Injector:
                 )
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
-            layer.weight_is_read = weight_is_computed_with(self.model, base)
+            layer.weight_is_read = path in self.weights_read([path]) if weight_is_read is None else weight_is_read
             self._replace(base, layer)
         return layer
 

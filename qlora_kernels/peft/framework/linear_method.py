@@ -40,12 +40,15 @@ class LinearMethod(Method, Generic[D]):
         super().__init__(config, injector, name)
         self.built: dict[str, D] = {}
         """Name of a layer -> its update, until attach() adds them to the model."""
+        self.weights_read: set[str] = set()
+        """Names of the layers with whose weight the model's own code may compute."""
         for path, base in targets.items():
             self.built[path] = self.new_delta(path, base)
 
     def attach(self) -> None:
         super().attach()
         built, self.built = self.built, {}
+        self.weights_read = self.injector.weights_read(built)
         for path, delta in built.items():
             self.add_delta(path, delta)
         self._add_biases(getattr(self.config, "bias", "none"))
@@ -107,7 +110,7 @@ class LinearMethod(Method, Generic[D]):
 
     def add_delta(self, path: str, delta: D) -> None:
         """Add an update to the layer at `path`."""
-        if self.name in self.injector.adapt(path).deltas:
+        if self.name in self.injector.adapt(path, path in self.weights_read).deltas:
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")
 
