@@ -18,19 +18,21 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Number = TypeVar("Number", int, float)
 
 SEEDS = 2**43
-"""Seeds are below this. BatchOrder shifts a seed by 20 bits, and torch takes 64, signed."""
+"""Upper bound of seeds: BatchOrder shifts a seed by 20 bits, and torch accepts signed 64-bit seeds."""
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 class UsageError(Exception):
-    """Input that the user can put right. The message is one line and says how."""
+    """Invalid input. The message is one line and names the fix."""
 
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Inside, a refusal by the library or the file system is the input's fault and becomes a UsageError."""
+    """Convert errors of the library and the file system inside the block to UsageError, because the input caused
+    them.
+    """
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -40,7 +42,7 @@ def bad_input() -> Iterator[None]:
 def add_command(
     subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], help_line: str, description: str = ""
 ) -> argparse.ArgumentParser:
-    """A subcommand with --json, whose help shows every default."""
+    """Add a subcommand with the option --json and a help text that shows every default."""
     parser = subparsers.add_parser(
         name,
         help=help_line,
@@ -128,33 +130,35 @@ def not_negative(text: str) -> int:
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1)."""
+    """Return the number that `text` holds, which must be in [0, 1)."""
     return _checked(float(text), text, "in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def dropout(text: str) -> float:
-    """A number in [0, 1) whose mask, which has 16 bits of resolution, keeps something."""
+    """Return a dropout probability in [0, 1) whose mask, of 16 bits resolution, keeps some elements."""
     return _checked(fraction(text), text, "below 1 - 2**-17", lambda value: value < 1 - 2**-17)
 
 
 def temperature(text: str) -> float:
-    """0, or a number by which logits can be divided without an overflow."""
+    """Return 0, or a number by which logits can be divided without overflow."""
     rule = "0, or finite and >= 1e-6"
     return _checked(float(text), text, rule, lambda value: value == 0 or 1e-6 <= value < math.inf)
 
 
 def positive_float(text: str) -> float:
-    """A finite number > 0."""
+    """Return the number that `text` holds, which must be finite and > 0."""
     return _checked(float(text), text, "finite and > 0", lambda value: 0 < value < math.inf)
 
 
 def not_negative_float(text: str) -> float:
-    """A finite number >= 0."""
+    """Return the number that `text` holds, which must be finite and >= 0."""
     return _checked(float(text), text, "finite and >= 0", lambda value: 0 <= value < math.inf)
 
 
 def seed(text: str) -> int:
-    """An integer that torch's generators take, also after the training loop has made room in it for the epoch."""
+    """Return an integer that torch's generators accept as a seed, also after BatchOrder has shifted it for the
+    epoch.
+    """
     return _checked(int(text), text, f"in [0, {SEEDS})", lambda value: 0 <= value < SEEDS)
 
 

@@ -10,7 +10,7 @@ from ..io.strict_json import JSONRefused, parse_json
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE, the value in JSON; what is no JSON is a string."""
+    """Return (field, value) of FIELD=VALUE. The value is parsed as JSON; text that is not JSON is a string."""
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text[:60]!r}")

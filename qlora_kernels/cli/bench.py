@@ -15,11 +15,11 @@ MODULES = {
     "fidelity": "bench.fidelity",
     "tune": "bench.tune",
 }
-"""First argument -> the module that gets the rest; anything else goes to bench.run."""
+"""First argument -> module that gets the other arguments; the default is bench.run."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Registers the subcommand; all its arguments are the bench modules' own, --help included."""
+    """Add this subcommand; all arguments, --help included, are passed to the bench module."""
     parser = subparsers.add_parser(
         "bench",
         help="run the source tree's benchmarks (python -m bench.run); report, compare REF, fidelity, tune",
@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs a bench module in the source tree's root, in a process of its own: it measures with nothing else loaded."""
+    """Run a bench module in the root of the source tree, in a separate process, so that no other modules are loaded."""
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise UsageError("the benchmarks are in the source tree, not in the wheel; run this from an editable install")

@@ -1,4 +1,6 @@
-"""qlora-kernels chat: a conversation in the terminal, in the model's chat template, as it is generated."""
+"""qlora-kernels chat: a conversation in the terminal with the model's chat template; answers are printed as
+generated.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.system:
         check_text(arguments.system, "--system")
-    with bad_input():  # before the first turn: whether there is a template, and whether it takes a system message
+    with bad_input():  # before the first turn: checks that there is a template and that it accepts a system message
         probe = [*opening, {"role": "user", "content": "a"}]
         within_time(lambda clock: write_chat(tokenizer, probe, generation_prompt=True))
     if arguments.adapter is not None:
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _next_line(quiet: bool) -> str | None:
-    """The next turn without the spaces around it; None at the end of the input."""
+    """Return the next turn without surrounding spaces, or None at the end of the input."""
     if not quiet and sys.stdin.isatty():
         sys.stderr.write("> ")
         sys.stderr.flush()
@@ -79,7 +81,7 @@ def _next_line(quiet: bool) -> str | None:
 
 
 class _Conversation:
-    """The turns so far, and the model that answers."""
+    """The turns of a conversation and the model that answers."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, opening: list[dict[str, str]], arguments: argparse.Namespace
@@ -88,13 +90,13 @@ class _Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all turns but the system message."""
+        """Remove all turns but the system message."""
         self.messages = list(self.opening)
 
     def answer(self, text: str) -> None:
         """Print the model's answer while it is generated, and keep both turns.
 
-        A turn that the template refuses, or that leaves no position for an answer, is left out, and said.
+        A turn that the template refuses, or that leaves no position for an answer, is left out with a message.
         """
         turn = {"role": "user", "content": text}
         try:

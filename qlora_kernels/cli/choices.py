@@ -1,4 +1,4 @@
-"""Values that options may take, spelled out so that arguments can be parsed before torch is imported.
+"""Permitted values of options, repeated here so that arguments can be parsed before torch is imported.
 
 tests/cli/test_startup.py compares them with the modules that define them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 DTYPES = ("bf16", "fp16", "fp32")
-"""Of arguments.dtype_of."""
+"""Names of dtypes for arguments.dtype_of."""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCKSIZE = 64
 Schedule = Literal["cosine", "linear", "constant"]
@@ -33,4 +33,4 @@ METHODS = (
     "mam",
     "unipelt",
 )
-"""Names of the PEFT methods that `finetune --method` takes."""
+"""Names of the PEFT methods for `finetune --method`."""

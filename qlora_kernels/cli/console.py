@@ -1,4 +1,4 @@
-"""What a running command shows: bars on a terminal, plain lines anywhere, neither under --json."""
+"""Output of a running command: progress bars on a terminal, plain lines elsewhere, and neither with --json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Progress goes to stderr, results to stdout.   stages: seconds by name of what ran inside `stage`."""
+    """Prints progress to stderr and results to stdout. stages: name of a stage -> its seconds."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -26,36 +26,36 @@ class Console:
         return time.perf_counter() - self._started
 
     def say(self, line: str) -> None:
-        """One line of progress, with the time."""
+        """Print one line of progress with the time."""
         if not self.quiet:
             sys.stderr.write(f"[{self.seconds:6.1f} s] {line}\n")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to stages[name]."""
+        """Add the time of the block to stages[name]."""
         started = time.perf_counter()
         yield
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
 
     def bar(self, total: int, name: str, unit: str) -> Any:
-        """A tqdm bar on a terminal or in a notebook; elsewhere it is disabled."""
+        """Return a tqdm bar, which is disabled outside terminals and notebooks."""
         from tqdm.auto import tqdm
 
         in_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-        # None disables it where stderr is no terminal, which is so in notebooks too.
+        # None disables the bar if stderr is not a terminal, as in notebooks.
         shown = False if in_notebook else None
         return tqdm(total=total, desc=name, unit=unit, leave=False, disable=True if self.quiet else shown)
 
 
 def rss_bytes() -> int:
-    """Memory that this process has in RAM now."""
+    """Return the bytes of this process in RAM."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:
-    """The most that it ever had."""
+    """Return the peak of the bytes of this process in RAM."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -63,11 +63,11 @@ def peak_rss_bytes() -> int:
 
         return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux reports KiB
 
 
 def memory_now(device: torch.device) -> str:
-    """The memory in use: what tensors take on a CUDA device, what this process takes of RAM otherwise."""
+    """Return the memory in use: bytes of tensors on a CUDA device, otherwise the bytes of this process in RAM."""
     if device.type == "cuda":
         import torch
 
@@ -76,7 +76,7 @@ def memory_now(device: torch.device) -> str:
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The most that tensors took on a CUDA device; 0 for the CPU."""
+    """Return the peak of the bytes of tensors on a CUDA device; 0 for the CPU."""
     if device.type != "cuda":
         return 0
     import torch
@@ -85,5 +85,5 @@ def peak_device_bytes(device: torch.device) -> int:
 
 
 def megabytes(n: float) -> str:
-    """In units of 10**6 bytes."""
+    """Format a number of bytes in units of 10**6 bytes."""
     return f"{n / 1e6:,.1f} MB"

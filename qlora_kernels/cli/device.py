@@ -1,4 +1,4 @@
-"""From --device and --compute-dtype to a torch device and a dtype that it computes in."""
+"""The torch device and the compute dtype of --device and --compute-dtype."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .choices import DTYPES
 def chosen_device(name: str, environment: Mapping[str, str]) -> torch.device:
     """Return the device that --device names on this machine.
 
-    name: auto (the CUDA device where torch sees one, else the CPU), cpu, cuda or cuda:N.
-    environment: of the process; under torchrun and accelerate launch, LOCAL_RANK numbers the device of auto and cuda.
-    Raises UsageError for a device that torch does not see.
+    name: auto (the CUDA device if torch finds one, else the CPU), cpu, cuda or cuda:N.
+    environment: variables of the process; under torchrun and accelerate launch, LOCAL_RANK is the number of the device
+    for auto and cuda.
+    Raises UsageError for a device that torch does not find.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
@@ -32,7 +33,7 @@ def chosen_device(name: str, environment: Mapping[str, str]) -> torch.device:
 
 
 def chosen_dtype(name: str, device: torch.device) -> str:
-    """Return the name in DTYPES that --compute-dtype means on `device`.
+    """Return the name in DTYPES of --compute-dtype on `device`.
 
     auto is bf16, but fp16 on CUDA devices that emulate bf16 (before compute capability 8.0).
     """
@@ -44,7 +45,7 @@ def chosen_dtype(name: str, device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory of a device in bytes; of the CPU, RAM and swap."""
+    """Return the memory of a device in bytes; for the CPU, RAM plus swap."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil

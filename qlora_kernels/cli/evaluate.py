@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _records(data: str) -> tuple[str, tuple[Any, ...]]:
-    """(the name of the data, all its records)."""
+    """Return (name of the data, all its records)."""
     from ..training import language_reference, read_data
 
     with bad_input():
@@ -105,7 +105,7 @@ def _perplexity(
 
 
 def _tasks(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """The numbers that lm-eval gives, by task and metric."""
+    """Return lm-eval's results by task and metric."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -120,7 +120,7 @@ def _tasks(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> d
                 limit=arguments.limit,
                 task_manager=TaskManager(include_path=arguments.task_folder and str(arguments.task_folder)),
             )
-        except KeyError as error:  # of its registry
+        except KeyError as error:  # from lm-eval's registry
             raise UsageError(f"--tasks: must be names of lm-eval's tasks, got {error}; `lm-eval ls tasks`") from error
     tasks = results["results"]
     return {

@@ -1,4 +1,4 @@
-"""qlora-kernels export: a model or an adapter in the form that llama.cpp, Ollama, vLLM and transformers load."""
+"""qlora-kernels export: writes a model or an adapter for llama.cpp, Ollama, vLLM or transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the one form that was asked for."""
+    """Write the requested format."""
     console = Console(quiet=arguments.json)
     kinds = {
         "merged": _merged,

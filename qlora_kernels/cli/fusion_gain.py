@@ -1,4 +1,4 @@
-"""What fuse_model gains on a training step of a given model, measured in this process."""
+"""Measures the time of a training step with and without fuse_model, for a given model in this process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .. import fuse_model, unfuse_model
 from ..training import ChunkedLoss, Example, collate
 
 ROUNDS = 2
-"""Timed steps of each form; they alternate, so that other work on the machine meets both."""
+"""Number of timed steps of each form. The forms alternate, so that other load on the machine affects both."""
 
 
 def step_seconds(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> dict[str, float]:
-    """Return the least time of a step, forward and backward of one batch, by form: "plain" and "fused".
+    """Return the minimum time of a step (forward and backward of one batch) by form, "plain" and "fused".
 
-    The model ends in the form in which it was given; its parameters, gradients, mode and the random numbers of the
-    process are unchanged. Returns an empty dict where fuse_model replaces nothing.
+    Afterwards the model has its former form, parameters, gradients and mode, and the random generators their former
+    states. Returns an empty dict if fuse_model replaces nothing.
     """
     was_fused, training = bool(unfuse_model(model)), model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -30,7 +30,7 @@ def step_seconds(model: nn.Module, examples: Sequence[Example], pad_token_id: in
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.train()
             for turn in range(ROUNDS + 1):
-                # The first turn is not timed: one sequence fills the caches of the allocator and of compiled kernels.
+                # The first step is not timed; it fills the caches of the allocator and of compiled kernels.
                 batch = collate(examples if turn else examples[:1], pad_token_id).to(device)
                 for form, times in seconds.items():
                     report = fuse_model(model) if form == "fused" else None

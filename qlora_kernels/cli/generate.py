@@ -1,4 +1,4 @@
-"""qlora-kernels generate: prompt in, text out."""
+"""qlora-kernels generate: continues prompts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_text(text: str, option: str) -> None:
-    """Raises UsageError where an argument held bytes that are no UTF-8, which Python keeps as half surrogate pairs."""
+    """Raise UsageError if an argument contained bytes that are not UTF-8, which Python represents as lone
+    surrogates.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -75,9 +77,9 @@ def check_prompt(
     *,
     from_template: bool = False,
 ) -> None:
-    """Raises UsageError where `model` cannot continue `prompt` by that many tokens.
+    """Raise UsageError if `model` cannot continue `prompt` by that many tokens.
 
-    option: for the message.   from_template: whether the chat template wrote the prompt.
+    option: name for the message. from_template: whether the chat template wrote the prompt.
     """
     from ..training import TextTokens
     from .limits import check_positions, check_token_ids
@@ -100,7 +102,7 @@ def continuation(
     *,
     from_template: bool = False,
 ) -> str:
-    """What the model writes after `prompt`, which is tokenized as in training.
+    """Return the model's continuation of `prompt`, which is tokenized as in training.
 
     temperature: 0 for greedy.   from_template: whether the chat template wrote the prompt.
     """

@@ -1,4 +1,4 @@
-"""`--trainer hf`: the recipe of the exact loop, run by transformers' Trainer."""
+"""`--trainer hf`: runs the recipe of the package's training loop in transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training.schedule import factor
 
 
 class _MicroBatches(Dataset[Batch]):
-    """The exact loop's micro batches, in its order.   of_step: how many make one step."""
+    """The micro batches of the package's training loop, in its order. of_step: number of micro batches in one step."""
 
     def __init__(self, examples: Sequence[Example], config: TrainConfig, pad_token_id: int) -> None:
         self.examples, self.config, self.pad_token_id = examples, config, pad_token_id
@@ -32,7 +32,7 @@ class _MicroBatches(Dataset[Batch]):
         step, part = divmod(index, self.of_step)
         chosen = [self.examples[i] for i in self.order.indices(step)]
         batch = collate(chosen[part * self.size : (part + 1) * self.size], self.pad_token_id)
-        # The first token of an example is no prediction.
+        # The first token of an example is not predicted.
         learned = sum(int((example.labels[1:] != -100).sum()) for example in chosen)
         return {**batch._asdict(), "learned": learned}
 
@@ -50,10 +50,10 @@ def train_with_hf(
 ) -> list[StepRecord]:
     """Train as `training.train` does, in transformers' Trainer, and return every step's record.
 
-    Examples, their order, the loss, the schedule, clipping and the optimizer are the exact loop's, so that losses agree
-    to within roundings where there is no dropout; with dropout the masks differ. Trainer counts steps, accumulates
+    Examples, their order, the loss, the schedule, clipping and the optimizer are those of training.train, so that
+    losses agree up to roundings without dropout; with dropout the masks differ. Trainer counts steps, accumulates
     gradients, clips, and steps the optimizer.
-    out: Trainer's output_dir; nothing is written to it.   interrupted: asked after every step whether to stop; then
+    out: Trainer's output_dir; nothing is written to it. interrupted: called after every step; if it returns True,
     Interrupted is raised, without a checkpoint.
     Raises FloatingPointError for a loss that is not finite.
     """
@@ -63,7 +63,7 @@ def train_with_hf(
     records: list[StepRecord] = []
 
     class Stop(transformers.TrainerCallback):  # type: ignore[misc]
-        """Ends training after the step in which a signal arrives."""
+        """Ends training after the step during which a signal arrived."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             control.should_training_stop = control.should_training_stop or interrupted()
@@ -107,7 +107,7 @@ def train_with_hf(
         max_steps=config.steps,
         gradient_accumulation_steps=micro_batches.of_step,
         max_grad_norm=config.max_grad_norm,
-        seed=config.seed % 2**32,  # numpy's generators take no more
+        seed=config.seed % 2**32,  # upper bound of numpy's seeds
         use_cpu=next(loss.model.parameters()).device.type == "cpu",
         logging_strategy="steps",
         logging_steps=1,

@@ -1,4 +1,4 @@
-"""qlora-kernels info: what is installed, what runs here, and why the rest does not."""
+"""qlora-kernels info: installed versions, available backends, and the reasons why others are not available."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
-    """M, N, K from "8,4096,4096" or "8x4096x4096"."""
+    """Return M, N, K from "8,4096,4096" or "8x4096x4096"."""
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"--plan must be three positive integers such as 8,4096,4096, got {text!r}")
@@ -66,7 +66,9 @@ def _sizes(text: str) -> tuple[int, int, int]:
 
 
 def _plans(sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What each backend would run for the product with a double-quantized weight, and for its gradient."""
+    """Return the kernel that each backend would run for the product with a double-quantized weight, and for its
+    gradient.
+    """
     from ..ops.registry import Problem, plans
 
     M, N, K = sizes
@@ -118,7 +120,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _amx() -> str:
-    """Whether the cpu backend may use AMX tiles, or why not. backends() must have loaded it."""
+    """Return whether the cpu backend can use AMX tiles, or why not. backends() must have loaded the library."""
     import torch
 
     reason = getattr(torch.ops.qlora_kernels_C, "cpu_amx_unavailable", None)
@@ -128,7 +130,7 @@ def _amx() -> str:
 
 
 def _kernel_isa() -> str:
-    """The instruction set of the cpu backend, or why there is none. backends() must have loaded it."""
+    """Return the instruction set of the cpu backend, or why there is none. backends() must have loaded the library."""
     import torch
 
     isa = getattr(torch.ops.qlora_kernels_C, "cpu_isa", None)

@@ -1,4 +1,4 @@
-"""Signals that ask a training run to stop: it finishes its step, writes a checkpoint and says how to resume."""
+"""Signals that stop a training run, which finishes its step, writes a checkpoint and prints how to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-"""Ctrl-C; what schedulers and `kill` send; what a closed terminal sends. Windows has no SIGHUP."""
+"""SIGINT (Ctrl-C), SIGTERM (schedulers, `kill`) and SIGHUP (closed terminal), which Windows lacks."""
 
 
 class Interrupt:
@@ -37,10 +37,10 @@ class Interrupt:
 
 @contextmanager
 def deferred(message: str) -> Iterator[Interrupt]:
-    """Inside, the first signal is noted and `message` printed; a second one ends the process as it would outside.
+    """Record the first signal inside the block and print `message`; a second signal ends the process as usual.
 
     Signals that the process ignores (nohup, a job in the background) stay ignored. Only the main thread can set signal
-    handlers: in another thread nothing is noted.
+    handlers, so nothing is recorded in another thread.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -53,7 +53,7 @@ def deferred(message: str) -> Iterator[Interrupt]:
         interrupt.number = number
         for other, handler in before.items():
             signal.signal(other, signal.SIG_DFL if handler is None else handler)
-        # Not through sys.stderr, whose buffer the signal may have interrupted in the middle of a write.
+        # Not through sys.stderr, because the signal may have interrupted a write to its buffer.
         os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
 
     for number in before:

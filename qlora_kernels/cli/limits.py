@@ -1,4 +1,4 @@
-"""What a model and this machine can hold, checked before any work: token ids, positions, memory."""
+"""Checks before any work that the model and this machine support the token ids, positions and memory of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ CPU = torch.device("cpu")
 
 
 def check_token_ids(largest: int, tokenizer: Any, model: nn.Module) -> None:
-    """Raises UsageError where the tokenizer is another model's, or a token of the text has no row in the embedding.
+    """Raise UsageError if the tokenizer belongs to another model, or a token of the text has no row in the embedding.
 
-    Tokens that were added to a tokenizer (for padding, for images) may be beyond the embedding while no text has them.
-    largest: the largest token id of the text.   model: its weights may be on the meta device.
+    Tokens that were added to a tokenizer (for padding, for images) may be beyond the embedding if no text contains
+    them.
+    largest: the largest token id of the text. model: its weights may be on the meta device.
     """
     rows = embedding_rows(model)
     if tokenizer.vocab_size > rows:
@@ -33,9 +34,9 @@ def check_token_ids(largest: int, tokenizer: Any, model: nn.Module) -> None:
 
 
 def check_positions(longest: int, model: nn.Module, option: str) -> None:
-    """Raises UsageError where a text of `longest` tokens has more than the model has positions for.
+    """Raise UsageError if a text of `longest` tokens exceeds the model's number of positions.
 
-    option: the one that sets the length, for the message.
+    option: name of the option that sets the length, for the message.
     """
     most = max_positions(model)
     if most is not None and longest > most:
@@ -43,10 +44,11 @@ def check_positions(longest: int, model: nn.Module, option: str) -> None:
 
 
 def check_memory(model: nn.Module, *, batch: int, micro_batch: int, longest: int, device: torch.device = CPU) -> None:
-    """Raises UsageError where a training step cannot fit this machine's memory.
+    """Raise UsageError if a training step cannot fit into this machine's memory.
 
-    The bound is a lower one, the input of every layer for the backward pass: a step that passes may still be too large.
-    batch, micro_batch: examples of a step, and those in memory at one time.   longest: tokens of an example.
+    Memory is bounded from below, by the input of every layer for the backward pass, so that a step that passes may
+    still be too large.
+    batch: examples of a step. micro_batch: examples in memory at one time. longest: tokens of an example.
     device: where the model is; ids and labels of the whole batch are on the CPU.
     """
     config = _text_config(model)
@@ -68,7 +70,7 @@ def check_memory(model: nn.Module, *, batch: int, micro_batch: int, longest: int
 
 
 def check_rank(model: nn.Module, rank: int, device: torch.device = CPU) -> None:
-    """Raises UsageError where low-rank factors on every linear layer cannot fit the memory of `device`."""
+    """Raise UsageError if low-rank factors on every linear layer cannot fit into the memory of `device`."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     needed = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
     if needed > (memory := memory_bytes(device)):
@@ -79,12 +81,12 @@ def check_rank(model: nn.Module, rank: int, device: torch.device = CPU) -> None:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """Token ids that the model knows."""
+    """Return the number of token ids of the model."""
     return len(model.get_input_embeddings().weight)  # type: ignore[operator]
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Tokens of the longest text that the model is made for; None where its configuration sets no bound."""
+    """Return the model's maximum number of tokens; None if its configuration sets no bound."""
     most = getattr(_text_config(model), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
 

@@ -1,6 +1,6 @@
-"""qlora-kernels: the parser, and what errors become.
+"""qlora-kernels: the parser of the command line, and the exit codes of errors.
 
-Exit codes: 0; 1 where the work failed; 2, with one line that says what to change, for bad input; 130 when interrupted.
+Exit codes: 0; 1 if the work failed; 2, with a line that names the fix, for bad input; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _EXTRAS = {
     "datasets": "data",
     "matplotlib": "plot",
 }
-"""Optional package -> the extra of ours that installs it."""
+"""Optional package -> the extra of this package that installs it."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, which may quote a long argument; argparse's own prints the whole usage before it."""
+        """Print one line, which may quote a long argument; argparse would print the whole usage before it."""
         message = message if len(message) <= 300 else f"{message[:200]} ... {message[-90:]}"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):
-    """Prints the versions, read from the packages' metadata, and exits."""
+    """Print the versions, read from the packages' metadata, and exit."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **keywords)
@@ -60,7 +60,7 @@ class _Version(argparse.Action):
 
 
 class _Completion(argparse.Action):
-    """Prints the script that completes the command in a shell, made by shtab, and exits."""
+    """Print shtab's script for shell completion of the command, and exit."""
 
     def __call__(
         self,
@@ -84,15 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _arguments(argv)
-    # Importing torch takes seconds, which `--help` and wrong arguments do not wait for: no command module imports it
-    # before its run.
+    # Importing torch takes seconds, so no command module imports it before its run; `--help` and errors in arguments do
+    # not need it.
     from ..integrations.model_folders import ModelError
     from ..io.safetensors_reader import DamagedFileError
 
     try:
         with _ended_by_signals():
             code: int = arguments.run(arguments)
-            sys.stdout.flush()  # here, where a full disk behind it still becomes an exit code
+            sys.stdout.flush()  # flushed here, so that a full disk still gives an exit code
     except (UsageError, ModelError, DamagedFileError) as error:
         message = " ".join(str(error).split())
     except ModuleNotFoundError as error:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = _install(error.name)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails at its end
         return 1
     except (MemoryError, RuntimeError, OSError) as error:
         if not isinstance(error, OSError) and not _is_out_of_memory(error):
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line, and for `finetune` the recipe that it names."""
+    """Parse the command line, and for `finetune` the recipe of --config."""
     parser = command_parser()
     if argv[:1] == ["bench"]:
         return parser.parse_args([*argv[:1], "--", *argv[1:]])
@@ -141,13 +141,13 @@ def _install(package: str) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM unwinds the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
+    """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers belong to the main thread
+        yield  # signal handlers can only be set in the main thread
         return
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -157,7 +157,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Also torch's: OutOfMemoryError of devices, and the RuntimeError of its CPU allocator."""
+    """Return whether an error is out of memory, including torch's errors for devices and for its CPU allocator."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""qlora-kernels merge: an adapter into its base, as an ordinary 16-bit model folder."""
+"""qlora-kernels merge: merges an adapter into its base and writes an ordinary 16-bit model folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 def merged_model(arguments: argparse.Namespace, console: Console) -> tuple[Any, Any, int]:
     """Return the model without quantized layers, its tokenizer, and the number of NF4 layers that had no adapter.
 
-    arguments: of `load_base`, and --adapter, which is merged where it is given.
+    arguments: those of `load_base`, and --adapter, which is merged if given.
     """
     from .. import LinearNF4
     from .model_source import load_adapter, load_base

@@ -1,4 +1,4 @@
-"""From the command line to a method's configuration: every registered method, its fields by --set."""
+"""Configurations of PEFT methods from the command line: every registered method, with its fields set by --set."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..peft import PeftConfig
 
 _ELSEWHERE = {
     "full_ft",  # needs a dense model
-    "adapter_fusion",  # needs adapters that are trained already
-    "trainable_tokens",  # tokens beside a LoRA: --set trainable_token_indices=[1,2]
+    "adapter_fusion",  # needs trained adapters
+    "trainable_tokens",  # with LoRA: --set trainable_token_indices=[1,2]
 }
 _OTHER_MEANING = {"oft": {"r"}}
-"""Fields of a method that have the name of an option and another meaning: OFT's r is a number of blocks."""
+"""Fields that have the name of an option but another meaning: OFT's r is a number of blocks."""
 METHODS = {config.peft_type.lower(): config for config in REGISTERED if config.peft_type.lower() not in _ELSEWHERE}
 """Name on the command line -> configuration."""
 
 
 def adapter_config(method: str, options: Mapping[str, Any], assignments: Mapping[str, Any]) -> PeftConfig:
-    """The configuration of `method`.
+    """Return the configuration of `method`.
 
-    options: values by field name, of which a method takes those that it has fields for.
-    assignments: values that must be fields of it. Raises ValueError, with the nearest field, for one that is none.
+    options: values by field name; those without a field of the method are ignored.
+    assignments: values by field name. Raises ValueError, with the nearest field, for a name that is not a field.
     """
     config = METHODS[method]
     fields = [field.name for field in dataclasses.fields(config)]

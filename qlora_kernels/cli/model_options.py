@@ -1,4 +1,4 @@
-"""The options that name a model and an adapter, and those of sampling, which several subcommands share."""
+"""Options of several subcommands: the model, the adapter, and sampling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_adapter(parser: argparse.ArgumentParser, *, required: bool = False) -> N
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, tokens: int, tokens_help: str) -> None:
-    """Add the options that say how new tokens are chosen to a parser.
+    """Add the options of sampling to a parser.
 
     tokens: default of --max-new-tokens.   tokens_help: its help text.
     """

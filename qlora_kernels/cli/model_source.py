@@ -1,4 +1,4 @@
-"""From --model to folders, the dense one and the NF4 one, made once and kept in a cache; and to the loaded model."""
+"""The dense folder, the NF4 folder and the loaded model of --model. The folders are made once and kept in a cache."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from .patterns import check_patterns
 
 
 def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Module, Any]:
-    """(model, tokenizer): the model in NF4, or as it is with --dense, on the device of --device.
+    """Return (model, tokenizer): the model in NF4, or dense with --dense, on the device of --device.
 
-    An --adapter that cannot be read is refused before the model is converted and loaded.
+    An --adapter that cannot be read raises before the model is converted and loaded.
     """
     if getattr(arguments, "adapter", None) is not None:
         with bad_input():
@@ -58,7 +58,7 @@ def load_base(arguments: argparse.Namespace, console: Console) -> tuple[nn.Modul
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
-    """`model` with the adapter that lies in a folder, for inference."""
+    """Return `model` with the adapter in a folder, for inference."""
     with bad_input():
         for config, _ in checkpoint.load_adapter(folder):
             check_patterns(config, model)
@@ -66,7 +66,7 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
 
 
 def dense_folder(model: str, cache: Path, console: Console) -> Path:
-    """The model's folder; one in the cache, in bf16, where `model` is a GGUF file."""
+    """Return the model's dense folder; for a GGUF file, a folder in the cache, in bf16."""
     with bad_input():
         source = resolve_model(model)
         if source.is_dir():
@@ -90,7 +90,7 @@ def nf4_folder(
     double_quant: bool,
     compute_dtype: torch.dtype,
 ) -> Path:
-    """The NF4 folder made from `dense`, in the cache; `dense` itself where it is one already."""
+    """Return the NF4 folder made from `dense`, in the cache, or `dense` if it is already in NF4."""
     with bad_input():
         if is_quantized(dense):
             return dense
@@ -123,7 +123,7 @@ def quantize_with_bar(
     double_quant: bool,
     compute_dtype: torch.dtype,
 ) -> StreamReport:
-    """quantize_model, with a bar over the layers."""
+    """Run quantize_model with a progress bar over the layers."""
     with console.bar(0, "quantizing", "layer") as bar:
         return quantize_model(
             dense,

@@ -1,6 +1,6 @@
-"""Regular expressions of options and adapter files, tried under a time limit before they are used.
+"""Tries regular expressions of options and adapter files under a time limit before they are used.
 
-Python's `re` backtracks: a pattern such as (a|a)*b takes longer than anybody waits on the name of one module.
+Python's `re` backtracks, so that a pattern such as (a|a)*b can take hours on the name of one module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..peft import PeftConfig
 from .arguments import UsageError
 
 SECONDS = 2.0
-"""For all names of a model; a sound pattern takes microseconds for each."""
+"""Seconds for all names of a model; ordinary patterns take microseconds for each."""
 
 
 def check_patterns(config: PeftConfig, model: nn.Module) -> None:
-    """Raises UsageError where a regular expression of `config` is malformed or too slow on the names of `model`."""
+    """Raise UsageError if a regular expression of `config` is malformed or too slow on the names of `model`."""
     names = [name for name, _ in model.named_modules()]
     for field, pattern, match in _patterns(config):
         try:
@@ -42,7 +42,7 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
-    """(field, expression, what is asked of a name) of each regular expression of the configuration."""
+    """Return (field, expression, function that matches a name) of each regular expression of the configuration."""
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field, None)
         if isinstance(value, str):
@@ -57,9 +57,9 @@ def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], An
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside after so long.
+    """Raise TimeoutError inside the block after the limit.
 
-    Only the main thread of a POSIX system can be interrupted; elsewhere there is no limit.
+    Only the main thread on POSIX systems can be interrupted; elsewhere there is no limit.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

@@ -1,4 +1,4 @@
-"""qlora-kernels plan: the memory of a fine-tuning run before it is started, and the GPUs that hold it."""
+"""qlora-kernels plan: the memory of a fine-tuning run, computed in advance, and GPUs with enough memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..training.memory_plan import DecoderSizes, RunSettings
 
 CARDS = (8, 16, 24, 48, 80)
-"""GB of memory of usual GPUs."""
+"""Memory of common GPUs in GB."""
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", re.IGNORECASE)
 _UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 _LONGEST = 1 << 22
-"""Tokens, beyond which no sequence is looked for."""
+"""Maximum sequence length of the search, in tokens."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -53,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compute the plan and print it. Returns 1 where --device does not hold the run."""
+    """Compute the plan and print it. Returns 1 if the memory of --device is too small for the run."""
     from ..integrations.planned_model import planned_model
     from ..training.memory_plan import DecoderSizes, RunSettings
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def longest_sequence(sizes: DecoderSizes, settings: RunSettings, memory: int) -> int:
-    """Return the most tokens of an example with which `memory` bytes hold the run; 0 where no length fits."""
+    """Return the maximum number of tokens of an example for a run in `memory` bytes; 0 if no length fits."""
     low, high = 0, _LONGEST
     while low < high:
         middle = (low + high + 1) // 2

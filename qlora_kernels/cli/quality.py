@@ -1,4 +1,4 @@
-"""qlora-kernels quality: what quantization to NF4 costs each layer of a model, as a table, a file and a picture."""
+"""qlora-kernels quality: the quantization error of each layer of a model in NF4, as a table, a file and a picture."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from ..integrations.quantization_report import QuantizationReport
 
 
 def draw(report: QuantizationReport, path: Path) -> None:
-    """Write a PNG: the histogram of codes over the values that they stand for, and the relative error by layer."""
+    """Write a PNG with the histogram of codes over their values, and the relative error of each layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""qlora-kernels quantize SRC DST."""
+"""qlora-kernels quantize SRC DST: writes a model folder in NF4."""
 
 from __future__ import annotations
 

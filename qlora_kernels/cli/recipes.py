@@ -12,21 +12,22 @@ from typing import Any
 from .arguments import UsageError
 
 _EITHER = ("steps", "epochs")
-"""Options of which one may be given: one on the command line replaces the other in the recipe."""
+"""Mutually exclusive options: one on the command line replaces the other one in the recipe."""
 _OF_ONE_CALL = {"help", "config", "json", "resume", "overwrite"}
-"""Options that say how the command is called, not what the run is; a recipe that is written leaves them out."""
+"""Options that do not describe the run, such as --json; written recipes leave them out."""
 
 
 def with_recipe(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """`argv` of a subcommand, with the options of its --config file before its own, so that its own override them.
+    """Return `argv` of a subcommand with the options of its --config file inserted first, so that those in `argv`
+    override them.
 
-    parser: the subcommand's. Raises UsageError for a file that is not a recipe.
+    parser: parser of the subcommand. Raises UsageError for a file that is not a recipe.
     """
-    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)  # also takes --conf, as the parser does
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)  # also accepts --conf, as the parser does
     finder.add_argument("--config", type=Path)
     try:
         path = finder.parse_known_args(list(argv))[0].config
-    except argparse.ArgumentError:  # --config without a value; the subcommand's parser says so in its own words
+    except argparse.ArgumentError:  # --config without a value; the subcommand's parser reports it
         path = None
     if path is None:
         return list(argv)
@@ -41,7 +42,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses a key that occurs twice, of which YAML libraries take the last in silence."""
+        """Raises for a key that occurs twice; YAML libraries silently use the last one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -85,7 +86,7 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, list):  # of --set: pairs
+    if isinstance(value, list):  # the values of --set are pairs
         return dict(value) if value and isinstance(value[0], tuple) else [_plain(item) for item in value]
     return value
 
@@ -95,7 +96,7 @@ def _option(key: str) -> str:
 
 
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The options of a parser by their names without dashes."""
+    """Return the options of a parser by their names without dashes."""
     return {_option(name): a for a in parser._actions for name in a.option_strings if name.startswith("--")}
 
 

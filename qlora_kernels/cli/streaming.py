@@ -1,4 +1,4 @@
-"""An answer while it is generated: its text as far as it is certain, and its end by Ctrl-C."""
+"""Output of an answer while it is generated, and its interruption by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 
 class AnswerStream(TextStreamer):  # type: ignore[misc]
-    """Writes the text of an answer as generate produces it.   file: where to; None for nowhere.   text: all of it."""
+    """Writes the text of an answer as generate produces it. file: the output, or None. text: the whole text so far."""
 
     def __init__(self, tokenizer: Any, file: TextIO | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -20,7 +20,7 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]
         self.text = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take the next part, which later tokens do not change."""
+        """Write the next part of the text, which later tokens do not change."""
         self.text += text
         if self.file is not None:
             self.file.write(text + ("\n" if stream_end else ""))
@@ -28,7 +28,9 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]
 
 
 class Interrupted:
-    """Inside, Ctrl-C ends the answer at its next token instead of the command. A stopping criterion of generate."""
+    """A stopping criterion of generate and a context in which Ctrl-C ends the answer at its next token, not the
+    command.
+    """
 
     def __init__(self) -> None:
         self.raised = False
@@ -49,5 +51,5 @@ class Interrupted:
         self.raised = True
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:  # noqa: ARG002
-        """Return, for each sequence, whether it ends."""
+        """Return for each sequence whether generation ends."""
         return torch.full((len(input_ids),), self.raised, dtype=torch.bool, device=input_ids.device)

@@ -1,8 +1,8 @@
-"""A model's tokenizer and chat template at work under a time limit.
+"""Runs a model's tokenizer and chat template under a time limit.
 
-Both come out of files and are programs: a template may loop for ever, and the regular expressions of a tokenizer
-backtrack. No signal interrupts a tokenizer's native code. So the work runs in a thread of its own, which is given up
-where one text takes too long.
+Both come from files and are programs: a template may loop forever, and a tokenizer's regular expressions may backtrack.
+No signal interrupts a tokenizer's native code. The work therefore runs in a separate thread, which is abandoned if one
+text takes too long.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from ..training import Chat, Completion, Plain
 from .arguments import UsageError
 
 SECONDS = 30.0
-"""For one text; a sound template or tokenizer takes milliseconds."""
+"""Seconds for one text; ordinary templates and tokenizers take milliseconds."""
 CHARACTERS_PER_SECOND = 20_000
-"""What each second more allows; tokenizers read some hundred thousand."""
+"""Characters for each further second; tokenizers process some hundred thousand."""
 
 Record = Plain | Completion | Chat
 T = TypeVar("T")
 
 
 class Clock:
-    """When the text that is being tokenized must be done."""
+    """The deadline of the text that is being tokenized."""
 
     def __init__(self) -> None:
         self.begin("the text", 0)
 
     def begin(self, what: str, characters: int) -> None:
-        """The next text begins.   what: its name, for the message."""
+        """Start the time of the next text. what: its name, for the message."""
         self.what, self.seconds = what, SECONDS + characters / CHARACTERS_PER_SECOND
         self.deadline = time.monotonic() + self.seconds
 
     def each(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The records, each of which begins when it is taken."""
+        """Yield the records; the time of each starts when it is taken."""
         for record in records:
             self.begin(record.place or "a record", _characters(record))
             yield record
 
 
 def within_time(work: Callable[[Clock], T]) -> T:
-    """work(clock), which tells the clock of each text.
+    """Return the result of work(clock), which calls clock.begin for each text.
 
-    Raises what it raises; UsageError where a text takes too long and where native code of the tokenizer fails.
+    Raises the errors of `work`, and UsageError if a text takes too long or native code of the tokenizer fails.
     """
     clock, done = Clock(), threading.Event()
     outcome: list[tuple[T | None, BaseException | None]] = []
@@ -57,7 +57,7 @@ def within_time(work: Callable[[Clock], T]) -> T:
     def run() -> None:
         try:
             outcome.append((work(clock), None))
-        except BaseException as error:  # also the panic of native code, which is no Exception
+        except BaseException as error:  # also panics of native code, which are not Exceptions
             outcome.append((None, error))
         done.set()
 
@@ -90,7 +90,7 @@ def _characters(record: Record) -> int:
 
 
 class _Messages:
-    """What was written to stderr meanwhile."""
+    """The text that was written to stderr in the block."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -102,7 +102,7 @@ class _Messages:
 
 @contextmanager
 def _native_messages() -> Iterator[_Messages]:
-    """Holds back what is written to stderr until the end, so that a panic's stack trace can be left out."""
+    """Hold back output to stderr until the end of the block, so that a panic's stack trace can be left out."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as file:
         try:

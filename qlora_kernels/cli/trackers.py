@@ -1,4 +1,4 @@
-"""Experiment trackers by name: TensorBoard, Weights & Biases, trackio, each through its own library."""
+"""Experiment trackers by name: TensorBoard, Weights & Biases and trackio, each through its library."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Gives every tracker the figures of a run.
+    """Sends the metrics of a run to every tracker.
 
-    names: of choices.TRACKERS.   out: the run's folder, where TensorBoard's files lie.   project, run: names that wandb
-    and trackio show.   settings: the run's options.
-    A resumed run gives the figures of the earlier steps again, so that each curve is whole.
-    A tracker that fails is left out from then on, with a warning: no training is lost to a network that is down.
+    names: some of choices.TRACKERS. out: the run's folder, for TensorBoard's files. project, run: names shown by wandb
+    and trackio. settings: the run's options.
+    A resumed run sends the metrics of the earlier steps again, so that each curve is complete.
+    A tracker that fails is disabled with a warning, so that a network error does not end the training.
     """
 
     def __init__(self, names: Sequence[str], out: Path, project: str, run: str, settings: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ class Trackers:
             self._attempt(name, lambda name=name: self._start(name, out, project, run, settings))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Give every tracker the values of a step."""
+        """Send the values of a step to every tracker."""
         for name, sink in list(self.sinks.items()):
             if name == "tensorboard":
                 self._attempt(name, lambda sink=sink: _write_scalars(sink, step, values))
@@ -42,7 +42,7 @@ class Trackers:
                 self._attempt(name, lambda sink=sink: sink.log(dict(values), step=step))
 
     def close(self) -> None:
-        """Write what is left, and end the runs."""
+        """Write pending values and end the runs."""
         for name, sink in list(self.sinks.items()):
             self._attempt(name, sink.close if name == "tensorboard" else sink.finish)
         self.sinks.clear()
@@ -51,7 +51,7 @@ class Trackers:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides the events of an earlier attempt at this run, whose figures are given again.
+            # purge_step hides the events of an earlier attempt at this run, whose metrics are sent again.
             self.sinks[name] = SummaryWriter(str(out / "tensorboard"), purge_step=0)
             return
         library = importlib.import_module(name)
@@ -62,7 +62,7 @@ class Trackers:
     def _attempt(self, name: str, action: Any) -> None:
         try:
             action()
-        except Exception as error:  # of any kind: the libraries raise their own
+        except Exception as error:  # any kind: the libraries raise their own errors
             self.sinks.pop(name, None)
             warnings.warn(f"--track {name} failed and is left out: {' '.join(str(error).split())[:300]}", stacklevel=2)
 
