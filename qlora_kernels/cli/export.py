@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the requested format."""
+    """Write the model or adapter in the requested format."""
     console = Console(quiet=arguments.json)
     kinds = {
         "merged": _merged,

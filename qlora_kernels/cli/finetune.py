@@ -1,4 +1,4 @@
-"""qlora-kernels finetune: a model in NF4, an adapter trained on it, and the proof that both did their work."""
+"""qlora-kernels finetune: trains an adapter on a model in NF4, and measures perplexity before and after."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ from .tokenizing import within_time
 from .trackers import check_trackers
 
 _PROMPT_TOKENS = 24
-"""Of the unseen text, where no --prompt is given."""
+"""Tokens of the unseen text that are used as the prompt without --prompt."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The whole command. Returns 1 where training diverged or the reloaded adapter gives another perplexity."""
+    """Run the whole command. Returns 1 if training diverged or the reloaded adapter gives another perplexity."""
     options = FinetuneOptions.of(arguments)
     options.check()
     _check_needs(options)
@@ -115,7 +115,7 @@ def _say_how_to_resume(options: FinetuneOptions, what: str) -> None:
 
 
 def _check_needs(options: FinetuneOptions) -> None:
-    """Raises ModuleNotFoundError for an optional package that the command uses, before it has done any work."""
+    """Raise ModuleNotFoundError for a missing optional package that the command needs, before any work is done."""
     for name in ("transformers", "accelerate", "tqdm", "psutil"):
         importlib.import_module(name)
     if options.data != "builtin" and is_dataset(options.data):
@@ -130,7 +130,7 @@ def _prepare_output(options: FinetuneOptions) -> None:
 
 
 class _Finetune:
-    """One run: the steps of the command and what they share."""
+    """One run: the steps of the command and their shared data."""
 
     def __init__(
         self, options: FinetuneOptions, console: Console, workers: Workers, arguments: argparse.Namespace
@@ -197,7 +197,7 @@ class _Finetune:
                 with folder_appearing_by_rename(adapter) as partial:
                     adapted.save_pretrained(partial)
             self.workers.wait()
-            if self.workers.total(float(signals())):  # it came during the last step
+            if self.workers.total(float(signals())):  # the signal came during the last step
                 raise Interrupted(len(self.report.steps), self.options.steps, None)
         self._measure("NF4 + adapter, trained", adapted)
         if self.options.model == "builtin" and self.workers.first:
@@ -220,7 +220,7 @@ class _Finetune:
                 write_recipe(partial, self.arguments, self.arguments.parser)
 
     def _set_steps(self, examples: int) -> None:
-        """Turn --epochs into steps, of which the learning rate and some adapters are functions."""
+        """Convert --epochs to a number of steps, on which the learning rate and some adapters depend."""
         if self.options.epochs is not None:
             self.options = replace(self.options, steps=self.options.steps_of(examples))
             with bad_input():
@@ -230,7 +230,7 @@ class _Finetune:
         self._note(f"nothing to resume: {self.options.out / 'checkpoints'} holds no checkpoint, so it starts anew")
 
     def _finished(self) -> FinetuneReport | None:
-        """The report of the very run that --resume asks for, if it has ended and its adapter is whole."""
+        """Return the report of the run that --resume continues, if the run has ended and its adapter is complete."""
         out = self.options.out
         try:
             report = FinetuneReport.of(read_json_object(out / "report.json"))
@@ -279,7 +279,7 @@ class _Finetune:
             )
 
     def _check_limits(self, model: nn.Module, examples: Sequence[Example]) -> None:
-        """Before anything is computed: whether `model`, of which only the shapes are known, can take the examples."""
+        """Check before any computation whether `model`, which is on the meta device, supports the examples."""
         options = self.options
         longest = max(len(example.input_ids) for example in examples)
         check_token_ids(max(int(example.input_ids.max()) for example in examples), self.tokenizer, model)
@@ -293,12 +293,13 @@ class _Finetune:
             beyond = options.max_new_tokens + self._virtual_tokens
             check_prompt(options.prompt, "--prompt", self.tokenizer, model, beyond)
         pad = self.tokenizer.pad_token_id
-        # A padding token that was added to the tokenizer alone has no row. Padded positions are masked: any id will do.
+        # A padding token that was only added to the tokenizer has no row. Padded positions are masked, so any id can be
+        # used.
         self.pad_token_id = pad if pad is not None and pad < embedding_rows(model) else 0
 
     @property
     def _virtual_tokens(self) -> int:
-        """Positions that the method puts before every text."""
+        """Return the number of positions that the method adds before every text."""
         config = self.adapter_config
         return config.num_virtual_tokens if isinstance(config, (PromptTuningConfig, PTuningConfig)) else 0
 

@@ -1,4 +1,4 @@
-"""The options of one run of `qlora-kernels finetune`, and what they mean to training and to the adapter."""
+"""The options of one run of `qlora-kernels finetune`, and the configurations of training and adapter made from them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 PACKABLE = ("lora", "adalora", "bitfit", "bottleneck_adapter", "ia3", "vera", "loha", "lokr", "oft", "boft")
-"""Methods that compute each token by itself, so that packed examples stay apart."""
+"""Methods that compute each token separately, so that packed examples do not affect each other."""
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """One field for each option of the command line, by its name there."""
+    """The options of the command line; each field has the name of its option."""
 
     model: str
     data: str
@@ -76,7 +76,9 @@ class FinetuneOptions:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> FinetuneOptions:
-        """From parsed arguments, which hold more than the options. --device and --compute-dtype are resolved."""
+        """Return the options in parsed arguments, which also hold other values. --device and --compute-dtype are
+        resolved.
+        """
         from .device import chosen_device, chosen_dtype  # imports torch
 
         values = {name: getattr(arguments, name) for name in cls.__dataclass_fields__}
@@ -112,19 +114,21 @@ class FinetuneOptions:
             raise UsageError("--trainer hf: must run in one process; --trainer own takes several")
 
     def steps_of(self, examples: int) -> int:
-        """Return the steps of --epochs passes over so many examples, the last batch filled from the next pass."""
+        """Return the number of steps of --epochs passes over so many examples; the last batch is filled from the next
+        pass.
+        """
         if self.epochs is None:
             return self.steps
         return max(math.ceil(round(self.epochs * examples, 6) / self.batch), 1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matmuls and dense weights."""
+        """The dtype of matmuls and dense weights."""
         return dtype_of(self.compute_dtype)
 
     @property
     def cache_folder(self) -> Path:
-        """Where converted models are kept."""
+        """The folder in which converted models are cached."""
         return self.cache or self.out / "cache"
 
     def train_config(self) -> TrainConfig:
@@ -152,7 +156,7 @@ class FinetuneOptions:
             "lora_r": self.r,
             "target_r": self.r,
             "init_r": self.r + (self.r + 1) // 2,
-            # Until the examples are counted, only what holds for any number of steps can be refused.
+            # Before the examples are counted, only options that are wrong for any number of steps can be refused.
             "total_step": self.steps,
             "lora_alpha": self.alpha,
             "alpha": self.alpha,
@@ -166,13 +170,13 @@ class FinetuneOptions:
         return adapter_config(self.method, options, dict(self.set))
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run: all that losses depend on."""
+        """The options that a resumed run must share with the first run: all options on which losses depend."""
         free = {"eval_windows", "prompt", "max_new_tokens"}
         return {name: value for name, value in self.result_options().items() if name not in free}
 
     def result_options(self) -> dict[str, Any]:
-        """All that the adapter and the report depend on."""
-        # --epochs is in the steps.
+        """The options on which the adapter and the report depend."""
+        # --epochs is included in the steps.
         free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout", "epochs", "overwrite"}
         free |= {"track", "project", "run_name"}
         # Runs of versions without these options can be resumed.

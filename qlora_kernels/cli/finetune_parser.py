@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """All of them but --json."""
+    """Add all options but --json to a parser."""
     files = parser.add_argument_group("input and output")
     files.add_argument(
         "--config",
@@ -201,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def trackers(text: str) -> tuple[str, ...]:
-    """Names of trackers, separated by commas."""
+    """Return names of trackers from a comma-separated list."""
     chosen = names(text)
     for name in chosen:
         if name not in TRACKERS:

@@ -1,4 +1,4 @@
-"""What `qlora-kernels finetune` reports: a table, a JSON file, a picture of the loss."""
+"""The report of `qlora-kernels finetune`: a table, a JSON file, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from .console import megabytes
 
 @dataclass
 class FinetuneReport:
-    """Filled as the command goes on.
+    """The results of a run, filled in by the steps of the command.
 
-    rows: of the data, by part ("train", "unseen"): how many were kept, cut and dropped, and why.
-    perplexity: on the unseen text, by model.   predictions: tokens that each is the mean over.
-    fused: modules that --fuse replaced.
-    device: where the model was.   peak_device_bytes: the most that tensors took there; 0 for the CPU.
-    evaluations: perplexity during training, by step.   best: the step whose adapter is kept, and why; empty without
+    rows: part of the data ("train", "unseen") -> numbers of rows that were kept, cut and dropped, with reasons.
+    perplexity: on the unseen text, by model. predictions: number of tokens in each mean.
+    fused: names of the modules that --fuse replaced.
+    device: device of the model. peak_device_bytes: peak of the bytes of tensors on it; 0 for the CPU.
+    evaluations: step -> perplexity during training. best: the step whose adapter is kept, and the reason; empty without
     evaluations.
-    bytes_dense: of the quantized layers' weights in 16 bits.   bytes_nf4: of the same, packed, with constants.
-    step_seconds: of a training step without the optimizer, "plain" and "fused"; empty where it was not measured.
-    seconds: by stage.   options: all that the results depend on, beside the fingerprints of the NF4 folder (`base`) and
-    of what was trained on (`examples`).
+    bytes_dense: bytes of the quantized layers' weights in 16 bits. bytes_nf4: bytes of their packed indices and
+    constants.
+    step_seconds: seconds of a training step without the optimizer, "plain" and "fused"; empty if not measured.
+    seconds: stage -> seconds. options: the options on which the results depend, in addition to the fingerprints of the
+    NF4 folder (`base`) and of the examples (`examples`).
     """
 
     model: str
@@ -56,12 +57,12 @@ class FinetuneReport:
     best: dict[str, Any] = field(default_factory=dict)
 
     def result_of(self) -> tuple[object, ...]:
-        """What two runs must agree on to be the same run."""
+        """Return the fields that are equal in two reports of the same run."""
         return self.options, self.base, self.examples
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> FinetuneReport:
-        """From the object that to_json wrote. Raises TypeError or KeyError for another one."""
+        """Return the report in an object that to_json wrote. Raises TypeError or KeyError for any other object."""
         later: dict[str, Any] = {  # reports of earlier versions lack them
             "fused": 0,
             "device": "cpu",
@@ -77,7 +78,7 @@ class FinetuneReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Trained tokens over the time of the steps."""
+        """Trained tokens divided by the seconds of the steps."""
         return sum(step.tokens for step in self.steps) / max(sum(step.seconds for step in self.steps), 1e-9)
 
     def _gain(self) -> str:
@@ -130,7 +131,7 @@ def can_plot() -> bool:
 
 
 def write_loss_curve(path: Path, steps: Sequence[StepRecord]) -> None:
-    """A PNG of loss and learning rate over the steps."""
+    """Write a PNG of loss and learning rate over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -35,7 +35,7 @@ def has_checkpoints(out: Path) -> bool:
 
 
 def check_no_other_run(options: FinetuneOptions) -> None:
-    """Raise UsageError where another run's checkpoints would be in the way, and nobody said what becomes of them."""
+    """Raise UsageError if checkpoints of another run exist and no option says how to treat them."""
     if has_checkpoints(options.out) and not (options.resume or options.overwrite):
         raise UsageError(
             f"--out: {checkpoint_folder(options.out)} must hold no other run's checkpoints; use --resume to continue "
@@ -47,7 +47,8 @@ def check_no_other_run(options: FinetuneOptions) -> None:
 class TrainingStage:
     """Trains an adapter on a model, and fills the report.
 
-    unseen: what is evaluated.   pad_token_id: of padded positions, which are masked.   device: where the model is.
+    unseen: examples for evaluations. pad_token_id: id at padded positions, which are masked. device: the model's
+    device.
     """
 
     options: FinetuneOptions
@@ -60,15 +61,15 @@ class TrainingStage:
     device: torch.device
 
     def run(self, model: nn.Module, examples: list[Example], interrupt: Interrupt) -> PeftModel:
-        """Return the adapted model, whose adapter is that of the best step where there are evaluations.
+        """Return the adapted model; with evaluations its adapter is that of the best step.
 
-        Raises training.Interrupted, after a checkpoint was written, where `interrupt` says so.
+        Raises training.Interrupted, after a checkpoint was written, if `interrupt` has received a signal.
         """
         options = self.options
         torch.manual_seed(options.seed)
         checkpointing: Literal["non_reentrant", False] = "non_reentrant" if options.gradient_checkpointing else False
         with bad_input():
-            # Norms stay in the compute dtype: fp32 ones would make the whole residual stream fp32.
+            # Norms stay in the compute dtype, because fp32 norms would make the whole residual stream fp32.
             prepared = prepare_for_training(model, upcast="none", gradient_checkpointing=checkpointing)
             adapted = get_peft_model(prepared, self.adapter_config)
         self.report.trainable = adapted.get_nb_trainable_parameters()[0]

@@ -1,4 +1,4 @@
-"""LoRA adapters in the form that servers load: their factors, and a folder for vLLM."""
+"""Export of LoRA adapters for servers: their factors, and a folder for vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.
 def lora_factors(folder: Path) -> tuple[dict[str, LoRAFactors], float]:
     """Return the factors of each layer of a LoRA adapter, and the adapter's lora_alpha.
 
-    folder: in PEFT's layout. Raises ModelError where the adapter is more than low-rank updates of linear layers.
+    folder: in PEFT's layout. Raises ModelError if the adapter contains anything but low-rank updates of linear layers.
     """
     config, tensors = _plain_lora(folder)
     parts: dict[str, dict[str, Any]] = {}
@@ -44,10 +44,10 @@ def lora_factors(folder: Path) -> tuple[dict[str, LoRAFactors], float]:
 
 
 def write_vllm_adapter(folder: Path, base: str, target: Path) -> None:
-    """Write an adapter as vLLM serves it: target_modules by their last names, and a base model that can be found.
+    """Write an adapter for vLLM, with the last parts of names in target_modules and a base model that vLLM can load.
 
     folder: in PEFT's layout.   base: id on the hub, a model folder, or "builtin".   target: an empty folder.
-    Raises ModelError where vLLM would refuse the adapter or compute something else.
+    Raises ModelError if vLLM would refuse the adapter or compute another function.
     """
     from safetensors.torch import save_file
 
@@ -65,7 +65,7 @@ def write_vllm_adapter(folder: Path, base: str, target: Path) -> None:
 
 
 def _plain_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(adapter_config.json, the tensors under PEFT's names) of an adapter that is LoRA and nothing else."""
+    """Return (adapter_config.json, tensors under PEFT's names) of an adapter that consists of LoRA only."""
     found = read_adapters(folder)
     if len(found) != 1 or found[0].config.get("peft_type") != "LORA":
         kinds = [files.config.get("peft_type") for files in found]
@@ -86,7 +86,7 @@ def _by_pattern(patterns: dict[str, float], layer: str, default: float) -> float
 
 
 def _real_base(base: str) -> str:
-    """An absolute path or an id on the hub."""
+    """Return the base model as an absolute path or an id on the hub."""
     if base == "builtin":
         return BUILTIN_ID
     path = Path(base)

@@ -1,7 +1,8 @@
 """GGUF files for llama.cpp and Ollama: whole models with their tokenizers, and LoRA adapters.
 
-Llama, Mistral, Qwen2 and Qwen3 are written. Names of tensors come from the gguf package. Everything that llama.cpp
-would compute differently from transformers (an unknown architecture, tokenizer or kind of rotary scaling) is refused.
+The supported architectures are Llama, Mistral, Qwen2 and Qwen3. Names of tensors come from the gguf package. Models
+that llama.cpp would compute differently from transformers (unknown architectures, tokenizers or kinds of rotary
+scaling) are refused.
 Source of the format: github.com/ggml-org/ggml/blob/master/docs/gguf.md and the gguf package.
 """
 
@@ -24,11 +25,11 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _LARGEST_FP16 = 65504.0
 _ROWS = 32
-"""Values of a block of q8_0; rows of another length are written as f16."""
+"""Number of values in a block of q8_0; rows whose length is not a multiple of it are written as f16."""
 
 
 class LoRAFactors(NamedTuple):
-    """A: [r, in_features].   B: [out_features, r].   scaling: of B A, in the layer's output."""
+    """The low-rank update scaling * B A of a layer. A: [r, in_features]. B: [out_features, r]."""
 
     A: Tensor
     B: Tensor
@@ -38,8 +39,8 @@ class LoRAFactors(NamedTuple):
 def write_model_gguf(path: Path, model: nn.Module, tokenizer: Any, outtype: str = "f16") -> None:
     """Write a dense model and its tokenizer as a GGUF file.
 
-    model: a transformers model without quantized layers.   outtype: of matrices, one of OUTTYPES; vectors are f32.
-    Raises ModelError for a model or a tokenizer that the file cannot describe.
+    model: a transformers model without quantized layers. outtype: type of matrices, one of OUTTYPES; vectors are f32.
+    Raises ModelError for a model or a tokenizer that the format cannot represent.
     """
     import gguf
 
@@ -63,9 +64,9 @@ def write_model_gguf(path: Path, model: nn.Module, tokenizer: Any, outtype: str 
 def write_lora_gguf(path: Path, config: Any, factors: Mapping[str, LoRAFactors], alpha: float) -> None:
     """Write the low-rank updates of linear layers as a LoRA adapter of llama.cpp.
 
-    config: of the base model.   factors: by the layer's name in the base model.
-    alpha: llama.cpp scales the product by alpha / r; B takes what a layer's own scaling differs by.
-    Raises ModelError for layers that have no name in GGUF.
+    config: the base model's configuration. factors: name of a layer in the base model -> its factors.
+    alpha: llama.cpp multiplies B A by alpha / r; if a layer's scaling differs from it, B is multiplied by the ratio.
+    Raises ModelError for layers without a name in GGUF.
     """
     config = config.get_text_config()
     writer, names = _writer(path, config)
@@ -87,7 +88,7 @@ def _config(model: Any) -> Any:
 
 
 def _writer(path: Path, config: Any) -> tuple[Any, Any]:
-    """(a writer of the file, the names of the architecture's tensors)."""
+    """Return (a writer of the file, the names of the architecture's tensors)."""
     import gguf
 
     architecture = ARCHITECTURES.get(config.model_type)
@@ -134,7 +135,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _rope_factors(config: Any) -> Tensor | None:
-    """What each frequency is divided by under Llama 3's scaling, fp32 [head_dim / 2]; None without it."""
+    """Return the divisors of the rotary frequencies under Llama 3's scaling, fp32 [head_dim / 2]; None without it."""
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -156,7 +157,7 @@ def _tensors(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_llama_cpp(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """The rows of q and k as architecture llama has them: those that are rotated together are neighbours."""
+    """Reorder the rows of q and k for architecture llama, in which rows that are rotated together are neighbours."""
     if ARCHITECTURES[config.model_type] != "llama":
         return tensor
     heads = config.num_attention_heads
@@ -175,7 +176,7 @@ def _add(writer: Any, name: str, tensor: Tensor, outtype: str) -> None:
     if outtype == "q8_0" and values.shape[-1] % _ROWS:
         outtype = "f16"
     largest = float(abs(values).max(initial=0))
-    if outtype == "f16" and not largest <= _LARGEST_FP16:  # NaN too
+    if outtype == "f16" and not largest <= _LARGEST_FP16:  # also for NaN
         raise ModelError(f"export: {name} must be within the range of fp16, got {largest}; use --outtype bf16")
     kind = gguf.GGMLQuantizationType[outtype.upper()]
     writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

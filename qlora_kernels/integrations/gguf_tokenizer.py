@@ -1,7 +1,7 @@
-"""A fast tokenizer as the fields of a GGUF file, for tokenizers that llama.cpp reproduces.
+"""Writes a fast tokenizer to the fields of a GGUF file, if llama.cpp reproduces it.
 
-llama.cpp knows the regular expressions that split a text by name. A name is written only where the tokenizer splits by
-that very expression, because another one would give other tokens without an error.
+llama.cpp identifies the regular expressions that split a text by names. A name is written only if the tokenizer uses
+exactly that expression, because another expression would give other tokens without an error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SPLITS = {
     (("split", _LETTERS + r"\p{N}{1,3}" + _REST), ("bytes", False)): "llama-bpe",
     (("split", _LETTERS + r"\p{N}" + _REST), ("bytes", False)): "qwen2",
 }
-"""Steps of a pre-tokenizer -> its name in llama.cpp."""
+"""Steps of a pre-tokenizer -> the name of the pre-tokenizer in llama.cpp."""
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     """Add tokens, merges, special tokens and the chat template to a writer of the gguf package.
 
-    tokenizer: a fast tokenizer of transformers.   vocabulary: rows of the model's embedding.
-    Raises ModelError for a tokenizer that llama.cpp would not reproduce.
+    tokenizer: a fast tokenizer of transformers. vocabulary: number of rows of the model's embedding.
+    Raises ModelError for a tokenizer that llama.cpp does not reproduce.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"export: the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
@@ -90,7 +90,7 @@ def _split_name(description: dict[str, Any]) -> str:
 
 
 def _steps(part: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """The steps of a pre-tokenizer in a form that can be compared."""
+    """Return the steps of a pre-tokenizer in a form that can be compared."""
     if part is None:
         return []
     kind = part["type"]
@@ -106,7 +106,7 @@ def _steps(part: dict[str, Any] | None) -> list[tuple[str, Any]]:
 
 
 def _adds_space(description: dict[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Return whether the tokenizer adds a space before a text."""
     normalizer = json.dumps(description.get("normalizer"))
     before = description.get("pre_tokenizer") or {}
     return '"Prepend"' in normalizer or before.get("prepend_scheme", "never") != "never"

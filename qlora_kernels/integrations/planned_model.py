@@ -1,4 +1,4 @@
-"""Models of which only the shapes are needed: by folder, GGUF file, hub id, or a usual size such as 7B."""
+"""Shapes of models without their weights, by folder, GGUF file, hub id, or a common size such as 7B."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ USUAL_SIZES = tuple(_SIZES)
 
 
 class PlannedModel(NamedTuple):
-    """model: on the meta device.   quantized: names of the layers to be in NF4.   adapted: of those with an update."""
+    """The shapes of a model. model: on the meta device. quantized: names of the layers in NF4. adapted: names of the
+    layers with an update.
+    """
 
     model: nn.Module
     quantized: list[str]
@@ -38,11 +40,11 @@ class PlannedModel(NamedTuple):
 
 
 def planned_model(name: str, skip: Pattern = ("lm_head",)) -> PlannedModel:
-    """Return the shapes of a model, without its weights being read or downloaded.
+    """Return the shapes of a model without reading or downloading its weights.
 
-    name: a folder, a .gguf file, an id on the hub, of which config.json suffices, or one of USUAL_SIZES.
+    name: a folder, a .gguf file, an id on the hub (only config.json is needed), or one of USUAL_SIZES.
     skip: linear layers that stay dense. All linear layers but the output head get an update.
-    Raises ModelError where there is no such model.
+    Raises ModelError if there is no such model.
     """
     with _config_folder(name) as folder:
         structure = ModelStructure(folder)
@@ -51,7 +53,7 @@ def planned_model(name: str, skip: Pattern = ("lm_head",)) -> PlannedModel:
 
 @contextmanager
 def _config_folder(name: str) -> Iterator[Path]:
-    """A folder that holds the model's config.json."""
+    """Return a folder with the model's config.json."""
     if name.upper() in _SIZES and not Path(name).exists():
         from transformers import LlamaConfig
 

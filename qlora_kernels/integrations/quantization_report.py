@@ -1,7 +1,8 @@
-"""How well a model's weights are represented in NF4: the error of each layer, and how often each code occurs.
+"""The quality of a model's weights in NF4: the error of each layer, and the frequency of each code.
 
-NF4's 16 values are chosen for blocks of normally distributed weights, each divided by its largest absolute value. How
-often a code occurs among such weights is `normal_shares`; a layer that differs much from it is not normal.
+NF4's 16 values are chosen for blocks of normally distributed weights, each divided by its largest absolute value.
+`normal_shares` gives the frequency of each code among such weights; the weights of a layer with very different
+frequencies are not normally distributed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from .model_structure import ModelError, ModelStructure
 CODES = len(nf4.CODE)
 _GRID = 4001
 _FARTHEST = 8.0
-"""Standard deviations, beyond which no largest weight of a block is looked for."""
+"""Upper limit of the integral over a block's largest weight, in standard deviations."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Of one layer.   relative: root of the mean squared error over that of the weights.   largest: absolute error.
+    """The error of one layer. relative: root mean square of the error divided by that of the weights. largest:
+    absolute.
 
-    shares: how often each of the 16 codes occurs, as a fraction of the weights.
+    shares: frequency of each of the 16 codes, as a fraction of the weights.
     divergence: Kullback-Leibler divergence of the shares from those of normal weights, in bits.
     """
 
@@ -61,7 +63,7 @@ class QuantizationReport:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return how often each code occurs in all layers together."""
+        """Return the frequency of each code in all layers together."""
         total = sum(math.prod(layer.shape) for layer in self.layers)
         sums = [sum(layer.shares[i] * math.prod(layer.shape) for layer in self.layers) for i in range(CODES)]
         return tuple(value / total for value in sums)
@@ -76,10 +78,10 @@ def quantization_report(
     on_layers: Callable[[int], object] = lambda n: None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> QuantizationReport:
-    """Quantize each linear layer of a dense model folder but those of `skip`, one at a time, and compare.
+    """Quantize each linear layer of a dense model folder except those in `skip`, one at a time, and measure its error.
 
-    on_layers: called with the number of layers, then on_layer as each is done.
-    Raises ModelError where the folder is not of the model in its config.json or has no such layer.
+    on_layers: called with the number of layers, then on_layer after each layer.
+    Raises ModelError if the files do not match the model in config.json or there is no such layer.
     """
     structure = ModelStructure(folder)
     tensors = read_tensors(folder)
@@ -99,7 +101,7 @@ def quantization_report(
 
 
 def layer_error(name: str, weight: Tensor, blocksize: int, double_quant: bool) -> LayerError:
-    """Quantize a weight of any float dtype and compare.   name: for the result."""
+    """Quantize a weight of any float dtype and measure the error. name: of the result."""
     exact = weight.float()
     packed, state = quantize_nf4(exact, blocksize, double_quant)
     error = dequantize_nf4(packed, state) - exact
@@ -120,10 +122,10 @@ def layer_error(name: str, weight: Tensor, blocksize: int, double_quant: bool) -
 
 
 def normal_shares(blocksize: int) -> tuple[float, ...]:
-    """Return how often each NF4 code occurs among blocks of independent normal weights.
+    """Return the frequency of each NF4 code among blocks of independent normal weights.
 
-    A block's largest absolute value m has the density n (2 Phi(m) - 1)^(n - 1) 2 phi(m). That weight itself becomes
-    -1 or 1; the others are normal within [-m, m]. The integral over m is a sum over a fine grid.
+    A block's largest absolute value m has the density n (2 Phi(m) - 1)^(n - 1) 2 phi(m). The weight with this value
+    becomes -1 or 1; the others are normally distributed within [-m, m]. The integral over m is a sum over a fine grid.
     """
     n = blocksize
     m = torch.linspace(_FARTHEST / _GRID, _FARTHEST, _GRID, dtype=torch.float64)

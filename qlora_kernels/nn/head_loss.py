@@ -29,7 +29,7 @@ _TOKENWISE = ("peft.tuners.lora.", "peft.utils.other")
 
 
 class HeadOperands(NamedTuple):
-    """What linear_cross_entropy takes of a head."""
+    """The arguments of linear_cross_entropy that describe a head."""
 
     weight: Tensor
     state: QuantState | None
@@ -85,7 +85,7 @@ def head_loss(
 
 
 def head_operands(head: nn.Module, dtype: torch.dtype | None = None) -> HeadOperands | None:
-    """The operands of a head that computes hidden @ (W + scaling * B A)^T + bias; None if it computes anything else.
+    """Return the operands of a head that computes hidden @ (W + scaling * B A)^T + bias; None for any other head.
 
     dtype: of the hidden states, which an NF4 layer may cast; None to leave that question open.
     """
@@ -113,7 +113,7 @@ def head_operands(head: nn.Module, dtype: torch.dtype | None = None) -> HeadOper
 
 
 def _is_tokenwise(head: nn.Module) -> bool:
-    """Whether the head may be called on some of the tokens at a time."""
+    """Return whether the head can be called on a part of the tokens."""
     if hasattr(head, "plain_form"):
         return bool(cast(Any, head).is_tokenwise)
     if isinstance(head, MadeClass):  # a layer whose parameters an adapter replaces
@@ -122,7 +122,7 @@ def _is_tokenwise(head: nn.Module) -> bool:
 
 
 def _called_in_chunks(head: nn.Module, hidden: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """The sum of the losses of hidden [M, K]. The logits of a chunk are computed again in the backward pass."""
+    """Return the sum of the losses of hidden [M, K]. The logits of a chunk are computed again in the backward pass."""
 
     def loss_of(rows: Tensor, of_rows: Tensor) -> Tensor:
         logits = head(rows).float()

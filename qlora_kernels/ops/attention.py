@@ -35,7 +35,9 @@ OP = "attention"
 
 
 class Keys(NamedTuple):
-    """The keys that each query attends to, and the scores.   starts, ends: int64 [B, Tq].   softcap: 0 for none."""
+    """The keys that each query attends to, and the parameters of scores. starts, ends: int64 [B, Tq]. softcap: 0 for
+    none.
+    """
 
     starts: Tensor
     ends: Tensor

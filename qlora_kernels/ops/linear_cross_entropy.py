@@ -118,7 +118,7 @@ def linear_cross_entropy(
 
 
 def nf4_fields(state: QuantState) -> dict[str, Any]:
-    """The fields of a Head whose weight is the packed bytes that belong to `state`."""
+    """Return the fields of a Head with an NF4 weight, from the state of its packed bytes."""
     if len(state.shape) != 2:
         raise ValueError(f"{OP}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
     names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
@@ -130,7 +130,7 @@ def nf4_fields(state: QuantState) -> dict[str, Any]:
 def with_low_rank(
     hidden: Tensor, V: int, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(hidden [M, K + r] with the columns of an update, the columns [V, r] of the weight), differentiable.
+    """Return (hidden [M, K + r] with the columns of an update, columns [V, r] of the weight), differentiable.
 
     The values of lora_A are rounded to hidden's dtype, as in a LoRA linear. Its gradient is not: the product is
     computed on fp32 operands, and the rounding is a constant that autograd does not see.
@@ -162,7 +162,7 @@ def linear_cross_entropy_impl(
         _check_labels(labels, head)
     M, K = hidden.shape
     V = head.V
-    if M == 0 or V == 0:  # without a vocabulary every token is ignored
+    if M == 0 or V == 0:  # with an empty vocabulary every token is ignored
         return _zeros(hidden, need_grad_hidden)
     if K - head.rank == 0:
         losses, log_sums = losses_and_log_sums(hidden, labels, head)
@@ -189,7 +189,8 @@ def linear_cross_entropy_fake(
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """losses of linear_cross_entropy and its gradients with respect to hidden, weight, bias and low_rank.
 
-    Autograd sees arguments only, not what a bundle holds; so the three of the head are passed on their own as well.
+    Autograd inspects the arguments but not the fields of a bundle, so the three tensors of the head are also passed
+    separately.
     """
 
     @staticmethod
@@ -238,7 +239,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def losses_and_log_sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(losses [M], log_sums [M]) in torch's own differentiable ops, over whole logits; log_sums is detached."""
+    """Return (losses [M], log_sums [M]) by torch's differentiable ops, over whole logits; log_sums is detached."""
     z = logits_of(hidden.float(), head.rows(0, head.V, hidden.dtype).float(), head, head.bias)
     losses = F.cross_entropy(z, labels, ignore_index=head.ignore_index, reduction="none")
     return losses, z.detach().logsumexp(dim=1)
@@ -280,9 +281,9 @@ def _gradients_composed(
 def _gradients_of_head(
     grad_losses: Tensor, hidden: Tensor, labels: Tensor, head: Head, log_sums: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The wanted ones of (grad_weight, grad_bias, grad_low_rank), over VOCABULARY_CHUNK rows of the weight at a time.
+    """Return the wanted gradients of (weight, bias, low_rank), over VOCABULARY_CHUNK rows of the weight at a time.
 
-    needs: which of the three are wanted.
+    needs: whether each of the three gradients is wanted.
     """
     need_weight, need_bias, need_low_rank = needs
     learned = labels != head.ignore_index

@@ -22,7 +22,7 @@ BACKENDS = ("triton", "cuda")
 
 
 def bucket(problem: Problem) -> str:
-    """The key of a problem: M is rounded up to a power of two, all else is exact."""
+    """Return the key of a problem: M is rounded up to a power of two, all other values are exact."""
     rows = 1 << max(0, problem.M - 1).bit_length()
     dtype = str(problem.dtype).removeprefix("torch.")
     return f"{problem.op}:{dtype}:M{rows}:N{problem.N}:K{problem.K}:b{problem.blocksize}"
@@ -30,7 +30,8 @@ def bucket(problem: Problem) -> str:
 
 @cache
 def entries(capability: int, folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """bucket -> fields of the fastest plan on GPUs of this compute capability; empty where nobody measured.
+    """Return bucket -> fields of the fastest plan on GPUs of this compute capability; empty if there are no
+    measurements.
 
     Raises ValueError for an entry that names an unknown backend.
     """
@@ -49,14 +50,14 @@ def entries(capability: int, folder: Path | None = None) -> dict[str, dict[str, 
 
 
 def entry_for(problem: Problem, capability: int) -> dict[str, Any] | None:
-    """The measured plan of the base product of `problem`, which is the same with and without an adapter."""
+    """Return the measured plan of the base product of `problem`, which is the same with and without an adapter."""
     backward = problem.op.endswith(("_backward", "_grad_x"))
     base = problem._replace(op="linear_nf4_grad_x" if backward else "linear_nf4")
     return entries(capability).get(bucket(base))
 
 
 def priority(problem: Problem, backend: str) -> int:
-    """1 where the current GPU's measurements name `backend` for the product, else 0."""
+    """Return 1 if the current GPU's measurements name `backend` for the product, else 0."""
     if problem.device != "cuda" or not problem.op.startswith("linear_nf4") or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability()
@@ -67,7 +68,7 @@ def priority(problem: Problem, backend: str) -> int:
 def write(
     capability: int, plans: dict[str, dict[str, Any]], measured_on: dict[str, str], folder: Path = FOLDER
 ) -> Path:
-    """Write measured plans by rename; `measured_on` says which GPU and versions."""
+    """Write measured plans by rename; `measured_on` names the GPU and versions."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{capability}.json"
     content = {"measured_on": measured_on, "plans": dict(sorted(plans.items()))}

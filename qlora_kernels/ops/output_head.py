@@ -1,4 +1,4 @@
-"""The output head of linear_cross_entropy: its weight, dense or NF4, low-rank columns beside it, and its logits.
+"""The output head of linear_cross_entropy: a dense or NF4 weight, further low-rank columns, and its logits.
 
 A low-rank update of the head, scaling * B A, is computed as r more columns: the hidden states are followed by
 s = hidden @ A.T, and the weight by low_rank = scaling * B. The op then has one product for both parts.
@@ -18,7 +18,7 @@ from ..format.quant_state import n_blocks
 from .operands import Weight
 
 DECODED_BYTES = 64 << 20
-"""Of the rows of a head that `Head.parts` makes dense at one time."""
+"""Bytes of the rows of a head that `Head.parts` dequantizes at one time."""
 
 
 class Head(NamedTuple):
@@ -27,7 +27,7 @@ class Head(NamedTuple):
     weight: [V, K] in any float dtype, or the packed bytes of an NF4 weight.   bias: [V] in any float dtype, or None.
     logit_scale: factor of the logits.   softcap: their bound, 0 for none.
     low_rank: [V, r], the last columns of the weight, or None.
-    absmax .. in_features: of an NF4 weight, as in Weight; blocksize is 0 for a dense one.
+    absmax .. in_features: fields of an NF4 weight, as in Weight; blocksize is 0 for a dense weight.
     """
 
     weight: Tensor
@@ -46,7 +46,7 @@ class Head(NamedTuple):
 
     @staticmethod
     def schema() -> str:
-        """The fields as arguments of an op."""
+        """Return the fields as arguments of an op's schema."""
         return (
             "Tensor weight, Tensor? bias, int ignore_index, float logit_scale, float softcap, Tensor? low_rank, "
             "Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset, int blocksize, "
@@ -55,7 +55,7 @@ class Head(NamedTuple):
 
     @property
     def nf4(self) -> Weight | None:
-        """The NF4 weight; None where it is dense."""
+        """The NF4 weight, or None if the weight is dense."""
         if self.blocksize == 0:
             return None
         constants = (self.absmax, self.absmax_q, self.absmax_scale, self.absmax_offset)
@@ -72,13 +72,15 @@ class Head(NamedTuple):
         return 0 if self.low_rank is None else self.low_rank.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the weight with its low-rank columns, dense, in `dtype`; differentiable."""
+        """Return rows [start, stop) of the weight with its low-rank columns, dense, in `dtype`; differentiable."""
         nf4 = self.nf4
         rows = self.weight[start:stop].to(dtype) if nf4 is None else _decoded_rows(nf4, start, stop, dtype)
         return rows if self.low_rank is None else torch.cat([rows, self.low_rank[start:stop].to(dtype)], dim=1)
 
     def parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(columns of the logits, their rows of the weight): a dense head as one part, else of DECODED_BYTES each."""
+        """Yield (columns of the logits, rows of the weight): a dense head as one part, an NF4 head in parts of
+        DECODED_BYTES.
+        """
         step = self.V
         if self.blocksize or self.low_rank is not None:
             columns = (self.in_features or self.weight.shape[1]) + self.rank
@@ -89,7 +91,7 @@ class Head(NamedTuple):
 
 
 def logits_of(hidden: Tensor, weight: Tensor, head: Head, bias: Tensor | None) -> Tensor:
-    """z [M, V] of `weight` and `bias`, which may be some rows of the head's; fp32 for an fp32 `hidden`."""
+    """Return z [M, V] for `weight` and `bias`, which may be a part of the head's rows; fp32 for an fp32 `hidden`."""
     z = F.linear(hidden, weight)
     if bias is not None:
         z = z + bias.float()
@@ -99,10 +101,10 @@ def logits_of(hidden: Tensor, weight: Tensor, head: Head, bias: Tensor | None) -
 
 
 def grad_of_logits(z: Tensor, log_sums: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """The gradient of each token's loss with respect to hidden @ weight.T + bias.
+    """Return the gradient of each token's loss with respect to hidden @ weight.T + bias.
 
-    z: [M, columns], some columns of the logits.   labels: relative to the first of them; a label outside has no column
-    here, and a token that has none anywhere must be masked by the caller.
+    z: [M, columns], a part of the columns of the logits. labels: relative to the first of these columns. A label
+    outside them has no effect; the caller must mask tokens without a label in any part.
     """
     grad = torch.exp(z - log_sums[:, None])
     grad -= (torch.arange(z.shape[1], device=z.device) == labels[:, None]).to(grad.dtype)
@@ -112,9 +114,9 @@ def grad_of_logits(z: Tensor, log_sums: Tensor, labels: Tensor, head: Head) -> T
 
 
 def _decoded_rows(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows [start, stop) of an NF4 weight.
+    """Return rows [start, stop) of an NF4 weight.
 
-    The blocks that are decoded start at a multiple of 256, where a group of 8-bit constants starts.
+    The decoded blocks start at a multiple of 256, at which a group of 8-bit constants starts.
     """
     group = NESTED_BLOCKSIZE * weight.blocksize
     begin, end = start * weight.K // group * group, stop * weight.K

@@ -146,8 +146,10 @@ def reasons_against(problem: Problem, backend: str) -> list[str]:
 
 
 def planned_rows(M: int) -> int:
-    """The number of rows for which a choice is made instead of M: M up to 16, then the next multiple of 16 up to 64, of
-    64 up to 1024, and the next power of two. Batches of varying length share their choices, and the caches of these.
+    """Return the number of rows for which a kernel is chosen instead of for M.
+
+    It is M up to 16, then the next multiple of 16 up to 64, of 64 up to 1024, and the next power of two. Batches of
+    varying length thus share their choices and the caches of these.
     """
     if M <= EXACT_ROWS:
         return M
@@ -158,7 +160,7 @@ def planned_rows(M: int) -> int:
 
 
 def select(problem: Problem) -> KernelSpec:
-    """The kernel that runs `problem`; one choice for all M of equal planned_rows.
+    """Return the kernel that runs `problem`, the same for all M of equal planned_rows.
 
     Raises NotImplementedError, with every reason, if a forced backend cannot run it.
     """
@@ -169,7 +171,7 @@ def select(problem: Problem) -> KernelSpec:
     try:
         return _select(problem._replace(M=rows), _forced)
     except NotImplementedError:
-        return _select(problem, _forced)  # the message names the problem as it was asked
+        return _select(problem, _forced)  # the message names the requested problem
 
 
 @lru_cache(maxsize=4096)
@@ -199,7 +201,8 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
 def plans(problem: Problem) -> dict[str, str]:
     """Return, for each backend, the kernel that it would run for `problem` and why, or the reason why it has none.
 
-    A backend that cannot run on this machine answers as on a machine where it can, and the answer states this.
+    For a backend that cannot run on this machine, the plan of a machine where it can is returned, and the text states
+    this.
     """
     answers = {}
     for backend in BACKENDS:

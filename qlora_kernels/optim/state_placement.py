@@ -63,7 +63,7 @@ class StatePlacement:
                 arena.memory.check_process()
 
     def close(self) -> None:
-        """Release the arenas."""
+        """Release the arenas and their memory."""
         self.arenas.clear()
         self.places.clear()
         self.unplaced.clear()

@@ -40,10 +40,10 @@ def read_corpus(path: Path, unseen_fraction: float) -> Corpus:
 
 
 def read_data(data: str, unseen_fraction: float, split: str | None = None) -> Corpus:
-    """Read the corpus that a path or a name stands for, through `datasets` where it is no file of `read_corpus`.
+    """Read the corpus at a path or of a name, by `datasets` if `read_corpus` does not support it.
 
     data, split: as in `dataset_rows.read_dataset`.   unseen_fraction: as in `read_corpus`.
-    Raises DataError; ModuleNotFoundError where `datasets` is needed and not installed.
+    Raises DataError; ModuleNotFoundError if `datasets` is needed and not installed.
     """
     if is_dataset(data):
         return corpus_of_rows(data, read_dataset(data, split), unseen_fraction)

@@ -1,4 +1,4 @@
-"""Rows through Hugging Face's `datasets`: Parquet and Arrow files, folders, saved datasets, datasets of the hub."""
+"""Rows read by Hugging Face's `datasets`: Parquet and Arrow files, folders, saved datasets, datasets on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revis
 
 
 def is_dataset(data: str) -> bool:
-    """Return whether `data` is read through `datasets`: a folder, a Parquet or Arrow file, or OWNER/NAME of the hub."""
+    """Return whether `data` is read by `datasets`: a folder, a Parquet or Arrow file, or OWNER/NAME on the hub."""
     path = Path(data)
     if path.suffix.lower() in TABLES or path.is_dir():
         return True
@@ -24,13 +24,13 @@ def is_dataset(data: str) -> bool:
 
 
 def read_dataset(data: str, split: str | None = None) -> Iterator[Row]:
-    """The rows of a Parquet or Arrow file, a folder, or a dataset of the hub, in order.
+    """Return the rows of a Parquet or Arrow file, a folder, or a dataset on the hub, in order.
 
-    data: a path, or OWNER/NAME[:CONFIG][@REVISION], which comes from the local cache of `datasets` if it is there.
-    A folder is one that `save_to_disk` wrote, or one with files that `datasets` reads (JSON, CSV, Parquet, Arrow).
-    split: of several; without it, "train", or the only one.
-    Columns that are null in a row are left out of it, also within nested values: in Arrow all rows have all keys.
-    Raises DataError where it cannot be read; ModuleNotFoundError where `datasets` is not installed.
+    data: a path, or OWNER/NAME[:CONFIG][@REVISION], which is read from the local cache of `datasets` if present.
+    A folder was written by `save_to_disk`, or holds files that `datasets` reads (JSON, CSV, Parquet, Arrow).
+    split: name of the split; by default "train", or the only split.
+    Columns that are null in a row are left out, also within nested values, because in Arrow all rows have all keys.
+    Raises DataError if the data cannot be read; ModuleNotFoundError if `datasets` is not installed.
     """
     import datasets
 
@@ -39,7 +39,7 @@ def read_dataset(data: str, split: str | None = None) -> Iterator[Row]:
             loaded = _load(datasets, data)
         except DataError:
             raise
-        except Exception as error:  # its builders raise their own kinds, and those of pyarrow and of the hub
+        except Exception as error:  # its builders raise errors of their own, of pyarrow and of the hub
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"{data}: must be readable by `datasets` ({type(error).__name__}: {reason})") from error
     table, source = _split_of(datasets, loaded, data, split)
@@ -72,7 +72,7 @@ def _load(datasets: Any, data: str) -> Any:
 
 
 def _split_of(datasets: Any, loaded: Any, data: str, split: str | None) -> tuple[Any, str]:
-    """(dataset, its name for messages)."""
+    """Return (dataset of one split, its name for messages)."""
     if not isinstance(loaded, datasets.DatasetDict):
         if split is not None:
             raise DataError(f"{data}: must have splits for --split {split}, got one dataset without; leave --split out")
@@ -94,7 +94,7 @@ def _without_null(value: Any) -> Any:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No bars of `datasets` on stderr, where the command shows its own."""
+    """Disable the progress bars of `datasets`, because the command shows its own."""
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

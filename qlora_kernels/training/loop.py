@@ -63,7 +63,7 @@ class ResumeError(ValueError):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and did so after a whole step.
+    """Training was stopped after a complete step.
 
     step: the last finished one.   steps: of the whole run.   checkpoint: the file that the run continues from, or None
     where `train` was given no folder.
@@ -98,8 +98,8 @@ def train(
     validation: evaluations during training. At the end the model holds the parameters of the best step, and the last
     checkpoint holds both those and the parameters of the last step. A run that is resumed must be given one with the
     same `every` and `patience`.
-    interrupted: asked after every step whether to stop. If so, a checkpoint is written (to `checkpoints`) and
-    Interrupted raised. With it, the last step is always a checkpoint.
+    interrupted: called after every step. If it returns True, a checkpoint is written (to `checkpoints`) and Interrupted
+    is raised. With it, the last step is always a checkpoint.
     workers: the processes that share every batch; each has the whole model, and rank 0 writes the checkpoints.
     A resumed run computes the same bits as an uninterrupted one.
     Raises ResumeError where the checkpoint's settings differ, and, without `resume`, where `checkpoints` holds a run's
@@ -179,7 +179,7 @@ def _check_unused(checkpoints: Path, workers: Workers) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of nested dicts and lists, whose tensors the next step would change in place."""
+    """Return a copy of nested dicts and lists with tensors, which the next step would change in place."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -289,7 +289,7 @@ def _model_parts(model: nn.Module) -> dict[str, Any]:
 
 
 def _restore_model(model: nn.Module, parts: Mapping[str, Any]) -> None:
-    """Put back what `_model_parts` returned."""
+    """Restore the result of `_model_parts`."""
     for method, (values, tensors) in zip(_methods(model), parts["methods"], strict=True):
         method.load_training_state(values, tensors)
     trained, saved = _trained(model), parts["trained"]

@@ -1,4 +1,4 @@
-"""Rows of other formats (ShareGPT, Alpaca, TRL's conversational prompts) as rows of messages or of a prompt."""
+"""Conversion of rows in other formats (ShareGPT, Alpaca, TRL's conversational prompts) to messages or prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..io.strict_json import JSONRefused, parse_json
 
 Refuse = Callable[[str], Exception]
-"""Makes the error for a row from the rule and the value."""
+"""(rule, value) -> the error for a row."""
 
 _SPEAKERS = {
     "human": "user",
@@ -22,9 +22,9 @@ _SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""ShareGPT's `from` -> role. `function_call`, a turn of the assistant, is converted on its own."""
+"""ShareGPT's `from` -> role. `function_call`, a turn of the assistant, is converted separately."""
 
-# Of Stanford Alpaca (train.py of tatsu-lab/stanford_alpaca), with which models are prompted after such training.
+# Stanford Alpaca's prompts (train.py of tatsu-lab/stanford_alpaca), which are also used with models trained on it.
 _ALPACA = (
     "Below is an instruction that describes a task{input}. Write a response that appropriately completes the request."
 )
@@ -36,7 +36,7 @@ ALPACA_WITH_INPUT = (
 
 
 class Format(NamedTuple):
-    """needs: keys that a row of it has.   takes: keys that it may have beside them and that are used."""
+    """A format of rows. needs: keys that every row of the format has. takes: optional keys that are used."""
 
     needs: frozenset[str]
     takes: frozenset[str] = frozenset()
@@ -49,11 +49,11 @@ FORMATS = (
     Format(frozenset({"conversations"}), frozenset({"system", "tools"})),
     Format(frozenset({"instruction", "output"}), frozenset({"input"})),
 )
-"""The first one whose keys a row has is the row's."""
+"""A row has the first format whose required keys it contains."""
 
 
 def preference(row: Mapping[str, Any]) -> str:
-    """Say what kind of preference data a row is; "" where it is none."""
+    """Return the kind of preference data of a row; "" if it is not preference data."""
     if {"chosen", "rejected"} <= row.keys():
         return "a preference of `chosen` to `rejected` (DPO)"
     if {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool):
@@ -62,9 +62,9 @@ def preference(row: Mapping[str, Any]) -> str:
 
 
 def converted(row: Mapping[str, Any], refuse: Refuse) -> Mapping[str, Any]:
-    """A row of another format as one of messages, or of prompt and completion; any other row as it is.
+    """Convert a row of another format to messages, or to prompt and completion; return any other row unchanged.
 
-    Raises what `refuse` makes where a part of the row would be lost.
+    Raises the error made by `refuse` if a part of the row would be lost.
     """
     form = next((form for form in FORMATS if form.needs <= row.keys()), None)
     if form is FORMATS[1] and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
@@ -77,7 +77,7 @@ def converted(row: Mapping[str, Any], refuse: Refuse) -> Mapping[str, Any]:
 
 
 def used_keys(row: Mapping[str, Any]) -> frozenset[str]:
-    """The keys of a row that are used."""
+    """Return the keys of a row that are used."""
     form = next((form for form in FORMATS if form.needs <= row.keys()), None)
     if form is None or (form is FORMATS[1] and isinstance(row["prompt"], str)):
         return form.needs if form else frozenset()
@@ -85,7 +85,9 @@ def used_keys(row: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _conversational_prompt(row: Mapping[str, Any], refuse: Refuse) -> Mapping[str, Any]:
-    """TRL's {"prompt": [messages], "completion": [messages]}: the assistant's turns in the prompt are context."""
+    """Convert TRL's {"prompt": [messages], "completion": [messages]}; the assistant's turns in the prompt are
+    context.
+    """
     if not all(isinstance(message, dict) for message in (*row["prompt"], *row["completion"])):
         raise refuse("prompt and completion must both be strings, or both lists of messages")
     context = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in row["prompt"]]

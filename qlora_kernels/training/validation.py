@@ -33,7 +33,7 @@ class Validation:
     best_parts: Any = None
 
     def __post_init__(self) -> None:
-        """Refuse counts that mean nothing."""
+        """Raise ValueError for counts that are out of range."""
         if self.every < 1:
             raise ValueError(f"Validation: every must be >= 1, got {self.every}")
         if self.patience < 0:
@@ -46,7 +46,7 @@ class Validation:
 
     @property
     def stops(self) -> bool:
-        """Whether the last `patience` evaluations brought no new lowest value."""
+        """Whether the last `patience` evaluations gave no new lowest value."""
         if not self.patience or self.best is None:
             return False
         return len(self.records) - 1 - self.records.index(self.best) >= self.patience
@@ -74,7 +74,7 @@ class Validation:
             self.on_evaluated(record)
 
     def reason(self) -> str:
-        """Say why the best step is the one that is kept, and why training ended where it did."""
+        """Return why the best step is kept and why training ended."""
         best = self.best
         if best is None:
             return "no evaluation was made"

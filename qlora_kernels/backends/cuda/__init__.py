@@ -23,8 +23,9 @@ from .linear_nf4 import plan as linear_plan
 
 
 def _priority(problem: Problem) -> int:
-    """Behind Triton with dropout, which takes passes over [M, K] of its own here, while Triton draws the mask where it
-    reads x. Otherwise as measured on this GPU.
+    """Return the measured priority on this GPU, but less than Triton's with dropout.
+
+    Dropout takes separate passes over [M, K] here, while Triton computes the mask where it reads x.
     """
     return -1 if problem.dropout else measured_plans.priority(problem, "cuda")
 

@@ -26,7 +26,7 @@ ALIGNMENT = 16
 
 
 def plan(problem: Problem) -> KernelPlan:
-    """Which kernel serves a product, for the op itself and for the same product with LoRA, on the current GPU."""
+    """Return the kernel of a product on the current GPU, which is the same with and without LoRA."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return route(problem, _capability(device))
 
@@ -50,7 +50,7 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x [M, K] or empty, grad_A, grad_B)."""
+    """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
     ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
     grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling)
     grad_A = torch_products.in_fp32(ds.T, _dropped(x, lora))
@@ -196,7 +196,7 @@ def _capability_of(device: torch.device) -> int:
 
 
 def _capability(device: torch.device) -> int:
-    """Compute capability, 90 for 9.0; on a machine without a GPU that of the smallest table, for `info --plan`."""
+    """Return the compute capability, 90 for 9.0; without a GPU the lowest one of the table, for `info --plan`."""
     return _capability_of(device) if device.type == "cuda" else min(BOUNDS)
 
 

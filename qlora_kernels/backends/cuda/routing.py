@@ -1,4 +1,4 @@
-"""Which kernel serves a product: a table for each GPU architecture, overridden by what was measured on the GPU.
+"""The choice of a product's kernel: a table for each GPU architecture, overridden by measurements on the GPU.
 
     rows <= small_rows        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
     rows <= fused_rows        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
@@ -22,14 +22,14 @@ from ...ops import measured_plans
 from ...ops.registry import KernelPlan, Problem, planned_rows
 
 SMALL_ROWS_FP32 = 16
-"""fp32 has no tensor-core kernel here."""
+"""Maximum number of rows of linear_nf4_small_m.cu in fp32, for which there is no tensor-core kernel."""
 
 MOST_SMALL_ROWS = 16
-"""Rows that linear_nf4_small_m.cu takes."""
+"""Maximum number of rows of linear_nf4_small_m.cu."""
 
 
 class Bounds(NamedTuple):
-    """The most rows of x that each kernel serves by default, in 16-bit dtypes."""
+    """The maximum number of rows of x for which each kernel is the default, in 16-bit dtypes."""
 
     small_rows: int
     fused_rows: int
@@ -43,21 +43,21 @@ BOUNDS = {
     100: Bounds(4, 64),
     120: Bounds(4, 64),
 }
-"""By compute capability; another one takes the nearest below it."""
+"""Compute capability -> bounds; other capabilities use the nearest one below."""
 
 SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
 KERNELS = {"small_m": SMALL_M, "fused": GEMM, "decode": DECODE}
-"""By the names of paths in tuned files."""
+"""Name of a path in tuned files -> name of its kernel."""
 
 
 def bounds_of(capability: int) -> Bounds:
-    """The table's row for a GPU."""
+    """Return the table's row for a GPU."""
     known = [c for c in BOUNDS if c <= capability]
     return BOUNDS[max(known, default=min(BOUNDS))]
 
 
 def route(problem: Problem, capability: int) -> KernelPlan:
-    """The kernel of the base product of `problem` on a GPU of compute capability `capability` (90 for 9.0)."""
+    """Return the kernel of the base product of `problem` on a GPU of compute capability `capability` (90 for 9.0)."""
     backward = problem.op.endswith(("_grad_x", "_backward"))
     op = "linear_nf4_grad_x" if backward else "linear_nf4"
     rows = planned_rows(problem.M)
@@ -84,7 +84,7 @@ def use_path(path: str) -> Iterator[None]:
 
 
 def served_paths(problem: Problem) -> list[str]:
-    """The paths of KERNELS that can serve a base product."""
+    """Return the paths of KERNELS that support a base product."""
     if obstacle(problem) is not None:
         return ["decode"]
     backward, fp32 = problem.op == "linear_nf4_grad_x", problem.dtype == torch.float32
@@ -116,7 +116,7 @@ def _route(problem: Problem, capability: int) -> KernelPlan:
 
 
 def obstacle(problem: Problem) -> str | None:
-    """Why no kernel that decodes inside can take a problem; None where one can."""
+    """Return why no kernel with a fused decode supports a problem; None if one does."""
     if problem.K % 32:
         return f"K={problem.K} is not a multiple of 32, the weights of one 16-byte load"
     if problem.op == "linear_nf4_grad_x" and problem.N % 8:
@@ -125,5 +125,5 @@ def obstacle(problem: Problem) -> str | None:
 
 
 def gemm_tile(M: int) -> dict[str, int]:
-    """BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
+    """Return BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
     return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}

@@ -1,4 +1,4 @@
-"""Matrix products by torch's library: with the factor inside the call, or with the fp32 sums as the result."""
+"""Matrix products by torch's library, with a factor inside the call, or with unrounded fp32 sums as the result."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * (a @ b) in a's dtype, rounded once; a, b: matrices of one dtype."""
+    """Return scaling * (a @ b) in a's dtype, rounded once; a, b: matrices of one dtype."""
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 def in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: the sums of the product, not rounded to the operands' dtype; a, b: matrices of one dtype."""
+    """Return a @ b in fp32, the sums without rounding to the operands' dtype; a, b: matrices of one dtype."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:

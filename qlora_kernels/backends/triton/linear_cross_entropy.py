@@ -102,7 +102,7 @@ def cross_entropy_rows_kernel(
 def linear_cross_entropy(
     hidden: Tensor, labels: Tensor, head: Head, *, need_grad_hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
+    """Return (losses, log_sums, rows). See ops/linear_cross_entropy.py for the contract."""
     M, V = hidden.shape[0], head.V
     if head.nf4 is None:
         head = head._replace(weight=head.weight.to(hidden.dtype))
@@ -137,7 +137,7 @@ def linear_cross_entropy(
 
 
 def _products(hidden: Tensor, head: Head) -> Tensor:
-    """hidden @ weight.T in fp32; one product where the head is dense, otherwise one for each of its parts."""
+    """Return hidden @ weight.T in fp32, by one product for a dense head and by one for each part of an NF4 head."""
     products = None
     for columns, weight in head.parts(hidden.dtype):
         part = _in_fp32(hidden, weight.T)
@@ -150,7 +150,7 @@ def _products(hidden: Tensor, head: Head) -> Tensor:
 
 
 def _products_with_weight(grad_logits: Tensor, head: Head, *, out: Tensor) -> None:
-    """out = grad_logits @ weight, rounded once."""
+    """Compute out = grad_logits @ weight, rounded once."""
     total = None
     for columns, weight in head.parts(grad_logits.dtype):
         if columns.stop - columns.start == head.V:
@@ -162,7 +162,7 @@ def _products_with_weight(grad_logits: Tensor, head: Head, *, out: Tensor) -> No
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32."""
+    """Return a @ b in fp32."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:

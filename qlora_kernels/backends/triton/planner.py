@@ -233,7 +233,7 @@ def arch_for(capability: int) -> Arch:
 
 @cache
 def tuned_plans(capability: int) -> dict[str, Plan]:
-    """bucket -> the plan that was measured best; empty where nobody measured or the CUDA backend was faster."""
+    """Return bucket -> the fastest measured plan; empty without measurements or if the CUDA backend was faster."""
     return {
         key: Plan(**{name: value for name, value in fields.items() if name != "backend"})
         for key, fields in measured_plans.entries(capability).items()
