@@ -1,8 +1,8 @@
 """Our kernels at two commits: `python -m bench.compare REF [--only REGEX] [--rounds N]`.
 
-REF is checked out and built in a temporary worktree. Both trees run their own bench.run, in turns, so that a slow
-minute of the machine is slow for both. The peers run in both trees too and did not change: their ratio shows how much
-of a difference is the machine's.
+REF is checked out and built in a temporary worktree. Both trees run their own bench.run alternately, so that other load
+on the machine affects both. The peers, which did not change, run in both trees too; their ratio shows the part of a
+difference that is caused by the machine.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def worktree(ref: str) -> Iterator[Path]:
-    """A worktree of the repository at `ref`, in a temporary folder that is removed at the end.
+    """Yield a worktree of the repository at `ref`, in a temporary folder that is removed at the end.
 
-    Raises SystemExit where git does not know `ref`.
+    Raises SystemExit if `ref` does not exist.
     """
     with tempfile.TemporaryDirectory(prefix="qlora-compare-") as folder:
         there = Path(folder) / "tree"
@@ -72,13 +72,13 @@ def build(tree: Path) -> None:
 
 
 def in_turn(trees: Mapping[str, Path], number: int) -> list[tuple[str, Path]]:
-    """The trees in the order of round `number`: each is first in every second round."""
+    """Return the trees in the order of round `number`: each is first in every second round."""
     order = list(trees.items())
     return order if number % 2 == 0 else order[::-1]
 
 
 def measure(tree: Path, only: str, seconds: float) -> list[Row]:
-    """The rows of one run of a tree's own benchmarks over its own package."""
+    """Return the rows of one run of a tree's own benchmarks over its own package."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.run", "cpu", "--json", "--only", only]
     done = subprocess.run(
         [*command, "--seconds", str(seconds)],
@@ -103,7 +103,7 @@ def collect(rows: Sequence[Row], times: Times) -> None:
 
 
 def show(ref: str, there: Times, here: Times) -> str:
-    """A line for each measurement that both trees have: our times, their ratio, and the peers' ratio."""
+    """Print a line for each measurement of both trees: our times, their ratio, and the peers' ratio."""
     lines = []
     for key in (key for key in here if key in there and "ours" in here[key] and "ours" in there[key]):
         before, after = (statistics.median(of[key]["ours"]) for of in (there, here))

@@ -1,7 +1,7 @@
 """evaluate: the loss of one batch without gradients, as an evaluation computes it for a perplexity.
 
-The architecture and the batch of the training step (bench/end_to_end.py), with linear layers in NF4. Peers compute the
-logits of all tokens and transformers' cross-entropy; ours, with fuse_model, asks the model for the loss alone.
+The architecture and the batch are those of the training step (bench/end_to_end.py), with linear layers in NF4. Peers
+compute the logits of all tokens and transformers' cross-entropy; ours, with fuse_model, computes only the loss.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .registry import COLD, Call, Case, Contender, Cost, Suite
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The smaller model, and two blocks of it for the quick run."""
+    """Yield the smaller model, and two blocks of it for the quick run."""
     for case in end_to_end.cases(device):
         if end_to_end.is_small(case):
             yield replace(case, op="evaluate", r=0)
 
 
 def cost(case: Case) -> Cost:
-    """One pass over the linear layers and the head; attention's products and all else are left out."""
+    """Return the cost of one pass over the linear layers and the head, without attention and the rest."""
     return Cost(0, 2 * case.M * ARCHITECTURES[case.label].linear_weights)
 
 
 def quantized(inputs: Inputs, *, fused: bool) -> nn.Module:
-    """The source with LinearNF4 layers."""
+    """Return the source model over LinearNF4 layers."""
     model = copy.deepcopy(inputs.source)
     qk.replace_linear(model)
     if fused:
@@ -43,19 +43,21 @@ def quantized(inputs: Inputs, *, fused: bool) -> nn.Module:
 
 
 def bitsandbytes(inputs: Inputs) -> nn.Module:
-    """The source over Linear4bit layers, as they are fastest without gradients."""
+    """Return the source model over Linear4bit layers in the mode that is fastest without gradients."""
     return end_to_end.with_linears(inputs.source, lambda linear: layers.linear4bit(linear.weight.detach())).eval()
 
 
 def loss_of(model: nn.Module, tokens: Tensor, **arguments: bool) -> Tensor:
-    """The loss of the batch, without gradients."""
+    """Return the loss of the batch, computed without gradients."""
     with torch.no_grad():
         loss: Tensor = model(input_ids=tokens, labels=tokens, **arguments).loss
     return loss
 
 
 def contender(make: Callable[[Inputs], nn.Module], **arguments: bool) -> Callable[[Case, Inputs, int], Sequence[Call]]:
-    """The calls of a contender whose model is make(inputs). arguments: of each call of the model."""
+    """Return the calls of an implementation whose model is make(inputs). arguments: passed to each call of the
+    model.
+    """
     return lambda case, inputs, copies: [partial(loss_of, make(inputs), inputs.tokens, **arguments)]
 
 

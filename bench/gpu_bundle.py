@@ -1,10 +1,10 @@
-"""Make one folder with everything that `make gpu-check` needs on a machine without network and pip.
+"""Makes a folder with everything that `make gpu-check` needs on a machine without network and pip.
 
     python -m bench.gpu_bundle --arch 90 --out out/gpu-bundle        then, there: sh run.sh RESULTS
 
-Copies the package with its compiled libraries, bench/, and the installed packages safetensors and bitsandbytes, whose
-binaries serve every Python 3. Triton's kernels are compiled for the GPU into triton-cache, which serves where the
-machine has the same version of Triton; elsewhere Triton compiles them again. bundle.json says what is inside.
+It contains the package with its compiled libraries, bench/, and the installed packages safetensors and bitsandbytes,
+whose binaries run under every Python 3. Triton's kernels are compiled for the GPU into triton-cache, which is used if
+the machine has the same version of Triton; otherwise Triton compiles them again. bundle.json lists the contents.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ print(len(triton_rows([int(sys.argv[1])], full=False)))
 
 
 def copy_packages(out: Path) -> list[str]:
-    """Copy our packages and the installed ones; return the names of the latter that were there."""
+    """Copy this project's packages and the installed ones; return the names of the installed ones that were found."""
     unused = ("__pycache__", "*.pyc", "results", "libbitsandbytes_cuda12*", "libbitsandbytes_rocm*")
     ignored = shutil.ignore_patterns(*unused)
     for name in OWN:
@@ -53,7 +53,7 @@ def copy_packages(out: Path) -> list[str]:
 
 
 def compile_triton(out: Path, arch: int) -> str | None:
-    """Compile the kernels that dispatch picks by default into the bundle's cache; return Triton's version, or None."""
+    """Compile the kernels of the default plans into the bundle's cache; return Triton's version, or None."""
     if importlib.util.find_spec("triton") is None:
         return None
     variables = os.environ | {"TRITON_CACHE_DIR": str(out / "triton-cache")}

@@ -1,7 +1,8 @@
 """Kernel time on a GPU: a CUDA graph of many calls, replayed after the L2 cache was overwritten.
 
-A call that takes 5 us on the GPU takes 20 to 50 us of Python; between two events around it the GPU mostly waits. A
-graph has no Python in it. Calls that read different operands in turn find them cold as long as all together exceed L2.
+A call that takes 5 us on the GPU takes 20 to 50 us of Python, so that the GPU is mostly idle between two events around
+the call. A graph runs without Python. Calls that read different operands in turn read them from memory if all operands
+together exceed L2.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20
-"""More than the L2 cache of any GPU so far."""
+"""Bytes that exceed the L2 cache of every present GPU."""
 
 FEWEST_CALLS = 10
-"""Calls of one graph, so that its own launch is a small part."""
+"""Number of calls in a graph, so that the launch of the graph takes a small part of the time."""
 
 
 class Graphed:
-    """Calls captured as one CUDA graph; calling it replays them all. `count`: how many they are."""
+    """Calls captured as one CUDA graph; a call replays all of them. `count`: the number of calls."""
 
     def __init__(self, calls: Sequence[Call], warm_ups: int = 2) -> None:
         repeats = -(-FEWEST_CALLS // len(calls))
@@ -43,7 +44,7 @@ class Graphed:
 
 
 def seconds(call: Call, flush: torch.Tensor | None = None) -> float:
-    """GPU seconds of one call, or of each call of a Graphed; after `flush`, if given, was overwritten."""
+    """Return the GPU seconds of one call, or of each call of a Graphed, after `flush`, if given, was overwritten."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     if flush is not None:
         flush.zero_()
@@ -56,17 +57,17 @@ def seconds(call: Call, flush: torch.Tensor | None = None) -> float:
 
 
 def median_seconds(calls: Sequence[Call], samples: int = 15, flush: torch.Tensor | None = None) -> float:
-    """Median over replays of the time of one of `calls`."""
+    """Return the median over replays of the seconds of one of `calls`."""
     graphed = Graphed(calls)
     return statistics.median(seconds(graphed, flush) for _ in range(samples))
 
 
 def flush_buffer(bytes_: int = FLUSH_BYTES) -> torch.Tensor:
-    """Memory for `seconds` to overwrite."""
+    """Return memory for `seconds` to overwrite."""
     return torch.empty(bytes_, dtype=torch.uint8, device="cuda")
 
 
 def copies_beyond_l2(bytes_: int, most: int = 32) -> int:
-    """How many operands of `bytes_` are more than twice the L2 cache together."""
+    """Return the number of operands of `bytes_` that together exceed twice the L2 cache."""
     l2: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(1, min(most, -(-2 * l2 // max(1, bytes_))))

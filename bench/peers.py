@@ -9,7 +9,7 @@ torch int8        Weight-only int8 with a scale for each row: torch._weight_int8
 torch int4        Weight-only int4 with a scale and a zero for each group of 64: torch._weight_int4pack_mm, which is
                   _for_cpu on a CPU.
 
-The last two have no gradient, and other weights than NF4: they stand in the tables for context.
+The last two have no gradient and other weights than NF4; they are in the tables for comparison only.
 """
 
 from __future__ import annotations

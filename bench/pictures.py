@@ -52,7 +52,7 @@ MARKERS = {"linear_nf4": "o", "linear_nf4_grad_x": "s", "linear_nf4_lora": "^"}
 """Ops in the roofline, with their marks."""
 
 OVER_TOKENS = ("ours", "bnb eval", "bnb train", "dense", "Unsloth-style", "torchao", "torch int8", "torch int4")
-"""Contenders whose speed is drawn over M, where they have rows."""
+"""Contenders whose speed is drawn over M if they have rows."""
 
 OTHER_WEIGHTS = ("torch int8", "torch int4")
 """Contenders with other weights than NF4, drawn as dotted lines."""
@@ -64,7 +64,7 @@ SHAPES = ((4096, 4096), (14336, 4096), (11008, 4096), (576, 1536))
 def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Path]:
     """Write the pictures of the first machine's rows into a folder, and return their paths.
 
-    rows: of bench.run, merged.   fidelity: rows of bench.fidelity, of which the claim `memory` is drawn.
+    rows: merged rows of bench.run. fidelity: rows of bench.fidelity; those of the claim `memory` are drawn.
     A picture for which there are no rows is left out.
     """
     machine = next((row["machine"] for row in rows if "machine" in row), "")
@@ -84,7 +84,7 @@ def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Pat
 
 
 def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
-    """GFLOP/s of the forward of a linear layer over the number of tokens, ours and each peer's."""
+    """Draw GFLOP/s of a linear layer's forward over the number of tokens, for ours and each peer."""
     cold = [row for row in rows if row["op"] == "linear_nf4" and row.get("mode") == COLD and row["forced_isa"] is None]
     cold = [row for row in cold if row["dtype"] == "bfloat16" and "median_us" in row]
     shapes = [shape for shape in SHAPES if any((row["N"], row["K"]) == shape for row in cold)]
@@ -118,7 +118,7 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
 
 
 def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
-    """GFLOP/s of our kernels over flops per byte that must move, below the measured peaks."""
+    """Draw GFLOP/s of our kernels over flops per byte of the minimum traffic, with the measured peaks."""
     peak, bandwidth = _peak(rows, "bf16"), _peak(rows, "read")
     ours = [row for row in rows if row.get("contender") == "ours" and row.get("mode") == COLD and row["op"] in MARKERS]
     ours = [row for row in ours if row.get("dtype") == "bfloat16" and row.get("gflops") and row.get("gbps")]
@@ -144,7 +144,7 @@ def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
 
 
 def memory(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
-    """Bars: bytes of optimizer state per parameter, and bytes of QLoRA training by formula."""
+    """Draw bars of bytes of optimizer state per parameter, and of bytes of QLoRA training by formula."""
     states = [row for row in rows if "state_bytes_per_element" in row]
     models = [row for row in fidelity if row["claim"] == "memory" and not row["quick"]]
     panels: list[Callable[[Plot], None]] = []
@@ -199,4 +199,4 @@ PICTURES: dict[str, Callable[[Sequence[Row], Sequence[Row]], Plot | None]] = {
     "roofline": roofline,
     "memory": memory,
 }
-"""Name of the file -> the function that draws it."""
+"""Name of a file -> the function that draws it."""

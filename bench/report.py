@@ -1,7 +1,7 @@
-"""Rows as tables for people: `python -m bench.report [FILE...]` merges runs and prints what `make bench` prints.
+"""Tables of benchmark rows: `python -m bench.report [FILE...]` merges runs and prints the report of `make bench`.
 
-Markdown, so that the same text stands in docs/benchmarks.md (`--update docs/benchmarks.md`). Without a FILE, the rows
-are those that are committed. `--pictures docs/assets` draws the pictures of that page (bench/pictures.py).
+The format is Markdown, so that docs/benchmarks.md contains the same text (`--update docs/benchmarks.md`). Without a
+FILE, the committed rows are used. `--pictures docs/assets` draws the pictures of that page (bench/pictures.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARTS = ("forward", "loss alone")
 """Ends of the names of contenders that compute only a part of their op."""
 
 WHOLE_MODELS = ("train_step", "evaluate", "generate")
-"""Ops of which each contender of ours, such as a fused model, has a line of its own beside the peers."""
+"""Ops for which each of our implementations, such as a fused model, has a separate line in the table."""
 
 MERGED = (
     "median_us",
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def committed_files() -> list[Path]:
-    """The files of benchmark rows in the repository; each is of one machine."""
+    """Return the files of benchmark rows in the repository, each with the rows of one machine."""
     return [path for path in sorted(FIDELITY.parent.glob("*.jsonl")) if path != FIDELITY]
 
 
@@ -89,7 +89,7 @@ def print_report(rows: Iterable[Row], *, targets: bool) -> None:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row for each measurement that several runs on one machine repeated: each number's median, and `runs`."""
+    """Return one row for each measurement that several runs on one machine repeated: the medians, and `runs`."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row.get(name) for name in IDENTITY)

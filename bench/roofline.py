@@ -1,7 +1,7 @@
-"""Predicted times of one linear layer on GPUs that nobody has run: `python -m bench.roofline`.
+"""Predicted times of one linear layer on GPUs, by a model and not by measurement: `python -m bench.roofline`.
 
-Arithmetic alone: bytes over sustained bandwidth, products over sustained matmul rate, SASS instructions over issue
-slots, and a fixed cost for each launch. Prints the tables of docs/notebook/gpu-review.md.
+The model divides bytes by sustained bandwidth, products by the sustained matmul rate, and SASS instructions by issue
+slots, and adds a fixed cost for each launch. It prints the tables of docs/notebook/gpu-review.md.
 **Predicted, not run on a GPU.**
 
 The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is bf16, the rank is 16.
@@ -21,7 +21,7 @@ PACKED, CODED = 0.516, 2.516
 
 @dataclass(frozen=True)
 class GPU:
-    """Sustained figures: DRAM bytes a second, dense bf16 flops a second, lane-instructions issued a second."""
+    """Sustained rates of a GPU per second: DRAM bytes, dense bf16 flops, issued lane-instructions."""
 
     name: str
     bytes_per_s: float
@@ -45,16 +45,18 @@ SMALL_M, GEMM = 5.2, {16: 8.5, 32: 9.3, 64: 10.9}
 """SASS instructions for each weight: linear_nf4_small_m.cu with one row, linear_nf4_gemm.cu by rows of a block."""
 
 MMA_SYNC = 0.6
-"""Share of the library's rate that mma.sync with decoding beside it is assumed to reach."""
+"""Assumed fraction of the library's rate for mma.sync with interleaved decoding."""
 
 LAUNCH, FUSED_ENDS, SMALL_ENDS, PRODUCT_ENDS = 3.0, 2.5, 1.0, 1.5
-"""Microseconds: a launch and its tail; begin and end of a fused kernel; of a small-M kernel; of a library product."""
+"""Microseconds of a launch with its tail, and of start and end of a fused kernel, a small-M kernel and a library
+product.
+"""
 
 SKINNY, ADDMM = 0.7, 0.85
-"""Share of DRAM bandwidth of a product with r columns, and of one that adds r of the contraction to its result."""
+"""Fraction of DRAM bandwidth of a product with r columns, and of a product over r that adds to its result."""
 
 STEP_LAUNCH = 0.75
-"""Microseconds that a launch adds where the queue is full."""
+"""Microseconds that a launch adds if the queue is full."""
 
 
 def dequantize_us(gpu: GPU, instructions: float = DEQUANTIZE, launches: int = 1) -> float:
@@ -93,8 +95,9 @@ def forward_us(gpu: GPU, M: int) -> float:
 
 
 ROUTING_MARGIN = 1.5
-"""How much faster the fused kernel must be in the model to be chosen. The model counts no L2 reuse of the workspace,
-and bitsandbytes' measured bounds for a similar choice are lower than such models say."""
+"""Factor by which the fused kernel must be faster in the model to be chosen. The model ignores reuse of the workspace
+in L2, and bitsandbytes' measured bounds for a similar choice are lower than those of such models.
+"""
 
 
 def fused_rows(gpu: GPU) -> int:
@@ -106,7 +109,7 @@ def fused_rows(gpu: GPU) -> int:
 
 
 def training_us(gpu: GPU, M: int) -> dict[str, float]:
-    """Forward and backward of one LoRA linear without dropout, by implementation. A pass reads [M, 4096] once."""
+    """Return the time in microseconds of forward and backward of one LoRA linear without dropout, by implementation."""
     products = 2 * 2.0 * M * WEIGHTS / gpu.flops_per_s * 1e6
     a_pass = 2.0 * M * K / gpu.bytes_per_s * 1e6
     ours, peer = 2 * dequantize_us(gpu), 2 * dequantize_us(gpu, PEER_DEQUANTIZE, launches=3)

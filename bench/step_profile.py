@@ -51,7 +51,7 @@ def profile_step(model: nn.Module, call: Callable[[], Any]) -> dict[str, dict[st
 def regions(model: nn.Module) -> Iterator[None]:
     """Record each module's forward inside the block under the name of its part.
 
-    The hooks are global ones, because fused modules give way to the original code where a module has hooks of its own.
+    The hooks are global, because a fused module runs its original code if the module itself has hooks.
     """
     parts: dict[nn.Module, str] = {}
     for name, module in model.named_modules():

@@ -17,7 +17,7 @@ GROUPS = {
     "generate": ("generate",),
     "methods": ("methods",),
 }
-"""Name of a group, as `--suite` takes it -> the ops of its suites."""
+"""Name of a group for `--suite` -> the ops of its suites."""
 
 
 def suites() -> dict[str, Suite]:

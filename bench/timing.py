@@ -45,7 +45,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call. `foreign`: share of the processors that other processes used during the measurement."""
+    """Seconds of one call. `foreign`: fraction of the processors that other processes used during the measurement."""
 
     median: float
     p10: float
@@ -111,7 +111,7 @@ def clock_of(device: str) -> Callable[[Call], float]:
 
 
 def _replayed(calls: Sequence[Call]) -> Call:
-    """The calls as one replayed CUDA graph; one after another where they cannot be captured."""
+    """Return the calls as one replayed CUDA graph, or as a sequence if they cannot be captured."""
     try:
         return graphs.Graphed(calls)
     except RuntimeError as reason:
@@ -120,7 +120,7 @@ def _replayed(calls: Sequence[Call]) -> Call:
 
 
 class _InTurn:
-    """Calls one after another from Python. `count`: how many they are."""
+    """A sequence of calls from Python. `count`: the number of calls."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls, self.count = calls, len(calls)

@@ -41,7 +41,7 @@ TOLERANCE = 2.0**-6
 
 
 def choices(problem: Problem, backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], AbstractContextManager[None]]]:
-    """(entry of the tuned file, context in which the op runs so) of each way that a backend has."""
+    """Return (entry of the tuned file, context that forces it) of each path of a backend."""
     if "triton" in backends:
         for candidate in candidates(problem):
             yield {"backend": "triton"} | asdict(candidate), use_plan(problem.op, candidate)
@@ -51,9 +51,9 @@ def choices(problem: Problem, backends: Sequence[str]) -> Iterator[tuple[dict[st
 
 
 def best_plan(problem: Problem, flush: Tensor, backends: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """The entry of the fastest right way, and its seconds.
+    """Return the entry of the fastest path with a correct result, and its seconds.
 
-    Raises RuntimeError where no way gives the right result.
+    Raises RuntimeError if no path gives a correct result.
     """
     weight = torch.randn(problem.N, problem.K, device="cuda", dtype=problem.dtype) / problem.K**0.5
     packed, state = qk.quantize_nf4(weight)

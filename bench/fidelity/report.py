@@ -46,7 +46,7 @@ def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], result
 
 
 def _unmeasured(claim: Claim, rows: Sequence[Row]) -> str:
-    """The cases that have no row, so that a verdict on a part of them is seen to be one."""
+    """Return a line with the cases that have no row, because the verdict then covers only a part of them."""
     cases = claim.cases(False)
     missing = [case for case in cases if not any(has_case(row, case) for row in rows)]
     if not missing:

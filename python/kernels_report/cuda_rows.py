@@ -86,7 +86,7 @@ def cubin(source: Path, arch: int) -> bytes:
 
 
 def rows_of(source: Path, arch: int) -> list[Row]:
-    """Resources of each kernel of a CUDA source for one architecture, from its compiled cubin."""
+    """Return the resources of each kernel of a CUDA source for one architecture, from its compiled cubin."""
     facts = all_facts(cubin(source, arch))
     return [_row("cuda", *_named(signature), arch, facts[name]) for name, signature in _demangled(list(facts)).items()]
 
@@ -161,7 +161,7 @@ def _named(signature: str) -> tuple[str, str]:
 
 
 def _per_weight_of_loop(kernel: str, config: str, facts: Facts) -> float | None:
-    """Instructions of the main loop for each weight that a thread decodes in one iteration; None where it is unknown.
+    """Return the instructions of the main loop per weight that a thread decodes in one iteration; None if unknown.
 
     From 8 rows on linear_nf4_small_m has an inner loop, whose iterations the listing does not show.
     """

@@ -1,4 +1,6 @@
-"""Waits for memory at the head of a main loop: SASS instructions that need a value loaded in the same iteration."""
+"""Counts waits for memory at the start of a main loop: SASS instructions that use a value loaded in the same
+iteration.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ NO_RESULT = ("ST", "LDGSTS", "BRA", "BAR", "EXIT", "ISETP", "FSETP", "DEPBAR", "
 def early_waits(loop: Sequence[Instruction]) -> int:
     """Count the instructions that wait for a global load of the same iteration before its products begin.
 
-    loop: the instructions of the main loop in order. In a loop with tensor-core instructions every instruction before
-    the first of them that reads a just-loaded register counts. In a loop without, only a load whose address depends on
-    such a register does: the products themselves must read what was loaded. Loads of 16 bytes are left out there: they
-    bring activations, which are no addresses, and in code with branches the listing mixes up their registers.
+    loop: the instructions of the main loop in order. In a loop with tensor-core instructions, every earlier instruction
+    that reads a just-loaded register is counted. In any other loop, only loads whose address depends on such a register
+    are counted, because the products themselves read loaded values. Loads of 16 bytes are ignored there: they load
+    activations, which are not addresses, and in code with branches the listing does not separate their registers.
     """
     products = next((i for i, one in enumerate(loop) if one.op.startswith(TENSOR_CORE)), None)
-    loaded: set[int] = set()  # by a global load of this iteration, or computed from one
+    loaded: set[int] = set()  # registers written by a global load of this iteration, or computed from one
     waits = 0
     for op, operands in loop[:products]:
         is_global_load = op.startswith(GLOBAL_LOAD) and (products is not None or ".128" not in op)
@@ -50,7 +52,7 @@ def early_waits(loop: Sequence[Instruction]) -> int:
 
 
 def _registers(op: str, operands: str) -> tuple[set[int], set[int]]:
-    """(registers written, registers read)."""
+    """Return (registers written, registers read) by an instruction."""
     first, _, rest = operands.partition(",")
     target = _REGISTER.match(first.strip())
     if target is None or op.startswith(NO_RESULT):
