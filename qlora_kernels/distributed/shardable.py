@@ -26,11 +26,7 @@ def make_shardable(model: nn.Module) -> nn.Module:
     Raises NotImplementedError under a torch whose fully_shard refuses integers; RuntimeError if a module with NF4
     weights is already sharded, compiled or inside DistributedDataParallel.
     """
-    if _version() < OLDEST:
-        raise NotImplementedError(
-            f"make_shardable: torch must be {OLDEST[0]}.{OLDEST[1]} or newer, whose fully_shard takes integer "
-            f"parameters, got {torch.__version__}; use DistributedDataParallel, which needs no preparation"
-        )
+    check_torch("make_shardable")
     for name, module in model.named_modules():
         if reason := _too_early(module):
             raise RuntimeError(
@@ -40,6 +36,15 @@ def make_shardable(model: nn.Module) -> nn.Module:
     for module in freeze_into_parameters(model):
         module.parameter_names_in_state_dict = True
     return model
+
+
+def check_torch(name: str) -> None:
+    """Raise NotImplementedError under a torch whose fully_shard refuses integers.   name: for the message."""
+    if _version() < OLDEST:
+        raise NotImplementedError(
+            f"{name}: torch must be {OLDEST[0]}.{OLDEST[1]} or newer, whose fully_shard takes integer parameters, got "
+            f"{torch.__version__}; use DistributedDataParallel, which needs no preparation"
+        )
 
 
 def _version() -> tuple[int, ...]:

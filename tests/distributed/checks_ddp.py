@@ -102,4 +102,16 @@ def merged_and_unloaded(group: Group) -> None:
     assert sizes == [], sizes
 
 
-CHECKS = {f.__name__: f for f in (methods, broadcast_bytes, weights_of_the_first_process, merged_and_unloaded)}
+def constant_buffers(group: Group) -> None:
+    """VeRA's matrices, which each process computes alike, are not broadcast in forward."""
+    model = build_case("vera", "llama", nf4=True)
+    wrapped = DistributedDataParallel(model)
+    sizes = counted(wrapped)
+    logits(wrapped, tokens("llama", rows=2)).square().mean().backward()
+    assert sum(sizes) <= 32, sizes  # the frequencies of rotary embeddings
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (methods, broadcast_bytes, weights_of_the_first_process, merged_and_unloaded, constant_buffers)
+}

@@ -13,7 +13,16 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import qlora_kernels as qk
 from qlora_kernels.distributed.tensor_parallel import ColwiseNF4, RowwiseNF4
-from qlora_kernels.peft import LoraConfig, get_peft_model
+from qlora_kernels.peft import (
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from tests.distributed.models import assert_same, trained, whole
 from tests.distributed.processes import Group
 
@@ -114,6 +123,18 @@ def refusals(group: Group) -> None:
         parallelize_module(build(use_dora=True), mesh, up)
     with pytest.raises(NotImplementedError, match=r"dropout 0\.5"):
         parallelize_module(build(lora_dropout=0.5), mesh, up)
+    for config in (
+        IA3Config(target_modules=["up"], feedforward_modules=[]),
+        VeraConfig(target_modules=["up"], r=4),
+        LoHaConfig(target_modules=["up"], r=2),
+        LoKrConfig(target_modules=["up"], r=2),
+        OFTConfig(target_modules=["up"], oft_block_size=8),
+        BOFTConfig(target_modules=["up"], boft_block_size=8),
+    ):
+        model = Stack()
+        qk.replace_linear(model)
+        with pytest.raises(NotImplementedError, match=r"adapters must be LoRA .*got 'default', a \w+Linear"):
+            parallelize_module(get_peft_model(model, config), mesh, up)
     with pytest.raises(TypeError, match="the plan must name LinearNF4 layers, got LayerNorm"):
         parallelize_module(build(), mesh, {"base_model.blocks.0.norm": ColwiseNF4()})
     for style, shape, words in (

@@ -114,7 +114,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
     """Assert equal names, and each tensor equal within rtol of its largest element."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     for name, wanted in expected.items():
-        bound = rtol * max(float(wanted.abs().max()), 1e-8)
+        bound = rtol * max(float(wanted.float().abs().max()), 1e-8)
         worst = float((actual[name].detach().float() - wanted.detach().float()).abs().max()) if wanted.numel() else 0.0
         assert worst <= bound, f"{name}: {worst} > {bound}"
 

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ...nn.quantized_weight import cut_as, is_sharded
 from ..core.config import PeftConfig
 from ..core.offloaded import has_hooks, weight_of
 from ..core.sharded import full_tensor
@@ -330,11 +331,17 @@ class AdaLora(LinearMethod[SvdLinear]):
         self.last_step = values["step"]
         self.config = self.config.replace(rank_pattern=values["rank_pattern"])
         # Copies, because the tensors of a file have another alignment and the order of sums depends on the alignment.
+        for average in ("sensitivity", "uncertainty"):
+            getattr(self.allocator, average).clear()
         for name, weight in zip(self._weight_names(), self.allocator.weights, strict=True):
-            weight.data = tensors[name].to(weight, copy=True)
+            if is_sharded(weight):
+                weight.detach().copy_(cut_as(weight, full_tensor(tensors[name])))
+            else:
+                weight.data = tensors[name].to(weight, copy=True)
             for average in ("sensitivity", "uncertainty"):
                 if f"{name}.{average}" in tensors:
-                    getattr(self.allocator, average).append(tensors[f"{name}.{average}"].to(weight.device, copy=True))
+                    saved = tensors[f"{name}.{average}"].to(weight.device, copy=True)
+                    getattr(self.allocator, average).append(saved if is_sharded(saved) else cut_as(weight, saved))
         for path, delta in self.deltas.items():
             delta.kept = tensors[f"{path}.kept"].to(delta.kept.device)
             if values["final"]:

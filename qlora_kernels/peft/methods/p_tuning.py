@@ -12,8 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ...nn.quantized_weight import is_sharded
 from ..core.adapter_tree import effective_state
 from ..core.offloaded import weight_of
+from ..core.sharded import full_tensors
 from ..framework.method import load_into
 from ..framework.registry import register_method
 from .prompt_tuning import PromptTable
@@ -84,6 +86,15 @@ class PTuning(SoftPrompt):
         self.config = self.config.replace(encoder_hidden_size=self.config.encoder_hidden_size or self.config.token_dim)
         return PromptEncoder(self.config, self.embedding_device(), self.injector.adapter_dtype)
 
+    def prompt(self) -> Tensor:
+        if not _is_sharded(self.module):
+            return super().prompt()
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.new_prompt()  # outside of a forward, an LSTM takes no shards
+        load_into(encoder, full_tensors(self.module.state_dict()))
+        whole: Tensor = encoder.train(self.module.training)()
+        return whole
+
     def set_prompt(self, rows: Tensor) -> None:
         """Replace the encoder by these embeddings, which are then the trained parameters."""
         self.replace_module(PromptTable(rows.to(self.embedding_device(), self.injector.adapter_dtype, copy=True)))
@@ -93,7 +104,12 @@ class PTuning(SoftPrompt):
         return values, {**tensors, **(effective_state(self.module) if isinstance(self.module, PromptEncoder) else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
-        if tensors and is_trainable:
+        # A sharded encoder stays as it is: its values are among the trained parameters of a run's checkpoint.
+        if tensors and is_trainable and not _is_sharded(self.module):
             encoder = self.new_prompt()
             load_into(encoder, tensors)
             self.replace_module(encoder)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in module.parameters())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.match import as_names
+from ...nn.quantized_weight import is_sharded
 from ..attention.prefix_slot import SLOT, Prefix, PrefixSource, attention_slot, restore_attention
 from ..attention.relative_bias import bias_source
 from ..core.adapter_tree import effective_state
@@ -334,6 +335,8 @@ class PrefixTuning(Method):
         return values, {**others, **(projected if has_mlp else {})}
 
     def load_extras(self, values: dict[str, Any], tensors: dict[str, Tensor], *, is_trainable: bool) -> None:
+        if any(is_sharded(encoder.embedding.weight) for encoder in self.prefixes.values()):
+            return  # the values are among the trained parameters of a run's checkpoint
         projected = {k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("projection.")}
         if projected and is_trainable:
             for site, encoder in self.prefixes.items():

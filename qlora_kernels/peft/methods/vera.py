@@ -64,6 +64,8 @@ class VeraConfig(PeftConfig):
 class VeraProjection(nn.Module):
     """Shared, untrained matrices vera_A [r, K] and vera_B [N, r], with the largest K and N of the layers."""
 
+    buffers_never_change = True
+    """Read by distributed/ddp.py, which does not have them broadcast in every forward."""
     vera_A: Tensor
     vera_B: Tensor
 
