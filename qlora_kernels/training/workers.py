@@ -1,4 +1,4 @@
-"""Workers: the processes of a data-parallel run, each with the whole model and a part of every batch.
+"""Workers: the processes of a data-parallel run, each with a part of every batch and the whole model or a part of it.
 
 Gradients, losses and counts are summed, so that every process computes the result of one process with the whole batch.
 If a process dies or does not answer in time, the others end with an error that names it.
@@ -6,9 +6,8 @@ If a process dies or does not answer in time, the others end with an error that 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .lost_workers import AnsweringThread, is_failed_collective, lost_ranks
+
 T = TypeVar("T")
 
 _GRACE = 10.0
-"""Seconds in which the remaining processes report to each other after a collective has failed."""
+"""Seconds in which the other processes have to answer after a collective has failed."""
 
 
 class LostWorkerError(RuntimeError):
@@ -105,18 +106,19 @@ class Workers:
         except RuntimeError as error:
             raise LostWorkerError(self._who_is_lost(error)) from error
 
-    def _who_is_lost(self, error: RuntimeError) -> str:
-        """Name the lost processes: the remaining ones report in the store, and those that do not in time are lost."""
-        lost: list[int] = []
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Convert the error of a failed collective inside, such as one of FSDP2, to a LostWorkerError."""
         try:
-            store: Any = dist.distributed_c10d._get_default_store()
-            store.set(f"left/{self.rank}", "1")
-            ends = time.monotonic() + _GRACE
-            while time.monotonic() < ends:
-                lost = [rank for rank in range(self.world) if not store.check([f"left/{rank}"])]
-                if not lost:
-                    break
-                time.sleep(0.2)
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, LostWorkerError) or not is_failed_collective(error):
+                raise
+            raise LostWorkerError(self._who_is_lost(error)) from error
+
+    def _who_is_lost(self, error: RuntimeError) -> str:
+        try:
+            lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
         except RuntimeError:  # the process with the store is lost
             lost = [0]
         names = ", ".join(f"rank {rank}" for rank in lost) or "a process"
@@ -137,11 +139,18 @@ def joined(environment: dict[str, str], timeout: timedelta, device: torch.device
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     try:
-        yield Workers.current()
+        workers = Workers.current()
+        answering = AnsweringThread(_store(), workers.rank) if workers.world > 1 else nullcontext()
+        with answering, workers.naming_the_lost():
+            yield workers
     finally:
         if joins:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 ONE_PROCESS = Workers()

@@ -1,0 +1,99 @@
+"""Detection of the process that made a collective fail: one that died, stopped, or does not reach the collective.
+
+A process whose collective fails asks the others through the store of the process group. A thread in each process
+answers whether its process waits in a collective. A process that does not answer is dead or stopped; if all answer, the
+lost ones are those that compute while the others wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+PERIOD = 1.0
+"""Seconds between two looks of the answering thread into the store."""
+_ASKED = "lost_workers/asked"
+_INNERMOST = 4
+"""Frames that are searched for torch.distributed: the call of an op lies between a collective and its caller."""
+_COLLECTIVES = os.path.join("torch", "distributed") + os.sep
+_WAITS, _COMPUTES = "waits", "computes"
+
+
+def is_failed_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from a collective of gloo or NCCL, as FSDP2 runs them in forward and backward."""
+    kinds = tuple(getattr(dist, name) for name in ("DistBackendError", "DistNetworkError") if hasattr(dist, name))
+    text = str(error)
+    return isinstance(error, kinds) or any(mark in text for mark in ("gloo/", "Gloo", "NCCL", "Connection closed by"))
+
+
+class AnsweringThread:
+    """A context in which a thread answers the question of another process for lost ones.
+
+    store: of the process group.   rank: of this process.
+    """
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.store, self.rank = store, rank
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._answer, name="answers which process is lost", daemon=True)
+
+    def __enter__(self) -> AnsweringThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._left.set()
+        self._thread.join(5 * PERIOD)
+
+    def _answer(self) -> None:
+        while not self._left.wait(PERIOD):
+            try:
+                if not self.store.check([_ASKED]):
+                    continue
+                if not self.store.check([_answer_of(self.rank)]):  # the collective of this process has not failed yet
+                    self.store.set(_answer_of(self.rank), _WAITS if _waits_in_collective() else _COMPUTES)
+                return
+            except RuntimeError:  # the process with the store has ended
+                return
+
+
+def lost_ranks(store: Any, rank: int, world: int, grace: float) -> list[int]:
+    """Return the ranks that are lost, after a collective of this process has failed; empty if none can be told.
+
+    grace: seconds in which the other processes have to answer. Raises RuntimeError if the store is gone.
+    """
+    store.set(_answer_of(rank), _WAITS)
+    store.set(_ASKED, "1")
+    ends = time.monotonic() + grace
+    while silent := [other for other in range(world) if not store.check([_answer_of(other)])]:
+        if time.monotonic() > ends:
+            return silent
+        time.sleep(0.2)
+    others = (other for other in range(world) if other != rank)
+    return [other for other in others if store.get(_answer_of(other)) == _COMPUTES.encode()]
+
+
+def _answer_of(rank: int) -> str:
+    return f"lost_workers/{rank}"
+
+
+def _waits_in_collective() -> bool:
+    """Whether a thread of this process, other than this one, is inside a collective."""
+    own = threading.get_ident()
+    return any(_is_in_collective(frame) for thread, frame in sys._current_frames().items() if thread != own)
+
+
+def _is_in_collective(frame: FrameType | None) -> bool:
+    for _ in range(_INNERMOST):
+        if frame is None:
+            return False
+        if _COLLECTIVES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
