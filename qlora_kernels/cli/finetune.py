@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import LinearNF4, fuse_model
 from ..integrations.model_folders import as_model_error, is_quantized, load_model, load_tokenizer, model_outline
-from ..io.atomic import file_appearing_by_rename, folder_appearing_by_rename, make_folder
+from ..io.atomic import file_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
 from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
@@ -50,7 +50,7 @@ from .arguments import UsageError, bad_input
 from .console import Console, peak_device_bytes, peak_rss_bytes
 from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
-from .finetune_training import TrainingStage, check_no_other_run, has_checkpoints
+from .finetune_training import TrainingStage, check_no_other_run, has_checkpoints, shard
 from .fusion_gain import step_seconds
 from .generate import check_prompt, continuation
 from .interrupts import Interrupt, deferred
@@ -81,12 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
                 if not alone:
                     raise UsageError(f"--out: {options.out} must be this run's alone, another run is writing to it")
                 run = _Finetune(options, console, workers, arguments)
-                report = run.run()
-    except Interrupted as stopped:
-        _say_how_to_resume(options, f"stopped by {run.interrupt.name} after step {stopped.step} of {stopped.steps}")
-        return run.interrupt.exit_code
+                try:
+                    report = run.run()
+                except Interrupted as stopped:
+                    if workers.first:
+                        what = f"stopped by {run.interrupt.name} after step {stopped.step} of {stopped.steps}"
+                        _say_how_to_resume(options, what)
+                    workers.wait()  # a launcher ends the other processes as soon as one has left
+                    return run.interrupt.exit_code
     except (KeyboardInterrupt, SystemExit):
-        if has_checkpoints(options.out):
+        if has_checkpoints(options.out) and os.environ.get("RANK", "0") == "0":
             _say_how_to_resume(options, "stopped")
         raise
     except (FloatingPointError, LostWorkerError) as error:
@@ -173,10 +177,13 @@ class _Finetune:
         if nothing_to_resume and (self.options.out / "report.json").exists():
             self._note_nothing_to_resume()
         if not is_quantized(dense):
-            self._measure("16-bit base", load_model(dense, self.options.dtype, self.device))
-        model = self._load(quantized)
+            self._measure("16-bit base", self._sharded(load_model(dense, self.options.dtype, self._load_device)))
+        model = self._sharded(self._load(quantized))
         self._check_packing(model)
         self._measure("NF4 base", model)
+        if self.options.sharding is not None:  # adapters have to be added before the model is sharded
+            del model
+            model = self._load(quantized)
         stage = TrainingStage(
             self.options,
             self.console,
@@ -193,26 +200,36 @@ class _Finetune:
             if not self.options.resume:
                 self._write_recipe()
             adapted = stage.run(model, train_examples, signals)
-            if self.workers.first:
-                with folder_appearing_by_rename(adapter) as partial:
-                    adapted.save_pretrained(partial)
+            stage.save(adapted, adapter)
             self.workers.wait()
             if self.workers.total(float(signals())):  # the signal came during the last step
                 raise Interrupted(len(self.report.steps), self.options.steps, None)
         self._measure("NF4 + adapter, trained", adapted)
-        if self.options.model == "builtin" and self.workers.first:
+        if self.options.model == "builtin" and self.workers.first and self.options.sharding is None:
             with self.console.stage("compare --fuse"):
                 batch = train_examples[: self.options.micro_batch or self.options.batch]
                 self.report.step_seconds = step_seconds(adapted, batch, self.pad_token_id)
         del model, adapted
-        reloaded = load_adapter(self._load(quantized), adapter)
+        reloaded = self._sharded(load_adapter(self._load(quantized), adapter))
         self._measure("NF4 + adapter, reloaded", reloaded)
-        if self.workers.first:
+        if self.workers.first or self.options.sharding is not None:  # all processes of a sharded model generate
             self._sample(reloaded)
+        if self.workers.first:
             self._finish()
             stage.remove_checkpoints()
         self.workers.wait()
         return self.report
+
+    @property
+    def _load_device(self) -> torch.device | None:
+        """Where models are loaded to; a model that is sharded stays in the CPU's memory until then."""
+        return self.device if self.options.sharding is None else None
+
+    def _sharded(self, model: nn.Module) -> nn.Module:
+        """Shard a model for evaluation, where the run is sharded."""
+        if self.options.sharding is not None:
+            shard(model, self.options.sharding, self.device)
+        return model
 
     def _write_recipe(self) -> None:
         if self.workers.first:
@@ -317,7 +334,8 @@ class _Finetune:
 
     def _load(self, folder: Path) -> nn.Module:
         with bad_input(), self.console.stage("load"):
-            model = load_model(folder, self.options.dtype, self.device)
+            sharded = self.options.sharding is not None
+            model = load_model(folder, self.options.dtype, self._load_device, mapped=sharded)
         layers = [module for module in model.modules() if isinstance(module, LinearNF4)]
         self.report.layers = len(layers)
         self.report.bytes_dense = sum(2 * layer.quant_state.numel for layer in layers)
@@ -347,7 +365,8 @@ class _Finetune:
             self.console.stage("evaluate"),
             self.console.bar(-(-len(self.unseen) // batch), name, "batch") as bar,
             bad_input(),
-            as_model_error(Path(self.options.model), "must be a model that can be run"),
+            as_model_error(Path(self.options.model), "must be a model that can be run", (LostWorkerError,)),
+            self.workers.naming_the_lost(),
         ):
             loss = ChunkedLoss(model)
             measured = perplexity(loss, self.unseen, batch, self.pad_token_id, bar.update, self.workers)

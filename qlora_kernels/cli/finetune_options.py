@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError, dtype_of
 from .choices import Schedule
+from .launcher import Sharding, processes, sharding_of
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ class FinetuneOptions:
     checkpoint_every: int
     resume: bool
     overwrite: bool
+    fsdp: bool | None
     timeout: int
     unseen: float
     eval_windows: int
@@ -93,6 +95,8 @@ class FinetuneOptions:
         if self.eval_every and not (self.eval_windows and (self.unseen or self.data == "builtin")):
             raise UsageError("--eval-every: must have unseen text; use an --unseen and --eval-windows above 0")
 
+        if self.sharding is not None:
+            self._check_sharding()
         if self.trainer == "hf":
             self._check_trainer()
         if self.packing and self.method not in PACKABLE:
@@ -108,10 +112,21 @@ class FinetuneOptions:
             raise UsageError(f"--trainer hf: must come without {names}, which need the exact loop of --trainer own")
         if self.method == "adalora":
             raise UsageError("--trainer hf: must come with another method than adalora, whose schedule Trainer lacks")
-        if self.device not in ("cpu", "cuda", "cuda:0"):
+        if self.device not in ("cpu", "cuda", "cuda:0") and processes(os.environ) == 1:
             raise UsageError(f"--trainer hf: must run on the CPU or the first CUDA device, got --device {self.device}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError("--trainer hf: must run in one process; --trainer own takes several")
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the model is sharded over the processes; None where each holds the whole model."""
+        return sharding_of(self.fsdp, os.environ)
+
+    def _check_sharding(self) -> None:
+        from ..distributed.shardable import check_torch
+
+        try:
+            check_torch("--fsdp")
+        except NotImplementedError as error:
+            raise UsageError(str(error)) from error
 
     def steps_of(self, examples: int) -> int:
         """Return the number of steps of --epochs passes over so many examples; the last batch is filled from the next
@@ -178,7 +193,7 @@ class FinetuneOptions:
         """The options on which the adapter and the report depend."""
         # --epochs is included in the steps.
         free = {"out", "cache", "json", "device", "checkpoint_every", "resume", "timeout", "epochs", "overwrite"}
-        free |= {"track", "project", "run_name"}
+        free |= {"track", "project", "run_name", "fsdp"}
         # Runs of versions without these options can be resumed.
         later = {"fuse": False, "eval_every": 0, "patience": 0, "split": None, "packing": False, "trainer": "own"}
         free |= {name for name, default in later.items() if getattr(self, name) == default}

@@ -160,6 +160,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="delete the checkpoints of another run in OUT once training starts"
     )
     training.add_argument(
+        "--fsdp",
+        action=argparse.BooleanOptionalAction,
+        help="of several processes (torchrun), let each hold only its part of the model (FSDP2). Default: as an FSDP2 "
+        "configuration of accelerate launch says, and whole models without one",
+    )
+    training.add_argument(
         "--timeout",
         type=positive,
         default=1800,

@@ -22,6 +22,7 @@ class FinetuneReport:
     perplexity: on the unseen text, by model. predictions: number of tokens in each mean.
     fused: names of the modules that --fuse replaced.
     device: device of the model. peak_device_bytes: peak of the bytes of tensors on it; 0 for the CPU.
+    held_bytes: of each process of a sharded run, its bytes of the base and of the trained parameters.
     evaluations: step -> perplexity during training. best: the step whose adapter is kept, and the reason; empty without
     evaluations.
     bytes_dense: bytes of the quantized layers' weights in 16 bits. bytes_nf4: bytes of their packed indices and
@@ -55,6 +56,7 @@ class FinetuneReport:
     examples: str = ""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    held_bytes: list[tuple[int, int]] = field(default_factory=list)
 
     def result_of(self) -> tuple[object, ...]:
         """Return the fields that are equal in two reports of the same run."""
@@ -70,6 +72,7 @@ class FinetuneReport:
             "evaluations": [],
             "best": {},
             "step_seconds": {},
+            "held_bytes": [],
         }
         own = {name: {**later, **values}[name] for name in cls.__dataclass_fields__}
         own["rows"] = {part: RowCounts(**counts) for part, counts in own["rows"].items()}
@@ -84,6 +87,11 @@ class FinetuneReport:
     def _gain(self) -> str:
         plain, fused = self.step_seconds["plain"], self.step_seconds["fused"]
         return f"{fused:.2f} s, without it {plain:.2f} s ({plain / fused:.2f}x), measured in turns after the training"
+
+    def _held(self) -> str:
+        base, trained = (max(held[i] for held in self.held_bytes) for i in range(2))
+        of = f"{len(self.held_bytes)} processes"
+        return f"at most {megabytes(base)} of the base and {megabytes(trained)} of the adapter, {of}"
 
     def to_json(self) -> str:
         """Return the whole report as one line of JSON."""
@@ -101,6 +109,7 @@ class FinetuneReport:
                 f"weights of {self.layers} linear layers",
                 f"{megabytes(self.bytes_dense)} in 16 bits -> {megabytes(self.bytes_nf4)} in NF4 ({ratio:.2f}x)",
             ),
+            *([("held by each process", self._held())] if self.held_bytes else []),
             ("trained parameters", f"{self.trainable:,}"),
             *([("fused modules", f"{self.fused}")] if self.fused else []),
             ("loss", f"{self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f} in {len(self.steps)} steps"),

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from .. import PagedAdamW, prepare_for_training
+from ..distributed.block_sharding import held_bytes_of, shard_blocks
 from ..io.atomic import folder_appearing_by_rename
 from ..peft import PeftConfig, PeftModel, get_peft_model
 from ..training import ChunkedLoss, Evaluated, Example, Interrupted, StepRecord, Validation, Workers, perplexity, train
 from .arguments import UsageError, bad_input
-from .console import Console, memory_now
+from .console import Console, megabytes, memory_now
 from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport
 from .interrupts import Interrupt
+from .launcher import Sharding
 from .trackers import Trackers
 
 
@@ -74,6 +76,8 @@ class TrainingStage:
             adapted = get_peft_model(prepared, self.adapter_config)
         self.report.trainable = adapted.get_nb_trainable_parameters()[0]
         self.console.say(f"training {self.report.trainable:,} parameters for {options.steps} steps")
+        if options.sharding is not None:
+            self._shard(adapted)
         self._remove_overwritten()
         loss = ChunkedLoss(adapted)
         self._trackers = self._start_trackers()
@@ -105,6 +109,18 @@ class TrainingStage:
         self._note_best()
         return adapted
 
+    def _shard(self, adapted: PeftModel) -> None:
+        sharding = self.options.sharding
+        assert sharding is not None
+        self.workers.start_alike([p for p in adapted.parameters() if p.requires_grad])
+        with bad_input():
+            blocks = shard(adapted, sharding, self.device)
+        self.report.held_bytes = self.workers.gathered(held_bytes_of(adapted))
+        self.console.say(
+            f"sharded {blocks} blocks over {self.workers.world} processes, which hold "
+            + ", ".join(megabytes(sum(held)) for held in self.report.held_bytes)
+        )
+
     def _train_with_hf(self, loss: ChunkedLoss, examples: list[Example], interrupt: Interrupt) -> list[StepRecord]:
         from .hf_trainer import train_with_hf
 
@@ -119,12 +135,19 @@ class TrainingStage:
                 pad_token_id=self.pad_token_id,
                 on_step=self._on_step,
                 interrupted=interrupt,
+                workers=self.workers,
             )
         except Interrupted as stopped:
-            folder = options.out / f"adapter-step-{stopped.step}"
-            with folder_appearing_by_rename(folder) as partial:
-                loss.model.save_pretrained(partial)
+            self.save(loss.model, options.out / f"adapter-step-{stopped.step}")
             raise
+
+    def save(self, adapted: PeftModel, folder: Path) -> None:
+        """Write the adapter's folder on the first process; the others take part if the adapter is sharded."""
+        if self.workers.first:
+            with folder_appearing_by_rename(folder) as partial:
+                adapted.save_pretrained(partial)
+        elif self.options.sharding is not None:
+            adapted.save_pretrained(folder, is_main_process=False)
 
     def remove_checkpoints(self) -> None:
         """Remove this run's checkpoints once its report is written, if none were asked for."""
@@ -178,6 +201,18 @@ class TrainingStage:
         best = validation.best
         self.report.best = {"step": best.step, "perplexity": best.value, "why": validation.reason()}
         self.console.say(f"the adapter is that of step {best.step}: {validation.reason()}")
+
+
+def shard(model: nn.Module, sharding: Sharding, device: torch.device) -> int:
+    """Shard a model as the options say, and return the number of its blocks."""
+    return len(
+        shard_blocks(
+            model,
+            device,
+            block_classes=sharding.block_classes,
+            reshard_after_forward=sharding.reshard_after_forward,
+        )
+    )
 
 
 def _optimizer(trained: list[nn.Parameter], options: FinetuneOptions) -> torch.optim.Optimizer:

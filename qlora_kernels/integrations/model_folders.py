@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..format.bnb_layout import META_KEY, stored_shape
+from ..format.bnb_layout import META_KEY, decode, stored_shape
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..io.atomic import reading, settle
 from ..io.json_file import read_json_object
@@ -192,12 +192,18 @@ def quantize_model(
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    *,
+    mapped: bool = False,
 ) -> nn.Module:
     """Return the causal language model of a folder, in eval mode.
 
     dtype: of the dense weights and of all computation. NF4 layers are LinearNF4.
     device: where the whole model is moved once it is in CPU memory; None leaves it there.
+    mapped: NF4 weights stay in the files, mapped into memory, for a model that is to be sharded; the processes of a
+    machine share these pages. Folders written with QLoRAKernelsConfig are loaded whole all the same.
     Raises ModelError, naming weights that are missing, unexpected or of another shape; ValueError, naming a damaged
     file.
     """
@@ -213,7 +219,7 @@ def load_model(
         layers = _take_quantized(tensors, structure) if quantized else {}
         weights = {f"{layer}{_WEIGHT}": _shape_in_file(layer, state, structure) for layer, state in layers.items()}
         structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights})
-        model = _load(structure, tensors, layers, dtype)
+        model = _load(structure, tensors, layers, dtype, mapped)
     if quantized:
         model.requires_grad_(False)
         describe_quantization(model)
@@ -272,7 +278,11 @@ class _Awaiting(nn.Module):
 
 
 def _load(
-    structure: ModelStructure, tensors: dict[str, Tensor], layers: Mapping[str, dict[str, Tensor]], dtype: torch.dtype
+    structure: ModelStructure,
+    tensors: dict[str, Tensor],
+    layers: Mapping[str, dict[str, Tensor]],
+    dtype: torch.dtype,
+    mapped: bool,
 ) -> nn.Module:
     kind = type(cast(Any, structure.model))
 
@@ -297,7 +307,8 @@ def _load(
     misshapen = [f"{name} is {list(has)}, must be {list(want)}" for name, has, want in info["mismatched_keys"]]
     require_nothing(structure.folder, info["missing_keys"], info["unexpected_keys"], misshapen)
     for name, state in layers.items():
-        _replace(model, name, _quantized(model.get_submodule(name), name, state, dtype))
+        quantized = _quantized_over_file if mapped else _quantized
+        _replace(model, name, quantized(model.get_submodule(name), name, state, dtype))
     _take_generation_config(model, structure.folder)
     return cast(nn.Module, model)
 
@@ -320,6 +331,27 @@ def _quantized(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: 
         layer.load_state_dict(state if bias is None else {**state, "bias": bias.detach()})
     except RuntimeError as error:
         raise ModelError(f"{name}: {' '.join(str(error).split())}") from error
+    layer.dense_class = awaiting.dense_class
+    return layer
+
+
+def _quantized_over_file(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> LinearNF4:
+    """Return the layer over the file's own tensors, without copies."""
+    assert isinstance(awaiting, _Awaiting)
+    constants = {key.removeprefix("weight."): tensor for key, tensor in state.items() if key != "weight"}
+    try:
+        quant_state = decode(f"{name}{_WEIGHT}", constants)
+    except (ValueError, TypeError) as error:
+        raise ModelError(" ".join(str(error).split())) from error
+    packed = state["weight"].reshape(-1).view(torch.uint8).reshape(-1, 1)
+    if tuple(quant_state.shape) != (awaiting.out_features, awaiting.in_features) or (
+        packed.numel() != (quant_state.numel + 1) // 2
+    ):
+        raise ModelError(
+            f"{name}: must hold the packed bytes of a weight {(awaiting.out_features, awaiting.in_features)}, got "
+            f"{packed.numel()} bytes and shape {tuple(quant_state.shape)}"
+        )
+    layer = LinearNF4.from_quantized(packed, quant_state, like=awaiting, compute_dtype=dtype)
     layer.dense_class = awaiting.dense_class
     return layer
 

@@ -166,11 +166,16 @@ def _build(folder: Path) -> tuple[Any, nn.Module]:
 
 
 @contextmanager
-def as_model_error(path: Path, rule: str) -> Iterator[None]:
-    """Convert errors of transformers to ModelError: a folder may be untrusted, and its content can raise any error."""
+def as_model_error(path: Path, rule: str, passes: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Convert errors of transformers to ModelError: a folder may be untrusted, and its content can raise any error.
+
+    passes: errors that have another cause and stay as they are.
+    """
     try:
         yield
     except (ImportError, MemoryError, FloatingPointError, ModelError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except passes:
         raise
     except BaseException as error:  # panics of the tokenizers library are not Exceptions
         if "trust_remote_code" in str(error):  # its advice names an option that this package does not have

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.registry import unavailable
 from .batches import Batch
+from .sharded_model import reshard
 from .windows import IGNORED
 
 Head = Callable[[Tensor], Tensor]
@@ -39,6 +40,7 @@ class ChunkedLoss:
     model: called as model(input_ids=, attention_mask=, use_cache=False), with get/set_output_embeddings as transformers
     models have them. Batches are moved to the device of its first parameter.
     chunk: tokens whose logits are in memory at one time.
+    Under fully_shard, `model` is the outermost group, which stays gathered after its forward, as the head has to be.
     Some architectures scale or cap the logits after the head. This is detected by one forward over a few tokens; the
     logits of such a model are computed whole.
     """
@@ -98,6 +100,7 @@ class ChunkedLoss:
         with self._without_head() as head:
             hidden = self._forward(batch)
         same = torch.equal(head(hidden), self._forward(batch))
+        reshard(self.model)
         self.model.train(training)
         return same
 

@@ -11,6 +11,7 @@ import torch
 
 from .batches import collate
 from .chunked_loss import ChunkedLoss
+from .sharded_model import in_equal_numbers, is_sharded, reshard
 from .windows import Example
 from .workers import Workers
 
@@ -43,10 +44,17 @@ def perplexity(
     loss.model.eval()
     workers = workers or Workers()
     of_batch: dict[int, tuple[float, int]] = {}  # start of a batch -> (its loss, its learned tokens)
-    for start in workers.share(range(0, len(examples), batch_size)):
+    starts = range(0, len(examples), batch_size)
+    own = workers.share(starts)
+    # All processes of a sharded model run equally many forwards; the result of an additional one is not used.
+    every = in_equal_numbers(own, len(starts), workers.world, 0) if is_sharded(loss.model) else own
+    for number, start in enumerate(every):
         batch = collate(examples[start : start + batch_size], pad_token_id)
-        of_batch[start] = loss(batch).item(), batch.learned_tokens
-        on_batch()
+        value = loss(batch).item()
+        if number < len(own):
+            of_batch[start] = value, batch.learned_tokens
+            on_batch()
+    reshard(loss.model)
     loss.model.train(training)
     for others in workers.gathered(of_batch):
         of_batch |= others

@@ -20,6 +20,16 @@ from ..peft.framework.method import Method
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .schedule import Schedule, factor
+from .sharded_model import (
+    ShardedState,
+    clip_gradients,
+    copy_into,
+    gathered,
+    idle_batch,
+    is_sharded,
+    reshard,
+    sum_gradients,
+)
 from .validation import Validation
 from .windows import Example
 from .workers import ONE_PROCESS, Workers
@@ -98,15 +108,20 @@ def train(
     validation: evaluations during training. At the end the model holds the parameters of the best step, and the last
     checkpoint holds both those and the parameters of the last step. A run that is resumed must be given one with the
     same `every` and `patience`.
-    interrupted: called after every step. If it returns True, a checkpoint is written (to `checkpoints`) and Interrupted
-    is raised. With it, the last step is always a checkpoint.
-    workers: the processes that share every batch; each has the whole model, and rank 0 writes the checkpoints.
+    interrupted: asked after every step whether to stop. If so, a checkpoint is written (to `checkpoints`) and
+    Interrupted raised. With it, the last step is always a checkpoint.
+    workers: the processes that share every batch, and of which rank 0 writes the checkpoints. Each has the whole model,
+    or its shards of it after `fully_shard`; for that, the model must be equal in all processes before. Checkpoints are
+    the same: the trained parameters and the optimizer's states are gathered, one tensor at a time.
     A resumed run computes the same bits as an uninterrupted one.
     Raises ResumeError where the checkpoint's settings differ, and, without `resume`, where `checkpoints` holds a run's
     checkpoints already: they are never mixed with another run's and never removed.
     Raises FloatingPointError for a loss that is not finite.
     """
     model, workers = loss.model, workers or ONE_PROCESS
+    sharded = is_sharded(model)
+    reshard(model)
+    sum_gradients(model)
     identity = json.dumps(
         {
             **asdict(config),
@@ -128,10 +143,12 @@ def train(
         records = [StepRecord(**record) for record in state.parts["records"]]
     # Only after the model was restored, because this may replace parameters.
     trained = list(_trained(model).values())
-    workers.start_alike(trained)
+    if not sharded:
+        workers.start_alike(trained)
     stepper = optimizer(trained)
+    saved: Stateful = ShardedState(stepper) if sharded else cast(Stateful, stepper)
     if state is not None:
-        state.restore({"optimizer": cast(Stateful, stepper)})
+        state.restore({"optimizer": saved})
     for record in records:
         on_step(record)
     if state is not None and validation is not None:
@@ -140,12 +157,15 @@ def train(
     model.train()
 
     def save() -> Path | None:
-        if checkpoints is None or not workers.first:
+        if checkpoints is None or not (workers.first or sharded):
             return None
-        parts = {"settings": identity, "optimizer": stepper, "records": [asdict(record) for record in records]}
+        parts = {"settings": identity, "optimizer": saved, "records": [asdict(record) for record in records]}
         if validation is not None:
             parts["validation"] = validation.state()
-        return save_training_state(checkpoints, len(records), {**parts, **_model_parts(model)})
+        parts |= _model_parts(model)
+        if sharded:
+            parts = gathered({**parts, "optimizer": saved.state_dict()}, keep=workers.first)
+        return save_training_state(checkpoints, len(records), parts) if workers.first else None
 
     for step in range(len(records), config.steps):
         if validation is not None and validation.stops:
@@ -159,7 +179,9 @@ def train(
         last = step + 1 == config.steps or (validation is not None and validation.stops)
         # Processes that share a batch must agree, because each of them may have got the signal at another step.
         if not last and interrupted is not None and workers.total(float(interrupted())):
-            raise Interrupted(step + 1, config.steps, save())
+            checkpoint = save()
+            workers.wait()  # a launcher ends the other processes as soon as one has left
+            raise Interrupted(step + 1, config.steps, checkpoint)
         every = config.checkpoint_every
         if (every and (step + 1) % every == 0) or (last and (every or interrupted is not None)):
             save()
@@ -215,24 +237,31 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     own = workers.share(chosen)
-    size = config.micro_batch or max(len(own), 1)
+    sharded = is_sharded(loss.model)
+    most = -(-len(chosen) // workers.world)  # examples of the process that has the most
+    size = config.micro_batch or max(most if sharded else len(own), 1)
     micro_batches = [collate(own[i : i + size], pad_token_id) for i in range(0, len(own), size)]
+    tokens = sum(batch.input_ids.numel() for batch in micro_batches)
+    if sharded:
+        idle = idle_batch(collate(chosen[:1], pad_token_id))
+        micro_batches += [idle] * (-(-most // size) - len(micro_batches))
     scale = _gradient_scale(loss.model, trained, micro_batches, workers)
     mean = _backward(loss, micro_batches, workers, scale)
-    workers.sum_gradients(trained)
+    if not sharded:
+        workers.sum_gradients(trained)
     if scale != 1.0:
         for parameter in trained:
             if parameter.grad is not None:
                 parameter.grad /= scale
     if not math.isfinite(mean):
         raise FloatingPointError(f"train: the loss of step {step + 1} must be finite, got {mean}; use a smaller lr")
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
+    norm = clip_gradients(trained, config.max_grad_norm or math.inf)
     optimizer.step()
     if isinstance(loss.model, PeftModel):
         loss.model.step(step)
     optimizer.zero_grad(set_to_none=True)
-    tokens = int(workers.total(sum(batch.input_ids.numel() for batch in micro_batches)))
-    return StepRecord(step + 1, mean, lr, norm.item(), tokens, time.perf_counter() - started)
+    tokens = int(workers.total(tokens))
+    return StepRecord(step + 1, mean, lr, norm, tokens, time.perf_counter() - started)
 
 
 def _gradient_scale(
@@ -298,7 +327,7 @@ def _restore_model(model: nn.Module, parts: Mapping[str, Any]) -> None:
         raise ResumeError(f"train: the checkpoint must hold the parameters that are trained, {other[0]} differs")
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+            copy_into(parameter, saved[name])
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,13 +1,15 @@
 """Runs of `qlora-kernels finetune` in several processes: python -m tests.distributed.finetune_runs FOLDER.
 
-The runs are one with one process, one with two, and one that loses a process of 4, is resumed with 2, loses one of
-them, and is finished by one. Each process writes its output and exit code to FOLDER/<run>.<rank>.
+RUNS lists them: with whole models and sharded ones, with a process that dies, hangs or gets a signal, and their
+resumption with fewer processes. Each process writes its output and exit code to FOLDER/<run>.<rank>.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -18,30 +20,47 @@ STEPS = 6
 
 
 class Run(NamedTuple):
-    """dies: (rank, step) of a process that ends there without a message.   out: name of the folder."""
+    """dies, hangs, signalled: (rank, step) of a process that ends without a message, sleeps, or gets SIGTERM there.
+
+    out: name of the folder.   more: further options.   environment: of all processes.
+    """
 
     name: str
     world: int
     out: str
+    more: str = ""
     dies: tuple[int, int] | None = None
-    resume: bool = False
+    hangs: tuple[int, int] | None = None
+    signalled: tuple[int, int] | None = None
+    environment: dict[str, str] = {}  # noqa: RUF012, a NamedTuple's default is never changed
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+"""Some of what `accelerate launch` sets for an FSDP2 configuration."""
 RUNS = [
     Run("one", 1, "one"),
     Run("two", 2, "two"),
     Run("four that lose one", 4, "resumed", dies=(3, 2)),
-    Run("two that lose one", 2, "resumed", dies=(0, 4), resume=True),
-    Run("the last", 1, "resumed", resume=True),
+    Run("two that lose one", 2, "resumed", "--resume", dies=(0, 4)),
+    Run("the last", 1, "resumed", "--resume"),
+    Run("two sharded", 2, "sharded", "--fsdp --micro-batch 1"),
+    Run("three sharded by accelerate", 3, "accelerate", "--eval-every 3 --gradient-checkpointing", environment=FSDP2),
+    Run("four sharded with a signal", 4, "sharded resumed", "--fsdp", signalled=(1, 1)),
+    Run("two sharded with one that hangs", 2, "sharded resumed", "--fsdp --resume", hangs=(1, 4)),
+    Run("two sharded that lose one", 2, "sharded resumed", "--fsdp --resume", dies=(0, 5)),
+    Run("the last of the sharded", 1, "sharded resumed", "--fsdp --resume"),
+    Run("two by Trainer", 2, "trainer", "--trainer hf --checkpoint-every 0"),
+    Run("two sharded by Trainer", 2, "sharded trainer", "--trainer hf --checkpoint-every 0", environment=FSDP2),
 ]
+HUNG_TIMEOUT = timedelta(seconds=5)
+"""Timeout of collectives from the step on in which a process hangs."""
 
 
 def arguments(folder: Path, run: Run) -> list[str]:
     fast = f"--steps {STEPS} --batch 3 --seq-len 32 --eval-windows 5 --lr 1e-2 --r 4 --max-new-tokens 2 --json"
     fast += " --checkpoint-every 2 --timeout 120 --compute-dtype fp32"
     files = ["--model", folder / "model", "--data", folder / "text.txt", "--out", folder / run.out]
-    resume = ["--resume"] if run.resume else []
-    return ["finetune", *map(str, files), "--cache", str(folder / "cache"), *fast.split(), *resume]
+    return ["finetune", *map(str, files), "--cache", str(folder / "cache"), *fast.split(), *run.more.split()]
 
 
 def process(folder: Path, run: Run, rank: int) -> int:
@@ -52,6 +71,8 @@ def process(folder: Path, run: Run, rank: int) -> int:
     from qlora_kernels.cli import main
     from qlora_kernels.training import loop, workers
 
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.world), **run.environment}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # not used: the group exists
     torch.set_num_threads(1)
     workers._GRACE = 5.0
     if run.world > 1:
@@ -60,12 +81,19 @@ def process(folder: Path, run: Run, rank: int) -> int:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=run.world, timeout=timeout)
     step = loop._step
 
-    def dying(*parts):
-        if run.dies is not None and run.dies == (rank, parts[5]):
+    def disturbed(*parts):
+        here = rank, parts[5]
+        if here == run.dies:
             os._exit(9)
+        if run.hangs is not None and here[1] == run.hangs[1]:
+            dist.distributed_c10d._set_pg_timeout(HUNG_TIMEOUT, dist.group.WORLD)
+            if here == run.hangs:
+                time.sleep(3600)
+        if here == run.signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(*parts)
 
-    loop._step = dying
+    loop._step = disturbed
     return main(arguments(folder, run))
 
 
@@ -99,7 +127,10 @@ def _main(folder: Path) -> None:
                 finally:
                     os._exit(code)
             children[child] = rank
-        for child, rank in children.items():
+        hung = [child for child, rank in children.items() if run.hangs is not None and rank == run.hangs[0]]
+        for child, rank in sorted(children.items(), key=lambda item: item[0] in hung):
+            if child in hung:
+                os.kill(child, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             (folder / f"{run.name}.{rank}.code").write_text(str(code))
 
