@@ -156,7 +156,7 @@ def test_ensure_weight_tying_trains_one_lora(hf_peft, tmp_path, part):
     with torch.no_grad():
         reference.lm_head.weight.copy_(tied_weight)
         q_proj, q = reference.model.layers[0].self_attn.q_proj, model.injector.adapters["default"][0].deltas
-        q_proj.weight += q["model.layers.0.self_attn.q_proj"].merged(q_proj.weight) - q_proj.weight
+        q_proj.weight += q["model.layers.0.self_attn.q_proj"].merged(q_proj.weight, q_proj) - q_proj.weight
     assert_same_function(expected, logits(reference, inputs))
     model.save_pretrained(tmp_path / "ours")
     for load in ours_and_theirs(hf_peft):

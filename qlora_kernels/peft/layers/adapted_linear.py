@@ -48,17 +48,24 @@ class Delta(nn.Module):
         """Return the input [..., K] of the layer and of the earlier updates, from x [..., K], in x's dtype."""
         return x
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """Return y with this update. x [..., K]; y [..., N]: output of the layer with the earlier updates."""
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
+        """Return y with this update.
+
+        x: [..., K], the layer's input.   y: [..., N], the output of the layer with the earlier adapters' updates.
+        base: the layer without updates.   bias: [N], the part of y that is a bias, with the earlier adapters' updates.
+        """
         raise NotImplementedError
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the updated weight. weight: fp32 [N, K]."""
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        """Return the updated weight, without dropout.
+
+        weight: fp32 [N, K], with the earlier adapters' updates.   base: the layer without updates.
+        """
         lora_A, lora_B, scaling = self.lowrank()
         return weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())
 
-    def updated(self, weight: Tensor) -> Tensor:
-        """Return the updated weight in the dtype of `weight` [N, K], differentiable.
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
+        """Return the updated weight in the dtype of `weight` [N, K], differentiable.   base: as for merged().
 
         Raises NotImplementedError if the update is not an update of the weight.
         """
@@ -142,7 +149,7 @@ class AdaptedLinear(nn.Module):
                     "of an adapted layer instead of calling the layer; the update itself does",
                     stacklevel=3,
                 )
-            weight = delta.updated(weight)
+            weight = delta.updated(weight, self.base_layer)
         return weight.T if transposed else weight
 
     def _computing_layer(self) -> nn.Module:
@@ -201,11 +208,14 @@ class AdaptedLinear(nn.Module):
             first = list(chosen).index(others[0]) if others else len(chosen)
             fused = {name: lowrank[name] for name in list(chosen)[:first]}
         y: Tensor = self._lowrank(x, fused, by_row=by_row) if fused else self.base_layer(x)
+        bias = cast("Tensor | None", getattr(self.base_layer, "bias", None))
         for name, delta in chosen.items():
             if name not in fused:
-                y = self._apply_delta(delta, inputs[name], y, rows[name])
+                y = self._apply_delta(delta, inputs[name], y, bias, rows[name])
             elif (offset := delta.offset()) is not None:
                 y = self._add_offset(name, offset, x, y)
+            if not by_row:  # where each row has one adapter, none is earlier
+                bias = delta.updated_bias(bias)
         return y
 
     def _add_offset(self, name: str, offset: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -213,10 +223,10 @@ class AdaptedLinear(nn.Module):
         offset, rows = offset.to(y.dtype), self.selection.row_index(name, x)
         return y + offset if rows is None else y.index_add(0, rows, offset.expand_as(y[rows]))
 
-    def _apply_delta(self, delta: Delta, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+    def _apply_delta(self, delta: Delta, x: Tensor, y: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
         if rows is None:
-            return delta(x, y, self.base_layer)  # type: ignore[no-any-return]
-        return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer))
+            return delta(x, y, self.base_layer, bias)  # type: ignore[no-any-return]
+        return y.index_copy(0, rows, delta(x[rows], y[rows], self.base_layer, bias))
 
     def _lowrank(self, x: Tensor, updates: dict[str, LoraFactors], *, by_row: bool) -> Tensor:
         """Return base(x) plus the updates, by one call and one pair of matmuls for each further dropout rate.
@@ -307,7 +317,7 @@ class AdaptedLinear(nn.Module):
         wanted = weight
         bias = cast("Tensor | None", getattr(base, "bias", None))
         for delta in in_order({name: cast(Delta, self.deltas[name]) for name in names}).values():
-            wanted, bias = delta.merged(wanted), delta.updated_bias(bias)
+            wanted, bias = delta.merged(wanted, base), delta.updated_bias(bias)
         if safe_merge and not torch.isfinite(wanted).all():
             raise ValueError(f"merge: the weights of adapters {list(names)} must be finite")
         merged = with_weight(base, wanted, bias, target, default=default)

@@ -149,7 +149,7 @@ class SvdLinear(Delta):
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return self.lowrank() if len(self.kept) and not has_hooks(self) else None
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         if not len(self.kept):
             return y  # rank zero, out of a file
         return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)

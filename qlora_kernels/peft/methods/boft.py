@@ -6,7 +6,7 @@ Source: BOFT (arXiv:2311.06243). Names, defaults and files: PEFT's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,11 +98,11 @@ class BOFTLinear(Delta):
         self.boft_R = nn.Parameter(start_R.to(device, dtype))
         self.boft_s = nn.Parameter(start_s.to(device, dtype))
 
-    def _rotated(self, x: Tensor, *, transposed: bool = False) -> Tensor:
-        """Return x [..., K] times B or its transpose, in the parameters' dtype."""
+    def _rotated(self, x: Tensor, *, drop: bool, transposed: bool = False) -> Tensor:
+        """Return x [..., K] times B, or times its transpose, in the parameters' dtype.   drop: whether blocks are."""
         raw = weight_of(self, "boft_R")
         factors = list(cayley(0.5 * (raw - raw.transpose(-2, -1))))
-        if self.training and self.block_dropout:
+        if drop and self.training and self.block_dropout:
             # Indexing by a tensor keeps the choice of the factor inside compiled graphs.
             chosen = torch.arange(len(factors), device=raw.device) == torch.randint(
                 len(factors), (1,), device=raw.device
@@ -119,21 +119,23 @@ class BOFTLinear(Delta):
         return x
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        return self._rotated(x).to(x.dtype)
+        return self._rotated(x, drop=True).to(x.dtype)
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         scale = weight_of(self, "boft_s").flatten()
-        if base.bias is None:
+        if bias is None:
             return (y * scale).to(y.dtype)
-        bias = cast(Tensor, base.bias)
         return ((y - bias) * scale + bias).to(y.dtype)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.updated(weight).detach()
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self._updated(weight, drop=False).detach()
 
-    def updated(self, weight: Tensor) -> Tensor:
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self._updated(weight, drop=True)
+
+    def _updated(self, weight: Tensor, *, drop: bool) -> Tensor:
         # (x B) W^T = x (W B^T)^T
-        return (weight_of(self, "boft_s") * self._rotated(weight, transposed=True)).to(weight.dtype)
+        return (weight_of(self, "boft_s") * self._rotated(weight, drop=drop, transposed=True)).to(weight.dtype)
 
 
 @register_method(BOFTConfig)

@@ -93,13 +93,13 @@ class IA3Linear(Delta):
     def prepare_input(self, x: Tensor) -> Tensor:
         return (x * self._vector()).to(x.dtype) if self.acts_on_input else x
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         return y if self.acts_on_input else (y * self._vector()).to(y.dtype)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.updated(weight).detach()
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self.updated(weight, base).detach()
 
-    def updated(self, weight: Tensor) -> Tensor:
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
         return (weight * weight_of(self, "ia3_l")).to(weight.dtype)
 
     def updated_bias(self, bias: Tensor | None) -> Tensor | None:

@@ -40,7 +40,7 @@ class LoraEmbedding(Delta):
     def lowrank(self) -> tuple[Tensor, Tensor, float]:
         return weight_of(self, "lora_embedding_A"), weight_of(self, "lora_embedding_B"), self.scaling
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         padding_idx = cast("nn.Embedding", base).padding_idx
         s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
         update = self.scaling * F.linear(s, self.lora_embedding_B)

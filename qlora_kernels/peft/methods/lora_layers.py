@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,7 +66,7 @@ class LoraLinear(Delta):
             return None
         return self.lowrank()
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout_p, self.training)
         update = self.lora_B(self.lora_A(dropped))
         if self.fixed_A is not None and self.fixed_B is not None:
@@ -101,16 +99,16 @@ class DoraLinear(LoraLinear):
         scale: Tensor = magnitude / norm.masked_fill(zero, 1.0)
         return scale.masked_fill(zero, 1.0)
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()
         scale = self._row_scale(dense_weight(base))
         dropped = F.dropout(x.to(lora_A.dtype), self.dropout_p, self.training)
         update = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
-        without_bias = y if base.bias is None else y - cast(Tensor, base.bias)
+        without_bias = y if bias is None else y - bias
         return (y + (scale - 1) * without_bias + scale * update).to(y.dtype)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self._row_scale(weight).detach().float()[:, None] * super().merged(weight)
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self._row_scale(dense_weight(base)).detach().float()[:, None] * super().merged(weight, base)
 
-    def updated(self, weight: Tensor) -> Tensor:
-        return (self._row_scale(weight.detach().float())[:, None] * super().updated(weight)).to(weight.dtype)
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return (self._row_scale(dense_weight(base))[:, None] * super().updated(weight, base)).to(weight.dtype)

@@ -72,7 +72,7 @@ class LycorisDelta(Delta):
         """Whether this call drops a part of the update."""
         return self.training and (self.rank_dropout > 0 or self.module_dropout > 0)
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         part = self.product(x.to(self.dtype))
         if self.drops:
             part = part * self._mask(part)
@@ -89,10 +89,10 @@ class LycorisDelta(Delta):
             kept = kept / kept.mean().clamp(min=1 / n)  # if nothing is kept, there is no scale
         return kept * here
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
         return weight + self.update().detach().float()
 
-    def updated(self, weight: Tensor) -> Tensor:
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
         return weight + self.update().to(weight.dtype)
 
 

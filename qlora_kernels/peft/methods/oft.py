@@ -98,15 +98,16 @@ class OFTRotation(nn.Module):
             nn.init.normal_(start, std=0.1)
         self.weight = nn.Parameter(start.to(device, dtype))
 
-    def blocks(self) -> Tensor:
-        """Return the blocks of R, [D, b, b]."""
+    def blocks(self, *, drop: bool = True) -> Tensor:
+        """Return R's blocks [D, b, b].   drop: whether module_dropout acts in training."""
         weight = self._constrained(weight_of(self, "weight")) if self.coft else weight_of(self, "weight")
         rows, cols = torch.triu_indices(self.size, self.size, 1, device=weight.device)
         upper = weight.new_zeros(weight.shape[0], self.size, self.size)
         upper = upper.index_put((torch.arange(len(weight), device=weight.device)[:, None], rows, cols), weight)
         skew = upper - upper.transpose(-2, -1)
         blocks = cayley(skew) if self.terms is None else cayley_neumann(skew, self.terms)
-        return drop_blocks(blocks, self.dropout_p) if self.training and len(blocks) > 1 and self.dropout_p else blocks
+        drops = drop and self.training and len(blocks) > 1 and self.dropout_p > 0
+        return drop_blocks(blocks, self.dropout_p) if drops else blocks
 
     def _constrained(self, weight: Tensor) -> Tensor:
         """Return the weight with its blocks projected to within eps. In training the parameter is set to the
@@ -141,16 +142,18 @@ class OFTLinear(Delta):
         blocks = self.oft_R.blocks()
         return rotate_blocks(x.to(blocks.dtype), blocks).to(x.dtype)
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         return y
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.updated(weight).detach()
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self._updated(weight, self.oft_R.blocks(drop=False)).detach()
 
-    def updated(self, weight: Tensor) -> Tensor:
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self._updated(weight, self.oft_R.blocks())
+
+    def _updated(self, weight: Tensor, blocks: Tensor) -> Tensor:
         # (x R) W^T = x (W R^T)^T
-        blocks = self.oft_R.blocks().transpose(-2, -1)
-        return rotate_blocks(weight.to(blocks.dtype), blocks).to(weight.dtype)
+        return rotate_blocks(weight.to(blocks.dtype), blocks.transpose(-2, -1)).to(weight.dtype)
 
 
 @register_method(OFTConfig)

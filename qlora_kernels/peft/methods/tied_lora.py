@@ -40,7 +40,7 @@ class TransposedLora(Delta):
     def factors(self) -> LoraFactors | None:
         return None if has_hooks(self) else self.lowrank()
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         return add_lowrank(x, y, [self.lowrank()], dropout_p=self.dropout_p if self.training else 0.0)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:

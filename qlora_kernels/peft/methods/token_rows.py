@@ -43,7 +43,7 @@ class TokenRows(Delta):
         padding: int | None = getattr(base, "padding_idx", None)
         self.padding_row = None if padding is None or padding not in tokens else list(tokens).index(padding)
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         rows = weight_of(self, "trainable_tokens_delta")
         if self.of_embedding:
             place = torch.searchsorted(self.tokens, x.long()).clamp(max=len(self.tokens) - 1)
@@ -51,14 +51,14 @@ class TokenRows(Delta):
             own = (own * embedding_scale(base)).to(y.dtype)
             return torch.where((self.tokens[place] == x)[..., None], own, y)
         own = F.linear(x.to(rows.dtype), rows[self.order])
-        if base.bias is not None:
-            own = own + cast(Tensor, base.bias)[self.tokens]
+        if bias is not None:
+            own = own + bias[self.tokens]
         return y.index_copy(-1, self.tokens, own.to(y.dtype))
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.updated(weight).detach()
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self.updated(weight, base).detach()
 
-    def updated(self, weight: Tensor) -> Tensor:
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
         rows = weight_of(self, "trainable_tokens_delta")[self.order].to(weight.dtype)
         # The W of an embedding is the transpose of its table.
         return (

@@ -62,7 +62,7 @@ class GatedLoraLinear(Delta):
         self.dropout_p = lora.dropout_p
         self.selection, self.name = injector.selection, name
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         g = self.gate(x, padding_of(self.selection, self.name, x))
         inner = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout_p, self.training)
         updated: Tensor = y + g * self.lora_B(self.lora_A(inner))
