@@ -43,8 +43,9 @@ def trainer(model, folder, **options):
         "eval_steps": 2,
         "eval_strategy": "steps",
     }
+    callbacks = options.pop("callbacks", None)
     arguments = transformers.TrainingArguments(**{**settings, **options})
-    return transformers.Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS)
+    return transformers.Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS, callbacks=callbacks)
 
 
 def values(model):
@@ -211,3 +212,97 @@ def test_dpo_trainer_starts_at_its_reference(initial, chat_model, tmp_path):
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert second["loss"] < first["loss"]
     assert model.active_adapters == ["default"]
+
+
+def adalora(**options):
+    settings = {"init_r": 4, "target_r": 2, "total_step": 4, "tfinal": 1, "target_modules": "all-linear"}
+    torch.manual_seed(1)
+    return qk.peft.get_peft_model(
+        build("tied"), qk.peft.AdaLoraConfig(task_type="CAUSAL_LM", **{**settings, **options})
+    )
+
+
+def test_adalora_trains_as_in_a_loop_of_its_own(tmp_path):
+    """Ranks move, and the regularizer is in the gradients that are clipped; a resumed run ends with the same values."""
+    from qlora_kernels.integrations.trainer import PeftCallback
+
+    whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    ours, resumed = (trainer(adalora(), tmp_path / name, max_grad_norm=0.1, **whole) for name in ("a", "b"))
+    for each in (ours, resumed):
+        each.add_callback(PeftCallback())
+    ours.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    model = adalora().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    batch = {name: torch.stack([row[name] for row in ROWS]) for name in ("input_ids", "labels")}
+    for step in range(4):
+        (model(**batch).loss + model.peft_loss()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        model.step(step)
+        optimizer.zero_grad()
+    kept = [
+        [layer.deltas["default"].kept for layer in m.injector.adapted_layers().values()] for m in (model, ours.model)
+    ]
+    assert sum(int(mask.sum()) for mask in kept[1]) == 2 * len(kept[1])
+    assert all(torch.equal(*pair) for pair in zip(*kept, strict=True))
+    expected = values(ours.model)
+    for name, value in values(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(value, expected[name]) for name, value in values(resumed.model).items())
+
+
+def test_the_best_adalora_is_loaded_in_place(tmp_path):
+    """Its checkpoint, the first, has more triplets than the adapter at the end of training."""
+    from qlora_kernels.integrations.trainer import PeftCallback
+
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 3.0}
+    ours = trainer(adalora(lora_alpha=64), tmp_path, callbacks=[PeftCallback()], **options)
+    ours.train()
+    assert ours.state.best_model_checkpoint.endswith("checkpoint-2")
+    saved = qk.peft.PeftModel.from_pretrained(build("tied"), ours.state.best_model_checkpoint)
+    # The file's update has the kept triplets alone, and so another order of sums.
+    torch.testing.assert_close(logits(ours.model.eval()), logits(saved), rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_without_its_callback_cannot_be_saved(tmp_path):
+    ours = trainer(adalora(), tmp_path, max_steps=1, save_steps=1)
+    with pytest.raises(RuntimeError, match=r"step\(global_step\) must be called .*PeftCallback calls it"):
+        ours.train()
+
+
+def test_the_callback_refuses_a_model_of_another_kind(tmp_path):
+    from qlora_kernels.integrations.trainer import PeftCallback
+
+    with pytest.raises(TypeError, match=r"must be a qlora_kernels\.peft\.PeftModel, got LlamaForCausalLM"):
+        trainer(build("llama"), tmp_path, max_steps=1, callbacks=[PeftCallback()]).train()
+
+
+@pytest.mark.parametrize("quantized_head", [False, True])
+def test_sft_trains_an_adapter_on_the_head(quantized_head, chat_model, tmp_path):
+    """TRL multiplies by the head's weight itself: the first loss and the trained values are the model's own."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = build("llama")
+    if quantized_head:
+        qk.replace_linear(model, skip=())
+    config = qk.peft.LoraConfig(
+        r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model = qk.peft.get_peft_model(model, config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    ids = torch.arange(1, 13).tolist()
+    rows = datasets.Dataset.from_list([{"input_ids": ids, "labels": ids}] * 2)
+    inputs = torch.tensor([ids] * 2)
+    loss = model(input_ids=inputs, labels=inputs).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    before = values(model)
+    model.zero_grad()
+    settings = {**TRL_SETTINGS, "max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0}
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), save_strategy="no", optim="sgd", **settings)
+    ours = trl.SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    ours.train()
+    assert ours.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in values(model).items():
+        torch.testing.assert_close(before[name] - value, 1e-3 * grads[name], rtol=1e-2, atol=1e-7)
+    assert sum("lm_head" in name for name in grads) == 2

@@ -89,7 +89,7 @@ def require_same_configs(name: str, methods: Sequence[Method], files: Sequence[A
     different = {} if kinds == found else {"peft_type": found}
     for method, contents in zip(methods, files, strict=False):
         own = json.loads(json.dumps(method.file_config()))
-        for field in own.keys() & contents.config.keys() - _ABOUT_THE_RUN:
+        for field in own.keys() & contents.config.keys() - _ABOUT_THE_RUN - method.trained_fields:
             if _unordered(own[field]) != _unordered(contents.config[field]):
                 different[field] = contents.config[field]
     if different:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from ...nn.functional_use import weights_computed_with
-from ...nn.module_tree import WRAPPED, move_hooks, names_of, set_submodule, unwrapped
+from ...nn.module_tree import WRAPPED, move_hooks, names_of, output_embeddings_of, set_submodule, unwrapped
 from ..attention.model_layout import ModelLayout, TransformerLayer, model_layout
 from ..attention.torch_attention import join_attention, split_attention
 from ..core.adapter_selection import AdapterSelection
@@ -162,6 +162,7 @@ class Injector:
             base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
             layer = kind(base, self.selection)
             layer.weight_is_read = path in self.weights_read([path]) if weight_is_read is None else weight_is_read
+            layer.is_output_head = base is output_embeddings_of(self.model)
             self._replace(base, layer)
         return layer
 

@@ -192,6 +192,13 @@ class Method:
             tensors |= {name: tensors[first].clone() for name, first in self.overrides.tied().items()}
         return {f"{self.file_prefix}{key}": value for key, value in tensors.items()}
 
+    trained_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of adapter_config.json that training changes, so that checkpoints of one run differ in them."""
+
+    def load_config(self, config: PeftConfig) -> None:
+        """Take the `trained_fields` of a file with whose tensors this adapter will be filled."""
+        self.config = self.config.replace(**{name: getattr(config, name) for name in self.trained_fields})
+
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Load the tensors that tensors() returned; raise ValueError for missing, unexpected or misshapen ones."""
         self.fill(tensors_by_path(tensors, self.file_prefix))

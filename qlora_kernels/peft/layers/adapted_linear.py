@@ -106,28 +106,36 @@ class AdaptedLinear(nn.Module):
         self.merged_names: tuple[str, ...] = ()
         self.fused_projections: SharedOutputs | None = None
         self.weight_is_read = False
+        """Whether the model's own code computes with the weight of the layer instead of calling the layer."""
+        self.is_output_head = False
+        """Whether trainers may do so, to compute a loss without all logits (TRL)."""
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
         """The weight of the base or merged layer; most models read only its dtype and device.
 
-        It includes the active updates if the model's own code computes with it (`weight_is_read`).
+        If other code computes with it (`weight_is_read`, `is_output_head`), it includes the active updates.
         """
         layer = self._computing_layer()
-        if self.weight_is_read and layer is self.base_layer:
+        if layer is self.base_layer and self._gives_updates():
             return self._updated_weight()
         return layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the base or merged layer, with the active updates if the model reads the weight itself."""
+        """The bias of the base or merged layer, with the active updates where the weight includes them."""
         layer = self._computing_layer()
         bias = cast("Tensor | None", layer.bias)
-        if self.weight_is_read and layer is self.base_layer:
+        if layer is self.base_layer and self._gives_updates():
             for delta in self._chosen().values():
                 bias = delta.updated_bias(bias)
         return bias
+
+    def _gives_updates(self) -> bool:
+        """Whether `weight` and `bias` include the active updates."""
+        # A head's weight is also read for its dtype (Mamba), by rows as well; trainers name no adapters by row.
+        return self.weight_is_read or (self.is_output_head and self.selection.state.rows is None)
 
     def _updated_weight(self) -> Tensor:
         weight = cast(Tensor, self.base_layer.weight)

@@ -126,6 +126,15 @@ class SvdLinear(Delta):
         """The parameters (lora_A, lora_E, lora_B) of all triplets."""
         return self.lora_A, self.lora_E, self.lora_B
 
+    def resize(self, r: int) -> None:
+        """Make room for r triplets, all of them kept; where their number changes, they are zero."""
+        for parameter, dim in zip(self.triplets, TRIPLET_DIM.values(), strict=True):
+            if parameter.shape[dim] != r:
+                shape = list(parameter.shape)
+                shape[dim] = r
+                parameter.data = parameter.new_zeros(shape)
+        self.kept, self.rows = self.kept.new_ones(r), None
+
     def freeze_rank(self) -> None:
         """Make `kept` final. A layer without kept triplets computes with one masked row, because kernels need a rank of
         at least one.
@@ -184,6 +193,7 @@ class AdaLora(LinearMethod[SvdLinear]):
 
     config: AdaLoraConfig
     rank_tensors: ClassVar[dict[str, int]] = {"lora_A": 0}
+    trained_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     def __init__(self, config: AdaLoraConfig, injector: Injector, name: str) -> None:
         super().__init__(config, injector, name)
@@ -268,7 +278,8 @@ class AdaLora(LinearMethod[SvdLinear]):
     def before_save(self) -> None:
         if self.missed_gradients:
             raise RuntimeError(
-                "AdaLoRA: model.step(global_step) must be called after every backward, or ranks do not move; "
+                "AdaLoRA: model.step(global_step) must be called after every backward, or ranks do not move; in "
+                "transformers' Trainer, qlora_kernels.integrations.trainer.PeftCallback calls it; "
                 f"its last call was {'none' if self.last_step is None else f'step({self.last_step})'}"
             )
 
@@ -296,6 +307,14 @@ class AdaLora(LinearMethod[SvdLinear]):
                 key = f"{FILE_PREFIX}{path}.{leaf}"
                 tensors[key] = tensors[key].index_select(dim, delta.kept.nonzero().flatten())
         return tensors
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Load the tensors of a file, also of another time of the same run, when other triplets were kept."""
+        for path, delta in self.deltas.items():
+            delta.resize(self.rank(self.config, path))
+        self.allocator.forget()
+        self.last_step, self.missed_gradients = None, False
+        super().load_tensors(tensors)
 
     def extras(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return all triplets and their importance before the end of training, because pruned triplets may be

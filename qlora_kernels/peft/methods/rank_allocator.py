@@ -60,6 +60,10 @@ class RankAllocator:
         self.sensitivity: list[Tensor] = []
         self.uncertainty: list[Tensor] = []
 
+    def forget(self) -> None:
+        """Forget the averages, as before the first update."""
+        self.sensitivity, self.uncertainty = [], []
+
     @property
     def weights(self) -> list[nn.Parameter]:
         return [weight for triplets in self.triplets() for weight in triplets]

@@ -40,6 +40,8 @@ def load(
         methods = injector.adapters[name]
         checkpoint.require_same_configs(name, methods, files)
         trains = adapters.is_trained(injector, name)
+        for method, config in zip(methods, configs, strict=True):
+            method.load_config(config)
         checkpoint.load_weights(methods, files, is_trainable=is_trainable or trains)
         return
     buildable = [checkpoint.buildable(config, file, injector) for config, file in zip(configs, files, strict=True)]
