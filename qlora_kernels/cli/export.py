@@ -85,17 +85,15 @@ def _gguf(arguments: argparse.Namespace, out: Path, console: Console) -> None:
 
 
 def _ollama(arguments: argparse.Namespace, out: Path, console: Console) -> None:
-    from ..integrations.gguf_export import write_model_gguf
+    from ..integrations.gguf_export import context_length, write_model_gguf
     from ..io.atomic import folder_appearing_by_rename
-    from .limits import max_positions
     from .merge import merged_model
 
     model, tokenizer, _ = merged_model(arguments, console)
     with bad_input(), folder_appearing_by_rename(out) as partial:
         write_model_gguf(partial / "model.gguf", model, tokenizer, arguments.outtype)
-        lines = ["FROM ./model.gguf"]
-        if (most := max_positions(model)) is not None:
-            lines.append(f"PARAMETER num_ctx {min(most, 8192)}")
+        positions = min(context_length(model.config.get_text_config()), 8192)
+        lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {positions}"]
         if tokenizer.eos_token:
             lines.append(f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}")
         (partial / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ Source of the format: github.com/ggml-org/ggml/blob/master/docs/gguf.md and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ def write_model_gguf(path: Path, model: nn.Module, tokenizer: Any, outtype: str 
 
     config = _config(model)
     writer, names = _writer(path, config)
+    _check_function(config, model.state_dict())
     writer.add_name(Path(getattr(config, "_name_or_path", "") or "model").name or "model")
     writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[outtype]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -70,6 +71,11 @@ def write_lora_gguf(path: Path, config: Any, factors: Mapping[str, LoRAFactors],
     """
     config = config.get_text_config()
     writer, names = _writer(path, config)
+    if config.tie_word_embeddings and "lm_head" in factors:
+        raise ModelError(
+            "export: an adapter of lm_head must be over a model whose head is not tied to the embedding, for which "
+            "GGUF has one tensor; use --gguf"
+        )
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -101,10 +107,34 @@ def _writer(path: Path, config: Any) -> tuple[Any, Any]:
     return gguf.GGUFWriter(path, architecture), gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
 
+def context_length(config: Any) -> int:
+    """Return the tokens up to which llama.cpp computes what the model does.
+
+    llama.cpp lets these architectures attend to all tokens, which is the same as long as a sliding window holds them.
+    config: of the text model.
+    """
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    positions: int = config.max_position_embeddings
+    return positions if window is None or "sliding_attention" not in layers else min(positions, window)
+
+
+def _check_function(config: Any, names: Iterable[str]) -> None:
+    """Raise ModelError where llama.cpp has another activation, or no place for a bias."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(f"export: hidden_act must be silu, got {config.hidden_act}; use --merged")
+    endings = {"llama": ".bias", "qwen2": ("q_proj.bias", "k_proj.bias", "v_proj.bias"), "qwen3": ()}
+    allowed = endings[ARCHITECTURES[config.model_type]]
+    if without_place := [name for name in names if name.endswith(".bias") and not name.endswith(allowed)]:
+        raise ModelError(
+            f"export: {without_place[0]} must not exist, since llama.cpp's {config.model_type} has no such bias"
+        )
+
+
 def _add_sizes(writer: Any, config: Any) -> None:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

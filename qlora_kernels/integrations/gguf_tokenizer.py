@@ -7,6 +7,7 @@ exactly that expression, because another expression would give other tokens with
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 from .model_structure import ModelError
@@ -34,6 +35,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     model = description["model"]
     if model["type"] != "BPE":
         raise ModelError(f"export: the tokenizer must be of type BPE, got {model['type']}")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise ModelError(f"export: the tokenizer must have no {option}, got {model[option]!r}")
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in description["added_tokens"]}}
     if len(ids) > vocabulary:
         raise ModelError(f"export: the tokenizer must have at most {vocabulary} tokens, got {len(ids)}")
@@ -48,9 +52,12 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         writer.add_token_scores([-float(number) for number in range(vocabulary)])
         writer.add_add_space_prefix(_adds_space(description))
     else:
+        name = _split_name(description)
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        _check_whole_words(name, model, merges, added)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split_name(description))
-        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+        writer.add_tokenizer_pre(name)
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     for name in ("bos", "eos", "unk", "pad"):
@@ -59,8 +66,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     encoded = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(encoded[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def _kind(token: str, known: bool, added: dict[str, bool], tokenizer: Any, sentencepiece: bool) -> int:
@@ -89,6 +99,22 @@ def _split_name(description: dict[str, Any]) -> str:
     return name
 
 
+def _check_whole_words(name: str, model: dict[str, Any], merges: list[tuple[str, str]], added: dict[str, bool]) -> None:
+    """Raise ModelError where either llama.cpp or the tokenizer alone makes a word of the vocabulary one token unmerged.
+
+    llama.cpp does so for Llama 3 alone. It makes no difference where merges lead to every token.
+    """
+    expected, got = name == "llama-bpe", bool(model.get("ignore_merges"))
+    merged = {left + right for left, right in merges}
+    if got != expected and any(
+        len(token) > 1 and token not in merged and token not in added for token in model["vocab"]
+    ):
+        raise ModelError(
+            f"export: ignore_merges must be {expected} in a tokenizer that splits as {name} does and has tokens "
+            f"that are no result of merges, got {got}"
+        )
+
+
 def _steps(part: dict[str, Any] | None) -> list[tuple[str, Any]]:
     """Return the steps of a pre-tokenizer in a form that can be compared."""
     if part is None:
@@ -108,5 +134,13 @@ def _steps(part: dict[str, Any] | None) -> list[tuple[str, Any]]:
 def _adds_space(description: dict[str, Any]) -> bool:
     """Return whether the tokenizer adds a space before a text."""
     normalizer = json.dumps(description.get("normalizer"))
-    before = description.get("pre_tokenizer") or {}
-    return '"Prepend"' in normalizer or before.get("prepend_scheme", "never") != "never"
+    scheme = (description.get("pre_tokenizer") or {}).get("prepend_scheme", "never")
+    if scheme != "never":
+        where = "at the beginning of a text" if scheme == "first" else "at the beginning and after special tokens"
+        warnings.warn(
+            "export: llama.cpp puts a space before a text and after every special token; this tokenizer puts one "
+            f"{where}, and none where there is a space already. Texts in which that differs get other tokens in "
+            "llama.cpp",
+            stacklevel=5,
+        )
+    return '"Prepend"' in normalizer or scheme != "never"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from qlora_kernels.cli import main
 from qlora_kernels.integrations.adapter_export import lora_factors
@@ -135,6 +137,37 @@ def test_scaling_of_llama_3_divides_each_frequency(tmp_path):
         write_model_gguf(tmp_path / "other.gguf", other, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "length"),
+    [
+        ("mistral", {"sliding_window": 8}, 8),
+        ("mistral", {"sliding_window": None}, 128),
+        ("mistral", {"sliding_window": 4096}, 128),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8),
+        ("qwen2", {"sliding_window": 8}, 128),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_limits_the_context(tmp_path, kind, changes, length):
+    model = random_model(kind, tiny_tokenizer("gpt2"), **changes)
+    write_model_gguf(tmp_path / "m.gguf", model, tiny_tokenizer("gpt2"))
+    assert fields(tmp_path / "m.gguf")[f"{ARCHITECTURES[kind]}.context_length"] == length
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+        ("qwen3", {"attention_bias": True}, r"model.layers.0.self_attn.q_proj.bias must not exist"),
+    ],
+    ids=str,
+)
+def test_functions_that_llama_cpp_lacks_are_refused(tmp_path, kind, changes, words):
+    model = random_model(kind, tiny_tokenizer("gpt2"), **changes)
+    with pytest.raises(ModelError, match=words):
+        write_model_gguf(tmp_path / "m.gguf", model, tiny_tokenizer("gpt2"))
+
+
 def test_fp16_has_a_range(tmp_path):
     model = random_model("llama", tiny_tokenizer("gpt2"))
     with torch.no_grad():
@@ -144,6 +177,7 @@ def test_fp16_has_a_range(tmp_path):
     write_model_gguf(tmp_path / "m.gguf", model, tiny_tokenizer("gpt2"), "bf16")
 
 
+@pytest.mark.filterwarnings("ignore:.*puts a space before a text")
 @pytest.mark.parametrize("family", ["gpt2", "llama2", "mistral"])
 def test_tokenizer_reads_back(tmp_path, family):
     tokenizer = copy.copy(tiny_tokenizer(family))
@@ -180,6 +214,48 @@ def test_another_way_to_split_a_text_is_refused(tmp_path):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     with pytest.raises(ModelError, match="must split texts as GPT-2, Llama 3, Qwen 2 or SmolLM do"):
         write_model_gguf(tmp_path / "m.gguf", random_model("llama", tokenizer), tokenizer)
+
+
+def test_other_spaces_are_said(tmp_path):
+    model = random_model("llama", tiny_tokenizer("llama2"))
+    for family, words in (("llama2", "at the beginning of a text"), ("mistral", "after special tokens")):
+        with pytest.warns(UserWarning, match=f"this tokenizer puts one .*{words}"):
+            write_model_gguf(tmp_path / family, model, tiny_tokenizer(family))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for family in ("llama2-legacy", "gemma"):
+            write_model_gguf(tmp_path / family, model, tiny_tokenizer(family))
+
+
+def test_words_that_are_tokens_without_a_merge_are_refused(tmp_path):
+    """llama.cpp makes such a word one token for Llama 3 and several for the others."""
+    tokenizer = copy.deepcopy(tiny_tokenizer("gpt2"))
+    model = random_model("llama", tokenizer)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["model"]["merges"].pop()
+    for ignore_merges in (False, True):
+        description["model"]["ignore_merges"] = ignore_merges
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
+        if ignore_merges:
+            with pytest.raises(
+                ModelError, match="ignore_merges must be False in a tokenizer that splits as gpt-2 does"
+            ):
+                write_model_gguf(tmp_path / "m.gguf", model, tokenizer)
+        else:
+            write_model_gguf(tmp_path / "m.gguf", model, tokenizer)
+    description["model"]["end_of_word_suffix"] = "</w>"
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
+    with pytest.raises(ModelError, match="must have no end_of_word_suffix, got '</w>'"):
+        write_model_gguf(tmp_path / "m.gguf", model, tokenizer)
+
+
+def test_chat_templates_by_name(tmp_path):
+    tokenizer = copy.copy(tiny_tokenizer("gpt2"))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    write_model_gguf(tmp_path / "m.gguf", random_model("llama", tokenizer), tokenizer)
+    values = fields(tmp_path / "m.gguf")
+    assert values["tokenizer.chat_template"] == "{{ messages }}"
+    assert values["tokenizer.chat_template.tool_use"] == "{{ tools }}"
 
 
 def test_a_model_without_a_name_in_gguf_is_refused(tmp_path):
@@ -316,8 +392,11 @@ def test_vllm_base_by_id(trained, tmp_path, base, named):
 
 def test_refused(trained, tmp_path, capsys):
     folder, adapter = trained
+    head = tmp_path / "head"
+    get_peft_model(load_model(folder), LoraConfig(r=2, target_modules=["lm_head"])).save_pretrained(head)
     cases = [
         (["--lora-gguf", tmp_path / "l.gguf"], "--lora-gguf: needs --adapter"),
+        (["--adapter", head, "--lora-gguf", tmp_path / "h.gguf"], "adapter of lm_head must be over a model whose head"),
         (["--adapter", adapter, "--vllm", tmp_path / "v"], "vLLM takes one r and one lora_alpha"),
         (["--merged", folder], "--merged: must not exist"),
         (["--adapter", adapter, "--vllm", tmp_path / "v", "--base", "no/such/model"], "use --merged"),
