@@ -123,7 +123,11 @@ def _check_function(config: Any, names: Iterable[str]) -> None:
     """Raise ModelError where llama.cpp has another activation, or no place for a bias."""
     if config.hidden_act not in ("silu", "swish"):
         raise ModelError(f"export: hidden_act must be silu, got {config.hidden_act}; use --merged")
-    endings = {"llama": ".bias", "qwen2": ("q_proj.bias", "k_proj.bias", "v_proj.bias"), "qwen3": ()}
+    endings: dict[str, tuple[str, ...]] = {
+        "llama": (".bias",),
+        "qwen2": ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+        "qwen3": (),
+    }
     allowed = endings[ARCHITECTURES[config.model_type]]
     if without_place := [name for name in names if name.endswith(".bias") and not name.endswith(allowed)]:
         raise ModelError(

@@ -53,11 +53,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         writer.add_add_space_prefix(_adds_space(description))
     else:
         name = _split_name(description)
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         _check_whole_words(name, model, merges, added)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
-        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     for name in ("bos", "eos", "unk", "pad"):
@@ -99,13 +99,13 @@ def _split_name(description: dict[str, Any]) -> str:
     return name
 
 
-def _check_whole_words(name: str, model: dict[str, Any], merges: list[tuple[str, str]], added: dict[str, bool]) -> None:
+def _check_whole_words(name: str, model: dict[str, Any], merges: list[str], added: dict[str, bool]) -> None:
     """Raise ModelError where either llama.cpp or the tokenizer alone makes a word of the vocabulary one token unmerged.
 
     llama.cpp does so for Llama 3 alone. It makes no difference where merges lead to every token.
     """
     expected, got = name == "llama-bpe", bool(model.get("ignore_merges"))
-    merged = {left + right for left, right in merges}
+    merged = {pair.replace(" ", "", 1) for pair in merges}  # a byte-level token holds no space
     if got != expected and any(
         len(token) > 1 and token not in merged and token not in added for token in model["vocab"]
     ):

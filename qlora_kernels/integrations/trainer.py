@@ -33,7 +33,7 @@ class PeftCallback(TrainerCallback):  # type: ignore[misc]
         loss = adapted.peft_loss()
         scaler = getattr(optimizer, "scaler", None)
         if loss.requires_grad:
-            (loss if scaler is None else loss * scaler.get_scale()).backward()  # type: ignore[no-untyped-call]
+            (loss if scaler is None else loss * scaler.get_scale()).backward()
 
     def on_optimizer_step(
         self,
