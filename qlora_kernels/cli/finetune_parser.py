@@ -47,6 +47,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options but --json to a parser."""
+    _add_files(parser)
+    add_quantization(parser.add_argument_group("quantization"))
+    _add_adapter(parser)
+    _add_training(parser)
+    _add_evaluation(parser)
+    _add_sample(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("input and output")
     files.add_argument(
         "--config",
@@ -67,14 +76,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for adapter, report, loss curve")
     files.add_argument("--cache", type=Path, metavar="DIR", help="folder for converted models (default: OUT/cache)")
     files.add_argument(
-        "--unseen", type=fraction, default=0.1, metavar="FRACTION", help="of a data file, kept for evaluation"
+        "--unseen",
+        type=fraction,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of a data file that is kept for evaluation",
     )
     files.add_argument(
         "--eval-windows", type=not_negative, default=16, metavar="N", help="unseen examples that are evaluated"
     )
 
-    add_quantization(parser.add_argument_group("quantization"))
 
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument("--method", choices=METHODS, default="lora", help="how the model is adapted")
     adapter.add_argument(
@@ -96,6 +109,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="layers that get a low-rank update, by name or its last parts; all-linear: all but the output head",
     )
 
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, default=40, help="optimizer steps")
@@ -107,33 +122,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--micro-batch", type=not_negative, default=0, metavar="EXAMPLES", help="examples in memory at a time; 0: all"
     )
     training.add_argument(
-        "--seq-len", type=positive, default=256, metavar="TOKENS", help="tokens of one example, at most"
+        "--seq-len", type=positive, default=256, metavar="TOKENS", help="maximum number of tokens of an example"
     )
     training.add_argument(
         "--trainer",
         choices=TRAINERS,
         default="own",
-        help="own: the exact loop, which can be resumed; hf: transformers' Trainer on the same batches and loss",
+        help="own: the package's loop, which can be resumed; hf: transformers' Trainer on the same batches and loss",
     )
     training.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="join short examples into windows of --seq-len tokens, none of which sees another",
+        help="join short examples into windows of --seq-len tokens; examples do not attend to each other",
     )
     training.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate")
+    training.add_argument("--warmup", type=not_negative, default=5, metavar="STEPS", help="steps until the peak")
+    training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="decay of the rate after the warmup")
     training.add_argument(
-        "--warmup", type=not_negative, default=5, metavar="STEPS", help="steps in which it rises to it"
+        "--clip", type=not_negative_float, default=1.0, metavar="NORM", help="largest gradient norm; 0: no clipping"
     )
-    training.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="how it falls after that")
     training.add_argument(
-        "--clip", type=not_negative_float, default=1.0, metavar="NORM", help="largest gradient norm; 0: any"
+        "--weight-decay", type=not_negative_float, default=0.01, help="decoupled weight decay of AdamW"
     )
-    training.add_argument("--weight-decay", type=not_negative_float, default=0.01, help="AdamW's, decoupled")
     training.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="adamw", help="paged_adamw: states in paged memory"
     )
-    training.add_argument("--seed", type=seed, default=0, help="of the adapter's start, data order and dropout")
+    training.add_argument(
+        "--seed", type=seed, default=0, help="seed of the adapter's start, the data order and dropout"
+    )
     training.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -144,14 +161,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--fuse",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="run norms, rotary embedding and gated MLPs of the model fused, where its code is known",
+        help="run norms, rotary embedding and gated MLPs of the model fused, if its code is known",
     )
     training.add_argument(
         "--checkpoint-every",
         type=not_negative,
         default=0,
         metavar="STEPS",
-        help="steps between checkpoints; 0: only where it is stopped",
+        help="steps between checkpoints; 0: only when the run is stopped",
     )
     training.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in OUT, bit by bit"
@@ -170,11 +187,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1800,
         metavar="SECONDS",
-        help="of several processes (torchrun), for which they wait for one that does not answer",
+        help="of several processes (torchrun): how long they wait for a process that does not answer",
     )
 
-    watching = parser.add_argument_group("evaluation during training, and trackers")
-    watching.add_argument(
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    evaluation = parser.add_argument_group("evaluation during training, and trackers")
+    evaluation.add_argument(
         "--eval-every",
         type=not_negative,
         default=0,
@@ -182,27 +201,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="steps between evaluations on the unseen examples; the adapter of the best one is kept. 0: none, and the "
         "last step's is kept",
     )
-    watching.add_argument(
+    evaluation.add_argument(
         "--patience",
         type=not_negative,
         default=0,
         metavar="N",
         help="stop after N evaluations in a row without a lower perplexity; 0: never",
     )
-    watching.add_argument(
+    evaluation.add_argument(
         "--track",
         type=trackers,
         default=(),
         metavar="NAME,...",
-        help=f"give the figures to trackers: {', '.join(TRACKERS)}",
+        help=f"send the metrics to trackers: {', '.join(TRACKERS)}",
     )
-    watching.add_argument("--project", default="qlora_kernels", metavar="NAME", help="the trackers' project")
-    watching.add_argument("--run-name", metavar="NAME", help="the trackers' name of the run (default: the folder's)")
+    evaluation.add_argument("--project", default="qlora_kernels", metavar="NAME", help="project name in the trackers")
+    evaluation.add_argument(
+        "--run-name", metavar="NAME", help="name of the run in the trackers (default: name of the folder)"
+    )
 
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
     sample = parser.add_argument_group("sample at the end")
     sample.add_argument("--prompt", help="text to continue (default: the beginning of the unseen text)")
     sample.add_argument(
-        "--max-new-tokens", type=not_negative, default=40, metavar="TOKENS", help="length of it; 0: none"
+        "--max-new-tokens", type=not_negative, default=40, metavar="TOKENS", help="tokens of the sample; 0: no sample"
     )
 
 

@@ -1,13 +1,15 @@
-"""A fault planted in a word of a Triton kernel's source."""
+"""Faults planted in a word of a Triton kernel's source, and the tests that they are detected."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from triton.runtime.errors import InterpreterError
 
 from qlora_kernels.backends import triton as backend
 
@@ -38,3 +40,26 @@ def plant(module: str, old: str, new: str, folder: Path, monkeypatch: pytest.Mon
             for attribute, value in list(vars(user).items()):
                 if id(value) in changed:
                     monkeypatch.setattr(user, attribute, changed[id(value)])
+
+
+def mutation_tests(
+    checks: Mapping[str, Callable[[], None]], mutations: Sequence[tuple[str, str, str, str]]
+) -> tuple[Callable[[str], None], Callable[[str, str, str, str, Path, pytest.MonkeyPatch], None]]:
+    """Return the two tests of a list of mutations: every check passes as it is, and fails under its mutations.
+
+    checks: name -> a comparison of results.   mutations: (module, old text, new text, name of the check that fails).
+    """
+
+    @pytest.mark.parametrize("check", checks)
+    def test_checks_pass_unmutated(check: str) -> None:
+        checks[check]()
+
+    @pytest.mark.parametrize(("module", "old", "new", "check"), mutations)
+    def test_mutation_is_detected(
+        module: str, old: str, new: str, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plant(module, old, new, tmp_path, monkeypatch)
+        with pytest.raises((AssertionError, InterpreterError)):
+            checks[check]()
+
+    return test_checks_pass_unmutated, test_mutation_is_detected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 import qlora_kernels as qk
 from qlora_kernels.backends.triton.planner import Plan, use_plan
@@ -12,7 +11,7 @@ from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops.operands import LoRA, MultiLoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora
-from tests.support.planted_fault import plant
+from tests.support.planted_fault import mutation_tests
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
@@ -138,13 +137,4 @@ def triton_backend():
         yield
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_checks_pass_unmutated(check):
-    CHECKS[check]()
-
-
-@pytest.mark.parametrize(("module", "old", "new", "check"), MUTATIONS)
-def test_mutation_is_detected(module, old, new, check, tmp_path, monkeypatch):
-    plant(module, old, new, tmp_path, monkeypatch)
-    with pytest.raises((AssertionError, InterpreterError)):
-        CHECKS[check]()
+test_checks_pass_unmutated, test_mutation_is_detected = mutation_tests(CHECKS, MUTATIONS)
