@@ -49,6 +49,7 @@ class LinearNF4LoRAFunction(torch.autograd.Function):
         """Return (y, s) and save x, s and the factors for backward."""
         y, s = run(x, *weight, bias, *lora)
         ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)  # no zeros for s, which would be one more launch
         ctx.save_for_backward(x, s, lora_A, lora_B, lora.seed, weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
         ctx.scaling, ctx.dropout_p = lora.scaling, lora.dropout_p

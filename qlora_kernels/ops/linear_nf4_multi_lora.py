@@ -44,6 +44,7 @@ class LinearNF4MultiLoRAFunction(torch.autograd.Function):
         """Return (y, s) and save x, s and the factors for backward."""
         y, s = run(x, *weight, bias, *lora)
         ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)  # no zeros for s, which would be one more launch
         of_lora = (lora_A, lora_B, lora.scalings, lora.adapter, lora.seed)
         ctx.save_for_backward(x, s, *of_lora, weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K

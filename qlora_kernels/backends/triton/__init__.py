@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,12 +63,18 @@ def _unsupported(problem: Problem) -> list[str]:
 
 
 def _launcher(op: str) -> Callable[..., Any]:
+    module: ModuleType | None = None
+
     def launch(*args: Any, **kwargs: Any) -> Any:
-        module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
-        # Triton launches on the current device, which may not be that of the arguments.
+        nonlocal module
+        if module is None:
+            module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
+        run = getattr(module, op)
         on: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]  # the first tensor of a bundle or list
-        with torch.cuda.device_of(on) if on.is_cuda else nullcontext():
-            return getattr(module, op)(*args, **kwargs)
+        if not on.is_cuda or on.get_device() == torch.cuda.current_device():
+            return run(*args, **kwargs)
+        with torch.cuda.device_of(on):  # Triton launches on the current device
+            return run(*args, **kwargs)
 
     launch.__name__ = f"launch_{op}"
     return launch

@@ -9,6 +9,8 @@ from torch import Tensor
 from ...ops.operands import Weight
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs
+from .launch import launchable
+from .sizes import cdiv
 
 NUM_WARPS = 4
 TILE_BYTES = 4 * 32 * NUM_WARPS
@@ -18,6 +20,7 @@ PROGRAM_VALUES = 16384
 """Tiles per program; 16 amortize the setup of the code table. At blocksize 64 a program covers one nested block."""
 
 
+@launchable
 @triton.jit
 def dequantize_nf4_kernel(
     p_packed,
@@ -119,7 +122,7 @@ def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     row_values = min(weight.blocksize, 64)
     program_values = min(PROGRAM_VALUES, 256 * weight.blocksize)
     numel = out.numel()
-    dequantize_nf4_kernel[(triton.cdiv(numel, program_values),)](
+    dequantize_nf4_kernel[(cdiv(numel, program_values),)](
         weight.packed,
         *pointers,
         out,

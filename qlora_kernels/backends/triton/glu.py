@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launchable
+from .sizes import cdiv
+
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -29,6 +32,7 @@ def sigmoid_argument(gate, GELU: tl.constexpr):
         return gate, tl.full(gate.shape, 1.0, tl.float32)
 
 
+@launchable
 @triton.jit
 def glu_kernel(p_gate, p_up, p_y, numel, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """Compute y = gate * sigmoid(u) * up, rounded once."""
@@ -40,6 +44,7 @@ def glu_kernel(p_gate, p_up, p_y, numel, GELU: tl.constexpr, BLOCK: tl.constexpr
     tl.store(p_y + o, y.to(p_y.dtype.element_ty), mask=m)
 
 
+@launchable
 @triton.jit
 def glu_backward_kernel(p_grad_y, p_gate, p_up, p_grad_gate, p_grad_up, numel, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """grad_gate = grad_y * up * (sigmoid + gate sigmoid (1 - sigmoid) u'),  grad_up = grad_y * gate * sigmoid."""
@@ -60,7 +65,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return activation(gate) * up. See ops/glu.py for the contract."""
     y = torch.empty_like(gate)
     numel = gate.numel()
-    glu_kernel[(triton.cdiv(numel, BLOCK),)](
+    glu_kernel[(cdiv(numel, BLOCK),)](
         gate, up, y, numel, GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return y
@@ -70,7 +75,7 @@ def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> t
     """Return (grad_gate, grad_up). See ops/glu.py for the contract."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
     numel = gate.numel()
-    glu_backward_kernel[(triton.cdiv(numel, BLOCK),)](
+    glu_backward_kernel[(cdiv(numel, BLOCK),)](
         grad_y, gate, up, grad_gate, grad_up, numel, GELU=activation == "gelu_tanh", BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return grad_gate, grad_up

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.output_head import Head
+from .launch import launchable
+from .sizes import next_power_of_2
 
 CHUNK_BYTES = 256 << 20
 """Bytes of a chunk's fp32 logits: 512 tokens of a vocabulary of 128k."""
@@ -32,6 +34,7 @@ def _transformed(z, bias, logit_scale, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
+@launchable
 @triton.jit
 def cross_entropy_rows_kernel(
     p_z,
@@ -128,7 +131,7 @@ def linear_cross_entropy(
             HAS_BIAS=head.bias is not None,
             SOFTCAP=head.softcap != 0.0,
             NEED_GRAD=need_grad_hidden,
-            BLOCK=min(BLOCK, triton.next_power_of_2(V)),
+            BLOCK=min(BLOCK, next_power_of_2(V)),
             num_warps=NUM_WARPS,
         )
         if need_grad_hidden:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ops.operands import Weight
@@ -27,6 +26,7 @@ from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
 from .partials import rank_tile
 from .planner import Plan, capability_of, plan
+from .sizes import cdiv
 
 GRAD_X_BLOCK_N = 64
 """Step along N of the grad_x kernel."""
@@ -95,13 +95,13 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTer
         "enable_fp_fusion": False,
     }
     if chosen.path == "small_m":
-        grid = (triton.cdiv(N, chosen.block_n), chosen.split_k)
+        grid = (cdiv(N, chosen.block_n), chosen.split_k)
         flags["maxnreg"] = SMALL_M_REGISTERS
         linear_nf4_small_m_kernel[grid](
             x, whole_words(weight.packed), *absmax_pointers(weight), *operands, N, K, r, float(scaling), M=M, **flags
         )
     else:
-        grid = (triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n), chosen.split_k)
+        grid = (cdiv(M, chosen.block_m) * cdiv(N, chosen.block_n), chosen.split_k)
         flags["BLOCK_M"] = chosen.block_m
         linear_nf4_kernel[grid](
             x, weight.packed, *absmax_pointers(weight), *operands, M, N, K, r, float(scaling), **flags
@@ -136,7 +136,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
     split = chosen.split_k > 1
     parts = torch.empty((chosen.split_k, M, K), dtype=torch.float32, device=grad_y.device) if split else grad_x
     r = 1 if left is None else left.shape[1]
-    linear_nf4_grad_x_kernel[(triton.cdiv(M, chosen.block_m) * triton.cdiv(K, chosen.block_k), chosen.split_k)](
+    linear_nf4_grad_x_kernel[(cdiv(M, chosen.block_m) * cdiv(K, chosen.block_k), chosen.split_k)](
         grad_y,
         weight.packed,
         *absmax_pointers(weight),

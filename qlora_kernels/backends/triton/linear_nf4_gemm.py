@@ -15,8 +15,10 @@ import triton.language as tl
 
 from .decode import code_table, decode_pairs, load_absmax
 from .dropout import keep_tile
+from .launch import launchable
 
 
+@launchable
 @triton.jit
 def linear_nf4_kernel(
     p_x,
@@ -110,6 +112,7 @@ def linear_nf4_kernel(
         tl.store(p_y + i_split.to(tl.int64) * M * N + o_y, acc, mask=m_y)
 
 
+@launchable
 @triton.jit
 def linear_nf4_grad_x_kernel(
     p_grad_y,

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from ...ops.operands import MultiLoRA, Weight
 from .dropout import Dropout, dropout_of, keep_tile
+from .launch import launchable
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from .sizes import cdiv
 
 BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
+@launchable
 @triton.jit
 def multi_lora_down_kernel(
     p_x,
@@ -79,6 +82,7 @@ def multi_lora_down_kernel(
     tl.store(p_s + o_s, acc, mask=m_m[:, None] & (o_r[None, :] < R))
 
 
+@launchable
 @triton.jit
 def multi_lora_up_kernel(
     p_left,
@@ -144,6 +148,7 @@ def multi_lora_up_kernel(
     tl.store(p_out + o_out, acc.to(p_out.dtype.element_ty), mask=m_out)
 
 
+@launchable
 @triton.jit
 def multi_lora_ds_grad_B_kernel(
     p_grad_y,
@@ -191,6 +196,7 @@ def multi_lora_ds_grad_B_kernel(
         tl.store(p_grad_B + o_factor, (acc * scale).to(p_grad_B.dtype.element_ty), mask=m_factor)
 
 
+@launchable
 @triton.jit
 def multi_lora_grad_A_kernel(
     p_x,
@@ -252,7 +258,7 @@ def multi_lora_up(
     M, C = out.shape
     r = left.shape[1]
     block_c = 64 if out.dtype == torch.float32 else 128
-    multi_lora_up_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(C, block_c))](
+    multi_lora_up_kernel[(cdiv(M, BLOCK_M), cdiv(C, block_c))](
         left,
         right,
         adapter,
@@ -285,8 +291,8 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
     r = lora.r
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
     block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
-    tiles_m, tiles_r = triton.cdiv(M, BLOCK_M), triton.cdiv(r, block_r)
-    steps, splits = split_count(triton.cdiv(K, block_k), tiles_m * tiles_r, x.device)
+    tiles_m, tiles_r = cdiv(M, BLOCK_M), cdiv(r, block_r)
+    steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
     multi_lora_down_kernel[(tiles_m, splits, tiles_r)](
         x,
@@ -335,7 +341,7 @@ def linear_nf4_multi_lora_backward(
         fp32_safe_step(BLOCK_M, x.dtype),
         fp32_safe_step(BLOCK_N, x.dtype),
     )
-    tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
+    tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
     ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
     grad_A, grad_B = torch.empty_like(lora.A), torch.empty_like(lora.B)
     multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, tiles_r)](
@@ -356,7 +362,7 @@ def linear_nf4_multi_lora_backward(
         num_stages=NUM_STAGES,
     )
     ds = sum_partials(ds_parts, 1.0, x.dtype)
-    multi_lora_grad_A_kernel[(triton.cdiv(K, 128), adapters, tiles_r)](
+    multi_lora_grad_A_kernel[(cdiv(K, 128), adapters, tiles_r)](
         x,
         ds,
         lora.adapter,

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from .decode import code_table, decode_words, load_absmax
+from .launch import launchable
 
 RUN = tl.constexpr(32)
 """Weights per lane in one 16-byte load, all in one block: blocksize is at least 32 and divides K."""
 
 
+@launchable
 @triton.jit
 def linear_nf4_small_m_kernel(
     p_x,

@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
+from .launch import launchable
 from .partials import rank_tile, split_count, sum_partials
+from .sizes import cdiv
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 3
@@ -23,6 +25,7 @@ def block_k_of(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
+@launchable
 @triton.jit
 def lora_down_kernel(
     p_x,
@@ -72,10 +75,10 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     M, K = x.shape
     r = lora_A.shape[0]
     block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(r, block_r)
-    steps, splits = split_count(triton.cdiv(K, block_k), tiles, x.device)
+    tiles = cdiv(M, BLOCK_M) * cdiv(r, block_r)
+    steps, splits = split_count(cdiv(K, block_k), tiles, x.device)
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
-    lora_down_kernel[(triton.cdiv(M, BLOCK_M), splits, triton.cdiv(r, block_r))](
+    lora_down_kernel[(cdiv(M, BLOCK_M), splits, cdiv(r, block_r))](
         x,
         lora_A,
         dropout.seed,

@@ -8,12 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
+from .launch import launchable
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from .sizes import cdiv
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 2
 
 
+@launchable
 @triton.jit
 def lora_ds_grad_B_kernel(
     p_grad_y,
@@ -70,8 +73,8 @@ def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) ->
     # tile; eight warps do not.
     block_n = fp32_safe_step(256 if block_r <= 16 else 128, grad_y.dtype)
     num_warps = NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS
-    tiles_n, tiles_r = triton.cdiv(N, block_n), triton.cdiv(r, block_r)
-    steps, chunks = split_count(triton.cdiv(M, block_m), tiles_n * tiles_r, grad_y.device)
+    tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
+    steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, grad_y.device)
     ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=grad_y.device)
     grad_B_parts = torch.empty((chunks, N, r), dtype=torch.float32, device=grad_y.device)
     lora_ds_grad_B_kernel[(tiles_n, chunks, tiles_r)](
@@ -93,6 +96,7 @@ def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) ->
     return sum_partials(ds_parts, scaling, grad_y.dtype), sum_partials(grad_B_parts, scaling, lora_B.dtype)
 
 
+@launchable
 @triton.jit
 def lora_grad_A_kernel(
     p_x,
@@ -141,8 +145,8 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
     M, K = x.shape
     r = ds.shape[1]
     block_r, block_m, block_k = rank_tile(r, x.dtype), fp32_safe_step(BLOCK_M, x.dtype), 128
-    tiles_k, tiles_r = triton.cdiv(K, block_k), triton.cdiv(r, block_r)
-    steps, chunks = split_count(triton.cdiv(M, block_m), tiles_k * tiles_r, x.device)
+    tiles_k, tiles_r = cdiv(K, block_k), cdiv(r, block_r)
+    steps, chunks = split_count(cdiv(M, block_m), tiles_k * tiles_r, x.device)
     parts = torch.empty((chunks, r, K), dtype=torch.float32, device=x.device)
     lora_grad_A_kernel[(tiles_k, chunks, tiles_r)](
         x,

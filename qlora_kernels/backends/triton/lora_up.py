@@ -7,12 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
+from .launch import launchable
 from .partials import rank_tile
+from .sizes import cdiv
 
 BLOCK_M, BLOCK_C = 32, 128
 NUM_WARPS = 4
 
 
+@launchable
 @triton.jit
 def lora_up_kernel(
     p_parts,
@@ -91,7 +94,7 @@ def lora_up(
     M, C = out.shape
     r = 1 if left is None else left.shape[1]
     in_place = parts.data_ptr() == out.data_ptr()
-    lora_up_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(C, BLOCK_C))](
+    lora_up_kernel[(cdiv(M, BLOCK_M), cdiv(C, BLOCK_C))](
         parts,
         out if left is None else left,
         out if right is None else right,

@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launchable
 from .planner import arch_for, capability_of
+from .sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
 NUM_WARPS = 4
 MAX_SPLITS = 32
 
 
+@launchable
 @triton.jit
 def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr):
     """Compute out[i] = scale * (part[0, i] + part[1, i] + ...), rounded once to out's dtype; BLOCK elements per
@@ -35,7 +38,7 @@ def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Return scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     numel = out.numel()
-    sum_partials_kernel[(triton.cdiv(numel, BLOCK),)](
+    sum_partials_kernel[(cdiv(numel, BLOCK),)](
         parts, out, numel, parts.shape[0], float(scale), BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     return out
@@ -53,7 +56,7 @@ def rank_tile(r: int, dtype: torch.dtype) -> int:
 
     In fp32 it is always 16, because 32 spills registers on sm_90.
     """
-    return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(r)))
+    return 16 if dtype == torch.float32 else min(64, max(16, next_power_of_2(r)))
 
 
 def fp32_safe_step(step: int, dtype: torch.dtype) -> int:

@@ -225,6 +225,7 @@ def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
     return KernelPlan(f"{problem.op}_{chosen.path}", tile, reason)
 
 
+@cache
 def arch_for(capability: int) -> Arch:
     """Return the model's figures for a capability, or for the nearest one below it."""
     known = [c for c in ARCHS if c <= capability]
@@ -270,7 +271,13 @@ def capability_of(device: torch.device) -> int:
         return _assumed
     if device.type != "cuda":
         return INTERPRETED_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
+    return _capability_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _capability_of_cuda(index: int) -> int:
+    """Return the capability of a GPU; torch's answer takes microseconds, and a layer asks several times."""
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ...format import nf4
 from ...format.double_quant import NESTED_BLOCKSIZE, dynamic_map_values
 from .constants import absmax_boundaries
+from .launch import launchable
+from .sizes import cdiv
 
 NUM_WARPS = 4
 SUM_VALUES = 4096
@@ -23,6 +25,7 @@ ZERO_INDEX = tl.constexpr(dynamic_map_values().index(0.0))
 NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 
 
+@launchable
 @triton.jit
 def quantize_absmax_kernel(
     p_absmax, p_boundaries, p_absmax_q, p_absmax_scale, p_absmax_offset, n_blocks, SUM_VALUES: tl.constexpr
@@ -62,7 +65,7 @@ def quantize_absmax_kernel(
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (absmax_q, absmax_scale, absmax_offset). See ops/quantize_nf4.py for the contract."""
     n_blocks = absmax.numel()
-    nested_blocks = triton.cdiv(n_blocks, NESTED_BLOCKSIZE)
+    nested_blocks = cdiv(n_blocks, NESTED_BLOCKSIZE)
     absmax_q = torch.empty(n_blocks, dtype=torch.uint8, device=absmax.device)
     absmax_scale = torch.empty(nested_blocks, dtype=torch.float32, device=absmax.device)
     absmax_offset = torch.empty((), dtype=torch.float32, device=absmax.device)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...format import nf4
 from .decode import INTERPRETED
+from .launch import launchable
+from .sizes import cdiv
 
 NUM_WARPS = 4
 PROGRAM_VALUES = 4096
@@ -98,6 +100,7 @@ def encode(x, p_cells):
         )
 
 
+@launchable
 @triton.jit
 def quantize_nf4_kernel(
     p_w, p_cells, p_packed, p_absmax, numel, n_bytes, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
@@ -138,8 +141,8 @@ def quantize_nf4(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor]:
     """Return (packed, absmax) of contiguous w. See ops/quantize_nf4.py for the contract."""
     numel = w.numel()
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(triton.cdiv(numel, blocksize), dtype=torch.float32, device=w.device)
-    quantize_nf4_kernel[(triton.cdiv(numel, PROGRAM_VALUES),)](
+    absmax = torch.empty(cdiv(numel, blocksize), dtype=torch.float32, device=w.device)
+    quantize_nf4_kernel[(cdiv(numel, PROGRAM_VALUES),)](
         w,
         cells(w.device),
         packed,

@@ -8,12 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.rms_norm import y_dtype
+from .launch import launchable
 from .partials import sum_partials
+from .sizes import next_power_of_2
 
 MAX_PROGRAMS = 256
 """Programs of the backward pass, each with its own part of the weight's gradient; 1 MB of parts for 1024 columns."""
 
 
+@launchable
 @triton.jit
 def rms_norm_kernel(
     p_x,
@@ -46,6 +49,7 @@ def rms_norm_kernel(
     tl.store(p_y + o_x, y.to(p_y.dtype.element_ty), mask=m_c)
 
 
+@launchable
 @triton.jit
 def rms_norm_backward_kernel(
     p_grad_y,
@@ -95,7 +99,7 @@ def rms_norm(
     y = x.new_empty(x.shape, dtype=y_dtype(x, weight, weight_offset))
     s = x.new_empty(0) if residual is None else torch.empty_like(x)
     scale = x.new_empty(rows, dtype=torch.float32)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rms_norm_kernel[(rows,)](
         x,
         x if residual is None else residual,
@@ -128,7 +132,7 @@ def rms_norm_backward(
     programs = min(rows, MAX_PROGRAMS) if need_grad_weight else rows
     grad_x = torch.empty_like(s)
     parts = s.new_empty((programs, columns) if need_grad_weight else (1,), dtype=torch.float32)
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     rms_norm_backward_kernel[(programs,)](
         grad_y,
         s if grad_s is None else grad_s,

@@ -7,12 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launchable
+from .sizes import cdiv, next_power_of_2
+
 TILE = 2048
 """Pairs per program: 16 for each thread of four warps, in each half of a head."""
 
 NUM_WARPS = 4
 
 
+@launchable
 @triton.jit
 def rope_kernel(
     p_x,
@@ -66,9 +70,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     B, heads, T, D = x.shape
     out = torch.empty_like(x)
-    block_d = triton.next_power_of_2(D // 2)
-    block_h = min(triton.next_power_of_2(heads), max(TILE // block_d, 1))
-    rope_kernel[(B * T, triton.cdiv(heads, block_h))](
+    block_d = next_power_of_2(D // 2)
+    block_h = min(next_power_of_2(heads), max(TILE // block_d, 1))
+    rope_kernel[(B * T, cdiv(heads, block_h))](
         x,
         cos,
         sin,

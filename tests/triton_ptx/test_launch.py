@@ -1,0 +1,148 @@
+"""Launches by kept kernels pass what Triton's own launch passes; a recording driver stands for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from python.kernels_report.mock_gpu import MockDriver
+from qlora_kernels.backends.triton import launch, partials
+from qlora_kernels.backends.triton.launch import Launchable
+from tests.support.problems import gaussian
+
+calls: list[tuple[Any, ...]] = []
+"""The arguments of each call of a compiled kernel's launcher."""
+
+
+class CudaLauncher:
+    """Records what it is called with; it has the name by which launches recognize Triton's."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        calls.append(arguments)
+
+
+class RecordingDriver(MockDriver):
+    launcher_cls = CudaLauncher
+
+    class utils(MockDriver.utils):
+        @staticmethod
+        def load_binary(*_: Any) -> tuple[Any, ...]:
+            return "module", 1234, 32, 0, 1024
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launchable]:
+    """A kernel without kept launches, on the recording driver."""
+    monkeypatch.setattr(driver, "_active", RecordingDriver(80))
+    calls.clear()
+    fresh = Launchable(triton.jit(partials.sum_partials_kernel.fn))
+    monkeypatch.setattr(partials, "sum_partials_kernel", fresh)
+    yield fresh
+    calls.clear()
+
+
+def by_triton(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each launch by Triton itself."""
+    seen: list[int] = []
+    stock = JITFunction.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return stock(self, *args, **kwargs)
+
+    counted.__module__ = JITFunction.__module__
+    monkeypatch.setattr(JITFunction, "run", counted)
+    return seen
+
+
+def addresses(arguments: tuple[Any, ...]) -> list[Any]:
+    return [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+
+
+def test_kept_launch_passes_what_triton_passes(kernel: Launchable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = by_triton(monkeypatch)
+    parts, out = gaussian(3, 40, 16), torch.empty(40, 16, dtype=torch.bfloat16)
+    for _ in range(2):
+        kernel[(1,)](parts, out, 640, 3, 0.5, BLOCK=1024, num_warps=4)
+    assert len(seen) == 1
+    first, second = calls
+    assert addresses(first[9:]) == list(second[9:])
+    assert first[:6] == second[:6]  # grid, stream, function, metadata
+    assert second[6:9] == (None, None, None)  # nothing for profilers, of which there is none
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"parts": gaussian(3 * 640 + 1)[1:].view(3, 640)},  # no multiple of 16 bytes
+        {"out": torch.empty(640)},  # another dtype
+        {"numel": 639},  # no multiple of 16
+        {"numel": 2**31},  # 64 bits
+        {"n": 1},  # a constant for Triton
+        {"BLOCK": 512},
+        {"num_warps": 2},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_kind_is_compiled(kernel: Launchable, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
+    seen = by_triton(monkeypatch)
+    usual = {
+        "parts": gaussian(3, 640),
+        "out": torch.empty(640, dtype=torch.bfloat16),
+        "numel": 640,
+        "n": 3,
+        "BLOCK": 1024,
+        "num_warps": 4,
+    }
+    for values in (usual, usual | other, usual, usual | other):
+        parts, out, numel, n, *flags = values.values()
+        kernel[(1,)](parts, out, numel, n, 0.5, **dict(zip(("BLOCK", "num_warps"), flags, strict=True)))
+    assert len(seen) == 2
+    assert calls[0][5] == calls[2][5]
+    assert calls[1][5] == calls[3][5]
+
+
+NUMBERS = (0, 1, 2, 15, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 16, 2**63 - 1, 2**63)
+
+
+def test_numbers_of_one_kind_are_specialized_alike() -> None:
+    """Whatever Triton distinguishes, the kinds distinguish."""
+    kinds: dict[Any, set[Any]] = {}
+    for number in (*NUMBERS, 0.0, 1.0, 0.5, True, False):
+        specialized = native_specialize_impl(BaseBackend, number, False, True, True)
+        kinds.setdefault(launch._kind_of_number(number), set()).add(specialized)
+    assert all(len(specialized) == 1 for specialized in kinds.values()), kinds
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_see_every_launch(kernel: Launchable, monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    seen = by_triton(monkeypatch)
+    chain = getattr(triton.knobs.runtime, hook)
+    observer = lambda *_: None  # noqa: E731 - removed again by identity
+    for observed in (False, False, True, False):
+        if observed:
+            chain.add(observer)
+        partials.sum_partials(gaussian(3, 40, 16), 0.5, torch.bfloat16)
+        chain.remove(observer)
+    assert len(seen) == 2  # the first one, and the observed one
+
+
+def test_untested_version_of_triton_launches_by_itself(kernel: Launchable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = by_triton(monkeypatch)
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    untested = Launchable(kernel.kernel)
+    for _ in range(2):
+        untested[(1,)](gaussian(3, 640), torch.empty(640), 640, 3, 0.5, BLOCK=1024, num_warps=4)
+    assert len(seen) == 2
