@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..format import nf4
-from ..format.double_quant import NESTED_BLOCKSIZE
+from ..format.double_quant import NESTED_BLOCKSIZE, dynamic_map
 from ..format.quant_state import QuantState, n_blocks
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
@@ -114,12 +115,39 @@ class ExpertsNF4(QuantizedWeight):
 
     def __getitem__(self, expert: int | Tensor) -> ExpertWeight | Tensor:
         if isinstance(expert, Tensor) and expert.dim() > 0:
-            unique, position = torch.unique(expert, return_inverse=True)
-            return torch.stack([self.dequantize(e) for e in unique.tolist()])[position]
+            return self._dequantized(expert)
         number = int(expert)
         if not -self.num_experts <= number < self.num_experts:
             raise IndexError(f"ExpertsNF4: expert must lie in [0, {self.num_experts}), got {number}")
         return ExpertWeight(self, number)
+
+    def _dequantized(self, ids: Tensor) -> Tensor:
+        """Return the dequantized weights of experts `ids`, [*ids.shape, N, K], by one decode.
+
+        The host does not wait for the device to learn the ids, so that this can be captured in a CUDA graph.
+        """
+        N, K = self.out_features, self.in_features
+        if ids.numel() == 0:
+            return torch.empty((*ids.shape, N, K), dtype=self.weight_dtype, device=self.device)
+        if N * K % self.blocksize:  # the experts' blocks do not line up when they lie behind each other
+            unique, position = torch.unique(ids, return_inverse=True)
+            return torch.stack([self.dequantize(e) for e in unique.tolist()])[position]
+        few = ids.numel() < self.num_experts
+        chosen = ids.reshape(-1) if few else torch.arange(self.num_experts, device=ids.device)
+        state = QuantState((len(chosen) * N, K), self.weight_dtype, self.blocksize, self._absmax_of(chosen))
+        stack = dequantize_nf4(self.packed[chosen].reshape(-1), state).view(len(chosen), N, K)
+        return stack.view(*ids.shape, N, K) if few else stack[ids]
+
+    def _absmax_of(self, ids: Tensor) -> Tensor:
+        """Return the constants of experts `ids` [n], fp32 [n * n_blocks], decoded if they are stored in 8 bits."""
+        if self.absmax is not None:
+            return self.absmax[ids].reshape(-1)
+        assert self.absmax_q is not None
+        assert self.absmax_scale is not None
+        assert self.absmax_offset is not None
+        q = self.absmax_q[ids]
+        scale = self.absmax_scale[ids].repeat_interleave(NESTED_BLOCKSIZE, dim=1)[:, : q.shape[1]]
+        return (_dynamic_map(q.device)[q.long()] * scale + self.absmax_offset[ids, None]).reshape(-1)
 
     def __len__(self) -> int:
         return self.num_experts
@@ -164,6 +192,12 @@ class ExpertsNF4(QuantizedWeight):
             self._load_tensors(prefix, {name: found.get(name) for name in TENSORS})
         except ValueError as error:
             error_msgs.append(str(error))
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """Return the map of 8-bit constants, copied to each device once."""
+    return dynamic_map(device)
 
 
 def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qlora_kernels as qk
+from qlora_kernels.nn import experts_nf4
 from tests.support.linear_formulas import arithmetic_of, linear, linear_grad_x
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function, assert_within, exactly, total
@@ -23,6 +24,23 @@ def test_each_expert_is_quantized_by_itself(double_quant):
         packed, state = qk.quantize_nf4(w[e], double_quant=double_quant)
         assert torch.equal(experts.dequantize(e), qk.dequantize_nf4(packed, state))
     assert torch.equal(experts[torch.tensor([2, 0, 2])], experts.dequantize()[[2, 0, 2]])
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(4, 33, 96), (4, 5, 7), (4, 130, 256)], ids=str)
+def test_experts_by_ids_are_decoded_at_once(monkeypatch, shape, double_quant):
+    """Fewer ids than experts, more, repeated, negative and in two dimensions; blocks that line up and that do not."""
+    experts = qk.ExpertsNF4.from_parameter(gaussian(*shape), double_quant=double_quant)
+    expected = experts.dequantize()
+    decoded = []
+    stock = experts_nf4.dequantize_nf4
+    monkeypatch.setattr(experts_nf4, "dequantize_nf4", lambda *args: (decoded.append(1), stock(*args))[1])
+    for ids in ([2], [2, 0, 2], [-1, 1], [[0, 3], [3, 1]], [1] * 9, []):
+        ids = torch.tensor(ids, dtype=torch.int64)
+        decoded.clear()
+        assert torch.equal(experts[ids], expected[ids])
+        if shape[1] * shape[2] % 64 == 0:
+            assert len(decoded) == min(1, ids.numel())
 
 
 def test_linear_runs_fused_and_differentiates():
