@@ -1,9 +1,12 @@
-"""Unified memory of a CUDA device: four functions that only the cuda backend implements.
+"""Unified and page-locked memory of a CUDA device: five functions that only the cuda backend implements.
 
 Kernel contracts, each a KernelSpec of backends/cuda:
     managed_concurrent_access(device: int) -> bool        whether the GPU migrates unified memory on page faults
     managed_alloc(nbytes: int, device: int) -> Tensor     uint8 [nbytes] on cuda:device, zeroed on the current stream,
                                                           freed by the tensor's deleter; RuntimeError on failure
+    page_locked_alloc(nbytes: int, device: int) -> Tensor uint8 [nbytes] of zeros in page-locked host memory, of exactly
+                                                          this size; freed by the tensor's deleter, which waits for the
+                                                          device; RuntimeError on failure
     managed_prefer_device(arena: Tensor) -> None          preferred location: the device; accessed by: the CPU
     managed_prefetch(arena: Tensor, start: int, stop: int) -> None
                                                           bytes [start, stop) to the device, on the current stream
@@ -32,6 +35,15 @@ def managed_alloc(nbytes: int, device: torch.device) -> Tensor:
     failure.
     """
     arena: Tensor = _run("managed_alloc", nbytes, device.index)
+    return arena
+
+
+def page_locked_alloc(nbytes: int, device: torch.device) -> Tensor:
+    """Return uint8 [nbytes] of zeros in page-locked host memory. Raises RuntimeError on failure.
+
+    torch's allocator would round the size up to a power of two, so that states of 40 GB would lock 64 GB.
+    """
+    arena: Tensor = _run("page_locked_alloc", nbytes, device.index)
     return arena
 
 

@@ -22,7 +22,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.managed_memory import managed_alloc, managed_concurrent_access, managed_prefer_device, managed_prefetch
+from ..ops.managed_memory import (
+    managed_alloc,
+    managed_concurrent_access,
+    managed_prefer_device,
+    managed_prefetch,
+    page_locked_alloc,
+)
 from .paging_plan import Chunk, plan_schedule, plan_staging
 from .state_memory import ResidentMemory, StateMemory, Update, segment_table
 
@@ -55,11 +61,11 @@ class Driver(Protocol):
     def copy(self, target: Tensor, source: Tensor, stream: Stream) -> None: ...
 
     def record(self, stream: Stream) -> Any:
-        """Record an event after everything that is enqueued on `stream`."""
+        """Record an event after everything that is enqueued on `stream`; it is for one `wait`."""
         ...
 
     def wait(self, stream: Stream, event: Any) -> None:
-        """Make everything that is enqueued on `stream` later wait for `event`."""
+        """Make everything that is enqueued on `stream` later wait for `event`, which may then be recorded again."""
         ...
 
     def synchronize(self, stream: Stream) -> None:
@@ -109,7 +115,8 @@ class ManagedMemory:
             else:
                 driver.wait("compute", fetched.pop(action.chunk))
                 update(chunk, self.arena, self._segments[active[action.chunk]])
-                updated[action.chunk] = driver.record("compute")
+                if action.chunk + self.look_ahead + 1 < len(active):  # a prefetch waits for this update
+                    updated[action.chunk] = driver.record("compute")
 
     def settle(self) -> None:
         """Do nothing: the caller's stream orders reads of the arena after the updates."""
@@ -158,7 +165,8 @@ class StagedMemory:
                 update(self.chunks[index], buffer, self._segments[index])
                 driver.wait("write_back", driver.record("compute"))
                 self._copy(index, buffer, "write_back")
-                free[action.chunk] = driver.record("write_back")
+                if action.chunk + self.look_ahead + 1 < len(active):  # a chunk is fetched into this buffer
+                    free[action.chunk] = driver.record("write_back")
         # The next step, a state_dict or a free on the caller's stream must wait for the last write-back.
         driver.wait("compute", driver.record("write_back"))
 
@@ -186,6 +194,7 @@ class CudaDriver:
             name: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for name in ("fetch", "write_back")
         }
+        self._free_events: list[torch.cuda.Event] = []
 
     def allocate_managed(self, nbytes: int) -> Tensor:
         arena = managed_alloc(nbytes, self.device)
@@ -193,7 +202,7 @@ class CudaDriver:
         return arena
 
     def allocate_pinned(self, nbytes: int) -> Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+        return page_locked_alloc(nbytes, self.device)
 
     def allocate_device(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -211,12 +220,14 @@ class CudaDriver:
             target.copy_(source, non_blocking=True)
 
     def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = self._free_events.pop() if self._free_events else torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream(stream))
         return event
 
     def wait(self, stream: Stream, event: torch.cuda.Event) -> None:
+        # The wait is for the record that the event holds now; a later record does not change it.
         self._stream(stream).wait_event(event)
+        self._free_events.append(event)
 
     def synchronize(self, stream: Stream) -> None:
         self._stream(stream).synchronize()

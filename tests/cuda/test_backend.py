@@ -139,6 +139,7 @@ def test_library_lists_every_op() -> None:
         "adamw_step",
         "managed_allocate",
         "managed_prefetch",
+        "page_locked_allocate",
     }
 
 

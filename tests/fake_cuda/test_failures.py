@@ -26,6 +26,7 @@ OPS = {
     "managed_concurrent_access",
     "managed_prefer_device",
     "managed_prefetch",
+    "page_locked_alloc",
 }
 """Permitted beginnings of an error's message."""
 

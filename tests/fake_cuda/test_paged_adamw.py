@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -78,3 +79,62 @@ def test_states_are_freed(device: FakeDevice) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert device.allocated() == before
+
+
+def stepped(steps: int) -> tuple[list[torch.Tensor], qk.PagedAdamW]:
+    """Return parameters on the device after some steps, and their optimizer."""
+    params = [torch.nn.Parameter(gaussian(n, seed=n).cuda()) for n in SIZES]
+    optimizer = qk.PagedAdamW(params, lr=1e-2)
+    for step in range(steps):
+        for param in params:
+            param.grad = gaussian(param.numel(), seed=step).cuda()
+        optimizer.step()
+    return params, optimizer
+
+
+def test_events_are_used_again(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", 1 << 20)
+    with qk.use_backend("cuda"):
+        _, optimizer = stepped(1)
+        assert optimizer.paging_report().chunks > 3
+        with device.recorded_calls() as calls:
+            optimizer.step()
+        optimizer.close()
+    assert "cudaEventRecord" in calls or "cudaEventRecordWithFlags" in calls
+    assert not any(call.startswith("cudaEventCreate") for call in calls)
+
+
+def test_staged_states_are_in_page_locked_memory_of_their_own_size(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without concurrent managed access; the size is no power of two, and the memory is freed."""
+    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("qlora_kernels.optim.managed_memory.managed_concurrent_access", lambda device: False)
+    expected = run("cpu", 32, nullcontext)
+    with qk.use_backend("cuda"):
+        with warnings.catch_warnings(), device.recorded_calls("backends/cuda/_C") as calls:
+            warnings.simplefilter("ignore")  # that the device has no concurrent managed access
+            params, optimizer = stepped(2)
+        assert calls.count("cudaMallocHost") == 1
+        assert optimizer.paging_report().kinds == ("staged",)
+        arena = optimizer._arenas[0].memory.arena
+        assert arena.is_pinned()
+        assert arena.numel() < 2 * 4 * sum(SIZES) + 4096
+        for param, e in zip(params, expected, strict=True):
+            assert torch.equal(param.detach().cpu(), e)
+        del arena
+        with device.recorded_calls("backends/cuda/_C") as calls:
+            optimizer.close()
+        assert "cudaFreeHost" in calls
+
+
+def test_no_page_locked_memory(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kernels.optim.managed_memory.managed_concurrent_access", lambda device: False)
+    param = torch.nn.Parameter(torch.ones(5000, device="cuda"))
+    with (
+        qk.use_backend("cuda"),
+        device.failing(2, call="cudaMallocHost"),
+        pytest.raises(RuntimeError, match=r"^page_locked_alloc: \d+ bytes of page-locked memory: cudaErrorMemoryAlloc"),
+    ):
+        qk.PagedAdamW([param])
+    assert device.pending_error() == 0

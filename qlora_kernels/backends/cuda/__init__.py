@@ -47,6 +47,7 @@ KERNELS = (
             adamw_step,
             managed_memory.managed_concurrent_access,
             managed_memory.managed_alloc,
+            managed_memory.page_locked_alloc,
             managed_memory.managed_prefer_device,
             managed_memory.managed_prefetch,
         )

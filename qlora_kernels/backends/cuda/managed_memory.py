@@ -1,4 +1,4 @@
-"""Unified memory: the kernel contracts of ops/managed_memory.py over csrc/cuda/managed_memory.cu."""
+"""Unified and page-locked memory: the kernel contracts of ops/managed_memory.py over csrc/cuda/managed_memory.cu."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def managed_alloc(nbytes: int, device: int) -> Tensor:
     """Return uint8 [nbytes] on cuda:device, zeroed on its current stream, freed with its last reference."""
     stream_of = torch.empty(0, device=torch.device("cuda", device))
     return tensor_of(_C.cuda_managed_allocate(stream_of, nbytes))
+
+
+def page_locked_alloc(nbytes: int, device: int) -> Tensor:
+    """Return uint8 [nbytes] of zeros in page-locked host memory, freed with its last reference."""
+    stream_of = torch.empty(0, device=torch.device("cuda", device))
+    return tensor_of(_C.cuda_page_locked_allocate(stream_of, nbytes))
 
 
 def tensor_of(address: int) -> Tensor:
