@@ -1,7 +1,9 @@
-"""Predicted times of one linear layer on GPUs, by a model and not by measurement: `python -m bench.roofline`.
+"""Predicted times of one linear layer on GPUs, by a model and not by measurement.
+
+    python -m bench.roofline [--update docs/notebook/roofline.md]        print the page, or write it
 
 The model divides bytes by sustained bandwidth, products by the sustained matmul rate, and SASS instructions by issue
-slots, and adds a fixed cost for each launch. It prints the tables of docs/notebook/gpu-review.md.
+slots, and adds a fixed cost for each launch.
 **Predicted, not run on a GPU.**
 
 The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is bf16, the rank is 16.
@@ -9,9 +11,11 @@ The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is b
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 N = K = 4096
 WEIGHTS = N * K
@@ -131,7 +135,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def report() -> str:
-    """Return all tables of predicted times as Markdown."""
+    """Return the page with all tables of predicted times as Markdown."""
     few = (1, 16, 64, 128, 256, 512)
     forward = table(
         ("GPU", "path", *(f"M={M}" for M in few), "routed fused up to"),
@@ -159,11 +163,24 @@ def report() -> str:
         ),
     )
     return (
-        "Predicted, not run on a GPU. Microseconds, N = K = 4096.\n\n"
-        f"Forward, kernels alone:\n\n{forward}\n\n"
-        f"One LoRA linear (r = 16, no dropout), forward + backward:\n\n{training}\n"
+        "# Predicted times of one linear layer\n\n"
+        "**Predicted, not run on a GPU.** Microseconds for a weight of 4096 x 4096 in NF4, by the model in\n"
+        "`bench/roofline.py`. `python -m bench.roofline --update docs/notebook/roofline.md` writes this page again.\n\n"
+        f"## Forward, kernels alone\n\n{forward}\n\n"
+        f"## One LoRA linear, forward and backward\n\nr = 16, no dropout.\n\n{training}\n"
     )
 
 
+def main() -> None:
+    """Print the page, or write it to --update FILE."""
+    parser = argparse.ArgumentParser(prog="bench.roofline", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--update", type=Path, metavar="FILE", help="write the page to this file")
+    arguments = parser.parse_args()
+    if arguments.update is None:
+        sys.stdout.write(report())
+    else:
+        arguments.update.write_text(report(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(report())
+    main()
