@@ -21,7 +21,8 @@ from .calls import CALLS
 
 pytest.importorskip("triton")
 
-M, N, K = 20, 40, 128
+M, N, K, R = 64, 192, 320, 16
+"""Sizes of the GPU check's rehearsal and of one case of tests/gpu, so that all of them share the compiled kernels."""
 TILE = Plan("fused", block_m=16, block_n=64, block_k=64)
 DTYPE = torch.bfloat16
 
@@ -40,11 +41,32 @@ def linear(device: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, x, gaussian(M, N, seed=3, dtype=DTYPE).to(device))]
 
 
-NAMES = ("quantize", "quantize_double", "dequantize", "linear")
+def lora(dropout_p: float) -> Callable[[str], list[Tensor]]:
+    """Run forward and backward of the LoRA kernels, with gradients of x, lora_A, lora_B and the bias."""
+
+    def call(device: str) -> list[Tensor]:
+        packed, state = qk.quantize_nf4((gaussian(N, K) / K**0.5).to(device))
+        x = gaussian(M, K, seed=1, dtype=DTYPE).to(device).requires_grad_()
+        A = (gaussian(R, K, seed=4) / K**0.5).to(device).requires_grad_()
+        B = gaussian(N, R, seed=5).to(device).requires_grad_()
+        bias = gaussian(N, seed=2, dtype=DTYPE).to(device).requires_grad_()
+        seed = torch.tensor([7], device=device)
+        y = qk.linear_nf4_lora(x, packed, state, A, B, bias, scaling=0.5, dropout_p=dropout_p, seed=seed)
+        return [y.detach(), *torch.autograd.grad(y, (x, A, B, bias), gaussian(M, N, seed=3, dtype=DTYPE).to(device))]
+
+    return call
+
+
+OWN_CALLS: dict[str, Callable[[str], list[Tensor]]] = {
+    "linear": linear,
+    "lora": lora(0.0),
+    "lora_dropout": lora(0.3),
+}
+NAMES = ("quantize", "quantize_double", "dequantize", *OWN_CALLS)
 
 
 def call_of(name: str) -> Callable[[str], list[Tensor]]:
-    return linear if name == "linear" else CALLS[name]
+    return OWN_CALLS.get(name) or CALLS[name]
 
 
 def check(name: str, results: list[Tensor]) -> None:
@@ -52,8 +74,9 @@ def check(name: str, results: list[Tensor]) -> None:
     with qk.use_backend("cpu"):
         expected = call_of(name)("cpu")
     for actual, e in zip(results, expected, strict=True):
-        if name == "linear":
-            assert_same_function(actual.cpu(), e, products=2, terms=K)  # both sides round it
+        if name in OWN_CALLS:
+            products = 2 if name == "linear" else 3  # both sides round each of them
+            assert_same_function(actual.cpu(), e, name, products=products, terms=K, arithmetic=DTYPE)
         else:
             assert torch.equal(actual.cpu(), e), name
 

@@ -61,6 +61,15 @@ class FakeDevice:
         finally:
             self._driver.fake_cuda_set_memory(16 << 30, 64 << 30)
 
+    @contextmanager
+    def launches_ignored(self) -> Iterator[None]:
+        """Let launches inside the block succeed without running a kernel, so that only host time is left."""
+        self._driver.fake_cuda_ignore_launches(1)
+        try:
+            yield
+        finally:
+            self._driver.fake_cuda_ignore_launches(0)
+
     def allocated(self) -> int:
         """Return the bytes of live device and managed memory, in pages."""
         return int(self._driver.fake_cuda_allocated())

@@ -93,6 +93,8 @@ FAKE_CUDA_API void fake_cuda_set_memory(unsigned long long device_bytes, unsigne
 
 FAKE_CUDA_API void fake_cuda_set_driver_version(int version) { model().driver_version = version; }
 
+FAKE_CUDA_API void fake_cuda_ignore_launches(int ignored) { model().ignores_launches = ignored; }
+
 FAKE_CUDA_API unsigned long long fake_cuda_allocated(void) {
     const Guard guard(model().lock);
     unsigned long long total = model().managed_used;

@@ -104,7 +104,8 @@ FAKE_CUDA_API CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode* mode) {
 FAKE_CUDA_API void fake_cuda_set_translator(fake_cuda_translate_function translate) { translator = translate; }
 FAKE_CUDA_API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     const char* const text = static_cast<const char*>(image);
-    const KernelLibrary* const library = text && is_ptx(text) ? translated(text) : compiled_kernels();
+    const bool translates = text && is_ptx(text) && !model().ignores_launches;
+    const KernelLibrary* const library = translates ? translated(text) : compiled_kernels();
     if (!library) return CUDA_ERROR_INVALID_PTX;
     *module = new CUmod_st{library, {}, {}};
     return CUDA_SUCCESS;
@@ -152,6 +153,7 @@ FAKE_CUDA_API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return C
 FAKE_CUDA_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                       unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                                       CUstream stream, void** parameters, void** extra) {
+    if (model().ignores_launches) return CUDA_SUCCESS;
     if (!current_context()) return CUDA_ERROR_INVALID_CONTEXT;
     if (resolve(stream)->context != current_context()) return CUDA_ERROR_INVALID_HANDLE;
     if (static_cast<int>(shared_bytes) > function->dynamic_shared_limit) return CUDA_ERROR_INVALID_VALUE;

@@ -94,6 +94,7 @@ struct Model {
     size_t device_bytes = size_t{16} << 30, managed_bytes = size_t{64} << 30;
     Schedule schedule = Schedule::eager;
     uint64_t random = 1;
+    bool ignores_launches = false;
 
     std::recursive_mutex lock;
     uint64_t next_id = 1;
