@@ -23,18 +23,24 @@ OWN = ("qlora_kernels", "bench")
 INSTALLED = ("safetensors", "bitsandbytes")
 
 RUN = """#!/bin/sh
-# sh run.sh RESULTS: the check, within ten minutes. PYTHON names another interpreter.
-out=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd)
-cd "$(dirname "$0")" || exit 1
-export TRITON_CACHE_DIR="$PWD/triton-cache" PYTHONPATH="$PWD"
-exec "${PYTHON:-python3}" -m bench.gpu_check --out "$out"
+# sh run.sh RESULTS [--only STEP ...]: the check, within ten minutes. PYTHON names another interpreter.
+# Exit code: 0 if every step passed, 1 if one failed, 2 if there is no interpreter, no torch or no GPU.
+python="${PYTHON:-python3}"
+if ! command -v "$python" > /dev/null; then
+    echo "gpu-check: $python is not on PATH; set PYTHON to an interpreter with a CUDA build of torch" >&2
+    exit 2
+fi
+out=$(mkdir -p "${1:-results}" && cd "${1:-results}" && pwd) || exit 2
+if [ $# -gt 0 ]; then shift; fi
+cd "$(dirname "$0")" || exit 2
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/triton-cache}" PYTHONPATH="$PWD" PYTHONDONTWRITEBYTECODE=1
+exec "$python" -m bench.gpu_check --out "$out" "$@"
 """
 
-COMPILE = """
-import sys
-from python.kernels_report.triton_rows import triton_rows
-print(len(triton_rows([int(sys.argv[1])], full=False)))
-"""
+
+def capability(text: str) -> int:
+    """Return 90 for "90" and for "90a", as QLORA_CUDA_ARCHS names an architecture."""
+    return int(text.rstrip("af"))
 
 
 def copy_packages(out: Path) -> list[str]:
@@ -53,11 +59,11 @@ def copy_packages(out: Path) -> list[str]:
 
 
 def compile_triton(out: Path, arch: int) -> str | None:
-    """Compile the kernels of the default plans into the bundle's cache; return Triton's version, or None."""
+    """Compile the check's kernels into the bundle's cache; return Triton's version, or None without Triton."""
     if importlib.util.find_spec("triton") is None:
         return None
     variables = os.environ | {"TRITON_CACHE_DIR": str(out / "triton-cache")}
-    subprocess.run([sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=variables, check=True)
+    subprocess.run([sys.executable, "-m", "bench.gpu_check.warm_cache", str(arch)], cwd=ROOT, env=variables, check=True)
     import triton
 
     version: str = triton.__version__
@@ -67,7 +73,7 @@ def compile_triton(out: Path, arch: int) -> str | None:
 def main() -> int:
     """Create the bundle in the folder --out, and return the exit code."""
     parser = argparse.ArgumentParser(prog="bench.gpu_bundle", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for an H100")
+    parser.add_argument("--arch", type=capability, default=90, help="compute capability, 90 or 90a for an H100")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-bundle"))
     parser.add_argument("--no-triton", action="store_true", help="leave Triton's cache out")
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
 """Run the check: each step in a process under its own time limit, rows on disk at once, a summary at the end.
 
-    python -m bench.gpu_check --out DIR [--seconds 570] [--tiny]
+    python -m bench.gpu_check --out DIR [--seconds 570] [--only STEP ...] [--tiny]
 
 Needs Python, torch and, for its backend, Triton; no network, no pip, no pytest. The exit code is 0 only if every step
 passed; it is 2, with a message, without a GPU. A backend whose smoke step fails is left out, and the other one goes on.
+This process imports neither torch nor CUDA, so that no step can bring it down, and writes summary.txt after each step.
 `make gpu-bundle` makes a folder that holds everything; `python -m bench.gpu_check.full` is the long form.
 """
 
@@ -20,10 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .claims import summary
-from .rows import Rows, read
+from .probe import NO_GPU
+from .rows import Row, Rows, read
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m"]
@@ -33,9 +33,13 @@ LEAST_SECONDS = 5.0
 """A step with less time left is not begun."""
 
 
+TINY_PATIENCE = 10.0
+"""How much longer a step of a rehearsal may take, because an emulator runs it."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """A module of this package, run as a process. backend: whose smoke step must have passed, or None for both."""
+    """A module of this package, run as a process for at most `seconds`. backend: whose smoke step must have passed."""
 
     module: str
     backend: str
@@ -52,6 +56,8 @@ class Step:
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool")
 PROFILER = ("ncu", "--set", "full", "--target-processes", "all", "-k", "regex:nf4|lora", "--launch-count", "12")
 
+PROBE = Step("probe", "cuda", 60)
+
 STEPS = (
     Step("smoke", "cuda", 40),
     Step("smoke", "triton", 60),
@@ -61,6 +67,8 @@ STEPS = (
     Step("smoke", "cuda", 40, (*SANITIZER, "racecheck")),
     Step("kernel_times", "cuda", 90),
     Step("kernel_times", "triton", 90),
+    Step("host_time", "cuda", 20),
+    Step("host_time", "triton", 30),
     Step("training", "cuda", 60),
     Step("training", "triton", 60),
     Step("paging", "cuda", 40),
@@ -68,8 +76,11 @@ STEPS = (
 )
 
 
-def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Rows) -> bool:
-    """Run one step for at most `seconds`; whether it ended with success. Its whole process group ends with it."""
+def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Rows) -> int | None:
+    """Run one step for at most `seconds`, and its whole process group with it.
+
+    Returns its exit code, negative for a signal, or None if it ran too long.
+    """
     command = [*step.tool, *PYTHON, f"bench.gpu_check.{step.module}", "--out", str(arguments.out)]
     command += ["--backend", step.backend, *(["--tiny"] if arguments.tiny else [])]
     log = arguments.out / f"{step.name.replace(' ', '_')}.log"
@@ -85,7 +96,29 @@ def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Ro
             process.wait()
     took = time.monotonic() - started
     rows.add(name=step.name, ok=code == 0, code=code, timed_out=code is None, seconds=round(took, 1), log=log.name)
-    return code == 0
+    return code
+
+
+def why_skipped(step: Step, unusable: set[str], left: float) -> str | None:
+    """Return why a step is not begun, or None. left: seconds of the whole check."""
+    if step.backend in unusable:
+        return f"the smoke step of {step.backend} failed"
+    if left < LEAST_SECONDS:
+        return f"{left:.0f} s are left"
+    if step.tool and shutil.which(step.tool[0]) is None:
+        return f"{step.tool[0]} is not on PATH"
+    return None
+
+
+def write_summary(out: Path) -> str:
+    """Write summary.txt from all rows so far, and return its text."""
+    found: list[Row] = read(out)
+    capability = next((row["capability"] for row in found if "capability" in row), 0)
+    text = summary(found, capability)
+    draft = out / "summary.partial"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(out / "summary.txt")
+    return text
 
 
 def main() -> int:
@@ -93,37 +126,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, logs and summary.txt")
     parser.add_argument("--seconds", type=float, default=570.0, help="for all steps together")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STEP", help="the steps' modules or names, such as smoke or 'compare cuda'"
+    )
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal of the code")
     arguments = parser.parse_args()
+    chosen = [s for s in STEPS if arguments.only is None or {s.module, s.name} & set(arguments.only)]
+    if not chosen:
+        parser.error(f"--only must name steps, got {arguments.only}; the steps are {', '.join(s.name for s in STEPS)}")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
-        sys.stderr.write("gpu-check: no CUDA device is visible to torch; nothing was checked\n")
-        return 2
     deadline = time.monotonic() + arguments.seconds
-    rows, failed, unusable = Rows(arguments.out, "run"), [], set()
-    for step in STEPS:
-        left = deadline - time.monotonic()
-        skipped = (
-            f"the smoke step of {step.backend} failed"
-            if step.backend in unusable
-            else f"{left:.0f} s are left"
-            if left < LEAST_SECONDS
-            else f"{step.tool[0]} is not on PATH"
-            if step.tool and shutil.which(step.tool[0]) is None
-            else None
+    patience = TINY_PATIENCE if arguments.tiny else 1.0
+    rows = Rows(arguments.out, "run")
+    if (code := run_step(PROBE, arguments, min(patience * PROBE.seconds, arguments.seconds), rows)) != 0:
+        reasons = [row["obstacle"] for row in read(arguments.out) if "obstacle" in row]
+        reason = (
+            reasons[-1] if code == NO_GPU and reasons else f"the probe step failed, see {arguments.out}/probe_cuda.log"
         )
-        if skipped is not None:
-            rows.add(name=step.name, skipped=skipped)
+        sys.stderr.write(f"gpu-check: {reason}; nothing was checked\n")
+        return NO_GPU
+    failed: list[str] = []
+    unusable: set[str] = set()
+    for step in chosen:
+        left = deadline - time.monotonic()
+        if (reason := why_skipped(step, unusable, left)) is not None:
+            rows.add(name=step.name, skipped=reason)
             continue
-        if not run_step(step, arguments, min(step.seconds, left), rows):
+        if run_step(step, arguments, min(patience * step.seconds, left), rows) != 0:
             failed.append(step.name)
             if step.module == "smoke" and not step.tool:
                 unusable.add(step.backend)
-    major, minor = torch.cuda.get_device_capability()
-    text = summary(read(arguments.out), 10 * major + minor)
-    (arguments.out / "summary.txt").write_text(text, encoding="utf-8")
-    sys.stdout.write(text + f"gpu-check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}\n")
+        write_summary(arguments.out)
+    sys.stdout.write(write_summary(arguments.out))
+    sys.stdout.write(f"gpu-check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}\n")
     return int(bool(failed))
 
 

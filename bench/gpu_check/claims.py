@@ -44,6 +44,10 @@ def claims(capability: int) -> list[Claim]:
             f"{ratios['bitsandbytes + PEFT'] / ratios['by parts']:.2f} (linears alone, M=4096)",
             _training_ratio,
         ),
+        *(
+            Claim(f"{backend}: host us of a LoRA layer, forward, M=64", "below 40", _host(backend))
+            for backend in ("cuda", "triton")
+        ),
         Claim("PagedAdamW equals the CPU bit for bit", "yes", _paging),
     ]
 
@@ -95,8 +99,18 @@ def _crossover_model(gpu: roofline.GPU) -> str:
 
 
 def _training_ratio(rows: list[Row]) -> str | None:
-    found = {row["way"]: row["tokens_per_s"] for row in rows if row.get("step") == "training" and not row["dropout"]}
+    found = {
+        row["way"]: row["tokens_per_s"] for row in rows if row.get("step") == "training" and row.get("dropout") == 0
+    }
     return f"{found['fused op'] / found['by parts']:.2f}" if {"fused op", "by parts"} <= found.keys() else None
+
+
+def _host(backend: str) -> Callable[[list[Row]], str | None]:
+    def measured(rows: list[Row]) -> str | None:
+        wanted = {"step": "host", "backend": backend, "call": "lora forward", "M": 64}
+        return next((f"{row['us']:.1f}" for row in rows if wanted.items() <= row.items()), None)
+
+    return measured
 
 
 def _paging(rows: list[Row]) -> str | None:

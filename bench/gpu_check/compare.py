@@ -1,4 +1,4 @@
-"""Compare step: every op of one backend against the reference on the CPU, over dtypes, rows, dropout and groups.
+"""Compare step: every op of one backend against the reference on the CPU, over dtypes, rows and dropout.
 
 The codec is compared bit for bit. Products are compared by the largest difference over the largest value: both
 sides sum in another order and round a few times. tests/gpu has the exact bounds, for machines with pytest.
@@ -7,27 +7,30 @@ sides sum in another order and round a few times. tests/gpu has the exact bounds
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import qlora_kernels as qk
-from qlora_kernels.ops.operands import LoRA, weight_of
+from qlora_kernels.ops.registry import kernels_of
 
 from . import rows as rows_module
+from .cases import CASES, TINY_SIZES, Sizes, cases_of, gaussian
 from .rows import Rows, step_arguments
 
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-16}
 """Several roundings of the dtype, relative to the largest value of the result."""
 
+LINEARS = ("linear", "lora")
+"""Cases that are compared for all ROWS."""
+
 ROWS = (1, 2, 4, 5, 16, 17, 33, 64, 65, 257)
-N, K, R = 520, 1024, 16
+"""Rows of x for the linears; the kernels change at some of them."""
 
+FEW_ROWS = (5, 257)
+"""Rows of x for the other ops."""
 
-def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values from a seed, on the CPU."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+TINY_TRITON = ("lora",)
+"""Cases of a rehearsal of Triton: the fake device takes seconds to compile each kernel."""
 
 
 def check_codec(rows: Rows, backend: str, dtype: torch.dtype, numel: int, double: bool) -> bool:
@@ -47,39 +50,21 @@ def check_codec(rows: Rows, backend: str, dtype: torch.dtype, numel: int, double
     return ok
 
 
-def lora_results(device: str, dtype: torch.dtype, sizes: tuple[int, int, int], p: float) -> Sequence[Tensor]:
-    """y and all gradients of one LoRA linear, on `device`."""
-    M, n, k = sizes
-    with qk.use_backend("reference"):
-        packed, state = qk.quantize_nf4(gaussian(n, k, seed=2) / k**0.5)
-    packed, state = packed.to(device), state.to(device)
-    leaves = [
-        gaussian(M, k, seed=3, dtype=dtype),
-        (gaussian(R, k, seed=4) / k**0.5).to(dtype).float(),
-        gaussian(n, R, seed=5).to(dtype).float(),
-        gaussian(n, seed=6, dtype=dtype),
-    ]
-    x, A, B, bias = (leaf.to(device).requires_grad_() for leaf in leaves)
-    lora = LoRA(A, B, torch.tensor([7], device=device), 0.5, p)
-    y, _ = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight_of("gpu_check", packed, state), bias, *lora)
-    grad_y = gaussian(M, n, seed=8, dtype=dtype).to(device)
-    return [y.detach(), *torch.autograd.grad(y, (x, A, B, bias), grad_y)]
-
-
-def check_case(rows: Rows, backend: str, dtype: torch.dtype, M: int, n: int, k: int, p: float) -> bool:
-    """One LoRA linear, forward and backward, against the reference on the CPU; and its repetition, bit for bit."""
+def check_case(rows: Rows, backend: str, name: str, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Compare one case with the reference on the CPU, and with its repetition bit for bit."""
+    run, _ = CASES[name]
     with qk.use_backend(backend):
-        results = [t.cpu() for t in lora_results(rows_module.DEVICE, dtype, (M, n, k), p)]
-        again = [t.cpu() for t in lora_results(rows_module.DEVICE, dtype, (M, n, k), p)]
+        results = [t.cpu() for t in run(rows_module.DEVICE, dtype, sizes)]
+        again = [t.cpu() for t in run(rows_module.DEVICE, dtype, sizes)]
     with qk.use_backend("reference"):
-        expected = lora_results("cpu", dtype, (M, n, k), p)
-    errors = {
-        name: ((a.double() - e.double()).abs().max() / e.double().abs().max()).item()
-        for name, a, e in zip(("y", "x", "A", "B", "bias"), results, expected, strict=True)
-    }
+        expected = run("cpu", dtype, sizes)
+    errors = [
+        ((a.double() - e.double()).abs().max() / e.double().abs().max()).item()
+        for a, e in zip(results, expected, strict=True)
+    ]
     repeats = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-    ok = repeats and all(error <= TOLERANCE[dtype] for error in errors.values())
-    fields = {"op": "linear_nf4_lora", "dtype": str(dtype), "M": M, "N": n, "K": k, "dropout": p}
+    ok = repeats and all(error <= TOLERANCE[dtype] for error in errors)
+    fields = {"op": name, "dtype": str(dtype), "M": sizes.M, "N": sizes.N, "K": sizes.K, "dropout": sizes.p}
     rows.add(backend=backend, **fields, errors=errors, repeats=repeats, ok=ok)
     return ok
 
@@ -87,17 +72,21 @@ def check_case(rows: Rows, backend: str, dtype: torch.dtype, M: int, n: int, k: 
 def main() -> int:
     """Run the step; 1 if any result is wrong."""
     arguments = step_arguments(__doc__)
-    rows, ok = Rows(arguments.out, "compare"), True
-    dtypes = (torch.bfloat16,) if arguments.tiny else (torch.bfloat16, torch.float16, torch.float32)
-    n, k = (24, 64) if arguments.tiny else (N, K)
-    for dtype in dtypes:
+    rows, backend, ok = Rows(arguments.out, "compare"), arguments.backend, True
+    names = cases_of(list(kernels_of(backend)))
+    if arguments.tiny:
+        ok &= check_codec(rows, backend, torch.bfloat16, 4096, True)
+        for name in names:
+            if backend != "triton" or name in TINY_TRITON:
+                ok &= check_case(rows, backend, name, torch.bfloat16, TINY_SIZES)
+        return 0 if ok else 1
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for double in (True, False):
-            ok &= check_codec(rows, arguments.backend, dtype, 4096 if arguments.tiny else 2**20 + 7, double)
-        if arguments.tiny and arguments.backend == "triton":
-            continue
-        for M in (2, 5) if arguments.tiny else ROWS:
-            for p in (0.0, 0.1):
-                ok &= check_case(rows, arguments.backend, dtype, M, n, k, p)
+            ok &= check_codec(rows, backend, dtype, 2**20 + 7, double)
+        for name in names:
+            for M in ROWS if name in LINEARS else FEW_ROWS:
+                for p in (0.0, 0.1) if name == "lora" else (0.0,):
+                    ok &= check_case(rows, backend, name, dtype, Sizes(M, p=p))
     return 0 if ok else 1
 
 

@@ -25,6 +25,7 @@ from qlora_kernels.ops.registry import Problem
 from .. import graphs
 from ..graphs import Call
 from . import rows as rows_module
+from .cases import TINY_SIZES
 from .rows import Rows, read, step_arguments
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -32,42 +33,58 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 4096, 16384)
 BEST_PLANS = 4
 """Triton plans that are timed, of those that the model ranks first."""
 
+MOST_COPIES = 32
+"""Copies of a weight that are read in turn, at most."""
+
+SAMPLES = 15
+"""Replays of each graph, of whose times the median counts."""
+
 
 Forced = tuple[dict[str, Any], AbstractContextManager[None]]
 """Entry of the tuned file, and the context that forces it."""
 
 
-def paths(problem: Problem, backend: str, capability: int) -> Iterator[Forced]:
-    """Yield each way of one backend that is timed."""
+def paths(problem: Problem, backend: str, capability: int, best: int = BEST_PLANS) -> Iterator[Forced]:
+    """Yield each way of one backend that is timed; of Triton's plans, the `best` that the model ranks first."""
     if backend == "cuda":
         for path in routing.served_paths(problem):
             yield {"backend": "cuda", "path": path}, routing.use_path(path)
         return
     arch = planner.arch_for(capability)
     ranked = sorted(planner.candidates(problem), key=lambda plan: planner.modelled_seconds(problem, plan, arch))
-    for plan in ranked[:BEST_PLANS]:
+    for plan in ranked[:best]:
         yield {"backend": "triton"} | asdict(plan), planner.use_plan(problem.op, plan)
 
 
-def measure_shape(rows: Rows, backend: str, N: int, K: int, row_counts: tuple[int, ...], flush: torch.Tensor) -> None:
-    """Time all paths for one weight at every number of rows."""
+def measure_shape(
+    rows: Rows,
+    backend: str,
+    shape: tuple[int, int],
+    row_counts: tuple[int, ...],
+    flush: torch.Tensor,
+    samples: int = SAMPLES,
+    best: int = BEST_PLANS,
+    copies: int = MOST_COPIES,
+) -> None:
+    """Time all paths for one weight [N, K] at every number of rows. copies: of the weight, so that L2 holds none."""
+    N, K = shape
     capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
     w = torch.randn(N, K, device=rows_module.DEVICE, dtype=torch.bfloat16) / K**0.5
     with qk.use_backend(backend):
         packed, state = qk.quantize_nf4(w)
-    weights = [packed, *(packed.clone() for _ in range(graphs.copies_beyond_l2(packed.numel()) - 1))]
-    dense = [w, *(w.clone() for _ in range(graphs.copies_beyond_l2(2 * w.numel()) - 1))]
+    weights = [packed, *(packed.clone() for _ in range(graphs.copies_beyond_l2(packed.numel(), copies) - 1))]
+    dense = [w, *(w.clone() for _ in range(graphs.copies_beyond_l2(2 * w.numel(), copies) - 1))]
     for M in row_counts:
         x = torch.randn(M, K, device=rows_module.DEVICE, dtype=torch.bfloat16)
         problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, 64, True)
-        seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], flush=flush)
+        seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], samples, flush)
         rows.add(backend="torch", path="dense", M=M, N=N, K=K, us=seconds * 1e6)
         if backend == "cuda":
-            measure_peer(rows, w, x, len(weights), flush)
-        for entry, forced in paths(problem, backend, capability):
+            measure_peer(rows, w, x, len(weights), flush, samples)
+        for entry, forced in paths(problem, backend, capability, best):
             with forced, qk.use_backend(backend):
                 calls = [partial(qk.linear_nf4, x, one, state) for one in weights]
-                seconds = graphs.median_seconds(calls, flush=flush)
+                seconds = graphs.median_seconds(calls, samples, flush)
             rows.add(M=M, N=N, K=K, us=seconds * 1e6, key=measured_plans.bucket(problem), entry=entry, **_names(entry))
 
 
@@ -81,12 +98,12 @@ def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
     return [partial(bitsandbytes.matmul_4bit, x, packed.clone().t(), state) for _ in range(copies)]
 
 
-def measure_peer(rows: Rows, w: torch.Tensor, x: torch.Tensor, copies: int, flush: torch.Tensor) -> None:
+def measure_peer(rows: Rows, w: torch.Tensor, x: torch.Tensor, copies: int, flush: torch.Tensor, samples: int) -> None:
     """Time bitsandbytes beside ours. That it fails here says nothing of this project: a row, and the step goes on."""
     (M, K), N = x.shape, w.shape[0]
     try:
         if calls := peer_calls(w, x, copies):
-            seconds = graphs.median_seconds(calls, flush=flush)
+            seconds = graphs.median_seconds(calls, samples, flush)
             rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, us=seconds * 1e6)
     except Exception as error:
         rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, error=f"{type(error).__name__}: {error}")
@@ -100,10 +117,14 @@ def main() -> int:
     """Run the step for the kernels of one backend, and return the exit code."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "times")
-    shapes, row_counts = (((64, 64),), (1, 5)) if arguments.tiny else (SHAPES, ROWS)
-    flush = graphs.flush_buffer(1 << 12 if arguments.tiny else graphs.FLUSH_BYTES)
-    for N, K in shapes:
-        measure_shape(rows, arguments.backend, N, K, row_counts, flush)
+    if arguments.tiny:
+        flush = graphs.flush_buffer(1 << 12)
+        shape = (TINY_SIZES.N, TINY_SIZES.K)
+        measure_shape(rows, arguments.backend, shape, (TINY_SIZES.M,), flush, samples=1, best=1, copies=1)
+    else:
+        flush = graphs.flush_buffer()
+        for shape in SHAPES:
+            measure_shape(rows, arguments.backend, shape, ROWS, flush)
     write_tuned(arguments.out, rows)
     return 0
 

@@ -10,7 +10,7 @@ import torch
 import qlora_kernels as qk
 
 from . import rows as rows_module
-from .compare import gaussian
+from .cases import gaussian
 from .rows import Rows, step_arguments
 
 STATE_BYTES = 6 << 30

@@ -8,6 +8,7 @@ import torch
 
 import qlora_kernels as qk
 
+from .cases import TINY_SIZES, Sizes
 from .compare import check_case, check_codec
 from .rows import Rows, step_arguments
 
@@ -29,8 +30,8 @@ def main() -> int:
     if not state.startswith("available"):
         return 1
     ok = check_codec(rows, arguments.backend, torch.bfloat16, 4096 + 96, True)
-    if not (arguments.tiny and arguments.backend == "triton"):  # the fake device needs a minute for a Triton product
-        ok &= check_case(rows, arguments.backend, torch.bfloat16, 5, 64, 128, 0.0)
+    sizes = TINY_SIZES if arguments.tiny else Sizes(5, 64, 128)
+    ok &= check_case(rows, arguments.backend, "lora", torch.bfloat16, sizes)
     return 0 if ok else 1
 
 

@@ -102,8 +102,12 @@ def step_of(sizes: Sizes, way: str, dropout_p: float, checkpointing: bool) -> Ca
     return step
 
 
-def measure(rows: Rows, sizes: Sizes, way: str, backend: str, dropout_p: float) -> None:
-    """Time the steps of one implementation for SECONDS."""
+TINY = Sizes(16, 128, 128, 2, 2, 1)
+"""Sizes of a rehearsal; every linear has Triton's kernels of cases.TINY_SIZES."""
+
+
+def measure(rows: Rows, sizes: Sizes, way: str, backend: str, dropout_p: float, seconds: float = SECONDS) -> None:
+    """Time the steps of one implementation for some seconds, but at least one of them."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with qk.use_backend(backend):
@@ -112,7 +116,7 @@ def measure(rows: Rows, sizes: Sizes, way: str, backend: str, dropout_p: float) 
         step()
         torch.cuda.synchronize()
         times: list[float] = []
-        while not times or (time.perf_counter() - started < SECONDS and len(times) < 20):
+        while not times or (time.perf_counter() - started < seconds and len(times) < 20):
             begin = time.perf_counter()
             step()
             torch.cuda.synchronize()
@@ -134,11 +138,11 @@ def main() -> int:
     """Run the step for every implementation, and return the exit code."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "training")
-    sizes = Sizes(8, 64, 64, 2, 1, 1) if arguments.tiny else Sizes()
+    sizes, seconds = (TINY, 0.0) if arguments.tiny else (Sizes(), SECONDS)
     for way in ("fused op", "by parts", "dense"):
         for dropout_p in (0.0, 0.05):
             if way != "dense" or arguments.backend == "cuda":
-                measure(rows, sizes, way, arguments.backend, dropout_p)
+                measure(rows, sizes, way, arguments.backend, dropout_p, seconds)
     return 0
 
 

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu_bundle
 from bench.gpu_check import __main__ as check
-from bench.gpu_check import claims, rows
+from bench.gpu_check import claims, probe, rows
+
+STEP = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from bench.gpu_check.rows import Rows, step_arguments
+module, backend = sys.argv.pop(1).split(".")[-1], sys.argv[sys.argv.index("--backend") + 1]
+rows = Rows(step_arguments("A step.").out, module)
+rows.add(backend=backend, capability=90)
+"""
+"""The beginning of every step that stands for one of the check: it writes a row."""
+
+
+class Script:
+    """A program that stands for every step; `does` sets what it does after its row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.does("")
+
+    def does(self, code: str) -> None:
+        self.path.write_text(STEP.format(root=str(check.ROOT)) + code)
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the path of a program that stands for every step; a test writes what it does."""
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     path = tmp_path / "step.py"
     monkeypatch.setattr(check, "PYTHON", [sys.executable, str(path)])
-    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(check.torch.cuda, "get_device_capability", lambda: (9, 0))
-    return path
+    return Script(path)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> tuple[int, list[rows.Row]]:
@@ -31,39 +51,95 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> tuple[int, l
     return code, rows.read(out)
 
 
-def test_step_beyond_its_limit_is_ended_with_its_children(script: Path, tmp_path: Path) -> None:
-    script.write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
+def by_name(found: list[rows.Row]) -> dict[str, rows.Row]:
+    return {row["name"]: row for row in found if row["step"] == "run"}
+
+
+def test_step_beyond_its_limit_is_ended_with_its_children(script: Script, tmp_path: Path) -> None:
+    script.does("import subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
     step = check.Step("smoke", "cuda", 60)
-    assert not check.run_step(step, Namespace(out=tmp_path, tiny=False), 1.0, rows.Rows(tmp_path, "run"))
-    (row,) = rows.read(tmp_path)
+    assert check.run_step(step, Namespace(out=tmp_path, tiny=False), 2.0, rows.Rows(tmp_path, "run")) is None
+    row = rows.read(tmp_path)[-1]
     assert row["timed_out"]
     assert row["code"] is None
 
 
 def test_other_backend_goes_on_after_a_failed_smoke_step(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script.write_text("import sys\nsys.exit('cuda' in sys.argv)")
+    """A backend that cannot be loaded: its smoke step fails, and none of its other steps begins."""
+    script.does("sys.exit(backend == 'cuda' and module == 'smoke')")
     code, found = run(monkeypatch, tmp_path / "out")
     assert code == 1
-    by_name = {row["name"]: row for row in found}
-    assert by_name["smoke cuda"]["ok"] is False
-    assert by_name["compare cuda"]["skipped"] == "the smoke step of cuda failed"
-    assert by_name["compare triton"]["ok"]
-    assert by_name["training triton"]["ok"]
+    steps = by_name(found)
+    assert steps["smoke cuda"]["ok"] is False
+    assert steps["compare cuda"]["skipped"] == "the smoke step of cuda failed"
+    assert steps["compare triton"]["ok"]
+    assert steps["training triton"]["ok"]
     assert (tmp_path / "out" / "summary.txt").read_text().count("not measured") >= 8
 
 
-def test_steps_beyond_the_time_are_skipped(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script.write_text("")
-    code, found = run(monkeypatch, tmp_path / "out", "--seconds", "0")
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [("time.sleep(600)", None), ("os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV), ("raise ValueError", 1)],
+    ids=["hangs", "crashes", "raises"],
+)
+def test_step_that_fails_keeps_its_rows_and_the_others_go_on(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int | None
+) -> None:
+    script.does(f"if (module, backend) == ('compare', 'cuda'):\n    {fault}")
+    steps = (check.Step("compare", "cuda", 3), check.Step("compare", "triton", 60), check.Step("paging", "cuda", 60))
+    monkeypatch.setattr(check, "STEPS", steps)
+    exit_code, found = run(monkeypatch, tmp_path / "out")
+    assert exit_code == 1
+    ended = by_name(found)
+    assert [ended[step.name]["ok"] for step in steps] == [False, True, True]
+    assert ended["compare cuda"]["code"] == code
+    assert ended["compare cuda"]["timed_out"] == (code is None)
+    assert {"step": "compare", "backend": "cuda", "capability": 90} in found
+    assert (tmp_path / "out" / "summary.txt").read_text().startswith("claim | predicted | measured\n")
+
+
+def test_steps_beyond_the_time_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LEAST_SECONDS", 1e9)
+    code, found = run(monkeypatch, tmp_path / "out")
     assert code == 0
-    assert all("s are left" in row["skipped"] for row in found)
+    assert all("s are left" in row["skipped"] for row in found if row["step"] == "run" and row["name"] != "probe cuda")
 
 
-def test_exit_code_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: False)
-    assert run(monkeypatch, tmp_path)[0] == 2
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "rows.add(obstacle='no CUDA device is visible')\nsys.exit(2)",
+            "no CUDA device is visible; nothing was checked",
+        ),
+        ("sys.exit(1)", "the probe step failed, see "),
+    ],
+)
+def test_no_step_begins_without_a_gpu(
+    script: Script,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    message: str,
+) -> None:
+    script.does(code)
+    exit_code, found = run(monkeypatch, tmp_path)
+    assert exit_code == 2
+    assert list(by_name(found)) == ["probe cuda"]
+    assert message in capsys.readouterr().err
+
+
+def test_obstacles_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "no CUDA device is visible" in (probe.obstacle() or "")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA; set PYTHON" in (probe.obstacle() or "")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "cannot import torch" in (probe.obstacle() or "")
 
 
 def test_limits_of_the_steps_are_reached_by_none_alone() -> None:
@@ -106,7 +182,7 @@ def test_bundle_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     variables = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "no CUDA device" in done.stderr
+    assert "nothing was checked" in done.stderr
 
 
 def test_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 
 from bench import graphs
-from bench.gpu_check import compare, kernel_times, paging, rows, training
+from bench.gpu_check import cases, compare, host_time, kernel_times, paging, rows, training
 from qlora_kernels.backends.triton import planner
+from qlora_kernels.ops.registry import kernels_of
+
+SIZES = cases.Sizes(5, 64, 128, 8)
 
 
 @pytest.fixture
@@ -35,29 +39,46 @@ def test_codec(written: rows.Rows, double: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", compare.TOLERANCE, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_lora_linear(written: rows.Rows, dtype: torch.dtype, p: float) -> None:
-    assert compare.check_case(written, "cpu", dtype, 5, 64, 128, p)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_case(written: rows.Rows, dtype: torch.dtype, name: str) -> None:
+    assert compare.check_case(written, "cpu", name, dtype, SIZES)
+
+
+def test_lora_linear_with_dropout(written: rows.Rows) -> None:
+    assert compare.check_case(written, "cpu", "lora", torch.bfloat16, replace(SIZES, p=0.1))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_every_op_of_a_backend_has_a_case(backend: str) -> None:
+    assert {"linear", "lora", "group"} <= set(cases.cases_of(list(kernels_of(backend))))
+
+
+def test_op_without_a_case_is_an_error() -> None:
+    with pytest.raises(LookupError, match=r"^gpu_check: no case for new_op; add one to"):
+        cases.cases_of(["linear_nf4", "linear_nf4_grad_x", "new_op"])
 
 
 def test_wrong_result_is_a_failed_row(written: rows.Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = compare.lora_results
     calls: list[int] = []
 
     def wrong_on_the_device(*arguments: Any) -> Sequence[torch.Tensor]:
         calls.append(1)
-        y, *gradients = right(*arguments)
+        y, *gradients = cases.lora(*arguments)
         return [y * (1.1 if len(calls) <= 2 else 1.0), *gradients]
 
-    monkeypatch.setattr(compare, "lora_results", wrong_on_the_device)
-    assert not compare.check_case(written, "cpu", torch.bfloat16, 5, 64, 128, 0.0)
+    monkeypatch.setitem(cases.CASES, "lora", (wrong_on_the_device, ()))
+    assert not compare.check_case(written, "cpu", "lora", torch.bfloat16, SIZES)
     assert rows.read(written.path.parent)[-1]["ok"] is False
 
 
+def test_host_time(written: rows.Rows) -> None:
+    host_time.measure(written, "cpu", SIZES, calls=1, repeats=1)
+    assert [row["call"] for row in rows.read(written.path.parent)] == [*host_time.layer_calls(SIZES)]
+
+
 @pytest.mark.parametrize("way", ["fused op", "by parts", "dense"])
-def test_training(written: rows.Rows, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SECONDS", 0.0)
-    training.measure(written, training.Sizes(8, 64, 64, 2, 1, 1), way, "cpu", 0.05)
+def test_training(written: rows.Rows, way: str) -> None:
+    training.measure(written, training.Sizes(8, 64, 64, 2, 1, 1), way, "cpu", 0.05, seconds=0.0)
     assert rows.read(written.path.parent)[-1]["tokens_per_s"] > 0
 
 
@@ -70,7 +91,7 @@ def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch:
     """Of two forced ways the faster one reaches the tuned file."""
     seconds = iter([1.0, 3e-6, 2e-6])
 
-    def timed(calls: Sequence[Callable[[], object]], **_: Any) -> float:
+    def timed(calls: Sequence[Callable[[], object]], *_: Any) -> float:
         for call in calls:
             call()
         return next(seconds)
@@ -80,11 +101,11 @@ def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch:
             yield {"backend": "cuda", "path": path}, contextlib.nullcontext()
 
     monkeypatch.setattr(graphs, "median_seconds", timed)
-    monkeypatch.setattr(graphs, "copies_beyond_l2", lambda bytes_: 2)
+    monkeypatch.setattr(graphs, "copies_beyond_l2", lambda *_: 2)
     monkeypatch.setattr(kernel_times, "paths", two_ways)
     monkeypatch.setattr(kernel_times.qk, "use_backend", lambda name: contextlib.nullcontext())
     with planner.assume_capability(90):
-        kernel_times.measure_shape(written, "triton", 64, 64, (5,), torch.empty(1))
+        kernel_times.measure_shape(written, "triton", (64, 64), (5,), torch.empty(1))
         kernel_times.write_tuned(written.path.parent, written)
     (entry,) = json.loads((written.path.parent / "sm_90.json").read_text())["plans"].values()
     assert entry == {"backend": "cuda", "path": "decode"}

@@ -21,8 +21,8 @@ from .calls import CALLS
 
 pytest.importorskip("triton")
 
-M, N, K, R = 64, 192, 320, 16
-"""Sizes of the GPU check's rehearsal and of one case of tests/gpu, so that all of them share the compiled kernels."""
+M, N, K, R = 32, 192, 128, 16
+"""Multiples of 16, as in the rehearsal of the GPU check and in a case of tests/gpu: all share the compiled kernels."""
 TILE = Plan("fused", block_m=16, block_n=64, block_k=64)
 DTYPE = torch.bfloat16
 

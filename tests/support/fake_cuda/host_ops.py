@@ -71,7 +71,8 @@ def install() -> int:
         for op in served:
             library.impl(op, _kernel(op), "CUDA", allow_override=True)
         library.impl(torch.ops.aten.copy_.default, _copy, "CUDA", allow_override=True)
-        library.impl(torch.ops.aten.mm.dtype, _kernel_of(torch.ops.aten.mm.dtype, _mm), "CUDA", allow_override=True)
+        for op, function in _FORMULAS.items():
+            library.impl(op, _kernel_of(op, function), "CUDA", allow_override=True)
     # Attention runs by matmul and softmax, because its fused kernels exist only for the device.
     for kind in ("cudnn", "flash", "mem_efficient"):
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
@@ -109,6 +110,27 @@ def _op_to_serve(registration: str) -> torch._ops.OpOverload | None:
 def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """aten::mm.dtype, which has no CPU kernel: the exact operands multiplied in the result's dtype."""
     return a.to(out_dtype) @ b.to(out_dtype)
+
+
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """aten::_fused_rms_norm_backward, which has no CPU kernel, in fp32. mask: which gradients are wanted."""
+    inner = tuple(range(-len(shape), 0))
+    normalized, scaled = x.float() * rstd, grad.float() * (1.0 if weight is None else weight.float())
+    grad_x = rstd * (scaled - normalized * (scaled * normalized).mean(inner, keepdim=True))
+    grad_weight = (grad.float() * normalized).sum(tuple(range(x.dim() - len(shape))))
+    return (
+        grad_x.to(x.dtype) if mask[0] else None,
+        grad_weight.to(weight.dtype) if mask[1] and weight is not None else None,
+    )
+
+
+_FORMULAS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    torch.ops.aten.mm.dtype: _mm,
+    torch.ops.aten._fused_rms_norm_backward.default: _rms_norm_backward,
+}
+"""Ops that have no CPU kernel."""
 
 
 def _kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:

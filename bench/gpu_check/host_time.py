@@ -1,0 +1,81 @@
+"""Host step: microseconds of Python and of launches that one layer call takes before the GPU has done anything."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import qlora_kernels as qk
+from qlora_kernels.ops.operands import weight_of
+
+from . import rows as rows_module
+from .cases import TINY_SIZES, Sizes, factors, gaussian, weight_on
+from .rows import Rows, step_arguments
+
+CALLS, REPEATS = 50, 9
+"""Calls between two waits for the GPU, fewer than its queue holds; measurements, of which the least counts."""
+
+
+def microseconds(
+    call: Callable[[], object],
+    calls: int = CALLS,
+    repeats: int = REPEATS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return the host time of one call; the GPU is idle at the beginning of each measurement."""
+    for _ in range(3):
+        call()
+    least = float("inf")
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = clock()
+        for _ in range(calls):
+            call()
+        least = min(least, (clock() - begin) / calls)
+    torch.cuda.synchronize()
+    return 1e6 * least
+
+
+def layer_calls(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """Return the measured calls by name: a linear, a LoRA linear, and the latter's backward op without autograd."""
+    device = rows_module.DEVICE
+    packed, state = weight_on(device, sizes)
+    weight = weight_of("gpu_check", packed, state)
+    A, B = (factor.to(device) for factor in factors(dtype, sizes))
+    x = gaussian(sizes.M, sizes.K, seed=3, dtype=dtype).to(device)
+    s = gaussian(sizes.M, sizes.r, seed=7, dtype=dtype).to(device)
+    grad_y = gaussian(sizes.M, sizes.N, seed=8, dtype=dtype).to(device)
+    return {
+        "linear": lambda: qk.linear_nf4(x, packed, state),
+        "lora forward": lambda: qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0),
+        "lora backward": lambda: torch.ops.qlora_kernels.linear_nf4_lora_backward(
+            grad_y, x, s, *weight, A, B, None, 2.0, 0.0, True
+        ),
+    }
+
+
+def measure(rows: Rows, backend: str, sizes: Sizes, calls: int = CALLS, repeats: int = REPEATS) -> None:
+    """Write a row for each call."""
+    with qk.use_backend(backend):
+        for name, call in layer_calls(sizes).items():
+            us = microseconds(call, calls, repeats)
+            rows.add(backend=backend, call=name, M=sizes.M, N=sizes.N, K=sizes.K, us=us)
+
+
+def main() -> int:
+    """Run the step for one backend."""
+    arguments = step_arguments(__doc__)
+    rows = Rows(arguments.out, "host")
+    if arguments.tiny:
+        measure(rows, arguments.backend, TINY_SIZES, 1, 1)
+    else:
+        for M in (1, 64):
+            measure(rows, arguments.backend, Sizes(M, 4096, 4096))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

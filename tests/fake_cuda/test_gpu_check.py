@@ -1,0 +1,57 @@
+"""The whole of `make gpu-check` in its smallest sizes on the fake device: its code runs from start to end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.gpu_check import __main__ as check
+from bench.gpu_check import claims, rows
+from tests.support import fake_cuda
+
+SCHEDULES = ("eager",)
+PYTHON = Path(fake_cuda.__file__).with_name("python")
+
+
+def rehearse(out: Path, *flags: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[rows.Row]]:
+    """Return the ended check and its rows."""
+    command = [str(PYTHON), "-m", "bench.gpu_check", "--out", str(out), "--tiny", *flags]
+    variables = os.environ | {"FAKE_CUDA_PYTHON": sys.executable} | environment
+    done = subprocess.run(command, cwd=check.ROOT, env=variables, capture_output=True, text=True)
+    return done, rows.read(out)
+
+
+def results(found: list[rows.Row]) -> dict[str, rows.Row]:
+    return {row["name"]: row for row in found if row["step"] == "run"}
+
+
+def test_every_step_passes(tmp_path: Path) -> None:
+    done, found = rehearse(tmp_path, "--seconds", "1200")
+    logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")}
+    assert done.returncode == 0, (done.stdout, done.stderr, logs)
+    ended = results(found)
+    assert set(ended) == {check.PROBE.name, *(step.name for step in check.STEPS)}
+    assert {row["skipped"].split()[0] for row in ended.values() if "skipped" in row} <= {"compute-sanitizer", "ncu"}
+    assert {row["backend"] for row in found if row["step"] == "times" and "entry" in row} == {"cuda", "triton"}
+    assert (tmp_path / "sm_80.json").exists()
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(claims.claims(80))
+    measured = {line.split(" | ")[0]: line.split(" | ")[2] for line in lines[1:]}
+    assert measured["PagedAdamW equals the CPU bit for bit"] == "yes"
+    for backend in ("cuda", "triton"):
+        right, of, all_ = measured[f"{backend}: every result equals the CPU's within its bound"].split()
+        assert (right, of) == (all_, "of")
+
+
+def test_backend_that_cannot_run_leaves_the_other_one(tmp_path: Path) -> None:
+    """Under a driver that is too old for the CUDA library, Triton is checked."""
+    done, found = rehearse(tmp_path, "--only", "smoke", "compare cuda", FAKE_CUDA_DRIVER_VERSION="12080")
+    assert done.returncode == 1, done.stderr
+    ended = results(found)
+    assert ended["smoke cuda"]["ok"] is False
+    assert ended["smoke triton"]["ok"] is True
+    assert ended["compare cuda"]["skipped"] == "the smoke step of cuda failed"
+    (state,) = [row["state"] for row in found if row["step"] == "smoke" and row["backend"] == "cuda"]
+    assert "driver" in state
