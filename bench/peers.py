@@ -32,6 +32,8 @@ from .registry import Case
 TORCHAO_SUPERBLOCK = 256
 """Block constants of torchao that share one scale; its weights must be a multiple of this many blocks."""
 
+TORCHAO_ROWS = (1, 16, 256, 1024)
+
 INT4_GROUP = 64
 INNER_K_TILES = 8
 """Layout of packed int4 weights on a GPU: the largest that torch's kernel has."""
@@ -60,8 +62,12 @@ def _torchao_weight(N: int, K: int, blocksize: int, dtype: torch.dtype, device: 
 
 
 def torchao_applies(case: Case) -> bool:
-    """Whether torchao's NF4 can hold the weight."""
-    return case.N * case.K % (case.blocksize * TORCHAO_SUPERBLOCK) == 0
+    """Whether torchao's NF4 can hold the weight and the case does not take minutes.
+
+    Its dequantization takes 50 times as long as ours for any number of rows, so that few numbers of rows show it.
+    """
+    whole = case.N * case.K % (case.blocksize * TORCHAO_SUPERBLOCK) == 0
+    return whole and case.N * case.K <= 4096 * 4096 and case.M in TORCHAO_ROWS
 
 
 class UnslothStyle(nn.Module):

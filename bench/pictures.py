@@ -91,7 +91,7 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
     if not shapes:
         return None
     shapes = [*shapes[:2], *shapes[2:][-1:]]
-    figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3 * len(shapes), 3), squeeze=False, sharey=True)
     peak = _peak(rows, "bf16")
     for axis, (n, k) in zip(axes[0], shapes, strict=True):
         for contender in OVER_TOKENS:
@@ -111,7 +111,7 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
     axes[0][0].set_ylabel("GFLOP/s, cold weights")
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines() if line.get_label() in COLORS}
     figure.legend(
-        lines.values(), lines.keys(), fontsize=8, ncols=len(lines), loc="upper center", bbox_to_anchor=(0.5, 0.0)
+        lines.values(), lines.keys(), fontsize=9, ncols=min(len(lines), 4), loc="upper center", bbox_to_anchor=(0.5, 0)
     )
     figure.tight_layout()
     return figure

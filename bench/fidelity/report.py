@@ -51,8 +51,13 @@ def _unmeasured(claim: Claim, rows: Sequence[Row]) -> str:
     missing = [case for case in cases if not any(has_case(row, case) for row in rows)]
     if not missing:
         return ""
-    words = "; ".join(", ".join(f"{name} {value}" for name, value in case.items()) for case in missing)
-    return f"Not measured, {len(missing)} of {len(cases)} cases: {words}."
+    differing = [name for name in cases[0] if any(case.get(name) != cases[0][name] for case in cases)]
+    groups: dict[str, list[str]] = {}
+    for case in missing:
+        words = ", ".join(f"{name} {case[name]}" for name in differing if name in case and name != "seed")
+        groups.setdefault(words, []).extend([str(case["seed"])] if "seed" in case else [])
+    listed = "; ".join(words + (f", seed {', '.join(seeds)}" if seeds else "") for words, seeds in groups.items())
+    return f"Not measured, {len(missing)} of {len(cases)} cases: {listed}."
 
 
 def _provenance(rows: Sequence[Row]) -> str:
