@@ -168,7 +168,7 @@ def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
         constants = [part(state.absmax, K // blocksize), None, None, None]
     packed = part(layer.packed, K // 2).reshape(-1, 1)
     layer.in_features, layer.out_features = k, n
-    layer._set_weight(packed, QuantState(torch.Size((n, k)), state.dtype, blocksize, *constants))
+    layer.set_weight(packed, QuantState(torch.Size((n, k)), state.dtype, blocksize, *constants))
     if layer.bias is not None:
         # The bias is added once: the outputs of the processes are summed in a row-parallel layer.
         bias = layer.bias.detach()

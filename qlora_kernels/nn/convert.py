@@ -129,7 +129,7 @@ def replace_linear(
             raise ValueError(f"replace_linear: {name}: {error}") from error
         shared = by_weight.setdefault(id(weight), layer)
         if shared is not layer:
-            layer._set_weight(shared.packed, shared.quant_state)
+            layer.set_weight(shared.packed, shared.quant_state)
         made[id(module)] = layer
         move_hooks(module, layer)
         if "forward" in vars(module):

@@ -61,7 +61,7 @@ class LinearNF4(QuantizedWeight):
         self.weight_dtype = dtype or torch.get_default_dtype()
         numel = in_features * out_features
         blocks = n_blocks(numel, blocksize)
-        self._set_weight(
+        self.set_weight(
             torch.full(((numel + 1) // 2, 1), nf4.ZERO_INDEX * 0x11, dtype=torch.uint8, device=device),
             QuantState(
                 torch.Size((out_features, in_features)),
@@ -101,7 +101,7 @@ class LinearNF4(QuantizedWeight):
         """
         out_features, in_features = state.shape
         layer = cls(in_features, out_features, bias=False, compute_dtype=compute_dtype, device="meta")
-        layer._set_weight(packed, state)
+        layer.set_weight(packed, state)
         layer.bias = cast(nn.Parameter | None, like.bias)
         layer.dense_class = type(like) if is_conv1d(like) else nn.Linear
         layer.train(like.training)
@@ -144,23 +144,24 @@ class LinearNF4(QuantizedWeight):
         dense.register_parameter("bias", self.bias)
         return cast(nn.Module, dense.train(self.training))
 
+    # Shapes: x [..., K] and y [..., N], with K = in_features and N = out_features. Each forward casts x to the dtype of
+    # the product, calls one op, which also defines the backward pass, and casts y to the dtype of the result.
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute y [..., out_features] from x [..., in_features]."""
-        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
-        compute, result = self._dtypes(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4(_cast(x, compute), *self._operand, self.bias)
-        return y if y.dtype == result else y.to(result)
+        x, dtype = self._product_input(x)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4(x, *self._operand, self.bias)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
-        """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
+        """Compute y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
 
         lora_A: [r, in_features], lora_B: [out_features, r].   dropout_p: the caller passes 0 outside training.
         """
-        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
-        compute, result = self._dtypes(x)
+        x, dtype = self._product_input(x)
         lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device), scaling, dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(_cast(x, compute), *self._operand, self.bias, *lora)[0]
-        return _cast(y, result)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x, *self._operand, self.bias, *lora)[0]
+        return y if y.dtype == dtype else y.to(dtype)
 
     def forward_multi_lora(
         self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, adapter: Tensor, dropout_p: float = 0.0
@@ -168,15 +169,13 @@ class LinearNF4(QuantizedWeight):
         """Compute forward_lora with a separate adapter for each row of x.
 
         adapter: int64, one number for each row of x as a matrix, -1 for none.
-        lora_A: [E, r, in_features], lora_B: [E, out_features, r], smaller ranks padded with zeros.   scalings: fp32
-        [E].
+        lora_A: [E, r, in_features], lora_B: [E, out_features, r], smaller ranks padded with zeros.
+        scalings: fp32 [E].
         """
-        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
-        compute, result = self._dtypes(x)
+        x, dtype = self._product_input(x)
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
-        multi_lora = torch.ops.qlora_kernels.linear_nf4_multi_lora
-        y: Tensor = multi_lora(_cast(x, compute), *self._operand, self.bias, *lora)[0]
-        return _cast(y, result)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *self._operand, self.bias, *lora)[0]
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     def forward_lora_group(
@@ -187,14 +186,22 @@ class LinearNF4(QuantizedWeight):
     ) -> list[Tensor]:
         """Compute each layer's forward_lora on the same x, as one op with one dropout mask, forward and backward.
 
-        layers: with equal in_features and compute_dtype; their biases are constants.   updates: (lora_A, lora_B,
-        scaling) of each layer.   Returns the y of each layer.
+        layers: with equal in_features and compute_dtype; their biases are constants.
+        updates: (lora_A, lora_B, scaling) of each layer.
+        Returns the y of each layer.
         """
-        compute, result = layers[0]._dtypes(x)
+        x, dtype = layers[0]._product_input(x)
         lora_A, lora_B, scalings = zip(*updates, strict=True)
         lora = GroupLoRA(torch.cat(lora_A), lora_B, seed_for(dropout_p, x.device), scalings, dropout_p)
-        weights, biases = [layer._operand for layer in layers], [layer.bias for layer in layers]
-        return [_cast(y, result) for y in call_group(_cast(x, compute), weights, biases, lora)]
+        ys = call_group(x, [layer._operand for layer in layers], [layer.bias for layer in layers], lora)
+        return [y if y.dtype == dtype else y.to(dtype) for y in ys]
+
+    def set_weight(self, packed: Tensor, state: QuantState) -> None:
+        """Replace the weight by the quantized weight (packed, state) of the same shape, without a copy."""
+        self.blocksize = state.blocksize
+        self.weight_dtype = state.dtype
+        # Not persistent: _save_to_state_dict writes them under their checkpoint names.
+        self._set_tensors({"packed": packed, **dict(zip(CONSTANTS, state.constants, strict=True))}, persistent=False)
 
     def extra_repr(self) -> str:
         """Return the sizes, as nn.Linear does, and the format, for repr()."""
@@ -208,18 +215,17 @@ class LinearNF4(QuantizedWeight):
     def _operand(self) -> Weight:
         return Weight._make((*self._tensors(), self.blocksize, self.out_features, self.in_features))
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Return (dtype of the product, dtype of the result)."""
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # is_autocast_enabled rejects the meta device
-            dtype = torch.get_autocast_dtype(x.device.type)
-            return dtype, dtype
-        return self.compute_dtype or x.dtype, x.dtype
+    def _product_input(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Return (x in the dtype of the product, the dtype of the result). Raises ValueError for another K.
 
-    def _set_weight(self, packed: Tensor, state: QuantState) -> None:
-        self.blocksize = state.blocksize
-        self.weight_dtype = state.dtype
-        # Not persistent: _save_to_state_dict writes them under their checkpoint names.
-        self._set_tensors({"packed": packed, **dict(zip(CONSTANTS, state.constants, strict=True))}, persistent=False)
+        Casts are skipped where the dtype is already right, because a call of `.to` takes a microsecond.
+        """
+        check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # is_autocast_enabled rejects the meta device
+            compute = result = torch.get_autocast_dtype(x.device.type)
+        else:
+            compute, result = self.compute_dtype or x.dtype, x.dtype
+        return x if x.dtype == compute else x.to(compute), result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self._save_rest(destination, prefix, keep_vars):
@@ -256,7 +262,7 @@ class LinearNF4(QuantizedWeight):
         if not found and weight.is_floating_point():
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name}: dense weight must have shape {shape}, got {tuple(weight.shape)}")
-            self._set_weight(*quantize_nf4(weight.to(device), self.blocksize, self.double_quant))
+            self.set_weight(*quantize_nf4(weight.to(device), self.blocksize, self.double_quant))
             return
         state = bnb_layout.decode(name, found)
         if tuple(state.shape) != shape:
@@ -265,14 +271,9 @@ class LinearNF4(QuantizedWeight):
         if packed.numel() != (state.numel + 1) // 2:
             raise ValueError(f"{name}: must hold {(state.numel + 1) // 2} packed bytes, got {packed.numel()}")
         copies = [None if t is None else t.detach().clone() for t in state.to(device).constants]
-        self._set_weight(
+        self.set_weight(
             packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
         )
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return tensor.to(dtype), without the microsecond that a call takes if the dtype is already right."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
