@@ -33,7 +33,7 @@ def test_lower_bounds_are_those_of_the_wheel(tmp_path):
     assert lower_bounds(tmp_path / "a.whl") == {"torch": "2.10", "transformers": "5.0"}
 
 
-def test_failed_check_says_why_and_keeps_the_output(logs):
+def test_failed_check_reports_reason_and_keeps_output(logs):
     outcome = Outcome("row")
     code = "print('before'); print('1 failed, 2 passed in 3.00s'); raise SystemExit(1)"
     compatibility.check(outcome, "op tests", "row-ops", [sys.executable, "-c", code])

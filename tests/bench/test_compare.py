@@ -54,7 +54,7 @@ def test_a_case_without_a_correct_result_of_ours_fails():
     assert "not measured" in str(ratio)
 
 
-def test_a_peer_that_is_not_installed_is_not_compared(capsys):
+def test_missing_peer_is_not_compared(capsys):
     assert compared(COMMITTED, [row("ours", 9.0, speedup={})]) == []
     assert "bnb was not measured" in capsys.readouterr().err
 

@@ -64,7 +64,7 @@ def test_step_beyond_its_limit_is_ended_with_its_children(script: Script, tmp_pa
     assert row["code"] is None
 
 
-def test_other_backend_goes_on_after_a_failed_smoke_step(
+def test_other_backend_continues_after_failed_smoke_step(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that cannot be loaded: its smoke step fails, and none of its other steps begins."""
@@ -84,7 +84,7 @@ def test_other_backend_goes_on_after_a_failed_smoke_step(
     [("time.sleep(600)", None), ("os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV), ("raise ValueError", 1)],
     ids=["hangs", "crashes", "raises"],
 )
-def test_step_that_fails_keeps_its_rows_and_the_others_go_on(
+def test_failed_step_keeps_its_rows_and_others_continue(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int | None
 ) -> None:
     script.does(f"if (module, backend) == ('compare', 'cuda'):\n    {fault}")
@@ -171,7 +171,7 @@ def test_claims_are_answered_by_rows() -> None:
     assert next(line for line in text.splitlines() if "beats decode" in line).endswith("| 128")
 
 
-def test_bundle_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_runs_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the check says so; all that it imported lay in the bundle."""
     out = tmp_path / "bundle"
     monkeypatch.setattr(sys, "argv", ["gpu_bundle", "--out", str(out), "--no-triton"])
@@ -185,7 +185,7 @@ def test_bundle_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert "nothing was checked" in done.stderr
 
 
-def test_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_other_than_bundle_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("kept")
     monkeypatch.setattr(sys, "argv", ["gpu_bundle", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ def test_columns_are_padded():
     assert table(["a", "long"], [["123", "4"]]) == "| a   | long |\n|-----|------|\n| 123 | 4    |"
 
 
-def test_a_page_without_marks_is_left_alone(tmp_path):
+def test_page_without_marks_is_unchanged(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text\n<begin>\n")
     with pytest.raises(ValueError, match=r"must hold the lines '<begin>' and '<end>'"):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
     ],
     ids=["benchmarks", "fidelity"],
 )
-def test_a_page_is_what_its_rows_say(page, write, tmp_path):
+def test_committed_page_equals_generated_page(page, write, tmp_path):
     copy = tmp_path / page
     shutil.copy(ROOT / "docs" / page, copy)
     write(copy)

@@ -68,14 +68,14 @@ def test_a_missing_package_is_named_with_its_contenders(monkeypatch):
     assert optional.runs(ours, Case("op"))
 
 
-def test_a_package_that_fails_to_import_is_left_out_with_its_error(monkeypatch, tmp_path):
+def test_package_with_import_error_is_skipped_with_reason(monkeypatch, tmp_path):
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('needs another torch')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(optional.NAMES, "broken_package", "broken_package.function")
     assert optional.reason_missing("broken_package") == "RuntimeError: needs another torch"
 
 
-def test_a_package_without_the_name_that_is_used_is_left_out(monkeypatch):
+def test_package_without_required_name_is_skipped(monkeypatch):
     monkeypatch.setitem(optional.NAMES, "json", "json.no_such_function")
     assert optional.reason_missing("json") == "AttributeError: module 'json' has no attribute 'no_such_function'"
 

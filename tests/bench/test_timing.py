@@ -26,7 +26,7 @@ def test_summary():
     assert summary.p10 < 2.0 < 4.0 < summary.p90
 
 
-def test_entrants_take_turns_over_all_their_copies(monkeypatch):
+def test_implementations_alternate_over_all_copies(monkeypatch):
     monkeypatch.setattr(timing, "TURN_S", 0.0)
     order = []
     entrants = {

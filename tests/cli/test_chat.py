@@ -81,7 +81,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_command():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_turn_that_leaves_no_room_is_said_and_left_out(capsys, monkeypatch, model):
+def test_turn_without_room_for_answer_is_reported_and_skipped(capsys, monkeypatch, model):
     answers, errors = chat(capsys, monkeypatch, model, ["x" * 300, "hello"])
     assert "positions and leaves none for an answer; /reset" in errors
     assert len(answers) == 1

@@ -169,7 +169,7 @@ def test_help_shows_defaults(capsys, command):
         assert all(method in text for method in METHODS)
 
 
-def test_merge_of_gpt2_writes_its_own_kind_of_layers(tmp_path):
+def test_merge_of_gpt2_writes_conv1d_layers(tmp_path):
     """Adapted layers and those without an adapter are stored transposed, as transformers reads them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

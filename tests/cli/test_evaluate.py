@@ -69,7 +69,7 @@ def test_refused(capsys, monkeypatch, model, options, words):
     assert error.count("\n") == 1
 
 
-def test_tasks_go_to_lm_eval(capsys, monkeypatch, model, tmp_path):
+def test_tasks_are_passed_to_lm_eval(capsys, monkeypatch, model, tmp_path):
     """The calls that lm-eval 0.4 takes; the next test runs the library itself where it is installed."""
     seen = {}
 

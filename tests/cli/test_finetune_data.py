@@ -28,7 +28,7 @@ def test_conversations_of_a_parquet_file_packed(capsys, model, tmp_path):
     assert report["perplexity"]["NF4 + adapter, trained"] < report["perplexity"]["NF4 base"]
 
 
-def test_what_cannot_be_packed_or_read_is_refused(capsys, monkeypatch, model, tmp_path):
+def test_unsupported_packing_and_data_are_refused(capsys, monkeypatch, model, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     line = refused(capsys, *arguments(model, data, tmp_path / "out", "--packing", "--method", "prompt_tuning"))

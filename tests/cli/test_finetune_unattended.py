@@ -54,7 +54,7 @@ def test_epochs(capsys, model, tmp_path):
     assert "--epochs" in refused(capsys, *parts, "--steps", "3")
 
 
-def test_the_best_step_is_kept_and_said(capsys, monkeypatch, model, text, tmp_path):
+def test_best_step_is_kept_and_reported(capsys, monkeypatch, model, text, tmp_path):
     """The evaluations after step 2 are made worse than they are."""
     from qlora_kernels.cli import finetune_training
 
@@ -75,7 +75,7 @@ def test_the_best_step_is_kept_and_said(capsys, monkeypatch, model, text, tmp_pa
     assert re.search(f"adapter  .*of step 2: {why}", capsys.readouterr().out)
 
 
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(capsys, monkeypatch, model, text, tmp_path):
+def test_signal_writes_checkpoint_and_prints_resume_command(capsys, monkeypatch, model, text, tmp_path):
     """No option asks for checkpoints. The printed command continues the run to the same figures."""
     number = signal.SIGTERM
     options = ["--dropout", "0.1", "--eval-every", "2"]
@@ -260,7 +260,7 @@ def test_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5)]
 
 
-def test_what_is_known_at_the_start_is_refused_there(capsys, monkeypatch, model, text, tmp_path):
+def test_errors_known_at_start_are_raised_there(capsys, monkeypatch, model, text, tmp_path):
     def line(*more):
         return refused(capsys, *arguments(model, text, tmp_path / "out", *more))
 

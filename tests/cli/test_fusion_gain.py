@@ -17,7 +17,7 @@ def examples():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_model_is_left_as_it_was(fused, monkeypatch):
+def test_model_is_unchanged(fused, monkeypatch):
     model = qk.peft.get_peft_model(tiny_decoder("Llama"), qk.peft.LoraConfig(r=2, lora_dropout=0.5)).eval()
     if fused:
         qk.fuse_model(model)

@@ -62,7 +62,7 @@ def test_a_signal_keeps_the_adapter(capsys, monkeypatch, model, data, tmp_path):
     assert (tmp_path / "adapter-step-3" / "adapter_model.safetensors").is_file()
 
 
-def test_what_trainer_cannot_do_is_refused(capsys, model, data, tmp_path):
+def test_options_unsupported_by_trainer_are_refused(capsys, model, data, tmp_path):
     def line(*more):
         return refused(capsys, *arguments(model, data, tmp_path / "out", "--trainer", "hf", *more))
 

@@ -59,7 +59,7 @@ def test_tokenizer_and_sizes(smollm2):
     assert 4.125 < 8 * smollm2.report.bytes_after / weights < 4.13
 
 
-def test_nf4_perplexity_is_that_of_the_dequantized_weights(smollm2):
+def test_nf4_perplexity_equals_perplexity_of_dequantized_weights(smollm2):
     """Within 0.5 %: they differ only in the order and rounding of matmuls. NF4 itself costs 20 to 40 %."""
     model, quantized = load_model(smollm2.dense), load_model(smollm2.nf4)
     dense = perplexity(ChunkedLoss(model), smollm2.unseen, 4).value

@@ -48,7 +48,7 @@ else:
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_choices_are_those_of_the_modules_that_define_them():
+def test_option_choices_equal_module_constants():
     assert (choices.BLOCKSIZES, choices.DEFAULT_BLOCKSIZE) == (nf4.BLOCKSIZES, nf4.DEFAULT_BLOCKSIZE)
     assert choices.SCHEDULES == schedule.SCHEDULES
     assert set(choices.METHODS) == set(METHODS)
@@ -74,7 +74,7 @@ def test_completion_script(capsys):
     assert "--print-completion: must be one of bash, zsh" in capsys.readouterr().err
 
 
-def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+def test_completion_without_shtab_names_package(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(SystemExit) as ended:
         main(["--print-completion", "bash"])
@@ -85,7 +85,7 @@ def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["generate", "merge", "eval", "chat"])
-def test_an_adapter_that_is_missing_is_refused_before_the_model_is_read(capsys, monkeypatch, tmp_path, command):
+def test_missing_adapter_is_refused_before_model_is_read(capsys, monkeypatch, tmp_path, command):
     def never(*_):
         raise AssertionError("the model was read")
 

@@ -78,7 +78,7 @@ def test_a_template_with_too_long_a_range_is_refused(capfd, model, tmp_path):
     assert "the chat template refuses the conversation: Range too big" in line
 
 
-def test_a_pattern_that_backtracks_too_far_is_refused(capfd, model, tmp_path):
+def test_backtracking_pattern_is_refused(capfd, model, tmp_path):
     folder = with_pattern(model, tmp_path / "model", BACKTRACKING)
     rows = [{"prompt": "count ", "completion": f"{'a' * i}!"} for i in range(40)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)

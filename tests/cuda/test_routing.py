@@ -27,7 +27,7 @@ def kernel(M: int, capability: int = 80, **of_problem: object) -> str:
 
 
 @pytest.mark.parametrize("capability", routing.BOUNDS)
-def test_the_table_is_what_the_model_says(capability: int) -> None:
+def test_routing_table_equals_roofline_model(capability: int) -> None:
     assert routing.BOUNDS[capability].fused_rows == roofline.fused_rows(roofline.GPUS[capability])
 
 
@@ -47,7 +47,7 @@ def test_every_kernel_serves_its_rows() -> None:
 
 
 @pytest.mark.parametrize(("op", "N", "K"), [("linear_nf4", 64, 40), ("linear_nf4_grad_x", 12, 64)])
-def test_shapes_that_no_fused_kernel_takes_are_decoded(op: str, N: int, K: int) -> None:
+def test_shapes_unsupported_by_fused_kernels_are_decoded(op: str, N: int, K: int) -> None:
     assert kernel(8, op=op, N=N, K=K) == routing.DECODE
 
 
@@ -112,7 +112,7 @@ def test_an_unknown_backend_in_a_tuned_file_is_an_error(measured: Path) -> None:
         kernel(8, 90)
 
 
-def test_rows_of_one_choice_share_it_and_errors_name_the_problem_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_is_cached_by_planned_rows_and_errors_name_requested_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     registry._select.cache_clear()
     cpu = problem(1001, N=64, K=64)._replace(device="cpu")
     first = registry.select(cpu)

@@ -20,7 +20,7 @@ STEPS = 5000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun ends its processes without signals on Windows")
-def test_interrupted_torchrun_leaves_a_checkpoint_of_the_last_step(tmp_path):
+def test_interrupted_torchrun_writes_checkpoint_of_last_step(tmp_path):
     write_tiny_llama(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     out = tmp_path / "out"

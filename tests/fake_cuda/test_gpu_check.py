@@ -45,7 +45,7 @@ def test_every_step_passes(tmp_path: Path) -> None:
         assert (right, of) == (all_, "of")
 
 
-def test_backend_that_cannot_run_leaves_the_other_one(tmp_path: Path) -> None:
+def test_unavailable_backend_does_not_affect_the_other(tmp_path: Path) -> None:
     """Under a driver that is too old for the CUDA library, Triton is checked."""
     done, found = rehearse(tmp_path, "--only", "smoke", "compare cuda", FAKE_CUDA_DRIVER_VERSION="12080")
     assert done.returncode == 1, done.stderr

@@ -119,5 +119,5 @@ def test_a_captured_graph_replays_new_inputs() -> None:
         assert torch.equal(y.cpu(), expected[1])
 
 
-def test_ptx_that_cannot_be_translated_is_an_error(device: FakeDevice) -> None:
+def test_untranslatable_ptx_raises(device: FakeDevice) -> None:
     assert device.load_module(b".version 8.0\n.target sm_80\n.visible .entry k() { nothing.b32 %r1; }") != 0

@@ -162,7 +162,7 @@ def test_a_sliding_window_limits_the_context(tmp_path, kind, changes, length):
     ],
     ids=str,
 )
-def test_functions_that_llama_cpp_lacks_are_refused(tmp_path, kind, changes, words):
+def test_functions_unsupported_by_llama_cpp_are_refused(tmp_path, kind, changes, words):
     model = random_model(kind, tiny_tokenizer("gpt2"), **changes)
     with pytest.raises(ModelError, match=words):
         write_model_gguf(tmp_path / "m.gguf", model, tiny_tokenizer("gpt2"))
@@ -216,7 +216,7 @@ def test_another_way_to_split_a_text_is_refused(tmp_path):
         write_model_gguf(tmp_path / "m.gguf", random_model("llama", tokenizer), tokenizer)
 
 
-def test_other_spaces_are_said(tmp_path):
+def test_other_whitespace_is_reported(tmp_path):
     model = random_model("llama", tiny_tokenizer("llama2"))
     for family, words in (("llama2", "at the beginning of a text"), ("mistral", "after special tokens")):
         with pytest.warns(UserWarning, match=f"this tokenizer puts one .*{words}"):
@@ -227,7 +227,7 @@ def test_other_spaces_are_said(tmp_path):
             write_model_gguf(tmp_path / family, model, tiny_tokenizer(family))
 
 
-def test_words_that_are_tokens_without_a_merge_are_refused(tmp_path):
+def test_tokens_without_merge_are_refused(tmp_path):
     """llama.cpp makes such a word one token for Llama 3 and several for the others."""
     tokenizer = copy.deepcopy(tiny_tokenizer("gpt2"))
     model = random_model("llama", tokenizer)

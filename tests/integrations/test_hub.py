@@ -100,7 +100,7 @@ def test_revisions(cache, model):
         hub_folder("owner/tiny")
 
 
-def test_a_snapshot_that_lacks_weights_is_not_a_model(cache, model):
+def test_snapshot_without_weights_is_not_a_model(cache, model):
     snapshot = put(cache, "owner/tiny", model)
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"of which model.safetensors is missing; HF_HUB_OFFLINE is set"):
@@ -115,7 +115,7 @@ def test_a_snapshot_that_lacks_weights_is_not_a_model(cache, model):
         hub_folder("owner/tiny")
 
 
-def test_a_model_that_is_not_in_the_cache_is_one_line(cache, capsys):
+def test_model_missing_from_cache_gives_one_line_error(cache, capsys):
     for command in (["quantize", "owner/none", "x"], ["generate", "--prompt", "a", "--model", "owner/none"]):
         assert main(command) == 2
         error = capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_in_the_cache_is_one_line(cache, capsys):
         assert "HF_HUB_OFFLINE is set: unset it" in error
 
 
-def test_what_the_cache_lacks_is_downloaded(cache, model, monkeypatch):
+def test_files_missing_from_cache_are_downloaded(cache, model, monkeypatch):
     asked = []
 
     def download(**wanted):
@@ -158,7 +158,7 @@ class _Response:
         (RepositoryNotFoundError("404: Repository Not Found\nfor url", response=_Response()), "Repository Not Found"),
     ],
 )
-def test_a_hub_that_is_not_reached_is_one_line(cache, capsys, monkeypatch, error, words):
+def test_unreachable_hub_gives_one_line_error(cache, capsys, monkeypatch, error, words):
     def download(**wanted):
         if wanted.get("local_files_only"):
             raise LocalEntryNotFoundError("none")

@@ -43,7 +43,7 @@ def test_error_of_a_layer():
     assert layer.shares == tuple(codes.count(i) / len(codes) for i in range(16))
 
 
-def test_weights_that_are_not_normal_stand_out():
+def test_weights_without_normal_distribution_have_large_divergence():
     generator = torch.Generator().manual_seed(0)
     normal = layer_error("n", torch.randn(256, 64, generator=generator), 64, double_quant=True)
     uniform = layer_error("u", torch.rand(256, 64, generator=generator) * 2 - 1, 64, double_quant=True)
@@ -52,7 +52,7 @@ def test_weights_that_are_not_normal_stand_out():
     assert (zero.relative, zero.largest, zero.shares[nf4.ZERO_INDEX]) == (0.0, 0.0, 1.0)
 
 
-def test_layers_are_those_that_are_quantized(tmp_path):
+def test_reported_layers_equal_quantized_layers(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path / "gpt2"

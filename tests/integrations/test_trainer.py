@@ -222,7 +222,7 @@ def adalora(**options):
     )
 
 
-def test_adalora_trains_as_in_a_loop_of_its_own(tmp_path):
+def test_adalora_matches_manual_training_loop(tmp_path):
     """Ranks move, and the regularizer is in the gradients that are clipped; a resumed run ends with the same values."""
     from qlora_kernels.integrations.trainer import PeftCallback
 

@@ -20,7 +20,7 @@ def test_independent_loads_do_not_wait() -> None:
     assert count(f"{COPIES}\n{LOADS}\n{PRODUCT}\nFMUL R9, R7, R6\nSTS [R3], R9") == 0
 
 
-def test_a_lookup_that_needs_a_load_counts_and_so_does_what_follows_from_it() -> None:
+def test_dependent_loads_and_instructions_that_use_them_are_counted() -> None:
     chain = "IMAD.WIDE.U32 R8, R6, 0x4, R2\nLDG.E.CONSTANT R10, desc[UR10][R8.64]\nFADD R11, R10, R4"
     assert count(f"{COPIES}\n{LOADS}\n{chain}\n{PRODUCT}") == 3
 

@@ -270,7 +270,7 @@ def test_no_logits_beyond_a_chunk(monkeypatch):
     assert max(rows) == 4
 
 
-def test_heads_that_are_left_to_the_model(calls):
+def test_unsupported_heads_use_original_forward(calls):
     """Adapters chosen row by row, and hooks inside an adapted head, keep the model's own forward."""
     model, ids = with_lora(tiny_decoder("Llama")), tokens()
     base = model.get_base_model()

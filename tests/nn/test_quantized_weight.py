@@ -76,7 +76,7 @@ def test_state_dicts_load_in_both_forms(make, double_quant):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_casts_leave_the_bits(make):
+def test_casts_keep_the_bits(make):
     wanted, layer = make().state_dict(), shardable(make())
     for cast in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.type(torch.float32)):
         cast(layer)

@@ -94,7 +94,7 @@ def test_dropout_rate_and_scale():
     assert keep_scale(0.1) == 1 / effective
 
 
-def test_seed_comes_from_torch_generator():
+def test_seed_is_drawn_from_torch_generator():
     packed, state = qk.quantize_nf4(gaussian(32, 64))
     x, lora_A, lora_B = gaussian(5, 64), gaussian(4, 64), gaussian(32, 4)
 

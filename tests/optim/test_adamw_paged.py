@@ -161,7 +161,7 @@ class TestStochasticRounding:
         # 100 steps of 1e-4. One rounding has a variance below (2**-8)**2 / 4, 4096 elements, 100 steps: sigma < 3.1e-4.
         assert drift(True) == pytest.approx(1e-2, abs=4 * 3.1e-4)
 
-    def test_draws_come_from_torchs_generator(self):
+    def test_numbers_are_drawn_from_torch_generator(self):
         def weights(seed):
             torch.manual_seed(seed)
             return run(lambda p: PagedAdamW(p, stochastic_rounding=True), 3, dtype=torch.bfloat16)[0]

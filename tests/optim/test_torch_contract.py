@@ -196,7 +196,7 @@ class TestGroups:
         with pytest.raises(ValueError, match="occur once"):
             pair.both[0].step()
 
-    def test_a_group_that_is_refused_is_not_added(self):
+    def test_refused_group_is_not_added(self):
         optimizer = PagedAdamW([nn.Parameter(torch.ones(3))])
         for group in ({"lr": -1.0}, {"params": [nn.Parameter(torch.ones(3).double())]}):
             with pytest.raises((ValueError, TypeError)):

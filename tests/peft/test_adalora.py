@@ -255,7 +255,7 @@ def test_training_resumes(tmp_path, stop):
     assert_same_function(logits(again, batch("llama")), logits(through, batch("llama")), products=100)  # ten steps
 
 
-def test_pruning_goes_on_from_a_pruned_file(tmp_path):
+def test_pruning_continues_from_pruned_file(tmp_path):
     trained(target_r=3).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "target_r": 1}))

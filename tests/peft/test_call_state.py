@@ -178,7 +178,7 @@ def test_rows_with_prefixes_and_beams():
     assert torch.equal(mixed[:1], alone)
 
 
-def test_deleting_a_prefix_leaves_the_others():
+def test_deleting_a_prefix_keeps_the_others():
     """Two sites of one decoder share a configuration, and therefore the attention function."""
     model = get_peft_model(make("t5"), qk.peft.PTuningV2Config(num_virtual_tokens=3, sites=["cross"]), "a").eval()
     expected = logits(model, batch("t5"))

@@ -134,7 +134,7 @@ def test_deleting_the_active_adapter_makes_another_active():
     assert_same_function(output(model), output(model_with().base_model))
 
 
-def test_deleting_keeps_what_is_merged_and_what_is_active():
+def test_deleting_keeps_merged_and_active_adapters():
     """The other adapters do not change; a merged adapter cannot be deleted."""
     model = model_with(*[LoraConfig(target_modules=["lin"])] * 3)
     model.set_adapter(["a", "b"])

@@ -278,7 +278,7 @@ def test_full_fine_tuning_is_refused_over_nf4():
         get_peft_model(make("llama", nf4=True), CASES["full_ft"].config)
 
 
-def test_training_goes_on_after_load(tmp_path):
+def test_training_continues_after_load(tmp_path):
     """The encoders of prefix and P-tuning are restored only for training."""
     for case in ("prefix_tuning", "p_tuning", "p_tuning_lstm", "mam", "unipelt"):
         model = build(case, "t5")

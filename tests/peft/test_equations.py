@@ -144,7 +144,7 @@ def test_unipelt():
     assert_same_function(layer(x), expected, products=4)
 
 
-def test_a_gate_leaves_padding_out():
+def test_gate_ignores_padding():
     gate = Gate(8, False, torch.device("cpu"), torch.float32)
     h, padding = torch.randn(2, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     alone = gate(h[:1, :3], None)
@@ -224,7 +224,7 @@ def test_adapter_fusion():
     assert_same_function(bert_layer(model)(x), bert_reference(bert_layer(model), x, normed=mix), products=6)
 
 
-def test_fusion_of_adapters_that_were_trained_apart(tmp_path):
+def test_fusion_of_separately_trained_adapters(tmp_path):
     model, inputs = fused_model(), batch("bert")
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
@@ -325,7 +325,7 @@ def test_prompt_layout():
         assert torch.equal(layout.mask(None, 4).bool(), joined[..., 0] != 0)
 
 
-def test_placeholders_put_virtual_tokens_where_the_template_says():
+def test_placeholders_determine_positions_of_virtual_tokens():
     config = peft.PTuningConfig(num_virtual_tokens=2, placeholder_token_id=3)
     model = get_peft_model(make("llama"), config).eval()
     ids = torch.tensor([[3, 7, 3, 9], [8, 3, 3, 9]])

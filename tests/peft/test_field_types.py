@@ -16,7 +16,7 @@ REQUIRED = {"AdaLoraConfig": {"total_step": 10}, "AdapterFusionConfig": {"adapte
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: config.__name__)
-def test_every_field_has_a_type_that_is_checked(config):
+def test_every_field_type_is_checked(config):
     for name, hint in field_types(config).items():
         if "Any" in str(hint):
             continue

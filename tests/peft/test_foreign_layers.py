@@ -183,7 +183,7 @@ def test_subclass_with_same_forward_merges(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip"])
-def test_saving_beside_input_embeddings_that_are_no_table(tmp_path, kind):
+def test_saving_with_input_embeddings_without_table(tmp_path, kind):
     """The input embeddings of ViT cut an image into patches; transformers raises for those of CLIP."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -382,7 +382,7 @@ def test_one_layer_under_two_names(nf4, targets, tmp_path):
     assert_same_function(net(x), before)
 
 
-def test_a_table_that_only_others_use_is_refused():
+def test_embedding_used_only_through_tied_ones_is_refused():
     with pytest.raises(ValueError, match=r"shared must be called by the model, which calls encoder.embed_tokens, deco"):
         get_peft_model(make("t5"), LoraConfig(target_modules=["shared"]))
     model = get_peft_model(make("t5"), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))

@@ -173,7 +173,7 @@ def test_a_damaged_file_is_named(tmp_path):
             PeftModel.from_pretrained(make("llama"), tmp_path)
 
 
-def test_a_tensor_that_is_not_finite_is_named(tmp_path):
+def test_error_names_tensor_with_nonfinite_values(tmp_path):
     model = get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = float("inf")

@@ -387,7 +387,7 @@ def test_prepared_models_train_and_generate_in_bf16(kind, autocast):
         assert model.eval().generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
 
 
-def test_a_prepared_norm_whose_input_is_cast_to_its_dtype():
+def test_prepared_norm_casts_its_input():
     """As in Mamba, whose residuals are fp32."""
 
     class Block(nn.Module):
@@ -404,7 +404,7 @@ def test_a_prepared_norm_whose_input_is_cast_to_its_dtype():
 
 
 @pytest.mark.parametrize("quantized_first", [False, True])
-def test_a_merged_gpt2_has_its_own_kind_of_layers(tmp_path, quantized_first):
+def test_merged_gpt2_has_conv1d_layers(tmp_path, quantized_first):
     """GPT-2's layers store their weights transposed, also after a conversion to NF4 and back."""
     from transformers import GPT2LMHeadModel
 

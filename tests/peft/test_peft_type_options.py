@@ -173,7 +173,7 @@ def test_cayley_neumann_sums_are_pefts(hf_peft, terms):
 @pytest.mark.parametrize(
     ("field", "wanted", "size"), [("oft_block_size", 12, 8), ("oft_block_size", 99, 32), ("r", 5, 8)]
 )
-def test_oft_takes_the_nearest_divisor(hf_peft, field, wanted, size):
+def test_oft_uses_nearest_divisor(hf_peft, field, wanted, size):
     """Of the 32 inputs of the layer, as PEFT does it."""
     options = {"oft_block_size": 0, "target_modules": ["q_proj"], field: wanted}
     with pytest.warns(UserWarning, match=f"{field}: {wanted} does not divide the 32 inputs of model.layers.0"):
@@ -233,7 +233,7 @@ def test_butterfly_factors_are_pefts(hf_peft, monkeypatch, tmp_path, factors):
         assert_same_function(logits(ours.merge_and_unload(), batch("llama")), expected)
 
 
-def test_boft_that_peft_trained_without_its_kernel_has_one_factor(hf_peft, monkeypatch, tmp_path):
+def test_boft_file_trained_without_peft_kernel_has_one_factor(hf_peft, monkeypatch, tmp_path):
     """The file asks for two and holds one."""
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
     config = hf_peft.BOFTConfig(boft_n_butterfly_factor=2, target_modules=["q_proj"])
@@ -255,7 +255,7 @@ def test_boft_that_peft_trained_without_its_kernel_has_one_factor(hf_peft, monke
         ({"boft_block_size": 1, "boft_n_butterfly_factor": 2}, "their size even, got 32 blocks of 1"),
     ],
 )
-def test_boft_blocks_that_do_not_fit_are_named(options, message):
+def test_error_names_unsuitable_boft_blocks(options, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(make("llama"), peft.BOFTConfig(target_modules=["q_proj"], **options))
 

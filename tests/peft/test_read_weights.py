@@ -70,7 +70,7 @@ def test_limits_of_read_weights_are_reported():
         model(torch.zeros(2, 8), adapter_names=["default", "__base__"])
 
 
-def test_a_head_that_is_given_the_embedding():
+def test_head_that_receives_the_embedding_as_argument():
     """DeBERTa-v2's head multiplies by the embedding's table, which the model passes to it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.DebertaV2Config(

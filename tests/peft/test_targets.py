@@ -158,7 +158,7 @@ NAMES_OF_NOTHING = [
 
 
 @pytest.mark.parametrize(("kind", "config", "message"), NAMES_OF_NOTHING)
-def test_a_name_that_matches_nothing_is_refused(kind, config, message):
+def test_unmatched_name_is_refused(kind, config, message):
     """Also together with names that match; the model is not changed."""
     model = make(kind)
     before = [name for name, _ in model.named_modules()]
@@ -206,7 +206,7 @@ class ReadsAWeight(nn.Module):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_layer_that_is_never_called_is_refused_by_name_and_left_out_of_all_linear(quantized):
+def test_uncalled_layer_is_refused_by_name_and_excluded_from_all_linear(quantized):
     model = nn.Sequential(ReadsAWeight())
     if quantized:
         qk.replace_linear(model)

@@ -86,7 +86,7 @@ def test_a_merged_model_reloads(tmp_path, part, order):
     assert_same_function(logits(again, inputs)[..., :VOCAB], expected)
 
 
-def test_unload_leaves_the_tie():
+def test_unload_keeps_tied_weights():
     for part in PARTS.values():
         base = adapted(part).unload()
         assert base.lm_head.weight is base.model.embed_tokens.weight
@@ -281,13 +281,13 @@ class TestResizedVocabulary:
         with pytest.raises(ValueError, match="must be the base model's own weight, got other values"):
             PeftModel.from_pretrained(self.resized(1, lambda: tied(seed=5)), tmp_path)
 
-    def test_a_vocabulary_of_its_own_size_is_not_saved(self, tmp_path):
+    def test_vocabulary_of_original_size_is_not_saved(self, tmp_path):
         adapted({}).save_pretrained(tmp_path)
         assert all("lora" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["bart", "whisper"])
-def test_an_encoder_decoder_whose_output_does_not_depend_on_the_flag(tmp_path, kind):
+def test_encoder_decoder_with_output_independent_of_tie_flag(tmp_path, kind):
     import transformers
 
     torch.manual_seed(0)

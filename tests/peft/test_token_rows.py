@@ -85,7 +85,7 @@ def test_the_padding_token_gets_no_gradient():
     assert (rows.grad.abs().sum(1) > 0).tolist() == [True, False, True]
 
 
-def test_rows_of_a_batch_have_tokens_of_their_own():
+def test_token_rows_of_several_adapters_in_one_batch():
     model = get_peft_model(make("llama", layers=1), peft.TrainableTokensConfig(token_indices=[12, 27])).eval()
     randomize(model)
     model.add_adapter("lora", peft.LoraConfig(r=2, trainable_token_indices=[12, 6]))
@@ -136,7 +136,7 @@ LORA = "trainable_token_indices"
     ],
     ids=lambda value: value.peft_type if hasattr(value, "peft_type") else "",
 )
-def test_what_cannot_be_is_named(config, message):
+def test_error_names_invalid_configuration(config, message):
     base = make("llama", layers=1)
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match=message):

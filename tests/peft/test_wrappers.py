@@ -109,7 +109,7 @@ def test_files_are_those_of_the_plain_model(tmp_path, wrap, config):
 
 
 @pytest.mark.parametrize("wrapper", [checkpoint_wrapper, FSDPLike, compiled])
-def test_wrappers_that_come_after_the_adapter(tmp_path, wrapper):
+def test_wrappers_added_after_the_adapter(tmp_path, wrapper):
     model = get_peft_model(make("llama"), CONFIG).eval()
     randomize(model)
     inputs = batch("llama")
@@ -125,7 +125,7 @@ def test_wrappers_that_come_after_the_adapter(tmp_path, wrapper):
     assert_same_function(logits(model.merge_and_unload(), inputs), expected)
 
 
-def test_wrappers_names_in_a_file_are_left_out(tmp_path):
+def test_names_of_wrappers_in_file_are_ignored(tmp_path):
     """PEFT includes them in names if the base was compiled first."""
     model = get_peft_model(make("llama"), CONFIG).eval()
     randomize(model)
@@ -138,20 +138,20 @@ def test_wrappers_names_in_a_file_are_left_out(tmp_path):
     assert_same_function(logits(again, batch("llama")), logits(model, batch("llama")))
 
 
-def test_all_linear_leaves_out_the_head_of_a_wrapped_model():
+def test_all_linear_excludes_head_of_wrapped_model():
     for wrap in (compiled, nn.DataParallel, checkpoint_wrapper):
         targets = get_peft_model(wrap(make("llama")), LoraConfig(target_modules="all-linear")).injector.adapted_layers()
         assert len(targets) == 14
         assert "lm_head" not in targets
 
 
-def test_prompts_find_the_embedding_of_a_wrapped_model():
+def test_prompts_use_embedding_of_wrapped_model():
     for wrap in (compiled, nn.DataParallel):
         model = get_peft_model(wrap(make("llama")), PromptTuningConfig(num_virtual_tokens=3)).eval()
         assert logits(model, batch("llama")).shape[1] == 7
 
 
-def test_a_layer_that_is_compiled_by_itself_is_refused():
+def test_separately_compiled_layer_is_refused():
     with pytest.raises(ValueError, match=r"q_proj must not be compiled by itself"):
         get_peft_model(wrap_leaf(compiled)(make("llama")), LoraConfig(target_modules=["q_proj"]))
 

@@ -50,7 +50,7 @@ def test_only_the_assistants_turns_are_learned(tokenizer):
     assert learned(example, tokenizer) == "yo\nciao\n"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_template_rewriting_earlier_turns_is_refused(tokenizer):
     template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
     before, tokenizer.chat_template = tokenizer.chat_template, template
     messages = ({"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"})

@@ -72,7 +72,7 @@ def test_splits(made):
         read_data(str(made / "rows.jsonl"), 0, "test")
 
 
-def test_plain_files_do_not_go_through_datasets(made, monkeypatch):
+def test_plain_files_are_read_without_datasets(made, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert not is_dataset(str(made / "rows.jsonl"))
     assert not is_dataset("no/such.txt")
@@ -81,7 +81,7 @@ def test_plain_files_do_not_go_through_datasets(made, monkeypatch):
         read_data(str(made / "rows.parquet"), 0)
 
 
-def test_what_cannot_be_read_is_refused(made, tmp_path):
+def test_unreadable_data_is_refused(made, tmp_path):
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes((made / "rows.parquet").read_bytes()[:-40])
     with pytest.raises(DataError, match=r"damaged\.parquet: must be readable by `datasets`"):
@@ -102,7 +102,7 @@ def test_what_cannot_be_read_is_refused(made, tmp_path):
         read_data(str(preferences), 0)
 
 
-def test_a_dataset_of_the_hub_comes_from_the_local_cache(made, monkeypatch):
+def test_hub_dataset_is_read_from_local_cache(made, monkeypatch):
     """The layout in which `datasets` keeps what it has prepared; nothing is downloaded here."""
     # Other tests have prepared files of their own in this cache.
     loaded = datasets.load_dataset("parquet", data_files=str(made / "rows.parquet"))

@@ -82,5 +82,5 @@ class WithoutPositions(Leaking):
 
 
 @pytest.mark.parametrize("kind", [Leaking, WithoutPositions])
-def test_models_that_mix_examples_are_found(kind):
+def test_models_mixing_packed_examples_are_detected(kind):
     assert not keeps_apart(kind())

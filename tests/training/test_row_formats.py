@@ -84,6 +84,6 @@ def test_alpacas_prompt_is_stanfords():
         ({"text": b"bytes"}, "got a value of type bytes"),
     ],
 )
-def test_rows_that_would_be_misread_are_refused(row, message):
+def test_ambiguous_rows_are_refused(row, message):
     with pytest.raises(DataError, match=f"^here: .*{message}"):
         parse_record("here", row)
