@@ -1,0 +1,51 @@
+"""Relative links of all pages lead to files that exist, and their anchors to headings of those pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+HOST = re.compile(r"[a-z]+:", re.IGNORECASE)
+
+
+def without_code(text: str) -> str:
+    """Return a page without fenced blocks and inline code, in which brackets are not links."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as Python-Markdown and GitHub form them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in words}
+
+
+def broken(page: Path, text: str) -> list[str]:
+    """Return the links of a page that lead to no file or no heading."""
+    faults = []
+    for target in LINK.findall(without_code(text)):
+        if HOST.match(target):
+            continue
+        path, _, anchor = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        known = to.exists() and (not anchor or to.suffix != ".md" or "reference" in to.parts or anchor in anchors(to))
+        if not known:
+            faults.append(target)
+    return faults
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    assert broken(page, page.read_text()) == []
+
+
+def test_a_broken_link_is_found():
+    page = ROOT / "README.md"
+    text = "[a](docs/index.md) [b](docs/nothing.md) [c](docs/index.md#install) [d](docs/index.md#nothing) `[e](x)`"
+    assert broken(page, text) == ["docs/nothing.md", "docs/index.md#nothing"]
+    assert broken(page, "[web](https://example.org/x) ![picture](docs/assets/no.svg)") == ["docs/assets/no.svg"]
