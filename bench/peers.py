@@ -8,8 +8,9 @@ Unsloth-style     The algorithm of Unsloth, which itself needs a GPU: the weight
 torch int8        Weight-only int8 with a scale for each row: torch._weight_int8pack_mm.
 torch int4        Weight-only int4 with a scale and a zero for each group of 64: torch._weight_int4pack_mm, which is
                   _for_cpu on a CPU.
+oneDNN int8       The same int8 weight, and activations that each call quantizes to int8: torch.ops.onednn, on a CPU.
 
-The last two have no gradient and other weights than NF4; they are in the tables for comparison only.
+The last three have no gradient and other weights than NF4; they are in the tables for comparison only.
 """
 
 from __future__ import annotations
@@ -150,6 +151,28 @@ class Int8(nn.Module):
         return self.codes.float() * self.scales.float()[:, None]
 
 
+class OneDNNInt8(nn.Module):
+    """y = x W^T with the weight of Int8 and x quantized in each call with one scale, by oneDNN's integer kernel."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        plain = Int8(weight)
+        self.scales = plain.scales.float()
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+        self.packed = torch.ops.onednn.qlinear_prepack(plain.codes, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T [M, N] for x [M, K]."""
+        low, high = x.aminmax()
+        scale = max(float(high), -float(low)) / 127
+        codes = (x.float() / scale).round_().add_(128).clamp_(0, 255).to(torch.uint8)
+        weight = (self.packed, self.scales, self.zeros)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, scale, 128, *weight, None, 1.0, 0, x.dtype, "none", [], ""
+        )
+        return y
+
+
 class Int4(nn.Module):
     """y = x W^T with W in int4 and a scale and zero for each group of a row, by torch's kernel for bf16 activations."""
 
@@ -197,6 +220,12 @@ def _copies(make: Callable[[Tensor], nn.Module]) -> Callable[..., list[nn.Module
 int8, int4 = _copies(Int8), _copies(Int4)
 
 
+@lru_cache(maxsize=1)
+def onednn_int8(N: int, K: int, blocksize: int, dtype: torch.dtype, device: str, copies: int) -> list[nn.Module]:
+    """Return `copies` layers of oneDNN's int8 path; its packed weights cannot be copied."""
+    return [OneDNNInt8(layers.source_weight(N, K, dtype, device)) for _ in range(copies)]
+
+
 def int8_bytes(case: Case) -> int:
     """Return the bytes of a weight in int8 with its scales."""
     return case.N * case.K + 2 * case.N
@@ -223,7 +252,7 @@ def own_weight(contender: str, weight: Weight) -> Tensor | None:
     N, K, _, dtype, device = weight
     if contender == "torchao":
         return _torchao_weight(*weight).get_original_weight().float()  # type: ignore[no-any-return]
-    if contender == "torch int8":
+    if contender in ("torch int8", "oneDNN int8"):
         return Int8(layers.source_weight(N, K, dtype, device)).dequantize()
     if contender == "torch int4":
         codes, scales, zeros = int4_codes(layers.source_weight(N, K, dtype, device))

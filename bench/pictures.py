@@ -41,6 +41,7 @@ COLORS = {
     "Unsloth-style": "#2e7d32",
     "torchao": "#ad1457",
     "torch int8": "#00838f",
+    "oneDNN int8": "#26a69a",
     "torch int4": "#6d4c41",
     "linear_nf4": "#3949ab",
     "linear_nf4_grad_x": "#e65100",
@@ -51,11 +52,11 @@ COLORS = {
 MARKERS = {"linear_nf4": "o", "linear_nf4_grad_x": "s", "linear_nf4_lora": "^"}
 """Ops in the roofline, with their marks."""
 
-OVER_TOKENS = ("ours", "bnb eval", "bnb train", "dense", "Unsloth-style", "torchao", "torch int8", "torch int4")
-"""Contenders whose speed is drawn over M if they have rows."""
-
-OTHER_WEIGHTS = ("torch int8", "torch int4")
+WEIGHT_ONLY = ("torch int8", "oneDNN int8", "torch int4")
 """Contenders with other weights than NF4, drawn as dotted lines."""
+
+OVER_TOKENS = ("ours", "bnb eval", "bnb train", "dense", "Unsloth-style", "torchao", *WEIGHT_ONLY)
+"""Contenders whose speed is drawn over M if they have rows."""
 
 SHAPES = ((4096, 4096), (14336, 4096), (11008, 4096), (576, 1536))
 """(N, K) of the layers whose speed is drawn over M: the first two that have rows, and the last."""
@@ -98,7 +99,7 @@ def speed_over_tokens(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | No
             chosen = [row for row in cold if (row["N"], row["K"], row["contender"]) == (n, k, contender)]
             points = sorted((row["M"], 2 * row["M"] * n * k / row["median_us"] / 1e3) for row in chosen)
             if points:
-                style = {"ls": ":" if contender in OTHER_WEIGHTS else "-", "lw": 2 if contender == "ours" else 1.2}
+                style = {"ls": ":" if contender in WEIGHT_ONLY else "-", "lw": 2 if contender == "ours" else 1.2}
                 axis.plot(
                     *zip(*points, strict=True), marker="o", ms=3, label=contender, color=COLORS[contender], **style
                 )

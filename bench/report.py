@@ -25,6 +25,9 @@ FIDELITY = ROOT / "bench" / "results" / "fidelity.jsonl"
 CAUSES = "docs/notebook/missed-targets.md"
 """The page with one heading for each missed target and the measured cause below it."""
 
+ONE_MACHINE = "All rows are of one machine: no table says how the contenders compare on a CPU of another kind."
+"""First line of a page whose rows are of one machine."""
+
 UNITS = {"read": "GB/s", "copy": "GB/s", "bf16": "GFLOP/s", "fma": "GFLOP/s"}
 
 PARTS = ("forward", "loss alone")
@@ -67,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = merge(row for file in options.files or committed_files() for row in read_rows(file))
     if options.merge:
         write_rows(options.merge, rows)
+    text = report(rows)
     if options.update:
-        replace_marked(options.update, BEGIN, END, report(rows))
+        machines = {row["machine"] for row in rows if "machine" in row}
+        replace_marked(options.update, BEGIN, END, text if len(machines) > 1 else f"{ONE_MACHINE}\n\n{text}")
     else:
-        print(report(rows))
+        print(text)
     if options.pictures:
         from .pictures import draw  # matplotlib, which nothing else needs
 

@@ -131,6 +131,12 @@ SUITE = Suite(
             packages=("torchao",),
         ),
         Contender("torch int8", layer_contender(peers.int8), peers.int8_bytes, applies=for_context),
+        Contender(
+            "oneDNN int8",
+            layer_contender(peers.onednn_int8),
+            peers.int8_bytes,
+            applies=lambda case: for_context(case) and case.device == "cpu",
+        ),
         Contender("torch int4", layer_contender(peers.int4), peers.int4_bytes, applies=for_context),
         Contender(
             "ours, 1 thread", layer_contender(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1

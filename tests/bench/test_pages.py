@@ -11,7 +11,7 @@ import pytest
 
 from bench import report
 from bench.fidelity import __main__ as fidelity
-from bench.fidelity import bits
+from bench.fidelity import bits, finetuning
 from bench.fidelity.claim import find
 from bench.row_file import read_rows
 
@@ -42,6 +42,11 @@ def test_figures_of_the_readme_are_those_of_the_rows():
     weights = find(rows, claim="bits", weights=bits.MODEL, double_quant=True)
     assert weights is not None
     assert f"{2 * weights['parameters'] / 1e6:.1f} MB in 16 bits, {weights['bytes'] / 1e6:.1f} MB in NF4" in readme
+    trained = {row["trained"] for row in rows if row["claim"] == "finetuning" and row["variant"] == finetuning.FOUR}
+    assert [f"| trained parameters | {count:,} |" in readme for count in trained] == [True]
+    square = find(rows, claim="bits", weights=bits.SQUARE, blocksize=64, double_quant=True)
+    assert square is not None
+    assert f"{square['bits']:.3f} bits per weight for large tensors" in readme
     seconds = {
         row["contender"]: f"{row['median_us'] / 1e6:.1f} s"
         for path in report.committed_files()
@@ -67,7 +72,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
         {"op": "peak", "case": "read", "rate": 40.0, "forced_isa": None, "contender": "probe", "machine": "m"},
     ]
     for m in (1, 64):
-        for contender in ("ours", "dense"):
+        for contender in ("ours", "dense", "torchao", "oneDNN int8"):
             rows.append(
                 {
                     **{"op": "linear_nf4", "machine": "m", "mode": "cold", "forced_isa": None, "dtype": "bfloat16"},
@@ -80,6 +85,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
     for path in drawn:
         words = {"".join(node.itertext()) for node in ElementTree.parse(path).iter() if node.tag.endswith("}text")}
         assert words & {"bf16 peak", "400 GFLOP/s"}
+        assert "roofline" in path.name or words >= {"ours", "dense", "torchao", "oneDNN int8"}
     before = [path.read_bytes() for path in drawn]
     assert [path.read_bytes() for path in pictures.draw(rows, [], tmp_path)] == before
 

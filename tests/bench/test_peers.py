@@ -14,7 +14,7 @@ from bench.suites import GROUPS, suites
 from qlora_kernels import peft
 
 LINEAR = (bench_linear_nf4.SUITE, bench_linear_nf4_grad_x.SUITE, bench_linear_nf4_lora.SUITE)
-OTHERS = ("Unsloth-style", "torchao", "torch int8", "torch int4")
+OTHERS = ("Unsloth-style", "torchao", "torch int8", "oneDNN int8", "torch int4")
 
 PEERS = [
     pytest.param(suite, contender, id=f"{suite.op}-{contender.name}")
@@ -39,7 +39,7 @@ def test_peers_compute_a_linear_layer(suite, contender):
     assert [fault_of(suite, case, inputs, contender, call) for call in calls] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["torch int8", "torch int4"])
+@pytest.mark.parametrize("name", ["torch int8", "oneDNN int8", "torch int4"])
 def test_a_wrong_result_of_a_peer_is_a_fault(name):
     suite = bench_linear_nf4.SUITE
     (contender,) = [contender for contender in suite.contenders if contender.name == name]
