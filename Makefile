@@ -224,8 +224,9 @@ gpu-check: $(if $(wildcard qlora_kernels/backends/cuda/_C.abi3.so),,$(READY))
 GPU_ARCH ?= 90
 GPU_BUNDLE ?= out/gpu-bundle
 .PHONY: gpu-bundle
+gpu-bundle: export QLORA_CUDA_ARCHS = $(GPU_ARCH)
 gpu-bundle: $(READY)
-	QLORA_CUDA_ARCHS=$(GPU_ARCH) $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m bench.gpu_bundle --arch $(GPU_ARCH) --out $(GPU_BUNDLE)
 
 kernels-gate: $(READY)
