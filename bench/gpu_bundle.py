@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OWN = ("qlora_kernels", "bench")
 INSTALLED = ("safetensors", "bitsandbytes")
+OTHER_LIBRARIES = ("cuda11", "cuda12", "rocm", "xpu", "hpu")
+"""bitsandbytes' libraries for other versions of CUDA and other devices, which are left out."""
 
 RUN = """#!/bin/sh
 # sh run.sh RESULTS [--only STEP ...]: the check, within ten minutes. PYTHON names another interpreter.
@@ -45,7 +47,7 @@ def capability(text: str) -> int:
 
 def copy_packages(out: Path) -> list[str]:
     """Copy this project's packages and the installed ones; return the names of the installed ones that were found."""
-    unused = ("__pycache__", "*.pyc", "results", "libbitsandbytes_cuda12*", "libbitsandbytes_rocm*")
+    unused = ("__pycache__", "*.pyc", "results", *(f"libbitsandbytes_{kind}*" for kind in OTHER_LIBRARIES))
     ignored = shutil.ignore_patterns(*unused)
     for name in OWN:
         shutil.copytree(ROOT / name, out / name, ignore=ignored)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-import qlora_kernels as qk
+from qlora_kernels.ops.registry import unavailable
 
 from .cases import TINY_SIZES, Sizes
 from .compare import check_case, check_codec
@@ -18,16 +18,19 @@ def main() -> int:
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "smoke")
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    state = qk.backends()[arguments.backend]
+    try:  # of this backend alone: the other one's library may not load
+        state = unavailable(arguments.backend) or "available"
+    except Exception as error:
+        state = f"{type(error).__name__}: {error}"
     rows.add(
         backend=arguments.backend,
         gpu=device.name,
         capability=10 * device.major + device.minor,
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        state=state.split(":")[0] if state.startswith("available") else state,
+        state=state,
     )
-    if not state.startswith("available"):
+    if state != "available":
         return 1
     ok = check_codec(rows, arguments.backend, torch.bfloat16, 4096 + 96, True)
     sizes = TINY_SIZES if arguments.tiny else Sizes(5, 64, 128)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from bench.gpu_check import __main__ as check
 from bench.gpu_check import claims, rows
+from qlora_kernels.backends import cuda
 from tests.support import fake_cuda
 
 SCHEDULES = ("eager",)
 PYTHON = Path(fake_cuda.__file__).with_name("python")
 
 
-def rehearse(out: Path, *flags: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[rows.Row]]:
-    """Return the ended check and its rows."""
+def rehearse(
+    out: Path, *flags: str, folder: Path = check.ROOT
+) -> tuple[subprocess.CompletedProcess[str], list[rows.Row]]:
+    """Return the ended check of the package in `folder`, and its rows."""
     command = [str(PYTHON), "-m", "bench.gpu_check", "--out", str(out), "--tiny", *flags]
-    variables = os.environ | {"FAKE_CUDA_PYTHON": sys.executable} | environment
-    done = subprocess.run(command, cwd=check.ROOT, env=variables, capture_output=True, text=True)
+    variables = os.environ | {"FAKE_CUDA_PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     return done, rows.read(out)
 
 
@@ -45,13 +49,20 @@ def test_every_step_passes(tmp_path: Path) -> None:
         assert (right, of) == (all_, "of")
 
 
-def test_unavailable_backend_does_not_affect_the_other(tmp_path: Path) -> None:
-    """Under a driver that is too old for the CUDA library, Triton is checked."""
-    done, found = rehearse(tmp_path, "--only", "smoke", "compare cuda", FAKE_CUDA_DRIVER_VERSION="12080")
+def test_damaged_library_does_not_affect_the_other_backend(tmp_path: Path) -> None:
+    """In a copy of the package whose CUDA library is damaged."""
+    for name in ("qlora_kernels", "bench"):
+        unused = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(check.ROOT / name, tmp_path / name, ignore=unused)
+    library = tmp_path / cuda.LIBRARY.relative_to(check.ROOT)
+    library.write_bytes(library.read_bytes()[:1000])
+    out = tmp_path / "out"
+    done, found = rehearse(out, "--only", "smoke", "compare cuda", folder=tmp_path)
     assert done.returncode == 1, done.stderr
     ended = results(found)
     assert ended["smoke cuda"]["ok"] is False
     assert ended["smoke triton"]["ok"] is True
     assert ended["compare cuda"]["skipped"] == "the smoke step of cuda failed"
-    (state,) = [row["state"] for row in found if row["step"] == "smoke" and row["backend"] == "cuda"]
-    assert "driver" in state
+    (state,) = [row["state"] for row in found if row["step"] == "smoke" and row.get("backend") == "cuda"]
+    assert state.startswith("OSError: ")
+    assert "failed: smoke cuda" in done.stdout

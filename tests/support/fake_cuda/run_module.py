@@ -2,8 +2,7 @@
 
     FAKE_CUDA_PYTHON=.venv-cuda/bin/python tests/support/fake_cuda/python -m MODULE ARGUMENTS
 
-The module is found as `python -m` would find it in the current folder. FAKE_CUDA_DRIVER_VERSION is the version that the
-driver reports, 12080 for CUDA 12.8.
+The module is found as `python -m` would find it in the current folder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def main() -> None:
     sys.path[:] = [os.getcwd(), *(path for path in sys.path[1:] if path), str(here.parents[3])]
     from tests.support import fake_cuda
 
-    fake_cuda.activate(driver_version=int(os.environ.get("FAKE_CUDA_DRIVER_VERSION", "13000")))
+    fake_cuda.activate()
     from tests.support.fake_cuda import host_ops
 
     host_ops.install()
