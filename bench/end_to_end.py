@@ -255,7 +255,7 @@ def verify(case: Case, inputs: Inputs, contender: str, loss: Tensor) -> None:
 
 
 def is_small(case: Case) -> bool:
-    """Whether the case is not the large model, of which all implementations together need too much memory."""
+    """Whether the case is not the large model, for which all implementations together need too much memory."""
     return case.label != "llama-1b"
 
 

@@ -26,7 +26,7 @@ def sharding_of(fsdp: bool | None, environment: Mapping[str, str]) -> Sharding |
 
     fsdp: --fsdp; None follows the launcher, which is `accelerate launch` with an FSDP2 configuration.
     environment: of the process.
-    Raises UsageError for a configuration that asks for something that `finetune` does not do.
+    Raises UsageError for a configuration with settings that `finetune` does not support.
     """
     by_launcher = _is_true(environment, "ACCELERATE_USE_FSDP")
     if fsdp is False or processes(environment) == 1 or not (fsdp or by_launcher):

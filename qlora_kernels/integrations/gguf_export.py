@@ -108,7 +108,7 @@ def _writer(path: Path, config: Any) -> tuple[Any, Any]:
 
 
 def context_length(config: Any) -> int:
-    """Return the tokens up to which llama.cpp computes what the model does.
+    """Return the number of tokens up to which llama.cpp computes the same function as the model.
 
     llama.cpp lets these architectures attend to all tokens, which is the same as long as a sliding window holds them.
     config: of the text model.

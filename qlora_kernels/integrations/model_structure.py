@@ -158,7 +158,7 @@ def _build(folder: Path) -> tuple[Any, nn.Module]:
     with as_model_error(folder, f"{CONFIG} must describe a causal language model"):
         config = AutoConfig.from_pretrained(folder, **LOCAL)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # transformers would ask for bitsandbytes
+            del config.quantization_config  # otherwise transformers requires bitsandbytes
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -20,7 +20,7 @@ from .read_only import ReadOnlyTensor
 
 
 class ExpertsNF4(QuantizedWeight):
-    """A replacement for a parameter `w` of shape [E, N, K] of which a module multiplies by `w[e]`.
+    """A replacement for a parameter `w` of shape [E, N, K] in a module that multiplies by `w[e]`.
 
     Each expert is quantized separately and has its own blocks and second-level statistics:
     `packed` uint8 [E, (N * K + 1) // 2]; `absmax` fp32 [E, n_blocks], or `absmax_q` uint8 [E, n_blocks], `absmax_scale`

@@ -19,7 +19,7 @@ from .head_loss import head_loss, serves_head
 from .known_forms import form_of, unwrapped_function
 
 _HANDLED = ("transformers.utils.generic",)
-"""Modules of the decorator can_return_tuple; the original forward handles calls that ask for a tuple."""
+"""Modules of the decorator can_return_tuple; the original forward handles calls that return a tuple."""
 
 FORMS: dict[str | None, str | None] = {
     "40c9f1ac6268f19d": None,  # Llama, Qwen2, Qwen3, Mistral, Gemma, SmolLM3

@@ -58,7 +58,7 @@ class FusedDecoderLayer(FusedModule):
     mlp: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:  # only the original forward knows their order
+        if args:  # their order is defined by the original forward
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         attended = _attended(self, hidden_states, kwargs)
         normalized, residual = _added_and_normalized(self.post_attention_layernorm, attended, hidden_states)

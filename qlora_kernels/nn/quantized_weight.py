@@ -42,7 +42,7 @@ def _tensor_property(name: str) -> property:
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether `tensor` is a DTensor, of which each process holds a part."""
+    """Whether `tensor` is a DTensor. Each process holds a part of it."""
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "device_mesh")
 
 

@@ -99,7 +99,7 @@ class LoRA(NamedTuple):
 
 
 class MultiLoRA(NamedTuple):
-    """E adapters of which each row of x uses one: scalings[e] * B_e A_e dropout(x[m]) with e = adapter[m]; -1 is none.
+    """E adapters, one for each row of x: scalings[e] * B_e A_e dropout(x[m]) with e = adapter[m]; -1 is none.
 
     A: [E, r, K], B: [E, N, r], any float dtype.   scalings: fp32 [E].   adapter: int64 [M].   seed: int64 [1] or None.
     """

@@ -36,7 +36,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_flags(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group asks for a variant that PagedAdamW does not compute.
+    """Raise ValueError if a group selects a variant that PagedAdamW does not compute.
 
     `foreach` and `fused` select implementations of the same step and are ignored. A step on CUDA is always capturable,
     a step on the CPU never.

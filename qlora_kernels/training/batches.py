@@ -73,7 +73,7 @@ def collate(examples: Sequence[Example], pad_token_id: int = 0) -> Batch:
 
 
 def _collate_packed(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Return a batch of packed windows; the padding of a window is one more example, of which nothing is learned."""
+    """Return a batch of packed windows; the padding of a window is one more example without learned tokens."""
     longest = max(len(example.input_ids) for example in examples)
     device = examples[0].input_ids.device
     input_ids = torch.full((len(examples), longest), pad_token_id, device=device)

@@ -62,7 +62,7 @@ def write_chat(tokenizer: Any, messages: Messages, tools: Messages = (), *, gene
 
 
 class ChatTokenizer:
-    """Converts conversations to tokens, of which those of the assistant's turns are learned.
+    """Converts conversations to tokens, and marks those of the assistant's turns as learned.
 
     If the template marks the assistant's words ({% generation %}), those are learned. Otherwise a turn is learned if
     the text of the conversation up to that turn is a prefix of the whole text, because the turn then has the form that

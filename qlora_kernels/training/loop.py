@@ -37,7 +37,9 @@ from .workers import ONE_PROCESS, Workers
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps of `batch_size` examples, of which `micro_batch` at a time are in memory (0: all).
+    """Settings of a run.
+
+    steps: optimizer steps of `batch_size` examples; `micro_batch` of them are in memory at a time (0: all).
 
     lr: peak learning rate, reached after warmup_steps.   max_grad_norm: gradients are clipped to it; 0 disables
     clipping.

@@ -20,7 +20,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Plain:
-    """Running text, of which every token is learned.   place: its origin, for messages."""
+    """Running text. Every token is learned.
+    place: its origin, for messages.
+    """
 
     text: str
     place: str = field(default="", compare=False, repr=False, kw_only=True)
@@ -28,7 +30,9 @@ class Plain:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and a completion, of which only the completion is learned.   place: its origin, for messages."""
+    """A prompt and a completion. Only the completion is learned.
+    place: its origin, for messages.
+    """
 
     prompt: str
     completion: str
@@ -37,7 +41,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, written by the tokenizer's chat template, of which only the assistant's turns are learned.
+    """A conversation, written by the tokenizer's chat template. Only the assistant's turns are learned.
 
     messages: dicts with at least "role"; the template gets every key.   tools: the functions available to the model, as
     JSON schemas.   place: its origin, for messages.

@@ -1,4 +1,4 @@
-"""Training of a model under fully_shard (FSDP2): what the loop does differently where parameters are DTensors.
+"""Training of a model under fully_shard (FSDP2): the parts of the loop that differ for DTensor parameters.
 
 All processes run the same number of forwards and backwards, because each of them gathers parameters. Checkpoints hold
 whole tensors, so that a run continues with any number of processes, sharded or not.

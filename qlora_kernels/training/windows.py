@@ -32,7 +32,8 @@ class Example(NamedTuple):
 class RowCounts:
     """Counts of the rows of a corpus by their use.
 
-    kept: rows of which every token is used.   cut: rows whose tokens beyond a window's end are not used.
+    kept: rows whose tokens are all used.
+    cut: rows whose tokens beyond a window's end are not used.
     dropped: reason -> number of rows that are not used at all.   context_turns: turns of the assistant that are not
     learned, because the chat template rewrites them when others follow.   straddling: prompts whose last token
     continues into the completion, so that the prompt alone would be tokenized differently.
