@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(rows)
     if options.update:
         machines = {row["machine"] for row in rows if "machine" in row}
-        replace_marked(options.update, BEGIN, END, text if len(machines) > 1 else f"{ONE_MACHINE}\n\n{text}")
+        notes = ["" if len(machines) > 1 else ONE_MACHINE, without_rows(rows)]
+        replace_marked(options.update, BEGIN, END, "\n\n".join(filter(None, [*notes, text])))
     else:
         print(text)
     if options.pictures:
@@ -81,6 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         draw(rows, list(read_rows(FIDELITY)) if FIDELITY.exists() else [], options.pictures)
     return 0
+
+
+def without_rows(rows: Iterable[Row]) -> str:
+    """Return a sentence with the contenders of each suite that have no row, or "" if all have rows."""
+    from .suites import suites  # which import torch and all layers
+
+    measured = {(row["op"], row["contender"]) for row in rows}
+    missing = {
+        op: [contender.name for contender in suite.contenders if (op, contender.name) not in measured]
+        for op, suite in suites().items()
+    }
+    listed = [
+        f"{op} ({'all contenders' if len(names) == len(suites()[op].contenders) else ', '.join(names)})"
+        for op, names in missing.items()
+        if names
+    ]
+    return f"Not measured on these machines yet: {'; '.join(listed)}." if listed else ""
 
 
 def committed_files() -> list[Path]:
