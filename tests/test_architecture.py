@@ -172,6 +172,17 @@ def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
+def test_launchers_of_triton_kernels_are_annotated():
+    """mypy checks annotated functions of this folder; only those under @triton.jit have no types."""
+    for path in (PACKAGE / "backends" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+                assert node.returns is not None, f"{path}: {node.name}"
+                assert not untyped, f"{path}: {node.name}: {untyped}"
+
+
 def test_no_catch_all_file_names():
     for path in SOURCES:
         assert path.stem not in ("utils", "helpers", "common", "misc"), path

@@ -28,6 +28,7 @@ from .kernels import (
     quantize_nf4,
     quantize_nf4_double,
 )
+from .planner import plan
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -54,10 +55,8 @@ _FUNCTIONS = (
 
 
 def _plan(problem: Problem) -> KernelPlan:
-    """Return the instruction set; the library chooses the tile at run time, from M and the cache sizes."""
-    isa = instruction_set() if unavailable() is None else "the best instruction set of the CPU"
-    choice = "few tokens: dot products of packed rows (dots.h); more: panels (gemm.h) or AMX tiles; chosen at run time"
-    return KernelPlan(f"csrc/cpu/{problem.op}.cpp for {isa}", {}, choice if problem.M else "one kernel")
+    """Return the kernel and tile on the instruction set in use; without the library, on avx512_bf16."""
+    return plan(problem, instruction_set() if unavailable() is None else "avx512_bf16")
 
 
 _PARTLY_TORCH = composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x)
