@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -80,37 +80,12 @@ def replace_linear(
     """
     report = ReplaceReport()
     modules = layers_of(model)
-    linears: dict[str, nn.Module] = {}
-    other_users: dict[int, str] = {}  # id of a parameter -> its name in a module that is not a linear layer
-    for owner_name, owner in modules.items():
-        if is_plain_linear(owner):
-            linears[owner_name] = owner
-            continue
-        for child, parameter in owner.named_parameters(recurse=False):
-            parameter_name = f"{owner_name}.{child}" if owner_name else child
-            if is_expert_stack(owner, parameter) and id(parameter) not in other_users:
-                report.skipped[parameter_name] = "a stack of experts; see replace_experts"
-            other_users[id(parameter)] = parameter_name
+    linears, other_users = _linears_and_other_users(modules, report)
     if not callable(targets) and targets != ALL_LINEAR and not isinstance(targets, str):
         known = [name for name, module in modules.items() if name in linears or isinstance(module, LinearNF4)]
         check_names("replace_linear: targets", targets, known, of="a linear layer")
     _check_skip("replace_linear", skip, modules)
-    chosen = {}
-    kept_modules = {id(module) for name, module in linears.items() if is_skipped(skip, name, module)}
-    wanted_modules = {
-        id(module) for name, module in linears.items() if targets == ALL_LINEAR or matches(targets, name, module)
-    }
-    for name, module in linears.items():
-        if id(module) not in wanted_modules:
-            report.skipped[name] = "not among targets"
-        elif id(module) in kept_modules:
-            report.skipped[name] = "in skip"
-        elif module._parameters.get("weight") is None:
-            report.skipped[name] = "its weight is not a parameter; a hook such as weight_norm computes it"
-        elif id(module.weight) in other_users:
-            report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
-        else:
-            chosen[name] = module
+    chosen = _chosen(linears, other_users, skip, targets, report)
     if not chosen:
         raise ValueError(_nothing_matched(targets, skip, linears))
     made: dict[int, LinearNF4] = {}  # by id of the replaced module
@@ -138,6 +113,54 @@ def replace_linear(
         report.replaced[name] = (weight.nbytes, layer.quant_state.nbytes) if shared is layer else (0, 0)
     describe_quantization(model)
     return report
+
+
+def _linears_and_other_users(
+    modules: Mapping[str, nn.Module], report: ReplaceReport
+) -> tuple[dict[str, nn.Module], dict[int, str]]:
+    """Return (linear layers by name, id of a parameter -> its name in a module that is not a linear layer).
+
+    Stacks of experts are added to the report's skipped layers.
+    """
+    linears: dict[str, nn.Module] = {}
+    other_users: dict[int, str] = {}
+    for owner_name, owner in modules.items():
+        if is_plain_linear(owner):
+            linears[owner_name] = owner
+            continue
+        for child, parameter in owner.named_parameters(recurse=False):
+            parameter_name = f"{owner_name}.{child}" if owner_name else child
+            if is_expert_stack(owner, parameter) and id(parameter) not in other_users:
+                report.skipped[parameter_name] = "a stack of experts; see replace_experts"
+            other_users[id(parameter)] = parameter_name
+    return linears, other_users
+
+
+def _chosen(
+    linears: Mapping[str, nn.Module],
+    other_users: Mapping[int, str],
+    skip: Pattern,
+    targets: Pattern,
+    report: ReplaceReport,
+) -> dict[str, nn.Module]:
+    """Return the layers to replace by name; the report gets the reasons for the others."""
+    chosen = {}
+    kept_modules = {id(module) for name, module in linears.items() if is_skipped(skip, name, module)}
+    wanted_modules = {
+        id(module) for name, module in linears.items() if targets == ALL_LINEAR or matches(targets, name, module)
+    }
+    for name, module in linears.items():
+        if id(module) not in wanted_modules:
+            report.skipped[name] = "not among targets"
+        elif id(module) in kept_modules:
+            report.skipped[name] = "in skip"
+        elif module._parameters.get("weight") is None:
+            report.skipped[name] = "its weight is not a parameter; a hook such as weight_norm computes it"
+        elif id(module.weight) in other_users:
+            report.skipped[name] = f"its weight is tied to {other_users[id(module.weight)]}"
+        else:
+            chosen[name] = module
+    return chosen
 
 
 def replace_experts(
