@@ -145,17 +145,20 @@ def roofline(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
 
 
 def memory(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
-    """Draw bars of bytes of optimizer state per parameter, and of bytes of QLoRA training by formula."""
+    """Draw bars of optimizer state per parameter, of a step's measured peak, and of QLoRA training by formula."""
+    steps = [row for row in rows if "peak_bytes" in row]
     states = [row for row in rows if "state_bytes_per_element" in row]
     models = [row for row in fidelity if row["claim"] == "memory" and not row["quick"]]
     panels: list[Callable[[Plot], None]] = []
     if states:
         panels.append(lambda axis: _state_bars(axis, states))
+    if steps:
+        panels.append(lambda axis: _peak_bars(axis, steps))
     if models:
         panels.append(lambda axis: _model_bars(axis, models))
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         panel(axis)
         axis.grid(axis="x", visible=False)
@@ -170,6 +173,18 @@ def _state_bars(axis: Plot, rows: Sequence[Row]) -> None:
     bars = axis.bar(names, values, color=[COLORS.get(name, "#546e7a") for name in names])
     axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set(title="AdamW state", ylabel="bytes per parameter")
+    axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
+
+
+def _peak_bars(axis: Plot, rows: Sequence[Row]) -> None:
+    """Draw the peak memory of each contender's process in a step of the largest model."""
+    case = max(rows, key=lambda row: row["peak_bytes"])["case"]
+    chosen = [row for row in rows if row["case"] == case]
+    names = [row["contender"].replace(" + ", "\n+ ").replace(", ", ",\n") for row in chosen]
+    colors = [COLORS["ours" if row["contender"].startswith("ours") else row["contender"].split()[0]] for row in chosen]
+    bars = axis.bar(names, [row["peak_bytes"] / 1e9 for row in chosen], color=colors)
+    axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.set(title=f"Training step, {case.split()[0]}", ylabel="GB, measured peak")
     axis.tick_params(axis="x", labelsize=8)
 
 
@@ -187,7 +202,7 @@ def _model_bars(axis: Plot, rows: Sequence[Row]) -> None:
         floor = [below + height for below, height in zip(floor, heights, strict=True)]
     axis.plot(names, [row["paper_gb"] for row in rows], "k_", ms=18, label="4-bit model in the paper")
     axis.set(title="LLaMA under QLoRA, by formula", ylabel="GB")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7)
 
 
 def _peak(rows: Sequence[Row], name: str) -> float | None:

@@ -86,6 +86,11 @@ def test_pictures_are_drawn_from_rows(tmp_path):
         words = {"".join(node.itertext()) for node in ElementTree.parse(path).iter() if node.tag.endswith("}text")}
         assert words & {"bf16 peak", "400 GFLOP/s"}
         assert "roofline" in path.name or words >= {"ours", "dense", "torchao", "oneDNN int8"}
+    peaks = [
+        {"op": "train_step", "machine": "m", "case": "a-model M4", "contender": name, "peak_bytes": 2e9}
+        for name in ("ours", "bnb + PEFT")
+    ]
+    assert "Training step, a-model" in pictures.draw(peaks, [], tmp_path / "memory")[0].read_text()
     before = [path.read_bytes() for path in drawn]
     assert [path.read_bytes() for path in pictures.draw(rows, [], tmp_path)] == before
 
