@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from .arguments import UsageError
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UsageError for a tracker whose library is not installed."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder wandb/, as wandb makes one, is not the library
             raise UsageError(f"--track {name}: {name} must be installed; run `pip install {name}`")
 
 
@@ -25,6 +28,7 @@ class Trackers:
     names: some of choices.TRACKERS. out: the run's folder, for TensorBoard's files. project, run: names shown by wandb
     and trackio. settings: the run's options.
     A resumed run sends the metrics of the earlier steps again, so that each curve is complete.
+    What the libraries print goes to standard error, because --json prints one object to standard output.
     A tracker that fails is disabled with a warning, so that a network error does not end the training.
     """
 
@@ -56,12 +60,12 @@ class Trackers:
             return
         library = importlib.import_module(name)
         folder = {"dir": str(out)} if name == "wandb" else {}
-        library.init(project=project, name=run, config=dict(settings), **folder)
-        self.sinks[name] = library
+        self.sinks[name] = library.init(project=project, name=run, config=dict(settings), **folder)
 
     def _attempt(self, name: str, action: Any) -> None:
         try:
-            action()
+            with redirect_stdout(sys.stderr):
+                action()
         except Exception as error:  # any kind: the libraries raise their own errors
             self.sinks.pop(name, None)
             warnings.warn(f"--track {name} failed and is left out: {' '.join(str(error).split())[:300]}", stacklevel=2)
