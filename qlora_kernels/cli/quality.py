@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Subparsers, UsageError, add_command, add_quantization, bad_input, positive
+from .arguments import Subparsers, UsageError, add_command, add_device, add_quantization, bad_input, positive
 from .console import Console
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw errors and codes; needs matplotlib")
     parser.add_argument("--rows", type=positive, default=10, metavar="LAYERS", help="layers of the table, worst first")
     add_quantization(parser)
+    add_device(parser, "where layers are quantized", "cpu")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,8 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..integrations.model_folders import is_quantized
     from ..integrations.quantization_report import quantization_report
     from ..io.atomic import file_appearing_by_rename
+    from .device import chosen_device
     from .model_source import dense_folder
 
+    device = chosen_device(arguments.device, os.environ)
     if arguments.plot is not None:
         import matplotlib  # noqa: F401, its absence is said before any work
     console = Console(quiet=arguments.json)
@@ -53,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                 skip=arguments.skip,
                 blocksize=arguments.blocksize,
                 double_quant=arguments.double_quant,
+                device=device,
                 on_layers=bar.reset,
                 on_layer=bar.update,
             )

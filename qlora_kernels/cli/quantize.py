@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import Subparsers, UsageError, add_command, add_quantization, bad_input, dtype_of
+from .arguments import Subparsers, UsageError, add_command, add_device, add_quantization, bad_input, dtype_of
 from .choices import DTYPES
 from .console import Console, megabytes, peak_rss_bytes
 
@@ -29,6 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("source", metavar="SRC", help="model folder with safetensors, .gguf file, or builtin")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write; must not exist")
     add_quantization(parser)
+    add_device(parser, "where weights are quantized, to the same bytes", "cpu")
     parser.add_argument(
         "--compute-dtype", choices=DTYPES, default="bf16", help="noted in config.json for those who load the folder"
     )
@@ -38,8 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Quantize the model, write it and print the sizes."""
     from ..integrations.model_folders import is_quantized
     from ..io.atomic import folder_appearing_by_rename
+    from .device import chosen_device
     from .model_source import dense_folder, quantize_with_bar
 
+    device = chosen_device(arguments.device, os.environ)
     console = Console(quiet=arguments.json)
     target: Path = arguments.target
     with bad_input():
@@ -58,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
                 blocksize=arguments.blocksize,
                 double_quant=arguments.double_quant,
                 compute_dtype=dtype_of(arguments.compute_dtype),
+                device=device,
             )
     _print(report, target, console, as_json=arguments.json)
     return 0

@@ -16,6 +16,17 @@ from .model_folders import BUILTIN_ID
 from .model_structure import ModelError
 
 _PREFIX = "base_model.model."
+_BEYOND_FACTORS = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Fields of PEFT's LoraConfig with which an adapter is more than low-rank updates of linear layers."""
+_INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "lora_ga", "mica")
+"""Values of init_lora_weights, beside true and false, with which a saved adapter fits the original base weights."""
 _FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -74,6 +85,15 @@ def _plain_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for field, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None), ("fan_in_fan_out", False)):
         if (config.get(field) or plain) != plain:
             raise ModelError(f"export: {field} must be {plain}, got {config[field]}; use --merged or --gguf")
+    for field in _BEYOND_FACTORS:
+        if config.get(field):
+            raise ModelError(f"export: {field} must not be set, got {config[field]}; use --merged or --gguf")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _INITS_THAT_KEEP_THE_BASE:
+        raise ModelError(
+            f"export: init_lora_weights must keep the base weights, got {init!r}, whose adapter fits changed base "
+            "weights alone; use --merged or --gguf"
+        )
     tensors = {
         name if name.startswith(_PREFIX) else f"{_PREFIX}{name}": tensor for name, tensor in found[0].tensors.items()
     }

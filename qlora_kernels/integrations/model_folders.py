@@ -163,12 +163,13 @@ def quantize_model(
     blocksize: int = DEFAULT_BLOCKSIZE,
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
     on_layers: Callable[[int], object] = lambda n: None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> StreamReport:
     """Fill the empty folder `target` from `source`, with all linear layers but `skip` in NF4 (io.streaming).
 
-    on_layers: called with the number of layers, then on_layer after each layer.
+    device: where weights are quantized.   on_layers: called with the number of layers, then on_layer after each layer.
     Raises ModelError, before anything is written, if the files do not match the model in config.json.
     """
     structure = ModelStructure(source)
@@ -188,6 +189,7 @@ def quantize_model(
         on_tensor=lambda name: on_layer() if structure.parameter_of(name) in weights else None,
         parameter_of=structure.parameter_of,
         transposed=[layer for layer in layers if structure.is_transposed(layer)],
+        device=device,
     )
 
 

@@ -75,12 +75,13 @@ def quantization_report(
     skip: Pattern = ("lm_head",),
     blocksize: int = nf4.DEFAULT_BLOCKSIZE,
     double_quant: bool = True,
+    device: torch.device | str | None = None,
     on_layers: Callable[[int], object] = lambda n: None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> QuantizationReport:
     """Quantize each linear layer of a dense model folder except those in `skip`, one at a time, and measure its error.
 
-    on_layers: called with the number of layers, then on_layer after each layer.
+    device: where weights are quantized.   on_layers: called with the number of layers, then on_layer after each layer.
     Raises ModelError if the files do not match the model in config.json or there is no such layer.
     """
     structure = ModelStructure(folder)
@@ -95,7 +96,7 @@ def quantization_report(
     report = QuantizationReport(blocksize, double_quant, normal_shares(blocksize))
     for name, layer in chosen.items():
         weight = tensors[name].T.contiguous() if structure.is_transposed(layer) else tensors[name]
-        report.layers.append(layer_error(layer, weight, blocksize, double_quant))
+        report.layers.append(layer_error(layer, weight.to(device), blocksize, double_quant))
         on_layer()
     return report
 

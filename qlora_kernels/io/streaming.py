@@ -58,6 +58,7 @@ def quantize_folder(
     on_tensor: Callable[[str], object] = lambda name: None,
     parameter_of: Callable[[str], str | None] = lambda name: name,
     transposed: Collection[str] = (),
+    device: torch.device | str | None = None,
 ) -> StreamReport:
     """Fill the empty folder `target` from `source`, with the weights of `layers` in NF4 and everything else unchanged.
 
@@ -68,6 +69,7 @@ def quantize_folder(
     tensor.
     parameter_of: maps a name in the files to the name of the model's parameter, or None if it is only part of one.
     transposed: those of `layers` whose weight is stored as [in_features, out_features].
+    device: where the weights are quantized, one after the other; the bytes are the same on every device.
     Raises ValueError if the source is already quantized, lacks a file, or has no tensor of `layers`.
     """
     config = read_json_object(source / CONFIG)
@@ -92,6 +94,7 @@ def quantize_folder(
                     tensor = file.get_tensor(name)
                     if name in chosen:
                         layer = layer_of[name]
+                        tensor = tensor.to(device)
                         weight = tensor.T.contiguous() if layer in transposed else tensor
                         quantized[layer] = _write_quantized(writer, name, weight, blocksize, double_quant)
                     else:

@@ -30,8 +30,8 @@ def main(commands: list[list[str]]) -> None:
         module.chosen_device = chosen_device  # type: ignore[attr-defined]
     of_folder = model_source.load_model
 
-    def load_model(*args: object) -> torch.nn.Module:
-        model = of_folder(*args)
+    def load_model(*args: object, **options: object) -> torch.nn.Module:
+        model = of_folder(*args, **options)
         places = {t.device for t in [*model.parameters(), *model.buffers()]}
         assert places == {device}, places
         return model

@@ -402,12 +402,17 @@ def test_refused(trained, tmp_path, capsys):
         (["--adapter", adapter, "--vllm", tmp_path / "v", "--base", "no/such/model"], "use --merged"),
     ]
     config = adapter / "adapter_config.json"
-    for field, value in (("use_dora", True), ("bias", "all")):
+    for field, value in (
+        ("use_dora", True),
+        ("bias", "all"),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 2]]),
+    ):
         other = tmp_path / field
         other.mkdir()
         (other / config.name).write_text(json.dumps({**json.loads(config.read_text()), field: value}))
         save_file(load_file(adapter / "adapter_model.safetensors"), other / "adapter_model.safetensors")
-        cases.append((["--adapter", other, "--lora-gguf", tmp_path / "x.gguf"], f"{field} must be"))
+        cases.append((["--adapter", other, "--lora-gguf", tmp_path / "x.gguf"], f"{field} must "))
     for options, words in cases:
         export("--model", folder, *options, code=2)
         error = capsys.readouterr().err
