@@ -10,6 +10,7 @@ import torch
 
 import qlora_kernels as qk
 from tests.support.tiny_model import write_tiny_llama
+from tests.support.tolerances import assert_same_function
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -261,8 +262,8 @@ def test_the_best_adalora_is_loaded_in_place(tmp_path):
     ours.train()
     assert ours.state.best_model_checkpoint.endswith("checkpoint-2")
     saved = qk.peft.PeftModel.from_pretrained(build("tied"), ours.state.best_model_checkpoint)
-    # The file's update has the kept triplets alone, and so another order of sums.
-    torch.testing.assert_close(logits(ours.model.eval()), logits(saved), rtol=1e-4, atol=1e-5)
+    # The file's update has the kept triplets alone, and so another order of sums, over factors of size 5.
+    assert_same_function(logits(ours.model.eval()), logits(saved))
 
 
 def test_adalora_without_its_callback_cannot_be_saved(tmp_path):
