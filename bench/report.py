@@ -150,7 +150,8 @@ def _provenance(rows: Sequence[Row]) -> str:
     if first is None:
         return "No rows."
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows if "commit" in row))
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    found = dict.fromkeys(item for row in rows for item in row.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in found)
     runs = max(row.get("runs", 1) for row in rows)
     lines = [
         f"Machine: {first['machine']}; instruction set: {first['isa']}; commit: {commits}; runs merged: {runs}.",
@@ -260,7 +261,7 @@ def _faults(rows: Sequence[Row]) -> Iterator[str]:
     red = [row for row in rows if row["gate"] != "green"]
     faults = [f"- {row['op']} {row['case']}, {row['contender']}: {row['gate']}" for row in red]
     if faults:
-        yield "### Wrong results: no numbers\n\n" + "\n".join(faults)
+        yield "### Not timed: a wrong result or an error\n\n" + "\n".join(faults)
 
 
 def _spread(row: Row) -> str:

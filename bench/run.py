@@ -133,11 +133,14 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
     for contender in suite.contenders:
         if not runs(contender, case):
             continue
-        calls = build(contender, case, inputs, copies_beyond_cache(contender, case))
-        fault = fault_of(suite, case, inputs, contender, calls[0])
+        try:
+            calls = build(contender, case, inputs, copies_beyond_cache(contender, case))
+            fault = fault_of(suite, case, inputs, contender, calls[0])
+            measured = {} if fault else contender.measures(case, calls[0])
+        except Exception as error:  # of one contender, such as a peer that fails on this machine; the others still run
+            fault = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         if fault is None:
-            right[contender.name] = (contender, calls)
-            measures[contender.name] = contender.measures(case, calls[0])
+            right[contender.name], measures[contender.name] = (contender, calls), measured
         else:
             yield case_row(case, contender, threads, None) | {"gate": f"red: {fault}"}
     for mode in suite.modes:

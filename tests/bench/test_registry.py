@@ -84,3 +84,15 @@ def test_wrong_result_is_not_timed():
     assert [row["gate"] for row in red] == ["red: not doubled"]
     assert not any("median_us" in row for row in red)
     assert all("wrong" not in row["speedup"] for row in rows if row["gate"] == "green")
+
+
+def test_a_contender_that_fails_is_named_and_the_others_are_timed():
+    def fails(case, inputs, copies):
+        raise RuntimeError("no kernel for this machine\nand more words")
+
+    suite = dataclasses.replace(SUITE, contenders=(*SUITE.contenders, Contender("failing", fails, lambda case: 16)))
+    rows = list(run_case(suite, Case("twice", N=4), PEAKS, Budget(rounds=1, samples=1, seconds=0.0)))
+    assert [row["gate"] for row in rows if row["contender"] == "failing"] == [
+        "red: RuntimeError: no kernel for this machine"
+    ]
+    assert [row["contender"] for row in rows if "median_us" in row] == ["ours", "ours"]
