@@ -56,8 +56,10 @@ LAUNCH, FUSED_ENDS, SMALL_ENDS, PRODUCT_ENDS = 3.0, 2.5, 1.0, 1.5
 product.
 """
 
-SKINNY, ADDMM = 0.7, 0.85
-"""Fraction of DRAM bandwidth of a product with r columns, and of a product over r that adds to its result."""
+SKINNY, ADDMM, COPY = 0.7, 0.85, 0.9
+"""Fraction of DRAM bandwidth of a product with r columns, of a product over r that adds to its result, and of the
+kernels that copy their operand beside such a product.
+"""
 
 STEP_LAUNCH = 0.75
 """Microseconds that a launch adds if the queue is full."""
@@ -112,6 +114,20 @@ def fused_rows(gpu: GPU) -> int:
     return rows
 
 
+LIBRARY_STEP = 64
+"""Step of the library's products along the contraction, to which K + r is rounded up."""
+
+
+def widest_extended_k(gpu: GPU) -> float:
+    """Return the largest K / N, in quarters, up to which copying x is cheaper than adding the low-rank term to y.
+
+    The copy writes 2 bytes for each element of x; the addition moves 4 for each element of y, less what one more step
+    of the product costs at the same bandwidth (qlora_kernels/ops/extended_k.py).
+    """
+    step = 2.0 * LIBRARY_STEP * gpu.bytes_per_s / gpu.flops_per_s
+    return int(4 * (4 - step) / 2) / 4
+
+
 def training_us(gpu: GPU, M: int) -> dict[str, float]:
     """Return the time in microseconds of forward and backward of one LoRA linear without dropout, by implementation."""
     products = 2 * 2.0 * M * WEIGHTS / gpu.flops_per_s * 1e6
@@ -120,7 +136,11 @@ def training_us(gpu: GPU, M: int) -> dict[str, float]:
     return {
         "products": products,
         "by parts": products + ours + 4 * a_pass / SKINNY + 4 * a_pass / ADDMM + 12 * STEP_LAUNCH,
-        "extended K": products + ours + 3 * a_pass / 0.9 + 2 * a_pass / ADDMM + 0.67 * a_pass + 8 * STEP_LAUNCH,
+        "extended K": products * (1 + LIBRARY_STEP / K)
+        + ours
+        + 4 * a_pass / COPY
+        + 2 * a_pass / SKINNY
+        + 13 * STEP_LAUNCH,
         "Unsloth": products + peer + 6 * a_pass / SKINNY + 4 * a_pass / ADDMM + 14 * STEP_LAUNCH,
         "bitsandbytes + PEFT": products + peer + 4 * a_pass / SKINNY + 12 * a_pass / 0.9 + 20 * STEP_LAUNCH,
         "dense + PEFT": products + 4 * a_pass / SKINNY + 12 * a_pass / 0.9 + 18 * STEP_LAUNCH,

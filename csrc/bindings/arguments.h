@@ -144,6 +144,26 @@ class Arguments {
         return tensor.mutable_data_ptr();
     }
 
+    struct WrittenRows {
+        void* data;
+        int64_t stride;  // elements from one row to the next
+    };
+
+    // A matrix [rows, columns] of `dtype` to write, whose rows may have a stride.
+    WrittenRows written_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, DType dtype) const {
+        check_device(tensor, name);
+        require(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, op_, ": ", name,
+                " must have shape [", rows, ", ", columns, "]");
+        require(float_type(tensor, name) == dtype, op_, ": ", name,
+                " must have the dtype of the op's other activations");
+        const int64_t stride = rows == 1 ? columns : tensor.stride(0);
+        require((columns == 1 || tensor.stride(1) == 1) && stride >= columns, op_, ": ", name,
+                " must have contiguous rows that do not overlap");
+        const int64_t elements = rows == 0 ? 0 : product(rows - 1, stride, name) + columns;
+        address(tensor, name, elements, dtype == DType::kFloat32 ? 4 : 2);
+        return {tensor.mutable_data_ptr(), stride};
+    }
+
     NF4Weight weight(const Tensor& packed, const OptionalTensor& absmax, const OptionalTensor& absmax_q,
                      const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t blocksize,
                      int64_t N, int64_t K) const {

@@ -7,13 +7,23 @@ void dequantize_nf4(Tensor packed, OptionalTensor absmax, OptionalTensor absmax_
                     OptionalTensor absmax_offset, int64_t blocksize, Tensor out) {
     const DeviceGuard guard(packed.get_device_index());
     const CudaArguments arguments("dequantize_nf4", packed);
-    const int64_t numel = out.numel();
+    // A contiguous out is one row: packed bytes and blocks do not end with the rows of a matrix.
+    const bool rows = out.dim() == 2 && !out.is_contiguous();
+    const int64_t N = rows ? out.size(0) : 1, K = rows ? out.size(1) : out.numel();
     const DType dtype = arguments.float_type(out, "out");
-    const DequantizeNF4Args args{
-        .weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, 1, numel),
-        .w = arguments.written_floats(out, "out", numel, dtype),
+    DequantizeNF4Args args{
+        .weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K),
+        .w = nullptr,
+        .row_stride = K,
         .dtype = dtype,
     };
+    if (rows) {
+        const auto written = arguments.written_rows(out, "out", N, K, dtype);
+        args.w = written.data;
+        args.row_stride = written.stride;
+    } else {
+        args.w = arguments.written_floats(out, "out", K, dtype);
+    }
     check(launch_dequantize_nf4(&args, current_stream(packed)), "dequantize_nf4");
 }
 

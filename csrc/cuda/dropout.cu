@@ -10,15 +10,6 @@
 namespace qlora {
 
 constexpr int kDropoutThreads = 256;
-constexpr int kDrawsPerCall = 8;
-
-// keep[j] of element 8 * call + j: its draw is 16-bit half (j & 1) of word j >> 1.
-__device__ __forceinline__ void draw8(bool (&keep)[kDrawsPerCall], int64_t seed, int64_t call, uint32_t threshold) {
-    const uint4 words = philox(seed, call);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int j = 0; j < kDrawsPerCall; j++) keep[j] = (word[j / 2] >> (16 * (j & 1)) & 0xFFFFu) >= threshold;
-}
 
 // ADD: y is read and added to. ALIGNED: x and y are 16-byte aligned, so that whole groups of eight take wide accesses.
 template <typename T, bool ADD, bool ALIGNED>

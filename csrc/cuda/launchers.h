@@ -11,10 +11,11 @@
 
 namespace qlora {
 
-// w[i] = code[q[i]] * absmax[i >> block_shift], rounded once, for the N * K elements of `weight`.
+// w[n, k] = code[q[i]] * absmax[i >> block_shift] with i = n * K + k, rounded once, for the N * K elements of `weight`.
 struct DequantizeNF4Args {
     NF4Weight weight;
-    void* w;  // T [N * K]
+    void* w;             // T [N, K]
+    int64_t row_stride;  // elements from one row of w to the next, at least K; not read where N is 1
     DType dtype;
 };
 
@@ -74,6 +75,24 @@ struct LinearNF4GemmArgs {
     int transposed;
 };
 
+// s = scale * dropout(x) lora_A^T, where dropout(x) keeps or zeroes x[m, k] by the draw of element m * K + k, on tensor
+// cores; and copy = x where copy is given. T is bf16 or fp16. K % 8 == 0, r <= 64; x, lora_A and copy are 16-byte
+// aligned, and copy_stride % 8 == 0. Sums are fp32, s is rounded once.
+struct LoraDownArgs {
+    const void* x;        // T [M, K]
+    const void* lora_A;   // T [r, K]
+    const int64_t* seed;  // [1], in device memory, or null without dropout
+    void* s;              // T [M, r]
+    int64_t s_stride;     // elements from one row of s to the next
+    void* copy;           // T [M, K], or null
+    int64_t copy_stride;  // elements from one row of copy to the next
+    DType dtype;
+    int64_t M;
+    int K, r;
+    int threshold;  // elements with a draw below it are dropped
+    float scale;
+};
+
 // y[i] = keep(i) ? x[i] * scale : 0, or y[i] += that where add is 1. keep(i): the draw of qlora_kernels/ops/_philox.py
 // for (seed, i) is at least threshold. y may not be x.
 struct DropoutArgs {
@@ -129,6 +148,7 @@ int linear_nf4_small_m_warps_per_row(int M, int64_t N, int64_t K, int multiproce
 cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream);
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors);
 cudaError_t launch_linear_nf4_gemm(const qlora::LinearNF4GemmArgs* args, cudaStream_t stream);
+cudaError_t launch_lora_down(const qlora::LoraDownArgs* args, cudaStream_t stream);
 cudaError_t launch_dropout(const qlora::DropoutArgs* args, cudaStream_t stream);
 cudaError_t launch_adamw_step(const qlora::AdamWArgs* args, cudaStream_t stream);
 

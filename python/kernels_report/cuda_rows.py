@@ -24,13 +24,14 @@ TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
 
 THREADS = {
     "dequantize_nf4": 128,
+    "dequantize_nf4_rows": 128,
     "rest of dequantize_nf4": 128,
     "linear_nf4_small_m": 128,
     "linear_nf4_gemm": 128,
 }
 DEFAULT_THREADS = 256
 
-WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "quantize_nf4": 8}
+WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "dequantize_nf4_rows": 64, "quantize_nf4": 8}
 """Weights that one pass of a thread through the kernel's code processes."""
 
 GEMM_WEIGHTS = 64
@@ -143,7 +144,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         narrow_copies=facts.narrow_copies,
         instructions=facts.total,
         per_weight=per_weight,
-        matmul=ours and kernel == "linear_nf4_gemm",
+        matmul=ours and kernel in ("linear_nf4_gemm", "lora_down"),
         default=ours,
         early_waits=facts.early_waits if ours else 0,
     )

@@ -69,6 +69,9 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
 DEQUANTIZE_BUDGET = 6.0
 """SASS instructions per decoded weight, for 16-bit results on sm_80 and sm_90."""
 
+DEQUANTIZE_ROWS_BUDGET = 7.0
+"""The same of the kernel whose rows have a stride, which follows the row in which its next eight weights lie."""
+
 ONE_ROW_BUDGET = 6.0
 """The same for small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
 
@@ -95,8 +98,21 @@ def _gemm_budget(row: Row) -> float | None:
     return next((budget for rows, budget in GEMM_BUDGETS.items() if rows in row.config.split()), None)
 
 
+def _decodes(row: Row) -> bool:
+    return row.kernel.startswith("dequantize_nf4") and row.arch in (80, 90) and "fp32" not in row.config
+
+
+def _has_row_stride(row: Row) -> bool:
+    return row.kernel == "dequantize_nf4_rows" or "rows" in row.config.split()
+
+
 def _reads_packed_weights(row: Row) -> bool:
-    return row.source == "cuda" and row.kernel in ("dequantize_nf4", "linear_nf4_small_m", "linear_nf4_gemm")
+    return row.source == "cuda" and row.kernel in (
+        "dequantize_nf4",
+        "dequantize_nf4_rows",
+        "linear_nf4_small_m",
+        "linear_nf4_gemm",
+    )
 
 
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
@@ -111,8 +127,13 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ("a tensor-core instruction wherever there is a matmul", lambda r: r.matmul, lambda r: r.tensor_core != ""),
     (
         f"at most {DEQUANTIZE_BUDGET:g} SASS instructions per weight in dequantize",
-        lambda r: r.kernel.startswith("dequantize_nf4") and r.arch in (80, 90) and "fp32" not in r.config,
+        lambda r: _decodes(r) and not _has_row_stride(r),
         lambda r: r.per_weight is not None and r.per_weight <= DEQUANTIZE_BUDGET,
+    ),
+    (
+        f"at most {DEQUANTIZE_ROWS_BUDGET:g} SASS instructions per weight in dequantize with a row stride",
+        lambda r: _decodes(r) and _has_row_stride(r),
+        lambda r: r.per_weight is not None and r.per_weight <= DEQUANTIZE_ROWS_BUDGET,
     ),
     (
         f"at most {ONE_ROW_BUDGET:g} SASS instructions per weight in small_m with one row of 16-bit x",

@@ -88,6 +88,8 @@ def codec_cases(full: bool) -> Iterator[Case]:
             for blocksize in (32, 64, 128, 4096) if full and name == "bf16" else (64,):
                 w, out = weight(double_quant, blocksize), meta(N, K, dtype=DTYPES[name])
                 yield Case(partial(dequantize_nf4, w, out=out))
+        extended = meta(N, K + 16, dtype=DTYPES[name])[:, :K]
+        yield Case(partial(dequantize_nf4, weight(), out=extended))
         yield Case(partial(quantize_nf4, meta(N, K, dtype=DTYPES[name]), blocksize=64))
     yield Case(lambda: quantize_absmax(meta(N * K // BLOCKSIZE)))
 
@@ -138,14 +140,14 @@ def linear_cases(capability: int, full: bool) -> Iterator[Case]:
                     yield Case(partial(lora_call, problem, 16), problem, chosen)
 
 
-def lora_call(problem: Problem, r: int) -> object:
-    """Call one fused linear with an adapter, in the direction of `problem.op`."""
+def lora_call(problem: Problem, r: int, backward_dropout: float = 0.1) -> object:
+    """Call one linear with an adapter, in the direction of `problem.op`; forward has no dropout."""
     x, grad_y = meta(problem.M, K, dtype=problem.dtype), meta(problem.M, N, dtype=problem.dtype)
     lora = LoRA(meta(r, K), meta(N, r), meta(1, dtype=torch.int64), 2.0, 0.0)
     if problem.op == "linear_nf4":
         return linear_nf4_lora(x, weight(), None, lora)
     s = meta(problem.M, r, dtype=problem.dtype)
-    return linear_nf4_lora_backward(grad_y, x, s, weight(), lora._replace(dropout_p=0.1), need_grad_x=True)
+    return linear_nf4_lora_backward(grad_y, x, s, weight(), lora._replace(dropout_p=backward_dropout), need_grad_x=True)
 
 
 def adapter_cases(full: bool) -> Iterator[Case]:
@@ -163,6 +165,7 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
         for op in ("linear_nf4", "linear_nf4_grad_x"):
             problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
             yield Case(partial(lora_call, problem, r), problem, decode)
+        yield Case(partial(lora_call, problem, r, 0.0), problem, decode)  # the low-rank term inside the product
         x = meta(M, K, dtype=dtype)
         yield Case(partial(lora_down, x, meta(r, K), dropout_of(seed, 0.1, x)))
     problem = Problem("linear_nf4", "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
@@ -256,6 +259,8 @@ def label(launch: Compiled) -> str:
         "HAS_BIAS": "bias",
         "SPLIT": "split",
         "SHORT_TAIL": "tail",
+        "STRIDED": "rows",
+        "COPY": "copy",
         "GELU": "gelu",
         "SOFTCAP": "softcap",
     }

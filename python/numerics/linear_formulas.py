@@ -34,6 +34,7 @@ class Arithmetic:
     to dtype.
     weight_may_be_exact: whether a kernel may multiply by the unrounded code * absmax, as some do for few rows, although
     the tests pass the weight rounded to dtype.
+    factor_may_be_scaled: whether `scaling` may multiply lora_B before it is rounded to dtype (ops/extended_k.py).
     wide: the dtype of the exact computation (`tolerances.exactly`).
     """
 
@@ -41,6 +42,7 @@ class Arithmetic:
     composed: bool = True
     cpu: bool = False
     weight_may_be_exact: bool = False
+    factor_may_be_scaled: bool = False
     wide: torch.dtype = torch.float64
 
     def input(self, tensor: Tensor | Expected) -> Expected:
@@ -80,7 +82,8 @@ def arithmetic_of(backend: str, dtype: torch.dtype) -> Arithmetic:
     """Return the arithmetic of a backend's linear ops for any kernel it chooses, but not of ops that it composes."""
     if backend == "cpu":
         return Arithmetic(dtype, composed=False, cpu=True)
-    return Arithmetic(dtype, weight_may_be_exact=backend in ("triton", "cuda"))
+    on_gpu = backend in ("triton", "cuda")
+    return Arithmetic(dtype, weight_may_be_exact=on_gpu, factor_may_be_scaled=on_gpu and dtype != torch.float32)
 
 
 def _bf16_pairs() -> bool:
@@ -140,7 +143,20 @@ def scaled_product(s: Expected, lora_B: Tensor, scaling: float, arithmetic: Arit
     if arithmetic.cpu:
         scaled = lora_B.detach().float() * scaling
         return arithmetic.product(s, arithmetic.input(scaled).T, beside)
-    return arithmetic.product(s, arithmetic.input(lora_B).T, beside).scaled(scaling)
+    factor = arithmetic.input(lora_B)
+    if arithmetic.factor_may_be_scaled and scaling:
+        factor = Expected(factor.value, _error_of_scaled_factor(lora_B, factor.value, scaling, arithmetic.dtype))
+    return arithmetic.product(s, factor.T, beside).scaled(scaling)
+
+
+def _error_of_scaled_factor(lora_B: Tensor, rounded: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return how far scaling * B, rounded to dtype, may be from scaling times the rounded B, divided by scaling.
+
+    Each is within one rounding of scaling * B.
+    """
+    exact, info = lora_B.detach().to(rounded.dtype), torch.finfo(dtype)
+    rounding = unit_roundoff(dtype) * exact.abs() + info.tiny * info.eps / 2 / abs(scaling)
+    return (exact - rounded).abs() + rounding
 
 
 class Gradients(NamedTuple):

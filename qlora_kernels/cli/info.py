@@ -41,11 +41,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "--plan", metavar="M,N,K", type=_sizes, help="show which kernel each backend takes for x [M, K] and W [N, K]"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of x for --plan")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA ops that --plan shows")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, backends and variables, or the plans of --plan."""
-    facts = _facts() if arguments.plan is None else _plans(arguments.plan, dtype_of(arguments.dtype))
+    facts = _facts() if arguments.plan is None else _plans(arguments.plan, dtype_of(arguments.dtype), arguments.rank)
     if arguments.json:
         print(json.dumps(facts))
         return 0
@@ -65,15 +66,16 @@ def _sizes(text: str) -> tuple[int, int, int]:
     return M, N, K
 
 
-def _plans(sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Return the kernel that each backend would run for the product with a double-quantized weight, and for its
-    gradient.
+def _plans(sizes: tuple[int, int, int], dtype: torch.dtype, rank: int) -> dict[str, dict[str, Any]]:
+    """Return the kernel that each backend would run for the product with a double-quantized weight, for the same with
+    LoRA, and for both gradients.
     """
     from ..ops.registry import Problem, plans
 
     M, N, K = sizes
-    problems = [Problem(op, "cuda", dtype, M, N, K, double_quant=True) for op in ("linear_nf4", "linear_nf4_grad_x")]
-    return {f"{problem.op} M={M} N={N} K={K}": dict(plans(problem)) for problem in problems}
+    ops = {"linear_nf4": 0, "linear_nf4_grad_x": 0, "linear_nf4_lora": rank, "linear_nf4_lora_backward": rank}
+    problems = [Problem(op, "cuda", dtype, M, N, K, r, double_quant=True) for op, r in ops.items()]
+    return {f"{p.op} M={M} N={N} K={K}" + (f" r={p.r}" if p.r else ""): dict(plans(p)) for p in problems}
 
 
 def _facts() -> dict[str, dict[str, Any]]:

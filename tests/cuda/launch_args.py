@@ -33,9 +33,32 @@ def dtype_code(dtype: torch.dtype | int | None) -> int:
     return dtype if isinstance(dtype, int) else DTYPE_CODES[dtype or torch.float32]
 
 
-def dequantize_args(weight: Members, w: Tensor | None, dtype: torch.dtype | int) -> struct_of:
-    """Return struct DequantizeNF4Args."""
-    return _struct(weight, ("Pi", (None if w is None else out(w), dtype_code(dtype))))
+def dequantize_args(weight: Members, w: Tensor | None, dtype: torch.dtype | int, row_stride: int = 0) -> struct_of:
+    """Return struct DequantizeNF4Args. w: all memory from the first element on, where its rows have a stride."""
+    return _struct(weight, ("Pqi", (None if w is None else out(w), row_stride, dtype_code(dtype))))
+
+
+def lora_down_args(
+    x: Tensor,
+    lora_A: Tensor,
+    dropout: tuple[Tensor | None, int, float],
+    s: tuple[Tensor, int],
+    copy: tuple[Tensor | None, int],
+    *,
+    M: int | None = None,
+) -> struct_of:
+    """Return struct LoraDownArgs. dropout: seed, threshold, scale.   s, copy: memory and row stride."""
+    seed, threshold, scale = dropout
+    memory = (x, lora_A, seed, out(s[0]), s[1], None if copy[0] is None else out(copy[0]), copy[1])
+    sizes = (dtype_code(x.dtype), x.shape[0] if M is None else M, x.shape[1], lora_A.shape[0], threshold, scale)
+    return _struct(("PPPPqPqiqiiif", (*memory, *sizes)))
+
+
+def rows_memory(rows: Tensor) -> tuple[Tensor, int]:
+    """Return the memory of a matrix whose rows have a stride, from its first to its last element, and the stride."""
+    M, columns = rows.shape
+    memory = rows.as_strided(((M - 1) * rows.stride(0) + columns,), (1,), rows.storage_offset())
+    return memory, rows.stride(0)
 
 
 def quantize_args(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor, partial_sums: Tensor | None) -> struct_of:

@@ -19,7 +19,7 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cuda
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops import registry
+from qlora_kernels.ops import extended_k, registry
 from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from qlora_kernels.ops.registry import Problem
@@ -41,9 +41,11 @@ from .launch_args import (
     dequantize_args,
     dropout_args,
     gemm_args,
+    lora_down_args,
     nf4_weight,
     quantize_absmax_args,
     quantize_args,
+    rows_memory,
     small_m_args,
 )
 from .launching import (
@@ -67,8 +69,9 @@ def launch(stem: str, name: str, *arguments: Any) -> None:
 
 def emulate_dequantize(packed: Tensor, *rest: Any) -> None:
     *constants, blocksize, w = rest
-    weight = nf4_weight(packed, constants, blocksize, 1, w.numel())
-    launch("dequantize_nf4", "launch_dequantize_nf4", dequantize_args(weight, w, w.dtype), None)
+    (N, K), (memory, stride) = ((1, w.numel()), (w, 0)) if w.is_contiguous() else (w.shape, rows_memory(w))
+    weight = nf4_weight(packed, constants, blocksize, N, K)
+    launch("dequantize_nf4", "launch_dequantize_nf4", dequantize_args(weight, memory, w.dtype, stride), None)
 
 
 def emulate_quantize(w: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
@@ -107,6 +110,14 @@ def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: 
     launch("dropout", "launch_dropout", dropout_args(x, y, threshold, float(scale), add, seed), None)
 
 
+def emulate_lora_down(
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, threshold: int, scale: float, s: Tensor, copy: Tensor | None
+) -> None:
+    copied = (None, 0) if copy is None else rows_memory(copy)
+    arguments = lora_down_args(x, lora_A, (seed, threshold, float(scale)), rows_memory(s), copied)
+    launch("lora_down", "launch_lora_down", arguments, None)
+
+
 @pytest.fixture(autouse=True)
 def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Register CPU implementations of the private ops during one test."""
@@ -120,6 +131,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_linear_nf4_small_m": emulate_small_m,
         "cuda_linear_nf4_gemm": emulate_gemm,
         "cuda_dropout": emulate_dropout,
+        "cuda_lora_down": emulate_lora_down,
     }.items():
         implementations.impl(name, function)
     monkeypatch.setattr(ROUTING, "_multiprocessors", lambda device: MULTIPROCESSORS)
@@ -136,6 +148,7 @@ def test_library_lists_every_op() -> None:
         "quantize_absmax",
         "linear_nf4_small_m",
         "linear_nf4_gemm",
+        "lora_down",
         "adamw_step",
         "managed_allocate",
         "managed_prefetch",
@@ -234,6 +247,52 @@ def test_group(p: float, M: int, dtype: torch.dtype) -> None:
         total = expected.x if total is None else (total + expected.x).to(dtype)
     assert total is not None
     assert_within(grad_x, total, "grad_x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("K", "widths", "ranks"), [(64, (56,), (5,)), (72, (48, 24), (8, 16)), (64, (48, 40), (70, 3))]
+)
+def test_products_over_k_and_r(
+    monkeypatch: pytest.MonkeyPatch,
+    K: int,
+    widths: tuple[int, ...],
+    ranks: tuple[int, ...],
+    p: float,
+    dtype: torch.dtype,
+) -> None:
+    """The low-rank term inside the base product, forward and backward, within the bounds of the other paths.
+
+    Ranks that are padded, several launches of lora_down, and (72 columns) rows that end inside a block.
+    """
+    M, biases = 133, [gaussian(widths[0], seed=3), None][: len(widths)]
+    weights = [quantized_matrix(N, K) for N in widths]
+    x, seed = gaussian(M, K, dtype=dtype, seed=2), torch.tensor([9])
+    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
+    B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
+    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, seed, [0.7, 2.0][: len(B)], p)
+    grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
+    used = []
+    for name in ("forward", "backward"):
+        real = getattr(extended_k, name)
+        monkeypatch.setattr(extended_k, name, lambda *a, _name=name, _real=real: (used.append(_name), _real(*a))[1])
+    ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
+    grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+    assert used == (["forward"] if p and len(widths) == 1 else ["forward", "backward"])
+
+    parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
+    arithmetic = arithmetic_of("cuda", dtype)
+    for i, member in enumerate(lora.each()):
+        w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
+        assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
+        assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
+        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, dropout, arithmetic)
+        assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
+        assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
+        total = expected.x if total is None else total + expected.x
+    assert total is not None
+    assert_within(grad_x, total.to(dtype), "grad_x")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

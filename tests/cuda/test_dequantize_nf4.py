@@ -5,7 +5,7 @@ import torch
 
 from qlora_kernels.format import reference
 
-from .launch_args import dequantize_args, nf4_weight
+from .launch_args import dequantize_args, nf4_weight, rows_memory
 from .launching import (
     FLOAT_TYPES,
     all_modes,
@@ -53,10 +53,46 @@ def test_equals_reference(mode: str, n: int, blocksize: int, double: bool, dtype
     assert same_bits(result, reference.dequantize_nf4(packed, absmax, blocksize, torch.Size((n,)), dtype))
 
 
+ROWS = [
+    # (N, K, gap, blocksize): rows longer than a step of a block, equal to one, and shorter; blocks that straddle rows;
+    # a gap that moves rows off their alignment
+    (5, 4096, 16, 64),
+    (20, 1024, 16, 64),
+    (600, 40, 32, 64),
+    (3, 2104, 8, 4096),
+    (17, 1000, 16, 32),
+    (5, 64, 3, 64),
+]
+
+
+@all_modes
+@pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "gap", "blocksize"), ROWS)
+def test_rows_with_a_stride(mode: str, N: int, K: int, gap: int, blocksize: int, dtype: torch.dtype) -> None:
+    """The same values, and what lies between the rows is not written."""
+    w = torch.randn(N * K, generator=torch.Generator().manual_seed(K)) * 0.1
+    packed, constants, absmax = quantized(w, blocksize, True)
+    before = poisoned(N, K + gap, dtype=dtype)
+
+    def run(order: str, seed: int) -> tuple[torch.Tensor]:
+        result = before.clone()
+        memory, stride = rows_memory(result[:, :K])
+        arguments = dequantize_args(nf4_weight(packed, constants, blocksize, N, K), memory, dtype, stride)
+        tested = library("dequantize_nf4", mode)
+        assert tested.call("launch_dequantize_nf4", arguments, None, seed=seed, order=order) == 0
+        return (result,)
+
+    (result,) = over_schedules(mode, run)
+    expected = reference.dequantize_nf4(packed, absmax, blocksize, torch.Size((N, K)), dtype)
+    assert same_bits(result[:, :K].contiguous(), expected)
+    assert same_bits(result[:, K:].contiguous(), before[:, K:].contiguous())
+
+
 @needs_nvcc
 @ptx_under_sanitizers
 def test_compiled_under_sanitizers(mode: str) -> None:
     test_equals_reference(mode, *CASES[4], torch.bfloat16)
+    test_rows_with_a_stride(mode, *ROWS[4], torch.bfloat16)
 
 
 def test_empty_input_launches_nothing() -> None:

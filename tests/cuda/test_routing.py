@@ -12,7 +12,7 @@ import torch
 from bench import roofline
 from qlora_kernels.backends import cuda, triton
 from qlora_kernels.backends.cuda import routing
-from qlora_kernels.ops import measured_plans, registry
+from qlora_kernels.ops import extended_k, measured_plans, registry
 from qlora_kernels.ops.registry import Problem, planned_rows
 
 
@@ -49,6 +49,22 @@ def test_every_kernel_serves_its_rows() -> None:
 @pytest.mark.parametrize(("op", "N", "K"), [("linear_nf4", 64, 40), ("linear_nf4_grad_x", 12, 64)])
 def test_shapes_unsupported_by_fused_kernels_are_decoded(op: str, N: int, K: int) -> None:
     assert kernel(8, op=op, N=N, K=K) == routing.DECODE
+
+
+def test_plan_of_a_lora_linear_says_where_its_low_rank_term_is_added() -> None:
+    def plan(op: str, M: int = 4096, N: int = 4096, K: int = 4096, **of_problem: object) -> str:
+        asked = problem(M, op, N=N, K=K)._replace(r=16, **of_problem)  # type: ignore[arg-type]
+        return str(routing.lora_plan(asked, 90))
+
+    inside, added = extended_k.INSIDE, extended_k.ADDED
+    assert inside in plan("linear_nf4_lora")
+    assert inside in plan("linear_nf4_lora", dropout=True)
+    assert inside in plan("linear_nf4_lora_backward")
+    assert added in plan("linear_nf4_lora_backward", dropout=True)
+    assert added in plan("linear_nf4_lora", K=14336)
+    assert added in plan("linear_nf4_lora", dtype=torch.float32)
+    assert added in plan("linear_nf4_lora", N=64, K=36), "rows of x that are not whole 16-byte pieces"
+    assert plan("linear_nf4_lora", M=8).startswith(routing.GEMM)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 1000, 1025, 5000])

@@ -71,14 +71,17 @@ def _linear_lora(rows: int, dropout_p: float) -> Callable[[str], list[Tensor]]:
     return call
 
 
-def _group(device: str) -> list[Tensor]:
-    x = _on(device, gaussian(5, K, seed=1, dtype=DTYPE)).requires_grad_()
-    A = [_on(device, gaussian(R, K, seed=s) / K**0.5).requires_grad_() for s in (4, 6)]
-    B = [_on(device, gaussian(N, R, seed=s)).requires_grad_() for s in (5, 7)]
-    packed, states = zip(*[_weight_on(device)] * 2, strict=True)
-    ys = qk.linear_nf4_lora_group(x, packed, states, A, B, scalings=[0.5, 2.0])
-    grads = [_on(device, gaussian(5, N, seed=s, dtype=DTYPE)) for s in (3, 8)]
-    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, (x, *A, *B), grads)]
+def _group(rows: int) -> Callable[[str], list[Tensor]]:
+    def call(device: str) -> list[Tensor]:
+        x = _on(device, gaussian(rows, K, seed=1, dtype=DTYPE)).requires_grad_()
+        A = [_on(device, gaussian(R, K, seed=s) / K**0.5).requires_grad_() for s in (4, 6)]
+        B = [_on(device, gaussian(N, R, seed=s)).requires_grad_() for s in (5, 7)]
+        packed, states = zip(*[_weight_on(device)] * 2, strict=True)
+        ys = qk.linear_nf4_lora_group(x, packed, states, A, B, scalings=[0.5, 2.0])
+        grads = [_on(device, gaussian(rows, N, seed=s, dtype=DTYPE)) for s in (3, 8)]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, (x, *A, *B), grads)]
+
+    return call
 
 
 def _paged_adamw(device: str) -> list[Tensor]:
@@ -102,7 +105,8 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "lora_gemm": _linear_lora(20, 0.0),
     "lora_dequantize": _linear_lora(200, 0.0),
     "lora_dropout": _linear_lora(20, 0.3),
-    "lora_group": _group,
+    "lora_group": _group(5),
+    "lora_group_over_k_and_r": _group(200),
     "paged_adamw": _paged_adamw,
 }
 

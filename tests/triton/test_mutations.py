@@ -15,6 +15,8 @@ from tests.support.planted_fault import mutation_tests
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
+from .test_extended_k import check_group, check_rows
+
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
 DECODE = Plan("decode")
@@ -83,6 +85,9 @@ CHECKS = {
     "decode": lambda: lora(DECODE),
     "small_m": lambda: lora(SMALL_M, M=2, N=7, K=576),
     "multi": multi,
+    "extended": lambda: check_group(torch.bfloat16, 0.0, 64, (57,), (5,)),
+    "rows of 448": lambda: check_rows(torch.bfloat16, 40, 448, 32, 128),
+    "rows of 1088": lambda: check_rows(torch.bfloat16, 5, 1088, 16, 64),
 }
 
 MUTATIONS = [
@@ -110,6 +115,14 @@ MUTATIONS = [
     ("linear_nf4_gemm", "tl.trans(keep), acc", "tl.trans(keep) | True, acc", "fused"),
     ("linear_nf4_gemm", "first = i_split * steps", "first = 0", "split"),
     ("lora_down", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
+    ("lora_down", "tl.store(p_tile, b_x,", "tl.store(p_tile, b_x * 2,", "extended"),
+    ("lora_down", "row_m[:, None] * stride_copy", "row_m[:, None] * K", "extended"),
+    ("lora_grads", "tl.store(p_tile, b_grad,", "tl.store(p_tile, b_grad * 2,", "extended"),
+    ("lora_grads", "row_m[:, None] * stride_copy", "row_m[:, None] * N", "extended"),
+    ("dequantize_nf4", "((o_column // K).to(tl.int64) * gap)", "(o_column * 0)", "rows of 448"),
+    ("dequantize_nf4", "column %= K", "column %= gap", "rows of 448"),
+    ("dequantize_nf4", "tl.where(o_column >= K, gap, 0)", "tl.where(o_column > K, gap, 0)", "rows of 1088"),
+    ("dequantize_nf4", "column -= tl.where(column >= K, K, 0)", "column -= 0", "rows of 1088"),
     ("lora_up", "acc *= scaling", "acc *= 1.0", "decode"),
     ("lora_up", "acc += base", "acc += 0.0", "decode"),
     ("lora_up", "range(parts)", "range(1)", "split"),

@@ -20,4 +20,14 @@ __device__ __forceinline__ uint4 philox(int64_t seed, int64_t counter) {
     return c;
 }
 
+constexpr int kDrawsPerCall = 8;
+
+// keep[j] of element 8 * call + j: its draw is 16-bit half (j & 1) of word j >> 1.
+__device__ __forceinline__ void draw8(bool (&keep)[kDrawsPerCall], int64_t seed, int64_t call, uint32_t threshold) {
+    const uint4 words = philox(seed, call);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int j = 0; j < kDrawsPerCall; j++) keep[j] = (word[j / 2] >> (16 * (j & 1)) & 0xFFFFu) >= threshold;
+}
+
 }  // namespace qlora

@@ -50,5 +50,5 @@ def quantize_nf4_double(w: Tensor, *, blocksize: int) -> tuple[Tensor, Tensor, T
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """Dequantize both levels in one pass into a contiguous out."""
+    """Dequantize both levels in one pass into out, contiguous or [N, K] with a stride between its rows."""
     _C.cuda_dequantize_nf4(weight.packed, *weight.constants, weight.blocksize, out)

@@ -1,6 +1,7 @@
 """The linear ops over the kernels that routing.py chooses, and over torch's own matmul.
 
-Dropout is a pass of its own (dropout.cu): over x for s and for grad_A, over ds A for grad_x.
+Where the weight is decoded first, the product may run over K + r (ops/extended_k.py). Dropout is a pass of its own
+(dropout.cu) over x for grad_A and over ds A for grad_x; s draws the mask where it reads x (lora_down.cu).
 """
 
 from __future__ import annotations
@@ -11,24 +12,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...ops import extended_k
 from ...ops.composed_lora_group import split_by_rank
 from ...ops.operands import GroupLoRA, LoRA, Weight
-from ...ops.philox import keep_scale, keep_threshold
 from ...ops.registry import KernelPlan, Problem
 from . import torch_products
 from .codec import dequantize_nf4
-from .routing import BOUNDS, GEMM, SMALL_M, route
+from .lora_down import aligned, dropout, dropped, drops, lora_down, project
+from .routing import BOUNDS, GEMM, SMALL_M, addition_reason, lora_plan, route
 
 _C = torch.ops.qlora_kernels_C
-
-ALIGNMENT = 16
-"""Bytes of the widest access in the kernels."""
 
 
 def plan(problem: Problem) -> KernelPlan:
     """Return the kernel of a product on the current GPU, which is the same with and without LoRA."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return route(problem, _capability(device))
+    return lora_plan(problem, _capability(device))
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -43,7 +42,10 @@ def linear_nf4_grad_x(grad_y: Tensor, weight: Weight) -> Tensor:
 
 def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) -> tuple[Tensor, Tensor]:
     """Return (y [M, N], s [M, r])."""
-    s = _dropped(x, lora) @ lora.A.to(x.dtype).T
+    if _addition_reason("linear_nf4_lora", x, [weight], lora) is None:
+        (y,), s = _extended(x, [weight], [bias], extended_k.group_of_one(lora))
+        return y, s
+    s = lora_down(x, lora)
     return _forward(x, weight, bias, s, lora), s
 
 
@@ -51,9 +53,13 @@ def linear_nf4_lora_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
+    if need_grad_x and _addition_reason("linear_nf4_lora_backward", x, [weight], lora) is None:
+        group = extended_k.group_of_one(lora)
+        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward([grad_y], x, s, [weight], group, need_grad_x=True)
+        return grad_x, grad_A, grad_B
     ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
     grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling)
-    grad_A = torch_products.in_fp32(ds.T, _dropped(x, lora))
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora))
     grad_x = _lora_grad_x(grad_y, weight, ds, lora) if need_grad_x else x.new_empty(0)
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
@@ -62,7 +68,9 @@ def linear_nf4_lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
     """Return ([y_i [M, N_i]], s [M, sum of r_i]), with one product of x and all adapters."""
-    s = _dropped(x, lora) @ lora.A.to(x.dtype).T
+    if _addition_reason("linear_nf4_lora_group", x, weights, lora) is None:
+        return _extended(x, weights, biases, lora)
+    s = lora_down(x, lora)
     members = zip(weights, biases, split_by_rank(s, lora), lora.each(), strict=True)
     return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
 
@@ -70,22 +78,49 @@ def linear_nf4_lora_group(
 def linear_nf4_lora_group_backward(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is summed in place."""
-    ds, grads_B = [], []
+    """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is one product or is summed in place."""
+    extends = need_grad_x and _addition_reason("linear_nf4_lora_group_backward", x, weights, lora) is None
+    inside = extends and not drops(lora)
+    both = extended_k.operand(x, sum(weight.N for weight in weights), lora.r if inside else 0) if extends else None
+    parts_of_ds, grads_B, column = [], [], 0
     for grad_y, part, B, scaling in zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True):
-        ds.append(torch_products.scaled(grad_y, B.to(x.dtype), scaling))
+        if both is None:
+            parts_of_ds.append(torch_products.scaled(grad_y, B.to(x.dtype), scaling))
+        else:
+            copy = both[:, column : column + grad_y.shape[1]]
+            parts_of_ds.append(project(grad_y, B.to(x.dtype).T, scaling, copy))
+            column += grad_y.shape[1]
         grads_B.append(torch_products.in_fp32(grad_y.T, part).mul_(scaling).to(B.dtype))
-    all_ds = torch.cat(ds, dim=1)
-    grad_A = torch_products.in_fp32(all_ds.T, _dropped(x, lora)).to(lora.A.dtype)
+    ds = parts_of_ds[0] if len(parts_of_ds) == 1 else torch.cat(parts_of_ds, dim=1)
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)).to(lora.A.dtype)
     if not need_grad_x:
         return x.new_empty(0), grad_A, grads_B
-    grad_x = _lora_grad_x(grad_ys[0], weights[0], all_ds, lora)
+    if both is not None:
+        grad_x = extended_k.backward(both, weights, (ds, lora.A) if inside else None, _decode)
+        if not inside:
+            dropout(ds @ lora.A.to(x.dtype), lora, grad_x, add=True)
+        return grad_x, grad_A, grads_B
+    grad_x = _lora_grad_x(grad_ys[0], weights[0], ds, lora)
     for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
         if _grad_x_is_fused(grad_y, weight):
             grad_x += _grad_x(grad_y, weight, None, None)
         else:
             grad_x.addmm_(grad_y, _dequantized(weight, grad_y))
     return grad_x, grad_A, grads_B
+
+
+def _extended(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """Return (ys, s) by products over K + r."""
+    both = extended_k.operand(x, x.shape[1], max(lora.ranks))
+    s = lora_down(x, lora, copy=both[:, : x.shape[1]])
+    return extended_k.forward(both, s, weights, biases, lora, _decode), s
+
+
+def _addition_reason(op: str, x: Tensor, weights: Sequence[Weight], lora: LoRA | GroupLoRA) -> str | None:
+    """Why the low-rank terms are added outside the base products, or None."""
+    return addition_reason(op, x.shape[0], weights, x.dtype, drops(lora), _capability(x.device))
 
 
 def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None) -> Tensor:
@@ -96,7 +131,7 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
     if kernel == SMALL_M:
         y = x.new_empty(M, N)
         B = None if lora_B is None else lora_B.contiguous()
-        operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
+        operands = (aligned(x), aligned(weight.packed), *weight.constants, bias)
         s = None if s is None else s.contiguous()
         _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, _multiprocessors(x.device), y)
         return y
@@ -111,30 +146,11 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
 def _lora_grad_x(grad_y: Tensor, weight: Weight, ds: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
     """Return grad_y W + dropout'(ds A)."""
     A = lora.A.to(grad_y.dtype)
-    if not _drops(lora):
+    if not drops(lora):
         return _grad_x(grad_y, weight, ds, A)
     grad_x = _grad_x(grad_y, weight, None, None)
-    _dropout(ds @ A, lora, grad_x, add=True)
+    dropout(ds @ A, lora, grad_x, add=True)
     return grad_x
-
-
-def _dropped(x: Tensor, lora: LoRA | GroupLoRA) -> Tensor:
-    """Return dropout(x) [M, K], a copy in x's dtype, or x itself without dropout."""
-    if not _drops(lora):
-        return x
-    y = torch.empty_like(x)
-    _dropout(x, lora, y, add=False)
-    return y
-
-
-def _dropout(x: Tensor, lora: LoRA | GroupLoRA, y: Tensor, *, add: bool) -> None:
-    """Compute y = dropout(x), or y += dropout(x), for contiguous [M, K]; each call draws the mask again."""
-    p = lora.dropout_p
-    _C.cuda_dropout(x, lora.seed, keep_threshold(p), keep_scale(p), add, y)
-
-
-def _drops(lora: LoRA | GroupLoRA) -> bool:
-    return lora.seed is not None and lora.dropout_p > 0
 
 
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
@@ -172,9 +188,13 @@ def _gemm(
     splits = _C.cuda_linear_nf4_gemm_splits(M, gemm_n, gemm_k, _multiprocessors(x.device))
     partial = x.new_empty(splits, M, gemm_n, dtype=torch.float32) if splits > 1 else None
     lora = (_padded_rank(lora_left), _padded_rank(lora_right))
-    operands = (_aligned(x), _aligned(weight.packed), *weight.constants, bias)
+    operands = (aligned(x), aligned(weight.packed), *weight.constants, bias)
     _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
     return y
+
+
+def _decode(weight: Weight, out: Tensor) -> None:
+    dequantize_nf4(weight, out=out)
 
 
 def _dequantized(weight: Weight, like: Tensor) -> Tensor:
@@ -200,14 +220,9 @@ def _capability(device: torch.device) -> int:
     return _capability_of(device) if device.type == "cuda" else min(BOUNDS)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy if it does not start at a multiple of 16 bytes."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-
-
 def _padded_rank(factor: Tensor | None) -> Tensor | None:
     """Return a LoRA factor [rows, r] with r padded to a multiple of 8, so that rows are whole 16-byte chunks."""
     if factor is None:
         return None
     missing = -factor.shape[1] % 8
-    return _aligned(torch.nn.functional.pad(factor, (0, missing)) if missing else factor.contiguous())
+    return aligned(torch.nn.functional.pad(factor, (0, missing)) if missing else factor.contiguous())

@@ -11,15 +11,17 @@ them shape by shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from ...ops import measured_plans
+from ...ops import extended_k, measured_plans
+from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
+from .lora_down import kernel_obstacle
 
 SMALL_ROWS_FP32 = 16
 """Maximum number of rows of linear_nf4_small_m.cu in fp32, for which there is no tensor-core kernel."""
@@ -65,6 +67,40 @@ def route(problem: Problem, capability: int) -> KernelPlan:
     if _forced is not None and _forced in (KERNELS[path] for path in served_paths(base)):
         return KernelPlan(_forced, gemm_tile(rows) if _forced == GEMM else {}, "use_path")
     return _route(base, capability)
+
+
+def addition_reason(
+    op: str, M: int, weights: Sequence[Weight], dtype: torch.dtype, dropout: bool, capability: int
+) -> str | None:
+    """Why the low-rank terms of linears on one x are not inside base products over K + r (ops/extended_k.py), or None.
+
+    op: a LoRA op, forward or backward, of one linear or of a group.
+    """
+    backward = op.endswith("_backward")
+    if dtype == torch.float32:  # saves the rest for a dtype that is never served
+        return kernel_obstacle(dtype, 0)
+    for weight in weights:
+        problem = Problem(op, "cuda", dtype, M, weight.N, weight.K, 0, weight.blocksize, weight.double_quant)
+        if route(problem, capability).kernel != DECODE:
+            return "the kernel that decodes inside adds it to its sums"
+        if (reason := kernel_obstacle(dtype, weight.N if backward else weight.K)) is not None:
+            return reason
+    K, N = weights[0].K, sum(weight.N for weight in weights)
+    if backward:
+        return extended_k.backward_obstacle(K, N, len(weights), dropout, dtype, capability)
+    return extended_k.forward_obstacle(K, N, dtype, capability)
+
+
+def lora_plan(problem: Problem, capability: int) -> KernelPlan:
+    """The kernel of a LoRA linear: that of its base product, and where the low-rank term is added."""
+    base = route(problem, capability)
+    if base.kernel != DECODE or problem.r == 0:
+        return base
+    shape_only = torch.empty(0)
+    weight = Weight(shape_only, None, None, None, None, problem.blocksize, problem.N, problem.K)
+    reason = addition_reason(problem.op, problem.M, [weight], problem.dtype, problem.dropout, capability)
+    after = extended_k.INSIDE if reason is None else extended_k.ADDED
+    return KernelPlan(f"dequantize_nf4.cu, then {after}", {}, "; ".join(filter(None, (base.reason, reason))))
 
 
 _forced: str | None = None

@@ -81,13 +81,11 @@ def _launcher(op: str) -> Callable[..., Any]:
 
 
 def _plan(problem: Problem) -> KernelPlan:
-    """Return the plan of the base matmul, which is the same with and without an adapter."""
+    """Return the plan of the base matmul, and with an adapter where its term is added."""
     if not problem.op.startswith("linear_nf4"):
         return only_kernel(problem)
-    backward = problem.op.endswith(("_backward", "_grad_x"))
-    base = problem._replace(op="linear_nf4_grad_x" if backward else "linear_nf4", device="cuda", r=0, dropout=False)
     capability = planner.capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return planner.kernel_plan(base, capability)
+    return planner.lora_plan(problem, capability)
 
 
 def _priority(problem: Problem) -> int:

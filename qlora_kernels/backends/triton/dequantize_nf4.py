@@ -10,6 +10,7 @@ from ...ops.operands import Weight
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs
 from .launch import launchable
+from .planner import decoded_row
 from .sizes import cdiv
 
 NUM_WARPS = 4
@@ -31,9 +32,13 @@ def dequantize_nf4_kernel(
     p_w,
     numel,
     n_blocks,
+    K,
+    gap,
     BLOCKSIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     SHORT_TAIL: tl.constexpr,
+    STRIDED: tl.constexpr,
+    LONG_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     TILES: tl.constexpr,
@@ -45,6 +50,9 @@ def dequantize_nf4_kernel(
     second-level scale is a scalar.
     SHORT_TAIL: numel is not a multiple of a program's range. Then only the last program masks its accesses; the other
     programs run a body without masks, whose offsets fold into immediates of one 64-bit base.
+    STRIDED: w is [N, K] with `gap` elements between its rows, for K a multiple of a tile's row. The column of a tile's
+    first weight is carried from tile to tile. LONG_ROWS: a tile is no longer than a row of w, so that at most one row
+    ends inside it, and no division is needed.
     Launch with enable_fp_fusion=False: map * scale + offset takes two roundings.
     """
     RUN: tl.constexpr = TILES * ROWS * 2 * ROW_BYTES
@@ -52,6 +60,13 @@ def dequantize_nf4_kernel(
     i_block = tl.program_id(0).to(tl.int64) * (RUN // BLOCKSIZE)
     p_packed += i_first // 2
     p_w += i_first
+    column = 0
+    if STRIDED:
+        # In rows of a tile, of which a row of w is a multiple: 32 bits suffice.
+        i_row = tl.program_id(0) * (RUN // (2 * ROW_BYTES))
+        rows_of_w = K // (2 * ROW_BYTES)
+        p_w += (i_row // rows_of_w).to(tl.int64) * gap
+        column = i_row % rows_of_w * (2 * ROW_BYTES)  # of the program's first weight
     p_stored_absmax += i_block
     scale = 0.0
     offset = 0.0
@@ -64,12 +79,12 @@ def dequantize_nf4_kernel(
         if values_left < RUN:
             decode_run(
                 p_packed, p_stored_absmax, p_absmax_map, scale, offset, p_w, values_left, n_blocks - i_block, table,
-                BLOCKSIZE, DOUBLE_QUANT, True, ROWS, ROW_BYTES, TILES,
+                column, K, gap, BLOCKSIZE, DOUBLE_QUANT, True, STRIDED, LONG_ROWS, ROWS, ROW_BYTES, TILES,
             )  # fmt: skip
             return
     decode_run(
         p_packed, p_stored_absmax, p_absmax_map, scale, offset, p_w, 0, 0, table,
-        BLOCKSIZE, DOUBLE_QUANT, False, ROWS, ROW_BYTES, TILES,
+        column, K, gap, BLOCKSIZE, DOUBLE_QUANT, False, STRIDED, LONG_ROWS, ROWS, ROW_BYTES, TILES,
     )  # fmt: skip
 
 
@@ -84,14 +99,22 @@ def decode_run(
     values_left,
     blocks_left,
     table,
+    column,
+    K,
+    gap,
     BLOCKSIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     MASKED: tl.constexpr,
+    STRIDED: tl.constexpr,
+    LONG_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Decode one program's range, at whose start the pointers are. MASKED: only values_left and blocks_left exist."""
+    """Decode one program's range, at whose start the pointers are. MASKED: only values_left and blocks_left exist.
+
+    STRIDED: the range starts at `column` of a row of w.
+    """
     ROW_VALUES: tl.constexpr = 2 * ROW_BYTES
     o_row = tl.arange(0, ROWS)
     o_byte = o_row[:, None] * ROW_BYTES + tl.arange(0, ROW_BYTES)[None, :]
@@ -110,16 +133,33 @@ def decode_run(
         high, low = decode_pairs(b_packed, table)
         pairs = tl.join(high * b_absmax[:, None], low * b_absmax[:, None])
         b_w = tl.reshape(pairs, (ROWS, ROW_VALUES)).to(p_w.dtype.element_ty)
+        p_tile = p_w + (i_value + o_value)
+        if STRIDED:
+            o_column = column + o_row * ROW_VALUES
+            column += ROWS * ROW_VALUES
+            if LONG_ROWS:
+                p_tile += tl.where(o_column >= K, gap, 0)[:, None]
+                p_w += tl.where(column >= K, gap, 0)
+                column -= tl.where(column >= K, K, 0)
+            else:
+                p_tile += ((o_column // K).to(tl.int64) * gap)[:, None]
+                p_w += (column // K).to(tl.int64) * gap
+                column %= K
         if MASKED:
-            tl.store(p_w + (i_value + o_value), b_w, mask=i_value + o_value < values_left)
+            tl.store(p_tile, b_w, mask=i_value + o_value < values_left)
         else:
-            tl.store(p_w + (i_value + o_value), b_w)
+            tl.store(p_tile, b_w)
 
 
 def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
-    """Write code[q[i]] * absmax[i // blocksize] into out. See ops/dequantize_nf4.py for the contract."""
+    """Write code[q[i]] * absmax[i // blocksize] into out. See ops/dequantize_nf4.py for the contract.
+
+    out may also be [N, K] with a stride between its rows, if K is a multiple of `decoded_row(weight.blocksize)`.
+    """
     pointers = absmax_pointers(weight)
-    row_values = min(weight.blocksize, 64)
+    row_values = decoded_row(weight.blocksize)
+    strided = not out.is_contiguous()
+    assert not strided or out.shape[1] % row_values == 0
     program_values = min(PROGRAM_VALUES, 256 * weight.blocksize)
     numel = out.numel()
     dequantize_nf4_kernel[(cdiv(numel, program_values),)](
@@ -128,9 +168,13 @@ def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
         out,
         numel,
         pointers.stored_absmax.numel(),
+        out.shape[-1],
+        out.stride(0) - out.shape[1] if strided else 0,
         BLOCKSIZE=weight.blocksize,
         DOUBLE_QUANT=weight.double_quant,
         SHORT_TAIL=numel % program_values != 0,
+        STRIDED=strided,
+        LONG_ROWS=out.shape[-1] >= 2 * TILE_BYTES,
         ROWS=2 * TILE_BYTES // row_values,
         ROW_BYTES=row_values // 2,
         TILES=program_values // (2 * TILE_BYTES),

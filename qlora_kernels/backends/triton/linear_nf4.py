@@ -2,7 +2,8 @@
 
 small_m: linear_nf4_small_m.py multiplies one or two rows without tensor cores; forward only.
 fused:   linear_nf4_gemm.py decodes the weight inside the matmul. In both, lora_up.py adds the partial sums of splits.
-decode:  the weight is decoded once into a workspace, and torch's matmul multiplies.
+decode:  the weight is decoded once into a workspace, and torch's matmul multiplies, over K + r where a low-rank term
+         fits in (ops/extended_k.py).
 
 The workspace is an allocation of the call. PyTorch's caching allocator reuses the block for the next layer on the same
 stream. This is safe, because reuse is ordered by the stream, and inside a captured graph the block is from the graph's
@@ -11,6 +12,7 @@ pool. A buffer kept across calls would need extra code for each of these propert
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
 from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
 from .partials import rank_tile
-from .planner import Plan, capability_of, plan
+from .planner import Plan, addition_reason, capability_of, plan
 from .sizes import cdiv
 
 GRAD_X_BLOCK_N = 64
@@ -48,6 +50,20 @@ def decoded(weight: Weight, dtype: torch.dtype) -> Tensor:
     workspace = torch.empty((weight.N, weight.K), dtype=dtype, device=weight.packed.device)
     dequantize_nf4(weight, out=workspace)
     return workspace
+
+
+def decode_into(weight: Weight, out: Tensor) -> None:
+    """Decode the weight into out [N, K], whose rows may have a stride."""
+    dequantize_nf4(weight, out=out)
+
+
+def added_outside(op: str, rows: Tensor, weights: Sequence[Weight], dropout: Dropout) -> bool:
+    """Whether the low-rank terms of linears on one x are added to their products, not inside products over K + r.
+
+    op: a LoRA op, forward or backward, of one linear or of a group.   rows: x.
+    """
+    capability = capability_of(rows.device)
+    return addition_reason(op, rows.shape[0], weights, rows.dtype, dropout.on, capability) is not None
 
 
 def whole_words(packed: Tensor) -> Tensor:
@@ -121,16 +137,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
     if chosen.path == "decode":
         grad_x = grad_y @ decoded(weight, grad_y.dtype)
         if low_rank is not None:
-            lora_up(
-                grad_x,
-                grad_x,
-                left=left,
-                right=right,
-                right_is_transposed=False,
-                scaling=scaling,
-                bias=None,
-                dropout=dropout,
-            )
+            add_low_rank(grad_x, low_rank, dropout)
         return grad_x
     grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
     split = chosen.split_k > 1
@@ -175,6 +182,14 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
             dropout=dropout,
         )
     return grad_x
+
+
+def add_low_rank(grad_x: Tensor, low_rank: LowRankTerm, dropout: Dropout) -> None:
+    """Add scaling * keep * (ds A) to grad_x in place."""
+    left, right, scaling = low_rank
+    lora_up(
+        grad_x, grad_x, left=left, right=right, right_is_transposed=False, scaling=scaling, bias=None, dropout=dropout
+    )
 
 
 def linear_nf4(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

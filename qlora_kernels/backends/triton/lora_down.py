@@ -32,12 +32,15 @@ def lora_down_kernel(
     p_lora_A,
     p_seed,
     p_s,
+    p_copy,
     M,
     K,
     R,
     steps,
+    stride_copy,
     threshold,
     DROPOUT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -47,6 +50,7 @@ def lora_down_kernel(
     Grid (tiles of M, splits of K, tiles of R). Each program stores its own part; a second launch (sum_partials) adds
     the splits in order and applies dropout's scale. A is used in x's dtype. A may hold the stacked rows of several
     adapters, so that linears with the same x share one launch.
+    COPY: the programs of the first tile of R also store x to copy [M, K], whose rows have a stride.
     """
     i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -62,6 +66,9 @@ def lora_down_kernel(
         column = i * BLOCK_K + o_k
         b_x = tl.load(p_x + row_m[:, None] * K + column[None, :], mask=column[None, :] < K, other=0.0)
         b_A = tl.load(p_lora_A + row_r[None, :] * K + column[:, None], mask=column[:, None] < K, other=0.0)
+        if COPY:
+            p_tile = p_copy + row_m[:, None] * stride_copy + column[None, :]
+            tl.store(p_tile, b_x, mask=(o_m[:, None] < M) & (column[None, :] < K) & (i_r == 0))
         if DROPOUT:
             keep = keep_tile(seed, threshold, i_m * BLOCK_M, i * BLOCK_K, K, DROPOUT, BLOCK_M, BLOCK_K)
             b_x = tl.where(keep, b_x, 0.0)
@@ -70,8 +77,11 @@ def lora_down_kernel(
     tl.store(p_s + o_s, acc, mask=(o_m[:, None] < M) & (o_r[None, :] < R))
 
 
-def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """Return s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous."""
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None = None) -> Tensor:
+    """Return s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous.
+
+    copy: receives x where it is given; [M, K] with contiguous rows, which may have a stride.
+    """
     M, K = x.shape
     r = lora_A.shape[0]
     block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
@@ -83,12 +93,15 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
         lora_A,
         dropout.seed,
         parts,
+        x if copy is None else copy,
         M,
         K,
         r,
         steps,
+        0 if copy is None else copy.stride(0),
         dropout.threshold,
         DROPOUT=dropout.draws(K),
+        COPY=copy is not None,
         BLOCK_M=BLOCK_M,
         BLOCK_K=block_k,
         BLOCK_R=block_r,

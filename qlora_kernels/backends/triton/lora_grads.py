@@ -24,10 +24,13 @@ def lora_ds_grad_B_kernel(
     p_lora_B,
     p_ds,
     p_grad_B,
+    p_copy,
     M,
     N,
     R,
     steps,
+    stride_copy,
+    COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -40,7 +43,8 @@ def lora_ds_grad_B_kernel(
     Grid (tiles of N, chunks of M, tiles of R). A program loops over `steps` tiles of M within one tile of N: the sum of
     grad_B stays in registers, and ds has one part per tile of N. The parts, fp32 [tiles_n, M, R] and [chunks, N, R],
     are added in order by a second launch, so that results are deterministic. grad_y is read once per tile of R, which
-    is once for r <= 64.
+    is once for r <= 64. COPY: the programs of the first tile of R also store it to copy [M, N], whose rows have a
+    stride.
     """
     i_n, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,6 +59,9 @@ def lora_ds_grad_B_kernel(
         m_m = o_m < M
         row_m = o_m.to(tl.int64)
         b_grad = tl.load(p_grad_y + row_m[:, None] * N + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
+        if COPY:
+            p_tile = p_copy + row_m[:, None] * stride_copy + o_n[None, :]
+            tl.store(p_tile, b_grad, mask=m_m[:, None] & m_n[None, :] & (i_r == 0))
         b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
         b_ds = tl.dot(b_grad, b_B, input_precision="ieee")
@@ -64,8 +71,13 @@ def lora_ds_grad_B_kernel(
     tl.store(p_grad_B + o_grad_B, acc, mask=m_n[:, None] & m_r[None, :])
 
 
-def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return (ds [M, r] = scaling * grad_y B of grad_y.dtype, grad_B [N, r] = scaling * grad_y^T s of lora_B.dtype)."""
+def lora_ds_grad_B(
+    grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float, copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (ds [M, r] = scaling * grad_y B of grad_y.dtype, grad_B [N, r] = scaling * grad_y^T s of lora_B.dtype).
+
+    copy: receives grad_y where it is given; [M, N] with contiguous rows, which may have a stride.
+    """
     M, N = grad_y.shape
     r = lora_B.shape[1]
     block_r, block_m = rank_tile(r, grad_y.dtype), fp32_safe_step(BLOCK_M, grad_y.dtype)
@@ -83,10 +95,13 @@ def lora_ds_grad_B(grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float) ->
         lora_B,
         ds_parts,
         grad_B_parts,
+        grad_y if copy is None else copy,
         M,
         N,
         r,
         steps,
+        0 if copy is None else copy.stride(0),
+        COPY=copy is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=block_r,

@@ -10,14 +10,15 @@ sheets and static instruction counts, not measurements, so that it also gives re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
-from ...ops import measured_plans
+from ...ops import extended_k, measured_plans
+from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
 
 PATHS = ("small_m", "fused", "decode")
@@ -223,6 +224,47 @@ def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
         return KernelPlan("dequantize_nf4, then torch.matmul", {}, "; ".join([*obstacles, reason]))
     tile = {name: size for name, size in asdict(chosen).items() if name != "path"}
     return KernelPlan(f"{problem.op}_{chosen.path}", tile, reason)
+
+
+def addition_reason(
+    op: str, M: int, weights: Sequence[Weight], dtype: torch.dtype, dropout: bool, capability: int
+) -> str | None:
+    """Return why the low-rank terms of linears on one x are not inside base products over K + r (ops/extended_k.py).
+
+    None if they are inside. op: a LoRA op, forward or backward, of one linear or of a group.
+    """
+    backward = op.endswith("_backward")
+    base = "linear_nf4_grad_x" if backward else "linear_nf4"
+    for weight in weights:
+        problem = Problem(base, "cuda", dtype, M, weight.N, weight.K, 0, weight.blocksize, weight.double_quant)
+        if plan(problem, capability).path != "decode":
+            return "the kernel that decodes inside adds it to its sums"
+        if not backward and weight.K % decoded_row(weight.blocksize):
+            return f"K={weight.K} is not a multiple of {decoded_row(weight.blocksize)}, the weights of a decoder's row"
+    K, N = weights[0].K, sum(weight.N for weight in weights)
+    if backward:
+        return extended_k.backward_obstacle(K, N, len(weights), dropout, dtype, capability)
+    return extended_k.forward_obstacle(K, N, dtype, capability)
+
+
+def decoded_row(blocksize: int) -> int:
+    """Return the weights of a row of the decoder's tile, which lies inside one block."""
+    return min(blocksize, 64)
+
+
+def lora_plan(problem: Problem, capability: int) -> KernelPlan:
+    """Return the plan of a LoRA linear: that of its base matmul, and where the low-rank term is added."""
+    backward = problem.op.endswith(("_backward", "_grad_x"))
+    base = problem._replace(op="linear_nf4_grad_x" if backward else "linear_nf4", device="cuda", r=0, dropout=False)
+    chosen = kernel_plan(base, capability)
+    if problem.r == 0 or plan(base, capability).path != "decode":
+        return chosen
+    weight = Weight(torch.empty(0), None, None, None, None, problem.blocksize, problem.N, problem.K)
+    reason = addition_reason(problem.op, problem.M, [weight], problem.dtype, problem.dropout, capability)
+    after = extended_k.INSIDE if reason is None else extended_k.ADDED
+    return replace(
+        chosen, kernel=f"dequantize_nf4, then {after}", reason="; ".join(filter(None, (chosen.reason, reason)))
+    )
 
 
 @cache
