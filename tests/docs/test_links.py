@@ -44,6 +44,12 @@ def test_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
 
 
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.parent != ROOT]
+    assert [page for page in pages if f": {page}" not in menu and f"- {page}" not in menu] == []
+
+
 def test_a_broken_link_is_found():
     page = ROOT / "README.md"
     text = "[a](docs/index.md) [b](docs/nothing.md) [c](docs/index.md#install) [d](docs/index.md#nothing) `[e](x)`"
