@@ -317,6 +317,7 @@ SUITE = Suite(
     ),
     verify=verify,
     modes=(COLD,),
+    packages=("transformers",),
 )
 
 

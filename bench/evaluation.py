@@ -79,4 +79,5 @@ SUITE = Suite(
     ),
     verify=end_to_end.verify,
     modes=(COLD,),
+    packages=("transformers",),
 )

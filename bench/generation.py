@@ -125,10 +125,11 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", ours, _once, packages=("transformers",)),
-        Contender("bnb", bitsandbytes, _once, packages=("transformers", "bitsandbytes")),
-        Contender("dense", dense, _once, packages=("transformers",)),
+        Contender("ours", ours, _once),
+        Contender("bnb", bitsandbytes, _once, packages=("bitsandbytes",)),
+        Contender("dense", dense, _once),
     ),
     verify=verify,
     modes=(COLD,),
+    packages=("transformers",),
 )

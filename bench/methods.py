@@ -197,7 +197,7 @@ SUITE = Suite(
     cost=cost,
     inputs=Inputs,
     contenders=(
-        Contender("ours", ours, whole_model, packages=("transformers",), measures=trained_parameters),
+        Contender("ours", ours, whole_model, measures=trained_parameters),
         Contender(
             "bnb + PEFT",
             through_peft(Inputs.bitsandbytes),
@@ -217,4 +217,5 @@ SUITE = Suite(
     ),
     verify=verify,
     modes=(COLD,),
+    packages=("transformers",),
 )

@@ -38,10 +38,17 @@ def runs(contender: Contender, case: Case) -> bool:
     return contender.applies(case) and all(reason_missing(package) is None for package in contender.packages)
 
 
+def complete(suite: Suite) -> bool:
+    """Whether all packages that the inputs of a suite need can be imported."""
+    return all(reason_missing(package) is None for package in suite.packages)
+
+
 def left_out(suites: Iterable[Suite]) -> Iterator[str]:
-    """Yield a line for each package that contenders of the suites need and that cannot be imported."""
+    """Yield a line for each package that suites or their contenders need and that cannot be imported."""
     needed: dict[str, list[str]] = {}
     for suite in suites:
+        for package in suite.packages:
+            needed.setdefault(package, []).append(f"suite {suite.op}")
         for contender in suite.contenders:
             for package in contender.packages:
                 needed.setdefault(package, []).append(contender.name)

@@ -110,6 +110,7 @@ class Suite:
     inputs: tensors that all implementations of a case share, drawn from fixed seeds.
     verify: (case, inputs, implementation's name, result); raises AssertionError for a wrong result. It runs before the
     timing, and a wrong result is not timed.
+    packages: those of bench/optional.py without which the whole suite is left out, because its inputs need them.
     """
 
     op: str
@@ -119,3 +120,4 @@ class Suite:
     contenders: tuple[Contender, ...]
     verify: Callable[[Case, Any, str, Any], None]
     modes: tuple[str, ...] = (COLD, WARM)
+    packages: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .machine import ROOT, cache_bytes, provenance
-from .optional import left_out, runs
+from .optional import complete, left_out, runs
 from .peaks import Peak, measure_peaks
 from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite
 from .report import print_report
@@ -95,6 +95,7 @@ def run(device: str, only: str, *, ops: Sequence[str], quick: bool, isa: str | N
     if isa is None:
         for line in left_out(suite for suite, _ in chosen):
             print(line, file=sys.stderr, flush=True)
+    here = [(suite, case) for suite, case in here if complete(suite)]
     peaks = measure_peaks(device, isa) if here else {}
     for peak in peaks.values():
         yield peak_row(peak, isa) | common

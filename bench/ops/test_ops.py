@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.optional import runs
+from bench.optional import complete, runs
 from bench.registry import Case, Contender, Suite
 from bench.run import build, fault_of
 from bench.suites import suites
@@ -18,6 +18,7 @@ from bench.suites import suites
 RUNS = [
     pytest.param(suite, case, contender, id=f"{case.op}-{case.name}-{contender.name}".replace(" ", "_"))
     for suite in suites().values()
+    if complete(suite)
     for case in suite.cases("cpu")
     for contender in suite.contenders
     if case.quick and contender.threads is None and runs(contender, case)

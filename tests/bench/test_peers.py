@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -64,6 +66,9 @@ def test_a_missing_package_is_named_with_its_contenders(monkeypatch):
     assert list(optional.left_out([suite, suite])) == [
         "left out: theirs, because no_such_package cannot be used: it is not installed; pip install no_such_package"
     ]
+    needy = dataclasses.replace(suite, contenders=(ours,), packages=("no_such_package",))
+    assert next(optional.left_out([needy])).startswith("left out: suite op, because no_such_package cannot be used")
+    assert (optional.complete(suite), optional.complete(needy)) == (True, False)
     assert not optional.runs(never, Case("op"))
     assert optional.runs(ours, Case("op"))
 
