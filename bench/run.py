@@ -29,7 +29,7 @@ from .registry import COLD, GATE_SEED, Call, Case, Contender, Cost, Suite
 from .report import print_report
 from .row_file import Row, RowWriter
 from .suites import GROUPS, suites
-from .timing import Budget, Entrant, Timing, measure
+from .timing import Budget, TimedCalls, Timing, measure
 
 WORKING_SET = 4
 """Cold weights exceed the last-level cache by this factor before one is used again."""
@@ -145,11 +145,11 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
         else:
             yield case_row(case, contender, threads, None) | {"gate": f"red: {fault}"}
     for mode in suite.modes:
-        entrants = {
-            name: Entrant(calls if mode == COLD else calls[:1], contender.threads or threads)
+        implementations = {
+            name: TimedCalls(calls if mode == COLD else calls[:1], contender.threads or threads)
             for name, (contender, calls) in right.items()
         }
-        timings = measure(entrants, case.device, budget) if entrants else {}
+        timings = measure(implementations, case.device, budget) if implementations else {}
         for name, timing in timings.items():
             contender = right[name][0]
             row = case_row(case, contender, threads, mode) | timing_fields(timing) | measures[name]

@@ -55,7 +55,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Entrant:
+class TimedCalls:
     """One implementation's calls, in rotation: warm if there is one call, cold if there are many."""
 
     calls: Sequence[Call]
@@ -68,20 +68,26 @@ class _Round:
     times: dict[str, list[float]] = field(default_factory=dict)
 
 
-def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dict[str, Timing]:
+def measure(implementations: Mapping[str, TimedCalls], device: str, budget: Budget) -> dict[str, Timing]:
     """Time the calls of all implementations, interleaved in random order."""
     clock = clock_of(device)
     if device == "cuda":
-        entrants = {name: Entrant([_replayed(entrant.calls)], entrant.threads) for name, entrant in entrants.items()}
+        implementations = {
+            name: TimedCalls([_replayed(implementation.calls)], implementation.threads)
+            for name, implementation in implementations.items()
+        }
     started, before = time.perf_counter(), torch.get_num_threads()
-    circles = {name: itertools.cycle(entrant.calls) for name, entrant in entrants.items()}
+    circles = {name: itertools.cycle(implementation.calls) for name, implementation in implementations.items()}
     rounds: list[_Round] = []
     gc.collect()
     gc.disable()
     try:
-        lengths = {name: _turn_length(clock, circles[name], entrant.threads) for name, entrant in entrants.items()}
+        lengths = {
+            name: _turn_length(clock, circles[name], implementation.threads)
+            for name, implementation in implementations.items()
+        }
         while True:
-            rounds.append(_run_round(clock, entrants, circles, lengths))
+            rounds.append(_run_round(clock, implementations, circles, lengths))
             quiet = [r for r in rounds if r.foreign <= QUIET]
             samples = sum(min(lengths.values()) for _ in quiet)
             slow = min(lengths.values()) == 1
@@ -94,7 +100,7 @@ def measure(entrants: Mapping[str, Entrant], device: str, budget: Budget) -> dic
         torch.set_num_threads(before)
     chosen = quiet if len(quiet) >= 3 else sorted(rounds, key=lambda r: r.foreign)[:3]
     foreign = statistics.mean(r.foreign for r in chosen)
-    return {name: summarize([t for r in chosen for t in r.times[name]], foreign) for name in entrants}
+    return {name: summarize([t for r in chosen for t in r.times[name]], foreign) for name in implementations}
 
 
 def summarize(times: Sequence[float], foreign: float) -> Timing:
@@ -146,14 +152,14 @@ def _turn_length(clock: Callable[[Call], float], calls: itertools.cycle[Call], t
 
 def _run_round(
     clock: Callable[[Call], float],
-    entrants: Mapping[str, Entrant],
+    implementations: Mapping[str, TimedCalls],
     circles: Mapping[str, itertools.cycle[Call]],
     lengths: Mapping[str, int],
 ) -> _Round:
     times = {}
     wall, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
-    for name, entrant in entrants.items():
-        torch.set_num_threads(entrant.threads)
+    for name, implementation in implementations.items():
+        torch.set_num_threads(implementation.threads)
         settle_until = time.perf_counter() + SETTLE_S
         while lengths[name] > 1 and time.perf_counter() < settle_until:
             next(circles[name])()

@@ -91,7 +91,7 @@ def _perplexity(
 
     with bad_input():
         examples, rows = within_time(
-            lambda clock: encode_rows(source, clock.each(records), tokenizer, arguments.seq_len)
+            lambda clock: encode_rows(source, clock.timed(records), tokenizer, arguments.seq_len)
         )
         check_token_ids(max(int(example.input_ids.max()) for example in examples), tokenizer, base)
         check_positions(max(len(example.input_ids) for example in examples), base, "--seq-len")

@@ -275,7 +275,7 @@ class _Finetune:
         if not records:
             return []
         examples, rows = within_time(
-            lambda clock: encode_rows(source, clock.each(records), self.tokenizer, self.options.seq_len)
+            lambda clock: encode_rows(source, clock.timed(records), self.tokenizer, self.options.seq_len)
         )
         self.report.rows[part] = rows
         self.console.say(f"{part}: {rows}")

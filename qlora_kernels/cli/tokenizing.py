@@ -39,7 +39,7 @@ class Clock:
         self.what, self.seconds = what, SECONDS + characters / CHARACTERS_PER_SECOND
         self.deadline = time.monotonic() + self.seconds
 
-    def each(self, records: Iterable[Record]) -> Iterator[Record]:
+    def timed(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield the records; the time of each starts when it is taken."""
         for record in records:
             self.begin(record.place or "a record", _characters(record))

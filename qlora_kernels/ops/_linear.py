@@ -13,14 +13,14 @@ CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
 """The float arguments that describe W, for which no gradient exists."""
 
 
-def matrix(rows: Tensor) -> Tensor:
+def flatten_to_2d(rows: Tensor) -> Tensor:
     """Return [..., C] as a contiguous [M, C]."""
     if not rows.is_contiguous():
         check_memory("qlora_kernels", rows)
     return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()
 
 
-def as_rows(result: Tensor, rows: Tensor) -> Tensor:
+def restore_leading_dims(result: Tensor, rows: Tensor) -> Tensor:
     """Return a kernel's [M, C] with the leading dimensions of rows.
 
     For autograd, the result is not a view: models write into the output of a linear layer (`y += residual`, `relu_`),

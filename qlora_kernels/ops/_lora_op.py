@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
+from ._linear import CONSTANTS, bias_only_output, flatten_to_2d, is_empty, problem_of, restore_leading_dims
 from .checks import check_bias, check_grad_y, check_s, check_x
 from .operands import LoRA, MultiLoRA, Weight
 from .registry import select
@@ -68,8 +68,8 @@ class LoRAOp:
         self._check_forward(x, weight, bias, lora)
         if is_empty(x, weight):
             return bias_only_output(x, weight, bias), x.new_zeros((x.shape[:-1].numel(), lora.r))
-        y, s = select(problem_of(self.name, x, weight, lora)).run(matrix(x), weight, bias, _contiguous(lora))
-        return as_rows(y, x), s
+        y, s = select(problem_of(self.name, x, weight, lora)).run(flatten_to_2d(x), weight, bias, _contiguous(lora))
+        return restore_leading_dims(y, x), s
 
     def forward_fake(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> Result:
         """Return empty tensors with the shapes and dtypes of y and s."""
@@ -90,8 +90,10 @@ class LoRAOp:
             grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
             return grad_x, torch.zeros_like(lora.A), torch.zeros_like(lora.B)
         run = select(problem_of(f"{self.name}_backward", x, weight, lora)).run
-        grad_x, grad_A, grad_B = run(matrix(grad_y), matrix(x), s, weight, _contiguous(lora), need_grad_x=need_grad_x)
-        return as_rows(grad_x, x) if need_grad_x else grad_x, grad_A, grad_B
+        grad_x, grad_A, grad_B = run(
+            flatten_to_2d(grad_y), flatten_to_2d(x), s, weight, _contiguous(lora), need_grad_x=need_grad_x
+        )
+        return restore_leading_dims(grad_x, x) if need_grad_x else grad_x, grad_A, grad_B
 
     def backward_fake(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool

@@ -61,7 +61,7 @@ def lora_group(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
     """Return (ys, s), the results of linear_nf4_lora_group."""
-    results = [lora_linear(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
+    results = [lora_linear(x, *each) for each in zip(weights, biases, lora.split_per_linear(), strict=True)]
     return [y for y, _ in results], torch.cat([s for _, s in results], dim=1)
 
 
@@ -70,7 +70,7 @@ def lora_group_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return (grad_x or empty, grad_A, grads of B) of linear_nf4_lora_group."""
     of_x, grads_A, grads_B = x.new_empty(0), [], []
-    for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
+    for grad_y, weight, member in zip(grad_ys, weights, lora.split_per_linear(), strict=True):
         of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, need_grad_x)
         of_x = of_x + of_member if of_x.numel() else of_member
         grads_A.append(of_A)

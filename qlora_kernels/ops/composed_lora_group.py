@@ -21,7 +21,7 @@ def compose_lora_group(
         x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
     ) -> tuple[list[Tensor], Tensor]:
         """Return (ys, s)."""
-        results = [linear_nf4_lora(x, *each) for each in zip(weights, biases, lora.each(), strict=True)]
+        results = [linear_nf4_lora(x, *each) for each in zip(weights, biases, lora.split_per_linear(), strict=True)]
         return [y for y, _ in results], torch.cat([part for _, part in results], dim=1)
 
     def linear_nf4_lora_group_backward(
@@ -35,7 +35,9 @@ def compose_lora_group(
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return (grad_x or empty, grad_A, grads of B)."""
         grad_x, grads_A, grads_B = x.new_empty(0), [], []
-        for grad_y, part, weight, member in zip(grad_ys, split_by_rank(s, lora), weights, lora.each(), strict=True):
+        for grad_y, part, weight, member in zip(
+            grad_ys, split_by_rank(s, lora), weights, lora.split_per_linear(), strict=True
+        ):
             of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, need_grad_x=need_grad_x)
             grad_x = grad_x.add_(of_x) if grad_x.numel() else of_x
             grads_A.append(of_A)

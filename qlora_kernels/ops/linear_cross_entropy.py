@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..format.quant_state import QuantState
 from ._implement import differentiate, fake, implement
-from ._linear import CONSTANTS, matrix
+from ._linear import CONSTANTS, flatten_to_2d
 from .checks import check_bias, check_float, check_given, check_last_dim, check_weight
 from .output_head import Head, grad_of_logits, logits_of
 from .registry import Problem, select
@@ -171,7 +171,7 @@ def linear_cross_entropy_impl(
     device = "cpu" if hidden.is_cpu else hidden.device.type
     problem = Problem(OP, device, hidden.dtype, M, V, K, head.rank, head.blocksize)
     losses, log_sums, rows = select(problem).run(
-        matrix(hidden), contiguous(OP, labels), head, need_grad_hidden=need_grad_hidden
+        flatten_to_2d(hidden), contiguous(OP, labels), head, need_grad_hidden=need_grad_hidden
     )
     return losses, log_sums, rows
 

@@ -21,7 +21,15 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from . import compose
 from ._implement import differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of, sum_over_rows
+from ._linear import (
+    CONSTANTS,
+    bias_only_output,
+    flatten_to_2d,
+    is_empty,
+    problem_of,
+    restore_leading_dims,
+    sum_over_rows,
+)
 from .checks import check_bias, check_grad_y, check_weight, check_x
 from .operands import Weight, weight_of
 from .registry import select
@@ -50,8 +58,8 @@ def linear_nf4_impl(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     _check_linear(x, weight, bias)
     if is_empty(x, weight):
         return bias_only_output(x, weight, bias)
-    y: Tensor = select(problem_of("linear_nf4", x, weight)).run(matrix(x), weight, bias)
-    return as_rows(y, x)
+    y: Tensor = select(problem_of("linear_nf4", x, weight)).run(flatten_to_2d(x), weight, bias)
+    return restore_leading_dims(y, x)
 
 
 @fake("qlora_kernels::linear_nf4", _FORWARD)
@@ -67,8 +75,8 @@ def linear_nf4_grad_x_impl(grad_y: Tensor, weight: Weight) -> Tensor:
     _check_grad_x(grad_y, weight)
     if is_empty(grad_y, weight):
         return grad_y.new_zeros((*grad_y.shape[:-1], weight.K))
-    grad_x: Tensor = select(problem_of("linear_nf4_grad_x", grad_y, weight)).run(matrix(grad_y), weight)
-    return as_rows(grad_x, grad_y)
+    grad_x: Tensor = select(problem_of("linear_nf4_grad_x", grad_y, weight)).run(flatten_to_2d(grad_y), weight)
+    return restore_leading_dims(grad_x, grad_y)
 
 
 @fake("qlora_kernels::linear_nf4_grad_x", _GRAD_X)

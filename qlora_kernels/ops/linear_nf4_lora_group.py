@@ -28,7 +28,7 @@ from torch import Tensor
 from ..format.quant_state import QuantState
 from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import CONSTANTS, as_rows, bias_only_output, is_empty, matrix, problem_of
+from ._linear import CONSTANTS, bias_only_output, flatten_to_2d, is_empty, problem_of, restore_leading_dims
 from .checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from .linear_nf4_lora import seed_for
 from .operands import GroupLoRA, Weight, WeightLists, weight_of
@@ -86,13 +86,13 @@ def linear_nf4_lora_group_impl(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
     """Check the arguments, then run the selected kernel over x as a matrix."""
-    weights = lists.each()
+    weights = lists.weights()
     _check_forward(x, biases, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
         empty = [bias_only_output(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return empty, x.new_zeros(x.shape[:-1].numel(), lora.r)
-    ys, s = select(_problem(_OP, x, weights, lora)).run(matrix(x), weights, biases, _contiguous(lora))
-    return [as_rows(y, x) for y in ys], s
+    ys, s = select(_problem(_OP, x, weights, lora)).run(flatten_to_2d(x), weights, biases, _contiguous(lora))
+    return [restore_leading_dims(y, x) for y in ys], s
 
 
 @fake(f"qlora_kernels::{_OP}", _FORWARD)
@@ -100,7 +100,7 @@ def linear_nf4_lora_group_fake(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
     """Return empty tensors with the shapes and dtypes of the ys and of s."""
-    weights = lists.each()
+    weights = lists.weights()
     _check_forward(x, biases, weights, lora)
     ys = [x.new_empty((*x.shape[:-1], weight.N)) for weight in weights]
     return ys, x.new_empty((x.shape[:-1].numel(), lora.r))
@@ -110,7 +110,7 @@ def linear_nf4_lora_group_composed(
     x: Tensor, biases: Sequence[Tensor | None], lists: WeightLists, lora: GroupLoRA
 ) -> tuple[list[Tensor], Tensor]:
     """Check the arguments, then compose the ys and s of torch's ops."""
-    weights = lists.each()
+    weights = lists.weights()
     _check_forward(x, biases, weights, lora)
     return compose.lora_group(x, weights, biases, lora)
 
@@ -120,14 +120,14 @@ def linear_nf4_lora_group_backward_impl(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the arguments, then run the selected kernel over x and the grad_ys as matrices."""
-    weights = lists.each()
+    weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
         grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
         return grad_x, torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B]
     run = select(_problem(_BACKWARD_OP, x, weights, lora)).run
-    rows = [matrix(grad_y) for grad_y in grad_ys]
-    grad_x, grad_A, grads_B = run(rows, matrix(x), s, weights, _contiguous(lora), need_grad_x=need_grad_x)
+    rows = [flatten_to_2d(grad_y) for grad_y in grad_ys]
+    grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), need_grad_x=need_grad_x)
     return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grads_B
 
 
@@ -136,7 +136,7 @@ def linear_nf4_lora_group_backward_fake(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return empty tensors with the shapes and dtypes of the gradients."""
-    _check_backward(grad_ys, x, s, lists.each(), lora)
+    _check_backward(grad_ys, x, s, lists.weights(), lora)
     grad_x = x.new_empty(x.shape if need_grad_x else (0,))
     return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
 
@@ -145,7 +145,7 @@ def linear_nf4_lora_group_backward_composed(
     grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the arguments, then compose the gradients of torch's ops."""
-    weights = lists.each()
+    weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
     return compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
 
@@ -224,7 +224,7 @@ def _check_forward(x: Tensor, biases: Sequence[Tensor | None], weights: Sequence
         counts = f"{len(weights)} weights, {len(biases)} biases, {len(lora.B)} lora_B, {len(lora.scalings)} scalings"
         raise ValueError(f"{_OP}: every linear must have each of its arguments, got {counts}")
     _check_group(_OP, lora)
-    for weight, bias, member in zip(weights, biases, lora.each(), strict=True):
+    for weight, bias, member in zip(weights, biases, lora.split_per_linear(), strict=True):
         check_x(_OP, x, weight)
         check_bias(_OP, bias, weight.N, x.device)
         check_lora(_OP, x, weight, member)
@@ -238,7 +238,7 @@ def _check_backward(
         raise ValueError(f"{_BACKWARD_OP}: every linear must have each of its arguments, got {counts}")
     check_s(_BACKWARD_OP, s, x, lora.r)
     _check_group(_BACKWARD_OP, lora)
-    for grad_y, weight, member in zip(grad_ys, weights, lora.each(), strict=True):
+    for grad_y, weight, member in zip(grad_ys, weights, lora.split_per_linear(), strict=True):
         check_x(_BACKWARD_OP, x, weight)
         check_grad_y(_BACKWARD_OP, grad_y, weight, x)
         check_lora(_BACKWARD_OP, x, weight, member)

@@ -73,7 +73,7 @@ class WeightLists(NamedTuple):
         """Return the fields of `weights` as lists."""
         return WeightLists(*[list(field) for field in zip(*weights, strict=True)])
 
-    def each(self) -> list[Weight]:
+    def weights(self) -> list[Weight]:
         """Return one Weight for each entry."""
         return [Weight(*fields) for fields in zip(*self, strict=True)]
 
@@ -149,7 +149,7 @@ class GroupLoRA(NamedTuple):
         """The total rank, the sum of all r_i."""
         return self.A.shape[0]
 
-    def each(self) -> list[LoRA]:
+    def split_per_linear(self) -> list[LoRA]:
         """Return one LoRA for each linear, whose A is a view of this A."""
         members = zip(torch.split(self.A, self.ranks), self.B, self.scalings, strict=True)
         return [LoRA(A, B, self.seed, scaling, self.dropout_p) for A, B, scaling in members]

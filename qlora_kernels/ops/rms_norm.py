@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
-from ._linear import as_rows, matrix
+from ._linear import flatten_to_2d, restore_leading_dims
 from .checks import check_float, check_like
 from .registry import Problem, select
 from .tensor_memory import contiguous
@@ -74,9 +74,9 @@ def rms_norm_impl(
     if x.numel() == 0:
         return rms_norm_fake(x, residual, weight, eps, weight_offset)
     run = select(_problem("rms_norm", x)).run
-    rows, added = matrix(x), None if residual is None else matrix(residual)
+    rows, added = flatten_to_2d(x), None if residual is None else flatten_to_2d(residual)
     y, s, scale = run(rows, added, contiguous("rms_norm", weight), eps, weight_offset)
-    return as_rows(y, x), s if residual is None else as_rows(s, x), scale
+    return restore_leading_dims(y, x), s if residual is None else restore_leading_dims(s, x), scale
 
 
 @fake("qlora_kernels::rms_norm")
@@ -106,17 +106,17 @@ def rms_norm_backward_impl(
     if s.numel() == 0:
         return torch.zeros_like(s), weight.new_zeros(weight.shape if need_grad_weight else (0,))
     run = select(_problem("rms_norm_backward", s)).run
-    added = None if grad_s is None else matrix(grad_s)
+    added = None if grad_s is None else flatten_to_2d(grad_s)
     grad_x, grad_weight = run(
-        matrix(grad_y),
+        flatten_to_2d(grad_y),
         added,
-        matrix(s),
+        flatten_to_2d(s),
         contiguous("rms_norm", weight),
         scale,
         weight_offset,
         need_grad_weight=need_grad_weight,
     )
-    return as_rows(grad_x, s), grad_weight
+    return restore_leading_dims(grad_x, s), grad_weight
 
 
 @fake("qlora_kernels::rms_norm_backward")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import Budget, Entrant, measure, summarize
+from bench.timing import Budget, TimedCalls, measure, summarize
 
 
 @pytest.fixture
@@ -29,15 +29,15 @@ def test_summary():
 def test_implementations_alternate_over_all_copies(monkeypatch):
     monkeypatch.setattr(timing, "TURN_S", 0.0)
     order = []
-    entrants = {
-        "a": Entrant([lambda: order.append("a0"), lambda: order.append("a1")], threads=1),
-        "b": Entrant([lambda: order.append("b")], threads=1),
+    implementations = {
+        "a": TimedCalls([lambda: order.append("a0"), lambda: order.append("a1")], threads=1),
+        "b": TimedCalls([lambda: order.append("b")], threads=1),
     }
-    timed = measure(entrants, "cpu", Budget(rounds=2, samples=2, seconds=5.0))
+    timed = measure(implementations, "cpu", Budget(rounds=2, samples=2, seconds=5.0))
     calibration, rounds = order[:2], order[2:]
     assert calibration == ["a0", "b"]
     assert rounds[:4] == ["a1", "b", "a0", "b"]
-    assert timed.keys() == entrants.keys()
+    assert timed.keys() == implementations.keys()
 
 
 def test_times_and_threads(two_threads):
@@ -47,7 +47,7 @@ def test_times_and_threads(two_threads):
         seen.add(torch.get_num_threads())
         time.sleep(0.005)
 
-    timed = measure({"sleep": Entrant([call], threads=1)}, "cpu", Budget(rounds=1, samples=1, seconds=0.0))
+    timed = measure({"sleep": TimedCalls([call], threads=1)}, "cpu", Budget(rounds=1, samples=1, seconds=0.0))
     assert timed["sleep"].median >= 0.005
     assert seen == {1}
     assert torch.get_num_threads() == 2
@@ -62,7 +62,7 @@ def test_quiet_rounds_are_preferred(monkeypatch):
 
     monkeypatch.setattr(timing, "_run_round", run_round)
     monkeypatch.setattr(timing, "_turn_length", lambda *arguments: 1)
-    timed = measure({"a": Entrant([list], threads=1)}, "cpu", Budget(rounds=3, samples=3, seconds=60.0))
+    timed = measure({"a": TimedCalls([list], threads=1)}, "cpu", Budget(rounds=3, samples=3, seconds=60.0))
     assert timed["a"].median == pytest.approx(1.1)
     assert timed["a"].foreign == pytest.approx(0.01)
 
@@ -71,5 +71,5 @@ def test_at_least_three_rounds_after_time_limit(monkeypatch):
     monkeypatch.setattr(timing, "_run_round", lambda *arguments: timing._Round(0.5, {"a": [next(times)]}))
     monkeypatch.setattr(timing, "_turn_length", lambda *arguments: 1)
     times = iter([9.0, 1.0, 2.0])
-    timed = measure({"a": Entrant([list], threads=1)}, "cpu", Budget(seconds=0.0))
+    timed = measure({"a": TimedCalls([list], threads=1)}, "cpu", Budget(seconds=0.0))
     assert (timed["a"].median, timed["a"].samples) == (2.0, 3)

@@ -93,7 +93,7 @@ def test_more_time_for_longer_texts(monkeypatch):
     clock = tokenizing.Clock()
     chat = Chat(({"role": "user", "content": "x" * 40_000},), place="rows:3")
     for record, at_least in ((Plain("x" * 20_000), 2), (Completion("x" * 20_000, "x" * 20_000), 3), (chat, 3)):
-        assert list(clock.each([record])) == [record]
+        assert list(clock.timed([record])) == [record]
         assert at_least <= clock.seconds < at_least + 0.1
     assert clock.what == "rows:3"
 
@@ -116,7 +116,7 @@ def test_the_record_is_named(monkeypatch):
     def work(clock):
         import time
 
-        for record in clock.each(records):
+        for record in clock.timed(records):
             time.sleep(1.0 if record.text == "b" else 0.0)
 
     with pytest.raises(UsageError, match=r"rows:2: must be tokenized within 0 s"):

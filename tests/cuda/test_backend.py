@@ -237,7 +237,7 @@ def test_group(p: float, M: int, dtype: torch.dtype) -> None:
     grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
     parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
     arithmetic = arithmetic_of("cuda", dtype)
-    for i, member in enumerate(lora.each()):
+    for i, member in enumerate(lora.split_per_linear()):
         w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
         assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
         assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
@@ -283,7 +283,7 @@ def test_products_over_k_and_r(
 
     parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
     arithmetic = arithmetic_of("cuda", dtype)
-    for i, member in enumerate(lora.each()):
+    for i, member in enumerate(lora.split_per_linear()):
         w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
         assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
         assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")

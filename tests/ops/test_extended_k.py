@@ -58,7 +58,7 @@ def test_reference(dtype: torch.dtype, p: float) -> None:
         grad_x = grad_x + dropped(ds @ A.to(dtype), seed, p)
 
     arithmetic, total = Arithmetic(dtype, factor_may_be_scaled=True), None
-    for i, (part, member) in enumerate(zip(s.split(RANKS, dim=1), lora.each(), strict=True)):
+    for i, (part, member) in enumerate(zip(s.split(RANKS, dim=1), lora.split_per_linear(), strict=True)):
         w, factors = dense(weights[i], x), (member.B, member.scaling)
         assert_within(ys[i], lora_forward(x, w, biases[i], part, *factors, arithmetic), f"y_{i}")
         expected = lora_backward(grad_ys[i], x, part, w, member.A, *factors, dropout, arithmetic).x

@@ -68,7 +68,7 @@ def check_group(dtype, p, K, widths, ranks, used=None):
 
     parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
     arithmetic = arithmetic_of("triton", dtype)
-    for i, member in enumerate(lora.each()):
+    for i, member in enumerate(lora.split_per_linear()):
         with qk.use_backend("reference"):
             w = torch.ops.qlora_kernels.dequantize_nf4(*weights[i], dtype=dtype).view(widths[i], K)
         factors = (member.B, member.scaling)

@@ -42,7 +42,7 @@ def test_group(plan):
     arithmetic = Arithmetic(dtype, composed=True)
     dropout = Dropout(dropout_keep(lora.seed, M, K, lora.dropout_p), keep_scale(lora.dropout_p))
     parts, grads_A, total = torch.split(s, RANKS, dim=1), torch.split(grad_A, RANKS), None
-    for i, (weight, part, member) in enumerate(zip(weights, parts, lora.each(), strict=True)):
+    for i, (weight, part, member) in enumerate(zip(weights, parts, lora.split_per_linear(), strict=True)):
         w = reference.dequantize_nf4(
             weight.packed, double_quant.dequantize_absmax(*weight.constants[1:]), 64, torch.Size((weight.N, K)), dtype
         )

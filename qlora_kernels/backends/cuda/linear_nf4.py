@@ -71,7 +71,7 @@ def linear_nf4_lora_group(
     if _addition_reason("linear_nf4_lora_group", x, weights, lora) is None:
         return _extended(x, weights, biases, lora)
     s = lora_down(x, lora)
-    members = zip(weights, biases, split_by_rank(s, lora), lora.each(), strict=True)
+    members = zip(weights, biases, split_by_rank(s, lora), lora.split_per_linear(), strict=True)
     return [_forward(x, weight, bias, part, member) for weight, bias, part, member in members], s
 
 

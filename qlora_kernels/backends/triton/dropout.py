@@ -64,7 +64,7 @@ class Dropout(NamedTuple):
     threshold: int
     scale: float
 
-    def draws(self, columns: int) -> int:
+    def elements_per_philox_call(self, columns: int) -> int:
         """Return the kernels' DROPOUT for a matrix of this width: 0 without dropout, else elements per Philox call."""
         if not self.on:
             return 0

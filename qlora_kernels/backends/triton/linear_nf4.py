@@ -160,7 +160,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
         BLOCKSIZE=weight.blocksize,
         DOUBLE_QUANT=weight.double_quant,
         HAS_LORA=left is not None,
-        DROPOUT=dropout.draws(K),
+        DROPOUT=dropout.elements_per_philox_call(K),
         SPLIT=split,
         BLOCK_M=chosen.block_m,
         BLOCK_N=GRAD_X_BLOCK_N,

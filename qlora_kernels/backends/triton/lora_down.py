@@ -100,7 +100,7 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None =
         steps,
         0 if copy is None else copy.stride(0),
         dropout.threshold,
-        DROPOUT=dropout.draws(K),
+        DROPOUT=dropout.elements_per_philox_call(K),
         COPY=copy is not None,
         BLOCK_M=BLOCK_M,
         BLOCK_K=block_k,

@@ -173,7 +173,7 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
         r,
         steps,
         dropout.threshold,
-        DROPOUT=dropout.draws(K),
+        DROPOUT=dropout.elements_per_philox_call(K),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,

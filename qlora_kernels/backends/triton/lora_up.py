@@ -111,7 +111,7 @@ def lora_up(
         dropout.threshold,
         HAS_LORA=left is not None,
         HAS_BIAS=bias is not None,
-        DROPOUT=dropout.draws(C),
+        DROPOUT=dropout.elements_per_philox_call(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
         BLOCK_R=rank_tile(r, out.dtype),

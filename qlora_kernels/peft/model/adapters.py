@@ -63,7 +63,7 @@ def activate(injector: Injector, names: Sequence[str], *, trainable: bool) -> No
     for name in names:
         methods_of(injector, name)
     check_replaced(injector, "set_adapter", names)
-    if both := {part for name in names for part in parts_of(injector, name)} & set(names):
+    if both := {part for name in names for part in names_of_parts(injector, name)} & set(names):
         raise ValueError(f"set_adapter: {sorted(both)} must not be active beside the adapter made of them")
     injector.selection.active = tuple(names)
     for name in injector.adapters:
@@ -72,7 +72,7 @@ def activate(injector: Injector, names: Sequence[str], *, trainable: bool) -> No
             method.watch_training()
 
 
-def parts_of(injector: Injector, name: str) -> set[str]:
+def names_of_parts(injector: Injector, name: str) -> set[str]:
     """Return the names of the other adapters that adapter `name` uses."""
     return {part for method in methods_of(injector, name) for part in method.needs}
 

@@ -88,7 +88,7 @@ class PeftModel(AdaptedModel):
         Raises ValueError for an adapter that is merged or that another adapter uses.
         """
         trained = adapters.is_trained(self.injector, adapter_name)
-        if users := [name for name in self.adapters if adapter_name in adapters.parts_of(self.injector, name)]:
+        if users := [name for name in self.adapters if adapter_name in adapters.names_of_parts(self.injector, name)]:
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be part of others, got {users}")
         if merging.is_merged(self.injector, adapter_name):
             raise ValueError(f"delete_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
