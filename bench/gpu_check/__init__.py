@@ -1,1 +1,1 @@
-"""Everything that only a GPU can show, in ten minutes: `python -m bench.gpu_check --out DIR` (`make gpu-check`)."""
+"""All checks that need a GPU, in ten minutes: `python -m bench.gpu_check --out DIR` (`make gpu-check`)."""

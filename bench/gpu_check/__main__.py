@@ -1,11 +1,12 @@
-"""Run the check: each step in a process under its own time limit, rows on disk at once, a summary at the end.
+"""Runs the check: each step in a separate process with a time limit. Rows are written immediately, and a summary at the
+end.
 
     python -m bench.gpu_check --out DIR [--seconds 570] [--only STEP ...] [--tiny]
 
 Needs Python, torch and, for its backend, Triton; no network, no pip, no pytest. The exit code is 0 only if every step
-passed; it is 2, with a message, without a GPU. A backend whose smoke step fails is left out, and the other one goes on.
-This process imports neither torch nor CUDA, so that no step can bring it down, and writes summary.txt after each step.
-`make gpu-bundle` makes a folder that holds everything; `python -m bench.gpu_check.full` is the long form.
+passed; it is 2, with a message, without a GPU. A backend whose smoke step fails is skipped, and the other one is
+checked. This process imports neither torch nor CUDA, so that a failing step cannot end it, and writes summary.txt after
+each step. `make gpu-bundle` makes a folder with all required files; `python -m bench.gpu_check.full` is the long form.
 """
 
 from __future__ import annotations
@@ -30,26 +31,28 @@ PYTHON = [sys.executable, "-m"]
 """Runs a step's module."""
 
 LEAST_SECONDS = 5.0
-"""A step with less time left is not begun."""
+"""Seconds; a step is not started with less time left."""
 
 
 TINY_PATIENCE = 10.0
-"""How much longer a step of a rehearsal may take, because an emulator runs it."""
+"""Factor of the time limits in a rehearsal, which runs on an emulator."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A module of this package, run as a process for at most `seconds`. backend: whose smoke step must have passed."""
+    """A module of this package, run as a process for at most `seconds`. backend: the backend whose smoke step must have
+    passed.
+    """
 
     module: str
     backend: str
     seconds: float
     tool: tuple[str, ...] = ()
-    """A program that runs the step, left out where it is not on PATH."""
+    """A program that runs the step; the step is skipped if it is not on PATH."""
 
     @property
     def name(self) -> str:
-        """What rows and messages call the step."""
+        """Name of the step in rows and messages."""
         return " ".join((*self.tool[:1], self.module, self.backend))
 
 
@@ -100,7 +103,7 @@ def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Ro
 
 
 def why_skipped(step: Step, unusable: set[str], left: float) -> str | None:
-    """Return why a step is not begun, or None. left: seconds of the whole check."""
+    """Return why a step is not started, or None. left: remaining seconds of the whole check."""
     if step.backend in unusable:
         return f"the smoke step of {step.backend} failed"
     if left < LEAST_SECONDS:

@@ -1,4 +1,4 @@
-"""The calls that the check compares with the CPU: every op of the GPU backends but the codec and the optimizer's.
+"""The calls that the check compares with the CPU: every op of the GPU backends except those of codec and optimizer.
 
 A case is a function of a device, a dtype and sizes, which returns the op's results and its gradients.
 """
@@ -33,35 +33,35 @@ Case = Callable[[str, torch.dtype, Sizes], Sequence[Tensor]]
 
 
 def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values from a seed, on the CPU."""
+    """Return normal values from a seed, on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def weight_on(device: str, sizes: Sizes) -> tuple[Tensor, qk.QuantState]:
-    """A quantized weight of the sizes, the same bytes on every device."""
+    """Return a quantized weight of these sizes, with the same bytes on every device."""
     with qk.use_backend("reference"):
         packed, state = qk.quantize_nf4(gaussian(sizes.N, sizes.K, seed=2) / sizes.K**0.5)
     return packed.to(device), state.to(device)
 
 
 def leaf(device: str, values: Tensor) -> Tensor:
-    """A copy of the values on a device, which requires a gradient."""
+    """Return a copy of the values on a device that requires a gradient."""
     return values.to(device, copy=True).requires_grad_()
 
 
 def gradients(y: Tensor, leaves: Sequence[Tensor], seed: int = 8) -> list[Tensor]:
-    """The gradients of sum(y * g) for normal values g."""
+    """Return the gradients of sum(y * g) for normal values g."""
     return list(torch.autograd.grad(y, leaves, gaussian(*y.shape, seed=seed, dtype=y.dtype).to(y.device)))
 
 
 def factors(dtype: torch.dtype, sizes: Sizes, *leading: int) -> tuple[Tensor, Tensor]:
-    """LoRA factors A and B, fp32 masters of values of the dtype."""
+    """Return LoRA factors A and B, fp32 masters of values in the dtype."""
     A = gaussian(*leading, sizes.r, sizes.K, seed=4) / sizes.K**0.5
     return A.to(dtype).float(), gaussian(*leading, sizes.N, sizes.r, seed=5).to(dtype).float()
 
 
 def linear(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """y and the gradients of a linear without an adapter."""
+    """Return y and the gradients of a linear without an adapter."""
     x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
     bias = leaf(device, gaussian(sizes.N, seed=6, dtype=dtype))
     y = qk.linear_nf4(x, *weight_on(device, sizes), bias)
@@ -69,7 +69,7 @@ def linear(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
 
 
 def lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """y and all gradients of one LoRA linear."""
+    """Return y and all gradients of one LoRA linear."""
     x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
     A, B = (leaf(device, factor) for factor in factors(dtype, sizes))
     bias = leaf(device, gaussian(sizes.N, seed=6, dtype=dtype))
@@ -81,7 +81,7 @@ def lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
 
 
 def group(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """The two results of a group of LoRA linears on one x, and all gradients."""
+    """Return the two results of a group of LoRA linears on one x, and all gradients."""
     x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
     packed, state = weight_on(device, sizes)
     A, B = factors(dtype, sizes)
@@ -92,7 +92,7 @@ def group(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
 
 
 def multi_lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """y and the gradients of a linear whose rows use three adapters or none."""
+    """Return y and the gradients of a linear whose rows use three adapters or none."""
     x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
     A, B = (leaf(device, factor) for factor in factors(dtype, sizes, 3))
     scalings = torch.tensor([0.5, 1.0, 2.0]).to(device)
@@ -102,7 +102,7 @@ def multi_lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor
 
 
 def rms_norm(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """y, the sum with the residual, and the gradients."""
+    """Return y, the sum with the residual, and the gradients."""
     x, residual = (leaf(device, gaussian(sizes.M, sizes.K, seed=seed, dtype=dtype)) for seed in (3, 4))
     weight = leaf(device, gaussian(sizes.K, seed=5, dtype=dtype))
     y, s = qk.rms_norm(x, weight, 1e-5, residual=residual)
@@ -110,7 +110,7 @@ def rms_norm(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
 
 
 def rope(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """Rotated q and k, and the gradient of q."""
+    """Return rotated q and k, and the gradient of q."""
     width = 64
     q, k = (
         leaf(device, gaussian(1, heads, sizes.M, width, seed=heads, dtype=dtype)) for heads in (sizes.K // width, 1)
@@ -121,14 +121,14 @@ def rope(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
 
 
 def glu(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """silu(gate) * up and its gradients."""
+    """Return silu(gate) * up and its gradients."""
     gate, up = (leaf(device, gaussian(sizes.M, sizes.K, seed=seed, dtype=dtype)) for seed in (3, 4))
     y = qk.glu(gate, up, "silu")
     return [y.detach(), *gradients(y, (gate, up))]
 
 
 def cross_entropy(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
-    """The loss of each row over a vocabulary of N, and the gradient of the hidden states."""
+    """Return the loss of each row over a vocabulary of N, and the gradient of the hidden states."""
     hidden = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
     head = (gaussian(sizes.N, sizes.K, seed=4) / sizes.K**0.5).to(dtype).to(device)
     labels = (torch.arange(sizes.M) * 7 % sizes.N).to(device)
@@ -146,14 +146,14 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "glu": (glu, ("glu", "glu_backward")),
     "cross_entropy": (cross_entropy, ("linear_cross_entropy",)),
 }
-"""Each case with the ops that it runs."""
+"""Case -> the ops that it runs."""
 
 ELSEWHERE = ("quantize_nf4", "quantize_nf4_double", "quantize_absmax", "dequantize_nf4", "adamw_step")
-"""Ops that the codec's comparison and the paging step check."""
+"""Ops that are checked by the codec's comparison and the paging step."""
 
 
 def cases_of(ops: Sequence[str]) -> list[str]:
-    """The names of the cases for a backend with these ops. Raises LookupError for an op that nothing checks."""
+    """Return the names of the cases for a backend with these ops. Raises LookupError for an op without a check."""
     checked = {op for _, run in CASES.values() for op in run} | set(ELSEWHERE)
     if unchecked := [op for op in ops if op not in checked and not op.startswith(("managed_", "page_locked_"))]:
         raise LookupError(f"gpu_check: no case for {', '.join(unchecked)}; add one to bench/gpu_check/cases.py")

@@ -1,4 +1,4 @@
-"""What the check was made to find out: one line for each claim, predicted by bench/roofline.py and measured."""
+"""The claims that the check verifies: one line each, with the prediction of bench/roofline.py and the measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its predicted value, and how rows answer it; `measured` is None without such rows."""
+    """A statement with its predicted value, and a function from rows to its measured value, None without such rows."""
 
     text: str
     predicted: str
@@ -19,7 +19,7 @@ class Claim:
 
 
 def claims(capability: int) -> list[Claim]:
-    """The claims for a GPU; another capability takes the model's nearest below it."""
+    """Return the claims for a GPU; other capabilities use the nearest one below in the model."""
     known = [c for c in roofline.GPUS if c <= capability]
     gpu = roofline.GPUS[max(known, default=min(roofline.GPUS))]
     kernel_us = {
@@ -53,7 +53,7 @@ def claims(capability: int) -> list[Claim]:
 
 
 def summary(rows: list[Row], capability: int) -> str:
-    """One line for each claim."""
+    """Return one line of text for each claim."""
     lines = ["claim | predicted | measured"]
     for claim in claims(capability):
         measured = claim.measured(rows)

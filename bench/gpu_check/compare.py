@@ -21,21 +21,22 @@ TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0
 """Several roundings of the dtype, relative to the largest value of the result."""
 
 LINEARS = ("linear", "lora")
-"""Cases that are compared for all ROWS."""
+"""Cases that are compared for all numbers of rows in ROWS."""
 
 ROWS = (1, 2, 4, 5, 16, 17, 33, 64, 65, 257)
-"""Rows of x for the linears; the kernels change at some of them."""
+"""Numbers of rows of x for the linears; the choice of kernel changes between some of them."""
 
 FEW_ROWS = (5, 257)
-"""Rows of x for the other ops."""
+"""Number of rows of x for the other ops."""
 
 TINY_TRITON = ("lora",)
-"""Cases of a rehearsal of Triton: the fake device takes seconds to compile each kernel."""
+"""Cases of a rehearsal of Triton, few because the fake device takes seconds to compile each kernel."""
 
 
 def check_codec(rows: Rows, backend: str, dtype: torch.dtype, numel: int, double: bool) -> bool:
-    """Quantize and dequantize on the GPU; the CPU's reference must have the same bytes. absmax_offset, a mean, may
-    differ in its last bits and is taken from the GPU.
+    """Check that quantizing and dequantizing on the GPU gives the bytes of the CPU's reference.
+
+    absmax_offset is a mean that may differ in its last bits, so it is taken from the GPU.
     """
     w = gaussian(numel, seed=1, dtype=dtype)
     with qk.use_backend(backend):

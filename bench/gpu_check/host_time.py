@@ -1,4 +1,4 @@
-"""Host step: microseconds of Python and of launches that one layer call takes before the GPU has done anything."""
+"""Host step: microseconds of Python and of launches in one layer call, without the time of the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from .cases import TINY_SIZES, Sizes, factors, gaussian, weight_on
 from .rows import Rows, step_arguments
 
 CALLS, REPEATS = 50, 9
-"""Calls between two waits for the GPU, fewer than its queue holds; measurements, of which the least counts."""
+"""Number of calls between two waits for the GPU, below the size of its queue; number of measurements, of which the
+minimum is used.
+"""
 
 
 def microseconds(

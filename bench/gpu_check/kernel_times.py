@@ -31,13 +31,13 @@ from .rows import Rows, read, step_arguments
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 4096, 16384)
 BEST_PLANS = 4
-"""Triton plans that are timed, of those that the model ranks first."""
+"""Number of timed Triton plans, the first ones in the model's ranking."""
 
 MOST_COPIES = 32
-"""Copies of a weight that are read in turn, at most."""
+"""Maximum number of copies of a weight that are read in turn."""
 
 SAMPLES = 15
-"""Replays of each graph, of whose times the median counts."""
+"""Number of replays of each graph; the median of their times is used."""
 
 
 Forced = tuple[dict[str, Any], AbstractContextManager[None]]
@@ -89,7 +89,7 @@ def measure_shape(
 
 
 def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
-    """The calls of bitsandbytes' 4-bit product over `copies` copies of the weight; empty where it is not installed."""
+    """Return calls of bitsandbytes' 4-bit product over `copies` copies of the weight; empty if it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return []
     bitsandbytes = importlib.import_module("bitsandbytes")
@@ -99,7 +99,7 @@ def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
 
 
 def measure_peer(rows: Rows, w: torch.Tensor, x: torch.Tensor, copies: int, flush: torch.Tensor, samples: int) -> None:
-    """Time bitsandbytes beside ours. That it fails here says nothing of this project: a row, and the step goes on."""
+    """Time bitsandbytes for comparison. If it fails, a row is written and the step continues."""
     (M, K), N = x.shape, w.shape[0]
     try:
         if calls := peer_calls(w, x, copies):

@@ -15,13 +15,13 @@ from .rows import Rows, step_arguments
 
 STATE_BYTES = 6 << 30
 SPARE_BYTES = 2 << 30
-"""Free GPU memory that is left beside the ballast."""
+"""Bytes of GPU memory that the ballast leaves free."""
 
 STEPS = 5
 
 
 def parameters(device: str, numel: int) -> list[torch.nn.Parameter]:
-    """Two parameters with gradients from seeds."""
+    """Return two parameters with gradients from seeds."""
     found = [torch.nn.Parameter(gaussian(n, seed=n % 97).to(device)) for n in (numel, 4096 + 77)]
     for parameter in found:
         parameter.grad = gaussian(parameter.numel(), seed=1).to(device)
@@ -29,7 +29,7 @@ def parameters(device: str, numel: int) -> list[torch.nn.Parameter]:
 
 
 def check_bits(rows: Rows) -> bool:
-    """Three steps on both devices."""
+    """Compare three steps on both devices bit for bit."""
     results = []
     for device in (rows_module.DEVICE, "cpu"):
         own = parameters(device, 100_000)
@@ -43,7 +43,7 @@ def check_bits(rows: Rows) -> bool:
 
 
 def measure(rows: Rows, numel: int, pressure: bool) -> None:
-    """Seconds of a step; with pressure, a ballast leaves less free memory than the states need."""
+    """Return the seconds of a step; with pressure, a ballast leaves less free memory than the states need."""
     parameter = torch.nn.Parameter(torch.zeros(numel, device=rows_module.DEVICE, dtype=torch.bfloat16))
     parameter.grad = torch.ones_like(parameter)
     with qk.PagedAdamW([parameter], lr=1e-3) as optimizer:

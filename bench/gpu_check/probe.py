@@ -1,4 +1,4 @@
-"""Probe step: whether this Python has a torch that sees a GPU, with the reason if it has not."""
+"""Probe step: checks that this Python has a torch with access to a GPU, or gives the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from .rows import Rows, step_arguments
 
 NO_GPU = 2
-"""Exit code of the probe, and of the check, where nothing can be checked."""
+"""Exit code of the probe and of the check if nothing can be checked."""
 
 
 def obstacle() -> str | None:

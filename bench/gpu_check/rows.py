@@ -12,7 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 
 DEVICE = "cuda"
-"""Where the steps put their tensors; the tests run the steps on the CPU."""
+"""Device of the steps' tensors; the tests run the steps on the CPU."""
 
 
 class Rows:
@@ -33,7 +33,7 @@ class Rows:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows of a folder so far. A line that a killed step left half-written is dropped."""
+    """Return all rows of a folder so far, without an incomplete last line of a killed step."""
     path = folder / "rows.jsonl"
     found: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -45,7 +45,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def step_arguments(description: str | None) -> argparse.Namespace:
-    """Arguments that every step takes: --out DIR, --backend NAME, --tiny."""
+    """Return the arguments of every step: --out DIR, --backend NAME, --tiny."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")

@@ -22,12 +22,12 @@ from .rows import Rows, step_arguments
 
 R, SCALING = 16, 2.0
 SECONDS = 8.0
-"""Time for one implementation, warm-up included."""
+"""Seconds for one implementation, including warm-up."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder layer and its batch."""
+    """Sizes of a decoder layer and its batch."""
 
     tokens: int = 4096
     width: int = 4096
@@ -38,7 +38,7 @@ class Sizes:
 
 
 class Linear:
-    """A frozen weight with LoRA factors, and the way to multiply by it."""
+    """A frozen weight with LoRA factors, and the implementation of its product."""
 
     def __init__(self, N: int, K: int, way: str) -> None:
         w = torch.randn(N, K, device=rows_module.DEVICE, dtype=torch.bfloat16) / K**0.5
@@ -56,7 +56,7 @@ class Linear:
                 x, self.packed, self.state, self.A, self.B, scaling=SCALING, dropout_p=dropout_p
             )
             return y
-        # As PEFT's layers compute it, over the dense weight or over a frozen 4-bit layer.
+        # As in PEFT's layers, over the dense weight or over a frozen 4-bit layer.
         base = x @ self.w.T if self.way == "dense" else qk.linear_nf4(x, self.packed, self.state)
         dropped = torch.nn.functional.dropout(x, dropout_p)
         low_rank: Tensor = (dropped @ self.A.to(x.dtype).T) @ self.B.to(x.dtype).T * SCALING
@@ -64,7 +64,7 @@ class Linear:
 
 
 class Layer:
-    """A decoder layer without position embedding, which no implementation here differs in."""
+    """A decoder layer without position embedding, which would be the same in all implementations."""
 
     def __init__(self, sizes: Sizes, way: str) -> None:
         kv = sizes.width // sizes.heads * sizes.kv_heads
@@ -89,7 +89,7 @@ class Layer:
 
 
 def step_of(sizes: Sizes, way: str, dropout_p: float, checkpointing: bool) -> Callable[[], None]:
-    """One forward and backward of all layers."""
+    """Return a function that runs one forward and backward of all layers."""
     layers = [Layer(sizes, way) for _ in range(sizes.layers)]
     x = torch.randn(sizes.tokens, sizes.width, device=rows_module.DEVICE, dtype=torch.bfloat16).requires_grad_()
 
@@ -103,7 +103,7 @@ def step_of(sizes: Sizes, way: str, dropout_p: float, checkpointing: bool) -> Ca
 
 
 TINY = Sizes(16, 128, 128, 2, 2, 1)
-"""Sizes of a rehearsal; every linear has Triton's kernels of cases.TINY_SIZES."""
+"""Sizes of a rehearsal, with which every linear uses the Triton kernels of cases.TINY_SIZES."""
 
 
 def measure(rows: Rows, sizes: Sizes, way: str, backend: str, dropout_p: float, seconds: float = SECONDS) -> None:

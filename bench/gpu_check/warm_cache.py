@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of the check for a GPU that is not here: `python -m bench.gpu_check.warm_cache 90`.
+"""Compiles the Triton kernels of the check for a GPU that is not present: `python -m bench.gpu_check.warm_cache 90`.
 
 The comparison's calls run on CPU tensors under a driver that launches nothing, so that Triton's cache holds the kernels
 of the comparison in bf16, and those that dispatch chooses for weights of 4096 x 4096.
@@ -24,7 +24,7 @@ from . import cases, compare
 def compile_comparison(capability: int) -> list[Compiled]:
     """Run the comparison's cases in bf16 and the smoke step's; return the launches. Their results are not computed."""
     kernels = kernels_of("triton")
-    # The backend serves CPU tensors under this variable. Triton reads it when a kernel is defined, which has happened.
+    # With this variable the backend accepts CPU tensors. Triton read it before, when the kernels were defined.
     os.environ["TRITON_INTERPRET"] = "1"
     with compiling_for(capability) as launches, assume_capability(capability), qk.use_backend("triton"):
         for name, M in product(cases.cases_of(list(kernels)), compare.ROWS):
