@@ -5,8 +5,6 @@ Writes DIR/sm_<capability>.json, in the form of qlora_kernels/ops/tuned, from th
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -23,7 +21,6 @@ from qlora_kernels.ops import measured_plans
 from qlora_kernels.ops.registry import Problem
 
 from .. import graphs
-from ..graphs import Call
 from . import rows as rows_module
 from .cases import TINY_SIZES
 from .rows import Rows, read, step_arguments
@@ -79,34 +76,11 @@ def measure_shape(
         problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, 64, True)
         seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], samples, flush)
         rows.add(backend="torch", path="dense", M=M, N=N, K=K, us=seconds * 1e6)
-        if backend == "cuda":
-            measure_peer(rows, w, x, len(weights), flush, samples)
         for entry, forced in paths(problem, backend, capability, best):
             with forced, qk.use_backend(backend):
                 calls = [partial(qk.linear_nf4, x, one, state) for one in weights]
                 seconds = graphs.median_seconds(calls, samples, flush)
             rows.add(M=M, N=N, K=K, us=seconds * 1e6, key=measured_plans.bucket(problem), entry=entry, **_names(entry))
-
-
-def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
-    """Return calls of bitsandbytes' 4-bit product over `copies` copies of the weight; empty if it is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return []
-    bitsandbytes = importlib.import_module("bitsandbytes")
-    quantize = bitsandbytes.functional.quantize_4bit
-    packed, state = quantize(w, blocksize=64, quant_type="nf4", compress_statistics=True)
-    return [partial(bitsandbytes.matmul_4bit, x, packed.clone().t(), state) for _ in range(copies)]
-
-
-def measure_peer(rows: Rows, w: torch.Tensor, x: torch.Tensor, copies: int, flush: torch.Tensor, samples: int) -> None:
-    """Time bitsandbytes for comparison. If it fails, a row is written and the step continues."""
-    (M, K), N = x.shape, w.shape[0]
-    try:
-        if calls := peer_calls(w, x, copies):
-            seconds = graphs.median_seconds(calls, samples, flush)
-            rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, us=seconds * 1e6)
-    except Exception as error:
-        rows.add(backend="bitsandbytes", path="matmul_4bit", M=M, N=N, K=K, error=f"{type(error).__name__}: {error}")
 
 
 def _names(entry: dict[str, Any]) -> dict[str, str]:

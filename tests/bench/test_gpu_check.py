@@ -100,6 +100,17 @@ def test_failed_step_keeps_its_rows_and_others_continue(
     assert (tmp_path / "out" / "summary.txt").read_text().startswith("claim | predicted | measured\n")
 
 
+def test_failed_step_of_another_library_is_no_failure_of_the_check(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes ends the process when one of its kernels fails."""
+    script.does("if module == 'peer_times':\n    os._exit(1)")
+    code, found = run(monkeypatch, tmp_path, "--only", "paging", "peer_times")
+    assert code == 0
+    assert by_name(found)["peer_times cuda"]["ok"] is False
+    assert by_name(found)["paging cuda"]["ok"] is True
+
+
 def test_steps_beyond_the_time_are_skipped(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LEAST_SECONDS", 1e9)
     code, found = run(monkeypatch, tmp_path / "out")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import graphs
-from bench.gpu_check import cases, compare, host_time, kernel_times, paging, rows, training
+from bench.gpu_check import cases, compare, host_time, kernel_times, paging, peer_times, rows, training
 from qlora_kernels.backends.triton import planner
 from qlora_kernels.ops.registry import kernels_of
 
@@ -85,6 +85,14 @@ def test_training(written: rows.Rows, way: str) -> None:
 def test_paging(written: rows.Rows) -> None:
     assert paging.check_bits(written)
     paging.measure(written, 10_000, pressure=False)
+
+
+def test_times_of_bitsandbytes(written: rows.Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(graphs, "median_seconds", lambda calls, *_: float(calls[0]().shape == (5, 64)))
+    monkeypatch.setattr(graphs, "copies_beyond_l2", lambda *_: 2)
+    peer_times.measure(written, (64, 64), (5,), torch.empty(1))
+    assert rows.read(written.path.parent)[-1]["us"] == 1e6
 
 
 def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch: pytest.MonkeyPatch) -> None:

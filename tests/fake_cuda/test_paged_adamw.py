@@ -93,7 +93,7 @@ def stepped(steps: int) -> tuple[list[torch.Tensor], qk.PagedAdamW]:
 
 
 def test_events_are_used_again(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("qlora_kernels.optim.state_placement.CHUNK_BYTES", 1 << 20)
     with qk.use_backend("cuda"):
         _, optimizer = stepped(1)
         assert optimizer.paging_report().chunks > 3
@@ -108,7 +108,7 @@ def test_staged_states_are_in_page_locked_memory_of_their_own_size(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without concurrent managed access; the size is no power of two, and the memory is freed."""
-    monkeypatch.setattr("qlora_kernels.optim.adamw_paged.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("qlora_kernels.optim.state_placement.CHUNK_BYTES", 1 << 20)
     monkeypatch.setattr("qlora_kernels.optim.managed_memory.managed_concurrent_access", lambda device: False)
     expected = run("cpu", 32, nullcontext)
     with qk.use_backend("cuda"):
@@ -117,7 +117,7 @@ def test_staged_states_are_in_page_locked_memory_of_their_own_size(
             params, optimizer = stepped(2)
         assert calls.count("cudaMallocHost") == 1
         assert optimizer.paging_report().kinds == ("staged",)
-        arena = optimizer._arenas[0].memory.arena
+        arena = optimizer._placement.arenas[0].memory.arena
         assert arena.is_pinned()
         assert arena.numel() < 2 * 4 * sum(SIZES) + 4096
         for param, e in zip(params, expected, strict=True):
