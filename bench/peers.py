@@ -241,6 +241,14 @@ def is_16_bit(case: Case) -> bool:
     return case.dtype == torch.bfloat16
 
 
+def has_integer_products(case: Case) -> bool:
+    """Whether the processor multiplies bytes without saturation, as oneDNN's int8 kernel needs for right results."""
+    if case.device != "cpu" or not torch.cpu._is_vnni_supported():
+        return False
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available
+
+
 def multiplies_matrices(case: Case) -> bool:
     """Whether the case is one for which Unsloth dequantizes: for one row it calls bitsandbytes' fused kernel."""
     return case.M > 1

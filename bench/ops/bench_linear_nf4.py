@@ -135,7 +135,7 @@ SUITE = Suite(
             "oneDNN int8",
             layer_contender(peers.onednn_int8),
             peers.int8_bytes,
-            applies=lambda case: for_context(case) and case.device == "cpu",
+            applies=lambda case: for_context(case) and peers.has_integer_products(case),
         ),
         Contender("torch int4", layer_contender(peers.int4), peers.int4_bytes, applies=for_context),
         Contender(
