@@ -110,8 +110,8 @@ def train(
     validation: evaluations during training. At the end the model holds the parameters of the best step, and the last
     checkpoint holds both those and the parameters of the last step. A run that is resumed must be given one with the
     same `every` and `patience`.
-    interrupted: asked after every step whether to stop. If so, a checkpoint is written (to `checkpoints`) and
-    Interrupted raised. With it, the last step is always a checkpoint.
+    interrupted: called after every step. If it returns True, a checkpoint is written (to `checkpoints`) and Interrupted
+    is raised. With it, the last step is always a checkpoint.
     workers: the processes that share every batch, and of which rank 0 writes the checkpoints. Each has the whole model,
     or its shards of it after `fully_shard`; for that, the model must be equal in all processes before. Checkpoints are
     the same: the trained parameters and the optimizer's states are gathered, one tensor at a time.
@@ -174,7 +174,8 @@ def train(
             break
         chosen = [examples[i] for i in order.indices(step)]
         workers.seed(config.seed, step)
-        records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
+        with workers.naming_the_lost():
+            records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
         on_step(records[-1])
         if validation is not None and validation.is_due(step + 1, config.steps):
             validation.evaluate(step + 1, lambda: _copied(_model_parts(model)))

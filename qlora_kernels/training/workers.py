@@ -6,6 +6,8 @@ If a process dies or does not answer in time, the others end with an error that 
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -118,7 +120,8 @@ class Workers:
 
     def _who_is_lost(self, error: RuntimeError) -> str:
         try:
-            lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
+            with _sigterm_ignored():
+                lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
         except RuntimeError:  # the process with the store is lost
             lost = [0]
         names = ", ".join(f"rank {rank}" for rank in lost) or "a process"
@@ -147,6 +150,19 @@ def joined(environment: dict[str, str], timeout: timedelta, device: torch.device
         if joins:
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+@contextmanager
+def _sigterm_ignored() -> Iterator[None]:
+    """Ignore the SIGTERM by which torchrun ends all processes once one has died, for as long as they name it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Any = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _store() -> Any:

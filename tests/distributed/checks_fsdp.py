@@ -102,6 +102,28 @@ def bytes_held_and_gathered(group: Group) -> None:
         assert len(reduced) == 2
 
 
+def one_block_whole_at_a_time(group: Group) -> None:
+    """While a layer runs, forward or backward, the NF4 bytes of its own block are whole, and of no other block."""
+    model = shard(build())
+    seen: list[int] = []
+
+    def note(*_):
+        flat = [p for module in quantized(model).values() for p in module.flat_parameters().values()]
+        seen.append(sum(p.nbytes for p in flat if not isinstance(p, DTensor)))
+
+    for module in quantized(model).values():
+        module.register_forward_pre_hook(note)
+        adapted = model.get_submodule(next(n for n, m in model.named_modules() if m is module).rpartition(".")[0])
+        adapted.register_forward_pre_hook(note)
+        adapted.register_full_backward_pre_hook(note)
+    loss_of(model, batch()).backward()
+    block = sum(rows.total for N, K in ((HIDDEN, WIDTH), (WIDTH, HIDDEN)) for rows in nf4_rows(N, K))
+    assert len(seen) >= 8, seen
+    assert set(seen) == {block}, (seen, block)
+    note()
+    assert seen[-1] == 0
+
+
 def constants_in_fp32_and_experts(group: Group) -> None:
     for options in ({"double_quant": False}, {"mixture": True}, {"mixture": True, "double_quant": False}):
         check_gradients(group, shard(build(**options)), expected_gradients(**options))
@@ -462,6 +484,7 @@ CHECKS = {
     for f in (
         methods,
         bytes_held_and_gathered,
+        one_block_whole_at_a_time,
         constants_in_fp32_and_experts,
         reshard_after_forward,
         hybrid_sharding,

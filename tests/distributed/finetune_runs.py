@@ -127,12 +127,19 @@ def _main(folder: Path) -> None:
                 finally:
                     os._exit(code)
             children[child] = rank
-        hung = [child for child, rank in children.items() if run.hangs is not None and rank == run.hangs[0]]
-        for child, rank in sorted(children.items(), key=lambda item: item[0] in hung):
-            if child in hung:
+        for child, rank in sorted(children.items(), key=lambda item: _order(run, item[1])):
+            if run.hangs is not None and rank == run.hangs[0]:
                 os.kill(child, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             (folder / f"{run.name}.{rank}.code").write_text(str(code))
+            if run.dies is not None and rank == run.dies[0]:  # as torchrun does
+                for other in children.keys() - {child}:
+                    os.kill(other, signal.SIGTERM)
+
+
+def _order(run: Run, rank: int) -> int:
+    """Return the order in which processes are waited for: one that dies first, one that hangs last."""
+    return (run.hangs is not None and rank == run.hangs[0]) - (run.dies is not None and rank == run.dies[0])
 
 
 if __name__ == "__main__":
