@@ -8,10 +8,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops.attention import Keys
+from ..ops.lora_attention import LoRAAttention, lora_attention
 from ..ops.rope import rope
 from .fused_module import FusedModule, served
-from .fused_sdpa import fused_sdpa
+from .fused_sdpa import fused_sdpa, self_attention_ranges
 from .known_forms import form_of, unwrapped_function
+from .plain_projection import plain_projections
 
 
 class AttentionForm(NamedTuple):
@@ -99,6 +102,10 @@ class FusedAttention(FusedModule):
                 "tuple[Tensor, Tensor | None]",
                 super().forward(hidden_states, position_embeddings, attention_mask, **kwargs),
             )
+        if cache is None and self.rotates and self.attends and not self.form.norms_heads:
+            output = self._as_one_node(hidden_states, *position_embeddings, attention_mask, **kwargs)
+            if output is not None:
+                return output, None
         leading = hidden_states.shape[:-1]
         heads = (*leading, -1, self.head_dim)
         query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
@@ -120,6 +127,29 @@ class FusedAttention(FusedModule):
             **kwargs,
         )
         return self.o_proj(attended.reshape(*leading, -1).contiguous()), weights
+
+    def _as_one_node(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Tensor | None:
+        """Run projections, rotation and attention as one autograd node, or return None if this is not supported."""
+        if (
+            self.config._attn_implementation != "sdpa"
+            or hidden_states.dim() != 3
+            or not served(hidden_states, cos, sin)
+        ):
+            return None
+        dropout = self.attention_dropout if self.training else 0.0
+        arguments = {**self._arguments(), **kwargs}
+        projections = plain_projections(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        if projections is None:
+            return None
+        ranges = self_attention_ranges(self, hidden_states, mask, dropout=dropout, **arguments)
+        if ranges is None:
+            return None
+        scale = self.head_dim**-0.5 if self.scaling is None else float(self.scaling)
+        keys = Keys(*ranges, scale, 0.0)
+        q, k, v, o = projections
+        return lora_attention(hidden_states, LoRAAttention(q, k, v, o, self.head_dim, cos, sin, keys))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any

@@ -1,4 +1,7 @@
-"""Gated MLPs of transformers' models, down_proj(act_fn(gate_proj(x)) * up_proj(x)), on the glu op."""
+"""Gated MLPs of transformers' models, down_proj(act_fn(gate_proj(x)) * up_proj(x)), on the glu op.
+
+If all three projections are LoRA layers over NF4 without dropout, they and the product run as one autograd node.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..ops.gated_mlp import GatedMLP, gated_mlp
 from ..ops.glu import glu
 from .fused_module import FusedModule, is_watched, served
+from .plain_projection import plain_projections
 
 _ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
@@ -35,7 +40,11 @@ class FusedMLP(FusedModule):
         activation = activation_of(self.act_fn)
         if activation is None or is_watched(self.act_fn):
             return cast(Tensor, super().forward(x))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if not served(gate, up) or gate.dtype != up.dtype or gate.shape != up.shape:
-            return cast(Tensor, self.down_proj(self.act_fn(gate) * up))
-        return cast(Tensor, self.down_proj(glu(gate, up, activation)))
+        projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj) if served(x) else None
+        if projections is not None:
+            gate, up, down = projections
+            return gated_mlp(x, GatedMLP(gate, up, down, activation))
+        gated, upper = self.gate_proj(x), self.up_proj(x)
+        if not served(gated, upper) or gated.dtype != upper.dtype or gated.shape != upper.shape:
+            return cast(Tensor, self.down_proj(self.act_fn(gated) * upper))
+        return cast(Tensor, self.down_proj(glu(gated, upper, activation)))

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 
 from ..format.quant_state import FLOAT_DTYPES
 from .made_class import MadeClass, names_of_class
@@ -64,4 +65,14 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def all_are_watched() -> bool:
+    """Whether hooks are registered for the calls of all modules."""
+    return bool(
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
     )

@@ -39,15 +39,9 @@ def fused_sdpa(
 ) -> Tensor | None:
     """Return the sdpa function's output [B, T, H, D], or None if the op does not support the arguments."""
     if (
-        dropout
-        or query.device.type != "cpu"
-        or query.dtype not in FLOAT_DTYPES
-        or not query.dtype == key.dtype == value.dtype
+        not query.dtype == key.dtype == value.dtype
         or key.shape != value.shape
-        or query.shape[2] < 2
-        or torch.compiler.is_compiling()
-        or any(kwargs.get(name) for name in _REFUSED)
-        or not _library_is_quick()
+        or not _is_served(query, query.shape[2], dropout, kwargs)
     ):
         return None
     if mask is None:
@@ -60,6 +54,37 @@ def fused_sdpa(
     if ranges is None:
         return None
     return attention(query, key, value, causal=False, key_ranges=ranges, scale=scaling).transpose(1, 2)
+
+
+def self_attention_ranges(
+    module: Any, hidden: Tensor, mask: Tensor | None, *, dropout: float, **kwargs: Any
+) -> KeyRanges | None:
+    """Return the keys of each query in the attention of hidden [B, T, C] to itself, as `fused_sdpa` chooses them.
+
+    The result is (starts, ends), int64 [B, T], or None where fused_sdpa would not run the op.
+    """
+    B, T, _ = hidden.shape
+    if not _is_served(hidden, T, dropout, kwargs):
+        return None
+    if mask is not None:
+        return key_ranges(mask, B) if tuple(mask.shape[2:]) == (T, T) else None
+    is_causal = kwargs.get("is_causal")
+    starts = torch.zeros(B, T, dtype=torch.int64)
+    if not bool(getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return starts, torch.full_like(starts, T)
+    return starts, torch.arange(1, T + 1).expand(B, T).contiguous()
+
+
+def _is_served(tensor: Tensor, queries: int, dropout: float, kwargs: dict[str, Any]) -> bool:
+    return (
+        not dropout
+        and tensor.device.type == "cpu"
+        and tensor.dtype in FLOAT_DTYPES
+        and queries >= 2
+        and not torch.compiler.is_compiling()
+        and not any(kwargs.get(name) for name in _REFUSED)
+        and _library_is_quick()
+    )
 
 
 def key_ranges(mask: Tensor, batch: int) -> KeyRanges | None:

@@ -16,9 +16,12 @@ names used to recognise a plain call, every call is redispatched, which gives th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 Kernel = Callable[..., Any]
 
@@ -37,6 +40,34 @@ def call_below_autograd(op: Any, kernel: Kernel) -> Callable[..., Any]:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **keywords)
 
     return run
+
+
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Whether ops on these tensors would run their backend's kernels at once, with nothing else to observe the calls.
+
+    False under torch.compile, dispatch and function modes, transforms of torch.func, forward-mode AD and for tensor
+    subclasses, and in versions of torch without the private names that this file reads.
+    """
+    if torch.compiler.is_compiling() or not PLAIN_KEYSETS or torch._C._is_torch_function_mode_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for tensor in tensors:
+        # BackendSelect is in every thread's keys, for ops without tensor arguments.
+        keys = ((torch._C._dispatch_keys(tensor) | included) - excluded).remove(torch._C.DispatchKey.BackendSelect)
+        if type(tensor) not in _PLAIN_TENSORS or keys.raw_repr() & _BELOW_AUTOGRAD not in PLAIN_KEYSETS:
+            return False
+    return True
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """Return a context in which ops skip their Autograd kernels."""
+    context: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return context
 
 
 def _plain_keysets() -> tuple[int, tuple[int, ...]]:
