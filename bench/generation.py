@@ -1,4 +1,4 @@
-"""generate: prefill and decoding of a language model over ours, bitsandbytes and dense layers.
+"""generate: prefill and decoding of a language model over ours, bitsandbytes and dense layers, and by llama.cpp.
 
 Prefill is a forward pass over a prompt that fills the key-value cache; decoding is a forward pass over one token after
 such a prompt. The architectures are those of the training step (bench/end_to_end.py), with random weights in bf16.
@@ -7,7 +7,7 @@ such a prompt. The architectures are those of the training step (bench/end_to_en
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qlora_kernels as qk
 
-from . import layers
+from . import layers, llama_cpp_models
 from .end_to_end import ARCHITECTURES, dense_twin, llama, random_tokens, with_linears
 from .registry import COLD, Call, Case, Contender, Cost, Suite
 
@@ -25,10 +25,14 @@ PREFILL, BEHIND = 512, 64
 LOGITS_ERROR = 0.05
 """Relative error in the Euclidean norm: every layer rounds to bf16, and peers also round block constants."""
 
+LLAMA_CPP_ERROR = 0.15
+"""llama.cpp rounds the inputs of every matrix product to 8 bits, and keys and values to fp16."""
+
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield a prompt and a token of the large model, and both for two blocks in the quick run."""
+    """Yield a prompt and a token of both models, and both for two blocks in the quick run."""
     for tokens in (PREFILL, 1):
+        yield Case("generate", tokens, device=device, label="SmolLM2-135M")
         yield Case("generate", tokens, device=device, label="llama-1b")
         yield Case("generate", tokens, device=device, label="2 blocks", quick=True)
 
@@ -53,6 +57,11 @@ class Inputs:
     def dequantized(self) -> nn.Module:
         """Return the source model with the dequantized weights."""
         return with_linears(self.source, lambda linear: dense_twin(qk.LinearNF4.from_linear(linear))).eval()
+
+    @cache  # noqa: B019 (lives as long as the inputs of a case)
+    def of_llama_cpp(self, kind: str) -> llama_cpp_models.QuantizedModel:
+        """Return llama.cpp's model of one of its types."""
+        return llama_cpp_models.QuantizedModel(self.source, kind, self.tokens.shape[1])
 
     @cached_property
     def logits(self) -> Tensor:
@@ -109,10 +118,21 @@ def dense(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
     return model_calls(inputs.dequantized, case, inputs)
 
 
+def llama_cpp(kind: str, case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
+    """Build the call of llama.cpp's model of type `kind`."""
+    model, tokens = inputs.of_llama_cpp(kind), inputs.tokens[0].tolist()
+    if case.M > 1:
+        return [partial(model.logits, tokens)]
+    model.logits(tokens[:-1])
+    return [partial(model.logits, tokens[-1:], len(tokens) - 1)]
+
+
 def verify(case: Case, inputs: Inputs, contender: str, logits: Tensor) -> None:
-    """Check the logits of the last token."""
-    error = ((logits.float() - inputs.logits).norm() / inputs.logits.norm()).item()
-    assert error <= LOGITS_ERROR, f"logits differ by {error:.3f} of their norm"
+    """Check the logits of the last token; llama.cpp's against the values that its file stores."""
+    _, _, kind = contender.partition("llama.cpp ")
+    expected = inputs.of_llama_cpp(kind).expected(inputs.tokens) if kind else inputs.logits
+    error = ((logits.float() - expected).norm() / expected.norm()).item()
+    assert error <= (LLAMA_CPP_ERROR if kind else LOGITS_ERROR), f"logits differ by {error:.3f} of their norm"
 
 
 def _once(case: Case) -> int:
@@ -128,6 +148,16 @@ SUITE = Suite(
         Contender("ours", ours, _once),
         Contender("bnb", bitsandbytes, _once, packages=("bitsandbytes",)),
         Contender("dense", dense, _once),
+        *(
+            Contender(
+                f"llama.cpp {kind}",
+                partial(llama_cpp, kind),
+                _once,
+                applies=lambda case: case.device == "cpu",
+                packages=("gguf", "llama_cpp"),
+            )
+            for kind in llama_cpp_models.FILE_TYPES
+        ),
     ),
     verify=verify,
     modes=(COLD,),

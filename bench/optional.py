@@ -12,11 +12,16 @@ from .registry import Case, Contender, Suite
 
 NAMES = {
     "bitsandbytes": "bitsandbytes.functional.quantize_4bit",
+    "gguf": "gguf.GGUFWriter",
+    "llama_cpp": "llama_cpp.Llama",
     "peft": "peft.inject_adapter_in_model",
     "torchao": "torchao.quantization.to_nf4",
     "transformers": "transformers.LlamaForCausalLM",
 }
 """Package -> a name in one of its modules that contenders use."""
+
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
+"""Package -> what pip installs it from, where that has another name."""
 
 
 @cache
@@ -28,7 +33,7 @@ def reason_missing(package: str) -> str | None:
             getattr(importlib.import_module(module), name)
     except Exception as error:  # a package that does not fit the installed torch fails in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            return f"it is not installed; pip install {package}"
+            return f"it is not installed; pip install {DISTRIBUTIONS.get(package, package)}"
         return f"{type(error).__name__}: {error}"
     return None
 

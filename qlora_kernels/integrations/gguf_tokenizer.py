@@ -21,6 +21,8 @@ _SPLITS = {
     (("split", _LETTERS + r"\p{N}" + _REST), ("bytes", False)): "qwen2",
 }
 """Steps of a pre-tokenizer -> the name of the pre-tokenizer in llama.cpp."""
+_NO_MERGE = "\u0100\u0100 \u0100"
+"""A merge that never applies, since no merge makes its left part. llama.cpp loads no vocabulary without merges."""
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
@@ -57,7 +59,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         _check_whole_words(name, model, merges, added)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
-        writer.add_token_merges(merges)
+        writer.add_token_merges(merges or [_NO_MERGE])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     for name in ("bos", "eos", "unk", "pad"):
