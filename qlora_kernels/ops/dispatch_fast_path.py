@@ -52,11 +52,13 @@ def is_plain_call(*tensors: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    # A mode adds its key to the thread's keys. BackendSelect, for ops without tensor arguments, is always one of them.
+    local = torch._C._dispatch_tls_local_include_set() - torch._C._dispatch_tls_local_exclude_set()
+    if local.raw_repr() & _BELOW_AUTOGRAD & ~_BACKEND_SELECT:
+        return False
+    keys_of = torch._C._dispatch_keys
     for tensor in tensors:
-        # BackendSelect is in every thread's keys, for ops without tensor arguments.
-        keys = ((torch._C._dispatch_keys(tensor) | included) - excluded).remove(torch._C.DispatchKey.BackendSelect)
-        if type(tensor) not in _PLAIN_TENSORS or keys.raw_repr() & _BELOW_AUTOGRAD not in PLAIN_KEYSETS:
+        if type(tensor) not in _PLAIN_TENSORS or keys_of(tensor).raw_repr() & _BELOW_AUTOGRAD not in PLAIN_KEYSETS:
             return False
     return True
 
@@ -70,16 +72,19 @@ def below_autograd() -> AbstractContextManager[Any]:
     return context
 
 
-def _plain_keysets() -> tuple[int, tuple[int, ...]]:
-    """Return the mask of the keys below autograd and the keysets that, under this mask, hold only one backend."""
+def _plain_keysets() -> tuple[int, tuple[int, ...], int]:
+    """Return the mask of the keys below autograd, the keysets that, under this mask, hold only one backend, and the bit
+    of BackendSelect.
+    """
     try:
         keys = torch._C.DispatchKey
         # ADInplaceOrView is in every keyset, for ops that write to or alias an argument; these ops do neither.
         below = torch._C._after_autograd_keyset.remove(keys.ADInplaceOrView).raw_repr()
-        return below, tuple(torch._C.DispatchKeySet(key).raw_repr() for key in (keys.CPU, keys.CUDA))
+        plain = tuple(torch._C.DispatchKeySet(key).raw_repr() for key in (keys.CPU, keys.CUDA))
+        return below, plain, torch._C.DispatchKeySet(keys.BackendSelect).raw_repr()
     except AttributeError:
-        return 0, ()
+        return 0, (), 0
 
 
-_BELOW_AUTOGRAD, PLAIN_KEYSETS = _plain_keysets()
+_BELOW_AUTOGRAD, PLAIN_KEYSETS, _BACKEND_SELECT = _plain_keysets()
 """PLAIN_KEYSETS: the keysets, as bits, of calls that skip the redispatch. If empty, every call is redispatched."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import FLOAT_DTYPES
-from ._linear import is_empty, problem_of
+from ._linear import problem_of
 from .dispatch_fast_path import is_plain_call
 from .operands import LoRA, Weight
 from .registry import select
@@ -58,22 +58,30 @@ def run_as_one_node(x: Tensor, projections: Sequence[Projection]) -> bool:
 
     The ops themselves run in all other cases. They also raise the errors for operands that do not fit.
     """
-    if x.dtype not in FLOAT_DTYPES or x.dim() < 2 or not is_plain_call(x):
+    if x.dtype not in FLOAT_DTYPES or x.dim() < 2 or x.numel() == 0:
         return False
+    tensors = [x]
     for weight, bias, lora in projections:
-        tensors = (weight.packed, lora.A, lora.B)
-        if is_empty(x, weight) or not is_plain_call(*tensors) or any(t.device != x.device for t in tensors):
+        lora_A, lora_B, N, K, r = lora.A, lora.B, weight.N, weight.K, lora.r
+        tensors += [weight.packed, lora_A, lora_B]
+        if N == 0 or K == 0 or r == 0 or lora.dropout_p > 0 or lora_A.shape != (r, K) or lora_B.shape != (N, r):
             return False
-        if bias is not None and (bias.requires_grad or bias.shape != (weight.N,) or bias.device != x.device):
+        if not (lora_A.is_contiguous() and lora_B.is_contiguous()):
             return False
-        r = lora.r
-        if lora.dropout_p > 0 or r < 1 or lora.A.shape != (r, weight.K) or lora.B.shape != (weight.N, r):
+        constants = [constant for constant in weight.constants if constant is not None]
+        if bias is not None:
+            if bias.shape != (N,):
+                return False
+            constants.append(bias)
+        tensors += constants
+        for constant in constants:
+            if constant.requires_grad:
+                return False
+    device = x.device
+    for tensor in tensors:
+        if tensor.device != device:
             return False
-        if not (lora.A.is_contiguous() and lora.B.is_contiguous()):
-            return False
-        if any(c is not None and (c.requires_grad or c.device != x.device) for c in weight.constants):
-            return False
-    return True
+    return is_plain_call(*tensors)
 
 
 def wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:

@@ -286,13 +286,13 @@ class AdaptedLinear(nn.Module):
             return None
         if self.merged_layer is not None:
             return self._computing_layer(), None
-        chosen = self._chosen().values()
-        if not chosen:
-            return self.base_layer, None
-        update = self.fusable_update()
-        if update is None or update[1] > 0 or any(delta.offset() is not None for delta in chosen):
-            return None
-        return self.base_layer, update[0]
+        updates = []
+        for delta in self._chosen().values():
+            update = delta.factors()
+            if update is None or (delta.training and delta.dropout_p > 0) or delta.offset() is not None:
+                return None
+            updates.append(update)
+        return self.base_layer, concatenated(updates) if updates else None
 
     def fusion_unsupported(self) -> str | None:
         """Return None if the active adapters run in one fused call, otherwise the reason why not."""
