@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from qlora_kernels.distributed import shard_blocks
 from qlora_kernels.peft import LoraConfig, get_peft_model
+from qlora_kernels.training import ChunkedLoss, Example, Interrupted, TrainConfig, Workers, train
 from tests.distributed.models import WIDTH, Net, assert_same, batch, gradients, loss_of, shard, trained
 from tests.distributed.processes import Group
 from tests.peft.cases import CASES
@@ -78,6 +82,32 @@ def target_parameters(group: Group) -> None:
     assert_same(gradients(model), gradients(reference))
 
 
+def resumed_training(group: Group) -> None:
+    """A sharded run that is stopped continues, sharded or in one process, as if it had not been stopped."""
+    examples = [Example(ids, ids) for ids in tokens("llama", rows=6)["input_ids"]]
+    config = TrainConfig(steps=4, batch_size=3, lr=1e-2, max_grad_norm=0.5)
+
+    def losses(case, workers, folder, **options):
+        model = _build(case)
+        if workers.world > 1:
+            shard_blocks(model, "cpu")
+        make = partial(torch.optim.AdamW, lr=1e-2)
+        records = train(ChunkedLoss(model), examples, make, config, checkpoints=folder, workers=workers, **options)
+        return [record.loss for record in records]
+
+    for case in ("adalora", "prefix_tuning", "p_tuning_lstm", "vera"):
+        both, folder = Workers.current(), group.folder / f"run of {case}"
+        expected = losses(case, both, None)
+        with pytest.raises(Interrupted, match="after step 1 of 4"):
+            losses(case, both, folder, interrupted=lambda: True)
+        assert losses(case, both, folder, resume=True) == expected
+        if group.rank == 0:
+            alone = losses(case, Workers(), folder, resume=True)
+            rel = 1e-3 if case == "adalora" else 1e-4  # roundings decide which of AdaLoRA's triplets are kept
+            assert alone == pytest.approx(expected, rel=rel), case
+        both.wait()
+
+
 def _checks():
     def of(case):
         return lambda group: _check(case, group)
@@ -85,4 +115,4 @@ def _checks():
     return {case: of(case) for case in CASES if "llama" in CASES[case].kinds}
 
 
-CHECKS = {**_checks(), "target_parameters": target_parameters}
+CHECKS = {**_checks(), "target_parameters": target_parameters, "resumed_training": resumed_training}
