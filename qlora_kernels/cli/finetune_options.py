@@ -110,8 +110,6 @@ class FinetuneOptions:
         if refused:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
             raise UsageError(f"--trainer hf: must come without {names}, which need the exact loop of --trainer own")
-        if self.method == "adalora":
-            raise UsageError("--trainer hf: must come with another method than adalora, whose schedule Trainer lacks")
         if self.device not in ("cpu", "cuda", "cuda:0") and processes(os.environ) == 1:
             raise UsageError(f"--trainer hf: must run on the CPU or the first CUDA device, got --device {self.device}")
 

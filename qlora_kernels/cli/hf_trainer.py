@@ -79,8 +79,11 @@ def train_with_hf(
     sum_gradients(loss.model)
     records: list[StepRecord] = []
 
-    class Stop(transformers.TrainerCallback):  # type: ignore[misc]
-        """Ends training after the step during which a signal arrived."""
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        """Advances the schedules of methods, and ends training after the step during which a signal arrived."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            loss.model.step(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             stops = bool(workers.total(float(interrupted())))
@@ -131,7 +134,7 @@ def train_with_hf(
             self.tokens += tokens
             if workers.world == 1:
                 self._check(value.item())
-            value.backward()
+            (value + loss.model.peft_loss() / (micro_batches.of_step * workers.world)).backward()
             return cast(torch.Tensor, value.detach())
 
         def _check(self, value: float) -> None:
@@ -170,7 +173,7 @@ def train_with_hf(
         optimizer, lambda step: factor(config.schedule, step, config.steps, config.warmup_steps)
     )
     with _without_fsdp_of_accelerate():  # the model is sharded already
-        trainer = Trainer(loss.model, arguments, optimizers=(optimizer, schedule), callbacks=[Stop()])
+        trainer = Trainer(loss.model, arguments, optimizers=(optimizer, schedule), callbacks=[Callback()])
     trainer.train_dataset = micro_batches
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

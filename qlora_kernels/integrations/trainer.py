@@ -54,7 +54,7 @@ class PeftCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
-    found = next((module for module in model.modules() if type(module) is PeftModel), None)
+    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if found is None:
         raise TypeError(
             f"PeftCallback: the Trainer's model must be a qlora_kernels.peft.PeftModel, got {type(model).__name__}; "

@@ -315,6 +315,18 @@ def test_weighted_sums_of_ia3_are_pefts(hf_peft, tmp_path):
         ours.add_weighted_adapter(["default", "turned"], [1.0, 1.0], "further")
 
 
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config"])
+def test_convolutions_are_refused(name):
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 4)
+
+    options = {"feedforward_modules": []} if name == "IA3Config" else {}
+    with pytest.raises(TypeError, match=r"target_modules: conv must be a linear layer.*, got Conv2d"):
+        get_peft_model(Convolution(), getattr(peft, name)(target_modules=["conv", "linear"], **options))
+
+
 def test_only_lora_adapters_are_summed():
     model = get_peft_model(make("llama"), peft.LoKrConfig(r=2))
     with pytest.raises(TypeError, match="add_weighted_adapter: adapter 'default' must be a LoRA adapter"):
