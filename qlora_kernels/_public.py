@@ -11,6 +11,7 @@ from .nn.convert import ReplaceReport, replace_experts, replace_linear
 from .nn.experts_nf4 import ExpertsNF4
 from .nn.fuse_model import FuseReport, fuse_model, unfuse_model
 from .nn.linear_nf4 import LinearNF4
+from .nn.merge_on_decode import set_merge_on_decode
 from .ops.attention import attention
 from .ops.dequantize_nf4 import dequantize_nf4
 from .ops.glu import glu
@@ -57,6 +58,7 @@ __all__ = [
     "replace_linear",
     "rms_norm",
     "rope",
+    "set_merge_on_decode",
     "to_bnb",
     "unfuse_model",
     "unfuse_shared_input",

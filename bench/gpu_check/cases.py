@@ -91,6 +91,16 @@ def group(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
     return [y.detach(), *gradients(y, (x, *As, *Bs))]
 
 
+def merged_lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
+    """y and all gradients of a LoRA linear whose update is added to the weight while it is decoded."""
+    x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
+    A, B = (leaf(device, factor) for factor in factors(dtype, sizes))
+    bias = leaf(device, gaussian(sizes.N, seed=6, dtype=dtype))
+    operands = (*weight_of("gpu_check", *weight_on(device, sizes)), bias, *LoRA(A, B, None, 0.5, 0.0))
+    y = torch.ops.qlora_kernels.linear_nf4_lora_merged(x, *operands)
+    return [y.detach(), *gradients(y, (x, A, B, bias))]
+
+
 def multi_lora(device: str, dtype: torch.dtype, sizes: Sizes) -> Sequence[Tensor]:
     """Return y and the gradients of a linear whose rows use three adapters or none."""
     x = leaf(device, gaussian(sizes.M, sizes.K, seed=3, dtype=dtype))
@@ -140,6 +150,7 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "linear": (linear, ("linear_nf4", "linear_nf4_grad_x")),
     "lora": (lora, ("linear_nf4_lora", "linear_nf4_lora_backward")),
     "group": (group, ("linear_nf4_lora_group", "linear_nf4_lora_group_backward")),
+    "merged_lora": (merged_lora, ("linear_nf4_lora_merged", "linear_nf4_lora_merged_backward")),
     "multi_lora": (multi_lora, ("linear_nf4_multi_lora", "linear_nf4_multi_lora_backward")),
     "rms_norm": (rms_norm, ("rms_norm", "rms_norm_backward")),
     "rope": (rope, ("rope",)),

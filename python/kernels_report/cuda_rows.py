@@ -25,6 +25,7 @@ TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
 THREADS = {
     "dequantize_nf4": 128,
     "dequantize_nf4_rows": 128,
+    "merge_lora": 128,
     "rest of dequantize_nf4": 128,
     "linear_nf4_small_m": 128,
     "linear_nf4_gemm": 128,
@@ -36,6 +37,9 @@ WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "dequantize_nf4_rows": 64, "quantize
 
 GEMM_WEIGHTS = 64
 """Weights that a thread of linear_nf4_gemm decodes in one iteration of its main loop."""
+
+MERGE_WEIGHTS = 32
+"""Weights that a thread of merge_lora writes in one iteration of its main loop."""
 
 PEER_KERNELS = {
     # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
@@ -144,7 +148,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         narrow_copies=facts.narrow_copies,
         instructions=facts.total,
         per_weight=per_weight,
-        matmul=ours and kernel in ("linear_nf4_gemm", "lora_down"),
+        matmul=ours and kernel in ("linear_nf4_gemm", "lora_down", "merge_lora"),
         default=ours,
         early_waits=facts.early_waits if ours else 0,
     )
@@ -168,6 +172,8 @@ def _per_weight_of_loop(kernel: str, config: str, facts: Facts) -> float | None:
     """
     if kernel == "linear_nf4_gemm":
         return round(facts.main_loop / GEMM_WEIGHTS, 2)
+    if kernel == "merge_lora":
+        return round(facts.hottest_loop("HMMA")[0] / MERGE_WEIGHTS, 2)
     small_m = re.search(r" M([124]) (\d)$", config) if kernel == "linear_nf4_small_m" else None
     return round(facts.main_loop / (32 * int(small_m[2])), 2) if small_m else None
 

@@ -76,6 +76,9 @@ ONE_ROW_BUDGET = 6.0
 """The same for small_m's main loop with one row of x, products included; the tensor-core loop takes 8."""
 
 
+MERGE_BUDGET = 12.0
+"""The same of the main loop of merge_lora at rank 16, the update's product included, for sm_80 and sm_90."""
+
 GEMM_BUDGETS = {"M16": 9.5, "M32": 10.5, "M64": 12.0}
 """The same of the CUDA tensor-core loop by rows of a block; the steps of LoRA, 1 to 2 instructions, count too."""
 
@@ -150,6 +153,11 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         + " SASS instructions per weight in the CUDA tensor-core loop",
         lambda r: _gemm_budget(r) is not None,
         lambda r: r.per_weight is not None and r.per_weight <= (_gemm_budget(r) or 0.0),
+    ),
+    (
+        f"at most {MERGE_BUDGET:g} SASS instructions per weight where a LoRA update of rank 16 is added by the decoder",
+        lambda r: r.source == "cuda" and r.kernel == "merge_lora" and r.arch in (80, 90) and "M1" in r.config.split(),
+        lambda r: r.per_weight is not None and r.per_weight <= MERGE_BUDGET,
     ),
     (
         "no wait for a load of the same iteration before the products of a CUDA linear's main loop",

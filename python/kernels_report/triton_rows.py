@@ -17,6 +17,7 @@ from qlora_kernels.backends.triton.glu import glu, glu_backward
 from qlora_kernels.backends.triton.linear_cross_entropy import linear_cross_entropy
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
+from qlora_kernels.backends.triton.linear_nf4_lora_merged import merge_lora
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 from qlora_kernels.backends.triton.lora_down import lora_down
 from qlora_kernels.backends.triton.planner import (
@@ -166,6 +167,9 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
             problem = Problem(op, "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)
             yield Case(partial(lora_call, problem, r), problem, decode)
         yield Case(partial(lora_call, problem, r, 0.0), problem, decode)  # the low-rank term inside the product
+        if dtype != torch.float32:
+            lora = LoRA(meta(r, K), meta(N, r), None, 2.0, 0.0)
+            yield Case(partial(merge_lora, weight(), lora, meta(N, K, dtype=dtype)))
         x = meta(M, K, dtype=dtype)
         yield Case(partial(lora_down, x, meta(r, K), dropout_of(seed, 0.1, x)))
     problem = Problem("linear_nf4", "cuda", dtype, M, N, K, 0, BLOCKSIZE, True)

@@ -194,6 +194,36 @@ def lora_backward(
     return Gradients(grad_x, grad_A.to(torch.float32), grad_B.to(torch.float32))
 
 
+def merged_weight(w: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, arithmetic: Arithmetic) -> Expected:
+    """Return W' = W + scaling * B A with one rounding to dtype, for w [N, K] dequantized to fp32."""
+    update = product(arithmetic.input(lora_B), arithmetic.input(lora_A)).scaled(scaling)
+    return (exactly(w, arithmetic.wide) + update).to(arithmetic.dtype)
+
+
+def assert_lora_merged(
+    results: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    scaling: float,
+    arithmetic: Arithmetic,
+) -> None:
+    """Compare every result of linear_nf4_lora_merged and its backward with its bound.
+
+    results: y, and the gradients of x, lora_A and lora_B.   inputs: x, w in fp32, bias, lora_A, lora_B, y's gradient.
+    """
+    y, *gradients = results
+    x, w, bias, lora_A, lora_B, grad_y = inputs
+    a, merged = arithmetic, merged_weight(w, lora_A, lora_B, scaling, arithmetic)
+    expected = a.product(a.input(x), merged.T)
+    if bias is not None:
+        expected = expected + a.bias(bias)
+    assert_within(y, expected.to(a.dtype), "y")
+    s = lora_down(x, lora_A, None, a)
+    of_factors = lora_backward(grad_y, x, s, w, lora_A, lora_B, scaling, None, a)
+    of_x = a.product(a.input(grad_y), merged).to(a.dtype)
+    for which, actual, gradient in zip("xAB", gradients, (of_x, *of_factors[1:]), strict=True):
+        assert_within(actual, gradient, f"grad of {which}")
+
+
 def assert_lora(
     results: tuple[Tensor, ...],
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..format import bnb_layout, nf4
 from ..format.quant_state import FLOAT_DTYPES, QuantState, n_blocks
+from ..ops import linear_nf4_lora_merged  # noqa: F401, registers the op
 from ..ops.checks import check_blocksize, check_last_dim
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4_lora import seed_for
@@ -35,7 +36,12 @@ class LinearNF4(QuantizedWeight):
     The state dict holds plain tensors under bitsandbytes' keys (format/bnb_layout.py). Strict loading works in both
     directions. The blocksize and kind of constants of a checkpoint are adopted, and a dense `weight` is quantized while
     it is loaded. `train()`, `eval()`, `state_dict()` and forward never change a byte of the weight.
+
+    merge_on_decode: whether forward_lora adds the update to W while it is decoded, before the one rounding
+    (`set_merge_on_decode`). Not a part of the state dict.
     """
+
+    merge_on_decode = False
 
     def __init__(
         self,
@@ -157,10 +163,16 @@ class LinearNF4(QuantizedWeight):
         """Compute y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T in one op, forward and backward.
 
         lora_A: [r, in_features], lora_B: [out_features, r].   dropout_p: the caller passes 0 outside training.
+        Raises ValueError for dropout_p above 0 with merge_on_decode.
         """
         x, dtype = self._product_input(x)
+        if self.merge_on_decode:
+            self._check_mergeable(dropout_p)
+            merged = LoRA(lora_A, lora_B, None, scaling, 0.0)
+            y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora_merged(x, *self._operand, self.bias, *merged)
+            return y if y.dtype == dtype else y.to(dtype)
         lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device), scaling, dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x, *self._operand, self.bias, *lora)[0]
+        y = torch.ops.qlora_kernels.linear_nf4_lora(x, *self._operand, self.bias, *lora)[0]
         return y if y.dtype == dtype else y.to(dtype)
 
     def forward_multi_lora(
@@ -171,7 +183,13 @@ class LinearNF4(QuantizedWeight):
         adapter: int64, one number for each row of x as a matrix, -1 for none.
         lora_A: [E, r, in_features], lora_B: [E, out_features, r], smaller ranks padded with zeros.
         scalings: fp32 [E].
+        Raises NotImplementedError with merge_on_decode, because one weight cannot hold the updates of all rows.
         """
+        if self.merge_on_decode:
+            raise NotImplementedError(
+                "LinearNF4: merge_on_decode must be off where each row has an adapter of its own (adapter_names): one "
+                "weight cannot hold the updates of all rows; call set_merge_on_decode(model, False)"
+            )
         x, dtype = self._product_input(x)
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
         y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *self._operand, self.bias, *lora)[0]
@@ -190,6 +208,9 @@ class LinearNF4(QuantizedWeight):
         updates: (lora_A, lora_B, scaling) of each layer.
         Returns the y of each layer.
         """
+        if any(layer.merge_on_decode for layer in layers):
+            pairs = zip(layers, updates, strict=True)
+            return [layer.forward_lora(x, *update, dropout_p) for layer, update in pairs]
         x, dtype = layers[0]._product_input(x)
         lora_A, lora_B, scalings = zip(*updates, strict=True)
         lora = GroupLoRA(torch.cat(lora_A), lora_B, seed_for(dropout_p, x.device), scalings, dropout_p)
@@ -210,6 +231,13 @@ class LinearNF4(QuantizedWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"blocksize={self.blocksize}, {kind}, compute_dtype={self.compute_dtype}"
         )
+
+    def _check_mergeable(self, dropout_p: float) -> None:
+        if dropout_p > 0:
+            raise ValueError(
+                f"LinearNF4: dropout_p must be 0 with merge_on_decode, got {dropout_p}: dropout makes the update "
+                "another one for each row of x; set lora_dropout=0, or call set_merge_on_decode(model, False)"
+            )
 
     @property
     def _operand(self) -> Weight:

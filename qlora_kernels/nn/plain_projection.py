@@ -17,7 +17,7 @@ def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None
     """Return the operands of the modules, or None if one of them has to be called.
 
     A module has to be called if it has hooks, is not an adapted LinearNF4, computes in another dtype than that of x, or
-    has an active update that is not a low-rank one without dropout.
+    has an active update that is not a low-rank one without dropout, or adds its update to the decoded weight.
     """
     if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type) or all_are_watched():
         return None
@@ -38,5 +38,7 @@ def _plain_projection(module: nn.Module, dtype: torch.dtype) -> Projection | Non
         return None
     base, (lora_A, lora_B, scaling) = form
     if type(base) is not LinearNF4 or is_watched(base) or base.compute_dtype not in (None, dtype):
+        return None
+    if base.merge_on_decode:
         return None
     return Projection(base._operand, base.bias, LoRA(lora_A, lora_B, None, scaling, 0.0))

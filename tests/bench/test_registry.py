@@ -27,8 +27,11 @@ NOT_MEASURED = {
     "linear_nf4_multi_lora_backward",
     "linear_nf4_lora_group",
     "linear_nf4_lora_group_backward",
+    "linear_nf4_lora_merged",
+    "linear_nf4_lora_merged_backward",
 }
-"""Ops without a peer: no other library runs a batch with many adapters, or several linears on one x, on a CPU."""
+"""Ops without a peer: no other library runs a batch with many adapters, several linears on one x, or an
+update that is added to a quantized weight in each call, on a CPU."""
 
 PEAKS = {name: Peak(name, 1e9, "given") for name in ("read", "copy", "bf16", "fma")}
 

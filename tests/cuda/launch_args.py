@@ -54,6 +54,11 @@ def lora_down_args(
     return _struct(("PPPPqPqiqiiif", (*memory, *sizes)))
 
 
+def merge_lora_args(weight: Members, lora_A: Tensor, lora_B: Tensor, scaling: float, w: Tensor) -> struct_of:
+    """Return struct MergeLoraArgs. lora_A: [K, r]."""
+    return _struct(weight, ("PPPiif", (lora_A, lora_B, out(w), dtype_code(w.dtype), lora_B.shape[1], scaling)))
+
+
 def rows_memory(rows: Tensor) -> tuple[Tensor, int]:
     """Return the memory of a matrix whose rows have a stride, from its first to its last element, and the stride."""
     M, columns = rows.shape

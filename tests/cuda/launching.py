@@ -44,6 +44,7 @@ SANITIZED_PTX_KERNELS = {
     "quantize_nf4": "(quantize_nf4_kernelI13__nv_bfloat16|absmax_kernel)",
     "dequantize_nf4": "I13__nv_bfloat16",
     "lora_down": "I13__nv_bfloat16Li2ELb1ELb1E",
+    "merge_lora": "I13__nv_bfloat16Li1E",
 }
 """The same under sanitizers: one instance of each kernel."""
 

@@ -29,6 +29,7 @@ from tests.support.linear_formulas import (
     Dropout,
     arithmetic_of,
     assert_lora,
+    assert_lora_merged,
     lora_backward,
     lora_down,
     lora_forward,
@@ -42,6 +43,7 @@ from .launch_args import (
     dropout_args,
     gemm_args,
     lora_down_args,
+    merge_lora_args,
     nf4_weight,
     quantize_absmax_args,
     quantize_args,
@@ -118,6 +120,12 @@ def emulate_lora_down(
     launch("lora_down", "launch_lora_down", arguments, None)
 
 
+def emulate_merge_lora(packed: Tensor, *rest: Any) -> None:
+    *constants, A, B, scaling, blocksize, w = rest
+    arguments = merge_lora_args(nf4_weight(packed, constants, blocksize, *w.shape), A, B, float(scaling), w)
+    launch("merge_lora", "launch_merge_lora", arguments, None)
+
+
 @pytest.fixture(autouse=True)
 def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Register CPU implementations of the private ops during one test."""
@@ -132,6 +140,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_linear_nf4_gemm": emulate_gemm,
         "cuda_dropout": emulate_dropout,
         "cuda_lora_down": emulate_lora_down,
+        "cuda_merge_lora": emulate_merge_lora,
     }.items():
         implementations.impl(name, function)
     monkeypatch.setattr(ROUTING, "_multiprocessors", lambda device: MULTIPROCESSORS)
@@ -149,6 +158,7 @@ def test_library_lists_every_op() -> None:
         "linear_nf4_small_m",
         "linear_nf4_gemm",
         "lora_down",
+        "merge_lora",
         "adamw_step",
         "managed_allocate",
         "managed_prefetch",
@@ -293,6 +303,29 @@ def test_products_over_k_and_r(
         total = expected.x if total is None else total + expected.x
     assert total is not None
     assert_within(grad_x, total.to(dtype), "grad_x")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "M", "K", "r"),
+    [
+        (torch.bfloat16, 133, 64, 5),
+        (torch.float16, 133, 128, 33),
+        (torch.bfloat16, 133, 72, 4),  # columns that merge_lora.cu does not take
+        (torch.float16, 133, 64, 70),  # a rank that it does not take
+        (torch.float32, 133, 64, 4),
+        (torch.bfloat16, 7, 64, 4),  # few rows: the update stays apart
+    ],
+    ids=str,
+)
+def test_merged_update(dtype: torch.dtype, M: int, K: int, r: int) -> None:
+    N = 40
+    weight, x, bias = quantized_matrix(N, K), gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3)
+    A, B = ((gaussian(*size, seed=4) * 0.1).to(dtype).float() for size in ((r, K), (N, r)))
+    lora, grad_y = LoRA(A, B, None, 0.7, 0.0), gaussian(M, N, dtype=dtype, seed=6)
+    y = cuda.linear_nf4_lora_merged(x, weight, bias, lora)
+    gradients = cuda.linear_nf4_lora_merged_backward(grad_y, x, weight, lora, need_grad_x=True)
+    inputs = (x, dequantized(weight, torch.float32), bias, A, B, grad_y)
+    assert_lora_merged((y, *gradients), inputs, lora.scaling, arithmetic_of("cuda", dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

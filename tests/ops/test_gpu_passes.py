@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kernels.ops.operands import GroupLoRA, Weight
+from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
 from tests.cuda.launching import load_bindings, needs_library
 
 M = K = 4096
@@ -64,7 +64,7 @@ class CountedOps(TorchDispatchMode):
         name = function._schema.name.split("::")[1] + "."
         if "qlora_kernels_C" in function._schema.name:
             self.counter.launches += 1
-            self.counter.moved(*args) if name != "cuda_dequantize_nf4." else None
+            self.counter.moved(*args) if name not in ("cuda_dequantize_nf4.", "cuda_merge_lora.") else None
             return None
         result = function(*args, **kwargs)
         if name.startswith(VIEWS):
@@ -93,7 +93,7 @@ def counted(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
         def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             counter.launches += 1
             values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-            if kernel.__name__ != "dequantize_nf4_kernel":
+            if kernel.__name__ not in ("dequantize_nf4_kernel", "merge_lora_kernel"):
                 names = [n for n in values if n in ("p_x", "p_grad_y", "p_out", "p_parts")]
                 names += ["p_copy"] if values.get("COPY") else []
                 counter.moved(*(values[n] for n in names))
@@ -160,3 +160,20 @@ COUNTS = {
 def test_launches_and_passes(backend: str, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     found = (count(backend, widths, False, monkeypatch), count(backend, widths, True, monkeypatch))
     assert found == COUNTS[backend, widths]
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [pytest.param("cuda", ((4, 0), (13, 4)), marks=needs_library), ("triton", ((2, 0), (9, 3)))],
+)
+def test_launches_and_passes_of_a_merged_update(
+    backend: str, expected: tuple[Count, Count], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward reads and writes nothing but the operands of its product; backward reads x twice and grad_y."""
+    module = importlib.import_module(f"qlora_kernels.backends.{backend}.linear_nf4_lora_merged")
+    lora = LoRA(meta(16, K, dtype=torch.float32), meta(4096, 16, dtype=torch.float32), None, 2.0, 0.0)
+    with counted(backend, monkeypatch) as forward:
+        module.linear_nf4_lora_merged(meta(M, K), weight(4096), None, lora)
+    with counted(backend, monkeypatch) as backward:
+        module.linear_nf4_lora_merged_backward(meta(M, 4096), meta(M, K), weight(4096), lora, need_grad_x=True)
+    assert ((forward.launches, forward.passes), (backward.launches, backward.passes)) == expected

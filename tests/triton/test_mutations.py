@@ -16,6 +16,7 @@ from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
 from .test_extended_k import check_group, check_rows
+from .test_linear_nf4_lora_merged import check_merged_weight
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
@@ -86,6 +87,7 @@ CHECKS = {
     "small_m": lambda: lora(SMALL_M, M=2, N=7, K=576),
     "multi": multi,
     "extended": lambda: check_group(torch.bfloat16, 0.0, 64, (57,), (5,)),
+    "merged": lambda: check_merged_weight(torch.bfloat16, 130, 128, 70),
     "rows of 448": lambda: check_rows(torch.bfloat16, 40, 448, 32, 128),
     "rows of 1088": lambda: check_rows(torch.bfloat16, 5, 1088, 16, 64),
 }
@@ -132,6 +134,10 @@ MUTATIONS = [
     ("lora_grads", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
     ("partials", "total * scale", "total", "decode"),
     ("dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "decode"),
+    ("linear_nf4_lora_merged", "update * scaling", "update", "merged"),
+    ("linear_nf4_lora_merged", "(b_w + update", "(b_w.to(p_w.dtype.element_ty) + update", "merged"),
+    ("linear_nf4_lora_merged", "range(0, R, BLOCK_R)", "range(0, BLOCK_R, BLOCK_R)", "merged"),
+    ("linear_nf4_lora_merged", "i_k * BLOCK_K // BLOCKSIZE", "i_k * 0", "merged"),
     ("linear_nf4_multi_lora", "factor * tl.load(p_scalings + e)", "factor", "multi"),
     ("linear_nf4_multi_lora", 'input_precision="ieee") * scale', 'input_precision="ieee")', "multi"),
     ("linear_nf4_multi_lora", "(acc * keep_scale)", "(acc)", "multi"),

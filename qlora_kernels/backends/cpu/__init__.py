@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops import composed_lora_group, composed_multi_lora
+from ...ops import composed_lora_group, composed_merged_lora, composed_multi_lora
 from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
@@ -59,7 +59,10 @@ def _plan(problem: Problem) -> KernelPlan:
     return plan(problem, instruction_set() if unavailable() is None else "avx512_bf16")
 
 
-_PARTLY_TORCH = composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x)
+_PARTLY_TORCH = (
+    *composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
+    *composed_merged_lora.compose_lora_merged(dequantize_nf4),
+)
 KERNELS = (
     *(
         KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True, plan=_plan)

@@ -20,6 +20,7 @@ from .linear_nf4 import (
     linear_nf4_lora_group_backward,
 )
 from .linear_nf4 import plan as linear_plan
+from .linear_nf4_lora_merged import linear_nf4_lora_merged, linear_nf4_lora_merged_backward
 
 
 def _priority(problem: Problem) -> int:
@@ -59,6 +60,8 @@ KERNELS = (
             linear_nf4_lora_backward,
             linear_nf4_lora_group,
             linear_nf4_lora_group_backward,
+            linear_nf4_lora_merged,
+            linear_nf4_lora_merged_backward,
         )
     ),
 )

@@ -19,7 +19,7 @@ from ...ops.registry import KernelPlan, Problem
 from . import torch_products
 from .codec import dequantize_nf4
 from .lora_down import aligned, dropout, dropped, drops, lora_down, project
-from .routing import BOUNDS, GEMM, SMALL_M, addition_reason, lora_plan, route
+from .routing import BOUNDS, DECODE, GEMM, SMALL_M, addition_reason, lora_plan, route
 
 _C = torch.ops.qlora_kernels_C
 
@@ -164,6 +164,11 @@ def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | 
 
 def _grad_x_is_fused(grad_y: Tensor, weight: Weight) -> bool:
     return route(_problem("linear_nf4_grad_x", grad_y, weight), _capability(grad_y.device)).kernel == GEMM
+
+
+def runs_decoded(op: str, rows: Tensor, weight: Weight) -> bool:
+    """Whether the base product `op` of these rows decodes the weight first."""
+    return route(_problem(op, rows, weight), _capability(rows.device)).kernel == DECODE
 
 
 def _problem(op: str, rows: Tensor, weight: Weight) -> Problem:

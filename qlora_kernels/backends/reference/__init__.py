@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...ops import composed_lora_group, composed_multi_lora
+from ...ops import composed_lora_group, composed_merged_lora, composed_multi_lora
 from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .attention import attention, attention_backward
@@ -22,6 +22,7 @@ _FUNCTIONS = (
     linear_nf4_lora_backward,
     *composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
     *composed_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
+    *composed_merged_lora.compose_lora_merged(dequantize_nf4),
     adamw_step,
     rms_norm,
     rms_norm_backward,

@@ -27,6 +27,8 @@ _MODULES = {
     "linear_nf4_grad_x": "linear_nf4",
     "linear_nf4_lora": "linear_nf4_lora",
     "linear_nf4_lora_backward": "linear_nf4_lora",
+    "linear_nf4_lora_merged": "linear_nf4_lora_merged",
+    "linear_nf4_lora_merged_backward": "linear_nf4_lora_merged",
     "linear_nf4_lora_group": "linear_nf4_lora_group",
     "linear_nf4_lora_group_backward": "linear_nf4_lora_group",
     "linear_nf4_multi_lora": "linear_nf4_multi_lora",
