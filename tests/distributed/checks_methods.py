@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qlora_kernels import PagedAdamW
 from qlora_kernels.distributed import shard_blocks
 from qlora_kernels.peft import LoraConfig, get_peft_model
 from qlora_kernels.training import ChunkedLoss, Example, Interrupted, TrainConfig, Workers, train
@@ -91,7 +92,7 @@ def resumed_training(group: Group) -> None:
         model = _build(case)
         if workers.world > 1:
             shard_blocks(model, "cpu")
-        make = partial(torch.optim.AdamW, lr=1e-2)
+        make = partial(PagedAdamW if case == "vera" else torch.optim.AdamW, lr=1e-2)
         records = train(ChunkedLoss(model), examples, make, config, checkpoints=folder, workers=workers, **options)
         return [record.loss for record in records]
 
