@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-PACKAGES = ("torch", "bitsandbytes", "peft", "torchao", "transformers", "triton")
+PACKAGES = ("torch", "bitsandbytes", "llama_cpp_python", "peft", "torchao", "transformers", "triton")
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -44,9 +45,9 @@ def trainer(model, folder, **options):
         "eval_steps": 2,
         "eval_strategy": "steps",
     }
-    callbacks = options.pop("callbacks", None)
+    others = {name: options.pop(name, None) for name in ("callbacks", "compute_loss_func")}
     arguments = transformers.TrainingArguments(**{**settings, **options})
-    return transformers.Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS, callbacks=callbacks)
+    return transformers.Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS, **others)
 
 
 def values(model):
@@ -277,6 +278,20 @@ def test_the_callback_refuses_a_model_of_another_kind(tmp_path):
 
     with pytest.raises(TypeError, match=r"must be a qlora_kernels\.peft\.PeftModel, got LlamaForCausalLM"):
         trainer(build("llama"), tmp_path, max_steps=1, callbacks=[PeftCallback()]).train()
+
+
+def test_label_smoothing(tmp_path):
+    """Trainer's option would leave the labels unshifted, which is said; the smoothed loss as a function shifts them."""
+    smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.2)
+    settings = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no", "per_device_train_batch_size": 8}
+    with pytest.warns(UserWarning, match="with label_smoothing_factor it would not shift the labels"):
+        trainer(adapted(), tmp_path, label_smoothing_factor=0.2, **settings).train()
+    model = adapted()
+    ids = torch.stack([row["input_ids"] for row in ROWS])
+    expected = smoother({"logits": model(input_ids=ids).logits}, ids, shift_labels=True)
+    ours = trainer(model, tmp_path, compute_loss_func=partial(smoother, shift_labels=True), **settings)
+    ours.train()
+    assert ours.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("quantized_head", [False, True])

@@ -8,11 +8,12 @@ disable_adapter, set_adapter, load_adapter, save_pretrained, peft_config, active
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RecognizedAsPeftModel:
@@ -47,6 +48,21 @@ def _both(ours: Any, theirs: Any) -> Any:
 
 def _new(kind: Any) -> Any:
     return kind.__new__(kind)
+
+
+def warn_of_unshifted_labels(base_model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Warn where transformers' Trainer has taken the labels out of a batch, as label_smoothing_factor makes it do.
+
+    Trainer asks base_model.model for its class, finds no causal model there, and does not shift the labels.
+    arguments: of the forward call; Trainer alone gives num_items_in_batch.
+    """
+    if "num_items_in_batch" in arguments and arguments.get("labels") is None and hasattr(base_model, "model"):
+        warnings.warn(
+            "Trainer computes the loss itself: with label_smoothing_factor it would not shift the labels of this "
+            "model. Use compute_loss_func=functools.partial(LabelSmoother(epsilon=...), shift_labels=True) of "
+            "transformers.trainer_pt_utils instead; with a compute_loss_func, this warning does not concern you",
+            stacklevel=6,
+        )
 
 
 def check_save_options(state_dict: Mapping[str, Tensor] | None, safe_serialization: bool) -> None:
