@@ -33,6 +33,8 @@ Decode = Callable[[Weight, Tensor], None]
 
 INSIDE, ADDED = "torch.matmul over K + r", "torch.matmul, and an addition of the low-rank term"
 """What follows the decode of a LoRA linear, as plans name it."""
+MERGED = "merge_lora, then torch.matmul"
+"""The plan of a LoRA linear whose update is added to the decoded weight."""
 
 
 def forward_obstacle(K: int, N: int, dtype: torch.dtype, capability: int) -> str | None:

@@ -65,6 +65,8 @@ def test_plan_of_a_lora_linear_says_where_its_low_rank_term_is_added() -> None:
     assert added in plan("linear_nf4_lora", dtype=torch.float32)
     assert added in plan("linear_nf4_lora", N=64, K=36), "rows of x that are not whole 16-byte pieces"
     assert plan("linear_nf4_lora", M=8).startswith(routing.GEMM)
+    assert plan("linear_nf4_lora_merged").startswith(extended_k.MERGED)
+    assert plan("linear_nf4_lora_merged_backward").startswith(extended_k.MERGED)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 1000, 1025, 5000])

@@ -31,6 +31,7 @@ OUTPUTS = {
     "lora_up_kernel": {"p_out"},
     "lora_ds_grad_B_kernel": {"p_ds", "p_grad_B"},
     "lora_grad_A_kernel": {"p_grad_A"},
+    "merge_lora_kernel": {"p_w"},
     "sum_partials_kernel": {"p_out"},
     "rms_norm_kernel": {"p_s", "p_y", "p_scale"},
     "rms_norm_backward_kernel": {"p_grad_x", "p_parts"},
@@ -54,7 +55,7 @@ def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
     def execute(launch: Compiled) -> None:
         module = cuda_host.load_ptx(launch.kernel.asm["ptx"], mode, f"{launch.name}.ptx")
         assert not module.unsupported, f"{launch.name}: {module.unsupported}"
-        outputs = OUTPUTS[launch.name]
+        outputs = OUTPUTS[launch.name] | ({"p_copy"} if launch.constants.get("COPY") else set())
         arguments = [
             cuda_host.out(value) if name in outputs else value.detach() if isinstance(value, Tensor) else value
             for name, value in _same_tensors(launch.runtime_arguments, outputs).items()
@@ -75,6 +76,14 @@ def _same_tensors(arguments: dict[str, object], outputs: set[str]) -> dict[str, 
     for name in sorted(arguments, key=lambda n: n not in outputs):
         value = arguments[name]
         if isinstance(value, Tensor):
+            value = value if value.is_contiguous() else _memory_of_rows(value)
             value = known.setdefault((value.data_ptr(), value.numel() * value.element_size()), value)
         merged[name] = value
     return {name: merged[name] for name in arguments}
+
+
+def _memory_of_rows(matrix: Tensor) -> Tensor:
+    """Return the memory from the first to the last element of a matrix whose rows have a stride."""
+    rows, columns = matrix.shape
+    assert matrix.stride(1) == 1
+    return matrix.as_strided(((rows - 1) * matrix.stride(0) + columns,), (1,), matrix.storage_offset())

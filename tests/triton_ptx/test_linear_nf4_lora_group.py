@@ -39,7 +39,7 @@ def test_group(plan):
         names = [run.name for run in launches]
     assert names.count("lora_down_kernel") == names.count("lora_grad_A_kernel") == 1
 
-    arithmetic = Arithmetic(dtype, composed=True)
+    arithmetic = Arithmetic(dtype, composed=True, factor_may_be_scaled=True)
     dropout = Dropout(dropout_keep(lora.seed, M, K, lora.dropout_p), keep_scale(lora.dropout_p))
     parts, grads_A, total = torch.split(s, RANKS, dim=1), torch.split(grad_A, RANKS), None
     for i, (weight, part, member) in enumerate(zip(weights, parts, lora.split_per_linear(), strict=True)):

@@ -96,6 +96,8 @@ def lora_plan(problem: Problem, capability: int) -> KernelPlan:
     base = route(problem, capability)
     if base.kernel != DECODE or problem.r == 0:
         return base
+    if problem.op.startswith("linear_nf4_lora_merged"):
+        return KernelPlan(extended_k.MERGED, {}, base.reason)
     shape_only = torch.empty(0)
     weight = Weight(shape_only, None, None, None, None, problem.blocksize, problem.N, problem.K)
     reason = addition_reason(problem.op, problem.M, [weight], problem.dtype, problem.dropout, capability)

@@ -259,6 +259,8 @@ def lora_plan(problem: Problem, capability: int) -> KernelPlan:
     chosen = kernel_plan(base, capability)
     if problem.r == 0 or plan(base, capability).path != "decode":
         return chosen
+    if problem.op.startswith("linear_nf4_lora_merged"):
+        return replace(chosen, kernel=extended_k.MERGED)
     weight = Weight(torch.empty(0), None, None, None, None, problem.blocksize, problem.N, problem.K)
     reason = addition_reason(problem.op, problem.M, [weight], problem.dtype, problem.dropout, capability)
     after = extended_k.INSIDE if reason is None else extended_k.ADDED
