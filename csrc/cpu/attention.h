@@ -56,7 +56,7 @@ class Attention {
         float *scores, *grad_probs, *sums;           // sums: of a block of queries
         float *key_sums, *value_sums;                // of all blocks of keys
     };
-    struct Rows {  // of a block of queries
+    struct QueryBlock {  // of a block of queries
         int64_t count;
         KeyRange ranges[kBlock];  // as in the arguments
         float maxima[kBlock], totals[kBlock], deltas[kBlock];
@@ -109,8 +109,8 @@ class Attention {
     }
     int64_t keys_in(int64_t j) const { return p_.Tk - j * kBlock < kBlock ? p_.Tk - j * kBlock : kBlock; }
 
-    Rows rows_of(int64_t b, int64_t i) const {
-        Rows rows;
+    QueryBlock query_block(int64_t b, int64_t i) const {
+        QueryBlock rows;
         const int64_t t0 = i * kBlock;
         rows.count = p_.Tq - t0 < kBlock ? p_.Tq - t0 : kBlock;
         for (int64_t r = 0; r < rows.count; ++r) {
@@ -143,12 +143,12 @@ class Attention {
         }
         const typename Tiles::Session session;
         for (int64_t i = 0; i < query_blocks_; ++i) {
-            Rows rows = rows_of(b, i);
+            QueryBlock rows = query_block(b, i);
             for (int64_t h = kv * group_; h < (kv + 1) * group_; ++h) forward_block(b, h, i, rows, buffers, outputs);
         }
     }
 
-    void forward_block(int64_t b, int64_t h, int64_t i, Rows& rows, const Buffers& buffers,
+    void forward_block(int64_t b, int64_t h, int64_t i, QueryBlock& rows, const Buffers& buffers,
                        const AttentionOutputs& outputs) const {
         layout_.pack_rows(tokens(p_.q, b, h, i * kBlock), p_.q.token, rows.count, buffers.q);
         clear(buffers.sums, layout_.sums_size());
@@ -178,7 +178,7 @@ class Attention {
     }
 
     // Converts the scores of one query to probabilities relative to its running maximum; zero outside `own`.
-    void soften(int64_t r, const KeyRange& own, const KeyRange& seen, Rows& rows, const Buffers& buffers) const {
+    void soften(int64_t r, const KeyRange& own, const KeyRange& seen, QueryBlock& rows, const Buffers& buffers) const {
         Elem* probs = buffers.probs + r * kBlock;
         const int64_t begin = first_strip(seen) * kColumns, end = last_strip(seen) * kColumns;
         zero_row(probs, own.empty() ? kBlock : begin);
@@ -244,7 +244,7 @@ class Attention {
 
     void backward_block(int64_t b, int64_t h, int64_t i, const Buffers& buffers,
                         const AttentionGradients& gradients) const {
-        Rows rows = rows_of(b, i);
+        QueryBlock rows = query_block(b, i);
         const int64_t t0 = i * kBlock;
         const T *q = tokens(p_.q, b, h, t0), *grad = tokens(gradients.grad_out, b, h, t0);
         layout_.pack_rows(q, p_.q.token, rows.count, buffers.q);
@@ -298,7 +298,8 @@ class Attention {
     }
 
     // Computes P and dS of one query and a block of keys; zero outside `own`.
-    void between(int64_t r, const KeyRange& own, const KeyRange& seen, const Rows& rows, const Buffers& buffers) const {
+    void between(int64_t r, const KeyRange& own, const KeyRange& seen, const QueryBlock& rows,
+                 const Buffers& buffers) const {
         Elem *probs = buffers.probs + r * kBlock, *grad_scores = buffers.grad_scores + r * kBlock;
         const int64_t begin = first_strip(seen) * kColumns, end = last_strip(seen) * kColumns;
         zero_row(probs, own.empty() ? kBlock : begin);
@@ -327,7 +328,7 @@ class Attention {
     struct QueryRanges {
         int64_t first_step[kTilesOfBlock], last_step[kTilesOfBlock];
     };
-    QueryRanges queries_of_keys(const Rows& rows, int64_t j) const {
+    QueryRanges queries_of_keys(const QueryBlock& rows, int64_t j) const {
         QueryRanges ranges;
         for (int64_t t = 0; t < kTilesOfBlock; ++t) {
             int64_t first = rows.count, last = 0;

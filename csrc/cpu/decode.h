@@ -21,8 +21,8 @@ static inline void decode_absmax(const NF4Weight& w, int64_t block, int64_t n, f
     for (int64_t i = 0; i < n;) {
         const int64_t group = (block + i) / kNestedBlocksize;
         const int64_t left = (group + 1) * kNestedBlocksize - (block + i);
-        const int64_t most = left < kPiece ? left : kPiece;
-        const int64_t count = n - i < most ? n - i : most;
+        const int64_t max_count = left < kPiece ? left : kPiece;
+        const int64_t count = n - i < max_count ? n - i : max_count;
         const uint8_t* q = w.absmax_q + block + i;
         if (count == kPiece) {
             decode_piece<true>(q, w.absmax_scale[group], out + i);
@@ -74,9 +74,9 @@ static inline void decode_run(const Code16<E>& code, const uint8_t* packed, int6
     int64_t left = end - begin;
     for (; left >= 32; left -= 32, bytes += 16, dst += 32) lookup32(code, bytes, dst);
     if (left > 0) {
-        uint8_t rest[16] = {};
-        memcpy(rest, bytes, static_cast<size_t>((left + 1) >> 1));
-        lookup32(code, rest, values);
+        uint8_t tail[16] = {};
+        memcpy(tail, bytes, static_cast<size_t>((left + 1) >> 1));
+        lookup32(code, tail, values);
         memcpy(dst, values, static_cast<size_t>(left) * sizeof(E));
     }
 }

@@ -30,10 +30,10 @@ inline constexpr int kDirectTokens = 4;
 #endif
 
 template <class Mac>
-struct Halves;
+struct OperandVector;
 
 template <>
-struct Halves<FloatMac> {
+struct OperandVector<Fp32Fma> {
     using Vector = F32;
     static constexpr int kElements = kLanes;
     static Vector load_vector(const float* p) { return load(p); }
@@ -42,7 +42,7 @@ struct Halves<FloatMac> {
 
 #ifdef __AVX512BF16__
 template <>
-struct Halves<Bf16Mac> {
+struct OperandVector<Bf16Dot> {
     using Vector = __m512i;
     static constexpr int kElements = 2 * kLanes;
     static Vector load_vector(const Bf16* p) { return _mm512_loadu_si512(p); }
@@ -55,7 +55,7 @@ struct Halves<Bf16Mac> {
 template <class Mac>
 static inline bool suits_dots(const NF4Weight& w, int64_t M) {
     const int64_t blocksize = int64_t{1} << w.block_shift;
-    return M <= (w.K < 1024 ? 32 : 64) && w.K % blocksize == 0 && blocksize % (2 * Halves<Mac>::kElements) == 0;
+    return M <= (w.K < 1024 ? 32 : 64) && w.K % blocksize == 0 && blocksize % (2 * OperandVector<Mac>::kElements) == 0;
 }
 
 // Splits two vectors into one of their even and one of their odd elements, `stride` apart.
@@ -93,11 +93,11 @@ struct PackedTokens {
 
 // Packs x [M, K] with K a whole number of vector pairs.
 template <class Mac, class T>
-static PackedTokens<Mac> pack_tokens(const T* x, int64_t M, int64_t K, int most) {
+static PackedTokens<Mac> pack_tokens(const T* x, int64_t M, int64_t K, int max_tokens) {
     using Elem = typename Mac::Elem;
-    constexpr int kElements = Halves<Mac>::kElements;
+    constexpr int kElements = OperandVector<Mac>::kElements;
     const size_t bytes = static_cast<size_t>(M * K) * sizeof(Elem);
-    const PackedTokens<Mac> packed{static_cast<Elem*>(workspace(Slot::kRows, bytes)), K, {M, most}};
+    const PackedTokens<Mac> packed{static_cast<Elem*>(workspace(Slot::kRows, bytes)), K, {M, max_tokens}};
     parallel_ranges(packed.tiling.count, 4, [&](int64_t tile0, int64_t tile1) {
         for (int64_t t = tile0; t < tile1; ++t) {
             const int tokens = packed.tiling.size(t);
@@ -138,8 +138,8 @@ template <class T, int kM>
 static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* absmax, int valid, int64_t block0,
                         int64_t block1, const typename Arithmetic<T>::Mac::Elem* x, float* sums) {
     using Mac = typename Arithmetic<T>::Mac;
-    using Vector = typename Halves<Mac>::Vector;
-    constexpr int kElements = Halves<Mac>::kElements;
+    using Vector = typename OperandVector<Mac>::Vector;
+    constexpr int kElements = OperandVector<Mac>::kElements;
     constexpr int kRows = kM <= kDirectTokens / 2 ? 4 : 2;
     const int64_t row_blocks = w.K >> w.block_shift;
     const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
@@ -169,13 +169,13 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
                 Vector even[kRows], odd[kRows];
 #pragma GCC unroll 4
                 for (int i = 0; i < kRows; ++i) {
-                    lookup_halves(code[i], bytes[i], even[i], odd[i]);
+                    lookup_even_odd(code[i], bytes[i], even[i], odd[i]);
                     bytes[i] += kElements;
                 }
 #pragma GCC unroll 8
                 for (int m = 0; m < kM; ++m) {
-                    const Vector x_even = Halves<Mac>::load_vector(x_pair + m * kElements);
-                    const Vector x_odd = Halves<Mac>::load_vector(x_pair + (kM + m) * kElements);
+                    const Vector x_even = OperandVector<Mac>::load_vector(x_pair + m * kElements);
+                    const Vector x_odd = OperandVector<Mac>::load_vector(x_pair + (kM + m) * kElements);
 #pragma GCC unroll 4
                     for (int i = 0; i < kRows; ++i) {
                         sum[i][m] = Mac::mac(Mac::mac(sum[i][m], x_even, even[i]), x_odd, odd[i]);
@@ -190,18 +190,18 @@ static void direct_tile(const NF4Weight& w, const uint8_t* packed, const float* 
 
 // The values of one row over blocks [block0, block1), in the order of the tokens' vectors.
 template <class T>
-static inline void decode_halves(const uint8_t* packed, const float* absmax, int64_t block_bytes, int64_t block0,
-                                 int64_t block1, typename Arithmetic<T>::Mac::Elem* values) {
+static inline void decode_even_odd(const uint8_t* packed, const float* absmax, int64_t block_bytes, int64_t block0,
+                                   int64_t block1, typename Arithmetic<T>::Mac::Elem* values) {
     using Mac = typename Arithmetic<T>::Mac;
-    constexpr int kElements = Halves<Mac>::kElements;
+    constexpr int kElements = OperandVector<Mac>::kElements;
     packed += block0 * block_bytes;
     for (int64_t b = block0; b < block1; ++b) {
         const auto code = Arithmetic<T>::Rounding::code(absmax[b]);
         for (int64_t byte = 0; byte < block_bytes; byte += kElements, packed += kElements, values += 2 * kElements) {
-            typename Halves<Mac>::Vector even, odd;
-            lookup_halves(code, packed, even, odd);
-            Halves<Mac>::store_vector(values, even);
-            Halves<Mac>::store_vector(values + kElements, odd);
+            typename OperandVector<Mac>::Vector even, odd;
+            lookup_even_odd(code, packed, even, odd);
+            OperandVector<Mac>::store_vector(values, even);
+            OperandVector<Mac>::store_vector(values + kElements, odd);
         }
     }
 }
@@ -210,7 +210,7 @@ static inline void decode_halves(const uint8_t* packed, const float* absmax, int
 template <class Mac, int kM>
 static void dot_tile(const typename Mac::Elem* rows, int64_t stride, int64_t vectors, const typename Mac::Elem* x,
                      float* sums) {
-    constexpr int kElements = Halves<Mac>::kElements;
+    constexpr int kElements = OperandVector<Mac>::kElements;
     for (int row = 0; row < kGroup; row += kTileRows, rows += kTileRows * stride, sums += kTileRows) {
         F32 sum[kTileRows][kM];
 #pragma GCC unroll 4
@@ -219,12 +219,12 @@ static void dot_tile(const typename Mac::Elem* rows, int64_t stride, int64_t vec
             for (int m = 0; m < kM; ++m) sum[i][m] = zero();
         }
         for (int64_t v = 0; v < vectors; ++v) {
-            typename Halves<Mac>::Vector token[kM];
+            typename OperandVector<Mac>::Vector token[kM];
 #pragma GCC unroll 8
-            for (int m = 0; m < kM; ++m) token[m] = Halves<Mac>::load_vector(x + (v * kM + m) * kElements);
+            for (int m = 0; m < kM; ++m) token[m] = OperandVector<Mac>::load_vector(x + (v * kM + m) * kElements);
 #pragma GCC unroll 4
             for (int i = 0; i < kTileRows; ++i) {
-                const auto weight = Halves<Mac>::load_vector(rows + i * stride + v * kElements);
+                const auto weight = OperandVector<Mac>::load_vector(rows + i * stride + v * kElements);
 #pragma GCC unroll 8
                 for (int m = 0; m < kM; ++m) sum[i][m] = Mac::mac(sum[i][m], token[m], weight);
             }
@@ -261,14 +261,14 @@ template <class T, class Start>
 static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* bias, T* y, const Start& start) {
     using Mac = typename Arithmetic<T>::Mac;
     using Elem = typename Mac::Elem;
-    constexpr int kElements = Halves<Mac>::kElements;
+    constexpr int kElements = OperandVector<Mac>::kElements;
     const bool direct = M <= kDirectTokens;
     const PackedTokens<Mac> tokens = pack_tokens<Mac>(x, M, w.K, direct ? kDirectTokens : kTileTokens);
     const int64_t block_bytes = int64_t{1} << w.block_shift >> 1;
     const int64_t row_blocks = w.K >> w.block_shift;
     const int64_t piece_rows = direct ? M : kGroup;  // of x, or of decoded weights
-    const int64_t most = kPieceBytes / (piece_rows * static_cast<int64_t>(sizeof(Elem))) >> w.block_shift;
-    const int64_t pieces = most > 0 ? (row_blocks + most - 1) / most : row_blocks;
+    const int64_t max_blocks = kPieceBytes / (piece_rows * static_cast<int64_t>(sizeof(Elem))) >> w.block_shift;
+    const int64_t pieces = max_blocks > 0 ? (row_blocks + max_blocks - 1) / max_blocks : row_blocks;
     const int64_t step = (row_blocks + pieces - 1) / pieces;
     const int64_t stride = step << w.block_shift;
     const int64_t group_bytes = kGroup * row_blocks * block_bytes;
@@ -296,8 +296,8 @@ static void linear_dots(const NF4Weight& w, int64_t M, const T* x, const float* 
                     const int64_t row = i < valid ? i : valid - 1;
                     prefetch_next(packed + (row * row_blocks + block) * block_bytes, group_bytes,
                                   (end - block) * block_bytes);
-                    decode_halves<T>(packed + row * row_blocks * block_bytes, absmax + row * row_blocks, block_bytes,
-                                     block, end, values + i * stride);
+                    decode_even_odd<T>(packed + row * row_blocks * block_bytes, absmax + row * row_blocks, block_bytes,
+                                       block, end, values + i * stride);
                 }
                 const int64_t k = block << w.block_shift;
                 const int64_t vectors = ((end - block) << w.block_shift) / kElements;

@@ -24,7 +24,7 @@
 namespace qlora::QLORA_ISA {
 
 // fp32 operands with fused multiply-adds.
-struct FloatMac {
+struct Fp32Fma {
     using Elem = float;
     static constexpr int kPair = 1;
     static constexpr int64_t kChain = 32;
@@ -35,7 +35,7 @@ struct FloatMac {
 
 #ifdef __AVX512BF16__
 // bf16 operands in pairs along L: two exact products per lane, fp32 sums.
-struct Bf16Mac {
+struct Bf16Dot {
     using Elem = Bf16;
     static constexpr int kPair = 2;
     static constexpr int64_t kChain = 1 << 14;  // its rounding error is far below that of bf16 operands
@@ -121,12 +121,12 @@ static TileKernel<Mac> tile_kernel_for(int rows) {
     return tile_kernel<Mac, kRows, kVectors>;
 }
 
-// Splits M rows into tiles of at most `most` rows, as evenly as possible, so that every tile has enough accumulators to
-// hide the latency of the multiply.
+// Splits M rows into tiles of at most `max_rows` rows, as evenly as possible, so that every tile has enough
+// accumulators to hide the latency of the multiply.
 struct Tiling {
     int64_t M, count;
 
-    Tiling(int64_t rows, int most) : M(rows), count((rows + most - 1) / most) {}
+    Tiling(int64_t rows, int max_rows) : M(rows), count((rows + max_rows - 1) / max_rows) {}
     int64_t begin(int64_t tile) const { return tile * M / count; }
     int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
 };
@@ -138,7 +138,7 @@ static inline int64_t steps_of(int64_t length) {
 
 // The operand A: rows `stride` elements apart, each of whole steps that are `step` elements apart.
 template <class Mac>
-struct Rows {
+struct LhsView {
     using Elem = typename Mac::Elem;
     const Elem* data;
     int64_t stride, step, steps;
@@ -157,7 +157,7 @@ static inline void clear(float* c, int64_t floats) {
 }
 
 // The part of one task: the strips [strip0, strip1) and the tiles [tile0, tile1).
-struct Share {
+struct TaskRange {
     int64_t strip0, strip1, tile0, tile1;
 };
 
@@ -168,10 +168,11 @@ inline constexpr int64_t kPanelBytes = 512 << 10;
 
 // Groups become smaller towards the end, so that all threads finish together. M is split only if there are too few
 // strips for all threads, because each part decodes its panels again. Neither changes the order of additions.
-struct Plan {
+struct PanelSchedule {
     int64_t strips, tiles, threads, tile_tasks, tasks;
 
-    Plan(int64_t all_strips, int64_t all_tiles) : strips(all_strips), tiles(all_tiles), threads(num_threads()) {
+    PanelSchedule(int64_t all_strips, int64_t all_tiles)
+        : strips(all_strips), tiles(all_tiles), threads(num_threads()) {
         int64_t groups = 0;
         for (int64_t strip = 0; strip < strips; strip += group(strip)) ++groups;
         tile_tasks = groups >= threads ? 1 : (threads + groups - 1) / groups;
@@ -184,7 +185,7 @@ struct Plan {
         return even < 1 ? 1 : even > kMaxGroup ? kMaxGroup : even;
     }
 
-    Share share(int64_t task) const {
+    TaskRange range(int64_t task) const {
         int64_t strip = 0;
         for (int64_t i = task / tile_tasks; i > 0; --i) strip += group(strip);
         const int64_t part = task % tile_tasks;
@@ -196,35 +197,35 @@ struct Plan {
 // [step1 - step0][strip width][kPair], one after the other.
 // finish(tile, column0, columns, c): stores accumulator tile c[rows][strip width]; it may change c.
 template <class Mac, int kVectors, class Fill, class Finish>
-static void panel_gemm(const Rows<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
+static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
     constexpr int64_t kStepElements = kColumns * Mac::kPair;
     constexpr int64_t kMaxSteps = kPanelBytes / (kMaxGroup * kStepElements * static_cast<int64_t>(sizeof(Elem)));
     constexpr int64_t kTileFloats = kMaxRows * kColumns;
-    const Plan plan((columns + kColumns - 1) / kColumns, a.tiling.count);
+    const PanelSchedule schedule((columns + kColumns - 1) / kColumns, a.tiling.count);
     const int64_t panels = (a.steps + kMaxSteps - 1) / kMaxSteps;
     const int64_t panel_steps = (a.steps + panels - 1) / panels;
 
-    parallel_tasks(plan.tasks, [&](int64_t task) {
-        const Share share = plan.share(task);
-        const int64_t group = share.strip1 - share.strip0;
-        const int64_t column0 = share.strip0 * kColumns;
-        const int64_t column1 = share.strip1 * kColumns < columns ? share.strip1 * kColumns : columns;
+    parallel_tasks(schedule.tasks, [&](int64_t task) {
+        const TaskRange range = schedule.range(task);
+        const int64_t group = range.strip1 - range.strip0;
+        const int64_t column0 = range.strip0 * kColumns;
+        const int64_t column1 = range.strip1 * kColumns < columns ? range.strip1 * kColumns : columns;
         Elem* panel = static_cast<Elem*>(
             workspace(Slot::kPanel, static_cast<size_t>(group * panel_steps * kStepElements) * sizeof(Elem)));
-        const int64_t held = panels == 1 ? 1 : (share.tile1 - share.tile0) * group;
-        float* partial =
-            static_cast<float*>(workspace(Slot::kPartial, static_cast<size_t>(held * kTileFloats) * sizeof(float)));
+        const int64_t partial_tiles = panels == 1 ? 1 : (range.tile1 - range.tile0) * group;
+        float* partial = static_cast<float*>(
+            workspace(Slot::kPartial, static_cast<size_t>(partial_tiles * kTileFloats) * sizeof(float)));
 
         for (int64_t step0 = 0; step0 < a.steps; step0 += panel_steps) {
             const int64_t step1 = step0 + panel_steps < a.steps ? step0 + panel_steps : a.steps;
             fill(column0, column1 - column0, step0, step1, panel);
-            for (int64_t t = share.tile0; t < share.tile1; ++t) {
+            for (int64_t t = range.tile0; t < range.tile1; ++t) {
                 for (int64_t g = 0; g < group; ++g) {
                     const int64_t c0 = column0 + g * kColumns;
                     const int64_t width = column1 - c0 < kColumns ? column1 - c0 : kColumns;
-                    float* c = panels == 1 ? partial : partial + ((t - share.tile0) * group + g) * kTileFloats;
+                    float* c = panels == 1 ? partial : partial + ((t - range.tile0) * group + g) * kTileFloats;
                     if (step0 == 0) clear(c, kTileFloats);
                     a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,
                                                   c);

@@ -13,21 +13,21 @@ inline constexpr int kColumns = kVectors * kLanes;
 // Maps x's dtype T to the arithmetic. The weight is always rounded to T, so that y is x @ dequantize(W, T)^T.
 template <class T>
 struct Arithmetic {
-    using Mac = FloatMac;
+    using Mac = Fp32Fma;
     using Rounding = RoundWidened<T>;
 };
 
 #ifdef __AVX512BF16__
 template <>
 struct Arithmetic<Bf16> {
-    using Mac = Bf16Mac;
+    using Mac = Bf16Dot;
     using Rounding = RoundForDot;
 };
 #endif
 
 // Distance in rows by which grad_x's panels prefetch. Panels read short pieces of many rows, which hardware prefetchers
 // do not detect.
-inline constexpr int64_t kRowsAhead = 8;
+inline constexpr int64_t kPrefetchRows = 8;
 
 // B[k, n] = W[n, k], for y = x W^T.
 template <class T>
@@ -52,7 +52,7 @@ static inline auto weight_rows(const NF4Weight& w) {
             column0, columns, step0, step1, w.N, panel,
             [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
                 const int64_t begin = n * w.K + k;
-                prefetch_range(w, begin + kRowsAhead * w.K, count);
+                prefetch_range(w, begin + kPrefetchRows * w.K, count);
                 decode_range<typename A::Rounding>(w, begin, begin + count, dst);
                 return dst;
             });

@@ -18,7 +18,7 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
             memset(sums, 0, static_cast<size_t>(p.M * kGroup) * sizeof(float));
         });
     }
-    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, p.M, p.weight.K);
+    const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, x, p.M, p.weight.K);
     panel_gemm<Mac, kVectors>(a, N, weight_columns<T>(p.weight),
                               [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
                                   store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);

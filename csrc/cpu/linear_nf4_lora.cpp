@@ -25,7 +25,7 @@ void start_sums(const Lora& lora, const T* s, int64_t M, int64_t n, int valid, f
         }
         for (int64_t m = 0; m < M; ++m) {
             for (int64_t j = 0; j < count;) {
-                const int64_t end = j + FloatMac::kChain < count ? j + FloatMac::kChain : count;
+                const int64_t end = j + Fp32Fma::kChain < count ? j + Fp32Fma::kChain : count;
                 float sum[kGroup] = {};
                 for (; j < end; ++j) {
                     const float factor = to_float(s[m * lora.r + j0 + j]);
@@ -52,25 +52,25 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
 
     const uint8_t* bits = dropout_bitmap(lora, M * K);
     if (bits) {
-        const Rows<Mac> masked = copied_rows<Mac>(
-            Slot::kRows, M, K, [&](int64_t m, Elem* dst) { masked_row(x + m * K, K, bits, m * K, dst); });
+        const LhsView<Mac> masked =
+            lhs_copy<Mac>(Slot::kRows, M, K, [&](int64_t m, Elem* dst) { masked_row(x + m * K, K, bits, m * K, dst); });
         narrow_product(masked, r, keep_scale(lora), lora_a, s);
     }
-    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, x, M, K);
+    const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, x, M, K);
     if (!bits) narrow_product(a, r, 1.0f, lora_a, s);
 
     if (M <= kDirectTokens && suits_dots<Mac>(p.weight, M)) {
         return linear_dots(p.weight, M, x, bias_values, y,
                            [&](int64_t n, int valid, float* sums) { start_sums(lora, s, M, n, valid, sums); });
     }
-    const LowRank<Mac> low_rank{rows_of<Mac>(Slot::kFactorRows, s, M, r)};
+    const LowRankTerm<Mac> low_rank{lhs_view<Mac>(Slot::kFactorRows, s, M, r)};
     const auto lora_b = [&](int64_t column0, int64_t columns, Elem* strip) {
-        fill_from_rows<Mac, kColumns>(column0, columns, 0, low_rank.rows.steps, r, strip,
+        fill_from_rows<Mac, kColumns>(column0, columns, 0, low_rank.lhs.steps, r, strip,
                                       [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
                                           factor_row<T>(lora.B, n * r + j, count, lora.scaling, dst);
                                       });
     };
-    panel_gemm<Mac, kVectors>(a, N, low_rank.beside(weight_columns<T>(p.weight), lora_b),
+    panel_gemm<Mac, kVectors>(a, N, low_rank.fill_with(weight_columns<T>(p.weight), lora_b),
                               [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
                                   low_rank.add_to(c, tile, column0, [](float*) {});
                                   store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);

@@ -28,7 +28,7 @@ auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
     return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
         const auto read = [=](int64_t m, int64_t begin, int64_t count, Elem* dst) -> const Elem* {
             const T* row = src + m * width + begin;
-            prefetch_row(row + kRowsAhead * width, count, src + M * width);
+            prefetch_row(row + kPrefetchRows * width, count, src + M * width);
             if (bits) {
                 masked_row(row, count, bits, m * width + begin, dst);
                 return dst;
@@ -52,7 +52,7 @@ void multiply(float* c, int64_t floats, float scale) {
 template <class Mac, class T, class Fill>
 void grad_factor(const T* factors, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
                  bool transposed, float* out) {
-    const Rows<Mac> a = columns_of<Mac>(Slot::kFactorRows, factors, M, r);
+    const LhsView<Mac> a = lhs_transposed<Mac>(Slot::kFactorRows, factors, M, r);
     panel_gemm<Mac, kVectors>(a, columns, fill, [&](int64_t tile, int64_t column0, int64_t width, float* c) {
         multiply(c, a.tiling.size(tile) * kColumns, scale);
         if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
@@ -86,7 +86,7 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
 
     T* ds = static_cast<T*>(workspace(Slot::kSmall, static_cast<size_t>(M * r) * sizeof(T)));
 
-    const Rows<Mac> a = rows_of<Mac>(Slot::kRows, grad_y, M, N);
+    const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, grad_y, M, N);
     narrow_product(
         a, r, lora.scaling,
         [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
@@ -103,15 +103,15 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
     grad_factor<Mac>(ds, M, r, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
     if (!grad_x) return;
 
-    const LowRank<Mac> low_rank{rows_of<Mac>(Slot::kFactorRows, ds, M, r)};
+    const LowRankTerm<Mac> low_rank{lhs_view<Mac>(Slot::kFactorRows, ds, M, r)};
     const auto lora_a = [&](int64_t column0, int64_t columns, Elem* strip) {
-        fill_from_columns<Mac, kColumns>(column0, columns, 0, low_rank.rows.steps, r, strip,
+        fill_from_columns<Mac, kColumns>(column0, columns, 0, low_rank.lhs.steps, r, strip,
                                          [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
                                              factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
                                              return dst;
                                          });
     };
-    panel_gemm<Mac, kVectors>(a, K, low_rank.beside(weight_rows<T>(p.weight), lora_a),
+    panel_gemm<Mac, kVectors>(a, K, low_rank.fill_with(weight_rows<T>(p.weight), lora_a),
                               [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
                                   low_rank.add_to(c, tile, column0, [&](float* product) {
                                       if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, product);

@@ -13,11 +13,11 @@ namespace qlora::QLORA_ISA {
 // The task that uses its panel strips makes them together with the weight's, in a buffer of its own; the strips of one
 // group never share memory.
 template <class Mac>
-struct LowRank {
-    Rows<Mac> rows;
+struct LowRankTerm {
+    LhsView<Mac> lhs;
 
     typename Mac::Elem* strip(int64_t column0) const {
-        const int64_t size = rows.steps * kColumns * Mac::kPair;
+        const int64_t size = lhs.steps * kColumns * Mac::kPair;
         const size_t bytes = static_cast<size_t>(kMaxGroup * size) * sizeof(typename Mac::Elem);
         auto* strips = static_cast<typename Mac::Elem*>(workspace(Slot::kFactors, bytes));
         return strips + column0 / kColumns % kMaxGroup * size;
@@ -25,7 +25,7 @@ struct LowRank {
 
     // weight: the fill of the large product. fill(column0, columns, strip): writes one strip of the factor.
     template <class Weight, class Fill>
-    auto beside(const Weight& weight, const Fill& fill) const {
+    auto fill_with(const Weight& weight, const Fill& fill) const {
         return [=, this](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
             weight(column0, columns, step0, step1, panel);
             for (int64_t c = 0; step0 == 0 && c < columns; c += kColumns) {
@@ -38,9 +38,9 @@ struct LowRank {
     template <class Change>
     void add_to(float* c, int64_t tile, int64_t column0, const Change& change) const {
         alignas(64) float product[kMaxRows * kColumns];
-        const int64_t floats = rows.tiling.size(tile) * kColumns;
+        const int64_t floats = lhs.tiling.size(tile) * kColumns;
         clear(product, floats);
-        rows.template multiply<kVectors>(tile, 0, strip(column0), rows.steps, product);
+        lhs.template multiply<kVectors>(tile, 0, strip(column0), lhs.steps, product);
         change(product);
         for (int64_t i = 0; i < floats; i += kLanes) store(c + i, add(load(c + i), load(product + i)));
     }
@@ -48,7 +48,7 @@ struct LowRank {
 
 // out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: a single strip of kLanes columns if r allows.
 template <class Mac, class T, class Fill>
-static void narrow_product(const Rows<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
+static void narrow_product(const LhsView<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
     const F32 factor = set1(scale);
     const auto run = [&](auto vectors) {
         constexpr int kWidth = decltype(vectors)::value * kLanes;

@@ -87,7 +87,7 @@ inline constexpr int64_t kConflict = 2048;
 
 // A[m, l] for l < length from read(m, dst), which writes a row.
 template <class Mac, class Read>
-static Rows<Mac> copied_rows(Slot slot, int64_t M, int64_t length, const Read& read) {
+static LhsView<Mac> lhs_copy(Slot slot, int64_t M, int64_t length, const Read& read) {
     using Elem = typename Mac::Elem;
     constexpr int64_t kLine = 64 / sizeof(Elem);
     const int64_t steps = steps_of<Mac>(length);
@@ -106,19 +106,19 @@ static Rows<Mac> copied_rows(Slot slot, int64_t M, int64_t length, const Read& r
 
 // A[m, l] = src[m * length + l], in place if the dtype and the stride allow it.
 template <class Mac, class T>
-static Rows<Mac> rows_of(Slot slot, const T* src, int64_t M, int64_t length) {
+static LhsView<Mac> lhs_view(Slot slot, const T* src, int64_t M, int64_t length) {
     if constexpr (std::is_same_v<T, typename Mac::Elem>) {
         if (length % Mac::kPair == 0 && length * static_cast<int64_t>(sizeof(T)) % kConflict != 0) {
             return {src, length, Mac::kPair, length / Mac::kPair, {M, kMaxRows}};
         }
     }
-    return copied_rows<Mac>(slot, M, length,
-                            [&](int64_t m, typename Mac::Elem* dst) { convert_row(src + m * length, length, dst); });
+    return lhs_copy<Mac>(slot, M, length,
+                         [&](int64_t m, typename Mac::Elem* dst) { convert_row(src + m * length, length, dst); });
 }
 
 // A[j, m] = src[m * r + j], for products that contract over tokens: in place, or with the rows of a pair interleaved.
 template <class Mac, class T>
-static Rows<Mac> columns_of(Slot slot, const T* src, int64_t M, int64_t r) {
+static LhsView<Mac> lhs_transposed(Slot slot, const T* src, int64_t M, int64_t r) {
     using Elem = typename Mac::Elem;
     constexpr int64_t kPair = Mac::kPair;
     const int64_t steps = steps_of<Mac>(M);

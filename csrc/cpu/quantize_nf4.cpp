@@ -21,39 +21,39 @@ constexpr int kCells = 32;
 constexpr float kCellsPerOne = 15.2f;
 [[maybe_unused]] constexpr float kCellOrigin = 0x1p23f + 16.0f;
 
-struct Search {
+struct CellTable {
     alignas(64) float boundary[kCells];
     alignas(64) int32_t low[kCells], high[kCells];  // boundaries below the cell; the same, four bits up
 };
 
-constexpr Search make_search() {
-    Search search{};
+constexpr CellTable make_cell_table() {
+    CellTable table{};
     for (int cell = 0; cell < kCells; ++cell) {
         const float low = (static_cast<float>(cell) - 16.5f) / kCellsPerOne;
         const float high = (static_cast<float>(cell) - 15.5f) / kCellsPerOne;
         int below = 0;
         while (below < 15 && kBoundaries[below] < low) ++below;
         const bool inside = below < 15 && kBoundaries[below] < high;
-        search.low[cell] = below;
-        search.high[cell] = below << 4;
-        search.boundary[cell] = inside ? kBoundaries[below] : 2.0f;
+        table.low[cell] = below;
+        table.high[cell] = below << 4;
+        table.boundary[cell] = inside ? kBoundaries[below] : 2.0f;
     }
-    return search;
+    return table;
 }
 
 constexpr bool cells_are_safe() {
     int before = -1;
     for (const float boundary : kBoundaries) {
-        const float place = boundary * kCellsPerOne + 16.5f;
-        const int cell = static_cast<int>(place);
-        const float fraction = place - static_cast<float>(cell);
+        const float position = boundary * kCellsPerOne + 16.5f;
+        const int cell = static_cast<int>(position);
+        const float fraction = position - static_cast<float>(cell);
         if (fraction < 1e-3f || fraction > 1.0f - 1e-3f || cell == before) return false;
         before = cell;
     }
     return true;
 }
 
-[[maybe_unused]] constexpr Search kSearch = make_search();
+[[maybe_unused]] constexpr CellTable kCellTable = make_cell_table();
 static_assert(cells_are_safe(), "the boundaries moved: choose another number of cells");
 
 // 2 * kLanes weights, split into those of even and those of odd index.
@@ -84,15 +84,15 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
 }
 
 // The tables in registers. The asm hides their values, because compilers reload constants for each use.
-struct Registers {
+struct IndexSearch {
     __m512 boundary[2];
     __m512i low[2], high[2];
 
-    Registers() {
+    IndexSearch() {
         for (int i = 0; i < 2; ++i) {
-            boundary[i] = _mm512_load_ps(kSearch.boundary + 16 * i);
-            low[i] = _mm512_load_si512(kSearch.low + 16 * i);
-            high[i] = _mm512_load_si512(kSearch.high + 16 * i);
+            boundary[i] = _mm512_load_ps(kCellTable.boundary + 16 * i);
+            low[i] = _mm512_load_si512(kCellTable.low + 16 * i);
+            high[i] = _mm512_load_si512(kCellTable.high + 16 * i);
             asm("" : "+v"(boundary[i]), "+v"(low[i]), "+v"(high[i]));
         }
     }
@@ -134,7 +134,7 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
 }
 
 // A binary search in registers: the boundary of each step is looked up by the bits found so far.
-struct Registers {
+struct IndexSearch {
     template <int kShift>
     __m256i indices(__m256 v) const {
         const auto above = [&](__m256 boundary) { return _mm256_castps_si256(_mm256_cmp_ps(v, boundary, _CMP_GT_OQ)); };
@@ -172,7 +172,7 @@ Pairs<Fp16> load_pairs(const Fp16* w) {
 }
 
 // A binary search in registers, as for AVX2: the boundary of each step is looked up by the bits found so far.
-struct Registers {
+struct IndexSearch {
     template <int kShift>
     uint32x4_t indices(F32 v) const {
         const auto doubled_plus = [](uint32x4_t index, uint32x4_t mask) {
@@ -204,14 +204,14 @@ Pairs<T> load_pairs(const T* w) {
     return pairs;
 }
 
-struct Registers {
+struct IndexSearch {
     template <int kShift>
     I32 indices(F32 v) const {
         I32 result;
         for (int i = 0; i < kLanes; ++i) {
             const float cell = v[i] * kCellsPerOne + kCellOrigin;
             const uint32_t c = float_bits(cell) % kCells;
-            result[i] = (kSearch.low[c] + (v[i] > kSearch.boundary[c])) << kShift;
+            result[i] = (kCellTable.low[c] + (v[i] > kCellTable.boundary[c])) << kShift;
         }
         return result;
     }
@@ -221,7 +221,7 @@ struct Registers {
 
 // Quantizes 2 * kLanes values of w * inverse to kLanes bytes.
 template <class T>
-inline void pack_pairs(const Registers& search, const T* w, F32 inverse, uint8_t* packed) {
+inline void pack_pairs(const IndexSearch& search, const T* w, F32 inverse, uint8_t* packed) {
     const Pairs<T> pairs = load_pairs(w);
     const auto high = search.indices<4>(mul(pairs.even, inverse));
     const auto low = search.indices<0>(mul(pairs.odd, inverse));
@@ -276,7 +276,7 @@ float max_abs(const Fp16* w, int64_t n) { return n % 32 == 0 ? max_abs_words(w, 
 #endif
 
 template <class T>
-inline void pack_block(const Registers& search, const T* w, int64_t n, float absmax, float inverse, uint8_t* packed) {
+inline void pack_block(const IndexSearch& search, const T* w, int64_t n, float absmax, float inverse, uint8_t* packed) {
     constexpr int kStep = 2 * kLanes;
     if (absmax == 0.0f || float_bits(absmax) >= 0x7f800000) {
         memset(packed, kZeroIndex << 4 | kZeroIndex, static_cast<size_t>(n + 1) >> 1);
@@ -287,35 +287,35 @@ inline void pack_block(const Registers& search, const T* w, int64_t n, float abs
     if (i < n) {
         // The tail of the last block. A zero quantizes to kZeroIndex, which also pads the missing nibble of an odd
         // tail.
-        T rest[kStep] = {};
+        T tail[kStep] = {};
         uint8_t bytes[kStep / 2];
-        memcpy(rest, w + i, static_cast<size_t>(n - i) * sizeof(T));
-        pack_pairs(search, rest, set1(inverse), bytes);
+        memcpy(tail, w + i, static_cast<size_t>(n - i) * sizeof(T));
+        pack_pairs(search, tail, set1(inverse), bytes);
         memcpy(packed + (i >> 1), bytes, static_cast<size_t>((n - i + 1) >> 1));
     }
 }
 
 // Number of blocks whose constants are computed before any is packed: the maximum, reciprocal and products of one block
 // form a dependency chain that is longer than a core's reorder window.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kBlocksAtOnce = 16;
 
 template <class T>
 void quantize_blocks(const T* w, int64_t numel, int block_shift, int64_t block0, int64_t block1, uint8_t* packed,
                      float* absmax) {
-    const Registers search;
+    const IndexSearch search;
     const int64_t blocksize = int64_t{1} << block_shift;
     const auto size = [=](int64_t block) {
         const int64_t left = numel - (block << block_shift);
         return left < blocksize ? left : blocksize;
     };
-    for (int64_t first = block0; first < block1; first += kAhead) {
-        const int64_t end = first + kAhead < block1 ? first + kAhead : block1;
-        float largest[kAhead] = {}, inverse[kAhead];
+    for (int64_t first = block0; first < block1; first += kBlocksAtOnce) {
+        const int64_t end = first + kBlocksAtOnce < block1 ? first + kBlocksAtOnce : block1;
+        float largest[kBlocksAtOnce] = {}, inverse[kBlocksAtOnce];
         for (int64_t b = first; b < end; ++b) {
             const float value = max_abs(w + (b << block_shift), size(b));
             largest[b - first] = value < kSmallestAbsmax ? 0.0f : value;
         }
-        for (int i = 0; i < kAhead; ++i) inverse[i] = 1.0f / largest[i];
+        for (int i = 0; i < kBlocksAtOnce; ++i) inverse[i] = 1.0f / largest[i];
         for (int64_t b = first; b < end; ++b) {
             absmax[b] = largest[b - first];
             const int64_t begin = b << block_shift;

@@ -201,7 +201,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
 }
 
 // Looks up the eight values of the high nibbles and the eight of the low nibbles of eight bytes.
-static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+static inline void lookup_even_odd(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     const __m256i high = _mm256_srli_epi32(low, 4);
     const __m256 first = _mm256_castsi256_ps(code.first);

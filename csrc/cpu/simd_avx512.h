@@ -175,7 +175,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
 }
 
 // Looks up the sixteen values of the high nibbles and the sixteen of the low nibbles of sixteen bytes.
-static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+static inline void lookup_even_odd(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     even = _mm512_castsi512_ps(_mm512_permutexvar_epi32(_mm512_srli_epi32(index, 4), code.values));
     odd = _mm512_castsi512_ps(_mm512_permutexvar_epi32(index, code.values));
@@ -183,7 +183,7 @@ static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes
 
 #ifdef __AVX512BF16__
 // The same for thirty-two bytes, as bf16.
-static inline void lookup_halves(const Code16<Bf16>& code, const uint8_t* bytes, __m512i& even, __m512i& odd) {
+static inline void lookup_even_odd(const Code16<Bf16>& code, const uint8_t* bytes, __m512i& even, __m512i& odd) {
     const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
     even = _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), code.values);
     odd = _mm512_permutexvar_epi16(index, code.values);

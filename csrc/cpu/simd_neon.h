@@ -171,7 +171,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
 }
 
 // Looks up the four values of the high nibbles and the four of the low nibbles of four bytes.
-static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+static inline void lookup_even_odd(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     uint32_t word;
     memcpy(&word, bytes, sizeof word);
     // The first four bytes become the high nibbles and the next four the low ones; the rest is not used.

@@ -105,7 +105,7 @@ static inline void lookup32(const Code16<E>& code, const uint8_t* bytes, E* dst)
 }
 
 // Looks up the values of the high nibbles and of the low nibbles of kLanes bytes.
-static inline void lookup_halves(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
+static inline void lookup_even_odd(const Code16<float>& code, const uint8_t* bytes, F32& even, F32& odd) {
     for (int i = 0; i < kLanes; ++i) {
         even[i] = code.values[bytes[i] >> 4];
         odd[i] = code.values[bytes[i] & 0xf];

@@ -10,7 +10,7 @@
 namespace qlora::QLORA_ISA {
 
 struct AmxTiles {
-    using Panel = Bf16Mac;
+    using Panel = Bf16Dot;
     using Elem = Bf16;
     static constexpr int kPair = 2;
     static constexpr int kRows = 2 * kTileRows;

@@ -227,8 +227,8 @@ struct Schedule {
 // The number of tokens that each thread packs and multiplies with all of W; 0 if there are too few tokens for that.
 static inline int64_t tokens_of_one_thread(int64_t M, int64_t token_bytes, bool one_by_one, int64_t threads) {
     const int64_t resident = kResidentBytes / token_bytes;
-    const int64_t most = one_by_one && resident >= kFewestResident ? resident : kMostTokens;
-    const int64_t turns = (M + most * threads - 1) / (most * threads);
+    const int64_t max_tokens = one_by_one && resident >= kFewestResident ? resident : kMostTokens;
+    const int64_t turns = (M + max_tokens * threads - 1) / (max_tokens * threads);
     const int64_t tokens = round_up((M + turns * threads - 1) / (turns * threads), kBlockTokens);
     return tokens >= kTokensOfOneThread ? tokens : 0;
 }
@@ -263,7 +263,7 @@ struct Place {
 };
 
 template <class Units>
-static void decode_rest(Units& units, int64_t prefetch_distance) {
+static void decode_remaining(Units& units, int64_t prefetch_distance) {
     Units u = units;
     while (u.left > 0) Units::decode_next(u, prefetch_distance);
     units = u;
@@ -309,7 +309,7 @@ static void run_task(const Product& product, const Task& task) {
     int64_t count = 0;
     int64_t step0 = chunk_of(place, count);
     auto units = product.units(place, step0, count, buffers, scratch);
-    decode_rest(units, 0);
+    decode_remaining(units, 0);
     bool more = true;
     for (int turn = 0; more; place = next, turn ^= 1) {
         const bool first = place.chunk == 0, last = place.chunk == chunks - 1;
@@ -335,7 +335,7 @@ static void run_task(const Product& product, const Task& task) {
                              prefetch_distance);
             if (last) product.store(place.strip, task.block0 + b, c);
         }
-        decode_rest(units, prefetch_distance);
+        decode_remaining(units, prefetch_distance);
     }
 }
 
