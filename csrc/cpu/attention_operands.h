@@ -61,7 +61,7 @@ struct HeadLayout {
     // Packs a right operand whose columns are tokens: [strip of tokens][steps of D][kColumns], without empty strips.
     void pack_keys(const T* tokens, int64_t stride, int64_t count, Elem* out) const {
         fill_from_rows<typename Tiles::Panel, kColumns>(
-            0, count, 0, steps, D, out,
+            {0, count, 0, steps}, D, out,
             [&](int64_t t, int64_t begin, int64_t n, Elem* dst) { convert_row(tokens + t * stride + begin, n, dst); });
     }
 
@@ -71,7 +71,7 @@ struct HeadLayout {
             const int64_t column0 = strip * kColumns;
             const int64_t width = D - column0 < kMaxGroup * kColumns ? D - column0 : kMaxGroup * kColumns;
             fill_from_columns<typename Tiles::Panel, kColumns>(
-                column0, width, 0, kBlockSteps, count, out + strip * kColumns * kBlock,
+                {column0, width, 0, kBlockSteps}, count, out + strip * kColumns * kBlock,
                 [&](int64_t t, int64_t begin, int64_t n, Elem* dst) -> const Elem* {
                     convert_row(tokens + t * stride + begin, n, dst);
                     return dst;

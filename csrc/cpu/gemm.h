@@ -1,20 +1,25 @@
-// The matrix product that all linear ops use: C[M, N] = A[M, L] * B[L, N] with fp32 accumulators.
+// The matrix product that all linear ops use, with fp32 accumulators:
 //
-// A is read in place, a few rows at a time, by broadcasts of one element or pair. B is never stored as a whole: each
-// task computes a group of column strips. It decodes a panel [steps][kColumns] of them into its L2 and multiplies every
-// tile of A with it, so that each weight is decoded once per call for any M. A tile's accumulators stay in registers
-// for a whole panel:
+//     C[M, N] = A[M, L] B[L, N]        C[m][n] = sum_l A[m][l] * B[l][n]
 //
-//     for each panel (a piece of L, a group of strips)            decode: fill(...)
-//         for each tile of A, for each strip of the group         rows x kColumns accumulators, kept over `steps`
-//             c += a[row][step] * b[step][column]
+// A is x or grad_y and is read in place, by broadcasts of one element or pair. B is the decoded weight. It is never
+// stored as a whole: each task owns a group of column strips of B, decodes one panel of them at a time into its L2
+// cache, and multiplies every tile of A with the panel. Each weight is therefore decoded once per call, for any M.
+//
+//     for each panel (a range of L, a group of strips)            fill(range, panel): decode
+//         for each tile of A (up to kMaxRows rows)
+//             for each strip of the group (kColumns columns)      multiply: accumulators stay in registers
+//                 for each step of the panel: c[row][column] += a[row][step] * b[step][column]
+//                 after the last panel                            finish(tile, column0, columns, c): store
 //
 // One step is one element of L, or a pair of elements for vdpbf16ps (kPair = 2), for which a and b hold 32-bit pairs. L
-// is padded with zeros to whole steps, strips to whole columns.
+// is padded with zeros to whole steps, N to whole strips.
 //
 // The order of additions for an element of C depends only on the shapes, so that any number of threads gives the same
 // bits.
 #pragma once
+
+#include <algorithm>
 
 #include "decode.h"
 #include "qlora/parallel.h"
@@ -23,18 +28,19 @@
 
 namespace qlora::QLORA_ISA {
 
-// fp32 operands with fused multiply-adds.
+// The multiply-add of fp32 operands: acc[lane] += a * b[lane].
 struct Fp32Fma {
     using Elem = float;
     static constexpr int kPair = 1;
-    static constexpr int64_t kChain = 32;
+    static constexpr int64_t kChain = 32;  // steps whose products are summed before they are added to c
     static F32 broadcast(const float* a) { return set1(*a); }
     static F32 load_b(const float* b) { return load(b); }
     static F32 mac(F32 acc, F32 a, F32 b) { return fma(a, b, acc); }
 };
 
 #ifdef __AVX512BF16__
-// bf16 operands in pairs along L: two exact products per lane, fp32 sums.
+// The multiply-add of bf16 operands in pairs along L: acc[lane] += a[0] * b[lane][0] + a[1] * b[lane][1], with exact
+// products and fp32 sums.
 struct Bf16Dot {
     using Elem = Bf16;
     static constexpr int kPair = 2;
@@ -60,9 +66,9 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// c[rows][kVectors * kLanes] += a[rows][steps] * b[steps][kVectors * kLanes]; the rows of a are `stride` elements
-// apart, its steps `step`.
+// c[kRows][kVectors * kLanes] += a[kRows][steps] * b[steps][kVectors * kLanes], for one tile.
 //
+// a: rows `stride` elements apart, with steps `step` elements apart.   b: one strip of a panel.   c: fp32.
 // Sums run in chains of kChain steps, which are then added to c, because the rounding error of a sum grows with the
 // length of its chains.
 template <class Mac, int kRows, int kVectors>
@@ -110,6 +116,7 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t ste
     }
 }
 
+// tile_kernel for a number of rows that is known only at run time.
 template <class Mac>
 using TileKernel = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, int64_t, float*);
 
@@ -131,12 +138,13 @@ struct Tiling {
     int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
 };
 
+// The number of steps of a contraction of `length` elements.
 template <class Mac>
 static inline int64_t steps_of(int64_t length) {
     return (length + Mac::kPair - 1) / Mac::kPair;
 }
 
-// The operand A: rows `stride` elements apart, each of whole steps that are `step` elements apart.
+// The operand A[M, L]: rows `stride` elements apart, each of whole steps that are `step` elements apart.
 template <class Mac>
 struct LhsView {
     using Elem = typename Mac::Elem;
@@ -144,7 +152,7 @@ struct LhsView {
     int64_t stride, step, steps;
     Tiling tiling;
 
-    // c[rows of tile t] += the tile's steps [step0, step0 + count) times b's.
+    // c += the steps [step0, step0 + count) of tile t times b[count], one strip of a panel.
     template <int kVectors>
     void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, float* c) const {
         const Elem* tile = data + tiling.begin(t) * stride + step0 * step;
@@ -156,7 +164,12 @@ static inline void clear(float* c, int64_t floats) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
 }
 
-// The part of one task: the strips [strip0, strip1) and the tiles [tile0, tile1).
+// A panel of B: its columns [column0, column0 + columns) and its steps [step0, step1) of the contraction.
+struct PanelRange {
+    int64_t column0, columns, step0, step1;
+};
+
+// The part of C that one task computes: the strips [strip0, strip1) of the tiles [tile0, tile1).
 struct TaskRange {
     int64_t strip0, strip1, tile0, tile1;
 };
@@ -166,8 +179,9 @@ struct TaskRange {
 inline constexpr int64_t kMaxGroup = 4;
 inline constexpr int64_t kPanelBytes = 512 << 10;
 
-// Groups become smaller towards the end, so that all threads finish together. M is split only if there are too few
-// strips for all threads, because each part decodes its panels again. Neither changes the order of additions.
+// The division of C into tasks. Groups of strips become smaller towards the end, so that all threads finish together. M
+// is divided only if there are fewer groups than threads, because every task decodes the panels of its strips itself.
+// Neither changes the order of additions.
 struct PanelSchedule {
     int64_t strips, tiles, threads, tile_tasks, tasks;
 
@@ -176,14 +190,12 @@ struct PanelSchedule {
         int64_t groups = 0;
         for (int64_t strip = 0; strip < strips; strip += group(strip)) ++groups;
         tile_tasks = groups >= threads ? 1 : (threads + groups - 1) / groups;
-        if (tile_tasks > tiles) tile_tasks = tiles;
+        tile_tasks = std::min(tile_tasks, tiles);
         tasks = groups * tile_tasks;
     }
 
-    int64_t group(int64_t strip) const {
-        const int64_t even = (strips - strip) / (2 * threads);
-        return even < 1 ? 1 : even > kMaxGroup ? kMaxGroup : even;
-    }
+    // Number of strips in the group that starts at `strip`.
+    int64_t group(int64_t strip) const { return std::clamp<int64_t>((strips - strip) / (2 * threads), 1, kMaxGroup); }
 
     TaskRange range(int64_t task) const {
         int64_t strip = 0;
@@ -193,9 +205,11 @@ struct PanelSchedule {
     }
 };
 
-// fill(column0, columns, step0, step1, panel): writes the strips of [column0, column0 + columns), zero-padded, each
-// [step1 - step0][strip width][kPair], one after the other.
-// finish(tile, column0, columns, c): stores accumulator tile c[rows][strip width]; it may change c.
+// Computes C[M, columns] from A = a and the panels of B.
+//
+// fill(range, panel): writes the panel `range` of B as strips [step1 - step0][kColumns][kPair], one after the other,
+// with zeros beyond the last column and beyond L.
+// finish(tile, column0, columns, c): stores the finished accumulators c[rows][kColumns] of a tile; it may change c.
 template <class Mac, int kVectors, class Fill, class Finish>
 static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
     using Elem = typename Mac::Elem;
@@ -211,7 +225,7 @@ static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill,
         const TaskRange range = schedule.range(task);
         const int64_t group = range.strip1 - range.strip0;
         const int64_t column0 = range.strip0 * kColumns;
-        const int64_t column1 = range.strip1 * kColumns < columns ? range.strip1 * kColumns : columns;
+        const int64_t column1 = std::min(range.strip1 * kColumns, columns);
         Elem* panel = static_cast<Elem*>(
             workspace(Slot::kPanel, static_cast<size_t>(group * panel_steps * kStepElements) * sizeof(Elem)));
         const int64_t partial_tiles = panels == 1 ? 1 : (range.tile1 - range.tile0) * group;
@@ -219,12 +233,12 @@ static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill,
             workspace(Slot::kPartial, static_cast<size_t>(partial_tiles * kTileFloats) * sizeof(float)));
 
         for (int64_t step0 = 0; step0 < a.steps; step0 += panel_steps) {
-            const int64_t step1 = step0 + panel_steps < a.steps ? step0 + panel_steps : a.steps;
-            fill(column0, column1 - column0, step0, step1, panel);
+            const int64_t step1 = std::min(step0 + panel_steps, a.steps);
+            fill(PanelRange{column0, column1 - column0, step0, step1}, panel);
             for (int64_t t = range.tile0; t < range.tile1; ++t) {
                 for (int64_t g = 0; g < group; ++g) {
                     const int64_t c0 = column0 + g * kColumns;
-                    const int64_t width = column1 - c0 < kColumns ? column1 - c0 : kColumns;
+                    const int64_t width = std::min<int64_t>(column1 - c0, kColumns);
                     float* c = panels == 1 ? partial : partial + ((t - range.tile0) * group + g) * kTileFloats;
                     if (step0 == 0) clear(c, kTileFloats);
                     a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,

@@ -33,8 +33,8 @@ inline constexpr int64_t kPrefetchRows = 8;
 template <class T>
 static inline auto weight_columns(const NF4Weight& w) {
     using A = Arithmetic<T>;
-    return [&w](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename A::Mac::Elem* panel) {
-        fill_from_rows<typename A::Mac, kColumns>(column0, columns, step0, step1, w.K, panel,
+    return [&w](const PanelRange& range, typename A::Mac::Elem* panel) {
+        fill_from_rows<typename A::Mac, kColumns>(range, w.K, panel,
                                                   [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
                                                       const int64_t begin = n * w.K + k;
                                                       prefetch_range(w, begin + count, count);
@@ -47,10 +47,9 @@ static inline auto weight_columns(const NF4Weight& w) {
 template <class T>
 static inline auto weight_rows(const NF4Weight& w) {
     using A = Arithmetic<T>;
-    return [&w](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename A::Mac::Elem* panel) {
+    return [&w](const PanelRange& range, typename A::Mac::Elem* panel) {
         fill_from_columns<typename A::Mac, kColumns>(
-            column0, columns, step0, step1, w.N, panel,
-            [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
+            range, w.N, panel, [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
                 const int64_t begin = n * w.K + k;
                 prefetch_range(w, begin + kPrefetchRows * w.K, count);
                 decode_range<typename A::Rounding>(w, begin, begin + count, dst);

@@ -173,7 +173,7 @@ class CrossEntropy {
             for (int64_t step0 = 0; step0 < steps_; step0 += piece) {
                 const int64_t step1 = step0 + piece < steps_ ? step0 + piece : steps_;
                 fill_from_rows<typename Tiles::Panel, kColumns>(
-                    v0 + column0, width, step0, step1, p_.K, panel,
+                    {v0 + column0, width, step0, step1}, p_.K, panel,
                     [&](int64_t v, int64_t k, int64_t n, Elem* dst) { read_weight(v, k, n, dst); });
                 for (int64_t t = 0; t < count; ++t) {
                     for (int64_t g = 0; g < group; ++g) {
@@ -285,7 +285,7 @@ class CrossEntropy {
             const int64_t width = p_.K - k0 < group * kColumns ? p_.K - k0 : group * kColumns;
             const bool whole = width == group * kColumns;
             fill_from_columns<typename Tiles::Panel, kColumns>(
-                k0, width, 0, steps, length, panel, [&](int64_t l, int64_t k, int64_t n, Elem* dst) -> const Elem* {
+                {k0, width, 0, steps}, length, panel, [&](int64_t l, int64_t k, int64_t n, Elem* dst) -> const Elem* {
                     if constexpr (std::is_same_v<T, Elem>) {
                         if (in_place && whole) return static_cast<const T*>(w.dense.data) + (v0 + l) * p_.K + k;
                     }

@@ -43,8 +43,8 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
     using Elem = typename Mac::Elem;
     const int64_t M = p.M, N = p.weight.N, K = p.weight.K, r = lora.r;
     const float* bias_values = bias_as_float(bias, N);
-    const auto lora_a = [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-        fill_from_rows<Mac, decltype(width)::value>(column0, columns, step0, step1, K, panel,
+    const auto lora_a = [&](auto width, const PanelRange& range, Elem* panel) {
+        fill_from_rows<Mac, decltype(width)::value>(range, K, panel,
                                                     [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
                                                         factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
                                                     });
@@ -65,7 +65,7 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
     }
     const LowRankTerm<Mac> low_rank{lhs_view<Mac>(Slot::kFactorRows, s, M, r)};
     const auto lora_b = [&](int64_t column0, int64_t columns, Elem* strip) {
-        fill_from_rows<Mac, kColumns>(column0, columns, 0, low_rank.lhs.steps, r, strip,
+        fill_from_rows<Mac, kColumns>({column0, columns, 0, low_rank.lhs.steps}, r, strip,
                                       [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
                                           factor_row<T>(lora.B, n * r + j, count, lora.scaling, dst);
                                       });

@@ -25,7 +25,7 @@ void prefetch_row(const T* row, int64_t count, const T* end) {
 template <class Mac, class T>
 auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
     using Elem = typename Mac::Elem;
-    return [=](int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
+    return [=](const PanelRange& range, Elem* panel) {
         const auto read = [=](int64_t m, int64_t begin, int64_t count, Elem* dst) -> const Elem* {
             const T* row = src + m * width + begin;
             prefetch_row(row + kPrefetchRows * width, count, src + M * width);
@@ -39,7 +39,7 @@ auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
             convert_row(row, count, dst);
             return dst;
         };
-        fill_from_columns<Mac, kColumns>(column0, columns, step0, step1, M, panel, read);
+        fill_from_columns<Mac, kColumns>(range, M, panel, read);
     };
 }
 
@@ -89,8 +89,8 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
     const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, grad_y, M, N);
     narrow_product(
         a, r, lora.scaling,
-        [&](auto width, int64_t column0, int64_t columns, int64_t step0, int64_t step1, Elem* panel) {
-            fill_from_columns<Mac, decltype(width)::value>(column0, columns, step0, step1, N, panel,
+        [&](auto width, const PanelRange& range, Elem* panel) {
+            fill_from_columns<Mac, decltype(width)::value>(range, N, panel,
                                                            [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
                                                                factor_row<T>(lora.B, n * r + j, count, 1.0f, dst);
                                                                return dst;
@@ -105,7 +105,7 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
 
     const LowRankTerm<Mac> low_rank{lhs_view<Mac>(Slot::kFactorRows, ds, M, r)};
     const auto lora_a = [&](int64_t column0, int64_t columns, Elem* strip) {
-        fill_from_columns<Mac, kColumns>(column0, columns, 0, low_rank.lhs.steps, r, strip,
+        fill_from_columns<Mac, kColumns>({column0, columns, 0, low_rank.lhs.steps}, r, strip,
                                          [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
                                              factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
                                              return dst;

@@ -1,6 +1,7 @@
 // The low-rank products of LoRA, computed with the same tiles and panels (gemm.h) as the quantized product.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "linear.h"
@@ -8,10 +9,9 @@
 
 namespace qlora::QLORA_ISA {
 
-// The low-rank product that is added to the finished sums of the large one. It is added last: the large product adds
-// its chains to c, and each of these additions would round the low-rank part, often the larger of the two, once more.
-// The task that uses its panel strips makes them together with the weight's, in a buffer of its own; the strips of one
-// group never share memory.
+// The low-rank product, which is added to the finished sums of the large product. It is added last, because the large
+// product adds its chains to c, and each of these additions would round the low-rank part, often the larger of the two,
+// once more. Each task fills the low-rank strips together with its strips of the weight, in separate memory.
 template <class Mac>
 struct LowRankTerm {
     LhsView<Mac> lhs;
@@ -23,13 +23,15 @@ struct LowRankTerm {
         return strips + column0 / kColumns % kMaxGroup * size;
     }
 
-    // weight: the fill of the large product. fill(column0, columns, strip): writes one strip of the factor.
+    // Returns the fill of the large product, extended to fill the strips of the low-rank product with the first panel.
+    // weight: the fill of the weight's panels.   fill(column0, columns, strip): writes one strip of the factor.
     template <class Weight, class Fill>
     auto fill_with(const Weight& weight, const Fill& fill) const {
-        return [=, this](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
-            weight(column0, columns, step0, step1, panel);
-            for (int64_t c = 0; step0 == 0 && c < columns; c += kColumns) {
-                fill(column0 + c, columns - c < kColumns ? columns - c : kColumns, strip(column0 + c));
+        return [=, this](const PanelRange& range, typename Mac::Elem* panel) {
+            weight(range, panel);
+            for (int64_t c = 0; range.step0 == 0 && c < range.columns; c += kColumns) {
+                const int64_t column = range.column0 + c;
+                fill(column, std::min<int64_t>(range.columns - c, kColumns), strip(column));
             }
         };
     }
@@ -54,8 +56,8 @@ static void narrow_product(const LhsView<Mac>& a, int64_t r, float scale, const 
         constexpr int kWidth = decltype(vectors)::value * kLanes;
         panel_gemm<Mac, decltype(vectors)::value>(
             a, r,
-            [&](int64_t column0, int64_t columns, int64_t step0, int64_t step1, typename Mac::Elem* panel) {
-                fill(std::integral_constant<int, kWidth>(), column0, columns, step0, step1, panel);
+            [&](const PanelRange& range, typename Mac::Elem* panel) {
+                fill(std::integral_constant<int, kWidth>(), range, panel);
             },
             [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
                 for (int64_t i = 0; i < a.tiling.size(tile) * kWidth; i += kLanes)

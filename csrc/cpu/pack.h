@@ -144,10 +144,10 @@ static LhsView<Mac> lhs_transposed(Slot slot, const T* src, int64_t M, int64_t r
 
 // Panel strips whose columns are rows of the source: B[l, n] = row n, element l. `read(n, begin, count, dst)`.
 template <class Mac, int kColumns, class Read>
-static void fill_from_rows(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
-                           typename Mac::Elem* panel, const Read& read) {
+static void fill_from_rows(const PanelRange& range, int64_t length, typename Mac::Elem* panel, const Read& read) {
     using Elem = typename Mac::Elem;
     constexpr int kPair = Mac::kPair;
+    const auto [column0, columns, step0, step1] = range;
     alignas(64) Elem rows[kTranspose][kSpan];
     for (int64_t strip = 0; strip < columns; strip += kColumns) {
         for (int r0 = 0; r0 < kColumns; r0 += kTranspose) {
@@ -174,11 +174,11 @@ static void fill_from_rows(int64_t column0, int64_t columns, int64_t step0, int6
 // Panel strips whose columns are columns of the source: B[l, n] = row l, element n. `read(l, begin, count, dst)`
 // returns the elements: in dst, or in place if all columns of the strips exist.
 template <class Mac, int kColumns, class Read>
-static void fill_from_columns(int64_t column0, int64_t columns, int64_t step0, int64_t step1, int64_t length,
-                              typename Mac::Elem* panel, const Read& read) {
+static void fill_from_columns(const PanelRange& range, int64_t length, typename Mac::Elem* panel, const Read& read) {
     using Elem = typename Mac::Elem;
     constexpr int kPair = Mac::kPair;
     constexpr int kWidest = kColumns * static_cast<int>(kMaxGroup);
+    const auto [column0, columns, step0, step1] = range;
     const int64_t strips = (columns + kColumns - 1) / kColumns;
     const int64_t strip_size = (step1 - step0) * kColumns * kPair;
     alignas(64) Elem buffers[kPair][kWidest];

@@ -15,7 +15,6 @@
 // With many tokens, the threads divide them: each thread packs its own tokens and multiplies them with all of W. With
 // few tokens, all threads pack, then they divide the strips. The order of additions depends only on the shapes, so that
 // every schedule and any number of threads gives the same bits.
-// any number of threads gives the same bits.
 #pragma once
 
 #include <algorithm>
