@@ -70,6 +70,17 @@ __global__ void atomic_kernel(int* sum, unsigned* largest) {
     atomicMax(largest, threadIdx.x * 7 % 61);
 }
 
+struct Banks {
+    uint32_t word[32 * 33];
+};
+// Lane l reads word stride * l, and the 16 bytes from word 4 * wide_stride * l on.
+__global__ void bank_kernel(uint32_t* y, int stride, int wide_stride) {
+    const Banks& banks = qlora::block_shared<Banks>();
+    const int lane = threadIdx.x;
+    const uint4 wide = reinterpret_cast<const uint4*>(banks.word)[lane * wide_stride];
+    y[lane] = banks.word[lane * stride] ^ wide.x ^ wide.y ^ wide.z ^ wide.w;
+}
+
 // Undefined on a GPU, by `which`: 0 a lane outside its mask, 1 a lane that never comes, 2 a read of an absent lane.
 __global__ void misuse_kernel(int* y, int which) {
     const int lane = threadIdx.x;
@@ -95,6 +106,9 @@ cudaError_t launch_mma(const void* a, const void* b, float* d) {
 }
 cudaError_t launch_atomic(int* sum, unsigned* largest) {
     return qlora::launch({dim3(3, 2), dim3(16, 4)}, semantics::atomic_kernel, sum, largest);
+}
+cudaError_t launch_bank(uint32_t* y, int stride, int wide_stride) {
+    return qlora::launch({1, 32}, semantics::bank_kernel, y, stride, wide_stride);
 }
 cudaError_t launch_misuse(int* y, int which) { return qlora::launch({1, 32}, semantics::misuse_kernel, y, which); }
 

@@ -78,6 +78,25 @@ def test_atomics_over_all_blocks(mode: str) -> None:
     assert largest.item() == max(i * 7 % 61 for i in range(16))
 
 
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("stride", "wide_stride", "wavefronts"),
+    [(1, 1, {1, 4}), (0, 0, {1, 4}), (2, 2, {2, 8}), (32, 8, {32}), (33, 1, {1, 4})],
+)
+def test_wavefronts_of_shared_memory_are_counted(stride: int, wide_stride: int, wavefronts: set[int]) -> None:
+    """By the stride between lanes, in words and in 16 bytes; without conflicts the accesses need 1 and 4."""
+    tested = library("ptx")
+    tested.count_banks()
+    tested.call("launch_bank", out(torch.zeros(32)), stride, wide_stride)
+    counts = tested.bank_counts()
+    tested.count_banks(enabled=False)
+    tested.call("launch_bank", out(torch.zeros(32)), 32, 1)
+    assert {count.wavefronts for count in counts} == wavefronts
+    assert {count.needed for count in counts} == {1, 4}
+    assert [count.instructions for count in counts] == [1, 1]
+    assert tested.bank_counts() == []
+
+
 @pytest.mark.parametrize(
     ("which", "report"),
     [(0, "not in its own mask"), (1, "deadlock"), (2, "which is not in mask")],

@@ -65,6 +65,20 @@ class struct_of:
 
 
 @dataclass(frozen=True)
+class BankCount:
+    """Accesses to shared memory by one PTX instruction.
+
+    line: in the PTX file.   instructions: executions by warps.   wavefronts: passes through the 32 banks they take.
+    needed: the same if no two words of one bank were accessed in one pass.
+    """
+
+    line: int
+    instructions: int
+    wavefronts: int
+    needed: int
+
+
+@dataclass(frozen=True)
 class RuntimeCall:
     """One recorded call of the CUDA runtime, or a "launch" with the kernel's name, and its integers from the log."""
 
@@ -203,6 +217,14 @@ class Library:
     def set_attribute(self, attribute: int, value: int) -> None:
         """Set the result of cudaDeviceGetAttribute for later calls."""
         self._worker.request(action="attribute", attribute=attribute, value=value)
+
+    def count_banks(self, enabled: bool = True) -> None:
+        """Start to count wavefronts of shared-memory accesses from zero, or stop. Only translated PTX is counted."""
+        self._worker.request(action="count_banks", enabled=int(enabled))
+
+    def bank_counts(self) -> list[BankCount]:
+        """Return the counts since `count_banks`, by the line of the PTX instruction."""
+        return [BankCount(*values) for values in self._worker.request(action="banks")]
 
     def live_allocations(self) -> int:
         """Return the number of allocations by launchers that are not freed."""

@@ -131,11 +131,22 @@ def read_log(library, clear):
     return lines
 
 
+def read_banks(library):
+    """Return [line, instructions, wavefronts, wavefronts needed] of each line that accessed shared memory."""
+    values, lines = (ctypes.c_long * 4)(), []
+    for i in range(library.cuda_host_bank_lines()):
+        library.cuda_host_bank_line(i, values)
+        lines.append(list(values))
+    return lines
+
+
 ACTIONS = {
     "call": call,
     "log": read_log,
     "fail": lambda library, call, error, after: library.cuda_host_fail(call.encode(), error, after),
     "attribute": lambda library, attribute, value: library.cuda_host_set_attribute(attribute, value),
+    "count_banks": lambda library, enabled: library.cuda_host_count_banks(enabled),
+    "banks": read_banks,
     "live": lambda library: library.cuda_host_live_allocations(),
 }
 

@@ -75,12 +75,17 @@ def _async_copy(scope: Scope, i: Instruction) -> str:
         return f"cp_async_wait({operands[0]});"
     if "wait_all" in parts:
         return "cp_async_commit(); cp_async_wait(0);"
-    sizes = [o for o in operands[2:] if not o.startswith("%policy")]
+    sizes = operands[2:-1] if "L2::cache_hint" in parts else operands[2:]
     source_bytes = scope.read(sizes[1], "u32") if len(sizes) > 1 else sizes[0]
     return (
         f"cp_async({scope.pointer(operands[0], 'shared', int(sizes[0], 0))}, "
         f"reinterpret_cast<const void*>({scope.address(operands[1])}), {sizes[0]}, {source_bytes});"
     )
+
+
+def _cache_policy(scope: Scope, i: Instruction) -> str:
+    """A cache policy is an opaque number that changes no value."""
+    return scope.write(i.operands[0], "0", "b64")
 
 
 def _nothing(scope: Scope, i: Instruction) -> str:
@@ -95,6 +100,7 @@ HANDLERS: dict[str, Handler] = {
     "red": _atomic,
     "cvta": _convert_address,
     "cp": _async_copy,
+    "createpolicy": _cache_policy,
     # Fences have no effect, because blocks run one after another and memory is sequentially consistent.
     **dict.fromkeys(("membar", "fence", "prefetch", "prefetchu", "nanosleep", "discard", "applypriority"), _nothing),
 }

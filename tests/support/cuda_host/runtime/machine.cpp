@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cuda_host/async_copy.h"
+#include "cuda_host/banks.h"
 #include "cuda_host/qualifiers.h"
 
 // Bounds of every __shared__ variable of the library; absent where there is none.
@@ -226,6 +227,7 @@ CUDA_HOST_RUNTIME void Machine::run_block(void (*entry)()) {
     // Blocks are ordered, so that shared memory which the next block reuses is no race; races between blocks are not
     // seen.
     tsan_acquire(&grid_token_);
+    if (bank_counter().enabled) bank_counter().finish_block();
     free(dynamic_shared);
     dynamic_shared = nullptr;
     for (const auto& [owner, memory] : block_shared_) free(memory);

@@ -6,6 +6,7 @@
 #include <span>
 #include <type_traits>
 
+#include "banks.h"
 #include "launch.h"
 #include "matrix.h"
 #include "number_formats.h"
@@ -111,9 +112,11 @@ T reverse_bits(T value) {
 struct SharedRange {
     uint32_t begin, end;
 };
-inline uint8_t* shared_pointer(std::span<const SharedRange> ranges, uint64_t address, uint32_t bytes) {
+inline uint8_t* shared_pointer(std::span<const SharedRange> ranges, uint64_t address, uint32_t bytes,
+                               Where where = Where::current()) {
     Machine& m = machine();
     const uint32_t begin = uint32_t(address);
+    if (bank_counter().enabled) bank_counter().access(m.current->linear, int(where.line()), begin, bytes);
     if (begin % bytes) m.fail("shared address %#x is not %u-byte aligned", begin, bytes);
     for (const SharedRange& range : ranges) {
         const uint64_t end = std::min<uint64_t>(range.end, m.dynamic_shared_bytes);
