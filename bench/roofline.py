@@ -12,6 +12,7 @@ The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is b
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,35 +26,45 @@ PACKED, CODED = 0.516, 2.516
 
 @dataclass(frozen=True)
 class GPU:
-    """Sustained rates of a GPU per second: DRAM bytes, dense bf16 flops, issued lane-instructions."""
+    """Sustained rates of a GPU per second: DRAM bytes, dense bf16 flops, issued lane-instructions, bytes from L2."""
 
     name: str
     bytes_per_s: float
     flops_per_s: float
     issues_per_s: float
+    l2_bytes_per_s: float
 
 
 GPUS = {
-    80: GPU("A100", 1.75e12, 250e12, 19.5e12),
-    86: GPU("RTX 3090", 0.84e12, 62e12, 17.8e12),
-    89: GPU("RTX 4090", 0.92e12, 155e12, 41e12),
-    90: GPU("H100", 3.0e12, 700e12, 29.6e12),
-    100: GPU("B200", 7.0e12, 1600e12, 35e12),
-    120: GPU("RTX 5090", 1.6e12, 200e12, 52e12),
+    80: GPU("A100", 1.75e12, 250e12, 19.5e12, 4.0e12),
+    86: GPU("RTX 3090", 0.84e12, 62e12, 17.8e12, 2.5e12),
+    89: GPU("RTX 4090", 0.92e12, 155e12, 41e12, 5.0e12),
+    90: GPU("H100", 3.0e12, 700e12, 29.6e12, 5.5e12),
+    100: GPU("B200", 7.0e12, 1600e12, 35e12, 9.0e12),
+    120: GPU("RTX 5090", 1.6e12, 200e12, 52e12, 6.0e12),
 }
 
 DEQUANTIZE, PEER_DEQUANTIZE = 5.95, 26.0
 """SASS instructions for each weight: dequantize_nf4.cu, and bitsandbytes' kernel without the second level."""
 
-SMALL_M, GEMM = 5.2, {16: 8.5, 32: 9.3, 64: 10.9}
-"""SASS instructions for each weight: linear_nf4_small_m.cu with one row, linear_nf4_gemm.cu by rows of a block."""
+SMALL_M, GEMM = {1: 5.2, 2: 6.7, 4: 9.7}, {16: 8.5, 32: 9.3, 64: 10.9}
+"""SASS instructions for each weight: linear_nf4_small_m.cu by rows of x, linear_nf4_gemm.cu by rows of a block."""
+
+PAIRS = {8: 1.72, 16: 2.0, 32: 2.58, 64: 5.2}
+"""The same of linear_nf4_pairs.cu by rows of its tile; from 33 rows on two thread blocks decode each weight."""
+
+PAIR_ROWS_OF_BLOCK = 32
+"""Rows of the weight in a block of linear_nf4_pairs.cu at this size; each block reads all of x from L2."""
+
+PAIRS_MARGIN = 1.1
+"""How much faster linear_nf4_pairs.cu must be in the model to be chosen."""
 
 MMA_SYNC = 0.6
 """Assumed fraction of the library's rate for mma.sync with interleaved decoding."""
 
-LAUNCH, FUSED_ENDS, SMALL_ENDS, PRODUCT_ENDS = 3.0, 2.5, 1.0, 1.5
-"""Microseconds of a launch with its tail, and of start and end of a fused kernel, a small-M kernel and a library
-product.
+LAUNCH, FUSED_ENDS, SMALL_ENDS, PAIRS_ENDS, PRODUCT_ENDS = 3.0, 2.5, 1.0, 1.3, 1.5
+"""Microseconds of a launch with its tail, and of start and end of a fused kernel, a small-M kernel, the pair-table
+kernel, which fills 32 KiB of shared memory, and a library product.
 """
 
 SKINNY, ADDMM, COPY = 0.7, 0.85, 0.9
@@ -90,14 +101,53 @@ def fused_us(gpu: GPU, M: int) -> float:
     return max(moved / gpu.bytes_per_s, tiles * GEMM[rows] * WEIGHTS / gpu.issues_per_s, flops) * 1e6 + FUSED_ENDS
 
 
-def small_m_us(gpu: GPU) -> float:
-    """Return the time in microseconds of the fused kernel for one row of x."""
-    return max(PACKED * WEIGHTS / gpu.bytes_per_s, SMALL_M * WEIGHTS / gpu.issues_per_s) * 1e6 + SMALL_ENDS
+def small_m_us(gpu: GPU, M: int = 1) -> float:
+    """Return the time in microseconds of the fp32 kernel for up to four rows of x."""
+    instructions = next(count for rows, count in SMALL_M.items() if rows >= M)
+    return max(PACKED * WEIGHTS / gpu.bytes_per_s, instructions * WEIGHTS / gpu.issues_per_s) * 1e6 + SMALL_ENDS
+
+
+def pairs_us(gpu: GPU, M: int) -> float:
+    """Return the time in microseconds of the pair-table kernel for up to 64 rows of x."""
+    rows = next(rows for rows in PAIRS if rows >= M)
+    from_l2 = PACKED * WEIGHTS + 2.0 * M * K * (N / PAIR_ROWS_OF_BLOCK)
+    seconds = (
+        PACKED * WEIGHTS / gpu.bytes_per_s,
+        from_l2 / gpu.l2_bytes_per_s,
+        PAIRS[rows] * WEIGHTS / gpu.issues_per_s,
+        # A multiprocessor issues 128 lane-instructions a clock and moves one wavefront of 128 bytes to or from L1.
+        -(-rows // 32) * pair_wavefronts(min(rows, 32)) / 2048 * WEIGHTS * 128 / gpu.issues_per_s,
+        2.0 * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s),
+    )
+    return max(seconds) * 1e6 + PAIRS_ENDS
+
+
+def pair_wavefronts(rows: int) -> int:
+    """Return the wavefronts of L1 and shared memory for 2048 weights, one stage of a warp of linear_nf4_pairs.cu.
+
+    32 lookups, 8 to write the packed bytes and 8 to read them, 8 for the constants, 8 for each 8 rows of x.
+    """
+    return 32 + 8 + 8 + 8 + rows
+
+
+PLANNED_ROWS = (*range(1, 17), 32, 48, 64)
+"""Numbers of rows up to 64 for which routing.py chooses; others take the choice of the next one."""
+
+
+def pair_rows(gpu: GPU) -> tuple[int, int]:
+    """Return the fewest and the most rows for which the pair-table kernel is PAIRS_MARGIN faster than the others."""
+    won = []
+    for M in PLANNED_ROWS:
+        others = min(fused_us(gpu, M), small_m_us(gpu, M) if max(SMALL_M) >= M else math.inf)
+        if pairs_us(gpu, M) * PAIRS_MARGIN <= others:
+            won.append(M)
+    return min(won), max(won)
 
 
 def forward_us(gpu: GPU, M: int) -> float:
     """Return the forward time in microseconds for M rows, with the kernel that the model predicts to be fastest."""
-    return small_m_us(gpu) if M == 1 else min(fused_us(gpu, M), decoded_us(gpu, M))
+    few = [small_m_us(gpu)] if M == 1 else [pairs_us(gpu, M)] if max(PAIRS) >= M else []
+    return min(*few, fused_us(gpu, M), decoded_us(gpu, M))
 
 
 ROUTING_MARGIN = 1.5
@@ -156,9 +206,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def report() -> str:
     """Return the page with all tables of predicted times as Markdown."""
-    few = (1, 16, 64, 128, 256, 512)
+    few = (1, 4, 16, 32, 64, 128, 256, 512)
     forward = table(
-        ("GPU", "path", *(f"M={M}" for M in few), "routed fused up to"),
+        ("GPU", "path", *(f"M={M}" for M in few), "rows routed to it"),
         (
             row
             for gpu in GPUS.values()
@@ -166,8 +216,14 @@ def report() -> str:
                 (
                     gpu.name,
                     "decoded inside",
-                    *(f"{small_m_us(gpu) if M == 1 else fused_us(gpu, M):.1f}" for M in few),
-                    fused_rows(gpu),
+                    *(f"{small_m_us(gpu, M) if M <= 4 else fused_us(gpu, M):.1f}" for M in few),
+                    f"up to {fused_rows(gpu)}",
+                ),
+                (
+                    "",
+                    "pair table",
+                    *(f"{pairs_us(gpu, M):.1f}" if M <= 64 else "" for M in few),
+                    "{} to {}".format(*pair_rows(gpu)),
                 ),
                 ("", "decode, product", *(f"{decoded_us(gpu, M):.1f}" for M in few), ""),
             )

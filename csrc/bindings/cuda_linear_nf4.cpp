@@ -29,6 +29,30 @@ void linear_nf4_small_m(Tensor x, Tensor packed, OptionalTensor absmax, Optional
     check(launch_linear_nf4_small_m(&args, current_stream(x)), "linear_nf4");
 }
 
+void linear_nf4_pairs(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
+                      OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias, OptionalTensor s,
+                      OptionalTensor lora_B, double scaling, int64_t blocksize, int64_t multiprocessors, Tensor y) {
+    const DeviceGuard guard(x.get_device_index());
+    const CudaArguments arguments("linear_nf4", x);
+    const auto [M, K] = arguments.matrix(x, "x");
+    const int64_t N = arguments.matrix(y, "y").columns, r = s ? arguments.matrix(*s, "s").columns : 0;
+    constexpr DType dtype = DType::kBfloat16;
+    bindings::require(s.has_value() == lora_B.has_value(), "linear_nf4: s and lora_B must be given together");
+    const LinearNF4PairsArgs args{
+        .x = arguments.floats(x, "x", arguments.product(M, K, "x"), dtype),
+        .weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize, N, K),
+        .bias = arguments.any_float(bias, "bias", N),
+        .s = arguments.floats(s, "s", arguments.product(M, r, "s"), dtype),
+        .lora_B = arguments.floats(lora_B, "lora_B", arguments.product(N, r, "lora_B"), dtype),
+        .y = arguments.written_floats(y, "y", arguments.product(M, N, "y"), dtype),
+        .M = arguments.to_int(M, "M"),
+        .r = arguments.to_int(r, "r"),
+        .scaling = static_cast<float>(scaling),
+        .multiprocessors = arguments.to_int(multiprocessors, "multiprocessors"),
+    };
+    check(launch_linear_nf4_pairs(&args, current_stream(x)), "linear_nf4");
+}
+
 // partial: fp32 [splits, M, gemm_n] scratch, or none for one split.
 void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
                      OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
@@ -84,6 +108,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
         "multiprocessors, "
         "Tensor(a!) y) -> ()");
     m.def(
+        "cuda_linear_nf4_pairs(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
+        "Tensor? absmax_offset, Tensor? bias, Tensor? s, Tensor? lora_B, float scaling, int blocksize, int "
+        "multiprocessors, "
+        "Tensor(a!) y) -> ()");
+    m.def(
         "cuda_linear_nf4_gemm(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
         "Tensor? absmax_offset, Tensor? bias, Tensor? lora_left, Tensor? lora_right, float scaling, int blocksize, "
         "bool transposed, "
@@ -93,6 +122,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) {
     m.impl("cuda_linear_nf4_small_m", TORCH_BOX(&linear_nf4_small_m));
+    m.impl("cuda_linear_nf4_pairs", TORCH_BOX(&linear_nf4_pairs));
     m.impl("cuda_linear_nf4_gemm", TORCH_BOX(&linear_nf4_gemm));
 }
 

@@ -56,6 +56,21 @@ struct LinearNF4SmallMArgs {
     int multiprocessors;  // of the device: how many warps share a row of w follows from it
 };
 
+// The same for M <= 64, all of x, s, lora_B and y in bf16, and a blocksize of 64. K % 256 == 0, r % 8 == 0; x, packed,
+// absmax, s, lora_B and y are 16-byte aligned. Codes are rounded to bf16, and absmax multiplies fp32 sums
+// (docs/format.md).
+struct LinearNF4PairsArgs {
+    const void* x;
+    NF4Weight weight;
+    AnyFloat bias;       // [N], or null
+    const void* s;       // [M, r], or null
+    const void* lora_B;  // [N, r], given with s
+    void* y;
+    int M, r;
+    float scaling;
+    int multiprocessors;  // of the device: how many warps share rows of w follows from it
+};
+
 // y [M, gemm_n] = x w_hat^T (transposed 0: x [M, K], gemm_n = N) or x w_hat (transposed 1: x is grad_y [M, N] and y is
 // grad_x, gemm_n = K), on tensor cores, plus bias, plus scaling * lora_left lora_right^T. Forward has s and lora_B for
 // the two factors, backward ds and lora_A^T. T is bf16 or fp16. K % 32 == 0, N % 8 == 0 where transposed, r % 8 == 0;
@@ -146,6 +161,8 @@ cudaError_t launch_quantize_absmax(const qlora::QuantizeAbsmaxArgs* args, cudaSt
 
 int linear_nf4_small_m_warps_per_row(int M, int64_t N, int64_t K, int multiprocessors);
 cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream);
+int linear_nf4_pairs_warps_per_row(int64_t N, int64_t K, int multiprocessors);
+cudaError_t launch_linear_nf4_pairs(const qlora::LinearNF4PairsArgs* args, cudaStream_t stream);
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors);
 cudaError_t launch_linear_nf4_gemm(const qlora::LinearNF4GemmArgs* args, cudaStream_t stream);
 cudaError_t launch_lora_down(const qlora::LoraDownArgs* args, cudaStream_t stream);

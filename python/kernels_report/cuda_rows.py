@@ -35,8 +35,11 @@ DEFAULT_THREADS = 256
 WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "dequantize_nf4_rows": 64, "quantize_nf4": 8}
 """Weights that one pass of a thread through the kernel's code processes."""
 
-GEMM_WEIGHTS = 64
-"""Weights that a thread of linear_nf4_gemm decodes in one iteration of its main loop."""
+DYNAMIC_SHARED = {"linear_nf4_pairs": 256 * 256 + 8 * 2 * 4 * 32 * 4 + 256 * 4}
+"""Bytes of shared memory that a launch asks for: PairsShared."""
+
+GEMM_WEIGHTS, PAIRS_WEIGHTS = 64, 256
+"""Weights that a thread of linear_nf4_gemm and of linear_nf4_pairs decodes in one iteration of its main loop."""
 
 MERGE_WEIGHTS = 32
 """Weights that a thread of merge_lora writes in one iteration of its main loop."""
@@ -131,7 +134,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
     weights = weights or WEIGHTS_PER_THREAD.get(kernel)
     per_weight = facts.total / weights if weights else _per_weight_of_loop(kernel, config, facts) if ours else None
     threads = THREADS.get(kernel, DEFAULT_THREADS)
-    shared = facts.static_shared
+    shared = facts.static_shared + (DYNAMIC_SHARED.get(kernel, 0) if ours else 0)
     return Row(
         source=source,
         kernel=kernel,
@@ -148,7 +151,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         narrow_copies=facts.narrow_copies,
         instructions=facts.total,
         per_weight=per_weight,
-        matmul=ours and kernel in ("linear_nf4_gemm", "lora_down", "merge_lora"),
+        matmul=ours and kernel in ("linear_nf4_gemm", "linear_nf4_pairs", "lora_down", "merge_lora"),
         default=ours,
         early_waits=facts.early_waits if ours else 0,
     )
@@ -174,6 +177,8 @@ def _per_weight_of_loop(kernel: str, config: str, facts: Facts) -> float | None:
         return round(facts.main_loop / GEMM_WEIGHTS, 2)
     if kernel == "merge_lora":
         return round(facts.hottest_loop("HMMA")[0] / MERGE_WEIGHTS, 2)
+    if kernel == "linear_nf4_pairs":
+        return round(facts.main_loop / PAIRS_WEIGHTS, 2)
     small_m = re.search(r" M([124]) (\d)$", config) if kernel == "linear_nf4_small_m" else None
     return round(facts.main_loop / (32 * int(small_m[2])), 2) if small_m else None
 

@@ -83,6 +83,10 @@ GEMM_BUDGETS = {"M16": 9.5, "M32": 10.5, "M64": 12.0}
 """The same of the CUDA tensor-core loop by rows of a block; the steps of LoRA, 1 to 2 instructions, count too."""
 
 
+PAIRS_BUDGETS = {"M8": 2.0, "M16": 2.0, "M32": 2.75}
+"""The same of the pair-table kernel by rows of its tile."""
+
+
 def _is_fused(row: Row) -> bool:
     return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 
@@ -92,13 +96,25 @@ def _is_small_m(row: Row) -> bool:
 
 
 def _is_cuda_linear(row: Row) -> bool:
-    return row.source == "cuda" and row.kernel in ("linear_nf4_small_m", "linear_nf4_gemm")
+    return row.source == "cuda" and row.kernel in ("linear_nf4_small_m", "linear_nf4_gemm", "linear_nf4_pairs")
+
+
+def _budget(row: Row, kernel: str, budgets: dict[str, float]) -> float | None:
+    if row.source != "cuda" or row.kernel != kernel or row.arch not in (80, 90):
+        return None
+    return next((budget for rows, budget in budgets.items() if rows in row.config.split()), None)
 
 
 def _gemm_budget(row: Row) -> float | None:
-    if row.source != "cuda" or row.kernel != "linear_nf4_gemm" or row.arch not in (80, 90):
-        return None
-    return next((budget for rows, budget in GEMM_BUDGETS.items() if rows in row.config.split()), None)
+    return _budget(row, "linear_nf4_gemm", GEMM_BUDGETS)
+
+
+def _pairs_budget(row: Row) -> float | None:
+    return _budget(row, "linear_nf4_pairs", PAIRS_BUDGETS)
+
+
+def _by_rows(budgets: dict[str, float]) -> str:
+    return ", ".join(f"{budget:g} ({rows})" for rows, budget in budgets.items())
 
 
 def _decodes(row: Row) -> bool:
@@ -110,12 +126,8 @@ def _has_row_stride(row: Row) -> bool:
 
 
 def _reads_packed_weights(row: Row) -> bool:
-    return row.source == "cuda" and row.kernel in (
-        "dequantize_nf4",
-        "dequantize_nf4_rows",
-        "linear_nf4_small_m",
-        "linear_nf4_gemm",
-    )
+    decoders = ("dequantize_nf4", "dequantize_nf4_rows")
+    return _is_cuda_linear(row) or (row.source == "cuda" and row.kernel in decoders)
 
 
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
@@ -148,9 +160,7 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: r.per_weight is not None and r.per_weight <= ONE_ROW_BUDGET,
     ),
     (
-        "at most "
-        + ", ".join(f"{budget:g} ({rows})" for rows, budget in GEMM_BUDGETS.items())
-        + " SASS instructions per weight in the CUDA tensor-core loop",
+        f"at most {_by_rows(GEMM_BUDGETS)} SASS instructions per weight in the CUDA tensor-core loop",
         lambda r: _gemm_budget(r) is not None,
         lambda r: r.per_weight is not None and r.per_weight <= (_gemm_budget(r) or 0.0),
     ),
@@ -158,6 +168,11 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         f"at most {MERGE_BUDGET:g} SASS instructions per weight where a LoRA update of rank 16 is added by the decoder",
         lambda r: r.source == "cuda" and r.kernel == "merge_lora" and r.arch in (80, 90) and "M1" in r.config.split(),
         lambda r: r.per_weight is not None and r.per_weight <= MERGE_BUDGET,
+    ),
+    (
+        f"at most {_by_rows(PAIRS_BUDGETS)} SASS instructions per weight in the pair-table loop",
+        lambda r: _pairs_budget(r) is not None,
+        lambda r: r.per_weight is not None and r.per_weight <= (_pairs_budget(r) or 0.0),
     ),
     (
         "no wait for a load of the same iteration before the products of a CUDA linear's main loop",

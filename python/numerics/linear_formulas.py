@@ -22,6 +22,9 @@ from torch import Tensor
 
 from .tolerances import Expected, assert_within, cpu_depth, exactly, product, unit_roundoff
 
+PAIR_TABLE_ROUNDOFFS = 0.46
+"""Largest relative error of a code of csrc/cuda/linear_nf4_pairs.cu, in unit roundoffs of bf16."""
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -35,6 +38,8 @@ class Arithmetic:
     weight_may_be_exact: whether a kernel may multiply by the unrounded code * absmax, as some do for few rows, although
     the tests pass the weight rounded to dtype.
     factor_may_be_scaled: whether `scaling` may multiply lora_B before it is rounded to dtype (ops/extended_k.py).
+    pair_table: whether a kernel may multiply by the code rounded to bf16 and by absmax in fp32, as
+    csrc/cuda/linear_nf4_pairs.cu does (docs/format.md).
     wide: the dtype of the exact computation (`tolerances.exactly`).
     """
 
@@ -43,6 +48,7 @@ class Arithmetic:
     cpu: bool = False
     weight_may_be_exact: bool = False
     factor_may_be_scaled: bool = False
+    pair_table: bool = False
     wide: torch.dtype = torch.float64
 
     def input(self, tensor: Tensor | Expected) -> Expected:
@@ -56,7 +62,8 @@ class Arithmetic:
         weight = exactly(w, self.wide)
         if not self.weight_may_be_exact:
             return weight
-        return Expected(weight.value, unit_roundoff(self.dtype) * weight.value.abs())
+        roundoffs = 1 + PAIR_TABLE_ROUNDOFFS if self.pair_table else 1
+        return Expected(weight.value, roundoffs * unit_roundoff(self.dtype) * weight.value.abs())
 
     def bias(self, tensor: Tensor) -> Expected:
         """Return a bias, which may also be rounded to dtype if operations are composed."""
@@ -82,8 +89,9 @@ def arithmetic_of(backend: str, dtype: torch.dtype) -> Arithmetic:
     """Return the arithmetic of a backend's linear ops for any kernel it chooses, but not of ops that it composes."""
     if backend == "cpu":
         return Arithmetic(dtype, composed=False, cpu=True)
-    on_gpu = backend in ("triton", "cuda")
-    return Arithmetic(dtype, weight_may_be_exact=on_gpu, factor_may_be_scaled=on_gpu and dtype != torch.float32)
+    on_gpu, pair_table = backend in ("triton", "cuda"), backend == "cuda" and dtype == torch.bfloat16
+    scaled = on_gpu and dtype != torch.float32
+    return Arithmetic(dtype, weight_may_be_exact=on_gpu, factor_may_be_scaled=scaled, pair_table=pair_table)
 
 
 def _bf16_pairs() -> bool:

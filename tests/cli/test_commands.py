@@ -76,7 +76,11 @@ def test_info_plan_lists_kernel_and_reason_per_backend(capsys):
     plans = json.loads(output(capsys, "info", "--plan", "8,4096,4096", "--json"))
     forward = plans["linear_nf4 M=8 N=4096 K=4096"]
     assert forward.keys() == {"reference", "cpu", "triton", "cuda"}
-    assert forward["cuda"].startswith("linear_nf4_gemm.cu [block_m=16 block_n=128 block_k=64]: M=8 <= 128")
+    assert forward["cuda"].startswith("linear_nf4_pairs.cu [block_m=8 block_n=32]: 3 <= M=8 <= 16")
+    fp16 = json.loads(output(capsys, "info", "--plan", "8,4096,4096", "--dtype", "fp16", "--json"))
+    cuda = fp16["linear_nf4 M=8 N=4096 K=4096"]["cuda"]
+    assert cuda.startswith("linear_nf4_gemm.cu [block_m=16 block_n=128 block_k=64]: M=8 <= 128")
+    assert "linear_nf4_pairs.cu is left out: x is float16" in cuda
     assert forward["triton"].startswith("linear_nf4_fused [block_m=16")
     large = json.loads(output(capsys, "info", "--plan", "4096x4096x4100", "--dtype", "fp32", "--json"))
     assert large["linear_nf4 M=4096 N=4096 K=4100"]["cuda"].startswith("dequantize_nf4.cu, then torch.matmul: K=4100")

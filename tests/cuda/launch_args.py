@@ -89,6 +89,15 @@ def small_m_args(
     return _struct(("P", (x,)), weight, any_float(bias), ("P", (s,)), any_float(lora_B), ("Piiifi", sizes))
 
 
+def pairs_args(
+    x: Tensor, weight: Members, bias: Tensor | None, lora: tuple[Tensor | None, Tensor | None, float], y: Tensor, M: int
+) -> struct_of:
+    """Return struct LinearNF4PairsArgs. lora: s, lora_B, scaling."""
+    s, lora_B, scaling = lora
+    sizes = (out(y), M, 0 if s is None else s.shape[1], scaling, MULTIPROCESSORS)
+    return _struct(("P", (x,)), weight, any_float(bias), ("PP", (s, lora_B)), ("Piifi", sizes))
+
+
 def gemm_args(
     x: Tensor,
     weight: Members,

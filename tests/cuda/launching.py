@@ -34,12 +34,14 @@ SCHEDULES = (("random", 1), ("random", 2), ("forward", 1), ("reverse", 1))
 
 PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI(13__nv_bfloat16Li[148]E|fLi(1|16)E|6__halfLi(2|16)E)",
+    "linear_nf4_pairs": "kernelI13__nv_bfloat16Li(8ELb[01]|32ELb1)E",
     "linear_nf4_gemm": "gemm_kernelI(13__nv_bfloat16Li(16|64)E|6__halfLi32E|6__halfLi64E.*Forward)|reduce_kernel",
 }
 """Mangled names of the kernels that tests launch from PTX, by source; all kernels of sources that are not listed."""
 
 SANITIZED_PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI13__nv_bfloat16Li4E",
+    "linear_nf4_pairs": "kernelI13__nv_bfloat16Li8ELb1E",
     "linear_nf4_gemm": "(gemm_kernelI13__nv_bfloat16Li16E|reduce_kernelI13__nv_bfloat16)",
     "quantize_nf4": "(quantize_nf4_kernelI13__nv_bfloat16|absmax_kernel)",
     "dequantize_nf4": "I13__nv_bfloat16",

@@ -14,8 +14,16 @@ from tests.support.cuda_host import struct_of
 from tests.support.problems import dtype_name
 from tests.support.tolerances import Expected, exactly, product
 
-from .launch_args import Members, gemm_args, nf4_weight, small_m_args
+from .launch_args import Members, gemm_args, nf4_weight, pairs_args, small_m_args
 from .launching import poisoned, quantized
+
+PAIR_SCALE = 1.436767578125
+"""kPairScale of csrc/cuda/linear_nf4_pairs.cu."""
+
+
+def pair_codes() -> Tensor:
+    """Return the 16 code values with which linear_nf4_pairs.cu computes, in float64."""
+    return (nf4.code() * PAIR_SCALE).bfloat16().double() / PAIR_SCALE
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class LinearProblem:
         """Return the argument of launch_linear_nf4_small_m."""
         return small_m_args(self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, self.M)
 
+    def pairs_args(self, y: Tensor) -> struct_of:
+        """Return the argument of launch_linear_nf4_pairs."""
+        return pairs_args(self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, self.M)
+
     def gemm_args(self, y: Tensor, partial: Tensor | None = None) -> struct_of:
         """Return the argument of launch_linear_nf4_gemm."""
         operands = (self.tensors["x"], self._weight(), self.tensors["bias"], self._lora(), y, partial)
@@ -89,11 +101,26 @@ class LinearProblem:
 
     def expected(self, *, rounded: bool) -> Expected:
         """Return the expected result with fp32 sums and one rounding. rounded: whether W is rounded to x's dtype."""
-        t, n = self.tensors, self.N * self.K
-        scale = t["absmax"].repeat_interleave(self.blocksize)[:n]
-        w = exactly((nf4.code()[nf4.unpack(t["packed"], n).long()] * scale).view(self.N, self.K))
+        w = exactly(self.weight(nf4.code()).float())
         w = w.to(self.dtype) if rounded else w
-        terms = self.gemm_k + self.r  # in one fp32 accumulator
+        return self._expected(w, self.gemm_k + self.r)
+
+    def expected_of_pairs(self) -> Expected:
+        """Return the result with codes rounded to bf16 as linear_nf4_pairs.cu rounds them, and absmax applied in fp32.
+
+        A term is rounded by the sums of its block, by absmax, by the sums of blocks, and by the scale of the codes.
+        """
+        return self._expected(exactly(self.weight(pair_codes())), self.K + self.r + 4)
+
+    def weight(self, code: Tensor) -> Tensor:
+        """Return W [N, K] in float64, for the code's 16 values."""
+        n = self.N * self.K
+        scale = self.tensors["absmax"].double().repeat_interleave(self.blocksize)[:n]
+        return (code.double()[nf4.unpack(self.tensors["packed"], n).long()] * scale).view(self.N, self.K)
+
+    def _expected(self, w: Expected, terms: int) -> Expected:
+        """terms: roundings of each term in the fp32 accumulators."""
+        t = self.tensors
         y = product(exactly(t["x"]), w if self.transposed else w.T, terms)
         if self.r:
             y = y + product(exactly(t["s"]), exactly(t["B"]).T, terms).scaled(self.scaling)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cuda
+from qlora_kernels.backends.cuda import routing
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops import extended_k, registry
@@ -45,6 +46,7 @@ from .launch_args import (
     lora_down_args,
     merge_lora_args,
     nf4_weight,
+    pairs_args,
     quantize_absmax_args,
     quantize_args,
     rows_memory,
@@ -100,6 +102,14 @@ def emulate_small_m(x: Tensor, packed: Tensor, *rest: Any) -> None:
     launch("linear_nf4_small_m", "launch_linear_nf4_small_m", arguments, None)
 
 
+def emulate_pairs(x: Tensor, packed: Tensor, *rest: Any) -> None:
+    *constants, bias, s, B, scaling, blocksize, multiprocessors, y = rest
+    assert multiprocessors == MULTIPROCESSORS
+    weight = nf4_weight(packed, constants, blocksize, y.shape[1], x.shape[1])
+    arguments = pairs_args(x, weight, bias, (s, B, float(scaling)), y, x.shape[0])
+    launch("linear_nf4_pairs", "launch_linear_nf4_pairs", arguments, None)
+
+
 def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
     *constants, bias, left, right, scaling, blocksize, transposed, partial, y = rest
     N, K = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
@@ -137,6 +147,7 @@ def _emulated_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cuda_quantize_absmax": emulate_quantize_absmax,
         "cuda_quantize_nf4_double": emulate_quantize_double,
         "cuda_linear_nf4_small_m": emulate_small_m,
+        "cuda_linear_nf4_pairs": emulate_pairs,
         "cuda_linear_nf4_gemm": emulate_gemm,
         "cuda_dropout": emulate_dropout,
         "cuda_lora_down": emulate_lora_down,
@@ -156,6 +167,7 @@ def test_library_lists_every_op() -> None:
         "quantize_nf4",
         "quantize_absmax",
         "linear_nf4_small_m",
+        "linear_nf4_pairs",
         "linear_nf4_gemm",
         "lora_down",
         "merge_lora",
@@ -199,7 +211,15 @@ def test_public_quantize_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # Rows on both sides of every threshold, supported and unsupported K and N, and ranks that need padding.
-SHAPES = [(1, 24, 96, 3), (4, 17, 64, 8), (5, 40, 704, 5), (64, 16, 64, 16), (129, 24, 64, 4), (3, 12, 50, 4)]
+SHAPES = [
+    (1, 24, 96, 3),
+    (4, 17, 256, 5),
+    (5, 40, 704, 5),
+    (17, 24, 96, 8),
+    (64, 16, 64, 16),
+    (129, 24, 64, 4),
+    (3, 12, 50, 4),
+]
 
 
 def quantized_matrix(N: int, K: int) -> Weight:
@@ -228,6 +248,20 @@ def test_linear_with_lora(p: float, M: int, N: int, K: int, r: int, dtype: torch
     assert_lora((y, s, *gradients), inputs, lora.scaling, dropout, arithmetic_of("cuda", dtype))
     assert cuda.linear_nf4(x, weight, None).shape == (M, N)
     assert cuda.linear_nf4_grad_x(grad_y, weight).shape == (M, K)
+
+
+@pytest.mark.parametrize("path", ["pairs", "small_m", "fused", "decode"])
+@pytest.mark.parametrize("M", [1, 16, 33])
+def test_every_path_serves_lora(M: int, path: str) -> None:
+    """The kernels that can be selected for few rows compute one LoRA linear, each within the bounds of its rounding."""
+    N, K, r = 17, 512, 5
+    weight, x, bias = quantized_matrix(N, K), gaussian(M, K, dtype=torch.bfloat16, seed=2), gaussian(N, seed=3)
+    factors = [(gaussian(*size, seed=4) * 0.1).bfloat16().float() for size in ((r, K), (N, r))]
+    lora = LoRA(*factors, None, 0.5, 0.0)
+    with routing.use_path(path):
+        y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
+    arithmetic, w = arithmetic_of("cuda", torch.bfloat16), dequantized(weight, torch.bfloat16)
+    assert_within(y, lora_forward(x, w, bias, s, lora.B, lora.scaling, arithmetic), path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

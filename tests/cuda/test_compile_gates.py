@@ -40,6 +40,16 @@ def test_all_gemm_kernels_use_tensor_cores(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_pair_table_kernels_use_tensor_cores_and_few_instructions(arch: int) -> None:
+    kernels = {row.config: row for row in rows("linear_nf4_pairs", arch)}
+    assert set(kernels) == {f"bf16 M{M} {double}" for M in (8, 16, 32) for double in ("true", "false")}
+    assert all(row.tensor_core == "mma.sync" and row.occupancy > 0 for row in kernels.values())
+    counted = {c: row.per_weight for c, row in kernels.items() if "M8" in c or "M16" in c}
+    bound = 2.0 if arch in (80, 90) else 2.05
+    assert all(count is not None and count <= bound for count in counted.values()), counted
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_instructions_per_dequantized_weight(arch: int) -> None:
     counted = {row.config: row.per_weight for row in rows("dequantize_nf4", arch) if row.kernel == "dequantize_nf4"}
     assert set(counted) == {"fp32", "bf16", "fp16"}

@@ -28,7 +28,9 @@ def kernel(M: int, capability: int = 80, **of_problem: object) -> str:
 
 @pytest.mark.parametrize("capability", routing.BOUNDS)
 def test_routing_table_equals_roofline_model(capability: int) -> None:
-    assert routing.BOUNDS[capability].fused_rows == roofline.fused_rows(roofline.GPUS[capability])
+    bounds, gpu = routing.BOUNDS[capability], roofline.GPUS[capability]
+    assert bounds.fused_rows == roofline.fused_rows(gpu)
+    assert bounds.pair_rows == roofline.pair_rows(gpu)
 
 
 def test_bounds_of_an_unknown_gpu_are_those_of_the_nearest_below() -> None:
@@ -37,7 +39,12 @@ def test_bounds_of_an_unknown_gpu_are_those_of_the_nearest_below() -> None:
 
 
 def test_every_kernel_serves_its_rows() -> None:
-    assert [kernel(M) for M in (1, 4, 5, 128, 129)] == [routing.SMALL_M] * 2 + [routing.GEMM] * 2 + [routing.DECODE]
+    rows = (1, 2, 3, 16, 17, 128, 129)
+    assert [kernel(M) for M in rows] == [routing.SMALL_M] * 2 + [routing.PAIRS] * 2 + [routing.GEMM] * 2 + [
+        routing.DECODE
+    ]
+    assert [kernel(M, dtype=torch.float16) for M in (4, 5)] == [routing.SMALL_M, routing.GEMM]
+    assert kernel(2, 100) == kernel(32, 100) == routing.PAIRS
     assert kernel(192, 90) == routing.GEMM
     assert kernel(192, 100) == routing.DECODE
     assert kernel(1, op="linear_nf4_lora_backward") == routing.GEMM
@@ -64,9 +71,36 @@ def test_plan_of_a_lora_linear_says_where_its_low_rank_term_is_added() -> None:
     assert added in plan("linear_nf4_lora", K=14336)
     assert added in plan("linear_nf4_lora", dtype=torch.float32)
     assert added in plan("linear_nf4_lora", N=64, K=36), "rows of x that are not whole 16-byte pieces"
-    assert plan("linear_nf4_lora", M=8).startswith(routing.GEMM)
+    assert plan("linear_nf4_lora", M=8).startswith(routing.PAIRS)
     assert plan("linear_nf4_lora_merged").startswith(extended_k.MERGED)
     assert plan("linear_nf4_lora_merged_backward").startswith(extended_k.MERGED)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float16}, "x is float16, not bfloat16"),
+        ({"blocksize": 128}, "blocksize 128 is not 64"),
+        ({"K": 4160}, "K=4160 is not a multiple of 256, four blocks"),
+    ],
+    ids=str,
+)
+def test_the_plan_says_why_the_pair_table_is_left_out(change: dict, reason: str) -> None:  # type: ignore[type-arg]
+    plan = routing.route(problem(8)._replace(**change), 80)
+    assert plan.kernel == routing.GEMM
+    assert f"linear_nf4_pairs.cu is left out: {reason}" in plan.reason
+
+
+def test_the_environment_selects_the_pair_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_pairs", routing.pairs_choice("1"))
+    assert [kernel(M) for M in (1, 16, 64, 65)] == [routing.PAIRS] * 3 + [routing.GEMM]
+    assert kernel(8, dtype=torch.float16) == routing.GEMM
+    monkeypatch.setattr(routing, "_pairs", routing.pairs_choice("0"))
+    assert [kernel(M) for M in (4, 8)] == [routing.SMALL_M, routing.GEMM]
+    assert "QLORA_CUDA_PAIRS=0" in routing.route(problem(8), 80).reason
+    assert routing.pairs_choice(None) is routing.pairs_choice("") is None
+    with pytest.raises(ValueError, match="QLORA_CUDA_PAIRS must be 0 or 1, got 'yes'"):
+        routing.pairs_choice("yes")
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 1000, 1025, 5000])
@@ -76,6 +110,7 @@ def test_planned_rows_are_no_fewer_and_in_the_same_bucket(M: int) -> None:
     assert planned_rows(rows) == rows
     assert measured_plans.bucket(problem(rows)) == measured_plans.bucket(problem(M))
     assert routing.gemm_tile(rows) == routing.gemm_tile(M)
+    assert M > routing.MOST_PAIR_ROWS or routing.pairs_tile(rows) == routing.pairs_tile(M)
 
 
 @pytest.fixture
@@ -101,7 +136,7 @@ def test_measured_paths_override_the_table(measured: Path) -> None:
     assert [kernel(M, 90) for M in (250, 256, 257)] == [routing.GEMM, routing.GEMM, routing.DECODE]
     assert kernel(8, 90) == routing.SMALL_M
     assert kernel(64, 90) == routing.GEMM, "an entry that the kernel cannot serve has no effect"
-    assert kernel(4, 90) == routing.SMALL_M, "the other backend's entry has no effect"
+    assert kernel(4, 90) == routing.PAIRS, "the other backend's entry has no effect"
 
 
 def test_measurements_choose_between_the_backends(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

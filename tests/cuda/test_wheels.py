@@ -87,7 +87,14 @@ def test_every_kernel_compiled_for_every_architecture() -> None:
     kernels = check_wheels.kernels_by_arch(cuda.LIBRARY)
     archs = [f"sm_{arch.removesuffix('+PTX')}" for arch in read_build(cuda.LIBRARY).archs.split(";")]
     assert check_wheels.check_kernels(cuda.LIBRARY, archs) == len(kernels[archs[0]])
-    for stem in ("dequantize_nf4", "quantize_nf4", "linear_nf4_small_m", "linear_nf4_gemm", "adamw_step"):
+    for stem in (
+        "dequantize_nf4",
+        "quantize_nf4",
+        "linear_nf4_small_m",
+        "linear_nf4_pairs",
+        "linear_nf4_gemm",
+        "adamw_step",
+    ):
         assert any(f"{stem}_kernel" in name for name in kernels[archs[0]]), stem
     with pytest.raises(BadWheel, match=r"said to be for .*sm_75"):
         check_wheels.check_kernels(cuda.LIBRARY, [*archs, "sm_75"])

@@ -12,7 +12,7 @@ import qlora_kernels as qk
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function
 
-N, K, R = 40, 96, 8
+N, K, R = 40, 256, 8
 DTYPE = torch.bfloat16
 EXACT_CALLS = ("quantize", "quantize_double", "dequantize", "paged_adamw")
 """Names of calls whose results must be equal bit for bit."""
@@ -98,10 +98,12 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "quantize": _quantize,
     "quantize_double": _quantize_double,
     "dequantize": _dequantize,
-    "linear_small_m": _linear(2),
+    "linear_small_m": _linear(1),
+    "linear_pairs": _linear(8),
     "linear_gemm": _linear(20),
     "linear_dequantize": _linear(200),
-    "lora_small_m": _linear_lora(2, 0.0),
+    "lora_small_m": _linear_lora(1, 0.0),
+    "lora_pairs": _linear_lora(8, 0.0),
     "lora_gemm": _linear_lora(20, 0.0),
     "lora_dequantize": _linear_lora(200, 0.0),
     "lora_dropout": _linear_lora(20, 0.3),

@@ -43,6 +43,7 @@ FP32 = replace(GOOD, config="fp32 M16 N64 K64 b64 dq", tensor_core="", matmul=Fa
 SMALL_M = replace(
     FP32, kernel="linear_nf4_small_m_kernel", config="bf16 M1 N4 K1024 b64 dq", per_weight=4.8, wide_loads_needed=12
 )
+PAIRS = replace(GOOD, source="cuda", kernel="linear_nf4_pairs", config="bf16 M16 true", per_weight=2.0)
 CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=False, per_weight=4.9)
 
 
@@ -60,6 +61,9 @@ CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=Fal
         (replace(GOOD, narrow_products=1), "offsets in 64 bits"),
         (replace(SMALL_M, per_weight=6.5), "small_m with one row"),
         (replace(SMALL_M, spills=1), "no spills"),
+        (replace(PAIRS, per_weight=2.1), "in the pair-table loop"),
+        (replace(PAIRS, early_waits=1), "no wait for a load"),
+        (replace(PAIRS, tensor_core=""), "wherever there is a matmul"),
         (replace(CODEC, per_weight=8.2), "SASS instructions per weight"),
         (replace(CODEC, per_weight=None), "SASS instructions per weight"),
     ],
@@ -69,7 +73,7 @@ def test_gate_names_regression(row, promise):
 
 
 def test_good_rows_pass_all_gates():
-    assert broken_gates([GOOD, FP32, SMALL_M, CODEC, replace(CODEC, arch=120, per_weight=7.0)]) == []
+    assert broken_gates([GOOD, FP32, SMALL_M, PAIRS, CODEC, replace(CODEC, arch=120, per_weight=7.0)]) == []
 
 
 def run_report(monkeypatch, rows, *arguments):

@@ -19,7 +19,7 @@ from ...ops.registry import KernelPlan, Problem
 from . import torch_products
 from .codec import dequantize_nf4
 from .lora_down import aligned, dropout, dropped, drops, lora_down, project
-from .routing import BOUNDS, DECODE, GEMM, SMALL_M, addition_reason, lora_plan, route
+from .routing import BOUNDS, DECODE, GEMM, PAIRS, SMALL_M, addition_reason, lora_plan, route
 
 _C = torch.ops.qlora_kernels_C
 
@@ -128,6 +128,13 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
     bias = None if bias is None else bias.contiguous()
     lora_B, scaling = (None, 0.0) if lora is None else (lora.B, lora.scaling)
     kernel = route(_problem("linear_nf4", x, weight), _capability(x.device)).kernel
+    if kernel == PAIRS:
+        y = x.new_empty(M, N)
+        constants = (None if constant is None else aligned(constant) for constant in weight.constants)
+        operands = (aligned(x), aligned(weight.packed), *constants, bias)
+        factors = (_padded_rank(s), None if lora_B is None else _padded_rank(lora_B.to(x.dtype)))
+        _C.cuda_linear_nf4_pairs(*operands, *factors, scaling, weight.blocksize, _multiprocessors(x.device), y)
+        return y
     if kernel == SMALL_M:
         y = x.new_empty(M, N)
         B = None if lora_B is None else lora_B.contiguous()

@@ -1,8 +1,13 @@
 """The choice of a product's kernel: a table for each GPU architecture, overridden by measurements on the GPU.
 
+    pair_rows                 linear_nf4_pairs.cu: tensor cores, two codes by one table lookup; bf16, blocks of 64
     rows <= small_rows        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
     rows <= fused_rows        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
+
+The rounding of the weight depends on the kernel (docs/format.md). QLORA_CUDA_PAIRS=0 leaves linear_nf4_pairs.cu out;
+QLORA_CUDA_PAIRS=1 takes it for all numbers of rows that it serves, whose results then have the same bits for each of
+these numbers.
 
 The bounds are those of the model in bench/roofline.py (`fused_rows`), which counts bytes, products and SASS
 instructions. They are predicted, not run on a GPU; ops/tuned/sm_<capability>.json (ops/measured_plans.py) replaces
@@ -11,8 +16,10 @@ them shape by shape.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,27 +36,41 @@ SMALL_ROWS_FP32 = 16
 MOST_SMALL_ROWS = 16
 """Maximum number of rows of linear_nf4_small_m.cu."""
 
+MOST_PAIR_ROWS = 64
+"""Maximum number of rows of linear_nf4_pairs.cu."""
+
+PAIRS_BLOCKSIZE, PAIRS_GROUP = 64, 256
+"""The blocksize of linear_nf4_pairs.cu, and the number of which K must be a multiple there: four blocks."""
+
 
 class Bounds(NamedTuple):
-    """The maximum number of rows of x for which each kernel is the default, in 16-bit dtypes."""
+    """The numbers of rows of x for which each kernel is the default, in 16-bit dtypes.
+
+    small_rows, fused_rows: the maximum.   pair_rows: the minimum and the maximum.
+    """
 
     small_rows: int
     fused_rows: int
+    pair_rows: tuple[int, int]
 
 
 BOUNDS = {
-    80: Bounds(4, 128),
-    86: Bounds(4, 64),
-    89: Bounds(4, 128),
-    90: Bounds(4, 192),
-    100: Bounds(4, 64),
-    120: Bounds(4, 64),
+    80: Bounds(4, 128, (3, 16)),
+    86: Bounds(4, 64, (5, 8)),
+    89: Bounds(4, 128, (5, 16)),
+    90: Bounds(4, 192, (2, 16)),
+    100: Bounds(4, 64, (2, 32)),
+    120: Bounds(4, 64, (5, 32)),
 }
 """Compute capability -> bounds; other capabilities use the nearest one below."""
 
 SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
-KERNELS = {"small_m": SMALL_M, "fused": GEMM, "decode": DECODE}
+PAIRS = "linear_nf4_pairs.cu"
+KERNELS = {"pairs": PAIRS, "small_m": SMALL_M, "fused": GEMM, "decode": DECODE}
 """Name of a path in tuned files -> name of its kernel."""
+
+ENVIRONMENT = "QLORA_CUDA_PAIRS"
+"""The environment variable that leaves linear_nf4_pairs.cu out ("0") or takes it wherever it can run ("1")."""
 
 
 def bounds_of(capability: int) -> Bounds:
@@ -65,8 +86,8 @@ def route(problem: Problem, capability: int) -> KernelPlan:
     rows = planned_rows(problem.M)
     base = problem._replace(op=op, M=rows, r=0, dropout=False)
     if _forced is not None and _forced in (KERNELS[path] for path in served_paths(base)):
-        return KernelPlan(_forced, gemm_tile(rows) if _forced == GEMM else {}, "use_path")
-    return _route(base, capability)
+        return KernelPlan(_forced, _tile(_forced, rows), "use_path")
+    return _route(base, capability, _pairs)
 
 
 def addition_reason(
@@ -108,6 +129,19 @@ def lora_plan(problem: Problem, capability: int) -> KernelPlan:
 _forced: str | None = None
 
 
+def pairs_choice(value: str | None) -> bool | None:
+    """Return whether linear_nf4_pairs.cu must not be chosen (False), must be (True), or may be (None).
+
+    Raises ValueError for a value of QLORA_CUDA_PAIRS that is neither 0 nor 1.
+    """
+    if value not in (None, "", "0", "1"):
+        raise ValueError(f"linear_nf4: {ENVIRONMENT} must be 0 or 1, got {value!r}; unset it for the default")
+    return value == "1" if value else None
+
+
+_pairs = pairs_choice(os.environ.get(ENVIRONMENT))
+
+
 @contextmanager
 def use_path(path: str) -> Iterator[None]:
     """Run the linears of this backend by one path of KERNELS inside the block, where it serves the problem: for tuning
@@ -126,22 +160,37 @@ def served_paths(problem: Problem) -> list[str]:
     if obstacle(problem) is not None:
         return ["decode"]
     backward, fp32 = problem.op == "linear_nf4_grad_x", problem.dtype == torch.float32
+    pairs = ["pairs"] if pairs_obstacle(problem) is None else []
     small_m = [] if backward or problem.M > MOST_SMALL_ROWS else ["small_m"]
-    return [*small_m, *([] if fp32 else ["fused"]), "decode"]
+    return [*pairs, *small_m, *([] if fp32 else ["fused"]), "decode"]
 
 
 @lru_cache(maxsize=4096)
-def _route(problem: Problem, capability: int) -> KernelPlan:
-    M, reason = problem.M, obstacle(problem)
+def _route(problem: Problem, capability: int, pairs: bool | None) -> KernelPlan:
+    reason = obstacle(problem)
     if reason is not None:
         return KernelPlan(DECODE, {}, reason)
-    bounds = bounds_of(capability)
-    fp32, served = problem.dtype == torch.float32, [KERNELS[path] for path in served_paths(problem)]
+    pairs_reason = f"{ENVIRONMENT}=0" if pairs is False else pairs_obstacle(problem)
+    served = [KERNELS[path] for path in served_paths(problem) if path != "pairs" or pairs_reason is None]
+    if pairs and PAIRS in served:
+        return KernelPlan(PAIRS, pairs_tile(problem.M), f"{ENVIRONMENT}=1")
     entry = measured_plans.entries(capability).get(measured_plans.bucket(problem))
     if entry is not None and entry["backend"] == "cuda" and KERNELS.get(entry["path"]) in served:
         kernel = KERNELS[entry["path"]]
-        return KernelPlan(kernel, gemm_tile(M) if kernel == GEMM else {}, "measured best")
-    small_rows = SMALL_ROWS_FP32 if fp32 else bounds.small_rows
+        return KernelPlan(kernel, _tile(kernel, problem.M), "measured best")
+    bounds = bounds_of(capability)
+    fewest, most = bounds.pair_rows
+    if PAIRS in served and fewest <= problem.M <= most:
+        tile = pairs_tile(problem.M)
+        return KernelPlan(PAIRS, tile, f"{fewest} <= M={problem.M} <= {most}: tensor cores, two codes by one lookup")
+    chosen = _route_without_pairs(problem, bounds, served)
+    if problem.op == "linear_nf4" and fewest <= problem.M <= most:
+        return replace(chosen, reason=f"{chosen.reason}; {PAIRS} is left out: {pairs_reason}")
+    return chosen
+
+
+def _route_without_pairs(problem: Problem, bounds: Bounds, served: list[str]) -> KernelPlan:
+    M, small_rows = problem.M, SMALL_ROWS_FP32 if problem.dtype == torch.float32 else bounds.small_rows
     if SMALL_M in served and small_rows >= M:
         return KernelPlan(SMALL_M, {}, f"M={M} <= {small_rows}: bound by reading the packed weight once")
     if GEMM not in served:
@@ -160,6 +209,30 @@ def obstacle(problem: Problem) -> str | None:
     if problem.op == "linear_nf4_grad_x" and problem.N % 8:
         return f"N={problem.N} is not a multiple of 8, the elements of one 16-byte load of grad_y"
     return None
+
+
+def pairs_obstacle(problem: Problem) -> str | None:
+    """Return why linear_nf4_pairs.cu cannot run a base product, or None if it can."""
+    if problem.op != "linear_nf4":
+        return "it has no transposed product"
+    if problem.dtype != torch.bfloat16:
+        return f"x is {str(problem.dtype).removeprefix('torch.')}, not bfloat16"
+    if problem.M > MOST_PAIR_ROWS:
+        return f"M={problem.M} > {MOST_PAIR_ROWS}"
+    if problem.blocksize != PAIRS_BLOCKSIZE:
+        return f"blocksize {problem.blocksize} is not {PAIRS_BLOCKSIZE}"
+    if problem.K % PAIRS_GROUP:
+        return f"K={problem.K} is not a multiple of {PAIRS_GROUP}, four blocks"
+    return None
+
+
+def _tile(kernel: str, M: int) -> dict[str, int]:
+    return gemm_tile(M) if kernel == GEMM else pairs_tile(M) if kernel == PAIRS else {}
+
+
+def pairs_tile(M: int) -> dict[str, int]:
+    """Return M_TILE and kPairsRows of csrc/cuda/linear_nf4_pairs.cu, rows of x and of w of a warp."""
+    return {"block_m": 8 if M <= 8 else 16 if M <= 16 else 32, "block_n": 32}
 
 
 def gemm_tile(M: int) -> dict[str, int]:
