@@ -1,5 +1,5 @@
 // y[i] = keep(i) ? x[i] * scale : 0, or with `add` y[i] += that, in fp32 and rounded once. The mask is that of
-// qlora_kernels/ops/_philox.py: a pure function of (seed, i), so that backward draws the same one again.
+// qlora_kernels/ops/philox.py: a pure function of (seed, i), so that backward draws the same one again.
 //
 // One philox call gives the 16-bit draws of eight neighbours, which are one thread's work.
 #include "launchers.h"

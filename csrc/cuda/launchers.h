@@ -108,7 +108,7 @@ struct LoraDownArgs {
     float scale;
 };
 
-// y[i] = keep(i) ? x[i] * scale : 0, or y[i] += that where add is 1. keep(i): the draw of qlora_kernels/ops/_philox.py
+// y[i] = keep(i) ? x[i] * scale : 0, or y[i] += that where add is 1. keep(i): the draw of qlora_kernels/ops/philox.py
 // for (seed, i) is at least threshold. y may not be x.
 struct DropoutArgs {
     const void* x;  // T [numel]
