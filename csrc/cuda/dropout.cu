@@ -1,7 +1,7 @@
-// y[i] = keep(i) ? x[i] * scale : 0, or with `add` y[i] += that, in fp32 and rounded once. The mask is that of
-// qlora_kernels/ops/philox.py: a pure function of (seed, i), so that backward draws the same one again.
+// y[i] = keep(i) ? x[i] * scale : 0. With `add` the value is added to y[i] in fp32 and the sum is rounded once. The
+// mask of qlora_kernels/ops/philox.py is a pure function of (seed, i), so that backward draws the same mask again.
 //
-// One philox call gives the 16-bit draws of eight neighbours, which are one thread's work.
+// Each thread handles the eight neighbouring elements whose 16-bit draws come from one philox call.
 #include "launchers.h"
 #include "qlora/floats.cuh"
 #include "qlora/launch.cuh"

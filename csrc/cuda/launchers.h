@@ -1,6 +1,6 @@
-// The launchers: one struct of arguments with raw device pointers, and a stream, in; cudaError_t out. They know nothing
-// of torch, allocate nothing and do not synchronize. Empty problems are served without a launch. T is the type that a
-// struct's `dtype` names.
+// The launchers: one struct of arguments with raw device pointers, and a stream, in; cudaError_t out. They do not
+// depend on torch, allocate nothing and do not synchronize. Empty problems return without a launch. T is the element
+// type given by a struct's `dtype`.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -108,8 +108,8 @@ struct LoraDownArgs {
     float scale;
 };
 
-// y[i] = keep(i) ? x[i] * scale : 0, or y[i] += that where add is 1. keep(i): the draw of qlora_kernels/ops/philox.py
-// for (seed, i) is at least threshold. y may not be x.
+// y[i] = keep(i) ? x[i] * scale : 0; with add = 1 the value is added to y[i]. keep(i): the draw of
+// qlora_kernels/ops/philox.py for (seed, i) is at least threshold. y must not be x.
 struct DropoutArgs {
     const void* x;  // T [numel]
     void* y;        // T [numel]

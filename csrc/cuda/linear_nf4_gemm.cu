@@ -176,11 +176,11 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
             }
         } else {
 #pragma unroll
-            for (int half = 0; half < kBlockK / 32; half++) {
+            for (int k_half = 0; k_half < kBlockK / 32; k_half++) {
                 uint32_t b[2][kWarpTiles][2];
-                Weights::template fragments<T>(b, from.packed, from.absmax, shared.code, half);
-                multiply(from.x, half * 2, b[0]);
-                multiply(from.x, half * 2 + 1, b[1]);
+                Weights::template fragments<T>(b, from.packed, from.absmax, shared.code, k_half);
+                multiply(from.x, k_half * 2, b[0]);
+                multiply(from.x, k_half * 2 + 1, b[1]);
             }
         }
         if (next_has_weights) store_absmax(next, raw);
@@ -194,12 +194,12 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
         if (p.bias.data && !p.partial && n + i < p.gemm_n) bias[i] = load_any(p.bias, n + i);
     }
 #pragma unroll
-    for (int half = 0; half < kRowTiles * 2; half++) {
-        const int m = m0 + half / 2 * 16 + half % 2 * 8 + lane / 4;
+    for (int row_half = 0; row_half < kRowTiles * 2; row_half++) {
+        const int m = m0 + row_half / 2 * 16 + row_half % 2 * 8 + lane / 4;
         if (m >= p.M || n >= p.gemm_n) continue;
         float value[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) value[i] = sum[half / 2][i % 4][half % 2 * 2 + i / 4] + bias[i];
+        for (int i = 0; i < 8; i++) value[i] = sum[row_half / 2][i % 4][row_half % 2 * 2 + i / 4] + bias[i];
         const int64_t offset = int64_t(m) * p.gemm_n + n;
         if (p.partial) {
             float* to = p.partial + int64_t(blockIdx.z) * p.M * p.gemm_n + offset;

@@ -4,10 +4,10 @@
 namespace {
 
 cudaMemLocation location(cudaMemLocationType type, int id) {
-    cudaMemLocation place{};
-    place.type = type;
-    place.id = id;
-    return place;
+    cudaMemLocation result{};
+    result.type = type;
+    result.id = id;
+    return result;
 }
 
 }  // namespace

@@ -28,9 +28,9 @@ constexpr int kChunksPerThread = kChunks / kGemmThreads;
 
 // The output column, within the thread block, that slot = 32 warp + 8 tile + column holds.
 __device__ __forceinline__ int column_of_slot(int slot) { return (slot & ~31) + (slot & 7) * 4 + (slot >> 3 & 3); }
-// Sixteen-byte chunk `half` of the 32-byte row `slot`. Eight neighbouring rows of one half fall into eight
-// different groups of four banks.
-__device__ __forceinline__ int row_chunk(int slot, int half) { return slot * 2 + (half ^ (slot >> 2 & 1)); }
+// Position of 16-byte chunk `k_half` of the 32-byte row `slot`. The same chunk of eight neighbouring rows lies in
+// eight different groups of four banks.
+__device__ __forceinline__ int row_chunk(int slot, int k_half) { return slot * 2 + (k_half ^ (slot >> 2 & 1)); }
 
 // Source and destination of the 32 weights of one 16-byte chunk.
 struct WeightChunk {
@@ -48,12 +48,12 @@ __device__ __forceinline__ uint32_t odd_offset(uint32_t word, int t) {
 // y = x w^T: output columns are rows of w, the contraction runs along the columns of w.
 struct ForwardWeights {
     static __device__ __forceinline__ WeightChunk chunk(int index, int n0, int k0) {
-        const int slot = index / 2, half = index % 2;
-        return {n0 + column_of_slot(slot), k0 + half * 32, row_chunk(slot, half), half * kBlockN + slot};
+        const int slot = index / 2, k_half = index % 2;
+        return {n0 + column_of_slot(slot), k0 + k_half * 32, row_chunk(slot, k_half), k_half * kBlockN + slot};
     }
 
-    // The B fragments of contraction steps 2 * half and 2 * half + 1, sixteen of k each. One 32-bit word holds eight
-    // consecutive k of one output column. Thread t = lane % 4 takes byte t of each word:
+    // The B fragments of contraction steps 2 * k_half and 2 * k_half + 1, sixteen of k each. One 32-bit word holds
+    // eight consecutive k of one output column. Thread t = lane % 4 takes byte t of each word:
     //
     //     word of step     0                           1
     //     byte             0     1     2     3         0     1      2      3
@@ -62,13 +62,13 @@ struct ForwardWeights {
     //     register         b[0]                        b[1]
     template <typename T>
     static __device__ __forceinline__ void fragments(uint32_t (&b)[2][kWarpTiles][2], const uint4* packed,
-                                                     const float* absmax, const CodeTable& code, int half) {
+                                                     const float* absmax, const CodeTable& code, int k_half) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int tile = 0; tile < kWarpTiles; tile++) {
             const int slot = warp * 32 + tile * 8 + g;
-            const uint4 words = packed[row_chunk(slot, half)];
-            const float scale = absmax[half * kBlockN + slot];
+            const uint4 words = packed[row_chunk(slot, k_half)];
+            const float scale = absmax[k_half * kBlockN + slot];
             const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -93,7 +93,7 @@ struct TransposedWeights {
     // A thread's column g of the four tiles is columns 4g .. 4g + 3 of the warp's 32: one half word of each row.
     template <typename T>
     static __device__ __forceinline__ void fragments(uint32_t (&b)[2][kWarpTiles][2], const uint4* packed,
-                                                     const float* absmax, const CodeTable& code, int half) {
+                                                     const float* absmax, const CodeTable& code, int k_half) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int step = 0; step < 2; step++) {
@@ -102,7 +102,7 @@ struct TransposedWeights {
                 float value[2][kWarpTiles];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int n = half * 32 + step * 16 + pair * 8 + t * 2 + i;
+                    const int n = k_half * 32 + step * 16 + pair * 8 + t * 2 + i;
                     const uint32_t nibbles = reinterpret_cast<const uint16_t*>(packed + swizzled(n, warp))[g];
                     const float scale = absmax[n * 4 + warp];
                     value[i][0] = __fmul_rn(code.at(nibbles >> 2 & 0x3C), scale);
