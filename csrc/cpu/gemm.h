@@ -20,6 +20,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "decode.h"
 #include "qlora/parallel.h"
@@ -33,6 +34,7 @@ struct Fp32Fma {
     using Elem = float;
     static constexpr int kPair = 1;
     static constexpr int64_t kChain = 32;  // steps whose products are summed before they are added to c
+    static constexpr bool kTails = false;  // whether a low-rank product is the tail of a chain (LowRankTerm)
     static F32 broadcast(const float* a) { return set1(*a); }
     static F32 load_b(const float* b) { return load(b); }
     static F32 mac(F32 acc, F32 a, F32 b) { return fma(a, b, acc); }
@@ -45,6 +47,7 @@ struct Bf16Dot {
     using Elem = Bf16;
     static constexpr int kPair = 2;
     static constexpr int64_t kChain = 1 << 14;  // its rounding error is far below that of bf16 operands
+    static constexpr bool kTails = true;
     static __m512i broadcast(const Bf16* a) {
         int pair;
         memcpy(&pair, a, sizeof pair);
@@ -66,20 +69,50 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// c[kRows][kVectors * kLanes] += a[kRows][steps] * b[steps][kVectors * kLanes], for one tile.
-//
-// a: rows `stride` elements apart, with steps `step` elements apart.   b: one strip of a panel.   c: fp32.
-// Sums run in chains of kChain steps, which are then added to c, because the rounding error of a sum grows with the
-// length of its chains.
+// More steps of a tile, whose rows of a lie elsewhere.
+template <class Mac>
+struct Tail {
+    const typename Mac::Elem* a = nullptr;  // rows `stride` elements apart, steps kPair elements apart
+    int64_t stride = 0;
+    const typename Mac::Elem* b = nullptr;
+    int64_t steps = 0;
+};
+
+// acc[rows][kVectors] += a[rows][steps] * b[steps][kVectors * kLanes]; the rows of a are `stride` elements apart, its
+// steps `step`.
 template <class Mac, int kRows, int kVectors>
-static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t step, const typename Mac::Elem* b,
-                        int64_t steps, float* c) {
+__attribute__((always_inline)) static inline void accumulate(F32 (&acc)[kRows][kVectors], const typename Mac::Elem* a,
+                                                             int64_t stride, int64_t step, const typename Mac::Elem* b,
+                                                             int64_t steps) {
     // Every third row has a pointer; the others are addressed by offsets of `stride` and 2 * `stride`. This keeps the
     // addresses of twelve rows in the available registers.
     constexpr int kPointers = (kRows + 2) / 3;
     const typename Mac::Elem* rows[kPointers];
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; ++i) rows[i] = a + 3 * i * stride;
+    for (int64_t s = 0; s < steps; ++s) {
+        decltype(Mac::load_b(b)) vb[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) vb[j] = Mac::load_b(b + j * kLanes * Mac::kPair);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const auto va = Mac::broadcast(rows[i / 3] + i % 3 * stride);
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j) acc[i][j] = Mac::mac(acc[i][j], va, vb[j]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kPointers; ++i) rows[i] += step;
+        b += kVectors * kLanes * Mac::kPair;
+    }
+}
+
+// c[rows][kVectors * kLanes] = a[rows][steps] * b[steps][kVectors * kLanes] + tail, or += if `adds`.
+//
+// Sums run in chains of kChain steps, which are then added to c, because the rounding error of a sum grows with the
+// length of its chains. The tail continues the last chain.
+template <class Mac, int kRows, int kVectors>
+static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t step, const typename Mac::Elem* b,
+                        int64_t steps, const Tail<Mac>& tail, bool adds, float* c) {
     while (steps > 0) {
         const int64_t chain = steps < Mac::kChain ? steps : Mac::kChain;
         F32 acc[kRows][kVectors];
@@ -88,37 +121,31 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t ste
 #pragma GCC unroll 2
             for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
         }
-        for (int64_t s = 0; s < chain; ++s) {
-            decltype(Mac::load_b(b)) vb[kVectors];
-#pragma GCC unroll 2
-            for (int j = 0; j < kVectors; ++j) vb[j] = Mac::load_b(b + j * kLanes * Mac::kPair);
-#pragma GCC unroll 16
-            for (int i = 0; i < kRows; ++i) {
-                const auto va = Mac::broadcast(rows[i / 3] + i % 3 * stride);
-#pragma GCC unroll 2
-                for (int j = 0; j < kVectors; ++j) acc[i][j] = Mac::mac(acc[i][j], va, vb[j]);
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < kPointers; ++i) rows[i] += step;
-            b += kVectors * kLanes * Mac::kPair;
+        accumulate<Mac, kRows, kVectors>(acc, a, stride, step, b, chain);
+        a += chain * step;
+        b += chain * kVectors * kLanes * Mac::kPair;
+        steps -= chain;
+        if (steps == 0 && tail.steps > 0) {
+            accumulate<Mac, kRows, kVectors>(acc, tail.a, tail.stride, Mac::kPair, tail.b, tail.steps);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
             for (int j = 0; j < kVectors; ++j) {
                 float* sum = c + (i * kVectors + j) * kLanes;
-                store(sum, add(load(sum), acc[i][j]));
+                store(sum, adds ? add(load(sum), acc[i][j]) : acc[i][j]);
             }
         }
         // Without this barrier, the compiler keeps the sums of the next chain on the stack, as a second copy of c.
         asm volatile("" ::: "memory");
-        steps -= chain;
+        adds = true;
     }
 }
 
 // tile_kernel for a number of rows that is known only at run time.
 template <class Mac>
-using TileKernel = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, int64_t, float*);
+using TileKernel = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, int64_t,
+                            const Tail<Mac>&, bool, float*);
 
 template <class Mac, int kVectors, int kRows = kMaxRows>
 static TileKernel<Mac> tile_kernel_for(int rows) {
@@ -152,13 +179,21 @@ struct LhsView {
     int64_t stride, step, steps;
     Tiling tiling;
 
-    // c += the steps [step0, step0 + count) of tile t times b[count], one strip of a panel.
+    // c = the steps [step0, step0 + count) of tile t times b[count], one strip of a panel, and the tail; or += if
+    // `adds`.
     template <int kVectors>
-    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, float* c) const {
+    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const Tail<Mac>& tail, bool adds,
+                  float* c) const {
         const Elem* tile = data + tiling.begin(t) * stride + step0 * step;
-        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile, stride, step, b, count, c);
+        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile, stride, step, b, count, tail, adds, c);
     }
+
+    // The steps of tile t as the tail of another product, with one strip b of all steps.
+    Tail<Mac> tail(int64_t t, const Elem* b) const { return {data + tiling.begin(t) * stride, stride, b, steps}; }
 };
+
+// No tail in panel_gemm.
+struct NoTail {};
 
 static inline void clear(float* c, int64_t floats) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
@@ -210,8 +245,10 @@ struct PanelSchedule {
 // fill(range, panel): writes the panel `range` of B as strips [step1 - step0][kColumns][kPair], one after the other,
 // with zeros beyond the last column and beyond L.
 // finish(tile, column0, columns, c): stores the finished accumulators c[rows][kColumns] of a tile; it may change c.
-template <class Mac, int kVectors, class Fill, class Finish>
-static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish) {
+// tail_of(tile, column0): returns the tail of a tile's sums; NoTail for none.
+template <class Mac, int kVectors, class Fill, class Finish, class TailOf = NoTail>
+static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish,
+                       const TailOf& tail_of = {}) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
     constexpr int64_t kStepElements = kColumns * Mac::kPair;
@@ -240,9 +277,12 @@ static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill,
                     const int64_t c0 = column0 + g * kColumns;
                     const int64_t width = std::min<int64_t>(column1 - c0, kColumns);
                     float* c = panels == 1 ? partial : partial + ((t - range.tile0) * group + g) * kTileFloats;
-                    if (step0 == 0) clear(c, kTileFloats);
+                    Tail<Mac> tail;
+                    if constexpr (!std::is_same_v<TailOf, NoTail>) {
+                        if (step1 == a.steps) tail = tail_of(t, c0);
+                    }
                     a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,
-                                                  c);
+                                                  tail, step0 > 0, c);
                     if (step1 == a.steps) finish(t, c0, width, c);
                 }
             }

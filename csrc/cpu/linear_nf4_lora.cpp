@@ -70,11 +70,17 @@ void linear_lora(const LinearProblem& p, const Lora& lora, const T* x, AnyFloat 
                                           factor_row<T>(lora.B, n * r + j, count, lora.scaling, dst);
                                       });
     };
-    panel_gemm<Mac, kVectors>(a, N, low_rank.fill_with(weight_columns<T>(p.weight), lora_b),
-                              [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
-                                  low_rank.add_to(c, tile, column0, [](float*) {});
-                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
-                              });
+    const auto fill = low_rank.fill_with(weight_columns<T>(p.weight), lora_b);
+    const auto finish = [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
+        if constexpr (!Mac::kTails) low_rank.add_to(c, tile, column0, [](float*) {});
+        store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+    };
+    if constexpr (Mac::kTails) {
+        panel_gemm<Mac, kVectors>(a, N, fill, finish,
+                                  [&](int64_t tile, int64_t column0) { return low_rank.tail(tile, column0); });
+    } else {
+        panel_gemm<Mac, kVectors>(a, N, fill, finish);
+    }
 }
 
 }  // namespace

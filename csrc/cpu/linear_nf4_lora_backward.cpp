@@ -111,13 +111,23 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
                                              return dst;
                                          });
     };
-    panel_gemm<Mac, kVectors>(a, K, low_rank.fill_with(weight_rows<T>(p.weight), lora_a),
-                              [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
-                                  low_rank.add_to(c, tile, column0, [&](float* product) {
-                                      if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, product);
-                                  });
-                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
-                              });
+    const auto fill = low_rank.fill_with(weight_rows<T>(p.weight), lora_a);
+    const bool masked = bits != nullptr;
+    const auto finish = [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
+        if (masked || !Mac::kTails) {
+            low_rank.add_to(c, tile, column0, [&](float* product) {
+                if (masked) apply_mask(bits, a.tiling, tile, column0, K, scale, product);
+            });
+        }
+        store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
+    };
+    if constexpr (Mac::kTails) {
+        panel_gemm<Mac, kVectors>(a, K, fill, finish, [&](int64_t tile, int64_t column0) {
+            return masked ? Tail<Mac>() : low_rank.tail(tile, column0);
+        });
+    } else {
+        panel_gemm<Mac, kVectors>(a, K, fill, finish);
+    }
 }
 
 }  // namespace

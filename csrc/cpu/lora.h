@@ -36,13 +36,16 @@ struct LowRankTerm {
         };
     }
 
+    // The tile of the low-rank product as the tail of the large product's sums, if Mac::kTails: one chain then holds
+    // all steps, and the low-rank part is not rounded by further additions.
+    Tail<Mac> tail(int64_t tile, int64_t column0) const { return lhs.tail(tile, strip(column0)); }
+
     // c += the tile of the low-rank product, which change(product) may modify first.
     template <class Change>
     void add_to(float* c, int64_t tile, int64_t column0, const Change& change) const {
         alignas(64) float product[kMaxRows * kColumns];
         const int64_t floats = lhs.tiling.size(tile) * kColumns;
-        clear(product, floats);
-        lhs.template multiply<kVectors>(tile, 0, strip(column0), lhs.steps, product);
+        lhs.template multiply<kVectors>(tile, 0, strip(column0), lhs.steps, {}, false, product);
         change(product);
         for (int64_t i = 0; i < floats; i += kLanes) store(c + i, add(load(c + i), load(product + i)));
     }

@@ -23,7 +23,7 @@ struct RegisterTiles {
     // c[rows][kColumns] += a[rows][steps] b[steps][kColumns], rows <= kRows. The rows of a are `stride` elements apart;
     // steps is a multiple of kStepMultiple. The memory of a and c must include all kRows rows.
     static void multiply(const Elem* a, int64_t stride, int rows, const Elem* b, int64_t steps, float* c) {
-        tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, c);
+        tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, {}, true, c);
     }
 };
 
