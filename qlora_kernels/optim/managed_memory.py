@@ -65,7 +65,7 @@ class Driver(Protocol):
         ...
 
     def wait(self, stream: Stream, event: Any) -> None:
-        """Make everything that is enqueued on `stream` later wait for `event`, which may then be recorded again."""
+        """Make everything that is enqueued on `stream` later wait for `event`."""
         ...
 
     def synchronize(self, stream: Stream) -> None:
@@ -194,7 +194,6 @@ class CudaDriver:
             name: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for name in ("fetch", "write_back")
         }
-        self._free_events: list[torch.cuda.Event] = []
 
     def allocate_managed(self, nbytes: int) -> Tensor:
         arena = managed_alloc(nbytes, self.device)
@@ -220,14 +219,12 @@ class CudaDriver:
             target.copy_(source, non_blocking=True)
 
     def record(self, stream: Stream) -> torch.cuda.Event:
-        event = self._free_events.pop() if self._free_events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream(stream))
         return event
 
     def wait(self, stream: Stream, event: torch.cuda.Event) -> None:
-        # The wait is for the record that the event holds now; a later record does not change it.
         self._stream(stream).wait_event(event)
-        self._free_events.append(event)
 
     def synchronize(self, stream: Stream) -> None:
         self._stream(stream).synchronize()
