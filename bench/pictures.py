@@ -1,4 +1,6 @@
-"""Pictures of rows, as SVG files for docs/benchmarks.md: speed over M, the roofline, and memory."""
+"""Pictures of rows, as SVG files: speed over M, the roofline and memory for docs/benchmarks.md, AdaLoRA's ranks for
+docs/fidelity.md.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from .fidelity import adalora
 from .registry import COLD
 from .row_file import Row
 
@@ -65,7 +68,8 @@ SHAPES = ((4096, 4096), (14336, 4096), (11008, 4096), (576, 1536))
 def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Path]:
     """Write the pictures of the first machine's rows into a folder, and return their paths.
 
-    rows: merged rows of bench.run. fidelity: rows of bench.fidelity; those of the claim `memory` are drawn.
+    rows: merged rows of bench.run. fidelity: rows of bench.fidelity; those of the claims `memory` and `adalora` are
+    drawn.
     A picture for which there are no rows is left out.
     """
     machine = next((row["machine"] for row in rows if "machine" in row), "")
@@ -166,6 +170,29 @@ def memory(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
     return figure
 
 
+def adalora_ranks(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
+    """Draw AdaLoRA's final ranks as a map, one line per block and one column per kind of layer, mean of the seeds."""
+    ranks = adalora.mean_ranks([row for row in fidelity if row["claim"] == "adalora" and not row["quick"]])
+    if not ranks:
+        return None
+    kinds = list(dict.fromkeys(adalora.kind(layer) for layer in ranks))
+    blocks = sorted({adalora.block(layer) for layer in ranks})
+    cells = {(adalora.block(layer), adalora.kind(layer)): rank for layer, rank in ranks.items()}
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    image = axis.imshow([[cells[row, column] for column in kinds] for row in blocks], cmap="Blues", vmin=0, vmax=12)
+    for y, row in enumerate(blocks):
+        for x, column in enumerate(kinds):
+            dark = cells[row, column] > 8
+            axis.text(x, y, f"{cells[row, column]:.1f}", ha="center", va="center", color="white" if dark else "black")
+    names = [name.removesuffix(".dense").removeprefix("attention.self.").replace(".", "\n") for name in kinds]
+    axis.set_xticks(range(len(kinds)), names)
+    axis.set_yticks(range(len(blocks)), [str(row) for row in blocks])
+    axis.set_ylabel("block")
+    axis.grid(visible=False)
+    figure.colorbar(image, label="final rank, mean of seeds")
+    return figure
+
+
 def _state_bars(axis: Plot, rows: Sequence[Row]) -> None:
     chosen = [row for row in rows if row["case"] == rows[0]["case"]]
     names = [row["contender"] for row in chosen]
@@ -214,5 +241,6 @@ PICTURES: dict[str, Callable[[Sequence[Row], Sequence[Row]], Plot | None]] = {
     "speed-over-tokens": speed_over_tokens,
     "roofline": roofline,
     "memory": memory,
+    "adalora-ranks": adalora_ranks,
 }
 """Name of a file -> the function that draws it."""

@@ -153,8 +153,10 @@ def _provenance(rows: Sequence[Row]) -> str:
     found = dict.fromkeys(item for row in rows for item in row.get("versions", {}).items())
     versions = ", ".join(f"{name} {version}" for name, version in found)
     runs = max(row.get("runs", 1) for row in rows)
+    days = sorted({row["time"][:10] for row in rows if "time" in row})
+    when = f"; measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     lines = [
-        f"Machine: {first['machine']}; instruction set: {first['isa']}; commit: {commits}; runs merged: {runs}.",
+        f"Machine: {first['machine']}; instruction set: {first['isa']}; commit: {commits}{when}; runs merged: {runs}.",
         f"Versions: {versions}.",
     ]
     peaks = [row for row in rows if row["op"] == "peak"]

@@ -78,6 +78,7 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
     saved = without["bits"] - with_dq["bits"]
     return [
         Finding(
+            "QLoRA",
             "Double quantization reduces the constants of blocks of 64 from 0.5 to 0.127 bits per parameter",
             round(with_dq["bits"], 3) == 4.127 and round(without["bits"], 3) == 4.5,
             f"4 + {with_dq['bits'] - 4:.4f} bits with it, 4 + {without['bits'] - 4:.4f} without; "

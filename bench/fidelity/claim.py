@@ -7,15 +7,33 @@ from dataclasses import dataclass
 
 from ..row_file import Row
 
+PAPERS = {
+    "QLoRA": "2305.14314",
+    "AF4": "2306.06965",
+    "LoRA": "2106.09685",
+    "DoRA": "2402.09353",
+    "rsLoRA": "2312.03732",
+    "LoftQ": "2310.08659",
+    "PiSSA": "2404.02948",
+    "AdaLoRA": "2303.10512",
+    "BitFit": "2106.10199",
+    "Adapters": "1902.00751",
+    "Prefix tuning": "2101.00190",
+    "P-Tuning v2": "2110.07602",
+}
+"""Short name of a paper -> its number on arXiv."""
+
 
 @dataclass(frozen=True)
 class Finding:
     """One statement of a paper and the result.
 
+    paper: a name in PAPERS.   statement: what the paper says, a sentence without its full stop.
     holds: whether the rows agree with the statement; None if they cannot decide it.
     measured: the numbers that decided, in words.
     """
 
+    paper: str
     statement: str
     holds: bool | None
     measured: str

@@ -1,10 +1,35 @@
-"""All claims, in the order of the page: the cheapest first."""
+"""All claims, in the order in which they are measured and stand on the page."""
 
 from __future__ import annotations
 
-from . import bits, error, finetuning, memory, perplexity, scale, start
+from . import (
+    adalora,
+    bits,
+    classification,
+    error,
+    finetuning,
+    lowrank,
+    memory,
+    perplexity,
+    rslora,
+    scale,
+    start,
+)
 from .claim import Claim
 
 CLAIMS: dict[str, Claim] = {
-    module.CLAIM.name: module.CLAIM for module in (bits, memory, error, perplexity, start, scale, finetuning)
+    module.CLAIM.name: module.CLAIM
+    for module in (
+        bits,
+        memory,
+        error,
+        perplexity,
+        start,
+        scale,
+        finetuning,
+        lowrank,
+        rslora,
+        classification,
+        adalora,
+    )
 }

@@ -84,6 +84,21 @@ def show(rows: Sequence[Row]) -> str:
     )
 
 
+def _other_blocks(rows: Sequence[Row], kind: str, others: Sequence[str]) -> str:
+    """Return in words in which blocks other than 64 the type has the smallest error of these types."""
+    smallest: dict[bool, list[str]] = {True: [], False: []}
+    for size in sorted({row["blocksize"] for row in rows} - {64}):
+        of = {row["type"]: row["rms"] for row in rows if row["blocksize"] == size}
+        if {kind, *others} <= of.keys():
+            smallest[all(of[kind] < of[other] for other in others)].append(str(size))
+    words = [
+        f"{verb} in blocks of {', '.join(smallest[holds])}"
+        for holds, verb in ((True, "so"), (False, "not so"))
+        if smallest[holds]
+    ]
+    return "".join(f"; {part}" for part in words)
+
+
 def judge(rows: Sequence[Row]) -> list[Finding]:
     """Judge blocks of 64 on both kinds of weights."""
     findings = []
@@ -94,19 +109,26 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         where = "normal weights" if weights == NORMAL else f"the weights of {MODEL}"
         rms = {kind: row["rms"] for kind, row in of.items()}
         others = ("FP4 E2M1", "FP4 bitsandbytes", "int4")
+        of_weights = [row for row in rows if row["weights"] == weights]
         findings += [
             Finding(
-                f"NF4 has a smaller error than FP4 and int4 on {where}",
+                "QLoRA",
+                f"NF4 has a smaller error than FP4 and int4 on {where}, in blocks of 64",
                 all(rms["NF4"] < rms[other] for other in others),
-                "RMS error: " + ", ".join(f"{kind} {rms[kind]:.4f}" for kind in ("NF4", *others)),
+                "RMS error: "
+                + ", ".join(f"{kind} {rms[kind]:.4f}" for kind in ("NF4", *others))
+                + _other_blocks(of_weights, "NF4", others),
             ),
             Finding(
-                f"FP4 has a smaller error than int4 on {where}",
+                "QLoRA",
+                f"FP4 has a smaller error than int4 on {where}, in blocks of 64",
                 rms["FP4 E2M1"] < rms["int4"],
-                f"RMS error: FP4 E2M1 {rms['FP4 E2M1']:.4f}, int4 {rms['int4']:.4f}",
+                f"RMS error: FP4 E2M1 {rms['FP4 E2M1']:.4f}, int4 {rms['int4']:.4f}"
+                + _other_blocks(of_weights, "FP4 E2M1", ("int4",)),
             ),
             Finding(
-                f"AF4 has a smaller mean absolute error than NF4 on {where}",
+                "AF4",
+                f"AF4 has a smaller mean absolute error than NF4 on {where}, in blocks of 64",
                 of["AF4"]["mean_absolute"] < of["NF4"]["mean_absolute"],
                 f"AF4 {of['AF4']['mean_absolute']:.4f}, NF4 {of['NF4']['mean_absolute']:.4f}; "
                 f"RMS error: AF4 {rms['AF4']:.4f}, NF4 {rms['NF4']:.4f}",
@@ -116,6 +138,7 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
     if normal is not None:
         findings.append(
             Finding(
+                "QLoRA",
                 "NF4 is information-theoretically optimal for normal weights: all 16 values are used equally often",
                 normal["entropy"] > 3.999,
                 f"the indices have an entropy of {normal['entropy']:.3f} bits, not 4, with blocks of 64",

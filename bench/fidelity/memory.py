@@ -115,17 +115,20 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
     gaps = [found["paper_gb"] - (found["base_bytes"] + found["adapter_bytes"]) / 1e9 for found in stated.values()]
     return [
         Finding(
+            "QLoRA",
             "Fine-tuning a 65B model in 16 bits takes more than 780 GB",
             full > 780,
             f"{full:.0f} GB for 16-bit weights and gradients and 32-bit AdamW states",
         ),
         Finding(
+            "QLoRA",
             "QLoRA fine-tunes a 65B model in less than 48 GB",
             trained < 48,
             f"{trained:.1f} GB before activations, which the formula leaves out",
         ),
-        Finding("Double quantization saves about 3 GB of a 65B model", round(saved) == 3, f"{saved:.2f} GB"),
+        Finding("QLoRA", "Double quantization saves about 3 GB of a 65B model", round(saved) == 3, f"{saved:.2f} GB"),
         Finding(
+            "QLoRA",
             "The 4-bit models take 5, 10, 21 and 41 GB",
             all(abs(gap) < 1 for gap in gaps),
             f"base and adapters are {min(gaps):.1f} to {max(gaps):.1f} GB smaller by the formula; the paper does not "

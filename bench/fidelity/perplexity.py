@@ -71,11 +71,14 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         words = ", ".join(f"{kind} {of[kind]:.3f}" for kind in (DOUBLE_QUANTIZED, "FP4 E2M1", "int4"))
         findings += [
             Finding(
-                "NF4 with double quantization has a lower perplexity than FP4 and int4",
+                "QLoRA",
+                "NF4 with double quantization has a lower perplexity than FP4 and int4, in blocks of 64",
                 of[DOUBLE_QUANTIZED] < min(of["FP4 E2M1"], of["int4"]),
                 words,
             ),
-            Finding("FP4 has a lower perplexity than int4", of["FP4 E2M1"] < of["int4"], words),
+            Finding(
+                "QLoRA", "FP4 has a lower perplexity than int4, in blocks of 64", of["FP4 E2M1"] < of["int4"], words
+            ),
         ]
     other = {
         blocksize: {kind: row["perplexity"] for kind in PAPER if (row := find(rows, type=kind, blocksize=blocksize))}
@@ -86,7 +89,8 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         words = ", ".join(f"{other[size][DOUBLE_QUANTIZED]:.3f} and {other[size]['FP4 E2M1']:.3f}" for size in other)
         findings.append(
             Finding(
-                "NF4 with double quantization is below FP4 and int4 also in blocks of 32, 128 and 256",
+                "QLoRA",
+                "NF4 with double quantization has the lowest perplexity also in blocks of 32, 128 and 256",
                 not broken,
                 f"NF4 + DQ and FP4 have {words}"
                 + (f"; the order is another in blocks of {', '.join(map(str, broken))}" if broken else ""),
@@ -96,6 +100,7 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         change = of[DOUBLE_QUANTIZED] / of["NF4"] - 1
         findings.append(
             Finding(
+                "QLoRA",
                 "Double quantization does not degrade the model",
                 change < 0.005,
                 f"perplexity {of[DOUBLE_QUANTIZED]:.3f} with it, {of['NF4']:.3f} without: {change:+.2%}",
@@ -105,7 +110,8 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         lowest = min(CODES, key=lambda kind: of[kind])
         findings.append(
             Finding(
-                "Of the 4-bit types, NF4 has the lowest perplexity",
+                "QLoRA",
+                "Of the 4-bit types, NF4 has the lowest perplexity, in blocks of 64",
                 lowest == "NF4",
                 f"{lowest} has the lowest, {of[lowest]:.3f}, and NF4, whose error is the smallest, has {of['NF4']:.3f}",
             )
@@ -121,7 +127,8 @@ CLAIM = Claim(
         "SmolLM2-135M in bf16 with the weights of all linear layers but the head rounded to each type, on the unseen "
         "text of the demo (16 windows of 256 tokens of Python's language reference, 4,080 predictions). The paper's "
         "column is the mean of other and larger models on other text: compare the order, not the numbers. The 16-bit "
-        "model is itself dequantized from Q4_1."
+        "model is itself dequantized from Q4_1. The verdicts are about one model and one text; the rows give no "
+        "spread, so that a difference of one or two percent may be another on other text."
     ),
     cases=cases,
     measure=measure,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..markdown import table
 from ..row_file import Row
-from .claim import Claim, Finding, has_case
+from .claim import PAPERS, Claim, Finding, has_case
 from .claims import CLAIMS
 
 BEGIN, END = "<!-- begin: python -m bench.fidelity report -->", "<!-- end -->"
@@ -17,7 +18,7 @@ def report(rows: Sequence[Row], results: str) -> str:
     of = {name: [row for row in rows if row["claim"] == name and not row["quick"]] for name in CLAIMS}
     measured = {name: claim for name, claim in CLAIMS.items() if of[name]}
     findings = {name: claim.judge(of[name]) for name, claim in measured.items()}
-    parts = ["## Verdicts", _verdicts(findings)]
+    parts = ["## Verdicts", _verdicts(findings), _count(findings)]
     if missing := [name for name in CLAIMS if name not in measured]:
         parts.append(f"Claims without rows: {', '.join(f'`{name}`' for name in missing)}.")
     for name, claim in measured.items():
@@ -26,8 +27,25 @@ def report(rows: Sequence[Row], results: str) -> str:
 
 
 def _verdicts(findings: dict[str, Sequence[Finding]]) -> str:
-    lines = [[f"`{name}`", finding.statement, finding.verdict] for name, of in findings.items() for finding in of]
-    return table(["claim", "statement", "verdict"], lines)
+    """Return the summary table: one line per statement, with the command that measures its claim."""
+    lines = [
+        [finding.statement, _link(finding.paper), finding.verdict, f"`python -m bench.fidelity {name}`"]
+        for name, of in findings.items()
+        for finding in of
+    ]
+    return table(["statement", "paper", "verdict", "command"], lines)
+
+
+def _link(paper: str) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{PAPERS[paper]})"
+
+
+def _count(findings: dict[str, Sequence[Finding]]) -> str:
+    """Return a line with the number of statements of each verdict."""
+    verdicts = [finding.verdict for of in findings.values() for finding in of]
+    return (
+        f"{len(verdicts)} statements: " + ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).items()) + "."
+    )
 
 
 def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], results: str) -> list[str]:
@@ -61,8 +79,10 @@ def _unmeasured(claim: Claim, rows: Sequence[Row]) -> str:
 
 
 def _provenance(rows: Sequence[Row]) -> str:
-    """Return the line that names the machine, commit and torch version of the rows."""
+    """Return the line that names the days, machines, commits and torch versions of the rows."""
+    days = sorted({row["time"][:10] for row in rows})
     machines = ", ".join(dict.fromkeys(f"{row['machine']} ({row['isa']})" for row in rows))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     torches = ", ".join(dict.fromkeys(row["versions"]["torch"] for row in rows))
-    return f"Measured on {machines}; commit {commits}; torch {torches}."
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"Measured {when} on {machines}; commit {commits}; torch {torches}."

@@ -93,6 +93,7 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         stable = 0.5 <= ratios[True] <= 2
         findings.append(
             Finding(
+                "rsLoRA",
                 f"Under {optimizer}, higher ranks learn less at alpha / r and as much at alpha / sqrt(r)",
                 stable and ratios[False] < 0.5,
                 f"{span} the share that is learned is multiplied by {ratios[False]:.2f} at alpha / r and by "

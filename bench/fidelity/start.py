@@ -102,12 +102,13 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
     def words(name: str) -> str:
         return "remaining error at r = " + ", ".join(f"{r}: {means[r][name]:.1%}" for r in ranks)
 
-    for name, paper in (("LoftQ, 5", "LoftQ with 5 iterations"), ("PiSSA, 5", "PiSSA with 5 iterations")):
-        reduced = all(row["nuclear"][name] < 1 for row in rows)
-        findings.append(Finding(f"{paper} starts closer to W than NF4 with a zero adapter", reduced, words(name)))
+    for paper, name in (("LoftQ", "LoftQ, 5"), ("PiSSA", "PiSSA, 5")):
+        statement = f"{paper} with 5 iterations starts closer to W than NF4 with a zero adapter"
+        findings.append(Finding(paper, statement, all(row["nuclear"][name] < 1 for row in rows), words(name)))
     better = all(means[r]["PiSSA, 5"] <= means[r]["LoftQ, 5"] for r in ranks)
     findings.append(
         Finding(
+            "PiSSA",
             "PiSSA reduces the error more than LoftQ, both with 5 iterations",
             better,
             "remaining error, PiSSA and LoftQ, at r = "

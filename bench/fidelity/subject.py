@@ -1,4 +1,6 @@
-"""The model and texts for measuring claims: SmolLM2-135M, the demo's text and movie reviews, or tiny replacements."""
+"""The language model and texts for measuring claims: SmolLM2-135M, the demo's text and movie reviews, or tiny
+replacements.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import qlora_kernels as qk
 from python.examples.compare_methods import reviews
 from qlora_kernels.integrations.transformers import convert_gguf, load_model, load_tokenizer, resolve_model
 from qlora_kernels.io.model_cache import cached_folder
-from qlora_kernels.training import ChunkedLoss, Example, encode, language_reference, perplexity
+from qlora_kernels.training import (
+    ChunkedLoss,
+    Example,
+    StepRecord,
+    TrainConfig,
+    encode,
+    language_reference,
+    perplexity,
+    train,
+)
 from qlora_kernels.training.corpus import Corpus, corpus_of_rows
 from qlora_kernels.training.data_files import Row
 
@@ -59,9 +71,9 @@ def text(quick: bool, data: str = LANGUAGE_REFERENCE) -> Text:
     return Text(encode(corpus.source, corpus.train, tokenizer, WINDOW), unseen)
 
 
-def perplexity_of(subject: nn.Module, quick: bool, data: str = LANGUAGE_REFERENCE) -> float:
-    """Return the model's perplexity over the held-out windows of a text."""
-    return perplexity(ChunkedLoss(subject), text(quick, data).unseen, BATCH).value
+def perplexity_of(subject: nn.Module, quick: bool, data: str = LANGUAGE_REFERENCE, *, windows: int = WINDOWS) -> float:
+    """Return the model's perplexity over the first held-out windows of a text."""
+    return perplexity(ChunkedLoss(subject), text(quick, data).unseen[:windows], BATCH).value
 
 
 def linears(subject: nn.Module) -> dict[str, nn.Linear]:
@@ -69,6 +81,23 @@ def linears(subject: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module for name, module in subject.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
+
+
+def adapt(subject: nn.Module, config: qk.peft.PeftConfig) -> qk.peft.PeftModel:
+    """Return the model with a new adapter, whose random parameters follow torch's seed."""
+    prepared = qk.peft.prepare_for_training(subject, upcast="none", gradient_checkpointing=False)
+    return qk.peft.get_peft_model(prepared, config)
+
+
+def fine_tune(adapted: nn.Module, config: TrainConfig, quick: bool, data: str = LANGUAGE_REFERENCE) -> list[StepRecord]:
+    """Train the parameters that require a gradient with AdamW on the training windows of a text."""
+    examples = text(quick, data).train
+    return train(ChunkedLoss(adapted), examples, lambda trained: torch.optim.AdamW(trained, lr=config.lr), config)
+
+
+def trained_parameters(adapted: nn.Module) -> int:
+    """Return the number of parameters that require a gradient."""
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _corpus(data: str) -> Corpus:

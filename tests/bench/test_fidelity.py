@@ -7,11 +7,12 @@ import torch
 
 import qlora_kernels as qk
 from bench.fidelity import __main__ as fidelity
-from bench.fidelity import bits, error, finetuning
-from bench.fidelity.claim import has_case
+from bench.fidelity import adalora, bits, classification, error, finetuning, lowrank, rslora, subject
+from bench.fidelity.claim import PAPERS, has_case
 from bench.fidelity.claims import CLAIMS
 from bench.fidelity.codes import CODES, indices, rounded
 from bench.fidelity.report import report
+from bench.fidelity.seeds import Differences, differences
 from bench.row_file import read_rows
 from qlora_kernels.format.nf4 import unpack
 
@@ -39,6 +40,7 @@ def test_report_has_a_part_for_each_measured_claim(rows_of_every_claim):
     for name, claim in CLAIMS.items():
         assert (f"## {claim.title}\n" in text) == (name != "scale")
     assert "python -m bench.fidelity start --out FILE" in text
+    assert f"Measured {rows_of_every_claim[0]['time'][:10]} on {rows_of_every_claim[0]['machine']}" in text
     assert "Not measured, 18 of 18 cases" in text  # the tiny form of `finetuning` takes other numbers of steps
 
 
@@ -116,3 +118,102 @@ def test_fine_tuning_on_another_text_is_judged_separately():
     assert (first.holds, second.holds) == (True, False)
     assert second.statement.endswith("on the movie reviews")
     assert "before training the difference was +3.000" in second.measured
+
+
+def test_every_statement_names_a_paper_and_the_command(rows_of_every_claim):
+    measured = [{**row, "quick": False} for row in rows_of_every_claim]
+    findings = {name: claim.judge([row for row in measured if row["claim"] == name]) for name, claim in CLAIMS.items()}
+    assert {finding.paper for of in findings.values() for finding in of} <= PAPERS.keys()
+    summary = report(measured, "FILE").split("\n\n")[1].splitlines()[2:]
+    assert len(summary) == sum(map(len, findings.values()))
+    assert all(f"`python -m bench.fidelity {name}`" in "".join(summary) for name, of in findings.items() if of)
+
+
+def test_differences_decide_only_beyond_the_spread_of_the_seeds():
+    low, high, noise, single = (Differences(of) for of in ((-1.0, -1.1), (1.0, 1.1), (-1.0, 1.1), (-5.0,)))
+    assert [of.is_below_zero() for of in (low, high, noise, single)] == [True, False, None, None]
+    assert [of.is_at_most(0.5) for of in (low, high, noise, single)] == [True, False, None, None]
+    assert Differences((0.0, 0.3)).is_at_most(0.5) is True  # not decided, but within the tolerance
+    assert Differences((0.0, 0.3)).is_at_most(0.4) is None
+    rows = [{"m": "a", "seed": seed, "x": seed} for seed in (0, 1, 2)] + [{"m": "b", "seed": 1, "x": 4.0}]
+    assert differences(rows, "x", {"m": "a"}, {"m": "b"}) == Differences((-3.0,))
+    assert differences(rows, "x", {"m": "a"}, {"m": "c"}) is None
+
+
+def test_principal_part_and_residual_start_closer_to_the_weights_than_nf4():
+    dense = {name: layer.weight.float() for name, layer in subject.linears(subject.model(quick=True)).items()}
+
+    def errors(method):
+        merged = lowrank.start(method, 8, quick=True).merge_and_unload()
+        return {name: (merged.get_submodule(name).weight.float() - weight).norm() for name, weight in dense.items()}
+
+    nf4 = errors(lowrank.LORA)
+    for method in lowrank.FROM_WEIGHTS:
+        assert all(error < 0.97 * nf4[name] for name, error in errors(method).items()), method
+
+
+def lowrank_rows(**after):
+    return [
+        {"method": method, "r": r, "seed": seed, "before": 20.0 - (method == "PiSSA"), "after": value + seed / 10}
+        for method, values in after.items()
+        for r, value in zip(lowrank.RANKS, values, strict=True)
+        for seed in lowrank.SEEDS
+    ]
+
+
+def test_methods_of_low_rank_are_judged_at_every_rank():
+    found = lowrank.judge(lowrank_rows(LoRA=(10.0, 9.0), DoRA=(9.0, 8.0), LoftQ=(11.0, 8.0), PiSSA=(9.0, 9.0)))
+    verdicts = {(finding.paper, finding.statement.split()[0]): finding.holds for finding in found}
+    assert verdicts["DoRA", "DoRA"] is True
+    assert verdicts["LoftQ", "LoftQ"] is False  # higher at r = 2
+    assert [finding.holds for finding in found if finding.statement.startswith("PiSSA")] == [None, False]
+    assert [finding.holds for finding in found if finding.statement.startswith("Before")] == [False, True]
+
+
+def test_scalings_are_judged_by_gradients_and_perplexity():
+    rows = [
+        {"use_rslora": use_rslora, "r": r, "seed": seed, "after": after + seed / 10, "gradient_norm": norm}
+        for use_rslora, r, after, norm in (
+            (False, 8, 10, 1.0),
+            (False, 64, 11, 0.3),
+            (True, 8, 10, 2.0),
+            (True, 64, 9, 2.1),
+        )
+        for seed in rslora.SEEDS
+    ]
+    assert [finding.holds for finding in rslora.judge(rows)] == [True] * 4
+    assert "multiplied by 0.30 at alpha / r and by 1.05" in rslora.judge(rows)[0].measured
+    assert [finding.holds for finding in rslora.judge(rows[::2])] == [True, None, None, None]  # one seed
+
+
+def test_methods_are_compared_with_full_fine_tuning():
+    def rows(method, *accuracies):
+        return [{"method": method, "seed": seed, "accuracy": value} for seed, value in enumerate(accuracies)]
+
+    found = classification.judge(
+        [
+            *rows("full", 80.0, 80.0, 80.0),
+            *rows("lora", 79.9, 80.3, 80.1),
+            *rows("bitfit", 72.0, 73.0, 72.0),
+            *rows("prefix", 80.0, 70.0, 85.0),
+        ]
+    )
+    assert [(finding.paper, finding.holds) for finding in found] == [
+        ("LoRA", True),
+        ("BitFit", False),
+        ("Prefix tuning", None),
+    ]
+
+
+def test_ranks_of_adalora_are_compared_over_the_seeds():
+    layers = [
+        f"bert.encoder.layer.{block}.{kind}" for block in (0, 1) for kind in ("attention.self.query", "output.dense")
+    ]
+    rows = [
+        {"method": adalora.ADALORA, "seed": seed, "accuracy": 80.0, "ranks": dict(zip(layers, ranks, strict=True))}
+        for seed, ranks in enumerate(((1, 5, 3, 9), (2, 6, 3, 9)))
+    ]
+    rows += [{"method": adalora.LORA, "seed": seed, "accuracy": 79.0 - seed / 10} for seed in (0, 1)]
+    assert [finding.holds for finding in adalora.judge(rows)] == [True, True, True]
+    assert adalora.mean_ranks(rows)["bert.encoder.layer.1.output.dense"] == 9
+    assert adalora.PICTURE in adalora.show(rows)

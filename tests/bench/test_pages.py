@@ -57,9 +57,10 @@ def test_figures_of_the_readme_are_those_of_the_rows():
     assert f"| {ours}, with `--fuse` {fused}; bitsandbytes + PEFT {peer} (`make bench`) |" in readme
 
 
-def test_pictures_of_the_page_exist():
-    pictures = re.findall(r"\((assets/[\w-]+\.svg)\)", (ROOT / "docs" / "benchmarks.md").read_text())
-    assert len(pictures) == 3
+@pytest.mark.parametrize(("page", "count"), [("benchmarks.md", 3)])
+def test_pictures_of_the_pages_exist(page, count):
+    pictures = re.findall(r"\((assets/[\w-]+\.svg)\)", (ROOT / "docs" / page).read_text())
+    assert len(pictures) == count
     assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
 
 
@@ -91,6 +92,12 @@ def test_pictures_are_drawn_from_rows(tmp_path):
         for name in ("ours", "bnb + PEFT")
     ]
     assert "Training step, a-model" in pictures.draw(peaks, [], tmp_path / "memory")[0].read_text()
+    layers = [
+        f"bert.encoder.layer.{block}.{kind}" for block in (0, 1) for kind in ("attention.self.key", "output.dense")
+    ]
+    ranks = {"claim": "adalora", "quick": False, "ranks": dict(zip(layers, (3, 5, 7, 11), strict=True))}
+    (drawn_ranks,) = pictures.draw([], [ranks], tmp_path / "ranks")
+    assert all(text in drawn_ranks.read_text() for text in ("11.0", "key", "output", "block"))
     before = [path.read_bytes() for path in drawn]
     assert [path.read_bytes() for path in pictures.draw(rows, [], tmp_path)] == before
 

@@ -1,0 +1,101 @@
+"""Claim `classification`: PEFT methods reach the accuracy of full fine-tuning on a classification task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from python.examples.compare_methods import RECIPES
+
+from ..markdown import table
+from ..row_file import Row
+from . import sentiment
+from .claim import Claim, Finding
+from .seeds import RULE, differences, mean_and_spread
+
+FULL = "full"
+METHODS = {
+    FULL: "full fine-tuning",
+    "lora": "LoRA, r = 16",
+    "houlsby": "adapters, Houlsby",
+    "bitfit": "BitFit",
+    "prefix": "prefix tuning",
+    "p-tuning-v2": "P-Tuning v2",
+}
+"""Name of a recipe -> its name on the page."""
+
+PAPERS = {
+    "lora": ("LoRA", "LoRA reaches the accuracy of full fine-tuning"),
+    "houlsby": ("Adapters", "Adapters reach the accuracy of full fine-tuning within 0.4 points"),
+    "bitfit": ("BitFit", "On small and medium data BitFit is competitive with full fine-tuning"),
+    "prefix": ("Prefix tuning", "Prefix tuning is comparable with full fine-tuning"),
+    "p-tuning-v2": ("P-Tuning v2", "P-Tuning v2 matches full fine-tuning at every model size"),
+}
+"""Name of a recipe -> the paper and what its abstract says."""
+
+TOLERANCE = {"houlsby": 0.4}
+DEFAULT_TOLERANCE = 2.0
+"""Points of accuracy below full fine-tuning within which a method counts as equal."""
+
+
+def cases(quick: bool) -> list[Row]:
+    """Return all methods seed by seed, so that an interrupted run can be judged."""
+    steps = sentiment.QUICK_STEPS if quick else sentiment.STEPS
+    return [
+        {"method": method, "seed": seed, "steps": steps}
+        for seed in ((0,) if quick else sentiment.SEEDS)
+        for method in METHODS
+    ]
+
+
+def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:
+    """Train each method and measure its accuracy on test reviews, in percent."""
+    for case in chosen:
+        model, accuracy = sentiment.fine_tune(RECIPES[case["method"]], case["seed"], quick)
+        yield case | {"accuracy": round(100 * accuracy, 3), "trained": model.get_nb_trainable_parameters()[0]}
+
+
+def show(rows: Sequence[Row]) -> str:
+    """Return a table with one line per method, the highest mean first."""
+    lines = []
+    for method, name in METHODS.items():
+        chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["seed"])
+        if chosen:
+            accuracies = [row["accuracy"] for row in chosen]
+            each = ", ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+            line = [name, f"{chosen[0]['trained']:,}", each, mean_and_spread(accuracies, 1)]
+            lines.append((sum(accuracies) / len(accuracies), line))
+    lines.sort(key=lambda pair: -pair[0])
+    return table(
+        ["method", "trained weights", "accuracy %, one for each seed", "mean ± SD"], [line for _, line in lines]
+    )
+
+
+def judge(rows: Sequence[Row]) -> list[Finding]:
+    """Compare each method with full fine-tuning over their common seeds."""
+    findings = []
+    for method, (paper, statement) in PAPERS.items():
+        lost = differences(rows, "accuracy", {"method": FULL}, {"method": method})
+        if lost:
+            holds = lost.is_at_most(TOLERANCE.get(method, DEFAULT_TOLERANCE))
+            findings.append(Finding(paper, statement, holds, f"points below full fine-tuning: {lost.words(1)}"))
+    return findings
+
+
+CLAIM = Claim(
+    name="classification",
+    title="Order of merit of PEFT methods on a classification task",
+    source=(
+        "abstracts of LoRA (arXiv:2106.09685), Adapters (arXiv:1902.00751), BitFit (arXiv:2106.10199), prefix tuning "
+        "(arXiv:2101.00190, which measures generation) and P-Tuning v2 (arXiv:2110.07602)"
+    ),
+    method=(
+        f"{sentiment.METHOD} {RULE} A method that is not below full fine-tuning by such a difference counts as equal "
+        f"if the difference and two standard errors stay within {DEFAULT_TOLERANCE:g} points (adapters: 0.4, as their "
+        "abstract states). The papers train larger models to convergence; prefixes in particular start far from the "
+        "model's own function and need more steps than these."
+    ),
+    cases=cases,
+    measure=measure,
+    table=show,
+    judge=judge,
+)
