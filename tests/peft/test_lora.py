@@ -9,6 +9,7 @@ from torch import nn
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from qlora_kernels.peft.layers.adapted_linear import AdaptedLinear
+from qlora_kernels.peft.methods.lora_layers import row_norms
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, model_error
 
@@ -106,6 +107,40 @@ def test_dora_equation():
     assert_same_function(model(x), x @ w.T + linear.bias, products=3)
     model.merge_adapter()
     assert_same_function(model(x), x @ w.T + linear.bias, products=3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
+def test_dora_as_one_call_equals_dora_after_the_base_layer(nf4, bias, monkeypatch):
+    linear = nn.Linear(64, 24, bias=bias)
+    base = qk.LinearNF4.from_linear(linear, compute_dtype=torch.float32) if nf4 else linear
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], r=4, use_dora=True))
+    randomize(model)
+    delta = model.injector.adapted_layers()["0"].deltas["default"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inputs = torch.randn(5, 64), torch.randn(5, 24)
+
+    def run():
+        x = inputs[0].clone().requires_grad_()
+        y = model(x)
+        return (y, *torch.autograd.grad(y, [x, *trained], inputs[1]))
+
+    one_call = run()
+    monkeypatch.setattr(type(delta), "first_output", lambda *_: None)
+    for ours, reference in zip(one_call, run(), strict=True):
+        assert_same_function(ours, reference, products=6, terms=64)
+
+
+def test_row_norms_equal_those_of_the_product():
+    weight, lora_A, lora_B = torch.randn(24, 64), torch.randn(4, 64), torch.randn(24, 4)
+    weight[3] = 0
+    expected = (weight.double() + 1.5 * lora_B.double() @ lora_A.double()).norm(dim=1)
+    # Each of the three sums has at most 64 * 4 terms, whose magnitudes add up to at most (|w| + 1.5 |b| |A|)^2.
+    magnitude = weight.double().norm(dim=1) + 1.5 * lora_B.double().norm(dim=1) * lora_A.double().norm()
+    bound = 64 * 4 * torch.finfo(torch.float32).eps * magnitude**2 / expected
+    assert ((row_norms(weight, lora_A, lora_B, 1.5).double() - expected).abs() <= bound).all()
+    lora_B.zero_()
+    assert torch.equal(row_norms(weight, lora_A, lora_B, 1.5), weight.norm(dim=1))
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])

@@ -56,6 +56,13 @@ class Delta(nn.Module):
         """
         raise NotImplementedError
 
+    def first_output(self, x: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor | None:
+        """Return the output with this update alone where that takes less work than forward() after base(x), or None.
+
+        x: [..., K], the layer's input.   base: the layer without updates.   bias: [N], its bias.
+        """
+        return None
+
     def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
         """Return the updated weight, without dropout.
 
@@ -215,16 +222,25 @@ class AdaptedLinear(nn.Module):
             others = [name for name in chosen if name not in lowrank or inputs[name] is not x]
             first = list(chosen).index(others[0]) if others else len(chosen)
             fused = {name: lowrank[name] for name in list(chosen)[:first]}
-        y: Tensor = self._lowrank(x, fused, by_row=by_row) if fused else self.base_layer(x)
         bias = cast("Tensor | None", getattr(self.base_layer, "bias", None))
+        computed = set(fused)
+        y = self._first_output(x, chosen, bias) if not fused and not by_row else None
+        if y is not None:
+            computed.add(next(iter(chosen)))
+        else:
+            y = self._lowrank(x, fused, by_row=by_row) if fused else self.base_layer(x)
         for name, delta in chosen.items():
-            if name not in fused:
+            if name not in computed:
                 y = self._apply_delta(delta, inputs[name], y, bias, rows[name])
             elif (offset := delta.offset()) is not None:
                 y = self._add_offset(name, offset, x, y)
             if not by_row:  # where each row has one adapter, none is earlier
                 bias = delta.updated_bias(bias)
         return y
+
+    def _first_output(self, x: Tensor, chosen: dict[str, Delta], bias: Tensor | None) -> Tensor | None:
+        first = next(iter(chosen.values()), None)
+        return None if first is None else first.first_output(x, self.base_layer, bias)
 
     def _add_offset(self, name: str, offset: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus the offset [N] of adapter `name`, added only to its rows if adapters are given by row."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core.offloaded import has_hooks, weight_of
 from ..layers.adapted_linear import Delta
 from ..layers.base_layer import dense_weight, device_of, features
+from ..layers.lowrank import forward_lowrank
 from .lora_config import LoraConfig
 
 
@@ -92,12 +93,22 @@ class DoraLinear(LoraLinear):
 
     def _row_scale(self, weight: Tensor) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()
-        norm = (weight + scaling * (lora_B.detach().float() @ lora_A.detach().float())).norm(dim=1)
+        norm = row_norms(weight, lora_A.detach().float(), lora_B.detach().float(), scaling)
         magnitude = weight_of(self, "lora_magnitude_vector")
         norm = norm.to(magnitude.dtype)
         zero = norm == 0
         scale: Tensor = magnitude / norm.masked_fill(zero, 1.0)
         return scale.masked_fill(zero, 1.0)
+
+    def first_output(self, x: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor | None:
+        plain = super().factors()
+        if plain is None:
+            return None
+        # V x is the output of plain LoRA, which one fused call computes. Its rows are scaled, the bias is not.
+        y = forward_lowrank(base, x, [plain], dropout_p=self.dropout_p if self.training else 0.0)
+        scale = self._row_scale(dense_weight(base))
+        scaled = y * scale if bias is None else torch.addcmul(bias - scale * bias, y, scale)
+        return scaled.to(y.dtype)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()
@@ -112,3 +123,17 @@ class DoraLinear(LoraLinear):
 
     def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
         return (self._row_scale(dense_weight(base))[:, None] * super().updated(weight, base)).to(weight.dtype)
+
+
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return the norms [N] of the rows of W + scaling * B A without computing the product B A [N, K].
+
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B. Where B is zero, the result is
+    bit-equal to the norm of w, because the square root of a rounded square is the number itself.
+
+    weight: fp32 W [N, K].   lora_A: fp32 [r, K].   lora_B: fp32 [N, r].
+    """
+    cross = ((weight @ lora_A.T) * lora_B).sum(dim=1)
+    update = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(dim=1)
+    square: Tensor = weight.norm(dim=1).square() + 2 * scaling * cross + scaling**2 * update
+    return square.clamp_min(0.0).sqrt()
