@@ -16,7 +16,7 @@ The last three have no gradient and other weights than NF4; they are in the tabl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 import qlora_kernels as qk
 
 from . import layers
-from .registry import Case
+from .registry import Call, Case, Contender
 
 TORCHAO_SUPERBLOCK = 256
 """Block constants of torchao that share one scale; its weights must be a multiple of this many blocks."""
@@ -38,6 +38,9 @@ TORCHAO_ROWS = (1, 16, 256, 1024)
 INT4_GROUP = 64
 INNER_K_TILES = 8
 """Layout of packed int4 weights on a GPU: the largest that torch's kernel has."""
+
+MEASURED_LAYERS = ((4096, 4096), (14336, 4096), (576, 1536), (1536, 576))
+"""(N, K) of the layers that are measured with all peers, and drawn over M in docs/benchmarks.md."""
 
 Weight = tuple[int, int, int, torch.dtype, str]
 """(N, K, blocksize, dtype, device), as Case.weight."""
@@ -249,6 +252,11 @@ def has_integer_products(case: Case) -> bool:
     return available
 
 
+def for_context(case: Case) -> bool:
+    """Whether the case is of a layer for which further peers are measured, in the dtype that they support."""
+    return (case.N, case.K) in MEASURED_LAYERS and is_16_bit(case) and case.isa is None
+
+
 def multiplies_matrices(case: Case) -> bool:
     """Whether the case is one for which Unsloth dequantizes: for one row it calls bitsandbytes' fused kernel."""
     return case.M > 1
@@ -267,3 +275,38 @@ def own_weight(contender: str, weight: Weight) -> Tensor | None:
         groups = (codes.float() - 8).view(N, -1, INT4_GROUP)
         return (groups * scales.float()[..., None] + zeros.float()[..., None]).view(N, K)
     return None
+
+
+Build = Callable[[Case, Any, int], Sequence[Call]]
+"""The `build` of a Contender: (case, inputs, copies) -> one call for each copy."""
+
+
+def training_contenders(of_layers: Callable[[Callable[..., Sequence[nn.Module]]], Build]) -> tuple[Contender, ...]:
+    """Return the peers that train through a frozen layer, which the forward and the backward suite both measure.
+
+    of_layers: takes a function that returns copies of a peer's layer, (*Case.weight, copies) -> layers, and returns the
+    `build` of its contender.
+    """
+    return (
+        Contender(
+            "bnb train",
+            of_layers(layers.bitsandbytes_train),
+            layers.nf4_bytes,
+            applies=layers.blocks_end_with_rows,
+            packages=("bitsandbytes",),
+        ),
+        Contender("dense", of_layers(layers.dense), layers.dense_bytes),
+        Contender(
+            "Unsloth-style",
+            of_layers(unsloth_style),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and multiplies_matrices(case),
+        ),
+        Contender(
+            "torchao",
+            of_layers(torchao),
+            layers.nf4_bytes,
+            applies=lambda case: for_context(case) and torchao_applies(case),
+            packages=("torchao",),
+        ),
+    )

@@ -20,8 +20,6 @@ LLAMA_3_8B = ((1024, 4096), (14336, 4096), (4096, 14336))
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FEWER_ROWS = (1, 4, 16, 64, 256, 1024)
-DRAWN = ((4096, 4096), (14336, 4096), (576, 1536), (1536, 576))
-"""(N, K) of the layers that are measured with all peers."""
 FORCED_ISAS = ("avx512", "avx2", "portable")
 
 
@@ -85,11 +83,6 @@ def scales_with_threads(case: Case) -> bool:
     return case.device == "cpu" and case.M == 256 and case.N >= 4096 and case.dtype == torch.bfloat16
 
 
-def for_context(case: Case) -> bool:
-    """Whether the case is of one of the layers that are drawn over M, for which further peers are measured."""
-    return (case.N, case.K) in DRAWN and peers.is_16_bit(case) and case.isa is None
-
-
 def has_fused_bitsandbytes(case: Case) -> bool:
     """Whether bitsandbytes' fused CPU kernel, which computes only in bf16, supports the case."""
     return layers.blocks_end_with_rows(case) and case.dtype == torch.bfloat16
@@ -109,35 +102,15 @@ SUITE = Suite(
             applies=has_fused_bitsandbytes,
             packages=("bitsandbytes",),
         ),
-        Contender(
-            "bnb train",
-            layer_contender(layers.bitsandbytes_train),
-            layers.nf4_bytes,
-            applies=layers.blocks_end_with_rows,
-            packages=("bitsandbytes",),
-        ),
-        Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
-        Contender(
-            "Unsloth-style",
-            layer_contender(peers.unsloth_style),
-            layers.nf4_bytes,
-            applies=lambda case: for_context(case) and peers.multiplies_matrices(case),
-        ),
-        Contender(
-            "torchao",
-            layer_contender(peers.torchao),
-            layers.nf4_bytes,
-            applies=lambda case: for_context(case) and peers.torchao_applies(case),
-            packages=("torchao",),
-        ),
-        Contender("torch int8", layer_contender(peers.int8), peers.int8_bytes, applies=for_context),
+        *peers.training_contenders(layer_contender),
+        Contender("torch int8", layer_contender(peers.int8), peers.int8_bytes, applies=peers.for_context),
         Contender(
             "oneDNN int8",
             layer_contender(peers.onednn_int8),
             peers.int8_bytes,
-            applies=lambda case: for_context(case) and peers.has_integer_products(case),
+            applies=lambda case: peers.for_context(case) and peers.has_integer_products(case),
         ),
-        Contender("torch int4", layer_contender(peers.int4), peers.int4_bytes, applies=for_context),
+        Contender("torch int4", layer_contender(peers.int4), peers.int4_bytes, applies=peers.for_context),
         Contender(
             "ours, 1 thread", layer_contender(layers.ours), layers.nf4_bytes, applies=scales_with_threads, threads=1
         ),

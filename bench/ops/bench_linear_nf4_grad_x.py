@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import layers, peers
 from ..gate import Expected, arithmetic, assert_close_to_peer, assert_quantizes, assert_within, linear, linear_grad_x
 from ..registry import Call, Case, Contender, Cost, Suite
-from .bench_linear_nf4 import LLAMA_3_8B, SHAPES, for_context
+from .bench_linear_nf4 import LLAMA_3_8B, SHAPES
 
 ROWS = (1, 16, 256, 1024)
 
@@ -83,27 +83,7 @@ SUITE = Suite(
     inputs=Inputs,
     contenders=(
         Contender("ours", layer_contender(layers.ours), layers.nf4_bytes),
-        Contender(
-            "bnb train",
-            layer_contender(layers.bitsandbytes_train),
-            layers.nf4_bytes,
-            applies=layers.blocks_end_with_rows,
-            packages=("bitsandbytes",),
-        ),
-        Contender("dense", layer_contender(layers.dense), layers.dense_bytes),
-        Contender(
-            "Unsloth-style",
-            layer_contender(peers.unsloth_style),
-            layers.nf4_bytes,
-            applies=lambda case: for_context(case) and peers.multiplies_matrices(case),
-        ),
-        Contender(
-            "torchao",
-            layer_contender(peers.torchao),
-            layers.nf4_bytes,
-            applies=lambda case: for_context(case) and peers.torchao_applies(case),
-            packages=("torchao",),
-        ),
+        *peers.training_contenders(layer_contender),
     ),
     verify=verify,
 )

@@ -21,7 +21,7 @@ from .. import layers, peers
 from ..gate import Dropout, Expected, assert_close_to_peer, assert_within, lora_backward, lora_down, lora_forward
 from ..registry import GATE_SEED, Call, Case, Contender, Cost, Suite
 from . import bench_linear_nf4_grad_x as plain
-from .bench_linear_nf4 import LLAMA_3_8B, SHAPES, for_context
+from .bench_linear_nf4 import LLAMA_3_8B, SHAPES
 
 ROWS = (256, 1024)
 RANK = 16
@@ -100,7 +100,7 @@ def unsloth_style(case: Case, inputs: Inputs, copies: int) -> Sequence[Call]:
 
 def has_no_dropout(case: Case) -> bool:
     """Whether the case is one that Unsloth's fused path supports, with the further peers' layers."""
-    return for_context(case) and case.dropout == 0
+    return peers.for_context(case) and case.dropout == 0
 
 
 def through_peft(stack: Sequence[nn.Module], case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Sequence[Call]:
