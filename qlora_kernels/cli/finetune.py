@@ -45,7 +45,7 @@ from ..training import (
     perplexity,
     read_data,
 )
-from ..training.loop import fingerprint
+from ..training.run_state import fingerprint
 from .arguments import UsageError, bad_input
 from .console import Console, peak_device_bytes, peak_rss_bytes
 from .finetune_options import FinetuneOptions

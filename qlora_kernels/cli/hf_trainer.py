@@ -75,93 +75,98 @@ def train_with_hf(
     import transformers
 
     micro_batches = _MicroBatches(examples, config, pad_token_id, workers)
-    sharded = is_sharded(loss.model)
     sum_gradients(loss.model)
-    records: list[StepRecord] = []
+    recipe = _Recipe(loss, config, micro_batches, on_step)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.lr_factor)
+    with _without_fsdp_of_accelerate():  # the model is sharded already
+        trainer = _trainer_class(recipe)(
+            loss.model,
+            _arguments(recipe, out),
+            optimizers=(optimizer, schedule),
+            callbacks=[_callback_class(recipe, interrupted)()],
+        )
+    trainer.train_dataset = micro_batches
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    if len(recipe.records) < config.steps:
+        raise Interrupted(len(recipe.records), config.steps, None)
+    return recipe.records
 
-    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
-        """Advances the schedules of methods, and ends training after the step during which a signal arrived."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            loss.model.step(state.global_step)
+class _Recipe:
+    """The parts of `training.train`'s step that transformers' Trainer does not compute, and the steps' records.
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            stops = bool(workers.total(float(interrupted())))
-            control.should_training_stop = control.should_training_stop or stops
+    mean, tokens: the loss and the number of tokens of the current step so far, in this process.
+    """
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc]
-        """Trainer over the exact loop's batches and loss."""
+    def __init__(
+        self,
+        loss: ChunkedLoss,
+        config: TrainConfig,
+        micro_batches: _MicroBatches,
+        on_step: Callable[[StepRecord], object],
+    ) -> None:
+        self.loss, self.config, self.micro_batches, self.on_step = loss, config, micro_batches, on_step
+        self.workers, self.sharded = micro_batches.workers, is_sharded(loss.model)
+        self.records: list[StepRecord] = []
+        self.mean, self.tokens, self.started = 0.0, 0, time.perf_counter()
 
-        mean, tokens, started = 0.0, 0, time.perf_counter()
+    def lr_factor(self, step: int) -> float:
+        """Return the learning rate of a step that counts from 0, relative to config.lr."""
+        return factor(self.config.schedule, step, self.config.steps, self.config.warmup_steps)
 
-        def get_train_dataloader(self) -> DataLoader[Any]:
-            return DataLoader(micro_batches, batch_size=None, shuffle=False)
+    def backward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Accumulate the gradient of a micro batch, and return its part of the step's loss."""
+        if self.tokens == 0:
+            self.workers.seed(self.config.seed, len(self.records))
+        learned, tokens = inputs.pop("learned"), inputs.pop("tokens")
+        batch = Batch(**inputs).to(next(self.loss.model.parameters()).device)
+        value = self.loss(batch) / learned
+        self.mean += value.item()
+        self.tokens += tokens
+        if self.workers.world == 1:
+            self.check(value.item())
+        auxiliary = self.loss.model.peft_loss() / (self.micro_batches.of_step * self.workers.world)
+        (value + auxiliary).backward()
+        return cast(torch.Tensor, value.detach())
 
-        def create_accelerator_and_postprocess(self) -> None:
-            super().create_accelerator_and_postprocess()
-            if workers.world > 1:
-                self.accelerator.prepare = lambda *parts, **_: parts if len(parts) > 1 else parts[0]
-                self.accelerator.prepare_model = lambda model, **_: model
+    def clipped_norm(self, max_norm: float) -> float:
+        """Sum the gradients over the processes, clip them, and return their norm."""
+        trained = [p for p in self.loss.model.parameters() if p.requires_grad]
+        if not self.sharded:
+            self.workers.sum_gradients(trained)
+        return clip_gradients(trained, max_norm)
 
-        def _wrap_model(self, model: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-            return model if workers.world > 1 else super()._wrap_model(model, *arguments, **options)
+    def check(self, value: float) -> None:
+        """Raise FloatingPointError for a loss that is not finite."""
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"train: the loss of step {len(self.records) + 1} must be finite, got {value}; use a smaller lr"
+            )
 
-        def _clip_grad_norm(self, model: nn.Module) -> Any:
-            if workers.world == 1:
-                return super()._clip_grad_norm(model)
-            return self._norm(self.args.max_grad_norm)
+    def finish_step(self, grad_norm: float) -> None:
+        """Record the current step and begin the next one."""
+        step, now = len(self.records), time.perf_counter()
+        mean, tokens = self.workers.total(self.mean), int(self.workers.total(self.tokens))
+        self.check(mean)
+        lr = self.config.lr * self.lr_factor(step)
+        self.records.append(StepRecord(step + 1, mean, lr, grad_norm, tokens, now - self.started))
+        self.mean, self.tokens, self.started = 0.0, 0, now
+        self.on_step(self.records[-1])
 
-        def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-            if workers.world == 1:
-                return super()._get_grad_norm(model, grad_norm)
-            return self._norm(float("inf")) if grad_norm is None else grad_norm
 
-        def _norm(self, max_norm: float) -> float:
-            """Sum the gradients over the processes, clip them, and return their norm."""
-            trained = [p for p in loss.model.parameters() if p.requires_grad]
-            if not sharded:
-                workers.sum_gradients(trained)
-            return clip_gradients(trained, max_norm)
+def _arguments(recipe: _Recipe, out: Path) -> Any:
+    """Return Trainer's arguments for the recipe: no checkpoints, no progress bar, no trackers, a log of every step."""
+    import transformers
 
-        def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
-            model.train()
-            if self.tokens == 0:
-                workers.seed(config.seed, len(records))
-            learned, tokens = inputs.pop("learned"), inputs.pop("tokens")
-            batch = Batch(**inputs).to(next(loss.model.parameters()).device)
-            value = loss(batch) / learned
-            self.mean += value.item()
-            self.tokens += tokens
-            if workers.world == 1:
-                self._check(value.item())
-            (value + loss.model.peft_loss() / (micro_batches.of_step * workers.world)).backward()
-            return cast(torch.Tensor, value.detach())
-
-        def _check(self, value: float) -> None:
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"train: the loss of step {len(records) + 1} must be finite, got {value}; use a smaller lr"
-                )
-
-        def log(self, logs: dict[str, Any], *_: Any, **__: Any) -> None:
-            if "grad_norm" not in logs:
-                return  # the summary at the end
-            step = len(records)
-            lr = config.lr * factor(config.schedule, step, config.steps, config.warmup_steps)
-            now = time.perf_counter()
-            mean, tokens = workers.total(self.mean), int(workers.total(self.tokens))
-            self._check(mean)
-            records.append(StepRecord(step + 1, mean, lr, float(logs["grad_norm"]), tokens, now - self.started))
-            self.mean, self.tokens, self.started = 0.0, 0, now
-            on_step(records[-1])
-
-    arguments = transformers.TrainingArguments(
+    config = recipe.config
+    return transformers.TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        gradient_accumulation_steps=micro_batches.of_step,
+        gradient_accumulation_steps=recipe.micro_batches.of_step,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed % 2**32,  # upper bound of numpy's seeds
-        use_cpu=next(loss.model.parameters()).device.type == "cpu",
+        use_cpu=next(recipe.loss.model.parameters()).device.type == "cpu",
         logging_strategy="steps",
         logging_steps=1,
         save_strategy="no",
@@ -169,17 +174,63 @@ def train_with_hf(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: factor(config.schedule, step, config.steps, config.warmup_steps)
-    )
-    with _without_fsdp_of_accelerate():  # the model is sharded already
-        trainer = Trainer(loss.model, arguments, optimizers=(optimizer, schedule), callbacks=[Callback()])
-    trainer.train_dataset = micro_batches
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    if len(records) < config.steps:
-        raise Interrupted(len(records), config.steps, None)
-    return records
+
+
+def _callback_class(recipe: _Recipe, interrupted: Callable[[], bool]) -> Any:
+    """Return the class of the callback; it is made here, because transformers is imported only for `--trainer hf`."""
+    import transformers
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        """Advances the schedules of methods, and ends training after the step during which a signal arrived."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            recipe.loss.model.step(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            stops = bool(recipe.workers.total(float(interrupted())))
+            control.should_training_stop = control.should_training_stop or stops
+
+    return Callback
+
+
+def _trainer_class(recipe: _Recipe) -> Any:
+    """Return the class of the Trainer; it is made here, because transformers is imported only for `--trainer hf`."""
+    import transformers
+
+    alone = recipe.workers.world == 1
+
+    class Trainer(transformers.Trainer):  # type: ignore[misc]
+        """Trainer over the recipe's batches, loss and clipping; several processes are not accelerate's concern."""
+
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(recipe.micro_batches, batch_size=None, shuffle=False)
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if not alone:
+                self.accelerator.prepare = lambda *parts, **_: parts if len(parts) > 1 else parts[0]
+                self.accelerator.prepare_model = lambda model, **_: model
+
+        def _wrap_model(self, model: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+            return super()._wrap_model(model, *arguments, **options) if alone else model
+
+        def _clip_grad_norm(self, model: nn.Module) -> Any:
+            return super()._clip_grad_norm(model) if alone else recipe.clipped_norm(self.args.max_grad_norm)
+
+        def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+            if alone:
+                return super()._get_grad_norm(model, grad_norm)
+            return recipe.clipped_norm(math.inf) if grad_norm is None else grad_norm
+
+        def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+            model.train()
+            return recipe.backward(inputs)
+
+        def log(self, logs: dict[str, Any], *_: Any, **__: Any) -> None:
+            if "grad_norm" in logs:  # the summary at the end has none
+                recipe.finish_step(float(logs["grad_norm"]))
+
+    return Trainer
 
 
 @contextmanager

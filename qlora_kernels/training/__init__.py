@@ -9,10 +9,11 @@ from .chunked_loss import ChunkedLoss
 from .corpus import Corpus, language_reference, read_corpus, read_data
 from .dataset_rows import is_dataset
 from .evaluate import Perplexity, perplexity
-from .loop import Interrupted, StepRecord, TrainConfig, train
+from .loop import Interrupted, train
 from .packing import keeps_apart, pack
 from .records import Chat, Completion, DataError, Plain, Record
 from .text_tokens import TextTokens
+from .train_config import StepRecord, TrainConfig
 from .validation import Evaluated, Validation
 from .windows import Encoding, Example, RowCounts, encode, encode_rows
 from .workers import LostWorkerError, Workers, joined

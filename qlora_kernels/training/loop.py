@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..io.training_state import Stateful, TrainingState, load_latest, save_training_state
 from ..peft import PeftModel
-from ..peft.framework.method import Method
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
-from .schedule import Schedule, factor
-from .sharded_model import (
-    ShardedState,
-    clip_gradients,
-    copy_into,
-    gathered,
-    idle_batch,
-    is_sharded,
-    reshard,
-    sum_gradients,
-)
+from .run_state import RunState, run_identity, trained_parameters
+from .schedule import factor
+from .sharded_model import clip_gradients, idle_batch, is_sharded, reshard, sum_gradients
+from .train_config import StepRecord, TrainConfig
 from .validation import Validation
 from .windows import Example
 from .workers import ONE_PROCESS, Workers
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run.
-
-    steps: optimizer steps of `batch_size` examples; `micro_batch` of them are in memory at a time (0: all).
-
-    lr: peak learning rate, reached after warmup_steps.   max_grad_norm: gradients are clipped to it; 0 disables
-    clipping.
-    checkpoint_every: steps between checkpoints; the last step is always one; 0 disables checkpoints.
-    seed: of the order of the examples.
-    """
-
-    steps: int
-    batch_size: int
-    lr: float
-    warmup_steps: int = 0
-    schedule: Schedule = "cosine"
-    max_grad_norm: float = 1.0
-    micro_batch: int = 0
-    checkpoint_every: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """step: counted from 1.   loss: nats per learned token.   grad_norm: before clipping.   seconds: of this step."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-
-
-class ResumeError(ValueError):
-    """The checkpoint belongs to a run with other settings."""
 
 
 class Interrupted(Exception):
@@ -121,108 +70,41 @@ def train(
     Raises FloatingPointError for a loss that is not finite.
     """
     model, workers = loss.model, workers or ONE_PROCESS
-    sharded = is_sharded(model)
     reshard(model)
     sum_gradients(model)
-    identity = json.dumps(
-        {
-            **asdict(config),
-            "checkpoint_every": None,
-            "examples": fingerprint(examples),
-            # Runs without evaluations keep the settings that checkpoints of earlier versions hold.
-            **({"eval_every": validation.every, "patience": validation.patience} if validation else {}),
-            **(settings or {}),
-        },
-        sort_keys=True,
-    )
-    if checkpoints is not None and not resume:
-        _check_unused(checkpoints, workers)
-    state = load_latest(checkpoints) if resume and checkpoints is not None else None
-    records: list[StepRecord] = []
-    if state is not None:
-        _check_identity(str(checkpoints), state, identity)
-        _restore_model(model, state.parts)
-        records = [StepRecord(**record) for record in state.parts["records"]]
-    # Only after the model was restored, because this may replace parameters.
-    trained = list(_trained(model).values())
-    if not sharded:
+    run = RunState(model, run_identity(config, examples, validation, settings), checkpoints, validation, workers)
+    found = run.load_model(resume=resume)
+    # Only after the model was loaded, because this may replace parameters.
+    trained = list(trained_parameters(model).values())
+    if not run.sharded:
         workers.start_alike(trained)
     stepper = optimizer(trained)
-    saved: Stateful = ShardedState(stepper) if sharded else cast(Stateful, stepper)
-    if state is not None:
-        state.restore({"optimizer": saved})
-    for record in records:
+    run.load_optimizer(stepper, found)
+    for record in run.records:
         on_step(record)
-    if state is not None and validation is not None:
-        validation.restore(state.parts["validation"])
+    run.load_validation(found)
     order = BatchOrder(len(examples), config.batch_size, config.seed)
     model.train()
-
-    def save() -> Path | None:
-        if checkpoints is None or not (workers.first or sharded):
-            return None
-        parts = {"settings": identity, "optimizer": saved, "records": [asdict(record) for record in records]}
-        if validation is not None:
-            parts["validation"] = validation.state()
-        parts |= _model_parts(model)
-        if sharded:
-            parts = gathered({**parts, "optimizer": saved.state_dict()}, keep=workers.first)
-        return save_training_state(checkpoints, len(records), parts) if workers.first else None
-
-    for step in range(len(records), config.steps):
-        if validation is not None and validation.stops:
+    for step in range(len(run.records), config.steps):
+        if run.stops_early:
             break
         chosen = [examples[i] for i in order.indices(step)]
         workers.seed(config.seed, step)
         with workers.naming_the_lost():
-            records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
-        on_step(records[-1])
-        if validation is not None and validation.is_due(step + 1, config.steps):
-            validation.evaluate(step + 1, lambda: _copied(_model_parts(model)))
-        last = step + 1 == config.steps or (validation is not None and validation.stops)
+            run.records.append(_step(loss, chosen, stepper, trained, config, step, pad_token_id, workers))
+        on_step(run.records[-1])
+        run.validate(step + 1, config.steps)
+        last = step + 1 == config.steps or run.stops_early
         # Processes that share a batch must agree, because each of them may have got the signal at another step.
         if not last and interrupted is not None and workers.total(float(interrupted())):
-            checkpoint = save()
+            checkpoint = run.save()
             workers.wait()  # a launcher ends the other processes as soon as one has left
             raise Interrupted(step + 1, config.steps, checkpoint)
         every = config.checkpoint_every
         if (every and (step + 1) % every == 0) or (last and (every or interrupted is not None)):
-            save()
-    if validation is not None and validation.best_parts is not None:
-        _restore_model(model, validation.best_parts)
-    return records
-
-
-def _check_unused(checkpoints: Path, workers: Workers) -> None:
-    found = next(iter(sorted(checkpoints.glob("step-*.safetensors"))), None)
-    workers.wait()  # before one of them writes the first checkpoint
-    if found is not None:
-        raise ResumeError(
-            f"train: checkpoints must hold no other run's checkpoints, got {found}; resume that run, use another "
-            "folder, or remove them"
-        )
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of nested dicts and lists with tensors, which the next step would change in place."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """Return 16 hex digits that depend on all tokens and labels of the examples and on their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for ids in (example.input_ids, example.labels):
-            digest.update(len(ids).to_bytes(8, "little") + ids.contiguous().numpy().tobytes())
-        if example.lengths is not None:
-            digest.update(str(example.lengths).encode())
-    return digest.hexdigest()[:16]
+            run.save()
+    run.restore_best()
+    return run.records
 
 
 def _step(
@@ -300,44 +182,3 @@ def _backward(
             share = share * scale
         share.backward()  # type: ignore[no-untyped-call]
     return workers.total(mean)
-
-
-def _check_identity(place: str, state: TrainingState, identity: str) -> None:
-    saved, wanted = json.loads(state.parts["settings"]), json.loads(identity)
-    for key in {"examples", "base"} & wanted.keys():  # absent in checkpoints of older versions
-        saved.setdefault(key, wanted[key])
-    changed = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-    if changed:
-        differences = ", ".join(f"{key} ({saved.get(key)} -> {wanted.get(key)})" for key in changed)
-        raise ResumeError(f"{place}: a resumed run must keep its settings, got another {differences}")
-
-
-def _model_parts(model: nn.Module) -> dict[str, Any]:
-    """Return the trained parameters and the state of PEFT methods, such as AdaLoRA's importances."""
-    return {
-        "trained": {name: parameter.detach() for name, parameter in _trained(model).items()},
-        "methods": [method.training_state() for method in _methods(model)],
-    }
-
-
-def _restore_model(model: nn.Module, parts: Mapping[str, Any]) -> None:
-    """Restore the result of `_model_parts`."""
-    for method, (values, tensors) in zip(_methods(model), parts["methods"], strict=True):
-        method.load_training_state(values, tensors)
-    trained, saved = _trained(model), parts["trained"]
-    if trained.keys() != saved.keys():
-        other = sorted(trained.keys() ^ saved.keys())
-        raise ResumeError(f"train: the checkpoint must hold the parameters that are trained, {other[0]} differs")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            copy_into(parameter, saved[name])
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _methods(model: nn.Module) -> list[Method]:
-    if not isinstance(model, PeftModel):
-        return []
-    return [method for name in model.active_adapters for method in model.injector.adapters[name]]

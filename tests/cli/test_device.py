@@ -138,7 +138,7 @@ FORBIDDEN = {"cpu", "cuda", "numpy", "is_cpu", "is_cuda"}
 ALLOWED = {
     ("training/windows.py", "_example", "tensor"): "examples are rows of a data set; a step moves its batch",
     ("training/windows.py", "encode_rows", "tensor"): "examples are rows of a data set; a step moves its batch",
-    ("training/loop.py", "fingerprint", "numpy"): "bytes of examples, which are in CPU memory",
+    ("training/run_state.py", "fingerprint", "numpy"): "bytes of examples, which are in CPU memory",
     ("training/workers.py", "Workers.total", "tensor"): "a number of Python, summed by gloo whatever the device",
     ("training/batches.py", "BatchOrder._permuted", "Generator"): "the order must not depend on the device",
     ("training/batches.py", "BatchOrder._permuted", "randperm"): "the order must not depend on the device",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qlora_kernels.training import ChunkedLoss, TrainConfig, train
-from qlora_kernels.training.loop import ResumeError
+from qlora_kernels.training.run_state import ResumeError
 from qlora_kernels.training.schedule import factor
 from qlora_kernels.training.windows import Example
 from tests.support.tolerances import gamma

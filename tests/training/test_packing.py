@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_kernels.training import ChunkedLoss, Example, collate, keeps_apart, pack
-from qlora_kernels.training.loop import fingerprint
+from qlora_kernels.training.run_state import fingerprint
 from qlora_kernels.training.windows import IGNORED
 from tests.peft.models import make
 

@@ -7,7 +7,7 @@ import torch
 
 from qlora_kernels import peft
 from qlora_kernels.training import ChunkedLoss, TrainConfig, train
-from qlora_kernels.training.loop import ResumeError
+from qlora_kernels.training.run_state import ResumeError
 from qlora_kernels.training.windows import Example
 from tests.peft.models import make
 
