@@ -164,6 +164,11 @@ def logits(model: nn.Module, inputs: dict[str, torch.Tensor], **kwargs) -> torch
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
+def heads(x: torch.Tensor, n: int = 4) -> torch.Tensor:
+    """Return [..., T, d] as [..., n, T, d / n], the heads of an attention."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
 def randomize(model: nn.Module, std: float = 0.1, seed: int = 2) -> None:
     """Add noise to every trained parameter, so that no adapter is the identity."""
     generator = torch.Generator().manual_seed(seed)
