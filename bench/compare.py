@@ -78,7 +78,10 @@ def in_turn(trees: Mapping[str, Path], number: int) -> list[tuple[str, Path]]:
 
 
 def measure(tree: Path, only: str, seconds: float) -> list[Row]:
-    """Return the rows of one run of a tree's own benchmarks over its own package."""
+    """Return the rows of one run of a tree's own benchmarks over its own package.
+
+    Raises SystemExit if no case matches `only`.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "bench.run", "cpu", "--json", "--only", only]
     done = subprocess.run(
         [*command, "--seconds", str(seconds)],

@@ -23,6 +23,7 @@ class QuantizedModel:
     """A model quantized and run by llama.cpp.
 
     source: a Llama of transformers.   kind: of FILE_TYPES.   positions: tokens of the key-value cache.
+    Raises RuntimeError if llama.cpp does not store the model in this type.
     """
 
     def __init__(self, source: nn.Module, kind: str, positions: int) -> None:

@@ -1,4 +1,4 @@
-"""Public functions have docstrings of at least five words."""
+"""Public functions have docstrings of at least five words, which say what the functions raise."""
 
 from __future__ import annotations
 
@@ -71,3 +71,66 @@ def test_public_functions_are_documented() -> None:
     beyond = {folder: count for folder, count in faults.items() if count > PENDING.get(folder, 0)}
     listed = "\n".join(line for line in found if any(line.startswith(folder) for folder in beyond))
     assert not beyond, f"docstrings missing or shorter than {FEWEST_WORDS} words: {beyond}\n{listed}"
+
+
+# What a function raises
+
+
+def raises(function: Definition) -> bool:
+    """Whether a function raises an error of its own: neither the error that it handles, nor that of an abstract one."""
+    errors = [node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc is not None]
+    return any(not (isinstance(error, ast.Name) and error.id == "NotImplementedError") for error in errors)
+
+
+def silent_about_errors(source: str, inherited: set[str]) -> list[str]:
+    """Return the public functions and classes of `source` that raise errors which their docstrings do not mention.
+
+    inherited: methods of a base class that says what they raise; an override without a docstring inherits it.
+    """
+    faults = []
+    for name, node in public_definitions(ast.parse(source)):
+        constructors = [part for part in node.body if getattr(part, "name", "") in ("__init__", "__post_init__")]
+        own = constructors if isinstance(node, ast.ClassDef) else [node]
+        text = ast.get_docstring(node)
+        if not any(map(raises, own)) or any("aise" in (ast.get_docstring(part) or "") for part in (node, *own)):
+            continue
+        if text is not None or name.rpartition(".")[2] not in inherited:
+            faults.append(name)
+    return faults
+
+
+def test_unmentioned_error_is_detected() -> None:
+    source = """
+class A:
+    '''A class of the test.'''
+    def __init__(self): raise ValueError("x")
+    def f(self): raise ValueError("x")
+    def g(self):
+        '''Override what another class documents.'''
+        raise TypeError
+    def abstract(self):
+        '''Return what subclasses compute.'''
+        raise NotImplementedError
+def h():
+    '''Handle an error and pass it on.'''
+    try: pass
+    except ValueError: raise
+"""
+    assert silent_about_errors(source, {"f"}) == ["A", "A.g"]
+
+
+def test_docstrings_mention_errors() -> None:
+    paths = [path for top in ("qlora_kernels", "bench") for path in sorted((ROOT / top).rglob("*.py"))]
+    sources = {path: path.read_text(encoding="utf-8") for path in paths}
+    inherited = {
+        name.rpartition(".")[2]
+        for source in sources.values()
+        for name, node in public_definitions(ast.parse(source))
+        if "." in name and "aise" in (ast.get_docstring(node) or "")
+    }
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, source in sources.items()
+        for name in silent_about_errors(source, inherited)
+    ]
+    assert not found, "say in the docstring what is raised (Raises ValueError ...):\n" + "\n".join(found)

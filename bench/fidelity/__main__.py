@@ -23,7 +23,10 @@ RESULTS = ROOT / "bench" / "results" / "fidelity.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure claims or write their report."""
+    """Measure claims or write their report.
+
+    Raises SystemExit for an unknown claim.
+    """
     options = _parser().parse_args(arguments)
     if options.claims[:1] == ["report"]:
         return _report(options)

@@ -262,7 +262,10 @@ def accuracy(model: peft.PeftModel, records: Sequence[Record], tokenizer: Any, o
 
 
 def peak_gigabytes() -> float:
-    """Return the peak resident memory of this process in GB."""
+    """Return the peak resident memory of this process in GB.
+
+    Raises RuntimeError if the kernel does not report it.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
@@ -387,7 +390,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the comparison and return the exit code."""
+    """Run the comparison and return the exit code.
+
+    Raises SystemExit for an unknown method.
+    """
     given = arguments(argv)
     names = given.methods.split(",")
     if unknown := set(names) - RECIPES.keys():

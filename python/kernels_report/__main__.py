@@ -122,6 +122,7 @@ def span(values: list[float]) -> str:
 def kept_rows(report: Path, archs: list[int], parts: list[str]) -> tuple[list[Row], list[int]]:
     """Return (rows of other architectures and parts in an earlier report, its quick ones), by this version of
     Triton.
+    Raises SystemExit if the report was made by another version of Triton.
     """
     if not report.exists():
         return [], []

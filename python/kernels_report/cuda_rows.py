@@ -73,7 +73,10 @@ def cuda_rows(archs: list[int]) -> list[Row]:
 
 
 def cubin(source: Path, arch: int) -> bytes:
-    """Return the cubin of one source for sm_<arch>; any warning is an error."""
+    """Return the cubin of one source for sm_<arch>; any warning is an error.
+
+    Raises CompileError without nvcc, and with its messages if it fails.
+    """
     home = cuda_home()
     if home is None:
         raise CompileError("nvcc is not found")

@@ -152,7 +152,10 @@ def cpu_depth(length: int) -> int:
 
 
 def assert_within(actual: Tensor, expected: Expected, name: str = "result") -> None:
-    """Assert |actual - expected.value| <= expected.error in every element; the message describes the worst element."""
+    """Assert |actual - expected.value| <= expected.error in every element; the message describes the worst element.
+
+    Raises AssertionError also for another shape and for elements that are not finite.
+    """
     assert actual.shape == expected.value.shape, f"{name}: shape {tuple(actual.shape)}, not {expected.value.shape}"
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     error = (actual.detach().to(expected.value.dtype) - expected.value).abs()

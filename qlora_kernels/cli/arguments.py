@@ -32,6 +32,7 @@ class UsageError(Exception):
 def bad_input() -> Iterator[None]:
     """Convert errors of the library and the file system inside the block to UsageError, because the input caused
     them.
+    Raises UsageError for ValueError, TypeError, NotImplementedError and OSError of the block.
     """
     try:
         yield
@@ -113,7 +114,10 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_name(text: str) -> str:
-    """Return `text`, which must be auto, cpu, cuda or cuda:N."""
+    """Return `text`, which must be auto, cpu, cuda or cuda:N.
+
+    Raises argparse.ArgumentTypeError for another text.
+    """
     if not _DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text[:60]!r}")
     return text

@@ -10,7 +10,11 @@ from ..io.strict_json import JSONRefused, parse_json
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Return (field, value) of FIELD=VALUE. The value is parsed as JSON; text that is not JSON is a string."""
+    """Return (field, value) of FIELD=VALUE. The value is parsed as JSON; text that is not JSON is a string.
+
+    Raises argparse.ArgumentTypeError for text without a field name or "=", and for JSON that a configuration must not
+    contain, such as NaN or a number that is too long.
+    """
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text[:60]!r}")

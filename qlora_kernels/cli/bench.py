@@ -30,7 +30,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a bench module in the root of the source tree, in a separate process, so that no other modules are loaded."""
+    """Run a bench module in the root of the source tree, in a separate process, so that no other modules are loaded.
+
+    Raises UsageError if the package was installed from a wheel, which does not contain the benchmarks.
+    """
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise UsageError("the benchmarks are in the source tree, not in the wheel; run this from an editable install")

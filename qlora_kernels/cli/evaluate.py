@@ -40,7 +40,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate the model and print the results."""
+    """Evaluate the model and print the results.
+
+    Raises UsageError if neither --data nor --tasks is given, and for --tasks without lm-eval.
+    """
     from .model_source import load_adapter, load_base
 
     if not arguments.data and not arguments.tasks:

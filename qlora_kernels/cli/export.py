@@ -37,7 +37,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the model or adapter in the requested format."""
+    """Write the model or adapter in the requested format.
+
+    Raises UsageError if the output exists, and for an adapter format without --adapter.
+    """
     console = Console(quiet=arguments.json)
     kinds = {
         "merged": _merged,

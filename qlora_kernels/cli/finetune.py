@@ -66,7 +66,10 @@ _PROMPT_TOKENS = 24
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the whole command. Returns 1 if training diverged or the reloaded adapter gives another perplexity."""
+    """Run the whole command. Returns 1 if training diverged or the reloaded adapter gives another perplexity.
+
+    Raises UsageError for options that contradict each other, and if another run is writing to --out.
+    """
     options = FinetuneOptions.of(arguments)
     options.check()
     _check_needs(options)

@@ -230,7 +230,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def trackers(text: str) -> tuple[str, ...]:
-    """Return names of trackers from a comma-separated list."""
+    """Return names of trackers from a comma-separated list.
+
+    Raises argparse.ArgumentTypeError for an unknown name.
+    """
     chosen = names(text)
     for name in chosen:
         if name not in TRACKERS:

@@ -29,7 +29,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load the model and the adapter, merge them and write the result."""
+    """Load the model and the adapter, merge them and write the result.
+
+    Raises UsageError if --out exists, and for a model or adapter that cannot be loaded or merged.
+    """
     from ..io.atomic import folder_appearing_by_rename
 
     console = Console(quiet=arguments.json)

@@ -36,7 +36,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantize layer by layer and print the report."""
+    """Quantize layer by layer and print the report.
+
+    Raises UsageError for a model that is quantized already, and for files that cannot be read or written.
+    """
     from ..integrations.model_folders import is_quantized
     from ..integrations.quantization_report import quantization_report
     from ..io.atomic import file_appearing_by_rename

@@ -37,7 +37,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quantize the model, write it and print the sizes."""
+    """Quantize the model, write it and print the sizes.
+
+    Raises UsageError if the target exists, and for a source that is quantized already or cannot be read.
+    """
     from ..integrations.model_folders import is_quantized
     from ..io.atomic import folder_appearing_by_rename
     from .device import chosen_device

@@ -40,7 +40,10 @@ class ParallelLinearNF4(LinearNF4):
         return self._leave(super().forward(self._enter(x)))
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
-        """Compute LinearNF4.forward_lora.   lora_A, lora_B: DTensors, sharded as the weight is."""
+        """Compute LinearNF4.forward_lora.   lora_A, lora_B: DTensors, sharded as the weight is.
+
+        Raises NotImplementedError for dropout_p other than 0.
+        """
         if dropout_p:
             raise NotImplementedError(f"ParallelLinearNF4: dropout_p must be 0, got {dropout_p}")
         local = [self._local_factor(factor) for factor in (lora_A, lora_B)]

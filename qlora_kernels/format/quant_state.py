@@ -120,7 +120,10 @@ class QuantState:
 def decoded_absmax(
     absmax: Tensor | None, absmax_q: Tensor | None, absmax_scale: Tensor | None, absmax_offset: Tensor | None
 ) -> Tensor:
-    """Return absmax, fp32 [n_blocks], from either kind of constants."""
+    """Return absmax, fp32 [n_blocks], from either kind of constants.
+
+    Raises ValueError if neither absmax nor all three of the others are given.
+    """
     if absmax is not None:
         return absmax
     if absmax_q is None or absmax_scale is None or absmax_offset is None:

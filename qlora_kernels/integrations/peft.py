@@ -182,7 +182,10 @@ class LoraModelNF4(_OverLinearNF4, LoraModel):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make PEFT adapt LinearNF4 layers, also for `target_modules="all-linear"`. Further calls change nothing."""
+    """Make PEFT adapt LinearNF4 layers, also for `target_modules="all-linear"`. Further calls change nothing.
+
+    Raises RuntimeError if another library has replaced PEFT's model class for LoRA.
+    """
     registered = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
     if registered is LoraModel:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModelNF4

@@ -248,7 +248,11 @@ class ReadNF4(ConversionOps):  # type: ignore[misc]
         missing_keys: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the tensors that transformers has to assign, by the pattern that matched them."""
+        """Return the tensors that transformers has to assign, by the pattern that matched them.
+
+        Raises ValueError if the checkpoint's tensors of a layer are not of the kind or shape that the model's
+        quantization config requires.
+        """
         quantizer = self.hf_quantizer
         quantizer.missing = missing_keys
         found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
@@ -352,6 +356,7 @@ def describe(model: Any) -> None:
     that bitsandbytes' CPU code reads wrongly, if all layers have one blocksize and kind of constants. A model that was
     loaded with QLoRAKernelsConfig keeps it. A model without NF4 layers gets no config. The config of another library's
     quantizer is not changed.
+    Raises ValueError if experts differ in blocksize or kind of constants, which one config cannot describe.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, QLoRAKernelsQuantizer):

@@ -78,6 +78,7 @@ def files_appearing_together(folder: Path, names: Collection[str]) -> Iterator[P
     """Yield an empty folder to fill with files, which all become files of `folder` in one commit.
 
     names: files, relative to the folder, that are removed unless they are written. All other files are kept.
+    Raises FileNotFoundError if another process has removed or replaced `folder` meanwhile.
     """
     folder = Path(os.path.realpath(folder))
     make_folder(folder)

@@ -24,7 +24,10 @@ _NOT_POSSIBLE = {
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two existing paths of one file system. Returns False, with nothing changed, if the system cannot."""
+    """Exchange two existing paths of one file system. Returns False, with nothing changed, if the system cannot.
+
+    Raises OSError for every other failure, such as a missing path.
+    """
     call = _system_call()
     if call is None:
         return False

@@ -22,6 +22,7 @@ def json_object(text: bytes | str, place: str) -> dict[str, Any]:
     """Parse the object in `text`.   place: the origin of the text, for messages.
 
     A key may occur twice, as in some published configurations; the last one counts, as in Python's parser.
+    Raises ValueError for text that is not UTF-8, is not JSON, or is JSON of another type than an object.
     """
     try:
         values = parse_json(text if isinstance(text, str) else text.decode("utf-8-sig"), repeated_keys=True)

@@ -20,7 +20,10 @@ class DamagedFileError(ValueError):
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a file by safetensors.safe_open; its errors become DamagedFileError with the path."""
+    """Open a file by safetensors.safe_open; its errors become DamagedFileError with the path.
+
+    Raises DamagedFileError for a file that is cut short, damaged or of another format.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -65,7 +65,10 @@ class SafetensorsWriter:
         self._file.seek(8 + self._room)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor of a dtype that safetensors supports, on any device."""
+        """Append a tensor of a dtype that safetensors supports, on any device.
+
+        Raises ValueError for a name that was not announced or is written already.
+        """
         if name not in self._expected:
             raise ValueError(
                 f"SafetensorsWriter: name must be one of the announced names and be written once, got {name!r}"

@@ -39,6 +39,7 @@ class LinearNF4(QuantizedWeight):
 
     merge_on_decode: whether forward_lora adds the update to W while it is decoded, before the one rounding
     (`set_merge_on_decode`). Not a part of the state dict.
+    Raises TypeError or ValueError, naming the argument, for an unknown compute_dtype, blocksize or shape.
     """
 
     merge_on_decode = False

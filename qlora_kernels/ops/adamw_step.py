@@ -119,7 +119,11 @@ def run_adamw_step(step: Step) -> None:
 
 @fake("qlora_kernels::adamw_step", (Step,))
 def adamw_step_fake(step: Step) -> None:
-    """Check the arguments, except the contents of segments, which may be in device memory."""
+    """Check the arguments, except the contents of segments, which may be in device memory.
+
+    Raises ValueError or TypeError, naming the argument, for lengths, dtypes, shapes or strides that do not fit
+    together.
+    """
     params, grads, arena, segments = step.params, step.grads, step.arena, step.segments
     if len(grads) != len(params) or step.steps.numel() != len(params):
         counts = f"{len(params)} params, {len(grads)} grads and {step.steps.numel()} steps"

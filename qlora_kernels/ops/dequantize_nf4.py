@@ -86,7 +86,11 @@ def dequantize_nf4_fake(weight: Weight, *, dtype: torch.dtype) -> Tensor:
 
 @fake("qlora_kernels::dequantize_nf4.out", _TAKES)
 def dequantize_nf4_out_fake(weight: Weight, *, out: Tensor) -> None:
-    """Check the arguments; nothing is computed."""
+    """Check the arguments; nothing is computed.
+
+    Raises ValueError if `out` is not contiguous or has another number of elements than the weight, and TypeError if it
+    is not a float tensor.
+    """
     check_float("dequantize_nf4", "dtype of the result", out)
     if not out.is_contiguous():
         raise ValueError(f"dequantize_nf4: out must be contiguous, got strides {out.stride()}")

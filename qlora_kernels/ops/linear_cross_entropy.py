@@ -118,7 +118,10 @@ def linear_cross_entropy(
 
 
 def nf4_fields(state: QuantState) -> dict[str, Any]:
-    """Return the fields of a Head with an NF4 weight, from the state of its packed bytes."""
+    """Return the fields of a Head with an NF4 weight, from the state of its packed bytes.
+
+    Raises ValueError if the weight is not a matrix.
+    """
     if len(state.shape) != 2:
         raise ValueError(f"{OP}: state must describe a two-dimensional weight, got shape {tuple(state.shape)}")
     names = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
@@ -134,6 +137,8 @@ def with_low_rank(
 
     The values of lora_A are rounded to hidden's dtype, as in a LoRA linear. Its gradient is not: the product is
     computed on fp32 operands, and the rounding is a constant that autograd does not see.
+    Raises ValueError if only one factor is given or their shapes do not fit, and TypeError if one is not a float
+    tensor.
     """
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if factor is None:

@@ -41,6 +41,8 @@ class PagedAdamW(Optimizer):
     construction for the parameters that require gradients, and appear in `state` from the first step on. On CUDA they
     are in unified memory, otherwise in plain memory or in `page_dir`; load_state_dict copies into them, so that they
     stay paged. The memory is freed by `close()`, at the end of a `with` block, or with the last reference.
+    Raises ValueError, naming the argument, for a value out of its range or a group with an option that is not
+    supported.
     """
 
     _step_supports_amp_scaling = (

@@ -74,7 +74,10 @@ class MappedMemory:
             )
 
     def make_private(self) -> None:
-        """In a forked child, make writes through the state tensors private to the child."""
+        """In a forked child, make writes through the state tensors private to the child.
+
+        Raises OSError if the system cannot map the file again.
+        """
         remap = ctypes.CDLL(None, use_errno=True).mmap
         remap.restype = ctypes.c_void_p
         remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)

@@ -45,7 +45,10 @@ def as_part_of(param: Tensor, value: Tensor) -> Tensor:
 
 
 def local_grad(param: Tensor) -> Tensor | None:
-    """Return the local part of the gradient, sharded as the parameter."""
+    """Return the local part of the gradient, sharded as the parameter.
+
+    Raises TypeError if a DTensor parameter has a plain gradient.
+    """
     grad = param.grad
     if grad is None or not is_dtensor(param):
         return grad

@@ -70,7 +70,11 @@ class StateArena:
         return changed
 
     def grads(self) -> list[Tensor | None]:
-        """Return each parameter's gradient in the parameter's memory layout; None without one or for a non-member."""
+        """Return each parameter's gradient in the parameter's memory layout; None without one or for a non-member.
+
+        Raises NotImplementedError for a sparse gradient, and ValueError for one with another dtype or shape than its
+        parameter's.
+        """
         grads: list[Tensor | None] = []
         for index, param in enumerate(self.tensors()):
             grad = None

@@ -82,7 +82,10 @@ class StatePlacement:
             self.take_states(groups, state, make_memory)
 
     def replan_if_edited(self, groups: Groups, make_memory: MakeMemory) -> None:
-        """Plan the chunks of each arena again if the parameter lists of the groups were edited."""
+        """Plan the chunks of each arena again if the parameter lists of the groups were edited.
+
+        Raises ValueError if a parameter occurs twice.
+        """
         if _same_items(self.planned, [group["params"] for group in groups]):
             return
         params = params_of(groups)

@@ -110,7 +110,10 @@ class Workers:
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """Convert the error of a failed collective inside, such as one of FSDP2, to a LostWorkerError."""
+        """Convert the error of a failed collective inside, such as one of FSDP2, to a LostWorkerError.
+
+        Raises LostWorkerError instead of the RuntimeError of a failed collective.
+        """
         try:
             yield
         except RuntimeError as error:

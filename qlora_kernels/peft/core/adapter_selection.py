@@ -120,6 +120,7 @@ class AdapterSelection:
     def rows_of(self, batch: int) -> tuple[str, ...]:
         """Return `rows` for the `batch` rows of a layer's input, which are more if beams or tokens are separate
         rows.
+        Raises ValueError if `batch` is no multiple of the number of names.
         """
         rows = self.state.rows or ()
         repeats, rest = divmod(batch, max(len(rows), 1))

@@ -150,6 +150,8 @@ class Injector:
         """Return the AdaptedLinear at `path`; if there is none, create it under all names of the layer.
 
         weight_is_read: whether the model's code may compute with the layer's weight; None determines it.
+        Raises ValueError for a layer that is compiled by itself, because its compiled forward would not call the
+        adapter.
         """
         layer = self.called_module(path)
         if not isinstance(layer, AdaptedLinear):

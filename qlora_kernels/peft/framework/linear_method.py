@@ -109,7 +109,10 @@ class LinearMethod(Method, Generic[D]):
         return self.built or {path: cast(D, self.tree[path]) for path in own}
 
     def add_delta(self, path: str, delta: D) -> None:
-        """Add an update to the layer at `path`."""
+        """Add an update to the layer at `path`.
+
+        Raises ValueError if this adapter updates the layer already.
+        """
         if self.name in self.injector.adapt(path, path in self.weights_read).deltas:
             raise ValueError(f"add_adapter: adapter {self.name!r} must update {path} once, got a second update of it")
         self.tree.add(path, delta, owner=path, slot="deltas")

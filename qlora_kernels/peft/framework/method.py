@@ -129,6 +129,7 @@ class Method:
         """Add the adapter's modules, and its copies of the model's parameters, to the model.
 
         An error in attach() is followed by detach().
+        Raises ValueError if the model has no module that the configuration can adapt.
         """
         self.overrides.add_modules(self.config.heads)
         if getattr(self.config, "ensure_weight_tying", False):
@@ -156,7 +157,10 @@ class Method:
             parameter.requires_grad_(trainable and parameter.is_floating_point() and id(parameter) not in fixed)
 
     def prepare_forward(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:
-        """Change the arguments of the base model's forward. model: the called model, which may be a replica."""
+        """Change the arguments of the base model's forward. model: the called model, which may be a replica.
+
+        Raises ValueError if the call lacks an argument that the method needs.
+        """
         return PreparedCall(args, kwargs)
 
     def prepare_generate(self, model: CalledModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PreparedCall:

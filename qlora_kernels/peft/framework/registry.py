@@ -16,7 +16,10 @@ M = TypeVar("M", bound="type[Method]")
 
 
 def register_method(config: type[PeftConfig]) -> Callable[[M], M]:
-    """Class decorator: the decorated Method serves `config`. A type or a peft_type may be registered once."""
+    """Class decorator: the decorated Method serves `config`. A type or a peft_type may be registered once.
+
+    Raises ValueError if the peft_type is registered already.
+    """
 
     def register(method: M) -> M:
         if any(known.peft_type == config.peft_type for known in METHODS):
@@ -37,7 +40,10 @@ def method_for(config: PeftConfig) -> type[Method]:
 
 
 def config_from_dict(values: dict[str, Any]) -> PeftConfig:
-    """Return the configuration in an adapter_config.json."""
+    """Return the configuration in an adapter_config.json.
+
+    Raises ValueError for an unknown peft_type, and the errors of `from_dict` of its configuration.
+    """
     for config in METHODS:
         if config.peft_type == values.get("peft_type"):
             return config.from_dict(values)

@@ -80,6 +80,7 @@ class Delta(nn.Module):
         return weight + (scaling * (lora_B @ lora_A)).to(weight.dtype)
 
     def lowrank(self) -> LoraFactors:
+        """Return the factors of the update. Raises NotImplementedError if it is not a fixed low-rank update."""
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"merge: {type(self).__name__} is not a fixed update of the weight")
@@ -179,6 +180,7 @@ class AdaptedLinear(nn.Module):
         return in_order({n: cast(Delta, self.deltas[n]) for n in names if n in self.deltas and state.has(n)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with the active updates. Raises ValueError for rows while adapters are merged."""
         if self.merged_layer is not None:
             if self.selection.state.enabled and self.selection.state.rows is not None:
                 raise ValueError(

@@ -104,6 +104,7 @@ def with_weight(
     weight: fp32 [N, K].
     target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the base, which must not be
     a layer of another library. An embedding stays dense.
+    Raises ValueError for another target, and NotImplementedError for "same" over a layer of bitsandbytes.
     """
     if target not in ("16bit", "nf4", "same"):
         raise ValueError(f"merge: target must be '16bit', 'nf4' or 'same', got {target!r}")

@@ -82,7 +82,10 @@ class ParameterUpdates(AdapterModules):
         return stack if lazy else stack.dense()
 
     def merge(self, own: Stored, names: Sequence[str], *, target: str, safe_merge: bool) -> tuple[float, float]:
-        """Merge updates as AdaptedLinear.merge does, for a parameter whose own value is `own`."""
+        """Merge updates as AdaptedLinear.merge does, for a parameter whose own value is `own`.
+
+        Raises ValueError if `safe_merge` is set and the merged values are not finite.
+        """
         names = (*self.merged_names, *(n for n in names if n in self and n not in self.merged_names))
         weight = _dense(own).detach().float()
         with torch.no_grad():

@@ -43,6 +43,7 @@ class AdaLoraConfig(PeftConfig):
     norms, as the authors' code and PEFT. The published weights (0.1, 0.3, 0.5) are for the latter.
     init_lora_weights: True (E zero, A and B normal of std 0.02: identity) or False (all standard normal).
     rank_pattern: {"<layer>.lora_E": [whether each of the init_r triplets is kept]}, written on save.
+    Raises ValueError, naming the field, for a rank, step, coefficient or bias outside its range.
     """
 
     peft_type = "ADALORA"

@@ -33,6 +33,7 @@ class AdapterConfig(PeftConfig):
     init: std of the near-identity start, or "lora"; None = 1e-2, and "lora" for parallel.
     scale: factor of f.
     train_layer_norm: whether LayerNorms train too; None = with houlsby only, as in the papers.
+    Raises ValueError, naming the field, for an unknown placement, non_linearity or init.
     """
 
     peft_type = "BOTTLENECK_ADAPTER"

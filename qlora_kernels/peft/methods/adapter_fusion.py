@@ -93,6 +93,7 @@ class FusionHook(AdapterHook):
 class AdapterFusion(Method):
     """A Fusion in each layer, stored in files as `<layer>.fusion`. `needs` lists the fused adapters, which are not
     changed.
+    Raises ValueError for fewer than two adapters.
     """
 
     config: AdapterFusionConfig

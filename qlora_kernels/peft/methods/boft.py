@@ -31,6 +31,7 @@ class BOFTConfig(PeftConfig):
     compiler.
     boft_dropout: fraction of the blocks of one factor that are replaced by the identity in a training step.
     init_weights: True (identity) or False (normal).
+    Raises ValueError, naming the field, for a value outside its range and for two sizes that exclude each other.
     """
 
     peft_type = "BOFT"

@@ -23,6 +23,7 @@ class FullFTConfig(PeftConfig):
 class FullFT(Method):
     """Trained copies of all parameters, which replace the originals while the adapter is active. Tied parameters stay
     tied.
+    Raises ValueError for a model with quantized layers, whose indices have no gradient.
     """
 
     def __init__(self, config: FullFTConfig, injector: Injector, name: str) -> None:

@@ -49,6 +49,7 @@ class IA3Config(PeftConfig):
     feedforward_modules: the target_modules whose input is scaled instead of the output, as endings of names or as a
     regular expression. If it or target_modules is None, PEFT's default for the model type is used.
     init_ia3_weights: True (ones: identity) or False (normal).
+    Raises ValueError, naming the field, for feedforward_modules that are not among target_modules.
     """
 
     peft_type = "IA3"

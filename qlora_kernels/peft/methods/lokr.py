@@ -30,6 +30,7 @@ class LoKrConfig(LycorisConfig):
     is left out of a training step.
     init_weights: True (W1 zero: identity), "lycoris" (W2 zero: identity) or False (all Kaiming uniform).
     use_effective_conv2d: accepted for PEFT's files; it has no effect on linear layers.
+    Raises ValueError, naming the field, for a decompose_factor or init_weights outside the values above.
     """
 
     peft_type = "LOKR"

@@ -115,6 +115,7 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
 
         Each time PEFT loads a PiSSA or OLoRA file, it subtracts the start values from the base's weights; here the
         fixed pair has this effect. A file of LoftQ is refused, because its base is not in the file.
+        Raises NotImplementedError for a file of LoftQ.
         """
         assert isinstance(config, LoraConfig)
         if config.init_lora_weights == "loftq":

@@ -29,6 +29,7 @@ class LoraConfig(PeftConfig):
     embeddings and heads to such tokens. Layers that share a weight share the rows, unless they are given tokens of
     their own.
     target_modules may also name an nn.Embedding, whose LoRA is that of a linear layer with one-hot inputs.
+    Raises ValueError, naming the field, for a value outside its range and for options that exclude each other.
     """
 
     peft_type = "LORA"

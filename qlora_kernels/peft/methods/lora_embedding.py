@@ -18,6 +18,7 @@ class LoraEmbedding(Delta):
     """LoRA of a table: scaling * B A[:, t] is added to row t; lora_embedding_A [r, vocab], lora_embedding_B [d, r].
 
     A starts at zero and B normal, so that the start is the identity. There is no dropout, as in PEFT.
+    Raises NotImplementedError for use_dora, lora_bias and every init_lora_weights but a bool.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:

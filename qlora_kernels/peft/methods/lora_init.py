@@ -34,6 +34,7 @@ def init_from_base(delta: LoraLinear, base: nn.Module, how: str) -> None:
     PEFT subtracts the part from the base's weight instead. The fixed pair costs r more columns in the fused call, but
     the base is unchanged, so that other adapters, disable_adapter and the saved file (a LoRA of rank 2r) refer to the
     original weight.
+    Raises ValueError for "olora" with a rank above the smaller side of W.
     """
     weight = dense_weight(base)
     if how == "olora":

@@ -20,7 +20,10 @@ from ..layers.adapted_linear import Delta
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisConfig(PeftConfig):
-    """Fields that PEFT's LoHaConfig and LoKrConfig share."""
+    """Fields that PEFT's LoHaConfig and LoKrConfig share.
+
+    Raises ValueError, naming the field, for a rank below 1 or a dropout outside [0, 1).
+    """
 
     r: int = 8
     alpha: float = 8

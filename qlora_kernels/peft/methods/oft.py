@@ -33,6 +33,7 @@ class OFTConfig(PeftConfig):
     coft, eps: whether the blocks stay within eps of the identity.   block_share: one block for all of a layer.
     module_dropout: fraction of the blocks that are replaced by the identity in a training step.
     init_weights: True (identity) or False (normal).
+    Raises ValueError, naming the field, for a value outside its range and for two sizes that exclude each other.
     """
 
     peft_type = "OFT"

@@ -30,6 +30,8 @@ class PTuningConfig(SoftPromptConfig):
     encoder_num_layers, then two linear layers with ReLU between. encoder_hidden_size: None = d. The paper's LAMA
     encoder is LSTM with encoder_hidden_size = d / 2.   encoder_dropout: between LSTM layers.
     With placeholder_token_id the virtual tokens are inserted at the positions of a template, among anchor words.
+    Raises ValueError, naming the field, for another encoder_reparameterization_type, and for a number of layers that it
+    does not support.
     """
 
     peft_type = "P_TUNING"

@@ -52,6 +52,8 @@ class PrefixTuningConfig(PeftConfig):
     its rows to layers in this order, so the field is set when a PEFT file is loaded.
     token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model, filled in
     automatically.
+    Raises ValueError, naming the field, for fewer than one virtual token, an unknown site, or prefix_projection
+    together with init_token_ids.
     """
 
     peft_type = "PREFIX_TUNING"
@@ -164,7 +166,10 @@ class PrefixEncoder(nn.Module):
         return self._rows(slice(None)).detach().clone()
 
     def set_flat(self, rows: Tensor) -> None:
-        """Switch to the flat form with these prefixes and drop the MLP."""
+        """Switch to the flat form with these prefixes and drop the MLP.
+
+        Raises ValueError for rows of another shape.
+        """
         if rows.shape != (want := (self.embedding.num_embeddings, self.n_layers * 2 * self.heads * self.head_dim)):
             raise ValueError(f"adapter file: prompt_embeddings must be {list(want)}, got {list(rows.shape)}")
         old = self.embedding.weight
@@ -186,7 +191,10 @@ class PrefixPart(PrefixSource):
 
 @register_method(PrefixTuningConfig)
 class PrefixTuning(Method):
-    """Prefix tuning: each attention has a slot with a part of the encoder of its site. `prefixes`: site -> encoder."""
+    """Prefix tuning: each attention has a slot with a part of the encoder of its site. `prefixes`: site -> encoder.
+
+    Raises ValueError for a site that the model does not have.
+    """
 
     config: PrefixTuningConfig
     file_prefix = PROMPT_PREFIX

@@ -28,6 +28,7 @@ class PromptTuningConfig(SoftPromptConfig):
     (embeddings of tokens drawn from the first sample_vocab_size ids, which are the most frequent in most vocabularies),
     or "TEXT" (embeddings of init_token_ids, repeated or cut to n; an entry that is a list, such as a class label of
     several tokens, gives the mean of its embeddings). from_text(text, tokenizer) fills in init_token_ids.
+    Raises ValueError, naming the field, for another prompt_tuning_init.
     """
 
     peft_type = "PROMPT_TUNING"

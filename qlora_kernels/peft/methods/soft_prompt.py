@@ -31,6 +31,7 @@ class SoftPromptConfig(PeftConfig):
     input_ids has this id, as in P-tuning's templates. Otherwise they precede the input.
     token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the model, filled in
     automatically.
+    Raises ValueError, naming the field, for fewer than one virtual token.
     """
 
     num_virtual_tokens: int = 20

@@ -30,7 +30,10 @@ class EncoderPrompt:
 
     @staticmethod
     def place(injector: Injector) -> str:
-        """Return the path of the encoder."""
+        """Return the path of the encoder.
+
+        Raises NotImplementedError if the model has no nn.TransformerEncoder.
+        """
         encoders = [path for path, m in injector.modules().items() if isinstance(m, nn.TransformerEncoder)]
         if not encoders:
             raise NotImplementedError(

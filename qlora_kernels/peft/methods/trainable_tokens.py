@@ -25,6 +25,7 @@ class TrainableTokensConfig(PeftConfig):
     target_modules: embeddings or heads; None is the model's input embedding. Layers tied to an embedding share its
     rows.
     init_weights: True (the rows of the base: identity) or False (normal).
+    Raises ValueError, naming the field, for modules_to_save, which files of this type cannot hold.
     """
 
     peft_type = "TRAINABLE_TOKENS"

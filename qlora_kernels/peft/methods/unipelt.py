@@ -116,6 +116,7 @@ class GatedPrefixPart(PrefixPart):
         self.h = PerThread()
 
     def forward(self) -> Prefix:
+        """Return the gated prefix. Raises RuntimeError if the attention was called without its input."""
         keys, values = self.encoder(self.layer)
         h = self.h.get()
         if h is None:

@@ -34,6 +34,7 @@ class VeraConfig(PeftConfig):
     d_initial: start value of the trained vector of length r; the other vector starts at zero, so that the start is the
     identity.
     init_weights: False starts from ones and normal numbers instead.
+    Raises ValueError, naming the field, for a rank below 1, a dropout outside [0, 1) or an unknown bias.
     """
 
     peft_type = "VERA"

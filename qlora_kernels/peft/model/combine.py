@@ -58,6 +58,8 @@ class Combination:
     A_i). "magnitude_prune", "ties", "dare_linear" and "dare_ties" replace the sum of "linear" by a sparser one, and
     with the suffix "_svd" that of "svd". They keep a fraction `density` of the entries. ties elects signs by the
     "total" of the entries or by the "frequency" of their signs.
+    Raises ValueError, naming the argument of add_weighted_adapter, for an unknown kind or sign method and for a density
+    outside (0, 1].
     """
 
     kind: str
@@ -85,7 +87,10 @@ class Combination:
         return _ARITHMETICS[_SVD.get(self.kind, self.kind)]
 
     def factors(self, path: str, parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return (A, B) of the layer at `path`."""
+        """Return (A, B) of the layer at `path`.
+
+        Raises ValueError for adapters of different ranks, which only "cat" and the kinds with an SVD can combine.
+        """
         scaled = [w * s for w, (_, _, s) in zip(weights, parts, strict=True)]
         ranks = [A.shape[0] for A, _, _ in parts]
         all_A, all_B = [A for A, _, _ in parts], [B for _, B, _ in parts]

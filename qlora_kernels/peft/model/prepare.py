@@ -24,6 +24,7 @@ def prepare_for_training(
     with and without autocast.
     gradient_checkpointing: needs a transformers model. "reentrant" also makes the embeddings' output require a
     gradient, which reentrant checkpointing needs to compute gradients.
+    Raises ValueError for another value of `upcast` or `gradient_checkpointing`.
     """
     if upcast not in ("norms", "none", "all"):
         raise ValueError(f"prepare_for_training: upcast must be 'norms', 'none' or 'all', got {upcast!r}")

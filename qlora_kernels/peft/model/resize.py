@@ -12,7 +12,10 @@ from ..layers.adapted_linear import AdaptedLinear, base_of
 
 
 def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> Any:
-    """Resize the base model's own embeddings, then the adapters' copies of them. See PeftModel."""
+    """Resize the base model's own embeddings, then the adapters' copies of them. See PeftModel.
+
+    Raises ValueError if a LoRA or trained rows adapt the embeddings, because these belong to the old table.
+    """
     model: Any = injector.model
     for path, module in injector.modules().items():
         if module in _tables(injector) and isinstance(injector.hooked_module(path), AdaptedLinear):
