@@ -225,7 +225,7 @@ def step(
     context = torch.autocast(tokens.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:
         value = loss(model, tokens)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     with step_profile.optimizer_region():
         clip()
         optimizer.step()

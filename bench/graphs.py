@@ -27,7 +27,7 @@ class Graphed:
     def __init__(self, calls: Sequence[Call], warm_ups: int = 2) -> None:
         repeats = -(-FEWEST_CALLS // len(calls))
         self.count = repeats * len(calls)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(warm_ups):
@@ -45,7 +45,7 @@ class Graphed:
 
 def seconds(call: Call, flush: torch.Tensor | None = None) -> float:
     """Return the GPU seconds of one call, or of each call of a Graphed, after `flush`, if given, was overwritten."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if flush is not None:
         flush.zero_()
     start.record()

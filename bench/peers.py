@@ -248,7 +248,7 @@ def has_integer_products(case: Case) -> bool:
     """Whether the processor multiplies bytes without saturation, as oneDNN's int8 kernel needs for right results."""
     if case.device != "cpu" or not torch.cpu._is_vnni_supported():
         return False
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    available: bool = torch.backends.mkldnn.is_available()
     return available
 
 

@@ -78,9 +78,7 @@ def chunked_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
     """Return the loss of ChunkedLoss on a frozen head."""
     head = torch.nn.Linear(1, 1, bias=False)
     head.weight = torch.nn.Parameter(inputs.weight, requires_grad=False)
-    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, inputs.labels, head, 256
-    )
+    loss: Tensor = ChunkedCrossEntropy.apply(hidden, inputs.labels, head, 256)  # type: ignore[no-untyped-call]
     return loss
 
 

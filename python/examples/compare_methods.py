@@ -70,7 +70,7 @@ def once(
     return Recipe(lr, lambda steps: [Stage(config(steps), steps)], nf4, head_lr)
 
 
-def lora(steps: int) -> peft.PeftConfig:  # noqa: ARG001
+def lora(_steps: int) -> peft.PeftConfig:
     """Return the LoRA configuration of the comparison."""
     return peft.LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type=TASK)
 

@@ -102,7 +102,7 @@ def _ollama(arguments: argparse.Namespace, out: Path, console: Console) -> None:
         (partial / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _lora_gguf(arguments: argparse.Namespace, out: Path, console: Console) -> None:  # noqa: ARG001
+def _lora_gguf(arguments: argparse.Namespace, out: Path, _console: Console) -> None:
     from ..integrations.adapter_export import lora_factors
     from ..integrations.gguf_export import write_lora_gguf
     from ..integrations.planned_model import planned_model
@@ -116,7 +116,7 @@ def _lora_gguf(arguments: argparse.Namespace, out: Path, console: Console) -> No
             write_lora_gguf(partial, base.config, factors, alpha)
 
 
-def _vllm(arguments: argparse.Namespace, out: Path, console: Console) -> None:  # noqa: ARG001
+def _vllm(arguments: argparse.Namespace, out: Path, _console: Console) -> None:
     from ..integrations.adapter_export import write_vllm_adapter
     from ..io.atomic import folder_appearing_by_rename
 

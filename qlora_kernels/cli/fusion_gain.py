@@ -38,7 +38,7 @@ def step_seconds(model: nn.Module, examples: Sequence[Example], pad_token_id: in
                         return {}
                     loss = ChunkedLoss(model)
                     started = time.perf_counter()
-                    loss(batch).backward()  # type: ignore[no-untyped-call]
+                    loss(batch).backward()
                     _wait_for(device)
                     if turn:
                         times.append(time.perf_counter() - started)

@@ -180,13 +180,13 @@ def _callback_class(recipe: _Recipe, interrupted: Callable[[], bool]) -> Any:
     """Return the class of the callback; it is made here, because transformers is imported only for `--trainer hf`."""
     import transformers
 
-    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+    class Callback(transformers.TrainerCallback):
         """Advances the schedules of methods, and ends training after the step during which a signal arrived."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             recipe.loss.model.step(state.global_step)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
             stops = bool(recipe.workers.total(float(interrupted())))
             control.should_training_stop = control.should_training_stop or stops
 
@@ -199,7 +199,7 @@ def _trainer_class(recipe: _Recipe) -> Any:
 
     alone = recipe.workers.world == 1
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc]
+    class Trainer(transformers.Trainer):
         """Trainer over the recipe's batches, loss and clipping; several processes are not accelerate's concern."""
 
         def get_train_dataloader(self) -> DataLoader[Any]:

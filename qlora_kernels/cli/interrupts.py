@@ -49,7 +49,7 @@ def deferred(message: str) -> Iterator[Interrupt]:
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     before: dict[int, Any] = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def note(number: int, _frame: FrameType | None) -> None:
         interrupt.number = number
         for other, handler in before.items():
             signal.signal(other, signal.SIG_DFL if handler is None else handler)

@@ -48,7 +48,7 @@ class _Version(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **keywords)
 
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> NoReturn:  # noqa: ARG002
+    def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> NoReturn:
         versions = []
         for name in ("qlora_kernels", "torch"):
             try:
@@ -65,9 +65,9 @@ class _Completion(argparse.Action):
     def __call__(
         self,
         parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,  # noqa: ARG002
+        _namespace: argparse.Namespace,
         values: Any,
-        option_string: str | None = None,  # noqa: ARG002
+        _option_string: str | None = None,
     ) -> NoReturn:
         try:
             import shtab
@@ -143,7 +143,7 @@ def _install(package: str) -> str:
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -41,7 +41,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds. Raises UsageError for anything else."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         """Raises for a key that occurs twice; YAML libraries silently use the last one."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

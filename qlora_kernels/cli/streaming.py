@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 
-class AnswerStream(TextStreamer):  # type: ignore[misc]
+class AnswerStream(TextStreamer):
     """Writes the text of an answer as generate produces it. file: the output, or None. text: the whole text so far."""
 
     def __init__(self, tokenizer: Any, file: TextIO | None) -> None:
@@ -47,9 +47,9 @@ class Interrupted:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.raised = True
 
-    def __call__(self, input_ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:  # noqa: ARG002
+    def __call__(self, input_ids: torch.Tensor, _scores: object, **_options: object) -> torch.Tensor:
         """Return for each sequence whether generation ends."""
         return torch.full((len(input_ids),), self.raised, dtype=torch.bool, device=input_ids.device)

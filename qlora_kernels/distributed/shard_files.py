@@ -112,17 +112,19 @@ def _tables(layer: LinearNF4) -> list[str]:
 
 def _tensor_of(layer: LinearNF4, name: str) -> Tensor:
     """Return one of the layer's tensors in its checkpoint format, gathered."""
-    whole = layer._from_flat(name, _whole(layer._stored(name)))
+    stored = layer._stored(name)
+    assert stored is not None
+    whole = layer._from_flat(name, _whole(stored))
     assert whole is not None
     return whole
 
 
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _load_linear(files: _Files, key: str, layer: LinearNF4) -> None:

@@ -26,7 +26,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that replace the base weight by a residual."""
 
 
-class LoraLinearNF4(Linear):  # type: ignore[misc]
+class LoraLinearNF4(Linear):
     """PEFT's LoRA layer over a LinearNF4: base and adapters run in one op, forward and backward.
 
     Parameters, their names and files are those of peft.tuners.lora.Linear. DoRA and the other variants run in PEFT's
@@ -177,7 +177,7 @@ def _quantized_targets(model: nn.Module) -> set[str]:
     return {name for name in names if not any(name.startswith(f"{layer}.") for layer in adapted)}
 
 
-class LoraModelNF4(_OverLinearNF4, LoraModel):  # type: ignore[misc]
+class LoraModelNF4(_OverLinearNF4, LoraModel):
     """PEFT's LoraModel, with LoraLinearNF4 for LinearNF4 layers."""
 
 

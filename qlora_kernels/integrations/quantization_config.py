@@ -18,7 +18,7 @@ METHOD = "qlora_kernels"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
-class QLoRAKernelsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QLoRAKernelsConfig(QuantizationConfigMixin):
     """The argument `quantization_config` of transformers' from_pretrained that loads linear layers and experts in NF4.
 
     skip_modules: modules and parameters that stay dense, by name or ending of a name; all layers inside a skipped block

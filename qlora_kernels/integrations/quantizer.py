@@ -29,7 +29,7 @@ from .quantized_modules import dense_linears, dequantize_modules, expert_stacks,
 WEIGHT = "weight"
 
 
-class QLoRAKernelsQuantizer(HfQuantizer):  # type: ignore[misc]
+class QLoRAKernelsQuantizer(HfQuantizer):
     """transformers' HfQuantizer for NF4: selects the layers, and defines how they are loaded and saved."""
 
     quantization_config: QLoRAKernelsConfig
@@ -208,7 +208,7 @@ class LoadedLinearNF4(LinearNF4):
         self.__class__ = LinearNF4  # type: ignore[assignment]
 
 
-class QuantizeNF4(ConversionOps):  # type: ignore[misc]
+class QuantizeNF4(ConversionOps):
     """The op that quantizes the tensors of chosen layers before from_pretrained assigns them."""
 
     def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:
@@ -229,7 +229,7 @@ class QuantizeNF4(ConversionOps):  # type: ignore[misc]
         return rest
 
 
-class ReadNF4(ConversionOps):  # type: ignore[misc]
+class ReadNF4(ConversionOps):
     """The op that makes a LinearNF4 of its tensors in a checkpoint; dense weights are returned unchanged."""
 
     def __init__(self, hf_quantizer: QLoRAKernelsQuantizer) -> None:

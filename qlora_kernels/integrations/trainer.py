@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from ..peft import PeftModel
 
 
-class PeftCallback(TrainerCallback):  # type: ignore[misc]
+class PeftCallback(TrainerCallback):
     """Runs AdaLoRA's schedule and its regularizer in a Trainer: `Trainer(..., callbacks=[PeftCallback()])`.
 
     Each optimizer step begins with the gradient of `model.peft_loss()`, to which the batches add theirs: their sum is

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..format.quant_state import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CONSTANTS = ("absmax", "absmax_q", "absmax_scale", "absmax_offset")
 TENSORS = ("packed", *CONSTANTS)
@@ -26,7 +29,9 @@ _BYTES = ("packed", "absmax_q")
 _FLAT = "_flat"
 
 
-def _tensor_property(name: str) -> property:
+def _tensor_property(name: str) -> Any:
+    """Return a property, of the type with which the class annotates it."""
+
     def read(module: QuantizedWeight) -> Tensor | None:
         buffers = module._buffers
         return buffers[name] if name in buffers else module._from_flat(name, getattr(module, name + _FLAT))
@@ -34,14 +39,14 @@ def _tensor_property(name: str) -> property:
     def write(module: QuantizedWeight, value: Tensor | None) -> None:  # nn.Module itself assigns a buffer
         flat, stored = None if value is None else module._to_flat(name, value), module._parameters.get(name + _FLAT)
         if flat is not None and is_sharded(stored):
-            stored.to_local().copy_(cut_as(stored, flat).to_local())  # type: ignore[union-attr]
+            stored.to_local().copy_(cut_as(stored, flat).to_local())
         else:
             module.register_parameter(name + _FLAT, flat)
 
     return property(read, write)
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor. Each process holds a part of it."""
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "device_mesh")
 
@@ -64,11 +69,11 @@ class QuantizedWeight(nn.Module):
     """Base class of LinearNF4 and ExpertsNF4, which stores `packed` and its constants in one of two ways."""
 
     weight_dtype: torch.dtype
-    packed: Tensor = _tensor_property("packed")  # type: ignore[assignment]
-    absmax: Tensor | None = _tensor_property("absmax")  # type: ignore[assignment]
-    absmax_q: Tensor | None = _tensor_property("absmax_q")  # type: ignore[assignment]
-    absmax_scale: Tensor | None = _tensor_property("absmax_scale")  # type: ignore[assignment]
-    absmax_offset: Tensor | None = _tensor_property("absmax_offset")  # type: ignore[assignment]
+    packed: Tensor = _tensor_property("packed")
+    absmax: Tensor | None = _tensor_property("absmax")
+    absmax_q: Tensor | None = _tensor_property("absmax_q")
+    absmax_scale: Tensor | None = _tensor_property("absmax_scale")
+    absmax_offset: Tensor | None = _tensor_property("absmax_offset")
 
     parameter_names_in_state_dict = False
     """Whether state dicts hold the parameters under their own names, as torch.distributed.checkpoint expects."""

@@ -60,7 +60,7 @@ class ReadOnlyTensor(Tensor):
         return nn.Parameter(self.detach().clone(), self.requires_grad) if _is_parameter(self) else self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.clone().__reduce_ex__(protocol)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

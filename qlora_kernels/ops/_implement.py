@@ -104,7 +104,7 @@ def differentiate(
             return apply(*args, partial(run_below, keyset))
         return run_below(keyset, *args)
 
-    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -127,7 +127,7 @@ def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]
             return _composed(name, compose, args)
         return run_below(keyset, *args)
 
-    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def refuse_derivatives(qualname: str) -> None:
@@ -140,7 +140,7 @@ def refuse_derivatives(qualname: str) -> None:
             raise NotImplementedError(f"{name}: no argument may require a gradient or have a tangent; detach() it")
         return run_below(keyset, *args, **keywords)
 
-    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _op_of(qualname: str) -> tuple[str, Any, Callable[..., Any]]:
@@ -177,10 +177,10 @@ def _spread_lists(args: Sequence[Any]) -> list[Any]:
 def _has_tangent(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 _any_requires_grad = torch._C._any_requires_grad
 _transforms_active = torch._C._are_functorch_transforms_active
 
-_autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")  # type: ignore[no-untyped-call]
+_autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")

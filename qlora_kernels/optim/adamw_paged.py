@@ -154,7 +154,7 @@ class PagedAdamW(Optimizer):
         states are views, not copies.
         """
 
-        def decode(optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        def decode(_optimizer: Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
             params, state = params_of(self.param_groups), {}
             for key, value in packed["state"].items():
                 place = self._placement.places.get(params[key]) if isinstance(key, int) and value else None
@@ -189,12 +189,12 @@ class PagedAdamW(Optimizer):
 
         # torch checks and replaces the groups, and runs the user's hooks. The two hooks below skip torch's default of
         # copying the states to the device in the parameter's dtype.
-        def take_states(optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        def take_states(_optimizer: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             self._check_incoming(incoming)
             saved.update(incoming)
             return {**incoming, "state": {}}
 
-        def place_states(optimizer: Optimizer) -> None:  # noqa: ARG001
+        def place_states(_optimizer: Optimizer) -> None:
             params = dict(zip(_numbers(saved), params_of(self.param_groups), strict=True))
             self._replace_states({params[i]: state for i, state in saved["state"].items() if i in params and state})
             self.state.update({key: value for key, value in saved["state"].items() if key not in params})

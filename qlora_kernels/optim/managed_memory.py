@@ -190,10 +190,7 @@ class CudaDriver:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._streams = {
-            name: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for name in ("fetch", "write_back")
-        }
+        self._streams = {name: torch.cuda.Stream(device) for name in ("fetch", "write_back")}
 
     def allocate_managed(self, nbytes: int) -> Tensor:
         arena = managed_alloc(nbytes, self.device)
@@ -219,7 +216,7 @@ class CudaDriver:
             target.copy_(source, non_blocking=True)
 
     def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(self._stream(stream))
         return event
 

@@ -66,9 +66,7 @@ class ChunkedLoss:
                 hidden, linear.weight, labels, linear.bias, ignore_index=IGNORED, reduction="sum"
             )
         parameters = [p for p in head.parameters() if p.requires_grad]
-        total: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden[learned], labels[learned], head, self.chunk, *parameters
-        )
+        total: Tensor = ChunkedCrossEntropy.apply(hidden[learned], labels[learned], head, self.chunk, *parameters)  # type: ignore[no-untyped-call]
         return total
 
     def _forward(self, batch: Batch) -> Tensor:

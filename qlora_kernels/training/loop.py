@@ -180,5 +180,5 @@ def _backward(
             share = share + loss.model.peft_loss() / (len(micro_batches) * taking_part)
         if scale != 1.0:
             share = share * scale
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
     return workers.total(mean)

@@ -75,7 +75,8 @@ def gathered(value: Any, keep: bool) -> Any:
     keep: whether this process keeps the gathered tensors; the others get None for them. Every process has to call it.
     """
     if is_dtensor(value):
-        full = value.detach().full_tensor()
+        part: Any = value.detach()
+        full = part.full_tensor()
         return full.cpu() if keep else None
     if isinstance(value, Mapping):
         return {key: gathered(item, keep) for key, item in value.items()}

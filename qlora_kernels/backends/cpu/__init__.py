@@ -80,7 +80,7 @@ def unavailable() -> str | None:
     """
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built; install a C++ compiler and run `make ext`"
-    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    torch.ops.load_library(LIBRARY)
     return None
 
 

@@ -67,7 +67,7 @@ def _address_table(segments: Tensor, rows: tuple[int, ...], device: torch.device
     """
     if device.type == "cpu":
         return torch.tensor(rows, dtype=torch.int64)
-    tables: _Tables = _tables.setdefault(segments, _Tables())  # type: ignore[no-untyped-call]
+    tables: _Tables = _tables.setdefault(segments, _Tables())
     table, capturing = tables.last, torch.cuda.is_current_stream_capturing()
     if table is None or table.rows != rows:
         on_host = torch.tensor(rows, dtype=torch.int64).pin_memory()

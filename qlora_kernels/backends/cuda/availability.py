@@ -114,7 +114,7 @@ def arch_mismatch(build: Build, capability: tuple[int, int], driver: int) -> str
 @cache
 def load() -> None:
     """Load the library. Raises the loader's OSError if this fails, which is a broken installation."""
-    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    torch.ops.load_library(LIBRARY)
 
 
 def has_current_stream() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,9 +15,9 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def full_tensor(tensor: Any) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor of a DTensor, and any other tensor unchanged."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def write_on_rank_zero(write: Callable[[], None]) -> None:

@@ -219,7 +219,7 @@ class AdaLora(LinearMethod[SvdLinear]):
         for delta in self.deltas.values():
             hooks = getattr(delta.lora_E, "_post_accumulate_grad_hooks", None) or {}
             if not any(isinstance(hook, _NoteGradient) and hook.method() is self for hook in hooks.values()):
-                delta.lora_E.register_post_accumulate_grad_hook(_NoteGradient(self))  # type: ignore[no-untyped-call]
+                delta.lora_E.register_post_accumulate_grad_hook(_NoteGradient(self))
 
     @classmethod
     def check_names(cls, config: PeftConfig, injector: Injector) -> None:
