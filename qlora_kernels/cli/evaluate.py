@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import Subparsers, UsageError, add_command, bad_input, names, not_negative, positive
 from .console import Console
 from .model_options import add_adapter, add_base
+from .tables import table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,10 +134,11 @@ def _tasks(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> d
 
 
 def _table(results: dict[str, Any]) -> str:
-    lines = []
+    parts = []
     if "perplexity" in results:
-        lines.append(f"data        {results['data']}: {results['rows']}")
-        lines.append(f"perplexity  {results['perplexity']:.4f} ({results['predictions']:,} predictions)")
-    for task, values in results.get("tasks", {}).items():
-        lines += [f"{task}  {name}  {value:.4f}" for name, value in values.items()]
-    return "\n".join(lines)
+        perplexity = f"{results['perplexity']:.4f} ({results['predictions']:,} predictions)"
+        parts.append(table([("data", f"{results['data']}: {results['rows']}"), ("perplexity", perplexity)]))
+    tasks = results.get("tasks", {}).items()
+    if rows := [(task, name, f"{value:.4f}") for task, values in tasks for name, value in values.items()]:
+        parts.append(table(rows, right=(2,)))
+    return "\n".join(parts)

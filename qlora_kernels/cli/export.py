@@ -96,10 +96,20 @@ def _ollama(arguments: argparse.Namespace, out: Path, console: Console) -> None:
     with bad_input(), folder_appearing_by_rename(out) as partial:
         write_model_gguf(partial / "model.gguf", model, tokenizer, arguments.outtype)
         positions = min(context_length(model.config.get_text_config()), 8192)
-        lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {positions}"]
-        if tokenizer.eos_token:
-            lines.append(f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}")
-        (partial / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (partial / "Modelfile").write_text(modelfile(positions, tokenizer.eos_token), encoding="utf-8")
+
+
+def modelfile(positions: int, stop: str | None) -> str:
+    """Return the Modelfile of model.gguf with `positions` as context length and the text at which an answer stops.
+
+    Ollama's parser takes the text between quotes, or between triple quotes, as it is: it knows no escapes. Source:
+    parser/parser.go in Ollama's repository.
+    """
+    lines = ["FROM ./model.gguf", f"PARAMETER num_ctx {positions}"]
+    if stop:
+        quotes = '"' * (3 if '"' in stop else 1)
+        lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
+    return "\n".join(lines) + "\n"
 
 
 def _lora_gguf(arguments: argparse.Namespace, out: Path, _console: Console) -> None:

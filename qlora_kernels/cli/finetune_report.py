@@ -12,6 +12,7 @@ from typing import Any
 from ..io.atomic import file_appearing_by_rename
 from ..training import RowCounts, StepRecord
 from .console import megabytes
+from .tables import table
 
 
 @dataclass
@@ -121,9 +122,7 @@ class FinetuneReport:
             *([(f"peak memory ({self.device})", megabytes(self.peak_device_bytes))] if self.peak_device_bytes else []),
             ("written to", f"{self.out}: adapter/, {'loss.png, ' if can_plot() else ''}report.json, run.yaml"),
         ]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines += [f"note: {note}" for note in self.notes]
+        lines = [table(rows), *(f"note: {note}" for note in self.notes)]
         if self.sample:
             lines += ["", f"prompt:       {self.sample['prompt']!r}", f"continuation: {self.sample['text']!r}"]
         return "\n".join(lines)

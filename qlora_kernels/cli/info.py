@@ -7,11 +7,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Subparsers, add_command, dtype_of
 from .choices import DTYPES
+from .tables import table
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for heading, values in facts.items():
         print(heading.replace("_", " "))
-        for name, value in values.items():
-            print(f"  {name:<18} {value}")
+        print(textwrap.indent(table([(name, str(value)) for name, value in values.items()]), "  "))
     return 0
 
 

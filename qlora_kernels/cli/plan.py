@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Subparsers, add_command, add_quantization, bad_input, positive
 from .choices import DTYPES
+from .tables import table
 
 if TYPE_CHECKING:
     from ..training.memory_plan import DecoderSizes, RunSettings
@@ -115,10 +116,8 @@ def _table(plan: Any, settings: RunSettings, cards: list[dict[str, Any]]) -> str
         ("workspace", plan.workspace),
         ("sum on the device", plan.total),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {_readable(value):>10}" for name, value in rows]
     context, batch = _readable(CONTEXT_BYTES), settings.micro_batch
-    lines += ["", f"on a GPU, with {context} set aside for its context, at --batch {batch}:"]
+    verdicts = []
     for card in cards:
         if card["fits"]:
             verdict = "fits"
@@ -126,11 +125,17 @@ def _table(plan: Any, settings: RunSettings, cards: list[dict[str, Any]]) -> str
             verdict = "fits with --gradient-checkpointing"
         else:
             verdict = "does not fit"
-        lines.append(
-            f"  {card['memory'] / 1e9:5.1f} GB  {verdict}; longest --seq {card['longest_seq']:,}, with checkpointing "
-            f"{card['longest_seq_checkpointed']:,}"
-        )
-    return "\n".join(lines)
+        longest = (f"{card['longest_seq']:,}", f"{card['longest_seq_checkpointed']:,}")
+        verdicts.append((f"{card['memory'] / 1e9:.1f} GB", verdict, *longest))
+    header = ("memory", f"--batch {batch}", "longest --seq", "with checkpointing")
+    return "\n".join(
+        [
+            table([(name, _readable(value)) for name, value in rows], right=(1,)),
+            "",
+            f"on a GPU, with {context} set aside for its context:",
+            table(verdicts, header, right=(0, 2, 3)),
+        ]
+    )
 
 
 def _readable(n: int) -> str:

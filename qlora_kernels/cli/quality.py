@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import Subparsers, UsageError, add_command, add_device, add_quantization, bad_input, positive
 from .console import Console
+from .tables import table
 
 if TYPE_CHECKING:
     from ..integrations.quantization_report import QuantizationReport
@@ -80,17 +81,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(report: QuantizationReport, rows: int) -> str:
     worst = sorted(report.layers, key=lambda layer: -layer.relative)[:rows]
-    width = max(len(layer.name) for layer in worst)
-    lines = [
-        f"{len(report.layers)} layers, blocks of {report.blocksize}: relative error {report.relative:.4f} "
-        "(root mean square, over that of the weights)",
-        "",
-        f"{'worst layers':<{width}}  {'relative':>9}  {'largest':>9}  {'bits':>6}  bits from normal",
+    layers = [
+        (each.name, f"{each.relative:.4f}", f"{each.largest:.2e}", f"{each.bits:.3f}", f"{each.divergence:.5f}")
+        for each in worst
     ]
-    lines += [
-        f"{layer.name:<{width}}  {layer.relative:9.4f}  {layer.largest:9.2e}  {layer.bits:6.3f}  {layer.divergence:.5f}"
-        for layer in worst
-    ]
-    lines += ["", "code   all layers  normal weights"]
-    lines += [f"{i:4}  {p:10.4%}  {q:14.4%}" for i, (p, q) in enumerate(zip(report.shares, report.normal, strict=True))]
-    return "\n".join(lines)
+    shares = zip(report.shares, report.normal, strict=True)
+    return "\n".join(
+        [
+            f"{len(report.layers)} layers, blocks of {report.blocksize}: relative error {report.relative:.4f} "
+            "(root mean square, over that of the weights)",
+            "",
+            table(layers, ("worst layers", "relative", "largest", "bits", "bits from normal"), right=(1, 2, 3, 4)),
+            "",
+            table(
+                [(str(i), f"{p:.4%}", f"{q:.4%}") for i, (p, q) in enumerate(shares)],
+                ("code", "all layers", "normal weights"),
+                right=(0, 1, 2),
+            ),
+        ]
+    )
