@@ -20,7 +20,7 @@ from ..framework.method import Adapters, Method, methods_of
 from .adapter_names import batch_size, check_rows, expanded_rows
 from .adapters import configs_of
 from .explain import Explanation, explain
-from .huggingface import RecognizedAsPeftModel, warn_of_unshifted_labels
+from .huggingface import RecognizedAsPeftModel
 from .recomputation import save_state_with_regions
 
 M = TypeVar("M", bound="AdaptedModel")
@@ -74,7 +74,6 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         return self._forward(args, kwargs, adapter_names)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: Sequence[str] | None) -> Any:
-        warn_of_unshifted_labels(self.base_model, kwargs)
         with self._call(args, kwargs, adapter_names):
             finishing = []
             for method in self._acting():

@@ -8,12 +8,11 @@ disable_adapter, set_adapter, load_adapter, save_pretrained, peft_config, active
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class RecognizedAsPeftModel:
@@ -25,6 +24,7 @@ class RecognizedAsPeftModel:
 
     @property
     def __class__(self) -> Any:
+        _serve_label_smoothing()  # Trainer's constructor asks for the class
         theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
         return type(self) if theirs is None else _both(cast(Any, type(self)), theirs)
 
@@ -50,19 +50,37 @@ def _new(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
-def warn_of_unshifted_labels(base_model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Warn where transformers' Trainer has taken the labels out of a batch, as label_smoothing_factor makes it do.
+def _serve_label_smoothing() -> None:
+    """Make Trainer's label_smoothing_factor right for models of this package, once transformers has loaded Trainer."""
+    module = sys.modules.get("transformers.trainer")
+    if module is not None and hasattr(module, "Trainer"):
+        _shift_smoothed_labels(module)
 
-    Trainer asks base_model.model for its class, finds no causal model there, and does not shift the labels.
-    arguments: of the forward call; Trainer alone gives num_items_in_batch.
+
+@cache
+def _shift_smoothed_labels(module: Any) -> None:
+    """Replace Trainer.compute_loss of the module transformers.trainer by one that knows this package's models.
+
+    To decide whether labels are shifted, Trainer asks model.base_model.model for the name of its class. In PEFT's LoRA
+    models that is the causal model; here, and in PEFT's own prompt methods, it is the decoder inside it, or missing.
     """
-    if "num_items_in_batch" in arguments and arguments.get("labels") is None and hasattr(base_model, "model"):
-        warnings.warn(
-            "Trainer computes the loss itself: with label_smoothing_factor it would not shift the labels of this "
-            "model. Use compute_loss_func=functools.partial(LabelSmoother(epsilon=...), shift_labels=True) of "
-            "transformers.trainer_pt_utils instead; with a compute_loss_func, this warning does not concern you",
-            stacklevel=6,
-        )
+    original = module.Trainer.compute_loss
+
+    @wraps(original)
+    def compute_loss(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.label_smoother is None or self.compute_loss_func is not None:
+            return original(self, model, *args, **kwargs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        if not issubclass(type(unwrapped), RecognizedAsPeftModel):
+            return original(self, model, *args, **kwargs)
+        shifts = type(unwrapped.get_base_model()).__name__ in module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.compute_loss_func = partial(self.label_smoother, shift_labels=shifts)
+        try:
+            return original(self, model, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None
+
+    module.Trainer.compute_loss = compute_loss
 
 
 def check_save_options(state_dict: Mapping[str, Tensor] | None, safe_serialization: bool) -> None:
