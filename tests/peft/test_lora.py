@@ -34,6 +34,7 @@ EMBEDDING = {
         {"init_lora_weights": "pissa"},
         {"lora_bias": True},
         {"target_modules": "EMBEDDING"},
+        {"target_modules": "EMBEDDING", "use_dora": True, "init_lora_weights": "gaussian"},
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
@@ -43,7 +44,7 @@ def test_files_cross_both_ways_with_equal_outputs(hf_peft, clone, tmp_path, kind
     if kind in ("llama", "t5") and "lora_bias" in options:
         pytest.skip("PEFT refuses lora_bias for layers without a bias")
     if "target_modules" in options:
-        options = {"target_modules": EMBEDDING[kind]}
+        options = {**options, "target_modules": EMBEDDING[kind]}
     ours = get_peft_model(clone(base), LoraConfig(**{"target_modules": "all-linear", "task_type": task, **options}))
     ours.eval()
     randomize(ours)
@@ -296,8 +297,8 @@ def test_embedding_of_another_base_is_refused(hf_peft, tmp_path):
 
 
 def test_embedding_refuses_unsupported_options():
-    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}):
-        with pytest.raises(NotImplementedError, match="an embedding has no"):
+    for options in ({"init_lora_weights": "pissa"}, {"lora_bias": True}):
+        with pytest.raises(NotImplementedError, match="an embedding must have lora_bias=False and init_lora_weights"):
             get_peft_model(make("llama"), LoraConfig(target_modules=["embed_tokens"], **options))
 
 

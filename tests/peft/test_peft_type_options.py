@@ -315,7 +315,7 @@ def test_weighted_sums_of_ia3_are_pefts(hf_peft, tmp_path):
         ours.add_weighted_adapter(["default", "turned"], [1.0, 1.0], "further")
 
 
-@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config"])
+@pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig", "IA3Config"])
 def test_convolutions_are_refused(name):
     class Convolution(torch.nn.Module):
         def __init__(self):

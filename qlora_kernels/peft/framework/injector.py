@@ -16,8 +16,8 @@ from ..attention.model_layout import ModelLayout, TransformerLayer, model_layout
 from ..attention.torch_attention import join_attention, split_attention
 from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
-from ..layers.adapted_linear import AdaptedEmbedding, AdaptedLinear, base_of
-from ..layers.base_layer import is_embedding, is_linear, is_quantized
+from ..layers.adapted_linear import AdaptedConvolution, AdaptedEmbedding, AdaptedLinear, base_of
+from ..layers.base_layer import is_convolution, is_embedding, is_linear, is_quantized
 from ..layers.overridden_module import UPDATES, ParameterCopies, override, restore
 from ..layers.parameter_lora import ParameterUpdates
 
@@ -161,8 +161,9 @@ class Injector:
                     f"target_modules: {path} must not be compiled by itself, since its compiled forward would not see "
                     "the adapter; compile the layer after get_peft_model, or a module that contains it"
                 )
-            base, kind = layer, AdaptedEmbedding if is_embedding(layer) else AdaptedLinear
-            layer = kind(base, self.selection)
+            base = layer
+            kind = AdaptedConvolution if is_convolution(base) else AdaptedLinear
+            layer = (AdaptedEmbedding if is_embedding(base) else kind)(base, self.selection)
             layer.weight_is_read = path in self.weights_read([path]) if weight_is_read is None else weight_is_read
             layer.is_output_head = base is output_embeddings_of(self.model)
             self._replace(base, layer)

@@ -25,6 +25,7 @@ class LinearMethod(Method, Generic[D]):
 
     loads_in_peft = True
     adapts_embeddings: ClassVar[bool] = False
+    adapts_convolutions: ClassVar[bool] = False
     rank_tensors: ClassVar[dict[str, int]] = {}
     """Names of an update's tensors in a file -> the dimension that equals the rank; empty if the rank needs no
     check.
@@ -71,7 +72,12 @@ class LinearMethod(Method, Generic[D]):
     @classmethod
     def targets(cls, config: PeftConfig, injector: Injector) -> dict[str, nn.Module]:
         """Return the targeted layers by name."""
-        return matched_layers(injector, cast(TargetConfig, config), embeddings=cls.adapts_embeddings)
+        return matched_layers(
+            injector,
+            cast(TargetConfig, config),
+            embeddings=cls.adapts_embeddings,
+            convolutions=cls.adapts_convolutions,
+        )
 
     @classmethod
     def rank(cls, config: PeftConfig, path: str) -> int:

@@ -23,7 +23,7 @@ from ...nn.match import (
 from ...nn.module_tree import output_embeddings_of, unwrapped
 from ..attention.torch_attention import SplitAttention
 from ..layers.adapted_linear import base_of
-from ..layers.base_layer import is_embedding, is_linear
+from ..layers.base_layer import is_convolution, is_embedding, is_linear
 from .injector import Injector
 from .ties import paths_of_tied
 
@@ -64,8 +64,12 @@ class TargetConfig(Protocol):
         """PEFT's name of the task, such as "SEQ_CLS"."""
 
 
-def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool = False) -> dict[str, nn.Module]:
-    """Return the targeted linear layers, and with `embeddings` the targeted embeddings, by name, in the model's order.
+def matched_layers(
+    injector: Injector, config: TargetConfig, *, embeddings: bool = False, convolutions: bool = False
+) -> dict[str, nn.Module]:
+    """Return the targeted linear layers by name, in the model's order.
+
+    embeddings, convolutions: whether layers of these kinds may be targeted too.
 
     Raises ValueError, with the nearest names, if nothing matches, and if target_modules is None for an architecture
     without a default; TypeError if a name in target_modules matches another kind of layer.
@@ -86,8 +90,10 @@ def matched_layers(injector: Injector, config: TargetConfig, *, embeddings: bool
                 f"target_modules: {name} must be called by the model, got a layer of which {unused[module]} reads the "
                 "weight instead: an adapter on it would do nothing; leave it out"
             )
-        if not is_linear(module) and not (embeddings and is_embedding(module)):
-            wanted = "a linear layer or nn.Embedding" if embeddings else "a linear layer"
+        served = is_linear(module) or (embeddings and is_embedding(module))
+        if not served and not (convolutions and is_convolution(module)):
+            kinds = ["nn.Embedding"] * embeddings + ["nn.Conv1d, Conv2d or Conv3d"] * convolutions
+            wanted = " or ".join(["a linear layer", *kinds])
             raise TypeError(
                 f"target_modules: {name} must be {wanted}, got {type(module).__name__}; name the layers inside it"
             )
@@ -107,8 +113,9 @@ def check_target_names(injector: Injector, config: TargetConfig) -> None:
     if lost := unmatched(listed, modules):
         raise ValueError(_no_match(lost, injector.linears()))
     if config.exclude_modules:
-        layers = [name for name, module in injector.modules().items() if is_linear(module) or is_embedding(module)]
-        check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer or an embedding")
+        kinds = (is_linear, is_embedding, is_convolution)
+        layers = [name for name, module in injector.modules().items() if any(is_kind(module) for is_kind in kinds)]
+        check_names("exclude_modules", config.exclude_modules, layers, of="a linear layer, embedding or convolution")
     for pattern in as_names(config.layers_pattern):
         if all(number_after(pattern, name) is None for name in modules):
             raise ValueError(

@@ -155,8 +155,8 @@ class AdaptedLinear(nn.Module):
                 "adapter_names: must not be given for a model that reads the weight of an adapted layer instead of "
                 "calling the layer; run the rows of each adapter in a batch of their own"
             )
-        transposed = stores_transposed(self.base_layer)
-        weight = weight.T if transposed else weight
+        transposed, shape = stores_transposed(self.base_layer), weight.shape
+        weight = weight.T if transposed else weight.flatten(1)  # a convolution's weight has more dimensions
         for name, delta in chosen.items():
             if delta.training and delta.dropout_p:
                 # A model may read the weight for a fused kernel that is not installed, and then call the layer.
@@ -166,7 +166,7 @@ class AdaptedLinear(nn.Module):
                     stacklevel=3,
                 )
             weight = delta.updated(weight, self.base_layer)
-        return weight.T if transposed else weight
+        return weight.T if transposed else weight.view(shape)
 
     def _computing_layer(self) -> nn.Module:
         if self.merged_layer is None or not self.selection.state.enabled:
@@ -382,6 +382,16 @@ class AdaptedEmbedding(AdaptedLinear):
     def padding_idx(self) -> int | None:
         """The padding index of the base embedding, or None."""
         return self.base_layer.padding_idx  # type: ignore[return-value]
+
+
+class AdaptedConvolution(AdaptedLinear):
+    """An adapted convolution, as a linear layer over patches of its input; it has the attributes of its base layer."""
+
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
+        super().__init__(base_layer, selection)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(base_layer, name))
+        self.padding_mode = cast(nn.Conv2d, base_layer).padding_mode
 
 
 def in_order(updates: dict[str, Delta]) -> dict[str, Delta]:

@@ -3,13 +3,16 @@
 A base layer has in_features, out_features, bias and forward. A quantized layer also has dequantize(dtype) -> [N, K],
 and a layer with a fused low-rank path forward_lora(x, lora_A, lora_B, scaling, dropout_p). nn.Linear holds its [N, K]
 as `weight`. GPT-2's Conv1D (transformers) holds the transpose and calls the sizes nx and nf. An nn.Embedding is a
-linear layer with one-hot inputs that also holds the transpose. bitsandbytes' layers hold codes. Only this file and
-foreign_layer.py depend on these differences.
+linear layer with one-hot inputs that also holds the transpose. A convolution is a linear layer over patches of its
+input, with one weight [N, K] for K = in_channels / groups * kernel size. bitsandbytes' layers hold codes. Only this
+file and foreign_layer.py depend on these differences.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,27 @@ def is_embedding(module: nn.Module) -> bool:
     """
     kind = plain_class(module)
     return kind is nn.Embedding or (issubclass(kind, nn.Embedding) and _is_scaled(kind))
+
+
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def convolution_class(module: nn.Module) -> Any:
+    """Return nn.Conv1d, nn.Conv2d or nn.Conv3d if the module computes that, otherwise None.
+
+    Subclasses with a forward of their own, such as those that pad their input by themselves, are left out.
+    """
+    kind: Any = plain_class(module)
+    for convolution in _CONVOLUTIONS:
+        if issubclass(kind, convolution):
+            own = kind.forward is convolution.forward and kind._conv_forward is convolution._conv_forward
+            return convolution if own else None
+    return None
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Return whether a module is an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+    return convolution_class(module) is not None
 
 
 def _is_scaled(kind: type[nn.Module]) -> bool:
@@ -58,9 +82,12 @@ def _can_dequantize(module: nn.Module) -> bool:
 
 
 def features(base: nn.Module) -> tuple[int, int]:
-    """Return (in_features K, out_features N) of a base layer."""
+    """Return (in_features K, out_features N) of a base layer; K is the size of a patch for a convolution."""
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
+    if is_convolution(base):
+        conv = cast(nn.Conv2d, base)
+        return conv.in_channels // conv.groups * math.prod(conv.kernel_size), conv.out_channels
     return (base.nx, base.nf) if is_conv1d(base) else (base.in_features, base.out_features)  # type: ignore[return-value]
 
 
@@ -80,6 +107,8 @@ def dense_weight(base: nn.Module) -> Tensor:
                 f"(merging, DoRA, PiSSA), got {type(base).__name__}: {reason}"
             )
         weight = weight_of(base, "weight")
+    elif is_convolution(base):
+        weight = weight_of(base, "weight").flatten(1)
     else:
         weight = weight_of(base, "weight").T
     return weight.detach().float()
@@ -103,7 +132,7 @@ def with_weight(
 
     weight: fp32 [N, K].
     target: "16bit" = dense, in weight_dtype(base, default); "nf4" = LinearNF4;  "same" = as the base, which must not be
-    a layer of another library. An embedding stays dense.
+    a layer of another library. Embeddings and convolutions stay dense.
     Raises ValueError for another target, and NotImplementedError for "same" over a layer of bitsandbytes.
     """
     if target not in ("16bit", "nf4", "same"):
@@ -120,6 +149,8 @@ def with_weight(
         layer._buffers, layer._modules = dict(base._buffers), {}
         layer.__class__ = plain_class(base)  # type: ignore[assignment]
         return layer
+    if is_convolution(base):
+        return _convolution_with(cast(nn.Conv2d, base), weight.to(dtype), bias)
     dense_class = getattr(base, "dense_class", plain_class(base))
     if is_conv1d(dense_class):
         layer = dense_class(n, k)
@@ -132,6 +163,25 @@ def with_weight(
     if target == "nf4" or (target == "same" and is_quantized(base)):
         layer = quantized(layer, like=base)
     return layer.train(base.training)
+
+
+def _convolution_with(base: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    conv: nn.Conv2d = convolution_class(base)(
+        base.in_channels,
+        base.out_channels,
+        base.kernel_size,
+        base.stride,
+        base.padding,
+        base.dilation,
+        base.groups,
+        bias=bias is not None,
+        padding_mode=base.padding_mode,
+        device="meta",
+    )
+    conv.weight = nn.Parameter(weight.reshape(base.weight.shape), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
+    return conv.train(base.training)
 
 
 def quantized(linear: nn.Module, *, like: nn.Module | None = None) -> nn.Module:

@@ -21,11 +21,12 @@ from ..framework.method import tensors_by_path
 from ..framework.registry import register_method
 from ..framework.targets import check_pattern_names, matched_parameters, pattern_value
 from ..framework.ties import paths_of_tied
-from ..layers.base_layer import is_embedding
+from ..layers.base_layer import is_convolution, is_embedding
 from ..layers.overridden_module import UPDATES
 from ..layers.parameter_lora import ParameterDelta
 from .lora_config import LoraConfig, starts_in_base
-from .lora_embedding import LoraEmbedding
+from .lora_conv import DoraConv, LoraConv
+from .lora_embedding import DoraEmbedding, LoraEmbedding
 from .lora_init import init_from_base, init_loftq, init_orthogonal
 from .lora_layers import DoraLinear, LoraLinear
 from .tied_lora import TransposedLora, same_tensors, shared
@@ -34,10 +35,11 @@ from .token_rows import add_named_token_rows
 
 @register_method(LoraConfig)
 class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
-    """LoRA updates of the targeted linear layers, embeddings and parameters."""
+    """LoRA updates of the targeted linear layers, embeddings, convolutions and parameters."""
 
     config: LoraConfig
     adapts_embeddings = True
+    adapts_convolutions = True
     rank_tensors: ClassVar[dict[str, int]] = {"lora_A.weight": 0, "lora_embedding_A": 0}
 
     def __init__(self, config: PeftConfig, injector: Injector, name: str) -> None:
@@ -143,8 +145,9 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
     def _own_delta(self, path: str, base: nn.Module) -> LoraLinear | LoraEmbedding:
         config, r = self.config, self.rank(self.config, path)
         scaling = config.scaling(r, pattern_value(path, config.alpha_pattern, config.lora_alpha))
-        kind = LoraEmbedding if is_embedding(base) else DoraLinear if config.use_dora else LoraLinear
-        delta = kind(base, r, scaling, config, self.injector.adapter_dtype)
+        kinds = (LoraConv, DoraConv) if is_convolution(base) else (LoraLinear, DoraLinear)
+        kind = ((LoraEmbedding, DoraEmbedding) if is_embedding(base) else kinds)[config.use_dora]
+        delta: LoraLinear | LoraEmbedding = kind(base, r, scaling, config, self.injector.adapter_dtype)
         if config.init_lora_weights == "orthogonal" and isinstance(delta, LoraLinear):
             init_orthogonal(delta)
         return delta
@@ -165,6 +168,12 @@ class Lora(LinearMethod["LoraLinear | LoraEmbedding | TransposedLora"]):
             # The base is replaced layer by layer, so that no second copy of the model is in memory.
             layer = self.injector.adapt(path)
             layer.base_layer = init_loftq(delta, layer.base_layer, path, **self.config.loftq_config)
+
+    def merge_unsupported(self) -> str | None:
+        grouped = [path for path, delta in self.deltas.items() if isinstance(delta, LoraConv) and delta.groups > 1]
+        return (
+            f"{grouped[0]} is a convolution with groups, whose A mixes the channels of all groups" if grouped else None
+        )
 
     def before_save(self) -> None:
         if self.needs_eva:

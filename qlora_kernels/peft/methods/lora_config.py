@@ -28,7 +28,9 @@ class LoraConfig(PeftConfig):
     trainable_token_indices: tokens whose rows of the input embedding train too, or a dictionary from names of
     embeddings and heads to such tokens. Layers that share a weight share the rows, unless they are given tokens of
     their own.
-    target_modules may also name an nn.Embedding, whose LoRA is that of a linear layer with one-hot inputs.
+    target_modules may also name an nn.Embedding, whose LoRA is that of a linear layer with one-hot inputs, and an
+    nn.Conv1d, Conv2d or Conv3d, whose lora_A is a convolution to r channels and lora_B one of kernel size 1. For these
+    layers init_lora_weights is a bool or "gaussian".
     Raises ValueError, naming the field, for a value outside its range and for options that exclude each other.
     """
 

@@ -10,22 +10,25 @@ from torch import Tensor, nn
 
 from ..core.offloaded import weight_of
 from ..layers.adapted_linear import Delta
-from ..layers.base_layer import device_of, embedding_scale, features
+from ..layers.base_layer import dense_weight, device_of, embedding_scale, features
 from .lora_config import LoraConfig
+from .lora_layers import Dora
 
 
 class LoraEmbedding(Delta):
     """LoRA of a table: scaling * B A[:, t] is added to row t; lora_embedding_A [r, vocab], lora_embedding_B [d, r].
 
-    A starts at zero and B normal, so that the start is the identity. There is no dropout, as in PEFT.
-    Raises NotImplementedError for use_dora, lora_bias and every init_lora_weights but a bool.
+    A starts at zero and B normal, so that the start is the identity, also for "gaussian". There is no dropout, as in
+    PEFT.
+    Raises NotImplementedError for lora_bias and for other values of init_lora_weights than a bool or "gaussian".
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        if config.use_dora or config.lora_bias or not isinstance(config.init_lora_weights, bool):
+        if config.lora_bias or config.init_lora_weights not in (True, False, "gaussian"):
             raise NotImplementedError(
-                "LoRA: an embedding has no use_dora, no lora_bias and no initialisation but a bool"
+                "LoraConfig: an embedding must have lora_bias=False and init_lora_weights a bool or 'gaussian', got "
+                f"{config.lora_bias} and {config.init_lora_weights!r}; leave embeddings out of target_modules"
             )
         vocab, d = features(base)
         device, self.scaling = device_of(base), scaling
@@ -42,7 +45,20 @@ class LoraEmbedding(Delta):
         return weight_of(self, "lora_embedding_A"), weight_of(self, "lora_embedding_B"), self.scaling
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
+        return (y + self._update(x, base)).to(y.dtype)
+
+    def _update(self, x: Tensor, base: nn.Module) -> Tensor:
         padding_idx = cast("nn.Embedding", base).padding_idx
         s = F.embedding(x, self.lora_embedding_A.T, padding_idx)
-        update = self.scaling * F.linear(s, self.lora_embedding_B)
-        return (y + update * embedding_scale(base)).to(y.dtype)
+        return self.scaling * F.linear(s, self.lora_embedding_B) * embedding_scale(base)
+
+
+class DoraEmbedding(Dora, LoraEmbedding):
+    """DoRA of a table: each of its columns, over all tokens, has a direction and a lora_magnitude_vector [d]."""
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__(base, r, scaling, config, dtype)
+        self.lora_magnitude_vector = nn.Parameter(dense_weight(base).norm(dim=1).to(dtype))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
+        return (self.row_scale(base) * (y + self._update(x, base))).to(y.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,19 +22,26 @@ class LoraLinear(Delta):
     subtract from W.
     """
 
+    lora_A: Any
+    lora_B: Any
     fixed_A: Tensor | None
     fixed_B: Tensor | None
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        k, n = features(base)
-        device = device_of(base)
-        self.lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
+        self.lora_A, self.lora_B = self._new_layers(base, r, config, device_of(base), dtype)
         self.r, self.scaling, self.dropout_p = r, scaling, config.lora_dropout
         self.register_buffer("fixed_A", None)
         self.register_buffer("fixed_B", None)
         self._init(config.init_lora_weights)
+
+    def _new_layers(
+        self, base: nn.Module, r: int, config: LoraConfig, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Any]:
+        """Return the layers that hold A and B, randomly initialized."""
+        k, n = features(base)
+        lora_A = nn.Linear(k, r, bias=False, device=device, dtype=dtype)
+        return lora_A, nn.Linear(r, n, bias=config.lora_bias, device=device, dtype=dtype)
 
     def _init(self, how: bool | str) -> None:
         if how is False or how == "orthogonal":
@@ -76,53 +85,60 @@ class LoraLinear(Delta):
         return updated.to(y.dtype)
 
 
-class DoraLinear(LoraLinear):
+class Dora(Delta):
     """W' = m * V / |V|_row, V = W + scaling * B A; m = lora_magnitude_vector [N] starts as |W|_row: identity.
 
-    |V|_row is a constant for the gradient (DoRA section 4.3). A row of V that is zero has no direction; it is not
-    scaled until B changes it. With dropout, PEFT also drops x in the W part of the update; here W x is the layer's
-    output, which is computed once.
+    A mixin in front of a class with lowrank(). |V|_row is a constant for the gradient (DoRA section 4.3). A row of V
+    that is zero has no direction; it is not scaled until B changes it. With dropout, PEFT also drops x in the W part of
+    the update; here W x is the layer's output, which is computed once.
     """
 
-    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
-        super().__init__(base, r, scaling, config, dtype)
-        self.lora_magnitude_vector = nn.Parameter(dense_weight(base).norm(dim=1).to(dtype))
+    lora_magnitude_vector: Tensor
 
     def factors(self) -> None:
         return None
 
-    def _row_scale(self, weight: Tensor) -> Tensor:
+    def row_scale(self, base: nn.Module) -> Tensor:
+        """Return m / |V|_row, [N], for the base layer's weight."""
         lora_A, lora_B, scaling = self.lowrank()
-        norm = row_norms(weight, lora_A.detach().float(), lora_B.detach().float(), scaling)
-        magnitude = weight_of(self, "lora_magnitude_vector")
+        norm = row_norms(dense_weight(base), lora_A.detach().float(), lora_B.detach().float(), scaling)
+        magnitude = weight_of(self, "lora_magnitude_vector").flatten()
         norm = norm.to(magnitude.dtype)
         zero = norm == 0
         scale: Tensor = magnitude / norm.masked_fill(zero, 1.0)
         return scale.masked_fill(zero, 1.0)
 
+    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return self.row_scale(base).detach().float()[:, None] * super().merged(weight, base)
+
+    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
+        return (self.row_scale(base)[:, None] * super().updated(weight, base)).to(weight.dtype)
+
+
+class DoraLinear(Dora, LoraLinear):
+    """DoRA of a linear layer; lora_magnitude_vector [N]."""
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
+        super().__init__(base, r, scaling, config, dtype)
+        self.lora_magnitude_vector = nn.Parameter(dense_weight(base).norm(dim=1).to(dtype))
+
     def first_output(self, x: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor | None:
-        plain = super().factors()
+        plain = LoraLinear.factors(self)
         if plain is None:
             return None
         # V x is the output of plain LoRA, which one fused call computes. Its rows are scaled, the bias is not.
         y = forward_lowrank(base, x, [plain], dropout_p=self.dropout_p if self.training else 0.0)
-        scale = self._row_scale(dense_weight(base))
+        scale = self.row_scale(base)
         scaled = y * scale if bias is None else torch.addcmul(bias - scale * bias, y, scale)
         return scaled.to(y.dtype)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module, bias: Tensor | None) -> Tensor:
         lora_A, lora_B, scaling = self.lowrank()
-        scale = self._row_scale(dense_weight(base))
+        scale = self.row_scale(base)
         dropped = F.dropout(x.to(lora_A.dtype), self.dropout_p, self.training)
         update = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
         without_bias = y if bias is None else y - bias
         return (y + (scale - 1) * without_bias + scale * update).to(y.dtype)
-
-    def merged(self, weight: Tensor, base: nn.Module) -> Tensor:
-        return self._row_scale(dense_weight(base)).detach().float()[:, None] * super().merged(weight, base)
-
-    def updated(self, weight: Tensor, base: nn.Module) -> Tensor:
-        return (self._row_scale(dense_weight(base))[:, None] * super().updated(weight, base)).to(weight.dtype)
 
 
 def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -88,7 +88,7 @@ def shared(delta: Delta, first: Delta, path: str) -> Delta:
             f"rank_pattern: layers that share a weight must have one rank with ensure_weight_tying, got {ranks[0]} for "
             f"{path} and {ranks[1]} for the first of them"
         )
-    if of_embedding and _EMBEDDING[0] not in delta._parameters:
+    if of_embedding and _EMBEDDING[0] not in delta._parameters and not hasattr(first, "lora_magnitude_vector"):
         return TransposedLora(first, cast(Any, delta).scaling, delta.dropout_p)
     if type(delta) is not type(first) or any(True for _ in delta.buffers()):
         raise NotImplementedError(
