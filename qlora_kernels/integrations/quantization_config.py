@@ -22,9 +22,10 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
     """The argument `quantization_config` of transformers' from_pretrained that loads linear layers and experts in NF4.
 
     skip_modules: modules and parameters that stay dense, by name or ending of a name; all layers inside a skipped block
-    stay dense. "lm_head", the default, means the modules that bitsandbytes keeps by default: the output head, under any
-    name, and the last layer. Weights that are tied to the embeddings, and those that the model keeps in float32, always
-    stay dense.
+    stay dense. "lm_head", the default, means the output head, under any name, the last layer, and the heads of
+    classifiers and of question answering. Weights that are tied to the embeddings, and those that the model keeps in
+    float32, always stay dense. In a checkpoint that is quantized already, a layer is what its tensors are, unless
+    skip_modules names it.
     blocksize: weights per scale.   double_quant: scales in 8 bits.
     compute_dtype: dtype of the products, or its name; None computes in the dtype of the activations.
     Raises ValueError or TypeError for invalid values.
@@ -49,6 +50,11 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         self.compute_dtype = _as_dtype(compute_dtype)
         self._storage: Literal["qlora_kernels", "bitsandbytes"] = "qlora_kernels"
         self._model_dtype = torch.float32
+
+    @property
+    def named_modules(self) -> list[str]:
+        """The items of skip_modules without "lm_head", which stands for heads under any name."""
+        return [name for name in self.skip_modules if name != "lm_head"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object in config.json; a model that bitsandbytes can read has a BitsAndBytesConfig's values."""

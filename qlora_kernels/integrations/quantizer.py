@@ -23,10 +23,12 @@ from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.match import check_names, contained_in
 from ..nn.module_tree import set_submodule
 from ..ops.quantize_nf4 import quantize_nf4
+from ..peft.core.config import TASK_HEADS
 from .quantization_config import METHOD, QLoRAKernelsConfig
 from .quantized_modules import dense_linears, dequantize_modules, expert_stacks, quantized_modules
 
 WEIGHT = "weight"
+_TASK_HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
 class QLoRAKernelsQuantizer(HfQuantizer):
@@ -70,7 +72,8 @@ class QLoRAKernelsQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
-        self.chosen = chosen_parameters(model, self.quantization_config)
+        # The checkpoint of a quantized model decides about layers that skip_modules does not name (ReadNF4).
+        self.chosen = chosen_parameters(model, self.quantization_config, heads=not self.pre_quantized)
         if not self.chosen:
             raise ValueError(
                 f"from_pretrained: {type(model).__name__} must contain linear layers outside "
@@ -256,14 +259,17 @@ class ReadNF4(ConversionOps):
         quantizer = self.hf_quantizer
         quantizer.missing = missing_keys
         found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        if len(found) == 1 and full_layer_name not in quantizer.chosen:
+        if len(found) == 1:
             (key, tensor), dtype = next(iter(found.items())), quantizer.dtypes.get(full_layer_name)
-            return {key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor}
+            floating = tensor.is_floating_point()
+            if full_layer_name in quantizer.chosen and not floating:
+                raise ValueError(f"{full_layer_name}: must have its NF4 constants beside it, got {tensor.dtype} alone")
+            quantizer.chosen.discard(full_layer_name)
+            return {key: tensor.to(dtype) if dtype and floating else tensor}
         packed = found.pop(WEIGHT)
-        if full_layer_name not in quantizer.chosen:
+        if contained_in(quantizer.quantization_config.named_modules, full_layer_name):
             raise ValueError(f"{full_layer_name}: must be dense by the model's quantization_config, got NF4")
-        if not found:
-            raise ValueError(f"{full_layer_name}: must be NF4 by the model's quantization_config, got a dense tensor")
+        quantizer.chosen.add(full_layer_name)
         state = bnb_layout.decode(full_layer_name, {k.removeprefix(f"{WEIGHT}."): v for k, v in found.items()})
         linear, _ = owner_of(model, full_layer_name)
         shape = tuple(linear.weight.shape)
@@ -277,17 +283,21 @@ class ReadNF4(ConversionOps):
         return {}
 
 
-def chosen_parameters(model: Any, config: QLoRAKernelsConfig) -> set[str]:
+def chosen_parameters(model: Any, config: QLoRAKernelsConfig, *, heads: bool = True) -> set[str]:
     """Return the names of the weights and expert stacks that `config` selects for NF4.
 
+    heads: whether "lm_head" also stands for the heads of classifiers, which PEFT trains.
     Raises ValueError for a name in skip_modules that matches nothing in the model.
     """
     names = [*dict(model.named_modules()), *dict(model.named_parameters())]
-    wanted = [name for name in config.skip_modules if name != "lm_head"]
+    wanted = config.named_modules
     check_names("QLoRAKernelsConfig: skip_modules", wanted, [name for name in names if name])
     skip = [*wanted, *_wanted_in_float32(model)]
     if "lm_head" in config.skip_modules:
-        skip += get_keys_to_not_convert(model)
+        skip += ["lm_head", *get_keys_to_not_convert(model)]
+        if heads:
+            skip += [name for name, _ in model.named_children() if name in _TASK_HEADS]
+            skip.append(list(model.state_dict())[-1].rpartition(".")[0])  # the last layer, also if it has a bias
     linears = {f"{name}.{WEIGHT}": name for name in dense_linears(model)}
     tied = {name.removesuffix(f".{WEIGHT}") for pair in _tied(model).items() for name in pair}
     chosen = {w for w, name in linears.items() if not contained_in(skip, name) and name not in tied}
@@ -352,8 +362,8 @@ def describe(model: Any) -> None:
     """Update a transformers model's quantization config to its present layers.
 
     This is called after layers have been quantized, merged or replaced. A model whose NF4 layers bitsandbytes can read
-    gets the config of bitsandbytes. A model with experts in NF4 gets QLoRAKernelsConfig, and so does one with a weight
-    that bitsandbytes' CPU code reads wrongly, if all layers have one blocksize and kind of constants. A model that was
+    gets the config of bitsandbytes. A model with experts in NF4 gets QLoRAKernelsConfig, and so does one with a layer
+    that would be wrong in bitsandbytes, if all layers have one blocksize and kind of constants. A model that was
     loaded with QLoRAKernelsConfig keeps it. A model without NF4 layers gets no config. The config of another library's
     quantizer is not changed.
     Raises ValueError if experts differ in blocksize or kind of constants, which one config cannot describe.
@@ -373,7 +383,7 @@ def describe(model: Any) -> None:
     config = quantizer.quantization_config
     experts = {name: module for name, module in quantized.items() if isinstance(module, ExpertsNF4)}
     kinds = {(m.blocksize, m.absmax_q is not None) for m in cast(Any, experts or quantized).values()}
-    if experts or (len(kinds) == 1 and any(_misread_by_bitsandbytes(module) for module in quantized.values())):
+    if experts or (len(kinds) == 1 and any(_unread_by_bitsandbytes(model, *layer) for layer in quantized.items())):
         config._storage = "qlora_kernels"
     if experts and len(kinds) > 1:
         raise ValueError(f"save: all experts must have one (blocksize, double_quant), got {sorted(kinds)}")
@@ -385,10 +395,20 @@ def describe(model: Any) -> None:
     model._weight_conversions = quantizer._conversions_for_saving(model)
 
 
-def _misread_by_bitsandbytes(module: Any) -> bool:
-    """Whether bitsandbytes' CPU code dequantizes the layer to wrong values (docs/format.md)."""
-    columns: int = module.in_features
-    return columns % 16 == 0 and columns % module.blocksize != 0
+def _unread_by_bitsandbytes(model: Any, name: str, layer: Any) -> bool:
+    """Whether the layer would be wrong in a model that transformers loads with bitsandbytes.
+
+    bitsandbytes' CPU code dequantizes some shapes to wrong values (docs/format.md). transformers leaves out layers that
+    the model keeps in float32 (T5's wo) and subclasses of nn.Linear: Falcon's, and the last one of torch's attention.
+    """
+    columns: int = layer.in_features
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return (
+        (columns % 16 == 0 and columns % layer.blocksize != 0)
+        or isinstance(owner, nn.MultiheadAttention)
+        or type(owner).__module__ == "transformers.models.falcon.modeling_falcon"
+        or contained_in(getattr(model, "_keep_in_fp32_modules", None) or (), name)
+    )
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:

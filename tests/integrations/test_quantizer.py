@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlora_kernels as qk
@@ -255,3 +256,71 @@ def test_weight_misread_by_bitsandbytes_saved_in_own_format(tmp_path):
     ids = torch.arange(8)[None]
     for again in (AUTO.from_pretrained(tmp_path).eval(), load_model(tmp_path, torch.float32)):
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def head_model(kind):
+    """A tiny model of a family other than the causal ones, and its inputs."""
+    torch.manual_seed(0)
+    ids = {"input_ids": torch.arange(1, 9)[None]}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    if kind == "falcon":
+        del sizes["intermediate_size"]
+        config = transformers.FalconConfig(**sizes, vocab_size=48, bos_token_id=1, eos_token_id=2)
+        return transformers.FalconForCausalLM(config).eval(), ids
+    if kind == "t5":
+        t5 = transformers.T5Config(vocab_size=48, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+        t5.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(t5).eval(), {**ids, "decoder_input_ids": ids["input_ids"]}
+    if kind == "siglip":
+        siglip = transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
+        return transformers.SiglipVisionModel(siglip).eval(), {"pixel_values": torch.randn(1, 3, 8, 8)}
+    if kind == "wav2vec2":
+        wav2vec2 = transformers.Wav2Vec2Config(
+            **sizes, vocab_size=32, conv_dim=(16,), conv_kernel=(4,), conv_stride=(4,), num_feat_extract_layers=1
+        )
+        wav2vec2.update({"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2})
+        return transformers.Wav2Vec2ForCTC(wav2vec2).eval(), {"input_values": torch.randn(1, 64)}
+    name = {"bert": "Bert", "roberta": "Roberta"}[kind]
+    config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=48, num_labels=3)
+    return getattr(transformers, f"{name}ForSequenceClassification")(config).eval(), ids
+
+
+@torch.no_grad()
+def first_output(model, inputs):
+    return model(**inputs).to_tuple()[0]
+
+
+@pytest.mark.parametrize("kind", ["falcon", "t5", "siglip", "wav2vec2"])
+def test_layers_that_transformers_gives_not_to_bitsandbytes_are_saved_in_own_format(kind, tmp_path):
+    """Subclasses of nn.Linear, layers that the model keeps in float32, and a dense head that the rules leave in NF4."""
+    model, inputs = head_model(kind)
+    qk.replace_linear(model)
+    model.save_pretrained(tmp_path)
+    assert written_config(tmp_path)["quant_method"] == "qlora_kernels"
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert of_type(again, qk.LinearNF4) == of_type(model, qk.LinearNF4)
+    # The dense layers' sums depend on the alignment of tensors.
+    torch.testing.assert_close(first_output(again, inputs), first_output(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "dense"), [("bert", ["classifier"]), ("roberta", ["dense", "out_proj"])])
+def test_heads_of_classifiers_stay_dense(kind, dense, tmp_path):
+    """So that they train: PEFT's task types train a copy of the head."""
+    plain, inputs = head_model(kind)
+    plain.save_pretrained(tmp_path / "dense")
+    model = type(plain).from_pretrained(tmp_path / "dense", quantization_config=QLoRAKernelsConfig()).eval()
+    assert [name.rpartition(".")[2] for name in of_type(model, nn.Linear)] == dense
+    model.save_pretrained(tmp_path / "nf4")
+    again = type(plain).from_pretrained(tmp_path / "nf4").eval()
+    # The dense layers' sums depend on the alignment of tensors.
+    torch.testing.assert_close(first_output(again, inputs), first_output(model, inputs), rtol=1e-4, atol=1e-5)
+    adapted = qk.peft.get_peft_model(again, qk.peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    assert sum("classifier" in name for name, p in adapted.named_parameters() if p.requires_grad) == 2 * len(dense)
+
+
+def test_weight_without_its_constants_raises(dense, tmp_path):
+    load(dense("llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "q_proj.weight." not in n}, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        AUTO.from_pretrained(tmp_path)

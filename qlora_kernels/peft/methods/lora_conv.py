@@ -22,6 +22,8 @@ class LoraConv(LoraLinear):
 
     A has the base's stride, padding and dilation. For a base with groups, A takes the channels of all groups and B has
     the groups; such an update is not one of the base's weight.
+    Raises NotImplementedError for other values of init_lora_weights than a bool or "gaussian", and ValueError for a
+    rank that the groups do not divide.
     """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
@@ -71,7 +73,10 @@ class LoraConv(LoraLinear):
 
 
 class DoraConv(Dora, LoraConv):
-    """DoRA of a convolution; lora_magnitude_vector [1, out_channels, 1, ...]."""
+    """DoRA of a convolution; lora_magnitude_vector [1, out_channels, 1, ...].
+
+    Raises NotImplementedError for a convolution with groups.
+    """
 
     def __init__(self, base: nn.Module, r: int, scaling: float, config: LoraConfig, dtype: torch.dtype) -> None:
         super().__init__(base, r, scaling, config, dtype)
