@@ -1,4 +1,4 @@
-"""Relative links of all pages lead to files that exist, and their anchors to headings of those pages."""
+"""Relative links of all pages lead to files that exist, and their anchors to headings; rows of tables are complete."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ def broken(page: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
+
+
+def broken_rows(text: str) -> list[str]:
+    """Return the lines of tables that are no complete row: a row ends with its line."""
+    tables = re.findall(r"^\|.*\n\|[-|: ]+\|\n(?:.+\n?)*", without_code(text), flags=re.MULTILINE)
+    lines = [line for table in tables for line in table.splitlines()]
+    return [line for line in lines if not (line.startswith("|") and line.rstrip().endswith("|"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_rows_of_tables_are_complete(page):
+    assert broken_rows(page.read_text()) == []
+
+
+def test_a_row_on_two_lines_is_found():
+    assert broken_rows("| a | b |\n|---|---|\n| 1 | two\nlines |\n\ntext\n") == ["| 1 | two", "lines |"]
 
 
 def test_every_page_is_in_the_menu_of_the_site():
