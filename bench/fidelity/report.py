@@ -43,9 +43,8 @@ def _link(paper: str) -> str:
 def _count(findings: dict[str, Sequence[Finding]]) -> str:
     """Return a line with the number of statements of each verdict."""
     verdicts = [finding.verdict for of in findings.values() for finding in of]
-    return (
-        f"{len(verdicts)} statements: " + ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).items()) + "."
-    )
+    counts = ", ".join(f"{verdict}: {number}" for verdict, number in Counter(verdicts).items())
+    return f"Statements: {len(verdicts)}; {counts}."
 
 
 def _part(claim: Claim, rows: Sequence[Row], findings: Sequence[Finding], results: str) -> list[str]:

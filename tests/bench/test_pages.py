@@ -57,7 +57,7 @@ def test_figures_of_the_readme_are_those_of_the_rows():
     assert f"| {ours}, with `--fuse` {fused}; bitsandbytes + PEFT {peer} (`make bench`) |" in readme
 
 
-@pytest.mark.parametrize(("page", "count"), [("benchmarks.md", 3)])
+@pytest.mark.parametrize(("page", "count"), [("benchmarks.md", 3), ("fidelity.md", 1)])
 def test_pictures_of_the_pages_exist(page, count):
     pictures = re.findall(r"\((assets/[\w-]+\.svg)\)", (ROOT / "docs" / page).read_text())
     assert len(pictures) == count
