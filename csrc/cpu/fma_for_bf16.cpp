@@ -22,7 +22,9 @@ namespace {
 // At 8 tokens, vdpbf16ps at half rate takes as long as decoding a weight; this is an estimate from instruction counts.
 constexpr int64_t kFewTokens = 8;
 
-const Kernels& table_for(const LinearProblem& p) {
+// p: a LinearProblem, LinearGroup or CrossEntropyProblem.
+template <class Problem>
+const Kernels& table_for(const Problem& p) {
     return p.dtype == DType::kBfloat16 && p.M > kFewTokens ? avx512::kKernels : avx512_bf16::kKernels;
 }
 
@@ -49,11 +51,16 @@ const Kernels& kernels() {
                                            const void* s, void* grad_x, float* grad_A, float* grad_B) {
             table_for(p).linear_nf4_lora_backward(p, lora, grad_y, x, s, grad_x, grad_A, grad_B);
         };
+        made.linear_nf4_lora_group = [](const LinearGroup& group, const void* x, const AnyFloat* biases,
+                                        void* const* ys,
+                                        void* s) { table_for(group).linear_nf4_lora_group(group, x, biases, ys, s); };
+        made.linear_nf4_lora_group_backward = [](const LinearGroup& group, const void* const* grad_ys, const void* x,
+                                                 const void* s, void* grad_x, float* grad_A, float* const* grads_B) {
+            table_for(group).linear_nf4_lora_group_backward(group, grad_ys, x, s, grad_x, grad_A, grads_B);
+        };
         made.linear_cross_entropy = [](const CrossEntropyProblem& p, const void* hidden,
                                        const CrossEntropyResults& results) {
-            const Kernels& few_or_many =
-                p.dtype == DType::kBfloat16 && p.M > kFewTokens ? avx512::kKernels : avx512_bf16::kKernels;
-            few_or_many.linear_cross_entropy(p, hidden, results);
+            table_for(p).linear_cross_entropy(p, hidden, results);
         };
         made.attention = [](const AttentionProblem& p, const AttentionOutputs& outputs) {
             attention_table(p).attention(p, outputs);

@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "array.h"
 #include "decode.h"
 #include "qlora/parallel.h"
 #include "qlora/workspace.h"
@@ -158,8 +159,9 @@ static TileKernel<Mac> tile_kernel_for(int rows) {
 // Splits M rows into tiles of at most `max_rows` rows, as evenly as possible, so that every tile has enough
 // accumulators to hide the latency of the multiply.
 struct Tiling {
-    int64_t M, count;
+    int64_t M = 0, count = 0;
 
+    Tiling() {}
     Tiling(int64_t rows, int max_rows) : M(rows), count((rows + max_rows - 1) / max_rows) {}
     int64_t begin(int64_t tile) const { return tile * M / count; }
     int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
@@ -192,6 +194,35 @@ struct LhsView {
     Tail<Mac> tail(int64_t t, const Elem* b) const { return {data + tiling.begin(t) * stride, stride, b, steps}; }
 };
 
+// Several operands with the same rows as one: the steps of each follow those of the operand before it.
+template <class Mac>
+struct JoinedLhs {
+    using Elem = typename Mac::Elem;
+    const Array<LhsView<Mac>>& parts;
+    int64_t steps;
+    Tiling tiling;
+
+    explicit JoinedLhs(const Array<LhsView<Mac>>& operands) : parts(operands), steps(0), tiling(parts[0].tiling) {
+        for (const LhsView<Mac>& part : parts) steps += part.steps;
+    }
+
+    // As LhsView::multiply, over the steps of all parts.
+    template <int kVectors>
+    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const Tail<Mac>& tail, bool adds,
+                  float* c) const {
+        int64_t first = 0;
+        for (const LhsView<Mac>& part : parts) {
+            const int64_t begin = std::max(step0, first), end = std::min(step0 + count, first + part.steps);
+            if (begin < end) {
+                part.template multiply<kVectors>(t, begin - first, b + (begin - step0) * kVectors * kLanes * Mac::kPair,
+                                                 end - begin, end == step0 + count ? tail : Tail<Mac>(), adds, c);
+                adds = true;
+            }
+            first += part.steps;
+        }
+    }
+};
+
 // No tail in panel_gemm.
 struct NoTail {};
 
@@ -214,23 +245,31 @@ struct TaskRange {
 inline constexpr int64_t kMaxGroup = 4;
 inline constexpr int64_t kPanelBytes = 512 << 10;
 
+// kStrips: threads take strips of C, for wide B. kTiles: threads take tiles of C, for a B of few columns, which is
+// small enough that every thread decodes all of it.
+enum class Division { kStrips, kTiles };
+
 // The division of C into tasks. Groups of strips become smaller towards the end, so that all threads finish together. M
 // is divided only if there are fewer groups than threads, because every task decodes the panels of its strips itself.
 // Neither changes the order of additions.
 struct PanelSchedule {
+    Division division;
     int64_t strips, tiles, threads, tile_tasks, tasks;
 
-    PanelSchedule(int64_t all_strips, int64_t all_tiles)
-        : strips(all_strips), tiles(all_tiles), threads(num_threads()) {
+    PanelSchedule(Division by, int64_t all_strips, int64_t all_tiles)
+        : division(by), strips(all_strips), tiles(all_tiles), threads(num_threads()) {
         int64_t groups = 0;
         for (int64_t strip = 0; strip < strips; strip += group(strip)) ++groups;
-        tile_tasks = groups >= threads ? 1 : (threads + groups - 1) / groups;
+        tile_tasks = division == Division::kTiles ? threads : groups >= threads ? 1 : (threads + groups - 1) / groups;
         tile_tasks = std::min(tile_tasks, tiles);
         tasks = groups * tile_tasks;
     }
 
     // Number of strips in the group that starts at `strip`.
-    int64_t group(int64_t strip) const { return std::clamp<int64_t>((strips - strip) / (2 * threads), 1, kMaxGroup); }
+    int64_t group(int64_t strip) const {
+        const int64_t left = strips - strip;
+        return std::clamp<int64_t>(division == Division::kTiles ? left : left / (2 * threads), 1, kMaxGroup);
+    }
 
     TaskRange range(int64_t task) const {
         int64_t strip = 0;
@@ -240,21 +279,21 @@ struct PanelSchedule {
     }
 };
 
-// Computes C[M, columns] from A = a and the panels of B.
+// Computes C[M, columns] from A = a, an LhsView or JoinedLhs, and the panels of B.
 //
 // fill(range, panel): writes the panel `range` of B as strips [step1 - step0][kColumns][kPair], one after the other,
 // with zeros beyond the last column and beyond L.
 // finish(tile, column0, columns, c): stores the finished accumulators c[rows][kColumns] of a tile; it may change c.
 // tail_of(tile, column0): returns the tail of a tile's sums; NoTail for none.
-template <class Mac, int kVectors, class Fill, class Finish, class TailOf = NoTail>
-static void panel_gemm(const LhsView<Mac>& a, int64_t columns, const Fill& fill, const Finish& finish,
-                       const TailOf& tail_of = {}) {
+template <class Mac, int kVectors, class Lhs, class Fill, class Finish, class TailOf = NoTail>
+static void panel_gemm(const Lhs& a, int64_t columns, const Fill& fill, const Finish& finish,
+                       const TailOf& tail_of = {}, Division division = Division::kStrips) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
     constexpr int64_t kStepElements = kColumns * Mac::kPair;
     constexpr int64_t kMaxSteps = kPanelBytes / (kMaxGroup * kStepElements * static_cast<int64_t>(sizeof(Elem)));
     constexpr int64_t kTileFloats = kMaxRows * kColumns;
-    const PanelSchedule schedule((columns + kColumns - 1) / kColumns, a.tiling.count);
+    const PanelSchedule schedule(division, (columns + kColumns - 1) / kColumns, a.tiling.count);
     const int64_t panels = (a.steps + kMaxSteps - 1) / kMaxSteps;
     const int64_t panel_steps = (a.steps + panels - 1) / panels;
 

@@ -32,6 +32,20 @@ struct Lora {
     uint64_t seed;
 };
 
+// One of several linears that read the same x. lora.r may be 0, without factors; threshold and seed are equal for all.
+struct GroupMember {
+    NF4Weight weight;
+    Lora lora;
+};
+
+// x [M, K] of `dtype`. s and ds have the columns of the members side by side, R in total.
+struct LinearGroup {
+    const GroupMember* members;
+    int64_t count;
+    DType dtype;
+    int64_t M, K, R;
+};
+
 struct Kernels {
     // w [numel] of dtype -> packed [(numel + 1) / 2], absmax [ceil(numel / blocksize)]
     void (*quantize_nf4)(const void* w, DType dtype, int64_t numel, int block_shift, uint8_t* packed, float* absmax);
@@ -48,6 +62,12 @@ struct Kernels {
     // grad_x (skipped if null), grad_A [r, K] and grad_B [N, r] in fp32
     void (*linear_nf4_lora_backward)(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
                                      const void* s, void* grad_x, float* grad_A, float* grad_B);
+    // the same for each member i: biases [count], ys [count], y_i [M, N_i]; s [M, R]
+    void (*linear_nf4_lora_group)(const LinearGroup& group, const void* x, const AnyFloat* biases, void* const* ys,
+                                  void* s);
+    // grad_x, the sum over the members (skipped if null), grad_A [R, K] and each grad_B_i [N_i, r_i] in fp32
+    void (*linear_nf4_lora_group_backward)(const LinearGroup& group, const void* const* grad_ys, const void* x,
+                                           const void* s, void* grad_x, float* grad_A, float* const* grads_B);
     // bits [ceil(numel / 8)]: bit i is set if element i is kept
     void (*dropout_bits)(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bits);
     // parameters and states in place

@@ -43,18 +43,25 @@ static inline auto weight_columns(const NF4Weight& w) {
     };
 }
 
+// dst[i] = W[n, k + i] for i < count; also prefetches a later row.
+template <class T>
+static inline void weight_row(const NF4Weight& w, int64_t n, int64_t k, int64_t count,
+                              typename Arithmetic<T>::Mac::Elem* dst) {
+    const int64_t begin = n * w.K + k;
+    prefetch_range(w, begin + kPrefetchRows * w.K, count);
+    decode_range<typename Arithmetic<T>::Rounding>(w, begin, begin + count, dst);
+}
+
 // B[n, k] = W[n, k], for grad_x = grad_y W: the same bytes, decoded without a transposition.
 template <class T>
 static inline auto weight_rows(const NF4Weight& w) {
-    using A = Arithmetic<T>;
-    return [&w](const PanelRange& range, typename A::Mac::Elem* panel) {
-        fill_from_columns<typename A::Mac, kColumns>(
-            range, w.N, panel, [&](int64_t n, int64_t k, int64_t count, typename A::Mac::Elem* dst) {
-                const int64_t begin = n * w.K + k;
-                prefetch_range(w, begin + kPrefetchRows * w.K, count);
-                decode_range<typename A::Rounding>(w, begin, begin + count, dst);
-                return dst;
-            });
+    using Mac = typename Arithmetic<T>::Mac;
+    return [&w](const PanelRange& range, typename Mac::Elem* panel) {
+        fill_from_columns<Mac, kColumns>(range, w.N, panel,
+                                         [&](int64_t n, int64_t k, int64_t count, typename Mac::Elem* dst) {
+                                             weight_row<T>(w, n, k, count, dst);
+                                             return dst;
+                                         });
     };
 }
 

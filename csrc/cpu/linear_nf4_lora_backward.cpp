@@ -1,12 +1,13 @@
-// linear_nf4_lora_backward, with G = grad_y:
+// linear_nf4_lora_backward and linear_nf4_lora_group_backward, with G_i = grad_y_i; one linear is a group of one:
 //
-//     ds     = scaling * G B               narrow product over n, from the tiles of G that grad_x also uses
-//     grad_B = scaling * (s^T G)^T         r x N product over tokens, panels of G
-//     grad_A = ds^T dropout(x)             r x K product over tokens, panels of x with the dropped elements zeroed
-//     grad_x = G W + mask * (ds A) / keep  the large product, the low-rank one added to its tiles
+//     ds_i     = scaling_i * G_i B_i            narrow products over n, from the tiles of G_i that grad_x also uses
+//     grad_B_i = scaling_i * (s_i^T G_i)^T      r_i x N_i products over tokens, panels of G_i
+//     grad_A   = ds^T dropout(x)                R x K product over tokens, panels of x with the dropped elements zeroed
+//     grad_x   = G W + mask * (ds A) / keep     the large product over the rows of all W_i, one after the other; the
+//                                               low-rank product of all members is added to its tiles
 //
-// The mask is one bitmap that is made once and read twice. All sums are fp32; ds is rounded to x's dtype, as in the
-// composed operations.
+// A and ds have the factors of all members side by side, R in total. The mask is one bitmap that is made once and read
+// twice. All sums are fp32; ds is rounded to x's dtype, as in the composed operations.
 #include "lora.h"
 
 namespace qlora::QLORA_ISA {
@@ -48,11 +49,12 @@ void multiply(float* c, int64_t floats, float scale) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, mul(load(c + i), factor));
 }
 
-// out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r].
+// out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r] whose rows are `stride` elements
+// apart.
 template <class Mac, class T, class Fill>
-void grad_factor(const T* factors, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
+void grad_factor(const T* factors, int64_t stride, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
                  bool transposed, float* out) {
-    const LhsView<Mac> a = lhs_transposed<Mac>(Slot::kFactorRows, factors, M, r);
+    const LhsView<Mac> a = lhs_transposed<Mac>(Slot::kFactorRows, factors, M, r, stride);
     panel_gemm<Mac, kVectors>(a, columns, fill, [&](int64_t tile, int64_t column0, int64_t width, float* c) {
         multiply(c, a.tiling.size(tile) * kColumns, scale);
         if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
@@ -76,54 +78,96 @@ void apply_mask(const uint8_t* bits, const Tiling& tiling, int64_t tile, int64_t
     }
 }
 
+// The G_i as operands, in place or copied.
+template <class T, class Mac>
+void view_gradients(const LinearGroup& group, const void* const* grad_ys, Array<LhsView<Mac>>& views) {
+    using Elem = typename Mac::Elem;
+    const int64_t M = group.M;
+    const Offsets copies(group.count, [&](int64_t i) {
+        const int64_t N = group.members[i].weight.N;
+        return reads_in_place<Mac, T>(N) ? 0 : M * copy_stride<Elem>(N);
+    });
+    Elem* space = static_cast<Elem*>(workspace(Slot::kRows, static_cast<size_t>(copies.total()) * sizeof(Elem)));
+    for (int64_t i = 0; i < group.count; ++i) {
+        views[i] =
+            lhs_view<Mac>(static_cast<const T*>(grad_ys[i]), M, group.members[i].weight.N, space + copies.begin(i));
+    }
+}
+
 template <class T>
-void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, const T* x, const T* s, T* grad_x,
-                   float* grad_A, float* grad_B) {
+void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T* x, const T* s, T* grad_x,
+                   float* grad_A, float* const* grads_B) {
     using Mac = typename Arithmetic<T>::Mac;
     using Elem = typename Mac::Elem;
-    const int64_t M = p.M, N = p.weight.N, K = p.weight.K, r = lora.r;
-    const uint8_t* bits = dropout_bitmap(lora, M * K);
+    const int64_t M = group.M, K = group.K;
+    const Offsets ranks(group.count, [&](int64_t i) { return group.members[i].lora.r; });
+    const int64_t R = group.R;
+    const Lora& first = group.members[0].lora;
+    const uint8_t* bits = R > 0 ? dropout_bitmap(first, M * K) : nullptr;
+    const float scale = bits ? keep_scale(first) : 1.0f;
 
-    T* ds = static_cast<T*>(workspace(Slot::kSmall, static_cast<size_t>(M * r) * sizeof(T)));
-
-    const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, grad_y, M, N);
-    narrow_product(
-        a, r, lora.scaling,
-        [&](auto width, const PanelRange& range, Elem* panel) {
-            fill_from_columns<Mac, decltype(width)::value>(range, N, panel,
-                                                           [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
-                                                               factor_row<T>(lora.B, n * r + j, count, 1.0f, dst);
-                                                               return dst;
-                                                           });
-        },
-        ds);
-
-    const float scale = bits ? keep_scale(lora) : 1.0f;
-    grad_factor<Mac>(s, M, r, N, lora.scaling, token_panels<Mac>(grad_y, M, N, nullptr), true, grad_B);
-    grad_factor<Mac>(ds, M, r, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
+    T* ds = static_cast<T*>(workspace(Slot::kSmall, static_cast<size_t>(M * R) * sizeof(T)));
+    Array<LhsView<Mac>> gradients(group.count);
+    view_gradients<T>(group, grad_ys, gradients);
+    const JoinedLhs<Mac> a(gradients);
+    for (int64_t i = 0; i < group.count; ++i) {
+        const Lora& lora = group.members[i].lora;
+        const int64_t N = group.members[i].weight.N;
+        if (lora.r == 0) continue;
+        narrow_product<Mac>(
+            gradients[i], lora.r, lora.scaling,
+            [&](auto width, const PanelRange& range, Elem* panel) {
+                fill_from_columns<Mac, decltype(width)::value>(
+                    range, N, panel, [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
+                        factor_row<T>(lora.B, n * lora.r + j, count, 1.0f, dst);
+                        return dst;
+                    });
+            },
+            ds + ranks.begin(i), R);
+        grad_factor<Mac>(s + ranks.begin(i), R, M, lora.r, N, lora.scaling,
+                         token_panels<Mac>(static_cast<const T*>(grad_ys[i]), M, N, nullptr), true, grads_B[i]);
+    }
+    if (R > 0) grad_factor<Mac>(ds, R, M, R, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
     if (!grad_x) return;
 
-    const LowRankTerm<Mac> low_rank{lhs_view<Mac>(Slot::kFactorRows, ds, M, r)};
-    const auto lora_a = [&](int64_t column0, int64_t columns, Elem* strip) {
-        fill_from_columns<Mac, kColumns>({column0, columns, 0, low_rank.lhs.steps}, r, strip,
-                                         [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
-                                             factor_row<T>(lora.A, j * K + k, count, 1.0f, dst);
+    // The rows of all weights, each weight padded to whole steps as its G_i is.
+    const Offsets rows(group.count, [&](int64_t i) { return steps_of<Mac>(group.members[i].weight.N) * Mac::kPair; });
+    const LhsView<Mac> ds_rows = lhs_view<Mac>(Slot::kFactorRows, ds, M, R);
+    const LowRankTerm<Mac> low_rank{ds_rows, ds_rows.steps};
+    const auto fill = [&](const PanelRange& range, Elem* panel) {
+        fill_from_columns<Mac, kColumns>(range, rows.total(), panel,
+                                         [&](int64_t row, int64_t k, int64_t count, Elem* dst) {
+                                             const auto [member, n] = rows.locate(row);
+                                             const NF4Weight& weight = group.members[member].weight;
+                                             if (n < weight.N) {
+                                                 weight_row<T>(weight, n, k, count, dst);
+                                             } else {
+                                                 zero_row(dst, count);
+                                             }
                                              return dst;
                                          });
+        for (int64_t c = 0; range.step0 == 0 && R > 0 && c < range.columns; c += kColumns) {
+            const int64_t column = range.column0 + c;
+            fill_from_columns<Mac, kColumns>(
+                {column, std::min<int64_t>(range.columns - c, kColumns), 0, low_rank.lhs.steps}, R,
+                low_rank.strip(column), [&](int64_t j, int64_t k, int64_t count, Elem* dst) {
+                    const auto [member, row] = ranks.locate(j);
+                    factor_row<T>(group.members[member].lora.A, row * K + k, count, 1.0f, dst);
+                    return dst;
+                });
+        }
     };
-    const auto fill = low_rank.fill_with(weight_rows<T>(p.weight), lora_a);
-    const bool masked = bits != nullptr;
     const auto finish = [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
-        if (masked || !Mac::kTails) {
+        if (R > 0 && (bits || !Mac::kTails)) {
             low_rank.add_to(c, tile, column0, [&](float* product) {
-                if (masked) apply_mask(bits, a.tiling, tile, column0, K, scale, product);
+                if (bits) apply_mask(bits, a.tiling, tile, column0, K, scale, product);
             });
         }
         store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
     };
     if constexpr (Mac::kTails) {
         panel_gemm<Mac, kVectors>(a, K, fill, finish, [&](int64_t tile, int64_t column0) {
-            return masked ? Tail<Mac>() : low_rank.tail(tile, column0);
+            return bits || R == 0 ? Tail<Mac>() : low_rank.tail(tile, column0);
         });
     } else {
         panel_gemm<Mac, kVectors>(a, K, fill, finish);
@@ -132,17 +176,27 @@ void lora_backward(const LinearProblem& p, const Lora& lora, const T* grad_y, co
 
 }  // namespace
 
-void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
-                              const void* s, void* grad_x, float* grad_A, float* grad_B) {
-    if (p.M == 0) {
-        memset(grad_A, 0, static_cast<size_t>(lora.r * p.weight.K) * sizeof(float));
-        memset(grad_B, 0, static_cast<size_t>(lora.r * p.weight.N) * sizeof(float));
+void linear_nf4_lora_group_backward(const LinearGroup& group, const void* const* grad_ys, const void* x, const void* s,
+                                    void* grad_x, float* grad_A, float* const* grads_B) {
+    if (group.M == 0) {
+        memset(grad_A, 0, static_cast<size_t>(group.R * group.K) * sizeof(float));
+        for (int64_t i = 0; i < group.count; ++i) {
+            const auto& [weight, lora] = group.members[i];
+            memset(grads_B[i], 0, static_cast<size_t>(lora.r * weight.N) * sizeof(float));
+        }
         return;
     }
-    with_type(p.dtype, [&]<class T>(T*) {
-        lora_backward(p, lora, static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<const T*>(s),
-                      static_cast<T*>(grad_x), grad_A, grad_B);
+    with_type(group.dtype, [&]<class T>(T*) {
+        lora_backward(group, grad_ys, static_cast<const T*>(x), static_cast<const T*>(s), static_cast<T*>(grad_x),
+                      grad_A, grads_B);
     });
+}
+
+void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
+                              const void* s, void* grad_x, float* grad_A, float* grad_B) {
+    const GroupMember member{p.weight, lora};
+    const LinearGroup group{&member, 1, p.dtype, p.M, p.weight.K, lora.r};
+    linear_nf4_lora_group_backward(group, &grad_y, x, s, grad_x, grad_A, &grad_B);
 }
 
 }  // namespace qlora::QLORA_ISA

@@ -15,25 +15,14 @@ namespace qlora::QLORA_ISA {
 template <class Mac>
 struct LowRankTerm {
     LhsView<Mac> lhs;
+    int64_t strip_steps;  // of the memory of one strip: at least lhs.steps, and equal for all terms of a group
 
+    // Memory of the strip that starts at `column0`, a multiple of kColumns; at most kMaxGroup strips exist at a time.
     typename Mac::Elem* strip(int64_t column0) const {
-        const int64_t size = lhs.steps * kColumns * Mac::kPair;
+        const int64_t size = strip_steps * kColumns * Mac::kPair;
         const size_t bytes = static_cast<size_t>(kMaxGroup * size) * sizeof(typename Mac::Elem);
         auto* strips = static_cast<typename Mac::Elem*>(workspace(Slot::kFactors, bytes));
         return strips + column0 / kColumns % kMaxGroup * size;
-    }
-
-    // Returns the fill of the large product, extended to fill the strips of the low-rank product with the first panel.
-    // weight: the fill of the weight's panels.   fill(column0, columns, strip): writes one strip of the factor.
-    template <class Weight, class Fill>
-    auto fill_with(const Weight& weight, const Fill& fill) const {
-        return [=, this](const PanelRange& range, typename Mac::Elem* panel) {
-            weight(range, panel);
-            for (int64_t c = 0; range.step0 == 0 && c < range.columns; c += kColumns) {
-                const int64_t column = range.column0 + c;
-                fill(column, std::min<int64_t>(range.columns - c, kColumns), strip(column));
-            }
-        };
     }
 
     // The tile of the low-rank product as the tail of the large product's sums, if Mac::kTails: one chain then holds
@@ -51,9 +40,10 @@ struct LowRankTerm {
     }
 };
 
-// out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: a single strip of kLanes columns if r allows.
-template <class Mac, class T, class Fill>
-static void narrow_product(const LhsView<Mac>& a, int64_t r, float scale, const Fill& fill, T* out) {
+// out[m, j] = scale * sum_l a[m, l] * B[l, j] for a narrow B: in strips of kLanes columns if they waste less than
+// strips of two vectors. The rows of out are row_length elements apart.
+template <class Mac, class T, class Lhs, class Fill>
+static void narrow_product(const Lhs& a, int64_t r, float scale, const Fill& fill, T* out, int64_t row_length) {
     const F32 factor = set1(scale);
     const auto run = [&](auto vectors) {
         constexpr int kWidth = decltype(vectors)::value * kLanes;
@@ -65,10 +55,11 @@ static void narrow_product(const LhsView<Mac>& a, int64_t r, float scale, const 
             [&](int64_t tile, int64_t column0, int64_t columns, float* c) {
                 for (int64_t i = 0; i < a.tiling.size(tile) * kWidth; i += kLanes)
                     store(c + i, mul(load(c + i), factor));
-                store_tile<kWidth>(c, a.tiling, tile, column0, columns, r, out);
-            });
+                store_tile<kWidth>(c, a.tiling, tile, column0, columns, row_length, out);
+            },
+            NoTail(), Division::kTiles);
     };
-    if (r <= kLanes) {
+    if ((r - 1) / kLanes % 2 == 0) {
         run(std::integral_constant<int, 1>());
     } else {
         run(std::integral_constant<int, 2>());
@@ -77,6 +68,35 @@ static void narrow_product(const LhsView<Mac>& a, int64_t r, float scale, const 
 
 // The factor of kept elements.
 static inline float keep_scale(const Lora& lora) { return 65536.0f / static_cast<float>(65536 - lora.threshold); }
+
+// Sizes of several things side by side, and where each begins.
+class Offsets {
+  public:
+    // size(i): of the i-th of `count` things.
+    template <class Size>
+    Offsets(int64_t count, const Size& size) : count_(count), begins_(count + 1) {
+        begins_[0] = 0;
+        for (int64_t i = 0; i < count; ++i) begins_[i + 1] = begins_[i] + size(i);
+    }
+
+    int64_t begin(int64_t i) const { return begins_[i]; }
+    int64_t total() const { return begins_[count_]; }
+
+    struct Place {
+        int64_t index, offset;
+    };
+
+    // The thing at `position`, and the position inside it.
+    Place locate(int64_t position) const {
+        int64_t i = 0;
+        while (position >= begin(i + 1)) ++i;
+        return {i, position - begin(i)};
+    }
+
+  private:
+    int64_t count_;
+    Array<int64_t> begins_;
+};
 
 // The dropout bitmap of an [M, K] tensor in scratch memory, or null without dropout.
 static inline const uint8_t* dropout_bitmap(const Lora& lora, int64_t numel) {

@@ -85,15 +85,19 @@ static inline void masked_row(const Bf16* src, int64_t n, const uint8_t* bits, i
 // Strides that are multiples of 2 KiB map to 2 L1 sets (4 KiB per way), so that the rows of a tile evict each other.
 inline constexpr int64_t kConflict = 2048;
 
-// A[m, l] for l < length from read(m, dst), which writes a row.
-template <class Mac, class Read>
-static LhsView<Mac> lhs_copy(Slot slot, int64_t M, int64_t length, const Read& read) {
-    using Elem = typename Mac::Elem;
+// Elements from one row of a copied operand to the next.
+template <class Elem>
+static inline int64_t copy_stride(int64_t length) {
     constexpr int64_t kLine = 64 / sizeof(Elem);
-    const int64_t steps = steps_of<Mac>(length);
-    int64_t stride = (length + kLine - 1) / kLine * kLine;
-    if (stride * static_cast<int64_t>(sizeof(Elem)) % kConflict == 0) stride += kLine;
-    Elem* data = static_cast<Elem*>(workspace(slot, static_cast<size_t>(M * stride) * sizeof(Elem)));
+    const int64_t stride = (length + kLine - 1) / kLine * kLine;
+    return stride * static_cast<int64_t>(sizeof(Elem)) % kConflict == 0 ? stride + kLine : stride;
+}
+
+// A[m, l] for l < length from read(m, dst), which writes a row, in `data`, M * copy_stride(length) elements.
+template <class Mac, class Read>
+static LhsView<Mac> lhs_copy(typename Mac::Elem* data, int64_t M, int64_t length, const Read& read) {
+    using Elem = typename Mac::Elem;
+    const int64_t steps = steps_of<Mac>(length), stride = copy_stride<Elem>(length);
     parallel_ranges(M, kMaxRows, [&](int64_t m0, int64_t m1) {
         for (int64_t m = m0; m < m1; ++m) {
             Elem* row = data + m * stride;
@@ -104,36 +108,58 @@ static LhsView<Mac> lhs_copy(Slot slot, int64_t M, int64_t length, const Read& r
     return {data, stride, Mac::kPair, steps, {M, kMaxRows}};
 }
 
-// A[m, l] = src[m * length + l], in place if the dtype and the stride allow it.
+template <class Mac, class Read>
+static LhsView<Mac> lhs_copy(Slot slot, int64_t M, int64_t length, const Read& read) {
+    using Elem = typename Mac::Elem;
+    const size_t bytes = static_cast<size_t>(M * copy_stride<Elem>(length)) * sizeof(Elem);
+    return lhs_copy<Mac>(static_cast<Elem*>(workspace(slot, bytes)), M, length, read);
+}
+
+// Whether rows of `length` elements of T are read in place: their dtype and their stride allow it.
 template <class Mac, class T>
-static LhsView<Mac> lhs_view(Slot slot, const T* src, int64_t M, int64_t length) {
+static inline bool reads_in_place(int64_t length) {
+    if constexpr (!std::is_same_v<T, typename Mac::Elem>) return false;
+    return length % Mac::kPair == 0 && length * static_cast<int64_t>(sizeof(T)) % kConflict != 0;
+}
+
+// A[m, l] = src[m * length + l], in place or in `copy`, M * copy_stride(length) elements.
+template <class Mac, class T>
+static LhsView<Mac> lhs_view(const T* src, int64_t M, int64_t length, typename Mac::Elem* copy) {
     if constexpr (std::is_same_v<T, typename Mac::Elem>) {
-        if (length % Mac::kPair == 0 && length * static_cast<int64_t>(sizeof(T)) % kConflict != 0) {
-            return {src, length, Mac::kPair, length / Mac::kPair, {M, kMaxRows}};
-        }
+        if (reads_in_place<Mac, T>(length)) return {src, length, Mac::kPair, length / Mac::kPair, {M, kMaxRows}};
     }
-    return lhs_copy<Mac>(slot, M, length,
+    return lhs_copy<Mac>(copy, M, length,
                          [&](int64_t m, typename Mac::Elem* dst) { convert_row(src + m * length, length, dst); });
 }
 
-// A[j, m] = src[m * r + j], for products that contract over tokens: in place, or with the rows of a pair interleaved.
 template <class Mac, class T>
-static LhsView<Mac> lhs_transposed(Slot slot, const T* src, int64_t M, int64_t r) {
+static LhsView<Mac> lhs_view(Slot slot, const T* src, int64_t M, int64_t length) {
+    using Elem = typename Mac::Elem;
+    const size_t bytes = static_cast<size_t>(M * copy_stride<Elem>(length)) * sizeof(Elem);
+    return lhs_view<Mac>(src, M, length,
+                         reads_in_place<Mac, T>(length) ? nullptr : static_cast<Elem*>(workspace(slot, bytes)));
+}
+
+// A[j, m] = src[m * stride + j] for j < r, for products that contract over tokens: in place, or with the rows of a pair
+// interleaved.
+template <class Mac, class T>
+static LhsView<Mac> lhs_transposed(Slot slot, const T* src, int64_t M, int64_t r, int64_t stride) {
     using Elem = typename Mac::Elem;
     constexpr int64_t kPair = Mac::kPair;
     const int64_t steps = steps_of<Mac>(M);
     if constexpr (kPair == 1 && std::is_same_v<T, Elem>) {
-        return {src, 1, r, steps, {r, kMaxRows}};
+        return {src, 1, stride, steps, {r, kMaxRows}};
     } else {
         Elem* out = static_cast<Elem*>(workspace(slot, static_cast<size_t>(steps * r * kPair) * sizeof(Elem)));
         if constexpr (kPair == 1) {
-            convert_row(src, M * r, out);
+            for (int64_t m = 0; m < M; ++m) convert_row(src + m * stride, r, out + m * r);
         } else {
             static_assert(std::is_same_v<T, Elem>);
             for (int64_t m = 0; m < M; m += kPair) {
-                const Elem* next = m + 1 < M ? src + (m + 1) * r : nullptr;
+                const Elem* row = src + m * stride;
+                const Elem* next = m + 1 < M ? row + stride : nullptr;
                 for (int64_t j = 0; j < r; ++j) {
-                    const Elem pair[kPair] = {src[m * r + j], next ? next[j] : Elem{}};
+                    const Elem pair[kPair] = {row[j], next ? next[j] : Elem{}};
                     memcpy(out + m * r + kPair * j, pair, sizeof pair);
                 }
             }

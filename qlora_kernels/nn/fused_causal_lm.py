@@ -70,6 +70,12 @@ class FusedCausalLM(FusedModule):
         labels = kwargs.get("labels")
         if skip_logits is None:
             skip_logits = self.training and labels is not None
+        has_cache = (
+            kwargs.get("cache") is not None or "past_key_values" in kwargs or len(args) > _ARGUMENTS.index("cache")
+        )
+        if self.training and labels is not None and not has_cache:
+            # A training step reads no keys and values again, and attention that stores them runs op by op.
+            kwargs.setdefault("use_cache", False)
         if not skip_logits or not self._serves_call(args, kwargs):
             return super().forward(*args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name not in _NOT_OF_THE_DECODER}

@@ -1,4 +1,4 @@
-"""The operands of projections that are LoRA linears over NF4 and nothing else, for nodes that compute several."""
+"""The operands of projections that are linears over NF4, with LoRA or without, for nodes that compute several."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .linear_nf4 import LinearNF4
 def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None:
     """Return the operands of the modules, or None if one of them has to be called.
 
-    A module has to be called if it has hooks, is not an adapted LinearNF4, computes in another dtype than that of x, or
-    has an active update that is not a low-rank one without dropout, or adds its update to the decoded weight.
+    A module has to be called if it has hooks, is not a LinearNF4 or an adapted one, computes in another dtype than that
+    of x, has an active update that is not of low rank, or adds its update to the decoded weight.
     """
     if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type) or all_are_watched():
         return None
@@ -31,14 +31,19 @@ def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None
 
 
 def _plain_projection(module: nn.Module, dtype: torch.dtype) -> Projection | None:
-    if not hasattr(module, "plain_form") or is_watched(module):
+    if is_watched(module):
         return None
-    form = cast(Any, module).plain_form()
-    if form is None or form[1] is None:
+    base, update, dropout_p = module, None, 0.0
+    if hasattr(module, "low_rank_form"):  # an adapted layer of qlora_kernels.peft
+        form = cast(Any, module).low_rank_form()
+        if form is None:
+            return None
+        base, update, dropout_p = form
+        if is_watched(base):
+            return None
+    if type(base) is not LinearNF4 or base.compute_dtype not in (None, dtype) or base.merge_on_decode:
         return None
-    base, (lora_A, lora_B, scaling) = form
-    if type(base) is not LinearNF4 or is_watched(base) or base.compute_dtype not in (None, dtype):
-        return None
-    if base.merge_on_decode:
-        return None
-    return Projection(base._operand, base.bias, LoRA(lora_A, lora_B, None, scaling, 0.0))
+    if update is None:
+        return Projection(base._operand, base.bias, None)
+    lora_A, lora_B, scaling = update
+    return Projection(base._operand, base.bias, LoRA(lora_A, lora_B, None, scaling, dropout_p))

@@ -17,7 +17,11 @@ def flatten_to_2d(rows: Tensor) -> Tensor:
     """Return [..., C] as a contiguous [M, C]."""
     if not rows.is_contiguous():
         check_memory("qlora_kernels", rows)
-    return (rows if rows.dim() == 2 else rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])).contiguous()
+    elif rows.dim() == 2:
+        return rows
+    elif rows.numel():
+        return rows.view(-1, rows.shape[-1])  # one call, which takes a microsecond
+    return rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]).contiguous()
 
 
 def restore_leading_dims(result: Tensor, rows: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def linear_nf4_lora_group_impl(
     if any(is_empty(x, weight) for weight in weights):
         empty = [bias_only_output(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         return empty, x.new_zeros(x.shape[:-1].numel(), lora.r)
-    ys, s = select(_problem(_OP, x, weights, lora)).run(flatten_to_2d(x), weights, biases, _contiguous(lora))
+    ys, s = select(problem_of_group(_OP, x, weights, lora)).run(flatten_to_2d(x), weights, biases, _contiguous(lora))
     return [restore_leading_dims(y, x) for y in ys], s
 
 
@@ -125,7 +125,7 @@ def linear_nf4_lora_group_backward_impl(
     if any(is_empty(x, weight) for weight in weights):
         grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
         return grad_x, torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B]
-    run = select(_problem(_BACKWARD_OP, x, weights, lora)).run
+    run = select(problem_of_group(_BACKWARD_OP, x, weights, lora)).run
     rows = [flatten_to_2d(grad_y) for grad_y in grad_ys]
     grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), need_grad_x=need_grad_x)
     return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grads_B
@@ -209,7 +209,8 @@ differentiate(
 compose_derivatives(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD, linear_nf4_lora_group_backward_composed)
 
 
-def _problem(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> Problem:
+def problem_of_group(op: str, x: Tensor, weights: Sequence[Weight], lora: GroupLoRA) -> Problem:
+    """Return the Problem of a call of one of the two ops, with N the sum over the linears."""
     one = problem_of(op, x, weights[0], lora)
     every = all(weight.double_quant for weight in weights)
     return one._replace(N=sum(weight.N for weight in weights), double_quant=every)

@@ -1,4 +1,4 @@
-"""A LoRA linear over NF4 as one step of a larger autograd node, and the conditions under which such nodes may run.
+"""LoRA linears over NF4 as steps of a larger autograd node, and the conditions under which such nodes may run.
 
 A transformer block consists of about thirteen ops. Each op costs a pass through torch's dispatcher, checks and a graph
 node, in Python and on one thread. In a training step of SmolLM2-135M (1024 tokens, two cores) this is a tenth of the
@@ -17,40 +17,137 @@ from torch import Tensor
 from ..format.quant_state import FLOAT_DTYPES
 from ._linear import problem_of
 from .dispatch_fast_path import is_plain_call
-from .operands import LoRA, Weight
-from .registry import select
+from .linear_nf4_lora import draw_seed
+from .linear_nf4_lora_group import call_group, problem_of_group
+from .operands import GroupLoRA, LoRA, Weight
+from .registry import KernelSpec, select
+
+Factors = tuple[Tensor | None, Tensor | None]
+"""(lora_A, lora_B) of a projection, or two None."""
 
 
 class Projection(NamedTuple):
-    """A linear layer y = x W^T + bias + scaling * (x A^T) B^T.   bias: [N], a constant, or None.
+    """A linear layer y = x W^T + bias + scaling * (dropout(x) A^T) B^T.   bias: [N], a constant, or None.
 
-    lora: an adapter without dropout.
+    lora: the adapter, or None; with dropout, its seed is drawn by `with_seeds`.
     """
 
     weight: Weight
     bias: Tensor | None
-    lora: LoRA
+    lora: LoRA | None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (y [M, N], s [M, r]) for a contiguous x [M, K]."""
+    @property
+    def factors(self) -> Factors:
+        """The factors of the adapter, which autograd differentiates."""
+        return (None, None) if self.lora is None else self.lora[:2]
+
+    def with_factors(self, lora_A: Tensor | None, lora_B: Tensor | None) -> Projection:
+        """Return this projection with the factors as autograd passes or saved them."""
+        if self.lora is None or lora_A is None or lora_B is None:
+            return self
+        return self._replace(lora=self.lora._replace(A=lora_A, B=lora_B))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (y [M, N], s [M, r] or None) for a contiguous x [M, K]."""
+        if self.lora is None:
+            return select(problem_of("linear_nf4", x, self.weight)).run(x, self.weight, self.bias), None
         run = select(problem_of("linear_nf4_lora", x, self.weight, self.lora)).run
         y, s = run(x, self.weight, self.bias, self.lora)
         return y, s
 
     def backward(
-        self, grad_y: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, *, need_grad_x: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (grad_x [M, K] or empty, grad_A, grad_B).   lora_A, lora_B: the factors as autograd saved them."""
-        lora = self.lora._replace(A=lora_A, B=lora_B)
-        run = select(problem_of("linear_nf4_lora_backward", x, self.weight, lora)).run
-        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, lora, need_grad_x=need_grad_x)
-        return grad_x, grad_A, grad_B
+        self, grad_y: Tensor, x: Tensor | None, s: Tensor | None, *, need_grad_x: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return (grad_x [M, K] or None, grad_A, grad_B).   x: may be None without an adapter."""
+        if self.lora is None or x is None:
+            run = select(problem_of("linear_nf4_grad_x", grad_y, self.weight)).run
+            return run(grad_y, self.weight) if need_grad_x else None, None, None
+        run = select(problem_of("linear_nf4_lora_backward", x, self.weight, self.lora)).run
+        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, self.lora, need_grad_x=need_grad_x)
+        return grad_x if need_grad_x else None, grad_A, grad_B
 
-    def by_op(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def by_op(self, x: Tensor) -> Tensor:
         """Return y [..., N] from the op, which is differentiable to any order."""
-        lora = self.lora._replace(A=lora_A, B=lora_B)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x, *self.weight, self.bias, *lora)[0]
+        y: Tensor
+        if self.lora is None:
+            y = torch.ops.qlora_kernels.linear_nf4(x, *self.weight, self.bias)
+        else:
+            y = torch.ops.qlora_kernels.linear_nf4_lora(x, *self.weight, self.bias, *self.lora)[0]
         return y
+
+
+def with_seeds(projections: Sequence[Projection], device: torch.device) -> list[Projection]:
+    """Return the projections with a new dropout seed for each that has dropout, drawn in their order."""
+    return [
+        each if each.lora is None or each.lora.dropout_p <= 0 else each._replace(lora=_seeded(each.lora, device))
+        for each in projections
+    ]
+
+
+def _seeded(lora: LoRA, device: torch.device) -> LoRA:
+    return lora._replace(seed=draw_seed(device))
+
+
+class SharedInput:
+    """Projections of the same x. They run in one kernel where `is_group`, otherwise one after the other."""
+
+    def __init__(self, projections: Sequence[Projection], x: Tensor) -> None:
+        self.projections = projections
+        self.weights = [each.weight for each in projections]
+        self.biases = [each.bias for each in projections]
+        loras = [each.lora for each in projections]
+        present = [lora for lora in loras if lora is not None]
+        # A group has one dropout mask, but each layer draws its own; and the kernels of a GPU are chosen by shape.
+        self.is_group = (
+            x.is_cpu
+            and bool(present)
+            and all(lora.dropout_p <= 0 and lora.A.dtype == present[0].A.dtype for lora in present)
+        )
+        self.is_complete = len(present) == len(loras)
+        if not self.is_group:
+            return
+        pairs = zip(loras, self.weights, strict=True)
+        lora_B = [x.new_empty(weight.N, 0) if lora is None else lora.B for lora, weight in pairs]
+        scalings = [0.0 if lora is None else lora.scaling for lora in loras]
+        self.lora = GroupLoRA(torch.cat([lora.A for lora in present]), lora_B, None, scalings, 0.0)
+        if not self.is_complete:  # ranks of 0, which only the native library takes
+            self.is_group = self._kernel("linear_nf4_lora_group", x).backend == "cpu"
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return (y of each projection, what backward needs in addition to x and the factors)."""
+        if not self.is_group:
+            pairs = [each.forward(x) for each in self.projections]
+            return [y for y, _ in pairs], [s for _, s in pairs]
+        ys, s = self._kernel("linear_nf4_lora_group", x).run(x, self.weights, self.biases, self.lora)
+        return ys, [s]
+
+    def backward(
+        self, grad_ys: Sequence[Tensor], x: Tensor, saved: Sequence[Tensor | None], *, need_grad_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Return (the sum of the gradients of x, or None, [grad_A, grad_B of each projection])."""
+        if self.is_group:
+            run = self._kernel("linear_nf4_lora_group_backward", x).run
+            grad_x, grad_A, grads_B = run(grad_ys, x, saved[0], self.weights, self.lora, need_grad_x=need_grad_x)
+            grads_A = torch.split(grad_A, self.lora.ranks)
+            each = [grad for pair in zip(grads_A, grads_B, strict=True) for grad in pair]
+            return grad_x if need_grad_x else None, each
+        total: Tensor | None = None
+        grads: list[Tensor | None] = []
+        # The last one first, as autograd runs the ops, so that the sum rounds alike.
+        for projection, grad_y, s in zip(*map(reversed, (self.projections, grad_ys, saved)), strict=True):
+            of_x, *of_factors = projection.backward(grad_y, x, s, need_grad_x=need_grad_x)
+            grads = [*of_factors, *grads]
+            total = of_x if total is None or of_x is None else total.add_(of_x)
+        return total, grads
+
+    def by_op(self, x: Tensor) -> list[Tensor]:
+        """Return the y [..., N] of each projection from ops, which are differentiable to any order."""
+        if self.is_group and self.is_complete:
+            return call_group(x, self.weights, self.biases, self.lora)
+        return [each.by_op(x) for each in self.projections]
+
+    def _kernel(self, op: str, x: Tensor) -> KernelSpec:
+        return select(problem_of_group(op, x, self.weights, self.lora))
 
 
 def run_as_one_node(x: Tensor, projections: Sequence[Projection]) -> bool:
@@ -62,13 +159,18 @@ def run_as_one_node(x: Tensor, projections: Sequence[Projection]) -> bool:
         return False
     tensors = [x]
     for weight, bias, lora in projections:
-        lora_A, lora_B, N, K, r = lora.A, lora.B, weight.N, weight.K, lora.r
-        tensors += [weight.packed, lora_A, lora_B]
-        if N == 0 or K == 0 or r == 0 or lora.dropout_p > 0 or lora_A.shape != (r, K) or lora_B.shape != (N, r):
-            return False
-        if not (lora_A.is_contiguous() and lora_B.is_contiguous()):
+        N, K = weight.N, weight.K
+        tensors.append(weight.packed)
+        if N == 0 or K == 0:
             return False
         constants = [constant for constant in weight.constants if constant is not None]
+        if lora is not None:
+            lora_A, lora_B, r = lora.A, lora.B, lora.r
+            tensors += [lora_A, lora_B]
+            if r == 0 or lora_A.shape != (r, K) or lora_B.shape != (N, r):
+                return False
+            if not (lora_A.is_contiguous() and lora_B.is_contiguous()):
+                return False
         if bias is not None:
             if bias.shape != (N,):
                 return False
@@ -84,13 +186,13 @@ def run_as_one_node(x: Tensor, projections: Sequence[Projection]) -> bool:
     return is_plain_call(*tensors)
 
 
-def wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def wanted(gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients that are needed, and None in place of the others."""
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 def gradients_by_ops(
-    compute: Callable[..., Tensor], ctx: Any, grad_y: Tensor, x: Tensor, *factors: Tensor
+    compute: Callable[..., Tensor], ctx: Any, grad_y: Tensor, x: Tensor, *factors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of a node's (x, bundle, *factors), which can be differentiated in turn.
 
@@ -100,10 +202,10 @@ def gradients_by_ops(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [
-            t if create_graph else t.detach().requires_grad_(need)
+            t if create_graph or t is None else t.detach().requires_grad_(need)
             for t, need in zip((x, *factors), needed, strict=True)
         ]
-        sources = [t for t, need in zip(inputs, needed, strict=True) if need]
+        sources = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
         found = iter(torch.autograd.grad(compute(*inputs), sources, grad_y, create_graph=create_graph))
     grad_x, *grads = [next(found) if need else None for need in needed]
     return grad_x, None, *grads

@@ -19,6 +19,7 @@ from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
 from qlora_kernels.ops.operands import LoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
+from tests.ops import test_linear_nf4_lora_group as group_test
 from tests.support import attention_formula, cross_entropy_formula
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
@@ -129,6 +130,13 @@ def test_linear_lora(isa, dtype, shape):
     dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
     results = (y, s, x.grad, lora_A.grad, lora_B.grad)
     assert_lora(results, (x, w, None, lora_A, lora_B, grad_y), scaling, dropout, arithmetic)
+
+
+@dtypes
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("M", "K", "widths", "ranks"), group_test.SHAPES)
+def test_linear_lora_group(isa, dtype, M, K, widths, ranks, p):
+    group_test.test_forward_and_gradients("cpu", dtype, M, K, widths, ranks, p)
 
 
 @pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])

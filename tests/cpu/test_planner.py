@@ -30,7 +30,7 @@ def test_rules_equal_the_sources():
     assert "M <= (w.K < 1024 ? 32 : 64)" in (CPU / "dots.h").read_text(encoding="utf-8")
     assert number("fma_for_bf16.cpp", r"kFewTokens = (\d+);") == [cpu.FEW_TOKENS_OF_FMA]
     assert "p.dtype == DType::kBfloat16 && p.M > 1;" in (CPU / "amx" / "linear_nf4.cpp").read_text(encoding="utf-8")
-    assert "M <= kDirectTokens && suits_dots" in (CPU / "linear_nf4_lora.cpp").read_text(encoding="utf-8")
+    assert "if (group.M > kDirectTokens) return false;" in (CPU / "linear_nf4_lora.cpp").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,8 @@ def test_rules_equal_the_sources():
         ("linear_nf4", 16, 4096, "avx2", {"rows": 4, "tokens": 3}, "M=16 <= 64"),
         ("linear_nf4", 8, 4000, "avx512_bf16", {"rows": 8, "columns": 32}, "K=4000 in blocks of 64"),
         ("linear_nf4_lora", 16, 4096, "avx512_bf16", {"rows": 8, "columns": 32}, "M=16 > 8"),
+        ("linear_nf4_lora_group", 16, 4096, "avx512_bf16", {"rows": 8, "columns": 32}, "M=16 > 8"),
+        ("linear_nf4_lora_group_backward", 16, 4096, "amx_bf16", {"rows": 16, "columns": 16, "k": 32}, "AMX tiles"),
         ("linear_nf4_grad_x", 1, 4096, "neon", {"rows": 1, "columns": 8}, "gradients always"),
         ("linear_nf4", 2, 4096, "amx_bf16", {"rows": 16, "columns": 16, "k": 32}, "AMX tiles"),
         ("linear_nf4", 1, 4096, "amx_bf16", {"rows": 4, "tokens": 1}, "dot products"),

@@ -11,19 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
+from qlora_kernels.nn import fused_attention, fused_mlp
 from qlora_kernels.ops import gated_mlp, lora_attention
+from qlora_kernels.ops.lora_projection import Projection, SharedInput
 from tests.support.decoder_families import tiny_decoder, tokens
-from tests.support.tolerances import assert_same_gradients
+from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native CPU backend is not built")
 NODES = ("GatedMLPFunctionBackward", "LoRAAttentionFunctionBackward")
 
 
-def adapted(family="Llama", *, dropout=0.0, dtype=torch.float32):
+def adapted(family="Llama", *, dropout=0.0, dtype=torch.float32, targets="all-linear", **settings):
     """Return a fused tiny decoder over NF4 with LoRA factors that are not zero."""
-    model = tiny_decoder(family, use_cache=False).to(dtype)
+    model = tiny_decoder(family, **{"use_cache": False, **settings}).to(dtype)
     qk.replace_linear(model)
-    config = qk.peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout)
+    config = qk.peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
     model = qk.peft.get_peft_model(model, config).train()
     qk.fuse_model(model)
     return model
@@ -85,6 +87,65 @@ def test_results_have_the_bits_of_the_ops(by_ops, family, dtype, inputs):
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_masks_are_those_of_the_ops(by_ops, dtype):
+    """Each layer draws a seed, in the order in which the modules are called."""
+    model = adapted(dropout=0.3, dtype=dtype)
+    torch.manual_seed(5)
+    names, loss, grads = step(model)
+    by_ops()
+    torch.manual_seed(5)
+    _, plain_loss, plain_grads = step(model)
+    assert names == set(NODES)
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(grads[name], plain_grads[name]) for name in plain_grads)
+
+
+@native
+def test_dropout_masks_are_those_of_the_modules(monkeypatch):
+    model = adapted(dropout=0.3)
+    torch.manual_seed(5)
+    loss = step(model)[1]
+    for module in (fused_attention, fused_mlp):
+        monkeypatch.setattr(module, "plain_projections", lambda *_: None)
+    torch.manual_seed(5)
+    names, by_modules, _ = step(model)
+    assert names == set()
+    assert_same_function(loss, by_modules)
+
+
+@native
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "up_proj", "o_proj"]])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_projections_without_adapters(by_ops, targets, dropout):
+    """PEFT adapts only q and v by default; an attention or MLP without an adapted input projection runs on the ops."""
+    model = adapted(targets=targets, dropout=dropout)
+    torch.manual_seed(5)
+    names, loss, grads = step(model)
+    by_ops()
+    torch.manual_seed(5)
+    _, plain_loss, plain_grads = step(model)
+    assert names == (set(NODES) if "up_proj" in targets else {"LoRAAttentionFunctionBackward"})
+    assert_same_function(loss, plain_loss)
+    assert grads.keys() == plain_grads.keys()
+    assert_same_gradients(grads, plain_grads)
+
+
+@native
+def test_training_with_labels_stores_no_keys_and_values():
+    """With a cache, attention runs op by op. An explicit use_cache, and evaluation, keep the model's behaviour."""
+    model, ids = adapted(use_cache=True), tokens()
+    output = model(input_ids=ids, labels=ids)
+    assert output.cache is None
+    assert nodes_of(output.loss) == set(NODES)
+    assert model(input_ids=ids, labels=ids, skip_logits=False).cache is None
+    assert model(input_ids=ids, labels=ids, use_cache=True).cache is not None
+    model.eval()
+    assert model(input_ids=ids, labels=ids).cache is not None
+    assert model.config.use_cache
+
+
+@native
 def test_only_needed_gradients_are_returned(by_ops):
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -126,8 +187,10 @@ def test_a_watched_projection_is_called():
 
 @native
 def test_calls_that_a_node_does_not_compute_run_on_the_ops():
-    """Dropout, autocast, hooks of all modules, and an adapter that is switched off."""
-    assert step(adapted(dropout=0.1))[0] == set()
+    """Autocast, hooks of all modules, a dropout mask for several layers, and an adapter that is switched off."""
+    shared = adapted(dropout=0.1)
+    qk.fuse_shared_input(shared)
+    assert step(shared)[0] == set()
     model = adapted()
     with torch.autocast("cpu", torch.bfloat16):
         assert step(model)[0] == set()
@@ -155,20 +218,121 @@ def test_dispatch_modes_see_the_ops():
     model, ids = adapted(), tokens()
     with Recorder() as forward:
         loss = model(input_ids=ids, labels=ids).loss
-    assert forward.seen.count("qlora_kernels::linear_nf4_lora") == 14
+    for name in ("linear_nf4_lora_group", "linear_nf4_lora"):
+        assert forward.seen.count(f"qlora_kernels::{name}") == 4
     loss = model(input_ids=ids, labels=ids).loss
     assert nodes_of(loss) == set(NODES)
     with Recorder() as backward:
         loss.backward()
-    assert backward.seen.count("qlora_kernels::linear_nf4_lora_backward") == 14
+    for name in ("linear_nf4_lora_group_backward", "linear_nf4_lora_backward"):
+        assert backward.seen.count(f"qlora_kernels::{name}") == 4
 
 
 @native
-def test_checkpointing_and_copies():
-    model = adapted()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_and_copies(reentrant, dropout):
+    model = adapted(dropout=dropout)
+    torch.manual_seed(5)
     _, loss, grads = step(model)
     again = copy.deepcopy(model)
-    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    again.enable_input_require_grads()
+    torch.manual_seed(5)
     _, of_checkpoints, recomputed = step(again)
     assert torch.equal(loss, of_checkpoints)
     assert all(torch.equal(grads[name], recomputed[name]) for name in grads)
+
+
+@native
+def test_a_second_backward_is_refused_unless_the_graph_is_retained():
+    model, ids = adapted(), tokens()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, once[name]) for name, p in model.named_parameters() if p.grad is not None)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@native
+def test_compiled_model_runs_on_the_ops():
+    """torch.compile traces the ops; a node would be opaque to it."""
+    model = adapted(num_hidden_layers=1)
+    _, loss, grads = step(model)
+    _, compiled_loss, compiled_grads = step(torch.compile(model, backend="aot_eager"))
+    assert_same_function(compiled_loss, loss)
+    found = {name.removeprefix("_orig_mod."): grad for name, grad in compiled_grads.items()}
+    assert_same_gradients(found, grads)
+
+
+def _exchanged(result):
+    of_x, grads = result
+    return of_x, [*grads[2:4], *grads[:2], *grads[4:]]
+
+
+def _last_is_lost(result):
+    of_x, (*grads, last) = result
+    return of_x, [*grads, torch.zeros_like(last)]
+
+
+def _halved(result):
+    of_x, grads = result
+    return None if of_x is None else of_x / 2, grads
+
+
+FAULTS = {
+    "two adapters are exchanged": ("backward", _exchanged),
+    "a gradient of lora_B is lost": ("backward", _last_is_lost),
+    "the gradient of x is halved": (
+        "backward",
+        lambda result: (None if result[0] is None else result[0] / 2, result[1]),
+    ),
+    "an output is scaled": ("forward", lambda result: ([result[0][0] * 1.01, *result[0][1:]], result[1])),
+    "the saved s is that of other rows": ("forward", lambda result: (result[0], [result[1][0].flip(0)])),
+}
+
+
+@native
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_in_shared_projections_is_detected(by_ops, fault, monkeypatch):
+    name, change = FAULTS[fault]
+    model, right = adapted(family="Gemma", num_key_value_heads=4), getattr(SharedInput, name)
+    monkeypatch.setattr(SharedInput, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
+    _, loss, grads = step(model)
+    by_ops()
+    _, plain_loss, plain_grads = step(model)
+    with pytest.raises(AssertionError):
+        assert_same_gradients({**grads, "loss": loss}, {**plain_grads, "loss": plain_loss})
+
+
+@native
+def test_fault_in_the_rotation_of_gradients_is_detected(by_ops, monkeypatch):
+    rotate = lora_attention._rotate
+    monkeypatch.setattr(lora_attention, "_rotate", lambda q, k, node, inverse: rotate(q, k, node, inverse=False))
+    model = adapted()
+    grads = step(model)[2]
+    by_ops()
+    with pytest.raises(AssertionError):
+        assert_same_gradients(grads, step(model)[2])
+
+
+@native
+def test_fault_in_the_seeds_is_detected(by_ops, monkeypatch):
+    """A node whose backward draws other masks than its forward."""
+    right = Projection.backward
+
+    def other_mask(self, *args, **kwargs):
+        return right(self._replace(lora=self.lora._replace(seed=self.lora.seed + 1)), *args, **kwargs)
+
+    model = adapted(dropout=0.3)
+    monkeypatch.setattr(Projection, "backward", other_mask)
+    torch.manual_seed(5)
+    grads = step(model)[2]
+    by_ops()
+    monkeypatch.setattr(Projection, "backward", right)
+    torch.manual_seed(5)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(grads, step(model)[2])

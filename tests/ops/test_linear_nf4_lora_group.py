@@ -19,6 +19,7 @@ SHAPES = [
     pytest.param(3, 64, (40, 17), (4, 3), id="M3-K64"),
     pytest.param(1, 70, (33, 40, 37), (1, 2, 16), id="M1-K70"),
     pytest.param(67, 320, (96, 32, 32), (16, 16, 16), id="M67-K320"),
+    pytest.param(9, 128, (1024, 33), (2, 5), id="M9-N1024"),  # rows of 2 KiB, which the CPU copies
 ]
 SCALINGS = (2.0, 0.5, 1.5)
 

@@ -18,6 +18,8 @@ const Kernels& kernels() {
         made.linear_nf4_grad_x = linear_nf4_grad_x;
         made.linear_nf4_lora = linear_nf4_lora;
         made.linear_nf4_lora_backward = linear_nf4_lora_backward;
+        made.linear_nf4_lora_group = linear_nf4_lora_group;
+        made.linear_nf4_lora_group_backward = linear_nf4_lora_group_backward;
         made.linear_cross_entropy = linear_cross_entropy;
         made.attention = attention;
         made.attention_backward = attention_backward;

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops import composed_lora_group, composed_merged_lora, composed_multi_lora
+from ...ops import composed_merged_lora, composed_multi_lora
 from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from .adamw_step import adamw_step
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
@@ -24,6 +24,8 @@ from .kernels import (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
+    linear_nf4_lora_group,
+    linear_nf4_lora_group_backward,
     quantize_absmax,
     quantize_nf4,
     quantize_nf4_double,
@@ -41,7 +43,8 @@ _FUNCTIONS = (
     linear_nf4_grad_x,
     linear_nf4_lora,
     linear_nf4_lora_backward,
-    *composed_lora_group.compose_lora_group(linear_nf4_lora, linear_nf4_lora_backward),
+    linear_nf4_lora_group,
+    linear_nf4_lora_group_backward,
     adamw_step,
     linear_cross_entropy,
     rms_norm,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...ops.attention import Keys
-from ...ops.operands import LoRA, Weight
+from ...ops.operands import GroupLoRA, LoRA, Weight, WeightLists
 from ...ops.output_head import Head
 from ...ops.tensor_memory import contiguous
 
@@ -68,6 +70,29 @@ def linear_nf4_lora_backward(
     if lora.A.dtype != torch.float32 or lora.B.dtype != torch.float32:
         grad_A, grad_B = grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
     return grad_x, grad_A, grad_B
+
+
+def linear_nf4_lora_group(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], lora: GroupLoRA
+) -> tuple[list[Tensor], Tensor]:
+    """Return ([y_i [M, N_i]], s [M, sum of r_i]); r_i may be 0."""
+    lists = WeightLists.of(weights)
+    ys, s = _C.cpu_linear_nf4_lora_group(
+        x, *lists[:5], [_contiguous(bias) for bias in biases], *lora, lists.blocksizes, lists.N
+    )
+    return ys, s
+
+
+def linear_nf4_lora_group_backward(
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return (grad_x [M, K] or empty, grad_A, grads of B); the library computes the factors' gradients in fp32."""
+    lists = WeightLists.of(weights)
+    grad_x, grad_A, grads_B = _C.cpu_linear_nf4_lora_group_backward(
+        grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, need_grad_x
+    )
+    grads_B = [grad_B.to(B.dtype) for grad_B, B in zip(grads_B, lora.B, strict=True)]
+    return grad_x, grad_A.to(lora.A.dtype), grads_B
 
 
 def linear_cross_entropy(

@@ -34,21 +34,22 @@ SETS = {
     "neon": InstructionSet(4, 12, 6, 4),
     "portable": InstructionSet(4, 4, 3, 4),
 }
-FORWARD = ("linear_nf4", "linear_nf4_lora")
-BACKWARD = ("linear_nf4_grad_x", "linear_nf4_lora_backward")
+FORWARD = ("linear_nf4", "linear_nf4_lora", "linear_nf4_lora_group")
+BACKWARD = ("linear_nf4_grad_x", "linear_nf4_lora_backward", "linear_nf4_lora_group_backward")
 FEW_TOKENS_OF_FMA = 8
 """Number of bf16 tokens from which avx512_bf16_fma uses the fp32 multiply-adds of avx512."""
 
 
 def plan(problem: Problem, isa: str) -> KernelPlan:
     """Return the kernel and tile of a linear op on an instruction set, one of `cpu_isa`; a plain name for other ops."""
-    source = f"csrc/cpu/{problem.op}.cpp"
+    op = problem.op.replace("_group", "")  # groups and single linears are one source; AMX runs a group's members alone
+    source = f"csrc/cpu/{op}.cpp"
     if problem.op not in (*FORWARD, *BACKWARD) or not problem.M:
         return KernelPlan(f"{source} for {isa}", {}, "the backend's only kernel of this op")
     bf16, tokens = problem.dtype == torch.bfloat16, problem.M
     if isa.startswith("amx_bf16"):
         if bf16 and tokens > 1:
-            kernel = f"csrc/cpu/amx/{problem.op.replace('lora_backward', 'grad_x').replace('_lora', '')}.cpp for {isa}"
+            kernel = f"csrc/cpu/amx/{op.replace('lora_backward', 'grad_x').replace('_lora', '')}.cpp for {isa}"
             return KernelPlan(kernel, {"rows": 16, "columns": 16, "k": 32}, f"bf16 and M={tokens} > 1: AMX tiles")
         isa = "avx512_bf16"
     if isa == "avx512_bf16_fma":
@@ -56,7 +57,7 @@ def plan(problem: Problem, isa: str) -> KernelPlan:
     registers = SETS[isa]
     kernel = f"{source} for {isa}"
     elements = registers.lanes * (2 if bf16 and isa == "avx512_bf16" else 1)
-    limit = registers.direct if problem.op == "linear_nf4_lora" else dots_limit(problem.K)
+    limit = registers.direct if op == "linear_nf4_lora" else dots_limit(problem.K)
     fits = problem.K % problem.blocksize == 0 and problem.blocksize % (2 * elements) == 0
     if problem.op in FORWARD and tokens <= limit and fits:
         if tokens <= registers.direct:

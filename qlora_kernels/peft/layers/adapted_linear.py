@@ -300,17 +300,31 @@ class AdaptedLinear(nn.Module):
 
         Returns None with dropout, an offset, other kinds of updates, or adapters by row.
         """
+        form = self.low_rank_form()
+        return None if form is None or form[2] > 0 else form[:2]
+
+    def low_rank_form(self) -> tuple[nn.Module, LoraFactors | None, float] | None:
+        """Return (base or merged layer, the active low-rank updates as one, their dropout) if the output is their sum.
+
+        Returns None with an offset, other kinds of updates, several dropout rates, adapters by row, or a dropout mask
+        that several layers share (`fuse_shared_input`).
+        """
         if not self.is_tokenwise:
             return None
         if self.merged_layer is not None:
-            return self._computing_layer(), None
-        updates = []
+            return self._computing_layer(), None, 0.0
+        updates, dropout_p = [], None
         for delta in self._chosen().values():
-            update = delta.factors()
-            if update is None or (delta.training and delta.dropout_p > 0) or delta.offset() is not None:
+            update, own = delta.factors(), delta.dropout_p if delta.training else 0.0
+            if update is None or delta.offset() is not None or dropout_p not in (None, own):
                 return None
             updates.append(update)
-        return self.base_layer, concatenated(updates) if updates else None
+            dropout_p = own
+        if not updates or dropout_p is None:
+            return self.base_layer, None, 0.0
+        if dropout_p > 0 and self.fused_projections is not None:
+            return None
+        return self.base_layer, concatenated(updates), dropout_p
 
     def fusion_unsupported(self) -> str | None:
         """Return None if the active adapters run in one fused call, otherwise the reason why not."""

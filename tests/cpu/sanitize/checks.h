@@ -21,6 +21,9 @@ void check_codec();
 void check_dropout();
 void check_adamw();
 
+// linear_group.cpp
+void check_linear_groups();
+
 // cross_entropy.cpp
 void check_cross_entropy();
 // The ops between linear layers (model_parts.cpp).

@@ -183,6 +183,7 @@ void check_linears_and_codec() {
             check<qlora::Fp16>(shape, DType::kFloat16, 4e-3, threshold);
         }
     }
+    checks::check_linear_groups();
     checks::check_codec();
     checks::check_dropout();
     checks::check_cross_entropy();
