@@ -87,8 +87,7 @@ PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile
 
 test: $(READY)
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) -q tests/triton
-	TRITON_INTERPRET=1 $(PYTEST) -q tests/ops -k triton
+	TRITON_INTERPRET=1 $(PYTEST) -q tests/triton tests/ops -k triton
 
 test-cuda-torch: $(READY)
 	$(PYTHON) -m tests.support.fake_cuda $(VENV)-cuda
