@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from python.build_support.cpu import ARM, COMMON_FLAGS, CpuLibrary, family_of
@@ -63,8 +64,11 @@ def main(names: list[str]) -> int:
     missing_symbols = undefined_symbols(folder)
     sys.stdout.writelines(f"the library lacks {symbol}\n" for symbol in missing_symbols)
     failed = bool(missing_symbols)
-    for isa in names or ARM.sets:
-        failed |= subprocess.run([EMULATOR, str(program), isa], check=False).returncode != 0
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(run, ([EMULATOR, str(program), isa] for isa in names or ARM.sets)):
+            sys.stdout.write(done.stdout + done.stderr)
+            failed |= done.returncode != 0
     return int(failed)
 
 

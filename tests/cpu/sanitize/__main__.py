@@ -11,8 +11,11 @@ Instruction sets that this machine lacks are listed and skipped.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from python.build_support.cpu import COMMON_FLAGS, family_of
 from python.build_support.native import ROOT, tool
@@ -32,8 +35,11 @@ def main(arguments: list[str]) -> int:
     program = build_driver(compiler, ROOT / "build" / folder, flags, sanitizers)
     failed = False
     family = family_of(compiler)
-    for isa in names or (*family.sets, *family.amx):
-        done = subprocess.run([str(program), isa, callers], capture_output=True, text=True, check=False)
+    chosen = names or (*family.sets, *family.amx)
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = list(pool.map(run, ([str(program), isa, callers] for isa in chosen)))
+    for isa, done in zip(chosen, runs, strict=True):
         if "unset it to use the best supported one" in done.stderr:
             sys.stdout.write(f"{isa}: not on this machine\n")
             continue
