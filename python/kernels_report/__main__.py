@@ -20,7 +20,7 @@ from pathlib import Path
 import triton
 
 from .row import GATES, Row, broken_gates
-from .triton_rows import triton_rows
+from .triton_rows import triton_rows_of_each
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 PARTS = ("triton", "cuda")
@@ -154,7 +154,7 @@ def main() -> int:
     rows, quick = kept_rows(report, arguments.archs, arguments.parts) if arguments.merge else ([], [])
     if "triton" in arguments.parts:
         quick = sorted({*quick, *arguments.archs} if arguments.quick else {*quick} - {*arguments.archs})
-        rows += triton_rows(arguments.archs, full=not arguments.quick)
+        rows += triton_rows_of_each(arguments.archs, full=not arguments.quick)
     if "cuda" in arguments.parts:
         rows += cuda_rows(arguments.archs)
     broken = broken_gates(rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -317,3 +320,13 @@ def triton_rows(archs: Iterable[int], full: bool) -> list[Row]:
                 row = row_of(launch, case, arch)
                 rows.setdefault((row.kernel, row.config, row.arch), row)
     return list(rows.values())
+
+
+def triton_rows_of_each(archs: Sequence[int], full: bool) -> list[Row]:
+    """Return the rows of `triton_rows`, with the architectures compiled in parallel, one in a process."""
+    with ProcessPoolExecutor(min(len(archs), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return [row for rows in pool.map(partial(_rows_of_one, full=full), archs) for row in rows]
+
+
+def _rows_of_one(arch: int, full: bool) -> list[Row]:
+    return triton_rows([arch], full)

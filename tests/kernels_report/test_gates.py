@@ -78,7 +78,7 @@ def test_good_rows_pass_all_gates():
 
 def run_report(monkeypatch, rows, *arguments):
     """Return the command's exit code, with `rows` instead of compiled kernels."""
-    monkeypatch.setattr(report, "triton_rows", lambda archs, full: [r for r in rows if r.arch in archs])
+    monkeypatch.setattr(report, "triton_rows_of_each", lambda archs, full: [r for r in rows if r.arch in archs])
     monkeypatch.setattr(report, "cuda_rows", lambda archs: [])
     monkeypatch.setattr("sys.argv", ["kernels_report", *arguments])
     return report.main()
