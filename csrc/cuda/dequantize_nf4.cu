@@ -158,14 +158,5 @@ cudaError_t launch_dequantize(const DequantizeNF4Args& args, cudaStream_t stream
 cudaError_t launch_dequantize_nf4(const qlora::DequantizeNF4Args* args, cudaStream_t stream) {
     using namespace qlora;
     if (args->weight.N == 0 || args->weight.K == 0) return cudaSuccess;
-    switch (args->dtype) {
-        case DType::kFloat32:
-            return launch_dequantize<float>(*args, stream);
-        case DType::kBfloat16:
-            return launch_dequantize<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_dequantize<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_float_type(args->dtype, [&]<class T>(T*) { return launch_dequantize<T>(*args, stream); });
 }

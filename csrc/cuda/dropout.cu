@@ -62,14 +62,5 @@ cudaError_t launch_typed(const DropoutArgs& args, cudaStream_t stream) {
 cudaError_t launch_dropout(const qlora::DropoutArgs* args, cudaStream_t stream) {
     using namespace qlora;
     if (args->numel == 0) return cudaSuccess;
-    switch (args->dtype) {
-        case DType::kFloat32:
-            return launch_typed<float>(*args, stream);
-        case DType::kBfloat16:
-            return launch_typed<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_typed<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_float_type(args->dtype, [&]<class T>(T*) { return launch_typed<T>(*args, stream); });
 }

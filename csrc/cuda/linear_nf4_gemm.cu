@@ -332,12 +332,5 @@ cudaError_t launch_linear_nf4_gemm(const qlora::LinearNF4GemmArgs* args, cudaStr
     problem.gemm_k = args->transposed ? problem.N : problem.K;
     problem.gemm_n = args->transposed ? problem.K : problem.N;
     if (args->r <= 0) problem.lora_left = nullptr;
-    switch (args->dtype) {
-        case DType::kBfloat16:
-            return launch_gemm<__nv_bfloat16>(problem, stream);
-        case DType::kFloat16:
-            return launch_gemm<__half>(problem, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_16_bit_type(args->dtype, [&]<class T>(T*) { return launch_gemm<T>(problem, stream); });
 }

@@ -222,14 +222,5 @@ cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cu
         !is_aligned(args->weight.packed, 16)) {
         return cudaErrorInvalidValue;
     }
-    switch (args->dtype) {
-        case DType::kFloat32:
-            return launch_small_m<float>(*args, stream);
-        case DType::kBfloat16:
-            return launch_small_m<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_small_m<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_float_type(args->dtype, [&]<class T>(T*) { return launch_small_m<T>(*args, stream); });
 }

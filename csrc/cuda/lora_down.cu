@@ -150,12 +150,5 @@ cudaError_t launch_lora_down(const qlora::LoraDownArgs* args, cudaStream_t strea
     using namespace qlora;
     if (args->r > kMostRank || args->K % 8 != 0) return cudaErrorInvalidValue;
     if (args->M == 0 || args->r == 0) return cudaSuccess;
-    switch (args->dtype) {
-        case DType::kBfloat16:
-            return launch_typed<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_typed<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_16_bit_type(args->dtype, [&]<class T>(T*) { return launch_typed<T>(*args, stream); });
 }

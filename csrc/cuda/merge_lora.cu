@@ -126,12 +126,5 @@ cudaError_t launch_merge_lora(const qlora::MergeLoraArgs* args, cudaStream_t str
     using namespace qlora;
     if (args->weight.K % kMergeColumns != 0) return cudaErrorInvalidValue;
     if (args->weight.N == 0 || args->weight.K == 0) return cudaSuccess;
-    switch (args->dtype) {
-        case DType::kBfloat16:
-            return launch_merge<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_merge<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_16_bit_type(args->dtype, [&]<class T>(T*) { return launch_merge<T>(*args, stream); });
 }

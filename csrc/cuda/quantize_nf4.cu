@@ -188,16 +188,7 @@ int64_t sum_absmax_partial_sums(int64_t n_blocks) {
 cudaError_t launch_quantize_nf4(const qlora::QuantizeNF4Args* args, cudaStream_t stream) {
     using namespace qlora;
     if (args->numel == 0) return cudaSuccess;
-    switch (args->dtype) {
-        case DType::kFloat32:
-            return launch_quantize<float>(*args, stream);
-        case DType::kBfloat16:
-            return launch_quantize<__nv_bfloat16>(*args, stream);
-        case DType::kFloat16:
-            return launch_quantize<__half>(*args, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return with_float_type(args->dtype, [&]<class T>(T*) { return launch_quantize<T>(*args, stream); });
 }
 
 cudaError_t launch_sum_absmax(const float* absmax, double* partial_sums, int64_t n_blocks, cudaStream_t stream) {

@@ -101,4 +101,19 @@ __host__ __device__ inline bool is_aligned(const void* pointer, int bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
+// On the host: returns run(static_cast<T*>(nullptr)) with T the element type of a 16-bit `dtype`, otherwise an error.
+template <class Run>
+cudaError_t with_16_bit_type(DType dtype, const Run& run) {
+    if (dtype == DType::kBfloat16) return run(static_cast<__nv_bfloat16*>(nullptr));
+    if (dtype == DType::kFloat16) return run(static_cast<__half*>(nullptr));
+    return cudaErrorInvalidValue;
+}
+
+// The same for all three element types.
+template <class Run>
+cudaError_t with_float_type(DType dtype, const Run& run) {
+    if (dtype == DType::kFloat32) return run(static_cast<float*>(nullptr));
+    return with_16_bit_type(dtype, run);
+}
+
 }  // namespace qlora
