@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -264,33 +265,62 @@ def test_every_path_serves_lora(M: int, path: str) -> None:
     assert_within(y, lora_forward(x, w, bias, s, lora.B, lora.scaling, arithmetic), path)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Linears on one x [M, K] with LoRA, and the gradients of their outputs. The second linear has no bias."""
+
+    x: Tensor
+    weights: list[Weight]
+    biases: list[Tensor | None]
+    lora: GroupLoRA
+    grad_ys: list[Tensor]
+
+    @classmethod
+    def of(cls, M: int, K: int, widths: Sequence[int], ranks: Sequence[int], p: float, dtype: torch.dtype) -> Group:
+        """Return the problem of linears with `widths` outputs and LoRA of `ranks`."""
+        B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
+        A = (gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float()
+        return cls(
+            gaussian(M, K, dtype=dtype, seed=2),
+            [quantized_matrix(N, K) for N in widths],
+            [gaussian(widths[0], seed=3), None][: len(widths)],
+            GroupLoRA(A, B, torch.tensor([9]), [0.7, 2.0][: len(B)], p),
+            [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths],
+        )
+
+    def check(self, *, round_each_sum: bool) -> None:
+        """Run the op and its backward, and compare each linear with the formulas of a single one.
+
+        round_each_sum: whether the sum of the linears' grad_x is rounded to x's dtype after each addition, or once.
+        """
+        x, lora, dtype = self.x, self.lora, self.x.dtype
+        ys, s = cuda.linear_nf4_lora_group(x, self.weights, self.biases, lora)
+        grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(
+            self.grad_ys, x, s, self.weights, lora, need_grad_x=True
+        )
+        p, arithmetic, of_members = lora.dropout_p, arithmetic_of("cuda", dtype), []
+        dropout = Dropout(dropout_keep(lora.seed, *x.shape, p), keep_scale(p)) if p else None
+        parts, grads_A = s.split(lora.ranks, dim=1), grad_A.split(lora.ranks)
+        for i, member in enumerate(lora.split_per_linear()):
+            w, factors = dequantized(self.weights[i], dtype), (member.B, member.scaling)
+            assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
+            assert_within(ys[i], lora_forward(x, w, self.biases[i], parts[i], *factors, arithmetic), f"y_{i}")
+            expected = lora_backward(self.grad_ys[i], x, parts[i], w, member.A, *factors, dropout, arithmetic)
+            assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
+            assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
+            of_members.append(expected.x)
+        total = of_members[0]
+        for grad in of_members[1:]:
+            total = (total + grad).to(dtype) if round_each_sum else total + grad
+        assert_within(grad_x, total if round_each_sum else total.to(dtype), "grad_x")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [3, 129])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_group(p: float, M: int, dtype: torch.dtype) -> None:
-    """Each linear equals the single op, and grad_x is their sum, for fused (small M) and decoded weights (large M)."""
-    K, widths, ranks = 64, (24, 17), (4, 3)
-    weights = [quantized_matrix(N, K) for N in widths]
-    x, biases = gaussian(M, K, dtype=dtype, seed=2), [gaussian(widths[0], seed=3), None]
-    B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
-    seed = torch.tensor([9])
-    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
-    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, seed, [0.5, 2.0], p)
-    ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
-    grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
-    grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
-    parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
-    arithmetic = arithmetic_of("cuda", dtype)
-    for i, member in enumerate(lora.split_per_linear()):
-        w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
-        assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
-        assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
-        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, dropout, arithmetic)
-        assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
-        assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
-        total = expected.x if total is None else (total + expected.x).to(dtype)
-    assert total is not None
-    assert_within(grad_x, total, "grad_x")
+    """Fused (small M) and decoded weights (large M)."""
+    Group.of(M, 64, (24, 17), (4, 3), p, dtype).check(round_each_sum=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -310,33 +340,12 @@ def test_products_over_k_and_r(
 
     Ranks that are padded, several launches of lora_down, and (72 columns) rows that end inside a block.
     """
-    M, biases = 133, [gaussian(widths[0], seed=3), None][: len(widths)]
-    weights = [quantized_matrix(N, K) for N in widths]
-    x, seed = gaussian(M, K, dtype=dtype, seed=2), torch.tensor([9])
-    dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
-    B = [(gaussian(N, r, seed=5) * 0.1).to(dtype).float() for N, r in zip(widths, ranks, strict=True)]
-    lora = GroupLoRA((gaussian(sum(ranks), K, seed=4) * 0.1).to(dtype).float(), B, seed, [0.7, 2.0][: len(B)], p)
-    grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
     used = []
     for name in ("forward", "backward"):
         real = getattr(extended_k, name)
         monkeypatch.setattr(extended_k, name, lambda *a, _name=name, _real=real: (used.append(_name), _real(*a))[1])
-    ys, s = cuda.linear_nf4_lora_group(x, weights, biases, lora)
-    grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+    Group.of(133, K, widths, ranks, p, dtype).check(round_each_sum=False)
     assert used == (["forward"] if p and len(widths) == 1 else ["forward", "backward"])
-
-    parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
-    arithmetic = arithmetic_of("cuda", dtype)
-    for i, member in enumerate(lora.split_per_linear()):
-        w, factors = dequantized(weights[i], dtype), (member.B, member.scaling)
-        assert_within(parts[i], lora_down(x, member.A, dropout, arithmetic), f"s_{i}")
-        assert_within(ys[i], lora_forward(x, w, biases[i], parts[i], *factors, arithmetic), f"y_{i}")
-        expected = lora_backward(grad_ys[i], x, parts[i], w, member.A, *factors, dropout, arithmetic)
-        assert_within(grads_A[i], expected.lora_A, f"grad of A_{i}")
-        assert_within(grads_B[i], expected.lora_B, f"grad of B_{i}")
-        total = expected.x if total is None else total + expected.x
-    assert total is not None
-    assert_within(grad_x, total.to(dtype), "grad_x")
 
 
 @pytest.mark.parametrize(
