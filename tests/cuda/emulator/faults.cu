@@ -1,4 +1,4 @@
-// Kernels with one planted fault each, -DFAULT=1..8; FAULT=0 is right. The emulator must catch every one of them.
+// Kernels with one planted fault each, FAULT = 1..8; 0 is right. The emulator must catch every one of them.
 //   1 shared array written past its end          5 no barrier between pipeline steps
 //   2 no barrier after filling a table           6 A's ldmatrix pattern used for B
 //   3 cp.async.wait_group off by one             7 barrier in divergent code
@@ -11,23 +11,18 @@
 #include "qlora/ptx.cuh"
 #include "qlora/shared_memory.cuh"
 
-#ifndef FAULT
-#define FAULT 0
-#endif
-
 namespace faults {
 
 using qlora::ptx::cp_async;
 
 // y[i] = table[x[i]], x in 0..15, four elements a thread.
+template <int FAULT>
 __global__ void __launch_bounds__(64)
     lookup_kernel(const uint8_t* __restrict__ x, const float* __restrict__ table, float* __restrict__ y, int64_t n) {
     __shared__ float table_sh[16];
     const int entries = FAULT == 1 ? 17 : 16;
     if (int(threadIdx.x) < entries) table_sh[threadIdx.x] = table[threadIdx.x & 15];
-#if FAULT != 2
-    __syncthreads();
-#endif
+    if constexpr (FAULT != 2) __syncthreads();
     const int64_t i = (int64_t(blockIdx.x) * 64 + threadIdx.x) * 4;
     if (FAULT == 4 ? i > n : i >= n) return;
     const uchar4 indices = *reinterpret_cast<const uchar4*>(x + i);
@@ -44,6 +39,7 @@ struct Pipeline {
 };
 
 // c = a b^T, a [32, K], b [32, K] bf16, c [32, 32] fp32; one block of four warps, each a 16x16 quarter.
+template <int FAULT>
 __global__ void __launch_bounds__(128)
     matmul_kernel(const __nv_bfloat16* __restrict__ a, const __nv_bfloat16* __restrict__ b, float* __restrict__ c,
                   int K) {
@@ -63,33 +59,31 @@ __global__ void __launch_bounds__(128)
     }
     for (int step = 0; step < steps; step++) {
         qlora::ptx::cp_async_wait<FAULT == 3 ? kStages - 1 : kStages - 2>();
-#if FAULT == 8
-        if (step + kStages - 1 < steps) load(step + kStages - 1);
-#endif
-#if FAULT != 5
-        __syncthreads();
-#endif
-#if FAULT != 8
-        if (step + kStages - 1 < steps) load(step + kStages - 1);
-#endif
+        if constexpr (FAULT == 8) {
+            if (step + kStages - 1 < steps) load(step + kStages - 1);
+        }
+        if constexpr (FAULT != 5) __syncthreads();
+        if constexpr (FAULT != 8) {
+            if (step + kStages - 1 < steps) load(step + kStages - 1);
+        }
         qlora::ptx::cp_async_commit();
         const Stage& from = pipeline.stage[step % kStages];
         for (int k = 0; k < kTile; k += 16) {
             uint32_t words_a[4], words_b[4];
             qlora::ptx::ldmatrix_x4(words_a, &from.a[m0 + lane % 16][k + lane / 16 * 8]);
-#if FAULT == 6
-            qlora::ptx::ldmatrix_x4(words_b, &from.b[n0 + lane % 16][k + lane / 16 * 8]);
-#else
-            qlora::ptx::ldmatrix_x4(words_b, &from.b[n0 + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]);
-#endif
+            if constexpr (FAULT == 6) {
+                qlora::ptx::ldmatrix_x4(words_b, &from.b[n0 + lane % 16][k + lane / 16 * 8]);
+            } else {
+                qlora::ptx::ldmatrix_x4(words_b, &from.b[n0 + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]);
+            }
             for (int j = 0; j < 2; j++) {
                 const uint32_t fragment[2] = {words_b[j * 2], words_b[j * 2 + 1]};
                 qlora::ptx::mma_m16n8k16<__nv_bfloat16>(sum[j], words_a, fragment);
             }
         }
-#if FAULT == 7
-        if (m0 == 0) __syncthreads();
-#endif
+        if constexpr (FAULT == 7) {
+            if (m0 == 0) __syncthreads();
+        }
     }
     for (int j = 0; j < 2; j++) {
         for (int i = 0; i < 4; i++) {
@@ -98,14 +92,26 @@ __global__ void __launch_bounds__(128)
     }
 }
 
+using LookupKernel = void (*)(const uint8_t*, const float*, float*, int64_t);
+using MatmulKernel = void (*)(const __nv_bfloat16*, const __nv_bfloat16*, float*, int);
+
+// Indexed by the fault. A fault is in one of the two kernels; the other one is right.
+const LookupKernel kLookup[] = {lookup_kernel<0>, lookup_kernel<1>, lookup_kernel<2>,
+                                lookup_kernel<0>, lookup_kernel<4>, lookup_kernel<0>,
+                                lookup_kernel<0>, lookup_kernel<0>, lookup_kernel<0>};
+const MatmulKernel kMatmul[] = {matmul_kernel<0>, matmul_kernel<0>, matmul_kernel<0>,
+                                matmul_kernel<3>, matmul_kernel<0>, matmul_kernel<5>,
+                                matmul_kernel<6>, matmul_kernel<7>, matmul_kernel<8>};
+
 }  // namespace faults
 
-extern "C" cudaError_t launch_lookup(const uint8_t* x, const float* table, float* y, int64_t n, cudaStream_t stream) {
+extern "C" cudaError_t launch_lookup(int fault, const uint8_t* x, const float* table, float* y, int64_t n,
+                                     cudaStream_t stream) {
     const dim3 grid(unsigned(qlora::ceil_div<int64_t>(n, 256)));
-    return qlora::launch({grid, dim3(64), 0, stream}, faults::lookup_kernel, x, table, y, n);
+    return qlora::launch({grid, dim3(64), 0, stream}, faults::kLookup[fault], x, table, y, n);
 }
 
-extern "C" cudaError_t launch_matmul(const void* a, const void* b, float* c, int K, cudaStream_t stream) {
-    return qlora::launch({dim3(1), dim3(128), sizeof(faults::Pipeline), stream}, faults::matmul_kernel,
+extern "C" cudaError_t launch_matmul(int fault, const void* a, const void* b, float* c, int K, cudaStream_t stream) {
+    return qlora::launch({dim3(1), dim3(128), sizeof(faults::Pipeline), stream}, faults::kMatmul[fault],
                          static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c, K);
 }

@@ -52,15 +52,16 @@ CASES = [
 ]
 
 
-def run(library: cuda_host.Library, seed: int, order: str = "random") -> str:
-    """Run both kernels of faults.cu; return the emulator's report, WRONG_RESULT, or an empty string."""
+def run(mode: str, fault: int, seed: int, order: str = "random") -> str:
+    """Run both kernels of faults.cu with a fault; return the emulator's report, WRONG_RESULT, or an empty string."""
     torch.manual_seed(seed)
+    library = cuda_host.build([SOURCE], mode)
     n, K = 64 * 13, 32 * 6
     x, table, y = torch.randint(0, 16, (n,), dtype=torch.uint8), torch.randn(16), torch.full((n,), torch.nan)
     a, b, c = torch.randn(32, K).bfloat16(), torch.randn(32, K).bfloat16(), torch.full((32, 32), torch.nan)
     try:
-        library.call("launch_lookup", x, table, cuda_host.out(y), n, None, seed=seed, order=order)
-        library.call("launch_matmul", a, b, cuda_host.out(c), K, None, seed=seed, order=order)
+        library.call("launch_lookup", fault, x, table, cuda_host.out(y), n, None, seed=seed, order=order)
+        library.call("launch_matmul", fault, a, b, cuda_host.out(c), K, None, seed=seed, order=order)
     except (cuda_host.KernelFault, cuda_host.SanitizerReport) as report:
         return str(report)
     expected = product(exactly(a), exactly(b).T)
@@ -70,11 +71,7 @@ def run(library: cuda_host.Library, seed: int, order: str = "random") -> str:
 
 @pytest.mark.parametrize(("mode", "fault", "report"), CASES)
 def test_fault_is_reported(mode: str, fault: int, report: str) -> None:
-    library = cuda_host.build([SOURCE], mode, defines=[f"FAULT={fault}"])
-    try:
-        reports = [run(library, seed) for seed in SEEDS]
-    finally:
-        library.close()
+    reports = [run(mode, fault, seed) for seed in SEEDS]
     if fault == RIGHT:
         assert reports == [""] * len(SEEDS)
         return
@@ -85,7 +82,7 @@ def test_fault_is_reported(mode: str, fault: int, report: str) -> None:
 
 @pytest.mark.parametrize("order", ["uniform", "warp-priority", "forward", "reverse"])
 def test_right_kernels_pass_in_every_order(order: str) -> None:
-    assert run(cuda_host.build([SOURCE], "plain", defines=["FAULT=0"]), 1, order) == ""
+    assert run("plain", RIGHT, 1, order) == ""
 
 
 @needs_nvcc
@@ -94,7 +91,7 @@ def test_compiler_and_emulated_source_agree_bit_for_bit() -> None:
     results = []
     for mode in ("plain", "ptx"):
         c = torch.full((32, 32), torch.nan)
-        library = cuda_host.build([SOURCE], mode, defines=["FAULT=0"])
-        library.call("launch_matmul", a, b, cuda_host.out(c), 96, None)
+        library = cuda_host.build([SOURCE], mode)
+        library.call("launch_matmul", RIGHT, a, b, cuda_host.out(c), 96, None)
         results.append(c)
     assert torch.equal(*results)
