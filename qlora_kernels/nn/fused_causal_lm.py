@@ -70,10 +70,7 @@ class FusedCausalLM(FusedModule):
         labels = kwargs.get("labels")
         if skip_logits is None:
             skip_logits = self.training and labels is not None
-        has_cache = (
-            kwargs.get("cache") is not None or "past_key_values" in kwargs or len(args) > _ARGUMENTS.index("cache")
-        )
-        if self.training and labels is not None and not has_cache:
+        if self.training and labels is not None and _reads_no_cache(args, kwargs):
             # A training step reads no keys and values again, and attention that stores them runs op by op.
             kwargs.setdefault("use_cache", False)
         if not skip_logits or not self._serves_call(args, kwargs):
@@ -116,6 +113,14 @@ class FusedCausalLM(FusedModule):
             and _is_known_loss(self.loss_function)
             and serves_head(self.lm_head, self.config.vocab_size)
         )
+
+
+def _reads_no_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call has neither a cache nor position ids, which transformers takes for packed rows only without a
+    cache.
+    """
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    return all(given.get(name) is None for name in ("cache", "past_key_values", "position_ids"))
 
 
 def _is_known_loss(function: Any) -> bool:

@@ -140,6 +140,9 @@ def test_training_with_labels_stores_no_keys_and_values():
     assert nodes_of(output.loss) == set(NODES)
     assert model(input_ids=ids, labels=ids, skip_logits=False).cache is None
     assert model(input_ids=ids, labels=ids, use_cache=True).cache is not None
+    positions = torch.arange(ids.shape[1])[None]  # with which transformers looks for packed rows if there is no cache
+    assert model(input_ids=ids, labels=ids, position_ids=positions).cache is not None
+    assert model(ids, None, positions, labels=ids).cache is not None
     model.eval()
     assert model(input_ids=ids, labels=ids).cache is not None
     assert model.config.use_cache
