@@ -7,6 +7,7 @@ before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, nn
 
 from ..nn.describe import describe_quantization
+from ..nn.experts_nf4 import ExpertsNF4
+from ..nn.functional_use import read_but_never_called
 from ..nn.linear_nf4 import LinearNF4
 from ..peft.layers.base_layer import dense_weight, with_weight
 from ..peft.layers.lowrank import LoraFactors, forward_lowrank
@@ -145,6 +148,7 @@ class _OverLinearNF4:
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(Any, self).peft_config[adapter_name]
+        _check_saved_modules(model, config.modules_to_save or ())
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = {*config.target_modules, *_quantized_targets(model)}
@@ -169,11 +173,25 @@ class _OverLinearNF4:
         return model
 
 
+def _check_saved_modules(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for a module of modules_to_save with NF4 layers: PEFT's copy of it has no weight that trains."""
+    for name, module in model.named_modules():
+        saved = any(name.endswith(ending) for ending in names)
+        if saved and any(isinstance(part, (LinearNF4, ExpertsNF4)) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save: {name} must not be quantized; name it in replace_linear's skip or in "
+                "QLoRAKernelsConfig's skip_modules"
+            )
+
+
 def _quantized_targets(model: nn.Module) -> set[str]:
-    """Return the LinearNF4 layers by name, without the output head and layers that already have adapters."""
+    """Return the LinearNF4 layers by name, without the output head, layers that already have adapters, and layers that
+    are never called: torch's attention computes with the weight of its out_proj.
+    """
     head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     names = {name for name, module in model.named_modules() if isinstance(module, LinearNF4) and module is not head}
+    names -= read_but_never_called(model).keys()
     return {name for name in names if not any(name.startswith(f"{layer}.") for layer in adapted)}
 
 

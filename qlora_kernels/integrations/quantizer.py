@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from ..format import bnb_layout
 from ..format.quant_state import QuantState
 from ..nn.experts_nf4 import ExpertsNF4
+from ..nn.functional_use import read_but_never_called
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.match import check_names, contained_in
 from ..nn.module_tree import set_submodule
@@ -28,6 +29,7 @@ from .quantization_config import METHOD, QLoRAKernelsConfig
 from .quantized_modules import dense_linears, dequantize_modules, expert_stacks, quantized_modules
 
 WEIGHT = "weight"
+_FALCON = "transformers.models.falcon.modeling_falcon"
 _TASK_HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
@@ -383,31 +385,38 @@ def describe(model: Any) -> None:
     config = quantizer.quantization_config
     experts = {name: module for name, module in quantized.items() if isinstance(module, ExpertsNF4)}
     kinds = {(m.blocksize, m.absmax_q is not None) for m in cast(Any, experts or quantized).values()}
-    if experts or (len(kinds) == 1 and any(_unread_by_bitsandbytes(model, *layer) for layer in quantized.items())):
+    skip = [*dense_linears(model), *expert_stacks(model)]
+    if experts or (len(kinds) == 1 and _wrong_in_bitsandbytes(model, quantized, skip)):
         config._storage = "qlora_kernels"
     if experts and len(kinds) > 1:
         raise ValueError(f"save: all experts must have one (blocksize, double_quant), got {sorted(kinds)}")
     config.blocksize, config.double_quant = max(kinds)
-    config.skip_modules = [*dense_linears(model), *expert_stacks(model)]
+    config.skip_modules = skip
     config._model_dtype = model.dtype
     quantizer.chosen = {name if name in experts else f"{name}.{WEIGHT}" for name in quantized}
     model.config.quantization_config = config
     model._weight_conversions = quantizer._conversions_for_saving(model)
 
 
-def _unread_by_bitsandbytes(model: Any, name: str, layer: Any) -> bool:
-    """Whether the layer would be wrong in a model that transformers loads with bitsandbytes.
+def _wrong_in_bitsandbytes(model: Any, layers: dict[str, Any], skip: list[str]) -> bool:
+    """Whether some layer would be wrong in a model that transformers loads with bitsandbytes.
 
-    bitsandbytes' CPU code dequantizes some shapes to wrong values (docs/format.md). transformers leaves out layers that
-    the model keeps in float32 (T5's wo) and subclasses of nn.Linear: Falcon's, and the last one of torch's attention.
+    bitsandbytes' CPU code dequantizes some shapes to wrong values (docs/format.md), and its weight, which is read as
+    codes, cannot serve models that read the weight of a layer instead of calling it. transformers leaves out layers
+    that the model keeps in float32 (T5's wo), those whose names end like the name of a skipped one, and subclasses of
+    nn.Linear, of which replace_linear replaces Falcon's.
+    skip: names of dense layers.
     """
-    columns: int = layer.in_features
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return (
-        (columns % 16 == 0 and columns % layer.blocksize != 0)
-        or isinstance(owner, nn.MultiheadAttention)
-        or type(owner).__module__ == "transformers.models.falcon.modeling_falcon"
-        or contained_in(getattr(model, "_keep_in_fp32_modules", None) or (), name)
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skip = [*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    read = read_but_never_called(model)
+    return any(
+        (layer.in_features % 16 == 0 and layer.in_features % layer.blocksize != 0)
+        or name in read
+        or not should_convert_module(name, skip)
+        or type(model.get_submodule(name.rpartition(".")[0])).__module__ == _FALCON
+        for name, layer in layers.items()
     )
 
 

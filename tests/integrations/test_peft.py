@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -177,3 +178,34 @@ def test_files_load_in_peft_over_dense_layers_and_here(tmp_path):
 def test_initializations_that_change_the_base_are_refused(init):
     with pytest.raises(NotImplementedError, match="must not change the base weight"):
         adapted(quantized(), targets=["q_proj"], init_lora_weights=init)
+
+
+def test_quantized_modules_are_not_saved():
+    """PEFT would copy the NF4 layer, of which nothing but the bias trains."""
+    model = quantized()
+    with pytest.raises(
+        ValueError, match=r"modules_to_save: model\.layers\.0\.mlp\.up_proj must not be quantized; name it"
+    ):
+        adapted(model, targets=["q_proj"], modules_to_save=["up_proj"])
+
+
+def test_packed_attention_of_torch(tmp_path):
+    """SigLIP's head holds nn.MultiheadAttention, whose out_proj is never called; PEFT's file has no update of it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    base = transformers.SiglipVisionModel(config).eval()
+    qk.replace_linear(base)
+    inputs = {"pixel_values": torch.randn(1, 3, 8, 8)}
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted_layers = of_type(theirs, LoraLinearNF4)
+    assert len(adapted_layers) == 8
+    assert not any("head.attention" in name for name in adapted_layers)
+    theirs.save_pretrained(tmp_path)
+    ours = qk.peft.PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        assert_same_function(ours(**inputs).pooler_output, theirs.eval()(**inputs).pooler_output)

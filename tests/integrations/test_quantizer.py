@@ -267,6 +267,12 @@ def head_model(kind):
         del sizes["intermediate_size"]
         config = transformers.FalconConfig(**sizes, vocab_size=48, bos_token_id=1, eos_token_id=2)
         return transformers.FalconForCausalLM(config).eval(), ids
+    if kind == "mamba":
+        mamba = transformers.MambaConfig(hidden_size=64, num_hidden_layers=1, state_size=8, vocab_size=32)
+        return transformers.MambaForCausalLM(mamba).eval(), ids
+    if kind == "distilbert":
+        distilbert = transformers.DistilBertConfig(vocab_size=48, dim=64, n_layers=1, n_heads=4, hidden_dim=64)
+        return transformers.DistilBertForSequenceClassification(distilbert).eval(), ids
     if kind == "t5":
         t5 = transformers.T5Config(vocab_size=48, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
         t5.decoder_start_token_id = 0
@@ -290,11 +296,13 @@ def first_output(model, inputs):
     return model(**inputs).to_tuple()[0]
 
 
-@pytest.mark.parametrize("kind", ["falcon", "t5", "siglip", "wav2vec2"])
-def test_layers_that_transformers_gives_not_to_bitsandbytes_are_saved_in_own_format(kind, tmp_path):
-    """Subclasses of nn.Linear, layers that the model keeps in float32, and a dense head that the rules leave in NF4."""
+@pytest.mark.parametrize("kind", ["falcon", "t5", "siglip", "wav2vec2", "mamba", "distilbert"])
+def test_layers_that_would_be_wrong_in_bitsandbytes_are_saved_in_own_format(kind, tmp_path):
+    """Subclasses of nn.Linear, layers that the model keeps in float32, weights that it reads, and a layer whose name
+    ends like that of a dense one.
+    """
     model, inputs = head_model(kind)
-    qk.replace_linear(model)
+    qk.replace_linear(model, skip=("classifier",) if kind == "distilbert" else ("lm_head",))
     model.save_pretrained(tmp_path)
     assert written_config(tmp_path)["quant_method"] == "qlora_kernels"
     again = type(model).from_pretrained(tmp_path).eval()

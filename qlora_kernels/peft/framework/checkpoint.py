@@ -77,7 +77,7 @@ def buildable(config: PeftConfig, files: AdapterFiles, injector: Injector) -> Pe
     Raises ValueError if it requires more than the files hold.
     """
     method = method_for(config)
-    config = method.config_of_file(config)
+    config = method.fitted_to_file(method.config_of_file(config), injector, files.tensors)
     method.check_file(config, injector, files.tensors, files.extra_tensors)
     return config
 

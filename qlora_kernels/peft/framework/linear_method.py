@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import ClassVar, Generic, TypeVar, cast
@@ -9,6 +10,7 @@ from typing import ClassVar, Generic, TypeVar, cast
 from torch import Tensor, nn
 
 from ...nn.linear_nf4 import is_conv1d
+from ..attention.torch_attention import SplitAttention
 from ..core.config import PeftConfig
 from ..layers.adapted_linear import Delta
 from .injector import Injector
@@ -83,6 +85,23 @@ class LinearMethod(Method, Generic[D]):
     def rank(cls, config: PeftConfig, path: str) -> int:
         """Return the rank of the update of the layer at `path`."""
         raise NotImplementedError
+
+    @classmethod
+    def fitted_to_file(cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor]) -> PeftConfig:
+        """Exclude the projections of torch's attention that the file lacks: PEFT sees them as one packed weight."""
+        stored = tensors_by_path(tensors, cls.file_prefix)
+        packed = {name for name, module in injector.modules().items() if isinstance(module, SplitAttention)}
+        absent = [
+            path
+            for path in (cls.targets(config, injector) if packed else ())
+            if path.rpartition(".")[0] in packed and not any(key.startswith(f"{path}.") for key in stored)
+        ]
+        if not absent:
+            return config
+        excluded = cast(TargetConfig, config).exclude_modules
+        if isinstance(excluded, str):
+            return config.replace(exclude_modules="|".join([f"(?:{excluded})", *map(re.escape, absent)]))
+        return config.replace(exclude_modules=[*(excluded or ()), *absent])
 
     @classmethod
     def check_file(

@@ -91,6 +91,11 @@ class Method:
         return config
 
     @classmethod
+    def fitted_to_file(cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor]) -> PeftConfig:
+        """Return the configuration without layers that PEFT, which wrote the file, does not see in this model."""
+        return config
+
+    @classmethod
     def check_file(
         cls, config: PeftConfig, injector: Injector, tensors: dict[str, Tensor], extra_tensors: dict[str, Tensor]
     ) -> None:

@@ -64,7 +64,10 @@ class ParameterOverrides:
             if matches(wanted, name):
                 inside = {n: m for n, m in modules.items() if f"{n}.".startswith(f"{name}.")}
                 if any(is_quantized(m) for m in inside.values()):
-                    raise ValueError(f"modules_to_save: {name} must not be quantized; name it in replace_linear's skip")
+                    raise ValueError(
+                        f"modules_to_save: {name} must not be quantized; name it in replace_linear's skip or in "
+                        "QLoRAKernelsConfig's skip_modules"
+                    )
                 for owner, part in inside.items():
                     for attribute, parameter in part._parameters.items():
                         if parameter is not None:
