@@ -107,6 +107,33 @@ def test_resumed_run_ends_with_the_same_values(run, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in values(resumed.model).items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5]},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
+    ],
+    ids=["both", "tying", "tokens", "lora"],
+)
+def test_checkpoints_of_tied_embeddings(options, tmp_path):
+    """Trained copies, rows and updates of a tied embedding and head are in each checkpoint, which PEFT loads too."""
+    from qlora_kernels.integrations.peft import register
+
+    register()
+    ours, resumed = (trainer(adapted(**options), tmp_path / name) for name in "ab")
+    ours.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    expected = values(ours.model)
+    assert any("embed_tokens" in name for name in expected)
+    assert all(torch.equal(value, expected[name]) for name, value in values(resumed.model).items())
+    base = adapted().unload()
+    for load in (qk.peft.PeftModel.from_pretrained, peft.PeftModel.from_pretrained):
+        again = load(copy.deepcopy(base), tmp_path / "a" / "checkpoint-4")
+        assert_same_function(logits(again), logits(ours.model.eval()))
+
+
 def test_best_model_is_loaded_and_training_stops_early(tmp_path):
     """The learning rate is far too large, so the first evaluation is the best."""
     ours = trainer(
@@ -160,11 +187,11 @@ def chat_model(tmp_path_factory):
     return write_tiny_llama(tmp_path_factory.mktemp("chat"), dtype=torch.float32)
 
 
-def trl_parts(folder):
+def trl_parts(folder, targets="all-linear"):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     qk.replace_linear(model)
     torch.manual_seed(1)
-    config = qk.peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = qk.peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     return qk.peft.get_peft_model(model, config), transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -194,11 +221,15 @@ def test_sft_trainer(chat_model, tmp_path):
     assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("initial", ["new", "trained"])
+@pytest.mark.parametrize("initial", ["new", "trained", "head"])
 def test_dpo_trainer_starts_at_its_reference(initial, chat_model, tmp_path):
-    """The reference is the adapter as it was given, or the base model: the first loss is ln 2, the margin 0."""
+    """The reference is the adapter as it was given, or the base model: the first loss is ln 2, the margin 0.
+
+    TRL multiplies by the head's weight itself, also where the head has an adapter ("head").
+    """
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    model, tokenizer = trl_parts(chat_model)
+    model, tokenizer = trl_parts(chat_model, ["lm_head"] if initial == "head" else "all-linear")
+    before = values(model)
     if initial == "trained":
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -213,6 +244,34 @@ def test_dpo_trainer_starts_at_its_reference(initial, chat_model, tmp_path):
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert second["loss"] < first["loss"]
     assert model.active_adapters == ["default"]
+    assert all(not torch.equal(value, before[name]) for name, value in values(model).items() if ".default." in name)
+
+
+@pytest.mark.parametrize("name", ["KTO", "GRPO", "RLOO", "Reward"])
+def test_other_trainers_of_trl(name, chat_model, tmp_path):
+    """Each trains the adapter and writes checkpoints of the adapter alone."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    if name == "Reward":
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(chat_model, num_labels=1)
+        qk.replace_linear(base, skip=("score",))
+        model = qk.peft.get_peft_model(base, qk.peft.LoraConfig(r=4, target_modules=["v_proj"], task_type="SEQ_CLS"))
+    else:
+        model = trl_parts(chat_model)[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model)
+    pairs = [{"prompt": f"{i}", "chosen": " yes", "rejected": " no"} for i in range(4)]
+    labelled = [{"prompt": f"{i}", "completion": " yes", "label": i % 2 == 0} for i in range(4)]
+    rows = {"KTO": labelled, "Reward": pairs}.get(name, [{"prompt": f"{i}"} for i in range(4)])
+    options = {**TRL_SETTINGS, "max_steps": 1, "save_steps": 1, "output_dir": str(tmp_path)}
+    arguments = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer}
+    if name in ("GRPO", "RLOO"):
+        options |= {"num_generations": 2, "max_completion_length": 4, "temperature": 1.5}
+        arguments["reward_funcs"] = lambda completions, **_: [float(hash(text) % 7) for text in completions]
+    before = values(model)
+    getattr(trl, f"{name}Trainer")(model, args=getattr(trl, f"{name}Config")(**options), **arguments).train()
+    assert any(not torch.equal(value, before[name]) for name, value in values(model).items())
+    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert "model.safetensors" not in files
 
 
 def adalora(**options):
