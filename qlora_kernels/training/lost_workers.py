@@ -1,8 +1,9 @@
 """Detection of the process that made a collective fail: one that died, stopped, or does not reach the collective.
 
 A process whose collective fails asks the others through the store of the process group. A thread in each process
-answers whether its process waits in a collective. A process that does not answer is dead or stopped; if all answer, the
-lost ones are those that compute while the others wait for them.
+answers whether its process waits in a collective. A process of the same machine that has ended is known at once; any
+other one that does not answer is dead or stopped. If all answer, the lost ones are those that compute while the others
+wait for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+
+from .process_identity import has_ended, own_identity
 
 PERIOD = 1.0
 """Seconds between two looks of the answering thread into the store."""
@@ -44,6 +47,7 @@ class AnsweringThread:
         self._thread = threading.Thread(target=self._answer, name="answers which process is lost", daemon=True)
 
     def __enter__(self) -> AnsweringThread:
+        self.store.set(_identity_of(self.rank), own_identity())
         self._thread.start()
         return self
 
@@ -66,14 +70,16 @@ class AnsweringThread:
 def lost_ranks(store: Any, rank: int, world: int, grace: float) -> list[int]:
     """Return the ranks that are lost, after a collective of this process has failed; empty if none can be told.
 
-    grace: seconds in which the other processes have to answer. Raises RuntimeError if the store is gone.
+    grace: seconds in which processes that are not known to have ended have to answer.
+    Raises RuntimeError if the store is gone.
     """
     store.set(_answer_of(rank), _WAITS)
     store.set(_ASKED, "1")
     ends = time.monotonic() + grace
     while silent := [other for other in range(world) if not store.check([_answer_of(other)])]:
-        if time.monotonic() > ends:
-            return silent
+        ended = [other for other in silent if _has_ended(store, other)]
+        if ended or time.monotonic() > ends:
+            return ended or silent
         time.sleep(0.2)
     others = (other for other in range(world) if other != rank)
     return [other for other in others if store.get(_answer_of(other)) == _COMPUTES.encode()]
@@ -81,6 +87,15 @@ def lost_ranks(store: Any, rank: int, world: int, grace: float) -> list[int]:
 
 def _answer_of(rank: int) -> str:
     return f"lost_workers/{rank}"
+
+
+def _identity_of(rank: int) -> str:
+    return f"lost_workers/process/{rank}"
+
+
+def _has_ended(store: Any, rank: int) -> bool:
+    key = _identity_of(rank)
+    return store.check([key]) and has_ended(store.get(key).decode())
 
 
 def _waits_in_collective() -> bool:

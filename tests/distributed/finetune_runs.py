@@ -52,13 +52,15 @@ RUNS = [
     Run("two by Trainer", 2, "trainer", "--trainer hf --checkpoint-every 0"),
     Run("two sharded by Trainer", 2, "sharded trainer", "--trainer hf --checkpoint-every 0", environment=FSDP2),
 ]
-HUNG_TIMEOUT = timedelta(seconds=5)
-"""Timeout of collectives from the step on in which a process hangs."""
+HUNG_TIMEOUT = timedelta(seconds=1)
+"""Timeout of the collectives of processes that wait for a hung one, set once it hangs: only the timeout ends them."""
+PATIENCE = 120
+"""Seconds for everything else that the processes wait for; they pass only where something is wrong."""
 
 
 def arguments(folder: Path, run: Run) -> list[str]:
     fast = f"--steps {STEPS} --batch 3 --seq-len 32 --eval-windows 5 --lr 1e-2 --r 4 --max-new-tokens 2 --json"
-    fast += " --checkpoint-every 2 --timeout 120 --compute-dtype fp32"
+    fast += f" --checkpoint-every 2 --timeout {PATIENCE} --compute-dtype fp32"
     files = ["--model", folder / "model", "--data", folder / "text.txt", "--out", folder / run.out]
     return ["finetune", *map(str, files), "--cache", str(folder / "cache"), *fast.split(), *run.more.split()]
 
@@ -74,10 +76,10 @@ def process(folder: Path, run: Run, rank: int) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(run.world), **run.environment}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # not used: the group exists
     torch.set_num_threads(1)
-    workers._GRACE = 5.0
+    workers._GRACE = float(PATIENCE)
     if run.world > 1:
         store = dist.FileStore(str(folder / f"{run.name}.store"), run.world)
-        timeout = timedelta(seconds=120)
+        timeout = timedelta(seconds=PATIENCE)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=run.world, timeout=timeout)
     step = loop._step
 
@@ -85,10 +87,12 @@ def process(folder: Path, run: Run, rank: int) -> int:
         here = rank, parts[5]
         if here == run.dies:
             os._exit(9)
+        if here == run.hangs:
+            store.set("hangs", "1")
+            time.sleep(3600)
         if run.hangs is not None and here[1] == run.hangs[1]:
+            store.wait(["hangs"])
             dist.distributed_c10d._set_pg_timeout(HUNG_TIMEOUT, dist.group.WORLD)
-            if here == run.hangs:
-                time.sleep(3600)
         if here == run.signalled:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*parts)

@@ -27,6 +27,7 @@ def test_interrupted_torchrun_writes_checkpoint_of_last_step(tmp_path):
     options = f"--steps {STEPS} --batch 2 --seq-len 16 --eval-windows 0 --r 2 --max-new-tokens 0 --fsdp"
     files = ["--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--out", out]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--shutdown-timeout=280"]  # after it, torchrun kills; by default after 30 s
     command += ["-m", "--", "qlora_kernels.cli", "finetune", *map(str, files), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
     root = Path(__file__).parents[2]
