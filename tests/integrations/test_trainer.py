@@ -173,12 +173,22 @@ def test_load_adapter_refuses_another_configuration(tmp_path):
         other.load_adapter(tmp_path)
 
 
-def test_save_options():
+def test_save_options(tmp_path):
+    """Values that the Trainer has gathered are saved in place of the model's own, which stay."""
     model = adapted()
     with pytest.raises(ValueError, match="safe_serialization must be True"):
-        model.save_pretrained("nowhere", safe_serialization=False)
-    with pytest.raises(NotImplementedError, match="state_dict must be None"):
-        model.save_pretrained("nowhere", state_dict={})
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gathered = {name: p.detach() + 1 for name, p in own.items()}
+    name = next(iter(gathered))
+    with pytest.raises(ValueError, match=rf"state_dict: {name} must be the whole tensor, of shape .*, got the shape"):
+        model.save_pretrained(tmp_path, state_dict={**gathered, name: gathered[name][:1]})
+    model.save_pretrained(tmp_path / "ignored", state_dict=gathered, is_main_process=False)
+    assert not (tmp_path / "ignored").exists()
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert all(p is own[name] for name, p in model.named_parameters() if p.requires_grad)
+    reloaded = qk.peft.PeftModel.from_pretrained(model.unload(), tmp_path, is_trainable=True)
+    assert all(torch.equal(dict(reloaded.named_parameters())[name], value) for name, value in gathered.items())
 
 
 @pytest.fixture(scope="module")

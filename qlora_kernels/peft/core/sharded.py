@@ -20,8 +20,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def write_on_rank_zero(write: Callable[[], None]) -> None:
-    """Run `write` on rank 0. Every process returns when it is done, and raises if it failed."""
+def write_on_rank_zero(write: Callable[[], None], operation: str = "save_pretrained") -> None:
+    """Run `write` on rank 0. Every process returns when it is done, and raises if it failed.
+
+    operation: name for the message of the other processes' error.
+    """
     failed: list[str | None] = [None]
     error: BaseException | None = None
     if dist.get_rank() == 0:
@@ -33,4 +36,4 @@ def write_on_rank_zero(write: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed[0] is not None:
-        raise RuntimeError(f"save_pretrained: rank 0 must be able to write the files, got {failed[0]}")
+        raise RuntimeError(f"{operation}: rank 0 must be able to write the files, got {failed[0]}")

@@ -40,6 +40,11 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
             if isinstance(files, AdapterFiles):
                 files.tensors, files.extra_tensors = full_tensors(files.tensors), full_tensors(files.extra_tensors)
         write_on_rank_zero(lambda: write_adapters(directory, folders))
+    elif any(is_sharded(t) for f in folders.values() if isinstance(f, AdapterFiles) for t in f.extra_tensors.values()):
+        raise NotImplementedError(
+            "save_pretrained: state_dict must be None for a sharded method with states of its own, such as AdaLoRA, "
+            "which every process has to gather; call save_pretrained(folder) in every process"
+        )
     else:
         write_adapters(directory, folders)
 

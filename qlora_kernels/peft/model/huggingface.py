@@ -8,11 +8,8 @@ disable_adapter, set_adapter, load_adapter, save_pretrained, peft_config, active
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from functools import cache, partial, wraps
 from typing import Any, cast
-
-from torch import Tensor
 
 
 class RecognizedAsPeftModel:
@@ -83,12 +80,7 @@ def _shift_smoothed_labels(module: Any) -> None:
     module.Trainer.compute_loss = compute_loss
 
 
-def check_save_options(state_dict: Mapping[str, Tensor] | None, safe_serialization: bool) -> None:
-    """Raise for arguments of save_pretrained that are not supported."""
+def check_save_options(safe_serialization: bool) -> None:
+    """Raise for an argument of save_pretrained that is not supported."""
     if not safe_serialization:
         raise ValueError("save_pretrained: safe_serialization must be True, got False; pickled files are not written")
-    if state_dict is not None:
-        raise NotImplementedError(
-            "save_pretrained: state_dict must be None, got one; the model's own parameters are saved. Gather sharded "
-            "parameters before saving"
-        )

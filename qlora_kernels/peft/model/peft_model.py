@@ -210,13 +210,18 @@ class PeftModel(AdaptedModel):
         """Write each adapter: "default" into the folder, any other into a folder of its name inside it.
 
         is_main_process: with False nothing is written.
-        state_dict, safe_serialization: arguments of transformers' Trainer; only None and True are supported.
+        state_dict: whole values of the parameters, by their names in this model, as transformers' Trainer gathers them
+        for one process of a sharded model, which then writes alone; None takes the model's own.
+        safe_serialization: an argument of Trainer; only True is supported.
         An interrupted save leaves the complete old or the complete new state (docs/reliability.md). Under fully_shard
-        every process must call it, for any is_main_process; only the adapters are gathered, and rank 0 writes.
+        and ZeRO-3 every process must call it without state_dict, for any is_main_process; only the adapters are
+        gathered, and rank 0 writes.
         """
-        check_save_options(state_dict, safe_serialization)
+        check_save_options(safe_serialization)
         names = as_names(selected_adapters) if selected_adapters is not None else tuple(self.adapters)
-        adapter_files.save(self.injector, save_directory, names, is_main_process=is_main_process)
+        adapter_files.save(
+            self, self.injector, save_directory, names, is_main_process=is_main_process, state_dict=state_dict
+        )
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False
