@@ -5,8 +5,12 @@
 
 A column-parallel layer takes the whole x and returns its part of y. A row-parallel layer takes a part of x and returns
 the whole y, summed over the processes. Each part has a range of the whole weight's NF4 bytes. LoRA: the factor on the
-sharded side is sharded; the other one is whole in every process, and its gradient is summed. Both are DTensors, so that
-save_pretrained, norms and optimizers use whole tensors.
+sharded side is sharded; the other one is whole in every process, and its gradient is summed. The bias of a
+column-parallel layer is sharded, that of a row-parallel layer is whole and added after the sum. All of these are
+DTensors, so that save_pretrained, norms and optimizers use whole tensors.
+
+Layers outside the plan, embeddings, norms and their adapters are whole in every process. Their gradients are equal in
+all of them, because x and the gradient of x are.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from ..format.quant_state import QuantState
 from ..nn.linear_nf4 import LinearNF4
 from ..nn.quantized_weight import is_sharded
 from ..peft.layers.adapted_linear import AdaptedLinear
+from ..peft.layers.overridden_module import plain_class
 from ..peft.methods.lora_layers import LoraLinear
 
 NESTED_BLOCKSIZE = 256
@@ -34,6 +39,17 @@ class ParallelLinearNF4(LinearNF4):
     mesh: DeviceMesh
     cuts_rows: bool
     """Whether the weight's rows are split, so that y is a part, or its columns, so that x is a part."""
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias that the op adds: of split rows this process's part, of split columns none.
+
+        While FSDP2 has split the bias further, it is that DTensor, which FSDP2 reads here.
+        """
+        own: Any = self._parameters.get("bias")
+        if own is None or own.device_mesh != self.mesh:
+            return own  # type: ignore[no-any-return]
+        return own.to_local() if self.cuts_rows else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y [..., N] or a part of it from x [..., K] or a part of it."""
@@ -62,7 +78,11 @@ class ParallelLinearNF4(LinearNF4):
         return _SumGradient.apply(x, self.mesh) if self.cuts_rows else x  # type: ignore[no-untyped-call]
 
     def _leave(self, y: Tensor) -> Tensor:
-        return y if self.cuts_rows else _Sum.apply(y, self.mesh)  # type: ignore[no-untyped-call]
+        if self.cuts_rows:
+            return y
+        y = _Sum.apply(y, self.mesh)  # type: ignore[no-untyped-call]
+        bias: Any = self._parameters.get("bias")
+        return y if bias is None else y + bias.to_local().to(y.dtype)
 
     def _local_factor(self, factor: Any) -> Tensor:
         if not is_sharded(factor):
@@ -80,6 +100,11 @@ class _StyleNF4(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = module.base_layer if isinstance(module, AdaptedLinear) else module
+        if type(layer) is not LinearNF4 and plain_class(layer) is LinearNF4:
+            raise NotImplementedError(
+                f"{type(self).__name__}: an adapter must not train the bias of a layer of the plan (bias='all', "
+                "bias='lora_only', BitFit); leave the layer out of the plan, or the bias out of the adapter"
+            )
         if type(layer) is not LinearNF4:
             raise TypeError(
                 f"{type(self).__name__}: the plan must name LinearNF4 layers, got {type(layer).__name__}; for dense "
@@ -106,13 +131,17 @@ class _StyleNF4(ParallelStyle):
             raise NotImplementedError(f"{type(self).__name__}: adapters must be neither merged nor fused")
 
     def _cut_lora(self, delta: Any, mesh: DeviceMesh) -> None:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
         cut, whole = (delta.lora_B, delta.lora_A) if self.dim == 0 else (delta.lora_A, delta.lora_B)
-        for linear, placement in ((cut, Shard(self.dim)), (whole, Replicate())):
-            weight = linear.weight
-            tensor = distribute_tensor(weight.detach(), mesh, [placement])  # all processes start from rank 0's values
-            linear.weight = nn.Parameter(tensor, requires_grad=weight.requires_grad)
+        cut.weight = _distributed(cut.weight, mesh, True, self.dim)
+        whole.weight = _distributed(whole.weight, mesh, False, self.dim)
+
+
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, cut: bool, dim: int) -> nn.Parameter:
+    """Return the parameter as a DTensor, cut along `dim` or whole; all processes start from rank 0's values."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    tensor = distribute_tensor(parameter.detach(), mesh, [Shard(dim) if cut else Replicate()])
+    return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
 class ColwiseNF4(_StyleNF4):
@@ -173,10 +202,7 @@ def _cut(layer: LinearNF4, dim: int, mesh: DeviceMesh) -> None:
     layer.in_features, layer.out_features = k, n
     layer.set_weight(packed, QuantState(torch.Size((n, k)), state.dtype, blocksize, *constants))
     if layer.bias is not None:
-        # The bias is added once: the outputs of the processes are summed in a row-parallel layer.
-        bias = layer.bias.detach()
-        mine = bias.chunk(world)[rank].clone() if dim == 0 else bias * (rank == 0)
-        layer.bias = nn.Parameter(mine, requires_grad=layer.bias.requires_grad)
+        layer.bias = _distributed(layer.bias, mesh, dim == 0, 0)
     layer.__class__ = ParallelLinearNF4
     parallel: Any = layer
     parallel.mesh, parallel.cuts_rows = mesh, dim == 0
