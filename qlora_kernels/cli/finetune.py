@@ -337,8 +337,13 @@ class _Finetune:
 
     def _load(self, folder: Path) -> nn.Module:
         with bad_input(), self.console.stage("load"):
-            sharded = self.options.sharding is not None
-            model = load_model(folder, self.options.dtype, self._load_device, mapped=sharded)
+            if self.options.sharding is None:
+                model = load_model(folder, self.options.dtype, self._load_device)
+            else:
+                process = (self.workers.rank, self.workers.world)
+                model = self.workers.all_or_none(
+                    lambda: load_model(folder, self.options.dtype, mapped=True, process=process)
+                )
         layers = [module for module in model.modules() if isinstance(module, LinearNF4)]
         self.report.layers = len(layers)
         self.report.bytes_dense = sum(2 * layer.quant_state.numel for layer in layers)

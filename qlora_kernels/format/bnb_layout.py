@@ -30,6 +30,8 @@ META_KEY = "quant_state.bitsandbytes__nf4"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", META_KEY)
 """Suffixes that may follow `<name>.`."""
+TABLES = {"quant_map": nf4.code, "nested_quant_map": dynamic_map}
+"""Suffix -> function of a device that returns the table of this format."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
     absmax = tensors["absmax"]
     device = absmax.device
     if "quant_map" in tensors:
-        _require_table(name, "quant_map", tensors["quant_map"], nf4.code(device))
+        check_tables(name, {"quant_map": tensors["quant_map"]})
     shape, dtype, blocksize = _read_codec(name, meta)
     if absmax.dtype != torch.uint8:
         _require_finite(name, "absmax", absmax)
@@ -134,7 +136,7 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
         if suffix not in tensors:
             raise ValueError(f"{name}: checkpoint must hold {name}.{suffix} beside 8-bit absmax, got {sorted(tensors)}")
     absmax_offset = _read_offset(name, meta).to(device)
-    _require_table(name, "nested_quant_map", tensors["nested_quant_map"], dynamic_map(device))
+    check_tables(name, {"nested_quant_map": tensors["nested_quant_map"]})
     _require_finite(name, "nested_absmax", tensors["nested_absmax"])
     return QuantState(
         torch.Size(shape),
@@ -144,6 +146,12 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> QuantState:
         absmax_scale=tensors["nested_absmax"],
         absmax_offset=absmax_offset,
     )
+
+
+def check_tables(name: str, tables: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a stored code or map, by suffix, is not that of this format.   name: for messages."""
+    for suffix, table in tables.items():
+        _require_table(name, suffix, table, TABLES[suffix](table.device))
 
 
 def _read_meta(name: str, stored: Tensor) -> dict[str, Any]:

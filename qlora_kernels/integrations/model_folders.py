@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..format.bnb_layout import META_KEY, decode, stored_shape
 from ..format.nf4 import DEFAULT_BLOCKSIZE
 from ..io.atomic import reading, settle
 from ..io.json_file import read_json_object
 from ..io.streaming import StreamReport, quantize_folder, read_tensors, tensor_shapes
 from ..nn.describe import describe_quantization
-from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.match import Pattern
 from .hub import hub_folder, is_hub_id
 from .model_structure import CONFIG, LOCAL, ModelError, ModelStructure, as_model_error, require_nothing
+from .nf4_folders import StoredWeights, WeightMaker, load_parts
 
 __all__ = [
     "BUILTIN_ID",
@@ -199,29 +198,33 @@ def load_model(
     device: torch.device | str | None = None,
     *,
     mapped: bool = False,
+    process: tuple[int, int] = (0, 1),
 ) -> nn.Module:
     """Return the causal language model of a folder, in eval mode.
 
-    dtype: of the dense weights and of all computation. NF4 layers are LinearNF4.
+    dtype: of the dense weights and of all computation. NF4 weights are LinearNF4 and ExpertsNF4.
     device: where the whole model is moved once it is in CPU memory; None leaves it there.
-    mapped: NF4 weights stay in the files, mapped into memory, for a model that is to be sharded; the processes of a
-    machine share these pages. Folders written with QLoRAKernelsConfig are loaded whole all the same.
+    mapped: NF4 weights stay in the files, mapped into memory, for a model that is to be sharded: bytes are read when
+    they are used, and the processes of a machine share them.
+    process: (rank, world) of a process, of which each verifies the checksums of its share of the files.
     Raises ModelError, naming weights that are missing, unexpected or of another shape; ValueError, naming a damaged
     file.
     """
     folder = Path(folder)
     with reading(folder), _quiet():
         quantized = is_quantized(folder)
-        if quantized and _is_own_quantization(folder):
+        own = quantized and _is_own_quantization(folder)
+        if own and not mapped:
             return _moved(_load_own(folder, dtype), device)
         structure = ModelStructure(folder)
-        tensors = read_tensors(folder)
+        tensors = read_tensors(folder, process)
         for name in [name for name, tensor in tensors.items() if structure.is_former_buffer(name, tensor.shape)]:
             del tensors[name]
-        layers = _take_quantized(tensors, structure) if quantized else {}
-        weights = {f"{layer}{_WEIGHT}": _shape_in_file(layer, state, structure) for layer, state in layers.items()}
-        structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights})
-        model = _load(structure, tensors, layers, dtype, mapped)
+        weights = StoredWeights.taken_from(tensors, structure) if quantized else StoredWeights()
+        structure.require_match({**{name: tensor.shape for name, tensor in tensors.items()}, **weights.shapes})
+        make = WeightMaker(structure, dtype, mapped, _own_config(folder) if own else None)
+        model = load_parts(structure, tensors, weights, make)
+        _take_generation_config(model, folder)
     if quantized:
         model.requires_grad_(False)
         describe_quantization(model)
@@ -230,6 +233,13 @@ def load_model(
 
 def _moved(model: nn.Module, device: torch.device | str | None) -> nn.Module:
     return model if device is None else model.to(device)
+
+
+def _own_config(folder: Path) -> Any:
+    """Return the QLoRAKernelsConfig of a folder that was written with one."""
+    from .quantization_config import QLoRAKernelsConfig
+
+    return QLoRAKernelsConfig.from_dict(cast(Any, read_json_object(folder / CONFIG)["quantization_config"]))
 
 
 def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -243,124 +253,6 @@ def _load_own(folder: Path, dtype: torch.dtype) -> nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **LOCAL, output_loading_info=True)
         require_nothing(folder, info["missing_keys"], info["unexpected_keys"])
     return cast(nn.Module, model.requires_grad_(False).eval())
-
-
-def _take_quantized(tensors: dict[str, Tensor], structure: ModelStructure) -> dict[str, dict[str, Tensor]]:
-    """Remove the tensors of NF4 weights from `tensors`, and return layer -> its state for LinearNF4, without a bias."""
-    weights = {name.removesuffix(f".{META_KEY}") for name in tensors if name.endswith(f"{_WEIGHT}.{META_KEY}")}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name in list(tensors):
-        stem, _, suffix = name.rpartition(f"{_WEIGHT}.")
-        weight = f"{stem}{_WEIGHT}" if stem else name
-        if weight in weights:
-            layer = (structure.parameter_of(weight) or weight).removesuffix(_WEIGHT)
-            layers.setdefault(layer, {})[f"weight.{suffix}" if stem else "weight"] = tensors.pop(name)
-    return layers
-
-
-def _shape_in_file(layer: str, state: Mapping[str, Tensor], structure: ModelStructure) -> tuple[int, ...]:
-    """Return the shape, in the file, of the dense weight that the state represents."""
-    shape = stored_shape(layer, {name.removeprefix("weight."): tensor for name, tensor in state.items()})
-    return shape[::-1] if structure.is_transposed(layer) else shape
-
-
-class _Awaiting(nn.Module):
-    """A placeholder for an NF4 layer while transformers loads the rest: it has the layer's bias but no weight."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: nn.Parameter | None, dense_class: type[nn.Module]
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.dense_class = in_features, out_features, dense_class
-        self.register_parameter("bias", bias)
-        # Some models initialize their layers' weights themselves; transformers skips weights with this attribute.
-        weight: Any = torch.empty(out_features, in_features, device="meta")
-        weight._is_hf_initialized = True
-        self.weight = weight
-
-
-def _load(
-    structure: ModelStructure,
-    tensors: dict[str, Tensor],
-    layers: Mapping[str, dict[str, Tensor]],
-    dtype: torch.dtype,
-    mapped: bool,
-) -> nn.Module:
-    kind = type(cast(Any, structure.model))
-
-    class WithoutQuantized(kind):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            for name in layers:
-                _replace(self, name, _awaiting(self, name))
-
-    # transformers looks up conversions and other rules by the name of the class.
-    WithoutQuantized.__name__, WithoutQuantized.__module__ = kind.__name__, kind.__module__
-    with as_model_error(structure.folder, "must hold the weights that its config.json describes"):
-        model, info = WithoutQuantized.from_pretrained(
-            None,
-            config=structure.config,
-            state_dict=tensors,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
-    model.__class__ = kind
-    misshapen = [f"{name} is {list(has)}, must be {list(want)}" for name, has, want in info["mismatched_keys"]]
-    require_nothing(structure.folder, info["missing_keys"], info["unexpected_keys"], misshapen)
-    for name, state in layers.items():
-        quantized = _quantized_over_file if mapped else _quantized
-        _replace(model, name, quantized(model.get_submodule(name), name, state, dtype))
-    _take_generation_config(model, structure.folder)
-    return cast(nn.Module, model)
-
-
-def _awaiting(model: nn.Module, name: str) -> _Awaiting:
-    try:
-        linear: Any = model.get_submodule(name)
-    except AttributeError as error:
-        raise ModelError(f"{name}: the checkpoint holds this layer, the model does not") from error
-    shape = (linear.nx, linear.nf) if hasattr(linear, "nx") else (linear.in_features, linear.out_features)
-    return _Awaiting(*shape, linear.bias, type(linear) if is_conv1d(linear) else nn.Linear)
-
-
-def _quantized(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> LinearNF4:
-    assert isinstance(awaiting, _Awaiting)
-    bias = awaiting._parameters["bias"]
-    has_bias = bias is not None
-    layer = LinearNF4(awaiting.in_features, awaiting.out_features, has_bias, compute_dtype=dtype, dtype=dtype)
-    try:
-        layer.load_state_dict(state if bias is None else {**state, "bias": bias.detach()})
-    except RuntimeError as error:
-        raise ModelError(f"{name}: {' '.join(str(error).split())}") from error
-    layer.dense_class = awaiting.dense_class
-    return layer
-
-
-def _quantized_over_file(awaiting: nn.Module, name: str, state: dict[str, Tensor], dtype: torch.dtype) -> LinearNF4:
-    """Return the layer over the file's own tensors, without copies."""
-    assert isinstance(awaiting, _Awaiting)
-    constants = {key.removeprefix("weight."): tensor for key, tensor in state.items() if key != "weight"}
-    try:
-        quant_state = decode(f"{name}{_WEIGHT}", constants)
-    except (ValueError, TypeError) as error:
-        raise ModelError(" ".join(str(error).split())) from error
-    packed = state["weight"].reshape(-1).view(torch.uint8).reshape(-1, 1)
-    if tuple(quant_state.shape) != (awaiting.out_features, awaiting.in_features) or (
-        packed.numel() != (quant_state.numel + 1) // 2
-    ):
-        raise ModelError(
-            f"{name}: must hold the packed bytes of a weight {(awaiting.out_features, awaiting.in_features)}, got "
-            f"{packed.numel()} bytes and shape {tuple(quant_state.shape)}"
-        )
-    layer = LinearNF4.from_quantized(packed, quant_state, like=awaiting, compute_dtype=dtype)
-    layer.dense_class = awaiting.dense_class
-    return layer
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _take_generation_config(model: Any, folder: Path) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from ..io.json_file import read_json_object
 from ..nn.linear_nf4 import is_conv1d, is_nn_linear
 from ..nn.match import Pattern, contained_in, is_skipped, nearest
+from .file_names import name_map
 
 CONFIG = "config.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -48,7 +49,7 @@ class ModelStructure:
         _require_bounded(values, folder / CONFIG)
         self.config, self.model = _build(folder)
         self.shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        self._names = _names_of(self.model)
+        self._names = name_map(self.model)
 
     def linear_layers(self, skip: Pattern = ("lm_head",)) -> list[str]:
         """Return the names of the nn.Linear and Conv1D layers without those in `skip`; "lm_head" is the output head.
@@ -187,26 +188,3 @@ def as_model_error(path: Path, rule: str, passes: tuple[type[BaseException], ...
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: {rule}; {reason}") from error
-
-
-def _names_of(model: Any) -> Any:
-    """Return a function: (name in the files, names of the model) -> (names in the model, whether it is converted)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-
-    def names(name: str, known: Mapping[str, object]) -> tuple[list[str], bool]:
-        prefix = model.base_model_prefix
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if renamed not in known and name in known:
-            renamed, pattern = name, None  # it already has its name in the model
-        if pattern is None:
-            return [renamed], False
-        targets = by_pattern[pattern].target_patterns
-        return [renamed, *(renamed.replace(targets[0], target) for target in targets[1:])], True
-
-    return names

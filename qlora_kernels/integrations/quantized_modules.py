@@ -1,16 +1,17 @@
-"""Lookup of a transformers model's NF4 layers and of layers that can be quantized, and dequantization in place."""
+"""NF4 layers of transformers models: lookup, dequantization in place, and state dicts under make_shardable."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.convert import is_plain_linear
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
 from ..nn.linear_nf4 import LinearNF4
 from ..nn.module_tree import layers_of, move_hooks, set_submodule
+from ..nn.quantized_weight import is_sharded
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,6 +51,28 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         _move_accelerate_hook(module, dense)
         set_submodule(model, name, dense)
     return model
+
+
+def state_dict_of_checkpoint(model: Any) -> dict[str, Tensor] | None:
+    """Return the state dict of a model under make_shardable with the names of checkpoints, and None for others.
+
+    Raises RuntimeError for a sharded model.
+    """
+    flat = [m for m in cast(Any, quantized_modules(model)).values() if m.parameter_names_in_state_dict]
+    if not flat:
+        return None
+    if any(is_sharded(p) for module in flat for p in module.flat_parameters().values()):
+        raise RuntimeError(
+            "save_pretrained: the model must not be sharded, got NF4 weights under fully_shard; call "
+            "qlora_kernels.distributed.save_shards(model, folder) in every process"
+        )
+    for module in flat:
+        module.parameter_names_in_state_dict = False
+    try:
+        return cast("dict[str, Tensor]", model.state_dict())
+    finally:
+        for module in flat:
+            module.parameter_names_in_state_dict = True
 
 
 def _move_accelerate_hook(source: Any, target: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from ..format import bnb_layout
 from ..format.quant_state import QuantState
+from ..io.safetensors_reader import aligned
 from ..nn.experts_nf4 import ExpertsNF4
 from ..nn.functional_use import read_but_never_called
 from ..nn.linear_nf4 import LinearNF4, is_conv1d
@@ -26,7 +28,13 @@ from ..nn.module_tree import set_submodule
 from ..ops.quantize_nf4 import quantize_nf4
 from ..peft.core.config import TASK_HEADS
 from .quantization_config import METHOD, QLoRAKernelsConfig
-from .quantized_modules import dense_linears, dequantize_modules, expert_stacks, quantized_modules
+from .quantized_modules import (
+    dense_linears,
+    dequantize_modules,
+    expert_stacks,
+    quantized_modules,
+    state_dict_of_checkpoint,
+)
 
 WEIGHT = "weight"
 _FALCON = "transformers.models.falcon.modeling_falcon"
@@ -128,6 +136,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, LoadedLinearNF4):
                 module.finish()
+            elif isinstance(module, ExpertsNF4):
+                for key, buffer in module.named_buffers(recurse=False):
+                    setattr(module, key, aligned(buffer))
         if self.quantization_config._storage == "qlora_kernels":
             model._weight_conversions = self._conversions_for_saving(model)
         return model
@@ -174,9 +185,12 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         return [c for c in conversions if c not in reading and not self._converts_quantized(c)]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Update the model's config to its present layers before a save."""
+        """Update the model's config to its present layers before a save, and return the tensors of its files.
+
+        None stands for the model's state dict. Raises RuntimeError for a sharded model.
+        """
         describe(model)
-        return None, {}
+        return state_dict_of_checkpoint(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -272,7 +286,8 @@ class ReadNF4(ConversionOps):
         if contained_in(quantizer.quantization_config.named_modules, full_layer_name):
             raise ValueError(f"{full_layer_name}: must be dense by the model's quantization_config, got NF4")
         quantizer.chosen.add(full_layer_name)
-        state = bnb_layout.decode(full_layer_name, {k.removeprefix(f"{WEIGHT}."): v for k, v in found.items()})
+        tensors = {k.removeprefix(f"{WEIGHT}."): aligned(v) for k, v in found.items()}
+        state = bnb_layout.decode(full_layer_name, tensors)
         linear, _ = owner_of(model, full_layer_name)
         shape = tuple(linear.weight.shape)
         if tuple(state.shape) != (shape[::-1] if is_conv1d(linear) else shape):
@@ -384,7 +399,7 @@ def describe(model: Any) -> None:
         model.hf_quantizer = quantizer
     config = quantizer.quantization_config
     experts = {name: module for name, module in quantized.items() if isinstance(module, ExpertsNF4)}
-    kinds = {(m.blocksize, m.absmax_q is not None) for m in cast(Any, experts or quantized).values()}
+    kinds = {(m.blocksize, m.double_quant) for m in cast(Any, experts or quantized).values()}
     skip = [*dense_linears(model), *expert_stacks(model)]
     if experts or (len(kinds) == 1 and _wrong_in_bitsandbytes(model, quantized, skip)):
         config._storage = "qlora_kernels"
@@ -396,6 +411,16 @@ def describe(model: Any) -> None:
     quantizer.chosen = {name if name in experts else f"{name}.{WEIGHT}" for name in quantized}
     model.config.quantization_config = config
     model._weight_conversions = quantizer._conversions_for_saving(model)
+
+
+def write_config(model: Any, folder: Path) -> None:
+    """Write config.json and generation_config.json as save_pretrained does."""
+    describe(model)
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard changes the class
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def _wrong_in_bitsandbytes(model: Any, layers: dict[str, Any], skip: list[str]) -> bool:

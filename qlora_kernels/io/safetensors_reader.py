@@ -34,9 +34,15 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its address is no multiple of its element size, which files do not ensure."""
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def read_safetensors(path: str | os.PathLike[str], *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, metadata) of a file, memory-mapped, after a check of its checksum, if it has one.
 
+    check: False skips the checksum, for which the whole file is read.
     Raises FileNotFoundError or DamagedFileError, naming the file.
     """
     if not Path(path).is_file():
@@ -44,7 +50,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     with open_safetensors(path) as file:
         metadata: dict[str, str] = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    if KEY in metadata:
+    if check and KEY in metadata:
         checksum = Checksum()
         checksum.add_all(tensors)
         if checksum.hexdigest(metadata) != metadata[KEY]:

@@ -38,7 +38,8 @@ class SafetensorsWriter:
     """with SafetensorsWriter(path, names) as file: file.write(name, tensor), once for each of `names`, in any order.
 
     The header precedes the data but is known only at the end, so its space is computed from `names` and padded with
-    blanks, which the format allows. Small tensors of an odd size go last, to keep the others aligned to 8 bytes.
+    blanks, which the format allows. Small tensors of an odd size go last, those of wide elements first, so that every
+    tensor is aligned to its element size.
     checksum: add a checksum to the metadata, which `read_safetensors` verifies.
     """
 
@@ -102,9 +103,12 @@ class SafetensorsWriter:
                     f"SafetensorsWriter: every announced tensor must be written, {self._expected} were not"
                 )
             last, start = memoryview(self._last_bytes), 0
+            parts = []
             for name, (dtype, shape, size) in self._last.items():
-                self._append(name, dtype, shape, last[start : start + size])
+                parts.append((name, dtype, shape, last[start : start + size]))
                 start += size
+            for part in sorted(parts, key=lambda part: -part[1].itemsize):
+                self._append(*part)
             if self._checksum is not None:
                 self._metadata[KEY] = self._checksum.hexdigest(self._metadata)
             text = json.dumps(self._header).encode()

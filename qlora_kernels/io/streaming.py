@@ -151,11 +151,15 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return all of the model's tensors, memory-mapped, after a check of the files' checksums if they have any."""
+def read_tensors(folder: Path, process: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    """Return all of the model's tensors, memory-mapped, after a check of the files' checksums if they have any.
+
+    process: (rank, world) of a process, of which each checks every world-th file.
+    """
+    rank, world = process
     tensors: dict[str, Tensor] = {}
-    for shard in shards_of(folder):
-        tensors |= read_safetensors(shard)[0]
+    for number, shard in enumerate(shards_of(folder)):
+        tensors |= read_safetensors(shard, check=number % world == rank)[0]
     return tensors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -80,6 +80,25 @@ class ExpertsNF4(QuantizedWeight):
         )
         packed = torch.empty((out_features * in_features + 1) // 2, dtype=torch.uint8, device=device)
         return cls([packed] * num_experts, [state] * num_experts)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], blocksize: int, dtype: torch.dtype
+    ) -> ExpertsNF4:
+        """Return experts over existing tensors, without copies.
+
+        tensors: by the names of the buffers.   shape: [E, N, K].   dtype: of the weight before quantization.
+        Raises ValueError, naming tensors of another shape or dtype.
+        """
+        double_quant = "absmax_q" in tensors
+        experts = cls.empty(*shape, blocksize, double_quant, dtype=dtype, device="meta")
+        values = {name: tensors.get(name) for name in TENSORS}
+        for name, value in values.items():
+            expected, got = (None if t is None else (*t.shape, t.dtype) for t in (experts._buffers[name], value))
+            if got != expected:
+                raise ValueError(f"ExpertsNF4: {name} must have the shape and dtype {expected}, got {got}")
+        experts._set_tensors(values, persistent=True)
+        return experts
 
     @property
     def shape(self) -> torch.Size:

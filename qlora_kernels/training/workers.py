@@ -69,6 +69,21 @@ class Workers:
         self._run(lambda: dist.all_gather_object(each, items))
         return each
 
+    def all_or_none(self, compute: Callable[[], T]) -> T:
+        """Return compute(), which every process calls. If its input is bad in one process, all of them raise."""
+        result: list[T] = []
+        error: Exception | None = None
+        try:
+            result.append(compute())
+        except (ValueError, TypeError, NotImplementedError, OSError) as caught:
+            error = caught
+        failed = [message for message in self.gathered(None if error is None else str(error)) if message is not None]
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError(failed[0])
+        return result[0]
+
     def wait(self) -> None:
         """Return when every process has called this method."""
         self.gathered(None)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qlora_kernels as qk
+from qlora_kernels.nn.quantized_weight import QuantizedWeight
 from qlora_kernels.peft import AdaLoraConfig, BitFitConfig, LoraConfig, PeftConfig, get_peft_model
 
 WIDTH, HIDDEN, CLASSES = 80, 203, 5
@@ -119,6 +123,30 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
         assert worst <= bound, f"{name}: {worst} > {bound}"
 
 
+def quantized(model: nn.Module) -> dict[str, QuantizedWeight]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+
+
+def expected_gradients(method: str = "lora", **options: Any) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss and the gradients of one process with the whole batch."""
+    reference = build(method, **options)
+    loss = loss_of(reference, batch())
+    loss.backward()
+    return float(loss), gradients(reference)
+
+
+def check_gradients(
+    group: Any, model: nn.Module, expected: tuple[float, dict[str, Tensor]], rtol: float = 1e-6
+) -> None:
+    """Assert that the loss and the gradients of parts of the batch in all processes are the expected ones."""
+    loss = loss_of(model, batch().chunk(group.world)[group.rank])
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert abs(float(total) / group.world - expected[0]) <= rtol * abs(expected[0])
+    assert_same(gradients(model), expected[1], rtol)
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -131,3 +159,19 @@ def train(model: Any, optimizer: torch.optim.Optimizer, group: Any, steps: int =
         model.step(step)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def bytes_to_read(model: nn.Module, *files: Path) -> int:
+    """Return the bytes of this process's parts of the base, and those of tables and JSON entries, which all read."""
+    parts, seen = 0, set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            offset = name == "absmax_offset_flat" and isinstance(module, qk.LinearNF4)  # it is in the JSON entry
+            if not (parameter.requires_grad or offset or id(parameter) in seen):
+                seen.add(id(parameter))
+                parts += parameter.to_local().nbytes
+        for name, buffer in module.named_buffers(recurse=False):
+            parts += buffer.nbytes * (name not in module._non_persistent_buffers_set)
+    tables = ("quant_state.bitsandbytes__nf4", "quant_map")
+    entries = (t.nbytes for file in files for name, t in load_file(file).items() if name.endswith(tables))
+    return parts + sum(entries)

@@ -11,7 +11,7 @@ MODULE = "tests.distributed.checks_ddp"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(MODULE, [2], tmp_path_factory.mktemp("ddp"))
+    return run([MODULE], [2], tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("check", names(MODULE))

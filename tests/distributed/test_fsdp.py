@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.checks_fsdp import WORLDS
-from tests.distributed.processes import names, run
+from tests.distributed.processes import WORLDS, names, run
 
-MODULE = "tests.distributed.checks_fsdp"
+MODULES = [f"tests.distributed.checks_{subject}" for subject in ("fsdp", "state", "options")]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(MODULE, WORLDS, tmp_path_factory.mktemp("fsdp"))
+    return run(MODULES, WORLDS, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("check", names(MODULE))
+@pytest.mark.parametrize("check", names(*MODULES))
 def test_fsdp(results, check, world):
     error = results[f"{check} with {world} processes"]
     assert not error, error

@@ -12,7 +12,7 @@ WORLDS = [2, 4]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(MODULE, WORLDS, tmp_path_factory.mktemp("tensor_parallel"))
+    return run([MODULE], WORLDS, tmp_path_factory.mktemp("tensor_parallel"))
 
 
 @pytest.mark.parametrize("world", WORLDS)

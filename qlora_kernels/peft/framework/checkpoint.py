@@ -24,6 +24,7 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
     """Write all adapters as one change. adapters: path relative to the directory ("." for itself) -> adapter.
 
     If parameters are sharded, every process must call this function; rank 0 writes.
+    Raises NotImplementedError if only states of a method are sharded, and the parameters are not.
     """
     folders: dict[str, AdapterFiles | Sequence[str]] = {}
     for folder, methods in adapters.items():
