@@ -65,7 +65,7 @@ class Driver(Protocol):
         ...
 
     def wait(self, stream: Stream, event: Any) -> None:
-        """Make everything that is enqueued on `stream` later wait for `event`."""
+        """Make everything that is enqueued on `stream` later wait for `event`, which may then be recorded again."""
         ...
 
     def synchronize(self, stream: Stream) -> None:
@@ -191,6 +191,7 @@ class CudaDriver:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = {name: torch.cuda.Stream(device) for name in ("fetch", "write_back")}
+        self._free_events: list[torch.cuda.Event] = []
 
     def allocate_managed(self, nbytes: int) -> Tensor:
         arena = managed_alloc(nbytes, self.device)
@@ -216,12 +217,15 @@ class CudaDriver:
             target.copy_(source, non_blocking=True)
 
     def record(self, stream: Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        event = self._free_events.pop() if self._free_events else torch.cuda.Event()
         event.record(self._stream(stream))
         return event
 
     def wait(self, stream: Stream, event: torch.cuda.Event) -> None:
         self._stream(stream).wait_event(event)
+        # cudaStreamWaitEvent waits for the newest record at the time of the call; recording the event again, on any
+        # stream, does not change it.
+        self._free_events.append(event)
 
     def synchronize(self, stream: Stream) -> None:
         self._stream(stream).synchronize()

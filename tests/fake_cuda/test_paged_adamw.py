@@ -92,6 +92,21 @@ def stepped(steps: int) -> tuple[list[torch.Tensor], qk.PagedAdamW]:
     return params, optimizer
 
 
+@pytest.mark.parametrize("concurrent", [True, False], ids=["managed", "staged"])
+def test_events_are_used_again(device: FakeDevice, monkeypatch: pytest.MonkeyPatch, concurrent: bool) -> None:
+    monkeypatch.setattr("qlora_kernels.optim.state_placement.CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr("qlora_kernels.optim.managed_memory.managed_concurrent_access", lambda device: concurrent)
+    with qk.use_backend("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the device has no concurrent managed access
+        _, optimizer = stepped(1)
+        assert optimizer.paging_report().chunks > 3
+        with device.recorded_calls() as calls:
+            optimizer.step()
+        optimizer.close()
+    assert "cudaEventRecord" in calls or "cudaEventRecordWithFlags" in calls
+    assert not any(call.startswith("cudaEventCreate") for call in calls)
+
+
 def test_staged_states_are_in_page_locked_memory_of_their_own_size(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

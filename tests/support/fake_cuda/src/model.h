@@ -9,6 +9,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -23,17 +24,25 @@ struct CUctx_st {
     int retained;
 };
 
-// What a stream has been asked to do: `run`, or to wait for record number `ticket` of `event`.
+// One record of an event. An event that is recorded again gets another FakeRecord, so that earlier waits, on whatever
+// stream, still wait for the record that was the newest when they were enqueued.
+struct FakeRecord {
+    CUstream stream;
+    bool done = false;
+    double milliseconds = 0;
+};
+
+// An entry of a stream's queue: a function to run, or a record to wait for.
 struct FakeWork {
     std::function<CUresult()> run;
-    CUevent event = nullptr;
-    uint64_t ticket = 0;
+    std::shared_ptr<const FakeRecord> awaited;
 };
 
 struct CUgraph_st {
     uint64_t id;
     std::vector<std::function<CUresult()>> nodes;  // in the order of the calls, one that the dependencies allow
     bool broken = false;                           // a forbidden call was made during the capture
+    bool ended = false;
 };
 
 struct CUstream_st {
@@ -46,13 +55,10 @@ struct CUstream_st {
     CUgraph capture = nullptr;
 };
 
-// The event has happened when `done`, the ticket of the last record that was reached, is `recorded`.
 struct CUevent_st {
     int device;
-    uint64_t recorded = 0, done = 0;
-    CUstream stream = nullptr;  // of the last record
-    CUgraph capture = nullptr;  // the last record went into this graph
-    double milliseconds = 0;
+    std::shared_ptr<FakeRecord> newest;  // null: never recorded outside captures
+    CUgraph capture = nullptr;           // the last record went into this graph
 };
 
 struct CUfunc_st {

@@ -1,5 +1,5 @@
 // Streams are queues that are worked off in the caller's thread: at once, as late as possible, or in any order that
-// events allow. Events are counters. A capture collects a stream's work instead of queueing it.
+// events allow. A wait keeps the record that it is for. A capture collects a stream's work instead of queueing it.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -15,11 +15,11 @@ thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 bool waits(const CUstream stream) {
     const FakeWork& work = stream->queue.front();
-    return work.event && work.event->done < work.ticket;
+    return work.awaited && !work.awaited->done;
 }
 
 void step(CUstream stream) {
-    while (waits(stream)) step(stream->queue.front().event->stream);
+    while (waits(stream)) step(stream->queue.front().awaited->stream);
     FakeWork work = std::move(stream->queue.front());
     stream->queue.pop_front();
     const CUresult result = work.run ? work.run() : CUDA_SUCCESS;
@@ -171,15 +171,16 @@ FAKE_CUDA_API CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigne
     const Guard guard(model().lock);
     const CUstream stream = resolve(handle);
     if (event->capture) {  // the waiting stream joins the capture
+        if (event->capture->ended) return CUDA_ERROR_CAPTURED_EVENT;
         stream->capture = event->capture;
         return CUDA_SUCCESS;
     }
-    if (event->recorded == 0) return CUDA_SUCCESS;
+    if (!event->newest) return CUDA_SUCCESS;
     if (stream->capture) {
         stream->capture->broken = true;
         return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
     }
-    return add_work(stream, {{}, event, event->recorded});
+    return add_work(stream, {{}, event->newest});
 }
 FAKE_CUDA_API CUresult cuStreamGetPriority(CUstream stream, int* priority) {
     *priority = resolve(stream)->priority;
@@ -229,6 +230,7 @@ FAKE_CUDA_API CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
     if (!capture) return CUDA_ERROR_ILLEGAL_STATE;
     for (const CUstream stream : model().streams)
         if (stream->capture == capture) stream->capture = nullptr;
+    capture->ended = true;
     *graph = capture->broken ? nullptr : capture;
     return capture->broken ? CUDA_ERROR_STREAM_CAPTURE_INVALIDATED : CUDA_SUCCESS;
 }
@@ -270,30 +272,34 @@ FAKE_CUDA_API CUresult cuEventRecord(CUevent event, CUstream handle) {
     if (stream->device != event->device) return CUDA_ERROR_INVALID_HANDLE;
     event->capture = stream->capture;
     if (stream->capture) return CUDA_SUCCESS;
-    event->stream = stream;
-    const uint64_t ticket = ++event->recorded;
-    return enqueue(handle, [event, ticket] {
-        event->done = std::max(event->done, ticket);
-        event->milliseconds = now_in_milliseconds();
+    const auto record = std::make_shared<FakeRecord>(FakeRecord{stream});
+    event->newest = record;
+    return enqueue(handle, [record] {
+        record->done = true;
+        record->milliseconds = now_in_milliseconds();
         return CUDA_SUCCESS;
     });
 }
 FAKE_CUDA_API CUresult cuEventQuery(CUevent event) {
     const Guard guard(model().lock);
-    if (event->done >= event->recorded) return CUDA_SUCCESS;
-    progress(event->stream);
+    if (event->capture) return CUDA_ERROR_CAPTURED_EVENT;
+    if (!event->newest || event->newest->done) return CUDA_SUCCESS;
+    progress(event->newest->stream);
     return CUDA_ERROR_NOT_READY;
 }
 FAKE_CUDA_API CUresult cuEventSynchronize(CUevent event) {
     const Guard guard(model().lock);
-    while (event->done < event->recorded) progress(event->stream);
+    if (event->capture) return CUDA_ERROR_CAPTURED_EVENT;
+    const std::shared_ptr<const FakeRecord> record = event->newest;
+    while (record && !record->done) progress(record->stream);
     return take_late_error();
 }
 FAKE_CUDA_API CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {
     const Guard guard(model().lock);
-    if (start->recorded == 0 || end->recorded == 0) return CUDA_ERROR_INVALID_HANDLE;
-    if (start->done < start->recorded || end->done < end->recorded) return CUDA_ERROR_NOT_READY;
-    *milliseconds = static_cast<float>(end->milliseconds - start->milliseconds);
+    if (start->capture || end->capture) return CUDA_ERROR_CAPTURED_EVENT;
+    if (!start->newest || !end->newest) return CUDA_ERROR_INVALID_HANDLE;
+    if (!start->newest->done || !end->newest->done) return CUDA_ERROR_NOT_READY;
+    *milliseconds = static_cast<float>(end->newest->milliseconds - start->newest->milliseconds);
     return CUDA_SUCCESS;
 }
 
