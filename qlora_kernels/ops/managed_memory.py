@@ -10,7 +10,8 @@ Kernel contracts, each a KernelSpec of backends/cuda:
     managed_prefer_device(arena: Tensor) -> None          preferred location: the device; accessed by: the CPU
     managed_prefetch(arena: Tensor, start: int, stop: int) -> None
                                                           bytes [start, stop) to the device, on the current stream
-These are not torch ops: they manage memory and have no meaning in a traced graph.
+These are not torch ops: they manage memory and have no meaning in a traced graph. Each of them loads the library when
+it is the first to need it.
 """
 
 from __future__ import annotations
@@ -58,4 +59,7 @@ def managed_prefetch(arena: Tensor, start: int, stop: int) -> None:
 
 
 def _run(name: str, *arguments: Any) -> Any:
+    # `unavailable` loads the library, once.
+    if (reason := unavailable("cuda")) is not None:
+        raise RuntimeError(f"{name}: the cuda backend must be available, got: {reason}")
     return kernels_of("cuda")[name].run(*arguments)

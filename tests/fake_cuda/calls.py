@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import qlora_kernels as qk
+from qlora_kernels.ops.operands import LoRA, weight_of
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function
 
@@ -71,6 +72,19 @@ def _linear_lora(rows: int, dropout_p: float) -> Callable[[str], list[Tensor]]:
     return call
 
 
+def _merged_lora(rows: int) -> Callable[[str], list[Tensor]]:
+    def call(device: str) -> list[Tensor]:
+        x = _on(device, gaussian(rows, K, seed=1, dtype=DTYPE)).requires_grad_()
+        A = _on(device, gaussian(R, K, seed=4) / K**0.5).requires_grad_()
+        B = _on(device, gaussian(N, R, seed=5)).requires_grad_()
+        operands = (*weight_of("test", *_weight_on(device)), None, *LoRA(A, B, None, 0.5, 0.0))
+        y = torch.ops.qlora_kernels.linear_nf4_lora_merged(x, *operands)
+        grad_y = _on(device, gaussian(rows, N, seed=3, dtype=DTYPE))
+        return [y.detach(), *torch.autograd.grad(y, (x, A, B), grad_y)]
+
+    return call
+
+
 def _group(rows: int) -> Callable[[str], list[Tensor]]:
     def call(device: str) -> list[Tensor]:
         x = _on(device, gaussian(rows, K, seed=1, dtype=DTYPE)).requires_grad_()
@@ -107,6 +121,7 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "lora_gemm": _linear_lora(20, 0.0),
     "lora_dequantize": _linear_lora(200, 0.0),
     "lora_dropout": _linear_lora(20, 0.3),
+    "lora_merged": _merged_lora(200),
     "lora_group": _group(5),
     "lora_group_over_k_and_r": _group(200),
     "paged_adamw": _paged_adamw,
