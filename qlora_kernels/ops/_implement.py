@@ -62,8 +62,10 @@ def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
         parts.append((None, start) if fields is None else (kind, slice(start, start + len(fields))))
         start += 1 if fields is None else len(fields)
 
+    new = tuple.__new__  # _make would count the fields again, which the schema has done
+
     def flat(*args: Any, **keywords: Any) -> Any:
-        return function(*[kind._make(args[at]) if kind else args[at] for kind, at in parts], **keywords)
+        return function(*[new(kind, args[at]) if kind else args[at] for kind, at in parts], **keywords)
 
     return flat
 

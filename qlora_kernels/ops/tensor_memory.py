@@ -18,14 +18,13 @@ def check_memory(op: str, value: Any) -> None:
     value: a tensor, a bundle or a list of these; other values are ignored.
     """
     if isinstance(value, Tensor):
-        if value.numel() and value.untyped_storage().nbytes() < _bytes_needed(value):
-            raise RuntimeError(
-                f"{op}: every argument must have memory, got shape {tuple(value.shape)} over a storage of "
-                f"{value.untyped_storage().nbytes()} bytes; was it freed?"
-            )
+        _check_tensor(op, value)
     elif isinstance(value, (list, tuple)):
-        for item in value:
-            check_memory(op, item)
+        for item in value:  # without a call for each item of a bundle, of which few are tensors
+            if isinstance(item, Tensor):
+                _check_tensor(op, item)
+            elif isinstance(item, (list, tuple)):
+                check_memory(op, item)
 
 
 def contiguous(op: str, tensor: Tensor) -> Tensor:
@@ -34,6 +33,18 @@ def contiguous(op: str, tensor: Tensor) -> Tensor:
         return tensor
     check_memory(op, tensor)
     return tensor.contiguous()
+
+
+def _check_tensor(op: str, tensor: Tensor) -> None:
+    held = tensor.untyped_storage().nbytes()
+    # Most tensors begin with their storage and are contiguous: the bytes of their elements are enough.
+    if tensor.nbytes <= held and not tensor.storage_offset() and tensor.is_contiguous():
+        return
+    if tensor.numel() and held < _bytes_needed(tensor):
+        raise RuntimeError(
+            f"{op}: every argument must have memory, got shape {tuple(tensor.shape)} over a storage of {held} bytes; "
+            "was it freed?"
+        )
 
 
 def _bytes_needed(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -81,6 +82,39 @@ def test_kept_launch_passes_what_triton_passes(kernel: Launchable, monkeypatch: 
     assert addresses(first[9:]) == list(second[9:])
     assert first[:6] == second[:6]  # grid, stream, function, metadata
     assert second[6:9] == (None, None, None)  # nothing for profilers, of which there is none
+
+
+@pytest.mark.skipif(launch._version() not in launch.DIRECT_VERSIONS, reason="this Triton's launcher is called whole")
+def test_direct_call_of_the_c_launcher_passes_what_cuda_launcher_passes(
+    kernel: Launchable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's own CudaLauncher makes the first call."""
+    whole: list[int] = []
+
+    class Stock(nvidia.CudaLauncher):  # type: ignore[misc]
+        def __call__(self, *arguments: Any) -> None:
+            whole.append(1)
+            super().__call__(*arguments)
+
+    class Utils(RecordingDriver.utils):
+        @staticmethod
+        def launch(*arguments: Any) -> None:
+            calls.append(arguments)
+
+    Stock.__name__ = "CudaLauncher"
+    monkeypatch.setattr(RecordingDriver, "launcher_cls", Stock)
+    monkeypatch.setattr(RecordingDriver, "utils", Utils)
+    for name in ("annotate_arguments", "make_kernel_signature"):  # they need the compiled module of Triton's driver
+        monkeypatch.setattr(nvidia, name, list)
+    parts, out = gaussian(3, 40, 16), torch.empty(40, 16, dtype=torch.bfloat16)
+    for _ in range(2):
+        kernel[(1,)](parts, out, 640, 3, 0.5, BLOCK=1024, num_warps=4)
+    assert len(whole) == 1
+    first, second = calls
+    assert first[:8] == second[:8]  # grid, stream, function, options, metadata
+    assert second[8:11] == (None, None, None)  # nothing for profilers, of which there is none
+    assert first[11:15] == second[11:15]  # scratch memory, annotations, signature
+    assert addresses(first[15]) == list(second[15])
 
 
 @pytest.mark.parametrize(

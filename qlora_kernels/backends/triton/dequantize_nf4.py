@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from ...ops.operands import Weight
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs
-from .launch import launchable
+from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .planner import decoded_row
 from .sizes import cdiv
 
@@ -157,24 +159,35 @@ def dequantize_nf4(weight: Weight, *, out: Tensor) -> None:
     out may also be [N, K] with a stride between its rows, if K is a multiple of `decoded_row(weight.blocksize)`.
     """
     pointers = absmax_pointers(weight)
-    row_values = decoded_row(weight.blocksize)
     strided = not out.is_contiguous()
-    assert not strided or out.shape[1] % row_values == 0
-    program_values = min(PROGRAM_VALUES, 256 * weight.blocksize)
-    numel = out.numel()
-    dequantize_nf4_kernel[(cdiv(numel, program_values),)](
-        weight.packed,
-        *pointers,
-        out,
-        numel,
+    assert not strided or out.shape[1] % decoded_row(weight.blocksize) == 0
+    launch = _launch(
+        dequantize_nf4_kernel,
+        out.numel(),
         pointers.stored_absmax.numel(),
         out.shape[-1],
-        out.stride(0) - out.shape[1] if strided else 0,
-        BLOCKSIZE=weight.blocksize,
-        DOUBLE_QUANT=weight.double_quant,
+        out.stride(0) - out.shape[1] if strided else None,
+        weight.blocksize,
+        weight.double_quant,
+    )
+    launch(weight.packed, *pointers, out)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _launch(
+    kernel: Launchable, numel: int, blocks: int, columns: int, gap: int | None, blocksize: int, double_quant: bool
+) -> Launch:
+    """Return the launch. columns: of out.   gap: elements between its rows, None if it is contiguous."""
+    row_values = decoded_row(blocksize)
+    program_values = min(PROGRAM_VALUES, 256 * blocksize)
+    return kernel.prepare(
+        (cdiv(numel, program_values),),
+        (numel, blocks, columns, gap or 0),
+        BLOCKSIZE=blocksize,
+        DOUBLE_QUANT=double_quant,
         SHORT_TAIL=numel % program_values != 0,
-        STRIDED=strided,
-        LONG_ROWS=out.shape[-1] >= 2 * TILE_BYTES,
+        STRIDED=gap is not None,
+        LONG_ROWS=columns >= 2 * TILE_BYTES,
         ROWS=2 * TILE_BYTES // row_values,
         ROW_BYTES=row_values // 2,
         TILES=program_values // (2 * TILE_BYTES),

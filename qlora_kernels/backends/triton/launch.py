@@ -1,11 +1,16 @@
 """Launches with less host time than Triton's: the compiled kernel is kept by the kinds of the arguments.
 
 At each launch, Triton binds the arguments to names, specializes each of them, formats a key from the result and builds
-the metadata for profilers, before it calls the compiled kernel's launcher. `launchable` does this once for each kind of
-call, and later calls the launcher itself, in the way that Triton 3.6 to 3.8 do.
+the metadata for profilers, before it calls the compiled kernel's launcher. Here, this is done once for each kind of
+call, and later calls use the compiled kernel's launcher itself, in the way that Triton 3.6 to 3.8 do.
 
 The kind of a call is what Triton specializes on: for pointers the dtype and whether the address is a multiple of 16;
 for integers whether the value is 1, whether it is a multiple of 16, and its width; all constexprs and options by value.
+
+A launcher that runs in every layer keeps a Launch for each size of its problem, with everything but the pointers:
+
+    kernel[grid](*pointers, *numbers, **flags)                                launches
+    launch = kernel.prepare(grid, numbers, **flags); launch(*pointers)        the same, the first part once
 """
 
 from __future__ import annotations
@@ -16,11 +21,18 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TESTED_VERSIONS = ((3, 6), (3, 7), (3, 8))
 """Versions of Triton whose compiled kernels are called directly; with others, Triton itself launches."""
+
+DIRECT_VERSIONS = ((3, 7), (3, 8))
+"""Those whose C launcher is called without CudaLauncher, which costs a microsecond or two."""
+
+KEPT_LAUNCHES = 4096
+"""Number of sizes for which a launcher keeps its Launch."""
 
 
 def _version() -> tuple[int, ...]:
@@ -28,13 +40,36 @@ def _version() -> tuple[int, ...]:
 
 
 class _Compiled(NamedTuple):
-    """What a launch needs of a compiled kernel. kernel: keeps the loaded module alive.   constants: the constexprs."""
+    """What a launch needs of a compiled kernel: run(x, y, z, stream, *head, arguments) launches it on a grid.
+
+    constants: the constexprs, the last of the arguments.   kernel: keeps the loaded module alive.
+    """
 
     run: Callable[..., None]
-    function: int
-    packed_metadata: Any
+    head: tuple[Any, ...]
     constants: tuple[Any, ...]
     kernel: Any
+
+
+def _launcher_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+    """Return `run` and `head` of a kernel that is compiled for an NVIDIA GPU, None for any other.
+
+    Triton 3.7 and 3.8 allocate scratch memory around their C launcher, which is called directly for a kernel without.
+    """
+    run: Any = getattr(compiled, "run", None)
+    if type(run).__name__ != "CudaLauncher":
+        return None
+    scratch = (getattr(run, "global_scratch_size", 1), getattr(run, "profile_scratch_size", 1))
+    if _version() in DIRECT_VERSIONS and scratch == (0, 0) and not getattr(run, "gsan_enabled", False):
+        options = (run.launch_cooperative_grid, run.launch_pdl)
+        of_call = (run.arg_annotations, run.kernel_signature)
+        return run.launch, (compiled.function, *options, compiled.packed_metadata, *(None,) * 5, *of_call)
+
+    def by_launcher(x: int, y: int, z: int, stream: int, *head_and_arguments: Any) -> None:
+        *head, arguments = head_and_arguments
+        run(x, y, z, stream, *head, *arguments)
+
+    return by_launcher, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 class Launchable:
@@ -50,47 +85,74 @@ class Launchable:
         names: Sequence[str] = kernel.arg_names
         self._pointers = sum(name.startswith("p_") for name in names)
         assert all(name.startswith("p_") for name in names[: self._pointers])
-        self._may_keep = isinstance(kernel, JITFunction) and _version() in TESTED_VERSIONS
-        self._kept: dict[tuple[Any, ...], _Compiled] = {}
+        self.may_keep = isinstance(kernel, JITFunction) and _version() in TESTED_VERSIONS
+        self.kept: dict[tuple[Any, ...], _Compiled] = {}
+        """Kind of a call -> the compiled kernel."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], *args: Any, **flags: Any) -> Any:
-        if not self._may_keep or self.kernel.pre_run_hooks or _is_observed():
-            return self.kernel[grid](*args, **flags)
-        pointers, numbers = args[: self._pointers], args[self._pointers :]
+    def _launch(self, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
+        Launch(self, grid, args[self._pointers :], flags)(*args[: self._pointers])
+
+    def prepare(self, grid: tuple[int, ...], numbers: tuple[Any, ...], **flags: Any) -> Launch:
+        """Return a launch to be called with the pointers. numbers: the arguments that follow them.   flags: constexprs
+        and options.
+        """
+        return Launch(self, grid, numbers, flags)
+
+
+class Launch:
+    """A launch of a kernel with all arguments but the pointers, which are those of the call.
+
+    The first pointer's device must be the current one.
+    """
+
+    __slots__ = ("_flags", "_grid", "_kept", "_kernel", "_numbers", "_three")
+
+    def __init__(
+        self, kernel: Launchable, grid: tuple[int, ...], numbers: tuple[Any, ...], flags: dict[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._flags = kernel, grid, numbers, flags
+        self._three = (*grid, 1, 1)[:3]
+        self._kept: dict[tuple[Any, ...], tuple[_Compiled, tuple[Any, ...]]] = {}
+        """Kind of the pointers -> the compiled kernel, and the arguments that follow the pointers."""
+
+    def __call__(self, *pointers: Tensor) -> None:
+        kernel = self._kernel
+        if not kernel.may_keep or kernel.kernel.pre_run_hooks or _is_observed():
+            kernel.kernel[self._grid](*pointers, *self._numbers, **self._flags)
+            return
         addresses = [pointer.data_ptr() for pointer in pointers]
-        active = driver.active
-        device = active.get_current_device()
+        device = pointers[0].get_device()
         kind = (
             device,
-            *[(pointer.dtype, pointer.get_device()) for pointer in pointers],
-            *[address % 16 == 0 for address in addresses],
-            *map(_kind_of_number, numbers),
-            *flags.items(),
+            *[pointer.dtype for pointer in pointers],
+            *[address & 15 == 0 for address in addresses],
         )
         kept = self._kept.get(kind)
         if kept is None:
-            return self._launch_and_keep(kind, grid, args, flags)
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = active.get_current_stream(device)
-        kept.run(x, y, z, stream, kept.function, kept.packed_metadata, None, None, None, *addresses, *numbers,
-                 *kept.constants)  # fmt: skip
-        return kept.kernel
+            self._launch_and_keep(kind, pointers)
+            return
+        compiled, rest = kept
+        stream = driver.active.get_current_stream(device)
+        compiled.run(*self._three, stream, *compiled.head, (*addresses, *rest))
 
-    def _launch_and_keep(
-        self, kind: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], flags: dict[str, Any]
-    ) -> Any:
-        """Launch by Triton, and keep the compiled kernel if it is one of an NVIDIA GPU."""
-        compiled = self.kernel[grid](*args, **flags)
-        run: Any = getattr(compiled, "run", None)
-        constants = self.kernel.arg_names[len(args) :]
-        if type(run).__name__ == "CudaLauncher" and all(name in flags for name in constants):
-            self._kept[kind] = _Compiled(
-                run, compiled.function, compiled.packed_metadata, tuple(flags[name] for name in constants), compiled
-            )
-        return compiled
+    def _launch_and_keep(self, kind: tuple[Any, ...], pointers: tuple[Tensor, ...]) -> None:
+        """Launch by Triton, unless another Launch has kept this kind, and keep the kernel if it is one of a GPU."""
+        kernel, kept = self._kernel, self._kernel.kept
+        whole_kind = (*kind, *map(_kind_of_number, self._numbers), *self._flags.items())
+        launches_again = whole_kind in kept
+        if not launches_again:
+            compiled = kernel.kernel[self._grid](*pointers, *self._numbers, **self._flags)
+            launcher = _launcher_of(compiled)
+            constants = kernel.kernel.arg_names[len(pointers) + len(self._numbers) :]
+            if launcher is None or not all(name in self._flags for name in constants):
+                return
+            kept[whole_kind] = _Compiled(*launcher, tuple(self._flags[name] for name in constants), compiled)
+        self._kept[kind] = kept[whole_kind], (*self._numbers, *kept[whole_kind].constants)
+        if launches_again:
+            self(*pointers)
 
 
 def launchable(kernel: Any) -> Launchable:

@@ -13,21 +13,22 @@ pool. A buffer kept across calls would need extra code for each of these propert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ops.operands import Weight
-from ...ops.registry import Problem
 from .constants import absmax_pointers
 from .dequantize_nf4 import dequantize_nf4
 from .dropout import Dropout, dropout_of
+from .launch import KEPT_LAUNCHES, Launch, Launchable
 from .linear_nf4_gemm import linear_nf4_grad_x_kernel, linear_nf4_kernel
 from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
 from .partials import rank_tile
-from .planner import Plan, addition_reason, capability_of, plan
+from .planner import Plan, addition_reason, capability_for, plan_of
 from .sizes import cdiv
 
 GRAD_X_BLOCK_N = 64
@@ -62,8 +63,7 @@ def added_outside(op: str, rows: Tensor, weights: Sequence[Weight], dropout: Dro
 
     op: a LoRA op, forward or backward, of one linear or of a group.   rows: x.
     """
-    capability = capability_of(rows.device)
-    return addition_reason(op, rows.shape[0], weights, rows.dtype, dropout.on, capability) is not None
+    return addition_reason(op, rows.shape[0], weights, rows.dtype, dropout.on, capability_for(rows)) is not None
 
 
 def whole_words(packed: Tensor) -> Tensor:
@@ -73,65 +73,87 @@ def whole_words(packed: Tensor) -> Tensor:
 
 def plan_for(op: str, rows: Tensor, weight: Weight) -> Plan:
     """Return the plan of the base matmul, which is the same with and without an adapter."""
-    problem = Problem(
-        op, "cuda", rows.dtype, rows.shape[0], weight.N, weight.K, 0, weight.blocksize, weight.double_quant
-    )
-    return plan(problem, capability_of(rows.device))
+    sizes = (rows.shape[0], weight.N, weight.K, weight.blocksize, weight.double_quant)
+    return plan_of(op, rows.dtype, *sizes, capability_for(rows))
 
 
 def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTerm | None) -> Tensor:
     """Return y = x W^T + bias + scaling * s B^T."""
-    M, N, K = x.shape[0], weight.N, weight.K
-    no_dropout = dropout_of(None, 0.0, x)
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
     chosen = plan_for("linear_nf4", x, weight)
     if chosen.path == "decode":
-        y = x @ decoded(weight, x.dtype).T
-        if bias is not None or low_rank is not None:
-            lora_up(
-                y, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout
-            )
-        return y
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    split = chosen.split_k > 1
-    parts = torch.empty((chosen.split_k, M, N), dtype=torch.float32, device=x.device) if split else y
-    r = 1 if left is None else left.shape[1]
-    operands = (x if bias is None else bias, x if left is None else left, x if right is None else right, parts)
-    flags = {
-        "BLOCKSIZE": weight.blocksize,
-        "DOUBLE_QUANT": weight.double_quant,
-        "HAS_BIAS": bias is not None,
-        "HAS_LORA": left is not None,
-        "SPLIT": split,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-        "BLOCK_R": rank_tile(r, x.dtype),
-        "num_warps": chosen.num_warps,
-        "num_stages": chosen.num_stages,
-        "enable_fp_fusion": False,
-    }
-    if chosen.path == "small_m":
-        grid = (cdiv(N, chosen.block_n), chosen.split_k)
-        flags["maxnreg"] = SMALL_M_REGISTERS
-        linear_nf4_small_m_kernel[grid](
-            x, whole_words(weight.packed), *absmax_pointers(weight), *operands, N, K, r, float(scaling), M=M, **flags
-        )
+        y = parts = x @ decoded(weight, x.dtype).T
     else:
-        grid = (cdiv(M, chosen.block_m) * cdiv(N, chosen.block_n), chosen.split_k)
-        flags["BLOCK_M"] = chosen.block_m
-        linear_nf4_kernel[grid](
-            x, weight.packed, *absmax_pointers(weight), *operands, M, N, K, r, float(scaling), **flags
+        y = x.new_empty((x.shape[0], weight.N))
+        parts = _parts(y, chosen.split_k)
+        launch = _forward_launch(
+            linear_nf4_small_m_kernel if chosen.path == "small_m" else linear_nf4_kernel,
+            chosen,
+            x.shape[0],
+            weight.N,
+            weight.K,
+            None if left is None else left.shape[1],
+            x.dtype,
+            weight.blocksize,
+            weight.double_quant,
+            bias is not None,
+            float(scaling),
         )
-    if split:
+        launch(
+            x,
+            whole_words(weight.packed) if chosen.path == "small_m" else weight.packed,
+            *absmax_pointers(weight),
+            x if bias is None else bias,
+            x if left is None else left,
+            x if right is None else right,
+            parts,
+        )
+    if parts is not y or (chosen.path == "decode" and (bias is not None or low_rank is not None)):
+        no_dropout = dropout_of(None, 0.0, x)
         lora_up(
             parts, y, left=left, right=right, right_is_transposed=True, scaling=scaling, bias=bias, dropout=no_dropout
         )
     return y
 
 
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _forward_launch(
+    kernel: Launchable,
+    chosen: Plan,
+    M: int,
+    N: int,
+    K: int,
+    r: int | None,
+    dtype: torch.dtype,
+    blocksize: int,
+    double_quant: bool,
+    has_bias: bool,
+    scaling: float,
+) -> Launch:
+    """Return the launch of the kernel of `chosen`. r: None without a low-rank term."""
+    R = 1 if r is None else r
+    flags = {
+        "BLOCKSIZE": blocksize,
+        "DOUBLE_QUANT": double_quant,
+        "HAS_BIAS": has_bias,
+        "HAS_LORA": r is not None,
+        "SPLIT": chosen.split_k > 1,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+        "BLOCK_R": rank_tile(R, dtype),
+        "num_warps": chosen.num_warps,
+        "num_stages": chosen.num_stages,
+        "enable_fp_fusion": False,
+    }
+    tiles_n = cdiv(N, chosen.block_n)
+    if chosen.path == "small_m":
+        return kernel.prepare((tiles_n, chosen.split_k), (N, K, R, scaling), M=M, maxnreg=SMALL_M_REGISTERS, **flags)
+    grid = (cdiv(M, chosen.block_m) * tiles_n, chosen.split_k)
+    return kernel.prepare(grid, (M, N, K, R, scaling), BLOCK_M=chosen.block_m, **flags)
+
+
 def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropout: Dropout) -> Tensor:
     """Return grad_x = grad_y W + scaling * keep * (ds A)."""
-    M, N, K = grad_y.shape[0], weight.N, weight.K
     left, right, scaling = low_rank if low_rank is not None else (None, None, 1.0)
     chosen = plan_for("linear_nf4_grad_x", grad_y, weight)
     if chosen.path == "decode":
@@ -139,11 +161,23 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
         if low_rank is not None:
             add_low_rank(grad_x, low_rank, dropout)
         return grad_x
-    grad_x = torch.empty((M, K), dtype=grad_y.dtype, device=grad_y.device)
-    split = chosen.split_k > 1
-    parts = torch.empty((chosen.split_k, M, K), dtype=torch.float32, device=grad_y.device) if split else grad_x
-    r = 1 if left is None else left.shape[1]
-    linear_nf4_grad_x_kernel[(cdiv(M, chosen.block_m) * cdiv(K, chosen.block_k), chosen.split_k)](
+    grad_x = grad_y.new_empty((grad_y.shape[0], weight.K))
+    parts = _parts(grad_x, chosen.split_k)
+    launch = _backward_launch(
+        linear_nf4_grad_x_kernel,
+        chosen,
+        grad_y.shape[0],
+        weight.N,
+        weight.K,
+        None if left is None else left.shape[1],
+        grad_y.dtype,
+        weight.blocksize,
+        weight.double_quant,
+        float(scaling),
+        dropout.elements_per_philox_call(weight.K),
+        dropout.threshold,
+    )
+    launch(
         grad_y,
         weight.packed,
         *absmax_pointers(weight),
@@ -151,26 +185,8 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
         grad_y if right is None else right,
         dropout.seed,
         parts,
-        M,
-        N,
-        K,
-        r,
-        float(scaling),
-        dropout.threshold,
-        BLOCKSIZE=weight.blocksize,
-        DOUBLE_QUANT=weight.double_quant,
-        HAS_LORA=left is not None,
-        DROPOUT=dropout.elements_per_philox_call(K),
-        SPLIT=split,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=GRAD_X_BLOCK_N,
-        BLOCK_K=chosen.block_k,
-        BLOCK_R=rank_tile(r, grad_y.dtype),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        enable_fp_fusion=False,
     )
-    if split:
+    if parts is not grad_x:
         lora_up(
             parts,
             grad_x,
@@ -182,6 +198,46 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
             dropout=dropout,
         )
     return grad_x
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _backward_launch(
+    kernel: Launchable,
+    chosen: Plan,
+    M: int,
+    N: int,
+    K: int,
+    r: int | None,
+    dtype: torch.dtype,
+    blocksize: int,
+    double_quant: bool,
+    scaling: float,
+    dropout: int,
+    threshold: int,
+) -> Launch:
+    """Return the launch of the grad_x kernel. r: None without a low-rank term.   dropout: DROPOUT."""
+    R = 1 if r is None else r
+    return kernel.prepare(
+        (cdiv(M, chosen.block_m) * cdiv(K, chosen.block_k), chosen.split_k),
+        (M, N, K, R, scaling, threshold),
+        BLOCKSIZE=blocksize,
+        DOUBLE_QUANT=double_quant,
+        HAS_LORA=r is not None,
+        DROPOUT=dropout,
+        SPLIT=chosen.split_k > 1,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=GRAD_X_BLOCK_N,
+        BLOCK_K=chosen.block_k,
+        BLOCK_R=rank_tile(R, dtype),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        enable_fp_fusion=False,
+    )
+
+
+def _parts(out: Tensor, split_k: int) -> Tensor:
+    """Return fp32 memory for the partial sums of `split_k` splits, or out itself for one."""
+    return out if split_k == 1 else out.new_empty((split_k, *out.shape), dtype=torch.float32)
 
 
 def add_low_rank(grad_x: Tensor, low_rank: LowRankTerm, dropout: Dropout) -> None:

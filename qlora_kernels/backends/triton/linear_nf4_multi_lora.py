@@ -20,6 +20,7 @@ from .launch import launchable
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from .planner import capability_for
 from .sizes import cdiv
 
 BLOCK_M, BLOCK_N = 32, 128
@@ -292,7 +293,7 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
     block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
     tiles_m, tiles_r = cdiv(M, BLOCK_M), cdiv(r, block_r)
-    steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, x.device)
+    steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, capability_for(x))
     parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
     multi_lora_down_kernel[(tiles_m, splits, tiles_r)](
         x,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
-from .launch import launchable
+from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .partials import rank_tile, split_count, sum_partials
+from .planner import capability_for
 from .sizes import cdiv
 
 BLOCK_M = 64
@@ -84,28 +87,47 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None =
     """
     M, K = x.shape
     r = lora_A.shape[0]
-    block_r, block_k = rank_tile(r, x.dtype), block_k_of(x.dtype)
-    tiles = cdiv(M, BLOCK_M) * cdiv(r, block_r)
-    steps, splits = split_count(cdiv(K, block_k), tiles, x.device)
-    parts = torch.empty((splits, M, r), dtype=torch.float32, device=x.device)
-    lora_down_kernel[(cdiv(M, BLOCK_M), splits, cdiv(r, block_r))](
-        x,
-        lora_A,
-        dropout.seed,
-        parts,
-        x if copy is None else copy,
+    splits, launch = _down_launch(
+        lora_down_kernel,
         M,
         K,
         r,
-        steps,
-        0 if copy is None else copy.stride(0),
+        x.dtype,
+        capability_for(x),
+        dropout.elements_per_philox_call(K),
         dropout.threshold,
-        DROPOUT=dropout.elements_per_philox_call(K),
-        COPY=copy is not None,
+        None if copy is None else copy.stride(0),
+    )
+    parts = x.new_empty((splits, M, r), dtype=torch.float32)
+    launch(x, lora_A, dropout.seed, parts, x if copy is None else copy)
+    return sum_partials(parts, dropout.scale, x.dtype)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _down_launch(
+    kernel: Launchable,
+    M: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    capability: int,
+    dropout: int,
+    threshold: int,
+    stride_copy: int | None,
+) -> tuple[int, Launch]:
+    """Return the number of splits and the launch. dropout: DROPOUT.   stride_copy: None without a copy of x."""
+    block_r, block_k = rank_tile(r, dtype), block_k_of(dtype)
+    tiles_m, tiles_r = cdiv(M, BLOCK_M), cdiv(r, block_r)
+    steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, capability)
+    launch = kernel.prepare(
+        (tiles_m, splits, tiles_r),
+        (M, K, r, steps, stride_copy or 0, threshold),
+        DROPOUT=dropout,
+        COPY=stride_copy is not None,
         BLOCK_M=BLOCK_M,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return sum_partials(parts, dropout.scale, x.dtype)
+    return splits, launch

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
-from .launch import launchable
+from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from .planner import capability_for
 from .sizes import cdiv
 
 BLOCK_M = 64
@@ -80,35 +83,37 @@ def lora_ds_grad_B(
     """
     M, N = grad_y.shape
     r = lora_B.shape[1]
-    block_r, block_m = rank_tile(r, grad_y.dtype), fp32_safe_step(BLOCK_M, grad_y.dtype)
+    tiles_n, chunks, launch = _ds_grad_B_launch(
+        lora_ds_grad_B_kernel, M, N, r, grad_y.dtype, capability_for(grad_y), None if copy is None else copy.stride(0)
+    )
+    ds_parts = grad_y.new_empty((tiles_n, M, r), dtype=torch.float32)
+    grad_B_parts = grad_y.new_empty((chunks, N, r), dtype=torch.float32)
+    launch(grad_y, s, lora_B, ds_parts, grad_B_parts, grad_y if copy is None else copy)
+    return sum_partials(ds_parts, scaling, grad_y.dtype), sum_partials(grad_B_parts, scaling, lora_B.dtype)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _ds_grad_B_launch(
+    kernel: Launchable, M: int, N: int, r: int, dtype: torch.dtype, capability: int, stride_copy: int | None
+) -> tuple[int, int, Launch]:
+    """Return (tiles of N, chunks of M, the launch). stride_copy: None without a copy of grad_y."""
+    block_r, block_m = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype)
     # A wider tile of N makes fewer parts of ds. At rank 64, four warps spilled 44 words on sm_80 even with the narrower
     # tile; eight warps do not.
-    block_n = fp32_safe_step(256 if block_r <= 16 else 128, grad_y.dtype)
-    num_warps = NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS
+    block_n = fp32_safe_step(256 if block_r <= 16 else 128, dtype)
     tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
-    steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, grad_y.device)
-    ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=grad_y.device)
-    grad_B_parts = torch.empty((chunks, N, r), dtype=torch.float32, device=grad_y.device)
-    lora_ds_grad_B_kernel[(tiles_n, chunks, tiles_r)](
-        grad_y,
-        s,
-        lora_B,
-        ds_parts,
-        grad_B_parts,
-        grad_y if copy is None else copy,
-        M,
-        N,
-        r,
-        steps,
-        0 if copy is None else copy.stride(0),
-        COPY=copy is not None,
+    steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, capability)
+    launch = kernel.prepare(
+        (tiles_n, chunks, tiles_r),
+        (M, N, r, steps, stride_copy or 0),
+        COPY=stride_copy is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=block_r,
-        num_warps=num_warps,
+        num_warps=NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return sum_partials(ds_parts, scaling, grad_y.dtype), sum_partials(grad_B_parts, scaling, lora_B.dtype)
+    return tiles_n, chunks, launch
 
 
 @launchable
@@ -159,25 +164,37 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
     """Return grad_A [r, K] = ds^T dropout(x) in `dtype`."""
     M, K = x.shape
     r = ds.shape[1]
-    block_r, block_m, block_k = rank_tile(r, x.dtype), fp32_safe_step(BLOCK_M, x.dtype), 128
-    tiles_k, tiles_r = cdiv(K, block_k), cdiv(r, block_r)
-    steps, chunks = split_count(cdiv(M, block_m), tiles_k * tiles_r, x.device)
-    parts = torch.empty((chunks, r, K), dtype=torch.float32, device=x.device)
-    lora_grad_A_kernel[(tiles_k, chunks, tiles_r)](
-        x,
-        ds,
-        dropout.seed,
-        parts,
+    chunks, launch = _grad_A_launch(
+        lora_grad_A_kernel,
         M,
         K,
         r,
-        steps,
+        x.dtype,
+        capability_for(x),
+        dropout.elements_per_philox_call(K),
         dropout.threshold,
-        DROPOUT=dropout.elements_per_philox_call(K),
+    )
+    parts = x.new_empty((chunks, r, K), dtype=torch.float32)
+    launch(x, ds, dropout.seed, parts)
+    return sum_partials(parts, dropout.scale, dtype)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _grad_A_launch(
+    kernel: Launchable, M: int, K: int, r: int, dtype: torch.dtype, capability: int, dropout: int, threshold: int
+) -> tuple[int, Launch]:
+    """Return the number of chunks of M and the launch. dropout: DROPOUT."""
+    block_r, block_m, block_k = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), 128
+    tiles_k, tiles_r = cdiv(K, block_k), cdiv(r, block_r)
+    steps, chunks = split_count(cdiv(M, block_m), tiles_k * tiles_r, capability)
+    launch = kernel.prepare(
+        (tiles_k, chunks, tiles_r),
+        (M, K, r, steps, threshold),
+        DROPOUT=dropout,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return sum_partials(parts, dropout.scale, dtype)
+    return chunks, launch

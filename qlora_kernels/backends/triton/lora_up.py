@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, keep_tile
-from .launch import launchable
+from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .partials import rank_tile
 from .sizes import cdiv
 
@@ -92,28 +95,55 @@ def lora_up(
     left: [M, R] of out's dtype; right: [C, R] if right_is_transposed (lora_B), else [R, C] (lora_A); both contiguous.
     """
     M, C = out.shape
-    r = 1 if left is None else left.shape[1]
     in_place = parts.data_ptr() == out.data_ptr()
-    lora_up_kernel[(cdiv(M, BLOCK_M), cdiv(C, BLOCK_C))](
+    launch = _up_launch(
+        lora_up_kernel,
+        M,
+        C,
+        None if left is None else left.shape[1],
+        out.dtype,
+        1 if in_place else parts.shape[0],
+        right_is_transposed,
+        float(scaling),
+        bias is not None,
+        dropout.elements_per_philox_call(C),
+        dropout.threshold,
+    )
+    launch(
         parts,
         out if left is None else left,
         out if right is None else right,
         out if bias is None else bias,
         dropout.seed,
         out,
-        M,
-        C,
-        r,
-        1 if in_place else parts.shape[0],
-        1 if right_is_transposed else C,
-        r if right_is_transposed else 1,
-        float(scaling),
-        dropout.threshold,
-        HAS_LORA=left is not None,
-        HAS_BIAS=bias is not None,
-        DROPOUT=dropout.elements_per_philox_call(C),
+    )
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _up_launch(
+    kernel: Launchable,
+    M: int,
+    C: int,
+    r: int | None,
+    dtype: torch.dtype,
+    parts: int,
+    right_is_transposed: bool,
+    scaling: float,
+    has_bias: bool,
+    dropout: int,
+    threshold: int,
+) -> Launch:
+    """Return the launch. r: None without a low-rank update.   dropout: DROPOUT."""
+    R = 1 if r is None else r
+    strides = (1, R) if right_is_transposed else (C, 1)
+    return kernel.prepare(
+        (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)),
+        (M, C, R, parts, *strides, scaling, threshold),
+        HAS_LORA=r is not None,
+        HAS_BIAS=has_bias,
+        DROPOUT=dropout,
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
-        BLOCK_R=rank_tile(r, out.dtype),
+        BLOCK_R=rank_tile(R, dtype),
         num_warps=NUM_WARPS,
     )

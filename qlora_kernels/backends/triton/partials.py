@@ -5,13 +5,15 @@ The results are therefore the same bits in every run.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launchable
-from .planner import arch_for, capability_of
+from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
+from .planner import arch_for
 from .sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
@@ -36,17 +38,20 @@ def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr
 
 def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Return scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    numel = out.numel()
-    sum_partials_kernel[(cdiv(numel, BLOCK),)](
-        parts, out, numel, parts.shape[0], float(scale), BLOCK=BLOCK, num_warps=NUM_WARPS
-    )
+    n, *shape = parts.shape
+    out = parts.new_empty(shape, dtype=dtype)
+    _sum_launch(sum_partials_kernel, out.numel(), n, float(scale))(parts, out)
     return out
 
 
-def split_count(steps: int, tiles: int, device: torch.device) -> tuple[int, int]:
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _sum_launch(kernel: Launchable, numel: int, parts: int, scale: float) -> Launch:
+    return kernel.prepare((cdiv(numel, BLOCK),), (numel, parts, scale), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def split_count(steps: int, tiles: int, capability: int) -> tuple[int, int]:
     """Return (steps per split, splits) of a reduction of `steps` steps; tiles * splits fill the GPU about twice."""
-    wanted = max(1, 2 * arch_for(capability_of(device)).sm_count // tiles)
+    wanted = max(1, 2 * arch_for(capability).sm_count // tiles)
     per_split = max(1, -(-steps // min(wanted, MAX_SPLITS)))
     return per_split, -(-steps // per_split)
 

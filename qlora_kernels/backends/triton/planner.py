@@ -188,23 +188,42 @@ def plan(problem: Problem, capability: int) -> Plan:
 
     Raises ValueError for a plan of use_plan that would read wrong scales.
     """
-    forced = _forced.get(problem.op)
+    return plan_of(
+        problem.op,
+        problem.dtype,
+        problem.M,
+        problem.N,
+        problem.K,
+        problem.blocksize,
+        problem.double_quant,
+        capability,
+    )
+
+
+def plan_of(
+    op: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, double_quant: bool, capability: int
+) -> Plan:
+    """Return `plan` of a base product on a GPU, without a Problem: a layer asks for it in every call."""
+    forced = _forced.get(op)
     if forced is None:
-        return _plan(problem._replace(M=planned_rows(problem.M)), capability)
-    if forced.path != "decode" and problem.K % problem.blocksize:
+        return _plan(op, dtype, planned_rows(M), N, K, blocksize, double_quant, capability)
+    if forced.path != "decode" and K % blocksize:
         raise ValueError(
             f"use_plan: path must be decode where K is not a multiple of blocksize, got {forced.path} for "
-            f"K={problem.K}, blocksize={problem.blocksize}; use Plan('decode')"
+            f"K={K}, blocksize={blocksize}; use Plan('decode')"
         )
-    if forced.path == "fused" and problem.blocksize % forced.block_k:
+    if forced.path == "fused" and blocksize % forced.block_k:
         raise ValueError(
-            f"use_plan: block_k must divide blocksize={problem.blocksize}, got {forced.block_k}; use a smaller one"
+            f"use_plan: block_k must divide blocksize={blocksize}, got {forced.block_k}; use a smaller one"
         )
     return forced
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, capability: int) -> Plan:
+def _plan(
+    op: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, double_quant: bool, capability: int
+) -> Plan:
+    problem = Problem(op, "cuda", dtype, M, N, K, 0, blocksize, double_quant)
     tuned = tuned_plans(capability).get(measured_plans.bucket(problem))
     if tuned is not None and (tuned.path == "decode" or not fused_obstacles(problem)):
         return tuned
@@ -236,8 +255,8 @@ def addition_reason(
     backward = op.endswith("_backward")
     base = "linear_nf4_grad_x" if backward else "linear_nf4"
     for weight in weights:
-        problem = Problem(base, "cuda", dtype, M, weight.N, weight.K, 0, weight.blocksize, weight.double_quant)
-        if plan(problem, capability).path != "decode":
+        sizes = (weight.N, weight.K, weight.blocksize, weight.double_quant)
+        if plan_of(base, dtype, M, *sizes, capability).path != "decode":
             return "the kernel that decodes inside adds it to its sums"
         if not backward and weight.K % decoded_row(weight.blocksize):
             return f"K={weight.K} is not a multiple of {decoded_row(weight.blocksize)}, the weights of a decoder's row"
@@ -311,11 +330,21 @@ INTERPRETED_CAPABILITY = 80
 
 def capability_of(device: torch.device) -> int:
     """Return the compute capability of `device` as one number, 90 for 9.0."""
+    if device.type != "cuda":
+        return _capability_at(-1)
+    return _capability_at(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def capability_for(tensor: torch.Tensor) -> int:
+    """Return the compute capability of the tensor's device. It takes less time than a torch.device does."""
+    return _capability_at(tensor.get_device())
+
+
+def _capability_at(index: int) -> int:
+    """Return the capability of the GPU with this index, -1 for the CPU."""
     if _assumed is not None:
         return _assumed
-    if device.type != "cuda":
-        return INTERPRETED_CAPABILITY
-    return _capability_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
+    return INTERPRETED_CAPABILITY if index < 0 else _capability_of_cuda(index)
 
 
 @cache

@@ -119,6 +119,7 @@ FAKE_CUDA_API void fake_cuda_clear_calls(void) {
 }
 
 FAKE_CUDA_API int fake_cuda_enter(const char* call, const void* return_address) {
+    if (model().ignores_launches) return 0;  // a measurement of host time, in which the record would be most of a call
     const Guard guard(model().lock);
     fake_cuda::Record& record = fake_cuda::record();
     Dl_info info{};

@@ -39,7 +39,8 @@ int fake_cuda_owner(const void* pointer);
 int fake_cuda_set_schedule(const char* schedule);  // "eager", "lazy", "random:SEED"; 0 where it is one of these
 void fake_cuda_set_memory(unsigned long long device_bytes, unsigned long long managed_bytes);
 void fake_cuda_set_driver_version(int version);
-void fake_cuda_ignore_launches(int ignored);  // launches succeed and run nothing, for measurements of host time
+// Launches succeed and run nothing, and calls are not noted: for measurements of host time.
+void fake_cuda_ignore_launches(int ignored);
 // The call number `after` (0: the next one) of the runtime function `call` ("" for any), made by the library whose path
 // contains `caller` ("" for any), returns `error`; calls before and after it are served.
 void fake_cuda_fail(const char* caller, const char* call, int after, int error);

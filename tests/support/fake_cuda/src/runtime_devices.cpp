@@ -35,6 +35,7 @@ constexpr struct {
     FAKE_ERROR(cudaErrorStreamCaptureUnsupported, nullptr),
     FAKE_ERROR(cudaErrorStreamCaptureInvalidated, nullptr),
     FAKE_ERROR(cudaErrorStreamCaptureIsolation, nullptr),
+    FAKE_ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
 #undef FAKE_ERROR
 };
 
