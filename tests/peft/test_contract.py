@@ -6,6 +6,7 @@ import copy
 import gc
 import re
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from tests.peft.cases import ARCHITECTURES, CASES, build, task_loss
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
 
-FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
 METHOD = pytest.mark.parametrize("case", CASES)
 
 
@@ -26,7 +26,23 @@ def on(*kinds):
     return pytest.mark.parametrize(("case", "kind"), pairs, ids=["-".join(pair) for pair in pairs])
 
 
-EACH_KIND = on(*ARCHITECTURES)
+def on_each_kind(first: int, *, both: Sequence[str] = ()):
+    """Every case on each of its models, in turn over dense and over NF4 layers, and over both on the models of `both`.
+
+    Every case and every model thus meets both formats. The code of a method for a model depends on the format only in
+    its layers. first: 1 begins with NF4, so that two tests together have every case on every model in both formats.
+    """
+    cells = [
+        (name, kind, nf4)
+        for i, (name, case) in enumerate(CASES.items())
+        for j, kind in enumerate(case.kinds)
+        for nf4 in ((False, True) if kind in both else (bool((i + j + first) % 2),))
+        if case.quantized or not nf4
+    ]
+    cells += [(name, kind, False) for name, case in CASES.items() if not case.quantized for kind in case.kinds]
+    cells = list(dict.fromkeys(cells))
+    ids = [f"{name}-{kind}-{'nf4' if nf4 else 'linear'}" for name, kind, nf4 in cells]
+    return pytest.mark.parametrize(("case", "kind", "nf4"), cells, ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +54,6 @@ def _one_path_through_torchs_encoder():
     torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def applies(case: str, nf4: bool) -> None:
-    if nf4 and not CASES[case].quantized:
-        pytest.skip("refused over quantized layers: test_full_fine_tuning_is_refused_over_nf4")
-
-
 def test_every_method_has_a_case():
     configs = [
         c for case in CASES.values() for c in ([case.config] if isinstance(case.config, PeftConfig) else case.config)
@@ -51,14 +62,12 @@ def test_every_method_has_a_case():
 
 
 @torch.no_grad()
-@FORMATS
-@EACH_KIND
+@on_each_kind(0, both=["llama"])
 def test_function(case, kind, nf4, tmp_path):
     """The identity at the start if promised; the base when disabled or unloaded; copies and files equal byte for byte.
 
     Outputs of two models may differ by the order of their sums, which in MKL depends on the tensors' alignment.
     """
-    applies(case, nf4)
     inputs = batch(kind)
     base = logits(make(kind, nf4=nf4).requires_grad_(False), inputs)
     model = build(case, kind, nf4=nf4)
@@ -105,11 +114,9 @@ def assert_same_bytes(actual, expected):
         assert torch.equal(actual[name], tensor), name
 
 
-@FORMATS
-@EACH_KIND
+@on_each_kind(1)
 def test_training(case, kind, nf4, capsys):
     """Only the adapter trains, all of it trains, the count is right, and a task is learned."""
-    applies(case, nf4)
     model = build(case, kind, nf4=nf4, task=True).train()
     adapter = {id(p) for p in model.adapters["default"].parameters()}
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in adapter}
@@ -151,11 +158,9 @@ def test_generate_is_forward(case, kind):
     assert torch.equal(out.sequences[:, -4:], y.argmax(-1))
 
 
-@FORMATS
-@EACH_KIND
+@on_each_kind(0)
 def test_rows(case, kind, nf4):
     """Two adapters of a method, of different sizes if possible, and the base in one batch; or a clear refusal."""
-    applies(case, nf4)
     if case == "fusion":
         pytest.skip("two fusions of the same adapters are one more than this test's builder makes")
     model = build(case, kind, nf4=nf4)
@@ -201,10 +206,8 @@ def test_gradient_checkpointing(case, kind):
         assert_same_gradients(checkpointed, grads[0])
 
 
-@FORMATS
-@EACH_KIND
+@on_each_kind(1)
 def test_autocast(case, kind, nf4):
-    applies(case, nf4)
     model = build(case, kind, nf4=nf4).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = task_loss(model, kind, rows=2)
