@@ -26,6 +26,7 @@ from tests.distributed.models import (
     assert_same,
     batch,
     build,
+    build_one_node_blocks,
     check_gradients,
     expected_gradients,
     gradients,
@@ -42,6 +43,17 @@ from tests.distributed.processes import Group
 def methods(group: Group) -> None:
     for method in METHODS:
         check_gradients(group, shard(build(method)), expected_gradients(method))
+
+
+def one_node_attention_and_mlp(group: Group) -> None:
+    """Nodes that hold the operands of several layers compute with the gathered weights, also in backward."""
+    reference = build_one_node_blocks()
+    rows = batch().chunk(group.world)
+    losses = [loss_of(reference, part) for part in rows]  # attention is over the rows of one process
+    total = sum(losses[1:], losses[0]) / group.world
+    total.backward()
+    # The mean over processes scales losses before their backward here and gradients after it there: fp32 roundings.
+    check_gradients(group, shard(build_one_node_blocks()), (total.item(), gradients(reference)), rtol=1e-5)
 
 
 def bytes_held_and_gathered(group: Group) -> None:
@@ -262,6 +274,7 @@ CHECKS = {
     f.__name__: f
     for f in (
         methods,
+        one_node_attention_and_mlp,
         bytes_held_and_gathered,
         one_block_whole_at_a_time,
         constants_in_fp32_and_experts,

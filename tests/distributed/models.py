@@ -14,7 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qlora_kernels as qk
+from qlora_kernels.nn.plain_projection import plain_projections
 from qlora_kernels.nn.quantized_weight import QuantizedWeight
+from qlora_kernels.ops.attention import Keys
+from qlora_kernels.ops.gated_mlp import GatedMLP, gated_mlp
+from qlora_kernels.ops.lora_attention import LoRAAttention, lora_attention
 from qlora_kernels.peft import AdaLoraConfig, BitFitConfig, LoraConfig, PeftConfig, get_peft_model
 
 WIDTH, HIDDEN, CLASSES = 80, 203, 5
@@ -46,6 +50,34 @@ class MixtureBlock(nn.Module):
         shares = self.router(x).softmax(dim=-1)
         parts = [nn.functional.linear(x, self.experts.weight[e]) * shares[:, e, None] for e in range(3)]
         return x + sum(parts)
+
+
+class OneNodeBlock(nn.Module):
+    """Attention over the rows as one sequence, and a gated MLP, each of which runs as one autograd node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(WIDTH, WIDTH, bias=False))
+        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = plain_projections(x, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        mlp = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj)
+        assert attention is not None
+        assert mlp is not None
+        T, D = len(x), WIDTH // 2
+        angles = torch.arange(T)[:, None] * torch.ones(D) / 7
+        keys = Keys(torch.zeros(1, T, dtype=torch.int64), torch.full((1, T), T), D**-0.5, 0.0)
+        q, k, v, o = attention
+        x = x + lora_attention(x[None], LoRAAttention(q, k, v, o, D, angles.cos()[None], angles.sin()[None], keys))[0]
+        gate, up, down = mlp
+        y = gated_mlp(x, GatedMLP(gate, up, down, "silu"))
+        if torch.is_grad_enabled():
+            assert y.grad_fn is not None
+            assert "GatedMLPFunction" in y.grad_fn.name()
+        return x + y
 
 
 class Net(nn.Module):
@@ -83,6 +115,16 @@ def build(method: str = "lora", *, seed: int = 0, double_quant: bool = True, mix
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
     return model
+
+
+def build_one_node_blocks() -> Any:
+    """Return two OneNodeBlocks in NF4 with a random adapter, equal in every process."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([OneNodeBlock(), OneNodeBlock()])
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x))
+    qk.replace_linear(model)
+    return get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
 
 
 def shard(model: Any, mesh: Any = None, **options: Any) -> Any:

@@ -126,7 +126,7 @@ void check(int64_t M, int64_t K, DType dtype, double tolerance, uint32_t thresho
 }  // namespace
 
 void check_linear_groups() {
-    for (const auto [M, K] : {std::pair<int64_t, int64_t>{1, 64}, {8, 128}, {9, 70}, {27, 257}}) {
+    for (const auto& [M, K] : {std::pair<int64_t, int64_t>{1, 64}, {8, 128}, {9, 70}, {27, 257}}) {
         for (const uint32_t threshold : {0u, 20000u}) {
             check<float>(M, K, DType::kFloat32, 1e-5, threshold);
             check<qlora::Bf16>(M, K, DType::kBfloat16, 3e-2, threshold);
