@@ -55,6 +55,6 @@ def assert_close_to_peer(actual: Tensor, exact: Tensor, *, name: str) -> None:
 
 
 def assert_quantizes(own: Tensor, source: Tensor) -> None:
-    """Assert that a peer's own 4- or 8-bit weight is one of the source weight, within QUANTIZATION_ERROR."""
+    """Assert that a peer's own 4- or 8-bit weight is a quantization of the source weight, within QUANTIZATION_ERROR."""
     error = ((own - source.float()).norm() / source.float().norm()).item()
     assert error <= QUANTIZATION_ERROR, f"weight: relative error {error:.3f} exceeds {QUANTIZATION_ERROR}"

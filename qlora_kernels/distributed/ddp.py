@@ -31,7 +31,7 @@ def _prepare(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def _constants(model: nn.Module) -> set[str]:
-    """Return the names of the buffers of modules that say that theirs never change."""
+    """Return the names of the buffers in modules that declare them constant."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules(remove_duplicate=False)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from .process_identity import has_ended, own_identity
 
 PERIOD = 1.0
-"""Seconds between two looks of the answering thread into the store."""
+"""Seconds between two reads of the store by the answering thread."""
 _ASKED = "lost_workers/asked"
 _INNERMOST = 4
 """Frames that are searched for torch.distributed: the call of an op lies between a collective and its caller."""
