@@ -1,12 +1,25 @@
-"""Compiles the emulated kernels of the collected tests before the first of them runs, on all cores."""
+"""Selects the emulated cases, and compiles their kernels before the first of them runs, on all cores."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from tests.support import cuda_host
+from tests.support.pairwise import keep_pairwise
 
 from .launching import kernels_of, source
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the emulator with cases that cover every pair of mode, dtype and problem, because sanitizers are slow."""
+    here = Path(__file__).parent
+
+    def emulated(item: pytest.Item) -> bool:
+        return here in item.path.parents and "mode" in item.callspec.params  # type: ignore[attr-defined]
+
+    config.hook.pytest_deselected(items=keep_pairwise(items, emulated))
 
 
 @pytest.fixture(scope="session", autouse=True)
