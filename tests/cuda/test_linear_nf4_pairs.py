@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .launching import (
     source,
 )
 from .linear_problems import PAIR_SCALE, LinearProblem, pair_codes
+from .planted import Fault, PlantedLibrary
 
 pytestmark = needs_emulator
 
@@ -196,6 +198,51 @@ def test_planted_fault_is_detected(fault: str, tmp_path: Path) -> None:
     finally:
         tested.close()
     assert report in found
+
+
+FEW_ROWS, LONG_FEW, MANY_ROWS = PROBLEMS[1], PROBLEMS[0], PROBLEMS[5]
+PLANTED_IN = (FEW_ROWS, LONG_FEW, MANY_ROWS)
+EXPRESSIONS = [
+    Fault("the x of the next stage", "load_x(tile, j + 1)", "load_x(tile, j)", 2),
+    Fault("the second thread block's rows of x", "int(blockIdx.y) * M_TILE", "0 * M_TILE", 2),
+    Fault("the absmax of a row", "scale[i / 2]", "scale[i / 4]", 0),
+    Fault("the scale of the codes", "1.0f / kPairScale", "1.0f", 0),
+    Fault("the last step of the rank", "j - t * 4 < p.r", "j - t * 4 + 16 < p.r", 2),
+    Fault("the row of lora_B", "row_of_w(4 * g + row)", "row_of_w(4 * g)", 0),
+    Fault("the constants of later groups", "left > 2 * kGroupBlocks", "false", 1),
+    Fault("the warp's first group", "groups * part / p.warps_per_row", "groups * 0", 1),
+    Fault("the sums of the other warps", "other < p.warps_per_row", "other < 1", 1),
+    Fault("the place of a sum", "(chunk ^ (m & 7))", "chunk", 2),
+    Fault("the bias", "p.bias.data && n + k < p.N", "false", 0),
+]
+"""Faults in an expression; case: the problem in PLANTED_IN whose result is wrong."""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
+    two_kernels = {
+        "launch_pairs_tile<16, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
+        "launch_pairs<false>": "launch_pairs<true>",
+    }
+    found = PlantedLibrary("linear_nf4_pairs", EXPRESSIONS, tmp_path_factory.mktemp("pairs"), two_kernels)
+    yield found
+    found.close()
+
+
+def check_planted(tested: cuda_host.Library, case: int) -> None:
+    problem = PLANTED_IN[case]
+    assert_within(run("plain", problem, tested=tested), problem.expected_of_pairs(), str(problem))
+
+
+def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
+    for case in range(len(PLANTED_IN)):
+        check_planted(planted.plant(None), case)
+
+
+@pytest.mark.parametrize("fault", EXPRESSIONS, ids=lambda fault: fault.name)
+def test_wrong_expression_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
+    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
+        check_planted(planted.plant(fault), fault.case)
 
 
 @pytest.mark.parametrize(

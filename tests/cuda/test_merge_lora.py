@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from qlora_kernels.format import reference
+from tests.support import cuda_host
 from tests.support.linear_formulas import Arithmetic, merged_weight
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within
@@ -21,6 +24,7 @@ from .launching import (
     ptx_under_sanitizers,
     quantized,
 )
+from .planted import Fault, PlantedLibrary
 
 pytestmark = needs_emulator
 
@@ -36,13 +40,15 @@ CASES = [
 SCALING = 0.7
 
 
-@all_modes
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("N", "K", "r", "blocksize", "double"), CASES)
-def test_merged_weight(mode: str, N: int, K: int, r: int, blocksize: int, double: bool, dtype: torch.dtype) -> None:
+def check_merged_weight(
+    tested: cuda_host.Library, case: tuple[int, int, int, int, bool], dtype: torch.dtype, mode: str = ""
+) -> None:
+    """Compare with float64, and count the elements that more than one rounding changes. mode: "plain" runs every
+    schedule.
+    """
+    N, K, r, blocksize, double = case
     packed, constants, absmax = quantized(gaussian(N * K) / K**0.5, blocksize, double)
     A, B = gaussian(K, r, seed=1, dtype=dtype) * 0.2, gaussian(N, r, seed=2, dtype=dtype) * 0.2
-    tested = library("merge_lora", mode)
 
     def run(order: str, seed: int) -> tuple[torch.Tensor]:
         w = poisoned(N, K, dtype=dtype)
@@ -57,10 +63,58 @@ def test_merged_weight(mode: str, N: int, K: int, r: int, blocksize: int, double
     assert (w != once).float().mean() < 0.02, "one rounding; sums of another order may cross a boundary"
 
 
+@all_modes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_merged_weight(mode: str, case: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    check_merged_weight(library("merge_lora", mode), case, dtype, mode)
+
+
 @needs_nvcc
 @ptx_under_sanitizers
 def test_compiled_under_sanitizers(mode: str) -> None:
-    test_merged_weight(mode, *CASES[1], torch.bfloat16)
+    test_merged_weight(mode, CASES[1], torch.bfloat16)
+
+
+ROUNDED = "float(round_to<T>(__fmul_rn(value[e], absmax[i])))"
+FAULTS = [
+    Fault("the scaling", "args.scaling", "1.0f", 0),
+    Fault("the one rounding", "__fmul_rn(value[e], absmax[i])", ROUNDED, 0),
+    Fault("the columns of A in the tiles", "j * 2 + (g & 1)", "j * 2", 0),
+    Fault("the rows of a fragment", "update[half * 4 + e / 2][i * 2 + e % 2]", "update[half * 4 + e / 2][e % 2]", 1),
+    Fault("the half of a fragment of B", "exists ? pair(from + 8) : 0", "exists ? pair(from) : 0", 1),
+    Fault("the last warp of a row", "k0 >= K", "k0 > K", 1),
+    Fault("the second block of rows", "int64_t(blockIdx.y) * kMergeRows", "int64_t(0)", 2),
+    Fault(
+        "the absmax of a column", "start >> args.weight.block_shift", "(start - t * 16) >> args.weight.block_shift", 2
+    ),
+    Fault("the steps of the rank", "n * r + step * 16", "n * r", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
+    found = PlantedLibrary("merge_lora", FAULTS, tmp_path_factory.mktemp("merge_lora"), ONE_DTYPE)
+    yield found
+    found.close()
+
+
+ONE_DTYPE = {
+    "launch_merge<T>": "launch_merge<__nv_bfloat16>",
+    "merge_lora_kernel<T, 4>": "merge_lora_kernel<T, 3>",
+}
+"""Leaves the kernels that the test runs, because compiling takes most of its time."""
+
+
+def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
+    for case in {fault.case for fault in FAULTS}:
+        check_merged_weight(planted.plant(None), CASES[case], torch.bfloat16)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
+    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
+        check_merged_weight(planted.plant(fault), CASES[fault.case], torch.bfloat16)
 
 
 @pytest.mark.parametrize(
