@@ -26,6 +26,11 @@ def on(*kinds):
     return pytest.mark.parametrize(("case", "kind"), pairs, ids=["-".join(pair) for pair in pairs])
 
 
+LIKE_OTHERS = ("vera", "loha", "boft")
+"""Cases that run the code of others: LoRA's and OFT's."""
+EVERY_MECHANISM = ("prompt_tuning", "prefix_tuning", "houlsby", "lora", "unipelt")
+
+
 def on_each_kind(first: int, *, both: Sequence[str] = ()):
     """Every case on each of its models, in turn over dense and over NF4 layers, and over both on the models of `both`.
 
@@ -190,7 +195,11 @@ def test_rows(case, kind, nf4):
         assert_same_function(mixed[i : i + 1], alone)
 
 
-@on("llama", "bert", "gpt2", "t5")
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in CASES for kind in ("llama", "t5") if kind in CASES[case].kinds]
+    + [(case, kind) for case in EVERY_MECHANISM for kind in ("bert", "gpt2")],
+)
 def test_gradient_checkpointing(case, kind):
     grads = []
     for checkpointing in (False, {"use_reentrant": False}, {"use_reentrant": True}):
@@ -225,11 +234,6 @@ def test_bf16_base(case):
     y = logits(model, batch("llama"))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-
-
-LIKE_OTHERS = ("vera", "loha", "boft")
-"""Cases that run the code of others: LoRA's and OFT's."""
-EVERY_MECHANISM = ("prompt_tuning", "prefix_tuning", "houlsby", "lora", "unipelt")
 
 
 @pytest.mark.parametrize(
