@@ -103,7 +103,7 @@ def fused_and_compiled(group: Group) -> None:
     """Compiled blocks run the projections one by one, over shardable weights too."""
     model = qk.make_shardable(_model())
     for block in model.get_base_model().model.layers:
-        block.compile(backend="aot_eager")
+        block.compile(backend="eager")
     shard_blocks(model, "cpu")
     model(**_part(group)).loss.backward()
     assert_same_gradients(gradients(model), _expected())

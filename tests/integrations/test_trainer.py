@@ -191,6 +191,28 @@ def test_save_options(tmp_path):
     assert all(torch.equal(dict(reloaded.named_parameters())[name], value) for name, value in gathered.items())
 
 
+def test_functions_of_peft_copy_adapters():
+    """They take models of both packages: TRL copies adapters with them, and accelerate saves shards."""
+    model = adapted(modules_to_save=["norm"])
+    model.add_adapter("second", model.peft_config["default"])
+    assert isinstance(model, peft.PeftModel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 1
+    state = peft.get_peft_model_state_dict(model)
+    peft.set_peft_model_state_dict(model, state, adapter_name="second")
+    copied = peft.get_peft_model_state_dict(model, adapter_name="second")
+    assert copied.keys() == state.keys()
+    assert any("norm" in name for name in state), list(state)
+    assert all(torch.equal(copied[name], value) for name, value in state.items())
+    state.popitem()
+    with pytest.raises(ValueError, match="must hold the parameters of adapter 'default' and no others"):
+        peft.set_peft_model_state_dict(model, state)
+    theirs = peft.get_peft_model(build("tied"), peft.LoraConfig(target_modules=["q_proj"]))
+    assert not peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(theirs)).unexpected_keys
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """A folder with a tiny model and a tokenizer that has a chat template."""

@@ -54,15 +54,6 @@ class PeftConfig:
         if isinstance(self.modules_to_save, str):  # one name; PEFT's file has a list
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "is_prompt_learning":  # read by PEFT's get_peft_model_state_dict
-            raise AttributeError(
-                "PEFT's functions for state dicts do not know the adapters of qlora_kernels.peft, got a "
-                f"{type(self).__name__}; use save_pretrained and load_adapter of the model, and in an FSDP2 "
-                "configuration of accelerate fsdp_state_dict_type: FULL_STATE_DICT"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     @property
     def heads(self) -> tuple[str, ...]:
         """`modules_to_save` and the names of the task's head."""

@@ -11,6 +11,8 @@ import sys
 from functools import cache, partial, wraps
 from typing import Any, cast
 
+from . import peft_functions
+
 
 class RecognizedAsPeftModel:
     """Makes isinstance(model, peft.PeftModel) true if peft has been imported, before or after the model was made.
@@ -23,6 +25,8 @@ class RecognizedAsPeftModel:
     def __class__(self) -> Any:
         _serve_label_smoothing()  # Trainer's constructor asks for the class
         theirs = getattr(sys.modules.get("peft"), "PeftModel", None)
+        if hasattr(sys.modules.get("peft"), "set_peft_model_state_dict"):  # not while peft is being imported
+            peft_functions.extend(sys.modules["peft"], RecognizedAsPeftModel)
         return type(self) if theirs is None else _both(cast(Any, type(self)), theirs)
 
     @__class__.setter
