@@ -203,7 +203,10 @@ def plan(problem: Problem, capability: int) -> Plan:
 def plan_of(
     op: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, double_quant: bool, capability: int
 ) -> Plan:
-    """Return `plan` of a base product on a GPU, without a Problem: a layer asks for it in every call."""
+    """Return `plan` of a base product on a GPU, without a Problem: a layer asks for it in every call.
+
+    Raises ValueError if `use_plan` forces a plan that does not suit K and blocksize.
+    """
     forced = _forced.get(op)
     if forced is None:
         return _plan(op, dtype, planned_rows(M), N, K, blocksize, double_quant, capability)
