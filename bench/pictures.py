@@ -178,13 +178,15 @@ def adalora_ranks(rows: Sequence[Row], fidelity: Sequence[Row]) -> Plot | None:
     kinds = list(dict.fromkeys(adalora.kind(layer) for layer in ranks))
     blocks = sorted({adalora.block(layer) for layer in ranks})
     cells = {(adalora.block(layer), adalora.kind(layer)): rank for layer, rank in ranks.items()}
-    figure, axis = plt.subplots(figsize=(6, 3.2))
-    image = axis.imshow([[cells[row, column] for column in kinds] for row in blocks], cmap="Blues", vmin=0, vmax=12)
+    figure, axis = plt.subplots(figsize=(6.5, 3))
+    values = [[cells[row, column] for column in kinds] for row in blocks]
+    image = axis.imshow(values, cmap="Blues", vmin=0, vmax=12, aspect="auto")
     for y, row in enumerate(blocks):
         for x, column in enumerate(kinds):
             dark = cells[row, column] > 8
             axis.text(x, y, f"{cells[row, column]:.1f}", ha="center", va="center", color="white" if dark else "black")
-    names = [name.removesuffix(".dense").removeprefix("attention.self.").replace(".", "\n") for name in kinds]
+    names = [name if name.startswith("attention") else f"MLP.{name}" for name in kinds]
+    names = [name.removesuffix(".dense").removeprefix("attention.self.").replace(".", "\n") for name in names]
     axis.set_xticks(range(len(kinds)), names)
     axis.set_yticks(range(len(blocks)), [str(row) for row in blocks])
     axis.set_ylabel("block")
