@@ -132,21 +132,21 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         pairs = {r: (own["before"], lora["before"]) for r, (own, lora) in found.items() if own and lora}
         if pairs:
             words = ", ".join(f"{own:.3f} and {nf4:.3f} at r = {r}" for r, (own, nf4) in pairs.items())
+            ranks = " and ".join(map(str, pairs))
             findings.append(
                 Finding(
                     method,
-                    f"Before training, {method} has a lower perplexity than NF4 with a zero adapter",
+                    f"Before training, {method} has a lower perplexity than NF4 with a zero adapter, r = {ranks}",
                     all(own < nf4 for own, nf4 in pairs.values()),
                     f"perplexity {words}",
                 )
             )
     for method, other in ((DORA, LORA), (LOFTQ, LORA), (PISSA, LORA), (PISSA, LOFTQ)):
-        statement = f"{method} reaches a lower perplexity than {other} of the same rank after the same training"
-        findings += _compare(rows, method, other, statement)
+        findings += _compare(rows, method, other)
     return findings
 
 
-def _compare(rows: Sequence[Row], method: str, other: str, statement: str) -> list[Finding]:
+def _compare(rows: Sequence[Row], method: str, other: str) -> list[Finding]:
     """Return whether a method is better at every rank; None if the seeds leave that open at one of them."""
     found = {
         r: differences(rows, "after", {"method": method, "r": r}, {"method": other, "r": r})
@@ -157,6 +157,8 @@ def _compare(rows: Sequence[Row], method: str, other: str, statement: str) -> li
         return []
     holds = False if False in decided.values() else all(decided.values()) or None
     words = "; ".join(f"r = {r}: {of.words(3)}" for r, of in found.items() if of)
+    ranks = " and ".join(map(str, decided))
+    statement = f"{method} reaches a lower perplexity than {other} after the same training, both with r = {ranks}"
     return [Finding(method, statement, holds, f"mean difference of perplexity at {words}")]
 
 
@@ -171,10 +173,10 @@ CLAIM = Claim(
         f"SmolLM2-135M in NF4 + DQ, adapters on all linear layers but the head with alpha = 2 r, {STEPS} steps of one "
         f"window of {subject.WINDOW} tokens of Python's language reference, AdamW with a learning rate of "
         f"{LEARNING_RATE:g} for all; perplexity on {WINDOWS} held-out windows. LoRA and DoRA start from NF4 of the "
-        "weight, "
-        '`init_lora_weights="loftq"` from one iteration of LoftQ, and PiSSA from the principal part of the weight over '
-        "NF4 of the rest (one iteration). The seed sets the order of the text, and the random values of LoRA and DoRA. "
-        f"{RULE} The papers train larger models thousands of steps, and choose the learning rate."
+        'weight, `init_lora_weights="loftq"` from one iteration of LoftQ, and PiSSA from the principal part of the '
+        "weight over NF4 of the rest (one iteration). The seed sets the order of the text, and the random values of "
+        f"LoRA and DoRA. {RULE} The papers train larger models for thousands of steps and choose the learning rate. At "
+        "the same rate PiSSA's first steps change a weight more than LoRA's, whose B starts from zero."
     ),
     cases=cases,
     measure=measure,
