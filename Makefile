@@ -18,7 +18,7 @@
 #   make bench      ours / bitsandbytes / dense torch / measured peak, side by side
 #   make bench-report  docs/benchmarks.md, its pictures and docs/fidelity.md from the committed rows; measures nothing
 #   make bench-gate    the headline ratios to the peers, measured now, against the committed ones with slack (a minute)
-#   make fidelity   the papers' claims that a CPU can check, into bench/results/fidelity.jsonl (an hour and a half)
+#   make fidelity   the papers' claims that a CPU can check, into bench/results/fidelity.jsonl (an hour)
 #   make kernels-report | gpu-check
 #                   every Triton and CUDA kernel compiled, under gates | all checks that need a GPU, in ten minutes
 #   make gpu-bundle a folder with all that gpu-check needs on a machine without network and pip
