@@ -24,6 +24,7 @@ def claims(capability: int) -> list[Claim]:
     gpu = roofline.GPUS[max(known, default=min(roofline.GPUS))]
     kernel_us = {
         "small_m": {1: roofline.small_m_us(gpu)},
+        "pairs": {M: roofline.pairs_us(gpu, M) for M in (4, 16, 64)},
         "fused": {M: roofline.fused_us(gpu, M) for M in (16, 64, 256)},
         "decode": {M: roofline.decoded_us(gpu, M) for M in (64, 256, 1024)},
     }

@@ -1,7 +1,8 @@
 """Compare step: every op of one backend against the reference on the CPU, over dtypes, rows and dropout.
 
 The codec is compared bit for bit. Products are compared by the largest difference over the largest value: both
-sides sum in another order and round a few times. tests/gpu has the exact bounds, for machines with pytest.
+sides sum in another order and round a few times. tests/gpu has the exact bounds, for machines with pytest. Each path of
+the cuda backend is also forced, because the default choice on one GPU leaves some of them out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops.registry import kernels_of
+from qlora_kernels.backends.cuda import routing
+from qlora_kernels.ops.registry import Problem, kernels_of
 
 from . import rows as rows_module
 from .cases import CASES, TINY_SIZES, Sizes, cases_of, gaussian
@@ -28,6 +30,15 @@ ROWS = (1, 2, 4, 5, 16, 17, 33, 64, 65, 257)
 
 FEW_ROWS = (5, 257)
 """Number of rows of x for the other ops."""
+
+FORCED = ("lora", "group", "merged_lora")
+"""Cases that are compared for each path of the cuda backend."""
+
+FORCED_ROWS = (1, 8, 16, 24, 48, 257)
+"""Numbers of rows of x for these: every tile of the pair-table kernel, and rows that only a decoded weight serves."""
+
+TINY_FORCED = Sizes(16, 64, 256)
+"""Sizes of a rehearsal of these: K of one group of the pair-table kernel."""
 
 TINY_TRITON = ("lora",)
 """Cases of a rehearsal of Triton, few because the fake device takes seconds to compile each kernel."""
@@ -51,8 +62,10 @@ def check_codec(rows: Rows, backend: str, dtype: torch.dtype, numel: int, double
     return ok
 
 
-def check_case(rows: Rows, backend: str, name: str, dtype: torch.dtype, sizes: Sizes) -> bool:
-    """Compare one case with the reference on the CPU, and with its repetition bit for bit."""
+def check_case(rows: Rows, backend: str, name: str, dtype: torch.dtype, sizes: Sizes, path: str | None = None) -> bool:
+    """Compare one case with the reference on the CPU, and with its repetition bit for bit. path: the one that is
+    forced, for the row.
+    """
     run, _ = CASES[name]
     with qk.use_backend(backend):
         results = [t.cpu() for t in run(rows_module.DEVICE, dtype, sizes)]
@@ -66,7 +79,19 @@ def check_case(rows: Rows, backend: str, name: str, dtype: torch.dtype, sizes: S
     repeats = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
     ok = repeats and all(error <= TOLERANCE[dtype] for error in errors)
     fields = {"op": name, "dtype": str(dtype), "M": sizes.M, "N": sizes.N, "K": sizes.K, "dropout": sizes.p}
+    fields |= {} if path is None else {"path": path}
     rows.add(backend=backend, **fields, errors=errors, repeats=repeats, ok=ok)
+    return ok
+
+
+def check_forced_paths(rows: Rows, sizes: Sizes) -> bool:
+    """Compare the cases of FORCED for each path of the cuda backend that serves a linear of these sizes."""
+    problem = Problem("linear_nf4", "cuda", torch.bfloat16, sizes.M, sizes.N, sizes.K, 0, 64, True)
+    ok = True
+    for path in routing.served_paths(problem):
+        with routing.use_path(path):
+            for name in FORCED:
+                ok &= check_case(rows, "cuda", name, torch.bfloat16, sizes, path)
     return ok
 
 
@@ -80,6 +105,8 @@ def main() -> int:
         for name in names:
             if backend != "triton" or name in TINY_TRITON:
                 ok &= check_case(rows, backend, name, torch.bfloat16, TINY_SIZES)
+        if backend == "cuda":
+            ok &= check_forced_paths(rows, TINY_FORCED)
         return 0 if ok else 1
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for double in (True, False):
@@ -88,6 +115,8 @@ def main() -> int:
             for M in ROWS if name in LINEARS else FEW_ROWS:
                 for p in (0.0, 0.1) if name == "lora" else (0.0,):
                     ok &= check_case(rows, backend, name, dtype, Sizes(M, p=p))
+    for M in FORCED_ROWS if backend == "cuda" else ():
+        ok &= check_forced_paths(rows, Sizes(M))
     return 0 if ok else 1
 
 
