@@ -33,6 +33,9 @@ PAPERS = {
 """Name of a recipe -> the paper and what its abstract says."""
 
 TOLERANCE = {"houlsby": 0.4}
+CHANCE = 55.0
+"""Accuracy in percent below which a run has not learned; it says more about the learning rate than about the method."""
+
 DEFAULT_TOLERANCE = 2.0
 """Points of accuracy below full fine-tuning within which a method counts as equal."""
 
@@ -77,7 +80,11 @@ def judge(rows: Sequence[Row]) -> list[Finding]:
         lost = differences(rows, "accuracy", {"method": FULL}, {"method": method})
         if lost:
             holds = lost.is_at_most(TOLERANCE.get(method, DEFAULT_TOLERANCE))
-            findings.append(Finding(paper, statement, holds, f"points below full fine-tuning: {lost.words(1)}"))
+            words = f"points below full fine-tuning: {lost.words(1)}"
+            failed = sum(row["accuracy"] < CHANCE for row in rows if row["method"] == method)
+            if failed:
+                holds, words = None, f"{words}; runs that did not learn: {failed}"
+            findings.append(Finding(paper, statement, holds, words))
     return findings
 
 
@@ -91,8 +98,9 @@ CLAIM = Claim(
     method=(
         f"{sentiment.METHOD} {RULE} A method that is not below full fine-tuning by such a difference counts as equal "
         f"if the difference and two standard errors stay within {DEFAULT_TOLERANCE:g} points (adapters: 0.4, as their "
-        "abstract states). The papers train larger models to convergence; prefixes in particular start far from the "
-        "model's own function and need more steps than these."
+        "abstract states). A method with a run that stays at chance (50 %) is not judged. The papers train larger "
+        "models to convergence; prefixes in particular start far from the model's own function and need more steps "
+        "than these."
     ),
     cases=cases,
     measure=measure,
