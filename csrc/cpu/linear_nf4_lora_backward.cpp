@@ -135,17 +135,21 @@ void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T
     const LhsView<Mac> ds_rows = lhs_view<Mac>(Slot::kFactorRows, ds, M, R);
     const LowRankTerm<Mac> low_rank{ds_rows, ds_rows.steps};
     const auto fill = [&](const PanelRange& range, Elem* panel) {
-        fill_from_columns<Mac, kColumns>(range, rows.total(), panel,
-                                         [&](int64_t row, int64_t k, int64_t count, Elem* dst) {
-                                             const auto [member, n] = rows.locate(row);
-                                             const NF4Weight& weight = group.members[member].weight;
-                                             if (n < weight.N) {
-                                                 weight_row<T>(weight, n, k, count, dst);
-                                             } else {
-                                                 zero_row(dst, count);
-                                             }
-                                             return dst;
-                                         });
+        if (group.count == 1) {  // without the search for each row's member, which few tokens would notice
+            weight_rows<T>(group.members[0].weight)(range, panel);
+        } else {
+            fill_from_columns<Mac, kColumns>(range, rows.total(), panel,
+                                             [&](int64_t row, int64_t k, int64_t count, Elem* dst) {
+                                                 const auto [member, n] = rows.locate(row);
+                                                 const NF4Weight& weight = group.members[member].weight;
+                                                 if (n < weight.N) {
+                                                     weight_row<T>(weight, n, k, count, dst);
+                                                 } else {
+                                                     zero_row(dst, count);
+                                                 }
+                                                 return dst;
+                                             });
+        }
         for (int64_t c = 0; range.step0 == 0 && R > 0 && c < range.columns; c += kColumns) {
             const int64_t column = range.column0 + c;
             fill_from_columns<Mac, kColumns>(
