@@ -21,6 +21,7 @@ OPS = {
     "linear_nf4",
     "linear_nf4_grad_x",
     "linear_nf4_lora",
+    "linear_nf4_lora_merged",
     "adamw_step",
     "managed_alloc",
     "managed_concurrent_access",
