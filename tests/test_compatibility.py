@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 
@@ -68,3 +69,11 @@ def test_interpreter_runs():
     found = compatibility.interpreter(version)
     assert found is None or version == sys.version_info[:2]
     assert compatibility.interpreter((3, 99)) is None
+
+
+def test_op_tests_import_only_what_the_checkout_holds(tmp_path):
+    folders = {path.name for path in compatibility.copy_checkout(tmp_path).iterdir()}
+    missing = {"bench", "tests", "python"} - folders
+    imports = re.compile(rf"^(?:from|import) (?:{'|'.join(missing)})\b", re.MULTILINE)
+    files = (tmp_path / compatibility.OP_TESTS[0]).rglob("*.py")
+    assert not [file.name for file in files if imports.search(file.read_text(encoding="utf-8"))]

@@ -42,7 +42,10 @@ OF_EXTRAS = ("transformers", "accelerate", "gguf", "tqdm", "psutil", "matplotlib
 TEST_TOOLS = ("pytest", "hypothesis", "setuptools")
 SHOWN = ("torch", "numpy", "safetensors", "triton", "transformers", "accelerate", "gguf")
 OP_TESTS = ("tests/ops", "-m", "not slow")
-FINE_TUNE = ("tests/cli/test_finetune.py", "-k", "whole_command")
+FINE_TUNE = (
+    "tests/cli/test_finetune.py::test_whole_command",
+    "tests/integrations/test_quantizer.py::test_model_quantized_in_place_saves_and_loads_here",
+)
 TRITON_ARCHS = ("80", "90", "100", "120")
 
 

@@ -13,7 +13,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, _IdentityOp
+from transformers import __version__ as transformers_version
+from transformers import core_model_loading
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
@@ -37,6 +39,10 @@ from .quantized_modules import (
 )
 
 WEIGHT = "weight"
+LOADING = (5, 22)
+"""The first transformers whose from_pretrained has the hooks that `QLoRAKernelsQuantizer` loads with. Models that are
+quantized in place are saved and read by this package with every transformers that it admits.
+"""
 _FALCON = "transformers.models.falcon.modeling_falcon"
 _TASK_HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
@@ -73,7 +79,17 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         return 4.5 / 8
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise ValueError for a device_map that offloads layers: NF4 layers cannot be moved during forward."""
+        """Raise ImportError if transformers is older than 5.22, and ValueError for a device_map that offloads layers.
+
+        NF4 layers cannot be moved during forward.
+        """
+        if tuple(int(part) for part in transformers_version.split(".")[:2]) < LOADING:
+            raise ImportError(
+                f"QLoRAKernelsConfig: transformers must be at least {LOADING[0]}.{LOADING[1]} for from_pretrained, got "
+                f"{transformers_version}; upgrade transformers, or load the dense model and call "
+                "qlora_kernels.replace_linear(model), or read an NF4 folder with "
+                "qlora_kernels.integrations.transformers.load_model(folder)"
+            )
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and places != {"cpu"}):
             raise ValueError(
@@ -124,6 +140,9 @@ class QLoRAKernelsQuantizer(HfQuantizer):
     def _converts_quantized(self, conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
             return False
+        if not hasattr(conversion, "copy"):  # before LOADING, patterns have no scopes
+            targets = [re.compile(pattern) for pattern in conversion.target_patterns]
+            return any(target.search(name) for target in targets for name in self.chosen)
         reverse = conversion.copy(
             list(conversion._original_target_patterns),
             list(conversion._original_source_patterns),
@@ -177,10 +196,10 @@ class QLoRAKernelsQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
             from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import PrefixChange
 
             mapping = get_model_conversion_mapping(model, add_legacy=False)
-            conversions = [c for c in mapping if not isinstance(c, PrefixChange)]
+            prefix_change = getattr(core_model_loading, "PrefixChange", ())  # transformers 5.6 and later
+            conversions = [c for c in mapping if not isinstance(c, prefix_change)]
         reading = [c for c in conversions if any(isinstance(op, ReadNF4) for op in getattr(c, "operations", ()))]
         return [c for c in conversions if c not in reading and not self._converts_quantized(c)]
 
@@ -248,6 +267,14 @@ class QuantizeNF4(ConversionOps):
         return rest
 
 
+class Unchanged(ConversionOps):
+    """The op that returns its tensors as they are."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return `input_dict`."""
+        return input_dict
+
+
 class ReadNF4(ConversionOps):
     """The op that makes a LinearNF4 of its tensors in a checkpoint; dense weights are returned unchanged."""
 
@@ -257,7 +284,7 @@ class ReadNF4(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         """Return the conversion for saving, which writes NF4 tensors unchanged."""
-        return _IdentityOp()
+        return Unchanged()
 
     def convert(
         self,

@@ -14,6 +14,7 @@ import qlora_kernels as qk
 
 transformers = pytest.importorskip("transformers")
 
+from qlora_kernels.integrations import quantizer  # noqa: E402
 from qlora_kernels.integrations.transformers import ModelError, QLoRAKernelsConfig, load_model  # noqa: E402
 
 from .tiny_models import build, logits, of_type  # noqa: E402
@@ -332,3 +333,18 @@ def test_weight_without_its_constants_raises(dense, tmp_path):
     save_file({n: t for n, t in tensors.items() if "q_proj.weight." not in n}, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="conversion of the weights"):
         AUTO.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_model_quantized_in_place_saves_and_loads_here(kind, tmp_path):
+    """`make compat` runs this with the oldest transformers, too."""
+    model = build(kind)
+    qk.replace_linear(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(model))
+
+
+def test_from_pretrained_names_the_transformers_it_needs(dense, monkeypatch):
+    monkeypatch.setattr(quantizer, "transformers_version", "5.9.1")
+    with pytest.raises(ImportError, match=r"transformers must be at least 5\.22 for from_pretrained, got 5\.9\.1"):
+        load(dense("llama"))

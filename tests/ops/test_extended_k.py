@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import roofline
 from qlora_kernels.backends.reference.codec import dequantize_nf4
 from qlora_kernels.backends.reference.linear_nf4 import dense
 from qlora_kernels.format import double_quant, reference
@@ -74,11 +73,6 @@ def test_factors_of_another_16_bit_dtype_are_rounded_once() -> None:
     both = torch.zeros(1, K + extended_k.COLUMNS, dtype=torch.float16)
     (y,) = extended_k.forward(both, torch.ones(1, 1, dtype=torch.float16), [weight], [None], lora, decode)
     assert y.tolist() == [[1.51171875] * 8]
-
-
-@pytest.mark.parametrize("capability", extended_k.WIDEST)
-def test_the_rule_is_what_the_model_says(capability: int) -> None:
-    assert extended_k.WIDEST[capability] == roofline.widest_extended_k(roofline.GPUS[capability])
 
 
 def test_forward_rule() -> None:
