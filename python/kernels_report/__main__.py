@@ -5,7 +5,7 @@
     python -m python.kernels_report --quick --archs 80 90 120           CI: the default configs
 
 Writes report.md and report.json to --out (out/kernels by default), which are not committed, and with --summary a
-committed page of at most 60 lines. The exit code is 1 if a gate is broken. The kernels are compiled, not run on a GPU.
+short committed page. The exit code is 1 if a gate is broken. The kernels are compiled, not run on a GPU.
 """
 
 from __future__ import annotations

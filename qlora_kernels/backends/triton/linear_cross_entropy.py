@@ -23,7 +23,8 @@ CHUNK_BYTES = 256 << 20
 """Bytes of a chunk's fp32 logits: 512 tokens of a vocabulary of 128k."""
 
 BLOCK = 4096
-NUM_WARPS = 8
+NUM_WARPS = 16
+"""With 8, two words are spilled on sm_100."""
 
 
 @triton.jit
