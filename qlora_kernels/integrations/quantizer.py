@@ -271,7 +271,7 @@ class Unchanged(ConversionOps):
     """The op that returns its tensors as they are."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return `input_dict`."""
+        """Return the tensors as they are, by name."""
         return input_dict
 
 

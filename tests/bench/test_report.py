@@ -114,10 +114,10 @@ def test_a_page_is_updated_between_its_marks(tmp_path):
     page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     report.main([str(rows), "--update", str(page)])
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n{report.ONE_MACHINE}\n\nNot measured on these machines yet: ")
+    assert text.startswith(f"before\n{report.BEGIN}\n\n{report.ONE_MACHINE}\n\nNot measured on these machines yet: ")
     assert "adamw_step (all contenders)" in text
     assert "\n\nMachine: a machine" in text
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.endswith(f"\n\n{report.END}\nafter\n")  # a table ends at an empty line
     assert "stale" not in text
 
 

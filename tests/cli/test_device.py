@@ -143,7 +143,7 @@ ALLOWED = {
     ("training/batches.py", "BatchOrder._permuted", "Generator"): "the order must not depend on the device",
     ("training/batches.py", "BatchOrder._permuted", "randperm"): "the order must not depend on the device",
     ("training/chunked_loss.py", "_runs_on_the_op", "is_cpu"): "the op's kernel was measured only on the CPU",
-    ("integrations/model_folders.py", "_quantized", "LinearNF4"): "load_model moves the whole model at its end",
+    ("integrations/nf4_folders.py", "WeightMaker._copied", "LinearNF4"): "load_model moves the whole model at its end",
     ("training/sharded_model.py", "gathered", "cpu"): "a checkpoint is written from CPU memory",
     ("cli/limits.py", "", "device"): "ids and labels of a step are in CPU memory",
     ("integrations/gguf_export.py", "_add", "to"): "a file is written from CPU memory",

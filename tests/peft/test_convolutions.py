@@ -157,7 +157,7 @@ def test_refusals():
         model.merge_adapter()
     with pytest.raises(NotImplementedError, match=r"init_lora_weights must be a bool or 'gaussian' .* got 'pissa'"):
         get_peft_model(convolution("conv2d")[0], config(qk.peft, init_lora_weights="pissa"))
-    with pytest.raises(TypeError, match=r"layer must be a linear layer or nn\.Embedding or nn\.Conv1d"):
+    with pytest.raises(TypeError, match=r"layer must be a linear layer, an nn\.Embedding or a convolution"):
         get_peft_model(Net(nn.ConvTranspose1d(4, 4, 3)), config(qk.peft))
 
 

@@ -223,5 +223,7 @@ def test_a_router_is_no_linear_layer():
     model = get_peft_model(Routed(), LoraConfig(target_modules="all-linear"))
     assert list(model.injector.adapted_layers()) == ["up"]
     model(torch.zeros(1, 8))
-    with pytest.raises(TypeError, match=r"router must be a linear layer or nn\.Embedding, got Router"):
+    with pytest.raises(
+        TypeError, match=r"router must be a linear layer, an nn\.Embedding or a convolution, got Router"
+    ):
         get_peft_model(Routed(), LoraConfig(target_modules=["router"]))

@@ -122,7 +122,9 @@ def test_no_match_error_names_nearest():
 
 
 def test_block_as_target_is_refused():
-    with pytest.raises(TypeError, match=r"self_attn must be a linear layer or nn.Embedding, got LlamaAttention"):
+    with pytest.raises(
+        TypeError, match=r"self_attn must be a linear layer, an nn\.Embedding or a convolution, got LlamaAttention"
+    ):
         get_peft_model(make("llama"), LoraConfig(target_modules=["self_attn"]))
 
 

@@ -92,8 +92,8 @@ def matched_layers(
             )
         served = is_linear(module) or (embeddings and is_embedding(module))
         if not served and not (convolutions and is_convolution(module)):
-            kinds = ["nn.Embedding"] * embeddings + ["nn.Conv1d, Conv2d or Conv3d"] * convolutions
-            wanted = " or ".join(["a linear layer", *kinds])
+            *first, last = ["a linear layer"] + ["an nn.Embedding"] * embeddings + ["a convolution"] * convolutions
+            wanted = f"{', '.join(first)} or {last}" if first else last
             raise TypeError(
                 f"target_modules: {name} must be {wanted}, got {type(module).__name__}; name the layers inside it"
             )
