@@ -9,9 +9,12 @@ wait for them.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -51,9 +54,10 @@ class AnsweringThread:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._left.set()
-        self._thread.join(5 * PERIOD)
+        with nullcontext() if kind is None else sigterm_ignored():
+            self._thread.join(5 * PERIOD)
 
     def _answer(self) -> None:
         while not self._left.wait(PERIOD):
@@ -65,6 +69,19 @@ class AnsweringThread:
                 return
             except RuntimeError:  # the process with the store has ended
                 return
+
+
+@contextmanager
+def sigterm_ignored() -> Iterator[None]:
+    """Ignore the SIGTERM by which torchrun ends all processes once one has died, while they name it and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Any = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def lost_ranks(store: Any, rank: int, world: int, grace: float) -> list[int]:

@@ -6,8 +6,6 @@ If a process dies or does not answer in time, the others end with an error that 
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .lost_workers import AnsweringThread, is_failed_collective, lost_ranks
+from .lost_workers import AnsweringThread, is_failed_collective, lost_ranks, sigterm_ignored
 
 T = TypeVar("T")
 
@@ -138,7 +136,7 @@ class Workers:
 
     def _who_is_lost(self, error: RuntimeError) -> str:
         try:
-            with _sigterm_ignored():
+            with sigterm_ignored():
                 lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
         except RuntimeError:  # the process with the store is lost
             lost = [0]
@@ -166,21 +164,8 @@ def joined(environment: dict[str, str], timeout: timedelta, device: torch.device
             yield workers
     finally:
         if joins:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError), sigterm_ignored():
                 dist.destroy_process_group()
-
-
-@contextmanager
-def _sigterm_ignored() -> Iterator[None]:
-    """Ignore the SIGTERM by which torchrun ends all processes once one has died, for as long as they name it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Any = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _store() -> Any:
