@@ -30,13 +30,8 @@ PICTURE = "![Final ranks of AdaLoRA by block and kind of layer](assets/adalora-r
 
 
 def cases(quick: bool) -> list[Row]:
-    """Return both methods seed by seed, so that an interrupted run can be judged."""
-    steps = sentiment.QUICK_STEPS if quick else sentiment.STEPS
-    return [
-        {"method": method, "seed": seed, "steps": steps}
-        for seed in ((0,) if quick else sentiment.SEEDS)
-        for method in METHODS
-    ]
+    """Return both methods, seed by seed."""
+    return sentiment.cases(METHODS, quick)
 
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:

@@ -41,13 +41,8 @@ DEFAULT_TOLERANCE = 2.0
 
 
 def cases(quick: bool) -> list[Row]:
-    """Return all methods seed by seed, so that an interrupted run can be judged."""
-    steps = sentiment.QUICK_STEPS if quick else sentiment.STEPS
-    return [
-        {"method": method, "seed": seed, "steps": steps}
-        for seed in ((0,) if quick else sentiment.SEEDS)
-        for method in METHODS
-    ]
+    """Return all methods, seed by seed."""
+    return sentiment.cases(METHODS, quick)
 
 
 def measure(chosen: Sequence[Row], quick: bool) -> Iterator[Row]:

@@ -5,7 +5,7 @@ Model, data, recipes and training loop are those of python/examples/compare_meth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import nn
 from python.examples import compare_methods as example
 from python.examples.compare_methods import Options, Recipe, Record
 from qlora_kernels import peft
+
+from ..row_file import Row
 
 STEPS, BATCH, LENGTH = 200, 8, 32
 """Training steps, reviews of a batch and tokens of a review that are read."""
@@ -33,6 +35,12 @@ METHOD = (
     f"{TESTS // len(SEEDS)} of {TESTS} test reviews, so that the spread includes the choice of the test reviews."
 )
 """How the accuracies are measured, for the page."""
+
+
+def cases(methods: Iterable[str], quick: bool) -> list[Row]:
+    """Return a case for each method and seed, seed by seed, so that an interrupted run can be judged."""
+    steps, seeds = (QUICK_STEPS, SEEDS[:1]) if quick else (STEPS, SEEDS)
+    return [{"method": method, "seed": seed, "steps": steps} for seed in seeds for method in methods]
 
 
 def fine_tune(recipe: Recipe, seed: int, quick: bool) -> tuple[peft.PeftModel, float]:
