@@ -112,14 +112,15 @@ def test_dora_equation():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
-def test_dora_as_one_call_equals_dora_after_the_base_layer(nf4, bias, monkeypatch):
-    linear = nn.Linear(64, 24, bias=bias)
-    base = qk.LinearNF4.from_linear(linear, compute_dtype=torch.float32) if nf4 else linear
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_as_one_call_equals_dora_after_the_base_layer(dtype, nf4, bias, monkeypatch):
+    linear = nn.Linear(64, 24, bias=bias, dtype=dtype)
+    base = qk.LinearNF4.from_linear(linear) if nf4 else linear
     model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"], r=4, use_dora=True))
     randomize(model)
     delta = model.injector.adapted_layers()["0"].deltas["default"]
     trained = [p for p in model.parameters() if p.requires_grad]
-    inputs = torch.randn(5, 64), torch.randn(5, 24)
+    inputs = torch.randn(5, 64, dtype=dtype), torch.randn(5, 24, dtype=dtype)
 
     def run():
         x = inputs[0].clone().requires_grad_()
@@ -129,7 +130,8 @@ def test_dora_as_one_call_equals_dora_after_the_base_layer(nf4, bias, monkeypatc
     one_call = run()
     monkeypatch.setattr(type(delta), "first_output", lambda *_: None)
     for ours, reference in zip(one_call, run(), strict=True):
-        assert_same_function(ours, reference, products=6, terms=64)
+        assert ours.dtype == reference.dtype
+        assert_same_function(ours, reference, products=6, terms=64, arithmetic=dtype)
 
 
 def test_row_norms_equal_those_of_the_product():
