@@ -47,6 +47,8 @@ FINE_TUNE = (
     "tests/integrations/test_quantizer.py::test_model_quantized_in_place_saves_and_loads_here",
 )
 TRITON_ARCHS = ("80", "90", "100", "120")
+TRITON_BETWEEN = ("3.7.1", "3.8.0")
+"""Versions of Triton between the oldest and the newest to try: the one of CI (Makefile), and the one of torch 2.14."""
 
 
 @dataclass(frozen=True)
@@ -266,8 +268,8 @@ def rows(bounds: dict[str, str]) -> tuple[Environment, ...]:
 
 
 def triton_requirements(bounds: dict[str, str]) -> tuple[str, ...]:
-    """Return the oldest version, the one that CI uses, and the newest."""
-    return (f"triton=={bounds['triton']}.0", "triton==3.7.1", "triton")
+    """Return the oldest version, those of TRITON_BETWEEN, and the newest."""
+    return (f"triton=={bounds['triton']}.0", *(f"triton=={version}" for version in TRITON_BETWEEN), "triton")
 
 
 def main() -> int:
