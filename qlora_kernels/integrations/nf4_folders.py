@@ -17,6 +17,7 @@ from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.module_tree import set_submodule
 from ..nn.quantized_weight import TENSORS
 from .model_structure import ModelError, ModelStructure, as_model_error, require_nothing
+from .quantized_modules import replace_parameter, use_plain_experts
 
 _WEIGHT = ".weight"
 
@@ -158,7 +159,7 @@ def load_parts(
             for name in weights.layers:
                 set_submodule(self, name, _awaiting(self, name))
             for name in weights.experts:
-                _put_experts(self, name, _AwaitingExperts())
+                replace_parameter(self, name, _AwaitingExperts())
 
     # transformers looks up conversions and other rules by the name of the class.
     WithoutQuantized.__name__, WithoutQuantized.__module__ = kind.__name__, kind.__module__
@@ -177,9 +178,9 @@ def load_parts(
     for name, state in weights.layers.items():
         set_submodule(model, name, make.linear(model.get_submodule(name), name, state))
     for name, buffers in weights.experts.items():
-        _put_experts(model, name, make.experts(name, buffers))
+        replace_parameter(model, name, make.experts(name, buffers))
     if make.config is not None:
-        from .quantizer import QLoRAKernelsQuantizer, use_plain_experts
+        from .quantizer import QLoRAKernelsQuantizer
 
         model.hf_quantizer = QLoRAKernelsQuantizer(make.config, pre_quantized=True)
         if weights.experts:
@@ -194,10 +195,3 @@ def _awaiting(model: nn.Module, name: str) -> _Awaiting:
         raise ModelError(f"{name}: the checkpoint holds this layer, the model does not") from error
     shape = (linear.nx, linear.nf) if hasattr(linear, "nx") else (linear.in_features, linear.out_features)
     return _Awaiting(*shape, linear.bias, type(linear) if is_conv1d(linear) else nn.Linear)
-
-
-def _put_experts(model: nn.Module, name: str, experts: nn.Module) -> None:
-    path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
-    delattr(owner, attribute)
-    setattr(owner, attribute, experts)

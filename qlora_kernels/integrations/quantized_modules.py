@@ -1,4 +1,4 @@
-"""NF4 layers of transformers models: lookup, dequantization in place, and state dicts under make_shardable."""
+"""NF4 layers of transformers models: lookup, replacement, and state dicts under make_shardable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ..nn.convert import is_plain_linear
 from ..nn.experts_nf4 import ExpertsNF4, is_expert_stack
-from ..nn.linear_nf4 import LinearNF4
+from ..nn.linear_nf4 import LinearNF4, is_conv1d
 from ..nn.module_tree import layers_of, move_hooks, set_submodule
 from ..nn.quantized_weight import is_sharded
+
+WEIGHT = "weight"
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -35,14 +37,42 @@ def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[Any, str]:
+    """Return (the module that has the parameter or module `name`, its name there)."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def is_linear_weight(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the weight of an nn.Linear or a Conv1D."""
+    owner, attribute = owner_of(model, name)
+    return attribute == WEIGHT and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+
+
+def replace_parameter(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    """Replace the parameter or module `name`, such as a stack of experts, by `value`."""
+    owner, attribute = owner_of(model, name)
+    delattr(owner, attribute)
+    setattr(owner, attribute, value)
+
+
+def use_plain_experts(model: nn.Module) -> None:
+    """Select transformers' loop over experts, which multiplies by the weight of one expert at a time.
+
+    ExpertsNF4 works in no other of its implementations.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"
+
+
 def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace the NF4 layers by dense layers in `dtype`; returns the model."""
     for name, module in quantized_modules(model).items():
         if isinstance(module, ExpertsNF4):
-            path, _, attribute = name.rpartition(".")
-            owner = model.get_submodule(path)
-            delattr(owner, attribute)
-            setattr(owner, attribute, nn.Parameter(module.dequantize(dtype=dtype), requires_grad=False))
+            stack = nn.Parameter(module.dequantize(dtype=dtype), requires_grad=False)
+            replace_parameter(model, name, stack)
             continue
         dense = cast(LinearNF4, module).to_linear(dtype)
         if dense.bias is not None:

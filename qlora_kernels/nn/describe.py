@@ -17,13 +17,13 @@ from torch import nn
 def describe_quantization(model: nn.Module) -> None:
     """Set the config of a transformers model to describe its NF4 layers; other modules are not changed."""
     if _is_of_transformers(model):
-        _integration("quantizer").describe(model)
+        _integration("model_description").describe(model)
 
 
 def write_description(model: nn.Module, folder: Path) -> None:
     """Write config.json and generation_config.json of a transformers model; nothing for other modules."""
     if _is_of_transformers(model):
-        _integration("quantizer").write_config(model, folder)
+        _integration("model_description").write_config(model, folder)
 
 
 def file_names_of(model: nn.Module, known: Collection[str], names: Collection[str]) -> dict[str, str]:
