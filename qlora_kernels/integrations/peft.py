@@ -22,6 +22,7 @@ from ..nn.describe import describe_quantization
 from ..nn.experts_nf4 import ExpertsNF4
 from ..nn.functional_use import read_but_never_called
 from ..nn.linear_nf4 import LinearNF4
+from ..nn.module_tree import has_hooks
 from ..peft.layers.base_layer import dense_weight, with_weight
 from ..peft.layers.lowrank import LoraFactors, forward_lowrank
 
@@ -139,8 +140,7 @@ class LoraLinearNF4(Linear):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in vars(layer)
+    return type(layer) is nn.Linear and not has_hooks(layer)
 
 
 class _OverLinearNF4:

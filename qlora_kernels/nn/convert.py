@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..format import nf4
 from .describe import describe_quantization
@@ -17,6 +18,8 @@ from .match import Pattern, check_names, is_skipped, matches, nearest
 from .module_tree import layers_of, move_hooks, set_submodule
 
 ALL_LINEAR = "all-linear"
+_NOT_AMONG_TARGETS = "not among targets"
+_IN_SKIP = "in skip"
 
 
 @dataclass
@@ -82,12 +85,14 @@ def replace_linear(
     modules = layers_of(model)
     linears, other_users = _linears_and_other_users(modules, report)
     if not callable(targets) and targets != ALL_LINEAR and not isinstance(targets, str):
-        known = [name for name, module in modules.items() if name in linears or isinstance(module, LinearNF4)]
+        known = [
+            name for name, module in modules.items() if isinstance(module, (nn.Linear, LinearNF4)) or name in linears
+        ]
         check_names("replace_linear: targets", targets, known, of="a linear layer")
     _check_skip("replace_linear", skip, modules)
     chosen = _chosen(linears, other_users, skip, targets, report)
     if not chosen:
-        raise ValueError(_nothing_matched(targets, skip, linears))
+        raise ValueError(_nothing_matched(targets, skip, linears, report))
     made: dict[int, LinearNF4] = {}  # by id of the replaced module
     by_weight: dict[int, LinearNF4] = {}
     for name, module in _with_progress(chosen.items(), len(chosen), progress):
@@ -96,6 +101,11 @@ def replace_linear(
             set_submodule(model, name, made[id(module)])
             report.replaced[name] = (0, 0)
             continue
+        if weight.is_meta and hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"replace_linear: {name}: its weight must be in memory, got one that accelerate has offloaded; load "
+                "the model without offloading, or in NF4 by QLoRAKernelsConfig"
+            )
         try:
             layer = LinearNF4.from_linear(
                 module, blocksize=blocksize, double_quant=double_quant, compute_dtype=compute_dtype
@@ -128,6 +138,13 @@ def _linears_and_other_users(
         if is_plain_linear(owner):
             linears[owner_name] = owner
             continue
+        if isinstance(owner, LazyModuleMixin) and cast(Any, owner).has_uninitialized_params():
+            raise ValueError(
+                f"replace_linear: {owner_name or 'model'} must have a weight, got an uninitialized "
+                f"{type(owner).__name__}; run the model once before it is quantized"
+            )
+        if isinstance(owner, nn.Linear):
+            report.skipped[owner_name] = f"{type(owner).__name__}, a subclass of nn.Linear, may compute something else"
         for child, parameter in owner.named_parameters(recurse=False):
             parameter_name = f"{owner_name}.{child}" if owner_name else child
             if is_expert_stack(owner, parameter) and id(parameter) not in other_users:
@@ -151,9 +168,9 @@ def _chosen(
     }
     for name, module in linears.items():
         if id(module) not in wanted_modules:
-            report.skipped[name] = "not among targets"
+            report.skipped[name] = _NOT_AMONG_TARGETS
         elif id(module) in kept_modules:
-            report.skipped[name] = "in skip"
+            report.skipped[name] = _IN_SKIP
         elif module._parameters.get("weight") is None:
             report.skipped[name] = "its weight is not a parameter; a hook such as weight_norm computes it"
         elif id(module.weight) in other_users:
@@ -213,7 +230,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     return kind is nn.modules.linear.NonDynamicallyQuantizableLinear or is_nn_linear(module) or is_conv1d(module)
 
 
-def _nothing_matched(targets: Pattern, skip: Pattern, linears: dict[str, nn.Module]) -> str:
+def _nothing_matched(targets: Pattern, skip: Pattern, linears: Mapping[str, nn.Module], report: ReplaceReport) -> str:
+    kept = {name: why for name, why in report.skipped.items() if why not in (_NOT_AMONG_TARGETS, _IN_SKIP)}
+    if kept:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
+        return f"replace_linear: targets must match a linear layer that can be replaced, got {targets!r}; {reasons}"
     if not linears:
         return "replace_linear: model must contain nn.Linear layers, got none"
     if callable(targets):

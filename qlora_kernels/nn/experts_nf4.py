@@ -15,7 +15,7 @@ from ..format.quant_state import QuantState, n_blocks
 from ..ops.dequantize_nf4 import dequantize_nf4
 from ..ops.linear_nf4 import linear_nf4
 from ..ops.quantize_nf4 import quantize_nf4
-from .quantized_weight import CONSTANTS, TENSORS, QuantizedWeight
+from .quantized_weight import CONSTANTS, TENSORS, QuantizedWeight, assigns
 from .read_only import ReadOnlyTensor
 
 
@@ -208,7 +208,8 @@ class ExpertsNF4(QuantizedWeight):
             missing_keys += [prefix + name for name in missing]
             return
         try:
-            self._load_tensors(prefix, {name: found.get(name) for name in TENSORS})
+            values = {name: found.get(name) for name in TENSORS}
+            self._load_tensors(prefix, values, assign=assigns(local_metadata))
         except ValueError as error:
             error_msgs.append(str(error))
 
@@ -220,8 +221,14 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 
 def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether `parameter` is an [experts, out, in] weight; three-dimensional weights of convolutions are not."""
-    return parameter.dim() == 3 and parameter.is_floating_point() and not isinstance(owner, nn.modules.conv._ConvNd)
+    """Whether `parameter` is an [experts, out, in] weight of two or more experts.
+
+    Other three-dimensional parameters are weights of convolutions and nn.Bilinear, and embeddings that broadcast over
+    the batch, as the class token and the positions of a vision transformer, [1, tokens, hidden].
+    """
+    if parameter.dim() != 3 or not parameter.is_floating_point() or parameter.shape[0] < 2:
+        return False
+    return not isinstance(owner, (nn.modules.conv._ConvNd, nn.Bilinear))
 
 
 class ExpertWeight:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.gated_mlp import GatedMLP, gated_mlp
 from ..ops.glu import glu
-from .fused_module import FusedModule, is_watched, served
+from .fused_module import FusedModule, served
+from .module_tree import has_hooks
 from .plain_projection import plain_projections
 
 _ACTIVATIONS = {
@@ -38,7 +39,7 @@ class FusedMLP(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = activation_of(self.act_fn)
-        if activation is None or is_watched(self.act_fn):
+        if activation is None or has_hooks(self.act_fn):
             return cast(Tensor, super().forward(x))
         projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj) if served(x) else None
         if projections is not None:

@@ -57,17 +57,6 @@ def served(*tensors: Tensor) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks or a forward set on the instance take part in a call of `module`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def all_are_watched() -> bool:
     """Whether hooks are registered for the calls of all modules."""
     return bool(

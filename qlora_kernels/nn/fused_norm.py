@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..ops.rms_norm import rms_norm
-from .fused_module import FusedModule, is_watched, served
+from .fused_module import FusedModule, served
+from .module_tree import has_hooks
 
 
 class FusedRMSNorm(FusedModule):
@@ -93,7 +94,7 @@ def _added_and_normalized(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple
     """Return (norm(residual + x), residual + x), in one op if the norm is fused and has no hooks."""
     if (
         isinstance(norm, FusedRMSNorm)
-        and not is_watched(norm)
+        and not has_hooks(norm)
         and served(x, residual, norm.weight)
         and x.dtype == residual.dtype
         and x.shape == residual.shape

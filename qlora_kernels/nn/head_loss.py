@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from ..format.quant_state import FLOAT_DTYPES, QuantState
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.registry import unavailable
-from .fused_module import is_watched
 from .linear_nf4 import LinearNF4
 from .made_class import MadeClass
+from .module_tree import has_hooks
 
 CHUNK = 256
 """Number of tokens for which a head that is called has its logits in memory."""
@@ -41,7 +41,7 @@ class HeadOperands(NamedTuple):
 
 def serves_head(head: nn.Module, vocabulary: int) -> bool:
     """Whether `head_loss` computes the loss of this head. vocabulary: the number of logits that the model expects."""
-    if getattr(head, "out_features", None) != vocabulary or any(is_watched(module) for module in head.modules()):
+    if getattr(head, "out_features", None) != vocabulary or any(has_hooks(module) for module in head.modules()):
         return False
     if head_operands(head) is None and not _is_tokenwise(head):
         return False

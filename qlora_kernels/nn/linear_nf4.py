@@ -17,7 +17,7 @@ from ..ops.linear_nf4_lora import seed_for
 from ..ops.linear_nf4_lora_group import call_group
 from ..ops.operands import GroupLoRA, LoRA, MultiLoRA, Weight
 from ..ops.quantize_nf4 import quantize_nf4
-from .quantized_weight import CONSTANTS, QuantizedWeight
+from .quantized_weight import CONSTANTS, QuantizedWeight, assigns
 from .read_only import ReadOnlyTensor
 
 
@@ -245,16 +245,23 @@ class LinearNF4(QuantizedWeight):
         return Weight._make((*self._tensors(), self.blocksize, self.out_features, self.in_features))
 
     def _product_input(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
-        """Return (x in the dtype of the product, the dtype of the result). Raises ValueError for another K.
+        """Return (x in the dtype of the product, the dtype of the result).
 
         Casts are skipped where the dtype is already right, because a call of `.to` takes a microsecond.
+        Raises TypeError unless x is a tensor of floats, and ValueError for another K.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"LinearNF4: x must be a tensor, got {type(x).__name__}")
         check_last_dim("LinearNF4", "x", x, self.in_features, "in_features")
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # is_autocast_enabled rejects the meta device
             compute = result = torch.get_autocast_dtype(x.device.type)
         else:
             compute, result = self.compute_dtype or x.dtype, x.dtype
-        return x if x.dtype == compute else x.to(compute), result
+        if x.dtype == compute:
+            return x, result
+        if not x.is_floating_point():  # y would be cast back to integers, or lose its imaginary part
+            raise TypeError(f"LinearNF4: x must be of a floating-point dtype, got {x.dtype}; cast it with x.to(dtype)")
+        return x.to(compute), result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self._save_rest(destination, prefix, keep_vars):
@@ -281,13 +288,13 @@ class LinearNF4(QuantizedWeight):
             missing_keys.append(name)
             return
         try:
-            self._load_weight(name, state_dict[name], found)
+            self._load_weight(name, state_dict[name], found, assign=assigns(local_metadata))
         except (ValueError, TypeError) as error:
             error_msgs.append(str(error))
 
-    def _load_weight(self, name: str, weight: Tensor, found: dict[str, Tensor]) -> None:
+    def _load_weight(self, name: str, weight: Tensor, found: dict[str, Tensor], *, assign: bool) -> None:
         shape = (self.out_features, self.in_features)
-        device = self.stored_device
+        device = self._device_of_loaded(name, weight, assign=assign)
         if not found and weight.is_floating_point():
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name}: dense weight must have shape {shape}, got {tuple(weight.shape)}")
@@ -299,10 +306,11 @@ class LinearNF4(QuantizedWeight):
         packed = weight.reshape(-1).view(torch.uint8).reshape(-1, 1)
         if packed.numel() != (state.numel + 1) // 2:
             raise ValueError(f"{name}: must hold {(state.numel + 1) // 2} packed bytes, got {packed.numel()}")
-        copies = [None if t is None else t.detach().clone() for t in state.to(device).constants]
-        self.set_weight(
-            packed.detach().to(device, copy=True), QuantState(state.shape, state.dtype, state.blocksize, *copies)
-        )
+        state = state.to(device)
+        if not assign:
+            copies = [None if t is None else t.detach().clone() for t in state.constants]
+            state = QuantState(state.shape, state.dtype, state.blocksize, *copies)
+        self.set_weight(packed.detach().to(device, copy=not assign), state)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -90,6 +90,20 @@ _HOOKS = (
 )
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether a call of one of the modules runs its hooks or a replaced forward."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
+
+
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Move the forward and backward hooks of `source` to `target`, which replaces it in the model.
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..ops.lora_projection import Projection
 from ..ops.operands import LoRA
-from .fused_module import all_are_watched, is_watched
+from .fused_module import all_are_watched
 from .linear_nf4 import LinearNF4
+from .module_tree import has_hooks
 
 
 def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None:
@@ -31,7 +32,7 @@ def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None
 
 
 def _plain_projection(module: nn.Module, dtype: torch.dtype) -> Projection | None:
-    if is_watched(module):
+    if has_hooks(module):
         return None
     base, update, dropout_p = module, None, 0.0
     if hasattr(module, "low_rank_form"):  # an adapted layer of qlora_kernels.peft
@@ -39,7 +40,7 @@ def _plain_projection(module: nn.Module, dtype: torch.dtype) -> Projection | Non
         if form is None:
             return None
         base, update, dropout_p = form
-        if is_watched(base):
+        if has_hooks(base):
             return None
     if type(base) is not LinearNF4 or base.compute_dtype not in (None, dtype) or base.merge_on_decode:
         return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,11 @@ def cut_as(like: Any, whole: Tensor) -> Any:
     if whole.shape != like.shape:
         raise ValueError(f"a sharded tensor must keep its shape, {tuple(like.shape)}, got {tuple(whole.shape)}")
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def assigns(local_metadata: Mapping[str, Any]) -> bool:
+    """Whether load_state_dict was called with assign=True; nn.Module passes this in the metadata of each module."""
+    return bool(local_metadata.get("assign_to_params_buffers", False))
 
 
 class QuantizedWeight(nn.Module):
@@ -227,7 +232,7 @@ class QuantizedWeight(nn.Module):
                 return
             self._load_rest(state_dict, set(flat), prefix, *report)
             values = {name: self._from_flat(name, state_dict.get(prefix + name + _FLAT)) for name in TENSORS}
-            self._load_tensors(prefix, values)
+            self._load_tensors(prefix, values, assign=assigns(local_metadata))
         except (ValueError, RuntimeError) as error:
             error_msgs.append(f"{prefix}: {error}")
 
@@ -245,15 +250,34 @@ class QuantizedWeight(nn.Module):
         missing: list[str] = report[0]
         missing[:] = [key for key in missing if key not in own]
 
-    def _load_tensors(self, prefix: str, values: Mapping[str, Tensor | None]) -> None:
-        """Copy a weight in the module's own format. Raises ValueError for another kind of constants or size."""
+    def _load_tensors(self, prefix: str, values: Mapping[str, Tensor | None], *, assign: bool) -> None:
+        """Copy, or with `assign` take, a weight in the module's own format.
+
+        Raises ValueError for another kind of constants or size.
+        """
         for name in TENSORS:
             sizes = [None if t is None else t.numel() for t in (values[name], self._stored(name))]
             if sizes[0] != sizes[1]:
                 raise ValueError(f"{prefix}{name} must have {sizes[1]} elements, got {sizes[0]}")
-        device = self.stored_device
-        copies = {name: None if t is None else t.detach().to(device, copy=True) for name, t in values.items()}
-        self._set_tensors(copies, persistent=not {*TENSORS} & self._non_persistent_buffers_set)
+        packed = cast(Tensor, values["packed"])
+        device = self._device_of_loaded(prefix + "packed", packed, assign=assign)
+        loaded = {n: None if t is None else t.detach().to(device, copy=not assign) for n, t in values.items()}
+        self._set_tensors(loaded, persistent=not {*TENSORS} & self._non_persistent_buffers_set)
+
+    def _device_of_loaded(self, name: str, loaded: Tensor, *, assign: bool) -> torch.device:
+        """Return the device for a weight of a state dict: that of `loaded` with `assign`, otherwise the module's.
+
+        Warns, as nn.Module does, if the weight of a checkpoint would be copied to the meta device, and so be lost.
+        """
+        if assign:
+            return loaded.device
+        if self.stored_device.type == "meta" and not loaded.is_meta:
+            warnings.warn(
+                f"for {name}: copying from a non-meta tensor of the checkpoint to a meta tensor of the module has no "
+                "effect; pass assign=True to load_state_dict, or call to_empty first",
+                stacklevel=2,
+            )
+        return self.stored_device
 
     def _stored(self, name: str) -> Tensor | None:
         stored = self._buffers.get(name)

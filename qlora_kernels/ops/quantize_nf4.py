@@ -52,7 +52,8 @@ def quantize_nf4(
     w: fp32, bf16 or fp16, any shape and layout, flattened row-major.   blocksize: elements per absmax.
     double_quant: store the constants in 8 bits (4.127 bits per weight instead of 4.5 at blocks of 64).
     nonfinite: "raise", or "zero" to quantize inf and NaN as zeros.
-    Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable.
+    Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable. A w on the
+    meta device gives shapes and dtypes.
     Raises TypeError for other dtypes; ValueError for a bad blocksize, with nonfinite="raise" for inf or NaN, and with
     double_quant for finite weights so large (about 1e38) that their constants' mean overflows.
     Source: QLoRA (arXiv:2305.14314) section 3; format/nf4.py is the specification.
@@ -64,20 +65,8 @@ def quantize_nf4(
         w = torch.nan_to_num(w, nan=0.0, posinf=0.0, neginf=0.0)
     op = torch.ops.qlora_kernels.quantize_nf4_double if double_quant else torch.ops.qlora_kernels.quantize_nf4
     packed, absmax, *second_level = op(w, blocksize=blocksize)
-    # Magnitudes cannot cancel, so that any sum of them shows a non-finite one; a sum of finite ones may overflow,
-    # however.
-    total = second_level[-1] if double_quant else absmax.sum()
-    if nonfinite == "raise" and not math.isfinite(total.item()) and not torch.isfinite(absmax).all():
-        bad = int((~torch.isfinite(absmax)).sum())
-        raise ValueError(
-            f"quantize_nf4: w must be finite, got inf or NaN in {bad} of {absmax.numel()} blocks; "
-            'clean the weight or pass nonfinite="zero"'
-        )
-    if double_quant and not total.item() * absmax.numel() < _LARGEST_SUM:
-        raise ValueError(
-            f"quantize_nf4: w must be small enough that the largest magnitudes of its {absmax.numel()} blocks sum to "
-            "less than 3.4e38, since double quantization subtracts their mean; scale w or pass double_quant=False"
-        )
+    if not w.is_meta:  # which has shapes and no values
+        _check_magnitudes(absmax, second_level[-1] if double_quant else None, nonfinite)
     packed = packed.unsqueeze(1)
     if not double_quant:
         return packed, QuantState(w.shape, w.dtype, blocksize, absmax=absmax)
@@ -91,6 +80,27 @@ def quantize_nf4(
         absmax_offset=absmax_offset,
     )
     return packed, state
+
+
+def _check_magnitudes(absmax: Tensor, mean: Tensor | None, nonfinite: Nonfinite) -> None:
+    """Raise ValueError for constants that are not finite, or too large for double quantization.
+
+    absmax: fp32 [n_blocks].   mean: fp32 [], their mean, with double quantization.
+    """
+    # Magnitudes cannot cancel, so that any sum of them shows a non-finite one; a sum of finite ones may overflow,
+    # however.
+    total = (absmax.sum() if mean is None else mean).item()
+    if nonfinite == "raise" and not math.isfinite(total) and not torch.isfinite(absmax).all():
+        bad = int((~torch.isfinite(absmax)).sum())
+        raise ValueError(
+            f"quantize_nf4: w must be finite, got inf or NaN in {bad} of {absmax.numel()} blocks; "
+            'clean the weight or pass nonfinite="zero"'
+        )
+    if mean is not None and not total * absmax.numel() < _LARGEST_SUM:
+        raise ValueError(
+            f"quantize_nf4: w must be small enough that the largest magnitudes of its {absmax.numel()} blocks sum to "
+            "less than 3.4e38, since double quantization subtracts their mean; scale w or pass double_quant=False"
+        )
 
 
 @implement("qlora_kernels::quantize_nf4")

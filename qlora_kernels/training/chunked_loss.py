@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.module_tree import has_hooks
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.registry import unavailable
 from .batches import Batch
@@ -107,7 +108,7 @@ def _runs_on_the_op(head: nn.Module, hidden: Tensor) -> bool:
     """Whether linear_cross_entropy computes this head and loss, on tensors for which its CPU kernel was measured."""
     return (
         type(head) is nn.Linear
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
+        and not has_hooks(head)
         and not any(p.requires_grad for p in head.parameters())
         and type(head.weight) is nn.Parameter
         and hidden.is_cpu

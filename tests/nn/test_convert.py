@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -184,3 +185,58 @@ def test_report_names_unmovable_attributes():
     assert "lost: a forward that was set on the layer itself" in str(report)
     assert "a hook such as weight_norm computes it" in report.skipped["layers.1.q_proj"]
     assert type(model.layers[1].q_proj) is nn.Linear
+
+
+def test_subclasses_are_kept_with_a_reason():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"doubled": Doubled(64, 64), "plain": nn.Linear(64, 64)})
+    report = qk.replace_linear(model)
+    assert names_of(model) == {"plain"}
+    assert "Doubled, a subclass of nn.Linear" in report.skipped["doubled"]
+    with pytest.raises(ValueError, match=r"doubled: Doubled, a subclass of nn\.Linear"):
+        qk.replace_linear(model, targets=["doubled"])
+
+
+def test_uninitialized_layers_are_refused():
+    with pytest.raises(ValueError, match=r"replace_linear: 1 must have a weight, got an uninitialized LazyLinear"):
+        qk.replace_linear(nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(8)))
+
+
+def test_three_dimensional_parameters_that_are_no_experts():
+    """A class token [1, 1, H] and the weight of nn.Bilinear are neither reported nor replaced as stacks of experts."""
+    model = Model()
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 64))
+    model.bilinear = nn.Bilinear(4, 4, 4)
+    assert not {"cls_token", "bilinear.weight"} & qk.replace_linear(model).skipped.keys()
+    with pytest.raises(ValueError, match="must contain"):
+        qk.replace_experts(model)
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["from NF4", "from dense"])
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double", "absmax"])
+def test_a_model_on_the_meta_device_takes_a_checkpoint(quantized, double_quant):
+    dense = Model()
+    filled = copy.deepcopy(dense)
+    qk.replace_linear(filled, double_quant=double_quant)
+    with torch.device("meta"):
+        model = Model()
+    report = qk.replace_linear(model, double_quant=double_quant)
+    assert report.bytes_after == sum(m.quant_state.nbytes for m in filled.modules() if isinstance(m, qk.LinearNF4))
+    with pytest.warns(UserWarning, match="for weight: copying from a non-meta tensor"):
+        model.layers[0].q_proj.load_state_dict({"weight": dense.layers[0].q_proj.weight}, strict=False)
+    model.load_state_dict((filled if quantized else dense).state_dict(), assign=True)
+    for name in EVERY:
+        layer, expected = model.get_submodule(name), filled.get_submodule(name)
+        assert torch.equal(layer.dequantize(), expected.dequantize())
+        assert torch.equal(layer(torch.ones(1, 64)), expected(torch.ones(1, 64)))
+
+
+def test_offloaded_weights_are_refused():
+    model = Model()
+    model.layers.to("meta")
+    model.layers[0].q_proj._hf_hook = object()  # as accelerate sets it
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj: its weight must be in memory"):
+        qk.replace_linear(model)

@@ -268,3 +268,14 @@ def test_to_linear_is_the_reverse_of_from_linear(kind):
     assert not dense.weight.requires_grad
     assert not dense.training
     assert layer.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x", [torch.ones(2, 96, dtype=torch.int64), torch.ones(2, 96, dtype=torch.complex64), [1.0]])
+def test_refuses_inputs_that_are_no_floats(compute_dtype, x):
+    """With a compute_dtype or under autocast, a cast would round y to integers or drop its imaginary part."""
+    layer = qk.LinearNF4.from_linear(dense(), compute_dtype=compute_dtype)
+    with pytest.raises(TypeError, match="x must be"):
+        layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="x must be"):
+        layer(x)

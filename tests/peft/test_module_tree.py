@@ -11,6 +11,7 @@ from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
+from qlora_kernels.peft.layers.fused_projections import fuse_shared_input
 from qlora_kernels.training.chunked_loss import ChunkedLoss
 from tests.peft.cases import CASES, build
 from tests.peft.models import batch, logits, make, randomize
@@ -125,6 +126,32 @@ def test_hooks_on_the_factors_fire():
     assert_same_function(logits(model, batch("llama")), expected)
     assert len(seen) == 4
     assert "hooks watch" in model.explain()["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("options", ["alone", "rows", "fuse_shared_input"])
+def test_hooks_of_a_quantized_layer_act_below_its_adapters(options, use_dora):
+    """A hook on the layer below the adapters changes the output to which the updates are added."""
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, use_dora=use_dora)
+    model = get_peft_model(make("llama", nf4=True), config).eval()
+    calls = {"adapter_names": ["default"] * len(batch("llama")["input_ids"])} if options == "rows" else {}
+    if options == "fuse_shared_input":
+        fuse_shared_input(model)
+    layer = model.base_model.model.layers[0].self_attn.k_proj
+    handle = layer.base_layer.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+    outputs = []
+    layer.register_forward_hook(lambda module, args, y: outputs.append((args[0], y)))
+    with torch.no_grad():
+        model(**batch("llama"), **calls)
+        x, y = outputs[0]
+        expected = layer.deltas["default"](x, torch.zeros_like(y), layer.base_layer, layer.base_layer.bias)
+    assert_same_function(y, expected)
+    assert "hooks watch" in model.explain()["model.layers.0.self_attn.k_proj"] or use_dora
+    handle.remove()
+    with torch.no_grad():
+        model(**batch("llama"), **calls)
+    assert not torch.allclose(outputs[1][1], y)
 
 
 @pytest.mark.parametrize("how", ["lora", "modules_to_save"])

@@ -20,17 +20,3 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
             kept: Tensor = hook.weights_map[name].to(hook.execution_device)
             return kept
     return tensor
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules runs hooks or a replaced forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return True
-    return False

@@ -95,7 +95,7 @@ class Injector:
             if isinstance(module, ExpertsNF4):
                 found.append(name)
             leaves = module.named_parameters(prefix=name, recurse=False)
-            found += [path for path, leaf in leaves if is_expert_stack(module, leaf) and leaf.shape[0] > 1]
+            found += [path for path, leaf in leaves if is_expert_stack(module, leaf)]
         return found
 
     def module(self, path: str) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ...nn.module_tree import has_hooks
 from ..core.adapter_selection import AdapterSelection
 from ..core.adapter_tree import AdapterModules
 from .base_layer import dense_weight, features, stores_transposed, with_weight
@@ -280,7 +281,7 @@ class AdaptedLinear(nn.Module):
         """Return (the active low-rank updates as one, its dropout) if they run as one call of forward_lora, otherwise
         None.
         """
-        if self.merged_layer is not None or self.selection.state.rows is not None:
+        if self.merged_layer is not None or self.selection.state.rows is not None or has_hooks(self.base_layer):
             return None
         chosen = self._chosen().values()
         factors = [delta.factors() for delta in chosen]
@@ -333,6 +334,8 @@ class AdaptedLinear(nn.Module):
             return "merged: one layer runs" if self.merged_layer is not None else "no adapter is active here"
         if not hasattr(self.base_layer, "forward_lora"):
             return f"{type(self.base_layer).__name__} offers no forward_lora"
+        if has_hooks(self.base_layer):
+            return "hooks watch the layer"
         others = sorted({type(d).__name__ for d in chosen if d.factors() is None})
         if others:
             return f"{', '.join(others)} is not a plain low-rank update, or hooks watch its layers"

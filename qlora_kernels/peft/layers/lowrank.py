@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.module_tree import has_hooks
+
 LoraFactors = tuple[Tensor, Tensor, float]
 """(lora_A [r, K], lora_B [N, r], scaling)."""
 
@@ -15,10 +17,12 @@ LoraFactors = tuple[Tensor, Tensor, float]
 def forward_lowrank(
     base: nn.Module, x: Tensor, updates: Sequence[LoraFactors], *, dropout_p: float, owner: Tensor | None = None
 ) -> Tensor:
-    """Return base(x) plus the updates, by one fused call if the base supports it.
+    """Return base(x) plus the updates, by one fused call if the base supports it and has no hooks.
 
     x [B, ..., K]. owner: int64 [B], the index of the update of each row, -1 for none; None = every row gets all.
     """
+    if has_hooks(base):  # they run, and may change y, only if the layer is called
+        return add_lowrank(x, base(x), updates, dropout_p=dropout_p, owner=owner)
     if owner is None and hasattr(base, "forward_lora"):
         lora_A, lora_B, scaling = updates[0] if len(updates) == 1 else concatenated(updates)
         return base.forward_lora(x, lora_A, lora_B, scaling, dropout_p)  # type: ignore[no-any-return, operator]

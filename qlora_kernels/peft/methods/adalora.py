@@ -13,9 +13,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ...nn.module_tree import has_hooks
 from ...nn.quantized_weight import cut_as, is_sharded
 from ..core.config import PeftConfig
-from ..core.offloaded import has_hooks, weight_of
+from ..core.offloaded import weight_of
 from ..core.sharded import full_tensor
 from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod

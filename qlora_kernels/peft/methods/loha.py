@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.offloaded import has_hooks, weight_of
+from ...nn.module_tree import has_hooks
+from ..core.offloaded import weight_of
 from ..framework.registry import register_method
 from ..layers.base_layer import device_of, features
 from ..layers.lowrank import LoraFactors

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.offloaded import has_hooks, weight_of
+from ...nn.module_tree import has_hooks
+from ..core.offloaded import weight_of
 from ..layers.adapted_linear import Delta
 from ..layers.base_layer import dense_weight, device_of, features
 from ..layers.lowrank import forward_lowrank

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.offloaded import has_hooks, weight_of
+from ...nn.module_tree import has_hooks
+from ..core.offloaded import weight_of
 from ..framework.injector import Injector
 from ..layers.adapted_linear import AdaptedLinear, Delta
 from ..layers.lowrank import LoraFactors, add_lowrank

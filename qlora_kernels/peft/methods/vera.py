@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...nn.module_tree import has_hooks
 from ..core.config import PeftConfig
-from ..core.offloaded import has_hooks, weight_of
+from ..core.offloaded import weight_of
 from ..framework.linear_method import LinearMethod
 from ..framework.method import PROMPT_PREFIX, load_into, tensors_by_path
 from ..framework.registry import register_method
