@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from . import headlines
 from .machine import ROOT
 from .markdown import replace_marked, table
 from .row_file import Row, read_rows, write_rows
@@ -24,9 +25,6 @@ FIDELITY = ROOT / "bench" / "results" / "fidelity.jsonl"
 
 CAUSES = "docs/notebook/missed-targets.md"
 """The page with one heading for each missed target and the measured cause below it."""
-
-ONE_MACHINE = "All rows are of one machine: no table says how the contenders compare on a CPU of another kind."
-"""First line of a page whose rows are of one machine."""
 
 UNITS = {"read": "GB/s", "copy": "GB/s", "bf16": "GFLOP/s", "fma": "GFLOP/s"}
 
@@ -72,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_rows(options.merge, rows)
     text = report(rows)
     if options.update:
-        machines = {row["machine"] for row in rows if "machine" in row}
-        notes = ["" if len(machines) > 1 else ONE_MACHINE, without_rows(rows)]
-        replace_marked(options.update, BEGIN, END, "\n\n".join(filter(None, [*notes, text])))
+        replace_marked(options.update, headlines.BEGIN, END, headlines.headlines(rows))
+        replace_marked(options.update, headlines.BEGIN_AHEAD, END, headlines.peers_ahead(rows))
+        replace_marked(options.update, BEGIN, END, "\n\n".join(filter(None, [without_rows(rows), text])))
     else:
-        print(text)
+        print("\n\n".join(filter(None, [headlines.headlines(rows), text])))
     if options.pictures:
         from .pictures import draw  # matplotlib, which nothing else needs
 
@@ -137,7 +135,7 @@ def _median_row(group: Sequence[Row]) -> Row:
 
 
 def report(rows: Sequence[Row], *, targets: bool = True) -> str:
-    """Return the full report in Markdown: one machine after the other, because their numbers do not compare."""
+    """Return the tables of all rows in Markdown, one machine after the other; `headlines` has them side by side."""
     machines = list(dict.fromkeys(row["machine"] for row in rows if "machine" in row))
     if len(machines) > 1:
         return "\n\n".join(report([row for row in rows if row["machine"] == of], targets=targets) for of in machines)
@@ -193,7 +191,7 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
         return ""
     shown = table(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
     missed = any(verdict.status == "missed" for verdict in verdicts)
-    explained = [f"Why targets are missed: `{CAUSES}`."] if missed else []
+    explained = [f"Why targets are missed: [{CAUSES}]({CAUSES.removeprefix('docs/')})."] if missed else []
     return "\n\n".join(["### Targets", shown, *explained])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import headlines, report
 from bench.row_file import read_rows, write_rows
 from bench.targets import TARGETS, judge
 
@@ -111,14 +111,66 @@ def test_tables_compare_ours_with_each_peer():
 def test_a_page_is_updated_between_its_marks(tmp_path):
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     rows.write_text(json.dumps(ROW) + "\n")
-    page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    begins = (headlines.BEGIN, headlines.BEGIN_AHEAD, report.BEGIN)
+    page.write_text("before\n" + "".join(f"{begin}\nstale\n{report.END}\n" for begin in begins) + "after\n")
     report.main([str(rows), "--update", str(page)])
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n\n{report.ONE_MACHINE}\n\nNot measured on these machines yet: ")
+    assert text.startswith(f"before\n{headlines.BEGIN}\n\n| measured ")
+    assert f"{headlines.ONE_MACHINE}\n\n{report.END}\n{headlines.BEGIN_AHEAD}\n" in text
+    assert f"{report.BEGIN}\n\nNot measured on these machines yet: " in text
     assert "adamw_step (all contenders)" in text
     assert "\n\nMachine: a machine" in text
     assert text.endswith(f"\n\n{report.END}\nafter\n")  # a table ends at an empty line
     assert "stale" not in text
+
+
+def columns(text, line):
+    """Return the cells of the first table line that starts with `line`."""
+    return [cell.strip() for cell in next(x for x in text.splitlines() if x.startswith(f"| {line}")).split("|")[1:-1]]
+
+
+def test_headlines_of_two_machines_stand_side_by_side():
+    other = {**ROW, "machine": "another machine", "isa": "amx_bf16", "speedup": {"bnb eval": 1.2, "dense": 0.8}}
+    text = headlines.headlines([ROW, {**ROW, "op": "linear_nf4_lora"}, other])
+    assert columns(text, "measured") == [
+        *("measured", "peer", "a machine (avx512_bf16)", "another machine (amx_bf16)", "ours is ahead on")
+    ]
+    first, second = (line for line in text.splitlines() if line.startswith("| linear layer, 1 token"))
+    assert columns(first, "")[1:] == ["bnb eval", "1.40x (0.2 ms)", "1.20x (0.2 ms)", "all"]
+    assert columns(second, "")[1:] == ["dense", "3.00x (0.2 ms)", "0.80x (0.2 ms)", "a machine only"]
+    assert headlines.ONE_MACHINE not in text
+
+
+def test_headlines_name_what_one_of_two_machines_lacks():
+    other = {**ROW, "machine": "another machine", "speedup": {"dense": 0.9}}
+    text = headlines.headlines([ROW, other])
+    assert columns(text, "linear layer")[2:] == ["1.40x (0.2 ms)", "not measured", "a machine; no other was measured"]
+    assert headlines.headlines([{**ROW, "speedup": {}}]) == ""
+    assert headlines.headlines([ROW]).endswith(headlines.ONE_MACHINE)
+
+
+def test_memory_of_headlines_is_the_peers_over_ours():
+    row = {**ROW, "op": "train_step", "case": headlines.LARGE, "contender": "ours, fused", "speedup": {}}
+    text = headlines.headlines([{**row, "peak_bytes": 3.2e9, "memory_ratio": {"bnb + PEFT": 0.8}}])
+    assert columns(text, "peak memory")[1:] == ["bnb + PEFT", "1.25x (3.20 GB)"]
+
+
+def test_every_headline_has_a_committed_row():
+    rows = [row for path in RESULTS for row in read_rows(path)]
+    found = {headline: headline.of(rows) for headline in headlines.HEADLINES}
+    for headline, row in found.items():
+        assert row is not None, headline
+        assert set(headline.peers) <= row[headline.field].keys(), headline
+
+
+def test_cases_that_peers_win_are_listed():
+    slow = {**ROW, "case": "576x576 M2 bf16", "speedup": {"bnb eval": 0.9, "dense": 1.5}}
+    forced = {**ROW, "forced_isa": "portable", "speedup": {"dense": 0.1}}
+    assert columns(headlines.peers_ahead([ROW, slow, forced]), "linear_nf4") == [
+        *("linear_nf4", "ours", "bnb eval", "1 of 2", "0.90x", "576x576 M2 bf16 cold")
+    ]
+    assert headlines.peers_ahead([ROW, forced]) == ""
+    assert "| another machine |" in headlines.peers_ahead([ROW, slow, {**slow, "machine": "another machine"}])
 
 
 def test_report_includes_state_bytes():
