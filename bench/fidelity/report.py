@@ -27,13 +27,17 @@ def report(rows: Sequence[Row], results: str) -> str:
 
 
 def _verdicts(findings: dict[str, Sequence[Finding]]) -> str:
-    """Return the summary table: one line per statement, with the command that measures its claim."""
+    """Return the summary table: one line per statement, with the command that measures its claim.
+
+    The element around it is for docs/assets/site.css: the statements are long sentences.
+    """
     lines = [
-        [finding.statement, _link(finding.paper), finding.verdict, f"`python -m bench.fidelity {name}`"]
+        [finding.statement, finding.verdict, _link(finding.paper), f"`python -m bench.fidelity {name}`"]
         for name, of in findings.items()
         for finding in of
     ]
-    return table(["statement", "paper", "verdict", "command"], lines)
+    shown = table(["statement", "verdict", "paper", "command"], lines)
+    return f'<div class="sentences" markdown>\n\n{shown}\n\n</div>'
 
 
 def _link(paper: str) -> str:

@@ -68,9 +68,11 @@ def heading(title: str, rows: list[Row], broken: list[str], quick: list[int]) ->
         *(["", f"Triton for {quick_names}: only the default bf16 configs were compiled (--quick)."] * bool(quick)),
         "",
         "Gates:",
+        "",
         *(f"- {promise}: {sum(concerns(r) for r in rows)} rows" for promise, concerns, _ in GATES),
         "",
         f"Broken: {'none' if not broken else ''}",
+        *[""] * bool(broken),
         *(f"- {line}" for line in broken),
         "",
     ]

@@ -1,4 +1,4 @@
-"""Relative links of all pages lead to files that exist, and their anchors to headings; rows of tables are complete."""
+"""Links of all pages lead to files and headings that exist; rows of tables are complete; lists are lists."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def test_rows_of_tables_are_complete(page):
 
 def test_a_row_on_two_lines_is_found():
     assert broken_rows("| a | b |\n|---|---|\n| 1 | two\nlines |\n\ntext\n") == ["| 1 | two", "lines |"]
+
+
+def glued_lists(text: str) -> list[str]:
+    """Return the first items of lists that follow a paragraph without an empty line, which the site would not show."""
+    found = re.findall(r"^(?![-*#|>\s]|\d+\. ).*\n((?:[-*]|\d+\.) .*)$", without_code(f"\n{text}"), flags=re.MULTILINE)
+    inside = re.findall(r"^(?:[-*]|\d+\.) .*(?:\n(?!\n).*)*", without_code(text), flags=re.MULTILINE)
+    return [item for item in found if not any(item in block.splitlines()[1:] for block in inside)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lists_begin_after_an_empty_line(page):
+    assert glued_lists(page.read_text()) == []
+
+
+def test_a_list_that_is_glued_to_a_paragraph_is_found():
+    assert glued_lists("Gates:\n- one\n- two\n") == ["- one"]
+    assert glued_lists("## Heading\n- one\n- two\n  more\n- three\n\ntext\n\n1. four\n") == []
 
 
 def test_every_page_is_in_the_menu_of_the_site():
