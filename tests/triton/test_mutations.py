@@ -123,7 +123,7 @@ MUTATIONS = [
     ("lora_grads", "row_m[:, None] * stride_copy", "row_m[:, None] * N", "extended"),
     ("dequantize_nf4", "((o_column // K).to(tl.int64) * gap)", "(o_column * 0)", "rows of 448"),
     ("dequantize_nf4", "column %= K", "column %= gap", "rows of 448"),
-    ("dequantize_nf4", "tl.where(o_column >= K, gap, 0)", "tl.where(o_column > K, gap, 0)", "rows of 1088"),
+    ("dequantize_nf4", "(o_column >= K)[:, None]", "(o_column > K)[:, None]", "rows of 1088"),
     ("dequantize_nf4", "column -= tl.where(column >= K, K, 0)", "column -= 0", "rows of 1088"),
     ("lora_up", "acc *= scaling", "acc *= 1.0", "decode"),
     ("lora_up", "acc += base", "acc += 0.0", "decode"),

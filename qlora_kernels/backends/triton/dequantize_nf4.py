@@ -140,7 +140,9 @@ def decode_run(
             o_column = column + o_row * ROW_VALUES
             column += ROWS * ROW_VALUES
             if LONG_ROWS:
-                p_tile += tl.where(o_column >= K, gap, 0)[:, None]
+                # A choice between two pointers: Triton 3.8 finds no alignment in a choice between gap and 0, and then
+                # stores two bytes at a time.
+                p_tile = tl.where((o_column >= K)[:, None], p_tile + gap, p_tile)
                 p_w += tl.where(column >= K, gap, 0)
                 column -= tl.where(column >= K, K, 0)
             else:
