@@ -52,9 +52,11 @@ def fake(qualname: str, takes: Takes = ()) -> Callable[[Function], Function]:
 
 
 def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
-    """Return `function` for callers that pass the fields of its bundles side by side, as a schema lists them."""
-    if not takes:
-        return function
+    """Return `function` for callers that pass the fields of its bundles side by side, as a schema lists them.
+
+    It runs without autocast, which would change the dtypes of torch's products inside an op: the dtype of an op's
+    result is that of its arguments, and layers cast x before they call one.
+    """
     parts: list[tuple[Any, Any]] = []
     start = 0
     for kind in takes:
@@ -65,7 +67,11 @@ def spread(function: Callable[..., Any], takes: Takes) -> Callable[..., Any]:
     new = tuple.__new__  # _make would count the fields again, which the schema has done
 
     def flat(*args: Any, **keywords: Any) -> Any:
-        return function(*[new(kind, args[at]) if kind else args[at] for kind, at in parts], **keywords)
+        bundled = [new(kind, args[at]) if kind else args[at] for kind, at in parts] if parts else args
+        if _is_any_autocast_enabled():
+            with torch._C._DisableAutocast():
+                return function(*bundled, **keywords)
+        return function(*bundled, **keywords)
 
     return flat
 
@@ -183,6 +189,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 _any_requires_grad = torch._C._any_requires_grad
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 
 _autograd_kernels = torch.library.Library("qlora_kernels", "IMPL")
