@@ -21,7 +21,7 @@ from ..peft import PeftConfig
 from .arguments import UsageError
 
 SECONDS = 2.0
-"""Seconds for all names of a model; ordinary patterns take microseconds for each."""
+"""Seconds of CPU time for all names of a model; ordinary patterns take microseconds for each."""
 
 
 def check_patterns(config: PeftConfig, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ def _patterns(config: PeftConfig) -> Iterator[tuple[str, str, Callable[[str], An
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside the block after the limit.
+    """Raise TimeoutError inside the block when it has used this much CPU time, which is independent of other programs.
 
     Only the main thread on POSIX systems can be interrupted; elsewhere there is no limit.
     """
@@ -68,10 +68,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def expire(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

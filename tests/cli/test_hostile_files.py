@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +107,7 @@ from qlora_kernels.cli import model_source
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 def wait(*arguments, **options):
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 model_source.quantize_with_bar = wait
 from qlora_kernels.cli import main
 sys.exit(main(["quantize", *sys.argv[1:]]))
@@ -120,11 +119,9 @@ sys.exit(main(["quantize", *sys.argv[1:]]))
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout.readline() == b"waiting\n"
     assert list(scratch.iterdir())
-    started = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)  # a watchdog, half of what `wait` sleeps
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
-    assert time.monotonic() - started < 20
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
     assert not list(scratch.iterdir())
