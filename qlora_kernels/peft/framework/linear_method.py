@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...nn.linear_nf4 import is_conv1d
 from ..attention.torch_attention import SplitAttention
 from ..core.config import PeftConfig
-from ..layers.adapted_linear import Delta
+from ..layers.delta import Delta
 from .injector import Injector
 from .method import Method, tensors_by_path
 from .targets import TargetConfig, called_instead, check_target_names, is_all_linear, matched_layers, matched_parameters

@@ -23,8 +23,8 @@ from ..framework.linear_method import LinearMethod
 from ..framework.method import FILE_PREFIX
 from ..framework.registry import register_method
 from ..framework.targets import check_pattern_names, matched_layers
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 from ..layers.lowrank import add_lowrank
 from .rank_allocator import TRIPLET_DIM, BudgetSchedule, RankAllocator, Triplets
 

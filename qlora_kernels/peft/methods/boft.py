@@ -16,8 +16,8 @@ from ..core.offloaded import weight_of
 from ..framework.linear_method import LinearMethod
 from ..framework.method import tensors_by_path
 from ..framework.registry import register_method
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 from .rotation import cayley, drop_blocks, rotate_blocks
 
 

@@ -19,8 +19,8 @@ from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
 from ..framework.registry import register_method
 from ..framework.targets import is_all_linear
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 
 # PEFT's defaults of (target_modules, feedforward_modules) -> the model types that they are for.
 _DEFAULTS: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {

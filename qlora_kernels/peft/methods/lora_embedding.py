@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.offloaded import weight_of
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import dense_weight, device_of, embedding_scale, features
+from ..layers.delta import Delta
 from .lora_config import LoraConfig
 from .lora_layers import Dora
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...nn.module_tree import has_hooks
 from ..core.offloaded import weight_of
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import dense_weight, device_of, features
+from ..layers.delta import Delta
 from ..layers.lowrank import forward_lowrank
 from .lora_config import LoraConfig
 

@@ -15,7 +15,7 @@ from ..core.config import PeftConfig
 from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
 from ..framework.targets import check_pattern_names, pattern_value
-from ..layers.adapted_linear import Delta
+from ..layers.delta import Delta
 
 
 @dataclass(frozen=True, kw_only=True)

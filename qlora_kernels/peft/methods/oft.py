@@ -17,8 +17,8 @@ from ..core.config import PeftConfig
 from ..core.offloaded import weight_of
 from ..framework.linear_method import LinearMethod
 from ..framework.registry import register_method
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 from .rotation import cayley, cayley_neumann, drop_blocks, rotate_blocks
 
 

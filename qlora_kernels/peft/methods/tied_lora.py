@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...nn.module_tree import has_hooks
 from ..core.offloaded import weight_of
 from ..framework.injector import Injector
-from ..layers.adapted_linear import AdaptedLinear, Delta
+from ..layers.adapted_linear import AdaptedLinear
+from ..layers.delta import Delta
 from ..layers.lowrank import LoraFactors, add_lowrank
 
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")

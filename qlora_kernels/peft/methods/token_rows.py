@@ -18,8 +18,9 @@ from ..core.offloaded import weight_of
 from ..framework.injector import Injector
 from ..framework.method import Method
 from ..framework.ties import paths_of_tied
-from ..layers.adapted_linear import Delta, base_of
+from ..layers.adapted_linear import base_of
 from ..layers.base_layer import dense_weight, device_of, embedding_scale, is_embedding, is_linear, is_quantized
+from ..layers.delta import Delta
 
 
 class TokenRows(Delta):

@@ -19,8 +19,8 @@ from ..framework.composite import Composite
 from ..framework.injector import Injector
 from ..framework.linear_method import LinearMethod
 from ..framework.registry import register_method
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 from ..layers.gate import Gate, padding_of
 from .adapter import Adapter, AdapterConfig
 from .lora_config import LoraConfig

@@ -18,8 +18,8 @@ from ..core.offloaded import weight_of
 from ..framework.linear_method import LinearMethod
 from ..framework.method import PROMPT_PREFIX, load_into, tensors_by_path
 from ..framework.registry import register_method
-from ..layers.adapted_linear import Delta
 from ..layers.base_layer import device_of, features
+from ..layers.delta import Delta
 from ..layers.lowrank import LoraFactors, add_lowrank
 
 PROJECTIONS = ("vera_A", "vera_B")
