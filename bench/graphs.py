@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qlora_kernels.rounding import cdiv
+
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20
@@ -25,7 +27,7 @@ class Graphed:
     """Calls captured as one CUDA graph; a call replays all of them. `count`: the number of calls."""
 
     def __init__(self, calls: Sequence[Call], warm_ups: int = 2) -> None:
-        repeats = -(-FEWEST_CALLS // len(calls))
+        repeats = cdiv(FEWEST_CALLS, len(calls))
         self.count = repeats * len(calls)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -70,4 +72,4 @@ def flush_buffer(bytes_: int = FLUSH_BYTES) -> torch.Tensor:
 def copies_beyond_l2(bytes_: int, most: int = 32) -> int:
     """Return the number of operands of `bytes_` that together exceed twice the L2 cache."""
     l2: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return max(1, min(most, -(-2 * l2 // max(1, bytes_))))
+    return max(1, min(most, cdiv(2 * l2, max(1, bytes_))))

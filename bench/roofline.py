@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_kernels.rounding import cdiv
+
 N = K = 4096
 WEIGHTS = N * K
 PACKED, CODED = 0.516, 2.516
@@ -95,7 +97,7 @@ def decoded_us(gpu: GPU, M: int) -> float:
 def fused_us(gpu: GPU, M: int) -> float:
     """Return the time in microseconds of the fused tensor-core kernel, which decodes each weight once per 64 rows."""
     rows = next((rows for rows in GEMM if rows >= M), 64)
-    tiles = -(-M // rows)
+    tiles = cdiv(M, rows)
     moved = PACKED * WEIGHTS + 2.0 * M * (N + K)
     flops = 2.0 * tiles * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s)
     return max(moved / gpu.bytes_per_s, tiles * GEMM[rows] * WEIGHTS / gpu.issues_per_s, flops) * 1e6 + FUSED_ENDS
@@ -116,7 +118,7 @@ def pairs_us(gpu: GPU, M: int) -> float:
         from_l2 / gpu.l2_bytes_per_s,
         PAIRS[rows] * WEIGHTS / gpu.issues_per_s,
         # A multiprocessor issues 128 lane-instructions a clock and moves one wavefront of 128 bytes to or from L1.
-        -(-rows // 32) * pair_wavefronts(min(rows, 32)) / 2048 * WEIGHTS * 128 / gpu.issues_per_s,
+        cdiv(rows, 32) * pair_wavefronts(min(rows, 32)) / 2048 * WEIGHTS * 128 / gpu.issues_per_s,
         2.0 * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s),
     )
     return max(seconds) * 1e6 + PAIRS_ENDS

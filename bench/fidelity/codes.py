@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qlora_kernels as qk
 from qlora_kernels.format import nf4
+from qlora_kernels.rounding import cdiv
 
 
 def _signed(*magnitudes: float) -> tuple[float, ...]:
@@ -64,7 +65,7 @@ def rounded(w: Tensor, kind: str, blocksize: int) -> Tensor:
 def _nearest(w: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """Return indices int64 [n] and absmax fp32 [blocks], by the rules of format/nf4.py."""
     code = torch.tensor(CODES[kind], dtype=torch.float32)
-    blocks = -(-w.numel() // blocksize)
+    blocks = cdiv(w.numel(), blocksize)
     padded = torch.zeros(blocks * blocksize)
     padded[: w.numel()] = w.reshape(-1).float()
     padded = padded.view(blocks, blocksize)

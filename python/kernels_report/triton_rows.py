@@ -40,6 +40,7 @@ from qlora_kernels.ops.glu import ACTIVATIONS
 from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
 from qlora_kernels.ops.output_head import Head
 from qlora_kernels.ops.registry import Problem
+from qlora_kernels.rounding import cdiv
 
 from .mock_gpu import Compiled, compiling_for
 from .row import Row, occupancy
@@ -81,7 +82,7 @@ def weight(double_quant: bool = True, blocksize: int = BLOCKSIZE) -> Weight:
     packed, blocks = meta(N * K // 2, dtype=torch.uint8), N * K // blocksize
     if not double_quant:
         return Weight(packed, meta(blocks), None, None, None, blocksize, N, K)
-    nested = meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta()
+    nested = meta(blocks, dtype=torch.uint8), meta(cdiv(blocks, 256)), meta()
     return Weight(packed, None, *nested, blocksize, N, K)
 
 

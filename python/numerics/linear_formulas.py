@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kernels.rounding import cdiv
+
 from .tolerances import Expected, assert_within, cpu_depth, exactly, product, unit_roundoff
 
 PAIR_TABLE_ROUNDOFFS = 0.46
@@ -77,7 +79,7 @@ class Arithmetic:
         """
         depth = a.value.shape[-1] + beside
         if self.cpu and not (self.dtype == torch.bfloat16 and _bf16_pairs()):
-            depth = cpu_depth(a.value.shape[-1]) + -(-beside // 512)  # dots.h adds whole pieces of the other product
+            depth = cpu_depth(a.value.shape[-1]) + cdiv(beside, 512)  # dots.h adds whole pieces of the other product
         return self.partial(product(a, b, depth))
 
     def partial(self, result: Expected) -> Expected:

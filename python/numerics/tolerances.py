@@ -46,6 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kernels.rounding import cdiv
+
 CONFIDENCE = 8.0
 """t above: the number of standard deviations of accumulated rounding errors in a bound."""
 
@@ -146,8 +148,8 @@ def cpu_depth(length: int) -> int:
     portable code, more elsewhere) its part of a piece of at most 4096 terms, adds the lanes in two steps, and then the
     pieces, of at least 512 terms. bf16 operands on AVX512-BF16 are summed in one chain instead.
     """
-    panels = 32 + -(-length // 32)
-    dots = -(-min(length, 4096) // 4) + 2 + -(-length // 512)
+    panels = 32 + cdiv(length, 32)
+    dots = cdiv(min(length, 4096), 4) + 2 + cdiv(length, 512)
     return min(length, max(panels, dots))
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..rounding import cdiv
 from .arguments import Subparsers, UsageError, add_command, bad_input, names, not_negative, positive
 from .console import Console
 from .model_options import add_adapter, add_base
@@ -101,7 +102,7 @@ def _perplexity(
         check_positions(max(len(example.input_ids) for example in examples), base, "--seq-len")
         pad = tokenizer.pad_token_id
         pad = pad if pad is not None and pad < embedding_rows(base) else 0
-        batches = -(-len(examples) // arguments.batch)
+        batches = cdiv(len(examples), arguments.batch)
         path = Path(arguments.model)
         with as_model_error(path, "must be a model that can be run"), console.bar(batches, "eval", "batch") as bar:
             measured = perplexity(ChunkedLoss(model), examples, arguments.batch, pad, bar.update)

@@ -27,6 +27,7 @@ from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
 from ..peft import PromptTuningConfig, PTuningConfig
 from ..peft.framework import checkpoint
+from ..rounding import cdiv
 from ..training import (
     ChunkedLoss,
     Corpus,
@@ -371,7 +372,7 @@ class _Finetune:
         batch = self.options.micro_batch or self.options.batch
         with (
             self.console.stage("evaluate"),
-            self.console.bar(-(-len(self.unseen) // batch), name, "batch") as bar,
+            self.console.bar(cdiv(len(self.unseen), batch), name, "batch") as bar,
             bad_input(),
             as_model_error(Path(self.options.model), "must be a model that can be run", (LostWorkerError,)),
             self.workers.naming_the_lost(),

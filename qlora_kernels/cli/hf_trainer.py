@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..rounding import cdiv
 from ..training import BatchOrder, ChunkedLoss, Example, Interrupted, StepRecord, TrainConfig, Workers, collate
 from ..training.batches import Batch
 from ..training.schedule import factor
@@ -32,9 +33,9 @@ class _MicroBatches(Dataset[Batch]):
     ) -> None:
         self.examples, self.config, self.pad_token_id, self.workers = examples, config, pad_token_id, workers
         self.order = BatchOrder(len(examples), config.batch_size, config.seed)
-        most = -(-config.batch_size // self.workers.world)
+        most = cdiv(config.batch_size, self.workers.world)
         self.size = config.micro_batch or most
-        self.of_step = -(-most // self.size)
+        self.of_step = cdiv(most, self.size)
 
     def __len__(self) -> int:
         return self.config.steps * self.of_step

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..rounding import cdiv
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -32,17 +34,17 @@ class Rows:
         return self.nbytes * self._part(world) * world
 
     def _part(self, world: int) -> int:
-        return -(-self.count // world)
+        return cdiv(self.count, world)
 
 
 def nf4_rows(out_features: int, in_features: int, *, blocksize: int = 64, double_quant: bool = True) -> list[Rows]:
     """Return the parameters of a LinearNF4 under make_shardable, without its bias."""
     numel = out_features * in_features
-    blocks = -(-numel // blocksize)
+    blocks = cdiv(numel, blocksize)
     packed = Rows((numel + 1) // 2, 1)
     if not double_quant:
         return [packed, Rows(blocks, 4)]
-    return [packed, Rows(blocks, 1), Rows(-(-blocks // 256), 4), Rows(1, 4)]
+    return [packed, Rows(blocks, 1), Rows(cdiv(blocks, 256), 4), Rows(1, 4)]
 
 
 def dense_rows(out_features: int, in_features: int, *, itemsize: int = 2) -> list[Rows]:

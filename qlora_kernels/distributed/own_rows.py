@@ -15,6 +15,7 @@ from ..io.safetensors_reader import open_safetensors
 from ..io.safetensors_writer import DTYPE_NAMES
 from ..io.streaming import shards_of
 from ..nn.quantized_weight import is_sharded
+from ..rounding import cdiv
 
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
@@ -92,7 +93,7 @@ class RowsOfFiles:
             return
         start = _own_range(target)[0].start * (local.nbytes // local.shape[0])
         size = _ITEM_BYTES[kind]
-        first, last = start // size, -(-(start + local.nbytes) // size)
+        first, last = start // size, cdiv(start + local.nbytes, size)
         pieces = [piece.reshape(-1) for piece in _elements(stored, shape, first, last)] if shape else []
         part = self._counted(torch.cat(pieces) if pieces else file.get_tensor(key).reshape(1))
         if part.is_floating_point() and dtype is not None and not part.isfinite().all():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rounding import cdiv
 from .double_quant import dynamic_boundaries, dynamic_map
 from .nf4 import SMALLEST_ABSMAX
 
@@ -30,7 +31,7 @@ def quantize_blockwise(x: Tensor, *, signed: bool, absmax: Tensor | None = None)
     magnitude is negative may not be, because the signed map has no -1.
     """
     n = x.numel()
-    blocks = -(-n // STATE_BLOCKSIZE)
+    blocks = cdiv(n, STATE_BLOCKSIZE)
     padded = torch.zeros(blocks * STATE_BLOCKSIZE, dtype=torch.float32, device=x.device)
     padded[:n] = x.reshape(-1)
     padded = padded.view(blocks, STATE_BLOCKSIZE)

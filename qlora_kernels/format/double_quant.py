@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..rounding import cdiv
 from .nf4 import SMALLEST_ABSMAX
 
 NESTED_BLOCKSIZE = 256
@@ -83,7 +84,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tenso
     if offset is None:
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     n = absmax.numel()
-    blocks = -(-n // NESTED_BLOCKSIZE)
+    blocks = cdiv(n, NESTED_BLOCKSIZE)
     centred = torch.zeros(blocks * NESTED_BLOCKSIZE, dtype=torch.float32, device=absmax.device)
     centred[:n] = absmax.reshape(-1) - offset
     centred = centred.view(blocks, NESTED_BLOCKSIZE)

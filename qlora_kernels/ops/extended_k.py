@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..rounding import round_up
 from .operands import GroupLoRA, LoRA, Weight
 
 COLUMNS = 16
@@ -63,7 +64,7 @@ def backward_obstacle(K: int, N: int, linears: int, dropout: bool, dtype: torch.
 
 def padded(r: int) -> int:
     """Return the number of columns that r columns take beside x, W or grad_y."""
-    return -(-r // COLUMNS) * COLUMNS
+    return round_up(r, COLUMNS)
 
 
 def operand(rows: Tensor, width: int, r: int) -> Tensor:

@@ -155,7 +155,7 @@ def planned_rows(M: int) -> int:
         return M
     if M <= 1024:
         step = 16 if M <= 64 else 64
-        return -(-M // step) * step
+        return (M + step - 1) // step * step  # inline, because each call of an op runs this
     return 1 << (M - 1).bit_length()
 
 

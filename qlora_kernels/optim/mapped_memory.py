@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..rounding import cdiv
 from .paging_plan import Chunk, plan_schedule
 from .state_memory import Update, segment_table
 
@@ -91,7 +92,7 @@ class MappedMemory:
         mincore = None if os.name == "nt" else getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
         if mincore is None:
             return None
-        pages = -(-len(self._map) // mmap.PAGESIZE)
+        pages = cdiv(len(self._map), mmap.PAGESIZE)
         resident = np.zeros(pages, dtype=np.uint8)
         pointers = ctypes.c_void_p(self.arena.data_ptr()), ctypes.c_size_t(len(self._map))
         if mincore(*pointers, ctypes.c_void_p(resident.ctypes.data)) != 0:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..ops.adamw_step import STATE_BLOCKSIZE, Segment
+from ..rounding import cdiv, round_up
 
 ALIGNMENT = 64
 """Alignment in bytes: a cache line and the widest vector load."""
@@ -48,7 +49,7 @@ class Slot:
         width, block = self.bits // 8, start // STATE_BLOCKSIZE
         spans = [(self.exp_avg + start * width, count * width), (self.exp_avg_sq + start * width, count * width)]
         if self.bits == 8:
-            nbytes = 4 * -(-count // STATE_BLOCKSIZE)
+            nbytes = 4 * cdiv(count, STATE_BLOCKSIZE)
             spans += [(self.exp_avg_absmax + 4 * block, nbytes), (self.exp_avg_sq_absmax + 4 * block, nbytes)]
         return spans
 
@@ -103,7 +104,7 @@ def plan_slots(numels: Sequence[int], state_bits: int, *, first_counter: int = 0
 
     for numel in numels:
         bits = 32 if numel < SMALLEST_8BIT else state_bits
-        blocks = -(-numel // STATE_BLOCKSIZE)
+        blocks = cdiv(numel, STATE_BLOCKSIZE)
         exp_avg, exp_avg_sq = take(numel * bits // 8), take(numel * bits // 8)
         absmax, sq_absmax = (take(4 * blocks), take(4 * blocks)) if bits == 8 else (-1, -1)
         slots.append(Slot(numel, bits, exp_avg, exp_avg_sq, absmax, sq_absmax, counter))
@@ -211,4 +212,4 @@ def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    return round_up(offset, ALIGNMENT)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 from ..ops.adamw_step import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
+from ..rounding import cdiv
 from .paging_plan import Slot
 from .parameter_rules import check_param
 from .shards import as_part_of, is_dtensor, local, local_grad, local_state
@@ -162,7 +163,7 @@ class StateArena:
             if value.numel() != param.numel() or not (packed or value.shape == param.shape):
                 got = f"{tuple(value.shape)} for a parameter of shape {tuple(param.shape)}"
                 raise ValueError(f"{where}: {name} must have its parameter's shape, got {got}")
-            absmax, blocks = saved.get(f"{name}_absmax"), -(-param.numel() // STATE_BLOCKSIZE)
+            absmax, blocks = saved.get(f"{name}_absmax"), cdiv(param.numel(), STATE_BLOCKSIZE)
             if packed and not (isinstance(absmax, Tensor) and value.dtype == torch.uint8):
                 raise ValueError(f"{where}: {name}_q must be uint8 and come with {name}_absmax, got {list(saved)}")
             if isinstance(absmax, Tensor) and absmax.numel() != blocks:

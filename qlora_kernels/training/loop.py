@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..peft import PeftModel
+from ..rounding import cdiv
 from .batches import Batch, BatchOrder, collate
 from .chunked_loss import ChunkedLoss
 from .run_state import RunState, run_identity, trained_parameters
@@ -123,13 +124,13 @@ def _step(
         group["lr"] = lr
     own = workers.share(chosen)
     sharded = is_sharded(loss.model)
-    most = -(-len(chosen) // workers.world)  # examples of the process that has the most
+    most = cdiv(len(chosen), workers.world)  # examples of the process that has the most
     size = config.micro_batch or max(most if sharded else len(own), 1)
     micro_batches = [collate(own[i : i + size], pad_token_id) for i in range(0, len(own), size)]
     tokens = sum(batch.input_ids.numel() for batch in micro_batches)
     if sharded:
         idle = idle_batch(collate(chosen[:1], pad_token_id))
-        micro_batches += [idle] * (-(-most // size) - len(micro_batches))
+        micro_batches += [idle] * (cdiv(most, size) - len(micro_batches))
     scale = _gradient_scale(loss.model, trained, micro_batches, workers)
     mean = _backward(loss, micro_batches, workers, scale)
     if not sharded:

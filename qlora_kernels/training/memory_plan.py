@@ -28,6 +28,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..rounding import cdiv
+
 CONTEXT_BYTES = 700_000_000
 """Bytes reserved on a GPU for the driver's context, the code of kernels and fragmentation of the allocator."""
 LOGITS_CHUNK = 256
@@ -173,7 +175,7 @@ class DecoderSizes:
         last += 8 + _FP32  # label and logarithm of the loss
         layers = self._of_layers(settings)
         if settings.checkpointing:
-            layers = item * self.hidden * self.layers + -(-layers // self.layers)
+            layers = item * self.hidden * self.layers + cdiv(layers, self.layers)
         return rotary + tokens * (last + layers)
 
     def _of_layers(self, settings: RunSettings) -> int:
@@ -206,11 +208,11 @@ def _norm(name: str, width: int, hidden: int, heads: int, config: Any) -> tuple[
 
 def _nf4_bytes(values: int, settings: RunSettings) -> int:
     """Return the bytes of a packed weight and its constants, as QuantState.nbytes counts them."""
-    blocks = -(-values // settings.blocksize)
-    packed = -(-values // 2)
+    blocks = cdiv(values, settings.blocksize)
+    packed = cdiv(values, 2)
     if not settings.double_quant:
         return packed + _FP32 * blocks
-    return packed + blocks + _FP32 * -(-blocks // _BLOCKS_PER_SCALE) + _FP32
+    return packed + blocks + _FP32 * cdiv(blocks, _BLOCKS_PER_SCALE) + _FP32
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...ops.registry import KernelPlan, Problem
+from ...rounding import cdiv
 
 
 class InstructionSet(NamedTuple):
@@ -84,5 +85,5 @@ def dots_limit(K: int) -> int:
 
 def evenly(count: int, limit: int) -> int:
     """Return the size of the largest part of `count` items, divided evenly into parts of at most `limit`."""
-    parts = -(-count // limit)
-    return -(-count // parts)
+    parts = cdiv(count, limit)
+    return cdiv(count, parts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...format.blockwise8 import STATE_BLOCKSIZE, dequantize_blockwise, quantize_blockwise
 from ...ops.adamw_step import Segment, Step
 from ...ops.philox import philox
+from ...rounding import cdiv
 
 
 def adamw_step(step: Step) -> None:
@@ -94,7 +95,7 @@ def _quantized(arena: Tensor, segment: Segment) -> tuple[tuple[Tensor, Tensor], 
     """Return (q, absmax) of exp_avg and of exp_avg_sq, as views of the arena."""
 
     def pair(q_offset: int, absmax_offset: int) -> tuple[Tensor, Tensor]:
-        absmax_bytes = 4 * -(-segment.numel // STATE_BLOCKSIZE)
+        absmax_bytes = 4 * cdiv(segment.numel, STATE_BLOCKSIZE)
         return (
             _view(arena, q_offset, segment.numel, torch.uint8),
             _view(arena, absmax_offset, absmax_bytes, torch.float32),

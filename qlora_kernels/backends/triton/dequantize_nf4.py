@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.operands import Weight
+from ...rounding import cdiv
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .planner import decoded_row
-from .sizes import cdiv
 
 NUM_WARPS = 4
 TILE_BYTES = 4 * 32 * NUM_WARPS

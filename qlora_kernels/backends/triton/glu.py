@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rounding import cdiv
 from .launch import launchable
-from .sizes import cdiv
 
 BLOCK = 1024
 NUM_WARPS = 4

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.output_head import Head
+from ...rounding import next_power_of_2
 from .launch import launchable
-from .sizes import next_power_of_2
 
 CHUNK_BYTES = 256 << 20
 """Bytes of a chunk's fp32 logits: 512 tokens of a vocabulary of 128k."""

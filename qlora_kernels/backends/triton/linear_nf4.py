@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...ops.operands import Weight
+from ...rounding import cdiv
 from .constants import absmax_pointers
 from .dequantize_nf4 import dequantize_nf4
 from .dropout import Dropout, dropout_of
@@ -29,7 +30,6 @@ from .linear_nf4_small_m import linear_nf4_small_m_kernel
 from .lora_up import lora_up
 from .partials import rank_tile
 from .planner import Plan, addition_reason, capability_for, plan_of
-from .sizes import cdiv
 
 GRAD_X_BLOCK_N = 64
 """Step along N of the grad_x kernel."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...ops import composed_merged_lora
 from ...ops.operands import LoRA, Weight
+from ...rounding import cdiv
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs, load_absmax
 from .dequantize_nf4 import dequantize_nf4
@@ -25,7 +26,6 @@ from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from .lora_down import lora_down
 from .lora_grads import lora_ds_grad_B, lora_grad_A
 from .partials import rank_tile
-from .sizes import cdiv
 
 BLOCK_N, BLOCK_K = 128, 64
 NUM_WARPS = 8

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.operands import MultiLoRA, Weight
+from ...rounding import cdiv
 from .dropout import Dropout, dropout_of, keep_tile
 from .launch import launchable
 from .linear_nf4 import backward, forward
 from .lora_down import block_k_of
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
 from .planner import capability_for
-from .sizes import cdiv
 
 BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS, NUM_STAGES = 4, 2

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rounding import cdiv
 from .dropout import Dropout, keep_tile
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
 from .planner import capability_for
-from .sizes import cdiv
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 2

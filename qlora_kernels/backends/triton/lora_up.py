@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rounding import cdiv
 from .dropout import Dropout, keep_tile
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .partials import rank_tile
-from .sizes import cdiv
 
 BLOCK_M, BLOCK_C = 32, 128
 NUM_WARPS = 4

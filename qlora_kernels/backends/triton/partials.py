@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rounding import cdiv, next_power_of_2
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
 from .planner import arch_for
-from .sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -52,8 +52,8 @@ def _sum_launch(kernel: Launchable, numel: int, parts: int, scale: float) -> Lau
 def split_count(steps: int, tiles: int, capability: int) -> tuple[int, int]:
     """Return (steps per split, splits) of a reduction of `steps` steps; tiles * splits fill the GPU about twice."""
     wanted = max(1, 2 * arch_for(capability).sm_count // tiles)
-    per_split = max(1, -(-steps // min(wanted, MAX_SPLITS)))
-    return per_split, -(-steps // per_split)
+    per_split = max(1, cdiv(steps, min(wanted, MAX_SPLITS)))
+    return per_split, cdiv(steps, per_split)
 
 
 def rank_tile(r: int, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ import torch
 from ...ops import extended_k, measured_plans
 from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
+from ...rounding import cdiv, round_up
 
 PATHS = ("small_m", "fused", "decode")
 """small_m: decoded into FMAs without tensor cores; forward of one or two rows. fused: decoded inside the matmul.
@@ -118,7 +119,7 @@ def small_m_plans(problem: Problem) -> list[Plan]:
     longer one spills on sm_120.
     """
     widths = (1024, 512) if problem.M == 1 else (512,)
-    block_k = min(widths, key=lambda width: -(-problem.K // width) * width)
+    block_k = min(widths, key=lambda width: round_up(problem.K, width))
     splits = [split for split in (1, 2, 4, 8, 16) if split == 1 or split * block_k <= problem.K]
     return [Plan("small_m", problem.M, 4, block_k, split, num_warps=1, num_stages=1) for split in splits]
 
@@ -148,17 +149,17 @@ def modelled_parts(problem: Problem, candidate: Plan, arch: Arch) -> dict[str, f
         0.0 if candidate.split_k == 1 else LAUNCH_S + 8.0 * candidate.split_k * M * across / (3 * arch.bytes_per_s)
     )
     if candidate.path == "small_m":
-        used = min(1.0, -(-N // block) * candidate.split_k / (SMALL_M_WARPS * arch.sm_count))
-        padded_k = -(-K // candidate.block_k) * candidate.block_k
+        used = min(1.0, cdiv(N, block) * candidate.split_k / (SMALL_M_WARPS * arch.sm_count))
+        padded_k = round_up(K, candidate.block_k)
         return {
             "decode": SMALL_M_INSTRUCTIONS[M] * N * padded_k / (issue_per_s * used),
             "tensor core": 0.0,
             "DRAM": (PACKED_BYTES * N * K + activations) / (arch.bytes_per_s * used),
             "overhead": LAUNCH_S + partial,
         }
-    tiles_m = -(-M // candidate.block_m)
-    programs = tiles_m * -(-across // block) * candidate.split_k
-    waves = -(-programs // arch.sm_count)
+    tiles_m = cdiv(M, candidate.block_m)
+    programs = tiles_m * cdiv(across, block) * candidate.split_k
+    waves = cdiv(programs, arch.sm_count)
     used = programs / (waves * arch.sm_count)
     padded = 2.0 * tiles_m * candidate.block_m * N * K
     return {

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...format import nf4
 from ...format.double_quant import NESTED_BLOCKSIZE, dynamic_map_values
+from ...rounding import cdiv
 from .constants import absmax_boundaries
 from .launch import launchable
-from .sizes import cdiv
 
 NUM_WARPS = 4
 SUM_VALUES = 4096

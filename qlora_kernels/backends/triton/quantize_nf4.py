@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...format import nf4
+from ...rounding import cdiv
 from .decode import INTERPRETED
 from .launch import launchable
-from .sizes import cdiv
 
 NUM_WARPS = 4
 PROGRAM_VALUES = 4096

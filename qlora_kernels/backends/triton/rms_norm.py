@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.rms_norm import y_dtype
+from ...rounding import next_power_of_2
 from .launch import launchable
 from .partials import sum_partials
-from .sizes import next_power_of_2
 
 MAX_PROGRAMS = 256
 """Programs of the backward pass, each with its own part of the weight's gradient; 1 MB of parts for 1024 columns."""

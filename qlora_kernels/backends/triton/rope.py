@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rounding import cdiv, next_power_of_2
 from .launch import launchable
-from .sizes import cdiv, next_power_of_2
 
 TILE = 2048
 """Pairs per program: 16 for each thread of four warps, in each half of a head."""
