@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -25,41 +24,32 @@ from ..io.atomic import file_appearing_by_rename, make_folder
 from ..io.json_file import read_json_object
 from ..io.locks import held_alone
 from ..io.streaming import folder_fingerprint
-from ..peft import PromptTuningConfig, PTuningConfig
 from ..peft.framework import checkpoint
 from ..rounding import cdiv
 from ..training import (
     ChunkedLoss,
-    Corpus,
-    Example,
     Interrupted,
     LostWorkerError,
-    Record,
     TextTokens,
     Workers,
-    encode_rows,
     is_dataset,
     joined,
     keeps_apart,
-    language_reference,
-    pack,
     perplexity,
-    read_data,
 )
 from ..training.run_state import fingerprint
 from .arguments import UsageError, bad_input
 from .console import Console, peak_device_bytes, peak_rss_bytes
+from .finetune_data import DataStage, check_limits, padding_id, virtual_tokens
 from .finetune_options import FinetuneOptions
 from .finetune_report import FinetuneReport, can_plot, write_loss_curve
 from .finetune_training import TrainingStage, check_no_other_run, has_checkpoints, shard
 from .fusion_gain import step_seconds
-from .generate import check_prompt, continuation
+from .generate import continuation
 from .interrupts import Interrupt, deferred
-from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows, max_positions
+from .limits import max_positions
 from .model_source import dense_folder, load_adapter, nf4_folder
-from .patterns import check_patterns
 from .recipes import write_recipe
-from .tokenizing import within_time
 from .trackers import check_trackers
 
 _PROMPT_TOKENS = 24
@@ -159,15 +149,15 @@ class _Finetune:
         nothing_to_resume = self.options.resume and not has_checkpoints(self.options.out)
         if nothing_to_resume and not (self.options.out / "report.json").exists():
             self._note_nothing_to_resume()
-        corpus = self._corpus()
+        data = DataStage(self.options, self.console, self.report, self._note)
+        corpus = data.read()
         dense = dense_folder(self.options.model, self.options.cache_folder, self.console)
         with bad_input():
             self.tokenizer = load_tokenizer(dense)
-            train_examples = self._encode("train", corpus.source, corpus.train)
-            train_examples = self._packed(train_examples)
-            unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen)
-            self.unseen = unseen[: self.options.eval_windows]
-            self._check_limits(model_outline(dense), [*train_examples, *self.unseen])
+            train_examples, self.unseen = data.examples(corpus, self.tokenizer)
+            outline, everything = model_outline(dense), [*train_examples, *self.unseen]
+            check_limits(self.options, self.adapter_config, self.tokenizer, outline, everything, self.device)
+            self.pad_token_id = padding_id(self.tokenizer, outline)
         self._set_steps(len(train_examples))
         self.console.say(f"{len(train_examples)} examples to train on, {len(self.unseen)} unseen")
         quantized = self._quantize(dense)
@@ -260,37 +250,9 @@ class _Finetune:
             return None
         return report if report.result_of() == self.report.result_of() else None
 
-    def _corpus(self) -> Corpus:
-        with bad_input():
-            if self.options.data == "builtin":
-                return language_reference()
-            corpus = read_data(self.options.data, self.options.unseen, self.options.split)
-        if corpus.unused:
-            self._note(f"keys of the data that are not used: {', '.join(corpus.unused)}")
-        if not corpus.unseen:
-            self._note("no data is kept unseen: no perplexity is measured, so the reloaded adapter is not compared")
-        return corpus
-
     def _note(self, note: str) -> None:
         self.report.notes.append(note)
         self.console.say(note)
-
-    def _encode(self, part: str, source: str, records: Sequence[Record]) -> list[Example]:
-        if not records:
-            return []
-        examples, rows = within_time(
-            lambda clock: encode_rows(source, clock.timed(records), self.tokenizer, self.options.seq_len)
-        )
-        self.report.rows[part] = rows
-        self.console.say(f"{part}: {rows}")
-        return examples
-
-    def _packed(self, examples: list[Example]) -> list[Example]:
-        if not self.options.packing:
-            return examples
-        windows = pack(examples, self.options.seq_len)
-        self._note(f"packed {len(examples):,} examples into {len(windows):,} windows")
-        return windows
 
     def _check_packing(self, model: nn.Module) -> None:
         if self.options.packing and not keeps_apart(model):
@@ -298,31 +260,6 @@ class _Finetune:
                 f"--packing: {type(model).__name__} must keep packed examples apart by their position ids, and does "
                 "not; leave --packing out"
             )
-
-    def _check_limits(self, model: nn.Module, examples: Sequence[Example]) -> None:
-        """Check before any computation whether `model`, which is on the meta device, supports the examples."""
-        options = self.options
-        longest = max(len(example.input_ids) for example in examples)
-        check_token_ids(max(int(example.input_ids.max()) for example in examples), self.tokenizer, model)
-        check_positions(longest + self._virtual_tokens, model, "--seq-len")
-        micro_batch = options.micro_batch or options.batch
-        check_memory(model, batch=options.batch, micro_batch=micro_batch, longest=longest, device=self.device)
-        rank = max(getattr(self.adapter_config, name, None) or 0 for name in ("r", "init_r"))
-        check_rank(model, rank, self.device)
-        check_patterns(self.adapter_config, model)
-        if options.prompt and options.max_new_tokens:
-            beyond = options.max_new_tokens + self._virtual_tokens
-            check_prompt(options.prompt, "--prompt", self.tokenizer, model, beyond)
-        pad = self.tokenizer.pad_token_id
-        # A padding token that was only added to the tokenizer has no row. Padded positions are masked, so any id can be
-        # used.
-        self.pad_token_id = pad if pad is not None and pad < embedding_rows(model) else 0
-
-    @property
-    def _virtual_tokens(self) -> int:
-        """Return the number of positions that the method adds before every text."""
-        config = self.adapter_config
-        return config.num_virtual_tokens if isinstance(config, (PromptTuningConfig, PTuningConfig)) else 0
 
     def _quantize(self, dense: Path) -> Path:
         options = self.options
@@ -393,7 +330,7 @@ class _Finetune:
         if not prompt:
             return
         most = max_positions(model)
-        used = len(TextTokens(self.tokenizer).ids(prompt)) + self._virtual_tokens
+        used = len(TextTokens(self.tokenizer).ids(prompt)) + virtual_tokens(self.adapter_config)
         new_tokens = options.max_new_tokens if most is None else min(options.max_new_tokens, most - used)
         if new_tokens > 0:
             with self.console.stage("generate"):
