@@ -104,7 +104,10 @@ def _bf16_pairs() -> bool:
 
 
 class Dropout(NamedTuple):
-    """keep: bool [M, K].   scale: the factor of kept elements."""
+    """The dropout of x in a reference computation.
+
+    keep: bool [M, K], True for kept elements.   scale: the factor of kept elements.
+    """
 
     keep: Tensor
     scale: float

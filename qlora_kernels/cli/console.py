@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Prints progress to stderr and results to stdout. stages: name of a stage -> its seconds."""
+    """Prints the progress of a command to stderr, and measures its stages.
+
+    quiet: print nothing.   stages: name of a stage -> its seconds.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

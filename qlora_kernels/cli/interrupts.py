@@ -15,7 +15,10 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Interrupt:
-    """number: the first signal that arrived since `deferred` began, or None."""
+    """The signal that arrived while signals were deferred; calling it returns whether there is one.
+
+    number: the first signal that arrived since `deferred` began, or None.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None

@@ -12,7 +12,10 @@ from transformers import TextStreamer
 
 
 class AnswerStream(TextStreamer):
-    """Writes the text of an answer as generate produces it. file: the output, or None. text: the whole text so far."""
+    """Writes the text of an answer as generate produces it.
+
+    file: the output, or None for no output.   text: the whole text so far.
+    """
 
     def __init__(self, tokenizer: Any, file: TextIO | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

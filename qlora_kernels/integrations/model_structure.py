@@ -41,7 +41,12 @@ class ModelError(ValueError):
 
 
 class ModelStructure:
-    """model: on the meta device, as config.json describes it.   config: without a quantization_config."""
+    """The modules and parameters that a folder's config.json describes, without weights.
+
+    model: on the meta device.   config: transformers' configuration, without a quantization_config.
+    shapes: of the entries of the model's state dict, by name.
+    Raises ModelError for a config.json that describes no causal language model of transformers.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

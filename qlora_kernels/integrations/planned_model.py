@@ -30,8 +30,9 @@ USUAL_SIZES = tuple(_SIZES)
 
 
 class PlannedModel(NamedTuple):
-    """The shapes of a model. model: on the meta device. quantized: names of the layers in NF4. adapted: names of the
-    layers with an update.
+    """The shapes of a model, and which of its layers are quantized and adapted.
+
+    model: on the meta device.   quantized: names of the layers in NF4.   adapted: names of the layers with an update.
     """
 
     model: nn.Module

@@ -30,9 +30,10 @@ _FARTHEST = 8.0
 
 @dataclass(frozen=True)
 class LayerError:
-    """The error of one layer. relative: root mean square of the error divided by that of the weights. largest:
-    absolute.
+    """The error of one layer after quantization to NF4.
 
+    relative: root mean square of the error, divided by that of the weights.   largest: largest absolute error.
+    bits: stored bits per weight, with its constants.
     shares: frequency of each of the 16 codes, as a fraction of the weights.
     divergence: Kullback-Leibler divergence of the shares from those of normal weights, in bits.
     """
@@ -48,7 +49,11 @@ class LayerError:
 
 @dataclass
 class QuantizationReport:
-    """blocksize, double_quant: of the weights.   normal: shares of the codes among normal weights."""
+    """The errors of all layers of a model.
+
+    blocksize, double_quant: those of the quantized weights.
+    normal: frequency of each code among normally distributed weights.
+    """
 
     blocksize: int
     double_quant: bool

@@ -31,7 +31,10 @@ _FLOATS = {"F32", "BF16", "F16"}
 
 @dataclass(frozen=True)
 class StreamReport:
-    """quantized: layer -> (bytes before, bytes after).   kept: names of tensors that were copied unchanged."""
+    """Which tensors of a folder were quantized, and their bytes.
+
+    quantized: layer -> (bytes before, bytes after).   kept: names of tensors that were copied unchanged.
+    """
 
     quantized: dict[str, tuple[int, int]]
     kept: tuple[str, ...]

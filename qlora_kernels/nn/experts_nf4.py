@@ -32,7 +32,10 @@ class ExpertsNF4(QuantizedWeight):
     """
 
     def __init__(self, packed: Sequence[Tensor], states: Sequence[QuantState]) -> None:
-        """packed, states: one of each per expert, as returned by `quantize_nf4`, of equal shapes and blocksizes."""
+        """Stack the quantized weights of the experts.
+
+        packed, states: one of each per expert, as returned by `quantize_nf4`, of equal shapes and blocksizes.
+        """
         super().__init__()
         first = states[0]
         self.num_experts = len(states)

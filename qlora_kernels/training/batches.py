@@ -13,8 +13,9 @@ from .windows import IGNORED, Example
 
 
 class Batch(NamedTuple):
-    """input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None if nothing is padded.
+    """The tensors of several examples, padded to one length.
 
+    input_ids, labels: int64 [B, T].   attention_mask: bool [B, T], or None if nothing is padded.
     position_ids: int64 [B, T] of packed windows, which begin at 0 with each example; then attention_mask is None. From
     these, transformers' models build the mask that keeps the examples, and the padding, apart.
     """

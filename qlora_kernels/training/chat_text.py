@@ -22,8 +22,9 @@ class TemplateRefusal(ValueError):
 
 
 class ChatTokens(NamedTuple):
-    """tokens: of the conversation up to the assistant's last turn.
+    """The tokens of a conversation, and how much of it is context only.
 
+    tokens: those up to the end of the assistant's last turn.
     context_turns: number of the assistant's turns that are not learned: those of weight 0, and those that the template
     writes in another form than the model generates them in.
     """

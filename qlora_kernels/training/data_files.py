@@ -19,7 +19,10 @@ SUFFIXES = (*LINES, ".json", *TABLES, *TEXTS)
 
 
 class Row(NamedTuple):
-    """place: the file and the line or record number, for messages.   value: one record as parsed, not yet checked."""
+    """One record of a data file.
+
+    place: the file and the line or record number, for messages.   value: the record as parsed, not yet checked.
+    """
 
     place: str
     value: Any

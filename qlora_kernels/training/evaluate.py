@@ -20,7 +20,10 @@ _LARGEST = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood.   tokens: number of predictions in the mean."""
+    """A perplexity over several examples.
+
+    value: exp of the mean negative log-likelihood.   tokens: number of predictions in the mean.
+    """
 
     value: float
     tokens: int

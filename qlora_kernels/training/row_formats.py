@@ -36,7 +36,10 @@ ALPACA_WITH_INPUT = (
 
 
 class Format(NamedTuple):
-    """A format of rows. needs: keys that every row of the format has. takes: optional keys that are used."""
+    """A format of rows, by its keys.
+
+    needs: keys that every row of the format has.   takes: optional keys that are used.
+    """
 
     needs: frozenset[str]
     takes: frozenset[str] = frozenset()

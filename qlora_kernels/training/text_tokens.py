@@ -29,8 +29,9 @@ class Tokenizer(Protocol):
 
 
 class MarkedTokens(NamedTuple):
-    """ids: tokens of a text.   learned: for each token, whether it has a character of the learned spans.
+    """The tokens of a text, of which some are learned.
 
+    ids: tokens of the whole text.   learned: for each token, whether it has a character of the learned spans.
     straddling: number of learned tokens that also have characters before their span.
     """
 

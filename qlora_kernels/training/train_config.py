@@ -32,7 +32,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """step: counted from 1.   loss: nats per learned token.   grad_norm: before clipping.   seconds: of this step."""
+    """The measurements of one optimizer step.
+
+    step: counted from 1.   loss: nats per learned token.   lr: learning rate.   grad_norm: norm before clipping.
+    tokens: learned tokens of the step.   seconds: duration of the step.
+    """
 
     step: int
     loss: float

@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluated:
-    """step: counts from 1; the parameters after that step were measured.   value: the lower, the better."""
+    """The result of one evaluation during training.
+
+    step: counted from 1; the parameters after this step were measured.   value: the lower, the better.
+    """
 
     step: int
     value: float

@@ -18,8 +18,9 @@ IGNORED = -100
 
 
 class Example(NamedTuple):
-    """input_ids, labels: int64 [T]. labels[t] is the token at t, or IGNORED; the loss shifts the labels.
+    """One window of tokens to train on.
 
+    input_ids, labels: int64 [T]. labels[t] is the token at t, or IGNORED; the loss shifts the labels.
     lengths: of the examples that a packed window joins (`packing.pack`); None for a window that is one text.
     """
 
@@ -64,7 +65,10 @@ class RowCounts:
 
 
 class Encoding(NamedTuple):
-    """examples: for training.   rows: counts of the records by their use."""
+    """The examples that were made of a corpus.
+
+    examples: those to train on.   rows: counts of the records by their use.
+    """
 
     examples: list[Example]
     rows: RowCounts

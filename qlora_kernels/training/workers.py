@@ -30,7 +30,10 @@ class LostWorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Workers:
-    """rank: number of this process.   world: number of processes. The default is one process, which sends nothing."""
+    """The processes of a data-parallel run. The default is one process, which sends nothing.
+
+    rank: number of this process.   world: number of processes.
+    """
 
     rank: int = 0
     world: int = 1

@@ -22,7 +22,10 @@ compatibility)."""
 
 
 class Build(NamedTuple):
-    """archs: QLORA_CUDA_ARCHS of the build, like "80;90a+PTX".   cuda: version of the toolkit, 13000 for 13.0."""
+    """The build record of a compiled library.
+
+    archs: QLORA_CUDA_ARCHS of the build, like "80;90a+PTX".   cuda: version of the toolkit, 13000 for 13.0.
+    """
 
     archs: str
     cuda: int

@@ -53,7 +53,11 @@ class RankAllocator:
     """
 
     def __init__(self, triplets: Callable[[], Sequence[Triplets]], beta1: float, beta2: float) -> None:
-        """triplets: callable that returns the triplets of every layer, always in the same order."""
+        """Make an allocator without averages.
+
+        triplets: callable that returns the triplets of every layer, always in the same order.
+        beta1, beta2: decay of the averages of the sensitivity and of its uncertainty.
+        """
         self.triplets = triplets
         self.beta1, self.beta2 = beta1, beta2
         # fp32, created at the first update on the device of the weights.
