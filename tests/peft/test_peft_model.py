@@ -6,25 +6,13 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 import qlora_kernels as qk
 from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
-from tests.peft.models import HEADS, batch, logits, make, randomize
+from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
 
-FORMATS = pytest.mark.parametrize("nf4", [False, True], ids=["linear", "nf4"])
-
-
-def two_adapters(nf4: bool = False, kind: str = "llama") -> PeftModel:
-    """Return a model with adapters "default" and "b", of different rank, scaling and targets, not identities."""
-    model = get_peft_model(make(kind, nf4=nf4), LoraConfig(target_modules="all-linear", r=4))
-    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}[kind]
-    model.add_adapter("b", LoraConfig(target_modules=targets, r=2, lora_alpha=8))
-    for i, name in enumerate(("b", "default")):
-        model.set_adapter(name)
-        randomize(model, seed=i)
-    return model.eval()
+from .adapter_pairs import FORMATS, two_adapters
 
 
 def test_only_active_adapters_train():
@@ -112,75 +100,6 @@ def test_disable_gives_the_base(nf4):
     with model.disable_adapter():
         assert_same_function(logits(model, inputs), before)
     assert_same_function(logits(model, inputs), merged)
-
-
-@FORMATS
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
-def test_merge_and_unmerge(nf4, options):
-    inputs = batch("llama")
-    model = get_peft_model(make("llama", nf4=nf4), LoraConfig(target_modules="all-linear", **options)).eval()
-    randomize(model)
-    before, state = logits(model, inputs), {k: v.clone() for k, v in model.base_model.state_dict().items()}
-    model.merge_adapter(safe_merge=True)
-    assert_same_function(logits(model, inputs), before)
-    model.unmerge_adapter()
-    assert_same_function(logits(model, inputs), before)
-    after = model.base_model.state_dict()
-    assert state.keys() == after.keys()
-    assert all(torch.equal(state[key], after[key]) for key in state)
-
-
-@pytest.mark.parametrize(
-    ("target", "nf4", "layer"),
-    [
-        ("16bit", True, nn.Linear),
-        ("16bit", False, nn.Linear),
-        ("nf4", True, qk.LinearNF4),
-        ("nf4", False, qk.LinearNF4),
-        ("same", True, qk.LinearNF4),
-        ("same", False, nn.Linear),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:merge")
-def test_merge_and_unload(target, nf4, layer):
-    model, inputs = two_adapters(nf4), batch("llama")
-    before = logits(model, inputs)
-    base = model.merge_and_unload(target)
-    assert type(base.model.layers[0].self_attn.q_proj) is layer
-    if layer is nn.Linear:
-        assert_same_function(logits(base, inputs), before)
-    assert not any(p.requires_grad for p in base.parameters())
-
-
-def test_requantized_merge_reports_error():
-    model = two_adapters(nf4=True)
-    with pytest.warns(UserWarning, match=r"\|error\|/\|update\| = \d"):
-        model.merge_adapter(target="nf4")
-
-
-def test_safe_merge_refuses_infinities():
-    model = two_adapters()
-    next(model.adapters["default"].parameters()).data.fill_(float("inf"))
-    with pytest.raises(ValueError, match="must be finite"):
-        model.merge_adapter(safe_merge=True)
-
-
-@pytest.mark.filterwarnings("ignore:merge")
-def test_tied_head_is_merged_once():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=True
-    )
-    base = LlamaForCausalLM(config).eval()
-    embedding = base.model.embed_tokens.weight.detach().clone()
-    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"])).eval()
-    randomize(model)
-    before = logits(model, batch("llama"))
-    merged = model.merge_and_unload()
-    assert torch.equal(merged.model.embed_tokens.weight, embedding)
-    assert not merged.config.tie_word_embeddings
-    assert_same_function(logits(merged, batch("llama")), before)
 
 
 @pytest.mark.parametrize(
@@ -355,76 +274,6 @@ def test_gradient_checkpointing(how):
         model(**inputs, adapter_names=["b", "default"]).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert_same_gradients(grads[1], grads[0])
-
-
-def test_prepare_for_training():
-    model = make("llama").bfloat16()
-    qk.peft.prepare_for_training(model, upcast="norms", gradient_checkpointing=False)
-    dtypes = {n: p.dtype for n, p in model.named_parameters()}
-    assert {d for n, d in dtypes.items() if "norm" in n} == {torch.float32}
-    assert {d for n, d in dtypes.items() if "norm" not in n} == {torch.bfloat16}
-    qk.peft.prepare_for_training(model, upcast="all", gradient_checkpointing=False)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    with pytest.raises(NotImplementedError, match="gradient_checkpointing_enable"):
-        qk.peft.prepare_for_training(make("torch"))
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "gpt2", "t5"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_prepared_models_train_and_generate_in_bf16(kind, autocast):
-    """With the defaults, in a plain loop: fp32 norms must not make the rest of the model compute in fp32."""
-    base = make(kind).bfloat16()
-    qk.replace_linear(base, skip=(HEADS[kind],))
-    model = get_peft_model(qk.prepare_for_training(base), LoraConfig(r=2, target_modules="all-linear")).train()
-    inputs = batch(kind, rows=2)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = logits(model, inputs)
-        y.float().square().mean().backward()
-    assert y.dtype == torch.bfloat16
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
-    if kind != "bert":
-        inputs.pop("decoder_input_ids", None)
-        assert model.eval().generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 2
-
-
-def test_prepared_norm_casts_its_input():
-    """As in Mamba, whose residuals are fp32."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.proj = nn.LayerNorm(8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return x + self.proj(self.norm(x.to(self.norm.weight.dtype)))
-
-    model = qk.prepare_for_training(Block().bfloat16(), gradient_checkpointing=False)
-    assert model(torch.randn(2, 8)).dtype == torch.float32
-    assert model(torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("quantized_first", [False, True])
-def test_merged_gpt2_has_conv1d_layers(tmp_path, quantized_first):
-    """GPT-2's layers store their weights transposed, also after a conversion to NF4 and back."""
-    from transformers import GPT2LMHeadModel
-
-    base = make("gpt2")
-    qk.replace_linear(base)
-    inputs, config = batch("gpt2"), LoraConfig(r=2, target_modules="all-linear")
-    model = get_peft_model(base, config)
-    randomize(model)
-    if quantized_first:
-        with pytest.warns(UserWarning, match="quantizing again"):
-            base = model.merge_and_unload("same")
-        model = get_peft_model(base, config)
-    model.eval()
-    expected = logits(model, inputs)
-    merged = model.merge_and_unload()
-    assert type(merged.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
-    assert_same_function(logits(merged, inputs), expected)
-    merged.save_pretrained(tmp_path)
-    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    assert_same_function(logits(again, inputs), expected)
 
 
 def test_lora_plus_groups():
