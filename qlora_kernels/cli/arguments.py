@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .choices import BLOCKSIZES, DEFAULT_BLOCKSIZE, DTYPES
 
@@ -55,7 +55,7 @@ def add_command(
     return parser
 
 
-def add_model(parser: Any) -> None:
+def add_model(parser: argparse._ActionsContainer) -> None:
     """Add the options --model, --device and --compute-dtype to a parser."""
     parser.add_argument(
         "--model",
@@ -73,7 +73,7 @@ def add_model(parser: Any) -> None:
     )
 
 
-def add_device(parser: Any, purpose: str, default: str = "auto") -> None:
+def add_device(parser: argparse._ActionsContainer, purpose: str, default: str = "auto") -> None:
     """Add the option --device to a parser.   purpose: begins its help text."""
     parser.add_argument(
         "--device",
@@ -84,7 +84,7 @@ def add_device(parser: Any, purpose: str, default: str = "auto") -> None:
     )
 
 
-def add_quantization(parser: Any) -> None:
+def add_quantization(parser: argparse._ActionsContainer) -> None:
     """Add the options --blocksize, --no-double-quant and --skip to a parser."""
     parser.add_argument(
         "--blocksize",

@@ -7,12 +7,10 @@ arguments (csrc/bindings/arguments.h); this module checks the arguments of torch
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 
-def check_memory(op: str, value: Any) -> None:
+def check_memory(op: str, value: object) -> None:
     """Raise RuntimeError unless the storage of every tensor in `value` holds its elements.
 
     value: a tensor, a bundle or a list of these; other values are ignored.

@@ -133,7 +133,7 @@ class StateArena:
                     result[f"{name}_absmax"] = state[f"{name}_absmax"]
         return result
 
-    def owns(self, value: Any) -> bool:
+    def owns(self, value: object) -> bool:
         """Whether `value` is a tensor in the arena's memory."""
         if not isinstance(value, Tensor):
             return False

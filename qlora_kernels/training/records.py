@@ -87,7 +87,7 @@ def unused_keys(value: Mapping[str, Any]) -> set[str]:
     return set(value) - used_keys(value)
 
 
-def excerpt(value: Any) -> str:
+def excerpt(value: object) -> str:
     """Return a short form of a value for a message: a string's beginning, an object's keys, or the kind of value."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
@@ -105,7 +105,7 @@ def _string(place: str, row: Mapping[str, Any], key: str) -> str:
     return str(row[key])
 
 
-def _messages(place: str, messages: Any) -> tuple[Mapping[str, Any], ...]:
+def _messages(place: str, messages: object) -> tuple[Mapping[str, Any], ...]:
     rule = f'{place}: messages must be a list of {{"role": str, "content": str}}'
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise DataError(f"{rule}, got {excerpt(messages)}")

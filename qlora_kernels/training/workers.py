@@ -62,13 +62,13 @@ class Workers:
         self._run(lambda: dist.all_reduce(value))
         return value.item()
 
-    def gathered(self, items: Any) -> list[Any]:
+    def gathered(self, items: T) -> list[T]:
         """Return the `items` of every process, in the order of ranks."""
         if self.world == 1:
             return [items]
-        each: list[Any] = [None] * self.world
-        self._run(lambda: dist.all_gather_object(each, items))
-        return each
+        gathered: list[Any] = [None] * self.world
+        self._run(lambda: dist.all_gather_object(gathered, items))
+        return gathered
 
     def all_or_none(self, compute: Callable[[], T]) -> T:
         """Return compute(), which every process calls. If its input is bad in one process, all of them raise."""
@@ -148,7 +148,7 @@ class Workers:
 
 
 @contextmanager
-def joined(environment: dict[str, str], timeout: timedelta, device: torch.device | None = None) -> Any:
+def joined(environment: dict[str, str], timeout: timedelta, device: torch.device | None = None) -> Iterator[Workers]:
     """Yield the workers of the process group that torchrun or accelerate launch describes; it is destroyed at the end.
 
     device: of this process's gradients. Those on a CUDA device are summed by NCCL, everything else by gloo.

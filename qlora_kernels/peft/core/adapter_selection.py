@@ -13,10 +13,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
 
@@ -160,27 +162,27 @@ def capture_states() -> States:
     return tuple((selection, selection.state) for selection in selections)
 
 
-class PerThread:
+class PerThread(Generic[T]):
     """One value per thread, by which a hook passes data to a later hook of the same call.
 
     Copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
-        self._values: dict[int, Any] = {}
+        self._values: dict[int, T] = {}
 
-    def put(self, value: Any) -> None:
+    def put(self, value: T) -> None:
         self._values[_thread()] = value
 
-    def get(self) -> Any:
+    def get(self) -> T | None:
         """Return the value of this thread, or None."""
         return self._values.get(_thread())
 
-    def take(self) -> Any:
+    def take(self) -> T | None:
         """Return and remove this thread's value, or return None."""
         return self._values.pop(_thread(), None)
 
-    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+    def __reduce__(self) -> tuple[type[PerThread[T]], tuple[()]]:
         return PerThread, ()
 
 

@@ -21,7 +21,7 @@ class AdapterHook:
 
     def __init__(self, selection: AdapterSelection, name: str, place: Place) -> None:
         self.selection, self.name, self.place = selection, name, place
-        self.x = PerThread()
+        self.x: PerThread[Tensor | None] = PerThread()
 
     def update(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the update that is added at `module`."""

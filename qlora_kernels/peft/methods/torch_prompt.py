@@ -26,7 +26,7 @@ class EncoderPrompt:
 
     layout: Callable[[Tensor, nn.ModuleDict], PromptLayout]
     leads: Callable[[], bool]
-    joined: PerThread = field(default_factory=PerThread)
+    joined: PerThread[PromptLayout] = field(default_factory=PerThread)
 
     @staticmethod
     def place(injector: Injector) -> str:
@@ -65,7 +65,7 @@ class EncoderPrompt:
         return (self._batch_first(encoder, layout.join(layout.front, src)),), given
 
     def after(self, encoder: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        layout: PromptLayout | None = self.joined.take()
+        layout = self.joined.take()
         if layout is None:
             return output
         return self._batch_first(encoder, layout.tokens(self._batch_first(encoder, output)))

@@ -113,7 +113,7 @@ class GatedPrefixPart(PrefixPart):
 
     def __init__(self, adapter: str, encoder: PrefixEncoder, layer: int) -> None:
         super().__init__(adapter, encoder, layer)
-        self.h = PerThread()
+        self.h: PerThread[Tensor | None] = PerThread()
 
     def forward(self) -> Prefix:
         """Return the gated prefix. Raises RuntimeError if the attention was called without its input."""
