@@ -192,6 +192,9 @@ def _awaiting(model: nn.Module, name: str) -> _Awaiting:
     try:
         linear: Any = model.get_submodule(name)
     except AttributeError as error:
-        raise ModelError(f"{name}: the checkpoint holds this layer, the model does not") from error
+        raise ModelError(
+            f"{name}: must be a layer of the model that config.json describes, got an NF4 weight for it in the files "
+            "alone; check that config.json belongs to the weights"
+        ) from error
     shape = (linear.nx, linear.nf) if hasattr(linear, "nx") else (linear.in_features, linear.out_features)
     return _Awaiting(*shape, linear.bias, type(linear) if is_conv1d(linear) else nn.Linear)

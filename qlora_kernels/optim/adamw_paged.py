@@ -273,7 +273,10 @@ class PagedAdamW(Optimizer):
 
     def _check_open(self, method: str) -> None:
         if self._closed:
-            raise RuntimeError(f"PagedAdamW.{method}: the optimizer is closed")
+            raise RuntimeError(
+                f"PagedAdamW.{method}: must be called before close(), got a call when the optimizer is closed; make "
+                "a new one"
+            )
         self._placement.check_process()
 
     def _memory(self, nbytes: int, chunks: tuple[Any, ...], device: torch.device) -> StateMemory:

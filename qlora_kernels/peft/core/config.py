@@ -79,11 +79,14 @@ class PeftConfig:
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
         if unknown:
-            raise NotImplementedError(f"{cls.__name__}: the file asks for {unknown}, which this method does not have")
+            raise NotImplementedError(
+                f"{cls.__name__}: the file must have fields of this method alone, got {unknown}; load the adapter with "
+                "the package that wrote it, or set these fields to null if they have no effect"
+            )
         given = {k: v for k, v in values.items() if k in fields and v is not None}
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
         if missing := sorted(required - given.keys()):
-            raise ValueError(f"{cls.__name__}: the file must give {missing}")
+            raise ValueError(f"{cls.__name__}: the file must give {missing}, got none; save the adapter again")
         return cls(**given)
 
 

@@ -334,7 +334,10 @@ def load_into(module: HasTensors, tensors: dict[str, Tensor]) -> None:
     misshapen = [f"{k} {list(tensors[k].shape)} for {list(own[k].shape)}" for k in both
                  if own[k].shape != tensors[k].shape]  # fmt: skip
     if missing or unexpected or misshapen:
-        raise ValueError(f"adapter file: missing {missing}, unexpected {unexpected}, of another shape {misshapen}")
+        raise ValueError(
+            f"adapter file: must hold exactly the tensors of the adapter, got missing {missing}, unexpected "
+            f"{unexpected}, of another shape {misshapen}; load it over the model that it was trained on"
+        )
     if unlike := [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]:
         raise ValueError(
             f"adapter file: {unlike[0]} must be of a type like {own[unlike[0]].dtype}, got {tensors[unlike[0]].dtype}"

@@ -75,7 +75,9 @@ class Delta(nn.Module):
         """Return the factors of the update. Raises NotImplementedError if it is not a fixed low-rank update."""
         factors = self.factors()
         if factors is None:
-            raise NotImplementedError(f"merge: {type(self).__name__} is not a fixed update of the weight")
+            raise NotImplementedError(
+                f"merge: the adapter must be a fixed update of the weight, got {type(self).__name__}; keep it unmerged"
+            )
         return factors
 
 

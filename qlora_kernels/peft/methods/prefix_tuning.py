@@ -204,7 +204,10 @@ class PrefixTuning(Method):
         self.attentions = _attentions(injector)
         sites = tuple(site for site in SITES if site in self.attentions and site in (as_names(config.sites) or SITES))
         if missing := set(as_names(config.sites)) - set(sites):
-            raise ValueError(f"prefix: the model has no site {sorted(missing)}; it has {sorted(self.attentions)}")
+            raise ValueError(
+                f"prefix: sites must be among the model's, {sorted(self.attentions)}, got {sorted(missing)}; leave "
+                "them out"
+            )
         heads, head_dim = _heads(injector, self.attentions[sites[0]][0])
         offset = config.position_offset if config.position_offset is not None else "decoder" in sites
         config = config.replace(
@@ -326,7 +329,9 @@ class PrefixTuning(Method):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         tensors = tensors_by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
-            raise ValueError("adapter file: missing ['prompt_embeddings']")
+            raise ValueError(
+                "adapter file: must hold prompt_embeddings, got a file without them; save the adapter again"
+            )
         self.prefixes[self._main].set_flat(tensors.pop("prompt_embeddings"))
         self.fill(tensors)
 

@@ -235,7 +235,9 @@ class SoftPrompt(Method):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         tensors = tensors_by_path(tensors, self.file_prefix)
         if "prompt_embeddings" not in tensors:
-            raise ValueError("adapter file: missing ['prompt_embeddings']")
+            raise ValueError(
+                "adapter file: must hold prompt_embeddings, got a file without them; save the adapter again"
+            )
         rows, n = tensors.pop("prompt_embeddings"), self.config.num_virtual_tokens
         if rows.shape not in ((n, self.config.token_dim), (2 * n, self.config.token_dim)):
             want = [n, self.config.token_dim]

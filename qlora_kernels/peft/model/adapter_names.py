@@ -31,10 +31,16 @@ def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | No
     for name in set(adapter_names) - {BASE}:
         for method in methods_of(injector, name):
             if reason := method.row_mixing_unsupported():
-                raise ValueError(f"adapter_names: adapter {name!r} cannot serve single rows: {reason}")
+                raise ValueError(
+                    f"adapter_names: each adapter must be able to serve single rows, got {name!r}, which cannot serve "
+                    f"single rows: {reason}; run its rows in a batch of their own"
+                )
     active = [method for name in injector.selection.active for method in methods_of(injector, name)]
     if injector.selection.state.enabled and any(method.overrides.paths for method in active):
-        raise ValueError("adapter_names: no active adapter may replace the model's own parameters")
+        raise ValueError(
+            f"adapter_names: no active adapter may replace the model's own parameters, got {injector.selection.active} "
+            "with an adapter that does; activate other adapters by set_adapter"
+        )
 
 
 def expanded_rows(rows: tuple[str, ...] | None, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, ...] | None:

@@ -18,7 +18,10 @@ def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
     for name in names:
         for method in methods_of(injector, name):
             if reason := method.merge_unsupported():
-                raise ValueError(f"merge: adapter {name!r} cannot be merged: {reason}")
+                raise ValueError(
+                    f"merge: each adapter must be an update of weights, got {name!r}, which cannot be merged: {reason}; "
+                    "keep it unmerged, or merge the others by adapter_names"
+                )
 
 
 def merge(injector: Injector, names: Sequence[str], *, target: str, safe_merge: bool) -> None:
