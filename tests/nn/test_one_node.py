@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
@@ -15,6 +14,7 @@ from qlora_kernels.nn import fused_attention, fused_mlp
 from qlora_kernels.ops import gated_mlp, lora_attention
 from qlora_kernels.ops.lora_projection import Projection, SharedInput
 from tests.support.decoder_families import tiny_decoder, tokens
+from tests.support.op_recorder import OpRecorder
 from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native CPU backend is not built")
@@ -206,26 +206,16 @@ def test_calls_that_a_node_does_not_compute_run_on_the_ops():
         model(input_ids=tokens())
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @native
 def test_dispatch_modes_see_the_ops():
     model, ids = adapted(), tokens()
-    with Recorder() as forward:
+    with OpRecorder() as forward:
         loss = model(input_ids=ids, labels=ids).loss
     for name in ("linear_nf4_lora_group", "linear_nf4_lora"):
         assert forward.seen.count(f"qlora_kernels::{name}") == 4
     loss = model(input_ids=ids, labels=ids).loss
     assert nodes_of(loss) == set(NODES)
-    with Recorder() as backward:
+    with OpRecorder() as backward:
         loss.backward()
     for name in ("linear_nf4_lora_group_backward", "linear_nf4_lora_backward"):
         assert backward.seen.count(f"qlora_kernels::{name}") == 4

@@ -13,11 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.ops import dispatch_fast_path
 from qlora_kernels.ops.registry import unavailable
+from tests.support.op_recorder import OpRecorder
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function
 
@@ -39,16 +39,6 @@ def op_and_call(request, plain):
     lora_A, lora_B = gaussian(4, 64), gaussian(8, 4)
     lora = lambda x: qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=2.0)  # noqa: E731
     return request.param, plain if request.param == "linear_nf4" else lora
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 class Wrapped(torch.Tensor):
@@ -73,11 +63,11 @@ class Wrapped(torch.Tensor):
 def test_dispatch_mode_receives_forward_and_backward(op_and_call, grad):
     op, call = op_and_call
     x = gaussian(3, 64).requires_grad_(grad)
-    with Recorder() as forward:
+    with OpRecorder() as forward:
         y = call(x)
     assert f"qlora_kernels::{op}" in forward.seen
     if grad:
-        with Recorder() as backward:
+        with OpRecorder() as backward:
             y.sum().backward()
         of_backward = {"linear_nf4": "linear_nf4_grad_x", "linear_nf4_lora": "linear_nf4_lora_backward"}[op]
         assert f"qlora_kernels::{of_backward}" in backward.seen

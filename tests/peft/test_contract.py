@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_kernels.peft import METHODS, PeftConfig, PeftModel, PTuningConfig, get_peft_model
+from tests.peft.adapter_pairs import assert_rows_use_their_adapters
 from tests.peft.cases import ARCHITECTURES, CASES, build, task_loss
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
@@ -173,9 +174,8 @@ def test_rows(case, kind, nf4):
     names = ["default", "__base__", "other", "default"]
     inputs = batch(kind, rows=4)
     config = CASES[case].config
-    for part in [config] if isinstance(config, PeftConfig) else config:
-        shorter = {"num_virtual_tokens": 2} if hasattr(part, "num_virtual_tokens") else {}
-        config = part.replace(**shorter) if isinstance(CASES[case].config, PeftConfig) else config
+    if isinstance(config, PeftConfig) and hasattr(config, "num_virtual_tokens"):
+        config = config.replace(num_virtual_tokens=2)
     model.add_adapter("other", config)
     if not CASES[case].rows:
         with pytest.raises(ValueError, match="cannot serve single rows"):
@@ -183,16 +183,7 @@ def test_rows(case, kind, nf4):
         return
     model.set_adapter("other")
     randomize(model, seed=5)
-    mixed = logits(model, inputs, adapter_names=names)
-    for i, name in enumerate(names):
-        row = {key: value[i : i + 1] for key, value in inputs.items()}
-        if name == "__base__":
-            with model.disable_adapter():
-                alone = logits(model, row)
-        else:
-            model.set_adapter(name)
-            alone = logits(model, row)
-        assert_same_function(mixed[i : i + 1], alone)
+    assert_rows_use_their_adapters(model, inputs, names)
 
 
 @pytest.mark.parametrize(

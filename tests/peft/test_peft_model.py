@@ -12,7 +12,7 @@ from qlora_kernels.peft import LoraConfig, PeftModel, get_peft_model
 from tests.peft.models import batch, logits, make, randomize
 from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
 
-from .adapter_pairs import FORMATS, two_adapters
+from .adapter_pairs import FORMATS, assert_rows_use_their_adapters, two_adapters
 
 
 def test_only_active_adapters_train():
@@ -38,16 +38,7 @@ def test_active_adapters_add_up(nf4):
 def test_rows_use_their_adapters(kind, nf4):
     model, inputs = two_adapters(nf4, kind), batch(kind, rows=4)
     names = ["b", "__base__", "default", "b"]
-    mixed = logits(model, inputs, adapter_names=names)
-    for i, name in enumerate(names):
-        row = {key: value[i : i + 1] for key, value in inputs.items()}
-        if name == "__base__":
-            with model.disable_adapter():
-                alone = logits(model, row)
-        else:
-            model.set_adapter(name)
-            alone = logits(model, row)
-        assert_same_function(mixed[i : i + 1], alone)
+    assert_rows_use_their_adapters(model, inputs, names)
 
 
 @FORMATS

@@ -257,6 +257,11 @@ class Method:
                 buffer.copy_(tensors[f"{_BUFFER}{name}"])
 
 
+def all_methods(injector: Injector) -> list[Method]:
+    """Return the methods of all adapters, each followed by its parts."""
+    return [method for name in injector.adapters for method in methods_of(injector, name)]
+
+
 def methods_of(injector: Injector, name: str) -> list[Method]:
     """Return the methods of adapter `name`, each followed by its parts.
 

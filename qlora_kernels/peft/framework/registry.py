@@ -24,8 +24,8 @@ def register_method(config: type[PeftConfig]) -> Callable[[M], M]:
     def register(method: M) -> M:
         if any(known.peft_type == config.peft_type for known in METHODS):
             raise ValueError(
-                f"register_method: peft_type must be new, got {config.peft_type!r}, which is registered already; choose "
-                "another one"
+                f"register_method: peft_type must be new, got {config.peft_type!r}, which is registered already; "
+                "choose another one"
             )
         METHODS[config] = method
         return method

@@ -19,8 +19,8 @@ def check_mergeable(injector: Injector, names: Sequence[str]) -> None:
         for method in methods_of(injector, name):
             if reason := method.merge_unsupported():
                 raise ValueError(
-                    f"merge: each adapter must be an update of weights, got {name!r}, which cannot be merged: {reason}; "
-                    "keep it unmerged, or merge the others by adapter_names"
+                    f"merge: each adapter must be an update of weights, got {name!r}, which cannot be merged: "
+                    f"{reason}; keep it unmerged, or merge the others by adapter_names"
                 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...nn.module_tree import input_embeddings_of, output_embeddings_of
 from ..framework.injector import Injector
+from ..framework.method import all_methods
 from ..layers.adapted_linear import AdaptedLinear, base_of
 
 
@@ -23,20 +24,17 @@ def resize_token_embeddings(injector: Injector, *args: Any, **kwargs: Any) -> An
                 f"resize_token_embeddings: {path} must have no LoRA or trained rows, which are of the old table; call "
                 "merge_and_unload first, or resize before the adapter is added"
             )
-    overrides = [
-        method.overrides for methods in injector.adapters.values() for m in methods for method in (m, *m.parts)
-    ]
     # Looked up by path, because the model's method replaces some modules.
-    copies = [(each, path, each.copy(path)) for each in overrides for path in each.paths]
+    copies = [(m.overrides, path, m.overrides.copy(path)) for m in all_methods(injector) for path in m.overrides.paths]
     with injector.selection.disabled():
         result = model.resize_token_embeddings(*args, **kwargs)
     resized: dict[int, nn.Parameter] = {}
-    for each, path, copy in copies:
-        own = each.original(path)
-        if copy is not None and own is not None and (own.shape != copy.shape or each.copy(path) is None):
+    for overrides, path, copy in copies:
+        own = overrides.original(path)
+        if copy is not None and own is not None and (own.shape != copy.shape or overrides.copy(path) is None):
             if id(copy) not in resized:
                 resized[id(copy)] = nn.Parameter(_resized(copy, own), requires_grad=copy.requires_grad)
-            each.set_copy(path, resized[id(copy)])
+            overrides.set_copy(path, resized[id(copy)])
     return result
 
 
