@@ -27,6 +27,11 @@ class Trace:
         self._functions.append(function)
         self._device.launch_host_function(stream.cuda_stream, function)
 
+    def record_after(self, event: torch.cuda.Event, stream: torch.cuda.Stream, name: str) -> None:
+        """Enqueue `name`, and a record of the event that is done once `name` has run."""
+        self.enqueue(stream, name)
+        event.record(stream)
+
     def has_order(self, *names: str) -> bool:
         """Whether all of `names` have run, in this order."""
         return [name for name in self.names if name in names] == list(names)
@@ -38,18 +43,20 @@ def trace(device: FakeDevice) -> Trace:
     return Trace(device)
 
 
+@pytest.fixture
+def event(device: FakeDevice) -> torch.cuda.Event:
+    return torch.cuda.Event()
+
+
 def streams(count: int) -> list[torch.cuda.Stream]:
     return [torch.cuda.Stream() for _ in range(count)]
 
 
-def test_a_wait_is_not_changed_by_a_later_record_on_another_stream(trace: Trace) -> None:
+def test_a_wait_is_not_changed_by_a_later_record_on_another_stream(trace: Trace, event: torch.cuda.Event) -> None:
     first, second, waiting = streams(3)
-    event = torch.cuda.Event()
-    trace.enqueue(first, "first")
-    event.record(first)
+    trace.record_after(event, first, "first")
     waiting.wait_event(event)
-    trace.enqueue(second, "second")
-    event.record(second)
+    trace.record_after(event, second, "second")
     trace.enqueue(waiting, "waiting")
     waiting.synchronize()
     assert trace.has_order("first", "waiting")
@@ -57,11 +64,9 @@ def test_a_wait_is_not_changed_by_a_later_record_on_another_stream(trace: Trace)
     assert "second" in trace.names
 
 
-def test_a_later_record_that_is_done_does_not_end_an_earlier_wait(trace: Trace) -> None:
+def test_a_later_record_that_is_done_does_not_end_an_earlier_wait(trace: Trace, event: torch.cuda.Event) -> None:
     first, second, waiting = streams(3)
-    event = torch.cuda.Event()
-    trace.enqueue(first, "first")
-    event.record(first)
+    trace.record_after(event, first, "first")
     waiting.wait_event(event)
     trace.enqueue(waiting, "waiting")
     event.record(second)
@@ -70,14 +75,11 @@ def test_a_later_record_that_is_done_does_not_end_an_earlier_wait(trace: Trace) 
     assert trace.has_order("first", "waiting")
 
 
-def test_an_event_is_recorded_again_on_the_stream_that_waited_for_it(trace: Trace) -> None:
+def test_an_event_is_recorded_again_on_the_stream_that_waited_for_it(trace: Trace, event: torch.cuda.Event) -> None:
     first, second, third = streams(3)
-    event = torch.cuda.Event()
-    trace.enqueue(first, "first")
-    event.record(first)
+    trace.record_after(event, first, "first")
     second.wait_event(event)
-    trace.enqueue(second, "second")
-    event.record(second)
+    trace.record_after(event, second, "second")
     third.wait_event(event)
     event.record(third)
     trace.enqueue(third, "third")
@@ -85,23 +87,22 @@ def test_an_event_is_recorded_again_on_the_stream_that_waited_for_it(trace: Trac
     assert trace.has_order("first", "second", "third")
 
 
-def test_the_host_asks_and_waits_for_the_newest_record(trace: Trace, device: FakeDevice) -> None:
+def test_the_host_asks_and_waits_for_the_newest_record(
+    trace: Trace, event: torch.cuda.Event, device: FakeDevice
+) -> None:
     device.set_schedule("lazy")  # a query runs at most one step, which is the function
     first, second = streams(2)
-    event = torch.cuda.Event()
     event.record(first)
     first.synchronize()
     assert event.query()
-    trace.enqueue(second, "second")
-    event.record(second)
+    trace.record_after(event, second, "second")
     assert not event.query()
     event.synchronize()
     assert trace.has_order("second")
 
 
-def test_an_event_of_a_finished_capture_is_refused_until_it_is_recorded_again() -> None:
+def test_an_event_of_a_finished_capture_is_refused_until_it_is_recorded_again(event: torch.cuda.Event) -> None:
     (stream,) = streams(1)
-    event = torch.cuda.Event()
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         event.record(stream)
     with pytest.raises(RuntimeError, match="event last recorded in a capturing stream"):
