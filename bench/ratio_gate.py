@@ -54,9 +54,10 @@ class Ratio:
         return self.measured is not None and self.measured >= SLACK * self.committed
 
     def __str__(self) -> str:
-        measured = "not measured" if self.measured is None else f"{self.measured:.2f}x"
-        verdict = "kept" if self.kept else "failed" if self.measured is None else f"below {SLACK:.0%} of it"
-        return f"{self.name}: {measured}, committed {self.committed:.2f}x: {verdict}"
+        if self.measured is None:
+            return f"{self.name}: not measured, committed {self.committed:.2f}x: failed"
+        verdict = "kept" if self.kept else f"below {SLACK:.0%} of it"
+        return f"{self.name}: {self.measured:.2f}x, committed {self.committed:.2f}x: {verdict}"
 
 
 def main() -> int:

@@ -146,12 +146,6 @@ def pair_rows(gpu: GPU) -> tuple[int, int]:
     return min(won), max(won)
 
 
-def forward_us(gpu: GPU, M: int) -> float:
-    """Return the forward time in microseconds for M rows, with the kernel that the model predicts to be fastest."""
-    few = [small_m_us(gpu)] if M == 1 else [pairs_us(gpu, M)] if max(PAIRS) >= M else []
-    return min(*few, fused_us(gpu, M), decoded_us(gpu, M))
-
-
 ROUTING_MARGIN = 1.5
 """Factor by which the fused kernel must be faster in the model to be chosen. The model ignores reuse of the workspace
 in L2, and bitsandbytes' measured bounds for a similar choice are lower than those of such models.

@@ -135,7 +135,11 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
     tensor_core, count = facts.tensor_core
     ours = source == "cuda"
     weights = weights or WEIGHTS_PER_THREAD.get(kernel)
-    per_weight = facts.total / weights if weights else _per_weight_of_loop(kernel, config, facts) if ours else None
+    per_weight = None
+    if weights:
+        per_weight = facts.total / weights
+    elif ours:
+        per_weight = _per_weight_of_loop(kernel, config, facts)
     threads = THREADS.get(kernel, DEFAULT_THREADS)
     shared = facts.static_shared + (DYNAMIC_SHARED.get(kernel, 0) if ours else 0)
     return Row(

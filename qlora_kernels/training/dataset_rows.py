@@ -78,7 +78,9 @@ def _split_of(datasets: Any, loaded: Any, data: str, split: str | None) -> tuple
             raise DataError(f"{data}: must have splits for --split {split}, got one dataset without; leave --split out")
         return loaded, data
     names = list(loaded)
-    chosen = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+    chosen = split or "train"
+    if split is None and len(names) == 1:
+        chosen = names[0]
     if chosen not in names:
         raise DataError(f"{data}: --split must name one of {names}, got {split or 'none'}")
     return loaded[chosen], f"{data}[{chosen}]"

@@ -11,7 +11,6 @@ from qlora_kernels.training.windows import IGNORED
 from tests.support.tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 BYTE_LEVEL = ["gpt2", "qwen", "llama3", "opt", "bos-and-eos"]
-SENTENCEPIECE = ["llama2", "llama2-legacy", "mistral", "gemma", "unigram", "python", "python-bos"]
 BEGINS = {"llama3": "<s>", "byte-level-trimmed": "<s>", "bos-and-eos": "<s>", "opt": "</s>", "python-bos": "<s>"}
 BEGINS |= dict.fromkeys(["llama2", "llama2-legacy", "mistral", "gemma"], "<s>")
 

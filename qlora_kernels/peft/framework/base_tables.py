@@ -49,7 +49,7 @@ def resized_tables(injector: Injector, base_model: str | None, replaced: Collect
     )
     names = {p: f"{p}.base_layer" if isinstance(injector.called_module(p), AdaptedLinear) else p for p in layers}
     with injector.selection.disabled():
-        # AdapterCopies, because tensors of a file must not share memory.
+        # Copied, because tensors of a file must not share memory.
         return {f"{names[p]}.weight": _dense(p, layer).detach().clone() for p, layer in layers.items()}
 
 

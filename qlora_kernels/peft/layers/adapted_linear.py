@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Module):
     def _chosen(self) -> dict[str, Delta]:
         """Return the active updates of the running call, in the order in which they are applied."""
         state = self.selection.state
-        names = self.deltas if state.rows is not None else state.active if state.enabled else ()
+        names = self.deltas if state.rows is not None else state.active
         return in_order({n: cast(Delta, self.deltas[n]) for n in names if n in self.deltas and state.has(n)})
 
     def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ class AdapterConfig(PeftConfig):
     @property
     def start(self) -> float | Literal["lora"]:
         """The initialization: the field's value, or the paper's for the placement."""
-        return self.init if self.init is not None else "lora" if self.placement == "parallel" else 1e-2
+        if self.init is not None:
+            return self.init
+        return "lora" if self.placement == "parallel" else 1e-2
 
 
 @register_method(AdapterConfig)

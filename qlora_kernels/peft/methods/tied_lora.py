@@ -125,10 +125,14 @@ def _one_update(layer: AdaptedLinear, first: AdaptedLinear) -> bool:
     weight = layer.base_layer._parameters.get("weight")
     if weight is None or weight is not first.base_layer._parameters.get("weight"):
         return False
-    pairs = [[each.deltas[name] for each in (layer, first) if name in each.deltas] for name in layer.merged_names]
-    return layer.merged_names == first.merged_names and all(
-        len(pair) == 2
-        and cast(Any, pair[0]).scaling == cast(Any, pair[1]).scaling
-        and {id(p) for p in pair[0].parameters()} == {id(p) for p in pair[1].parameters()}
-        for pair in pairs
+    if layer.merged_names != first.merged_names:
+        return False
+    return all(
+        name in layer.deltas and name in first.deltas and _share_factors(layer.deltas[name], first.deltas[name])
+        for name in layer.merged_names
     )
+
+
+def _share_factors(one: Any, other: Any) -> bool:
+    same_parameters = {id(p) for p in one.parameters()} == {id(p) for p in other.parameters()}
+    return bool(same_parameters and one.scaling == other.scaling)

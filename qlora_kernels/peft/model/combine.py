@@ -191,7 +191,9 @@ def weighted_lora(parts: Sequence[Lora], weights: Sequence[float], combination: 
 
 def _joint_bias(parts: Sequence[Lora]) -> Literal["none", "all", "lora_only"]:
     trained = {part.config.bias for part in parts}
-    return "all" if "all" in trained else "lora_only" if "lora_only" in trained else "none"
+    if "all" in trained:
+        return "all"
+    return "lora_only" if "lora_only" in trained else "none"
 
 
 def _replaced(parts: Sequence[Lora], weights: Sequence[float]) -> dict[str, Tensor]:

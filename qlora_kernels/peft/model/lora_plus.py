@@ -23,9 +23,11 @@ def lora_plus_groups(
     found = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_B = ".lora_B" in name
-            found |= is_B
-            rate = embedding_lr if ".lora_embedding_" in name else lr * ratio if is_B else lr
+            rate = lr
+            if ".lora_embedding_" in name:
+                rate = embedding_lr
+            elif ".lora_B" in name:
+                rate, found = lr * ratio, True
             decay = weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not found:
