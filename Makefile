@@ -228,7 +228,8 @@ gpu-bundle: $(READY)
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m bench.gpu_bundle --arch $(GPU_ARCH) --out $(GPU_BUNDLE)
 
-kernels-gate: $(READY)
+# Triton is that of PYTHON: PYTHON=.venv-cuda/bin/python compiles with the one of test-cuda-torch. Nothing is built.
+kernels-gate: $(filter setup,$(READY))
 	$(PYTHON) -m python.kernels_report --quick --archs 80 90 120 --out out/kernels
 
 clean:

@@ -17,8 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-"""Shared memory available to one block, in bytes, by architecture."""
+from .row import MAX_SHARED
 
 
 class MockDriver:

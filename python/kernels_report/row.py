@@ -10,6 +10,8 @@ WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
 REGISTERS_PER_SM = 65536
+MAX_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Shared memory available to one block, in bytes, by architecture."""
 SHARED_RESERVED = 1024
 """Bytes of shared memory per block that the system reserves."""
 
@@ -87,6 +89,10 @@ PAIRS_BUDGETS = {"M8": 2.0, "M16": 2.0, "M32": 2.75}
 """The same of the pair-table kernel by rows of its tile."""
 
 
+def _shared_fits(row: Row) -> bool:
+    return row.shared <= MAX_SHARED[row.arch]
+
+
 def _is_fused(row: Row) -> bool:
     return row.source == "triton" and row.kernel in ("linear_nf4_kernel", "linear_nf4_grad_x_kernel")
 
@@ -132,6 +138,7 @@ def _reads_packed_weights(row: Row) -> bool:
 
 GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
     ("no spills in a default config", lambda r: r.default, lambda r: r.spills == 0),
+    ("no more shared memory than a block of the architecture may have", lambda r: True, _shared_fits),
     ("offsets in 64 bits: no 32-bit product of run-time sizes", lambda r: True, lambda r: r.narrow_products == 0),
     (
         "the architecture's own tensor-core instruction",

@@ -140,14 +140,16 @@ def test_no_bank_conflicts(problem: LinearProblem) -> None:
 
 
 @needs_nvcc
-def test_the_only_bank_conflicts_of_double_quantization_are_in_the_table_of_absmax_q() -> None:
-    problem = PROBLEMS[1]
+@pytest.mark.parametrize(("rows", "blocks"), [(3, 1), (31, 1), (64, 2)])
+def test_the_only_bank_conflicts_of_double_quantization_are_in_the_table_of_absmax_q(rows: int, blocks: int) -> None:
+    """In tiles of 8 and of 32 rows; from 33 rows on two thread blocks share them."""
+    problem = replace(PROBLEMS[1], M=rows)
     tested = library("linear_nf4_pairs", "ptx")
     tested.count_banks()
     run("ptx", problem)
     counts = tested.bank_counts()
     tested.count_banks(enabled=False)
-    warps, groups = 8, 1
+    warps, groups = 8 * blocks, 1
     conflicts = [count for count in counts if count.wavefronts > count.needed]
     # In a lane, four lookups for each group of its row; a warp decodes its last group once more, in vain.
     assert 0 < sum(count.instructions for count in conflicts) <= warps * 4 * (groups + 1)

@@ -3,8 +3,8 @@
     python -m tests.support.fake_cuda ENVIRONMENT_FOLDER
 
 The environment is made with this interpreter if it is missing or out of date. Then tests/gpu and tests/fake_cuda run on
-the fake device, and the CPU tests of the ops run under that torch. If the environment cannot be made, the reason is
-printed and the exit code is 0.
+the fake device, and the CPU tests of the ops and the gates of Triton's kernels under that torch. If it cannot be
+made, the reason is printed and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WORKER_BYTES = 3 << 29
 """Memory per process: a test process takes up to 1.1 GiB, a compiler of translated kernels 0.4."""
 
 ON_THE_FAKE_DEVICE = ("-p", "tests.support.fake_cuda.pytest_plugin", "tests/gpu", "tests/fake_cuda")
-AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py")
+AS_IT_IS = ("tests/ops", "tests/cuda/test_platform.py", "tests/kernels_report/test_gates.py")
+"""Tests without the fake device. The last ones compile kernels by this torch's version of Triton."""
 
 
 class CannotRun(Exception):
