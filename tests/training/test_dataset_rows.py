@@ -72,6 +72,17 @@ def test_splits(made):
         read_data(str(made / "rows.jsonl"), 0, "test")
 
 
+@pytest.mark.parametrize("names", [("test", "train"), ("test",), ("test", "dev")], ids=",".join)
+def test_default_split_is_train_or_the_only_one(names, tmp_path):
+    rows = {name: datasets.Dataset.from_list([{"text": name}]) for name in names}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "splits")
+    if names == ("test", "dev"):
+        with pytest.raises(DataError, match=r"--split must name one of \['test', 'dev'\], got none"):
+            read_data(str(tmp_path / "splits"), 0)
+    else:
+        assert read_data(str(tmp_path / "splits"), 0).train == (Plain(names[-1]),)
+
+
 def test_plain_files_are_read_without_datasets(made, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert not is_dataset(str(made / "rows.jsonl"))
