@@ -277,3 +277,20 @@ def test_lora_plus_groups():
         assert group["lr"] in (1e-3, 16e-3)
     with pytest.raises(ValueError, match="must train a lora_B"):
         qk.peft.lora_plus_groups(make("llama"), lr=1e-3, ratio=16)
+
+
+def test_lora_plus_rates_and_decay_by_kind_of_parameter():
+    model = get_peft_model(make("gpt2"), LoraConfig(target_modules=["wte", "c_attn"], bias="all"))
+    groups = qk.peft.lora_plus_groups(model, lr=1e-3, ratio=16, weight_decay=0.1, embedding_lr=1e-5)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == len(trained)
+    expected = {
+        "lora_embedding_A": (1e-5, 0.1),
+        "lora_embedding_B": (1e-5, 0.1),
+        "lora_A": (1e-3, 0.1),
+        "lora_B": (16e-3, 0.1),
+    }
+    for name, parameter in trained.items():
+        kind = next((part for part in name.split(".") if part in expected), "bias")
+        assert found[id(parameter)] == {**expected, "bias": (1e-3, 0.0)}[kind], name
