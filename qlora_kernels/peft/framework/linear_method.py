@@ -116,8 +116,8 @@ class LinearMethod(Method, Generic[D]):
             if not found:
                 first = next(iter(cls.rank_tensors)).partition(".")[0]
                 raise ValueError(
-                    f"adapter file: must hold the tensors of all targets of adapter_config.json, got one missing the "
-                    f"{first} of {path}; load it over the model that it was trained on, or save it again"
+                    f"adapter file: must hold the tensors of all targets, got one missing the {first} of {path}, which "
+                    "adapter_config.json targets; load it over the model that it was trained on, or save it again"
                 )
             tensor, dim = found[0]
             if tensor.shape[dim : dim + 1] != (cls.rank(config, path),):
