@@ -18,9 +18,12 @@ def check_memory(op: str, value: object) -> None:
     if isinstance(value, Tensor):
         _check_tensor(op, value)
     elif isinstance(value, (list, tuple)):
-        for item in value:  # without a call for each item of a bundle, of which few are tensors
+        for item in value:
             if isinstance(item, Tensor):
-                _check_tensor(op, item)
+                # Most tensors begin with their storage and are contiguous: the bytes of their elements are enough.
+                fits = item.nbytes <= item.untyped_storage().nbytes()
+                if not fits or item.storage_offset() or not item.is_contiguous():
+                    _check_tensor(op, item)
             elif isinstance(item, (list, tuple)):
                 check_memory(op, item)
 
@@ -35,9 +38,6 @@ def contiguous(op: str, tensor: Tensor) -> Tensor:
 
 def _check_tensor(op: str, tensor: Tensor) -> None:
     held = tensor.untyped_storage().nbytes()
-    # Most tensors begin with their storage and are contiguous: the bytes of their elements are enough.
-    if tensor.nbytes <= held and not tensor.storage_offset() and tensor.is_contiguous():
-        return
     if tensor.numel() and held < _bytes_needed(tensor):
         raise RuntimeError(
             f"{op}: every argument must have memory, got shape {tuple(tensor.shape)} over a storage of {held} bytes; "

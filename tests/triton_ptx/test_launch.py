@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from python.kernels_report.mock_gpu import MockDriver
-from qlora_kernels.backends.triton import launch, partials
+from qlora_kernels.backends.triton import launch, lora_down, lora_grads, partials
 from qlora_kernels.backends.triton.launch import Launchable
 from tests.support.problems import gaussian
 
@@ -180,3 +180,24 @@ def test_untested_version_of_triton_launches_by_itself(kernel: Launchable, monke
     for _ in range(2):
         untested[(1,)](gaussian(3, 640), torch.empty(640), 640, 3, 0.5, BLOCK=1024, num_warps=4)
     assert len(seen) == 2
+
+
+def forget_keys(function: JITFunction) -> None:
+    """Forget the cache keys of a function and of all that it calls, as in a new process."""
+    function.hash, function.used_global_vals = None, {}
+    for called in launch.called_functions(function):
+        forget_keys(called)
+
+
+def test_cache_keys_do_not_depend_on_the_order_of_launches() -> None:
+    """Both kernels call keep_tile, whose number of Philox rounds is a global constant."""
+    kernels = [lora_down.lora_down_kernel, lora_grads.lora_grad_A_kernel]
+    keys = []
+    for ordered in (kernels, kernels[::-1]):
+        for kernel in kernels:
+            forget_keys(kernel.kernel)
+        for kernel in ordered:
+            Launchable(kernel.kernel).settle_cache_key()
+        keys.append([kernel.kernel.hash for kernel in kernels])
+    assert keys[0] == keys[1]
+    assert all(keys[0])

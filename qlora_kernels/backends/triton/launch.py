@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from operator import attrgetter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import triton
@@ -33,6 +35,9 @@ DIRECT_VERSIONS = ((3, 7), (3, 8))
 
 KEPT_LAUNCHES = 4096
 """Number of sizes for which a launcher keeps its Launch."""
+
+
+_address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
 
 def _version() -> tuple[int, ...]:
@@ -86,8 +91,15 @@ class Launchable:
         self._pointers = sum(name.startswith("p_") for name in names)
         assert all(name.startswith("p_") for name in names[: self._pointers])
         self.may_keep = isinstance(kernel, JITFunction) and _version() in TESTED_VERSIONS
+        self._has_settled_key = not isinstance(kernel, JITFunction)
         self.kept: dict[tuple[Any, ...], _Compiled] = {}
         """Kind of a call -> the compiled kernel."""
+
+    def settle_cache_key(self) -> None:
+        """Make the key of this kernel in Triton's cache independent of the kernels that the process launched before."""
+        if not self._has_settled_key:
+            _settle_cache_key(self.kernel)
+            self._has_settled_key = True
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return partial(self._launch, grid)
@@ -113,6 +125,7 @@ class Launch:
     def __init__(
         self, kernel: Launchable, grid: tuple[int, ...], numbers: tuple[Any, ...], flags: dict[str, Any]
     ) -> None:
+        kernel.settle_cache_key()
         self._kernel, self._grid, self._numbers, self._flags = kernel, grid, numbers, flags
         self._three = (*grid, 1, 1)[:3]
         self._kept: dict[tuple[Any, ...], tuple[_Compiled, tuple[Any, ...]]] = {}
@@ -123,13 +136,14 @@ class Launch:
         if not kernel.may_keep or kernel.kernel.pre_run_hooks or _is_observed():
             kernel.kernel[self._grid](*pointers, *self._numbers, **self._flags)
             return
-        addresses = [pointer.data_ptr() for pointer in pointers]
+        addresses = [*map(_address_of, pointers)]
+        together = 0
+        for address in addresses:
+            together |= address
         device = pointers[0].get_device()
-        kind = (
-            device,
-            *[pointer.dtype for pointer in pointers],
-            *[address & 15 == 0 for address in addresses],
-        )
+        # Most often all are multiples of 16, which one number shows.
+        aligned = together & 15 == 0 or tuple(address & 15 == 0 for address in addresses)
+        kind = (device, aligned, *map(_dtype_of, pointers))
         kept = self._kept.get(kind)
         if kept is None:
             self._launch_and_keep(kind, pointers)
@@ -158,6 +172,28 @@ class Launch:
 def launchable(kernel: Any) -> Launchable:
     """Decorate a function that is already decorated by triton.jit."""
     return Launchable(kernel)
+
+
+def _settle_cache_key(function: Any) -> None:
+    """Compute the cache key of a function after the keys of the functions that it calls.
+
+    In Triton 3.6 and 3.7, a key contains the global constants of a called function only if the key of that function was
+    computed before, for another kernel. A kernel would then be compiled again in a process that launches its kernels in
+    another order.
+    """
+    for called in called_functions(function):
+        if called.hash is None:
+            _settle_cache_key(called)
+    _ = function.cache_key
+
+
+def called_functions(function: Any) -> list[Any]:
+    """Return the functions of triton.jit that the source of one names, by themselves or as attributes of a module."""
+    names, scope = function.fn.__code__.co_names, function.fn.__globals__
+    modules = [scope[name] for name in names if isinstance(scope.get(name), ModuleType)]
+    named = (scope.get(name) for name in names)
+    attributes = (getattr(module, name, None) for module in modules for name in names)
+    return [value for value in (*named, *attributes) if isinstance(value, JITFunction)]
 
 
 @lru_cache(maxsize=4096, typed=True)

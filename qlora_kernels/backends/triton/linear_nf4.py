@@ -84,7 +84,7 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTer
     if chosen.path == "decode":
         y = parts = x @ decoded(weight, x.dtype).T
     else:
-        y = x.new_empty((x.shape[0], weight.N))
+        y = x.new_empty(x.shape[0], weight.N)
         parts = _parts(y, chosen.split_k)
         launch = _forward_launch(
             linear_nf4_small_m_kernel if chosen.path == "small_m" else linear_nf4_kernel,
@@ -161,7 +161,7 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
         if low_rank is not None:
             add_low_rank(grad_x, low_rank, dropout)
         return grad_x
-    grad_x = grad_y.new_empty((grad_y.shape[0], weight.K))
+    grad_x = grad_y.new_empty(grad_y.shape[0], weight.K)
     parts = _parts(grad_x, chosen.split_k)
     launch = _backward_launch(
         linear_nf4_grad_x_kernel,
@@ -237,7 +237,7 @@ def _backward_launch(
 
 def _parts(out: Tensor, split_k: int) -> Tensor:
     """Return fp32 memory for the partial sums of `split_k` splits, or out itself for one."""
-    return out if split_k == 1 else out.new_empty((split_k, *out.shape), dtype=torch.float32)
+    return out if split_k == 1 else out.new_empty(split_k, *out.shape, dtype=torch.float32)
 
 
 def add_low_rank(grad_x: Tensor, low_rank: LowRankTerm, dropout: Dropout) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...rounding import cdiv
 from .dropout import Dropout, keep_tile
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
-from .partials import rank_tile, split_count, sum_partials
+from .partials import partials_or_result, rank_tile, split_count, sum_partials
 from .planner import capability_for
 
 BLOCK_M = 64
@@ -42,17 +42,18 @@ def lora_down_kernel(
     steps,
     stride_copy,
     threshold,
+    scale,
     DROPOUT: tl.constexpr,
     COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """part[i_split, m, r] = sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[r, k], fp32 [splits, M, R].
+    """part[i_split, m, r] = scale * sum over `steps` tiles of K of keep(m, k) * x[m, k] * A[r, k], [splits, M, R].
 
-    Grid (tiles of M, splits of K, tiles of R). Each program stores its own part; a second launch (sum_partials) adds
-    the splits in order and applies dropout's scale. A is used in x's dtype. A may hold the stacked rows of several
-    adapters, so that linears with the same x share one launch.
+    Grid (tiles of M, splits of K, tiles of R). Each program stores its own part, in fp32; a second launch
+    (sum_partials) adds the splits in order and applies dropout's scale. With one split the only part is s itself. A is
+    used in x's dtype. A may hold the stacked rows of several adapters: linears with the same x share one launch.
     COPY: the programs of the first tile of R also store x to copy [M, K], whose rows have a stride.
     """
     i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -77,7 +78,7 @@ def lora_down_kernel(
             b_x = tl.where(keep, b_x, 0.0)
         acc = tl.dot(b_x, b_A.to(b_x.dtype), acc, input_precision="ieee")
     o_s = (i_split.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
-    tl.store(p_s + o_s, acc, mask=(o_m[:, None] < M) & (o_r[None, :] < R))
+    tl.store(p_s + o_s, (acc * scale).to(p_s.dtype.element_ty), mask=(o_m[:, None] < M) & (o_r[None, :] < R))
 
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None = None) -> Tensor:
@@ -97,10 +98,11 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None =
         dropout.elements_per_philox_call(K),
         dropout.threshold,
         None if copy is None else copy.stride(0),
+        dropout.scale,
     )
-    parts = x.new_empty((splits, M, r), dtype=torch.float32)
+    parts = partials_or_result(x, splits, M, r, x.dtype)
     launch(x, lora_A, dropout.seed, parts, x if copy is None else copy)
-    return sum_partials(parts, dropout.scale, x.dtype)
+    return parts if splits == 1 else sum_partials(parts, dropout.scale, x.dtype)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
@@ -114,6 +116,7 @@ def _down_launch(
     dropout: int,
     threshold: int,
     stride_copy: int | None,
+    scale: float,
 ) -> tuple[int, Launch]:
     """Return the number of splits and the launch. dropout: DROPOUT.   stride_copy: None without a copy of x."""
     block_r, block_k = rank_tile(r, dtype), block_k_of(dtype)
@@ -121,7 +124,7 @@ def _down_launch(
     steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, capability)
     launch = kernel.prepare(
         (tiles_m, splits, tiles_r),
-        (M, K, r, steps, stride_copy or 0, threshold),
+        (M, K, r, steps, stride_copy or 0, threshold, scale if splits == 1 else 1.0),
         DROPOUT=dropout,
         COPY=stride_copy is not None,
         BLOCK_M=BLOCK_M,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...rounding import cdiv
 from .dropout import Dropout, keep_tile
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
-from .partials import fp32_safe_step, rank_tile, split_count, sum_partials
+from .partials import fp32_safe_step, partials_or_result, rank_tile, split_count, sum_partials
 from .planner import capability_for
 
 BLOCK_M = 64
@@ -33,6 +33,8 @@ def lora_ds_grad_B_kernel(
     R,
     steps,
     stride_copy,
+    ds_scale,
+    grad_B_scale,
     COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -45,9 +47,9 @@ def lora_ds_grad_B_kernel(
 
     Grid (tiles of N, chunks of M, tiles of R). A program loops over `steps` tiles of M within one tile of N: the sum of
     grad_B stays in registers, and ds has one part per tile of N. The parts, fp32 [tiles_n, M, R] and [chunks, N, R],
-    are added in order by a second launch, so that results are deterministic. grad_y is read once per tile of R, which
-    is once for r <= 64. COPY: the programs of the first tile of R also store it to copy [M, N], whose rows have a
-    stride.
+    are added in order by a second launch, so that results are deterministic. A single part is the result, scaled.
+    grad_y is read once per tile of R, which is once for r <= 64. COPY: the programs of the first tile of R also store
+    it to copy [M, N], whose rows have a stride.
     """
     i_n, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,9 +71,10 @@ def lora_ds_grad_B_kernel(
         acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
         b_ds = tl.dot(b_grad, b_B, input_precision="ieee")
         o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
-        tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
+        tl.store(p_ds + o_ds, (b_ds * ds_scale).to(p_ds.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
     o_grad_B = (i_chunk.to(tl.int64) * N + o_n[:, None]) * R + o_r[None, :]
-    tl.store(p_grad_B + o_grad_B, acc, mask=m_n[:, None] & m_r[None, :])
+    grad_B = (acc * grad_B_scale).to(p_grad_B.dtype.element_ty)
+    tl.store(p_grad_B + o_grad_B, grad_B, mask=m_n[:, None] & m_r[None, :])
 
 
 def lora_ds_grad_B(
@@ -84,17 +87,35 @@ def lora_ds_grad_B(
     M, N = grad_y.shape
     r = lora_B.shape[1]
     tiles_n, chunks, launch = _ds_grad_B_launch(
-        lora_ds_grad_B_kernel, M, N, r, grad_y.dtype, capability_for(grad_y), None if copy is None else copy.stride(0)
+        lora_ds_grad_B_kernel,
+        M,
+        N,
+        r,
+        grad_y.dtype,
+        capability_for(grad_y),
+        None if copy is None else copy.stride(0),
+        float(scaling),
     )
-    ds_parts = grad_y.new_empty((tiles_n, M, r), dtype=torch.float32)
-    grad_B_parts = grad_y.new_empty((chunks, N, r), dtype=torch.float32)
-    launch(grad_y, s, lora_B, ds_parts, grad_B_parts, grad_y if copy is None else copy)
-    return sum_partials(ds_parts, scaling, grad_y.dtype), sum_partials(grad_B_parts, scaling, lora_B.dtype)
+    ds = partials_or_result(grad_y, tiles_n, M, r, grad_y.dtype)
+    grad_B = partials_or_result(grad_y, chunks, N, r, lora_B.dtype)
+    launch(grad_y, s, lora_B, ds, grad_B, grad_y if copy is None else copy)
+    if tiles_n > 1:
+        ds = sum_partials(ds, scaling, grad_y.dtype)
+    if chunks > 1:
+        grad_B = sum_partials(grad_B, scaling, lora_B.dtype)
+    return ds, grad_B
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _ds_grad_B_launch(
-    kernel: Launchable, M: int, N: int, r: int, dtype: torch.dtype, capability: int, stride_copy: int | None
+    kernel: Launchable,
+    M: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    capability: int,
+    stride_copy: int | None,
+    scaling: float,
 ) -> tuple[int, int, Launch]:
     """Return (tiles of N, chunks of M, the launch). stride_copy: None without a copy of grad_y."""
     block_r, block_m = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype)
@@ -105,7 +126,7 @@ def _ds_grad_B_launch(
     steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, capability)
     launch = kernel.prepare(
         (tiles_n, chunks, tiles_r),
-        (M, N, r, steps, stride_copy or 0),
+        (M, N, r, steps, stride_copy or 0, scaling if tiles_n == 1 else 1.0, scaling if chunks == 1 else 1.0),
         COPY=stride_copy is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -128,6 +149,7 @@ def lora_grad_A_kernel(
     R,
     steps,
     threshold,
+    scale,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,7 +158,7 @@ def lora_grad_A_kernel(
     """part[i_chunk, r, k] = sum over this program's m of ds[m, r] * keep(m, k) * x[m, k], fp32 [chunks, R, K].
 
     Grid (tiles of K, chunks of M, tiles of R). The mask is computed again from the seed. Dropout's scale is applied
-    when the parts are added.
+    when the parts are added, or here if there is one part.
     """
     i_k, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -157,7 +179,8 @@ def lora_grad_A_kernel(
             b_x = tl.where(keep, b_x, 0.0)
         acc = tl.dot(tl.trans(b_ds), b_x, acc, input_precision="ieee")
     o_grad_A = (i_chunk.to(tl.int64) * R + o_r[:, None]) * K + o_k[None, :]
-    tl.store(p_grad_A + o_grad_A, acc, mask=m_r[:, None] & m_k[None, :])
+    grad_A = (acc * scale).to(p_grad_A.dtype.element_ty)
+    tl.store(p_grad_A + o_grad_A, grad_A, mask=m_r[:, None] & m_k[None, :])
 
 
 def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
@@ -173,15 +196,24 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
         capability_for(x),
         dropout.elements_per_philox_call(K),
         dropout.threshold,
+        dropout.scale,
     )
-    parts = x.new_empty((chunks, r, K), dtype=torch.float32)
-    launch(x, ds, dropout.seed, parts)
-    return sum_partials(parts, dropout.scale, dtype)
+    grad_A = partials_or_result(x, chunks, r, K, dtype)
+    launch(x, ds, dropout.seed, grad_A)
+    return grad_A if chunks == 1 else sum_partials(grad_A, dropout.scale, dtype)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _grad_A_launch(
-    kernel: Launchable, M: int, K: int, r: int, dtype: torch.dtype, capability: int, dropout: int, threshold: int
+    kernel: Launchable,
+    M: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    capability: int,
+    dropout: int,
+    threshold: int,
+    scale: float,
 ) -> tuple[int, Launch]:
     """Return the number of chunks of M and the launch. dropout: DROPOUT."""
     block_r, block_m, block_k = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), 128
@@ -189,7 +221,7 @@ def _grad_A_launch(
     steps, chunks = split_count(cdiv(M, block_m), tiles_k * tiles_r, capability)
     launch = kernel.prepare(
         (tiles_k, chunks, tiles_r),
-        (M, K, r, steps, threshold),
+        (M, K, r, steps, threshold, scale if chunks == 1 else 1.0),
         DROPOUT=dropout,
         BLOCK_M=block_m,
         BLOCK_K=block_k,

@@ -39,7 +39,7 @@ def sum_partials_kernel(p_parts, p_out, numel, parts, scale, BLOCK: tl.constexpr
 def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Return scale * parts.sum(0) in `dtype`; parts: fp32 [n, ...], contiguous."""
     n, *shape = parts.shape
-    out = parts.new_empty(shape, dtype=dtype)
+    out = parts.new_empty(*shape, dtype=dtype)
     _sum_launch(sum_partials_kernel, out.numel(), n, float(scale))(parts, out)
     return out
 
@@ -47,6 +47,16 @@ def sum_partials(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _sum_launch(kernel: Launchable, numel: int, parts: int, scale: float) -> Launch:
     return kernel.prepare((cdiv(numel, BLOCK),), (numel, parts, scale), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def partials_or_result(like: Tensor, parts: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for fp32 partial sums [parts, rows, columns], or for the result [rows, columns] if there is one.
+
+    like: a tensor on the device.   dtype: of the result.
+    """
+    if parts == 1:
+        return like.new_empty(rows, columns, dtype=dtype)
+    return like.new_empty(parts, rows, columns, dtype=torch.float32)
 
 
 def split_count(steps: int, tiles: int, capability: int) -> tuple[int, int]:
