@@ -3,6 +3,7 @@
 #   make setup      .venv with everything the tests, the demo and the benchmarks need; the native libraries compiled
 #   make demo       fine-tune SmolLM2-135M in NF4 + LoRA on this machine's CPU, and report        (about 3 minutes)
 #   make test       the whole test suite
+#   make notebooks  the notebooks of the documentation in Jupyter kernels
 #   make test-blas  the numerical tests under other orders of summation, as other CPUs have them (about 15 minutes)
 #   make test-aarch64
 #                   the CPU kernels for AArch64 under qemu (make aarch64-tools installs what that needs, on Debian)
@@ -88,6 +89,11 @@ PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile
 test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/triton tests/ops -k triton
+
+# The notebooks of the documentation, each in a Jupyter kernel of its own; `make test` runs their code without one.
+.PHONY: notebooks
+notebooks: $(READY)
+	$(PYTHON) -m pytest -q --nbmake --nbmake-timeout=600 docs/notebooks
 
 test-cuda-torch: $(READY)
 	$(PYTHON) -m tests.support.fake_cuda $(VENV)-cuda

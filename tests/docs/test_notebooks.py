@@ -1,4 +1,4 @@
-"""The code cells of the notebooks run in order, as one program. They are plain Python, so that no kernel is needed."""
+"""The code cells of the notebooks run in order, as one program. `make notebooks` also runs them in Jupyter kernels."""
 
 from __future__ import annotations
 
