@@ -11,6 +11,7 @@ from . import (
     lowrank,
     memory,
     perplexity,
+    rates,
     rslora,
     scale,
     start,
@@ -29,6 +30,7 @@ CLAIMS: dict[str, Claim] = {
         finetuning,
         lowrank,
         rslora,
+        rates,
         classification,
         adalora,
     )

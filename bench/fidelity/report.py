@@ -18,7 +18,7 @@ def report(rows: Sequence[Row], results: str) -> str:
     of = {name: [row for row in rows if row["claim"] == name and not row["quick"]] for name in CLAIMS}
     measured = {name: claim for name, claim in CLAIMS.items() if of[name]}
     findings = {name: claim.judge(of[name]) for name, claim in measured.items()}
-    parts = ["## Verdicts", _verdicts(findings), _count(findings)]
+    parts = ["## Verdicts", _count(findings), _verdicts(findings)]
     if missing := [name for name in CLAIMS if name not in measured]:
         parts.append(f"Claims without rows: {', '.join(f'`{name}`' for name in missing)}.")
     for name, claim in measured.items():

@@ -10,11 +10,15 @@ from ..row_file import Row
 from .claim import has_case
 
 RULE = (
-    "A difference counts where it exceeds two standard errors of its mean over the seeds, and is not decided "
-    "otherwise; with three seeds chance alone passes this in 18 % of all cases, with two seeds in 30 %. Two variants "
-    "count as equal only over three seeds or more."
+    "A difference counts where the 95 % interval of its mean over the seeds (Student's t) excludes zero, and is not "
+    "decided otherwise; with two seeds it must be nine times its standard deviation, with three 2.5 times. Two "
+    "variants count as equal only over three seeds or more."
 )
 """How Differences decide, a sentence for the page."""
+
+
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Number of seeds -> 97.5 % quantile of Student's t distribution with one degree of freedom less."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Differences:
 
     @property
     def error(self) -> float | None:
-        """Return two standard errors of the mean, or None for fewer than two seeds."""
-        return None if self.spread is None else 2 * self.spread / len(self.values) ** 0.5
+        """Return half of the mean's 95 % interval, or None for one seed. Raises KeyError for more than five."""
+        return None if self.spread is None else STUDENT_T[len(self.values)] * self.spread / len(self.values) ** 0.5
 
     def is_below_zero(self) -> bool | None:
         """Whether the mean is below zero by more than the error; False if it is above by more; None between."""
@@ -55,10 +59,12 @@ class Differences:
         return True if len(self.values) > 2 and self.mean + self.error <= tolerance else None
 
     def words(self, decimals: int) -> str:
-        """Return mean, number of seeds and standard deviation in words."""
-        seeds = f"{len(self.values)} seed{'s' if len(self.values) > 1 else ''}"
-        spread = "" if self.spread is None else f", standard deviation {self.spread:.{decimals}f}"
-        return f"{self.mean:+.{decimals}f} over {seeds}{spread}"
+        """Return mean, number of seeds and 95 % interval in words."""
+        if self.error is None:
+            return f"{self.mean:+.{decimals}f} with one seed"
+        low, high = self.mean - self.error, self.mean + self.error
+        interval = f"95 % interval {low:+.{decimals}f} to {high:+.{decimals}f}"
+        return f"{self.mean:+.{decimals}f} over {len(self.values)} seeds, {interval}"
 
 
 def differences(rows: Sequence[Row], result: str, first: Row, second: Row) -> Differences | None:

@@ -27,10 +27,13 @@ TESTS = 1500
 
 SEEDS = (0, 1, 2)
 
+VALIDATION = 500
+"""Validation reviews that score a learning rate."""
+
 METHOD = (
     f"MiniLM-L6 (22.7 million weights) on reviews of rotten_tomatoes: {STEPS} steps of {BATCH} reviews of at most "
     f"{LENGTH} tokens ([PEFT methods](methods.md#results-of-all-methods-on-one-task) has 80 steps of 32 and one seed), "
-    "with the configurations and learning rates of `python/examples/compare_methods.py`. The seed sets the initial "
+    "with the configurations of `python/examples/compare_methods.py`. The seed sets the initial "
     f"values and the order of the reviews, and each of the {len(SEEDS)} seeds is scored on another "
     f"{TESTS // len(SEEDS)} of {TESTS} test reviews, so that the spread includes the choice of the test reviews."
 )
@@ -43,23 +46,29 @@ def cases(methods: Iterable[str], quick: bool) -> list[Row]:
     return [{"method": method, "seed": seed, "steps": steps} for seed in seeds for method in methods]
 
 
-def fine_tune(recipe: Recipe, seed: int, quick: bool) -> tuple[peft.PeftModel, float]:
-    """Train a model with the recipe's only stage; return it and its accuracy on the seed's part of the tests."""
+def fine_tune(recipe: Recipe, seed: int, quick: bool, lr: float | None = None) -> tuple[peft.PeftModel, float]:
+    """Train a model with the recipe's only stage; return it and its accuracy.
+
+    seed: one of SEEDS is scored on its part of the tests, another one on VALIDATION validation reviews.
+    lr: replaces the recipe's learning rate.
+    """
     from tqdm import tqdm
 
     steps = QUICK_STEPS if quick else STEPS
-    options = Options(steps, BATCH, LENGTH, size=6030, test_size=TESTS, seed=seed, validate=False, lr=None)
+    tuning = seed not in SEEDS
+    options = Options(steps, BATCH, LENGTH, size=6030, test_size=TESTS, seed=seed, validate=tuning, lr=lr)
     torch.manual_seed(seed)
     model = peft.PeftModel(_base(quick))
     (stage,) = recipe.stages(steps)
     assert stage.config is not None
     model.add_adapter(stage.adapter, stage.config)
     model.set_adapter(stage.adapter)
-    training, tests = _reviews(quick)
+    training, tests = _reviews(quick, tuning)
+    scored = tests[:VALIDATION] if tuning else tests[seed :: len(SEEDS)]
     tokenizer = _Padding() if quick else _tokenizer()
     with tqdm(disable=True) as bar:
         example.fit(model, stage, training, tokenizer, recipe, options, bar)
-        return model, example.accuracy(model, tests[seed :: len(SEEDS)], tokenizer, options, bar)
+        return model, example.accuracy(model, scored, tokenizer, options, bar)
 
 
 class _Padding:
@@ -87,13 +96,13 @@ def _base(quick: bool) -> nn.Module:
 
 
 @cache
-def _reviews(quick: bool) -> tuple[list[Record], list[Record]]:
-    """Return the training reviews and all test reviews as tokens."""
+def _reviews(quick: bool, validate: bool) -> tuple[list[Record], list[Record]]:
+    """Return the training reviews, and all test or all validation reviews, as tokens."""
     if quick:
         ids = torch.randint(_VOCABULARY, (24, 8), generator=torch.Generator().manual_seed(0)).tolist()
         records = [{"input_ids": row, "attention_mask": [1] * 8, "labels": row[0] % 2} for row in ids]
         return records[:16], records[16:]
-    options = Options(STEPS, BATCH, LENGTH, size=6030, test_size=TESTS, seed=0, validate=False, lr=None)
+    options = Options(STEPS, BATCH, LENGTH, size=6030, test_size=TESTS, seed=0, validate=validate, lr=None)
     return example.split("rotten_tomatoes", options, _tokenizer())
 
 
