@@ -1,9 +1,12 @@
 """csrc/cuda/dequantize_nf4.cu in the emulator: bit-equal to the reference (class 1)."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from qlora_kernels.format import reference
+from tests.support import cuda_host
 
 from .launch_args import dequantize_args, nf4_weight, rows_memory
 from .launching import (
@@ -18,6 +21,7 @@ from .launching import (
     quantized,
     same_bits,
 )
+from .planted import Fault, PlantedLibrary
 
 pytestmark = needs_emulator
 
@@ -69,7 +73,12 @@ ROWS = [
 @pytest.mark.parametrize("dtype", FLOAT_TYPES, ids=str)
 @pytest.mark.parametrize(("N", "K", "gap", "blocksize"), ROWS)
 def test_rows_with_a_stride(mode: str, N: int, K: int, gap: int, blocksize: int, dtype: torch.dtype) -> None:
-    """The same values, and what lies between the rows is not written."""
+    check_rows(library("dequantize_nf4", mode), (N, K, gap, blocksize), dtype, mode)
+
+
+def check_rows(tested: cuda_host.Library, case: tuple[int, int, int, int], dtype: torch.dtype, mode: str = "") -> None:
+    """The same values, and what lies between the rows is not written. mode: "plain" runs every schedule."""
+    N, K, gap, blocksize = case
     w = torch.randn(N * K, generator=torch.Generator().manual_seed(K)) * 0.1
     packed, constants, absmax = quantized(w, blocksize, True)
     before = poisoned(N, K + gap, dtype=dtype)
@@ -78,7 +87,6 @@ def test_rows_with_a_stride(mode: str, N: int, K: int, gap: int, blocksize: int,
         result = before.clone()
         memory, stride = rows_memory(result[:, :K])
         arguments = dequantize_args(nf4_weight(packed, constants, blocksize, N, K), memory, dtype, stride)
-        tested = library("dequantize_nf4", mode)
         assert tested.call("launch_dequantize_nf4", arguments, None, seed=seed, order=order) == 0
         return (result,)
 
@@ -86,6 +94,41 @@ def test_rows_with_a_stride(mode: str, N: int, K: int, gap: int, blocksize: int,
     expected = reference.dequantize_nf4(packed, absmax, blocksize, torch.Size((N, K)), dtype)
     assert same_bits(result[:, :K].contiguous(), expected)
     assert same_bits(result[:, K:].contiguous(), before[:, K:].contiguous())
+
+
+FAULTS = [
+    Fault("the gaps of the rows before", "eights + row * walk.gap", "eights", 2),
+    Fault("the end of a row", "column >= walk.columns", "column > walk.columns", 0),
+    Fault("the columns of a step", "kStep % K", "int64_t(0)", 0),
+    Fault("the gaps of a step", "kStep / K * gap", "int64_t(0)", 2),
+    Fault("the constants of a step", "kStep >> shift", "0", 0),
+    Fault("the gaps of the weights left over", "i / weight.K * gap", "int64_t(0)", 5),
+    Fault("the block of a weight left over", "i >> weight.block_shift", "int64_t(0)", 5),
+    Fault("the last weight", "i >= numel", "i > numel", 5),
+]
+"""Faults in the kernels that write rows with a stride; case: in ROWS."""
+
+
+ONE_DTYPE = {"launch_dequantize<T>(*args": "launch_dequantize<__nv_bfloat16>(*args"}
+"""Leaves the kernels that the test runs, because compiling takes most of its time."""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
+    found = PlantedLibrary("dequantize_nf4", FAULTS, tmp_path_factory.mktemp("dequantize_nf4"), ONE_DTYPE)
+    yield found
+    found.close()
+
+
+def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
+    for case in {fault.case for fault in FAULTS}:
+        check_rows(planted.plant(None), ROWS[case], torch.bfloat16)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
+    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
+        check_rows(planted.plant(fault), ROWS[fault.case], torch.bfloat16)
 
 
 @needs_nvcc

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from qlora_kernels.ops.philox import dropout_keep, keep_scale, keep_threshold
+from tests.support import cuda_host
 from tests.support.linear_formulas import Arithmetic, Dropout, lora_down
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within
@@ -22,6 +25,7 @@ from .launching import (
     ptx_under_sanitizers,
     same_bits,
 )
+from .planted import Fault, PlantedLibrary
 
 pytestmark = needs_emulator
 
@@ -37,12 +41,15 @@ CASES = [
 ]
 
 
+Case = tuple[int, int, int, float, bool]
+
+
 def run(
-    mode: str, M: int, K: int, r: int, p: float, copies: bool, dtype: torch.dtype
+    tested: cuda_host.Library, case: Case, dtype: torch.dtype, mode: str = ""
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Return (s, the operand that holds the copy, x, lora_A, seed)."""
+    """Return (s, the operand that holds the copy, x, lora_A, seed). mode: "plain" runs every schedule."""
+    M, K, r, p, copies = case
     x, lora_A, seed = gaussian(M, K, dtype=dtype), gaussian(r, K, seed=1, dtype=dtype), torch.tensor([2**40 + 3])
-    tested = library("lora_down", mode)
 
     def launch(order: str, schedule: int) -> tuple[Tensor, ...]:
         wide, both = poisoned(M, r + 3, dtype=dtype), poisoned(M, K + 16, dtype=dtype)
@@ -61,7 +68,12 @@ def run(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("M", "K", "r", "p", "copies"), CASES)
 def test_s_and_copy(mode: str, M: int, K: int, r: int, p: float, copies: bool, dtype: torch.dtype) -> None:
-    s, both, x, lora_A, seed = run(mode, M, K, r, p, copies, dtype)
+    check_s_and_copy(library("lora_down", mode), (M, K, r, p, copies), dtype, mode)
+
+
+def check_s_and_copy(tested: cuda_host.Library, case: Case, dtype: torch.dtype, mode: str = "") -> None:
+    M, K, _, p, _ = case
+    s, both, x, lora_A, seed = run(tested, case, dtype, mode)
     dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
     assert_within(s, lora_down(x, lora_A, dropout, Arithmetic(dtype, composed=False)), "s")
     if both is not None:
@@ -80,6 +92,40 @@ def test_dropped_elements_do_not_matter() -> None:
     assert library("lora_down", "plain").call("launch_lora_down", arguments, None) == 0
     assert s.isfinite().all()
     assert same_bits(both, x)
+
+
+FAULTS = [
+    Fault("the stride of the copy", "row * args.copy_stride + column", "row * args.K + column", 1),
+    Fault("the Philox call of a column", "(row * args.K + column) >> 3", "(row * args.K) >> 3", 1),
+    Fault("the rows of lora_A", "int64_t(j) * args.K + column", "int64_t(g) * args.K + column", 3),
+    Fault("the warps that are added", "w < kDownWarps", "w < kDownWarps / 2", 2),
+    Fault("the scale of dropout", "__fmul_rn(total, args.scale)", "total", 1),
+    Fault("the row of a sum", "g + i / 2 * 8", "g", 1),
+    Fault("the next step of a warp", "k + kDownWarps * kDownStep", "k", 2),
+    Fault("the rows past the end", "m >= args.M || column >= args.r", "column >= args.r", 2),
+]
+
+
+ONE_DTYPE = {"launch_typed<T>(*args": "launch_typed<__nv_bfloat16>(*args"}
+"""Leaves the kernels that the test runs, because compiling takes most of its time."""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
+    found = PlantedLibrary("lora_down", FAULTS, tmp_path_factory.mktemp("lora_down"), ONE_DTYPE)
+    yield found
+    found.close()
+
+
+def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
+    for case in {fault.case for fault in FAULTS}:
+        check_s_and_copy(planted.plant(None), CASES[case], torch.bfloat16)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
+    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
+        check_s_and_copy(planted.plant(fault), CASES[fault.case], torch.bfloat16)
 
 
 @needs_nvcc
