@@ -226,13 +226,15 @@ gpu-check: $(if $(wildcard qlora_kernels/backends/cuda/_C.abi3.so),,$(READY))
 	$(PYTHON) -m bench.gpu_check --out $(GPU_CHECK_OUT)
 
 # A folder for a machine without network and pip, for GPUs of GPU_ARCH (90 for an H100); there: sh run.sh RESULTS.
+# GPU_PYTHON: an interpreter with that machine's Python, torch and Triton, whose compiled Triton kernels it can use.
 GPU_ARCH ?= 90
+GPU_PYTHON ?= $(PYTHON)
 GPU_BUNDLE ?= out/gpu-bundle
 .PHONY: gpu-bundle
 gpu-bundle: export QLORA_CUDA_ARCHS = $(GPU_ARCH)
 gpu-bundle: $(READY)
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m bench.gpu_bundle --arch $(GPU_ARCH) --out $(GPU_BUNDLE)
+	$(PYTHON) -m bench.gpu_bundle --arch $(GPU_ARCH) --out $(GPU_BUNDLE) --python $(GPU_PYTHON)
 
 # Triton is that of PYTHON: PYTHON=.venv-cuda/bin/python compiles with the one of test-cuda-torch. Nothing is built.
 kernels-gate: $(filter setup,$(READY))

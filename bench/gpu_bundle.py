@@ -1,10 +1,14 @@
 """Makes a folder with everything that `make gpu-check` needs on a machine without network and pip.
 
-    python -m bench.gpu_bundle --arch 90 --out out/gpu-bundle        then, there: sh run.sh RESULTS
+    python -m bench.gpu_bundle --arch 90 --out out/gpu-bundle [--python PATH]        then, there: sh run.sh RESULTS
 
-It contains the package with its compiled libraries, bench/, and the installed packages safetensors and bitsandbytes,
-whose binaries run under every Python 3. Triton's kernels are compiled for the GPU into triton-cache, which is used if
-the machine has the same version of Triton; otherwise Triton compiles them again. bundle.json lists the contents.
+It contains the package with its compiled libraries, bench/, and the installed packages safetensors, bitsandbytes and
+packaging, which bitsandbytes imports; their binaries run under every Python 3. numpy and torch are the machine's.
+
+Triton's kernels are compiled for the GPU into triton-cache. Triton uses a cached kernel only under the Python and the
+Triton that compiled it, because its keys contain a hash of its own library, of which each Python has another one.
+--python therefore names an interpreter with the machine's versions of Python, torch and Triton; under other versions
+Triton compiles the kernels again. bundle.json lists the contents.
 """
 
 from __future__ import annotations
@@ -20,9 +24,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OWN = ("qlora_kernels", "bench")
-INSTALLED = ("safetensors", "bitsandbytes")
+INSTALLED = ("safetensors", "bitsandbytes", "packaging")
 OTHER_LIBRARIES = ("cuda11", "cuda12", "rocm", "xpu", "hpu")
 """bitsandbytes' libraries for other versions of CUDA and other devices, which are left out."""
+
+VERSIONS = """
+import importlib.metadata, json, platform
+found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+print(json.dumps({"python": platform.python_version()} | {n: found[n] for n in ("torch", "triton") if n in found}))
+"""
+"""Prints the versions that Triton's cache belongs to, and torch's."""
 
 RUN = """#!/bin/sh
 # sh run.sh RESULTS [--only STEP ...]: the check, within ten minutes. PYTHON names another interpreter.
@@ -60,16 +71,18 @@ def copy_packages(out: Path) -> list[str]:
     return found
 
 
-def compile_triton(out: Path, arch: int) -> str | None:
-    """Compile the check's kernels into the bundle's cache; return Triton's version, or None without Triton."""
-    if importlib.util.find_spec("triton") is None:
+def compile_triton(python: str, out: Path, arch: int) -> dict[str, str] | None:
+    """Compile the check's kernels into the bundle's cache by an interpreter.
+
+    Returns its versions of Python, torch and Triton; None if it has no Triton.
+    """
+    listing = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
+    versions: dict[str, str] = json.loads(listing)
+    if "triton" not in versions:
         return None
     variables = os.environ | {"TRITON_CACHE_DIR": str(out / "triton-cache")}
-    subprocess.run([sys.executable, "-m", "bench.gpu_check.warm_cache", str(arch)], cwd=ROOT, env=variables, check=True)
-    import triton
-
-    version: str = triton.__version__
-    return version
+    subprocess.run([python, "-m", "bench.gpu_check.warm_cache", str(arch)], cwd=ROOT, env=variables, check=True)
+    return versions
 
 
 def main() -> int:
@@ -77,6 +90,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu_bundle", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=capability, default=90, help="compute capability, 90 or 90a for an H100")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-bundle"))
+    parser.add_argument(
+        "--python", default=sys.executable, help="an interpreter with the machine's Python, torch and Triton"
+    )
     parser.add_argument("--no-triton", action="store_true", help="leave Triton's cache out")
     arguments = parser.parse_args()
     if arguments.out.exists():
@@ -85,9 +101,9 @@ def main() -> int:
         shutil.rmtree(arguments.out)
     arguments.out.mkdir(parents=True)
     packages = copy_packages(arguments.out)
-    version = None if arguments.no_triton else compile_triton(arguments.out, arguments.arch)
+    cache = None if arguments.no_triton else compile_triton(arguments.python, arguments.out.resolve(), arguments.arch)
     libraries = sorted(path.name for path in (arguments.out / "qlora_kernels").rglob("*.so"))
-    content = {"arch": arguments.arch, "triton": version, "packages": packages, "libraries": libraries}
+    content = {"arch": arguments.arch, "triton_cache": cache, "packages": packages, "libraries": libraries}
     (arguments.out / "bundle.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "run.sh").write_text(RUN, encoding="utf-8")
     sys.stdout.write(f"{arguments.out}: {json.dumps(content)}\n")

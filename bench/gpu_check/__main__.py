@@ -117,6 +117,12 @@ def why_skipped(step: Step, unusable: set[str], left: float) -> str | None:
     return None
 
 
+def cached_kernels() -> int:
+    """Return the number of kernels in Triton's cache that TRITON_CACHE_DIR names; 0 without it."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    return sum(1 for _ in Path(folder).rglob("*.cubin")) if folder else 0
+
+
 def write_summary(out: Path) -> str:
     """Write summary.txt from all rows so far, and return its text."""
     found: list[Row] = read(out)
@@ -155,6 +161,7 @@ def main() -> int:
         return NO_GPU
     failed: list[str] = []
     unusable: set[str] = set()
+    prepared = cached_kernels()
     for step in chosen:
         left = deadline - time.monotonic()
         if (reason := why_skipped(step, unusable, left)) is not None:
@@ -166,6 +173,8 @@ def main() -> int:
             if step.module == "smoke" and not step.tool:
                 unusable.add(step.backend)
         write_summary(arguments.out)
+    if os.environ.get("TRITON_CACHE_DIR") and "triton" in {step.backend for step in chosen} - unusable:
+        Rows(arguments.out, "cache").add(kernels=prepared, compiled=cached_kernels() - prepared)
     sys.stdout.write(write_summary(arguments.out))
     sys.stdout.write(f"gpu-check: {'failed: ' + ', '.join(failed) if failed else 'all passed'}\n")
     return int(bool(failed))

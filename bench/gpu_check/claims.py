@@ -50,6 +50,7 @@ def claims(capability: int) -> list[Claim]:
             for backend in ("cuda", "triton")
         ),
         Claim("PagedAdamW equals the CPU bit for bit", "yes", _paging),
+        Claim("Triton kernels compiled during the check, beside those of its cache", "0", _compiled),
     ]
 
 
@@ -117,3 +118,7 @@ def _host(backend: str) -> Callable[[list[Row]], str | None]:
 def _paging(rows: list[Row]) -> str | None:
     verdicts = [row["ok"] for row in rows if row.get("step") == "paging" and "ok" in row]
     return ("yes" if all(verdicts) else "no") if verdicts else None
+
+
+def _compiled(rows: list[Row]) -> str | None:
+    return next((str(row["compiled"]) for row in rows if row.get("step") == "cache"), None)

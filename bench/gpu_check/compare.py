@@ -8,6 +8,7 @@ the cuda backend is also forced, because the default choice on one GPU leaves so
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -95,28 +96,37 @@ def check_forced_paths(rows: Rows, sizes: Sizes) -> bool:
     return ok
 
 
+def codecs(tiny: bool) -> list[tuple[torch.dtype, int, bool]]:
+    """Return (dtype, elements, double quantization) of each comparison of the codec."""
+    if tiny:
+        return [(torch.bfloat16, 4096, True)]
+    return [(dtype, 2**20 + 7, double) for dtype in TOLERANCE for double in (True, False)]
+
+
+def comparisons(backend: str, tiny: bool) -> Iterator[tuple[str, torch.dtype, Sizes]]:
+    """Yield (case, dtype, sizes) of each comparison under the backend's own choice of kernels."""
+    for dtype in (torch.bfloat16,) if tiny else TOLERANCE:
+        for name in cases_of(list(kernels_of(backend))):
+            if tiny:
+                if backend != "triton" or name in TINY_TRITON:
+                    yield name, dtype, TINY_SIZES
+                continue
+            for M in ROWS if name in LINEARS else FEW_ROWS:
+                for p in (0.0, 0.1) if name == "lora" else (0.0,):
+                    yield name, dtype, Sizes(M, p=p)
+
+
 def main() -> int:
     """Run the step; 1 if any result is wrong."""
     arguments = step_arguments(__doc__)
     rows, backend, ok = Rows(arguments.out, "compare"), arguments.backend, True
-    names = cases_of(list(kernels_of(backend)))
-    if arguments.tiny:
-        ok &= check_codec(rows, backend, torch.bfloat16, 4096, True)
-        for name in names:
-            if backend != "triton" or name in TINY_TRITON:
-                ok &= check_case(rows, backend, name, torch.bfloat16, TINY_SIZES)
-        if backend == "cuda":
-            ok &= check_forced_paths(rows, TINY_FORCED)
-        return 0 if ok else 1
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for double in (True, False):
-            ok &= check_codec(rows, backend, dtype, 2**20 + 7, double)
-        for name in names:
-            for M in ROWS if name in LINEARS else FEW_ROWS:
-                for p in (0.0, 0.1) if name == "lora" else (0.0,):
-                    ok &= check_case(rows, backend, name, dtype, Sizes(M, p=p))
-    for M in FORCED_ROWS if backend == "cuda" else ():
-        ok &= check_forced_paths(rows, Sizes(M))
+    for codec in codecs(arguments.tiny):
+        ok &= check_codec(rows, backend, *codec)
+    for comparison in comparisons(backend, arguments.tiny):
+        ok &= check_case(rows, backend, *comparison)
+    if backend == "cuda":
+        for sizes in (TINY_FORCED,) if arguments.tiny else (Sizes(M) for M in FORCED_ROWS):
+            ok &= check_forced_paths(rows, sizes)
     return 0 if ok else 1
 
 

@@ -59,6 +59,16 @@ def layer_calls(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
     }
 
 
+def shapes(tiny: bool) -> tuple[tuple[int, int], ...]:
+    """Return the weight [N, K] of the calls, or that of a rehearsal."""
+    return ((TINY_SIZES.N, TINY_SIZES.K),) if tiny else ((4096, 4096),)
+
+
+def row_counts(tiny: bool) -> tuple[int, ...]:
+    """Return the numbers of rows of x."""
+    return (TINY_SIZES.M,) if tiny else (1, 64)
+
+
 def measure(rows: Rows, backend: str, sizes: Sizes, calls: int = CALLS, repeats: int = REPEATS) -> None:
     """Write a row for each call."""
     with qk.use_backend(backend):
@@ -71,11 +81,10 @@ def main() -> int:
     """Run the step for one backend."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "host")
-    if arguments.tiny:
-        measure(rows, arguments.backend, TINY_SIZES, 1, 1)
-    else:
-        for M in (1, 64):
-            measure(rows, arguments.backend, Sizes(M, 4096, 4096))
+    tiny = arguments.tiny
+    for N, K in shapes(tiny):
+        for M in row_counts(tiny):
+            measure(rows, arguments.backend, Sizes(M, N, K), *((1, 1) if tiny else (CALLS, REPEATS)))
     return 0
 
 

@@ -53,17 +53,32 @@ def paths(problem: Problem, backend: str, capability: int, best: int = BEST_PLAN
         yield {"backend": "triton"} | asdict(plan), planner.use_plan(problem.op, plan)
 
 
+def shapes(tiny: bool) -> tuple[tuple[int, int], ...]:
+    """Return the weights [N, K] that are timed, or that of a rehearsal."""
+    return ((TINY_SIZES.N, TINY_SIZES.K),) if tiny else SHAPES
+
+
+def row_counts(tiny: bool) -> tuple[int, ...]:
+    """Return the numbers of rows of x that are timed."""
+    return (TINY_SIZES.M,) if tiny else ROWS
+
+
+def best_plans(tiny: bool) -> int:
+    """Return the number of Triton plans that are timed."""
+    return 1 if tiny else BEST_PLANS
+
+
 def measure_shape(
     rows: Rows,
     backend: str,
     shape: tuple[int, int],
-    row_counts: tuple[int, ...],
+    counts: tuple[int, ...],
     flush: torch.Tensor,
     samples: int = SAMPLES,
     best: int = BEST_PLANS,
     copies: int = MOST_COPIES,
 ) -> None:
-    """Time all paths for one weight [N, K] at every number of rows. copies: of the weight, so that L2 holds none."""
+    """Time all paths for one weight [N, K]. counts: numbers of rows.   copies: of the weight, so that L2 holds none."""
     N, K = shape
     capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
     w = torch.randn(N, K, device=rows_module.DEVICE, dtype=torch.bfloat16) / K**0.5
@@ -71,7 +86,7 @@ def measure_shape(
         packed, state = qk.quantize_nf4(w)
     weights = [packed, *(packed.clone() for _ in range(graphs.copies_beyond_l2(packed.numel(), copies) - 1))]
     dense = [w, *(w.clone() for _ in range(graphs.copies_beyond_l2(2 * w.numel(), copies) - 1))]
-    for M in row_counts:
+    for M in counts:
         x = torch.randn(M, K, device=rows_module.DEVICE, dtype=torch.bfloat16)
         problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, 64, True)
         seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], samples, flush)
@@ -91,14 +106,11 @@ def main() -> int:
     """Run the step for the kernels of one backend, and return the exit code."""
     arguments = step_arguments(__doc__)
     rows = Rows(arguments.out, "times")
-    if arguments.tiny:
-        flush = graphs.flush_buffer(1 << 12)
-        shape = (TINY_SIZES.N, TINY_SIZES.K)
-        measure_shape(rows, arguments.backend, shape, (TINY_SIZES.M,), flush, samples=1, best=1, copies=1)
-    else:
-        flush = graphs.flush_buffer()
-        for shape in SHAPES:
-            measure_shape(rows, arguments.backend, shape, ROWS, flush)
+    tiny = arguments.tiny
+    flush = graphs.flush_buffer(1 << 12) if tiny else graphs.flush_buffer()
+    samples, copies = (1, 1) if tiny else (SAMPLES, MOST_COPIES)
+    for shape in shapes(tiny):
+        measure_shape(rows, arguments.backend, shape, row_counts(tiny), flush, samples, best_plans(tiny), copies)
     write_tuned(arguments.out, rows)
     return 0
 

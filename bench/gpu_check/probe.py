@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 from .rows import Rows, step_arguments
@@ -18,6 +19,8 @@ def obstacle() -> str | None:
         return (
             f"{sys.executable} cannot import torch ({error}); set PYTHON to an interpreter with a CUDA build of torch"
         )
+    if importlib.util.find_spec("numpy") is None:
+        return f"{sys.executable} has no numpy, which the package needs; set PYTHON to an interpreter that has it"
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is built without CUDA; set PYTHON to an interpreter with a CUDA build of torch"

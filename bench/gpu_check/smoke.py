@@ -12,6 +12,16 @@ from .cases import TINY_SIZES, Sizes
 from .compare import check_case, check_codec
 from .rows import Rows, step_arguments
 
+CODEC = (torch.bfloat16, 4096 + 96, True)
+"""Dtype, elements and double quantization of the codec's call."""
+
+CASE = "lora"
+
+
+def sizes(tiny: bool) -> Sizes:
+    """Return the sizes of the case, or those of a rehearsal."""
+    return TINY_SIZES if tiny else Sizes(5, 64, 128)
+
 
 def main() -> int:
     """Run the step; 1 if the backend cannot be used."""
@@ -32,9 +42,8 @@ def main() -> int:
     )
     if state != "available":
         return 1
-    ok = check_codec(rows, arguments.backend, torch.bfloat16, 4096 + 96, True)
-    sizes = TINY_SIZES if arguments.tiny else Sizes(5, 64, 128)
-    ok &= check_case(rows, arguments.backend, "lora", torch.bfloat16, sizes)
+    ok = check_codec(rows, arguments.backend, *CODEC)
+    ok &= check_case(rows, arguments.backend, CASE, torch.bfloat16, sizes(arguments.tiny))
     return 0 if ok else 1
 
 

@@ -21,6 +21,7 @@ from . import rows as rows_module
 from .rows import Rows, step_arguments
 
 R, SCALING = 16, 2.0
+DROPOUT = (0.0, 0.05)
 SECONDS = 8.0
 """Seconds for one implementation, including warm-up."""
 
@@ -35,6 +36,16 @@ class Sizes:
     heads: int = 32
     kv_heads: int = 8
     layers: int = 4
+
+    @property
+    def kv(self) -> int:
+        """The width of keys and of values."""
+        return self.width // self.heads * self.kv_heads
+
+    @property
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """The different shapes [N, K] of a layer's weights."""
+        return (self.width, self.width), (self.kv, self.width), (self.hidden, self.width), (self.width, self.hidden)
 
 
 class Linear:
@@ -67,7 +78,7 @@ class Layer:
     """A decoder layer without position embedding, which would be the same in all implementations."""
 
     def __init__(self, sizes: Sizes, way: str) -> None:
-        kv = sizes.width // sizes.heads * sizes.kv_heads
+        kv = sizes.kv
         self.sizes = sizes
         self.norm = torch.ones(sizes.width, device=rows_module.DEVICE, dtype=torch.bfloat16)
         self.q, self.o = Linear(sizes.width, sizes.width, way), Linear(sizes.width, sizes.width, way)
@@ -140,7 +151,7 @@ def main() -> int:
     rows = Rows(arguments.out, "training")
     sizes, seconds = (TINY, 0.0) if arguments.tiny else (Sizes(), SECONDS)
     for way in ("fused op", "by parts", "dense"):
-        for dropout_p in (0.0, 0.05):
+        for dropout_p in DROPOUT:
             if way != "dense" or arguments.backend == "cuda":
                 measure(rows, sizes, way, arguments.backend, dropout_p, seconds)
     return 0

@@ -149,6 +149,9 @@ def test_obstacles_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no CUDA device is visible" in (probe.obstacle() or "")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA; set PYTHON" in (probe.obstacle() or "")
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        assert "has no numpy" in (probe.obstacle() or "")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "cannot import torch" in (probe.obstacle() or "")
 
@@ -173,11 +176,13 @@ def test_claims_are_answered_by_rows() -> None:
         {"step": "compare", "backend": "cuda", "ok": False},
         {"step": "training", "way": "fused op", "dropout": 0.0, "tokens_per_s": 300.0},
         {"step": "training", "way": "by parts", "dropout": 0.0, "tokens_per_s": 200.0},
+        {"step": "cache", "kernels": 102, "compiled": 3},
     ]
     text = claims.summary(found, 90)
     assert "cuda: every result equals the CPU's within its bound | all | 1 of 2" in text
     assert "cuda fused, 4096 x 4096, M=64, us | 8.7 | 9.0" in text
     assert "tokens/s | 1.21 (linears alone, M=4096) | 1.50" in text
+    assert "Triton kernels compiled during the check, beside those of its cache | 0 | 3" in text
     assert "triton: every result equals the CPU's within its bound | all | not measured" in text
     assert next(line for line in text.splitlines() if "beats decode" in line).endswith("| 128")
 

@@ -140,7 +140,7 @@ def activate(devices: int = 1, *, capability: str = "8.0", driver_version: int =
             # Settings of Triton: its assembler, the driver it links to, and a cache without kernels of a real GPU.
             "TRITON_PTXAS_PATH": str(Path(__file__).with_name("ptxas")),
             "TRITON_LIBCUDA_PATH": str(folder),
-            "TRITON_CACHE_DIR": str(folder.parent / "triton"),
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder.parent / "triton")),
         }
     )
     # torch's libraries find theirs by DT_RPATH before LD_LIBRARY_PATH, but a loaded library with the same SONAME has
