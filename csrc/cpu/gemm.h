@@ -160,11 +160,15 @@ static TileKernel<Mac> tile_kernel_for(int rows) {
 // accumulators to hide the latency of the multiply.
 struct Tiling {
     int64_t M = 0, count = 0;
+    int64_t fewest = 0, longer = 0;  // rows of the last tiles; number of tiles in front of them with one row more
 
     Tiling() {}
-    Tiling(int64_t rows, int max_rows) : M(rows), count((rows + max_rows - 1) / max_rows) {}
-    int64_t begin(int64_t tile) const { return tile * M / count; }
-    int size(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+    Tiling(int64_t rows, int max_rows) : M(rows), count((rows + max_rows - 1) / max_rows) {
+        if (count > 0) fewest = M / count, longer = M % count;
+    }
+    // Without a division, because every tile of every strip asks for them.
+    int64_t begin(int64_t tile) const { return tile * fewest + std::min(tile, longer); }
+    int size(int64_t tile) const { return static_cast<int>(fewest + (tile < longer ? 1 : 0)); }
 };
 
 // The number of steps of a contraction of `length` elements.

@@ -74,10 +74,20 @@ static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile
         const int n = static_cast<int>(columns - j < 0 ? 0 : columns - j < kLanes ? columns - j : kLanes);
         added[j / kLanes] = bias && n > 0 ? load_n(bias + column0 + j, n) : zero();
     }
-    for (int i = 0; i < tiling.size(tile); ++i) {
-        T* row = out + (tiling.begin(tile) + i) * row_length + column0;
+    const int64_t row0 = tiling.begin(tile);
+    const int rows = tiling.size(tile);
+    T* row = out + row0 * row_length + column0;
+    if constexpr (kWidth == 2 * kLanes) {
+        if (columns == kWidth) {
+            for (int i = 0; i < rows; ++i, c += kWidth, row += row_length) {
+                store_sums(row, add(load(c), added[0]), add(load(c + kLanes), added[1]));
+            }
+            return;
+        }
+    }
+    for (int i = 0; i < rows; ++i, c += kWidth, row += row_length) {
         for (int64_t j = 0; j < columns; j += kLanes) {
-            const F32 sum = add(load(c + i * kWidth + j), added[j / kLanes]);
+            const F32 sum = add(load(c + j), added[j / kLanes]);
             store_sum_n(row + j, sum, static_cast<int>(columns - j < kLanes ? columns - j : kLanes));
         }
     }

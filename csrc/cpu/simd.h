@@ -95,6 +95,19 @@ static inline void store_sum(T* p, F32 v) {
 static inline void store_sum(Bf16* p, F32 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16_fast(v)); }
 #endif
 
+// store_sum of two vectors, one after the other.
+template <class T>
+static inline void store_sums(T* p, F32 first, F32 second) {
+    store_sum(p, first);
+    store_sum(p + kLanes, second);
+}
+
+#ifdef __AVX512BF16__
+static inline void store_sums(Bf16* p, F32 first, F32 second) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
+#endif
+
 template <class T>
 static inline void store_sum_n(T* p, F32 v, int n) {
     if (n == kLanes) return store_sum(p, v);
