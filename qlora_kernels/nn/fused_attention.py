@@ -143,7 +143,7 @@ class FusedAttention(FusedModule):
         projections = plain_projections(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if projections is None:
             return None
-        ranges = self_attention_ranges(self, hidden_states, mask, dropout=dropout, **arguments)
+        ranges = self_attention_ranges(self, hidden_states, mask, cos, dropout=dropout, **arguments)
         if ranges is None:
             return None
         scale = self.head_dim**-0.5 if self.scaling is None else float(self.scaling)

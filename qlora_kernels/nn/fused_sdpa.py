@@ -57,10 +57,11 @@ def fused_sdpa(
 
 
 def self_attention_ranges(
-    module: Any, hidden: Tensor, mask: Tensor | None, *, dropout: float, **kwargs: Any
+    module: Any, hidden: Tensor, mask: Tensor | None, shared: Tensor, *, dropout: float, **kwargs: Any
 ) -> KeyRanges | None:
     """Return the keys of each query in the attention of hidden [B, T, C] to itself, as `fused_sdpa` chooses them.
 
+    shared: a tensor that all layers of a model receive in one call; the ranges without a mask are cached on it.
     The result is (starts, ends), int64 [B, T], or None where fused_sdpa would not run the op.
     """
     B, T, _ = hidden.shape
@@ -69,10 +70,20 @@ def self_attention_ranges(
     if mask is not None:
         return key_ranges(mask, B) if tuple(mask.shape[2:]) == (T, T) else None
     is_causal = kwargs.get("is_causal")
-    starts = torch.zeros(B, T, dtype=torch.int64)
-    if not bool(getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        return starts, torch.full_like(starts, T)
-    return starts, torch.arange(1, T + 1).expand(B, T).contiguous()
+    kind = (B, T, bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
+    known: dict[tuple[int, int, bool], KeyRanges] | None = getattr(shared, "_qlora_key_ranges", None)
+    if known is None:
+        known = shared._qlora_key_ranges = {}  # type: ignore[attr-defined]
+    if kind not in known:
+        known[kind] = _ranges_without_mask(*kind)
+    return known[kind]
+
+
+def _ranges_without_mask(batch: int, length: int, causal: bool) -> KeyRanges:
+    starts = torch.zeros(batch, length, dtype=torch.int64, device="cpu")
+    if not causal:
+        return starts, torch.full_like(starts, length)
+    return starts, torch.arange(1, length + 1, device="cpu").expand(batch, length).contiguous()
 
 
 def _is_served(tensor: Tensor, queries: int, dropout: float, kwargs: dict[str, Any]) -> bool:

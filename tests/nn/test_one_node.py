@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.nn import fused_attention, fused_mlp
+from qlora_kernels.nn.fused_sdpa import self_attention_ranges
 from qlora_kernels.ops import gated_mlp, lora_attention
 from qlora_kernels.ops.lora_projection import Projection, SharedInput
 from tests.support.decoder_families import tiny_decoder, tokens
@@ -329,3 +331,20 @@ def test_fault_in_the_seeds_is_detected(by_ops, monkeypatch):
     torch.manual_seed(5)
     with pytest.raises(AssertionError):
         assert_same_gradients(grads, step(model)[2])
+
+
+@native
+def test_ranges_without_a_mask_are_made_once_for_a_call():
+    cos, module = torch.ones(1, 3, 4), SimpleNamespace(is_causal=True)
+
+    def ranges(batch, length, **arguments):
+        hidden = torch.zeros(batch, length, 8)
+        return self_attention_ranges(module, hidden, None, cos, dropout=0.0, **arguments)
+
+    starts, ends = ranges(2, 3)
+    assert starts.tolist() == [[0, 0, 0]] * 2
+    assert ends.tolist() == [[1, 2, 3]] * 2
+    assert ranges(2, 3)[1] is ends
+    assert ranges(2, 3, is_causal=False)[1].tolist() == [[3, 3, 3]] * 2
+    assert ranges(1, 4)[1].tolist() == [[1, 2, 3, 4]]
+    assert ranges(2, 3)[1] is ends

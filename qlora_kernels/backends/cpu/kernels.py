@@ -91,6 +91,8 @@ def linear_nf4_lora_group_backward(
     grad_x, grad_A, grads_B = _C.cpu_linear_nf4_lora_group_backward(
         grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, need_grad_x
     )
+    if all(factor.dtype == torch.float32 for factor in (lora.A, *lora.B)):  # a call of `.to` takes a microsecond
+        return grad_x, grad_A, grads_B
     grads_B = [grad_B.to(B.dtype) for grad_B, B in zip(grads_B, lora.B, strict=True)]
     return grad_x, grad_A.to(lora.A.dtype), grads_B
 
