@@ -49,12 +49,18 @@ class Attention {
     }
 
   private:
+    // For each tile of keys of a block: the steps along the queries between the first and the last that see one of
+    // them.
+    struct QueryRanges {
+        int64_t first_step[kTilesOfBlock], last_step[kTilesOfBlock];
+    };
     struct Buffers {
         Elem *keys, *values, *key_pairs;             // panels of all blocks of keys
         Elem *q, *grad, *q_pairs, *grad_pairs;       // of a block of queries
         Elem *probs, *grad_scores, *turned, *pairs;  // [kBlock, kBlock]
         float *scores, *grad_probs, *sums;           // sums: of a block of queries
         float *key_sums, *value_sums;                // of all blocks of keys
+        QueryRanges* ranges;                         // of a block of queries and all blocks of keys
     };
     struct QueryBlock {  // of a block of queries
         int64_t count;
@@ -95,6 +101,7 @@ class Attention {
                 b.grad_probs = carver.template take<float>(kScores);
                 b.key_sums = carver.template take<float>(key_blocks_ * layout_.sums_size());
                 b.value_sums = carver.template take<float>(key_blocks_ * layout_.sums_size());
+                b.ranges = carver.template take<QueryRanges>(key_blocks_);
             }
             if (pass == 0) base = static_cast<char*>(workspace(Slot::kPanel, carver.used()));
         }
@@ -165,7 +172,7 @@ class Attention {
                     soften(r, own, seen, rows, buffers);
                 }
                 layout_.multiply_pairs(buffers.probs, t, buffers.values + j * layout_.pairs_size(), 0,
-                                       steps_to(last_strip(seen) * kColumns), buffers.sums);
+                                       steps_to(seen.last), buffers.sums);
             }
         }
         for (int64_t r = 0; r < rows.count; ++r) {
@@ -230,8 +237,14 @@ class Attention {
         clear(buffers.key_sums, key_blocks_ * layout_.sums_size());
         clear(buffers.value_sums, key_blocks_ * layout_.sums_size());
         const typename Tiles::Session session;
-        for (int64_t h = kv * group_; h < (kv + 1) * group_; ++h) {
-            for (int64_t i = 0; i < query_blocks_; ++i) backward_block(b, h, i, buffers, gradients);
+        for (int64_t i = 0; i < query_blocks_; ++i) {
+            QueryBlock rows = query_block(b, i);
+            const KeyRange all = rows.all();
+            for (int64_t j = all.first / kBlock; j * kBlock < all.last; ++j)
+                buffers.ranges[j] = queries_of_keys(rows, j);
+            for (int64_t h = kv * group_; h < (kv + 1) * group_; ++h) {
+                backward_block(b, h, i, rows, all, buffers, gradients);
+            }
         }
         for (int64_t t = 0; t < p_.Tk; ++t) {
             const int64_t at = t / kBlock * layout_.sums_size();
@@ -242,9 +255,8 @@ class Attention {
         }
     }
 
-    void backward_block(int64_t b, int64_t h, int64_t i, const Buffers& buffers,
+    void backward_block(int64_t b, int64_t h, int64_t i, QueryBlock& rows, const KeyRange& all, const Buffers& buffers,
                         const AttentionGradients& gradients) const {
-        QueryBlock rows = query_block(b, i);
         const int64_t t0 = i * kBlock;
         const T *q = tokens(p_.q, b, h, t0), *grad = tokens(gradients.grad_out, b, h, t0);
         layout_.pack_rows(q, p_.q.token, rows.count, buffers.q);
@@ -257,7 +269,6 @@ class Attention {
                                  grad + r * gradients.grad_out.token);
         }
         clear(buffers.sums, layout_.sums_size());
-        const KeyRange all = rows.all();
         for (int64_t j = all.first / kBlock; j * kBlock < all.last; ++j) {
             const int64_t keys = keys_in(j);
             for (int64_t t = 0; t < kTilesOfBlock; ++t) {
@@ -274,10 +285,10 @@ class Attention {
                 }
                 if (!seen.empty()) {
                     layout_.multiply_pairs(buffers.grad_scores, t, buffers.key_pairs + j * layout_.pairs_size(), 0,
-                                           steps_to(last_strip(seen) * kColumns), buffers.sums);
+                                           steps_to(seen.last), buffers.sums);
                 }
             }
-            const QueryRanges seen_by = queries_of_keys(rows, j);
+            const QueryRanges& seen_by = buffers.ranges[j];
             add_transposed(seen_by, buffers.probs, buffers.grad_pairs, buffers,
                            buffers.value_sums + j * layout_.sums_size());
             add_transposed(seen_by, buffers.grad_scores, buffers.q_pairs, buffers,
@@ -323,11 +334,6 @@ class Attention {
         }
     }
 
-    // For each tile of keys of block j: the steps along the queries between the first and the last that see one of
-    // them.
-    struct QueryRanges {
-        int64_t first_step[kTilesOfBlock], last_step[kTilesOfBlock];
-    };
     QueryRanges queries_of_keys(const QueryBlock& rows, int64_t j) const {
         QueryRanges ranges;
         for (int64_t t = 0; t < kTilesOfBlock; ++t) {

@@ -95,9 +95,8 @@ struct HeadLayout {
                        float* scores) const {
         for (int64_t strip = strip0; strip < strip1; ++strip) {
             float* c = scores + (strip * kTilesOfBlock + t) * kTileFloats;
-            clear(c, kTileFloats);
             Tiles::multiply(left + t * Tiles::kRows * row, row, Tiles::kRows, panel + strip * steps * kColumns * kPair,
-                            steps, c);
+                            steps, c, false);
         }
     }
 

@@ -25,13 +25,17 @@ static inline F32 maximum(F32 a, F32 b) {
 #endif
 }
 
-// The largest lane of a vector.
+// The largest lane of a vector. A lane with NaN may be ignored.
 static inline float highest(F32 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(v);
+#else
     float lanes[kLanes];
     store(lanes, v);
     float result = lanes[0];
     for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
     return result;
+#endif
 }
 
 // v in the first n lanes, `other` in the rest.

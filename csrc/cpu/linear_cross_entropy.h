@@ -155,6 +155,29 @@ class CrossEntropy {
         if (own < count) factor_row<T>(w.low_rank, v * w.rank + k + own - columns, count - own, 1.0f, dst + own);
     }
 
+    // Fills a panel whose columns are rows of W. Rows of a dense head are transposed in place, without a copy.
+    void fill_columns(const PanelRange& range, Elem* panel) const {
+        const int64_t steps = range.step1 - range.step0;
+        if (reads_weight_in_place() && p_.K % kPair == 0 && range.columns % kColumns == 0 &&
+            range.step1 * kPair <= p_.K) {
+            const int64_t stride = p_.K / kPair;  // in steps, which are dwords
+            const auto* rows = static_cast<const uint32_t*>(p_.weight.dense.data) + range.column0 * stride;
+            for (int64_t column = 0; column < range.columns; column += kColumns) {
+                transpose_dwords(rows + column * stride + range.step0, stride, kColumns, steps,
+                                 reinterpret_cast<uint32_t*>(panel + column * steps * kPair), kColumns);
+            }
+            return;
+        }
+        fill_from_rows<typename Tiles::Panel, kColumns>(
+            range, p_.K, panel, [&](int64_t v, int64_t k, int64_t n, Elem* dst) { read_weight(v, k, n, dst); });
+    }
+
+    // Whether the rows of W are operands as they are stored.
+    bool reads_weight_in_place() const {
+        const HeadWeight& w = p_.weight;
+        return std::is_same_v<T, Elem> && w.dense.data && w.dense.dtype == p_.dtype && w.rank == 0;
+    }
+
     // scores[strip][tile] = X W^T of the columns [v0, v0 + columns).
     void multiply_scores(int64_t token0, int64_t rows, int64_t v0, int64_t columns, float* scores) const {
         constexpr int64_t kMostSteps =
@@ -164,7 +187,6 @@ class CrossEntropy {
         Elem* panel = static_cast<Elem*>(
             workspace(Slot::kPanel, static_cast<size_t>(kMaxGroup * kColumns * piece * kPair) * sizeof(Elem)));
         const int64_t count = tiles(rows), strips = (columns + kColumns - 1) / kColumns;
-        clear(scores, strips * count * kTileFloats);
         const typename Tiles::Session session;
         for (int64_t strip0 = 0; strip0 < strips; strip0 += kMaxGroup) {
             const int64_t group = strips - strip0 < kMaxGroup ? strips - strip0 : kMaxGroup;
@@ -172,15 +194,13 @@ class CrossEntropy {
             const int64_t width = columns - column0 < group * kColumns ? columns - column0 : group * kColumns;
             for (int64_t step0 = 0; step0 < steps_; step0 += piece) {
                 const int64_t step1 = step0 + piece < steps_ ? step0 + piece : steps_;
-                fill_from_rows<typename Tiles::Panel, kColumns>(
-                    {v0 + column0, width, step0, step1}, p_.K, panel,
-                    [&](int64_t v, int64_t k, int64_t n, Elem* dst) { read_weight(v, k, n, dst); });
+                fill_columns({v0 + column0, width, step0, step1}, panel);
                 for (int64_t t = 0; t < count; ++t) {
                     for (int64_t g = 0; g < group; ++g) {
                         const Elem* a = x_ + (token0 + t * Tiles::kRows) * stride_ + step0 * kPair;
                         Tiles::multiply(a, stride_, rows_of_tile(rows, t),
                                         panel + g * (step1 - step0) * kColumns * kPair, step1 - step0,
-                                        scores + ((strip0 + g) * count + t) * kTileFloats);
+                                        scores + ((strip0 + g) * count + t) * kTileFloats, step0 > 0);
                     }
                 }
             }
@@ -277,7 +297,7 @@ class CrossEntropy {
         Elem* panel = static_cast<Elem*>(
             workspace(Slot::kPanel, static_cast<size_t>(kMaxGroup * kColumns * steps * kPair) * sizeof(Elem)));
         const HeadWeight& w = p_.weight;
-        const bool in_place = w.dense.data && w.dense.dtype == p_.dtype && w.rank == 0;
+        const bool in_place = reads_weight_in_place();
         const typename Tiles::Session session;
         for (int64_t strip0 = 0; strip0 < strips_of_k_; strip0 += kMaxGroup) {
             const int64_t group = strips_of_k_ - strip0 < kMaxGroup ? strips_of_k_ - strip0 : kMaxGroup;

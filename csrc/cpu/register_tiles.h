@@ -20,10 +20,12 @@ struct RegisterTiles {
         ~Session() {}
     };
 
-    // c[rows][kColumns] += a[rows][steps] b[steps][kColumns], rows <= kRows. The rows of a are `stride` elements apart;
-    // steps is a multiple of kStepMultiple. The memory of a and c must include all kRows rows.
-    static void multiply(const Elem* a, int64_t stride, int rows, const Elem* b, int64_t steps, float* c) {
-        tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, {}, true, c);
+    // c[rows][kColumns] = a[rows][steps] b[steps][kColumns], or += if `adds`; rows <= kRows. The rows of a are `stride`
+    // elements apart; steps is a multiple of kStepMultiple. The memory of a and c must include all kRows rows.
+    static void multiply(const Elem* a, int64_t stride, int rows, const Elem* b, int64_t steps, float* c,
+                         bool adds = true) {
+        if (steps == 0 && !adds) clear(c, rows * kColumns);
+        tile_kernel_for<Mac, kVectors>(rows)(a, stride, kPair, b, steps, {}, adds, c);
     }
 };
 

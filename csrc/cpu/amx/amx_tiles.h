@@ -17,7 +17,9 @@ struct AmxTiles {
     static constexpr int64_t kStepMultiple = 16;
     using Session = TileSession;
 
-    static void multiply(const Bf16* a, int64_t stride, int rows, const Bf16* b, int64_t steps, float* c) {
+    static void multiply(const Bf16* a, int64_t stride, int rows, const Bf16* b, int64_t steps, float* c,
+                         bool adds = true) {
+        if (!adds) clear(c, kRows * kColumns);
         constexpr int64_t kPanelRow = kColumns * kPair * sizeof(Bf16), kSumRow = kColumns * sizeof(float);
         const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(Bf16));
         const bool two = rows > kTileRows;
