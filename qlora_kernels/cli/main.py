@@ -23,6 +23,7 @@ from .recipes import with_recipe
 
 _EXTRAS = {
     "transformers": "hf",
+    "huggingface_hub": "hf",
     "accelerate": "hf",
     "gguf": "hf",
     "tqdm": "hf",

@@ -81,6 +81,8 @@ def replace_linear(
     the default skip, "lm_head", may match nothing), or if no layer is left to replace. An error of the quantization of
     a weight is raised with the layer's name, before that layer is changed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_linear: model must be an nn.Module, got {type(model).__name__}; load it first")
     report = ReplaceReport()
     modules = layers_of(model)
     linears, other_users = _linears_and_other_users(modules, report)

@@ -1,5 +1,7 @@
 """Every PEFT method in plain PyTorch, over nn.Linear and LinearNF4 alike. docs/methods.md describes each."""
 
+from typing import Any
+
 from .core.config import PeftConfig
 from .framework.registry import METHODS, register_method
 from .methods.adalora import AdaLoraConfig
@@ -56,3 +58,24 @@ __all__ = [
     "prepare_for_training",
     "register_method",
 ]
+
+_INSTEAD = {
+    "AutoPeftModelForCausalLM": "load the base model, then PeftModel.from_pretrained(model, folder)",
+    "EvaConfig": "use initialize_eva",
+    "LoftQConfig": 'use LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 1})',
+    "PeftModelForCausalLM": "use PeftModel, which serves models of all tasks",
+    "PeftModelForSequenceClassification": "use PeftModel, which serves models of all tasks",
+    "PromptEncoderConfig": "use PTuningConfig",
+    "TaskType": 'use names, as in task_type="CAUSAL_LM"',
+    "get_layer_status": "use model.explain()",
+    "get_model_status": "use model.explain()",
+    "get_peft_model_state_dict": "use model.save_pretrained(folder), or model.adapters[name].named_parameters()",
+    "prepare_model_for_kbit_training": "use prepare_for_training",
+    "set_peft_model_state_dict": "use model.load_adapter(folder, adapter_name)",
+}
+"""Names of Hugging Face PEFT that are not here, and what is used in their place."""
+
+
+def __getattr__(name: str) -> Any:
+    hint = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

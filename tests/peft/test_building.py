@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_kernels.peft import PeftConfig, PeftModel
+from qlora_kernels import peft
+from qlora_kernels.peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from qlora_kernels.peft.framework.registry import method_for
 from qlora_kernels.peft.model.adapters import as_configs
 from tests.peft.cases import CASES, build
@@ -50,3 +51,21 @@ def test_failed_attach_leaves_the_model_as_it_was(case: str, monkeypatch: pytest
         model.add_adapter("default", CASES[case].config)
     assert state_of(model) == before
     assert "default" not in model.adapters
+
+
+@pytest.mark.parametrize("wrong", ["LORA", {"r": 8}, LoraConfig, 8])
+def test_other_objects_are_refused_as_configurations(wrong: object) -> None:
+    with pytest.raises(TypeError, match="peft_config must be a configuration such as"):
+        get_peft_model(make("llama"), wrong)
+
+
+def test_only_modules_are_adapted() -> None:
+    for refuse in (lambda: get_peft_model("my-model", LoraConfig()), lambda: PeftModel.from_pretrained("m", "adapter")):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str; load it first"):
+            refuse()
+
+
+def test_names_of_hugging_face_peft_have_a_hint() -> None:
+    with pytest.raises(AttributeError, match=r"has no attribute 'TaskType': use names, as in task_type=\"CAUSAL_LM\""):
+        peft.TaskType  # noqa: B018
+    assert not hasattr(peft, "anything_else")

@@ -74,6 +74,13 @@ def test_right_types_are_accepted(values):
     LoraConfig(**values)
 
 
+@pytest.mark.parametrize("task_type", ["CAUSAL", "seq_cls", "SEQ_CLASSIFICATION"])
+def test_unknown_task_types_are_refused(task_type):
+    """With an unknown name, the head of the task would be neither trained nor saved."""
+    with pytest.raises(ValueError, match=r"LoraConfig: task_type must be one of \['CAUSAL_LM'"):
+        LoraConfig(task_type=task_type)
+
+
 def test_null_in_a_file_is_the_default():
     config = config_from_dict({"peft_type": "LORA", "r": 4, "rank_pattern": None, "use_dora": None, "revision": None})
     assert config == LoraConfig(r=4)

@@ -105,3 +105,24 @@ def test_merged_gpt2_has_conv1d_layers(tmp_path, quantized_first):
     merged.save_pretrained(tmp_path)
     again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert_same_function(logits(again, inputs), expected)
+
+
+@FORMATS
+def test_set_adapter_unmerges_others(nf4):
+    """Merged layers would go on computing with the adapters that are merged into them."""
+    model, inputs = two_adapters(nf4), batch("llama")
+    both = list(model.adapters)
+    model.set_adapter(both)
+    expected = logits(model, inputs)
+    model.set_adapter(both[0])
+    first = logits(model, inputs)
+    model.merge_adapter()
+    model.set_adapter(both[0])  # the merged one: it stays merged
+    assert "merged" in str(model.explain())
+    with pytest.raises(ValueError, match=f"load_adapter: '{both[0]}' must not be merged"):
+        model.load_adapter("unread", both[0])
+    with pytest.warns(UserWarning, match=rf"set_adapter: \['{both[0]}'\] were merged"):
+        model.set_adapter(both)
+    assert_same_function(logits(model, inputs), expected)
+    model.set_adapter(both[0])
+    assert_same_function(logits(model, inputs), first)

@@ -257,3 +257,25 @@ def test_merges_beside_lora_keep_the_order(name, first):
         with torch.no_grad():
             read = torch.nn.functional.linear(x, layer.weight, layer.bias)
             assert_same_function(read, layer(x))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "in a list"])
+def test_configurations_of_peft_are_taken(hf_peft, several):
+    """Scripts for PEFT keep their configurations: sets, enums and fields that PEFT adds are read as from its files."""
+    theirs = hf_peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type=hf_peft.TaskType.CAUSAL_LM
+    )
+    model = get_peft_model(make("llama"), [theirs] if several else theirs)
+    ours = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
+    assert model.peft_config["default"] == ours
+    model.add_adapter("prompt", hf_peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert model.peft_config["prompt"].num_virtual_tokens == 3
+    with pytest.raises(
+        NotImplementedError,
+        match=r"LoraConfig: the configuration must have fields of this method alone, got {.use_qalora.: True}",
+    ):
+        get_peft_model(make("llama"), hf_peft.LoraConfig(target_modules=["q_proj"], use_qalora=True))
+    with pytest.raises(ValueError, match="peft_type must be one of"):
+        get_peft_model(make("llama"), hf_peft.VBLoRAConfig())

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Heads that PEFT trains and saves by default, by task.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *TASK_HEADS)
+
 # Fields that determine the sizes of allocated tensors.
 SIZES = (
     "r",
@@ -51,6 +53,10 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ValueError(
+                f"{type(self).__name__}: task_type must be one of {list(TASK_TYPES)} or None, got {self.task_type!r}"
+            )
         if isinstance(self.modules_to_save, str):  # one name; PEFT's file has a list
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
 
@@ -71,7 +77,7 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Return the configuration in a file; null means the field's default.
+        """Return the configuration in a file or of PEFT; null means the field's default.
 
         Raises NotImplementedError for a key that this method does not have, unless its value is null, false or empty:
         without the key, the adapter would compute another function than intended.
@@ -80,8 +86,8 @@ class PeftConfig:
         unknown = {k: v for k, v in values.items() if k not in fields and k not in _BOOKKEEPING and v}
         if unknown:
             raise NotImplementedError(
-                f"{cls.__name__}: the file must have fields of this method alone, got {unknown}; load the adapter with "
-                "the package that wrote it, or set these fields to null if they have no effect"
+                f"{cls.__name__}: the configuration must have fields of this method alone, got {unknown}; load "
+                "the adapter with the package that wrote it, or set these fields to null if they have no effect"
             )
         given = {k: v for k, v in values.items() if k in fields and v is not None}
         required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}

@@ -37,9 +37,11 @@ class AdaptedModel(RecognizedAsPeftModel, nn.Module):
         """Freeze `model` and prepare it for adapters, in place.
 
         adapter_dtype: dtype of the parameters of adapters.
-        Raises TypeError for a model that has adapters already.
+        Raises TypeError for a model that has adapters already, and for what is no nn.Module.
         """
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"get_peft_model: model must be an nn.Module, got {type(model).__name__}; load it first")
         if isinstance(model, AdaptedModel):
             raise TypeError("get_peft_model: model must not have adapters yet; use add_adapter")
         if parallel := next((type(m).__name__ for m in model.modules() if synchronizes(m)), None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..core.adapter_selection import BASE
 from ..core.adapter_tree import AdapterModules
@@ -10,13 +10,24 @@ from ..core.config import PeftConfig
 from ..framework.injector import Injector
 from ..framework.method import Method, methods_of
 from ..framework.registry import method_for
+from .huggingface import config_of_peft, is_of_peft
 
 Configs = PeftConfig | Sequence[PeftConfig]
 
 
 def as_configs(configs: Configs) -> list[PeftConfig]:
-    """Return a list of configurations from one configuration or several."""
-    return [configs] if isinstance(configs, PeftConfig) else list(configs)
+    """Return a list of configurations from one configuration or several; those of Hugging Face PEFT are converted.
+
+    Raises TypeError for other objects, and NotImplementedError for options of PEFT that the method does not have.
+    """
+    if isinstance(configs, PeftConfig) or is_of_peft(configs):
+        configs = [configs]
+    if isinstance(configs, (str, Mapping)) or not isinstance(configs, Iterable):
+        got = configs.__name__ if isinstance(configs, type) else type(configs).__name__
+        raise TypeError(
+            f"get_peft_model: peft_config must be a configuration such as LoraConfig(r=8), or a list of them, got {got}"
+        )
+    return [config_of_peft(config) if is_of_peft(config) else config for config in configs]
 
 
 def add(injector: Injector, name: str, configs: Configs, *, training: bool) -> None:

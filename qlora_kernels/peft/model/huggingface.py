@@ -7,10 +7,13 @@ disable_adapter, set_adapter, load_adapter, save_pretrained, peft_config, active
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import cache, partial, wraps
 from typing import Any, cast
 
+from ..core.config import PeftConfig
+from ..framework.registry import config_from_dict
 from . import peft_functions
 
 
@@ -88,3 +91,16 @@ def check_save_options(safe_serialization: bool) -> None:
     """Raise for an argument of save_pretrained that is not supported."""
     if not safe_serialization:
         raise ValueError("save_pretrained: safe_serialization must be True, got False; pickled files are not written")
+
+
+def is_of_peft(config: Any) -> bool:
+    """Whether `config` is a configuration of Hugging Face PEFT, such as peft.LoraConfig(r=8)."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(config).__mro__)
+
+
+def config_of_peft(config: Any) -> PeftConfig:
+    """Return a configuration of Hugging Face PEFT as the one with the same fields here.
+
+    Raises ValueError for a type of adapter that is not here, and NotImplementedError for options that it does not have.
+    """
+    return config_from_dict(json.loads(json.dumps(config.to_dict(), default=list)))

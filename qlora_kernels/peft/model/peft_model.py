@@ -79,8 +79,15 @@ class PeftModel(AdaptedModel):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active and trained (none is trained with inference_mode). Several adapters are
         added up.
+
+        Other adapters that are merged would compute in place of these, and are unmerged with a warning, as in PEFT.
         """
-        adapters.activate(self.injector, as_names(adapter_name), trainable=not inference_mode)
+        names = as_names(adapter_name)
+        adapters.activate(self.injector, names, trainable=not inference_mode)
+        merged = [name for name in self.adapters if merging.is_merged(self.injector, name)]
+        if merged and set(merged) != set(names):
+            warnings.warn(f"set_adapter: {merged} were merged, and are unmerged now", stacklevel=2)
+            self.unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter. If no adapter is active afterwards, the first of the remaining ones becomes active.
@@ -232,7 +239,10 @@ class PeftModel(AdaptedModel):
         as before. The folder must have the same configuration.
         is_trainable: also load state that only training needs, such as the encoders of prefix and P-tuning. Otherwise
         the model is switched to eval mode, as in PEFT.
+        Raises ValueError for an adapter that is merged.
         """
+        if adapter_name in self.adapters and merging.is_merged(self.injector, adapter_name):
+            raise ValueError(f"load_adapter: {adapter_name!r} must not be merged; call unmerge_adapter first")
         adapter_files.load(self.injector, model_id, adapter_name, is_trainable=is_trainable, training=self.training)
         if not is_trainable:
             self.eval()
