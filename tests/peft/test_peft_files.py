@@ -202,3 +202,15 @@ def test_several_adapters_are_saved_as_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         model.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)} == before
+
+
+def test_files_name_the_base_model(hf_peft, tmp_path):
+    """Programs that are given the adapter alone load the base from the folder that adapter_config.json names."""
+    transformers = pytest.importorskip("transformers")
+    make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = hf_peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_same_function(logits(theirs, batch("llama")), logits(model, batch("llama")))

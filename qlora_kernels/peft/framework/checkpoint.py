@@ -52,10 +52,12 @@ def save_adapters(adapters: Mapping[str, Sequence[Method]], directory: str | os.
 
 def _files(method: Method) -> AdapterFiles:
     values, tensors = method.extras()
-    base_model = method.config.base_model_name_or_path or getattr(method.injector.model, "name_or_path", None)
+    # As in PEFT, so that other programs find the base: its name in the configuration, or the folder or hub id from
+    # which transformers loaded it, which is "" for a model that was not loaded.
+    base_model = method.config.base_model_name_or_path or getattr(method.injector.model, "name_or_path", "") or None
     tables = resized_tables(method.injector, base_model, method.overrides.paths)
     return AdapterFiles(
-        config=method.file_config(),
+        config={**method.file_config(), "base_model_name_or_path": base_model},
         tensors={**{f"{method.file_prefix}{key}": table for key, table in tables.items()}, **method.tensors()},
         extras={"loads_in_peft": method.loads_in_peft, **values},
         extra_tensors=tensors,

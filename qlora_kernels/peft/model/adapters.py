@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from ..core.adapter_selection import BASE
 from ..core.adapter_tree import AdapterModules
@@ -21,7 +22,7 @@ def as_configs(configs: Configs) -> list[PeftConfig]:
     Raises TypeError for other objects, and NotImplementedError for options of PEFT that the method does not have.
     """
     if isinstance(configs, PeftConfig) or is_of_peft(configs):
-        configs = [configs]
+        configs = [cast(PeftConfig, configs)]
     if isinstance(configs, (str, Mapping)) or not isinstance(configs, Iterable):
         got = configs.__name__ if isinstance(configs, type) else type(configs).__name__
         raise TypeError(
