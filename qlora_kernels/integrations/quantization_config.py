@@ -18,6 +18,18 @@ METHOD = "qlora_kernels"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
+_INSTEAD = {
+    "load_in_4bit": "leave it out, since the weights are always 4 bits",
+    "load_in_8bit": "leave it out, since the weights are always 4 bits",
+    "bnb_4bit_quant_type": "leave it out, since the type is always NF4",
+    "bnb_4bit_use_double_quant": "use double_quant, which is True by default",
+    "bnb_4bit_compute_dtype": "use compute_dtype",
+    "bnb_4bit_quant_storage": "leave it out; make_shardable prepares the weights for FSDP",
+    "llm_int8_skip_modules": "use skip_modules",
+}
+"""Arguments of transformers' BitsAndBytesConfig, and what is used in their place."""
+
+
 class QLoRAKernelsConfig(QuantizationConfigMixin):
     """The argument `quantization_config` of transformers' from_pretrained that loads linear layers and experts in NF4.
 
@@ -28,7 +40,8 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
     skip_modules names it.
     blocksize: weights per scale.   double_quant: scales in 8 bits.
     compute_dtype: dtype of the products, or its name; None computes in the dtype of the activations.
-    Raises ValueError or TypeError for invalid values.
+    Raises ValueError or TypeError for invalid values, and TypeError for arguments of BitsAndBytesConfig, with the one
+    to use instead.
     """
 
     def __init__(
@@ -39,7 +52,12 @@ class QLoRAKernelsConfig(QuantizationConfigMixin):
         compute_dtype: torch.dtype | str | None = None,
         *,
         quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            name = next(iter(unknown))
+            advice = _INSTEAD.get(name, "the arguments are skip_modules, blocksize, double_quant and compute_dtype")
+            raise TypeError(f"QLoRAKernelsConfig: {name} is not an argument; {advice}")
         if quant_method != METHOD:
             raise ValueError(f"QLoRAKernelsConfig: quant_method must be {METHOD!r}, got {quant_method!r}")
         check_blocksize("QLoRAKernelsConfig", blocksize)

@@ -348,3 +348,17 @@ def test_from_pretrained_names_the_transformers_it_needs(dense, monkeypatch):
     monkeypatch.setattr(quantizer, "transformers_version", "5.9.1")
     with pytest.raises(ImportError, match=r"transformers must be at least 5\.22 for from_pretrained, got 5\.9\.1"):
         load(dense("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"load_in_4bit": True}, "load_in_4bit is not an argument; leave it out"),
+        ({"bnb_4bit_compute_dtype": torch.bfloat16}, "bnb_4bit_compute_dtype is not an argument; use compute_dtype"),
+        ({"skip": ["lm_head"]}, "skip is not an argument; the arguments are skip_modules"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_of_bitsandbytes_get_advice(options, advice):
+    with pytest.raises(TypeError, match=f"QLoRAKernelsConfig: {advice}"):
+        QLoRAKernelsConfig(**options)
