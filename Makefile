@@ -83,8 +83,9 @@ endif
 demo: $(READY)
 	$(PYTHON) -m qlora_kernels.cli finetune --model builtin --data builtin --out out/demo
 
-# A process for each core, whose OpenMP threads sleep while they wait: they share the cores.
-PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile
+# A process for each core, whose OpenMP threads sleep while they wait: they share the cores. tests/conftest.py sorts the
+# files, the long ones first.
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)

@@ -1,10 +1,44 @@
-"""Applies the fixes of Triton's interpreter under TRITON_INTERPRET=1 before any kernel runs."""
+"""Fixes of Triton's interpreter under TRITON_INTERPRET=1, and the order of test files in a run by several processes."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+
+import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.support import triton_interpreter
 
     triton_interpreter.install()
+
+START_FIRST = (
+    "tests/bench/test_quick.py",
+    "tests/cli/test_smollm2.py",
+    "tests/cpu/test_failing_allocator.py",
+    "tests/cpu/test_low_rank_faults.py",
+    "tests/cuda/emulator/test_planted_faults.py",
+    "tests/cuda/test_compile_gates.py",
+    "tests/distributed/",
+    "tests/docs/",
+    "tests/examples/",
+    "tests/fuzz/",
+    "tests/integrations/test_vllm.py",
+    "tests/io/test_faults.py",
+    "tests/triton/test_model_part_mutations.py",
+    "tests/triton/test_mutations.py",
+)
+"""Files, and folders of files, with few tests that run compilers or whole programs."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort the files of a run by several processes, so that none of the long ones is left to the end.
+
+    `make test` passes --no-loadscope-reorder, because pytest-xdist would sort the files by their number of tests alone.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    files = [item.nodeid.partition("::")[0] for item in items]
+    tests = Counter(files)
+    order = {file: (not file.startswith(START_FIRST), -tests[file]) for file in tests}
+    items.sort(key=lambda item: order[item.nodeid.partition("::")[0]])
