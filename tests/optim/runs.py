@@ -95,3 +95,11 @@ def assert_same_states(actual: Optimizer, expected: Optimizer) -> None:
         assert left[key].keys() == right[key].keys()
         for name in left[key]:
             assert torch.equal(left[key][name], right[key][name]), (key, name)
+
+
+def groups(params):
+    """Return two parameter groups with settings of their own."""
+    return [
+        {"params": params[:3], "lr": 3e-3, "betas": (0.8, 0.95)},
+        {"params": params[3:], "weight_decay": 0.0, "eps": 1e-6},
+    ]
