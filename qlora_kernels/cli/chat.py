@@ -18,6 +18,8 @@ from .model_options import add_adapter, add_base, add_sampling
 if TYPE_CHECKING:
     from torch import nn
 
+    from .tokenizing import ModelTokenizer
+
 _HELP = "/reset starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -84,7 +86,7 @@ class _Conversation:
     """The turns of a conversation and the model that answers."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, opening: list[dict[str, str]], arguments: argparse.Namespace
+        self, model: nn.Module, tokenizer: ModelTokenizer, opening: list[dict[str, str]], arguments: argparse.Namespace
     ) -> None:
         self.model, self.tokenizer, self.opening, self.arguments = model, tokenizer, opening, arguments
         self.reset()

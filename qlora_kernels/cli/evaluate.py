@@ -17,6 +17,8 @@ from .tables import table
 if TYPE_CHECKING:
     from torch import nn
 
+    from .tokenizing import ModelTokenizer
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add this subcommand and its options to the command line."""
@@ -86,7 +88,7 @@ def _perplexity(
     records: tuple[Any, ...],
     model: nn.Module,
     base: nn.Module,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     console: Console,
 ) -> dict[str, Any]:
     from ..integrations.model_folders import as_model_error
@@ -109,7 +111,7 @@ def _perplexity(
     return {"perplexity": measured.value, "predictions": measured.tokens, "data": source, "rows": str(rows)}
 
 
-def _tasks(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, dict[str, Any]]:
+def _tasks(arguments: argparse.Namespace, model: nn.Module, tokenizer: ModelTokenizer) -> dict[str, dict[str, Any]]:
     """Return lm-eval's results by task and metric."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

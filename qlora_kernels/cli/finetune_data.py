@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from .finetune_report import FinetuneReport
 from .generate import check_prompt
 from .limits import check_memory, check_positions, check_rank, check_token_ids, embedding_rows
 from .patterns import check_patterns
-from .tokenizing import within_time
+from .tokenizing import ModelTokenizer, within_time
 
 
 @dataclass
@@ -45,7 +44,7 @@ class DataStage:
             self.note("no data is kept unseen: no perplexity is measured, so the reloaded adapter is not compared")
         return corpus
 
-    def examples(self, corpus: Corpus, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    def examples(self, corpus: Corpus, tokenizer: ModelTokenizer) -> tuple[list[Example], list[Example]]:
         """Return the examples to train on, packed with --packing, and the unseen ones that are evaluated."""
         train = self._encode("train", corpus.source, corpus.train, tokenizer)
         if self.options.packing:
@@ -55,7 +54,7 @@ class DataStage:
         unseen = self._encode("unseen", f"{corpus.source} (its unseen part)", corpus.unseen, tokenizer)
         return train, unseen[: self.options.eval_windows]
 
-    def _encode(self, part: str, source: str, records: Sequence[Record], tokenizer: Any) -> list[Example]:
+    def _encode(self, part: str, source: str, records: Sequence[Record], tokenizer: ModelTokenizer) -> list[Example]:
         if not records:
             return []
         seq_len = self.options.seq_len
@@ -68,7 +67,7 @@ class DataStage:
 def check_limits(
     options: FinetuneOptions,
     adapter_config: PeftConfig,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     model: nn.Module,
     examples: Sequence[Example],
     device: torch.device,
@@ -90,7 +89,7 @@ def check_limits(
         check_prompt(options.prompt, "--prompt", tokenizer, model, new_tokens)
 
 
-def padding_id(tokenizer: Any, model: nn.Module) -> int:
+def padding_id(tokenizer: ModelTokenizer, model: nn.Module) -> int:
     """Return the token id for padded positions, which are masked.
 
     A padding token that was only added to the tokenizer has no row in the embedding; 0 takes its place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .arguments import Subparsers, UsageError, add_command, bad_input
 from .console import Console
@@ -13,6 +13,8 @@ from .model_options import add_adapter, add_base, add_sampling
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .tokenizing import ModelTokenizer
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -71,7 +73,7 @@ def check_text(text: str, option: str) -> None:
 def check_prompt(
     prompt: str,
     option: str,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     model: nn.Module,
     max_new_tokens: int = 1,
     *,
@@ -95,7 +97,7 @@ def check_prompt(
 
 def continuation(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     prompt: str,
     max_new_tokens: int,
     temperature: float = 0.0,

@@ -9,11 +9,12 @@ from torch import nn
 
 from .arguments import UsageError
 from .device import memory_bytes
+from .tokenizing import ModelTokenizer
 
 CPU = torch.device("cpu")
 
 
-def check_token_ids(largest: int, tokenizer: Any, model: nn.Module) -> None:
+def check_token_ids(largest: int, tokenizer: ModelTokenizer, model: nn.Module) -> None:
     """Raise UsageError if the tokenizer belongs to another model, or a token of the text has no row in the embedding.
 
     Tokens that were added to a tokenizer (for padding, for images) may be beyond the embedding if no text contains

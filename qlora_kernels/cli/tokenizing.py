@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..training import Chat, Completion, Plain
+from ..training.text_tokens import Tokenizer
 from .arguments import UsageError
 
 SECONDS = 30.0
@@ -26,6 +27,19 @@ CHARACTERS_PER_SECOND = 20_000
 
 Record = Plain | Completion | Chat
 T = TypeVar("T")
+
+
+class ModelTokenizer(Tokenizer, Protocol):
+    """The tokenizer of a model folder: what the commands use beside `Tokenizer`."""
+
+    vocab_size: int
+    pad_token_id: int | None
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids."""
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """Return the token of one id."""
 
 
 class Clock:
