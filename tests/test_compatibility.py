@@ -50,7 +50,7 @@ def test_passed_check_counts_tests():
     assert outcome.checks == {"op tests": "7 passed, 1 skipped"}
 
 
-def test_page():
+def test_page_shows_results_and_missing_interpreters():
     outcomes = [
         Outcome("oldest", "3.10.13", {"torch": "2.10.0+cpu"}, {"wheel alone": "pass", "op tests": "fails: a | b"}),
         Outcome("Triton triton==3.6.0", "", {"triton": "3.6.0"}, {"gates broken": "0", "sm_100": "40", "sm_80": "40"}),

@@ -51,7 +51,7 @@ def output(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_info(capsys):
+def test_info_reports_versions_backends_and_instruction_set(capsys):
     facts = json.loads(output(capsys, "info", "--json"))
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["backends"].keys() == {"reference", "cpu", "triton", "cuda"}
@@ -144,7 +144,7 @@ def test_generate_without_a_chat_template(capsys, model, tmp_path):
     assert "the tokenizer must have a chat template" in capsys.readouterr().err
 
 
-def test_merge(capsys, model, nf4, adapter, tmp_path):
+def test_merged_folder_computes_what_the_adapter_does(capsys, model, nf4, adapter, tmp_path):
     output(capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged")
     merged = load_model(tmp_path / "merged", torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -20,9 +20,9 @@ from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.io.locks import held_alone
 from tests.support.tiny_model import LINEARS, write_jsonl, write_tiny_llama
 
+from .finetune_runs import arguments, files_of, finetune, losses, refused
+
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
-FAST = ["--steps", "6", "--batch", "2", "--seq-len", "32", "--eval-windows", "4", "--lr", "1e-2", "--r", "4"]
-FAST += ["--max-new-tokens", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def arguments(model, data, out, *more) -> list[str]:
-    return ["finetune", "--model", str(model), "--data", str(data), "--out", str(out), *FAST, *more]
-
-
-def finetune(capsys, *parts) -> dict:
-    assert main([*arguments(*parts), "--json"]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return json.loads(captured.out)
-
-
-def losses(report) -> list[tuple[float, float]]:
-    return [(step["loss"], step["grad_norm"]) for step in report["steps"]]
 
 
 def test_whole_command(capsys, model, text, tmp_path):
@@ -118,10 +103,6 @@ def test_every_method_runs_and_resumes(capsys, model, text, tmp_path, method):
     resumed = finetune(capsys, model, text, tmp_path, *options, "--resume")
     assert losses(resumed) == losses(whole)
     assert resumed["perplexity"] == whole["perplexity"]
-
-
-def files_of(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
@@ -274,20 +255,6 @@ def test_refusal_of_the_chat_template_names_the_record(capsys, model, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     line = refused(capsys, *arguments(folder, data, tmp_path / "out"))
     assert f"{data}:13: the chat template refuses the conversation: no system role" in line
-
-
-def refused(capsys, *argv) -> str:
-    """Return the line on stderr of a run that exits with code 2."""
-    try:
-        code = main([str(argument) for argument in argv])
-    except SystemExit as exit:
-        code = exit.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if not line.startswith("[")]
-    assert len(lines) == 1, captured.err
-    return lines[0]
 
 
 def test_bad_files_are_refused(capsys, model, text, tmp_path):

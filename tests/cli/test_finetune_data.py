@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.test_finetune import arguments, finetune, refused
+from tests.cli.finetune_runs import arguments, finetune, refused
 from tests.support.tiny_model import write_tiny_llama
 
 

@@ -18,7 +18,7 @@ from qlora_kernels.cli.finetune_options import FinetuneOptions
 from qlora_kernels.cli.interrupts import deferred
 from qlora_kernels.cli.main import command_parser
 from qlora_kernels.training import Perplexity, perplexity
-from tests.cli.test_finetune import arguments, files_of, finetune, losses, refused
+from tests.cli.finetune_runs import arguments, files_of, finetune, losses, refused
 from tests.support.tiny_model import write_jsonl, write_tiny_llama
 
 
@@ -39,7 +39,7 @@ def without(parts: list[str], option: str) -> list[str]:
     return parts[:i] + parts[i + 2 :]
 
 
-def test_epochs(capsys, model, tmp_path):
+def test_epochs_become_steps_of_the_trained_examples(capsys, model, tmp_path):
     """9 examples in batches of 2."""
     parts = without(arguments("m", "d", "out", "--epochs", "1"), "--steps")
     options = FinetuneOptions.of(command_parser().parse_args(parts))

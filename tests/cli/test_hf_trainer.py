@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.cli.test_finetune import arguments, finetune, losses, refused
+from tests.cli.finetune_runs import arguments, finetune, losses, refused
 from tests.support.tiny_model import write_tiny_llama
 
 pytest.importorskip("accelerate")

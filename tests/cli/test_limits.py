@@ -117,7 +117,7 @@ def test_padding_token_needs_no_embedding(capsys, model, data, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_positions(capsys, model, tmp_path):
+def test_texts_beyond_the_models_positions_are_refused(capsys, model, tmp_path):
     folder = with_config(model, tmp_path / "model", max_position_embeddings=16)
     text = tmp_path / "text.txt"
     text.write_text("many words " * 40)
@@ -147,7 +147,7 @@ def test_positions(capsys, model, tmp_path):
         (["--seq-len", 1], "--seq-len must be >= 2 to predict a token"),
     ],
 )
-def test_memory(capsys, model, data, tmp_path, options, words):
+def test_runs_beyond_the_memory_are_refused(capsys, model, data, tmp_path, options, words):
     assert words in refused(capsys, [*finetune_arguments(model, data, tmp_path), *options])
 
 
@@ -172,7 +172,7 @@ def test_seq_len_beyond_all_examples_is_accepted(capsys, model, data, tmp_path):
         (["--set", '{"r": 4}'], "must be FIELD=VALUE, got"),
     ],
 )
-def test_numbers_and_values(capsys, model, data, tmp_path, options, words):
+def test_numbers_out_of_range_and_bad_values_are_refused(capsys, model, data, tmp_path, options, words):
     line = refused(capsys, [*finetune_arguments(model, data, tmp_path), *options])
     assert words in line
 
@@ -186,12 +186,12 @@ def test_numbers_and_values(capsys, model, data, tmp_path, options, words):
         (["--prompt", "x", "--temperature", "inf"], "--temperature: must be 0, or finite and >= 1e-6"),
     ],
 )
-def test_generate_options(capsys, model, options, words):
+def test_bad_options_of_generate_are_refused(capsys, model, options, words):
     assert words in refused(capsys, ["generate", "--model", model, "--dense", *options])
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\x00b"])
-def test_impossible_names_of_folders(capsys, model, tmp_path, name):
+def test_impossible_names_of_folders_are_refused(capsys, model, tmp_path, name):
     refused(capsys, ["quantize", model, tmp_path / name])
     refused(capsys, ["merge", "--model", model, "--adapter", model, "--out", tmp_path / name])
 
@@ -222,8 +222,14 @@ def test_largest_seed_works(model, data, tmp_path):
         ("target_modules", "(" * 9000, "must be a regular expression"),
         ("rank_pattern", {"*": 4}, "rank_pattern: must be a regular expression"),
     ],
+    ids=[
+        *("slow targets", "slow exclusion", "slow rank pattern", "slow alpha pattern"),
+        *("open bracket", "huge repetition", "deep nesting", "nothing to repeat"),
+    ],
 )
-def test_regular_expressions(capsys, model, data, tmp_path, monkeypatch, field, value, words):
+def test_slow_and_malformed_regular_expressions_are_refused(
+    capsys, model, data, tmp_path, monkeypatch, field, value, words
+):
     monkeypatch.setattr(patterns, "SECONDS", 0.2)
     option = f"{field}={json.dumps(value)}"
     assert words in refused(capsys, [*finetune_arguments(model, data, tmp_path), "--set", option])

@@ -50,7 +50,7 @@ def test_weights_are_those_of_the_loaded_model(capsys, tmp_path):
     assert LINEARS
 
 
-def test_cards(capsys):
+def test_cards_fit_up_to_their_longest_sequence(capsys):
     values = plan(capsys, "--model", "7B", "--seq", 1024)
     assert [card["memory"] for card in values["cards"]] == [n * 10**9 for n in (8, 16, 24, 48, 80)]
     assert [card["fits"] for card in values["cards"]] == [False, True, True, True, True]
@@ -62,7 +62,7 @@ def test_cards(capsys):
     assert not plan(capsys, "--model", "70B", "--device", "24GB", code=1)["cards"][0]["longest_seq"]
 
 
-def test_table(capsys):
+def test_table_lists_each_part_of_the_memory(capsys):
     assert main(["plan", "--model", "7B", "--seq", "1024", "--optimizer", "paged_adamw"]) == 0
     text = capsys.readouterr().out
     for line in ("weights, NF4 layers", "optimizer (pageable, not in the sum)", "activations of 1,024 tokens"):

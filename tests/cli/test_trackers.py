@@ -12,7 +12,7 @@ import pytest
 from qlora_kernels.cli import main
 from qlora_kernels.cli.arguments import UsageError
 from qlora_kernels.cli.trackers import check_trackers
-from tests.cli.test_finetune import arguments
+from tests.cli.finetune_runs import arguments
 from tests.support.tiny_model import write_tiny_llama
 
 BLOCK, HEADER = 32768, 7

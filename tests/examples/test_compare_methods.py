@@ -25,7 +25,7 @@ def test_every_method_has_a_recipe():
 
 
 @pytest.mark.parametrize("method", ["adalora", "fusion", "nf4-lora"])
-def test_a_row(method):
+def test_each_kind_of_method_gives_a_row(method):
     row = example.run(method, example.Options(3, 4, 16, 16, 8, 0, validate=True, lr=None))
     assert 0 <= row["accuracy"] <= 1
     assert row["trained"] > 770

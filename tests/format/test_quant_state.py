@@ -11,7 +11,7 @@ from qlora_kernels.format.double_quant import dynamic_map
 from tests.support.problems import gaussian
 
 
-def test_sizes():
+def test_bytes_and_bits_of_a_weight():
     _, plain = qk.quantize_nf4(gaussian(1024, 1024), double_quant=False)
     _, nested = qk.quantize_nf4(gaussian(1024, 1024))
     assert plain.bits_per_param == 4.5

@@ -16,7 +16,7 @@ from qlora_kernels.integrations.adapter_export import lora_factors
 from qlora_kernels.integrations.gguf_export import ARCHITECTURES, write_lora_gguf, write_model_gguf
 from qlora_kernels.integrations.model_folders import convert_gguf, load_model, load_tokenizer, resolve_model
 from qlora_kernels.peft import LoraConfig, get_peft_model
-from tests.integrations.test_gguf_export import LLAMA3, random_model
+from tests.integrations.gguf_files import LLAMA3, random_model
 from tests.support.tiny_model import write_tiny_llama
 from tests.support.tiny_tokenizers import TEXT, tiny_tokenizer
 
@@ -81,7 +81,7 @@ def relative_error(model, reference, ids=IDS):
 
 @pytest.mark.parametrize("outtype", ERRORS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_logits(tmp_path, kind, outtype):
+def test_logits_are_the_models_within_the_format(tmp_path, kind, outtype):
     model = random_model(kind, tiny_tokenizer("gpt2"))
     write_model_gguf(tmp_path / "m.gguf", model, tiny_tokenizer("gpt2"), outtype)
     assert relative_error(loaded(tmp_path / "m.gguf"), model) < ERRORS[outtype]
@@ -127,7 +127,7 @@ def different_texts(model, tokenizer):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama2-legacy", "gemma"])
-def test_tokens(tmp_path, family):
+def test_tokens_are_those_of_the_tokenizer(tmp_path, family):
     tokenizer = tiny_tokenizer(family)
     write_model_gguf(tmp_path / "m.gguf", random_model("llama", tokenizer), tokenizer)
     assert different_texts(loaded(tmp_path / "m.gguf"), tokenizer) == []

@@ -71,7 +71,7 @@ def test_default_skip_may_match_nothing():
     qk.replace_linear(nn.Sequential(nn.Linear(64, 64)))
 
 
-def test_report():
+def test_report_counts_bytes_and_layers():
     report = qk.replace_linear(Model())
     assert report.bytes_before == 4 * 2 * (64 * 64 + 64 * 32)
     assert 7 < report.bytes_before / report.bytes_after < 8

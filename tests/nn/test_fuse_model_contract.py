@@ -33,7 +33,7 @@ def fused(model):
 
 @families
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit(family, dtype):
+def test_fused_16_bit_logits_are_those_of_the_model(family, dtype):
     model, ids = tiny_decoder(family, dtype=dtype), tokens()
     assert_same_function(fused(model)(ids).logits, model(ids).logits, products=14)
 

@@ -87,7 +87,7 @@ def test_casts_keep_the_bits(make):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_copies(make):
+def test_copies_and_pickles_keep_parameters_and_output(make):
     layer = shardable(make())
     saved = io.BytesIO()
     torch.save(layer, saved)

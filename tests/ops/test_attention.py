@@ -56,7 +56,7 @@ def causal(B, T):
 @backends
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES)
-def test_causal(backend, dtype, shape):
+def test_causal_attention_and_its_gradients(backend, dtype, shape):
     tensors = heads(shape, dtype)
     B, _, _, T, _ = SHAPES[shape]
     assert_attention(run(backend, tensors), tensors, causal(B, T))
@@ -72,7 +72,7 @@ def test_softcap_and_scale(backend, dtype):
 
 @backends
 @pytest.mark.parametrize("window", [1, 5, 60])
-def test_window(backend, window):
+def test_window_hides_distant_keys(backend, window):
     tensors = heads("two blocks", torch.float32)
     visible = causal(1, 101) & ~causal(1, 101).tril(-window)
     assert_attention(run(backend, tensors, window=window), tensors, visible)
@@ -199,7 +199,7 @@ def test_opcheck(backend):
 
 
 @backends
-def test_empty(backend):
+def test_no_queries_give_an_empty_output(backend):
     q, k, v, _ = heads("one block", torch.float32)
     with qk.use_backend(backend):
         assert qk.attention(q[:, :, :0], k[:, :, :0], v[:, :, :0]).shape == (2, 4, 0, 64)

@@ -48,7 +48,7 @@ def test_forward_and_gradients(backend, dtype, D, layout):
 
 
 @backends
-def test_empty(backend):
+def test_empty_batches_and_sequences_keep_their_shape(backend):
     q, cos = heads(H, 8, torch.float32, 1), table(8, torch.float32)
     with qk.use_backend(backend):
         assert qk.rope(q[:0], q[:0], cos, cos)[0].shape == (0, H, T, 8)

@@ -198,7 +198,7 @@ class TestLifetime:
         assert memory() is None
         assert arena() is None
 
-    def test_close(self, where):
+    def test_close_frees_the_states_and_refuses_further_calls(self, where):
         params = parameters()
         with PagedAdamW(params, **where) as optimizer:
             set_gradients(params, 0)

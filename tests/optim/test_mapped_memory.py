@@ -127,7 +127,7 @@ def test_chunks_prefetched_before_use(tmp_path):
     assert memory.prefetched_bytes == sum(chunks[i].nbytes for i in (0, 2, 3))
 
 
-def test_report(tmp_path):
+def test_report_counts_mapped_bytes(tmp_path):
     params = [nn.Parameter(torch.zeros(1 << 20))]
     optimizer = PagedAdamW(params, page_dir=tmp_path)
     set_gradients(params, 0)
@@ -135,7 +135,7 @@ def test_report(tmp_path):
     report = optimizer.paging_report()
     assert (report.kinds, report.parameters, report.state_bytes) == (("mapped",), 1 << 20, 8 << 20)
     assert report.resident_bytes + report.paged_bytes == report.state_bytes
-    assert report.resident_bytes > 7 << 20  # just written, without memory pressure
+    assert report.resident_bytes > 0  # written just now; how much stays depends on the memory that is free
     assert str(report) == (
         f"8,388,608 bytes of states for 1,048,576 parameters in 1 chunks (mapped): "
         f"{report.resident_bytes:,} resident, 8,388,608 prefetched"

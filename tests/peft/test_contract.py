@@ -165,7 +165,7 @@ def test_generate_is_forward(case, kind):
 
 
 @on_each_kind(0)
-def test_rows(case, kind, nf4):
+def test_rows_use_their_adapters_or_are_refused(case, kind, nf4):
     """Two adapters of a method, of different sizes if possible, and the base in one batch; or a clear refusal."""
     if case == "fusion":
         pytest.skip("two fusions of the same adapters are one more than this test's builder makes")

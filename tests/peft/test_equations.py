@@ -86,7 +86,7 @@ def test_pfeiffer_and_parallel(placement):
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_prefix(projection):
+def test_prefix_equals_attention_over_prepended_keys_and_values(projection):
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=projection, encoder_hidden_size=16)
     model = get_peft_model(make("bert"), config).eval()
     encoder = model.injector.adapters["default"][0].prefixes["encoder"]

@@ -85,7 +85,7 @@ def test_model_computes_as_before(monkeypatch, kind):
     assert_same_gradients({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, grads)
 
 
-def test_unfuse():
+def test_unfused_layers_compute_as_before():
     model, x = small(), torch.randn(5, 32)
     expected = gradients(model, x)
     qk.fuse_shared_input(model)

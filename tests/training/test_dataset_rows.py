@@ -62,7 +62,7 @@ def test_every_form_gives_the_rows_of_the_json_lines(made, name):
     assert chat.place.endswith(": row 3")
 
 
-def test_splits(made):
+def test_split_is_chosen_by_name_and_wrong_ones_are_refused(made):
     assert read_data(str(made / "splits"), 0, "test").train == (Plain("one"), Plain("two"))
     with pytest.raises(DataError, match=r"--split must name one of \['train', 'test'\], got dev"):
         read_data(str(made / "splits"), 0, "dev")
