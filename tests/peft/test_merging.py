@@ -66,13 +66,16 @@ def test_safe_merge_refuses_infinities():
 
 
 @pytest.mark.filterwarnings("ignore:merge")
-def test_tied_head_is_merged_once():
+def tied_llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=True
-    )
-    base = LlamaForCausalLM(config).eval()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+
+
+def test_tied_head_is_merged_once():
+    base = tied_llama()
     embedding = base.model.embed_tokens.weight.detach().clone()
     model = get_peft_model(base, LoraConfig(target_modules=["lm_head"])).eval()
     randomize(model)
@@ -80,6 +83,19 @@ def test_tied_head_is_merged_once():
     merged = model.merge_and_unload()
     assert torch.equal(merged.model.embed_tokens.weight, embedding)
     assert not merged.config.tie_word_embeddings
+    assert_same_function(logits(merged, batch("llama")), before)
+
+
+@pytest.mark.parametrize("alphas", [{}, {"lm_head": 24}], ids=["one update", "another scaling"])
+def test_merged_layers_stay_tied_only_with_one_update(alphas):
+    """An embedding and its head share the factors; with another alpha, the head's merged weight is another one."""
+    targets = ["embed_tokens", "lm_head"]
+    config = LoraConfig(target_modules=targets, ensure_weight_tying=True, alpha_pattern=alphas)
+    model = get_peft_model(tied_llama(), config).eval()
+    randomize(model)
+    before = logits(model, batch("llama"))
+    merged = model.merge_and_unload()
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (not alphas)
     assert_same_function(logits(merged, batch("llama")), before)
 
 
