@@ -160,7 +160,7 @@ class _FrozenLinearHead:
     """Loss and gradient of logits = hidden W^T + b with constant W and b, in buffers that all chunks share."""
 
     SCRATCH_ROWS = 16
-    """Bytes of fp32 logits at one time: 3 MB at a vocabulary of 49152, and as much for their softmax."""
+    """Rows in the scratch buffers at one time: 3 MB of fp32 logits at a vocabulary of 49152, and as much of softmax."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor, chunk: int) -> None:
         self.weight = head.weight.detach().to(hidden.dtype)
