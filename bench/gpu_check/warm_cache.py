@@ -16,6 +16,7 @@ import torch
 import qlora_kernels as qk
 from python.kernels_report.mock_gpu import Compiled, compiling_for
 from python.kernels_report.triton_rows import meta
+from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4, linear_nf4_grad_x
 from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from qlora_kernels.backends.triton.planner import assume_capability
@@ -34,9 +35,6 @@ def compile_comparison(capability: int, tiny: bool) -> list[Compiled]:
     # With this variable the backend accepts CPU tensors. Triton read it before, when the kernels were defined.
     os.environ["TRITON_INTERPRET"] = "1"
     with compiling_for(capability) as launches, assume_capability(capability), qk.use_backend("triton"):
-        for dtype, numel, double in (smoke.CODEC, *compare.codecs(tiny)):
-            packed, state = qk.quantize_nf4(torch.empty(numel, dtype=dtype), BLOCKSIZE, double)
-            qk.dequantize_nf4(packed, state, dtype)
         smoke_step = (smoke.CASE, torch.bfloat16, smoke.sizes(tiny))
         for name, dtype, sizes in (smoke_step, *compare.comparisons("triton", tiny)):
             run, _ = cases.CASES[name]
@@ -45,12 +43,13 @@ def compile_comparison(capability: int, tiny: bool) -> list[Compiled]:
 
 
 def compile_measurements(capability: int, tiny: bool) -> list[Compiled]:
-    """Call the launchers of the measuring steps; return the launches."""
+    """Call the launchers of the codec and of the measuring steps; return the launches."""
     sizes = training.TINY if tiny else training.Sizes()
     with compiling_for(capability) as launches, assume_capability(capability):
+        for dtype, numel, double in (smoke.CODEC, *compare.codecs(tiny)):
+            compile_codec(dtype, numel, double)
         for N, K in {*kernel_times.shapes(tiny), *host_time.shapes(tiny), *sizes.weights}:
-            quantize_nf4(meta(N, K, dtype=torch.bfloat16), blocksize=BLOCKSIZE)
-            quantize_absmax(meta(N * K // BLOCKSIZE))
+            compile_codec(torch.bfloat16, N * K, double=True)
         for N, K in kernel_times.shapes(tiny):
             for M in kernel_times.row_counts(tiny):
                 problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, BLOCKSIZE, True)
@@ -65,6 +64,14 @@ def compile_measurements(capability: int, tiny: bool) -> list[Compiled]:
         return launches
 
 
+def compile_codec(dtype: torch.dtype, numel: int, double: bool) -> None:
+    """Call the launchers of the codec, without the op's check that weights are finite: there are no values."""
+    quantize_nf4(meta(numel, dtype=dtype), blocksize=BLOCKSIZE)
+    if double:
+        quantize_absmax(meta(-(-numel // BLOCKSIZE)))
+    dequantize_nf4(weight(1, numel, double), out=meta(numel, dtype=dtype))
+
+
 def compile_linear(M: int, N: int, K: int, dropout: Iterable[float], r: int = training.R) -> None:
     """Call forward and backward of a linear, and of a LoRA linear with fp32 factors for each probability of dropout."""
     w = weight(N, K)
@@ -77,11 +84,13 @@ def compile_linear(M: int, N: int, K: int, dropout: Iterable[float], r: int = tr
         linear_nf4_lora_backward(grad_y, x, s, w, lora, need_grad_x=True)
 
 
-def weight(N: int, K: int) -> Weight:
-    """Return a weight with double quantization and without memory."""
-    blocks = N * K // BLOCKSIZE
+def weight(N: int, K: int, double: bool = True) -> Weight:
+    """Return a weight without memory. double: whether it is double-quantized."""
+    packed, blocks = meta((N * K + 1) // 2, dtype=torch.uint8), -(-N * K // BLOCKSIZE)
+    if not double:
+        return Weight(packed, meta(blocks), None, None, None, BLOCKSIZE, N, K)
     nested = meta(blocks, dtype=torch.uint8), meta(-(-blocks // 256)), meta()
-    return Weight(meta(N * K // 2, dtype=torch.uint8), None, *nested, BLOCKSIZE, N, K)
+    return Weight(packed, None, *nested, BLOCKSIZE, N, K)
 
 
 def main() -> int:

@@ -117,3 +117,20 @@ def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch:
         kernel_times.write_tuned(written.path.parent, written)
     (entry,) = json.loads((written.path.parent / "sm_90.json").read_text())["plans"].values()
     assert entry == {"backend": "cuda", "path": "decode"}
+
+
+def test_bundle_prepares_the_kernels_of_every_measuring_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All launchers take tensors without memory; nothing is compiled here."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, **__: self)
+    from bench.gpu_check import warm_cache
+
+    names = {launch.name for launch in warm_cache.compile_measurements(90, tiny=False)}
+    codec = {"quantize_nf4_kernel", "quantize_absmax_kernel", "dequantize_nf4_kernel"}
+    linears = {"linear_nf4_small_m_kernel", "linear_nf4_kernel", "linear_nf4_grad_x_kernel", "lora_up_kernel"}
+    assert names == codec | linears | {
+        "lora_down_kernel",
+        "lora_ds_grad_B_kernel",
+        "lora_grad_A_kernel",
+        "sum_partials_kernel",
+    }
