@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 
 import qlora_kernels as qk
+from qlora_kernels.ops import managed_memory
 from qlora_kernels.ops.operands import LoRA, weight_of
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_same_function
 
 N, K, R = 40, 256, 8
 DTYPE = torch.bfloat16
-EXACT_CALLS = ("quantize", "quantize_double", "dequantize", "paged_adamw")
+EXACT_CALLS = ("quantize", "quantize_double", "quantize_absmax", "dequantize", "paged_adamw", "managed_memory")
 """Names of calls whose results must be equal bit for bit."""
 
 
@@ -45,6 +47,11 @@ def _quantize_double(device: str) -> list[Tensor]:
     return [packed, state.absmax_q]
 
 
+def _quantize_absmax(device: str) -> list[Tensor]:
+    absmax_q, absmax_scale, _ = torch.ops.qlora_kernels.quantize_absmax(_on(device, gaussian(600, seed=9).abs()))
+    return [absmax_q, absmax_scale]
+
+
 def _dequantize(device: str) -> list[Tensor]:
     return [qk.dequantize_nf4(*_weight_on(device), DTYPE)]
 
@@ -70,6 +77,16 @@ def _linear_lora(rows: int, dropout_p: float) -> Callable[[str], list[Tensor]]:
         return [y.detach(), *torch.autograd.grad(y, (x, A, B), grad_y)]
 
     return call
+
+
+def _lora_backward(device: str) -> list[Tensor]:
+    """The backward op alone, on the caller's thread: autograd's own threads set the current device themselves."""
+    x, grad_y = _on(device, gaussian(20, K, seed=1, dtype=DTYPE)), _on(device, gaussian(20, N, seed=3, dtype=DTYPE))
+    s = _on(device, gaussian(20, R, seed=6, dtype=DTYPE))
+    lora = LoRA(_on(device, gaussian(R, K, seed=4) / K**0.5), _on(device, gaussian(N, R, seed=5)), None, 0.5, 0.3)
+    lora = lora._replace(seed=_on(device, torch.tensor([7])))
+    weight = weight_of("test", *_weight_on(device))
+    return list(torch.ops.qlora_kernels.linear_nf4_lora_backward(grad_y, x, s, *weight, *lora, True))
 
 
 def _merged_lora(rows: int) -> Callable[[str], list[Tensor]]:
@@ -108,9 +125,43 @@ def _paged_adamw(device: str) -> list[Tensor]:
     return [*(param.detach() for param in params), *states]
 
 
+def _managed_memory(device: str) -> list[Tensor]:
+    """Zeros in unified memory, allocated against the device and written on the current stream."""
+    if device == "cpu":
+        return [torch.zeros(5000, dtype=torch.uint8)]
+    on = torch.device("cuda", torch.device(device).index or 0)
+    arena = managed_memory.managed_alloc(5000, on)
+    managed_memory.managed_prefer_device(arena)
+    managed_memory.managed_prefetch(arena, 0, 5000)
+    assert _allocated_against(arena) == on.index
+    return [arena]  # alive until it is compared: freeing it would wait for all streams
+
+
+class _PointerAttributes(ctypes.Structure):
+    """cudaPointerAttributes."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("device", ctypes.c_int),
+        ("device_pointer", ctypes.c_void_p),
+        ("host_pointer", ctypes.c_void_p),
+        ("reserved", ctypes.c_long * 8),
+    )
+
+
+def _allocated_against(tensor: Tensor) -> int:
+    """Return the device that was current when the tensor's memory was allocated."""
+    attributes = _PointerAttributes()
+    runtime = ctypes.CDLL("libcudart.so.13")
+    assert runtime.cudaPointerGetAttributes(ctypes.byref(attributes), ctypes.c_void_p(tensor.data_ptr())) == 0
+    return attributes.device
+
+
 CALLS: dict[str, Callable[[str], list[Tensor]]] = {
+    "managed_memory": _managed_memory,
     "quantize": _quantize,
     "quantize_double": _quantize_double,
+    "quantize_absmax": _quantize_absmax,
     "dequantize": _dequantize,
     "linear_small_m": _linear(1),
     "linear_pairs": _linear(8),
@@ -121,6 +172,7 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "lora_gemm": _linear_lora(20, 0.0),
     "lora_dequantize": _linear_lora(200, 0.0),
     "lora_dropout": _linear_lora(20, 0.3),
+    "lora_backward": _lora_backward,
     "lora_merged": _merged_lora(200),
     "lora_group": _group(5),
     "lora_group_over_k_and_r": _group(200),
@@ -128,18 +180,24 @@ CALLS: dict[str, Callable[[str], list[Tensor]]] = {
 }
 
 
-@cache
-def _expected(name: str) -> list[Tensor]:
-    with qk.use_backend("cpu"):
-        return CALLS[name]("cpu")
+EXPECTED: dict[str, list[Tensor]] = {}
+"""The results on the CPU, by name of a call; computed when first needed."""
+
+
+def expected(name: str) -> list[Tensor]:
+    """Return a call's results on the CPU."""
+    if name not in EXPECTED:
+        with qk.use_backend("cpu"):
+            EXPECTED[name] = CALLS[name]("cpu")
+    return EXPECTED[name]
 
 
 def check(name: str, results: list[Tensor]) -> None:
     """Compare a call's results with the CPU's, bit for bit or within the roundings of three successive products."""
-    for result, expected in zip(results, _expected(name), strict=True):
+    for result, wanted in zip(results, expected(name), strict=True):
         actual = result.cpu()
-        assert actual.shape == expected.shape
+        assert actual.shape == wanted.shape
         if name in EXACT_CALLS:
-            assert torch.equal(actual, expected), name
+            assert torch.equal(actual, wanted), name
         else:
-            assert_same_function(actual, expected, name, products=3, terms=K, arithmetic=DTYPE)
+            assert_same_function(actual, wanted, name, products=3, terms=K, arithmetic=DTYPE)

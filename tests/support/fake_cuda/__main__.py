@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_kernels.backends import cuda
@@ -66,6 +67,12 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def library_with_faults(variables: Mapping[str, str]) -> str:
+    """Return the path of the CUDA library with planted faults, compiled if needed."""
+    command = [sys.executable, "-m", "tests.fake_cuda.planted"]
+    return subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def processes() -> int:
     """Return the number of processes: one per core, limited by memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -87,6 +94,7 @@ def main() -> int:
     build = [sys.executable, "-m", "tests.support.fake_cuda.build"]
     folder = subprocess.run(build, env=variables, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     variables["FAKE_CUDA_FOLDER"] = folder
+    variables["FAKE_CUDA_PLANTED"] = library_with_faults(variables)
     for selection in (ON_THE_FAKE_DEVICE, AS_IT_IS):
         command = [python, "-m", "pytest", "-q", "-n", str(processes()), *selection]
         code = subprocess.run(command, env=variables).returncode
