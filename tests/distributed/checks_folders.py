@@ -17,8 +17,9 @@ from qlora_kernels.distributed import load_shards, own_rows, save_shards, shard_
 from qlora_kernels.integrations.transformers import load_model
 from tests.distributed.models import bytes_to_read
 from tests.distributed.processes import Group
-from tests.integrations.tiny_models import build, logits
+from tests.integrations.tiny_models import assert_same_model, build, logits
 from tests.support.counted_reads import counted_reads
+from tests.support.tolerances import assert_same_function
 
 AUTO = transformers.AutoModelForCausalLM
 
@@ -42,13 +43,13 @@ def _folder(group: Group, kind: str) -> Path:
 def folders_of_transformers(group: Group) -> None:
     """Each process reads the bytes of its shards, whatever the names in the files, and the same folder is written."""
     for kind in ("mixtral", "tied", "gpt2"):
-        folder, expected = _folder(group, kind), logits(_in_nf4(kind))
+        folder, whole = _folder(group, kind), _in_nf4(kind)
         model = _in_nf4(kind, seed=3)
         shard_blocks(model, "cpu")
         with counted_reads(own_rows) as reads:
             read = load_shards(model, folder)
         assert read == sum(reads) == bytes_to_read(model, folder / "model.safetensors"), kind
-        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+        assert_same_function(logits(model), logits(whole))
         with pytest.raises(RuntimeError, match="save_pretrained: the model must not be sharded"):
             model.save_pretrained(group.folder / "refused")
         save_shards(model, group.folder / f"{kind} again")
@@ -56,7 +57,7 @@ def folders_of_transformers(group: Group) -> None:
             # transformers gives the other folders to bitsandbytes.
             read = AUTO.from_pretrained if kind == "mixtral" else partial(load_model, dtype=torch.float32)
             for again in (read(group.folder / f"{kind} again"), load_model(folder, torch.float32)):
-                assert torch.equal(logits(again.eval()), expected), kind
+                assert_same_model(again.eval(), whole)
         dist.barrier()
 
 
@@ -73,7 +74,7 @@ def mapped_folders(group: Group) -> None:
             for tensor in large:
                 assert any(start <= tensor.data_ptr() < end for start, end in ranges), kind
         shard_blocks(model, "cpu")
-        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+        assert_same_function(logits(model), expected)
 
 
 def _mapped_ranges(file: Path) -> list[tuple[int, int]]:
@@ -88,7 +89,7 @@ def under_make_shardable(group: Group) -> None:
         model = qk.make_shardable(_in_nf4("mixtral"))
         model.save_pretrained(group.folder / "prepared")
         again = AUTO.from_pretrained(group.folder / "prepared").eval()
-        assert torch.equal(logits(again), logits(_in_nf4("mixtral")))
+        assert_same_model(again, _in_nf4("mixtral"))
         assert all("_flat" in name for name, p in model.named_parameters() if p.dtype == torch.uint8)
 
 

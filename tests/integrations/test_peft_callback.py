@@ -55,8 +55,8 @@ def test_adalora_matches_manual_training_loop(tmp_path):
 
 def test_the_best_adalora_is_loaded_in_place(tmp_path):
     """Its checkpoint, the first, has more triplets than the adapter at the end of training."""
-    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 3.0}
-    ours = trainer(adalora(lora_alpha=64), tmp_path, callbacks=[PeftCallback()], **options)
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    ours = trainer(adalora(lora_alpha=64), tmp_path, scores=(2.0, 1.0), callbacks=[PeftCallback()], **options)
     ours.train()
     assert ours.state.best_model_checkpoint.endswith("checkpoint-2")
     saved = qk.peft.PeftModel.from_pretrained(build("tied"), ours.state.best_model_checkpoint)

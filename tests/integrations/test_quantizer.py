@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 from qlora_kernels.integrations import quantizer  # noqa: E402
 from qlora_kernels.integrations.transformers import ModelError, QLoRAKernelsConfig, load_model  # noqa: E402
+from tests.support.tolerances import assert_same_function  # noqa: E402
 
-from .tiny_models import build, logits, of_type  # noqa: E402
+from .tiny_models import assert_same_model, build, logits, of_type  # noqa: E402
 
 AUTO = transformers.AutoModelForCausalLM
 KINDS = ("llama", "tied", "gpt2", "mixtral", "gpt_oss", "hrm")
@@ -56,22 +57,22 @@ def written_config(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_save_reload_dequantize(kind, dense, tmp_path):
-    expected = logits(in_place(kind))
+    expected = in_place(kind)
     model = load(dense(kind))
-    assert torch.equal(logits(model), expected)
+    assert_same_model(model, expected)
     assert model.is_quantized
     assert of_type(model, nn.Linear) == ["lm_head"]
     model.save_pretrained(tmp_path / "nf4")
     assert written_config(tmp_path / "nf4")["quant_method"] == "qlora_kernels"
     again = AUTO.from_pretrained(tmp_path / "nf4")
-    assert torch.equal(logits(again), expected)
-    assert torch.equal(logits(load_model(tmp_path / "nf4", torch.float32)), expected)
+    assert_same_model(again, expected)
+    assert_same_model(load_model(tmp_path / "nf4", torch.float32), expected)
     again.dequantize().save_pretrained(tmp_path / "dense")
     assert not again.is_quantized
     plain = AUTO.from_pretrained(tmp_path / "dense")
     assert not hasattr(plain.config, "quantization_config")
     assert not of_type(plain, qk.LinearNF4, qk.ExpertsNF4)
-    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+    assert_same_function(logits(plain), logits(expected))
 
 
 def test_one_dense_weight_at_a_time(dense, monkeypatch):
@@ -107,7 +108,7 @@ def test_blocksize_double_quant_and_compute_dtype(dense, tmp_path):
     model.save_pretrained(tmp_path)
     again = AUTO.from_pretrained(tmp_path)
     assert again.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
-    assert torch.equal(logits(again), logits(model))
+    assert_same_model(again, model)
 
 
 def test_skip_modules(dense, tmp_path):
@@ -117,7 +118,7 @@ def test_skip_modules(dense, tmp_path):
     model.save_pretrained(tmp_path)
     again = AUTO.from_pretrained(tmp_path)
     assert of_type(again, qk.LinearNF4) == of_type(model, qk.LinearNF4)
-    assert torch.equal(logits(again), logits(model))
+    assert_same_model(again, model)
     assert of_type(load(dense("tied"), skip_modules=()), nn.Linear) == ["lm_head"]
     assert not of_type(load(dense("mixtral"), skip_modules=["lm_head", "experts"]), qk.ExpertsNF4)
 
@@ -129,7 +130,7 @@ def test_part_of_a_fused_tensor_stays_dense(dense, tmp_path):
     assert all(name.endswith(("gate_proj", "lm_head")) for name in linears)
     assert len(linears) == 9
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AUTO.from_pretrained(tmp_path)), logits(model))
+    assert_same_model(AUTO.from_pretrained(tmp_path), model)
 
 
 def test_dtype_argument_on_reload(dense, tmp_path):
@@ -149,10 +150,10 @@ def test_layers_missing_in_checkpoint_stay_dense(dense):
 
 
 def test_device_map(dense):
-    expected = logits(load(dense("llama")))
+    expected = load(dense("llama"))
     for device_map in ("auto", "cpu", {"": "cpu"}):
         model = AUTO.from_pretrained(dense("llama"), quantization_config=QLoRAKernelsConfig(), device_map=device_map)
-        assert torch.equal(logits(model), expected)
+        assert_same_model(model, expected)
     for device_map in ({"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}):
         with pytest.raises(ValueError, match="device_map must not offload"):
             AUTO.from_pretrained(dense("llama"), quantization_config=QLoRAKernelsConfig(), device_map=device_map)
@@ -203,7 +204,7 @@ def test_model_quantized_in_place_loads_with_bitsandbytes_and_here(kind, tmp_pat
     theirs.train()  # bitsandbytes packs the weight anew in eval mode on some CPUs
     torch.testing.assert_close(logits(theirs), logits(model.train()), rtol=1e-4, atol=1e-5)
     ours = load_model(tmp_path, torch.float32)
-    assert torch.equal(logits(ours), logits(model.eval()))
+    assert_same_model(ours, model.eval())
     ours.save_pretrained(tmp_path / "again")
     assert written_config(tmp_path / "again") == written_config(tmp_path)
 
@@ -221,7 +222,7 @@ def test_quantized_head_loads_with_bitsandbytes(tmp_path):
 def test_experts_quantized_in_place_reload_in_transformers(tmp_path):
     model = in_place("mixtral")
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AUTO.from_pretrained(tmp_path)), logits(model))
+    assert_same_model(AUTO.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("target", ["16bit", "nf4"])
@@ -236,7 +237,7 @@ def test_merged_model_config_matches_layers(kind, target, tmp_path):
         assert not hasattr(reloaded.config, "quantization_config")
         torch.testing.assert_close(logits(reloaded), logits(merged), rtol=1e-4, atol=1e-5)
     else:
-        assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(merged))
+        assert_same_model(load_model(tmp_path, torch.float32), merged)
 
 
 def test_weight_misread_by_bitsandbytes_saved_in_own_format(tmp_path):
@@ -341,7 +342,7 @@ def test_model_quantized_in_place_saves_and_loads_here(kind, tmp_path):
     model = build(kind)
     qk.replace_linear(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load_model(tmp_path, torch.float32)), logits(model))
+    assert_same_model(load_model(tmp_path, torch.float32), model)
 
 
 def test_from_pretrained_names_the_transformers_it_needs(dense, monkeypatch):

@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import nn
 
+from tests.support.tolerances import assert_same_function
+
 IDS = torch.arange(24).reshape(2, 12)
 _SIZES = {
     "vocab_size": 48,
@@ -48,6 +50,18 @@ def build(kind: str, *, seed: int = 0) -> nn.Module:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def assert_same_model(actual: nn.Module, expected: nn.Module) -> None:
+    """Assert that two models hold the same bytes and that their logits agree within rounding.
+
+    The head and attention run through torch's products, whose last bits may depend on where in memory a tensor lies.
+    """
+    given = actual.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(given.pop(name), tensor), name
+    assert not given
+    assert_same_function(logits(actual), logits(expected))
 
 
 def of_type(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
