@@ -24,7 +24,7 @@ _PACKAGES = (
 )  # fmt: skip
 _VARIABLES = {
     "QLORA_BACKEND": "backend that every op must use: reference, cpu, triton or cuda",
-    "QLORA_CPU_ISA": "instruction set of the cpu backend: amx_bf16, avx512_bf16, avx512, avx2, neon or portable",
+    "QLORA_CPU_ISA": "for the cpu backend: amx_bf16, avx512_bf16_fma, avx512_bf16, avx512, avx2, neon or portable",
     "QLORA_CUDA_PAIRS": "0: the cuda backend does not use linear_nf4_pairs.cu; 1: wherever that kernel can run",
     "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
     "QLORA_SKIP_NATIVE": "1: install without compiling anything",

@@ -20,6 +20,7 @@ from qlora_kernels.format import nf4, reference
 from qlora_kernels.ops.operands import LoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.ops import test_linear_nf4_lora_group as group_test
+from tests.ops import test_linear_nf4_multi_lora as multi_test
 from tests.support import attention_formula, cross_entropy_formula
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
@@ -137,6 +138,12 @@ def test_linear_lora(isa, dtype, shape):
 @pytest.mark.parametrize(("M", "K", "widths", "ranks"), group_test.SHAPES)
 def test_linear_lora_group(isa, dtype, M, K, widths, ranks, p):
     group_test.test_forward_and_gradients("cpu", dtype, M, K, widths, ranks, p)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [Shape(19, 130, 257, r=8), Shape(40, 96, 128, r=16)], ids=str)
+def test_linear_multi_lora(isa, dtype, shape):
+    multi_test.test_forward_and_gradients("cpu", dtype, shape, 0.3)
 
 
 @pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])
