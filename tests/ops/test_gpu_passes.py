@@ -48,7 +48,7 @@ class Counter:
 
 VIEWS = (
     *("view", "t.", "transpose", "permute", "slice", "split", "detach", "expand", "as_strided", "alias"),
-    *("empty", "new_empty"),
+    *("empty", "new_empty", "lift_fresh"),
 )
 """Ops that launch nothing."""
 
