@@ -14,21 +14,30 @@ HEAD = """# Compatibility
 
 Written by `make compat` on {date}, on {machine}; do not edit. The supported ranges are those of `pyproject.toml`.
 
-One wheel (CPython 3.10's stable ABI, torch 2.10's stable ABI) is built once and installed in every row. *oldest*: all
-packages at their lower bounds; *oldest torch*, *oldest transformers*: that one and the newest of the rest. Columns:
+One wheel is built and installed into a new environment for each row. It uses the stable ABIs of CPython 3.10 and of
+torch 2.10, so that it works with all later versions. The rows:
 
-- **wheel alone**: installed with its dependencies and no extra, imported; the codec and a LoRA linear's gradients run.
-  numpy and safetensors are those of this step; the extras may need newer ones.
-- **source**: the bindings compile against this torch's headers; the rest of `csrc` does not use torch.
-- **op tests**: `tests/ops`, on the installed wheel.
-- **fine-tune**: the command trains, saves and reloads an adapter of a tiny Llama on the CPU.
+- *oldest*: every package at its lower bound.
+- *oldest torch*: torch at its lower bound, and the newest versions of the others that this Python permits.
+- *newest*: the newest version of every package.
+- *oldest transformers*: transformers at its lower bound, and the newest versions of the others.
+
+The columns after the versions:
+
+- **wheel alone**: the wheel is installed with its dependencies and without extras, and imported; quantization and the
+  gradients of a LoRA linear run. The versions of numpy and safetensors are those of this step; the extras may need
+  newer ones.
+- **source**: the bindings compile against this torch's headers. The rest of `csrc` does not use torch.
+- **op tests**: `tests/ops`, with the installed wheel. Tests that need the CUDA library or another CPU are skipped.
+- **fine-tune**: `qlora-kernels finetune` trains, saves and reloads an adapter of a tiny Llama on the CPU, and tiny
+  models that were quantized in place are saved and loaded.
 """
 
 TRITON = """
 ## Triton
 
-Kernels compiled without a GPU by each version of Triton, for the configs that untuned dispatch picks in bf16, and how
-many gates of `make kernels-report` they break.
+The number of kernels that each version of Triton compiled for each architecture, without a GPU, for the configs that
+dispatch chooses in bf16 without tuning, and the number of gates of `make kernels-report` that they break.
 """
 
 
