@@ -31,6 +31,23 @@ def test_prompt_inits():
         prompt(prompt_tuning_init="TEXT")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_lstm_of_p_tuning_computes_without_autocast(dtype):
+    """oneDNN's LSTM takes no fp16 on a CPU, and bf16 only with AVX-512."""
+    config = peft.PTuningConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM")
+    encoder = get_peft_model(make("llama"), config).injector.adapters["default"][0].module
+    seen = []
+    encoder.lstm.register_forward_hook(lambda _module, _x, outputs: seen.append(outputs[0]))
+    plain = encoder()
+    with torch.autocast("cpu", dtype=dtype):
+        prompt = encoder()
+    prompt.float().sum().backward()
+    assert [h.dtype for h in seen] == [torch.float32, torch.float32]
+    assert_same_function(seen[1], seen[0], products=1)
+    assert prompt.shape == plain.shape
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in encoder.parameters())
+
+
 def test_prompt_layout():
     long, short = torch.ones(3, 2), 2 * torch.ones(1, 2)
     x = torch.arange(1.0, 5)[None, :, None].expand(3, 4, 2)

@@ -71,7 +71,9 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         x = weight_of(self.embedding, "weight")
         if self.lstm is not None:
-            x = self.lstm(x[None])[0][0]
+            # Without autocast: oneDNN's LSTM takes no fp16 on a CPU, and bf16 only with AVX-512.
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.lstm(x[None])[0][0]
         y: Tensor = self.mlp(x)
         return y
 
