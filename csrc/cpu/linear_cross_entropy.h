@@ -158,7 +158,8 @@ class CrossEntropy {
     // Fills a panel whose columns are rows of W. Rows of a dense head are transposed in place, without a copy.
     void fill_columns(const PanelRange& range, Elem* panel) const {
         const int64_t steps = range.step1 - range.step0;
-        if (reads_weight_in_place() && p_.K % kPair == 0 && range.columns % kColumns == 0 &&
+        const bool aligned = reinterpret_cast<uintptr_t>(p_.weight.dense.data) % sizeof(uint32_t) == 0;
+        if (reads_weight_in_place() && aligned && p_.K % kPair == 0 && range.columns % kColumns == 0 &&
             range.step1 * kPair <= p_.K) {
             const int64_t stride = p_.K / kPair;  // in steps, which are dwords
             const auto* rows = static_cast<const uint32_t*>(p_.weight.dense.data) + range.column0 * stride;

@@ -41,6 +41,21 @@ def test_losses_and_gradient_of_hidden(backend, dtype, shape, variant):
     assert_within(hidden.grad, expected.rows, "grad_hidden")
 
 
+def test_a_head_between_two_dwords():
+    """The CPU kernel reads pairs of bf16 in place only if they are aligned; a part of a flat parameter may not be."""
+    hidden, weight, labels, _ = problem("one chunk", torch.bfloat16)
+    shifted = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view_as(weight)
+    assert shifted.data_ptr() % 4 == 2
+    found = []
+    for head in (weight, shifted):
+        rows = hidden.clone().requires_grad_()
+        with qk.use_backend("cpu"):
+            losses = qk.linear_cross_entropy(rows, head, labels, reduction="none")
+        losses.sum().backward()
+        found.append((losses, rows.grad))
+    assert all(map(torch.equal, *found))
+
+
 @backends
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_the_head(backend, variant, monkeypatch):
