@@ -201,3 +201,16 @@ def check(name: str, results: list[Tensor]) -> None:
             assert torch.equal(actual, wanted), name
         else:
             assert_same_function(actual, wanted, name, products=3, terms=K, arithmetic=DTYPE)
+
+
+def check_on_a_side_stream(name: str) -> None:
+    """Run one call on a new stream, synchronize that stream alone, and check the results.
+
+    Under a lazy schedule only that stream runs, so that a launch on another stream would not be finished.
+    """
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), qk.use_backend("cuda"):
+        results = CALLS[name]("cuda")
+        side.synchronize()
+        check(name, results)

@@ -32,7 +32,7 @@ host_ops.install()
 import qlora_kernels as qk  # noqa: E402
 from qlora_kernels.backends.cuda import availability  # noqa: E402
 
-from .calls import CALLS, EXPECTED, check, expected  # noqa: E402
+from .calls import CALLS, EXPECTED, check, check_on_a_side_stream, expected  # noqa: E402
 from .planted import ACTIVE, NAMES, NOT_CLEARED  # noqa: E402
 
 INVALID_VALUE = 1
@@ -47,16 +47,6 @@ def on_the_second_device(name: str) -> None:
     check(name, results)
 
 
-def on_a_side_stream(name: str) -> None:
-    """Run one call on a stream that alone is worked off."""
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side), qk.use_backend("cuda"):
-        results = CALLS[name]("cuda")
-        side.synchronize()
-        check(name, results)
-
-
 def after_a_failure(name: str) -> None:
     """Check that a failing runtime call of the library leaves no error behind."""
     failing = DEVICE.failing(INVALID_VALUE, caller=availability.LIBRARY.name)
@@ -67,7 +57,7 @@ def after_a_failure(name: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "guard": on_the_second_device,
-    "stream": on_a_side_stream,
+    "stream": check_on_a_side_stream,
     NOT_CLEARED: after_a_failure,
 }
 

@@ -8,18 +8,12 @@ import torch
 import qlora_kernels as qk
 from tests.support.tolerances import assert_same_function
 
-from .calls import CALLS, check
+from .calls import CALLS, check_on_a_side_stream
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_side_stream(name: str) -> None:
-    """Under a lazy schedule only the side stream runs, so that a launch on another stream would not be finished."""
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side), qk.use_backend("cuda"):
-        results = CALLS[name]("cuda")
-        side.synchronize()
-        check(name, results)
+    check_on_a_side_stream(name)
 
 
 def test_streams_wait_for_each_other_by_events() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import qlora_kernels as qk
 from qlora_kernels import peft
 from qlora_kernels.peft import PeftModel, get_peft_model
+from tests.peft.adapter_pairs import assert_rows_use_their_adapters
 from tests.peft.models import batch, llama, logits, make, randomize
 from tests.support.tolerances import assert_same_function
 
@@ -91,17 +92,8 @@ def test_token_rows_of_several_adapters_in_one_batch():
     model.add_adapter("lora", peft.LoraConfig(r=2, trainable_token_indices=[12, 6]))
     model.set_adapter("lora")
     randomize(model, seed=3)
-    inputs, names = batch("llama"), ["default", "__base__", "lora"]
     with torch.no_grad():
-        mixed = logits(model, inputs, adapter_names=names)
-        for i, name in enumerate(names):
-            if name == "__base__":
-                with model.disable_adapter():
-                    alone = logits(model, inputs)
-            else:
-                model.set_adapter(name)
-                alone = logits(model, inputs)
-            assert_same_function(mixed[i], alone[i])
+        assert_rows_use_their_adapters(model, batch("llama"), ["default", "__base__", "lora"])
 
 
 LORA = "trainable_token_indices"
