@@ -211,7 +211,8 @@ def _shared_library(objects: Sequence[Path], mode: str) -> Path:
 def _key(source: Path, flags: Sequence[str]) -> str:
     digest = hashlib.sha256("\n".join([versions(), *flags]).encode())
     digest.update(source.read_bytes())
-    folders = {_HERE / "include", _PRODUCT_INCLUDE, source.parent}
+    # CACHE is left out: translated sources include no file of it, and other threads add and remove folders there.
+    folders = {_HERE / "include", _PRODUCT_INCLUDE, source.parent} - {CACHE}
     headers = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".h", ".cuh")]
     for header in sorted(headers):
         digest.update(header.read_bytes())
