@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .limits import is_limited
 from .markdown import table
 from .row_file import Row
 
@@ -67,8 +68,10 @@ def headlines(rows: Sequence[Row]) -> str:
     """Return the table with a line for each headline and peer, and what it says about CPUs of other kinds.
 
     rows: merged rows of any machines. Each machine has a column; where there are several, a last column names the
-    machines on which ours is ahead. Lines without a measurement are omitted; "" without any.
+    machines on which ours is ahead. Lines without a measurement are omitted; "" without any. Rows that are limited to
+    an instruction set are left out.
     """
+    rows = [row for row in rows if not is_limited(row)]
     machines = {str(row["machine"]): str(row["isa"]) for row in rows if "machine" in row}
     of = {machine: [row for row in rows if row.get("machine") == machine] for machine in machines}
     lines = []
@@ -93,11 +96,11 @@ ALL_OF_OURS = ("ours", "ours, fused", "ours 8-bit")
 def peers_ahead(rows: Sequence[Row]) -> str:
     """Return a table of the peers that are faster than ours in some case, the largest lead first; "" without any.
 
-    rows: merged rows of any machines. Cases with a forced instruction set are left out.
+    rows: merged rows of any machines. Cases with a forced or limited instruction set are left out.
     """
     ratios: dict[tuple[str, str, str, str], list[tuple[float, str]]] = {}
     for row in rows:
-        if row["contender"] in ALL_OF_OURS and row.get("forced_isa") is None:
+        if row["contender"] in ALL_OF_OURS and row.get("forced_isa") is None and not is_limited(row):
             for peer, ratio in row.get("speedup", {}).items():
                 if not peer.startswith("ours") and not peer.endswith(PARTS):
                     key = (str(row["machine"]), row["op"], row["contender"], peer)

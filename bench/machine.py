@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .limits import suffix
+
 ROOT = Path(__file__).parents[1]
 
 PACKAGES = ("torch", "bitsandbytes", "llama_cpp_python", "peft", "torchao", "transformers", "triton")
@@ -23,7 +25,7 @@ def provenance(device: str) -> dict[str, Any]:
     """Return the provenance fields of every row."""
     return {
         "device": device,
-        "machine": _gpu() if device == "cuda" else _cpu(),
+        "machine": _gpu() if device == "cuda" else _cpu() + suffix(),
         "isa": cpu_isa() if device == "cpu" else f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}",
         "commit": commit(),
         "versions": versions(),

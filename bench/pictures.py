@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .fidelity import adalora
+from .limits import is_limited
 from .registry import COLD
 from .row_file import Row
 
@@ -72,7 +73,7 @@ def draw(rows: Sequence[Row], fidelity: Sequence[Row], folder: Path) -> list[Pat
     drawn.
     A picture for which there are no rows is left out.
     """
-    machine = next((row["machine"] for row in rows if "machine" in row), "")
+    machine = next((row["machine"] for row in rows if "machine" in row and not is_limited(row)), "")
     rows = [row for row in rows if row.get("machine", machine) == machine]
     folder.mkdir(parents=True, exist_ok=True)
     made = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import headlines
+from . import headlines, without_avx512
 from .machine import ROOT
 from .markdown import replace_marked, table
 from .row_file import Row, read_rows, write_rows
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.update:
         replace_marked(options.update, headlines.BEGIN, END, headlines.headlines(rows))
         replace_marked(options.update, headlines.BEGIN_AHEAD, END, headlines.peers_ahead(rows))
+        replace_marked(options.update, without_avx512.BEGIN, END, without_avx512.without_avx512(rows))
         replace_marked(options.update, BEGIN, END, "\n\n".join(filter(None, [without_rows(rows), text])))
     else:
         print("\n\n".join(filter(None, [headlines.headlines(rows), text])))
@@ -178,6 +179,7 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
         lines.append(
             (
                 target.name + (" (stretch)" if target.stretch else ""),
+                target.machine.words,
                 target.formula.words,
                 bound,
                 verdict.status,
@@ -189,7 +191,9 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
         )
     if not lines:
         return ""
-    shown = table(("target", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines)
+    shown = table(
+        ("target", "machine", "formula", "bound", "verdict", "cases kept", "reachable", "worst", "where"), lines
+    )
     missed = any(verdict.status == "missed" for verdict in verdicts)
     explained = [f"Why targets are missed: [{CAUSES}]({CAUSES.removeprefix('docs/')})."] if missed else []
     return "\n\n".join(["### Targets", shown, *explained])

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .limits import LIMITS, limit, obeys
 from .machine import ROOT, cache_bytes, provenance
 from .optional import complete, left_out, runs
 from .peaks import Peak, measure_peaks
@@ -42,6 +43,10 @@ QUICK = Budget(rounds=1, samples=1, seconds=0.5, least=1)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; return 1 if a result was wrong or an implementation failed, otherwise 0."""
     options = parser().parse_args(arguments)
+    if options.limit and limit() != options.limit:
+        # The libraries read these variables when a process starts.
+        command = [sys.executable, "-m", "bench.run", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(command, env={**os.environ, **LIMITS[options.limit]}, check=False).returncode
     budget = QUICK if options.quick else Budget(seconds=options.seconds)
     rows = []
     with contextlib.ExitStack() as files:
@@ -73,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seconds", type=float, default=Budget.seconds, help="time for one case and mode, at least three rounds"
     )
+    made.add_argument(
+        "--limit", choices=LIMITS, help="compute as a machine with this instruction set does (bench/limits.py)"
+    )
     made.add_argument("--isa", help=argparse.SUPPRESS)  # for the child process of a forced instruction set
     return made
 
@@ -90,13 +98,15 @@ def run(device: str, only: str, *, ops: Sequence[str], quick: bool, isa: str | N
         for case in suite.cases(device)
         if (case.quick or not quick) and re.search(only, f"{case.op} {case.name}")
     ]
+    if limit() is not None:
+        chosen = [(suite, case) for suite, case in chosen if case.isa is None]
     here = [(suite, case) for suite, case in chosen if case.isa == isa]
     common = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(device)}
     if isa is None:
         for line in left_out(suite for suite, _ in chosen):
             print(line, file=sys.stderr, flush=True)
     here = [(suite, case) for suite, case in here if complete(suite)]
-    peaks = measure_peaks(device, isa) if here else {}
+    peaks = measure_peaks(device, isa or limit()) if here else {}
     for peak in peaks.values():
         yield peak_row(peak, isa) | common
     for suite, case in here:
@@ -132,7 +142,7 @@ def run_case(suite: Suite, case: Case, peaks: dict[str, Peak], budget: Budget) -
     right: dict[str, tuple[Contender, Sequence[Call]]] = {}
     measures: dict[str, Row] = {}
     for contender in suite.contenders:
-        if not runs(contender, case):
+        if not (runs(contender, case) and obeys(contender)):
             continue
         try:
             calls = build(contender, case, inputs, copies_beyond_cache(contender, case))

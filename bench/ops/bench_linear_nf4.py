@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import layers, peers
 from ..gate import Expected, arithmetic, assert_close_to_peer, assert_quantizes, assert_within, linear
+from ..limits import limit
 from ..registry import Call, Case, Contender, Cost, Suite
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
@@ -21,10 +22,22 @@ LLAMA_3_8B = ((1024, 4096), (14336, 4096), (4096, 14336))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FEWER_ROWS = (1, 4, 16, 64, 256, 1024)
 FORCED_ISAS = ("avx512", "avx2", "portable")
+LIMITED_SHAPES = ((4096, 4096), (1536, 576), (576, 1536), (576, 576))
+LIMITED_ROWS = (64, 256, 1024)
+"""Shapes and M of runs under a limit (bench/limits.py), in fp32 and bf16."""
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield all shapes at all M in bf16, and fp32 on each instruction set at an M bound by arithmetic."""
+    """Yield all shapes at all M in bf16, and fp32 on each instruction set at an M bound by arithmetic.
+
+    Under a limit (bench/limits.py), yield a few shapes in fp32 and bf16.
+    """
+    if limit() is not None:
+        for N, K in LIMITED_SHAPES:
+            for M in LIMITED_ROWS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    yield Case("linear_nf4", M, N, K, dtype=dtype, device=device)
+        return
     for N, K in SHAPES:
         for M in ROWS:
             yield Case("linear_nf4", M, N, K, device=device, quick=(N, K) == (1536, 576) and M in (1, 16, 256))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import headlines, report
+from bench import headlines, limits, machine, report, without_avx512
 from bench.row_file import read_rows, write_rows
 from bench.targets import TARGETS, judge
+from bench.targets.target import AMX, AVX512_BF16, EVERY_MACHINE, WITHOUT_BF16
 
 ROOT = Path(__file__).parents[2]
 RESULTS = report.committed_files()
@@ -50,6 +51,42 @@ def verdict(name, rows):
 def test_names_are_unique():
     names = [(target.name, target.stretch) for target in TARGETS]
     assert len(set(names)) == len(names)
+
+
+def test_targets_apply_to_rows_of_their_machines():
+    avx2 = {**ROW, "isa": "avx2", "case": "4096x4096 M64 fp32", "M": 64, "dtype": "float32", "speedup": {"dense": 0.95}}
+    name = "without AVX512-BF16: fp32 M >= 64 over dense"
+    assert verdict(name, [avx2]).status == "met"
+    assert verdict(name, [{**avx2, "speedup": {"dense": 0.8}}]).status == "missed"
+    assert verdict(name, [{**avx2, "forced_isa": "avx2"}]).status == "not measured"  # dense is not limited
+    assert verdict(name, [{**avx2, "isa": "avx512_bf16"}]).status == "not measured"
+    assert verdict("forward M 1..8 over bnb eval", [{**ROW, "isa": "amx_bf16"}]).status == "not measured"
+    assert EVERY_MACHINE.has(avx2)
+    assert {target.machine for target in TARGETS} == {EVERY_MACHINE, AMX, AVX512_BF16, WITHOUT_BF16}
+    assert "| AVX512-BF16 " in report.report([ROW])
+
+
+def test_rows_of_a_limit_are_kept_apart(monkeypatch):
+    assert limits.limit() is None
+    name = machine.provenance("cpu")["machine"]
+    for variable, value in limits.LIMITS["avx2"].items():
+        monkeypatch.setenv(variable, value)
+    assert limits.limit() == "avx2"
+    limited = machine.provenance("cpu")["machine"]
+    assert limited == f"{name}, limited to AVX2"
+    row = {**ROW, "machine": limited, "isa": "avx2", "speedup": {"dense": 0.5}}
+    assert len(report.merge([ROW, row])) == 2
+    assert headlines.headlines([ROW, row]) == headlines.headlines([ROW])
+    assert headlines.peers_ahead([ROW, row]) == headlines.peers_ahead([ROW])
+
+
+def test_table_without_avx512():
+    assert without_avx512.without_avx512([ROW]) == without_avx512.NO_ROWS
+    row = {**ROW, "machine": "a laptop", "isa": "avx2", "M": 64, "mode": "warm", "speedup": {"dense": 2.0}}
+    rows = [{**row, "dtype": "float32", "median_us": 2000.0, "speedup": {"dense": 0.95}}, row]
+    text = without_avx512.without_avx512(rows)
+    assert text.startswith("a laptop; medians in ms, warm weights. The smallest ratio to dense fp32 is 0.95x.")
+    assert columns(text, "4096 x 4096") == ["4096 x 4096", "64", "2", "1.9", "0.95x", "0.2", "0.4", "2.00x"]
 
 
 def test_target_verdict_uses_worst_row():
@@ -111,7 +148,7 @@ def test_tables_compare_ours_with_each_peer():
 def test_a_page_is_updated_between_its_marks(tmp_path):
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     rows.write_text(json.dumps(ROW) + "\n")
-    begins = (headlines.BEGIN, headlines.BEGIN_AHEAD, report.BEGIN)
+    begins = (headlines.BEGIN, headlines.BEGIN_AHEAD, without_avx512.BEGIN, report.BEGIN)
     page.write_text("before\n" + "".join(f"{begin}\nstale\n{report.END}\n" for begin in begins) + "after\n")
     report.main([str(rows), "--update", str(page)])
     text = page.read_text()
