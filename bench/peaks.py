@@ -30,8 +30,10 @@ from .machine import ROOT, cache_bytes
 from .timing import clock_of
 
 SOURCE = Path(__file__).with_name("probes.cpp")
-AMX = ROOT / "csrc" / "cpu" / "amx"
-AMX_SOURCES = (AMX / "tile.h", AMX / "support.h", AMX / "support.cpp")
+CSRC = ROOT / "csrc"
+AMX_SOURCES = tuple(CSRC / "cpu" / name for name in ("amx/support.cpp", "processor.cpp"))
+AMX_HEADERS = tuple(CSRC / "cpu" / name for name in ("amx/support.h", "amx/tile.h", "processor.h"))
+
 
 NAMES = ("read", "copy", "bf16", "fma")
 """The peaks that every device has."""
@@ -86,13 +88,14 @@ def _library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if platform.machine() != "x86_64" or compiler is None:
         return None
-    content = b"".join(path.read_bytes() for path in (SOURCE, *AMX_SOURCES))
+    content = b"".join(path.read_bytes() for path in (SOURCE, *AMX_SOURCES, *AMX_HEADERS))
     path = ROOT / "build" / f"probes-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         command = [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-DQLORA_ISA=probes"]
-        command += [f"-I{AMX.parent}", str(SOURCE), str(AMX / "support.cpp"), "-o", str(unfinished)]
+        command += [f"-I{CSRC / 'cpu'}", f"-I{CSRC / 'include'}"]
+        command += [*map(str, (SOURCE, *AMX_SOURCES)), "-o", str(unfinished)]
         subprocess.run(command, check=True)
         unfinished.rename(path)
     library = ctypes.CDLL(str(path))

@@ -6,6 +6,7 @@
 
 #include "amx/support.h"
 #include "kernels.h"
+#include "processor.h"
 #include "qlora/cpu_isa.h"
 
 namespace qlora {
@@ -62,26 +63,15 @@ std::string choices() {
     return names;
 }
 
-// Whether the automatic choice prefers fp32 FMAs to vdpbf16ps: on Intel's cores vdpbf16ps has half the rate of fp32
-// FMAs (224 and 440 GFLOP/s on two cores of a Xeon), on AMD's Zen 4 and 5 twice the rate.
-bool prefers_fma() {
-#ifdef QLORA_X86_KERNELS
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
+// The reason for which AMX cannot be used. The permission is requested only where AMX could be chosen.
+const char* amx_reason() {
+    return this_processor().avx512_bf16 ? amx_unavailable() : "the processor has no AVX512-BF16";
 }
 
-Isa best() {
-    for (const Isa isa : kBestFirst) {
-        if (isa_supported(isa) && (isa != Isa::kAvx512Bf16Fma || prefers_fma())) return isa;
-    }
-    return Isa::kPortable;
-}
+IsaChoice automatic() { return best_isa(this_processor(), amx_reason()); }
 
 Isa choose(const char* name, const char* source) {
-    if (!name || !*name) return best();
+    if (!name || !*name) return automatic().isa;
     for (const Isa isa : kByNameOnly) {
         if (strcmp(name, isa_name(isa)) == 0 && isa_supported(isa)) return isa;
     }
@@ -89,7 +79,7 @@ Isa choose(const char* name, const char* source) {
         if (strcmp(name, isa_name(isa)) != 0) continue;
         if (isa_supported(isa)) return isa;
         const char* reason = "this CPU or its operating system lacks it";
-        if (isa == Isa::kAmxBf16 && amx_unavailable()) reason = amx_unavailable();
+        if (isa == Isa::kAmxBf16) reason = amx_reason();
         throw std::invalid_argument(std::string(source) + "=" + name + ": " + reason +
                                     "; unset it to use the best supported one");
     }
@@ -98,6 +88,12 @@ Isa choose(const char* name, const char* source) {
 
 constexpr int kUndecided = -1;
 std::atomic<int> chosen{kUndecided};
+std::atomic<bool> named{false};  // whether a name was chosen instead of the automatic choice
+
+void set_choice(const char* name, const char* source) {
+    chosen.store(static_cast<int>(choose(name, source)), std::memory_order_relaxed);
+    named.store(name && *name, std::memory_order_relaxed);
+}
 
 }  // namespace
 
@@ -123,46 +119,19 @@ const char* isa_name(Isa isa) {
     return "unknown";
 }
 
-// __builtin_cpu_supports checks XCR0 as well as cpuid: an operating system that does not save the wide registers counts
-// as lacking the instructions.
-bool isa_supported(Isa isa) {
-    if (isa == Isa::kPortable) return true;
-#if defined(QLORA_ARM_KERNELS)
-    return isa == Isa::kNeon;  // part of the AArch64 base architecture
-#elif defined(QLORA_X86_KERNELS)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    switch (isa) {
-        case Isa::kAvx2:
-            return avx2;
-        case Isa::kAvx512:
-            return avx512;
-        case Isa::kAvx512Bf16:
-        case Isa::kAvx512Bf16Fma:
-        case Isa::kAmxBf16Emulated:
-            return avx512 && __builtin_cpu_supports("avx512bf16");
-        case Isa::kAmxBf16:
-            return avx512 && __builtin_cpu_supports("avx512bf16") && !amx_unavailable();
-        default:
-            return false;
-    }
-#else
-    return false;
-#endif
-}
+bool isa_supported(Isa isa) { return supports(this_processor(), isa, isa == Isa::kAmxBf16 ? amx_reason() : nullptr); }
 
 Isa cpu_isa() {
-    int isa = chosen.load(std::memory_order_relaxed);
-    if (isa == kUndecided) {
-        isa = static_cast<int>(choose(std::getenv("QLORA_CPU_ISA"), "QLORA_CPU_ISA"));
-        chosen.store(isa, std::memory_order_relaxed);
-    }
-    return static_cast<Isa>(isa);
+    if (chosen.load(std::memory_order_relaxed) == kUndecided) set_choice(std::getenv("QLORA_CPU_ISA"), "QLORA_CPU_ISA");
+    return static_cast<Isa>(chosen.load(std::memory_order_relaxed));
 }
 
-void force_cpu_isa(const char* name) { chosen.store(static_cast<int>(choose(name, "cpu_isa"))); }
+void force_cpu_isa(const char* name) { set_choice(name, "cpu_isa"); }
+
+const char* cpu_isa_reason() {
+    cpu_isa();
+    return named.load(std::memory_order_relaxed) ? "it was named, by QLORA_CPU_ISA or by a call" : automatic().reason;
+}
 
 const Kernels& cpu_kernels() {
     switch (cpu_isa()) {

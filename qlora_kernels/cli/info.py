@@ -94,6 +94,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "threads": torch.get_num_threads(),
             "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
             "kernels use": _kernel_isa(),
+            "because": _isa_reason(),
             "amx": _amx(),
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
@@ -144,6 +145,19 @@ def _kernel_isa() -> str:
         return str(isa(None))
     except (RuntimeError, ValueError) as reason:  # QLORA_CPU_ISA names one that cannot run here
         return str(reason)
+
+
+def _isa_reason() -> str:
+    """Return why the cpu backend chose its instruction set. _kernel_isa() must have asked for the choice."""
+    import torch
+
+    reason = getattr(torch.ops.qlora_kernels_C, "cpu_isa_reason", None)
+    if reason is None:
+        return "the cpu library is not built"
+    try:
+        return str(reason())
+    except (RuntimeError, ValueError):  # QLORA_CPU_ISA names one that cannot run here, as the line above says
+        return "QLORA_CPU_ISA names it"
 
 
 def _gpu() -> str:

@@ -51,7 +51,10 @@ def isa(request):
 @pytest.mark.parametrize("name", AMX_FLAGS)
 def test_tile_product_equals_the_scalar_model(name, tmp_path):
     program = tmp_path / "tile_check"
-    sources = [str(Path(__file__).with_name("amx") / "tile_check.cpp"), str(CSRC / "cpu" / "amx" / "support.cpp")]
+    sources = [
+        str(Path(__file__).with_name("amx") / "tile_check.cpp"),
+        *(str(CSRC / "cpu" / name) for name in ("amx/support.cpp", "processor.cpp")),
+    ]
     command = [tool("CXX", "c++", "g++", "clang++"), *COMMON_FLAGS, *AMX_FLAGS[name], f"-DQLORA_ISA={name}"]
     command += [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}", *sources, "-o", str(program)]
     subprocess.run(command, check=True)
@@ -70,6 +73,7 @@ PROBLEMS = {
     "chunks and a last group of 64": (40, 64, 704, 64, True),
     "tokens divided among threads": (288, 96, 256, 64, True),
     "rows too long to be resident": (40, 64, 8320, 64, False),
+    "groups of strips, several ranges of absmax": (40, 192, 8320, 64, True),
     "N not a multiple of 32": (20, 45, 256, 64, True),
     "K not a multiple of 64": (20, 64, 200, 64, True),
     "odd K": (5, 33, 97, 64, False),

@@ -1,58 +1,39 @@
 #include "support.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <cstdint>
-#endif
-
 namespace qlora {
 namespace {
 
-#if defined(__x86_64__) && defined(__linux__)
+constexpr uint32_t kOsXsave = 1u << 27;                         // leaf 1, ecx
+constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;    // leaf 7, edx
+constexpr uint64_t kTileStates = uint64_t{1} << 17 | 1u << 18;  // in XCR0
 
-constexpr long kGetPermission = 0x1022;      // ARCH_GET_XCOMP_PERM
-constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+}  // namespace
 
-const char* ask() {
-    unsigned eax, ebx, ecx, edx;
-    constexpr unsigned kOsXsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kAmxTile | kAmxBf16)) != (kAmxTile | kAmxBf16)) {
+const char* read_amx_unavailable(const ProcessorSource& source) {
+    if ((source.cpuid(7, 0).edx & (kAmxTile | kAmxBf16)) != (kAmxTile | kAmxBf16)) {
         return "the processor has no AMX-BF16";
     }
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kOsXsave)) {
+    if (!(source.cpuid(1, 0).ecx & kOsXsave)) {
         return "the operating system does not manage extended processor state (OSXSAVE)";
     }
-    uint32_t low, high;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    constexpr uint32_t kTileStates = 1u << 17 | 1u << 18;
-    if ((low & kTileStates) != kTileStates) return "the operating system does not save AMX tile state (XCR0)";
-    // Without the permission, the first tile instruction raises SIGILL. The request also fails if a thread has a signal
-    // stack (sigaltstack) that is too small for the larger frame, and in sandboxes that filter arch_prctl.
-    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
+    if ((source.xcr0() & kTileStates) != kTileStates) return "the operating system does not save AMX tile state (XCR0)";
+    if (!source.request_tiles()) {
+#ifdef __linux__
         return "the kernel denied the permission to use AMX tile data (arch_prctl)";
-    }
-    unsigned long granted = 0;
-    if (syscall(SYS_arch_prctl, kGetPermission, &granted) != 0 || !(granted >> kTileData & 1)) {
-        return "the kernel did not grant the permission to use AMX tile data (arch_prctl)";
+#else
+        return "AMX is supported only under Linux";
+#endif
     }
     return nullptr;
 }
 
-#else
-
-const char* ask() { return "AMX is supported only on x86-64 processors under Linux"; }
-
-#endif
-
-}  // namespace
-
 const char* amx_unavailable() {
-    static const char* const reason = ask();
+#ifdef __x86_64__
+    static const char* const reason = read_amx_unavailable(kThisMachine);
     return reason;
+#else
+    return "AMX is supported only on x86-64 processors";
+#endif
 }
 
 }  // namespace qlora

@@ -102,6 +102,16 @@ def instruction_set(force: str | None = None) -> str:
         raise ValueError(str(error)) from None
 
 
+def instruction_set_reason() -> str:
+    """Return in one sentence why the instruction set in use was chosen.
+
+    Raises RuntimeError if the library is not built.
+    """
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(f"cpu backend: {reason}")
+    return str(torch.ops.qlora_kernels_C.cpu_isa_reason())
+
+
 def amx_unavailable() -> str | None:
     """Return in one sentence why this process cannot use AMX tiles, or None if it can.
 
@@ -112,4 +122,4 @@ def amx_unavailable() -> str | None:
     return torch.ops.qlora_kernels_C.cpu_amx_unavailable() or None
 
 
-__all__ = ["KERNELS", "LIBRARY", "amx_unavailable", "instruction_set", "unavailable"]
+__all__ = ["KERNELS", "LIBRARY", "amx_unavailable", "instruction_set", "instruction_set_reason", "unavailable"]
