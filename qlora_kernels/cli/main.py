@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from . import bench, chat, evaluate, export, finetune_parser, generate, info, merge, plan, quality, quantize
 from .arguments import UsageError
 from .recipes import with_recipe
+from .standard_streams import open_standard_streams
 
 _EXTRAS = {
     "transformers": "hf",
@@ -83,6 +84,7 @@ class _Completion(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code."""
+    open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _arguments(argv)
     # Importing torch takes seconds, so no command module imports it before its run; `--help` and errors in arguments do

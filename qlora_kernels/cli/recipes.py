@@ -76,9 +76,14 @@ def write_recipe(path: Path, arguments: argparse.Namespace, parser: argparse.Arg
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
     path.write_text(
         f"# Repeat this run with: qlora-kernels finetune --config {path.name}\n"
-        f"# Relative paths are relative to {Path.cwd()}\n{text}",
+        f"# Relative paths are relative to {_in_comment(Path.cwd())}\n{text}",
         encoding="utf-8",
     )
+
+
+def _in_comment(path: Path) -> str:
+    """Return a path as text on one line; names may hold line breaks, and bytes that are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _plain(value: Any) -> Any:

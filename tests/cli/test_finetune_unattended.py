@@ -9,6 +9,7 @@ import signal
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from qlora_kernels.cli import main, trackers
 from qlora_kernels.cli.finetune_options import FinetuneOptions
 from qlora_kernels.cli.interrupts import deferred
 from qlora_kernels.cli.main import command_parser
+from qlora_kernels.cli.recipes import read_recipe, write_recipe
 from qlora_kernels.training import Perplexity, perplexity
 from tests.cli.finetune_runs import arguments, files_of, finetune, losses, refused
 from tests.support.tiny_model import write_jsonl, write_tiny_llama
@@ -181,6 +183,18 @@ def test_the_recipe_of_a_run_repeats_it(capsys, model, text, tmp_path):
     assert losses(again) == losses(first)
     other = yaml.safe_load((tmp_path / "b" / "run.yaml").read_text())
     assert {key for key in values if values[key] != other[key]} == {"out"}
+
+
+@pytest.mark.parametrize(
+    "name", ["d\u00e9", "d\udcc3\udca9", "d\udce9", "a\nlr: 1"], ids=["utf-8", "ascii-locale", "latin-1", "line"]
+)
+def test_recipe_with_any_folder_name(name, tmp_path, monkeypatch):
+    """Bytes of a name that the locale cannot decode are surrogates in Python, which no UTF-8 file can hold."""
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/", name))
+    parsed = command_parser().parse_args(arguments(name, "data", "out"))
+    write_recipe(tmp_path / "run.yaml", parsed, parsed.parser)
+    values = read_recipe(tmp_path / "run.yaml")
+    assert (values["model"], values["lr"]) == (name, 1e-2)
 
 
 def test_recipes_are_checked_and_overridden(capsys, model, text, tmp_path):

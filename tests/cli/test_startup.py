@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,31 @@ def test_missing_adapter_is_refused_before_model_is_read(capsys, monkeypatch, tm
     adapter = str(tmp_path / "absent")
     assert main([command, "--model", "m", "--adapter", adapter, *more.get(command, [])]) == 2
     assert adapter in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the streams")
+def test_closed_standard_streams_are_connected_to_the_null_device(tmp_path):
+    """Without that, the file would get the number of stderr, and messages of native libraries would be written into it."""
+    script = f"""
+import os, sys
+from qlora_kernels.cli.standard_streams import open_standard_streams
+open_standard_streams()
+with open({str(tmp_path / "file")!r}, "w") as file:
+    assert file.fileno() > 2
+    print("out")
+    os.write(1, b"out")
+    os.write(2, b"err")
+    sys.stdout.flush()
+    file.write(f"{{sys.stdin.read()!r}} {{sys.stdout.isatty()}}")
+"""
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    assert (tmp_path / "file").read_text() == "'' False"
+
+
+def test_output_in_an_encoding_that_lacks_characters():
+    script = "from qlora_kernels.cli.standard_streams import open_standard_streams as o; o(); print('a\u00e9\u65e5')"
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, check=True)
+    assert done.stdout.split() == [rb"a\xe9\u65e5"]
