@@ -95,7 +95,7 @@ class AdapterTree:
 
     def detach(self) -> None:
         """Remove the adapter's modules from the model, also if some of them were never added."""
-        for owner, slot, key in {(place.owner, place.slot, place.key) for place in self.places.values()}:
+        for owner, slot, key in dict.fromkeys((place.owner, place.slot, place.key) for place in self.places.values()):
             self.injector.remove(owner, slot, key)
         self.places = {}
 

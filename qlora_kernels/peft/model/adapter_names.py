@@ -28,7 +28,7 @@ def check_rows(injector: Injector, adapter_names: Sequence[str], batch: int | No
     """Raise ValueError if the number of names differs from the number of rows, or an adapter cannot be used by row."""
     if batch is not None and len(adapter_names) != batch:
         raise ValueError(f"adapter_names: must be one per row of the batch, {batch}, got {len(adapter_names)}")
-    for name in set(adapter_names) - {BASE}:
+    for name in dict.fromkeys(name for name in adapter_names if name != BASE):
         for method in methods_of(injector, name):
             if reason := method.row_mixing_unsupported():
                 raise ValueError(
