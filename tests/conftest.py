@@ -1,11 +1,15 @@
-"""Fixes of Triton's interpreter under TRITON_INTERPRET=1, and the order of test files in a run by several processes."""
+"""Seeds of every test, fixes of Triton's interpreter under TRITON_INTERPRET=1, and the order of test files in a run by
+several processes."""
 
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.support import triton_interpreter
@@ -42,3 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests = Counter(files)
     order = {file: (not file.startswith(START_FIRST), -tests[file]) for file in tests}
     items.sort(key=lambda item: order[item.nodeid.partition("::")[0]])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed all generators, before the fixtures of the test: no test depends on the tests before it, or on chance."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed records a traceback where CUDA is not initialized
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
