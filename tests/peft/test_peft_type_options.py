@@ -61,7 +61,7 @@ def test_lokr_divides_sizes_as_peft(hf_peft):
 def test_lycoris_dropout_is_pefts(hf_peft, name, options):
     """Equal random numbers drop equal parts of the update in training; nothing is dropped in inference."""
     scale = {"rank_dropout_scale": True} if name == "LoKrConfig" else {}
-    options |= {"r": 2, "init_weights": False, "target_modules": ["q_proj", "up_proj"]} | scale
+    options = options | {"r": 2, "init_weights": False, "target_modules": ["q_proj", "up_proj"]} | scale
     outputs = []
     for model in (
         get_peft_model(make("llama"), getattr(peft, name)(**options)),
