@@ -12,9 +12,9 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 def open_standard_streams() -> None:
     """Connect closed standard streams to the null device, and let stdout escape what its encoding lacks.
 
-    Python sets sys.stdin, sys.stdout or sys.stderr to None where the descriptor is closed (`>&-`, services, pythonw). The
-    next file that the process opens gets the free number, so that a message of a native library would be written into
-    that file. stderr escapes unknown characters by default; stdout raises UnicodeEncodeError.
+    Python sets sys.stdin, sys.stdout or sys.stderr to None where the descriptor is closed (`>&-`, services, pythonw).
+    The next file that the process opens gets the free number, so that a message of a native library would be written
+    into that file. stderr escapes unknown characters by default; stdout raises UnicodeEncodeError.
     """
     for descriptor in range(3):
         try:

@@ -101,7 +101,7 @@ def test_missing_adapter_is_refused_before_model_is_read(capsys, monkeypatch, tm
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the streams")
 def test_closed_standard_streams_are_connected_to_the_null_device(tmp_path):
-    """Without that, the file would get the number of stderr, and messages of native libraries would be written into it."""
+    """Otherwise the file gets the number of stderr, and messages of native libraries are written into it."""
     script = f"""
 import os, sys
 from qlora_kernels.cli.standard_streams import open_standard_streams

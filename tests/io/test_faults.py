@@ -33,7 +33,7 @@ def test_writes_that_fail():
 @pytest.mark.skipif(sys.platform != "linux", reason="the system calls are replaced by LD_PRELOAD")
 def test_system_calls_that_fail():
     command = [sys.executable, "-m", "tests.io.failing_files", "--step", "23"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     injected = re.search(r"(\d+) system calls hit, lost: 0", done.stdout)
     assert injected is not None
