@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
 
 from ..format.quant_state import FLOAT_DTYPES
 from .made_class import MadeClass, names_of_class
@@ -54,14 +53,4 @@ def served(*tensors: Tensor) -> bool:
     first = tensors[0]
     return first.device.type in _DEVICES and all(
         tensor.dtype in FLOAT_DTYPES and tensor.device == first.device for tensor in tensors
-    )
-
-
-def all_are_watched() -> bool:
-    """Whether hooks are registered for the calls of all modules."""
-    return bool(
-        hooks_of_all._global_forward_hooks
-        or hooks_of_all._global_forward_pre_hooks
-        or hooks_of_all._global_backward_hooks
-        or hooks_of_all._global_backward_pre_hooks
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as hooks_of_all
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -91,7 +92,14 @@ _HOOKS = (
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules runs its hooks or a replaced forward."""
+    """Whether a call of one of the modules runs hooks, its own or those of all modules, or a replaced forward."""
+    if (
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
+    ):
+        return True
     for module in modules:
         if (
             module._forward_hooks

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..ops.lora_projection import Projection
 from ..ops.operands import LoRA
-from .fused_module import all_are_watched
 from .linear_nf4 import LinearNF4
 from .module_tree import has_hooks
 
@@ -20,7 +19,7 @@ def plain_projections(x: Tensor, *modules: nn.Module) -> list[Projection] | None
     A module has to be called if it has hooks, is not a LinearNF4 or an adapted one, computes in another dtype than that
     of x, has an active update that is not of low rank, or adds its update to the decoded weight.
     """
-    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type) or all_are_watched():
+    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return None
     projections = []
     for module in modules:

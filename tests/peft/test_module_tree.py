@@ -154,6 +154,27 @@ def test_hooks_of_a_quantized_layer_act_below_its_adapters(options, use_dora):
     assert not torch.allclose(outputs[1][1], y)
 
 
+@pytest.mark.parametrize("options", ["alone", "rows", "fuse_shared_input", "fuse_model"])
+def test_hooks_of_all_modules_reach_the_modules_below_an_adapted_layer(options):
+    """Profilers and counters of operations register hooks for all modules."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(make("llama", nf4=True), config).eval()
+    calls = {"adapter_names": ["default"] * len(batch("llama")["input_ids"])} if options == "rows" else {}
+    if options.startswith("fuse"):
+        {"fuse_shared_input": fuse_shared_input, "fuse_model": qk.fuse_model}[options](model)
+    layer = model.base_model.model.layers[0].self_attn.k_proj
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.add(module))
+    try:
+        with torch.no_grad():
+            watched = model(**batch("llama"), **calls).logits
+    finally:
+        handle.remove()
+    assert {layer, layer.base_layer, layer.deltas["default"].lora_A, layer.deltas["default"].lora_B} <= seen
+    with torch.no_grad():
+        assert_same_function(model(**batch("llama"), **calls).logits, watched)
+
+
 @pytest.mark.parametrize("how", ["lora", "modules_to_save"])
 def test_chunked_loss_trains_an_adapted_head(how):
     options = {"target_modules": ["lm_head"], "init_lora_weights": False}

@@ -156,6 +156,8 @@ def test_delete_and_unload_leave_the_model_as_it_was():
     randomize(model)
     model.delete_adapter("b")
     assert list(model.peft_config) == ["default"]
+    with pytest.raises(KeyError, match=r"must be an adapter of this model, one of \['default'\], got 'b'"):
+        model.peft_config["b"]
     assert model.unload() is base
     assert_same_function(logits(base, inputs), before)
     assert base.state_dict().keys() == state.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 from ..core.adapter_selection import BASE
 from ..core.adapter_tree import AdapterModules
@@ -106,7 +106,18 @@ def is_trained(injector: Injector, name: str) -> bool:
     return any(p.requires_grad for method in methods_of(injector, name) for p in method.parameters())
 
 
+class _ConfigsByName(dict[str, "PeftConfig | list[PeftConfig]"]):
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"peft_config: name must be an adapter of this model, one of {list(self)}, got {name!r}; some trainers, "
+            "TRL's DPOTrainer among them, need an adapter named 'default', the adapter_name that get_peft_model uses"
+        )
+
+
 def configs_of(injector: Injector) -> dict[str, PeftConfig | list[PeftConfig]]:
-    """Return each adapter's configuration, or a list of configurations if it combines several methods."""
+    """Return each adapter's configuration, or a list of configurations if it combines several methods.
+
+    A look-up of another name raises KeyError with the names.
+    """
     configs = {name: [method.config for method in methods] for name, methods in injector.adapters.items()}
-    return {name: parts[0] if len(parts) == 1 else parts for name, parts in configs.items()}
+    return _ConfigsByName((name, parts[0] if len(parts) == 1 else parts) for name, parts in configs.items())
