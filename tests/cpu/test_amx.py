@@ -18,21 +18,13 @@ from python.build_support.native import CSRC, tool
 from qlora_kernels.backends import cpu
 from qlora_kernels.ops.operands import LoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
+from tests.cpu.instruction_sets import runs_here
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within
 
 if (reason := cpu.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
-
-
-def runs_here(isa):
-    try:
-        return cpu.instruction_set(isa) == isa
-    except ValueError:
-        return False
-    finally:
-        cpu.instruction_set("")
 
 
 SETS = [isa for isa in AMX_FLAGS if runs_here(isa)]

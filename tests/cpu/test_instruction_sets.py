@@ -19,9 +19,8 @@ from qlora_kernels.backends import cpu
 from qlora_kernels.format import nf4, reference
 from qlora_kernels.ops.operands import LoRA, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
-from tests.ops import test_linear_nf4_lora_group as group_test
-from tests.ops import test_linear_nf4_multi_lora as multi_test
-from tests.support import attention_formula, cross_entropy_formula
+from tests.cpu.instruction_sets import SETS
+from tests.support import attention_formula, cross_entropy_formula, lora_group_checks, multi_lora_checks
 from tests.support.linear_formulas import Dropout, arithmetic_of, assert_lora, linear, linear_grad_x
 from tests.support.problems import DTYPES, SHAPES, Shape, dtype_name, gaussian
 from tests.support.tolerances import assert_within
@@ -30,20 +29,6 @@ if (reason := cpu.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-ALL_SETS = ("amx_bf16", "amx_bf16_emulated", "avx512_bf16_fma", "avx512_bf16", "avx512", "avx2", "neon", "portable")
-
-
-def runs_here(isa: str) -> bool:
-    """Whether forcing `isa` succeeds."""
-    try:
-        return cpu.instruction_set(isa) == isa
-    except ValueError:
-        return False
-    finally:
-        cpu.instruction_set("")
-
-
-SETS = [isa for isa in ALL_SETS if runs_here(isa)]
 PATHS = (
     *SHAPES,
     Shape(8, 64, 128),  # few tokens, whole blocks
@@ -135,15 +120,15 @@ def test_linear_lora(isa, dtype, shape):
 
 @dtypes
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("M", "K", "widths", "ranks"), group_test.SHAPES)
+@pytest.mark.parametrize(("M", "K", "widths", "ranks"), lora_group_checks.SHAPES)
 def test_linear_lora_group(isa, dtype, M, K, widths, ranks, p):
-    group_test.test_forward_and_gradients("cpu", dtype, M, K, widths, ranks, p)
+    lora_group_checks.check_forward_and_gradients("cpu", dtype, M, K, widths, ranks, p)
 
 
 @dtypes
 @pytest.mark.parametrize("shape", [Shape(19, 130, 257, r=8), Shape(40, 96, 128, r=16)], ids=str)
 def test_linear_multi_lora(isa, dtype, shape):
-    multi_test.test_forward_and_gradients("cpu", dtype, shape, 0.3)
+    multi_lora_checks.check_forward_and_gradients("cpu", dtype, shape, 0.3)
 
 
 @pytest.mark.parametrize(("N", "K"), [(200, 320), (544, 2112)], ids=["one panel", "several panels"])

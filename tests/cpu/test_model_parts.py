@@ -7,7 +7,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.backends import cpu
-from tests.cpu.test_instruction_sets import SETS
+from tests.cpu.instruction_sets import SETS
 from tests.support.model_part_formulas import glu, glu_gradients, rms_norm, rms_norm_gradients, rope
 from tests.support.problems import DTYPES, dtype_name, gaussian
 from tests.support.tolerances import assert_within

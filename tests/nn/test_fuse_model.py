@@ -8,21 +8,11 @@ import pickle
 import pytest
 
 import qlora_kernels as qk
-from qlora_kernels.nn.fused_module import FusedModule
-from tests.support.decoder_families import FAMILIES, tiny_decoder, tokens
+from tests.support.decoder_families import FAMILIES, loss_and_gradients, tiny_decoder, tokens
 from tests.support.tolerances import assert_same_function, assert_same_gradients
 
 families = pytest.mark.parametrize("family", FAMILIES)
 NORMS_OF_A_LAYER = {"Qwen3": 4, "Gemma2": 4, "Gemma3": 6}
-
-
-def loss_and_gradients(model, ids, **inputs):
-    """Return logits and gradients of a step; a fused model in training mode returns logits only on request."""
-    model.zero_grad()
-    fused = {"skip_logits": False} if isinstance(model, FusedModule) else {}
-    output = model(ids, labels=ids, **inputs, **fused)
-    output.loss.backward()
-    return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @families

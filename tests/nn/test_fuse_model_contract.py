@@ -14,10 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import qlora_kernels as qk
 from qlora_kernels.nn import fused_attention, fused_mlp, fused_norm
 from qlora_kernels.nn.fused_attention import AttentionForm
-from tests.nn.test_fuse_model import loss_and_gradients
 from tests.peft.cases import build
 from tests.peft.models import batch, logits, make, randomize
-from tests.support.decoder_families import FAMILIES, tiny_decoder, tokens
+from tests.support.decoder_families import FAMILIES, loss_and_gradients, tiny_decoder, tokens
 from tests.support.tolerances import assert_same_function, assert_same_gradients, model_error
 
 families = pytest.mark.parametrize("family", FAMILIES)

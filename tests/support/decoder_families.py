@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.nn.fused_module import FusedModule
+
 VOCAB = 48
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "SmolLM3")
 
@@ -41,3 +43,12 @@ def tiny_decoder(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float
 def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> Tensor:
     """Return token ids without the padding token 0."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_and_gradients(model: nn.Module, ids: Tensor, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and gradients of a step; a fused model in training mode returns logits only on request."""
+    model.zero_grad()
+    fused = {"skip_logits": False} if isinstance(model, FusedModule) else {}
+    output = model(ids, labels=ids, **inputs, **fused)
+    output.loss.backward()
+    return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

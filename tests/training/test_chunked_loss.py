@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,31 +12,7 @@ from qlora_kernels.training import ChunkedLoss, chunked_loss, collate, perplexit
 from qlora_kernels.training.batches import Batch
 from qlora_kernels.training.windows import IGNORED, Example
 from tests.support.tolerances import assert_same_gradients, gamma
-
-VOCABULARY, HIDDEN = 37, 16
-
-
-class Model(nn.Module):
-    """An embedding, a linear layer and a head; `cap` bounds the logits after the head, as some architectures do."""
-
-    def __init__(self, cap: float | None = None, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.mix = nn.Linear(HIDDEN, HIDDEN)
-        self.head = nn.Linear(HIDDEN, VOCABULARY)
-        self.cap = cap
-        self.to(dtype)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def set_output_embeddings(self, module: nn.Module) -> None:
-        self.head = module
-
-    def forward(self, input_ids, attention_mask=None, use_cache=False):
-        logits = self.head(torch.tanh(self.mix(self.embedding(input_ids))))
-        return SimpleNamespace(logits=logits if self.cap is None else self.cap * torch.tanh(logits / self.cap))
+from tests.training.small_model import HIDDEN, VOCABULARY, Model
 
 
 def batch_of(rows: int = 3, length: int = 11) -> Batch:

@@ -14,7 +14,7 @@ from qlora_kernels.training.run_state import ResumeError
 from qlora_kernels.training.schedule import factor
 from qlora_kernels.training.windows import Example
 from tests.support.tolerances import gamma
-from tests.training.test_chunked_loss import VOCABULARY, Model
+from tests.training.small_model import VOCABULARY, Model
 
 CONFIG = TrainConfig(steps=8, batch_size=3, lr=1e-2, warmup_steps=2, seed=1)
 

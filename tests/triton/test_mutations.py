@@ -15,8 +15,7 @@ from tests.support.planted_fault import mutation_tests
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
-from .test_extended_k import check_group, check_rows
-from .test_linear_nf4_lora_merged import check_merged_weight
+from .checks import check_group, check_merged_weight, check_rows
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
