@@ -284,10 +284,10 @@ def peak_bytes_of(build: Callable[[Case, Inputs, int], Sequence[Call]], case: Ca
     (call,) = build(case, inputs, 1)
     del inputs
     gc.collect()
-    CLEAR_REFS.write_text("5")
+    CLEAR_REFS.write_text("5", encoding="utf-8")
     for _ in range(2):
         call()
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 

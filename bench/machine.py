@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 @cache
 def _cpu() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
     model = re.search(r"model name\s*:\s*(.+)", text)

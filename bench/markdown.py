@@ -23,8 +23,8 @@ def replace_marked(page: Path, begin: str, end: str, text: str) -> None:
     Empty lines separate the text from both, because Markdown takes a line below a table for one of its rows.
     Raises ValueError if the page lacks one of the marks, so that no other part of it is lost.
     """
-    before, found, rest = page.read_text().partition(begin)
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
         raise ValueError(f"replace_marked: {page} must hold the lines {begin!r} and {end!r}, got a page without them")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

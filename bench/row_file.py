@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Rows before the first provenance line are yielded unchanged; `bench.run --json` prints such lines.
     """
     provenance: Row = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if "provenance" in row:
             provenance = row["provenance"]
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the contents of the file by these rows."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         writer = RowWriter(file)
         for row in rows:
             writer.write(row)

@@ -171,7 +171,7 @@ def _run_round(
 def _busy_seconds() -> float:
     """Return the processor time of all processes since the machine started; 0 if it is not available."""
     try:
-        with open("/proc/stat") as stat:
+        with open("/proc/stat", encoding="utf-8") as stat:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
     except OSError:
         return 0.0

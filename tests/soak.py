@@ -56,7 +56,7 @@ class Usage:
 def usage(folder: Path) -> Usage:
     """Return this process's usage after a garbage collection."""
     gc.collect()
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     files = sum(len(names) for _, _, names in os.walk(folder))
     return Usage(
         memory=int(lines["RssAnon"].split()[0]) * 1024,

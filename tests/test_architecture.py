@@ -62,7 +62,7 @@ def imported(path: Path) -> list[tuple[str, int]]:
     """Return the absolute dotted names that `path` imports, with line numbers."""
     package = ["qlora_kernels", *path.relative_to(PACKAGE).parts[:-1]]
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

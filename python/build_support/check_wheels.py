@@ -143,7 +143,7 @@ def lend_packages(interpreter: str, to: Path) -> None:
             (to, "import sysconfig; print(sysconfig.get_paths()['purelib'], end='')"),
         )
     )
-    Path(own, "borrowed.pth").write_text(lent)
+    Path(own, "borrowed.pth").write_text(lent, encoding="utf-8")
 
 
 def main() -> int:

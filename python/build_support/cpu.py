@@ -72,7 +72,7 @@ def family_of(compiler: str) -> Family:
 
 def is_kernel(source: Path) -> bool:
     """Whether a source of csrc/cpu is compiled once per instruction set."""
-    return re.search(r"\bQLORA_ISA\b", source.read_text()) is not None
+    return re.search(r"\bQLORA_ISA\b", source.read_text(encoding="utf-8")) is not None
 
 
 def kernel_commands(compiler: str, build: Path, flags: Sequence[str]) -> list[Step]:

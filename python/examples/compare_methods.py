@@ -266,7 +266,7 @@ def peak_gigabytes() -> float:
 
     Raises RuntimeError if the kernel does not report it.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
     raise RuntimeError("compare_methods: /proc/self/status must have VmHWM")
@@ -328,7 +328,7 @@ def load_rows(path: Path, options: Options) -> list[dict[str, Any]]:
     """Return the existing rows; raises SystemExit if they were made with other options."""
     if not path.exists():
         return []
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["options"] != asdict(options):
         raise SystemExit(f"compare_methods: {path} must have options {asdict(options)}, got {found['options']}")
     rows: list[dict[str, Any]] = found["rows"]

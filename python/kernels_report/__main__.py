@@ -128,7 +128,7 @@ def kept_rows(report: Path, archs: list[int], parts: list[str]) -> tuple[list[Ro
     """
     if not report.exists():
         return [], []
-    content = json.loads(report.read_text())
+    content = json.loads(report.read_text(encoding="utf-8"))
     if content["triton"] != triton.__version__:
         raise SystemExit(
             f"{report} was made by Triton {content['triton']}, not {triton.__version__}: run without --merge"

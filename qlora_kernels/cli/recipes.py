@@ -83,7 +83,8 @@ def write_recipe(path: Path, arguments: argparse.Namespace, parser: argparse.Arg
 
 def _in_comment(path: Path) -> str:
     """Return a path as text on one line; names may hold line breaks, and bytes that are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n").replace("\r", "\\r")
+    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _plain(value: Any) -> Any:

@@ -120,7 +120,7 @@ with open({str(tmp_path / "file")!r}, "w") as file:
 
 
 def test_output_in_an_encoding_that_lacks_characters():
-    script = "from qlora_kernels.cli.standard_streams import open_standard_streams as o; o(); print('a\u00e9\u65e5')"
+    script = "from qlora_kernels.cli.standard_streams import open_standard_streams as o; o(); print('a\\xe9\\u65e5')"
     command = [sys.executable, "-c", script]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, check=True)

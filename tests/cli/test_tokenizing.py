@@ -36,7 +36,7 @@ def with_template(model, folder, template):
 def with_pattern(model, folder, pattern):
     shutil.copytree(model, folder)
     path = folder / "tokenizer.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, values["pre_tokenizer"]]}
     path.write_text(json.dumps(values))

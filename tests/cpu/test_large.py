@@ -20,7 +20,7 @@ TAIL = 2 * COLUMNS
 
 def free_bytes() -> int:
     """Return the memory that is available without swapping."""
-    with open("/proc/meminfo") as file:
+    with open("/proc/meminfo", encoding="utf-8") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
 
 

@@ -78,7 +78,7 @@ def mapped_folders(group: Group) -> None:
 
 
 def _mapped_ranges(file: Path) -> list[tuple[int, int]]:
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     ends = [line.split()[0].split("-") for line in lines if line.endswith(str(file.resolve()))]
     return [(int(start, 16), int(end, 16)) for start, end in ends]
 

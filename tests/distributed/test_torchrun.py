@@ -31,7 +31,7 @@ def test_interrupted_torchrun_writes_checkpoint_of_last_step(tmp_path):
     command += ["-m", "--", "qlora_kernels.cli", "finetune", *map(str, files), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
     root = Path(__file__).parents[2]
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, "--checkpoint-every=1"], cwd=root, env=environment, stdout=log, stderr=log, text=True
         )

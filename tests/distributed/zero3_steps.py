@@ -124,7 +124,7 @@ def main(file: Path) -> None:
     if rank == 0:
         restored |= _restored_alone(folder)
         results = {"losses": losses, "one_process": _losses_of_one_process(), "held": held, "whole": whole}
-        file.write_text(json.dumps({**results, "restored": restored}))
+        file.write_text(json.dumps({**results, "restored": restored}), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

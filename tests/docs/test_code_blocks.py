@@ -43,7 +43,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """Return (line number, text) of the page's fenced blocks in `language`, without excerpts."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}([^\n]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(2)), match[2]) for match in found if 'title="excerpt of' not in match[1]]
 

@@ -136,9 +136,9 @@ def _mark(text: str, pattern: re.Pattern[str], kind: str, replacement: str) -> t
 
 
 def _replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{path.name} must contain {old!r} once: bring planted.py up to date"
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def main() -> int:

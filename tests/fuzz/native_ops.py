@@ -119,7 +119,7 @@ def run(first: int, last: int, report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(2)
     overloads, outcomes = ops(), Counter[str]()
-    with report.open("w", buffering=1) as file:
+    with report.open("w", encoding="utf-8", buffering=1) as file:
         for number in range(first, last):
             op = overloads[number % len(overloads)]
             file.seek(0)

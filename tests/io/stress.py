@@ -46,7 +46,7 @@ def stress(place: str, seconds: float, system: str = "as it is", *, seed: int = 
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
         target = Path(scratch, "target")
-        Path(scratch, "source").write_text("source")
+        Path(scratch, "source").write_text("source", encoding="utf-8")
         with _file_system(system, scratch):
             roles: dict[int, bool] = {}  # process -> whether it writes
             killed, end = 0, time.monotonic() + seconds

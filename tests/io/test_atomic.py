@@ -214,7 +214,7 @@ def test_three_processes_fill_one_cache(tmp_path):
     made = tmp_path / "made"
 
     def make(partial):
-        with open(made, "a") as file:
+        with open(made, "a", encoding="utf-8") as file:
             file.write("x")
         time.sleep(0.05)
         (partial / "weights").write_text("w" * 1000)

@@ -30,7 +30,7 @@ def train(page_dir: str | None, cap_bytes: int | None) -> str:
     warm.grad = torch.zeros(256)
     PagedAdamW([warm], page_dir=page_dir).step()
     if cap_bytes is not None:
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", encoding="utf-8") as status:
             [held] = [int(line.split()[1]) << 10 for line in status if line.startswith("VmData:")]
         resource.setrlimit(resource.RLIMIT_DATA, (held + cap_bytes,) * 2)
     optimizer = PagedAdamW([weight], page_dir=page_dir)

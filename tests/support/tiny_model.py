@@ -59,5 +59,5 @@ def write_tiny_llama(
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
     """Write the records to `path`, and return it."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path

@@ -75,7 +75,7 @@ def library_with_faults(variables: Mapping[str, str]) -> str:
 
 def processes() -> int:
     """Return the number of processes: one per core, limited by memory."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     return max(1, min(os.cpu_count() or 1, available // WORKER_BYTES))
 
