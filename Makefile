@@ -12,6 +12,7 @@
 #   make lint       ruff, mypy, clang-format, and that generated files are up to date
 #   make wheel      a wheel for the GPUs that QLORA_CUDA_ARCHS names, in dist/; make wheels: all that are published
 #   make faults     saves under injected faults, and by processes that are killed at random (8 minutes)
+#   make planted-faults  faults in the CPU kernels, all of which tests must detect: also those that make test leaves out
 #   make soak       every PEFT method trained, saved, resumed and merged in a loop (SOAK_MINUTES, default 10)
 #   make compat     that wheel with the oldest and the newest Python, torch, Triton and transformers (not in CI)
 #   make fuzz       100,000 unsound calls of the ops, and failing allocations (20 minutes)
@@ -168,6 +169,11 @@ fuzz: $(READY)
 	$(PYTHON) -m tests.fuzz.native_ops --calls 100000
 	$(PYTHON) -m tests.cpu.failing_allocator --threads 1
 	$(PYTHON) -m tests.cpu.failing_allocator --threads 2
+
+# Faults in the CPU kernels, each of which a named test must detect; make test leaves out those of AVX2 and portable code.
+.PHONY: planted-faults
+planted-faults: $(READY)
+	$(PYTHON) -m tests.cpu.planted --all
 
 # Memory, descriptors, threads and temporary files over many runs in one process: docs/reliability.md.
 SOAK_MINUTES ?= 10

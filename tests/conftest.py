@@ -20,7 +20,7 @@ START_FIRST = (
     "tests/bench/test_quick.py",
     "tests/cli/test_smollm2.py",
     "tests/cpu/test_failing_allocator.py",
-    "tests/cpu/test_low_rank_faults.py",
+    "tests/cpu/test_planted_faults.py",
     "tests/cuda/emulator/test_planted_faults.py",
     "tests/cuda/test_compile_gates.py",
     "tests/distributed/",

@@ -6,6 +6,7 @@ shapes that select between the AMX kernels' code paths.
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -102,7 +103,28 @@ def run(M, N, K, blocksize, double_quant, *, r, dropout_p, bias):
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize(("r", "dropout_p", "bias"), [(4, 0.0, True), (40, 0.3, False)], ids=["r4", "r40 dropout"])
 def test_linear_ops(isa, problem, r, dropout_p, bias):
-    (y, grad_x), results, inputs = run(*PROBLEMS[problem], r=r, dropout_p=dropout_p, bias=bias)
+    check(*PROBLEMS[problem], r=r, dropout_p=dropout_p, bias=bias)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_linear_ops_on_random_problems(isa, seed):
+    """Sizes around those of tiles, steps, groups and chunks, with every blocksize."""
+    choose = random.Random(seed).choice
+    M, N = choose([1, 2, 15, 17, 31, 33, 64, 100, 257]), choose([1, 2, 16, 31, 33, 63, 65, 130, 257])
+    K = choose([1, 2, 31, 63, 64, 65, 128, 192, 257, 640, 641, 704, 832, 1088])
+    blocksize, double_quant = choose([32, 64, 128, 256, 512, 1024, 2048, 4096]), choose([False, True])
+    r, dropout_p = choose([1, 2, 7, 16, 17, 32, 33, 65]), choose([0.0, 0.1, 0.5])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(choose([1, 2, 3]))
+    try:
+        check(M, N, K, blocksize, double_quant, r=r, dropout_p=dropout_p, bias=choose([False, True]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check(M, N, K, blocksize, double_quant, *, r, dropout_p, bias):
+    """Compare all results of a problem with float64, within the bounds of the linear ops."""
+    (y, grad_x), results, inputs = run(M, N, K, blocksize, double_quant, r=r, dropout_p=dropout_p, bias=bias)
     x, w, bias, _, _, grad_y = inputs
     arithmetic = arithmetic_of("cpu", torch.bfloat16)
     assert_within(y, linear(x, w, bias, arithmetic), "y without LoRA")

@@ -84,6 +84,16 @@ def test_subnormal_results_are_exact(isa):
         assert torch.equal(qk.dequantize_nf4(packed, state, dtype), expected)
 
 
+def test_ties_are_rounded_to_even(isa):
+    """The products of codes 1 and -1 with these absmax lie halfway between two bf16, or two fp16."""
+    absmax = torch.tensor([1 + step * 2.0**-bits for bits in (8, 11) for step in (1, 3)])
+    packed = torch.tensor([0x0F], dtype=torch.uint8).repeat(4 * 32)
+    state = qk.QuantState(torch.Size((256,)), torch.float32, 64, absmax=absmax)
+    for dtype in DTYPES:
+        expected = (torch.tensor([-1.0, 1.0]).repeat(32) * absmax[:, None]).to(dtype).flatten()
+        assert torch.equal(qk.dequantize_nf4(packed, state, dtype), expected)
+
+
 @dtypes
 @shapes
 def test_linear(isa, dtype, shape):
@@ -116,6 +126,29 @@ def test_linear_lora(isa, dtype, shape):
     dropout = Dropout(dropout_keep(seed, shape.M, shape.K, p), keep_scale(p)) if p else None
     results = (y, s, x.grad, lora_A.grad, lora_B.grad)
     assert_lora(results, (x, w, None, lora_A, lora_B, grad_y), scaling, dropout, arithmetic)
+
+
+@dtypes
+@pytest.mark.parametrize(("M", "N", "K"), [(5, 33, 97), (20, 45, 200), (40, 64, 128)])
+def test_nonfinite_token_affects_only_its_row(isa, dtype, M, N, K):
+    """Padding is neither the next token nor what an earlier call left in scratch memory: 0 * NaN would show it."""
+    packed, state = qk.quantize_nf4(gaussian(N, K, seed=1) / K**0.5)
+    lora_A, lora_B = gaussian(4, K, seed=4), gaussian(N, 4, seed=5)
+
+    def run(x, grad_y):
+        x = x.clone().requires_grad_()
+        y = qk.linear_nf4_lora(x, packed, state, lora_A, lora_B, scaling=1.5)
+        return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
+
+    x, grad_y = gaussian(M, K, dtype=dtype), gaussian(M, N, dtype=dtype, seed=3)
+    spoiled_x, spoiled_grad_y, bad = x.clone(), grad_y.clone(), M // 2
+    spoiled_x[bad] = spoiled_grad_y[bad] = float("nan")
+    clean, spoiled, again = run(x, grad_y), run(spoiled_x, spoiled_grad_y), run(x, grad_y)
+    for before, during, after in zip(clean, spoiled, again, strict=True):
+        assert during[bad].isnan().all()
+        during[bad] = before[bad]
+        assert torch.equal(before, during)
+        assert torch.equal(before, after)
 
 
 @dtypes
@@ -161,6 +194,16 @@ def test_linear_cross_entropy(isa, dtype, M, V, K, softcap):
     losses = qk.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap, reduction="none")
     losses.sum().backward()
     expected = cross_entropy_formula.linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap)
+    assert_within(losses, expected.losses, "losses")
+    assert_within(hidden.grad, expected.rows, "grad_hidden")
+
+
+def test_softcap_of_large_scores(isa):
+    """The exponentials inside tanh would overflow without a bound."""
+    hidden, weight = 40 * gaussian(3, 16), gaussian(40, 16, seed=1)
+    losses = qk.linear_cross_entropy(hidden.requires_grad_(), weight, torch.arange(3), softcap=4.0, reduction="none")
+    losses.sum().backward()
+    expected = cross_entropy_formula.linear_cross_entropy(hidden, weight, torch.arange(3), None, softcap=4.0)
     assert_within(losses, expected.losses, "losses")
     assert_within(hidden.grad, expected.rows, "grad_hidden")
 

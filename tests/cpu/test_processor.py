@@ -100,7 +100,7 @@ def check(tmp_path_factory):
         CSRC / "cpu" / "amx" / "support.cpp",
     ]
     names = program.with_name("names.cpp")
-    names.write_text('#include "qlora/cpu_isa.h"\nnamespace qlora {\n' + isa_names() + "}\n")
+    names.write_text('#include "qlora/cpu_isa.h"\nnamespace qlora {\n' + isa_names() + "}\n", encoding="utf-8")
     includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cpu'}"]
     subprocess.run([COMPILER, "-std=c++20", "-Wall", "-Werror", *includes, *sources, names, "-o", program], check=True)
 
@@ -116,7 +116,7 @@ def check(tmp_path_factory):
 
 def isa_names():
     """Return the definition of isa_name in isa.cpp, whose other functions need every table of kernels."""
-    text = (CSRC / "cpu" / "isa.cpp").read_text()
+    text = (CSRC / "cpu" / "isa.cpp").read_text(encoding="utf-8")
     begin = text.index("const char* isa_name(Isa isa) {")
     return text[begin : text.index("\n}\n", begin) + 3]
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support import cuda_host
+from tests.support.planted_source import NONE, VARIABLE, with_fault
 
 from .launching import source
 
-NONE = 0
-"""The number of no fault."""
-
-_CHOICE = """static int planted_fault = 0;
-extern "C" int plant_fault(int number) { return planted_fault = number; }
+_CHOICE = f"""static int {VARIABLE} = {NONE};
+extern "C" int plant_fault(int number) {{ return {VARIABLE} = number; }}
 """
 
 
@@ -42,9 +40,7 @@ class PlantedLibrary:
             assert old in text, f"{path.name} no longer contains {old!r}: bring the test up to date"
             text = text.replace(old, new)
         for number, fault in enumerate(faults, NONE + 1):
-            count = text.count(fault.right)
-            assert count == 1, f"{path.name} must contain {fault.right!r} once, got {count}: bring the test up to date"
-            text = text.replace(fault.right, f"(planted_fault == {number} ? ({fault.wrong}) : ({fault.right}))")
+            text = with_fault(text, path.name, fault.right, fault.wrong, number)
         mutated = folder / path.name
         mutated.write_text(_CHOICE + text)
         self.library = cuda_host.build([mutated], "plain", include=[path.parent])

@@ -22,11 +22,17 @@ SHAPES = {
     "vocabulary of one": (4, 1, 8),
 }
 
+PIECES = {
+    "more chunks than parts": (3, 4700, 16),
+    "low-rank columns in two pieces": (7, 33, 254),
+}
+"""Shapes for single tests: the CPU kernel runs over several chunks in turn, and reads a row of the weight in pieces."""
+
 
 def problem(shape, dtype, *, bias=False, weight_dtype=None):
     """Return hidden, weight, labels, bias of a head that is neither uniform nor certain; every fifth label is
     ignored."""
-    M, V, K = SHAPES[shape]
+    M, V, K = (SHAPES | PIECES)[shape]
     hidden = gaussian(M, K, dtype=dtype)
     weight = (3 * gaussian(V, K, seed=1) / K**0.5).to(weight_dtype or dtype)
     labels = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(2))

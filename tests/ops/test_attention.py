@@ -119,10 +119,13 @@ def test_different_numbers_of_queries_and_keys(backend, Tq, Tk):
 
 
 @backends
-def test_scores_increasing_along_keys(backend):
-    """The running maximum rises in each block of keys, by more than a probability's range."""
+@pytest.mark.parametrize("rise", [10, 100])
+def test_scores_increasing_along_keys(backend, rise):
+    """The running maximum rises in each block of keys: by a factor of e^rise in the CPU kernel's second block of 96."""
     tensors = [t.detach() for t in heads("two blocks", torch.float32)]
     tensors[1] = tensors[1] + torch.arange(101)[None, None, :, None] * tensors[0].mean(2, keepdim=True) / 2
+    tensors[0][..., 0] = 4.0
+    tensors[1][..., 0] = rise * 80**0.5 / 4.0 * (torch.arange(101) >= 96)
     tensors = [t.requires_grad_(i < 3) for i, t in enumerate(tensors)]
     assert_attention(run(backend, tensors), tensors, causal(1, 101))
 

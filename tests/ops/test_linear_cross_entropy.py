@@ -141,10 +141,18 @@ def test_all_tokens_ignored(backend):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("growth", [1, 40], ids=["usual", "certain"])
-def test_logits_increasing_along_vocabulary(backend, dtype, growth):
+@pytest.mark.parametrize(
+    ("shape", "growth"),
+    [
+        pytest.param("blocks and chunks that are not full", 1, id="usual"),
+        pytest.param("blocks and chunks that are not full", 40, id="certain"),
+        pytest.param("more chunks than parts", 4, id="rescaled"),
+        pytest.param("more chunks than parts", 40, id="replaced"),
+    ],
+)
+def test_logits_increasing_along_vocabulary(backend, dtype, shape, growth):
     """Each chunk raises the running maximum, and the sums are rescaled."""
-    hidden, weight, labels, _ = problem("blocks and chunks that are not full", dtype)
+    hidden, weight, labels, _ = problem(shape, dtype)
     bias = growth * torch.arange(len(weight)) / 100
     hidden.requires_grad_()
     with qk.use_backend(backend):

@@ -13,7 +13,7 @@ from tests.support.cross_entropy_formula import linear_cross_entropy as formula
 from tests.support.problems import dtype_name, gaussian
 from tests.support.tolerances import assert_same_function, assert_within
 
-from .cross_entropy_problems import SHAPES, backends, dtypes, problem
+from .cross_entropy_problems import PIECES, SHAPES, backends, dtypes, problem
 
 
 def nf4_head(V, K, *, blocksize=64, double_quant=True):
@@ -44,11 +44,13 @@ def test_nf4_head(backend, dtype, blocksize, double_quant, monkeypatch):
 @backends
 @dtypes
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("shape", ["one token", "one column beyond a chunk", "a long contraction"])
+@pytest.mark.parametrize(
+    "shape", ["one token", "one column beyond a chunk", "a long contraction", "low-rank columns in two pieces"]
+)
 def test_low_rank_columns(backend, dtype, shape, nf4, monkeypatch):
     """The op's own contract: columns of hidden beyond the weight's meet the factor low_rank."""
     monkeypatch.setattr("qlora_kernels.ops.output_head.DECODED_BYTES", 37 * 4 * 99)
-    M, V, K = SHAPES[shape]
+    M, V, K = (SHAPES | PIECES)[shape]
     hidden, weight, labels, _ = problem(shape, dtype, weight_dtype=torch.bfloat16)
     hidden = torch.cat([hidden, gaussian(M, 5, dtype=dtype, seed=7)], dim=1).requires_grad_()
     low_rank = gaussian(V, 5, seed=8) / 3
