@@ -8,7 +8,7 @@ from ..row_file import Row
 
 
 def is_bf16(row: Row) -> bool:
-    """Whether x is bf16."""
+    """Whether x of the row is bf16."""
     return bool(row["dtype"] == "bfloat16")
 
 

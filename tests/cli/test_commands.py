@@ -66,6 +66,7 @@ def test_info_reports_versions_backends_and_instruction_set(capsys):
         "neon",
         "portable",
     )
+    assert facts["cpu"]["because"]
     assert facts["cpu"]["amx"]
     text = output(capsys, "info")
     assert "backends" in text
