@@ -55,7 +55,7 @@ class Detection:
         """Whether the fault's entry names the test."""
         params = item.callspec.params if hasattr(item, "callspec") else {}
         isa, backend = params.get("isa", self.isa_of(fault)), params.get("backend", "cpu")
-        return item.nodeid.startswith(f"tests/{fault.test}") and isa == self.isa_of(fault) and backend == "cpu"
+        return item.nodeid.startswith(fault.test) and isa == self.isa_of(fault) and backend == "cpu"
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run the tests of every fault under the fault, and those that run first once without one."""
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     assert (reason := cpu.unavailable()) is None, reason
     active = ctypes.c_int.in_dll(ctypes.CDLL(str(cpu.LIBRARY)), VARIABLE)
     detection = Detection(chosen, active, best)
-    files = sorted({f"tests/{fault.test.partition('::')[0]}" for fault in chosen})
+    files = sorted({fault.test.partition("::")[0] for fault in chosen})
     code = pytest.main(
         ["-qq", "--no-header", "--no-summary", "--assert=plain", "--tb=native", "-p", "no:cacheprovider", *files],
         plugins=[detection],

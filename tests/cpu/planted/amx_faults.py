@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from .fault import AMX, Fault
 
-_OPS = "cpu/test_amx.py::test_linear_ops"
-_NONFINITE = "cpu/test_instruction_sets.py::test_nonfinite"
-_GROUP = "cpu/test_instruction_sets.py::test_linear_lora_group"
-_TILED_ATTENTION = "cpu/test_instruction_sets.py::test_attention"
-_TILED_LOSS = "cpu/test_instruction_sets.py::test_linear_cross_entropy"
+_OPS = "tests/cpu/test_amx.py::test_linear_ops"
+_NONFINITE = "tests/cpu/test_instruction_sets.py::test_nonfinite"
+_GROUP = "tests/cpu/test_instruction_sets.py::test_linear_lora_group"
+_TILED_ATTENTION = "tests/cpu/test_instruction_sets.py::test_attention"
+_TILED_LOSS = "tests/cpu/test_instruction_sets.py::test_linear_cross_entropy"
 
 _FAULTS = {
     "layout.h": (

@@ -14,8 +14,8 @@ BF16 = "avx512_bf16"
 class Fault(NamedTuple):
     """A text of a source that occurs once, and a wrong one in its place (tests/support/planted_source.py).
 
-    file: below csrc/cpu.   test: the beginning of the node ids, below tests/, of the tests that detect it; those with
-    another instruction set or backend are left out.   isa: the instruction set, AMX, BF16, BEST or another name.
+    file: below csrc/cpu.   test: the beginning of the node ids of the tests that detect it; those with another
+    instruction set or backend are left out.   isa: the instruction set, AMX, BF16, BEST or another name.
     first: a part of the node ids of the tests that run first.
     """
 

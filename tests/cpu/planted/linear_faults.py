@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from .fault import BEST, BF16, Fault
 
-_LINEAR = "cpu/test_instruction_sets.py::test_linear["
-_FORWARD = "ops/test_linear_nf4.py::"
-_CODEC = "ops/test_dequantize_nf4.py::test_matches_reference"
-_LORA = "cpu/test_instruction_sets.py::test_linear_lora["
-_GROUP = "cpu/test_instruction_sets.py::test_linear_lora_group"
+_LINEAR = "tests/cpu/test_instruction_sets.py::test_linear["
+_FORWARD = "tests/ops/test_linear_nf4.py::"
+_CODEC = "tests/ops/test_dequantize_nf4.py::test_matches_reference"
+_LORA = "tests/cpu/test_instruction_sets.py::test_linear_lora["
+_GROUP = "tests/cpu/test_instruction_sets.py::test_linear_lora_group"
 
 _FAULTS = {
     "dots.h": (

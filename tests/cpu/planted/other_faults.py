@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from .fault import BEST, BF16, Fault
 
-_QUANTIZE = "ops/test_quantize_nf4.py::"
-_BYTES = "cpu/test_instruction_sets.py::test_codec_bytes"
-_BOUNDARY = "cpu/test_instruction_sets.py::test_every_boundary"
-_ADAMW = "ops/test_adamw_step.py::"
-_DROPOUT = "ops/test_linear_nf4_lora.py::"
-_ATTENTION = "ops/test_attention.py::"
-_LOSS = "ops/test_linear_cross_entropy.py::"
-_HEADS = "ops/test_linear_cross_entropy_heads.py::"
-_SOFTCAP = "cpu/test_instruction_sets.py::test_softcap_of_large_scores"
-_NORM = "ops/test_rms_norm.py::"
-_ROPE = "ops/test_rope.py::"
-_GLU = "ops/test_glu.py::"
-_TIES = "cpu/test_instruction_sets.py::test_ties_are_rounded_to_even"
+_QUANTIZE = "tests/ops/test_quantize_nf4.py::"
+_BYTES = "tests/cpu/test_instruction_sets.py::test_codec_bytes"
+_BOUNDARY = "tests/cpu/test_instruction_sets.py::test_every_boundary"
+_ADAMW = "tests/ops/test_adamw_step.py::"
+_DROPOUT = "tests/ops/test_linear_nf4_lora.py::"
+_ATTENTION = "tests/ops/test_attention.py::"
+_LOSS = "tests/ops/test_linear_cross_entropy.py::"
+_HEADS = "tests/ops/test_linear_cross_entropy_heads.py::"
+_SOFTCAP = "tests/cpu/test_instruction_sets.py::test_softcap_of_large_scores"
+_NORM = "tests/ops/test_rms_norm.py::"
+_ROPE = "tests/ops/test_rope.py::"
+_GLU = "tests/ops/test_glu.py::"
+_TIES = "tests/cpu/test_instruction_sets.py::test_ties_are_rounded_to_even"
 
 _FAULTS = {
     "quantize_nf4.cpp": (
