@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .markdown import table
 from .row_file import Row
-from .targets.target import WITHOUT_BF16
+from .targets.target import AVX2
 
 BEGIN = "<!-- begin: without AVX-512, of python -m bench.report -->"
 
@@ -18,13 +18,13 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 def without_avx512(rows: Sequence[Row]) -> str:
     """Return the table of the forward products with warm weights; NO_ROWS without rows.
 
-    rows: merged rows of any machines; those of machines without AVX512-BF16, or limited to AVX2, are used.
+    rows: merged rows of any machines; those of machines with AVX2, or limited to it, are used.
     """
     ours = {
         (str(row["machine"]), row["N"], row["K"], row["M"], row["dtype"]): row
         for row in rows
         if (row["op"], row["contender"], row["mode"]) == ("linear_nf4", "ours", "warm")
-        if "median_us" in row and WITHOUT_BF16.has(row)
+        if "median_us" in row and AVX2.has(row)
     }
     machines = list(dict.fromkeys(key[0] for key in ours))
     header = ["layer (N x K)", "M"]

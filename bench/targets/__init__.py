@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..row_file import Row
-from . import amx, avx512_bf16, every_machine, without_bf16
+from . import amx, avx512_bf16, every_machine, fma
 from .target import Target, Verdict
 
 TARGETS: tuple[Target, ...] = (
     *every_machine.TARGETS,
     *avx512_bf16.TARGETS,
     *amx.TARGETS,
-    *without_bf16.TARGETS,
+    *fma.TARGETS,
 )
 
 

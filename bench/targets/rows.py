@@ -17,6 +17,11 @@ def rows(low: int, high: int = 1 << 30, *, mode: str | None = None) -> Callable[
     return lambda row: is_bf16(row) and low <= row["M"] <= high and mode in (None, row["mode"])
 
 
+def from_tokens(low: int, dtype: str) -> Callable[[Row], bool]:
+    """Return the condition: x of a dtype with at least `low` tokens."""
+    return lambda row: bool(row["dtype"] == dtype and row["M"] >= low)
+
+
 def beyond_cache(row: Row) -> bool:
     """Whether an optimizer step is over more elements than any cache holds."""
     return bool(row["N"] > 10_000_000)

@@ -24,7 +24,8 @@ class Machine:
 EVERY_MACHINE = Machine("every machine", None)
 AMX = Machine("AMX", ("amx_bf16",))
 AVX512_BF16 = Machine("AVX512-BF16", ("avx512_bf16",))
-WITHOUT_BF16 = Machine("AVX2 or AVX-512 without BF16", ("avx2", "avx512"))
+AVX2 = Machine("AVX2", ("avx2",))
+FMA = Machine("fp32 FMA as the fastest unit", ("avx512_bf16_fma", "avx512", "avx2"))
 
 
 @dataclass(frozen=True, kw_only=True)

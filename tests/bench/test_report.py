@@ -11,7 +11,7 @@ import pytest
 from bench import headlines, limits, machine, report, without_avx512
 from bench.row_file import read_rows, write_rows
 from bench.targets import TARGETS, judge
-from bench.targets.target import AMX, AVX512_BF16, EVERY_MACHINE, WITHOUT_BF16
+from bench.targets.target import AMX, AVX512_BF16, EVERY_MACHINE, FMA
 
 ROOT = Path(__file__).parents[2]
 RESULTS = report.committed_files()
@@ -55,14 +55,15 @@ def test_names_are_unique():
 
 def test_targets_apply_to_rows_of_their_machines():
     avx2 = {**ROW, "isa": "avx2", "case": "4096x4096 M64 fp32", "M": 64, "dtype": "float32", "speedup": {"dense": 0.95}}
-    name = "without AVX512-BF16: fp32 M >= 64 over dense"
+    name = "fp32 FMA as the fastest unit: fp32 M >= 64 over dense"
     assert verdict(name, [avx2]).status == "met"
     assert verdict(name, [{**avx2, "speedup": {"dense": 0.8}}]).status == "missed"
     assert verdict(name, [{**avx2, "forced_isa": "avx2"}]).status == "not measured"  # dense is not limited
     assert verdict(name, [{**avx2, "isa": "avx512_bf16"}]).status == "not measured"
+    assert verdict(name, [{**avx2, "isa": "avx512_bf16_fma"}]).status == "met"  # Intel without usable AMX
     assert verdict("forward M 1..8 over bnb eval", [{**ROW, "isa": "amx_bf16"}]).status == "not measured"
     assert EVERY_MACHINE.has(avx2)
-    assert {target.machine for target in TARGETS} == {EVERY_MACHINE, AMX, AVX512_BF16, WITHOUT_BF16}
+    assert {target.machine for target in TARGETS} == {EVERY_MACHINE, AMX, AVX512_BF16, FMA}
     assert "| AVX512-BF16 " in report.report([ROW])
 
 
