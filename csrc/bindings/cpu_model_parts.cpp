@@ -1,7 +1,7 @@
+#include "cpu_model_parts.h"
+
 #include <string>
 #include <vector>
-
-#include "cpu_tensors.h"
 
 namespace qlora::bindings {
 namespace {
@@ -19,28 +19,6 @@ Tensor empty_as(const Tensor& like) {
                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
                                  aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
-}
-
-struct Norm {
-    RmsNorm problem;
-    ScalarType y_type;
-};
-
-Norm norm_of(const CpuArguments& arguments, const Tensor& x, const char* name, const Tensor& weight,
-             double weight_offset) {
-    const auto [rows, columns] = arguments.matrix(x, name);
-    Norm norm{};
-    norm.problem.rows = rows;
-    norm.problem.columns = columns;
-    norm.problem.dtype = arguments.float_type(x, name);
-    norm.problem.weight = arguments.any_float(weight, "weight", columns);
-    require(weight_offset == 0.0 || weight_offset == 1.0, "rms_norm: weight_offset must be 0 or 1, got ",
-            weight_offset);
-    norm.problem.offset = static_cast<float>(weight_offset);
-    const bool same = weight_offset != 0.0 || norm.problem.weight.dtype == norm.problem.dtype;
-    norm.problem.y_dtype = same ? norm.problem.dtype : DType::kFloat32;
-    norm.y_type = same ? x.scalar_type() : ScalarType::Float;
-    return norm;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, OptionalTensor residual, Tensor weight, double eps,
@@ -129,11 +107,6 @@ void rope(Tensor q, Tensor q_out, Tensor k, Tensor k_out, Tensor cos, Tensor sin
     p.sin = arguments.floats(sin, "sin", tables * table, p.dtype);
     p.inverse = inverse;
     cpu_kernels().rope(p);
-}
-
-Activation activation_of(const std::string& name) {
-    require(name == "silu" || name == "gelu_tanh", "glu: activation must be silu or gelu_tanh, got ", name);
-    return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
 }
 
 Tensor glu(Tensor gate, Tensor up, std::string activation) {

@@ -59,13 +59,13 @@ struct Kernels {
     void (*linear_nf4_grad_x)(const LinearProblem& p, const void* grad_y, void* grad_x);
     // s = dropout(x) A^T [M, r];  y = x W^T + bias + scaling s B^T
     void (*linear_nf4_lora)(const LinearProblem& p, const Lora& lora, const void* x, AnyFloat bias, void* y, void* s);
-    // grad_x (skipped if null), grad_A [r, K] and grad_B [N, r] in fp32
+    // grad_x, grad_A [r, K] and grad_B [N, r], the latter two in fp32; each is skipped if null
     void (*linear_nf4_lora_backward)(const LinearProblem& p, const Lora& lora, const void* grad_y, const void* x,
                                      const void* s, void* grad_x, float* grad_A, float* grad_B);
     // the same for each member i: biases [count], ys [count], y_i [M, N_i]; s [M, R]
     void (*linear_nf4_lora_group)(const LinearGroup& group, const void* x, const AnyFloat* biases, void* const* ys,
                                   void* s);
-    // grad_x, the sum over the members (skipped if null), grad_A [R, K] and each grad_B_i [N_i, r_i] in fp32
+    // grad_x, the sum over the members, grad_A [R, K] and each grad_B_i [N_i, r_i] in fp32; each is skipped if null
     void (*linear_nf4_lora_group_backward)(const LinearGroup& group, const void* const* grad_ys, const void* x,
                                            const void* s, void* grad_x, float* grad_A, float* const* grads_B);
     // bits [ceil(numel / 8)]: bit i is set if element i is kept
@@ -76,6 +76,8 @@ struct Kernels {
     void (*linear_cross_entropy)(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
     // s = x + residual (if null, s is x and is not written), y, scale [rows] = 1 / rms of s's rows
     void (*rms_norm)(const RmsNorm& p, const void* x, const void* residual, float eps, void* s, void* y, float* scale);
+    // s = x + residual of n elements each, rounded once; s may be x or residual
+    void (*add_residual)(DType dtype, int64_t n, const void* x, const void* residual, void* s);
     // grad_x, with grad_s added unless null; grad_weight [columns] in fp32 unless null
     void (*rms_norm_backward)(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s,
                               const float* scale, void* grad_x, float* grad_weight);

@@ -114,20 +114,23 @@ void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T
         const Lora& lora = group.members[i].lora;
         const int64_t N = group.members[i].weight.N;
         if (lora.r == 0) continue;
-        narrow_product<Mac>(
-            gradients[i], lora.r, lora.scaling,
-            [&](auto width, const PanelRange& range, Elem* panel) {
-                fill_from_columns<Mac, decltype(width)::value>(
-                    range, N, panel, [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
-                        factor_row<T>(lora.B, n * lora.r + j, count, 1.0f, dst);
-                        return dst;
-                    });
-            },
-            ds + ranks.begin(i), R);
+        if (grad_A || grad_x) {
+            narrow_product<Mac>(
+                gradients[i], lora.r, lora.scaling,
+                [&](auto width, const PanelRange& range, Elem* panel) {
+                    fill_from_columns<Mac, decltype(width)::value>(
+                        range, N, panel, [&](int64_t n, int64_t j, int64_t count, Elem* dst) {
+                            factor_row<T>(lora.B, n * lora.r + j, count, 1.0f, dst);
+                            return dst;
+                        });
+                },
+                ds + ranks.begin(i), R);
+        }
+        if (!grads_B[i]) continue;
         grad_factor<Mac>(s + ranks.begin(i), R, M, lora.r, N, lora.scaling,
                          token_panels<Mac>(static_cast<const T*>(grad_ys[i]), M, N, nullptr), true, grads_B[i]);
     }
-    if (R > 0) grad_factor<Mac>(ds, R, M, R, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
+    if (R > 0 && grad_A) grad_factor<Mac>(ds, R, M, R, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
     if (!grad_x) return;
 
     // The rows of all weights, each weight padded to whole steps as its G_i is.
@@ -183,10 +186,10 @@ void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T
 void linear_nf4_lora_group_backward(const LinearGroup& group, const void* const* grad_ys, const void* x, const void* s,
                                     void* grad_x, float* grad_A, float* const* grads_B) {
     if (group.M == 0) {
-        memset(grad_A, 0, static_cast<size_t>(group.R * group.K) * sizeof(float));
+        if (grad_A) memset(grad_A, 0, static_cast<size_t>(group.R * group.K) * sizeof(float));
         for (int64_t i = 0; i < group.count; ++i) {
             const auto& [weight, lora] = group.members[i];
-            memset(grads_B[i], 0, static_cast<size_t>(lora.r * weight.N) * sizeof(float));
+            if (grads_B[i]) memset(grads_B[i], 0, static_cast<size_t>(lora.r * weight.N) * sizeof(float));
         }
         return;
     }

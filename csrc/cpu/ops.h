@@ -20,6 +20,7 @@ void dropout_bits(uint64_t seed, uint32_t threshold, int64_t numel, uint8_t* bit
 void adamw_step(const AdamWStep& step);
 void linear_cross_entropy(const CrossEntropyProblem& p, const void* hidden, const CrossEntropyResults& results);
 void rms_norm(const RmsNorm& p, const void* x, const void* residual, float eps, void* s, void* y, float* scale);
+void add_residual(DType dtype, int64_t n, const void* x, const void* residual, void* s);
 void rms_norm_backward(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s, const float* scale,
                        void* grad_x, float* grad_weight);
 void rope(const Rope& p);

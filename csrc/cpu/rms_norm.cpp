@@ -171,6 +171,25 @@ void rms_norm(const RmsNorm& p, const void* x, const void* residual, float eps, 
     });
 }
 
+void add_residual(DType dtype, int64_t n, const void* x, const void* residual, void* s) {
+    const auto add_rows = [n]<class T>(const T* x, const T* residual, T* s) {
+        parallel_ranges(n, kTaskElements, [=](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i += kLanes) {
+                const int count = static_cast<int>(end - i < kLanes ? end - i : kLanes);
+                store_n(s + i, add(load_n(x + i, count), load_n(residual + i, count)), count);
+            }
+        });
+    };
+    switch (dtype) {
+        case DType::kFloat32:
+            return add_rows(static_cast<const float*>(x), static_cast<const float*>(residual), static_cast<float*>(s));
+        case DType::kBfloat16:
+            return add_rows(static_cast<const Bf16*>(x), static_cast<const Bf16*>(residual), static_cast<Bf16*>(s));
+        case DType::kFloat16:
+            return add_rows(static_cast<const Fp16*>(x), static_cast<const Fp16*>(residual), static_cast<Fp16*>(s));
+    }
+}
+
 void rms_norm_backward(const RmsNorm& p, const void* grad_y, const void* grad_s, const void* s, const float* scale,
                        void* grad_x, float* grad_weight) {
     with_types(p, [&]<class T, class Y>(T*, Y*) {

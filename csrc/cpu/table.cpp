@@ -19,6 +19,7 @@ const Kernels kKernels = {
     adamw_step,
     linear_cross_entropy,
     rms_norm,
+    add_residual,
     rms_norm_backward,
     rope,
     glu,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import Keys
 from ..ops.lora_attention import LoRAAttention, lora_attention
+from ..ops.residual_block import BlockNorm
 from ..ops.rope import rope
 from .fused_module import FusedModule, served
 from .fused_sdpa import fused_sdpa, self_attention_ranges
@@ -102,8 +103,8 @@ class FusedAttention(FusedModule):
                 "tuple[Tensor, Tensor | None]",
                 super().forward(hidden_states, position_embeddings, attention_mask, **kwargs),
             )
-        if cache is None and self.rotates and self.attends and not self.form.norms_heads:
-            output = self._as_one_node(hidden_states, *position_embeddings, attention_mask, **kwargs)
+        if cache is None:
+            output = self.as_one_node(hidden_states, None, position_embeddings, attention_mask, **kwargs)
             if output is not None:
                 return output, None
         leading = hidden_states.shape[:-1]
@@ -128,28 +129,44 @@ class FusedAttention(FusedModule):
         )
         return self.o_proj(attended.reshape(*leading, -1).contiguous()), weights
 
-    def _as_one_node(
-        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any
+    def as_one_node(
+        self,
+        hidden_states: Tensor,
+        norm: BlockNorm | None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> Tensor | None:
-        """Run projections, rotation and attention as one autograd node, or return None if this is not supported."""
+        """Run projections, rotation and attention as one autograd node, or return None if this is not supported.
+
+        norm: of the input, to which the output is added; None for neither.
+        """
+        rotates = self.rotates and (getattr(self, "use_rope", True) if self.form.optional_rope else True)
         if (
-            self.config._attn_implementation != "sdpa"
+            not (rotates and self.attends)
+            or self.form.norms_heads
+            or position_embeddings is None
+            or cache is not None
+            or "past_key_values" in kwargs
+            or self.config._attn_implementation != "sdpa"
             or hidden_states.dim() != 3
-            or not served(hidden_states, cos, sin)
+            or not served(hidden_states, *position_embeddings)
         ):
             return None
+        cos, sin = position_embeddings
         dropout = self.attention_dropout if self.training else 0.0
         arguments = {**self._arguments(), **kwargs}
         projections = plain_projections(hidden_states, self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if projections is None:
             return None
-        ranges = self_attention_ranges(self, hidden_states, mask, cos, dropout=dropout, **arguments)
+        ranges = self_attention_ranges(self, hidden_states, attention_mask, cos, dropout=dropout, **arguments)
         if ranges is None:
             return None
         scale = self.head_dim**-0.5 if self.scaling is None else float(self.scaling)
         keys = Keys(*ranges, scale, 0.0)
         q, k, v, o = projections
-        return lora_attention(hidden_states, LoRAAttention(q, k, v, o, self.head_dim, cos, sin, keys))
+        return lora_attention(hidden_states, LoRAAttention(q, k, v, o, self.head_dim, cos, sin, keys, norm))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any

@@ -1,6 +1,6 @@
 """Gated MLPs of transformers' models, down_proj(act_fn(gate_proj(x)) * up_proj(x)), on the glu op.
 
-If all three projections are LoRA layers over NF4 without dropout, they and the product run as one autograd node.
+Projections over NF4, with LoRA or without, and the product run as one autograd node where its conditions hold.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.gated_mlp import GatedMLP, gated_mlp
 from ..ops.glu import glu
+from ..ops.residual_block import BlockNorm
 from .fused_module import FusedModule, served
 from .module_tree import has_hooks
 from .plain_projection import plain_projections
@@ -38,14 +39,27 @@ class FusedMLP(FusedModule):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
+        output = self.as_one_node(x, None)
+        if output is not None:
+            return output
         activation = activation_of(self.act_fn)
         if activation is None or has_hooks(self.act_fn):
             return cast(Tensor, super().forward(x))
-        projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj) if served(x) else None
-        if projections is not None:
-            gate, up, down = projections
-            return gated_mlp(x, GatedMLP(gate, up, down, activation))
         gated, upper = self.gate_proj(x), self.up_proj(x)
         if not served(gated, upper) or gated.dtype != upper.dtype or gated.shape != upper.shape:
             return cast(Tensor, self.down_proj(self.act_fn(gated) * upper))
         return cast(Tensor, self.down_proj(glu(gated, upper, activation)))
+
+    def as_one_node(self, x: Tensor, norm: BlockNorm | None) -> Tensor | None:
+        """Run the projections and the product as one autograd node, or return None if this is not supported.
+
+        norm: of the input, to which the output is added; None for neither.
+        """
+        activation = activation_of(self.act_fn)
+        if activation is None or has_hooks(self.act_fn) or not served(x):
+            return None
+        projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj)
+        if projections is None:
+            return None
+        gate, up, down = projections
+        return gated_mlp(x, GatedMLP(gate, up, down, activation, norm))

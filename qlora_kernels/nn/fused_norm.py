@@ -6,7 +6,10 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from ..ops.residual_block import BlockNorm
 from ..ops.rms_norm import rms_norm
+from .fused_attention import FusedAttention
+from .fused_mlp import FusedMLP
 from .fused_module import FusedModule, served
 from .module_tree import has_hooks
 
@@ -61,9 +64,27 @@ class FusedDecoderLayer(FusedModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:  # their order is defined by the original forward
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        attended = _attended(self, hidden_states, kwargs)
-        normalized, residual = _added_and_normalized(self.post_attention_layernorm, attended, hidden_states)
-        return cast(Tensor, residual + self.mlp(normalized))
+        hidden = self._attention_block(hidden_states, kwargs)
+        if hidden is None:
+            attended = _attended(self, hidden_states, kwargs)
+            normalized, residual = _added_and_normalized(self.post_attention_layernorm, attended, hidden_states)
+            return cast(Tensor, residual + self.mlp(normalized))
+        output = self._mlp_block(hidden)
+        return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden))) if output is None else output
+
+    def _attention_block(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return hidden + attention(norm(hidden)) from one autograd node, or None if this is not supported."""
+        attention, norm = self.self_attn, _block_norm(self.input_layernorm, hidden)
+        if norm is None or not isinstance(attention, FusedAttention) or has_hooks(attention):
+            return None
+        return attention.as_one_node(hidden, norm, **kwargs)
+
+    def _mlp_block(self, hidden: Tensor) -> Tensor | None:
+        """Return hidden + mlp(norm(hidden)) from one autograd node, or None if this is not supported."""
+        mlp, norm = self.mlp, _block_norm(self.post_attention_layernorm, hidden)
+        if norm is None or not isinstance(mlp, FusedMLP) or has_hooks(mlp):
+            return None
+        return mlp.as_one_node(hidden, norm)
 
 
 class FusedSandwichDecoderLayer(FusedModule):
@@ -88,6 +109,13 @@ def _attended(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tens
     defaults = {"attention_mask": None, "position_ids": None, "position_embeddings": None}
     output, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **{**defaults, **kwargs})
     return cast(Tensor, output)
+
+
+def _block_norm(norm: nn.Module, x: Tensor) -> BlockNorm | None:
+    """Return the norm's arguments for a node that also computes what follows it, or None if it has to be called."""
+    if not isinstance(norm, FusedRMSNorm) or has_hooks(norm) or not served(x, norm.weight):
+        return None
+    return BlockNorm(norm.weight, getattr(norm, norm.eps_name), norm.weight_offset)
 
 
 def _added_and_normalized(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

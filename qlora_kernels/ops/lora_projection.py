@@ -8,8 +8,8 @@ kernels, their order and their results are those of the ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,23 +189,3 @@ def run_as_one_node(x: Tensor, projections: Sequence[Projection]) -> bool:
 def wanted(gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients that are needed, and None in place of the others."""
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-
-
-def gradients_by_ops(
-    compute: Callable[..., Tensor], ctx: Any, grad_y: Tensor, x: Tensor, *factors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a node's (x, bundle, *factors), which can be differentiated in turn.
-
-    compute(x, *factors): the node's result, of differentiable ops.   ctx: of the node, for the gradients it needs.
-    """
-    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + len(factors)])
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [
-            t if create_graph or t is None else t.detach().requires_grad_(need)
-            for t, need in zip((x, *factors), needed, strict=True)
-        ]
-        sources = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(compute(*inputs), sources, grad_y, create_graph=create_graph))
-    grad_x, *grads = [next(found) if need else None for need in needed]
-    return grad_x, None, *grads

@@ -198,6 +198,20 @@ def _select(problem: Problem, forced: str | None) -> KernelSpec:
     return best
 
 
+def find(problem: Problem) -> KernelSpec | None:
+    """Return the kernel that the first backend of the problem's device, or the forced one, has for `problem`, or None.
+
+    It is for ops that a caller can compose of the kernels of other ops.
+    """
+    return _find(problem, _forced)
+
+
+@lru_cache(maxsize=4096)
+def _find(problem: Problem, forced: str | None) -> KernelSpec | None:
+    backend = forced or AUTOMATIC.get(problem.device, ("reference",))[0]
+    return None if reasons_against(problem, backend) else kernels_of(backend)[problem.op]
+
+
 def plans(problem: Problem) -> dict[str, str]:
     """Return, for each backend, the kernel that it would run for `problem` and why, or the reason why it has none.
 

@@ -41,7 +41,7 @@ def results(device: str, compute: Callable[[Tensor, mlp_ops.GatedMLP], Tensor]) 
 
 
 def by_ops(x: Tensor, mlp: mlp_ops.GatedMLP) -> Tensor:
-    return mlp_ops._by_ops(x, mlp, *mlp.gate.factors, *mlp.up.factors, *mlp.down.factors)
+    return mlp_ops._by_ops(mlp, x, None, *mlp.gate.factors, *mlp.up.factors, *mlp.down.factors)
 
 
 def test_gated_mlp_has_the_bits_of_the_ops_and_the_values_of_the_cpu(device: FakeDevice) -> None:

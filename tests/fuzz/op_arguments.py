@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
 
+from .block_arguments import BLOCKS, sound_block_argument
+
 GUARD, PATTERN = 64, 0xA5
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,10 +109,13 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
     def each(make: Any) -> Any:
         return [make() for _ in range(p.members)] if in_list else make()
 
+    part = op.rpartition("::")[2].removeprefix("cpu_")
+    if part in BLOCKS:
+        return sound_block_argument(part, name, problem)
     is_constant = name in ("absmax", "absmax_q", "absmax_scale", "absmax_offset") and "quantize_absmax" not in op
     if is_constant and (name == "absmax") == p.double:
         return [None] * p.members if in_list else None
-    if (part := op.rpartition("::")[2].removeprefix("cpu_")) in MODEL_PARTS:
+    if part in MODEL_PARTS:
         return _sound_model_part(part, name, problem, written)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "x": ((p.M, p.K), p.dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.nn import fused_attention, fused_mlp
 from qlora_kernels.nn.fused_sdpa import self_attention_ranges
-from qlora_kernels.ops import gated_mlp, lora_attention
+from qlora_kernels.ops import gated_mlp, lora_attention, residual_block
 from qlora_kernels.ops.lora_projection import Projection, SharedInput
+from tests.cpu.test_instruction_sets import SETS
 from tests.support.decoder_families import tiny_decoder, tokens
 from tests.support.op_recorder import OpRecorder
 from tests.support.tolerances import assert_same_function, assert_same_gradients
@@ -66,26 +68,84 @@ def by_ops(monkeypatch):
     return switch
 
 
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Return a function that makes nodes run the kernels of their ops instead of the kernel of a whole block."""
+    return lambda: monkeypatch.setattr(residual_block, "find", lambda problem: None)
+
+
 def left_padding():
     mask = torch.ones_like(tokens())
     mask[1, :4] = 0
     return {"attention_mask": mask}
 
 
+def assert_gradients(grads, expected, dtype):
+    """In fp32 the bits are equal. In 16 bits, a node rounds the sum of the residual's gradient and the norm's, and the
+    ops round the norm's gradient and then the sum.
+    """
+    assert grads.keys() == expected.keys()
+    if dtype == torch.float32:
+        assert all(torch.equal(grads[name], expected[name]) for name in expected)
+    else:
+        assert_same_gradients({n: g.to(dtype) for n, g in grads.items()}, {n: g.to(dtype) for n, g in expected.items()})
+
+
 @native
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", [dict, left_padding], ids=["plain", "padded"])
-def test_results_have_the_bits_of_the_ops(by_ops, family, dtype, inputs):
+def test_results_are_those_of_the_kernels_and_of_the_ops(by_kernels, by_ops, family, dtype, inputs):
     model = adapted(family, dtype=dtype)
     names, loss, grads = step(model, **inputs())
+    by_kernels()
+    _, of_kernels, grads_of_kernels = step(model, **inputs())
     by_ops()
     plain_names, plain_loss, plain_grads = step(model, **inputs())
     assert names == set(NODES)
     assert plain_names == set()
+    assert torch.equal(loss, of_kernels)
     assert torch.equal(loss, plain_loss)
-    assert grads.keys() == plain_grads.keys()
-    assert all(torch.equal(grads[name], plain_grads[name]) for name in grads)
+    assert_gradients(grads, grads_of_kernels, torch.float32)
+    assert_gradients(grads, plain_grads, dtype)
+
+
+@native
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_whole_blocks_on_every_instruction_set(by_kernels, isa, dtype):
+    """The norms are trained too, some factors are not, and some projections have no adapter."""
+    cpu.instruction_set(isa)
+    try:
+        model = adapted(dtype=dtype, targets=["q_proj", "v_proj", "up_proj", "down_proj"], num_hidden_layers=1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(
+                "layernorm" in name or ("lora_A" in name) != ("up_proj" in name) or name.endswith("q_proj.lora_B")
+            )
+        names, loss, grads = step(model)
+        by_kernels()
+        _, of_kernels, expected = step(model)
+    finally:
+        cpu.instruction_set("")
+    assert names == (set(NODES) if isa in ("amx_bf16_emulated", "avx512_bf16", "avx512", "avx2") else names)
+    assert torch.equal(loss, of_kernels)
+    assert_gradients(grads, expected, torch.float32)
+
+
+@native
+@pytest.mark.parametrize("watched", ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"])
+def test_a_watched_norm_attention_or_mlp_is_called(by_ops, watched):
+    model = adapted()
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(watched):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    _, loss, grads = step(model)
+    assert len(seen) == 2
+    by_ops()
+    _, plain_loss, plain_grads = step(model)
+    assert torch.equal(loss, plain_loss)
+    assert_gradients(grads, plain_grads, torch.float32)
 
 
 @native
@@ -100,7 +160,7 @@ def test_dropout_masks_are_those_of_the_ops(by_ops, dtype):
     _, plain_loss, plain_grads = step(model)
     assert names == set(NODES)
     assert torch.equal(loss, plain_loss)
-    assert all(torch.equal(grads[name], plain_grads[name]) for name in plain_grads)
+    assert_gradients(grads, plain_grads, dtype)
 
 
 @native
@@ -292,7 +352,8 @@ FAULTS = {
 
 @native
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_in_shared_projections_is_detected(by_ops, fault, monkeypatch):
+def test_fault_in_shared_projections_is_detected(by_kernels, by_ops, fault, monkeypatch):
+    by_kernels()
     name, change = FAULTS[fault]
     model, right = adapted(family="Gemma", num_key_value_heads=4), getattr(SharedInput, name)
     monkeypatch.setattr(SharedInput, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
@@ -303,8 +364,44 @@ def test_fault_in_shared_projections_is_detected(by_ops, fault, monkeypatch):
         assert_same_gradients({**grads, "loss": loss}, {**plain_grads, "loss": plain_loss})
 
 
+BLOCK_FAULTS = {
+    "the residual is lost": ("gated_mlp", lambda result, x, *_: (result[0] - x, result[1])),
+    "the norm of x is not saved": ("lora_attention", lambda result, x, *_: (result[0], result[1]._replace(n=x))),
+    "the gradient of the residual is lost": (
+        "gated_mlp_backward",
+        lambda result, grad_y, *_: (result[0] - grad_y, *result[1:]),
+    ),
+    "two gradients are exchanged": (
+        "lora_attention_backward",
+        lambda result, *_: (*result[:2], [*result[2][2:4], *result[2][:2], *result[2][4:]]),
+    ),
+}
+
+
 @native
-def test_fault_in_the_rotation_of_gradients_is_detected(by_ops, monkeypatch):
+@pytest.mark.parametrize("fault", BLOCK_FAULTS)
+def test_fault_in_the_kernel_of_a_block_is_detected(by_ops, fault, monkeypatch):
+    op, change = BLOCK_FAULTS[fault]
+    find = residual_block.find
+
+    def with_fault(problem):
+        spec = find(problem)
+        if problem.op != op:
+            return spec
+        return replace(spec, run=lambda *args: change(spec.run(*args), *args))
+
+    monkeypatch.setattr(residual_block, "find", with_fault)
+    model = adapted(family="Gemma", num_key_value_heads=4)
+    _, loss, grads = step(model)
+    by_ops()
+    _, plain_loss, plain_grads = step(model)
+    with pytest.raises(AssertionError):
+        assert_same_gradients({**grads, "loss": loss}, {**plain_grads, "loss": plain_loss})
+
+
+@native
+def test_fault_in_the_rotation_of_gradients_is_detected(by_kernels, by_ops, monkeypatch):
+    by_kernels()
     rotate = lora_attention._rotate
     monkeypatch.setattr(lora_attention, "_rotate", lambda q, k, node, inverse: rotate(q, k, node, inverse=False))
     model = adapted()

@@ -257,17 +257,21 @@ void linear_nf4_lora_backward(const LinearProblem& p, const Lora& lora, const vo
     Bf16* ds = static_cast<Bf16*>(workspace(Slot::kSmall, static_cast<size_t>(M * r) * sizeof(Bf16)));
     const auto* G = static_cast<const Bf16*>(grad_y);
     const float* absmax = grad_x ? absmax_of_all_groups(p.weight) : nullptr;
-    run({p, absmax, &lora, kept, G, pack_lora_B(lora, N), ds, static_cast<Bf16*>(grad_x)});
+    if (grad_A || grad_x) run({p, absmax, &lora, kept, G, pack_lora_B(lora, N), ds, static_cast<Bf16*>(grad_x)});
 
-    const float keep_factor = kept ? keep_scale(lora) : 1.0f;
-    token_product({ds, r}, {static_cast<const Bf16*>(x), M, K, kept, 0}, keep_factor,
-                  [&](int64_t j, int64_t column, int64_t columns, const float* sums) {
-                      memcpy(grad_A + j * K + column, sums, static_cast<size_t>(columns) * sizeof(float));
-                  });
-    token_product({static_cast<const Bf16*>(s), r}, {G, M, N, nullptr, 0}, lora.scaling,
-                  [&](int64_t j, int64_t column, int64_t columns, const float* sums) {
-                      for (int64_t n = 0; n < columns; ++n) grad_B[(column + n) * r + j] = sums[n];
-                  });
+    if (grad_A) {
+        const float keep_factor = kept ? keep_scale(lora) : 1.0f;
+        token_product({ds, r}, {static_cast<const Bf16*>(x), M, K, kept, 0}, keep_factor,
+                      [&](int64_t j, int64_t column, int64_t columns, const float* sums) {
+                          memcpy(grad_A + j * K + column, sums, static_cast<size_t>(columns) * sizeof(float));
+                      });
+    }
+    if (grad_B) {
+        token_product({static_cast<const Bf16*>(s), r}, {G, M, N, nullptr, 0}, lora.scaling,
+                      [&](int64_t j, int64_t column, int64_t columns, const float* sums) {
+                          for (int64_t n = 0; n < columns; ++n) grad_B[(column + n) * r + j] = sums[n];
+                      });
+    }
 }
 
 }  // namespace qlora::QLORA_ISA

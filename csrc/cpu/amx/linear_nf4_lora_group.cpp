@@ -60,7 +60,7 @@ void linear_nf4_lora_group_backward(const LinearGroup& group, const void* const*
             copy_rows(columns, R, M, lora.r, own.data(), lora.r);
             linear_nf4_lora_backward(p, lora, grad_ys[i], x, own.data(), own_grad_x, grad_A, grads_B[i]);
             columns += lora.r;
-            grad_A += lora.r * K;
+            if (grad_A) grad_A += lora.r * K;
         } else if (grad_x) {
             linear_nf4_grad_x(p, grad_ys[i], own_grad_x);
         }

@@ -13,6 +13,7 @@ import torch
 
 from ...ops import composed_merged_lora, composed_multi_lora
 from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
+from . import blocks
 from .adamw_step import adamw_step
 from .elementwise import glu, glu_backward, rms_norm, rms_norm_backward, rope
 from .kernels import (
@@ -66,12 +67,14 @@ _PARTLY_TORCH = (
     *composed_multi_lora.compose_multi_lora(linear_nf4, linear_nf4_grad_x),
     *composed_merged_lora.compose_lora_merged(dequantize_nf4),
 )
+_BLOCKS = (blocks.gated_mlp, blocks.gated_mlp_backward, blocks.lora_attention, blocks.lora_attention_backward)
 KERNELS = (
     *(
         KernelSpec(function.__name__, "cpu", function, supports_all, checks_memory=True, plan=_plan)
         for function in _FUNCTIONS
     ),
     *(KernelSpec(function.__name__, "cpu", function, supports_all) for function in _PARTLY_TORCH),
+    *(KernelSpec(function.__name__, "cpu", function, blocks.unsupported, checks_memory=True) for function in _BLOCKS),
 )
 
 

@@ -74,6 +74,9 @@ void check_rms_norm(int64_t rows, int64_t C, float offset) {
         }
     }
     compare(s, want_s, "rms_norm's sum", C);
+    std::vector<T> sum = x;
+    qlora::cpu_kernels().add_residual(dtype_of<T>(), rows * C, sum.data(), residual.data(), sum.data());
+    compare(sum, want_s, "add_residual", C);
     compare(y, want_y, "rms_norm", C);
     compare(grad_x, want_x, "rms_norm_backward", C);
     compare(grad_weight, want_weight, "rms_norm_backward's grad_weight", C);
