@@ -39,9 +39,10 @@ bool is_amd_core(const ProcessorSource& source) {
            has_all(source.cpuid(0x80000001, 0).ecx, kSse4a);
 }
 
-// On AMD's Zen 4 and 5, vdpbf16ps has twice the multiply-adds of an fp32 FMA in each cycle. On Intel's cores it has
-// half of them: 224 and 440 GFLOP/s on two cores of a Xeon. The rates are tabulated and not measured when a process
-// starts, because the choice determines the bits of results, which must not depend on the load of the machine.
+// On AMD's Zen 4, vdpbf16ps has twice the multiply-adds of fp32 FMAs: 470 and 235 GFLOP/s on two cores; Zen 5 was not
+// measured. On Intel's cores it has half of them: 224 and 440 GFLOP/s on two cores of a Xeon. The rates are tabulated
+// and not measured when a process starts, because the choice determines the bits of results, which must not depend on
+// the load of the machine.
 constexpr float kDotRateOfAmd = 2.0f, kDotRateOfOthers = 0.5f;
 
 #ifdef __x86_64__
@@ -145,7 +146,7 @@ IsaChoice best_isa(const Processor& processor, const char* amx_reason) {
     if (processor.avx512_bf16 && processor.dot_rate < 1.0f) {
         return {Isa::kAvx512Bf16Fma, "vdpbf16ps has half the rate of fp32 FMAs on cores that are not AMD's"};
     }
-    if (processor.avx512_bf16) return {Isa::kAvx512Bf16, "vdpbf16ps has twice the rate of fp32 FMAs on AMD's cores"};
+    if (processor.avx512_bf16) return {Isa::kAvx512Bf16, "vdpbf16ps has a higher rate than fp32 FMAs on AMD's cores"};
     if (processor.avx512) return {Isa::kAvx512, "the processor has AVX-512 without BF16"};
     if (processor.avx2) return {Isa::kAvx2, "the processor or its operating system has AVX2 and FMA without AVX-512"};
     return {Isa::kPortable, "the processor or its operating system has no AVX2 with FMA, F16C and BMI2"};
