@@ -17,9 +17,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     triton_interpreter.install()
 
 START_FIRST = (
+    "tests/bench/test_fidelity.py",
+    "tests/bench/test_gpu_check.py",
     "tests/bench/test_quick.py",
+    "tests/cli/test_device.py",
+    "tests/cli/test_finetune.py",
+    "tests/cli/test_hostile_files.py",
     "tests/cli/test_smollm2.py",
     "tests/cpu/test_failing_allocator.py",
+    "tests/cpu/test_large.py",
     "tests/cpu/test_planted_faults.py",
     "tests/cuda/emulator/test_planted_faults.py",
     "tests/cuda/test_compile_gates.py",
@@ -29,10 +35,11 @@ START_FIRST = (
     "tests/fuzz/",
     "tests/integrations/test_vllm.py",
     "tests/io/test_faults.py",
+    "tests/io/test_training_state.py",
     "tests/triton/test_model_part_mutations.py",
     "tests/triton/test_mutations.py",
 )
-"""Files, and folders of files, with few tests that run compilers or whole programs."""
+"""Files and folders with few tests that run compilers or whole programs: the longest ones by `--durations`."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

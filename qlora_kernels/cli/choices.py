@@ -14,6 +14,8 @@ DEFAULT_BLOCKSIZE = 64
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 TRAINERS = ("own", "hf")
+OUTTYPES = ("f16", "bf16", "f32", "q8_0")
+"""Types of matrices in GGUF files."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 METHODS = (
     "lora",

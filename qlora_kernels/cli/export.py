@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import Subparsers, UsageError, add_command, bad_input
+from .choices import OUTTYPES
 from .console import Console
 from .model_options import add_adapter, add_base
-
-_OUTTYPES = ("f16", "bf16", "f32", "q8_0")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -32,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     target.add_argument("--ollama", type=Path, metavar="DIR", help="folder with model.gguf and Modelfile")
     target.add_argument("--lora-gguf", type=Path, metavar="FILE", help="LoRA adapter of llama.cpp")
     target.add_argument("--vllm", type=Path, metavar="DIR", help="adapter folder that vLLM serves")
-    parser.add_argument("--outtype", choices=_OUTTYPES, default="f16", help="of the matrices in --gguf and --ollama")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="f16", help="of the matrices in --gguf and --ollama")
     parser.add_argument("--base", metavar="DIR|ID", help="base model that --vllm names (default: --model)")
 
 

@@ -21,8 +21,8 @@ from .model_structure import ModelError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """model_type of a configuration -> architecture of a GGUF file."""
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""outtype of write_model_gguf -> name of the type of the file."""
 _LARGEST_FP16 = 65504.0
 _ROWS = 32
 """Number of values in a block of q8_0; rows whose length is not a multiple of it are written as f16."""
@@ -39,7 +39,7 @@ class LoRAFactors(NamedTuple):
 def write_model_gguf(path: Path, model: nn.Module, tokenizer: Any, outtype: str = "f16") -> None:
     """Write a dense model and its tokenizer as a GGUF file.
 
-    model: a transformers model without quantized layers. outtype: type of matrices, one of OUTTYPES; vectors are f32.
+    model: a transformers model without quantized layers. outtype: type of matrices, one of FILE_TYPES; vectors are f32.
     Raises ModelError for a model or a tokenizer that the format cannot represent.
     """
     import gguf
@@ -48,7 +48,7 @@ def write_model_gguf(path: Path, model: nn.Module, tokenizer: Any, outtype: str 
     writer, names = _writer(path, config)
     _check_function(config, model.state_dict())
     writer.add_name(Path(getattr(config, "_name_or_path", "") or "model").name or "model")
-    writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[outtype]))
+    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[outtype]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)

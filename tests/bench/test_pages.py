@@ -42,6 +42,14 @@ def test_figures_of_the_readme_are_those_of_the_rows():
     weights = find(rows, claim="bits", weights=bits.MODEL, double_quant=True)
     assert weights is not None
     assert f"{2 * weights['parameters'] / 1e6:.1f} MB in 16 bits, {weights['bytes'] / 1e6:.1f} MB in NF4" in readme
+    ratio = 2 * weights["parameters"] / weights["bytes"]
+    assert f"in NF4 ({ratio:.2f}x) |" in readme
+    base = find(rows, claim="perplexity", type="NF4 + DQ", blocksize=64)
+    assert base is not None
+    # The demo computes with the kernels, the row with the dequantized weights.
+    assert [float(figure) for figure in re.findall(r"\| NF4 base \| ([\d.]+) \|", readme)] == [
+        pytest.approx(base["perplexity"], rel=1e-3)
+    ]
     trained = {row["trained"] for row in rows if row["claim"] == "finetuning" and row["variant"] == finetuning.FOUR}
     assert [f"| trained parameters | {count:,} |" in readme for count in trained] == [True]
     square = find(rows, claim="bits", weights=bits.SQUARE, blocksize=64, double_quant=True)

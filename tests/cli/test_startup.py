@@ -15,6 +15,7 @@ from qlora_kernels.cli import choices, main, model_source
 from qlora_kernels.cli.arguments import dtype_of
 from qlora_kernels.cli.methods import METHODS
 from qlora_kernels.format import nf4
+from qlora_kernels.integrations import gguf_export
 from qlora_kernels.training import schedule
 
 SLOW = {"torch", "numpy", "transformers", "accelerate", "datasets", "matplotlib", "yaml", "qlora_kernels._public"}
@@ -53,6 +54,7 @@ def test_option_choices_equal_module_constants():
     assert (choices.BLOCKSIZES, choices.DEFAULT_BLOCKSIZE) == (nf4.BLOCKSIZES, nf4.DEFAULT_BLOCKSIZE)
     assert choices.SCHEDULES == schedule.SCHEDULES
     assert set(choices.METHODS) == set(METHODS)
+    assert set(choices.OUTTYPES) == set(gguf_export.FILE_TYPES)
     assert [dtype_of(name) for name in choices.DTYPES] == [torch.bfloat16, torch.float16, torch.float32]
 
 

@@ -44,7 +44,7 @@ NAMES = ("config", "parts/weights", "note")
 def stress(place: str, seconds: float, system: str = "as it is", *, seed: int = 0) -> int:
     """Run and kill processes for `seconds`. Returns how many were killed; raises AssertionError for a loss."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as scratch:
         target = Path(scratch, "target")
         Path(scratch, "source").write_text("source", encoding="utf-8")
         with _file_system(system, scratch):
