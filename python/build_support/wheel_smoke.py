@@ -15,6 +15,9 @@ import torch
 import qlora_kernels as qk
 from qlora_kernels.ops.registry import built_for
 
+if not __debug__:
+    raise RuntimeError("wheel_smoke: assert statements must be executed, got python -O; unset PYTHONOPTIMIZE")
+
 
 def check_cpu() -> None:
     """Compare codec, linear and LoRA training on the compiled kernels with the reference."""

@@ -48,6 +48,9 @@ from torch import Tensor
 
 from qlora_kernels.rounding import cdiv
 
+if not __debug__:
+    raise RuntimeError("tolerances: assert statements must be executed, got python -O; unset PYTHONOPTIMIZE")
+
 CONFIDENCE = 8.0
 """t above: the number of standard deviations of accumulated rounding errors in a bound."""
 

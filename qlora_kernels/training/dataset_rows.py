@@ -41,7 +41,11 @@ def read_dataset(data: str, split: str | None = None) -> Iterator[Row]:
             raise
         except Exception as error:  # its builders raise errors of their own, of pyarrow and of the hub
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(f"{data}: must be readable by `datasets` ({type(error).__name__}: {reason})") from error
+            advice = "; `datasets` writes to its cache: set HF_HOME to a writable folder"
+            raise DataError(
+                f"{data}: must be readable by `datasets` ({type(error).__name__}: {reason})"
+                f"{advice if isinstance(error, PermissionError) else ''}"
+            ) from error
     table, source = _split_of(datasets, loaded, data, split)
     kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
     media = [name for name, kind in kinds.items() if kind in ("Image", "Audio", "Video", "Pdf")]

@@ -92,6 +92,15 @@ def test_plain_files_are_read_without_datasets(made, monkeypatch):
         read_data(str(made / "rows.parquet"), 0)
 
 
+def test_unwritable_cache_of_datasets_is_named(made, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "/nonexistent")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="set HF_HOME to a writable folder"):
+        read_data(str(made / "rows.parquet"), 0)
+
+
 def test_unreadable_data_is_refused(made, tmp_path):
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes((made / "rows.parquet").read_bytes()[:-40])
