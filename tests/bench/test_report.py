@@ -10,6 +10,7 @@ import pytest
 
 from bench import headlines, limits, machine, report, without_avx512
 from bench.row_file import read_rows, write_rows
+from bench.suites import suites
 from bench.targets import TARGETS, judge
 from bench.targets.target import AMX, AVX512_BF16, EVERY_MACHINE, FMA
 
@@ -73,6 +74,7 @@ def test_rows_of_a_limit_are_kept_apart(monkeypatch):
     for variable, value in limits.LIMITS["avx2"].items():
         monkeypatch.setenv(variable, value)
     assert limits.limit() == "avx2"
+    assert [peer.name for peer in suites()["linear_nf4"].contenders if limits.obeys(peer)] == ["ours", "dense"]
     limited = machine.provenance("cpu")["machine"]
     assert limited == f"{name}, limited to AVX2"
     row = {**ROW, "machine": limited, "isa": "avx2", "speedup": {"dense": 0.5}}
