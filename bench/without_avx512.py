@@ -47,4 +47,8 @@ def _cells(row: Row | None) -> tuple[str, str, str]:
     if row is None or "dense" not in row["speedup"]:
         return "", "", ""
     ours, ratio = row["median_us"] / 1e3, row["speedup"]["dense"]
-    return f"{ours:.3g}", f"{ours * ratio:.3g}", f"{ratio:.2f}x"
+    return _ms(ours), _ms(ours * ratio), f"{ratio:.2f}x"
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"

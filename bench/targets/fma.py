@@ -12,7 +12,7 @@ from .target import FMA, Target
 
 TARGETS = tuple(
     Target(
-        f"fp32 FMA as the fastest unit: {words} M >= 64 over dense",
+        f"forward, {words} x, M >= 64 over dense",
         "linear_nf4",
         speedup_over("dense"),
         from_tokens(64, dtype),

@@ -56,7 +56,7 @@ def test_names_are_unique():
 
 def test_targets_apply_to_rows_of_their_machines():
     avx2 = {**ROW, "isa": "avx2", "case": "4096x4096 M64 fp32", "M": 64, "dtype": "float32", "speedup": {"dense": 0.95}}
-    name = "fp32 FMA as the fastest unit: fp32 M >= 64 over dense"
+    name = "forward, fp32 x, M >= 64 over dense"
     assert verdict(name, [avx2]).status == "met"
     assert verdict(name, [{**avx2, "speedup": {"dense": 0.8}}]).status == "missed"
     assert verdict(name, [{**avx2, "forced_isa": "avx2"}]).status == "not measured"  # dense is not limited
