@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from python.build_support.native import ROOT, tool
+from tests.support.preload import with_preloaded
 
 WATCHED = (b"backends/cpu/_C.abi3.so", b"libc10.so")
 FOLDER = ROOT / "build" / "failing_allocator"
@@ -148,7 +149,7 @@ def main() -> int:
         sys.stdout.write(f"failing allocator: {run(options.threads, options.most)} allocations failed, 0 lost\n")
         return 0
     command = [sys.executable, "-m", __spec__.parent, "--child", "--threads", str(options.threads)]
-    environment = {**os.environ, "LD_PRELOAD": str(build()), "PYTHONFAULTHANDLER": "1"}
+    environment = with_preloaded(build()) | {"PYTHONFAULTHANDLER": "1"}
     return subprocess.run([*command, "--most", str(options.most)], env=environment, check=False).returncode
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from python.build_support.native import ROOT, tool
 from tests.io.fault_injection import ERRORS, Fault
+from tests.support.preload import with_preloaded
 
 FAULTS = (Fault.KILL, Fault.ERROR, Fault.FULL, Fault.READ_ONLY)
 PERSISTS = {Fault.FULL: 2, Fault.READ_ONLY: 1}
@@ -77,8 +78,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.child:
         command = [sys.executable, "-W", "ignore", "-m", "tests.io.failing_files", "--child", "--step"]
-        environment = {**os.environ, "LD_PRELOAD": str(build())}
-        return subprocess.run([*command, str(options.step)], env=environment, check=False).returncode
+        return subprocess.run([*command, str(options.step)], env=with_preloaded(build()), check=False).returncode
     from tests.io.faults import SAVES, inject_runs
 
     started, total = time.perf_counter(), 0
