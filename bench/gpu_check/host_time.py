@@ -54,7 +54,7 @@ def layer_calls(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
         "linear": lambda: qk.linear_nf4(x, packed, state),
         "lora forward": lambda: qk.linear_nf4_lora(x, packed, state, A, B, scaling=2.0),
         "lora backward": lambda: torch.ops.qlora_kernels.linear_nf4_lora_backward(
-            grad_y, x, s, *weight, A, B, None, 2.0, 0.0, True
+            grad_y, x, s, *weight, A, B, None, 2.0, 0.0, True, True, True
         ),
     }
 

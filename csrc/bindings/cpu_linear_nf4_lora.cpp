@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_lora_backward(Tensor grad_y, Tenso
                                                             OptionalTensor absmax_scale, OptionalTensor absmax_offset,
                                                             Tensor lora_A, Tensor lora_B, OptionalTensor seed,
                                                             double scaling, double dropout_p, int64_t blocksize,
-                                                            bool need_grad_x) {
+                                                            bool need_grad_x, bool need_grad_A, bool need_grad_B) {
     const CpuArguments arguments("linear_nf4_lora_backward");
     const auto [M, K] = arguments.matrix(x, "x");
     const int64_t N = arguments.matrix(grad_y, "grad_y").columns;
@@ -61,11 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_nf4_lora_backward(Tensor grad_y, Tenso
     const void* grad_rows = arguments.floats(grad_y, "grad_y", arguments.product(M, N, "grad_y"), dtype);
     const void* down = arguments.floats(s, "s", arguments.product(M, lora.r, "s"), dtype);
     Tensor grad_x = need_grad_x ? empty({M, K}, x.scalar_type()) : empty({0}, x.scalar_type());
-    Tensor grad_A = empty({lora.r, K}, ScalarType::Float);
-    Tensor grad_B = empty({N, lora.r}, ScalarType::Float);
-    cpu_kernels().linear_nf4_lora_backward(
-        {weight, dtype, M}, lora, grad_rows, rows, down, need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
-        static_cast<float*>(grad_A.mutable_data_ptr()), static_cast<float*>(grad_B.mutable_data_ptr()));
+    Tensor grad_A = need_grad_A ? empty({lora.r, K}, ScalarType::Float) : empty({0}, ScalarType::Float);
+    Tensor grad_B = need_grad_B ? empty({N, lora.r}, ScalarType::Float) : empty({0}, ScalarType::Float);
+    cpu_kernels().linear_nf4_lora_backward({weight, dtype, M}, lora, grad_rows, rows, down,
+                                           need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+                                           need_grad_A ? static_cast<float*>(grad_A.mutable_data_ptr()) : nullptr,
+                                           need_grad_B ? static_cast<float*>(grad_B.mutable_data_ptr()) : nullptr);
     return {grad_x, grad_A, grad_B};
 }
 
@@ -151,7 +152,8 @@ std::tuple<Tensors, Tensor> linear_nf4_lora_group(Tensor x, Tensors packed, Opti
 std::tuple<Tensor, Tensor, Tensors> linear_nf4_lora_group_backward(
     Tensors grad_ys, Tensor x, Tensor s, Tensors packed, OptionalTensors absmax, OptionalTensors absmax_q,
     OptionalTensors absmax_scale, OptionalTensors absmax_offset, Tensor lora_A, Tensors lora_B, OptionalTensor seed,
-    std::vector<double> scalings, double dropout_p, std::vector<int64_t> blocksizes, bool need_grad_x) {
+    std::vector<double> scalings, double dropout_p, std::vector<int64_t> blocksizes, bool need_grad_x, bool need_grad_A,
+    bool need_grad_B) {
     const CpuArguments arguments("linear_nf4_lora_group_backward");
     const auto [M, K] = arguments.matrix(x, "x");
     const DType dtype = arguments.float_type(x, "x");
@@ -168,17 +170,17 @@ std::tuple<Tensor, Tensor, Tensors> linear_nf4_lora_group_backward(
     const std::vector<GroupMember> members = group.members(arguments, N, K, R);
     const void* down = arguments.floats(s, "s", arguments.product(M, R, "s"), dtype);
     Tensor grad_x = need_grad_x ? empty({M, K}, x.scalar_type()) : empty({0}, x.scalar_type());
-    Tensor grad_A = empty({R, K}, ScalarType::Float);
+    Tensor grad_A = need_grad_A ? empty({R, K}, ScalarType::Float) : empty({0}, ScalarType::Float);
     Tensors grads_B;
     std::vector<float*> outputs;
-    for (const GroupMember& member : members) {
-        grads_B.push_back(empty({member.weight.N, member.lora.r}, ScalarType::Float));
-        outputs.push_back(static_cast<float*>(grads_B.back().mutable_data_ptr()));
+    for (const auto& [weight, lora] : members) {
+        grads_B.push_back(need_grad_B ? empty({weight.N, lora.r}, ScalarType::Float) : empty({0}, ScalarType::Float));
+        outputs.push_back(need_grad_B ? static_cast<float*>(grads_B.back().mutable_data_ptr()) : nullptr);
     }
-    cpu_kernels().linear_nf4_lora_group_backward({members.data(), static_cast<int64_t>(members.size()), dtype, M, K, R},
-                                                 grad_rows.data(), rows, down,
-                                                 need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
-                                                 static_cast<float*>(grad_A.mutable_data_ptr()), outputs.data());
+    cpu_kernels().linear_nf4_lora_group_backward(
+        {members.data(), static_cast<int64_t>(members.size()), dtype, M, K, R}, grad_rows.data(), rows, down,
+        need_grad_x ? grad_x.mutable_data_ptr() : nullptr,
+        need_grad_A ? static_cast<float*>(grad_A.mutable_data_ptr()) : nullptr, outputs.data());
     return {grad_x, grad_A, grads_B};
 }
 
@@ -192,7 +194,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def(
         "cpu_linear_nf4_lora_backward(Tensor grad_y, Tensor x, Tensor s, Tensor packed, Tensor? absmax, "
         "Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_offset, Tensor lora_A, Tensor lora_B, Tensor? seed, "
-        "float scaling, float dropout_p, int blocksize, bool need_grad_x) -> (Tensor, Tensor, Tensor)");
+        "float scaling, float dropout_p, int blocksize, bool need_grad_x, bool need_grad_A, bool need_grad_B) -> "
+        "(Tensor, Tensor, Tensor)");
     m.def(
         "cpu_linear_nf4_lora_group(Tensor x, Tensor[] packed, Tensor?[] absmax, Tensor?[] absmax_q, "
         "Tensor?[] absmax_scale, Tensor?[] absmax_offset, Tensor?[] biases, Tensor lora_A, Tensor[] lora_B, "
@@ -200,7 +203,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def(
         "cpu_linear_nf4_lora_group_backward(Tensor[] grad_ys, Tensor x, Tensor s, Tensor[] packed, Tensor?[] absmax, "
         "Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset, Tensor lora_A, Tensor[] lora_B, "
-        "Tensor? seed, float[] scalings, float dropout_p, int[] blocksizes, bool need_grad_x) -> "
+        "Tensor? seed, float[] scalings, float dropout_p, int[] blocksizes, bool need_grad_x, bool need_grad_A, bool "
+        "need_grad_B) -> "
         "(Tensor, Tensor, Tensor[])");
 }
 

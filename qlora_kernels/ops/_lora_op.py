@@ -3,8 +3,10 @@
 Kernel contract, x [M, K] and grad_y [M, N] contiguous, M, N, K, r >= 1, lora's factors contiguous:
 
     <op>           run(x, weight, bias, lora) -> (y [M, N], s [M, r]) of x.dtype
-    <op>_backward  run(grad_y, x, s, weight, lora, *, need_grad_x)
+    <op>_backward  run(grad_y, x, s, weight, lora, *, need_grad_x, need_grad_A=True, need_grad_B=True)
                    -> (grad_x [M, K] of x.dtype or empty, grad_A, grad_B in lora_A's and lora_B's dtype)
+
+The op returns empty tensors for gradients that are not needed. A kernel need not compute those of A and B, and may.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, bias_only_output, flatten_to_2d, is_empty, problem_of, restore_leading_dims
 from .checks import check_bias, check_grad_y, check_s, check_x
-from .operands import LoRA, MultiLoRA, Weight
+from .operands import LoRA, MultiLoRA, Needs, Weight
 from .registry import select
 from .tensor_memory import contiguous
 
@@ -51,10 +53,10 @@ class LoRAOp:
         torch.library.define(forward, f"(Tensor x, {weight}, Tensor? bias, {lora}) -> (Tensor, Tensor)")
         torch.library.define(
             backward,
-            f"(Tensor grad_y, Tensor x, Tensor s, {weight}, {lora}, bool need_grad_x) -> (Tensor, Tensor, Tensor)",
+            f"(Tensor grad_y, Tensor x, Tensor s, {weight}, {lora}, {Needs.schema()}) -> (Tensor, Tensor, Tensor)",
         )
         takes_forward = (Tensor, Weight, Tensor, self.kind)
-        takes_backward = (Tensor, Tensor, Tensor, Weight, self.kind, Tensor)
+        takes_backward = (Tensor, Tensor, Tensor, Weight, self.kind, Needs)
         implement(forward, takes_forward)(self.forward)
         implement(backward, takes_backward)(self.backward)
         fake(forward, takes_forward)(self.forward_fake)
@@ -81,34 +83,30 @@ class LoRAOp:
         self._check_forward(x, weight, bias, lora)
         return compose.lora_linear(x, weight, bias, lora)
 
-    def backward(
-        self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
-    ) -> Gradients:
+    def backward(self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, needs: Needs) -> Gradients:
         """Check the arguments, then run the selected kernel over grad_y and x as matrices."""
         self._check_backward(grad_y, x, s, weight, lora)
         if is_empty(x, weight):
-            grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
-            return grad_x, torch.zeros_like(lora.A), torch.zeros_like(lora.B)
+            return needs.only(torch.zeros_like(x), torch.zeros_like(lora.A), torch.zeros_like(lora.B))
         run = select(problem_of(f"{self.name}_backward", x, weight, lora)).run
         grad_x, grad_A, grad_B = run(
-            flatten_to_2d(grad_y), flatten_to_2d(x), s, weight, _contiguous(lora), need_grad_x=need_grad_x
+            flatten_to_2d(grad_y), flatten_to_2d(x), s, weight, _contiguous(lora), **needs._asdict()
         )
-        return restore_leading_dims(grad_x, x) if need_grad_x else grad_x, grad_A, grad_B
+        return needs.only(restore_leading_dims(grad_x, x) if needs.need_grad_x else grad_x, grad_A, grad_B)
 
     def backward_fake(
-        self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
+        self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, needs: Needs
     ) -> Gradients:
         """Return empty tensors with the shapes and dtypes of the gradients."""
         self._check_backward(grad_y, x, s, weight, lora)
-        grad_x = x.new_empty(x.shape if need_grad_x else (0,))
-        return grad_x, torch.empty_like(lora.A), torch.empty_like(lora.B)
+        return needs.only(x.new_empty(x.shape), torch.empty_like(lora.A), torch.empty_like(lora.B))
 
     def backward_composed(
-        self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, need_grad_x: bool
+        self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, needs: Needs
     ) -> Gradients:
         """Check the arguments, then compose the gradients of torch's ops."""
         self._check_backward(grad_y, x, s, weight, lora)
-        return compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
+        return needs.only(*compose.lora_backward(grad_y, x, weight, lora, needs.need_grad_x))
 
     def _check_forward(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> None:
         check_x(self.name, x, weight)

@@ -32,13 +32,24 @@ def compose_lora_group(
         lora: GroupLoRA,
         *,
         need_grad_x: bool,
+        need_grad_A: bool = True,
+        need_grad_B: bool = True,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return (grad_x or empty, grad_A, grads of B)."""
         grad_x, grads_A, grads_B = x.new_empty(0), [], []
         for grad_y, part, weight, member in zip(
             grad_ys, split_by_rank(s, lora), weights, lora.split_per_linear(), strict=True
         ):
-            of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, need_grad_x=need_grad_x)
+            of_x, of_A, of_B = linear_nf4_lora_backward(
+                grad_y,
+                x,
+                part,
+                weight,
+                member,
+                need_grad_x=need_grad_x,
+                need_grad_A=need_grad_A,
+                need_grad_B=need_grad_B,
+            )
             grad_x = grad_x.add_(of_x) if grad_x.numel() else of_x
             grads_A.append(of_A)
             grads_B.append(of_B)

@@ -71,7 +71,15 @@ def compose_multi_lora(
         return y, add_forward(y, x, lora)
 
     def linear_nf4_multi_lora_backward(
-        grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
+        grad_y: Tensor,
+        x: Tensor,
+        s: Tensor,
+        weight: Weight,
+        lora: MultiLoRA,
+        *,
+        need_grad_x: bool,
+        need_grad_A: bool = True,
+        need_grad_B: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (grad_x or empty, grad_A, grad_B)."""
         grad_x = linear_nf4_grad_x(grad_y, weight) if need_grad_x else None

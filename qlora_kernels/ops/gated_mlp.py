@@ -22,8 +22,9 @@ from ._linear import flatten_to_2d, restore_leading_dims
 from .dispatch_fast_path import below_autograd, is_plain_call
 from .glu import ACTIVATIONS, glu
 from .lora_projection import Projection, SharedInput, run_as_one_node, wanted, with_seeds
+from .operands import Needs
 from .registry import Problem, select
-from .residual_block import BlockNorm, Needs, by_ops, gradients_by_ops, kernel_of, normalized, normalized_backward
+from .residual_block import BlockNorm, NodeNeeds, by_ops, gradients_by_ops, kernel_of, normalized, normalized_backward
 
 
 class GatedMLP(NamedTuple):
@@ -118,7 +119,7 @@ class GatedMLPFunction(torch.autograd.Function):
         mlp = ctx.mlp
         if torch.is_grad_enabled() or not is_plain_call(grad_y):
             return gradients_by_ops(lambda *inputs: _by_ops(mlp, *inputs), ctx, grad_y, x, norm_weight, *factors)
-        mlp, needs = mlp.with_tensors(norm_weight, factors), Needs.of(ctx)
+        mlp, needs = mlp.with_tensors(norm_weight, factors), NodeNeeds.of(ctx)
         with below_autograd():
             kernel = kernel_of("gated_mlp_backward", x, mlp[:3]) if ctx.is_one_kernel else None
             run = _backward if kernel is None else kernel.run
@@ -139,15 +140,17 @@ def _forward(rows: Tensor, mlp: GatedMLP) -> tuple[Tensor, GatedMLPState]:
 
 
 def _backward(
-    grad_y: Tensor, rows: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: Needs
+    grad_y: Tensor, rows: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: NodeNeeds
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Run the kernel gated_mlp_backward as the kernels of its ops."""
     n = rows if state.n is None else state.n
-    grad_h, *grads_down = mlp.down.backward(grad_y, state.h, state.s_h)
+    grad_h, *grads_down = mlp.down.backward(grad_y, state.h, state.s_h, Needs(True, *needs.factors[4:]))
     run = select(Problem("glu_backward", n.device.type, n.dtype)).run
     grads = run(grad_h, state.gate, state.up, mlp.activation)
     del grad_h
     need_input = needs.x or needs.norm_weight
-    grad_n, of_factors = SharedInput(mlp[:2], n).backward(grads, n, state.of_input, need_grad_x=need_input)
+    grad_n, of_factors = SharedInput(mlp[:2], n).backward(
+        grads, n, state.of_input, need_grad_x=need_input, need_factors=needs.factors[:4]
+    )
     grad_x, grad_weight = normalized_backward(grad_n, grad_y, rows, mlp.norm, state.scale, needs)
     return grad_x, grad_weight, [*of_factors, *grads_down]

@@ -12,8 +12,9 @@ qlora_kernels::linear_nf4_lora_group_backward. A list in a schema has an entry f
 
 Kernel contract: x [M, K] and grad_y_i [M, N_i] contiguous, M, K, N_i, r_i >= 1; lora: GroupLoRA, factors contiguous.
     linear_nf4_lora_group           run(x, weights, biases, lora) -> ([y_i [M, N_i]], s [M, sum of r_i]) of x.dtype
-    linear_nf4_lora_group_backward  run(grad_ys, x, s, weights, lora, *, need_grad_x)
-                                    -> (grad_x [M, K] of x.dtype or empty, grad_A, [grad_B_i])
+    linear_nf4_lora_group_backward  run(grad_ys, x, s, weights, lora, *, need_grad_x, need_grad_A, need_grad_B)
+                                    -> (grad_x [M, K] of x.dtype or empty, grad_A, [grad_B_i]); a kernel may compute
+                                    gradients of the factors that are not needed
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, bias_only_output, flatten_to_2d, is_empty, problem_of, restore_leading_dims
 from .checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from .linear_nf4_lora import seed_for
-from .operands import GroupLoRA, Weight, WeightLists, weight_of
+from .operands import GroupLoRA, Needs, Weight, WeightLists, weight_of
 from .registry import Problem, select
 from .tensor_memory import contiguous
 
 _OP, _BACKWARD_OP = "linear_nf4_lora_group", "linear_nf4_lora_group_backward"
 _FORWARD = (Tensor, Tensor, WeightLists, GroupLoRA)
-_BACKWARD = (Tensor, Tensor, Tensor, WeightLists, GroupLoRA, Tensor)
+_BACKWARD = (Tensor, Tensor, Tensor, WeightLists, GroupLoRA, Needs)
 torch.library.define(
     f"qlora_kernels::{_OP}",
     f"(Tensor x, Tensor?[] biases, {WeightLists.schema()}, {GroupLoRA.schema()}) -> (Tensor[], Tensor)",
 )
 torch.library.define(
     f"qlora_kernels::{_BACKWARD_OP}",
-    f"(Tensor[] grad_ys, Tensor x, Tensor s, {WeightLists.schema()}, {GroupLoRA.schema()}, bool need_grad_x)"
+    f"(Tensor[] grad_ys, Tensor x, Tensor s, {WeightLists.schema()}, {GroupLoRA.schema()}, {Needs.schema()})"
     " -> (Tensor, Tensor, Tensor[])",
 )
 
@@ -117,37 +118,46 @@ def linear_nf4_lora_group_composed(
 
 @implement(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_group_backward_impl(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the arguments, then run the selected kernel over x and the grad_ys as matrices."""
     weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
     if any(is_empty(x, weight) for weight in weights):
-        grad_x = x.new_zeros(x.shape if need_grad_x else (0,))
-        return grad_x, torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B]
+        return _only(needs, torch.zeros_like(x), torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B])
     run = select(problem_of_group(_BACKWARD_OP, x, weights, lora)).run
     rows = [flatten_to_2d(grad_y) for grad_y in grad_ys]
-    grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), need_grad_x=need_grad_x)
-    return grad_x.view(x.shape) if need_grad_x else grad_x, grad_A, grads_B
+    grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), **needs._asdict())
+    return _only(needs, grad_x.view(x.shape) if needs.need_grad_x else grad_x, grad_A, grads_B)
 
 
 @fake(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_group_backward_fake(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return empty tensors with the shapes and dtypes of the gradients."""
     _check_backward(grad_ys, x, s, lists.weights(), lora)
-    grad_x = x.new_empty(x.shape if need_grad_x else (0,))
-    return grad_x, torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B]
+    return _only(needs, x.new_empty(x.shape), torch.empty_like(lora.A), [torch.empty_like(B) for B in lora.B])
 
 
 def linear_nf4_lora_group_backward_composed(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, need_grad_x: bool
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, lists: WeightLists, lora: GroupLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Check the arguments, then compose the gradients of torch's ops."""
     weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
-    return compose.lora_group_backward(grad_ys, x, weights, lora, need_grad_x)
+    return _only(needs, *compose.lora_group_backward(grad_ys, x, weights, lora, needs.need_grad_x))
+
+
+def _only(
+    needs: Needs, grad_x: Tensor, grad_A: Tensor, grads_B: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the gradients, with an empty tensor in place of each that is not needed."""
+    return (
+        grad_x if needs.need_grad_x else grad_x.new_empty(0),
+        grad_A if needs.need_grad_A else grad_A.new_empty(0),
+        [grad_B if needs.need_grad_B else grad_B.new_empty(0) for grad_B in grads_B],
+    )
 
 
 class LinearNF4LoRAGroupFunction(torch.autograd.Function):
@@ -184,11 +194,14 @@ class LinearNF4LoRAGroupFunction(torch.autograd.Function):
         lora_B, *of_weights = [rest[i : i + ctx.n_linears] for i in range(0, len(rest), ctx.n_linears)]
         lists = WeightLists._make((*of_weights, ctx.blocksizes, ctx.N, ctx.K))
         lora = GroupLoRA(lora_A, lora_B, seed, ctx.scalings, ctx.dropout_p)
-        need_grad_x = ctx.needs_input_grad[0]
+        need_grad_x, *_, need_grad_A = ctx.needs_input_grad[:6]
+        need_grads_B = ctx.needs_input_grad[6:]
         grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
-            grad_ys, x, s, *lists, *lora, need_grad_x
+            grad_ys, x, s, *lists, *lora, need_grad_x, need_grad_A, any(need_grads_B)
         )
-        return grad_x if need_grad_x else None, None, None, None, None, grad_A, *grads_B
+        of_B = [grad_B if need else None for grad_B, need in zip(grads_B, need_grads_B, strict=True)]
+        of_x, of_A = grad_x if need_grad_x else None, grad_A if need_grad_A else None
+        return of_x, None, None, None, None, of_A, *of_B
 
 
 def _apply(

@@ -58,12 +58,14 @@ class LinearNF4MultiLoRAFunction(torch.autograd.Function):
         x, s, lora_A, lora_B, scalings, adapter, seed, *of_weight = ctx.saved_tensors
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed, ctx.dropout_p)
-        need_grad_x, need_grad_bias, *_ = ctx.needs_input_grad
+        need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
         grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_multi_lora_backward(
-            grad_y, x, s, *weight, *lora, need_grad_x
+            grad_y, x, s, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
-        return grad_x if need_grad_x else None, grad_bias, grad_A, grad_B, None, None, None
+        grad_x = grad_x if need_grad_x else None
+        grad_A, grad_B = grad_A if need_grad_A else None, grad_B if need_grad_B else None
+        return grad_x, grad_bias, grad_A, grad_B, None, None, None
 
 
 def _apply(

@@ -22,8 +22,9 @@ from ._linear import flatten_to_2d, restore_leading_dims
 from .attention import Keys
 from .dispatch_fast_path import below_autograd, is_plain_call
 from .lora_projection import Projection, SharedInput, run_as_one_node, wanted, with_seeds
+from .operands import Needs
 from .registry import Problem, select
-from .residual_block import BlockNorm, Needs, by_ops, gradients_by_ops, kernel_of, normalized, normalized_backward
+from .residual_block import BlockNorm, NodeNeeds, by_ops, gradients_by_ops, kernel_of, normalized, normalized_backward
 from .rope import rope
 from .tensor_memory import contiguous
 
@@ -144,7 +145,7 @@ class LoRAAttentionFunction(torch.autograd.Function):
         attention = ctx.attention
         if torch.is_grad_enabled() or not is_plain_call(grad_y):
             return gradients_by_ops(lambda *inputs: _by_ops(attention, *inputs), ctx, grad_y, x, norm_weight, *factors)
-        attention, needs = attention.with_tensors(norm_weight, factors), Needs.of(ctx)
+        attention, needs = attention.with_tensors(norm_weight, factors), NodeNeeds.of(ctx)
         with below_autograd():
             kernel = kernel_of("lora_attention_backward", x, attention[:4]) if ctx.is_one_kernel else None
             run = _backward if kernel is None else kernel.run
@@ -169,12 +170,12 @@ def _forward(rows: Tensor, attention: LoRAAttention) -> tuple[Tensor, LoRAAttent
 
 
 def _backward(
-    grad_y: Tensor, rows: Tensor, attention: LoRAAttention, state: LoRAAttentionState, needs: Needs
+    grad_y: Tensor, rows: Tensor, attention: LoRAAttention, state: LoRAAttentionState, needs: NodeNeeds
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Run the kernel lora_attention_backward as the kernels of its ops."""
     M, n = len(rows), rows if state.n is None else state.n
     q, k, v = (_heads(each, attention) for each in (state.q, state.k, state.v))
-    grad_out, *grads_o = attention.o.backward(grad_y, state.out, state.s_o)
+    grad_out, *grads_o = attention.o.backward(grad_y, state.out, state.s_o, Needs(True, *needs.factors[6:]))
     assert grad_out is not None
     grad_out, out = (_heads(each, attention).transpose(1, 2) for each in (grad_out, state.out))
     run = select(_problem("attention_backward", q, k)).run
@@ -183,7 +184,9 @@ def _backward(
     grad_q, grad_k = _rotate(grad_q.transpose(1, 2), grad_k.transpose(1, 2), attention, inverse=True)
     grads = [_rows(each, M) for each in (grad_q, grad_k, grad_v.transpose(1, 2))]
     need_input = needs.x or needs.norm_weight
-    grad_n, of_factors = SharedInput(attention[:3], n).backward(grads, n, state.of_input, need_grad_x=need_input)
+    grad_n, of_factors = SharedInput(attention[:3], n).backward(
+        grads, n, state.of_input, need_grad_x=need_input, need_factors=needs.factors[:6]
+    )
     grad_x, grad_weight = normalized_backward(grad_n, grad_y, rows, attention.norm, state.scale, needs)
     return grad_x, grad_weight, [*of_factors, *grads_o]
 

@@ -19,7 +19,7 @@ from ._linear import problem_of
 from .dispatch_fast_path import is_plain_call
 from .linear_nf4_lora import draw_seed
 from .linear_nf4_lora_group import call_group, problem_of_group
-from .operands import GroupLoRA, LoRA, Weight
+from .operands import GroupLoRA, LoRA, Needs, Weight
 from .registry import KernelSpec, select
 
 Factors = tuple[Tensor | None, Tensor | None]
@@ -56,14 +56,15 @@ class Projection(NamedTuple):
         return y, s
 
     def backward(
-        self, grad_y: Tensor, x: Tensor | None, s: Tensor | None, *, need_grad_x: bool = True
+        self, grad_y: Tensor, x: Tensor | None, s: Tensor | None, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (grad_x [M, K] or None, grad_A, grad_B).   x: may be None without an adapter."""
+        need_grad_x = needs.need_grad_x
         if self.lora is None or x is None:
             run = select(problem_of("linear_nf4_grad_x", grad_y, self.weight)).run
             return run(grad_y, self.weight) if need_grad_x else None, None, None
         run = select(problem_of("linear_nf4_lora_backward", x, self.weight, self.lora)).run
-        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, self.lora, need_grad_x=need_grad_x)
+        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, self.lora, **needs._asdict())
         return grad_x if need_grad_x else None, grad_A, grad_B
 
     def by_op(self, x: Tensor) -> Tensor:
@@ -122,20 +123,31 @@ class SharedInput:
         return ys, [s]
 
     def backward(
-        self, grad_ys: Sequence[Tensor], x: Tensor, saved: Sequence[Tensor | None], *, need_grad_x: bool
+        self,
+        grad_ys: Sequence[Tensor],
+        x: Tensor,
+        saved: Sequence[Tensor | None],
+        *,
+        need_grad_x: bool,
+        need_factors: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return (the sum of the gradients of x, or None, [grad_A, grad_B of each projection])."""
+        """Return (the sum of the gradients of x, or None, [grad_A, grad_B of each projection]).
+
+        need_factors: for each of the factors, in this order. The gradients of others are None or of any size.
+        """
         if self.is_group:
             run = self._kernel("linear_nf4_lora_group_backward", x).run
-            grad_x, grad_A, grads_B = run(grad_ys, x, saved[0], self.weights, self.lora, need_grad_x=need_grad_x)
-            grads_A = torch.split(grad_A, self.lora.ranks)
+            needs = Needs(need_grad_x, any(need_factors[::2]), any(need_factors[1::2]))
+            grad_x, grad_A, grads_B = run(grad_ys, x, saved[0], self.weights, self.lora, **needs._asdict())
+            grads_A = torch.split(grad_A, self.lora.ranks) if needs.need_grad_A else [None] * len(grads_B)
             each = [grad for pair in zip(grads_A, grads_B, strict=True) for grad in pair]
             return grad_x if need_grad_x else None, each
         total: Tensor | None = None
         grads: list[Tensor | None] = []
         # The last one first, as autograd runs the ops, so that the sum rounds alike.
-        for projection, grad_y, s in zip(*map(reversed, (self.projections, grad_ys, saved)), strict=True):
-            of_x, *of_factors = projection.backward(grad_y, x, s, need_grad_x=need_grad_x)
+        lists = (self.projections, grad_ys, saved, need_factors[::2], need_factors[1::2])
+        for projection, grad_y, s, need_A, need_B in zip(*map(reversed, lists), strict=True):
+            of_x, *of_factors = projection.backward(grad_y, x, s, Needs(need_grad_x, need_A, need_B))
             grads = [*of_factors, *grads]
             total = of_x if total is None or of_x is None else total.add_(of_x)
         return total, grads

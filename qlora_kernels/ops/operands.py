@@ -155,6 +155,30 @@ class GroupLoRA(NamedTuple):
         return [LoRA(A, B, self.seed, scaling, self.dropout_p) for A, B, scaling in members]
 
 
+class Needs(NamedTuple):
+    """The gradients that a backward op of LoRA linears has to compute. It returns empty tensors in place of the others.
+
+    need_grad_A, need_grad_B: of any linear of a group.
+    """
+
+    need_grad_x: bool
+    need_grad_A: bool
+    need_grad_B: bool
+
+    @staticmethod
+    def schema() -> str:
+        """Return the fields as arguments of an op's schema."""
+        return "bool need_grad_x, bool need_grad_A, bool need_grad_B"
+
+    def only(self, grad_x: Tensor, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients, with an empty tensor in place of each that is not needed."""
+        return (
+            grad_x if self.need_grad_x else grad_x.new_empty(0),
+            grad_A if self.need_grad_A else grad_A.new_empty(0),
+            grad_B if self.need_grad_B else grad_B.new_empty(0),
+        )
+
+
 def weight_of(op: str, packed: Tensor, state: QuantState) -> Weight:
     """Return the Weight of a two-dimensional weight. Raises ValueError if `state` describes another shape."""
     if len(state.shape) != 2:

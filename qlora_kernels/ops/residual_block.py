@@ -38,7 +38,7 @@ class BlockNorm(NamedTuple):
         )
 
 
-class Needs(NamedTuple):
+class NodeNeeds(NamedTuple):
     """The gradients that a node's backward has to compute: of x, of the norm's weight, and of each factor."""
 
     x: bool
@@ -46,10 +46,10 @@ class Needs(NamedTuple):
     factors: Sequence[bool]
 
     @staticmethod
-    def of(ctx: Any) -> Needs:
+    def of(ctx: Any) -> NodeNeeds:
         """Return the needs of a node whose arguments are (bundle, x, norm_weight, *factors)."""
         _, x, norm_weight, *factors = ctx.needs_input_grad
-        return Needs(x, norm_weight, factors)
+        return NodeNeeds(x, norm_weight, factors)
 
 
 def kernel_of(op: str, x: Tensor, projections: Sequence[Projection]) -> KernelSpec | None:
@@ -68,7 +68,7 @@ def normalized(rows: Tensor, norm: BlockNorm | None) -> tuple[Tensor, Tensor | N
 
 
 def normalized_backward(
-    grad_n: Tensor | None, grad_y: Tensor, rows: Tensor, norm: BlockNorm | None, scale: Tensor | None, needs: Needs
+    grad_n: Tensor | None, grad_y: Tensor, rows: Tensor, norm: BlockNorm | None, scale: Tensor | None, needs: NodeNeeds
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of rows and of the norm's weight, for grad_n of norm(rows) and grad_y of the block."""
     if norm is None or grad_n is None:

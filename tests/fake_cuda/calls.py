@@ -86,7 +86,7 @@ def _lora_backward(device: str) -> list[Tensor]:
     lora = LoRA(_on(device, gaussian(R, K, seed=4) / K**0.5), _on(device, gaussian(N, R, seed=5)), None, 0.5, 0.3)
     lora = lora._replace(seed=_on(device, torch.tensor([7])))
     weight = weight_of("test", *_weight_on(device))
-    return list(torch.ops.qlora_kernels.linear_nf4_lora_backward(grad_y, x, s, *weight, *lora, True))
+    return list(torch.ops.qlora_kernels.linear_nf4_lora_backward(grad_y, x, s, *weight, *lora, True, True, True))
 
 
 def _merged_lora(rows: int) -> Callable[[str], list[Tensor]]:

@@ -174,7 +174,7 @@ def sound(op: str, name: str, kind: str, problem: Problem, written: bool) -> Any
         "in_features": p.K,
         "scaling": 0.5,
         "dropout_p": rng.choice((0.0, 0.3)),
-        "need_grad_x": rng.random() < 0.5,
+        **{f"need_grad_{name}": rng.random() < 0.5 for name in ("x", "A", "B")},
         "dtype": rng.choice(FLOATS),
         "force": "",
         "beta1": 0.9,

@@ -65,6 +65,34 @@ def test_grad_x_only_where_needed(backend):
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [("lora_A",), ("lora_B",), ("lora_A", "lora_B"), ("x", "lora_A"), ("x", "lora_B")])
+def test_gradients_of_frozen_factors_are_not_computed(backend, dtype, p, frozen):
+    """LoRA-FA freezes A. The other gradients keep their bits, and the op returns nothing for the frozen ones."""
+    packed, state, leaves = problem(Shape(6, 50, 128), dtype, torch.float32)
+    x, lora_A, lora_B, _ = leaves.values()
+    lora, weight = LoRA(lora_A, lora_B, torch.tensor([7]), SCALING, p), weight_of("test", packed, state)
+    grad_y = gaussian(6, 50, dtype=dtype, seed=5)
+    names = ("x", "lora_A", "lora_B")
+    needs = [name not in frozen for name in names]
+    with qk.use_backend(backend):
+        y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, None, *lora)
+        every = torch.autograd.grad(y, (x, lora_A, lora_B), grad_y)
+        for name in frozen:
+            leaves[name].requires_grad_(False)
+        y, s = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, None, *lora)
+        wanted = [leaves[name] for name, need in zip(names, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad_y)) if wanted else iter(())
+        of_op = torch.ops.qlora_kernels.linear_nf4_lora_backward(
+            grad_y, x.detach(), s.detach(), *weight, lora_A.detach(), lora_B.detach(), *lora[2:], *needs
+        )
+    for expected, returned, need in zip(every, of_op, needs, strict=True):
+        assert torch.equal(returned, expected) if need else returned.numel() == 0
+        assert not need or torch.equal(next(found), expected)
+
+
+@backends
 def test_no_weight_sized_tensor_is_saved(backend):
     """Only x, s and the weight's own bytes are kept for backward: no dequantized weight, no mask."""
     packed, state = qk.quantize_nf4(gaussian(64, 128))
@@ -145,5 +173,7 @@ def test_opcheck(backend, p):
                 0.5,
                 p,
                 True,
+                True,
+                p > 0,
             ),
         )

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.ops.operands import weight_of
 from tests.support.lora_group_checks import SCALINGS, SHAPES, check_forward_and_gradients, problem
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_repeats, assert_same_function, model_error
+
+
+class OpResults(TorchDispatchMode):
+    """Stores the results of the calls of one op, by its name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.results = name, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op._schema.name == f"qlora_kernels::{self.name}":
+            self.results.append(result)
+        return result
+
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora_group"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -49,6 +65,28 @@ def test_group_equals_linear_nf4_lora_with_same_seed(backend):
                 seed=seed,
             )
             assert_same_function(ys[i], alone)  # another mask would give a very different result
+
+
+@backends
+@pytest.mark.parametrize("frozen", [(1, 2), (3, 4), (0, 1, 2), (1,), (4,)], ids=str)
+def test_gradients_of_frozen_factors_are_not_computed(backend, frozen):
+    """Leaves: x, two A and two B. The op leaves out what no linear of the group needs; others keep their bits."""
+    weights, biases, leaves = problem(5, 64, (40, 17), (4, 3), torch.float32)
+    kept = [leaf for place, leaf in enumerate(leaves) if place not in frozen]
+
+    def loss():
+        return sum(y.sum() for y in run_group(weights, biases, leaves, 0.0, None))
+
+    with qk.use_backend(backend), OpResults("linear_nf4_lora_group_backward") as backward:
+        every = torch.autograd.grad(loss(), leaves)
+        for place in frozen:
+            leaves[place].requires_grad_(False)
+        found = iter(torch.autograd.grad(loss(), kept))
+    (of_x, of_A, of_B) = backward.results[-1]
+    assert (of_x.numel() > 0) == (0 not in frozen)
+    assert (of_A.numel() > 0) == (not {1, 2} <= set(frozen))
+    assert all((grad.numel() > 0) == (not {3, 4} <= set(frozen)) for grad in of_B)
+    assert all(torch.equal(next(found), grad) for place, grad in enumerate(every) if place not in frozen)
 
 
 @backends
@@ -113,6 +151,6 @@ def test_opcheck(backend, p, double_quant):
         detached = (A.detach(), [b.detach() for b in B], *factors[2:])
         torch.library.opcheck(
             torch.ops.qlora_kernels.linear_nf4_lora_group_backward,
-            ([gaussian(3, 8), gaussian(3, 5)], x.detach(), gaussian(3, 6), *fields, *detached, True),
+            ([gaussian(3, 8), gaussian(3, 5)], x.detach(), gaussian(3, 6), *fields, *detached, True, False, True),
             **bounds,
         )

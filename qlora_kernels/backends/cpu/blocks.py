@@ -13,7 +13,7 @@ from ...ops.lora_attention import LoRAAttention, LoRAAttentionState
 from ...ops.lora_projection import Projection
 from ...ops.operands import WeightLists
 from ...ops.registry import Problem
-from ...ops.residual_block import BlockNorm, Needs
+from ...ops.residual_block import BlockNorm, NodeNeeds
 from ...ops.tensor_memory import contiguous
 
 _C = torch.ops.qlora_kernels_C
@@ -37,7 +37,7 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> tuple[Tensor, GatedMLPState]:
     return y, GatedMLPState(kept_n, kept_scale, gate, up, None if mlp.down.lora is None else h, s_h, (s,))
 
 
-def gated_mlp_backward(grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: Needs) -> Gradients:
+def gated_mlp_backward(grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: NodeNeeds) -> Gradients:
     """Return the gradients of x, of the norm's weight and of the factors."""
     projections, (s,) = mlp[:3], state.of_input
     n, scale, *rest = state[:-1]
@@ -79,7 +79,7 @@ def lora_attention(x: Tensor, attention: LoRAAttention) -> tuple[Tensor, LoRAAtt
 
 
 def lora_attention_backward(
-    grad_y: Tensor, x: Tensor, attention: LoRAAttention, state: LoRAAttentionState, needs: Needs
+    grad_y: Tensor, x: Tensor, attention: LoRAAttention, state: LoRAAttentionState, needs: NodeNeeds
 ) -> Gradients:
     """Return the gradients of x, of the norm's weight and of the factors."""
     projections, (s,) = attention[:4], state.of_input
@@ -134,7 +134,7 @@ def _heads(attention: LoRAAttention) -> tuple[Any, ...]:
     return cos.shape[1], attention.head_dim, cos, sin, *attention.keys
 
 
-def _flags(needs: Needs) -> tuple[bool, bool, list[int], list[int]]:
+def _flags(needs: NodeNeeds) -> tuple[bool, bool, list[int], list[int]]:
     """Return the needs of the library: of x, the norm's weight, A of the first projections and of the last, each B."""
     of_A, of_B = [*map(int, needs.factors[::2])], [*map(int, needs.factors[1::2])]
     return needs.x, needs.norm_weight, [max(of_A[:-1]), of_A[-1]], of_B
@@ -143,7 +143,7 @@ def _flags(needs: Needs) -> tuple[bool, bool, list[int], list[int]]:
 def _gradients(
     projections: Sequence[Projection],
     norm: BlockNorm | None,
-    needs: Needs,
+    needs: NodeNeeds,
     grad_x: Tensor,
     grad_weight: Tensor,
     grads_A: Sequence[Tensor],

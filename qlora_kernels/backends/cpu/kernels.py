@@ -61,11 +61,19 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: LoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x [M, K] or empty, grad_A, grad_B); the library computes the factors' gradients in fp32."""
+    """Return (grad_x, grad_A, grad_B), empty if not needed; the library computes those of factors in fp32."""
     grad_x, grad_A, grad_B = _C.cpu_linear_nf4_lora_backward(
-        grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, need_grad_x
+        grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, need_grad_x, need_grad_A, need_grad_B
     )
     if lora.A.dtype != torch.float32 or lora.B.dtype != torch.float32:
         grad_A, grad_B = grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
@@ -84,12 +92,20 @@ def linear_nf4_lora_group(
 
 
 def linear_nf4_lora_group_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+    grad_ys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Weight],
+    lora: GroupLoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x [M, K] or empty, grad_A, grads of B); the library computes the factors' gradients in fp32."""
+    """Return (grad_x, grad_A, grads of B), empty if not needed; the library computes those of factors in fp32."""
     lists = WeightLists.of(weights)
     grad_x, grad_A, grads_B = _C.cpu_linear_nf4_lora_group_backward(
-        grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, need_grad_x
+        grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, need_grad_x, need_grad_A, need_grad_B
     )
     if all(factor.dtype == torch.float32 for factor in (lora.A, *lora.B)):  # a call of `.to` takes a microsecond
         return grad_x, grad_A, grads_B

@@ -50,16 +50,26 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: LoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
     if need_grad_x and _addition_reason("linear_nf4_lora_backward", x, [weight], lora) is None:
         group = extended_k.group_of_one(lora)
-        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward([grad_y], x, s, [weight], group, need_grad_x=True)
+        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward(
+            [grad_y], x, s, [weight], group, need_grad_x=True, need_grad_A=need_grad_A, need_grad_B=need_grad_B
+        )
         return grad_x, grad_A, grad_B
     ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
-    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling)
-    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora))
+    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling) if need_grad_B else x.new_empty(0)
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)) if need_grad_A else x.new_empty(0)
     grad_x = _lora_grad_x(grad_y, weight, ds, lora) if need_grad_x else x.new_empty(0)
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
@@ -76,7 +86,15 @@ def linear_nf4_lora_group(
 
 
 def linear_nf4_lora_group_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+    grad_ys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Weight],
+    lora: GroupLoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is one product or is summed in place."""
     extends = need_grad_x and _addition_reason("linear_nf4_lora_group_backward", x, weights, lora) is None
@@ -90,9 +108,12 @@ def linear_nf4_lora_group_backward(
             copy = both[:, column : column + grad_y.shape[1]]
             parts_of_ds.append(project(grad_y, B.to(x.dtype).T, scaling, copy))
             column += grad_y.shape[1]
-        grads_B.append(torch_products.in_fp32(grad_y.T, part).mul_(scaling).to(B.dtype))
+        if need_grad_B:
+            grads_B.append(torch_products.in_fp32(grad_y.T, part).mul_(scaling).to(B.dtype))
+        else:
+            grads_B.append(x.new_empty(0))
     ds = parts_of_ds[0] if len(parts_of_ds) == 1 else torch.cat(parts_of_ds, dim=1)
-    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)).to(lora.A.dtype)
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)).to(lora.A.dtype) if need_grad_A else x.new_empty(0)
     if not need_grad_x:
         return x.new_empty(0), grad_A, grads_B
     if both is not None:

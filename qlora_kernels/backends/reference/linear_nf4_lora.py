@@ -16,12 +16,20 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: LoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_x or empty, grad_A, grad_B)."""
     ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
-    grad_B = lora.scaling * (grad_y.T @ s)
-    grad_A = ds.T @ dropped(x, lora.seed, lora.dropout_p)
+    grad_B = lora.scaling * (grad_y.T @ s) if need_grad_B else x.new_empty(0)
+    grad_A = ds.T @ dropped(x, lora.seed, lora.dropout_p) if need_grad_A else x.new_empty(0)
     grad_x = x.new_empty(0)
     if need_grad_x:
         through_dropout = dropped(ds @ lora.A.to(x.dtype), lora.seed, lora.dropout_p)

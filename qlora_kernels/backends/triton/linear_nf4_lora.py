@@ -31,17 +31,28 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 
 
 def linear_nf4_lora_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: LoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A, grad_B). See ops/linear_nf4_lora.py for the contract."""
+    """Return (grad_x or empty, grad_A or empty, grad_B). See ops/linear_nf4_lora.py for the contract.
+
+    ds and grad_B are one pass over grad_y, so grad_B is always computed.
+    """
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
     if need_grad_x and not added_outside("linear_nf4_lora_backward", x, [weight], dropout):
         grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward(
-            [grad_y], x, s, [weight], group_of_one(lora), need_grad_x=True
+            [grad_y], x, s, [weight], group_of_one(lora), need_grad_x=True, need_grad_A=need_grad_A
         )
         return grad_x, grad_A, grad_B
     ds, grad_B = lora_ds_grad_B(grad_y, s, lora.B, lora.scaling)
-    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
+    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype) if need_grad_A else x.new_empty(0)
     grad_x = x.new_empty(0)
     if need_grad_x:
         grad_x = backward(grad_y, weight, LowRankTerm(ds, lora.A, dropout.scale), dropout)

@@ -49,9 +49,20 @@ def linear_nf4_lora_group(
 
 
 def linear_nf4_lora_group_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, *, need_grad_x: bool
+    grad_ys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Weight],
+    lora: GroupLoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,
+    need_grad_B: bool = True,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x or empty, grad_A, grads of B). See ops/linear_nf4_lora_group.py for the contract."""
+    """Return (grad_x or empty, grad_A or empty, grads of B). See ops/linear_nf4_lora_group.py for the contract.
+
+    ds and grad_B are one pass over each grad_y, so the grads of B are always computed.
+    """
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
     extends = need_grad_x and not added_outside("linear_nf4_lora_group_backward", x, weights, dropout)
     inside = extends and not dropout.on
@@ -61,7 +72,7 @@ def linear_nf4_lora_group_backward(
     members = zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, copies, strict=True)
     parts_of_ds, grads_B = zip(*(lora_ds_grad_B(*member) for member in members), strict=True)
     ds = parts_of_ds[0] if len(parts_of_ds) == 1 else torch.cat(parts_of_ds, dim=1)
-    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
+    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype) if need_grad_A else x.new_empty(0)
     if not need_grad_x:
         return x.new_empty(0), grad_A, list(grads_B)
     low_rank = LowRankTerm(ds, lora.A, dropout.scale)

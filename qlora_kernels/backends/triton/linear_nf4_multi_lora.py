@@ -331,7 +331,15 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
 
 
 def linear_nf4_multi_lora_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: MultiLoRA, *, need_grad_x: bool
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: MultiLoRA,
+    *,
+    need_grad_x: bool,
+    need_grad_A: bool = True,  # noqa: ARG001
+    need_grad_B: bool = True,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
     M, N = grad_y.shape

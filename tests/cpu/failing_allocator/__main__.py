@@ -69,7 +69,7 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Any]]]]:
         yield (
             f"backward M={M}",
             lambda x=x, g=grad_y, s=s, lora=lora: list(
-                C.cpu_linear_nf4_lora_backward(g, x, s, packed, *constants, *lora, 64, True)
+                C.cpu_linear_nf4_lora_backward(g, x, s, packed, *constants, *lora, 64, True, True, True)
             ),
         )
 
