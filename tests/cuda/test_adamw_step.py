@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_kernels.backends.reference.adamw_step import adamw_step
 from qlora_kernels.ops.adamw_step import SEGMENT_COLUMNS, Step
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
+from tests.support import cuda_host
 from tests.support.cuda_host import out, pointers
 
 from .launch_args import adamw_args
@@ -25,6 +26,7 @@ from .launching import (
     same_bits,
     source_and_ptx,
 )
+from .planted import Fault, planted_tests
 
 pytestmark = needs_emulator
 
@@ -51,7 +53,8 @@ class State:
         params = [torch.randn(n, generator=generator).to(dtype) for n in NUMELS]
         segments = torch.tensor([list(s) for s in chunks[0].segments], dtype=torch.int64)
         assert segments.shape[1] == len(SEGMENT_COLUMNS)
-        state = cls(params, [], torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(len(NUMELS)), segments)
+        steps = 3.0 * torch.arange(len(NUMELS))  # a count of each parameter, so that their factors differ
+        state = cls(params, [], torch.zeros(nbytes, dtype=torch.uint8), steps, segments)
         for _ in range(2):
             state.grads = [(torch.randn(n, generator=generator) * 0.1).to(dtype) for n in NUMELS]
             state.steps += 1
@@ -71,7 +74,7 @@ class State:
 
     def emulated(self, mode: str, *, lr: float = 0.01, seed: Tensor | None = None, multiplier: Tensor | None = None,
                  found_inf: Tensor | None = None, hyper: dict[str, float] = HYPER, order: str = "random",
-                 schedule: int = 1) -> None:  # fmt: skip
+                 schedule: int = 1, tested: cuda_host.Library | None = None) -> None:  # fmt: skip
         table: list[Tensor | out | int | None] = []
         for param, grad in zip(self.params, self.grads, strict=True):
             table += [out(param), grad, FLOAT_TYPES[param.dtype], param.numel()]
@@ -79,7 +82,7 @@ class State:
         optional = (seed, multiplier, found_inf)
         memory = (pointers(tuple(table)), self.segments, self.steps, self.arena, torch.tensor([lr]))
         arguments = adamw_args(*memory, optional, scalars, max(NUMELS))
-        tested = library("adamw_step", mode)
+        tested = tested or library("adamw_step", mode)
         tested.calls()
         assert tested.call("launch_adamw_step", arguments, None, seed=schedule, order=order) == 0
         assert [call.name for call in tested.calls()] == ["launch"], "one launch for all tensors"
@@ -242,3 +245,82 @@ def test_segments_outside_their_tensors_are_skipped(mode: str, column: str, valu
     mine.segments[0, SEGMENT_COLUMNS.index(column)] = value
     mine.emulated(mode)
     assert all(same_bits(a, b) for a, b in zip(mine.tensors(), before.tensors(), strict=True))
+
+
+OTHER_HYPER = {"beta1": 0.3, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.02}
+PLANTED_IN: list[tuple[torch.dtype, int, dict[str, object]]] = [
+    (torch.float32, 32, {}),
+    (torch.float32, 32, {"hyper": OTHER_HYPER}),
+    (torch.bfloat16, 8, {}),
+    (torch.bfloat16, 32, {"seed": torch.tensor([0x0123456789ABCDEF]), "multiplier": torch.tensor([0.37])}),
+    (torch.float32, 8, {"found_inf": torch.tensor([1.0])}),
+]
+DECAY = "if (decays) p = __fmul_rn(p, f.decay);"
+STEP = "p = __fadd_rn(p, __fdiv_rn(__fmul_rn(f.step_size, m), denominator));"
+SECOND_MOMENT = "__fmaf_rn(__fmul_rn(f.one_minus_beta2, g), g, __fmul_rn(v, f.beta2))"
+FAULTS = [
+    Fault("weight decay as in Adam", DECAY, "if (decays) g = __fmaf_rn(1.0f - f.decay, p, g);", 0),
+    Fault("weight decay after the step", STEP, f"{STEP} {DECAY}", 0),
+    Fault(
+        "the states are swapped",
+        "load_elements<float>(m, exp_avg, offset, count);",
+        "load_elements<float>(m, exp_avg_sq, offset, count);",
+        0,
+    ),
+    Fault("the bias correction of exp_avg", "lr / (1 - power(s.beta1, t))", "lr", 0),
+    Fault("the bias correction of exp_avg_sq", "__fdiv_rn(__fsqrt_rn(v), f.correction2)", "__fsqrt_rn(v)", 0),
+    Fault("eps inside the root", "__fsqrt_rn(v)", "__fsqrt_rn(v + f.eps)", 0),
+    Fault("the step count of the correction", "power(s.beta2, t)", "power(s.beta2, t - 1)", 0),
+    Fault("beta1 of 0.5 and below", "s.beta1 > 0.5", "true", 1),
+    Fault(
+        "a fused product",
+        SECOND_MOMENT,
+        "__fadd_rn(__fmul_rn(__fmul_rn(f.one_minus_beta2, g), g), __fmul_rn(v, f.beta2))",
+        0,
+    ),
+    Fault("the factor of gradients", "__fmul_rn(g[i], multiplier)", "g[i]", 3),
+    Fault(
+        "the codes of exp_avg_sq",
+        "shared.exp_avg_sq_code.fill_unsigned(thread);",
+        "shared.exp_avg_sq_code.fill_signed(thread);",
+        2,
+    ),
+    Fault(
+        "the absmax of a unit",
+        "reinterpret_cast<float*>(problem.arena + segment.exp_avg_absmax) + unit",
+        "reinterpret_cast<float*>(problem.arena + segment.exp_avg_absmax)",
+        2,
+    ),
+    Fault("the largest of a warp", "max(bits, __shfl_xor_sync(kEveryLane, bits, distance))", "bits", 2),
+    Fault("the last state of a segment", "code.value[q[i]]", "code.value[q[0]]", 2),
+    Fault("the random bits of an element", "16 * (i & 1)", "16 * (i & 0)", 3),
+    Fault("the counter of a segment", "segment.counter + offset", "offset", 3),
+    Fault("an overflow", "problem.found_inf && *problem.found_inf != 0", "false", 4),
+    Fault(
+        "the units of a block",
+        "int64_t(blockIdx.x) * kAdamWWarps + thread / 32",
+        "int64_t(blockIdx.x) * kAdamWWarps + thread / 64",
+        0,
+    ),
+    Fault("the barrier before the factors", "__syncthreads();  // the factors of the segment before", "", 0),
+]
+"""case: in PLANTED_IN."""
+
+ONE_ROW = {"4 * kLargestSegmentRow, n_segments": "4, n_segments", "n_segments < 65535 ? n_segments : 65535": "1"}
+"""Few blocks, so that each has several units and several segments."""
+
+
+def check_planted(tested: cuda_host.Library, case: int) -> None:
+    dtype, bits, options = PLANTED_IN[case]
+    start = State.make(dtype, bits)
+    expected = start.copy()
+    expected.reference(**options)  # type: ignore[arg-type]
+    for order in ("random", "warp-priority"):
+        mine = start.copy()
+        mine.emulated("plain", tested=tested, order=order, **options)  # type: ignore[arg-type]
+        assert all(same_bits(a, b) for a, b in zip(mine.tensors(), expected.tensors(), strict=True))
+
+
+planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
+    "adamw_step", FAULTS, check_planted, ONE_ROW
+)

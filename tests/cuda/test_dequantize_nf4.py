@@ -1,7 +1,5 @@
 """csrc/cuda/dequantize_nf4.cu in the emulator: bit-equal to the reference (class 1)."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -21,7 +19,7 @@ from .launching import (
     quantized,
     same_bits,
 )
-from .planted import Fault, PlantedLibrary
+from .planted import Fault, planted_tests
 
 pytestmark = needs_emulator
 
@@ -113,22 +111,9 @@ ONE_DTYPE = {"launch_dequantize<T>(*args": "launch_dequantize<__nv_bfloat16>(*ar
 """Leaves the kernels that the test runs, because compiling takes most of its time."""
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
-    found = PlantedLibrary("dequantize_nf4", FAULTS, tmp_path_factory.mktemp("dequantize_nf4"), ONE_DTYPE)
-    yield found
-    found.close()
-
-
-def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
-    for case in {fault.case for fault in FAULTS}:
-        check_rows(planted.plant(None), ROWS[case], torch.bfloat16)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
-    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
-        check_rows(planted.plant(fault), ROWS[fault.case], torch.bfloat16)
+planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
+    "dequantize_nf4", FAULTS, lambda tested, case: check_rows(tested, ROWS[case], torch.bfloat16), ONE_DTYPE
+)
 
 
 @needs_nvcc

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from .launching import (
     source,
 )
 from .linear_problems import PAIR_SCALE, LinearProblem, pair_codes
-from .planted import Fault, PlantedLibrary
+from .planted import Fault, planted_tests
 
 pytestmark = needs_emulator
 
@@ -220,15 +219,10 @@ EXPRESSIONS = [
 """Faults in an expression; case: the problem in PLANTED_IN whose result is wrong."""
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
-    two_kernels = {
-        "launch_pairs_tile<16, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
-        "launch_pairs<false>": "launch_pairs<true>",
-    }
-    found = PlantedLibrary("linear_nf4_pairs", EXPRESSIONS, tmp_path_factory.mktemp("pairs"), two_kernels)
-    yield found
-    found.close()
+TWO_KERNELS = {
+    "launch_pairs_tile<16, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
+    "launch_pairs<false>": "launch_pairs<true>",
+}
 
 
 def check_planted(tested: cuda_host.Library, case: int) -> None:
@@ -236,15 +230,9 @@ def check_planted(tested: cuda_host.Library, case: int) -> None:
     assert_within(run("plain", problem, tested=tested), problem.expected_of_pairs(), str(problem))
 
 
-def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
-    for case in range(len(PLANTED_IN)):
-        check_planted(planted.plant(None), case)
-
-
-@pytest.mark.parametrize("fault", EXPRESSIONS, ids=lambda fault: fault.name)
-def test_wrong_expression_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
-    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
-        check_planted(planted.plant(fault), fault.case)
+planted, test_checks_pass_without_a_fault, test_wrong_expression_is_detected = planted_tests(
+    "linear_nf4_pairs", EXPRESSIONS, check_planted, TWO_KERNELS
+)
 
 
 @pytest.mark.parametrize(

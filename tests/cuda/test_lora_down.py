@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from .launching import (
     ptx_under_sanitizers,
     same_bits,
 )
-from .planted import Fault, PlantedLibrary
+from .planted import Fault, planted_tests
 
 pytestmark = needs_emulator
 
@@ -110,22 +108,9 @@ ONE_DTYPE = {"launch_typed<T>(*args": "launch_typed<__nv_bfloat16>(*args"}
 """Leaves the kernels that the test runs, because compiling takes most of its time."""
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
-    found = PlantedLibrary("lora_down", FAULTS, tmp_path_factory.mktemp("lora_down"), ONE_DTYPE)
-    yield found
-    found.close()
-
-
-def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
-    for case in {fault.case for fault in FAULTS}:
-        check_s_and_copy(planted.plant(None), CASES[case], torch.bfloat16)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
-    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
-        check_s_and_copy(planted.plant(fault), CASES[fault.case], torch.bfloat16)
+planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
+    "lora_down", FAULTS, lambda tested, case: check_s_and_copy(tested, CASES[case], torch.bfloat16), ONE_DTYPE
+)
 
 
 @needs_nvcc

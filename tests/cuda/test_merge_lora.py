@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -24,7 +22,7 @@ from .launching import (
     ptx_under_sanitizers,
     quantized,
 )
-from .planted import Fault, PlantedLibrary
+from .planted import Fault, planted_tests
 
 pytestmark = needs_emulator
 
@@ -92,13 +90,6 @@ FAULTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlantedLibrary]:
-    found = PlantedLibrary("merge_lora", FAULTS, tmp_path_factory.mktemp("merge_lora"), ONE_DTYPE)
-    yield found
-    found.close()
-
-
 ONE_DTYPE = {
     "launch_merge<T>": "launch_merge<__nv_bfloat16>",
     "merge_lora_kernel<T, 4>": "merge_lora_kernel<T, 3>",
@@ -106,15 +97,9 @@ ONE_DTYPE = {
 """Leaves the kernels that the test runs, because compiling takes most of its time."""
 
 
-def test_checks_pass_without_a_fault(planted: PlantedLibrary) -> None:
-    for case in {fault.case for fault in FAULTS}:
-        check_merged_weight(planted.plant(None), CASES[case], torch.bfloat16)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_planted_fault_is_detected(planted: PlantedLibrary, fault: Fault) -> None:
-    with pytest.raises((AssertionError, cuda_host.KernelFault, cuda_host.SanitizerReport)):
-        check_merged_weight(planted.plant(fault), CASES[fault.case], torch.bfloat16)
+planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
+    "merge_lora", FAULTS, lambda tested, case: check_merged_weight(tested, CASES[case], torch.bfloat16), ONE_DTYPE
+)
 
 
 @pytest.mark.parametrize(
