@@ -99,7 +99,7 @@ def differentiate(
     name, op, run_below = _op_of(qualname)
     names = [argument.name for argument in op._schema.arguments]
     frozen = _getter([names.index(constant) for constant in constants])
-    has_lists = any("List[" in str(argument.type) for argument in op._schema.arguments)
+    has_lists = _has_lists(op)
     apply, compose = spread(apply, (*takes, Tensor) if takes else ()), spread(compose, takes)
 
     def autograd(keyset: Any, *args: Any) -> Any:
@@ -127,11 +127,14 @@ def compose_derivatives(qualname: str, takes: Takes, compose: Callable[..., Any]
 
     takes: as for `differentiate`.   compose(*bundles): the op composed of torch's differentiable ops.
     """
-    name, _, run_below = _op_of(qualname)
+    name, op, run_below = _op_of(qualname)
+    has_lists = _has_lists(op)
     compose = spread(compose, takes)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if _transforms_active() or forward_ad._current_level >= 0 or _requires_grad(args):
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return _composed(name, compose, args)
+        if torch.is_grad_enabled() and _any_requires_grad(*(_spread_lists(args) if has_lists else args)):
             return _composed(name, compose, args)
         return run_below(keyset, *args)
 
@@ -149,6 +152,11 @@ def refuse_derivatives(qualname: str) -> None:
         return run_below(keyset, *args, **keywords)
 
     _autograd_kernels.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _has_lists(op: Any) -> bool:
+    """Whether an argument of the op is a list of tensors."""
+    return any("List[" in str(argument.type) for argument in op._schema.arguments)
 
 
 def _op_of(qualname: str) -> tuple[str, Any, Callable[..., Any]]:

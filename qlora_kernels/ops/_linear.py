@@ -37,9 +37,13 @@ def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | G
     """Return the Problem of a call of `op`. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,
-        "cpu" if rows.is_cpu else rows.device.type,  # device.type makes a new string on each access
+        "cpu"
+        if rows.is_cpu
+        else "cuda"
+        if rows.is_cuda
+        else rows.device.type,  # device.type makes a new string on each access
         rows.dtype,
-        rows.shape[:-1].numel(),
+        rows.shape[0] if rows.dim() == 2 else rows.shape[:-1].numel(),
         weight.N,
         weight.K,
         0 if lora is None else lora.r,

@@ -84,7 +84,9 @@ def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = Non
     check_last_dim(op, "grad_y", grad_y, weight.N, "N")
     if x is None:
         return
-    if grad_y.shape[:-1] != x.shape[:-1]:
+    shape, of_x = grad_y.shape, x.shape
+    matrices = len(shape) == len(of_x) == 2  # whose rows are compared without slices, which take half of this check
+    if shape[0] != of_x[0] if matrices else shape[:-1] != of_x[:-1]:
         expected, got = tuple(x.shape[:-1]), tuple(grad_y.shape)
         raise ValueError(f"{op}: grad_y must have the leading dimensions of x, {expected}, got shape {got}")
     _check_like_x(op, "grad_y", grad_y, x)
@@ -93,8 +95,8 @@ def check_grad_y(op: str, grad_y: Tensor, weight: Weight, x: Tensor | None = Non
 def check_s(op: str, s: Tensor, x: Tensor, r: int) -> None:
     """Raise unless s has the shape [M, r], dtype and device of the s that the forward op returned."""
     check_given(op, "s", s)
-    shape = (x.shape[:-1].numel(), r)
-    if tuple(s.shape) != shape:
+    shape = (x.shape[0] if x.dim() == 2 else x.shape[:-1].numel(), r)
+    if s.shape != shape:
         raise ValueError(f"{op}: s must have shape [M, r]={shape}, got {tuple(s.shape)}")
     _check_like_x(op, "s", s, x)
 

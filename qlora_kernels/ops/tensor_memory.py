@@ -19,6 +19,8 @@ def check_memory(op: str, value: object) -> None:
         _check_tensor(op, value)
     elif isinstance(value, (list, tuple)):
         for item in value:
+            if type(item) in _WITHOUT_MEMORY:  # most items of a bundle; isinstance(item, Tensor) takes longer for them
+                continue
             if isinstance(item, Tensor):
                 # Most tensors begin with their storage and are contiguous: the bytes of their elements are enough.
                 fits = item.nbytes <= item.untyped_storage().nbytes()
@@ -26,6 +28,9 @@ def check_memory(op: str, value: object) -> None:
                     _check_tensor(op, item)
             elif isinstance(item, (list, tuple)):
                 check_memory(op, item)
+
+
+_WITHOUT_MEMORY = frozenset((type(None), bool, int, float, str))
 
 
 def contiguous(op: str, tensor: Tensor) -> Tensor:

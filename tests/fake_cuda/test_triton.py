@@ -87,9 +87,10 @@ def test_the_backend_is_available() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_side_stream(name: str) -> None:
-    """Only the current stream is synchronized."""
+    """Only the current stream is synchronized. The second call is by kept launches."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side), qk.use_backend("triton"):
+        call_of(name)("cuda")
         results = call_of(name)("cuda")
         side.synchronize()
         check(name, results)
@@ -98,6 +99,7 @@ def test_side_stream(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_operands_on_the_second_device(name: str) -> None:
     with qk.use_backend("triton"):
+        call_of(name)("cuda:1")
         results = call_of(name)("cuda:1")
     assert all(result.device.index == 1 for result in results)
     check(name, results)

@@ -152,14 +152,22 @@ def test_dequantize_is_compiled_within_its_budget(arch, gap, config, budget):
     assert broken_gates([row]) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_rank_64_gradients_do_not_spill(dtype):
+@pytest.mark.parametrize(
+    ("M", "dtype", "kernels"),
+    [
+        (64, torch.bfloat16, ["lora_ds_grad_B_kernel"]),
+        (4096, torch.float32, ["lora_ds_grad_B_kernel"]),
+        (4096, torch.bfloat16, ["lora_down_kernel", "lora_ds_grad_B_kernel"]),
+    ],
+    ids=["one pass", "one pass fp32", "two passes"],
+)
+def test_rank_64_gradients_do_not_spill(M, dtype, kernels):
     """The widest accumulators of the adapter kernels, at the rank of the QLoRA paper, where sm_80 has least room; and
     fp32, whose products hold the operands of a whole step."""
-    grad_y, s, lora_B = meta(4096, 4096, dtype=dtype), meta(4096, 64, dtype=dtype), meta(4096, 64)
+    grad_y, s, lora_B = meta(M, 4096, dtype=dtype), meta(M, 64, dtype=dtype), meta(4096, 64)
     case = Case(lambda: lora_ds_grad_B(grad_y, s, lora_B, 2.0))
     rows = [row_of(launch, case, 80) for launch in compile_case(case, 80)]
-    assert rows[0].kernel == "lora_ds_grad_B_kernel"
+    assert [row.kernel for row in rows if row.kernel != "sum_partials_kernel"] == kernels
     assert broken_gates(rows) == []
 
 

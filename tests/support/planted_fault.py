@@ -42,6 +42,15 @@ def plant(module: str, old: str, new: str, folder: Path, monkeypatch: pytest.Mon
                     monkeypatch.setattr(user, attribute, changed[id(value)])
 
 
+def forget_launches() -> None:
+    """Empty the caches of the backend's launchers, which hold launches of the kernels that were there before."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{PACKAGE}."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 def mutation_tests(
     checks: Mapping[str, Callable[[], None]], mutations: Sequence[tuple[str, str, str, str]]
 ) -> tuple[Callable[[str], None], Callable[[str, str, str, str, Path, pytest.MonkeyPatch], None]]:
@@ -59,7 +68,9 @@ def mutation_tests(
         module: str, old: str, new: str, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plant(module, old, new, tmp_path, monkeypatch)
+        forget_launches()
         with pytest.raises((AssertionError, InterpreterError)):
             checks[check]()
+        forget_launches()
 
     return test_checks_pass_unmutated, test_mutation_is_detected

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
 import torch
 
 import qlora_kernels as qk
+from qlora_kernels.backends.triton import lora_grads, planner
 from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.linear_nf4_lora_group import linear_nf4_lora_group, linear_nf4_lora_group_backward
 from qlora_kernels.backends.triton.linear_nf4_lora_merged import merge_lora
-from qlora_kernels.backends.triton.planner import Plan, use_plan
+from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B, passes_over_grad_y
+from qlora_kernels.backends.triton.planner import ARCHS, Plan, use_plan
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
@@ -86,3 +92,37 @@ def check_merged_weight(dtype, N, K, r, blocksize=64, double=True):
     if dtype != torch.float32:
         once = (w + lora.scaling * (lora.B @ lora.A)).to(dtype)
         assert (out != once).float().mean() < 0.01, "one rounding; sums of another order may cross a boundary"
+
+
+TWO_PASSES = (16, 400, 64)
+"""(M, N, r), for which `small_gpu` takes two passes over grad_y in bf16."""
+
+
+@contextmanager
+def small_gpu():
+    """Plan for a GPU of one slow multiprocessor, where launches cost nothing beside bytes."""
+    with mock.patch.dict(ARCHS, {80: replace(ARCHS[80], sm_count=1, bytes_per_s=1.0)}):
+        planner.arch_for.cache_clear()
+        lora_grads._ds_grad_B_sequence.cache_clear()
+        yield
+    planner.arch_for.cache_clear()
+    lora_grads._ds_grad_B_sequence.cache_clear()
+
+
+def check_ds_and_grad_B(M, N, r, dtype, copies):
+    grad_y, s, B = gaussian(M, N, dtype=dtype), gaussian(M, r, dtype=dtype, seed=1), gaussian(N, r, seed=2)
+    rows = torch.full((M, N + 16), torch.nan, dtype=dtype)
+    ds, grad_B = lora_ds_grad_B(grad_y, s, B, 0.7, rows[:, :N] if copies else None)
+    a = arithmetic_of("triton", dtype)
+    g = a.input(grad_y)
+    assert_within(ds, a.product(g, a.input(B)).scaled(0.7).to(dtype), "ds")
+    assert_within(grad_B, a.partial(a.product(g.T, a.input(s)).scaled(0.7)).to(torch.float32), "grad_B")
+    if copies:
+        assert torch.equal(rows[:, :N], grad_y)
+        assert rows[:, N:].isnan().all()
+
+
+def check_two_passes(dtype=torch.bfloat16, copies=False):
+    with small_gpu():
+        assert passes_over_grad_y(*TWO_PASSES, dtype, 80) == 2
+        check_ds_and_grad_B(*TWO_PASSES, dtype, copies)

@@ -15,7 +15,7 @@ from tests.support.planted_fault import mutation_tests
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, total
 
-from .checks import check_group, check_merged_weight, check_rows
+from .checks import check_group, check_merged_weight, check_rows, check_two_passes
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
 SPLIT = Plan("fused", block_m=16, block_n=64, block_k=64, split_k=2)
@@ -88,6 +88,7 @@ CHECKS = {
     "small_m": lambda: lora(SMALL_M, M=2, N=7, K=576),
     "multi": multi,
     "extended": lambda: check_group(torch.bfloat16, 0.0, 64, (57,), (5,)),
+    "two passes": check_two_passes,
     "merged": lambda: check_merged_weight(torch.bfloat16, 130, 128, 70),
     "rows of 448": lambda: check_rows(torch.bfloat16, 40, 448, 32, 128),
     "rows of 1088": lambda: check_rows(torch.bfloat16, 5, 1088, 16, 64),
@@ -126,17 +127,20 @@ MUTATIONS = [
     ("dequantize_nf4", "column %= K", "column %= gap", "rows of 448"),
     ("dequantize_nf4", "(o_column >= K)[:, None]", "(o_column > K)[:, None]", "rows of 1088"),
     ("dequantize_nf4", "column -= tl.where(column >= K, K, 0)", "column -= 0", "rows of 1088"),
+    ("lora_down", ".to(tl.int64) * stride_A_k", ".to(tl.int64) * 1", "two passes"),
+    ("lora_grads", "DropoutRate(0, scaling)", "DropoutRate(0, 1.0)", "two passes"),
+    ("lora_grads", "transposed=True", "transposed=False", "two passes"),
     ("lora_up", "acc *= scaling", "acc *= 1.0", "decode"),
     ("lora_up", "acc += base", "acc += 0.0", "decode"),
     ("lora_up", "range(parts)", "range(1)", "split"),
     ("lora_up", "tl.where(keep, acc, 0.0)", "acc", "decode"),
-    ("lora_down", "scale if splits == 1 else 1.0", "1.0", "one split"),
-    ("lora_grads", "sum_partials(ds, scaling", "sum_partials(ds, 1.0", "parts"),
-    ("lora_grads", "sum_partials(grad_B, scaling", "sum_partials(grad_B, 1.0", "parts"),
-    ("lora_grads", "sum_partials(grad_A, dropout.scale", "sum_partials(grad_A, 1.0", "parts"),
+    ("lora_down", "rate.scale if splits == 1 else 1.0", "1.0", "one split"),
+    ("lora_grads", "ds, tiles_n, (M, r), scaling", "ds, tiles_n, (M, r), 1.0", "parts"),
+    ("lora_grads", "(N, r),\n        scaling,", "(N, r),\n        1.0,", "parts"),
+    ("lora_grads", "(r, K), rate.scale", "(r, K), 1.0", "parts"),
     ("lora_grads", "scaling if tiles_n == 1 else 1.0", "1.0", "decode"),
     ("lora_grads", "scaling if chunks == 1 else 1.0", "1.0", "decode"),
-    ("lora_grads", ", scale if chunks == 1 else 1.0", ", 1.0", "decode"),
+    ("lora_grads", ", rate.scale if chunks == 1 else 1.0", ", 1.0", "decode"),
     ("lora_grads", "tl.where(keep, b_x, 0.0)", "b_x", "decode"),
     ("partials", "total * scale", "total", "decode"),
     ("dropout", "words & 0xFFFF, words >> 16", "words >> 16, words & 0xFFFF", "decode"),

@@ -8,68 +8,23 @@ from typing import Any
 import pytest
 import torch
 import triton
-from torch import Tensor
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from python.kernels_report.mock_gpu import MockDriver
 from qlora_kernels.backends.triton import launch, lora_down, lora_grads, partials
 from qlora_kernels.backends.triton.launch import Launchable
 from tests.support.problems import gaussian
 
-calls: list[tuple[Any, ...]] = []
-"""The arguments of each call of a compiled kernel's launcher."""
-
-
-class CudaLauncher:
-    """Records what it is called with; it has the name by which launches recognize Triton's."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        calls.append(arguments)
-
-
-class RecordingDriver(MockDriver):
-    launcher_cls = CudaLauncher
-
-    class utils(MockDriver.utils):
-        @staticmethod
-        def load_binary(*_: Any) -> tuple[Any, ...]:
-            return "module", 1234, 32, 0, 1024
+from .recording import RecordingDriver, addresses, by_triton, calls, recorded_kernel
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launchable]:
     """A kernel without kept launches, on the recording driver."""
-    monkeypatch.setattr(driver, "_active", RecordingDriver(80))
+    yield recorded_kernel(monkeypatch)
     calls.clear()
-    fresh = Launchable(triton.jit(partials.sum_partials_kernel.fn))
-    monkeypatch.setattr(partials, "sum_partials_kernel", fresh)
-    yield fresh
-    calls.clear()
-
-
-def by_triton(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows with each launch by Triton itself."""
-    seen: list[int] = []
-    stock = JITFunction.run
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        return stock(self, *args, **kwargs)
-
-    counted.__module__ = JITFunction.__module__
-    monkeypatch.setattr(JITFunction, "run", counted)
-    return seen
-
-
-def addresses(arguments: tuple[Any, ...]) -> list[Any]:
-    return [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
 
 
 def test_kept_launch_passes_what_triton_passes(kernel: Launchable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ class AbsmaxPointers(NamedTuple):
 
 def absmax_pointers(weight: Weight) -> AbsmaxPointers:
     """Return the kernels' four pointers to a weight's constants."""
-    absmax, absmax_q, absmax_scale, absmax_offset = weight.constants
+    _, absmax, absmax_q, absmax_scale, absmax_offset, *_ = weight
     if absmax is not None:
         return AbsmaxPointers(absmax, absmax, absmax, absmax)
     assert absmax_q is not None

@@ -56,24 +56,37 @@ def _philox(seed, counter):
     return tl.philox(seed, low, high, zero, zero, n_rounds=PHILOX_ROUNDS)
 
 
-class Dropout(NamedTuple):
-    """The dropout arguments of a launch. seed: int64 [1]; without dropout any tensor, which is not read."""
+class DropoutRate(NamedTuple):
+    """The numbers of dropout in a launch. threshold: 0 without dropout."""
 
-    on: bool
-    seed: Tensor
     threshold: int
     scale: float
 
     def elements_per_philox_call(self, columns: int) -> int:
         """Return the kernels' DROPOUT for a matrix of this width: 0 without dropout, else elements per Philox call."""
-        if not self.on:
+        if not self.threshold:
             return 0
         return 8 if columns % 8 == 0 else 1
 
 
+NO_DROPOUT = DropoutRate(0, 1.0)
+
+
+class Dropout(NamedTuple):
+    """The dropout arguments of a call. seed: int64 [1]; without dropout any tensor, which is not read."""
+
+    on: bool
+    seed: Tensor
+    rate: DropoutRate
+
+
 def dropout_of(seed: Tensor | None, dropout_p: float, placeholder: Tensor) -> Dropout:
     """Return the Dropout of an op's arguments; a probability that rounds to threshold 0 is no dropout."""
+    rate = NO_DROPOUT if seed is None else rate_of(dropout_p)
+    return Dropout(False, placeholder, rate) if seed is None or not rate.threshold else Dropout(True, seed, rate)
+
+
+def rate_of(dropout_p: float) -> DropoutRate:
+    """Return the threshold and the scale of a probability."""
     threshold = keep_threshold(dropout_p)
-    if seed is None or threshold == 0:
-        return Dropout(False, placeholder, 0, 1.0)
-    return Dropout(True, seed, threshold, keep_scale(dropout_p))
+    return DropoutRate(threshold, float(keep_scale(dropout_p))) if threshold else NO_DROPOUT

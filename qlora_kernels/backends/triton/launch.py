@@ -11,14 +11,16 @@ A launcher that runs in every layer keeps a Launch for each size of its problem,
 
     kernel[grid](*pointers, *numbers, **flags)                                launches
     launch = kernel.prepare(grid, numbers, **flags); launch(*pointers)        the same, the first part once
+
+launch_sequence.py does the rest once for all launches of a call.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from operator import attrgetter
+from functools import lru_cache, partial, reduce
+from operator import attrgetter, or_
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -114,43 +116,53 @@ class Launchable:
         return Launch(self, grid, numbers, flags)
 
 
+class Kept(NamedTuple):
+    """A compiled kernel, and the arguments of a Launch that follow the pointers."""
+
+    compiled: _Compiled
+    rest: tuple[Any, ...]
+
+
 class Launch:
     """A launch of a kernel with all arguments but the pointers, which are those of the call.
 
     The first pointer's device must be the current one.
     """
 
-    __slots__ = ("_flags", "_grid", "_kept", "_kernel", "_numbers", "_three")
+    __slots__ = ("_flags", "_grid", "_kept", "_kernel", "_numbers", "grid")
 
     def __init__(
         self, kernel: Launchable, grid: tuple[int, ...], numbers: tuple[Any, ...], flags: dict[str, Any]
     ) -> None:
         kernel.settle_cache_key()
         self._kernel, self._grid, self._numbers, self._flags = kernel, grid, numbers, flags
-        self._three = (*grid, 1, 1)[:3]
-        self._kept: dict[tuple[Any, ...], tuple[_Compiled, tuple[Any, ...]]] = {}
-        """Kind of the pointers -> the compiled kernel, and the arguments that follow the pointers."""
+        self.grid = (*grid, 1, 1)[:3]
+        self._kept: dict[tuple[Any, ...], Kept] = {}
+        """Kind of the pointers -> what launches them."""
 
     def __call__(self, *pointers: Tensor) -> None:
         kernel = self._kernel
-        if not kernel.may_keep or kernel.kernel.pre_run_hooks or _is_observed():
+        if not kernel.may_keep or kernel.kernel.pre_run_hooks or is_observed():
             kernel.kernel[self._grid](*pointers, *self._numbers, **self._flags)
             return
-        addresses = [*map(_address_of, pointers)]
-        together = 0
-        for address in addresses:
-            together |= address
-        device = pointers[0].get_device()
-        # Most often all are multiples of 16, which one number shows.
-        aligned = together & 15 == 0 or tuple(address & 15 == 0 for address in addresses)
-        kind = (device, aligned, *map(_dtype_of, pointers))
+        kind, addresses = kind_of(pointers)
         kept = self._kept.get(kind)
         if kept is None:
             self._launch_and_keep(kind, pointers)
             return
         compiled, rest = kept
-        stream = driver.active.get_current_stream(device)
-        compiled.run(*self._three, stream, *compiled.head, (*addresses, *rest))
+        compiled.run(*self.grid, current_stream(kind[0]), *compiled.head, (*addresses, *rest))
+
+    @property
+    def hooks(self) -> Sequence[Any]:
+        """Functions that Triton calls before each launch of the kernel; a list that may grow."""
+        return getattr(self._kernel.kernel, "pre_run_hooks", ())
+
+    def kept_for(self, pointers: Sequence[Tensor]) -> Kept | None:
+        """Return what launches these pointers without Triton, None where Triton itself has to launch them."""
+        if not self._kernel.may_keep or self._kernel.kernel.pre_run_hooks or is_observed():
+            return None
+        return self._kept.get(kind_of(pointers)[0])
 
     def _launch_and_keep(self, kind: tuple[Any, ...], pointers: tuple[Tensor, ...]) -> None:
         """Launch by Triton, unless another Launch has kept this kind, and keep the kernel if it is one of a GPU."""
@@ -164,9 +176,26 @@ class Launch:
             if launcher is None or not all(name in self._flags for name in constants):
                 return
             kept[whole_kind] = _Compiled(*launcher, tuple(self._flags[name] for name in constants), compiled)
-        self._kept[kind] = kept[whole_kind], (*self._numbers, *kept[whole_kind].constants)
+        self._kept[kind] = Kept(kept[whole_kind], (*self._numbers, *kept[whole_kind].constants))
         if launches_again:
             self(*pointers)
+
+
+def kind_of(pointers: Sequence[Tensor], typed: Sequence[Tensor] | None = None) -> tuple[tuple[Any, ...], list[int]]:
+    """Return the kind of pointers, which begins with the device of the first one, and their addresses.
+
+    typed: the pointers whose dtypes may differ from call to call; all by default.
+    """
+    addresses = [*map(_address_of, pointers)]
+    # Most often all are multiples of 16, which one number shows.
+    aligned = reduce(or_, addresses) & 15 == 0 or tuple(address & 15 == 0 for address in addresses)
+    return (pointers[0].get_device(), aligned, *map(_dtype_of, typed or pointers)), addresses
+
+
+def current_stream(device: int) -> int:
+    """Return the stream on which torch launches on this device."""
+    stream: int = driver.active.get_current_stream(device)
+    return stream
 
 
 def launchable(kernel: Any) -> Launchable:
@@ -204,7 +233,7 @@ def _kind_of_number(value: float) -> tuple[Any, ...]:
     return (type(value),)
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Whether a profiler or a tool wants to see launches, or has replaced Triton's launch."""
     runtime = triton.knobs.runtime
     return (

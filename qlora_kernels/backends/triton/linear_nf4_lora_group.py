@@ -75,7 +75,7 @@ def linear_nf4_lora_group_backward(
     grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype) if need_grad_A else x.new_empty(0)
     if not need_grad_x:
         return x.new_empty(0), grad_A, list(grads_B)
-    low_rank = LowRankTerm(ds, lora.A, dropout.scale)
+    low_rank = LowRankTerm(ds, lora.A, dropout.rate.scale)
     if both is not None:
         grad_x = extended_k.backward(both, weights, (ds, lora.A) if inside else None, decode_into)
         if not inside:

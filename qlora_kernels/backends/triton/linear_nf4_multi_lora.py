@@ -275,10 +275,10 @@ def multi_lora_up(
         1 if right_is_transposed else C,
         r if right_is_transposed else 1,
         float(factor),
-        dropout.threshold,
+        dropout.rate.threshold,
         HAS_SCALINGS=scalings is not None,
         HAS_BIAS=bias is not None,
-        DROPOUT=dropout.elements_per_philox_call(C),
+        DROPOUT=dropout.rate.elements_per_philox_call(C),
         BLOCK_M=BLOCK_M,
         BLOCK_C=block_c,
         BLOCK_R=rank_tile(r, out.dtype),
@@ -306,15 +306,15 @@ def linear_nf4_multi_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: 
         r,
         lora.A.shape[0],
         steps,
-        dropout.threshold,
-        DROPOUT=dropout.elements_per_philox_call(K),
+        dropout.rate.threshold,
+        DROPOUT=dropout.rate.elements_per_philox_call(K),
         BLOCK_M=BLOCK_M,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    s = sum_partials(parts, dropout.scale, x.dtype)
+    s = sum_partials(parts, dropout.rate.scale, x.dtype)
     y = forward(x, weight, None, None)
     multi_lora_up(
         y,
@@ -380,9 +380,9 @@ def linear_nf4_multi_lora_backward(
         M,
         K,
         r,
-        float(dropout.scale),
-        dropout.threshold,
-        DROPOUT=dropout.elements_per_philox_call(K),
+        float(dropout.rate.scale),
+        dropout.rate.threshold,
+        DROPOUT=dropout.rate.elements_per_philox_call(K),
         BLOCK_M=block_m,
         BLOCK_K=128,
         BLOCK_R=block_r,
@@ -400,7 +400,7 @@ def linear_nf4_multi_lora_backward(
             right_is_transposed=False,
             scalings=None,
             bias=None,
-            factor=dropout.scale,
+            factor=dropout.rate.scale,
             dropout=dropout,
         )
     return grad_x, grad_A, grad_B

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rounding import cdiv
-from .dropout import Dropout, keep_tile
-from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
-from .partials import partials_or_result, rank_tile, split_count, sum_partials
+from .dropout import Dropout, DropoutRate, keep_tile
+from .launch import KEPT_LAUNCHES, launchable
+from .launch_sequence import LaunchSequence, Slot
+from .partials import add_summed, rank_tile, split_count
 from .planner import capability_for
 
 BLOCK_M = 64
@@ -40,6 +41,8 @@ def lora_down_kernel(
     K,
     R,
     steps,
+    stride_A_r,
+    stride_A_k,
     stride_copy,
     threshold,
     scale,
@@ -53,7 +56,8 @@ def lora_down_kernel(
 
     Grid (tiles of M, splits of K, tiles of R). Each program stores its own part, in fp32; a second launch
     (sum_partials) adds the splits in order and applies dropout's scale. With one split the only part is s itself. A is
-    used in x's dtype. A may hold the stacked rows of several adapters: linears with the same x share one launch.
+    used in x's dtype. Its strides allow a transposed one, such as lora_B for ds = grad_y B. A may hold the stacked rows
+    of several adapters: linears with the same x share one launch.
     COPY: the programs of the first tile of R also store x to copy [M, K], whose rows have a stride.
     """
     i_m, i_split, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -69,7 +73,8 @@ def lora_down_kernel(
     for i in range(first, min(first + steps, tl.cdiv(K, BLOCK_K))):
         column = i * BLOCK_K + o_k
         b_x = tl.load(p_x + row_m[:, None] * K + column[None, :], mask=column[None, :] < K, other=0.0)
-        b_A = tl.load(p_lora_A + row_r[None, :] * K + column[:, None], mask=column[:, None] < K, other=0.0)
+        o_A = row_r[None, :] * stride_A_r + column[:, None].to(tl.int64) * stride_A_k
+        b_A = tl.load(p_lora_A + o_A, mask=column[:, None] < K, other=0.0)
         if COPY:
             p_tile = p_copy + row_m[:, None] * stride_copy + column[None, :]
             tl.store(p_tile, b_x, mask=(o_m[:, None] < M) & (column[None, :] < K) & (i_r == 0))
@@ -81,56 +86,77 @@ def lora_down_kernel(
     tl.store(p_s + o_s, (acc * scale).to(p_s.dtype.element_ty), mask=(o_m[:, None] < M) & (o_r[None, :] < R))
 
 
-def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None = None) -> Tensor:
-    """Return s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous.
-
-    copy: receives x where it is given; [M, K] with contiguous rows, which may have a stride.
-    """
-    M, K = x.shape
-    r = lora_A.shape[0]
-    splits, launch = _down_launch(
-        lora_down_kernel,
-        M,
-        K,
-        r,
-        x.dtype,
-        capability_for(x),
-        dropout.elements_per_philox_call(K),
-        dropout.threshold,
-        None if copy is None else copy.stride(0),
-        dropout.scale,
-    )
-    parts = partials_or_result(x, splits, M, r, x.dtype)
-    launch(x, lora_A, dropout.seed, parts, x if copy is None else copy)
-    return parts if splits == 1 else sum_partials(parts, dropout.scale, x.dtype)
-
-
-@lru_cache(maxsize=KEPT_LAUNCHES)
-def _down_launch(
-    kernel: Launchable,
-    M: int,
-    K: int,
-    r: int,
+def add_lora_down(
+    sequence: LaunchSequence,
+    x: Slot,
+    lora_A: Slot,
+    seed: Slot,
+    copy: Slot | None,
+    sizes: tuple[int, int, int],
     dtype: torch.dtype,
     capability: int,
-    dropout: int,
-    threshold: int,
-    stride_copy: int | None,
-    scale: float,
-) -> tuple[int, Launch]:
-    """Return the number of splits and the launch. dropout: DROPOUT.   stride_copy: None without a copy of x."""
+    rate: DropoutRate,
+    *,
+    transposed: bool = False,
+    stride_copy: int = 0,
+) -> Slot:
+    """Add s = dropout(x) A^T to a sequence; return the slot of s [M, r].
+
+    sizes: (M, K, r).   transposed: lora_A is [K, r].   copy: receives x; None without a copy.
+    """
+    M, K, r = sizes
     block_r, block_k = rank_tile(r, dtype), block_k_of(dtype)
-    tiles_m, tiles_r = cdiv(M, BLOCK_M), cdiv(r, block_r)
-    steps, splits = split_count(cdiv(K, block_k), tiles_m * tiles_r, capability)
-    launch = kernel.prepare(
-        (tiles_m, splits, tiles_r),
-        (M, K, r, steps, stride_copy or 0, threshold, scale if splits == 1 else 1.0),
-        DROPOUT=dropout,
-        COPY=stride_copy is not None,
+    steps, splits = splits_of_down(M, K, r, dtype, capability)
+    launch = lora_down_kernel.prepare(
+        (cdiv(M, BLOCK_M), splits, cdiv(r, block_r)),
+        (
+            *(M, K, r, steps),
+            *((1, r) if transposed else (K, 1)),
+            *(stride_copy, rate.threshold, rate.scale if splits == 1 else 1.0),
+        ),
+        DROPOUT=rate.elements_per_philox_call(K),
+        COPY=copy is not None,
         BLOCK_M=BLOCK_M,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return splits, launch
+    return add_summed(
+        sequence,
+        launch,
+        lambda out: (x, lora_A, seed, out, x if copy is None else copy),
+        splits,
+        (M, r),
+        rate.scale,
+        dtype,
+    )
+
+
+def splits_of_down(M: int, K: int, r: int, dtype: torch.dtype, capability: int) -> tuple[int, int]:
+    """Return (steps of a split, splits of K), which are the parts of s."""
+    tiles = cdiv(M, BLOCK_M) * cdiv(r, rank_tile(r, dtype))
+    return split_count(cdiv(K, block_k_of(dtype)), tiles, capability)
+
+
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None = None) -> Tensor:
+    """Return s [M, r] of x.dtype from x [M, K] and lora_A [r, K], both contiguous.
+
+    copy: receives x where it is given; [M, K] with contiguous rows, which may have a stride.
+    """
+    M, K = x.shape
+    stride_copy = None if copy is None else copy.stride(0)
+    sequence = _sequence((M, K, lora_A.shape[0]), x.dtype, capability_for(x), dropout.rate, stride_copy)
+    *_, s = sequence(x, lora_A, dropout.seed, x if copy is None else copy)
+    return s
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _sequence(
+    sizes: tuple[int, int, int], dtype: torch.dtype, capability: int, rate: DropoutRate, stride_copy: int | None
+) -> LaunchSequence:
+    """Return the launches of (x, lora_A, seed, copy). stride_copy: None without a copy of x."""
+    sequence = LaunchSequence(inputs=4)
+    copy = None if stride_copy is None else 3
+    add_lora_down(sequence, 0, 1, 2, copy, sizes, dtype, capability, rate, stride_copy=stride_copy or 0)
+    return sequence

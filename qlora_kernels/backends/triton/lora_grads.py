@@ -1,4 +1,8 @@
-"""The adapters' gradients: ds and grad_B from one pass over grad_y, grad_A from one pass over x."""
+"""The adapters' gradients: ds and grad_B from one pass over grad_y or two, grad_A from one pass over x.
+
+One pass over grad_y writes a part of ds for each tile of N: fp32 [tiles of N, M, r], which a second launch reads. Two
+passes read grad_y again instead. `passes_over_grad_y` chooses.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rounding import cdiv
-from .dropout import Dropout, keep_tile
-from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
-from .partials import fp32_safe_step, partials_or_result, rank_tile, split_count, sum_partials
-from .planner import capability_for
+from .dropout import Dropout, DropoutRate, keep_tile
+from .launch import KEPT_LAUNCHES, launchable
+from .launch_sequence import LaunchSequence, Slot
+from .lora_down import add_lora_down, splits_of_down
+from .partials import add_sum, add_summed, fp32_safe_step, rank_tile, split_count
+from .planner import LAUNCH_S, arch_for, capability_for
 
 BLOCK_M = 64
 NUM_WARPS, NUM_STAGES = 4, 2
+
+PARTS_PER_SM = 2**20
+"""Most bytes of partial sums of ds for each multiprocessor: 108 MiB on an A100, 132 on an H100."""
 
 
 @launchable
@@ -35,6 +44,7 @@ def lora_ds_grad_B_kernel(
     stride_copy,
     ds_scale,
     grad_B_scale,
+    DS: tl.constexpr,
     COPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,15 +58,17 @@ def lora_ds_grad_B_kernel(
     Grid (tiles of N, chunks of M, tiles of R). A program loops over `steps` tiles of M within one tile of N: the sum of
     grad_B stays in registers, and ds has one part per tile of N. The parts, fp32 [tiles_n, M, R] and [chunks, N, R],
     are added in order by a second launch, so that results are deterministic. A single part is the result, scaled.
-    grad_y is read once per tile of R, which is once for r <= 64. COPY: the programs of the first tile of R also store
-    it to copy [M, N], whose rows have a stride.
+    grad_y is read once per tile of R, which is once for r <= 64.
+    DS: whether ds is computed.
+    COPY: the programs of the first tile of R also store grad_y to copy [M, N], whose rows have a stride.
     """
     i_n, i_chunk, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n, m_r = o_n < N, o_r < R
-    b_B = tl.load(p_lora_B + o_n[:, None].to(tl.int64) * R + o_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
-    b_B = b_B.to(p_grad_y.dtype.element_ty)
+    if DS:
+        p_B = p_lora_B + o_n[:, None].to(tl.int64) * R + o_r[None, :]
+        b_B = tl.load(p_B, mask=m_n[:, None] & m_r[None, :], other=0.0).to(p_grad_y.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     first = i_chunk * steps
     for i in range(first, min(first + steps, tl.cdiv(M, BLOCK_M))):
@@ -69,12 +81,94 @@ def lora_ds_grad_B_kernel(
             tl.store(p_tile, b_grad, mask=m_m[:, None] & m_n[None, :] & (i_r == 0))
         b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
         acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
-        b_ds = tl.dot(b_grad, b_B, input_precision="ieee")
-        o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
-        tl.store(p_ds + o_ds, (b_ds * ds_scale).to(p_ds.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+        if DS:
+            b_ds = tl.dot(b_grad, b_B, input_precision="ieee")
+            o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
+            tl.store(p_ds + o_ds, (b_ds * ds_scale).to(p_ds.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
     o_grad_B = (i_chunk.to(tl.int64) * N + o_n[:, None]) * R + o_r[None, :]
     grad_B = (acc * grad_B_scale).to(p_grad_B.dtype.element_ty)
     tl.store(p_grad_B + o_grad_B, grad_B, mask=m_n[:, None] & m_r[None, :])
+
+
+def block_n_of(r: int, dtype: torch.dtype) -> int:
+    """Return the columns of grad_y in a tile.
+
+    A wider tile makes fewer parts of ds. At rank 64, four warps spilled 44 words on sm_80 even with the narrower tile;
+    eight warps do not.
+    """
+    return fp32_safe_step(256 if rank_tile(r, dtype) <= 16 else 128, dtype)
+
+
+def bytes_of_ds_parts(M: int, N: int, r: int, dtype: torch.dtype, capability: int) -> tuple[int, int]:
+    """Return the bytes of the partial sums of ds with one pass over grad_y and with two, 0 for a single part."""
+    parts = cdiv(N, block_n_of(r, dtype)), splits_of_down(M, N, r, dtype, capability)[1]
+    one, two = (4 * count * M * r if count > 1 else 0 for count in parts)
+    return one, two
+
+
+def passes_over_grad_y(M: int, N: int, r: int, dtype: torch.dtype, capability: int) -> int:
+    """Return 1, or 2 where the partial sums of one pass cost more than reading grad_y again or exceed PARTS_PER_SM.
+
+    By the model: bytes over bandwidth, where partial sums are written and read, and a launch for the second pass.
+    """
+    arch = arch_for(capability)
+    one, two = bytes_of_ds_parts(M, N, r, dtype, capability)
+    if one > PARTS_PER_SM * arch.sm_count:
+        return 2
+    again = cdiv(r, rank_tile(r, dtype)) * M * N * dtype.itemsize
+    return 2 if 2 * one > again + 2 * two + LAUNCH_S * arch.bytes_per_s else 1
+
+
+def add_lora_ds_grad_B(
+    sequence: LaunchSequence,
+    grad_y: Slot,
+    s: Slot,
+    lora_B: Slot,
+    copy: Slot | None,
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    capability: int,
+    scaling: float,
+    stride_copy: int = 0,
+) -> tuple[Slot, Slot]:
+    """Add ds and grad_B to a sequence; return their slots.
+
+    sizes: (M, N, r).   dtypes: of grad_y and lora_B.   copy: receives grad_y; None without a copy.
+    """
+    M, N, r = sizes
+    dtype, dtype_B = dtypes
+    block_r, block_m, block_n = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), block_n_of(r, dtype)
+    tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
+    steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, capability)
+    together = passes_over_grad_y(M, N, r, dtype, capability) == 1
+    if not together:
+        sizes_and_types = (sizes, dtype, capability, DropoutRate(0, scaling))
+        ds = add_lora_down(sequence, grad_y, lora_B, grad_y, None, *sizes_and_types, transposed=True)
+    else:
+        ds = sequence.allocate((M, r) if tiles_n == 1 else (tiles_n, M, r), dtype if tiles_n == 1 else torch.float32)
+    launch = lora_ds_grad_B_kernel.prepare(
+        (tiles_n, chunks, tiles_r),
+        (M, N, r, steps, stride_copy, scaling if tiles_n == 1 else 1.0, scaling if chunks == 1 else 1.0),
+        DS=together,
+        COPY=copy is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    grad_B = add_summed(
+        sequence,
+        launch,
+        lambda out: (grad_y, s, lora_B, ds, out, grad_y if copy is None else copy),
+        chunks,
+        (N, r),
+        scaling,
+        dtype_B,
+    )
+    if together and tiles_n > 1:
+        ds = add_sum(sequence, ds, tiles_n, (M, r), scaling, dtype)
+    return ds, grad_B
 
 
 def lora_ds_grad_B(
@@ -85,56 +179,32 @@ def lora_ds_grad_B(
     copy: receives grad_y where it is given; [M, N] with contiguous rows, which may have a stride.
     """
     M, N = grad_y.shape
-    r = lora_B.shape[1]
-    tiles_n, chunks, launch = _ds_grad_B_launch(
-        lora_ds_grad_B_kernel,
-        M,
-        N,
-        r,
-        grad_y.dtype,
+    sequence, ds, grad_B = _ds_grad_B_sequence(
+        (M, N, lora_B.shape[1]),
+        (grad_y.dtype, lora_B.dtype),
         capability_for(grad_y),
-        None if copy is None else copy.stride(0),
         float(scaling),
+        None if copy is None else copy.stride(0),
     )
-    ds = partials_or_result(grad_y, tiles_n, M, r, grad_y.dtype)
-    grad_B = partials_or_result(grad_y, chunks, N, r, lora_B.dtype)
-    launch(grad_y, s, lora_B, ds, grad_B, grad_y if copy is None else copy)
-    if tiles_n > 1:
-        ds = sum_partials(ds, scaling, grad_y.dtype)
-    if chunks > 1:
-        grad_B = sum_partials(grad_B, scaling, lora_B.dtype)
-    return ds, grad_B
+    tensors = sequence(grad_y, s, lora_B, grad_y if copy is None else copy)
+    return tensors[ds], tensors[grad_B]
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
-def _ds_grad_B_launch(
-    kernel: Launchable,
-    M: int,
-    N: int,
-    r: int,
-    dtype: torch.dtype,
+def _ds_grad_B_sequence(
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
     capability: int,
-    stride_copy: int | None,
     scaling: float,
-) -> tuple[int, int, Launch]:
-    """Return (tiles of N, chunks of M, the launch). stride_copy: None without a copy of grad_y."""
-    block_r, block_m = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype)
-    # A wider tile of N makes fewer parts of ds. At rank 64, four warps spilled 44 words on sm_80 even with the narrower
-    # tile; eight warps do not.
-    block_n = fp32_safe_step(256 if block_r <= 16 else 128, dtype)
-    tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
-    steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, capability)
-    launch = kernel.prepare(
-        (tiles_n, chunks, tiles_r),
-        (M, N, r, steps, stride_copy or 0, scaling if tiles_n == 1 else 1.0, scaling if chunks == 1 else 1.0),
-        COPY=stride_copy is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        num_warps=NUM_WARPS if block_r <= 32 else 2 * NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
-    return tiles_n, chunks, launch
+    stride_copy: int | None,
+) -> tuple[LaunchSequence, Slot, Slot]:
+    """Return the launches of (grad_y, s, lora_B, copy), the slots of ds and grad_B.
+
+    stride_copy: None without a copy.
+    """
+    sequence = LaunchSequence(inputs=4)
+    copy = None if stride_copy is None else 3
+    return sequence, *add_lora_ds_grad_B(sequence, 0, 1, 2, copy, sizes, dtypes, capability, scaling, stride_copy or 0)
 
 
 @launchable
@@ -183,50 +253,48 @@ def lora_grad_A_kernel(
     tl.store(p_grad_A + o_grad_A, grad_A, mask=m_r[:, None] & m_k[None, :])
 
 
-def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """Return grad_A [r, K] = ds^T dropout(x) in `dtype`."""
-    M, K = x.shape
-    r = ds.shape[1]
-    chunks, launch = _grad_A_launch(
-        lora_grad_A_kernel,
-        M,
-        K,
-        r,
-        x.dtype,
-        capability_for(x),
-        dropout.elements_per_philox_call(K),
-        dropout.threshold,
-        dropout.scale,
-    )
-    grad_A = partials_or_result(x, chunks, r, K, dtype)
-    launch(x, ds, dropout.seed, grad_A)
-    return grad_A if chunks == 1 else sum_partials(grad_A, dropout.scale, dtype)
-
-
-@lru_cache(maxsize=KEPT_LAUNCHES)
-def _grad_A_launch(
-    kernel: Launchable,
-    M: int,
-    K: int,
-    r: int,
-    dtype: torch.dtype,
+def add_lora_grad_A(
+    sequence: LaunchSequence,
+    x: Slot,
+    ds: Slot,
+    seed: Slot,
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
     capability: int,
-    dropout: int,
-    threshold: int,
-    scale: float,
-) -> tuple[int, Launch]:
-    """Return the number of chunks of M and the launch. dropout: DROPOUT."""
+    rate: DropoutRate,
+) -> Slot:
+    """Add grad_A to a sequence; return its slot. sizes: (M, K, r).   dtypes: of x and lora_A."""
+    M, K, r = sizes
+    dtype, dtype_A = dtypes
     block_r, block_m, block_k = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), 128
     tiles_k, tiles_r = cdiv(K, block_k), cdiv(r, block_r)
     steps, chunks = split_count(cdiv(M, block_m), tiles_k * tiles_r, capability)
-    launch = kernel.prepare(
+    launch = lora_grad_A_kernel.prepare(
         (tiles_k, chunks, tiles_r),
-        (M, K, r, steps, threshold, scale if chunks == 1 else 1.0),
-        DROPOUT=dropout,
+        (M, K, r, steps, rate.threshold, rate.scale if chunks == 1 else 1.0),
+        DROPOUT=rate.elements_per_philox_call(K),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    return chunks, launch
+    return add_summed(sequence, launch, lambda out: (x, ds, seed, out), chunks, (r, K), rate.scale, dtype_A)
+
+
+def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+    """Return grad_A [r, K] = ds^T dropout(x) in `dtype`."""
+    M, K = x.shape
+    sequence = _grad_A_sequence((M, K, ds.shape[1]), (x.dtype, dtype), capability_for(x), dropout.rate)
+    *_, grad_A = sequence(x, ds, dropout.seed)
+    return grad_A
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _grad_A_sequence(
+    sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], capability: int, rate: DropoutRate
+) -> LaunchSequence:
+    """Return the launches of (x, ds, seed)."""
+    sequence = LaunchSequence(inputs=3)
+    add_lora_grad_A(sequence, 0, 1, 2, sizes, dtypes, capability, rate)
+    return sequence

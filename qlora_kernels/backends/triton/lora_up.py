@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rounding import cdiv
-from .dropout import Dropout, keep_tile
-from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
+from .dropout import Dropout, DropoutRate, keep_tile
+from .launch import KEPT_LAUNCHES, Launch, launchable
 from .partials import rank_tile
 
 BLOCK_M, BLOCK_C = 32, 128
@@ -79,8 +79,38 @@ def lora_up_kernel(
     tl.store(p_out + o_out, acc.to(p_out.dtype.element_ty), mask=m_out)
 
 
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def up_launch(
+    M: int,
+    C: int,
+    r: int | None,
+    dtype: torch.dtype,
+    parts: int,
+    scaling: float,
+    has_bias: bool,
+    rate: DropoutRate,
+    right_is_transposed: bool,
+) -> Launch:
+    """Return the launch of (parts, left, right, bias, seed, out). r: None without a low-rank update.
+
+    right_is_transposed: right is lora_B [C, r], not lora_A [r, C].
+    """
+    R = 1 if r is None else r
+    strides = (1, R) if right_is_transposed else (C, 1)
+    return lora_up_kernel.prepare(
+        (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)),
+        (M, C, R, parts, *strides, scaling, rate.threshold),
+        HAS_LORA=r is not None,
+        HAS_BIAS=has_bias,
+        DROPOUT=rate.elements_per_philox_call(C),
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+        BLOCK_R=rank_tile(R, dtype),
+        num_warps=NUM_WARPS,
+    )
+
+
 def lora_up(
-    parts: Tensor,
     out: Tensor,
     *,
     left: Tensor | None,
@@ -90,60 +120,18 @@ def lora_up(
     bias: Tensor | None,
     dropout: Dropout,
 ) -> None:
-    """Fill out [M, C]. parts: fp32 [p, M, C], or out itself.
+    """Add to out [M, C] in place.
 
     left: [M, R] of out's dtype; right: [C, R] if right_is_transposed (lora_B), else [R, C] (lora_A); both contiguous.
     """
+    r = None if left is None else left.shape[1]
     M, C = out.shape
-    in_place = parts.data_ptr() == out.data_ptr()
-    launch = _up_launch(
-        lora_up_kernel,
-        M,
-        C,
-        None if left is None else left.shape[1],
-        out.dtype,
-        1 if in_place else parts.shape[0],
-        right_is_transposed,
-        float(scaling),
-        bias is not None,
-        dropout.elements_per_philox_call(C),
-        dropout.threshold,
-    )
+    launch = up_launch(M, C, r, out.dtype, 1, float(scaling), bias is not None, dropout.rate, right_is_transposed)
     launch(
-        parts,
+        out,
         out if left is None else left,
         out if right is None else right,
         out if bias is None else bias,
         dropout.seed,
         out,
-    )
-
-
-@lru_cache(maxsize=KEPT_LAUNCHES)
-def _up_launch(
-    kernel: Launchable,
-    M: int,
-    C: int,
-    r: int | None,
-    dtype: torch.dtype,
-    parts: int,
-    right_is_transposed: bool,
-    scaling: float,
-    has_bias: bool,
-    dropout: int,
-    threshold: int,
-) -> Launch:
-    """Return the launch. r: None without a low-rank update.   dropout: DROPOUT."""
-    R = 1 if r is None else r
-    strides = (1, R) if right_is_transposed else (C, 1)
-    return kernel.prepare(
-        (cdiv(M, BLOCK_M), cdiv(C, BLOCK_C)),
-        (M, C, R, parts, *strides, scaling, threshold),
-        HAS_LORA=r is not None,
-        HAS_BIAS=has_bias,
-        DROPOUT=dropout,
-        BLOCK_M=BLOCK_M,
-        BLOCK_C=BLOCK_C,
-        BLOCK_R=rank_tile(R, dtype),
-        num_warps=NUM_WARPS,
     )

@@ -5,7 +5,9 @@ The results are therefore the same bits in every run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 import triton
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ...rounding import cdiv, next_power_of_2
 from .launch import KEPT_LAUNCHES, Launch, Launchable, launchable
+from .launch_sequence import LaunchSequence, Slot
 from .planner import arch_for
 
 BLOCK = 1024
@@ -49,14 +52,36 @@ def _sum_launch(kernel: Launchable, numel: int, parts: int, scale: float) -> Lau
     return kernel.prepare((cdiv(numel, BLOCK),), (numel, parts, scale), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
-def partials_or_result(like: Tensor, parts: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for fp32 partial sums [parts, rows, columns], or for the result [rows, columns] if there is one.
+def add_summed(
+    sequence: LaunchSequence,
+    launch: Launch,
+    pointers: Callable[[Slot], Sequence[Slot]],
+    parts: int,
+    shape: tuple[int, ...],
+    scale: float,
+    dtype: torch.dtype,
+) -> Slot:
+    """Add a launch that writes partial sums, and the launch that adds them; return the slot of scale * their sum.
 
-    like: a tensor on the device.   dtype: of the result.
+    pointers(out): the slots of the launch, which writes fp32 [parts, *shape] to `out`, or, if there is one part, the
+    result itself, scaled, of `dtype`.
     """
     if parts == 1:
-        return like.new_empty(rows, columns, dtype=dtype)
-    return like.new_empty(parts, rows, columns, dtype=torch.float32)
+        out = sequence.allocate(shape, dtype)
+        sequence.add(launch, *pointers(out))
+        return out
+    partial_sums = sequence.allocate((parts, *shape), torch.float32)
+    sequence.add(launch, *pointers(partial_sums))
+    return add_sum(sequence, partial_sums, parts, shape, scale, dtype)
+
+
+def add_sum(
+    sequence: LaunchSequence, partial_sums: Slot, parts: int, shape: tuple[int, ...], scale: float, dtype: torch.dtype
+) -> Slot:
+    """Add scale * partial_sums.sum(0) to a sequence; return its slot. partial_sums: fp32 [parts, *shape]."""
+    out = sequence.allocate(shape, dtype)
+    sequence.add(_sum_launch(sum_partials_kernel, prod(shape), parts, float(scale)), partial_sums, out)
+    return out
 
 
 def split_count(steps: int, tiles: int, capability: int) -> tuple[int, int]:

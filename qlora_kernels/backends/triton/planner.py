@@ -312,6 +312,11 @@ def tuned_plans(capability: int) -> dict[str, Plan]:
 _forced: dict[str, Plan] = {}
 
 
+def forced_plan(op: str) -> Plan | None:
+    """Return the plan of `use_plan`, or None outside of it."""
+    return _forced.get(op)
+
+
 @contextmanager
 def use_plan(op: str, forced: Plan) -> Iterator[None]:
     """Run `op` by one plan inside the block, for tests, tuning and the compile report; `plan` validates it."""
