@@ -20,6 +20,7 @@ from pathlib import Path
 import triton
 
 from .row import GATES, Row, broken_gates
+from .sources import fingerprints
 from .triton_rows import triton_rows_of_each
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -65,6 +66,8 @@ def heading(title: str, rows: list[Row], broken: list[str], quick: list[int]) ->
         f"Triton {triton.__version__}. Reference weight 4096 x 4096. `SASS/weight` is the number of instructions for",
         "each weight: of the whole kernel for the codec (it is unrolled), of one iteration of the main loop, matmul",
         "included, for fused kernels.",
+        "",
+        fingerprints(),
         *(["", f"Triton for {quick_names}: only the default bf16 configs were compiled (--quick)."] * bool(quick)),
         "",
         "Gates:",
