@@ -155,12 +155,18 @@ static LhsView<Mac> lhs_transposed(Slot slot, const T* src, int64_t M, int64_t r
             for (int64_t m = 0; m < M; ++m) convert_row(src + m * stride, r, out + m * r);
         } else {
             static_assert(std::is_same_v<T, Elem>);
+            constexpr int kAtOnce = 16;
             for (int64_t m = 0; m < M; m += kPair) {
                 const Elem* row = src + m * stride;
                 const Elem* next = m + 1 < M ? row + stride : nullptr;
-                for (int64_t j = 0; j < r; ++j) {
+                Elem* pairs = out + m * r;
+                int64_t j = 0;
+                for (; next && j + kAtOnce <= r; j += kAtOnce) {
+                    interleave<kAtOnce>(row + j, next + j, reinterpret_cast<uint32_t*>(pairs + kPair * j));
+                }
+                for (; j < r; ++j) {
                     const Elem pair[kPair] = {row[j], next ? next[j] : Elem{}};
-                    memcpy(out + m * r + kPair * j, pair, sizeof pair);
+                    memcpy(pairs + kPair * j, pair, sizeof pair);
                 }
             }
         }

@@ -50,6 +50,7 @@ _FAULTS = {
         ("dropout: the mask of a row's first elements", "static_cast<__mmask32>(bits_at(bits, position + i))", "static_cast<__mmask32>(bits_at(bits, position))", _LORA, BF16, "M1-N64-K64-r4-b64-bf16"),
         ("panels: rows of the first strip", "read(column0 + column, begin, n, rows[i]);", "read(column, begin, n, rows[i]);", _LINEAR, BEST, "M7-N33-K96-r4-b64-fp32"),
         ("pairs of tokens: the second is zero", "next ? next[j] : Elem{}", "Elem{}", _LORA, BF16, "M7-N33-K96-r4-b64-bf16"),
+        ("pairs of tokens: both are the first", "next + j", "row + j", _LORA, BF16, "M64-N192-K320-r16-b64-bf16"),
         ("panels: columns of the first strip", "read(l, column0, columns, buffers[p])", "read(l, 0, columns, buffers[p])", _LINEAR),
     ),
     "lora.h": (
