@@ -36,12 +36,12 @@ NO_KERNEL_IMAGE, ILLEGAL_ADDRESS = 209, 700
 
 def test_each_failing_runtime_call_raises(device: FakeDevice) -> None:
     """The 1st, 2nd, ... runtime call that the compiled library makes during an op fails."""
-    allocated = 0
     with qk.use_backend("cuda"):
         for name, call in CALLS.items():
             with device.recorded_calls(LIBRARY) as made:
                 check(name, call("cuda"))
             assert made, f"{name}: the compiled library made no runtime call"
+            allocated = _allocated_at_most(device, None)  # by earlier tests too, in the same process
             for after in range(len(made)):
                 with device.failing(ILLEGAL_ADDRESS, caller=LIBRARY, after=after):
                     try:
@@ -56,28 +56,29 @@ def test_each_failing_runtime_call_raises(device: FakeDevice) -> None:
                     assert raised.endswith("cudaErrorIllegalAddress: an illegal memory access was encountered"), where
                     assert raised.split(":")[0] in OPS, where
                 assert device.pending_error() == 0, f"{where}: the error is left for the next kernel launch to report"
-                if after == 0:
-                    allocated = _allocated_at_most(device, allocated)
                 assert made[after] == "cudaFree" or _allocated_at_most(device, allocated) <= allocated, (
                     f"{where}: memory leaks"
                 )
             check(name, call("cuda"))
 
 
-def _allocated_at_most(device: FakeDevice, bound: int) -> int:
-    """Return the bytes that are allocated once they are no more than `bound`, or after a minute.
+def _allocated_at_most(device: FakeDevice, bound: int | None) -> int:
+    """Return the bytes that are allocated once they are no more than `bound`, or after a minute; None does not wait.
 
     A failed backward pass is released by autograd's thread of the device, and by the garbage collector where the
     error's traceback is part of a cycle.
     """
-    for _ in range(1200):
+    deadline = time.monotonic() + 60
+    if bound is None:
+        gc.collect()
+    while True:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        if device.allocated() <= bound:
-            break
+        allocated = device.allocated()
+        if bound is None or allocated <= bound or time.monotonic() > deadline:
+            return allocated
         gc.collect()
         time.sleep(0.05)
-    return device.allocated()
 
 
 def test_a_library_without_kernels_for_this_gpu(device: FakeDevice) -> None:
