@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .operands import GroupLoRA, LoRA, MultiLoRA, Weight
-from .registry import Problem
+from .registry import Problem, device_type
 from .tensor_memory import check_memory
 
 CONSTANTS = ("absmax", "absmax_scale", "absmax_offset")
@@ -37,11 +37,7 @@ def problem_of(op: str, rows: Tensor, weight: Weight, lora: LoRA | MultiLoRA | G
     """Return the Problem of a call of `op`. rows: x [..., K] or grad_y [..., N]."""
     return Problem(
         op,
-        "cpu"
-        if rows.is_cpu
-        else "cuda"
-        if rows.is_cuda
-        else rows.device.type,  # device.type makes a new string on each access
+        device_type(rows),
         rows.dtype,
         rows.shape[0] if rows.dim() == 2 else rows.shape[:-1].numel(),
         weight.N,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._implement import compose_derivatives, differentiate, fake, implement
 from .checks import check_float, check_given
-from .registry import Problem, select
+from .registry import Problem, device_type, select
 from .tensor_memory import check_memory, contiguous
 
 OP = "attention"
@@ -285,7 +285,7 @@ def _gradients(q: Tensor, k: Tensor, new: Callable[..., Tensor]) -> tuple[Tensor
 
 
 def _problem(op: str, q: Tensor, k: Tensor) -> Problem:
-    return Problem(op, "cpu" if q.is_cpu else q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3])
+    return Problem(op, device_type(q), q.dtype, q.shape[2], k.shape[2], q.shape[3])
 
 
 def _heads(*tensors: Tensor) -> tuple[Tensor, ...]:

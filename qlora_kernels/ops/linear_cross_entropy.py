@@ -37,7 +37,7 @@ from ._implement import differentiate, fake, implement
 from ._linear import CONSTANTS, flatten_to_2d
 from .checks import check_bias, check_float, check_given, check_last_dim, check_weight
 from .output_head import Head, grad_of_logits, logits_of
-from .registry import Problem, select
+from .registry import Problem, device_type, select
 from .tensor_memory import check_memory, contiguous
 
 OP = "linear_cross_entropy"
@@ -173,7 +173,7 @@ def linear_cross_entropy_impl(
         losses, log_sums = losses_and_log_sums(hidden, labels, head)
         return losses, log_sums, _zeros(hidden, need_grad_hidden)[2]
     head = Head._make(contiguous(OP, field) if isinstance(field, Tensor) else field for field in head)
-    device = "cpu" if hidden.is_cpu else hidden.device.type
+    device = device_type(hidden)
     problem = Problem(OP, device, hidden.dtype, M, V, K, head.rank, head.blocksize)
     losses, log_sums, rows = select(problem).run(
         flatten_to_2d(hidden), contiguous(OP, labels), head, need_grad_hidden=need_grad_hidden

@@ -159,6 +159,13 @@ def planned_rows(M: int) -> int:
     return 1 << (M - 1).bit_length()
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """Return tensor.device.type; for CPUs and GPUs without the new string that each access of it makes."""
+    if tensor.is_cpu:
+        return "cpu"
+    return "cuda" if tensor.is_cuda else tensor.device.type
+
+
 def select(problem: Problem) -> KernelSpec:
     """Return the kernel that runs `problem`, the same for all M of equal planned_rows.
 

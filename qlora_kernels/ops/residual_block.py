@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dispatch_fast_path import is_plain_call
 from .lora_projection import Projection
-from .registry import KernelSpec, Problem, find, select
+from .registry import KernelSpec, Problem, device_type, find, select
 from .rms_norm import rms_norm
 
 
@@ -55,7 +55,7 @@ class NodeNeeds(NamedTuple):
 def kernel_of(op: str, x: Tensor, projections: Sequence[Projection]) -> KernelSpec | None:
     """Return the kernel that runs a whole block, or None if the block's ops have to run one after the other."""
     dropout = any(each.lora is not None and each.lora.dropout_p > 0 for each in projections)
-    return find(Problem(op, "cpu" if x.is_cpu else x.device.type, x.dtype, dropout=dropout))
+    return find(Problem(op, device_type(x), x.dtype, dropout=dropout))
 
 
 def normalized(rows: Tensor, norm: BlockNorm | None) -> tuple[Tensor, Tensor | None]:
