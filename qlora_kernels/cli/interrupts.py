@@ -52,10 +52,14 @@ def deferred(message: str) -> Iterator[Interrupt]:
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     before: dict[int, Any] = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is note:  # otherwise it is ignored since another process was lost
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
     def note(number: int, _frame: FrameType | None) -> None:
         interrupt.number = number
-        for other, handler in before.items():
-            signal.signal(other, signal.SIG_DFL if handler is None else handler)
+        restore()
         # Not through sys.stderr, because the signal may have interrupted a write to its buffer.
         os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
 
@@ -64,5 +68,4 @@ def deferred(message: str) -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        restore()

@@ -156,7 +156,8 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it is ignored since another process was lost
+            signal.signal(signal.SIGTERM, before)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -13,8 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -54,10 +52,9 @@ class AnsweringThread:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._left.set()
-        with nullcontext() if kind is None else sigterm_ignored():
-            self._thread.join(5 * PERIOD)
+        self._thread.join(5 * PERIOD)
 
     def _answer(self) -> None:
         while not self._left.wait(PERIOD):
@@ -71,17 +68,14 @@ class AnsweringThread:
                 return
 
 
-@contextmanager
-def sigterm_ignored() -> Iterator[None]:
-    """Ignore the SIGTERM by which torchrun ends all processes once one has died, while they name it and end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Any = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+def ignore_sigterm() -> None:
+    """Ignore SIGTERM until this process ends.
+
+    torchrun sends it to all processes once one has died. A process that has noticed the loss names the lost process and
+    ends by itself, and it may get the signal at any point until then.
+    """
+    if threading.current_thread() is threading.main_thread():  # no other thread can set a handler
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def lost_ranks(store: Any, rank: int, world: int, grace: float) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .lost_workers import AnsweringThread, is_failed_collective, lost_ranks, sigterm_ignored
+from .lost_workers import AnsweringThread, ignore_sigterm, is_failed_collective, lost_ranks
 
 T = TypeVar("T")
 
@@ -122,29 +122,36 @@ class Workers:
         try:
             collective()
         except RuntimeError as error:
-            raise LostWorkerError(self._who_is_lost(error)) from error
+            raise self._lost(error) from error
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
         """Convert the error of a failed collective inside, such as one of FSDP2, to a LostWorkerError.
 
-        Raises LostWorkerError instead of the RuntimeError of a failed collective.
+        Raises LostWorkerError instead of the RuntimeError of a failed collective, and instead of the SystemExit of a
+        SIGTERM that arrived while such an error was handled.
         """
         try:
             yield
-        except RuntimeError as error:
-            if self.world == 1 or isinstance(error, LostWorkerError) or not is_failed_collective(error):
+        except (RuntimeError, SystemExit) as error:
+            failure = _failure(error) if self.world > 1 else None
+            if failure is None:
                 raise
-            raise LostWorkerError(self._who_is_lost(error)) from error
+            ignore_sigterm()
+            if isinstance(failure, LostWorkerError):
+                raise failure from failure.__cause__
+            raise self._lost(failure) from failure
 
-    def _who_is_lost(self, error: RuntimeError) -> str:
+    def _lost(self, error: RuntimeError) -> LostWorkerError:
+        """Return the error that names the lost processes, after a collective has failed with `error`."""
+        ignore_sigterm()
         try:
-            with sigterm_ignored():
-                lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
+            lost = lost_ranks(_store(), self.rank, self.world, _GRACE)
         except RuntimeError:  # the process with the store is lost
             lost = [0]
         names = ", ".join(f"rank {rank}" for rank in lost) or "a process"
-        return f"{names} of {self.world} must answer, got none; the run stops ({' '.join(str(error).split())[:200]})"
+        reason = " ".join(str(error).split())[:200]
+        return LostWorkerError(f"{names} of {self.world} must answer, got none; the run stops ({reason})")
 
 
 @contextmanager
@@ -152,7 +159,8 @@ def joined(environment: dict[str, str], timeout: timedelta, device: torch.device
     """Yield the workers of the process group that torchrun or accelerate launch describes; it is destroyed at the end.
 
     device: of this process's gradients. Those on a CUDA device are summed by NCCL, everything else by gloo.
-    An existing process group is used and kept.
+    An existing process group is used and kept. If another process is lost, this one ignores SIGTERM from then on, so
+    that it can report the LostWorkerError and end: a launcher sends SIGTERM to all processes once one has died.
     """
     joins = dist.is_available() and not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) > 1
     if joins:
@@ -163,12 +171,21 @@ def joined(environment: dict[str, str], timeout: timedelta, device: torch.device
     try:
         workers = Workers.current()
         answering = AnsweringThread(_store(), workers.rank) if workers.world > 1 else nullcontext()
-        with answering, workers.naming_the_lost():
+        with workers.naming_the_lost(), answering:
             yield workers
     finally:
         if joins:
-            with suppress(RuntimeError), sigterm_ignored():
+            with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def _failure(error: BaseException | None) -> RuntimeError | None:
+    """Return the LostWorkerError or the error of a failed collective that `error` is or was raised in handling of."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and (isinstance(error, LostWorkerError) or is_failed_collective(error)):
+            return error
+        error = error.__context__
+    return None
 
 
 def _store() -> Any:
