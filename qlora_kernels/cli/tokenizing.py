@@ -21,7 +21,8 @@ from ..training.text_tokens import Tokenizer
 from .arguments import UsageError
 
 SECONDS = 30.0
-"""Seconds for one text; ordinary templates and tokenizers take milliseconds."""
+"""Seconds for one text, of the clock and of the process's CPU time; ordinary templates and tokenizers take
+milliseconds."""
 CHARACTERS_PER_SECOND = 20_000
 """Characters for each further second; tokenizers process some hundred thousand."""
 
@@ -43,15 +44,25 @@ class ModelTokenizer(Tokenizer, Protocol):
 
 
 class Clock:
-    """The deadline of the text that is being tokenized."""
+    """The time of the text that is being tokenized.
+
+    seconds: the limit.   spent: seconds so far, the smaller of those that have passed and those of CPU time. A process
+    that is stopped, or waits for a CPU or a disk, uses no CPU time, and threads that spin use more of it than passes.
+    """
 
     def __init__(self) -> None:
         self.begin("the text", 0)
 
     def begin(self, what: str, characters: int) -> None:
         """Start the time of the next text. what: its name, for the message."""
+        self._started = time.monotonic(), time.process_time()  # first, because another thread reads `spent`
         self.what, self.seconds = what, SECONDS + characters / CHARACTERS_PER_SECOND
-        self.deadline = time.monotonic() + self.seconds
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds that the text has taken."""
+        passed, used = self._started
+        return min(time.monotonic() - passed, time.process_time() - used)
 
     def timed(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield the records; the time of each starts when it is taken."""
@@ -78,7 +89,7 @@ def within_time(work: Callable[[Clock], T]) -> T:
     with _native_messages() as messages:
         threading.Thread(target=run, daemon=True).start()
         while not done.wait(0.2):
-            if time.monotonic() > clock.deadline:
+            if clock.spent > clock.seconds:
                 raise UsageError(
                     f"{clock.what}: must be tokenized within {clock.seconds:.0f} s; the chat template (a loop?) or a "
                     "regular expression of the tokenizer takes longer: use the model's original tokenizer files"

@@ -111,19 +111,44 @@ def test_exceptions_and_output_of_work_are_kept(capfd):
     assert tokenizing.within_time(lambda clock: 3) == 3
 
 
-def test_the_record_is_named(monkeypatch):
-    """The clock stands still until record b, which takes longer than its time."""
-    now = [0.0]
-    monkeypatch.setattr(tokenizing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+@pytest.fixture
+def now(monkeypatch):
+    """The clocks of tokenizing: they stand still unless a test changes them. `looks` counts the reads of both."""
+    now = SimpleNamespace(passed=0.0, used=0.0, looks=threading.Semaphore(0))
+
+    def process_time():
+        now.looks.release()
+        return now.used
+
+    monkeypatch.setattr(tokenizing, "time", SimpleNamespace(monotonic=lambda: now.passed, process_time=process_time))
+    return now
+
+
+def test_the_record_is_named(now):
+    """Record b takes longer than its time."""
     records = [Plain("a", place="rows:1"), Plain("b", place="rows:2")]
     refused = threading.Event()
 
     def work(clock):
         for record in clock.timed(records):
             if record.text == "b":
-                now[0] += 1000.0
+                now.passed += 1000.0
+                now.used += 1000.0
                 refused.wait()
 
     with pytest.raises(UsageError, match=r"rows:2: must be tokenized within 30 s"):
         tokenizing.within_time(work)
     refused.set()
+
+
+@pytest.mark.parametrize("clock", ["passed", "used"])
+def test_stopped_process_and_spinning_threads_refuse_no_text(now, clock):
+    """A stopped process (Ctrl-Z) uses no CPU time, and threads that spin use more of it than passes."""
+
+    def work(_):
+        setattr(now, clock, 1000.0)
+        while now.looks.acquire(blocking=False):  # earlier reads
+            pass
+        return now.looks.acquire(timeout=120) and now.looks.acquire(timeout=120)
+
+    assert tokenizing.within_time(work)
