@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +43,24 @@ class Script:
         self.path.write_text(STEP.format(root=str(check.ROOT)) + code)
 
 
+class EndedByFile(subprocess.Popen[bytes]):
+    """A process that reaches its time limit by making a file, however long it takes to make it."""
+
+    def __init__(self, file: Path, *arguments: Any, **options: Any) -> None:
+        self.file = file
+        super().__init__(*arguments, **options)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is not None:
+            end = time.monotonic() + timeout
+            while self.poll() is None and time.monotonic() < end:
+                if self.file.exists():
+                    self.file.unlink()
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.05)
+        return super().wait(timeout)
+
+
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     path = tmp_path / "step.py"
@@ -55,13 +78,22 @@ def by_name(found: list[rows.Row]) -> dict[str, rows.Row]:
     return {row["name"]: row for row in found if row["step"] == "run"}
 
 
-def test_step_beyond_its_limit_is_ended_with_its_children(script: Script, tmp_path: Path) -> None:
-    script.does("import subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])")
+def test_step_beyond_its_limit_is_ended_with_its_children(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step waits for its child, which keeps the write end of a pipe open as long as it runs."""
+    started, (read_end, write_end) = tmp_path / "started", os.pipe()
+    child = f"import time; open({str(started)!r}, 'w').close(); time.sleep(600)"
+    script.does(f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}], pass_fds=[{write_end}])")
     step = check.Step("smoke", "cuda", 60)
-    assert check.run_step(step, Namespace(out=tmp_path, tiny=False), 2.0, rows.Rows(tmp_path, "run")) is None
+    monkeypatch.setattr(check.subprocess, "Popen", partial(EndedByFile, started, pass_fds=[write_end]))
+    assert check.run_step(step, Namespace(out=tmp_path, tiny=False), 600.0, rows.Rows(tmp_path, "run")) is None
     row = rows.read(tmp_path)[-1]
     assert row["timed_out"]
     assert row["code"] is None
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        assert select.select([pipe], [], [], 300)[0], "the child runs on"  # the end of file, when it has ended
 
 
 def test_other_backend_continues_after_failed_smoke_step(
@@ -87,11 +119,13 @@ def test_other_backend_continues_after_failed_smoke_step(
 def test_failed_step_keeps_its_rows_and_others_continue(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int | None
 ) -> None:
-    script.does(f"if (module, backend) == ('compare', 'cuda'):\n    {fault}")
-    limit = 5 if code is None else 600  # seconds; a step that hangs has written its row by then
-    plan = (("compare", "cuda", limit), ("compare", "triton", 600), ("paging", "cuda", 600))
+    reached = tmp_path / "reached"
+    script.does(f"if (module, backend) == ('compare', 'cuda'):\n    open({str(reached)!r}, 'w').close()\n    {fault}")
+    plan = (("compare", "cuda", 600), ("compare", "triton", 600), ("paging", "cuda", 600))
     steps = tuple(check.Step(*step) for step in plan)
     monkeypatch.setattr(check, "STEPS", steps)
+    if code is None:
+        monkeypatch.setattr(check.subprocess, "Popen", partial(EndedByFile, reached))
     exit_code, found = run(monkeypatch, tmp_path / "out")
     assert exit_code == 1
     ended = by_name(found)

@@ -115,6 +115,9 @@ def _child(action: Callable[[], object], fault: Fault, n: int, report: int) -> i
 
         return wrapped
 
+    # The parent may ignore signals, as background jobs of a shell ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.fsync = before("os.fsync", os.fsync)
     atomic.exchange = before("exchange", atomic.exchange)
     sys.addaudithook(lambda name, arguments: operation(name, *arguments))

@@ -1,7 +1,8 @@
-"""A tiny training run as a program that tests kill: python -m tests.io.killed_run DIR TOTAL_STEPS [KILL_IN_SAVE_STEP]
+"""A tiny training run as a program that tests kill: python -m tests.io.killed_run DIR TOTAL_STEPS [MOMENT STEP]
 
 It prints `<step> <loss in hex>` after each step, saves every fourth step, and continues from the newest checkpoint in
-DIR. With KILL_IN_SAVE_STEP it sends itself SIGKILL during that save, when the file is written but has no name yet.
+DIR. With MOMENT "inside-save" it sends itself SIGKILL during the save of STEP, when the file is written but has no name
+yet. With "between-steps" it waits after STEP until it is killed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,10 +61,11 @@ def train(directory: str, total_steps: int) -> Iterator[tuple[int, float]]:
 
 def main() -> None:
     directory, total_steps = sys.argv[1], int(sys.argv[2])
+    moment, stop = (sys.argv[3], int(sys.argv[4])) if len(sys.argv) > 3 else ("", 0)
     replace = os.replace
 
     def replace_or_die(source: str, target: str) -> None:
-        if len(sys.argv) > 3 and f"step-{int(sys.argv[3]):08d}" in str(target):
+        if moment == "inside-save" and f"step-{stop:08d}" in str(target):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
@@ -70,6 +73,8 @@ def main() -> None:
     for step, loss in train(directory, total_steps):
         sys.stdout.write(f"{step} {loss.hex()}\n")
         sys.stdout.flush()
+        while moment == "between-steps" and step == stop:
+            time.sleep(600)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,16 @@ def in_child(action) -> int:
     return child
 
 
+def in_child_until_told(action) -> int:
+    """Run action(tell) in a child, and return once it has called tell()."""
+    read_end, write_end = os.pipe()
+    child = in_child(lambda: action(lambda: os.write(write_end, b"x")))
+    os.close(write_end)
+    with open(read_end, "rb", buffering=0) as told:
+        assert told.read(1) == b"x", "the child ended too early"
+    return child
+
+
 @pytest.mark.parametrize("possible", [True, False], ids=["exchange", "no-exchange"])
 def test_a_folder_replaces_another_as_a_whole(tmp_path, monkeypatch, possible):
     if not possible:
@@ -191,16 +201,14 @@ def test_lock_waits_and_is_released_when_holder_dies(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
 
-    def hold():
+    def hold(tell):
         with folder_lock(folder), name_lock(tmp_path / "lock"):
-            (tmp_path / "held").touch()
+            tell()
             time.sleep(0.2)
             order.write_text("held")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = in_child(hold)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    child = in_child_until_told(hold)
     with folder_lock(folder, shared=True), name_lock(tmp_path / "lock"):
         assert order.read_text() == "held"
     os.waitpid(child, 0)
@@ -236,17 +244,15 @@ def test_concurrent_saves_and_reads_with_killed_processes(system):
 def test_folder_not_replaced_during_read(tmp_path):
     folder = tmp_path / "folder"
 
-    def replace():
+    def replace(tell):
         with folder_appearing_by_rename(folder) as partial:
             (partial / "config").write_text("new")
-            (tmp_path / "written").touch()
+            tell()
 
     folder.mkdir()
     (folder / "config").write_text("old")
     with reading(folder):
-        child = in_child(replace)
-        while not (tmp_path / "written").exists():
-            time.sleep(0.01)
+        child = in_child_until_told(replace)
         time.sleep(0.1)
         assert contents(folder) == {"config": "old"}
     assert os.waitpid(child, 0)[1] == 0
@@ -315,15 +321,13 @@ def test_locks_on_a_file_system_without_flock(tmp_path, monkeypatch, nfs):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
     monkeypatch.setattr(locks, "fcntl", NoFlockBelow(locks.fcntl, str(tmp_path / "folder"), shared=nfs))
 
-    def hold():
+    def hold(tell):
         with folder_lock(tmp_path / "folder"), name_lock(tmp_path / "folder" / "lock"):
-            (tmp_path / "held").touch()
+            tell()
             time.sleep(0.2)
             (tmp_path / "released").touch()
 
-    child = in_child(hold)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
+    child = in_child_until_told(hold)
     with folder_lock(tmp_path / "folder", shared=True), name_lock(tmp_path / "folder" / "lock"):
         assert (tmp_path / "released").exists()
     assert os.waitpid(child, 0)[1] == 0
