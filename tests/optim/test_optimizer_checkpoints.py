@@ -142,6 +142,10 @@ class TestFork:
         pair = Pair((5000,))
         pair.steps()
         before = pair.both[0].state[pair.params[0][0]]["exp_avg"].clone()
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        assert self.in_child(lambda: pair.both[0].step() is None) == 0
+        try:
+            assert self.in_child(lambda: pair.both[0].step() is None) == 0
+        finally:
+            torch.set_num_threads(threads)
         assert torch.equal(pair.both[0].state[pair.params[0][0]]["exp_avg"], before)
