@@ -19,6 +19,7 @@ from functools import partial
 
 from python.build_support.cpu import COMMON_FLAGS, family_of
 from python.build_support.native import ROOT, tool
+from tests.support.cuda_host.toolchain import fixed_addresses
 
 from .build import build_driver
 
@@ -37,8 +38,9 @@ def main(arguments: list[str]) -> int:
     family = family_of(compiler)
     chosen = names or (*family.sets, *family.amx)
     run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    prefix = fixed_addresses() if threads else ()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = list(pool.map(run, ([str(program), isa, callers] for isa in chosen)))
+        runs = list(pool.map(run, ([*prefix, str(program), isa, callers] for isa in chosen)))
     for isa, done in zip(chosen, runs, strict=True):
         if "unset it to use the best supported one" in done.stderr:
             sys.stdout.write(f"{isa}: not on this machine\n")

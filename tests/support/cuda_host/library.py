@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import struct
 import subprocess
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .ptx.parser import Parameter
-from .toolchain import sanitizer_library
+from .toolchain import fixed_addresses, sanitizer_library
 
 ORDERS = ("random", "uniform", "warp-priority", "forward", "reverse")
 """The order in which ready threads run; "random" draws "uniform" or "warp-priority" for each block."""
@@ -127,11 +126,10 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **_sanitizer_environment(self._sanitizer)}
-        # ThreadSanitizer's shadow memory needs addresses that address randomization may use.
-        fixed_addresses = ["setarch", "-R"] if self._sanitizer == "tsan" and shutil.which("setarch") else []
+        prefix = fixed_addresses() if self._sanitizer == "tsan" else ()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [*fixed_addresses, sys.executable, "-I", "-S", str(_WORKER), str(self._library)],
+            [*prefix, sys.executable, "-I", "-S", str(_WORKER), str(self._library)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

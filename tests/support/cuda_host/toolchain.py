@@ -58,6 +58,19 @@ def sanitizer_library(name: str) -> str:
 
 
 @cache
+def fixed_addresses() -> tuple[str, ...]:
+    """Return the command that runs a program of ThreadSanitizer without address randomization; empty if it cannot.
+
+    Random addresses may lie in the sanitizer's shadow memory, which it reports as an "unexpected memory mapping". Some
+    containers do not permit the command.
+    """
+    command = ("setarch", "-R")
+    if shutil.which("setarch") is None or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        return ()
+    return command
+
+
+@cache
 def versions() -> str:
     """Return the versions that are part of the cache's keys."""
     commands = [["g++", "--version"]] + ([[str(nvcc()), "--version"]] if nvcc_missing() is None else [])
