@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 import qlora_kernels as qk
 from qlora_kernels.format import reference
 from qlora_kernels.ops.registry import unavailable
+from tests.support.free_memory import free_bytes
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within, exactly, product
 
@@ -18,21 +17,15 @@ ROWS, COLUMNS = 32769, 65536  # 2**31 + 2**16 weights
 TAIL = 2 * COLUMNS
 
 
-def free_bytes() -> int:
-    """Return the memory that is available without swapping."""
-    with open("/proc/meminfo", encoding="utf-8") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-
-
 pytestmark = [
     pytest.mark.skipif(unavailable("cpu") is not None, reason=f"cpu backend: {unavailable('cpu')}"),
-    pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="reads /proc/meminfo"),
+    pytest.mark.skipif(free_bytes() is None, reason="the system does not tell how much memory is free"),
 ]
 
 
 def test_more_than_two_to_the_31_weights():
-    if free_bytes() < NEEDED_BYTES:
-        pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free memory, there are {free_bytes() >> 30}")
+    if (free := free_bytes()) < NEEDED_BYTES:
+        pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free memory, there are {free >> 30}")
     w = torch.zeros(ROWS * COLUMNS, dtype=torch.bfloat16)
     w[-TAIL:] = gaussian(TAIL, dtype=torch.bfloat16)
     w[:TAIL] = gaussian(TAIL, dtype=torch.bfloat16, seed=1)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qlora_kernels.backends import cuda
 from tests.support.cuda_host import nvcc_missing
+from tests.support.free_memory import free_bytes
 
 REQUIREMENTS = ("torch==2.14.1", "numpy", "safetensors>=0.4", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 """torch from PyPI is a CUDA build."""
@@ -75,9 +76,8 @@ def library_with_faults(variables: Mapping[str, str]) -> str:
 
 def processes() -> int:
     """Return the number of processes: one per core, limited by memory."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    return max(1, min(os.cpu_count() or 1, available // WORKER_BYTES))
+    cores, free = os.cpu_count() or 1, free_bytes()
+    return cores if free is None else max(1, min(cores, free // WORKER_BYTES))
 
 
 def main() -> int:
