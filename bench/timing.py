@@ -139,7 +139,7 @@ class _InTurn:
 def _host_seconds(call: Call) -> float:
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return max(time.perf_counter() - start, 1e-9)  # a coarse clock may not have moved
 
 
 def _turn_length(clock: Callable[[Call], float], calls: itertools.cycle[Call], threads: int) -> int:
@@ -165,7 +165,7 @@ def _run_round(
             next(circles[name])()
         times[name] = [clock(next(circles[name])) for _ in range(lengths[name])]
     wall, busy, own = time.perf_counter() - wall, _busy_seconds() - busy, time.process_time() - own
-    return _Round(max(0.0, busy - own) / (wall * (os.cpu_count() or 1)), times)
+    return _Round(max(0.0, busy - own) / (max(wall, 1e-9) * (os.cpu_count() or 1)), times)
 
 
 def _busy_seconds() -> float:
