@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import qlora_kernels as qk
-from qlora_kernels.ops.registry import built_for
+from qlora_kernels.ops.registry import library_facts
 
 if not __debug__:
     raise RuntimeError("wheel_smoke: assert statements must be executed, got python -O; unset PYTHONOPTIMIZE")
@@ -42,8 +42,7 @@ def check_cuda(archs: list[str]) -> None:
     if not archs:
         assert "not built" in reason, reason
         return
-    built = built_for("cuda")
-    assert built is not None
+    built = library_facts("cuda")["kernels built for"]
     names, _, toolkit = built.partition(" by CUDA ")
     assert [f"sm_{arch.removesuffix('+PTX')}" for arch in names.split(";")] == archs, built
     if (torch.version.cuda or "").partition(".")[0] == toolkit.partition(".")[0]:

@@ -84,7 +84,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
     from .. import backends
-    from ..ops.registry import built_for
+    from ..ops.registry import library_facts
 
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -93,12 +93,10 @@ def _facts() -> dict[str, dict[str, Any]]:
             "model": _cpu_model(),
             "threads": torch.get_num_threads(),
             "instruction sets": " ".join(flag for flag in _ISA_FLAGS if flag in _cpu_flags()) or "none known",
-            "kernels use": _kernel_isa(),
-            "because": _isa_reason(),
-            "amx": _amx(),
+            **library_facts("cpu"),
             "torch uses": torch.backends.cpu.get_cpu_capability(),
         },
-        "gpu": {"cuda": _gpu(), "kernels built for": built_for("cuda") or "nothing: the library is not built"},
+        "gpu": {"cuda": _gpu(), **library_facts("cuda")},
         "environment": {name: os.environ.get(name, f"not set ({meaning})") for name, meaning in _VARIABLES.items()},
     }
 
@@ -122,42 +120,6 @@ def _cpu_model() -> str:
 
 def _cpu_flags() -> list[str]:
     return (_cpu_field("flags") or _cpu_field("Features")).split()
-
-
-def _amx() -> str:
-    """Return whether the cpu backend can use AMX tiles, or why not. backends() must have loaded the library."""
-    import torch
-
-    reason = getattr(torch.ops.qlora_kernels_C, "cpu_amx_unavailable", None)
-    if reason is None:
-        return "not known: the cpu library is not built"
-    return str(reason()) or "usable"
-
-
-def _kernel_isa() -> str:
-    """Return the instruction set of the cpu backend, or why there is none. backends() must have loaded the library."""
-    import torch
-
-    isa = getattr(torch.ops.qlora_kernels_C, "cpu_isa", None)
-    if isa is None:
-        return "none: the cpu library is not built"
-    try:
-        return str(isa(None))
-    except (RuntimeError, ValueError) as reason:  # QLORA_CPU_ISA names one that cannot run here
-        return str(reason)
-
-
-def _isa_reason() -> str:
-    """Return why the cpu backend chose its instruction set. _kernel_isa() must have asked for the choice."""
-    import torch
-
-    reason = getattr(torch.ops.qlora_kernels_C, "cpu_isa_reason", None)
-    if reason is None:
-        return "the cpu library is not built"
-    try:
-        return str(reason())
-    except (RuntimeError, ValueError):  # QLORA_CPU_ISA names one that cannot run here, as the line above says
-        return "QLORA_CPU_ISA names it"
 
 
 def _gpu() -> str:

@@ -4,7 +4,7 @@ A backend is a module that defines
 
     KERNELS: tuple[KernelSpec, ...]
     def unavailable() -> str | None       None if it can run here, otherwise the reason and the fix
-    def built_for() -> str | None         optional: the targets of its compiled library, without loading it
+    def library_facts() -> dict[str, str]  optional: what its compiled library is built for and uses, by name
 
 Only this module imports backends, by name, when the first op needs one. `select(problem)` returns the usable kernel of
 highest priority. A fallback is always reported: a forced backend that cannot run a problem raises with its reasons, and
@@ -126,12 +126,15 @@ def unavailable(backend: str) -> str | None:
     return reason
 
 
-def built_for(backend: str) -> str | None:
-    """Return the targets of a backend's compiled library, whether or not it can run here, or None without a library."""
-    say: Callable[[], str | None] = getattr(
-        importlib.import_module(f"qlora_kernels.backends.{backend}"), "built_for", lambda: None
+def library_facts(backend: str) -> dict[str, str]:
+    """Return what a backend's compiled library is built for and uses, by name, whether or not it can run here.
+
+    A fact that the library cannot give is the reason: it is not built, or the installation is broken.
+    """
+    facts: Callable[[], dict[str, str]] = getattr(
+        importlib.import_module(f"qlora_kernels.backends.{backend}"), "library_facts", dict
     )
-    return say()
+    return facts()
 
 
 def reasons_against(problem: Problem, backend: str) -> list[str]:
@@ -268,9 +271,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str]:
-    """Return the state of each backend by name: "available", with its ops, or the reason why it is not."""
+    """Return the state of each backend by name: "available", with its ops, or the reason why it is not.
+
+    The reason may be a broken installation, for which ops raise OSError instead of using another backend.
+    """
     report = {}
     for name in BACKENDS:
-        reason = unavailable(name)
+        try:
+            reason = unavailable(name)
+        except OSError as error:
+            reason = str(error)
         report[name] = reason or "available: " + ", ".join(sorted(kernels_of(name)))
     return report

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops import composed_merged_lora, composed_multi_lora
+from ...ops import composed_merged_lora, composed_multi_lora, native_library
 from ...ops.registry import KernelPlan, KernelSpec, Problem, supports_all
 from . import blocks
 from .adamw_step import adamw_step
@@ -82,11 +82,11 @@ KERNELS = (
 def unavailable() -> str | None:
     """Return why this backend cannot run here, with the fix, or None if it can. Loads the library.
 
-    Raises the loader's OSError for a library that exists but does not load, which is a broken installation.
+    Raises OSError for a library that exists but does not load, which is a broken installation.
     """
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built; install a C++ compiler and run `make ext`"
-    torch.ops.load_library(LIBRARY)
+    native_library.load(LIBRARY)
     return None
 
 
@@ -125,4 +125,21 @@ def amx_unavailable() -> str | None:
     return torch.ops.qlora_kernels_C.cpu_amx_unavailable() or None
 
 
-__all__ = ["KERNELS", "LIBRARY", "amx_unavailable", "instruction_set", "instruction_set_reason", "unavailable"]
+def library_facts() -> dict[str, str]:
+    """Return the instruction set in use, why it was chosen, and whether AMX can be used."""
+    return {
+        "kernels use": native_library.fact(instruction_set),
+        "because": native_library.fact(instruction_set_reason),
+        "amx": native_library.fact(lambda: amx_unavailable() or "usable"),
+    }
+
+
+__all__ = [
+    "KERNELS",
+    "LIBRARY",
+    "amx_unavailable",
+    "instruction_set",
+    "instruction_set_reason",
+    "library_facts",
+    "unavailable",
+]

@@ -9,7 +9,7 @@ from ...ops import measured_plans
 from ...ops.registry import KernelPlan, KernelSpec, Problem, only_kernel, supports_all
 from . import managed_memory
 from .adamw_step import adamw_step
-from .availability import LIBRARY, built_for, load, unavailable
+from .availability import LIBRARY, library_facts, load, unavailable
 from .codec import dequantize_nf4, quantize_absmax, quantize_nf4, quantize_nf4_double
 from .linear_nf4 import (
     linear_nf4,
@@ -67,4 +67,4 @@ KERNELS = (
 )
 
 
-__all__ = ["KERNELS", "LIBRARY", "built_for", "load", "unavailable"]
+__all__ = ["KERNELS", "LIBRARY", "library_facts", "load", "unavailable"]

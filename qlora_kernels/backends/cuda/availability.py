@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...ops import native_library
+
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
 OLDEST_DRIVER = {12: 525, 13: 580}
@@ -43,12 +45,17 @@ def read_build(library: Path) -> Build:
         return Build(record[1].decode(), int(record[2]))
 
 
-def built_for() -> str | None:
-    """Return the architectures and CUDA version of the library, or None if it is not built."""
+def built_for() -> str:
+    """Return the architectures and CUDA version of the library, which is not loaded, or that there is none."""
     if not LIBRARY.exists():
-        return None
+        return "nothing: the library is not built"
     build = read_build(LIBRARY)
     return f"{build.archs} by CUDA {version_text(build.cuda)}"
+
+
+def library_facts() -> dict[str, str]:
+    """Return what the library is built for. The library is not loaded."""
+    return {"kernels built for": native_library.fact(built_for)}
 
 
 def version_text(version: int) -> str:
@@ -116,8 +123,8 @@ def arch_mismatch(build: Build, capability: tuple[int, int], driver: int) -> str
 
 @cache
 def load() -> None:
-    """Load the library. Raises the loader's OSError if this fails, which is a broken installation."""
-    torch.ops.load_library(LIBRARY)
+    """Load the library. Raises OSError if this fails, which is a broken installation."""
+    native_library.load(LIBRARY)
 
 
 def has_current_stream() -> bool:
