@@ -1,4 +1,4 @@
-"""Signals that stop a training run, which finishes its step, writes a checkpoint and prints how to resume."""
+"""Signals that end a command, and those that stop a training run after its step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 """SIGINT (Ctrl-C), SIGTERM (schedulers, `kill`) and SIGHUP (closed terminal), which Windows lacks."""
@@ -69,3 +69,21 @@ def deferred(message: str) -> Iterator[Interrupt]:
         yield interrupt
     finally:
         restore()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signal handlers can only be set in the main thread
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it is ignored since another process was lost
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

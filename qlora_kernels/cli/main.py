@@ -9,16 +9,13 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import bench, chat, evaluate, export, finetune_parser, generate, info, merge, plan, quality, quantize
 from .arguments import UsageError
+from .interrupts import ended_by_sigterm
 from .recipes import with_recipe
 from .standard_streams import open_standard_streams
 
@@ -93,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..io.safetensors_reader import DamagedFileError
 
     try:
-        with _ended_by_signals():
+        with ended_by_sigterm():
             code: int = arguments.run(arguments)
             sys.stdout.flush()  # flushed here, so that a full disk still gives an exit code
     except (UsageError, ModelError, DamagedFileError) as error:
@@ -140,24 +137,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _install(package: str) -> str:
     return f"{package} must be installed; run `pip install 'qlora_kernels[{_EXTRAS[package]}]'`"
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers can only be set in the main thread
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it is ignored since another process was lost
-            signal.signal(signal.SIGTERM, before)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -11,8 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import qlora_kernels
-from qlora_kernels.cli.interrupts import deferred
-from qlora_kernels.cli.main import _ended_by_signals
+from qlora_kernels.cli.interrupts import deferred, ended_by_sigterm
 from qlora_kernels.training import LostWorkerError, Workers, joined, lost_workers, workers
 
 PACKAGE = str(Path(qlora_kernels.__file__).parent)
@@ -64,7 +63,7 @@ class SignalAtLine:
 
 def _run(defers):
     """Run one step of a worker in the contexts of the command `finetune`. Returns the error that it reports."""
-    with _ended_by_signals():
+    with ended_by_sigterm():
         try:
             with joined({}, timedelta(seconds=1)) as group:
                 if not defers:
