@@ -37,7 +37,7 @@ class MappedMemory:
     def __init__(self, nbytes: int, chunks: tuple[Chunk, ...], page_dir: str | Path, *, look_ahead: int) -> None:
         self.look_ahead = look_ahead
         self.prefetched_bytes = 0
-        self._map, self._file = _allocate(max(nbytes, 1), Path(page_dir))
+        self._map, self._file = allocate_file(max(nbytes, 1), Path(page_dir))
         weakref.finalize(self, os.close, self._file)
         self._process = os.getpid()
         # The tensor keeps the mapping alive, and its views keep the tensor alive; the last one unmaps it.
@@ -125,7 +125,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_make_all_private)
 
 
-def _allocate(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, int]:
+def allocate_file(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, int]:
     """Return the mapping of a new unnamed file and a descriptor of that file."""
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")

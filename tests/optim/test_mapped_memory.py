@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qlora_kernels.optim import PagedAdamW, mapped_memory
-from qlora_kernels.optim.mapped_memory import MappedMemory, _allocate
+from qlora_kernels.optim.mapped_memory import MappedMemory, allocate_file
 from qlora_kernels.optim.paging_plan import plan_chunks, plan_slots
 
 from . import capped_run
@@ -68,7 +68,7 @@ def test_without_fallocate_the_file_is_written(monkeypatch, tmp_path, nbytes):
     """macOS and Windows have no posix_fallocate, and Windows no madvise; the steps give the same results."""
     monkeypatch.delattr(mapped_memory.os, "posix_fallocate")
     monkeypatch.delattr(mapped_memory.mmap, "MADV_WILLNEED")
-    mapped, descriptor = _allocate(nbytes, tmp_path)
+    mapped, descriptor = allocate_file(nbytes, tmp_path)
     os.close(descriptor)
     assert len(mapped) == nbytes
     assert mapped[:] == bytes(nbytes)
@@ -111,11 +111,11 @@ def test_blocks_are_allocated_up_front_in_a_file_without_a_name(monkeypatch, tmp
     allocated = []
 
     def allocate(nbytes, page_dir):
-        mapped, descriptor = _allocate(nbytes, page_dir)
+        mapped, descriptor = allocate_file(nbytes, page_dir)
         allocated.append(os.fstat(descriptor).st_blocks * 512)
         return mapped, descriptor
 
-    monkeypatch.setattr(mapped_memory, "_allocate", allocate)
+    monkeypatch.setattr(mapped_memory, "allocate_file", allocate)
     optimizer = PagedAdamW([nn.Parameter(torch.zeros(4 << 20))], page_dir=tmp_path)
     assert sum(allocated) >= 32 << 20
     assert list(tmp_path.iterdir()) == []
