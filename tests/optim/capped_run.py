@@ -26,8 +26,9 @@ def train(page_dir: str | None, cap_bytes: int | None) -> str:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(NUMEL))
     weight.grad = torch.randn(NUMEL)
-    warm = nn.Parameter(torch.zeros(256))  # starts threads and loads libraries before the limit is set
-    warm.grad = torch.zeros(256)
+    # Loads libraries and starts all threads, whose stacks count, before the limit is set.
+    warm = nn.Parameter(torch.zeros(1 << 20))
+    warm.grad = torch.zeros(1 << 20)
     PagedAdamW([warm], page_dir=page_dir).step()
     if cap_bytes is not None:
         with open("/proc/self/status", encoding="utf-8") as status:
