@@ -102,7 +102,9 @@ def process(folder: Path, run: Run, rank: int) -> int:
 
 
 def _main(folder: Path) -> None:
-    import transformers.models.llama.modeling_llama  # noqa: F401, once for all processes
+    # Once for all processes. Without a cache of fonts, matplotlib searches for them, and writes to stderr after 5 s.
+    import matplotlib.font_manager  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     from tests.support.tiny_model import write_tiny_llama
 
