@@ -39,7 +39,7 @@ def run(modules: Sequence[str], worlds: list[int], folder: Path) -> dict[str, st
     command = [sys.executable, "-m", "tests.distributed.processes", ",".join(modules), str(folder)]
     command += map(str, worlds)
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3600, check=False)
     results = {}
     for world in worlds:
         for name in names(*modules):

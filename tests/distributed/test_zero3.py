@@ -21,7 +21,7 @@ def results(tmp_path_factory):
     command += ["-m", "tests.distributed.zero3_steps", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3600, check=False)
     assert file.is_file(), done.stderr[-3000:]
     return json.loads(file.read_text())
 
