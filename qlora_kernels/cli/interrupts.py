@@ -73,7 +73,10 @@ def deferred(message: str) -> Iterator[Interrupt]:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders. Exit code 143."""
+    """Let SIGTERM unwind the command, as Ctrl-C does, so that it removes its scratch folders.
+
+    Raises SystemExit, with exit code 143, where the signal arrives.
+    """
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

@@ -126,7 +126,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def allocate_file(nbytes: int, page_dir: Path) -> tuple[mmap.mmap, int]:
-    """Return the mapping of a new unnamed file and a descriptor of that file."""
+    """Return the mapping of a new unnamed file of `nbytes` bytes, which are allocated on disk, and its descriptor.
+
+    Raises ValueError if `page_dir` is no directory, and OSError if it has no room.
+    """
     if not page_dir.is_dir():
         raise ValueError(f"PagedAdamW: page_dir must be an existing directory, got {page_dir}")
     with tempfile.TemporaryFile(dir=page_dir, prefix="optimizer-states-", buffering=0) as file:
