@@ -22,7 +22,7 @@ from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linea
 from qlora_kernels.backends.triton.planner import assume_capability
 from qlora_kernels.backends.triton.quantize_absmax import quantize_absmax
 from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
-from qlora_kernels.ops.operands import LoRA, Weight
+from qlora_kernels.ops.operands import LoRA, Needs, Weight
 from qlora_kernels.ops.registry import Problem
 
 from . import cases, compare, host_time, kernel_times, smoke, training
@@ -81,7 +81,7 @@ def compile_linear(M: int, N: int, K: int, dropout: Iterable[float], r: int = tr
     for p in dropout:
         lora = LoRA(meta(r, K), meta(N, r), meta(1, dtype=torch.int64) if p else None, training.SCALING, p)
         linear_nf4_lora(x, w, None, lora)
-        linear_nf4_lora_backward(grad_y, x, s, w, lora, need_grad_x=True)
+        linear_nf4_lora_backward(grad_y, x, s, w, lora, Needs())
 
 
 def weight(N: int, K: int, double: bool = True) -> Weight:

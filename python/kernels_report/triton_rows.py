@@ -37,7 +37,7 @@ from qlora_kernels.backends.triton.quantize_nf4 import quantize_nf4
 from qlora_kernels.backends.triton.rms_norm import rms_norm, rms_norm_backward
 from qlora_kernels.backends.triton.rope import rope
 from qlora_kernels.ops.glu import ACTIVATIONS
-from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, Needs, Weight
 from qlora_kernels.ops.output_head import Head
 from qlora_kernels.ops.registry import Problem
 from qlora_kernels.rounding import cdiv
@@ -152,7 +152,7 @@ def lora_call(problem: Problem, r: int, backward_dropout: float = 0.1) -> object
     if problem.op == "linear_nf4":
         return linear_nf4_lora(x, weight(), None, lora)
     s = meta(problem.M, r, dtype=problem.dtype)
-    return linear_nf4_lora_backward(grad_y, x, s, weight(), lora._replace(dropout_p=backward_dropout), need_grad_x=True)
+    return linear_nf4_lora_backward(grad_y, x, s, weight(), lora._replace(dropout_p=backward_dropout), Needs())
 
 
 def adapter_cases(full: bool) -> Iterator[Case]:
@@ -180,9 +180,7 @@ def adapter_cases_of(dtype: torch.dtype, ranks: Iterable[int]) -> Iterator[Case]
     x, grad_y, s = meta(M, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, 16, dtype=dtype)
     adapters = MultiLoRA(meta(8, 16, K), meta(8, N, 16), meta(8), meta(M, dtype=torch.int64), seed, 0.1)
     yield Case(lambda: linear_nf4_multi_lora(x, weight(), None, adapters), problem, decode)
-    yield Case(
-        lambda: linear_nf4_multi_lora_backward(grad_y, x, s, weight(), adapters, need_grad_x=True), problem, decode
-    )
+    yield Case(lambda: linear_nf4_multi_lora_backward(grad_y, x, s, weight(), adapters, Needs()), problem, decode)
 
 
 def loss_cases(full: bool) -> Iterator[Case]:

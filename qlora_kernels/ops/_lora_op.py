@@ -3,16 +3,17 @@
 Kernel contract, x [M, K] and grad_y [M, N] contiguous, M, N, K, r >= 1, lora's factors contiguous:
 
     <op>           run(x, weight, bias, lora) -> (y [M, N], s [M, r]) of x.dtype
-    <op>_backward  run(grad_y, x, s, weight, lora, *, need_grad_x, need_grad_A=True, need_grad_B=True)
-                   -> (grad_x [M, K] of x.dtype or empty, grad_A, grad_B in lora_A's and lora_B's dtype)
+    <op>_backward  run(grad_y, x, s, weight, lora, needs)
+                   -> (grad_x [M, K] of x.dtype, grad_A, grad_B in lora_A's and lora_B's dtype)
 
-The op returns empty tensors for gradients that are not needed. A kernel need not compute those of A and B, and may.
+needs: Needs. A kernel returns an empty tensor for a gradient that is not needed, and computes nothing for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ Adapter = LoRA | MultiLoRA
 Result = tuple[Tensor, Tensor]
 """Result of forward: (y [..., N], s [M, r])."""
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""Result of backward: (grad_x [..., K] or empty, grad_A, grad_B)."""
+"""Result of backward: (grad_x [..., K], grad_A, grad_B), empty where not needed."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class LoRAOp:
     check_adapter: Callable[..., None]
     constants: tuple[str, ...] = ()
 
+    @cached_property
+    def backward_name(self) -> str:
+        """The name of the backward op."""
+        return f"{self.name}_backward"
+
     def define(self, apply: Callable[..., Result]) -> None:
         """Define both ops. apply(x, weight, bias, lora, run): calls the forward op's torch.autograd.Function."""
-        forward, backward = f"qlora_kernels::{self.name}", f"qlora_kernels::{self.name}_backward"
+        forward, backward = f"qlora_kernels::{self.name}", f"qlora_kernels::{self.backward_name}"
         weight, lora = Weight.schema(), self.kind.schema()
         torch.library.define(forward, f"(Tensor x, {weight}, Tensor? bias, {lora}) -> (Tensor, Tensor)")
         torch.library.define(
@@ -88,11 +94,9 @@ class LoRAOp:
         self._check_backward(grad_y, x, s, weight, lora)
         if is_empty(x, weight):
             return needs.only(torch.zeros_like(x), torch.zeros_like(lora.A), torch.zeros_like(lora.B))
-        run = select(problem_of(f"{self.name}_backward", x, weight, lora)).run
-        grad_x, grad_A, grad_B = run(
-            flatten_to_2d(grad_y), flatten_to_2d(x), s, weight, _contiguous(lora), **needs._asdict()
-        )
-        return needs.only(restore_leading_dims(grad_x, x) if needs.need_grad_x else grad_x, grad_A, grad_B)
+        run = select(problem_of(self.backward_name, x, weight, lora)).run
+        grad_x, grad_A, grad_B = run(flatten_to_2d(grad_y), flatten_to_2d(x), s, weight, _contiguous(lora), needs)
+        return restore_leading_dims(grad_x, x) if needs.need_grad_x else grad_x, grad_A, grad_B
 
     def backward_fake(
         self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter, needs: Needs
@@ -106,7 +110,7 @@ class LoRAOp:
     ) -> Gradients:
         """Check the arguments, then compose the gradients of torch's ops."""
         self._check_backward(grad_y, x, s, weight, lora)
-        return needs.only(*compose.lora_backward(grad_y, x, weight, lora, needs.need_grad_x))
+        return compose.lora_backward(grad_y, x, weight, lora, needs)
 
     def _check_forward(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> None:
         check_x(self.name, x, weight)
@@ -114,7 +118,7 @@ class LoRAOp:
         self.check_adapter(self.name, x, weight, lora)
 
     def _check_backward(self, grad_y: Tensor, x: Tensor, s: Tensor, weight: Weight, lora: Adapter) -> None:
-        op = f"{self.name}_backward"
+        op = self.backward_name
         check_x(op, x, weight)
         check_grad_y(op, grad_y, weight, x)
         self.check_adapter(op, x, weight, lora)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .operands import GroupLoRA, LoRA, MultiLoRA, Weight
+from .operands import GroupLoRA, LoRA, MultiLoRA, Needs, Weight
 from .philox import dropped
 
 
@@ -34,27 +34,39 @@ def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA | Mul
 
 
 def lora_backward(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA | MultiLoRA, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA | MultiLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A, grad_B) of such an op; s is recomputed, because it depends on x and A."""
+    """Return (grad_x, grad_A, grad_B) of such an op, empty where not needed; s is recomputed, because it depends on x
+    and A.
+    """
     rows, grad_rows = _matrix(x), _matrix(grad_y)
-    x_dropped = dropped(rows, lora.seed, lora.dropout_p)
+    need_x_dropped = needs.need_grad_A or needs.need_grad_B
+    x_dropped = dropped(rows, lora.seed, lora.dropout_p) if need_x_dropped else rows
     through_dropout = torch.zeros_like(rows)
     grads_A, grads_B = [], []
     for A, B, scaling, mask in _adapters(lora, x.dtype):
         own = grad_rows if mask is None else grad_rows * mask
+        if needs.need_grad_B:
+            grads_B.append(scaling * (own.T @ (x_dropped @ A.T)))
+        if not needs.need_ds:
+            continue
         ds = scaling * (own @ B)
-        grads_A.append(ds.T @ x_dropped)
-        grads_B.append(scaling * (own.T @ (x_dropped @ A.T)))
-        through_dropout = through_dropout + ds @ A
-    grad_A, grad_B = (
-        (torch.stack(grads_A), torch.stack(grads_B)) if isinstance(lora, MultiLoRA) else (grads_A[0], grads_B[0])
-    )
+        if needs.need_grad_A:
+            grads_A.append(ds.T @ x_dropped)
+        if needs.need_grad_x:
+            through_dropout = through_dropout + ds @ A
     of_x = x.new_empty(0)
-    if need_grad_x:
+    if needs.need_grad_x:
         through_dropout = dropped(through_dropout, lora.seed, lora.dropout_p)
         of_x = grad_x(grad_y, weight) + through_dropout.reshape(x.shape)
-    return of_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
+    return of_x, _joined(grads_A, lora, lora.A), _joined(grads_B, lora, lora.B)
+
+
+def _joined(grads: list[Tensor], lora: LoRA | MultiLoRA, factor: Tensor) -> Tensor:
+    """Return the gradients of all adapters as that of `factor`; empty if there are none."""
+    if not grads:
+        return factor.new_empty(0)
+    return (torch.stack(grads) if isinstance(lora, MultiLoRA) else grads[0]).to(factor.dtype)
 
 
 def lora_group(
@@ -66,12 +78,12 @@ def lora_group(
 
 
 def lora_group_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA, need_grad_x: bool
+    grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x or empty, grad_A, grads of B) of linear_nf4_lora_group."""
+    """Return (grad_x, grad_A, grads of B) of linear_nf4_lora_group, empty where not needed."""
     of_x, grads_A, grads_B = x.new_empty(0), [], []
     for grad_y, weight, member in zip(grad_ys, weights, lora.split_per_linear(), strict=True):
-        of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, need_grad_x)
+        of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, needs)
         of_x = of_x + of_member if of_x.numel() else of_member
         grads_A.append(of_A)
         grads_B.append(of_B)
@@ -186,7 +198,7 @@ def _adapters(lora: LoRA | MultiLoRA, dtype: torch.dtype) -> list[tuple[Tensor, 
 
 
 def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    w: Tensor = torch.ops.qlora_kernels.dequantize_nf4(*weight, dtype=dtype)
+    w: Tensor = torch.ops.qlora_kernels.dequantize_nf4.default(*weight, dtype=dtype)
     return w.view(weight.N, weight.K)
 
 

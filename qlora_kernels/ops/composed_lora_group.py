@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .operands import GroupLoRA, Weight
+from .operands import GroupLoRA, Needs, Weight
 from .tensor_memory import check_memory
 
 
@@ -30,26 +30,14 @@ def compose_lora_group(
         s: Tensor,
         weights: Sequence[Weight],
         lora: GroupLoRA,
-        *,
-        need_grad_x: bool,
-        need_grad_A: bool = True,
-        need_grad_B: bool = True,
+        needs: Needs,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return (grad_x or empty, grad_A, grads of B)."""
+        """Return (grad_x, grad_A, grads of B), empty where not needed."""
         grad_x, grads_A, grads_B = x.new_empty(0), [], []
         for grad_y, part, weight, member in zip(
             grad_ys, split_by_rank(s, lora), weights, lora.split_per_linear(), strict=True
         ):
-            of_x, of_A, of_B = linear_nf4_lora_backward(
-                grad_y,
-                x,
-                part,
-                weight,
-                member,
-                need_grad_x=need_grad_x,
-                need_grad_A=need_grad_A,
-                need_grad_B=need_grad_B,
-            )
+            of_x, of_A, of_B = linear_nf4_lora_backward(grad_y, x, part, weight, member, needs)
             grad_x = grad_x.add_(of_x) if grad_x.numel() else of_x
             grads_A.append(of_A)
             grads_B.append(of_B)

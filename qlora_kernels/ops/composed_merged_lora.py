@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .operands import LoRA, Weight
+from .operands import LoRA, Needs, Weight
 
 Merge = Callable[[Weight, LoRA, Tensor], None]
 """merge(weight, lora, out): out [N, K] = W + scaling * B A, with the factors in out's dtype and one rounding."""
@@ -50,12 +50,16 @@ def compose_lora_merged(decode: Decode) -> tuple[Callable[..., Tensor], Callable
         return forward(x, weight, bias, lora, merge)
 
     def linear_nf4_lora_merged_backward(
-        grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+        grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (grad_x or empty, grad_A, grad_B)."""
-        s = x @ lora.A.to(x.dtype).T
-        ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
-        grads = (ds.T @ x).to(lora.A.dtype), (lora.scaling * (grad_y.T @ s)).to(lora.B.dtype)
-        return grad_x(grad_y, weight, lora, merge) if need_grad_x else x.new_empty(0), *grads
+        """Return (grad_x, grad_A, grad_B), empty where not needed."""
+        grad_A, grad_B = lora.A.new_empty(0), lora.B.new_empty(0)
+        if needs.need_grad_A:
+            ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
+            grad_A = (ds.T @ x).to(lora.A.dtype)
+        if needs.need_grad_B:
+            s = x @ lora.A.to(x.dtype).T
+            grad_B = (lora.scaling * (grad_y.T @ s)).to(lora.B.dtype)
+        return grad_x(grad_y, weight, lora, merge) if needs.need_grad_x else x.new_empty(0), grad_A, grad_B
 
     return linear_nf4_lora_merged, linear_nf4_lora_merged_backward

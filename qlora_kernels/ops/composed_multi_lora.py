@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .operands import MultiLoRA, Weight
+from .operands import MultiLoRA, Needs, Weight
 from .philox import dropped
 
 
@@ -43,21 +43,33 @@ def add_forward(y: Tensor, x: Tensor, lora: MultiLoRA) -> Tensor:
     return s
 
 
-def add_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, s: Tensor, lora: MultiLoRA) -> tuple[Tensor, Tensor]:
-    """Add the low-rank part to grad_x in place, if given, and return (grad_A, grad_B) in the masters' dtypes."""
-    grad_A, grad_B = torch.zeros_like(lora.A), torch.zeros_like(lora.B)
-    x_dropped = dropped(x, lora.seed, lora.dropout_p)
-    through_dropout = torch.zeros_like(x)
+def backward(
+    base_grad_x: Callable[[Tensor, Weight], Tensor],
+    grad_y: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Weight,
+    lora: MultiLoRA,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (grad_x, grad_A, grad_B), empty where not needed. base_grad_x: linear_nf4_grad_x of a backend."""
+    grad_x, grad_A, grad_B = needs.only(x, torch.zeros_like(lora.A), torch.zeros_like(lora.B))
+    x_dropped = dropped(x, lora.seed, lora.dropout_p) if needs.need_grad_A else x
+    through_dropout = torch.zeros_like(x) if needs.need_grad_x else x
     for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
         g = grad_y[rows]
+        if needs.need_grad_B:
+            grad_B[e] = lora.scalings[e] * (g.T @ s[rows])
+        if not needs.need_ds:
+            continue
         ds = (lora.scalings[e] * (g @ lora.B[e].to(g.dtype))).to(g.dtype)
-        grad_B[e] = lora.scalings[e] * (g.T @ s[rows])
-        grad_A[e] = ds.T @ x_dropped[rows]
-        if grad_x is not None:
+        if needs.need_grad_A:
+            grad_A[e] = ds.T @ x_dropped[rows]
+        if needs.need_grad_x:
             through_dropout[rows] = ds @ lora.A[e].to(g.dtype)
-    if grad_x is not None:
-        grad_x += dropped(through_dropout, lora.seed, lora.dropout_p)
-    return grad_A, grad_B
+    if needs.need_grad_x:
+        grad_x = base_grad_x(grad_y, weight).add_(dropped(through_dropout, lora.seed, lora.dropout_p))
+    return grad_x, grad_A, grad_B
 
 
 def compose_multi_lora(
@@ -76,14 +88,9 @@ def compose_multi_lora(
         s: Tensor,
         weight: Weight,
         lora: MultiLoRA,
-        *,
-        need_grad_x: bool,
-        need_grad_A: bool = True,
-        need_grad_B: bool = True,
+        needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (grad_x or empty, grad_A, grad_B)."""
-        grad_x = linear_nf4_grad_x(grad_y, weight) if need_grad_x else None
-        grad_A, grad_B = add_backward(grad_x, grad_y, x, s, lora)
-        return x.new_empty(0) if grad_x is None else grad_x, grad_A, grad_B
+        """Return (grad_x, grad_A, grad_B), empty where not needed."""
+        return backward(linear_nf4_grad_x, grad_y, x, s, weight, lora, needs)
 
     return linear_nf4_multi_lora, linear_nf4_multi_lora_backward

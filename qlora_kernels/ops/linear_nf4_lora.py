@@ -63,7 +63,7 @@ class LinearNF4LoRAFunction(torch.autograd.Function):
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = LoRA(lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p)
         need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
-        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_backward(
+        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_backward.default(
             grad_y, x, s, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
@@ -106,7 +106,7 @@ def linear_nf4_lora(
     """
     weight = weight_of("linear_nf4_lora", packed, state)
     lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device, seed), scaling, dropout_p)
-    y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora(x, *weight, bias, *lora)[0]
+    y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora.default(x, *weight, bias, *lora)[0]
     return y
 
 

@@ -12,9 +12,8 @@ qlora_kernels::linear_nf4_lora_group_backward. A list in a schema has an entry f
 
 Kernel contract: x [M, K] and grad_y_i [M, N_i] contiguous, M, K, N_i, r_i >= 1; lora: GroupLoRA, factors contiguous.
     linear_nf4_lora_group           run(x, weights, biases, lora) -> ([y_i [M, N_i]], s [M, sum of r_i]) of x.dtype
-    linear_nf4_lora_group_backward  run(grad_ys, x, s, weights, lora, *, need_grad_x, need_grad_A, need_grad_B)
-                                    -> (grad_x [M, K] of x.dtype or empty, grad_A, [grad_B_i]); a kernel may compute
-                                    gradients of the factors that are not needed
+    linear_nf4_lora_group_backward  run(grad_ys, x, s, weights, lora, needs)
+                                    -> (grad_x [M, K] of x.dtype, grad_A, [grad_B_i]), empty where not needed
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def call_group(x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | N
     A, B, seed, scalings, dropout_p = lora
     factors = (A, list(B), seed, list(scalings), dropout_p)
     lists = WeightLists.of(weights)
-    ys: list[Tensor] = torch.ops.qlora_kernels.linear_nf4_lora_group(x, list(biases), *lists, *factors)[0]
+    ys: list[Tensor] = torch.ops.qlora_kernels.linear_nf4_lora_group.default(x, list(biases), *lists, *factors)[0]
     return ys
 
 
@@ -127,8 +126,8 @@ def linear_nf4_lora_group_backward_impl(
         return _only(needs, torch.zeros_like(x), torch.zeros_like(lora.A), [torch.zeros_like(B) for B in lora.B])
     run = select(problem_of_group(_BACKWARD_OP, x, weights, lora)).run
     rows = [flatten_to_2d(grad_y) for grad_y in grad_ys]
-    grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), **needs._asdict())
-    return _only(needs, grad_x.view(x.shape) if needs.need_grad_x else grad_x, grad_A, grads_B)
+    grad_x, grad_A, grads_B = run(rows, flatten_to_2d(x), s, weights, _contiguous(lora), needs)
+    return grad_x.view(x.shape) if needs.need_grad_x else grad_x, grad_A, grads_B
 
 
 @fake(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
@@ -146,7 +145,7 @@ def linear_nf4_lora_group_backward_composed(
     """Check the arguments, then compose the gradients of torch's ops."""
     weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
-    return _only(needs, *compose.lora_group_backward(grad_ys, x, weights, lora, needs.need_grad_x))
+    return compose.lora_group_backward(grad_ys, x, weights, lora, needs)
 
 
 def _only(
@@ -196,7 +195,7 @@ class LinearNF4LoRAGroupFunction(torch.autograd.Function):
         lora = GroupLoRA(lora_A, lora_B, seed, ctx.scalings, ctx.dropout_p)
         need_grad_x, *_, need_grad_A = ctx.needs_input_grad[:6]
         need_grads_B = ctx.needs_input_grad[6:]
-        grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward(
+        grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward.default(
             grad_ys, x, s, *lists, *lora, need_grad_x, need_grad_A, any(need_grads_B)
         )
         of_B = [grad_B if need else None for grad_B, need in zip(grads_B, need_grads_B, strict=True)]

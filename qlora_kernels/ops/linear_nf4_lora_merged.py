@@ -13,8 +13,8 @@ qlora_kernels::linear_nf4_lora_merged_backward.
 
 Kernel contract: x [M, K] and grad_y [M, N] contiguous, M, N, K, r >= 1; lora: LoRA without dropout, factors contiguous.
     linear_nf4_lora_merged           run(x, weight, bias, lora) -> y [M, N] of x.dtype
-    linear_nf4_lora_merged_backward  run(grad_y, x, weight, lora, *, need_grad_x)
-                                     -> (grad_x [M, K] of x.dtype or empty, grad_A, grad_B)
+    linear_nf4_lora_merged_backward  run(grad_y, x, weight, lora, needs)
+                                     -> (grad_x [M, K] of x.dtype, grad_A, grad_B), empty where not needed
 A kernel that never stores the decoded weight may keep the update apart and unrounded, as linear_nf4_lora does.
 """
 
@@ -38,18 +38,18 @@ from ._linear import (
     sum_over_rows,
 )
 from .checks import check_bias, check_grad_y, check_lora, check_x
-from .operands import LoRA, Weight
+from .operands import LoRA, Needs, Weight
 from .registry import select
 from .tensor_memory import contiguous
 
 _OP, _BACKWARD_OP = "linear_nf4_lora_merged", "linear_nf4_lora_merged_backward"
 _FORWARD = (Tensor, Weight, Tensor, LoRA)
-_BACKWARD = (Tensor, Tensor, Weight, LoRA, Tensor)
+_BACKWARD = (Tensor, Tensor, Weight, LoRA, Needs)
 Gradients = tuple[Tensor, Tensor, Tensor]
 torch.library.define(f"qlora_kernels::{_OP}", f"(Tensor x, {Weight.schema()}, Tensor? bias, {LoRA.schema()}) -> Tensor")
 torch.library.define(
     f"qlora_kernels::{_BACKWARD_OP}",
-    f"(Tensor grad_y, Tensor x, {Weight.schema()}, {LoRA.schema()}, bool need_grad_x) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_y, Tensor x, {Weight.schema()}, {LoRA.schema()}, {Needs.schema()}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -78,34 +78,32 @@ def linear_nf4_lora_merged_composed(x: Tensor, weight: Weight, bias: Tensor | No
 
 @implement(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_merged_backward_impl(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
 ) -> Gradients:
     """Check the arguments, then run the selected kernel over grad_y and x as matrices."""
     _check_backward(grad_y, x, weight, lora)
     if is_empty(x, weight):
-        return x.new_zeros(x.shape if need_grad_x else (0,)), torch.zeros_like(lora.A), torch.zeros_like(lora.B)
+        return needs.only(torch.zeros_like(x), torch.zeros_like(lora.A), torch.zeros_like(lora.B))
     run = select(problem_of(_BACKWARD_OP, x, weight, lora)).run
-    grad_x, grad_A, grad_B = run(
-        flatten_to_2d(grad_y), flatten_to_2d(x), weight, _contiguous(lora), need_grad_x=need_grad_x
-    )
-    return restore_leading_dims(grad_x, x) if need_grad_x else grad_x, grad_A, grad_B
+    grad_x, grad_A, grad_B = run(flatten_to_2d(grad_y), flatten_to_2d(x), weight, _contiguous(lora), needs)
+    return restore_leading_dims(grad_x, x) if needs.need_grad_x else grad_x, grad_A, grad_B
 
 
 @fake(f"qlora_kernels::{_BACKWARD_OP}", _BACKWARD)
 def linear_nf4_lora_merged_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
 ) -> Gradients:
     """Return empty tensors with the shapes and dtypes of the gradients."""
     _check_backward(grad_y, x, weight, lora)
-    return x.new_empty(x.shape if need_grad_x else (0,)), torch.empty_like(lora.A), torch.empty_like(lora.B)
+    return needs.only(x.new_empty(x.shape), torch.empty_like(lora.A), torch.empty_like(lora.B))
 
 
 def linear_nf4_lora_merged_backward_composed(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
 ) -> Gradients:
     """Check the arguments, then compose the gradients of torch's ops, with the update apart."""
     _check_backward(grad_y, x, weight, lora)
-    return compose.lora_backward(grad_y, x, weight, lora, need_grad_x)
+    return compose.lora_backward(grad_y, x, weight, lora, needs)
 
 
 class LinearNF4LoRAMergedFunction(torch.autograd.Function):
@@ -138,12 +136,14 @@ class LinearNF4LoRAMergedFunction(torch.autograd.Function):
         x, lora_A, lora_B, *of_weight = ctx.saved_tensors
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = LoRA(lora_A, lora_B, None, ctx.scaling, 0.0)
-        need_grad_x, need_grad_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_merged_backward(
-            grad_y, x, *weight, *lora, need_grad_x
+        need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_merged_backward.default(
+            grad_y, x, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
-        return grad_x if need_grad_x else None, grad_bias, grad_A, grad_B, None, None, None
+        grad_x = grad_x if need_grad_x else None
+        grad_A, grad_B = grad_A if need_grad_A else None, grad_B if need_grad_B else None
+        return grad_x, grad_bias, grad_A, grad_B, None, None, None
 
 
 def _apply(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA, run: Callable[..., Any]) -> Tensor:

@@ -59,7 +59,7 @@ class LinearNF4MultiLoRAFunction(torch.autograd.Function):
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed, ctx.dropout_p)
         need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
-        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_multi_lora_backward(
+        grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_multi_lora_backward.default(
             grad_y, x, s, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
@@ -102,5 +102,5 @@ def linear_nf4_multi_lora(
     """
     weight = weight_of("linear_nf4_multi_lora", packed, state)
     lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device, seed), dropout_p)
-    y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *weight, bias, *lora)[0]
+    y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora.default(x, *weight, bias, *lora)[0]
     return y

@@ -64,16 +64,16 @@ class Projection(NamedTuple):
             run = select(problem_of("linear_nf4_grad_x", grad_y, self.weight)).run
             return run(grad_y, self.weight) if need_grad_x else None, None, None
         run = select(problem_of("linear_nf4_lora_backward", x, self.weight, self.lora)).run
-        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, self.lora, **needs._asdict())
+        grad_x, grad_A, grad_B = run(grad_y, x, s, self.weight, self.lora, needs)
         return grad_x if need_grad_x else None, grad_A, grad_B
 
     def by_op(self, x: Tensor) -> Tensor:
         """Return y [..., N] from the op, which is differentiable to any order."""
         y: Tensor
         if self.lora is None:
-            y = torch.ops.qlora_kernels.linear_nf4(x, *self.weight, self.bias)
+            y = torch.ops.qlora_kernels.linear_nf4.default(x, *self.weight, self.bias)
         else:
-            y = torch.ops.qlora_kernels.linear_nf4_lora(x, *self.weight, self.bias, *self.lora)[0]
+            y = torch.ops.qlora_kernels.linear_nf4_lora.default(x, *self.weight, self.bias, *self.lora)[0]
         return y
 
 
@@ -138,7 +138,7 @@ class SharedInput:
         if self.is_group:
             run = self._kernel("linear_nf4_lora_group_backward", x).run
             needs = Needs(need_grad_x, any(need_factors[::2]), any(need_factors[1::2]))
-            grad_x, grad_A, grads_B = run(grad_ys, x, saved[0], self.weights, self.lora, **needs._asdict())
+            grad_x, grad_A, grads_B = run(grad_ys, x, saved[0], self.weights, self.lora, needs)
             grads_A = torch.split(grad_A, self.lora.ranks) if needs.need_grad_A else [None] * len(grads_B)
             each = [grad for pair in zip(grads_A, grads_B, strict=True) for grad in pair]
             return grad_x if need_grad_x else None, each

@@ -156,14 +156,20 @@ class GroupLoRA(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that a backward op of LoRA linears has to compute. It returns empty tensors in place of the others.
+    """The gradients that a backward op of LoRA linears computes; Needs() is all of them. It returns empty tensors in
+    place of the others.
 
     need_grad_A, need_grad_B: of any linear of a group.
     """
 
-    need_grad_x: bool
-    need_grad_A: bool
-    need_grad_B: bool
+    need_grad_x: bool = True
+    need_grad_A: bool = True
+    need_grad_B: bool = True
+
+    @property
+    def need_ds(self) -> bool:
+        """Whether ds = scaling * grad_y B is needed, of which grad_x and grad_A are computed."""
+        return self.need_grad_x or self.need_grad_A
 
     @staticmethod
     def schema() -> str:

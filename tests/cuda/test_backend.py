@@ -22,7 +22,7 @@ from qlora_kernels.backends.cuda import routing
 from qlora_kernels.backends.cuda.managed_memory import tensor_of
 from qlora_kernels.format import double_quant, reference
 from qlora_kernels.ops import extended_k, registry
-from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
+from qlora_kernels.ops.operands import GroupLoRA, LoRA, Needs, Weight
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from qlora_kernels.ops.registry import Problem
 from tests.support.cuda_host import out
@@ -244,7 +244,7 @@ def test_linear_with_lora(p: float, M: int, N: int, K: int, r: int, dtype: torch
     dropout = Dropout(dropout_keep(seed, M, K, p), keep_scale(p)) if p else None
     lora = LoRA(lora_A, (gaussian(N, r, seed=5) * 0.1).to(dtype).float(), seed, 0.5, p)
     y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
-    gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
+    gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, Needs())
     inputs = (x, dequantized(weight, dtype), bias, lora.A, lora.B, grad_y)
     assert_lora((y, s, *gradients), inputs, lora.scaling, dropout, arithmetic_of("cuda", dtype))
     assert cuda.linear_nf4(x, weight, None).shape == (M, N)
@@ -295,9 +295,7 @@ class Group:
         """
         x, lora, dtype = self.x, self.lora, self.x.dtype
         ys, s = cuda.linear_nf4_lora_group(x, self.weights, self.biases, lora)
-        grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(
-            self.grad_ys, x, s, self.weights, lora, need_grad_x=True
-        )
+        grad_x, grad_A, grads_B = cuda.linear_nf4_lora_group_backward(self.grad_ys, x, s, self.weights, lora, Needs())
         p, arithmetic, of_members = lora.dropout_p, arithmetic_of("cuda", dtype), []
         dropout = Dropout(dropout_keep(lora.seed, *x.shape, p), keep_scale(p)) if p else None
         parts, grads_A = s.split(lora.ranks, dim=1), grad_A.split(lora.ranks)
@@ -366,7 +364,7 @@ def test_merged_update(dtype: torch.dtype, M: int, K: int, r: int) -> None:
     A, B = ((gaussian(*size, seed=4) * 0.1).to(dtype).float() for size in ((r, K), (N, r)))
     lora, grad_y = LoRA(A, B, None, 0.7, 0.0), gaussian(M, N, dtype=dtype, seed=6)
     y = cuda.linear_nf4_lora_merged(x, weight, bias, lora)
-    gradients = cuda.linear_nf4_lora_merged_backward(grad_y, x, weight, lora, need_grad_x=True)
+    gradients = cuda.linear_nf4_lora_merged_backward(grad_y, x, weight, lora, Needs())
     inputs = (x, dequantized(weight, torch.float32), bias, A, B, grad_y)
     assert_lora_merged((y, *gradients), inputs, lora.scaling, arithmetic_of("cuda", dtype))
 
@@ -379,7 +377,7 @@ def test_gradients_of_the_factors_are_not_rounded_to_the_activations(dtype: torc
     factors = [(gaussian(*size, seed=4) * 0.1).to(dtype).float() for size in ((r, K), (N, r))]
     lora = LoRA(*factors, None, 0.5, 0.0)
     _, s = cuda.linear_nf4_lora(x, weight, None, lora)
-    _, *gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=False)
+    _, *gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, Needs(need_grad_x=False))
     arithmetic = Arithmetic(dtype, composed=False)
     expected = lora_backward(grad_y, x, s, dequantized(weight, dtype), *factors, lora.scaling, None, arithmetic)
     for name, actual, bound in zip("AB", gradients, expected[1:], strict=True):

@@ -18,6 +18,7 @@ from qlora_kernels.backends.triton.dequantize_nf4 import dequantize_nf4
 from qlora_kernels.backends.triton.linear_nf4 import linear_nf4
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B
 from qlora_kernels.backends.triton.planner import Plan, plan
+from qlora_kernels.ops.operands import Needs
 from qlora_kernels.ops.registry import Problem
 
 FUSED = Plan("fused", block_m=16, block_n=64, block_k=64)
@@ -165,7 +166,7 @@ def test_rank_64_gradients_do_not_spill(M, dtype, kernels):
     """The widest accumulators of the adapter kernels, at the rank of the QLoRA paper, where sm_80 has least room; and
     fp32, whose products hold the operands of a whole step."""
     grad_y, s, lora_B = meta(M, 4096, dtype=dtype), meta(M, 64, dtype=dtype), meta(4096, 64)
-    case = Case(lambda: lora_ds_grad_B(grad_y, s, lora_B, 2.0))
+    case = Case(lambda: lora_ds_grad_B(grad_y, s, lora_B, 2.0, Needs()))
     rows = [row_of(launch, case, 80) for launch in compile_case(case, 80)]
     assert [row.kernel for row in rows if row.kernel != "sum_partials_kernel"] == kernels
     assert broken_gates(rows) == []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight
+from qlora_kernels.ops.operands import GroupLoRA, LoRA, Needs, Weight
 from tests.cuda.launching import load_bindings, needs_library
 
 M = K = 4096
@@ -138,7 +138,7 @@ def count_group(group: Any, backend: str, widths: tuple[int, ...], patch: pytest
     with counted(backend, patch) as forward:
         _, s = group.linear_nf4_lora_group(x, weights, [None] * len(widths), lora)
     with counted(backend, patch) as backward:
-        group.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+        group.linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, Needs())
     return (forward.launches, forward.passes), (backward.launches, backward.passes)
 
 
@@ -186,5 +186,5 @@ def test_launches_and_passes_of_a_merged_update(
     with counted(backend, monkeypatch) as forward:
         module.linear_nf4_lora_merged(meta(M, K), weight(4096), None, lora)
     with counted(backend, monkeypatch) as backward:
-        module.linear_nf4_lora_merged_backward(meta(M, 4096), meta(M, K), weight(4096), lora, need_grad_x=True)
+        module.linear_nf4_lora_merged_backward(meta(M, 4096), meta(M, K), weight(4096), lora, Needs())
     assert ((forward.launches, forward.passes), (backward.launches, backward.passes)) == expected

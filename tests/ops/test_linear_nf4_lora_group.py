@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qlora_kernels as qk
 from qlora_kernels.ops.operands import weight_of
 from tests.support.lora_group_checks import SCALINGS, SHAPES, check_forward_and_gradients, problem
+from tests.support.op_recorder import OpResults
 from tests.support.problems import DTYPES, dtype_name, gaussian, usable_backends
 from tests.support.tolerances import assert_repeats, assert_same_function, model_error
-
-
-class OpResults(TorchDispatchMode):
-    """Stores the results of the calls of one op, by its name."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.results = name, []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        if op._schema.name == f"qlora_kernels::{self.name}":
-            self.results.append(result)
-        return result
-
 
 backends = pytest.mark.parametrize("backend", usable_backends("linear_nf4_lora_group"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -70,7 +55,10 @@ def test_group_equals_linear_nf4_lora_with_same_seed(backend):
 @backends
 @pytest.mark.parametrize("frozen", [(1, 2), (3, 4), (0, 1, 2), (1,), (4,)], ids=str)
 def test_gradients_of_frozen_factors_are_not_computed(backend, frozen):
-    """Leaves: x, two A and two B. The op leaves out what no linear of the group needs; others keep their bits."""
+    """Leaves: x, two A and two B. The op leaves out what no linear of the group needs; others keep their bits.
+
+    Without grads of B, Triton computes ds = grad_y B by another kernel, whose order of summation is another one.
+    """
     weights, biases, leaves = problem(5, 64, (40, 17), (4, 3), torch.float32)
     kept = [leaf for place, leaf in enumerate(leaves) if place not in frozen]
 
@@ -86,7 +74,11 @@ def test_gradients_of_frozen_factors_are_not_computed(backend, frozen):
     assert (of_x.numel() > 0) == (0 not in frozen)
     assert (of_A.numel() > 0) == (not {1, 2} <= set(frozen))
     assert all((grad.numel() > 0) == (not {3, 4} <= set(frozen)) for grad in of_B)
-    assert all(torch.equal(next(found), grad) for place, grad in enumerate(every) if place not in frozen)
+    for grad in (grad for place, grad in enumerate(every) if place not in frozen):
+        if backend == "triton" and {3, 4} <= set(frozen):
+            assert_same_function(next(found), grad, products=3, terms=57)
+        else:
+            assert torch.equal(next(found), grad)
 
 
 @backends

@@ -16,7 +16,7 @@ from qlora_kernels.backends.triton.linear_nf4_lora_merged import merge_lora
 from qlora_kernels.backends.triton.lora_grads import lora_ds_grad_B, passes_over_grad_y
 from qlora_kernels.backends.triton.planner import ARCHS, Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops.operands import GroupLoRA, LoRA, Weight, weight_of
+from qlora_kernels.ops.operands import GroupLoRA, LoRA, Needs, Weight, weight_of
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import (
     Arithmetic,
@@ -59,7 +59,7 @@ def check_group(dtype, p, K, widths, ranks, used=None):
     grad_ys = [gaussian(M, N, dtype=dtype, seed=6 + N) for N in widths]
     with use_plan("linear_nf4", Plan("decode")), use_plan("linear_nf4_grad_x", Plan("decode")):
         ys, s = linear_nf4_lora_group(x, weights, biases, lora)
-        grad_x, grad_A, grads_B = linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+        grad_x, grad_A, grads_B = linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, Needs())
 
     parts, grads_A, total = s.split(list(ranks), dim=1), grad_A.split(list(ranks)), None
     arithmetic = arithmetic_of("triton", dtype)
@@ -112,7 +112,7 @@ def small_gpu():
 def check_ds_and_grad_B(M, N, r, dtype, copies):
     grad_y, s, B = gaussian(M, N, dtype=dtype), gaussian(M, r, dtype=dtype, seed=1), gaussian(N, r, seed=2)
     rows = torch.full((M, N + 16), torch.nan, dtype=dtype)
-    ds, grad_B = lora_ds_grad_B(grad_y, s, B, 0.7, rows[:, :N] if copies else None)
+    ds, grad_B = lora_ds_grad_B(grad_y, s, B, 0.7, Needs(), rows[:, :N] if copies else None)
     a = arithmetic_of("triton", dtype)
     g = a.input(grad_y)
     assert_within(ds, a.product(g, a.input(B)).scaled(0.7).to(dtype), "ds")

@@ -10,6 +10,7 @@ from qlora_kernels.backends.triton.linear_nf4_lora_merged import (
     linear_nf4_lora_merged_backward,
 )
 from qlora_kernels.backends.triton.planner import Plan, use_plan
+from qlora_kernels.ops.operands import Needs
 from tests.support.linear_formulas import arithmetic_of, assert_lora_merged
 from tests.support.problems import DTYPES, dtype_name, gaussian
 
@@ -33,6 +34,6 @@ def test_forward_and_gradients(dtype):
     x, bias, grad_y = gaussian(M, K, seed=1, dtype=dtype), gaussian(N, seed=2), gaussian(M, N, seed=3, dtype=dtype)
     with use_plan("linear_nf4", Plan("decode")), use_plan("linear_nf4_grad_x", Plan("decode")):
         y = linear_nf4_lora_merged(x, weight, bias, lora)
-        gradients = linear_nf4_lora_merged_backward(grad_y, x, weight, lora, need_grad_x=True)
+        gradients = linear_nf4_lora_merged_backward(grad_y, x, weight, lora, Needs())
     inputs = (x, w, bias, lora.A, lora.B, grad_y)
     assert_lora_merged((y, *gradients), inputs, lora.scaling, arithmetic_of("triton", dtype))

@@ -8,6 +8,7 @@ import torch
 from qlora_kernels.backends.triton import lora_grads
 from qlora_kernels.backends.triton.lora_grads import PARTS_PER_SM, bytes_of_ds_parts, passes_over_grad_y
 from qlora_kernels.backends.triton.planner import ARCHS
+from qlora_kernels.ops.operands import Needs
 
 from .checks import TWO_PASSES, check_ds_and_grad_B, check_two_passes
 
@@ -26,10 +27,9 @@ def test_memory_of_partial_sums_is_bounded(capability: int, dtype: torch.dtype) 
     for M in (1, 500, 4096, 16384, 131072):
         for N in (64, 1024, 14336, 128256):
             for r in (4, 16, 32, 64, 256):
-                sequence, ds, grad_B = lora_grads._ds_grad_B_sequence((M, N, r), (dtype, dtype), capability, 1.0, None)
-                memory = dict(enumerate(sequence.memory, start=4))
-                parts = [size for slot, size in memory.items() if slot not in (ds, grad_B)]
-                assert sum(parts) <= bound, (M, N, r)
+                problem = ((M, N, r), (dtype, dtype), capability)
+                sequence = lora_grads._ds_grad_B_sequence(*problem, 1.0, Needs(), None)
+                assert sequence.temporary_bytes <= bound, (M, N, r)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from qlora_kernels.backends.triton.linear_nf4_lora import linear_nf4_lora, linea
 from qlora_kernels.backends.triton.linear_nf4_multi_lora import linear_nf4_multi_lora, linear_nf4_multi_lora_backward
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops.operands import LoRA, MultiLoRA, Weight
+from qlora_kernels.ops.operands import LoRA, MultiLoRA, Needs, Weight
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora, lora_down, lora_forward
 from tests.support.problems import gaussian
@@ -43,7 +43,7 @@ def test_lora_linear():
     split = replace(plan, split_k=2)
     with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", split), executing_ptx() as launches:
         y, s = linear_nf4_lora(x, weight, bias, lora)
-        grads = linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
+        grads = linear_nf4_lora_backward(grad_y, x, s, weight, lora, Needs())
     assert {"linear_nf4_kernel", "linear_nf4_grad_x_kernel", "lora_ds_grad_B_kernel"} <= {run.name for run in launches}
 
     dropout = Dropout(dropout_keep(seed, M, K, DROPOUT), keep_scale(DROPOUT))
@@ -84,7 +84,7 @@ def test_multi_lora():
     plan = Plan("fused", block_m=16, block_n=64, block_k=64)
     with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", plan), executing_ptx() as launches:
         y, s = linear_nf4_multi_lora(x, weight, bias, lora)
-        grads = linear_nf4_multi_lora_backward(grad_y, x, s, weight, lora, need_grad_x=True)
+        grads = linear_nf4_multi_lora_backward(grad_y, x, s, weight, lora, Needs())
     kernels = {f"multi_lora_{part}_kernel" for part in ("down", "up", "ds_grad_B", "grad_A")}
     assert kernels <= {run.name for run in launches}
 

@@ -8,7 +8,7 @@ import torch
 from qlora_kernels.backends.triton.linear_nf4_lora_group import linear_nf4_lora_group, linear_nf4_lora_group_backward
 from qlora_kernels.backends.triton.planner import Plan, use_plan
 from qlora_kernels.format import double_quant, reference
-from qlora_kernels.ops.operands import GroupLoRA, Weight
+from qlora_kernels.ops.operands import GroupLoRA, Needs, Weight
 from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, lora_backward, lora_down, lora_forward
 from tests.support.problems import gaussian
@@ -35,7 +35,7 @@ def test_group(plan):
     grad_ys = [gaussian(M, N, seed=8, dtype=dtype) for N in WIDTHS]
     with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", plan), executing_ptx() as launches:
         ys, s = linear_nf4_lora_group(x, weights, biases, lora)
-        grad_x, grad_A, grads_B = linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, need_grad_x=True)
+        grad_x, grad_A, grads_B = linear_nf4_lora_group_backward(grad_ys, x, s, weights, lora, Needs())
         names = [run.name for run in launches]
     assert names.count("lora_down_kernel") == names.count("lora_grad_A_kernel") == 1
 

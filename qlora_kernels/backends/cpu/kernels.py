@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops.attention import Keys
-from ...ops.operands import GroupLoRA, LoRA, Weight, WeightLists
+from ...ops.operands import GroupLoRA, LoRA, Needs, Weight, WeightLists
 from ...ops.output_head import Head
 from ...ops.tensor_memory import contiguous
 
@@ -66,14 +66,11 @@ def linear_nf4_lora_backward(
     s: Tensor,
     weight: Weight,
     lora: LoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_x, grad_A, grad_B), empty if not needed; the library computes those of factors in fp32."""
     grad_x, grad_A, grad_B = _C.cpu_linear_nf4_lora_backward(
-        grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, need_grad_x, need_grad_A, need_grad_B
+        grad_y, x, s, weight.packed, *weight.constants, *lora, weight.blocksize, *needs
     )
     if lora.A.dtype != torch.float32 or lora.B.dtype != torch.float32:
         grad_A, grad_B = grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
@@ -97,15 +94,12 @@ def linear_nf4_lora_group_backward(
     s: Tensor,
     weights: Sequence[Weight],
     lora: GroupLoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return (grad_x, grad_A, grads of B), empty if not needed; the library computes those of factors in fp32."""
     lists = WeightLists.of(weights)
     grad_x, grad_A, grads_B = _C.cpu_linear_nf4_lora_group_backward(
-        grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, need_grad_x, need_grad_A, need_grad_B
+        grad_ys, x, s, *lists[:5], *lora, lists.blocksizes, *needs
     )
     if all(factor.dtype == torch.float32 for factor in (lora.A, *lora.B)):  # a call of `.to` takes a microsecond
         return grad_x, grad_A, grads_B

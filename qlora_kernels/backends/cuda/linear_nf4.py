@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ops import extended_k
 from ...ops.composed_lora_group import split_by_rank
-from ...ops.operands import GroupLoRA, LoRA, Weight
+from ...ops.operands import GroupLoRA, LoRA, Needs, Weight
 from ...ops.registry import KernelPlan, Problem
 from . import torch_products
 from .codec import dequantize_nf4
@@ -55,22 +55,17 @@ def linear_nf4_lora_backward(
     s: Tensor,
     weight: Weight,
     lora: LoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
-    if need_grad_x and _addition_reason("linear_nf4_lora_backward", x, [weight], lora) is None:
+    """Return (grad_x [M, K], grad_A, grad_B), empty where not needed."""
+    if needs.need_grad_x and _addition_reason("linear_nf4_lora_backward", x, [weight], lora) is None:
         group = extended_k.group_of_one(lora)
-        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward(
-            [grad_y], x, s, [weight], group, need_grad_x=True, need_grad_A=need_grad_A, need_grad_B=need_grad_B
-        )
+        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward([grad_y], x, s, [weight], group, needs)
         return grad_x, grad_A, grad_B
-    ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
-    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling) if need_grad_B else x.new_empty(0)
-    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)) if need_grad_A else x.new_empty(0)
-    grad_x = _lora_grad_x(grad_y, weight, ds, lora) if need_grad_x else x.new_empty(0)
+    ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling) if needs.need_ds else x.new_empty(0)
+    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling) if needs.need_grad_B else x.new_empty(0)
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)) if needs.need_grad_A else x.new_empty(0)
+    grad_x = _lora_grad_x(grad_y, weight, ds, lora) if needs.need_grad_x else x.new_empty(0)
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)
 
 
@@ -91,30 +86,30 @@ def linear_nf4_lora_group_backward(
     s: Tensor,
     weights: Sequence[Weight],
     lora: GroupLoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x [M, K] or empty, grad_A, grads of B); grad_x is one product or is summed in place."""
-    extends = need_grad_x and _addition_reason("linear_nf4_lora_group_backward", x, weights, lora) is None
+    """Return (grad_x [M, K], grad_A, grads of B), empty where not needed; grad_x is one product or summed in place."""
+    extends = needs.need_grad_x and _addition_reason("linear_nf4_lora_group_backward", x, weights, lora) is None
     inside = extends and not drops(lora)
     both = extended_k.operand(x, sum(weight.N for weight in weights), lora.r if inside else 0) if extends else None
     parts_of_ds, grads_B, column = [], [], 0
     for grad_y, part, B, scaling in zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, strict=True):
         if both is None:
-            parts_of_ds.append(torch_products.scaled(grad_y, B.to(x.dtype), scaling))
+            if needs.need_ds:
+                parts_of_ds.append(torch_products.scaled(grad_y, B.to(x.dtype), scaling))
         else:
             copy = both[:, column : column + grad_y.shape[1]]
             parts_of_ds.append(project(grad_y, B.to(x.dtype).T, scaling, copy))
             column += grad_y.shape[1]
-        if need_grad_B:
+        if needs.need_grad_B:
             grads_B.append(torch_products.in_fp32(grad_y.T, part).mul_(scaling).to(B.dtype))
         else:
             grads_B.append(x.new_empty(0))
+    if not needs.need_ds:
+        return x.new_empty(0), x.new_empty(0), grads_B
     ds = parts_of_ds[0] if len(parts_of_ds) == 1 else torch.cat(parts_of_ds, dim=1)
-    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)).to(lora.A.dtype) if need_grad_A else x.new_empty(0)
-    if not need_grad_x:
+    grad_A = torch_products.in_fp32(ds.T, dropped(x, lora)).to(lora.A.dtype) if needs.need_grad_A else x.new_empty(0)
+    if not needs.need_grad_x:
         return x.new_empty(0), grad_A, grads_B
     if both is not None:
         grad_x = extended_k.backward(both, weights, (ds, lora.A) if inside else None, _decode)

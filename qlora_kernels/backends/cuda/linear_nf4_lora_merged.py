@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...ops import composed_merged_lora
 from ...ops.extended_k import padded
-from ...ops.operands import LoRA, Weight
-from . import torch_products
+from ...ops.operands import LoRA, Needs, Weight
 from .codec import dequantize_nf4
 from .linear_nf4 import linear_nf4_lora, linear_nf4_lora_backward, runs_decoded
 from .lora_down import aligned
@@ -51,14 +50,11 @@ def linear_nf4_lora_merged(x: Tensor, weight: Weight, bias: Tensor | None, lora:
 
 
 def linear_nf4_lora_merged_backward(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x [M, K] or empty, grad_A, grad_B)."""
-    s = x @ lora.A.to(x.dtype).T
-    if not runs_decoded("linear_nf4_grad_x", grad_y, weight):
-        return linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=need_grad_x)
-    ds = torch_products.scaled(grad_y, lora.B.to(x.dtype), lora.scaling)
-    grad_B = torch_products.in_fp32(grad_y.T, s).mul_(lora.scaling).to(lora.B.dtype)
-    grad_A = torch_products.in_fp32(ds.T, x).to(lora.A.dtype)
-    grad_x = composed_merged_lora.grad_x(grad_y, weight, lora, merge_lora) if need_grad_x else x.new_empty(0)
-    return grad_x, grad_A, grad_B
+    """Return (grad_x [M, K], grad_A, grad_B), empty where not needed."""
+    s = x @ lora.A.to(x.dtype).T if needs.need_grad_B else x.new_empty(0)
+    if not (needs.need_grad_x and runs_decoded("linear_nf4_grad_x", grad_y, weight)):
+        return linear_nf4_lora_backward(grad_y, x, s, weight, lora, needs)
+    _, grad_A, grad_B = linear_nf4_lora_backward(grad_y, x, s, weight, lora, needs._replace(need_grad_x=False))
+    return composed_merged_lora.grad_x(grad_y, weight, lora, merge_lora), grad_A, grad_B

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops.operands import LoRA, Weight
+from ...ops.operands import LoRA, Needs, Weight
 from ...ops.philox import dropped
 from .linear_nf4 import linear_nf4, linear_nf4_grad_x
 
@@ -21,17 +21,14 @@ def linear_nf4_lora_backward(
     s: Tensor,
     weight: Weight,
     lora: LoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A, grad_B)."""
-    ds = lora.scaling * (grad_y @ lora.B.to(x.dtype))
-    grad_B = lora.scaling * (grad_y.T @ s) if need_grad_B else x.new_empty(0)
-    grad_A = ds.T @ dropped(x, lora.seed, lora.dropout_p) if need_grad_A else x.new_empty(0)
+    """Return (grad_x, grad_A, grad_B), empty where not needed."""
+    ds = lora.scaling * (grad_y @ lora.B.to(x.dtype)) if needs.need_ds else x.new_empty(0)
+    grad_B = lora.scaling * (grad_y.T @ s) if needs.need_grad_B else x.new_empty(0)
+    grad_A = ds.T @ dropped(x, lora.seed, lora.dropout_p) if needs.need_grad_A else x.new_empty(0)
     grad_x = x.new_empty(0)
-    if need_grad_x:
+    if needs.need_grad_x:
         through_dropout = dropped(ds @ lora.A.to(x.dtype), lora.seed, lora.dropout_p)
         grad_x = linear_nf4_grad_x(grad_y, weight) + through_dropout
     return grad_x, grad_A.to(lora.A.dtype), grad_B.to(lora.B.dtype)

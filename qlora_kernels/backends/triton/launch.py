@@ -39,7 +39,7 @@ KEPT_LAUNCHES = 4096
 """Number of sizes for which a launcher keeps its Launch."""
 
 
-_address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
+address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
 
 def _version() -> tuple[int, ...]:
@@ -145,7 +145,8 @@ class Launch:
         if not kernel.may_keep or kernel.kernel.pre_run_hooks or is_observed():
             kernel.kernel[self._grid](*pointers, *self._numbers, **self._flags)
             return
-        kind, addresses = kind_of(pointers)
+        addresses = [*map(address_of, pointers)]
+        kind = kind_of(addresses, pointers[0].get_device(), pointers)
         kept = self._kept.get(kind)
         if kept is None:
             self._launch_and_keep(kind, pointers)
@@ -162,7 +163,8 @@ class Launch:
         """Return what launches these pointers without Triton, None where Triton itself has to launch them."""
         if not self._kernel.may_keep or self._kernel.kernel.pre_run_hooks or is_observed():
             return None
-        return self._kept.get(kind_of(pointers)[0])
+        addresses = [*map(address_of, pointers)]
+        return self._kept.get(kind_of(addresses, pointers[0].get_device(), pointers))
 
     def _launch_and_keep(self, kind: tuple[Any, ...], pointers: tuple[Tensor, ...]) -> None:
         """Launch by Triton, unless another Launch has kept this kind, and keep the kernel if it is one of a GPU."""
@@ -181,15 +183,13 @@ class Launch:
             self(*pointers)
 
 
-def kind_of(pointers: Sequence[Tensor], typed: Sequence[Tensor] | None = None) -> tuple[tuple[Any, ...], list[int]]:
-    """Return the kind of pointers, which begins with the device of the first one, and their addresses.
-
-    typed: the pointers whose dtypes may differ from call to call; all by default.
+def kind_of(addresses: Sequence[int], device: int, typed: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return the kind of pointers, which begins with the device. typed: those whose dtypes may differ from call to
+    call.
     """
-    addresses = [*map(_address_of, pointers)]
     # Most often all are multiples of 16, which one number shows.
     aligned = reduce(or_, addresses) & 15 == 0 or tuple(address & 15 == 0 for address in addresses)
-    return (pointers[0].get_device(), aligned, *map(_dtype_of, typed or pointers)), addresses
+    return device, aligned, *map(_dtype_of, typed)
 
 
 def current_stream(device: int) -> int:

@@ -104,9 +104,9 @@ class Product(NamedTuple):
 def product_of(op: str, rows: Tensor, weight: Weight, r: int | None = None, scaling: float = 1.0) -> Product:
     """Return the Product of a call. op: of the base product.   rows: x or grad_y."""
     _, absmax, _, _, _, blocksize, N, K = weight
-    device = capability_for(rows)
     sizes = (rows.size(0), N, K, r, rows.dtype, blocksize, absmax is None)
-    return Product(*sizes, float(scaling), device, forced_plan(op))
+    # In half the time of Product(...), once for each call of a layer.
+    return tuple.__new__(Product, (*sizes, float(scaling), capability_for(rows), forced_plan(op)))
 
 
 def _rank_and_scaling(low_rank: LowRankTerm | None) -> tuple[int | None, float]:
@@ -125,7 +125,8 @@ def forward(x: Tensor, weight: Weight, bias: Tensor | None, low_rank: LowRankTer
         return y
     left, right = (x, x) if low_rank is None else (low_rank.left, low_rank.right)
     packed = packed_for(chosen, weight)
-    return sequence(x, packed, *absmax_pointers(weight), x if bias is None else bias, left, right)[-1]
+    (y,) = sequence(x, packed, *absmax_pointers(weight), x if bias is None else bias, left, right)
+    return y
 
 
 def packed_for(chosen: Plan, weight: Weight) -> Tensor:
@@ -142,7 +143,7 @@ def _forward_sequence(product: Product, has_bias: bool) -> tuple[Plan, LaunchSeq
     if chosen.path == "decode":
         return chosen, None
     sequence = LaunchSequence(inputs=9)
-    add_forward(sequence, range(6), 6 if has_bias else None, (7, 8), chosen, product)
+    sequence.returns(add_forward(sequence, range(6), 6 if has_bias else None, (7, 8), chosen, product))
     return chosen, sequence
 
 
@@ -205,7 +206,8 @@ def backward(grad_y: Tensor, weight: Weight, low_rank: LowRankTerm | None, dropo
             add_low_rank(grad_x, low_rank, dropout)
         return grad_x
     left, right = (grad_y, grad_y) if low_rank is None else (low_rank.left, low_rank.right)
-    return sequence(grad_y, weight.packed, *absmax_pointers(weight), left, right, dropout.seed)[-1]
+    (grad_x,) = sequence(grad_y, weight.packed, *absmax_pointers(weight), left, right, dropout.seed)
+    return grad_x
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
@@ -217,7 +219,7 @@ def _backward_sequence(product: Product, rate: DropoutRate) -> LaunchSequence | 
     if chosen.path == "decode":
         return None
     sequence = LaunchSequence(inputs=9)
-    add_backward(sequence, range(6), (6, 7), 8, chosen, product, rate)
+    sequence.returns(add_backward(sequence, range(6), (6, 7), 8, chosen, product, rate))
     return sequence
 
 

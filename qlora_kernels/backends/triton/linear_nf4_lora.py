@@ -10,16 +10,13 @@ The dropout mask is computed from the seed where it is needed; only x and s are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.extended_k import group_of_one
-from ...ops.operands import LoRA, Weight
+from ...ops.operands import LoRA, Needs, Weight
 from .constants import absmax_pointers
 from .dropout import dropout_of, rate_of
 from .launch import KEPT_LAUNCHES
@@ -45,11 +42,10 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
     """Return (y, s). See ops/linear_nf4_lora.py for the contract."""
     A, B, seed, scaling, dropout_p = lora
     product = product_of("linear_nf4", x, weight, A.size(0), scaling)
-    chosen, sequence, of_results = _forward(product, bias is not None, 0.0 if seed is None else dropout_p)
+    chosen, sequence = _forward(product, bias is not None, 0.0 if seed is None else dropout_p)
     if sequence is not None:
         packed, constants = packed_for(chosen, weight), absmax_pointers(weight)
-        tensors = sequence(x, packed, *constants, x if bias is None else bias, A, B, x if seed is None else seed)
-        y, s = of_results(tensors)
+        y, s = sequence(x, packed, *constants, x if bias is None else bias, A, B, x if seed is None else seed)
         return y, s
     dropout = dropout_of(seed, dropout_p, x)
     if not added_outside("linear_nf4_lora", x, [weight], dropout):
@@ -60,21 +56,20 @@ def linear_nf4_lora(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA) 
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
-def _forward(
-    product: Product, has_bias: bool, dropout_p: float
-) -> tuple[Plan, LaunchSequence | None, Callable[[list[Tensor]], Any]]:
-    """Return the plan, the launches of (x, packed, four pointers to constants, bias, lora_A, lora_B, seed) unless it
-    decodes first, and what takes y and s from their tensors.
+def _forward(product: Product, has_bias: bool, dropout_p: float) -> tuple[Plan, LaunchSequence | None]:
+    """Return the plan, and unless it decodes first, the launches of (x, packed, four pointers to constants, bias,
+    lora_A, lora_B, seed), which return y and s.
     """
     chosen = product.plan("linear_nf4")
     if chosen.path == "decode":
-        return chosen, None, list
-    sequence = LaunchSequence(inputs=10)
+        return chosen, None
+    sequence = LaunchSequence(inputs=10, typed=slice(6, 9))  # bias and factors; the product decides about the others
     M, _, K, r, dtype, *_ = product
     assert r is not None
     s = add_lora_down(sequence, 0, 7, 9, None, (M, K, r), dtype, product.capability, rate_of(dropout_p))
     y = add_forward(sequence, range(6), 6 if has_bias else None, (s, 8), chosen, product)
-    return chosen, sequence, itemgetter(y, s)
+    sequence.returns(y, s)
+    return chosen, sequence
 
 
 def linear_nf4_lora_backward(
@@ -83,33 +78,26 @@ def linear_nf4_lora_backward(
     s: Tensor,
     weight: Weight,
     lora: LoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,  # noqa: ARG001
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A or empty, grad_B). See ops/linear_nf4_lora.py for the contract.
-
-    grad_B is always computed, beside ds.
-    """
+    """Return (grad_x, grad_A, grad_B), empty where not needed. See ops/linear_nf4_lora.py for the contract."""
     A, B, seed, scaling, dropout_p = lora
+    need_grad_x, need_grad_A, need_grad_B = needs
     if need_grad_x:
         product = product_of("linear_nf4_grad_x", grad_y, weight, A.size(0), scaling)
-        dtype_A = A.dtype if need_grad_A else None
-        sequence, of_results = _backward(product, dtype_A, B.dtype, 0.0 if seed is None else dropout_p)
+        sequence = _backward(product, A.dtype, B.dtype, 0.0 if seed is None else dropout_p, needs)
         if sequence is not None:
             constants = absmax_pointers(weight)
-            tensors = sequence(grad_y, weight.packed, *constants, x, s, A, B, x if seed is None else seed)
-            grad_x, grad_B, *rest = of_results(tensors)
-            return grad_x, rest[0] if rest else x.new_empty(0), grad_B
+            results = sequence(grad_y, weight.packed, *constants, x, s, A, B, x if seed is None else seed)
+            grad_x = results[0]
+            grad_A = results[1] if need_grad_A else A.new_empty(0)
+            return grad_x, grad_A, results[-1] if need_grad_B else B.new_empty(0)
     dropout = dropout_of(seed, dropout_p, x)
     if need_grad_x and not added_outside("linear_nf4_lora_backward", x, [weight], dropout):
-        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward(
-            [grad_y], x, s, [weight], group_of_one(lora), need_grad_x=True, need_grad_A=need_grad_A
-        )
+        grad_x, grad_A, (grad_B,) = linear_nf4_lora_group_backward([grad_y], x, s, [weight], group_of_one(lora), needs)
         return grad_x, grad_A, grad_B
-    ds, grad_B = lora_ds_grad_B(grad_y, s, B, scaling)
-    grad_A = lora_grad_A(x, ds, dropout, A.dtype) if need_grad_A else x.new_empty(0)
+    ds, grad_B = lora_ds_grad_B(grad_y, s, B, scaling, needs)
+    grad_A = lora_grad_A(x, ds, dropout, A.dtype) if need_grad_A else A.new_empty(0)
     grad_x = x.new_empty(0)
     if need_grad_x:
         grad_x = backward(grad_y, weight, LowRankTerm(ds, A, dropout.rate.scale), dropout)
@@ -118,26 +106,26 @@ def linear_nf4_lora_backward(
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _backward(
-    product: Product, dtype_A: torch.dtype | None, dtype_B: torch.dtype, dropout_p: float
-) -> tuple[LaunchSequence | None, Callable[[list[Tensor]], Any]]:
+    product: Product, dtype_A: torch.dtype, dtype_B: torch.dtype, dropout_p: float, needs: Needs
+) -> LaunchSequence | None:
     """Return the launches of (grad_y, packed, four pointers to constants, x, s, lora_A, lora_B, seed), or None where
-    the plan decodes first, and what takes grad_x, grad_B and grad_A from their tensors.
-
-    dtype_A: of grad_A; None if it is not needed.
+    the plan decodes first. They return grad_x, which must be needed, grad_A and grad_B as far as they are needed.
     """
     chosen = product.plan("linear_nf4_grad_x")
     if chosen.path == "decode":
-        return None, list
-    sequence = LaunchSequence(inputs=11)
+        return None
+    sequence = LaunchSequence(inputs=11, typed=slice(0))  # the arguments decide about all dtypes
     M, N, K, r, dtype, *_ = product
     capability, rate = product.capability, rate_of(dropout_p)
     assert r is not None
     x, s, lora_A, lora_B, seed = range(6, 11)
     sizes, dtypes = (M, N, r), (dtype, dtype_B)
-    ds, grad_B = add_lora_ds_grad_B(sequence, 0, s, lora_B, None, sizes, dtypes, capability, product.scaling)
-    results = [grad_B]
-    if dtype_A is not None:
-        results.append(add_lora_grad_A(sequence, x, ds, seed, (M, K, r), (dtype, dtype_A), capability, rate))
+    ds, grad_B = add_lora_ds_grad_B(sequence, 0, s, lora_B, None, sizes, dtypes, capability, product.scaling, needs)
+    assert ds is not None
+    grad_A = None
+    if needs.need_grad_A:
+        grad_A = add_lora_grad_A(sequence, x, ds, seed, (M, K, r), (dtype, dtype_A), capability, rate)
     of_grad_x = product._replace(scaling=rate.scale)
     grad_x = add_backward(sequence, range(6), (ds, lora_A), seed, chosen, of_grad_x, rate)
-    return sequence, itemgetter(grad_x, *results)
+    sequence.returns(*(slot for slot in (grad_x, grad_A, grad_B) if slot is not None))
+    return sequence

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...ops import extended_k
 from ...ops.composed_lora_group import split_by_rank
-from ...ops.operands import GroupLoRA, Weight
+from ...ops.operands import GroupLoRA, Needs, Weight
 from .dropout import dropout_of
 from .linear_nf4 import (
     LowRankTerm,
@@ -54,26 +54,26 @@ def linear_nf4_lora_group_backward(
     s: Tensor,
     weights: Sequence[Weight],
     lora: GroupLoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,
-    need_grad_B: bool = True,  # noqa: ARG001
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x or empty, grad_A or empty, grads of B). See ops/linear_nf4_lora_group.py for the contract.
+    """Return (grad_x, grad_A, grads of B), empty where not needed. See ops/linear_nf4_lora_group.py for the contract.
 
-    ds and grad_B are one pass over each grad_y, so the grads of B are always computed.
+    ds and grad_B are one pass over each grad_y.
     """
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    extends = need_grad_x and not added_outside("linear_nf4_lora_group_backward", x, weights, dropout)
+    extends = needs.need_grad_x and not added_outside("linear_nf4_lora_group_backward", x, weights, dropout)
     inside = extends and not dropout.on
     widths = [weight.N for weight in weights]
     both = extended_k.operand(x, sum(widths), lora.r if inside else 0) if extends else None
     copies = [None] * len(widths) if both is None else torch.split(both[:, : sum(widths)], widths, dim=1)
     members = zip(grad_ys, split_by_rank(s, lora), lora.B, lora.scalings, copies, strict=True)
-    parts_of_ds, grads_B = zip(*(lora_ds_grad_B(*member) for member in members), strict=True)
+    results = [lora_ds_grad_B(grad_y, part, B, scale, needs, copy) for grad_y, part, B, scale, copy in members]
+    parts_of_ds, grads_B = zip(*results, strict=True)
+    if not needs.need_ds:
+        return x.new_empty(0), lora.A.new_empty(0), list(grads_B)
     ds = parts_of_ds[0] if len(parts_of_ds) == 1 else torch.cat(parts_of_ds, dim=1)
-    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype) if need_grad_A else x.new_empty(0)
-    if not need_grad_x:
+    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype) if needs.need_grad_A else lora.A.new_empty(0)
+    if not needs.need_grad_x:
         return x.new_empty(0), grad_A, list(grads_B)
     low_rank = LowRankTerm(ds, lora.A, dropout.rate.scale)
     if both is not None:

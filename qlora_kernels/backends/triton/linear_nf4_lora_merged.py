@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops import composed_merged_lora
-from ...ops.operands import LoRA, Weight
+from ...ops.operands import LoRA, Needs, Weight
 from ...rounding import cdiv
 from .constants import absmax_pointers
 from .decode import code_table, decode_pairs, load_absmax
@@ -24,7 +24,6 @@ from .launch import launchable
 from .linear_nf4 import plan_for
 from .linear_nf4_lora import linear_nf4_lora, linear_nf4_lora_backward
 from .lora_down import lora_down
-from .lora_grads import lora_ds_grad_B, lora_grad_A
 from .partials import rank_tile
 
 BLOCK_N, BLOCK_K = 128, 64
@@ -121,14 +120,11 @@ def linear_nf4_lora_merged(x: Tensor, weight: Weight, bias: Tensor | None, lora:
 
 
 def linear_nf4_lora_merged_backward(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, *, need_grad_x: bool
+    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A, grad_B). See ops/linear_nf4_lora_merged.py for the contract."""
-    dropout = dropout_of(None, 0.0, x)
-    s = lora_down(x, lora.A, dropout)
-    if plan_for("linear_nf4_grad_x", grad_y, weight).path != "decode":
-        return linear_nf4_lora_backward(grad_y, x, s, weight, lora, need_grad_x=need_grad_x)
-    ds, grad_B = lora_ds_grad_B(grad_y, s, lora.B, lora.scaling)
-    grad_A = lora_grad_A(x, ds, dropout, lora.A.dtype)
-    grad_x = composed_merged_lora.grad_x(grad_y, weight, lora, merge_lora) if need_grad_x else x.new_empty(0)
-    return grad_x, grad_A, grad_B
+    """Return (grad_x, grad_A, grad_B), empty where not needed. See ops/linear_nf4_lora_merged.py for the contract."""
+    s = lora_down(x, lora.A, dropout_of(None, 0.0, x)) if needs.need_grad_B else x.new_empty(0)
+    if not (needs.need_grad_x and plan_for("linear_nf4_grad_x", grad_y, weight).path == "decode"):
+        return linear_nf4_lora_backward(grad_y, x, s, weight, lora, needs)
+    _, grad_A, grad_B = linear_nf4_lora_backward(grad_y, x, s, weight, lora, needs._replace(need_grad_x=False))
+    return composed_merged_lora.grad_x(grad_y, weight, lora, merge_lora), grad_A, grad_B

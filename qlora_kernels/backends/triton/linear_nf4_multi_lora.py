@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.operands import MultiLoRA, Weight
+from ...ops.operands import MultiLoRA, Needs, Weight
 from ...rounding import cdiv
 from .dropout import Dropout, dropout_of, keep_tile
 from .launch import launchable
@@ -162,6 +162,8 @@ def multi_lora_ds_grad_B_kernel(
     M,
     N,
     R,
+    DS: tl.constexpr,
+    GRAD_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -171,6 +173,7 @@ def multi_lora_ds_grad_B_kernel(
 
     Grid (tiles of N, adapters + 1, tiles of R). A program loops over M and reads grad_y only for rows of its adapter.
     Program 0 of the second axis handles rows without an adapter and stores zeros for them.
+    DS, GRAD_B: whether ds and grad_B are computed.
     """
     i_n, e, i_r = tl.program_id(0), tl.program_id(1) - 1, tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,7 +182,8 @@ def multi_lora_ds_grad_B_kernel(
     scale = tl.load(p_scalings + tl.maximum(e, 0))
     o_factor = (tl.maximum(e, 0).to(tl.int64) * N + o_n[:, None]) * R + o_r[None, :]
     m_factor = m_n[:, None] & m_r[None, :]
-    b_B = tl.load(p_lora_B + o_factor, mask=m_factor, other=0.0).to(p_grad_y.dtype.element_ty)
+    if DS:
+        b_B = tl.load(p_lora_B + o_factor, mask=m_factor, other=0.0).to(p_grad_y.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for i in range(0, M, BLOCK_M):
         o_m = i + tl.arange(0, BLOCK_M)
@@ -188,12 +192,14 @@ def multi_lora_ds_grad_B_kernel(
         if tl.max(mine.to(tl.int32), axis=0) > 0:
             used = mine & (e >= 0)
             b_grad = tl.load(p_grad_y + row_m[:, None] * N + o_n[None, :], mask=used[:, None] & m_n[None, :], other=0.0)
-            b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=used[:, None] & m_r[None, :], other=0.0)
-            acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
-            b_ds = tl.dot(b_grad, b_B, input_precision="ieee") * scale
-            o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
-            tl.store(p_ds + o_ds, b_ds, mask=mine[:, None] & m_r[None, :])
-    if e >= 0:
+            if GRAD_B:
+                b_s = tl.load(p_s + row_m[:, None] * R + o_r[None, :], mask=used[:, None] & m_r[None, :], other=0.0)
+                acc = tl.dot(tl.trans(b_grad), b_s, acc, input_precision="ieee")
+            if DS:
+                b_ds = tl.dot(b_grad, b_B, input_precision="ieee") * scale
+                o_ds = (i_n.to(tl.int64) * M + row_m[:, None]) * R + o_r[None, :]
+                tl.store(p_ds + o_ds, b_ds, mask=mine[:, None] & m_r[None, :])
+    if GRAD_B and e >= 0:
         tl.store(p_grad_B + o_factor, (acc * scale).to(p_grad_B.dtype.element_ty), mask=m_factor)
 
 
@@ -336,61 +342,14 @@ def linear_nf4_multi_lora_backward(
     s: Tensor,
     weight: Weight,
     lora: MultiLoRA,
-    *,
-    need_grad_x: bool,
-    need_grad_A: bool = True,  # noqa: ARG001
-    need_grad_B: bool = True,  # noqa: ARG001
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x or empty, grad_A, grad_B). See ops/linear_nf4_multi_lora.py for the contract."""
-    M, N = grad_y.shape
-    adapters, r, K = lora.A.shape
+    """Return (grad_x, grad_A, grad_B), empty where not needed. See ops/linear_nf4_multi_lora.py for the contract."""
     dropout = dropout_of(lora.seed, lora.dropout_p, x)
-    block_r, block_m, block_n = (
-        rank_tile(r, x.dtype),
-        fp32_safe_step(BLOCK_M, x.dtype),
-        fp32_safe_step(BLOCK_N, x.dtype),
-    )
-    tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
-    ds_parts = torch.empty((tiles_n, M, r), dtype=torch.float32, device=x.device)
-    grad_A, grad_B = torch.empty_like(lora.A), torch.empty_like(lora.B)
-    multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, tiles_r)](
-        grad_y,
-        s,
-        lora.B,
-        lora.adapter,
-        lora.scalings,
-        ds_parts,
-        grad_B,
-        M,
-        N,
-        r,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
-    ds = sum_partials(ds_parts, 1.0, x.dtype)
-    multi_lora_grad_A_kernel[(cdiv(K, 128), adapters, tiles_r)](
-        x,
-        ds,
-        lora.adapter,
-        dropout.seed,
-        grad_A,
-        M,
-        K,
-        r,
-        float(dropout.rate.scale),
-        dropout.rate.threshold,
-        DROPOUT=dropout.rate.elements_per_philox_call(K),
-        BLOCK_M=block_m,
-        BLOCK_K=128,
-        BLOCK_R=block_r,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
+    ds, grad_B = _ds_grad_B(grad_y, s, lora, needs)
+    grad_A = _grad_A(x, ds, lora, dropout) if needs.need_grad_A else lora.A.new_empty(0)
     grad_x = x.new_empty(0)
-    if need_grad_x:
+    if needs.need_grad_x:
         grad_x = backward(grad_y, weight, None, dropout)
         multi_lora_up(
             grad_x,
@@ -404,3 +363,62 @@ def linear_nf4_multi_lora_backward(
             dropout=dropout,
         )
     return grad_x, grad_A, grad_B
+
+
+def _ds_grad_B(grad_y: Tensor, s: Tensor, lora: MultiLoRA, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Return (ds [M, r] of grad_y.dtype, grad_B), empty where not needed."""
+    if not (needs.need_ds or needs.need_grad_B):
+        return grad_y.new_empty(0), lora.B.new_empty(0)
+    M, N = grad_y.shape
+    adapters, r, _ = lora.A.shape
+    dtype = grad_y.dtype
+    block_r, block_m, block_n = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), fp32_safe_step(BLOCK_N, dtype)
+    tiles_n = cdiv(N, block_n)
+    ds_parts = grad_y.new_empty((tiles_n, M, r) if needs.need_ds else 0, dtype=torch.float32)
+    grad_B = torch.empty_like(lora.B) if needs.need_grad_B else lora.B.new_empty(0)
+    multi_lora_ds_grad_B_kernel[(tiles_n, adapters + 1, cdiv(r, block_r))](
+        grad_y,
+        s,
+        lora.B,
+        lora.adapter,
+        lora.scalings,
+        ds_parts,
+        grad_B,
+        M,
+        N,
+        r,
+        DS=needs.need_ds,
+        GRAD_B=needs.need_grad_B,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return sum_partials(ds_parts, 1.0, dtype) if needs.need_ds else grad_y.new_empty(0), grad_B
+
+
+def _grad_A(x: Tensor, ds: Tensor, lora: MultiLoRA, dropout: Dropout) -> Tensor:
+    """Return grad_A [E, r, K] of lora_A.dtype."""
+    adapters, r, K = lora.A.shape
+    block_r = rank_tile(r, x.dtype)
+    grad_A = torch.empty_like(lora.A)
+    multi_lora_grad_A_kernel[(cdiv(K, 128), adapters, cdiv(r, block_r))](
+        x,
+        ds,
+        lora.adapter,
+        dropout.seed,
+        grad_A,
+        x.shape[0],
+        K,
+        r,
+        float(dropout.rate.scale),
+        dropout.rate.threshold,
+        DROPOUT=dropout.rate.elements_per_philox_call(K),
+        BLOCK_M=fp32_safe_step(BLOCK_M, x.dtype),
+        BLOCK_K=128,
+        BLOCK_R=block_r,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return grad_A

@@ -147,7 +147,7 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, copy: Tensor | None =
     M, K = x.shape
     stride_copy = None if copy is None else copy.stride(0)
     sequence = _sequence((M, K, lora_A.shape[0]), x.dtype, capability_for(x), dropout.rate, stride_copy)
-    *_, s = sequence(x, lora_A, dropout.seed, x if copy is None else copy)
+    (s,) = sequence(x, lora_A, dropout.seed, x if copy is None else copy)
     return s
 
 
@@ -158,5 +158,6 @@ def _sequence(
     """Return the launches of (x, lora_A, seed, copy). stride_copy: None without a copy of x."""
     sequence = LaunchSequence(inputs=4)
     copy = None if stride_copy is None else 3
-    add_lora_down(sequence, 0, 1, 2, copy, sizes, dtype, capability, rate, stride_copy=stride_copy or 0)
+    s = add_lora_down(sequence, 0, 1, 2, copy, sizes, dtype, capability, rate, stride_copy=stride_copy or 0)
+    sequence.returns(s)
     return sequence

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.operands import Needs
 from ...rounding import cdiv
 from .dropout import Dropout, DropoutRate, keep_tile
 from .launch import KEPT_LAUNCHES, launchable
@@ -129,23 +130,30 @@ def add_lora_ds_grad_B(
     dtypes: tuple[torch.dtype, torch.dtype],
     capability: int,
     scaling: float,
+    needs: Needs,
     stride_copy: int = 0,
-) -> tuple[Slot, Slot]:
-    """Add ds and grad_B to a sequence; return their slots.
+) -> tuple[Slot | None, Slot | None]:
+    """Add ds and grad_B to a sequence, as far as they are needed; return their slots.
 
-    sizes: (M, N, r).   dtypes: of grad_y and lora_B.   copy: receives grad_y; None without a copy.
+    sizes: (M, N, r).   dtypes: of grad_y and lora_B.   copy: receives grad_y if ds is needed; None without a copy.
     """
     M, N, r = sizes
     dtype, dtype_B = dtypes
     block_r, block_m, block_n = rank_tile(r, dtype), fp32_safe_step(BLOCK_M, dtype), block_n_of(r, dtype)
     tiles_n, tiles_r = cdiv(N, block_n), cdiv(r, block_r)
     steps, chunks = split_count(cdiv(M, block_m), tiles_n * tiles_r, capability)
-    together = passes_over_grad_y(M, N, r, dtype, capability) == 1
-    if not together:
-        sizes_and_types = (sizes, dtype, capability, DropoutRate(0, scaling))
-        ds = add_lora_down(sequence, grad_y, lora_B, grad_y, None, *sizes_and_types, transposed=True)
-    else:
+    together = needs.need_ds and needs.need_grad_B and passes_over_grad_y(M, N, r, dtype, capability) == 1
+    ds: Slot | None = None
+    if together:
         ds = sequence.allocate((M, r) if tiles_n == 1 else (tiles_n, M, r), dtype if tiles_n == 1 else torch.float32)
+    elif needs.need_ds:
+        copy_here = None if needs.need_grad_B else copy  # otherwise the pass for grad_B copies grad_y
+        of_ds = (sizes, dtype, capability, DropoutRate(0, scaling))
+        ds = add_lora_down(
+            sequence, grad_y, lora_B, grad_y, copy_here, *of_ds, transposed=True, stride_copy=stride_copy
+        )
+    if not needs.need_grad_B:
+        return ds, None
     launch = lora_ds_grad_B_kernel.prepare(
         (tiles_n, chunks, tiles_r),
         (M, N, r, steps, stride_copy, scaling if tiles_n == 1 else 1.0, scaling if chunks == 1 else 1.0),
@@ -160,34 +168,41 @@ def add_lora_ds_grad_B(
     grad_B = add_summed(
         sequence,
         launch,
-        lambda out: (grad_y, s, lora_B, ds, out, grad_y if copy is None else copy),
+        lambda out: (grad_y, s, lora_B, out if ds is None else ds, out, grad_y if copy is None else copy),
         chunks,
         (N, r),
         scaling,
         dtype_B,
     )
     if together and tiles_n > 1:
+        assert ds is not None
         ds = add_sum(sequence, ds, tiles_n, (M, r), scaling, dtype)
     return ds, grad_B
 
 
 def lora_ds_grad_B(
-    grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float, copy: Tensor | None = None
+    grad_y: Tensor, s: Tensor, lora_B: Tensor, scaling: float, needs: Needs, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (ds [M, r] = scaling * grad_y B of grad_y.dtype, grad_B [N, r] = scaling * grad_y^T s of lora_B.dtype).
+    """Return (ds [M, r] = scaling * grad_y B of grad_y.dtype, grad_B [N, r] = scaling * grad_y^T s of lora_B.dtype),
+    empty where not needed.
 
-    copy: receives grad_y where it is given; [M, N] with contiguous rows, which may have a stride.
+    s: not read if grad_B is not needed.   copy: receives grad_y where it is given and ds is needed; [M, N] with
+    contiguous rows, which may have a stride.
     """
+    if not (needs.need_ds or needs.need_grad_B):
+        return grad_y.new_empty(0), lora_B.new_empty(0)
     M, N = grad_y.shape
-    sequence, ds, grad_B = _ds_grad_B_sequence(
+    sequence = _ds_grad_B_sequence(
         (M, N, lora_B.shape[1]),
         (grad_y.dtype, lora_B.dtype),
         capability_for(grad_y),
         float(scaling),
+        needs,
         None if copy is None else copy.stride(0),
     )
-    tensors = sequence(grad_y, s, lora_B, grad_y if copy is None else copy)
-    return tensors[ds], tensors[grad_B]
+    results = iter(sequence(grad_y, s, lora_B, grad_y if copy is None else copy))
+    ds = next(results) if needs.need_ds else grad_y.new_empty(0)
+    return ds, next(results) if needs.need_grad_B else lora_B.new_empty(0)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
@@ -196,15 +211,18 @@ def _ds_grad_B_sequence(
     dtypes: tuple[torch.dtype, torch.dtype],
     capability: int,
     scaling: float,
+    needs: Needs,
     stride_copy: int | None,
-) -> tuple[LaunchSequence, Slot, Slot]:
-    """Return the launches of (grad_y, s, lora_B, copy), the slots of ds and grad_B.
+) -> LaunchSequence:
+    """Return the launches of (grad_y, s, lora_B, copy), which return what is needed of ds and grad_B.
 
     stride_copy: None without a copy.
     """
     sequence = LaunchSequence(inputs=4)
-    copy = None if stride_copy is None else 3
-    return sequence, *add_lora_ds_grad_B(sequence, 0, 1, 2, copy, sizes, dtypes, capability, scaling, stride_copy or 0)
+    slots = (0, 1, 2, None if stride_copy is None else 3)
+    both = add_lora_ds_grad_B(sequence, *slots, sizes, dtypes, capability, scaling, needs, stride_copy or 0)
+    sequence.returns(*(slot for slot in both if slot is not None))
+    return sequence
 
 
 @launchable
@@ -286,7 +304,7 @@ def lora_grad_A(x: Tensor, ds: Tensor, dropout: Dropout, dtype: torch.dtype) -> 
     """Return grad_A [r, K] = ds^T dropout(x) in `dtype`."""
     M, K = x.shape
     sequence = _grad_A_sequence((M, K, ds.shape[1]), (x.dtype, dtype), capability_for(x), dropout.rate)
-    *_, grad_A = sequence(x, ds, dropout.seed)
+    (grad_A,) = sequence(x, ds, dropout.seed)
     return grad_A
 
 
@@ -296,5 +314,5 @@ def _grad_A_sequence(
 ) -> LaunchSequence:
     """Return the launches of (x, ds, seed)."""
     sequence = LaunchSequence(inputs=3)
-    add_lora_grad_A(sequence, 0, 1, 2, sizes, dtypes, capability, rate)
+    sequence.returns(add_lora_grad_A(sequence, 0, 1, 2, sizes, dtypes, capability, rate))
     return sequence
