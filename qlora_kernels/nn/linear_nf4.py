@@ -157,7 +157,7 @@ class LinearNF4(QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Compute y [..., out_features] from x [..., in_features]."""
         x, dtype = self._product_input(x)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4(x, *self._operand, self.bias)
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4.default(x, *self._operand, self.bias)
         return y if y.dtype == dtype else y.to(dtype)
 
     def forward_lora(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> Tensor:
@@ -170,10 +170,10 @@ class LinearNF4(QuantizedWeight):
         if self.merge_on_decode:
             self._check_mergeable(dropout_p)
             merged = LoRA(lora_A, lora_B, None, scaling, 0.0)
-            y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora_merged(x, *self._operand, self.bias, *merged)
+            y: Tensor = torch.ops.qlora_kernels.linear_nf4_lora_merged.default(x, *self._operand, self.bias, *merged)
             return y if y.dtype == dtype else y.to(dtype)
         lora = LoRA(lora_A, lora_B, seed_for(dropout_p, x.device), scaling, dropout_p)
-        y = torch.ops.qlora_kernels.linear_nf4_lora(x, *self._operand, self.bias, *lora)[0]
+        y = torch.ops.qlora_kernels.linear_nf4_lora.default(x, *self._operand, self.bias, *lora)[0]
         return y if y.dtype == dtype else y.to(dtype)
 
     def forward_multi_lora(
@@ -193,7 +193,7 @@ class LinearNF4(QuantizedWeight):
             )
         x, dtype = self._product_input(x)
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed_for(dropout_p, x.device), dropout_p)
-        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora(x, *self._operand, self.bias, *lora)[0]
+        y: Tensor = torch.ops.qlora_kernels.linear_nf4_multi_lora.default(x, *self._operand, self.bias, *lora)[0]
         return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod

@@ -93,7 +93,7 @@ def attention(
         raise ValueError(f"{OP}: q and k must have four dimensions, got shapes {tuple(q.shape)} and {tuple(k.shape)}")
     starts, ends = _key_ranges(q, k, causal, window, documents, key_ranges)
     keys = Keys(starts, ends, q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap or 0.0))
-    out, _ = torch.ops.qlora_kernels.attention(q, k, v, *keys)
+    out, _ = torch.ops.qlora_kernels.attention.default(q, k, v, *keys)
     heads_first: Tensor = out.transpose(1, 2)
     return heads_first
 
@@ -166,7 +166,9 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of (q, k, v, keys, run)."""
-        gradients = torch.ops.qlora_kernels.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.softcap)
+        gradients = torch.ops.qlora_kernels.attention_backward.default(
+            grad_out, *ctx.saved_tensors, ctx.scale, ctx.softcap
+        )
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(grad.transpose(1, 2) if needed else None for grad, needed in wanted), None, None
 

@@ -37,7 +37,7 @@ def dequantize_nf4(
     """
     weight = Weight(packed, *state.constants, state.blocksize, 1, state.numel)
     if out is None:
-        flat: Tensor = torch.ops.qlora_kernels.dequantize_nf4(*weight, dtype=dtype or state.dtype)
+        flat: Tensor = torch.ops.qlora_kernels.dequantize_nf4.default(*weight, dtype=dtype or state.dtype)
         return flat.view(state.shape)
     if out.shape != state.shape:
         raise ValueError(f"dequantize_nf4: out must have shape {tuple(state.shape)}, got {tuple(out.shape)}")

@@ -44,7 +44,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     Returns y, contiguous, of the same shape and dtype. Differentiable in gate and up.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     """
-    y: Tensor = torch.ops.qlora_kernels.glu(gate, up, activation)
+    y: Tensor = torch.ops.qlora_kernels.glu.default(gate, up, activation)
     return y
 
 
@@ -98,7 +98,7 @@ class GLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients of (gate, up, activation, run)."""
-        grad_gate, grad_up = torch.ops.qlora_kernels.glu_backward(grad_y, *ctx.saved_tensors, ctx.activation)
+        grad_gate, grad_up = torch.ops.qlora_kernels.glu_backward.default(grad_y, *ctx.saved_tensors, ctx.activation)
         return grad_gate, grad_up, None, None
 
 

@@ -104,7 +104,9 @@ def linear_cross_entropy(
         hidden, low_rank = with_low_rank(hidden, head.V, lora_A, lora_B, scaling)
         head = head._replace(low_rank=low_rank)
     need_grad_hidden = hidden.requires_grad and torch.is_grad_enabled()
-    losses, _, _ = torch.ops.qlora_kernels.linear_cross_entropy(hidden, labels.reshape(-1), *head, need_grad_hidden)
+    losses, _, _ = torch.ops.qlora_kernels.linear_cross_entropy.default(
+        hidden, labels.reshape(-1), *head, need_grad_hidden
+    )
     if reduction == "none":
         each: Tensor = losses.view(labels.shape)
         return each

@@ -48,7 +48,7 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
     Returns y [..., N] of x.dtype. Differentiable in x and bias; W is a constant.
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     """
-    y: Tensor = torch.ops.qlora_kernels.linear_nf4(x, *weight_of("linear_nf4", packed, state), bias)
+    y: Tensor = torch.ops.qlora_kernels.linear_nf4.default(x, *weight_of("linear_nf4", packed, state), bias)
     return y
 
 
@@ -104,7 +104,7 @@ class LinearNF4Function(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = Weight._make((*ctx.saved_tensors, ctx.blocksize, ctx.N, ctx.K))
-            grad_x = torch.ops.qlora_kernels.linear_nf4_grad_x(grad_y, *weight)
+            grad_x = torch.ops.qlora_kernels.linear_nf4_grad_x.default(grad_y, *weight)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_over_rows(grad_y, ctx.bias_dtype)
         return grad_x, None, grad_bias, None
@@ -125,7 +125,7 @@ class LinearNF4GradXFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_of_grad_x: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradients of (grad_y, weight, run); the product with W^T is the op linear_nf4."""
         weight = Weight._make((*ctx.saved_tensors, ctx.blocksize, ctx.N, ctx.K))
-        return torch.ops.qlora_kernels.linear_nf4(grad_of_grad_x, *weight, None), None, None
+        return torch.ops.qlora_kernels.linear_nf4.default(grad_of_grad_x, *weight, None), None, None
 
 
 def linear_nf4_composed(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

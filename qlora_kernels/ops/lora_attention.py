@@ -115,7 +115,7 @@ def _by_ops(attention: LoRAAttention, x: Tensor, norm_weight: Tensor | None, *fa
         heads = (*n.shape[:-1], -1, attention.head_dim)
         q, k, v = (y.view(heads).transpose(1, 2) for y in SharedInput(attention[:3], n).by_op(n))
         q, k = rope(q, k, attention.cos, attention.sin)
-        out = torch.ops.qlora_kernels.attention(q, k, v, *attention.keys)[0]
+        out = torch.ops.qlora_kernels.attention.default(q, k, v, *attention.keys)[0]
         return attention.o.by_op(out.reshape(*n.shape[:-1], -1))
 
     return by_ops(x, attention.norm, block)

@@ -133,5 +133,5 @@ def _decoded_rows(weight: Weight, start: int, stop: int, dtype: torch.dtype) -> 
         1,
         end - begin,
     )
-    decoded: Tensor = torch.ops.qlora_kernels.dequantize_nf4(*piece, dtype=dtype)
+    decoded: Tensor = torch.ops.qlora_kernels.dequantize_nf4.default(*piece, dtype=dtype)
     return decoded.view(-1)[start * weight.K - begin :].view(stop - start, weight.K)

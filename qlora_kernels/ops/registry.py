@@ -111,10 +111,14 @@ def kernels_of(backend: str) -> dict[str, KernelSpec]:
 
 
 def _with_memory_checked(spec: KernelSpec) -> KernelSpec:
-    @wraps(spec.run)
+    op, kernel = spec.op, spec.run
+
+    @wraps(kernel)
     def run(*args: Any, **keywords: Any) -> Any:
-        check_memory(spec.op, (*args, *keywords.values()))
-        return spec.run(*args, **keywords)
+        check_memory(op, args)
+        if keywords:
+            check_memory(op, tuple(keywords.values()))
+        return kernel(*args, **keywords)
 
     return replace(spec, run=run)
 

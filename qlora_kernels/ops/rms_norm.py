@@ -61,7 +61,7 @@ def rms_norm(
     Raises ValueError or TypeError, naming the argument; NotImplementedError where a forced backend cannot serve.
     Source: transformers' LlamaRMSNorm and GemmaRMSNorm, whose roundings are reproduced.
     """
-    y, s, _ = torch.ops.qlora_kernels.rms_norm(x, residual, weight, eps, weight_offset)
+    y, s, _ = torch.ops.qlora_kernels.rms_norm.default(x, residual, weight, eps, weight_offset)
     return y, x if residual is None else s
 
 
@@ -170,7 +170,7 @@ class RMSNormFunction(torch.autograd.Function):
         need_grad_weight = ctx.needs_input_grad[2]
         grad_x, grad_weight = grad_s, None
         if grad_y is not None:
-            grad_x, grad_weight = torch.ops.qlora_kernels.rms_norm_backward(
+            grad_x, grad_weight = torch.ops.qlora_kernels.rms_norm_backward.default(
                 grad_y, grad_s, s, weight, scale, ctx.eps, ctx.weight_offset, need_grad_weight
             )
         grad_residual = grad_x if ctx.has_residual else None

@@ -42,7 +42,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Raises ValueError or TypeError, naming the argument. Partial rotary embedding, where cos has fewer columns than a
     head, is refused: rotate the slice q[..., :n] and join it with the rest.
     """
-    rotated: tuple[Tensor, Tensor] = torch.ops.qlora_kernels.rope(q, k, cos, sin, False)
+    rotated: tuple[Tensor, Tensor] = torch.ops.qlora_kernels.rope.default(q, k, cos, sin, False)
     return rotated
 
 
@@ -86,7 +86,7 @@ class RopeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         """Return the gradients of (q, k, cos, sin, inverse, run)."""
-        q, k = torch.ops.qlora_kernels.rope(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse)
+        q, k = torch.ops.qlora_kernels.rope.default(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse)
         return q, k, None, None, None, None
 
 

@@ -71,8 +71,9 @@ def _launcher(op: str) -> Callable[..., Any]:
         nonlocal module
         if module is None:
             module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
-        run = getattr(module, op)
-        on: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]  # the first tensor of a bundle or list
+        run, on = getattr(module, op), args[0]
+        if type(on) is not Tensor and not isinstance(on, Tensor):
+            on = on[0]  # the first tensor of a bundle or list
         if not on.is_cuda or on.get_device() == torch.cuda.current_device():
             return run(*args, **kwargs)
         with torch.cuda.device_of(on):  # Triton launches on the current device
