@@ -137,6 +137,19 @@ def test_untested_version_of_triton_launches_by_itself(kernel: Launchable, monke
     assert len(seen) == 2
 
 
+def test_fusion_of_products_and_sums_does_not_depend_on_the_environment(
+    kernel: Launchable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.10 changes the default, which TRITON_DEFAULT_FP_FUSION sets as well."""
+    for default in ("0", "1"):
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+        kernel[(1,)](gaussian(3, 640), torch.empty(640), 640, 3, 0.5, BLOCK=1024, num_warps=int(default) + 1)
+    options = [kept.kernel.metadata.enable_fp_fusion for kept in kernel.kept.values()]
+    assert options == [True, True]
+    kernel[(1,)](gaussian(3, 640), torch.empty(640), 640, 3, 0.5, BLOCK=1024, enable_fp_fusion=False)
+    assert not list(kernel.kept.values())[-1].kernel.metadata.enable_fp_fusion
+
+
 def forget_keys(function: JITFunction) -> None:
     """Forget the cache keys of a function and of all that it calls, as in a new process."""
     function.hash, function.used_global_vals = None, {}

@@ -2,7 +2,7 @@
 
 At each launch, Triton binds the arguments to names, specializes each of them, formats a key from the result and builds
 the metadata for profilers, before it calls the compiled kernel's launcher. Here, this is done once for each kind of
-call, and later calls use the compiled kernel's launcher itself, in the way that Triton 3.6 to 3.8 do.
+call, and later calls use the compiled kernel's launcher itself, in the way that Triton 3.6 to 3.9 do.
 
 The kind of a call is what Triton specializes on: for pointers the dtype and whether the address is a multiple of 16;
 for integers whether the value is 1, whether it is a multiple of 16, and its width; all constexprs and options by value.
@@ -29,11 +29,16 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TESTED_VERSIONS = ((3, 6), (3, 7), (3, 8))
+TESTED_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
 """Versions of Triton whose compiled kernels are called directly; with others, Triton itself launches."""
 
-DIRECT_VERSIONS = ((3, 7), (3, 8))
+DIRECT_VERSIONS = ((3, 7), (3, 8), (3, 9))
 """Those whose C launcher is called without CudaLauncher, which costs a microsecond or two."""
+
+FP_FUSION = True
+"""Whether kernels may fuse a product and a sum to one FMA, unless their launcher states it. Without this flag, the
+environment variable TRITON_DEFAULT_FP_FUSION and the version of Triton decide: 3.10 changes the default to False.
+"""
 
 KEPT_LAUNCHES = 4096
 """Number of sizes for which a launcher keeps its Launch."""
@@ -61,7 +66,7 @@ class _Compiled(NamedTuple):
 def _launcher_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
     """Return `run` and `head` of a kernel that is compiled for an NVIDIA GPU, None for any other.
 
-    Triton 3.7 and 3.8 allocate scratch memory around their C launcher, which is called directly for a kernel without.
+    Triton 3.7 to 3.9 allocate scratch memory around their C launcher, which is called directly for a kernel without.
     """
     run: Any = getattr(compiled, "run", None)
     if type(run).__name__ != "CudaLauncher":
@@ -135,7 +140,8 @@ class Launch:
         self, kernel: Launchable, grid: tuple[int, ...], numbers: tuple[Any, ...], flags: dict[str, Any]
     ) -> None:
         kernel.settle_cache_key()
-        self._kernel, self._grid, self._numbers, self._flags = kernel, grid, numbers, flags
+        self._kernel, self._grid, self._numbers = kernel, grid, numbers
+        self._flags = {"enable_fp_fusion": FP_FUSION, **flags}
         self.grid = (*grid, 1, 1)[:3]
         self._kept: dict[tuple[Any, ...], Kept] = {}
         """Kind of the pointers -> what launches them."""
