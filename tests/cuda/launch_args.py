@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.format.quant_state import DTYPE_CODES
-from tests.support.cuda_host import out, pointers, struct_of
+from tests.support.cuda_host import out, pointers, shifted, struct_of
 
 MULTIPROCESSORS = 108
 """Of the GPU that the launchers plan for."""
@@ -116,9 +116,21 @@ def gemm_args(
     return _struct(("P", (x,)), weight, any_float(bias), ("PPPPiiifii", (*memory, *numbers)))
 
 
+def _inside(tensor: Tensor, *, written: bool = False) -> Tensor | out | shifted:
+    """Return the argument for a tensor, which may be a view that begins inside the memory of another one."""
+    whole = tensor if tensor._base is None else tensor._base
+    argument = out(whole) if written else whole
+    return shifted(argument, tensor.storage_offset() * tensor.element_size()) if tensor.storage_offset() else argument
+
+
 def dropout_args(x: Tensor, y: Tensor, threshold: int, scale: float, add: bool, seed: Tensor) -> struct_of:
-    """Return struct DropoutArgs."""
-    return _struct(("PPiifiPq", (x, out(y), dtype_code(x.dtype), threshold, scale, int(add), seed, x.numel())))
+    """Return struct DropoutArgs. x, y: may be views that begin inside the memory of another tensor."""
+    return _struct(
+        (
+            "PPiifiPq",
+            (_inside(x), _inside(y, written=True), dtype_code(x.dtype), threshold, scale, int(add), seed, x.numel()),
+        )
+    )
 
 
 def adamw_args(

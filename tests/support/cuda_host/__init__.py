@@ -8,7 +8,18 @@ module.launch("kernel_name", grid=(4,), block=(128,), shared=4096, args=(x, cuda
 """
 
 from .build import MODES, PTX_MODES, SOURCE_MODES, build, load_ptx, prebuild
-from .library import BankCount, KernelFault, Library, Module, RuntimeCall, SanitizerReport, out, pointers, struct_of
+from .library import (
+    BankCount,
+    KernelFault,
+    Library,
+    Module,
+    RuntimeCall,
+    SanitizerReport,
+    out,
+    pointers,
+    shifted,
+    struct_of,
+)
 from .toolchain import missing_tools, nvcc_missing
 
 __all__ = [
@@ -28,5 +39,6 @@ __all__ = [
     "out",
     "pointers",
     "prebuild",
+    "shifted",
     "struct_of",
 ]

@@ -44,6 +44,14 @@ class out:
 
 
 @dataclass(frozen=True)
+class shifted:
+    """An address inside the memory of a tensor, `nbytes` after its begin, in a `struct_of`: of a view, for example."""
+
+    argument: Tensor | out
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class pointers:
     """A device array of 64-bit words: addresses of tensors and `out` tensors, numbers, 0 for None."""
 
@@ -56,7 +64,7 @@ class struct_of:
 
     format: of its members in order, as in Python's `struct` module with native sizes and alignment: P for a pointer,
         q int64, i int, f float, d double, "0q" for the padding at the end of a nested struct.
-    items: one for each member; tensors, `out`, `pointers` and None for pointers.
+    items: one for each member; tensors, `out`, `shifted`, `pointers` and None for pointers.
     """
 
     format: str
@@ -173,6 +181,8 @@ class Library:
                 return ("struct", (argument.format, [encode(item) for item in argument.items]))
             if isinstance(argument, pointers):
                 return ("table", [encode(item) for item in argument.items])
+            if isinstance(argument, shifted):
+                return ("shifted", (encode(argument.argument)[1], argument.nbytes))
             tensor = argument.tensor if isinstance(argument, out) else argument
             if isinstance(tensor, Tensor):
                 for index, known in enumerate(flat):

@@ -81,6 +81,9 @@ def packed_struct(library, value, addresses, kept):
     for kind, item in items:
         if kind == "memory":
             words.append(addresses[item])
+        elif kind == "shifted":
+            index, nbytes = item
+            words.append(addresses[index] + nbytes)
         elif kind == "table":
             words.append(table(library, item, addresses, kept))
         else:
