@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -151,12 +152,15 @@ def functions_called(call):
             called.append((frame.f_code.co_filename, frame.f_code.co_name))
 
     call()  # fills all caches
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # it would run finalizers of other tests' objects
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return called
 
 
