@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs the fake CUDA device: make test-cuda-torch"))
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Keep the garbage collector from freeing memory of earlier tests while a test counts memory and runtime calls."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -13,6 +13,8 @@ from tests.support.fake_cuda import FakeDevice
 
 from .calls import CALLS, check
 
+pytestmark = pytest.mark.usefixtures("without_collector")
+
 LIBRARY = "backends/cuda/_C"
 OPS = {
     "quantize_nf4",

@@ -13,6 +13,8 @@ import qlora_kernels as qk
 from tests.support.fake_cuda import FakeDevice
 from tests.support.problems import gaussian
 
+pytestmark = pytest.mark.usefixtures("without_collector")
+
 SIZES = (300_000, 70, 200_000)
 
 
