@@ -8,6 +8,7 @@ import torch
 
 from .arguments import UsageError
 from .choices import DTYPES
+from .container_memory import memory_limits
 
 
 def chosen_device(name: str, environment: Mapping[str, str]) -> torch.device:
@@ -45,9 +46,10 @@ def chosen_dtype(name: str, device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory of a device in bytes; for the CPU, RAM plus swap."""
+    """Return the memory of a device in bytes; for the CPU, RAM, or what a container may use of it, plus swap."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
-    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+    memory = min([psutil.virtual_memory().total, *(group.limit for group in memory_limits())])
+    return int(memory + psutil.swap_memory().total)
