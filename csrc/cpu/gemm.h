@@ -34,8 +34,9 @@ namespace qlora::QLORA_ISA {
 struct Fp32Fma {
     using Elem = float;
     static constexpr int kPair = 1;
-    static constexpr int64_t kChain = 32;  // steps whose products are summed before they are added to c
-    static constexpr bool kTails = false;  // whether a low-rank product is the tail of a chain (LowRankTerm)
+    static constexpr int64_t kChain = 32;        // steps whose products are summed before they are added to c
+    static constexpr bool kTails = false;        // whether a low-rank product is the tail of a chain (LowRankTerm)
+    static constexpr bool kRoundsTiles = false;  // whether finished sums may be stored without a second pass (StripEnd)
     static F32 broadcast(const float* a) { return set1(*a); }
     static F32 load_b(const float* b) { return load(b); }
     static F32 mac(F32 acc, F32 a, F32 b) { return fma(a, b, acc); }
@@ -49,6 +50,7 @@ struct Bf16Dot {
     static constexpr int kPair = 2;
     static constexpr int64_t kChain = 1 << 14;  // its rounding error is far below that of bf16 operands
     static constexpr bool kTails = true;
+    static constexpr bool kRoundsTiles = true;
     static __m512i broadcast(const Bf16* a) {
         int pair;
         memcpy(&pair, a, sizeof pair);
@@ -70,13 +72,21 @@ inline constexpr int kMaxRows = 6;
 inline constexpr int kMaxRows = 4;
 #endif
 
-// More steps of a tile, whose rows of a lie elsewhere.
+// The end of a strip, or of one of its tiles: a tail of more steps, whose rows of a lie elsewhere, and the rows of the
+// result to which the tile kernel rounds the finished sums. Without such rows, the sums stay in c.
 template <class Mac>
-struct Tail {
-    const typename Mac::Elem* a = nullptr;  // rows `stride` elements apart, steps kPair elements apart
-    int64_t stride = 0;
-    const typename Mac::Elem* b = nullptr;
-    int64_t steps = 0;
+struct StripEnd {
+    using Elem = typename Mac::Elem;
+    const Elem* tail_a = nullptr;  // rows `tail_stride` elements apart, steps kPair elements apart
+    int64_t tail_stride = 0;
+    const Elem* tail_b = nullptr;
+    int64_t tail_steps = 0;
+    Elem* out = nullptr;  // rows of kColumns elements, `out_stride` elements apart
+    int64_t out_stride = 0;
+
+    StripEnd from_row(int64_t row) const {
+        return {tail_a + row * tail_stride, tail_stride, tail_b, tail_steps, out + row * out_stride, out_stride};
+    }
 };
 
 // acc[rows][kVectors] += a[rows][steps] * b[steps][kVectors * kLanes]; the rows of a are `stride` elements apart, its
@@ -107,13 +117,14 @@ __attribute__((always_inline)) static inline void accumulate(F32 (&acc)[kRows][k
     }
 }
 
-// c[rows][kVectors * kLanes] = a[rows][steps] * b[steps][kVectors * kLanes] + tail, or += if `adds`.
+// c[rows][kVectors * kLanes] = a[rows][steps] * b[steps][kVectors * kLanes] + tail, or += if `adds`. The finished sums
+// are rounded to the rows of `end` instead if it has any.
 //
 // Sums run in chains of kChain steps, which are then added to c, because the rounding error of a sum grows with the
 // length of its chains. The tail continues the last chain.
 template <class Mac, int kRows, int kVectors>
 static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t step, const typename Mac::Elem* b,
-                        int64_t steps, const Tail<Mac>& tail, bool adds, float* c) {
+                        int64_t steps, const StripEnd<Mac>& end, bool adds, float* c) {
     while (steps > 0) {
         const int64_t chain = steps < Mac::kChain ? steps : Mac::kChain;
         F32 acc[kRows][kVectors];
@@ -126,8 +137,20 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t ste
         a += chain * step;
         b += chain * kVectors * kLanes * Mac::kPair;
         steps -= chain;
-        if (steps == 0 && tail.steps > 0) {
-            accumulate<Mac, kRows, kVectors>(acc, tail.a, tail.stride, Mac::kPair, tail.b, tail.steps);
+        if (steps == 0 && end.tail_steps > 0) {
+            accumulate<Mac, kRows, kVectors>(acc, end.tail_a, end.tail_stride, Mac::kPair, end.tail_b, end.tail_steps);
+        }
+        if constexpr (Mac::kRoundsTiles && kVectors == 2) {
+            if (steps == 0 && end.out) {
+                typename Mac::Elem* row = end.out;
+#pragma GCC unroll 16
+                for (int i = 0; i < kRows; ++i, row += end.out_stride) {
+                    const float* sum = c + i * kVectors * kLanes;
+                    store_sums(row, adds ? add(load(sum), acc[i][0]) : acc[i][0],
+                               adds ? add(load(sum + kLanes), acc[i][1]) : acc[i][1]);
+                }
+                return;
+            }
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
@@ -146,7 +169,7 @@ static void tile_kernel(const typename Mac::Elem* a, int64_t stride, int64_t ste
 // tile_kernel for a number of rows that is known only at run time.
 template <class Mac>
 using TileKernel = void (*)(const typename Mac::Elem*, int64_t, int64_t, const typename Mac::Elem*, int64_t,
-                            const Tail<Mac>&, bool, float*);
+                            const StripEnd<Mac>&, bool, float*);
 
 template <class Mac, int kVectors, int kRows = kMaxRows>
 static TileKernel<Mac> tile_kernel_for(int rows) {
@@ -185,17 +208,14 @@ struct LhsView {
     int64_t stride, step, steps;
     Tiling tiling;
 
-    // c = the steps [step0, step0 + count) of tile t times b[count], one strip of a panel, and the tail; or += if
+    // c = the steps [step0, step0 + count) of tile t times b[count], one strip of a panel, and the tile's end; or += if
     // `adds`.
     template <int kVectors>
-    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const Tail<Mac>& tail, bool adds,
+    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const StripEnd<Mac>& end, bool adds,
                   float* c) const {
         const Elem* tile = data + tiling.begin(t) * stride + step0 * step;
-        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile, stride, step, b, count, tail, adds, c);
+        tile_kernel_for<Mac, kVectors>(tiling.size(t))(tile, stride, step, b, count, end, adds, c);
     }
-
-    // The steps of tile t as the tail of another product, with one strip b of all steps.
-    Tail<Mac> tail(int64_t t, const Elem* b) const { return {data + tiling.begin(t) * stride, stride, b, steps}; }
 };
 
 // Several operands with the same rows as one: the steps of each follow those of the operand before it.
@@ -212,14 +232,14 @@ struct JoinedLhs {
 
     // As LhsView::multiply, over the steps of all parts.
     template <int kVectors>
-    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const Tail<Mac>& tail, bool adds,
+    void multiply(int64_t t, int64_t step0, const Elem* b, int64_t count, const StripEnd<Mac>& end, bool adds,
                   float* c) const {
         int64_t first = 0;
         for (const LhsView<Mac>& part : parts) {
-            const int64_t begin = std::max(step0, first), end = std::min(step0 + count, first + part.steps);
-            if (begin < end) {
-                part.template multiply<kVectors>(t, begin - first, b + (begin - step0) * kVectors * kLanes * Mac::kPair,
-                                                 end - begin, end == step0 + count ? tail : Tail<Mac>(), adds, c);
+            const int64_t from = std::max(step0, first), to = std::min(step0 + count, first + part.steps);
+            if (from < to) {
+                part.template multiply<kVectors>(t, from - first, b + (from - step0) * kVectors * kLanes * Mac::kPair,
+                                                 to - from, to == step0 + count ? end : StripEnd<Mac>(), adds, c);
                 adds = true;
             }
             first += part.steps;
@@ -227,8 +247,8 @@ struct JoinedLhs {
     }
 };
 
-// No tail in panel_gemm.
-struct NoTail {};
+// Strips of panel_gemm that have no tail and stay in c.
+struct NoEnds {};
 
 static inline void clear(float* c, int64_t floats) {
     for (int64_t i = 0; i < floats; i += kLanes) store(c + i, zero());
@@ -288,10 +308,11 @@ struct PanelSchedule {
 // fill(range, panel): writes the panel `range` of B as strips [step1 - step0][kColumns][kPair], one after the other,
 // with zeros beyond the last column and beyond L.
 // finish(tile, column0, columns, c): stores the finished accumulators c[rows][kColumns] of a tile; it may change c.
-// tail_of(tile, column0): returns the tail of a tile's sums; NoTail for none.
-template <class Mac, int kVectors, class Lhs, class Fill, class Finish, class TailOf = NoTail>
-static void panel_gemm(const Lhs& a, int64_t columns, const Fill& fill, const Finish& finish,
-                       const TailOf& tail_of = {}, Division division = Division::kStrips) {
+// end_of(column0, columns): returns the StripEnd of a strip, with row 0 of a and of the result; NoEnds for none. Tiles
+// whose end has rows of the result are stored by the tile kernel instead of `finish`.
+template <class Mac, int kVectors, class Lhs, class Fill, class Finish, class EndOf = NoEnds>
+static void panel_gemm(const Lhs& a, int64_t columns, const Fill& fill, const Finish& finish, const EndOf& end_of = {},
+                       Division division = Division::kStrips) {
     using Elem = typename Mac::Elem;
     constexpr int kColumns = kVectors * kLanes;
     constexpr int64_t kStepElements = kColumns * Mac::kPair;
@@ -315,18 +336,21 @@ static void panel_gemm(const Lhs& a, int64_t columns, const Fill& fill, const Fi
         for (int64_t step0 = 0; step0 < a.steps; step0 += panel_steps) {
             const int64_t step1 = std::min(step0 + panel_steps, a.steps);
             fill(PanelRange{column0, column1 - column0, step0, step1}, panel);
+            const bool ends = step1 == a.steps;
+            StripEnd<Mac> strip_ends[kMaxGroup];
+            if constexpr (!std::is_same_v<EndOf, NoEnds>) {
+                for (int64_t g = 0; ends && g < group; ++g) {
+                    const int64_t c0 = column0 + g * kColumns;
+                    strip_ends[g] = end_of(c0, std::min<int64_t>(column1 - c0, kColumns));
+                }
+            }
             for (int64_t t = range.tile0; t < range.tile1; ++t) {
                 for (int64_t g = 0; g < group; ++g) {
-                    const int64_t c0 = column0 + g * kColumns;
-                    const int64_t width = std::min<int64_t>(column1 - c0, kColumns);
                     float* c = panels == 1 ? partial : partial + ((t - range.tile0) * group + g) * kTileFloats;
-                    Tail<Mac> tail;
-                    if constexpr (!std::is_same_v<TailOf, NoTail>) {
-                        if (step1 == a.steps) tail = tail_of(t, c0);
-                    }
                     a.template multiply<kVectors>(t, step0, panel + g * (step1 - step0) * kStepElements, step1 - step0,
-                                                  tail, step0 > 0, c);
-                    if (step1 == a.steps) finish(t, c0, width, c);
+                                                  strip_ends[g].from_row(a.tiling.begin(t)), step0 > 0, c);
+                    const int64_t c0 = column0 + g * kColumns;
+                    if (ends && !strip_ends[g].out) finish(t, c0, std::min<int64_t>(column1 - c0, kColumns), c);
                 }
             }
         }

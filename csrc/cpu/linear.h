@@ -93,6 +93,16 @@ static inline void store_tile(const float* c, const Tiling& tiling, int64_t tile
     }
 }
 
+// Lets the tile kernel store a strip of a row-major [*, row_length] output, if it can and the strip is whole.
+template <class Mac, class T>
+static inline void store_in_kernel(T* out, int64_t row_length, int64_t column0, int64_t columns, StripEnd<Mac>& end) {
+    if constexpr (Mac::kRoundsTiles && std::is_same_v<T, typename Mac::Elem>) {
+        if (columns != kColumns) return;
+        end.out = out + column0;
+        end.out_stride = row_length;
+    }
+}
+
 // The bias as fp32 in scratch memory; null stays null.
 static inline const float* bias_as_float(AnyFloat bias, int64_t N) {
     if (!bias.data) return nullptr;

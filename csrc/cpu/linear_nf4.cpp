@@ -19,10 +19,16 @@ void linear(const LinearProblem& p, const T* x, AnyFloat bias, T* y) {
         });
     }
     const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, x, p.M, p.weight.K);
-    panel_gemm<Mac, kVectors>(a, N, weight_columns<T>(p.weight),
-                              [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
-                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
-                              });
+    panel_gemm<Mac, kVectors>(
+        a, N, weight_columns<T>(p.weight),
+        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+            store_tile<kColumns>(c, a.tiling, tile, column0, columns, N, y, bias_values);
+        },
+        [&](int64_t column0, int64_t columns) {
+            StripEnd<Mac> end;
+            if (!bias_values) store_in_kernel(y, N, column0, columns, end);
+            return end;
+        });
 }
 
 }  // namespace

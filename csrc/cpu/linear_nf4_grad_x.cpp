@@ -13,10 +13,16 @@ void grad_x(const LinearProblem& p, const T* grad_y, T* out) {
     using Mac = typename Arithmetic<T>::Mac;
     const int64_t K = p.weight.K;
     const LhsView<Mac> a = lhs_view<Mac>(Slot::kRows, grad_y, p.M, p.weight.N);
-    panel_gemm<Mac, kVectors>(a, K, weight_rows<T>(p.weight),
-                              [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
-                                  store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, out);
-                              });
+    panel_gemm<Mac, kVectors>(
+        a, K, weight_rows<T>(p.weight),
+        [&](int64_t tile, int64_t column0, int64_t columns, const float* c) {
+            store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, out);
+        },
+        [&](int64_t column0, int64_t columns) {
+            StripEnd<Mac> end;
+            store_in_kernel(out, K, column0, columns, end);
+            return end;
+        });
 }
 
 }  // namespace

@@ -170,9 +170,14 @@ void linear_lora(const LinearGroup& group, const T* x, const AnyFloat* biases, v
     };
     const int64_t columns = strips.total() * kColumns;
     if constexpr (Mac::kTails) {
-        panel_gemm<Mac, kVectors>(a, columns, fill, finish, [&](int64_t tile, int64_t column0) {
-            const LowRankTerm<Mac>& term = terms[strip_of(column0).member];
-            return term.lhs.steps > 0 ? term.tail(tile, column0) : Tail<Mac>();
+        panel_gemm<Mac, kVectors>(a, columns, fill, finish, [&](int64_t column0, int64_t) {
+            const Strip strip = strip_of(column0);
+            StripEnd<Mac> end = terms[strip.member].tail(column0);
+            if (!bias[strip.member]) {
+                store_in_kernel(static_cast<T*>(ys[strip.member]), group.members[strip.member].weight.N, strip.column0,
+                                strip.columns, end);
+            }
+            return end;
         });
     } else {
         panel_gemm<Mac, kVectors>(a, columns, fill, finish);

@@ -173,8 +173,11 @@ void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T
         store_tile<kColumns>(c, a.tiling, tile, column0, columns, K, grad_x);
     };
     if constexpr (Mac::kTails) {
-        panel_gemm<Mac, kVectors>(a, K, fill, finish, [&](int64_t tile, int64_t column0) {
-            return bits || R == 0 ? Tail<Mac>() : low_rank.tail(tile, column0);
+        panel_gemm<Mac, kVectors>(a, K, fill, finish, [&](int64_t column0, int64_t columns) {
+            if (bits) return StripEnd<Mac>();  // the mask acts on the low-rank product alone
+            StripEnd<Mac> end = low_rank.tail(column0);
+            store_in_kernel(grad_x, K, column0, columns, end);
+            return end;
         });
     } else {
         panel_gemm<Mac, kVectors>(a, K, fill, finish);

@@ -25,9 +25,13 @@ struct LowRankTerm {
         return strips + column0 / kColumns % kMaxGroup * size;
     }
 
-    // The tile of the low-rank product as the tail of the large product's sums, if Mac::kTails: one chain then holds
-    // all steps, and the low-rank part is not rounded by further additions.
-    Tail<Mac> tail(int64_t tile, int64_t column0) const { return lhs.tail(tile, strip(column0)); }
+    // The low-rank product as the tail of the large product's sums, if Mac::kTails: one chain then holds all steps, and
+    // the low-rank part is not rounded by further additions.
+    StripEnd<Mac> tail(int64_t column0) const {
+        StripEnd<Mac> end;
+        if (lhs.steps > 0) end = {lhs.data, lhs.stride, strip(column0), lhs.steps};
+        return end;
+    }
 
     // c += the tile of the low-rank product, which change(product) may modify first.
     template <class Change>
@@ -57,7 +61,7 @@ static void narrow_product(const Lhs& a, int64_t r, float scale, const Fill& fil
                     store(c + i, mul(load(c + i), factor));
                 store_tile<kWidth>(c, a.tiling, tile, column0, columns, row_length, out);
             },
-            NoTail(), Division::kTiles);
+            NoEnds(), Division::kTiles);
     };
     if ((r - 1) / kLanes % 2 == 0) {
         run(std::integral_constant<int, 1>());
