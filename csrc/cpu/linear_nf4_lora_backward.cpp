@@ -9,6 +9,7 @@
 // A and ds have the factors of all members side by side, R in total. The mask is one bitmap that is made once and read
 // twice. All sums are fp32; ds is rounded to x's dtype, as in the composed operations.
 #include "lora.h"
+#include "token_product.h"
 
 namespace qlora::QLORA_ISA {
 namespace {
@@ -21,17 +22,24 @@ void prefetch_row(const T* row, int64_t count, const T* end) {
     for (const T* line = row; line < row + count; line += 64 / sizeof(T)) __builtin_prefetch(line);
 }
 
-// Packs the rows of a row-major [M, width] matrix as panels that contract over m, with dropped elements zeroed if
-// `bits` is given.
+// The rows of a row-major [M, width] matrix, with dropped elements zeroed if `bits` is given.
+template <class T>
+struct TokenRows {
+    const T* data;
+    int64_t M, width;
+    const uint8_t* bits;
+};
+
+// Packs the rows as panels that contract over m.
 template <class Mac, class T>
-auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
+auto token_panels(const TokenRows<T>& tokens) {
     using Elem = typename Mac::Elem;
-    return [=](const PanelRange& range, Elem* panel) {
-        const auto read = [=](int64_t m, int64_t begin, int64_t count, Elem* dst) -> const Elem* {
-            const T* row = src + m * width + begin;
-            prefetch_row(row + kPrefetchRows * width, count, src + M * width);
-            if (bits) {
-                masked_row(row, count, bits, m * width + begin, dst);
+    return [tokens](const PanelRange& range, Elem* panel) {
+        const auto read = [&](int64_t m, int64_t begin, int64_t count, Elem* dst) -> const Elem* {
+            const T* row = tokens.data + m * tokens.width + begin;
+            prefetch_row(row + kPrefetchRows * tokens.width, count, tokens.data + tokens.M * tokens.width);
+            if (tokens.bits) {
+                masked_row(row, count, tokens.bits, m * tokens.width + begin, dst);
                 return dst;
             }
             if constexpr (std::is_same_v<T, Elem>) {
@@ -40,7 +48,7 @@ auto token_panels(const T* src, int64_t M, int64_t width, const uint8_t* bits) {
             convert_row(row, count, dst);
             return dst;
         };
-        fill_from_columns<Mac, kColumns>(range, M, panel, read);
+        fill_from_columns<Mac, kColumns>(range, tokens.M, panel, read);
     };
 }
 
@@ -51,18 +59,25 @@ void multiply(float* c, int64_t floats, float scale) {
 
 // out[j, column] = scale * sum_m factors[m, j] * rows[m, column], for factors [M, r] whose rows are `stride` elements
 // apart.
-template <class Mac, class T, class Fill>
-void grad_factor(const T* factors, int64_t stride, int64_t M, int64_t r, int64_t columns, float scale, const Fill& fill,
-                 bool transposed, float* out) {
-    const LhsView<Mac> a = lhs_transposed<Mac>(Slot::kFactorRows, factors, M, r, stride);
-    panel_gemm<Mac, kVectors>(a, columns, fill, [&](int64_t tile, int64_t column0, int64_t width, float* c) {
+template <class Mac, class T>
+void grad_factor(const T* factors, int64_t stride, int64_t r, float scale, const TokenRows<T>& rows, bool transposed,
+                 float* out) {
+    const int64_t columns = rows.width;
+    const LhsView<Mac> a = lhs_transposed<Mac>(Slot::kFactorRows, factors, rows.M, r, stride);
+    const auto finish = [&](int64_t tile, int64_t column0, int64_t width, float* c) {
         multiply(c, a.tiling.size(tile) * kColumns, scale);
         if (!transposed) return store_tile<kColumns>(c, a.tiling, tile, column0, width, columns, out);
         for (int64_t n = 0; n < width; ++n) {
             float* row = out + (column0 + n) * r + a.tiling.begin(tile);
             for (int j = 0; j < a.tiling.size(tile); ++j) row[j] = c[j * kColumns + n];
         }
-    });
+    };
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<Mac, Bf16Dot>) {
+        if (!rows.bits) return token_product(a, rows.data, rows.M, columns, finish);
+    }
+#endif
+    panel_gemm<Mac, kVectors>(a, columns, token_panels<Mac>(rows), finish);
 }
 
 // c *= scale for kept elements, 0 for dropped ones, for the tile of an [M, K] tensor.
@@ -127,10 +142,10 @@ void lora_backward(const LinearGroup& group, const void* const* grad_ys, const T
                 ds + ranks.begin(i), R);
         }
         if (!grads_B[i]) continue;
-        grad_factor<Mac>(s + ranks.begin(i), R, M, lora.r, N, lora.scaling,
-                         token_panels<Mac>(static_cast<const T*>(grad_ys[i]), M, N, nullptr), true, grads_B[i]);
+        const TokenRows<T> rows{static_cast<const T*>(grad_ys[i]), M, N, nullptr};
+        grad_factor<Mac>(s + ranks.begin(i), R, lora.r, lora.scaling, rows, true, grads_B[i]);
     }
-    if (R > 0 && grad_A) grad_factor<Mac>(ds, R, M, R, K, scale, token_panels<Mac>(x, M, K, bits), false, grad_A);
+    if (R > 0 && grad_A) grad_factor<Mac>(ds, R, R, scale, TokenRows<T>{x, M, K, bits}, false, grad_A);
     if (!grad_x) return;
 
     // The rows of all weights, each weight padded to whole steps as its G_i is.

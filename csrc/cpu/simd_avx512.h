@@ -189,22 +189,26 @@ static inline void lookup_even_odd(const Code16<Bf16>& code, const uint8_t* byte
     odd = _mm512_permutexvar_epi16(index, code.values);
 }
 
-// dst[c] = p[c] | q[c] << 16, the operand layout of vdpbf16ps, for 16 or 32 columns.
+// The pairs a[i] | b[i] << 16, the operand layout of vdpbf16ps, of the first or the second 16 columns.
+template <int kHalf>
+static inline __m512i interleaved(__m512i a, __m512i b) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16 * kHalf)), b);
+}
+
+// dst[c] = p[c] | q[c] << 16 for 16 or 32 columns.
 template <int kColumns>
 static inline void interleave(const Bf16* p, const Bf16* q, uint32_t* dst) {
-    const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                              6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     if constexpr (kColumns == 16) {
         const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
-        _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, low_half, b));
+        _mm512_storeu_si512(dst, interleaved<0>(a, b));
     } else {
         static_assert(kColumns == 32);
-        const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
-        const __m512i a = _mm512_loadu_si512(p);
-        const __m512i b = _mm512_loadu_si512(q);
-        _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(a, low_half, b));
-        _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(a, high_half, b));
+        const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(q);
+        _mm512_storeu_si512(dst, interleaved<0>(a, b));
+        _mm512_storeu_si512(dst + 16, interleaved<1>(a, b));
     }
 }
 #endif

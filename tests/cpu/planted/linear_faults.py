@@ -73,9 +73,14 @@ _FAULTS = {
         ("dropout does not act on the low-rank part of grad_x", "bits || R == 0", "R == 0", _LORA, BF16, "M1-N64-K64-r4-b64-bf16"),
         ("grad_x: the mask of the first tokens", "(tiling.begin(tile) + i) * K + column0", "i * K + column0", _LORA, BEST, "M19-N130-K257-r8-b128-fp32"),
         ("grad_B: all tiles are the first", "(column0 + n) * r + a.tiling.begin(tile)", "(column0 + n) * r", _LORA, BEST, "M64-N192-K320-r16-b64-fp32"),
-        ("grad_A: the mask of the first token", "masked_row(row, count, bits, m * width + begin, dst);", "masked_row(row, count, bits, begin, dst);", _LORA, BEST, "M19-N130-K257-r8-b128-fp32"),
+        ("grad_A: the mask of the first token", "masked_row(row, count, tokens.bits, m * tokens.width + begin, dst);", "masked_row(row, count, tokens.bits, begin, dst);", _LORA, BEST, "M19-N130-K257-r8-b128-fp32"),
         ("grad_B: the factor is missing", "multiply(c, a.tiling.size(tile) * kColumns, scale);", ";", _LORA),
         ("group: rows of another linear", "weight_row<T>(weight, n, k, count, dst);", "weight_row<T>(group.members[0].weight, n % group.members[0].weight.N, k, count, dst);", _GROUP),
+    ),
+    "token_product.h": (
+        ("tokens in pairs: the second is the first", "_mm512_maskz_loadu_epi16(inside, row + width)", "first", _LORA, BF16, "M64-N192-K320-r16-b64-bf16"),
+        ("tokens in pairs: all tiles take the first factors", "a.data + a.tiling.begin(tile) * a.stride", "a.data", _LORA, BF16, "M64-N192-K320-r16-b64-bf16"),
+        ("tokens in pairs: one strip for all", "rows + column", "rows", _LORA, BF16, "M64-N192-K320-r16-b64-bf16"),
     ),
     "block_absmax.h": (
         ("absmax: the scale of the first group", "block / kNestedBlocksize", "0", _LINEAR, BEST, "M64-N192-K320-r16-b64-fp32"),
