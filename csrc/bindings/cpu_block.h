@@ -154,23 +154,35 @@ class BlockNorm {
         return {y, scale};
     }
 
+    // The input is added to the result, which therefore has as many columns.
+    void check_output(int64_t columns) const {
+        require(!present_ || columns == norm_.problem.columns,
+                "a block with a norm must return as many columns as x has");
+    }
+
     // y += x
     void add_input(Tensor& y) const {
         if (!present_) return;
-        require(y.size(1) == norm_.problem.columns, "a block with a norm must return as many columns as x has");
+        check_output(y.size(1));
         void* sum = y.mutable_data_ptr();
         cpu_kernels().add_residual(norm_.problem.dtype, y.numel(), rows_, sum, sum);
     }
 
+    // n or the scale of forward, which backward needs where there is a norm.
+    static const Tensor& kept(const OptionalTensor& tensor, const char* name) {
+        require(tensor.has_value(), name, " must be given with the weight of a block's norm");
+        return *tensor;
+    }
+
     // Replaces the gradient of the normalized x by that of x, and returns the gradient of the weight, or none.
-    Tensor backward(const CpuArguments& arguments, const void* grad_y, const Tensor& scale, bool need_grad_weight,
-                    Tensor& grad_x) const {
+    Tensor backward(const CpuArguments& arguments, const void* grad_y, const OptionalTensor& scale,
+                    bool need_grad_weight, Tensor& grad_x) const {
         const RmsNorm& p = norm_.problem;
         Tensor grad_weight = empty({present_ && need_grad_weight ? p.columns : 0}, ScalarType::Float);
         if (!present_) return grad_weight;
         void* grad = grad_x.mutable_data_ptr();
         cpu_kernels().rms_norm_backward(
-            p, grad, grad_y, rows_, arguments.data<float>(scale, "scale", p.rows), grad,
+            p, grad, grad_y, rows_, arguments.data<float>(kept(scale, "scale"), "scale", p.rows), grad,
             need_grad_weight ? static_cast<float*>(grad_weight.mutable_data_ptr()) : nullptr);
         return grad_weight;
     }

@@ -7,6 +7,10 @@ namespace {
 
 constexpr char kOp[] = "gated_mlp", kBackwardOp[] = "gated_mlp_backward";
 
+void check_width(const char* op, const LinearsOfInput& gate_up, const LinearsOfInput& down) {
+    require(gate_up.N(0) == gate_up.N(1) && down.K() == gate_up.N(0), op, ": gate, up and down must have one size");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp(
     Tensor x, OptionalTensor norm_weight, double eps, double weight_offset, Tensors packed, OptionalTensors absmax,
     OptionalTensors absmax_q, OptionalTensors absmax_scale, OptionalTensors absmax_offset, Sizes blocksizes, Sizes N,
@@ -19,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
     linears.check_count(arguments, kOp, 3);
     const DType dtype = arguments.float_type(x, "x");
     const LinearsOfInput gate_up(arguments, linears, 0, 2, dtype, M), down(arguments, linears, 2, 3, dtype, M);
-    require(gate_up.N(0) == gate_up.N(1) && down.K() == gate_up.N(0), kOp, ": gate, up and down must have one size");
+    check_width(kOp, gate_up, down);
     const void* rows = arguments.floats(x, "x", arguments.product(M, gate_up.K(), "x"), dtype);
     const std::vector<AnyFloat> summands = biases_of(arguments, biases, N);
 
@@ -35,10 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensors> gated_mlp_backward(
-    Tensor grad_y, Tensor x, OptionalTensor norm_weight, double weight_offset, Tensor n, Tensor scale, Tensor gate,
-    Tensor up, Tensor s, OptionalTensor h, Tensor s_h, Tensors packed, OptionalTensors absmax, OptionalTensors absmax_q,
-    OptionalTensors absmax_scale, OptionalTensors absmax_offset, Sizes blocksizes, Sizes N, Sizes K,
-    OptionalTensors lora_A, OptionalTensors lora_B, std::vector<double> scalings, std::string activation,
+    Tensor grad_y, Tensor x, OptionalTensor norm_weight, double weight_offset, OptionalTensor n, OptionalTensor scale,
+    Tensor gate, Tensor up, Tensor s, OptionalTensor h, Tensor s_h, Tensors packed, OptionalTensors absmax,
+    OptionalTensors absmax_q, OptionalTensors absmax_scale, OptionalTensors absmax_offset, Sizes blocksizes, Sizes N,
+    Sizes K, OptionalTensors lora_A, OptionalTensors lora_B, std::vector<double> scalings, std::string activation,
     bool need_grad_x, bool need_grad_weight, Sizes need_grads_A, Sizes need_grads_B) {
     const CpuArguments arguments(kBackwardOp);
     const int64_t M = arguments.matrix(x, "x").rows;
@@ -48,16 +52,16 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> gated_mlp_backward(
     require(need_grads_A.size() == 2 && need_grads_B.size() == 3, kBackwardOp, ": needs must be 2 and 3 flags");
     const DType dtype = arguments.float_type(x, "x");
     const LinearsOfInput gate_up(arguments, linears, 0, 2, dtype, M), down(arguments, linears, 2, 3, dtype, M);
-    require(gate_up.N(0) == gate_up.N(1) && down.K() == gate_up.N(0), kBackwardOp,
-            ": gate, up and down must have one size");
+    check_width(kBackwardOp, gate_up, down);
     const BlockNorm norm(arguments, x, norm_weight, weight_offset);
+    norm.check_output(down.N(0));
     const auto floats = [&](const Tensor& tensor, const char* name, int64_t columns) {
         return arguments.floats(tensor, name, arguments.product(M, columns, name), dtype);
     };
     const int64_t width = down.K();
     const void* grad_rows = floats(grad_y, "grad_y", down.N(0));
     const void *gates = floats(gate, "gate", width), *ups = floats(up, "up", width);
-    const void* rows = norm_weight ? floats(n, "n", gate_up.K()) : floats(x, "x", gate_up.K());
+    const void* rows = norm_weight ? floats(norm.kept(n, "n"), "n", gate_up.K()) : floats(x, "x", gate_up.K());
     require(down.R() == 0 || h.has_value(), kBackwardOp, ": h must be given where down has an adapter");
     const void* products = h ? floats(*h, "h", width) : nullptr;
 
@@ -84,8 +88,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
         "int[] out_features, int[] in_features, Tensor?[] biases, Tensor?[] lora_A, Tensor?[] lora_B, "
         "float[] scalings, str activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "cpu_gated_mlp_backward(Tensor grad_y, Tensor x, Tensor? norm_weight, float weight_offset, Tensor n, "
-        "Tensor scale, Tensor gate, Tensor up, Tensor s, Tensor? h, Tensor s_h, Tensor[] packed, Tensor?[] absmax, "
+        "cpu_gated_mlp_backward(Tensor grad_y, Tensor x, Tensor? norm_weight, float weight_offset, Tensor? n, "
+        "Tensor? scale, Tensor gate, Tensor up, Tensor s, Tensor? h, Tensor s_h, Tensor[] packed, Tensor?[] absmax, "
         "Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset, int[] blocksizes, int[] out_features, "
         "int[] in_features, Tensor?[] lora_A, Tensor?[] lora_B, float[] scalings, str activation, bool need_grad_x, "
         "bool need_grad_weight, int[] need_grads_A, int[] need_grads_B) -> (Tensor, Tensor, Tensor[], Tensor[])");

@@ -123,12 +123,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensors> lora_attention_backward(
-    Tensor grad_y, Tensor x, OptionalTensor norm_weight, double weight_offset, Tensor n, Tensor inverse_rms, Tensor q,
-    Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor s, Tensor s_o, Tensors packed, OptionalTensors absmax,
-    OptionalTensors absmax_q, OptionalTensors absmax_scale, OptionalTensors absmax_offset, Sizes blocksizes, Sizes N,
-    Sizes K, OptionalTensors lora_A, OptionalTensors lora_B, std::vector<double> scalings, int64_t length,
-    int64_t head_dim, Tensor cos, Tensor sin, Tensor starts, Tensor ends, double scale, double softcap,
-    bool need_grad_x, bool need_grad_weight, Sizes need_grads_A, Sizes need_grads_B) {
+    Tensor grad_y, Tensor x, OptionalTensor norm_weight, double weight_offset, OptionalTensor n,
+    OptionalTensor inverse_rms, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor s, Tensor s_o,
+    Tensors packed, OptionalTensors absmax, OptionalTensors absmax_q, OptionalTensors absmax_scale,
+    OptionalTensors absmax_offset, Sizes blocksizes, Sizes N, Sizes K, OptionalTensors lora_A, OptionalTensors lora_B,
+    std::vector<double> scalings, int64_t length, int64_t head_dim, Tensor cos, Tensor sin, Tensor starts, Tensor ends,
+    double scale, double softcap, bool need_grad_x, bool need_grad_weight, Sizes need_grads_A, Sizes need_grads_B) {
     const CpuArguments arguments(kBackwardOp);
     const Linears linears{packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksizes,
                           N,      K,      lora_A,   lora_B,       scalings};
@@ -138,11 +138,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> lora_attention_backward(
     const LinearsOfInput &qkv = module.qkv(), &o = module.o();
     const int64_t M = module.M();
     const BlockNorm norm(arguments, x, norm_weight, weight_offset);
+    norm.check_output(o.N(0));
     const auto floats = [&](const Tensor& tensor, const char* name, int64_t columns) {
         return arguments.floats(tensor, name, arguments.product(M, columns, name), module.dtype());
     };
     const void* grad_rows = floats(grad_y, "grad_y", o.N(0));
-    const void* rows = norm_weight ? floats(n, "n", qkv.K()) : floats(x, "x", qkv.K());
+    const void* rows = norm_weight ? floats(norm.kept(n, "n"), "n", qkv.K()) : floats(x, "x", qkv.K());
     const AttentionProblem p =
         module.problem(arguments, kBackwardOp, starts, ends, scale, softcap, floats(q, "q", qkv.N(0)),
                        floats(k, "k", qkv.N(1)), floats(v, "v", qkv.N(2)));
@@ -178,8 +179,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
         "float[] scalings, int length, int head_dim, Tensor cos, Tensor sin, Tensor starts, Tensor ends, float scale, "
         "float softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "cpu_lora_attention_backward(Tensor grad_y, Tensor x, Tensor? norm_weight, float weight_offset, Tensor n, "
-        "Tensor inverse_rms, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor s, Tensor s_o, "
+        "cpu_lora_attention_backward(Tensor grad_y, Tensor x, Tensor? norm_weight, float weight_offset, Tensor? n, "
+        "Tensor? inverse_rms, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor s, Tensor s_o, "
         "Tensor[] packed, Tensor?[] absmax, Tensor?[] absmax_q, Tensor?[] absmax_scale, Tensor?[] absmax_offset, "
         "int[] blocksizes, int[] out_features, int[] in_features, Tensor?[] lora_A, Tensor?[] lora_B, "
         "float[] scalings, int length, int head_dim, Tensor cos, Tensor sin, Tensor starts, Tensor ends, float scale, "

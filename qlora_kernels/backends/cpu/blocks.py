@@ -40,16 +40,15 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> tuple[Tensor, GatedMLPState]:
 def gated_mlp_backward(grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: NodeNeeds) -> Gradients:
     """Return the gradients of x, of the norm's weight and of the factors."""
     projections, (s,) = mlp[:3], state.of_input
-    n, scale, *rest = state[:-1]
-    gate, up, h, s_h = rest
+    n, scale, gate, up, h, s_h, _ = state
     weight, _, offset = _norm(mlp.norm)
     results = _C.cpu_gated_mlp_backward(
         grad_y,
         x,
         weight,
         offset,
-        x if n is None else n,
-        s if scale is None else scale,
+        n,
+        scale,
         gate,
         up,
         s,
@@ -90,8 +89,8 @@ def lora_attention_backward(
         x,
         weight,
         offset,
-        x if n is None else n,
-        log_sums if scale is None else scale,
+        n,
+        scale,
         q,
         k,
         v,
