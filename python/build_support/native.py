@@ -125,12 +125,25 @@ class BuildNative(build_ext):
             linked = build / output.name
             library.link_step([step.output for step in steps], linked).run()
             output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(linked, output)
+            replace(output, linked)
         except CannotBuild as reason:
             output.unlink(missing_ok=True)  # otherwise an older library would be used
             if library.required:
                 raise
             self.warn(f"{library.name} is not built; its ops will run on the reference backend. {reason}")
+
+
+def replace(library: Path, linked: Path) -> None:
+    """Put a copy of `linked` in place of `library` by renaming it.
+
+    Processes that have loaded the library keep the former file; they would crash if its content changed.
+    """
+    copy = library.with_name(f".{library.name}.{os.getpid()}")
+    try:
+        shutil.copy2(linked, copy)
+        os.replace(copy, library)
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def tool(variable: str, *names: str) -> str:

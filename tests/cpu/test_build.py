@@ -12,7 +12,7 @@ import time
 import pytest
 
 from python.build_support import cpu
-from python.build_support.native import CSRC, compile_step, tool
+from python.build_support.native import CSRC, compile_step, replace, tool
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
@@ -89,3 +89,17 @@ def test_edited_header_recompiles_its_includers(tmp_path):
     assert [step.is_current() for step in steps] == [False, True]
     header.unlink()
     assert [step.is_current() for step in steps] == [False, True]
+
+
+def test_rebuilt_library_is_another_file(tmp_path):
+    """A process that has mapped the former library keeps it; in a changed file it would read other code."""
+    library, linked = tmp_path / "_C.abi3.so", tmp_path / "linked.so"
+    library.write_bytes(b"former")
+    linked.write_bytes(b"new")
+    with library.open("rb") as mapped:
+        replace(library, linked)
+        assert mapped.read() == b"former"
+    assert library.read_bytes() == b"new"
+    with pytest.raises(FileNotFoundError):
+        replace(library, tmp_path / "absent.so")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_C.abi3.so", "linked.so"]
