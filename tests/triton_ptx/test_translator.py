@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.cuda_host.ptx.parser import parse
 from tests.support.cuda_host.ptx.translate import translate
 
 KERNEL = """
@@ -62,3 +63,14 @@ def test_unsupported_modifier_is_refused(instruction):
 )
 def test_supported_instruction_is_translated(instruction):
     assert unsupported(instruction) == []
+
+
+def test_words_that_a_kernel_loads_leave_out_padding():
+    """Of {pointer, float, padding, two pointers}, of which two are loaded as a vector, and of a number alone."""
+    text = KERNEL.replace("(.param .u64 p)", "(.param .align 8 .b8 args[32], .param .u32 n)").format(
+        instruction="ld.param.u64 %rd1, [args]; ld.param.f32 %f1, [args+8];"
+        "ld.param.v2.u64 {%rd2, %rd3}, [args+16]; ld.param.u32 %r1, [n];"
+    )
+    struct, number = parse(text).kernels[0].parameters
+    assert struct.words == (0, 16, 24)
+    assert number.words == ()

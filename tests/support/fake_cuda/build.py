@@ -91,7 +91,7 @@ def _kernel_library(
 ) -> None:
     table = folder / "kernel_parameters.cpp"
     rows = [
-        f'{{"{name}", {{{", ".join(f"{{{p.offset}, {p.bytes}}}" for p in declared)}}}}},'
+        f'{{"{name}", {{{", ".join(f"{{{p.offset}, {p.bytes}, {{{str(p.words)[1:-1]}}}}}" for p in declared)}}}}},'
         for name, declared in parameters.items()
     ]
     table.write_text(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 BITS = {
     **{kind + str(bits): bits for kind in "usb" for bits in (8, 16, 32, 64)},
@@ -72,12 +73,17 @@ Statement = Instruction | Label | Brace | Registers | Local
 
 @dataclass(frozen=True)
 class Parameter:
-    """One kernel parameter at its offset in the parameter block; `bytes` > 8 for a struct by value."""
+    """One kernel parameter at its offset in the parameter block; `bytes` > 8 for a struct by value.
+
+    words: offsets in the block of the 8-byte words that the kernel loads by the parameter's name. They hold addresses
+    and numbers, and never a struct's padding.
+    """
 
     name: str
     kind: str
     offset: int
     bytes: int
+    words: tuple[int, ...] = ()
 
 
 @dataclass
@@ -124,6 +130,7 @@ class _Parser:
             position = end + 1
             kernel = Kernel(entry[1], _parameters(entry[2]))
             self._body(kernel, self.text[entry.end() : end], 1 + self.text.count("\n", 0, entry.end()))
+            kernel.parameters = [replace(p, words=_loaded_words(p, kernel.statements)) for p in kernel.parameters]
             self.module.kernels.append(kernel)
         outside.append(self.text[position:])
         for statement in ";".join(outside).split(";"):
@@ -234,6 +241,19 @@ def _parameters(text: str) -> list[Parameter]:
         parameters.append(Parameter(match[2], kind, offset, size))
         offset += size
     return parameters
+
+
+def _loaded_words(parameter: Parameter, statements: Sequence[Statement]) -> tuple[int, ...]:
+    words = set()
+    for statement in statements:
+        if not isinstance(statement, Instruction) or not statement.opcode.startswith("ld.param."):
+            continue
+        address = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", statement.operands[1])
+        if address is None or address[1] != parameter.name or BITS[statement.parts[-1]] != 64:
+            continue
+        first = parameter.offset + int(address[2] or 0)
+        words |= {first + 8 * i for i in range(statement.operands[0].count(",") + 1)}  # a vector has several
+    return tuple(sorted(words))
 
 
 def _register_names(text: str) -> tuple[str, ...]:

@@ -48,19 +48,23 @@ extern "C" int fake_cuda_kernel_launch(const fake_cuda_launch* launch) {
     const std::lock_guard guard(one_grid_at_a_time);
     const KernelParameters& known = *find(launch->kernel);
     size_t size = kPadding;
-    for (const auto& [offset, bytes] : known.parameters) size = std::max<size_t>(size, offset + bytes + kPadding);
+    for (const auto& parameter : known.parameters)
+        size = std::max<size_t>(size, parameter.offset + parameter.bytes + kPadding);
     std::vector<uint64_t> packed(size / sizeof(uint64_t) + 1);
     for (size_t i = 0; i < known.parameters.size(); i++) {
-        const auto& [offset, bytes] = known.parameters[i];
-        memcpy(reinterpret_cast<char*>(packed.data()) + offset, launch->parameters[i], bytes);
+        const auto& parameter = known.parameters[i];
+        memcpy(reinterpret_cast<char*>(packed.data()) + parameter.offset, launch->parameters[i], parameter.bytes);
     }
-    // Another device's memory among the pointers: a device guard is missing, or operands are mixed up.
-    for (const uint64_t word : packed) {
-        const int owner = fake_cuda_owner(reinterpret_cast<const void*>(word));
-        if (owner < 0 || owner == launch->device) continue;
-        fprintf(stderr, "fake_cuda: %s runs on device %d with memory of device %d\n", launch->kernel, launch->device,
-                owner);
-        return kIllegalAddress;
+    // Another device's memory among the pointers: a device guard is missing, or operands are mixed up. A struct's
+    // padding has any bytes, which may look like an address.
+    for (const auto& parameter : known.parameters) {
+        for (const unsigned offset : parameter.words) {
+            const int owner = fake_cuda_owner(reinterpret_cast<const void*>(packed[offset / sizeof(uint64_t)]));
+            if (owner < 0 || owner == launch->device) continue;
+            fprintf(stderr, "fake_cuda: %s runs on device %d with memory of device %d\n", launch->kernel,
+                    launch->device, owner);
+            return kIllegalAddress;
+        }
     }
     cuda_host_clear_error();
     const int result = cuda_host_launch_ptx(launch->kernel, launch->grid, launch->block, launch->shared_bytes,
