@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -52,14 +52,9 @@ def deferred(message: str) -> Iterator[Interrupt]:
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     before: dict[int, Any] = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            if signal.getsignal(number) is note:  # otherwise it is ignored since another process was lost
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
     def note(number: int, _frame: FrameType | None) -> None:
         interrupt.number = number
-        restore()
+        _restore(before, note)
         # Not through sys.stderr, because the signal may have interrupted a write to its buffer.
         os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
 
@@ -68,7 +63,7 @@ def deferred(message: str) -> Iterator[Interrupt]:
     try:
         yield interrupt
     finally:
-        restore()
+        _restore(before, note)
 
 
 @contextmanager
@@ -84,9 +79,18 @@ def ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signal handlers can only be set in the main thread
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before: dict[int, Any] = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it is ignored since another process was lost
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        _restore(before, end)
+
+
+def _restore(before: Mapping[int, Any], handler: Callable[[int, FrameType | None], object]) -> None:
+    """Set the handlers `before` again for the signals that `handler` still handles.
+
+    Another handler stays: SIGTERM is ignored from the loss of another process on (training/lost_workers.py).
+    """
+    for number, former in before.items():
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL if former is None else former)
