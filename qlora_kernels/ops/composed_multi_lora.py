@@ -43,35 +43,6 @@ def add_forward(y: Tensor, x: Tensor, lora: MultiLoRA) -> Tensor:
     return s
 
 
-def backward(
-    base_grad_x: Callable[[Tensor, Weight], Tensor],
-    grad_y: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Weight,
-    lora: MultiLoRA,
-    needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x, grad_A, grad_B), empty where not needed. base_grad_x: linear_nf4_grad_x of a backend."""
-    grad_x, grad_A, grad_B = needs.only(x, torch.zeros_like(lora.A), torch.zeros_like(lora.B))
-    x_dropped = dropped(x, lora.seed, lora.dropout_p) if needs.need_grad_A else x
-    through_dropout = torch.zeros_like(x) if needs.need_grad_x else x
-    for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
-        g = grad_y[rows]
-        if needs.need_grad_B:
-            grad_B[e] = lora.scalings[e] * (g.T @ s[rows])
-        if not needs.need_ds:
-            continue
-        ds = (lora.scalings[e] * (g @ lora.B[e].to(g.dtype))).to(g.dtype)
-        if needs.need_grad_A:
-            grad_A[e] = ds.T @ x_dropped[rows]
-        if needs.need_grad_x:
-            through_dropout[rows] = ds @ lora.A[e].to(g.dtype)
-    if needs.need_grad_x:
-        grad_x = base_grad_x(grad_y, weight).add_(dropped(through_dropout, lora.seed, lora.dropout_p))
-    return grad_x, grad_A, grad_B
-
-
 def compose_multi_lora(
     linear_nf4: Callable[[Tensor, Weight, Tensor | None], Tensor], linear_nf4_grad_x: Callable[[Tensor, Weight], Tensor]
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
@@ -91,6 +62,22 @@ def compose_multi_lora(
         needs: Needs,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (grad_x, grad_A, grad_B), empty where not needed."""
-        return backward(linear_nf4_grad_x, grad_y, x, s, weight, lora, needs)
+        grad_x, grad_A, grad_B = needs.only(x, torch.zeros_like(lora.A), torch.zeros_like(lora.B))
+        x_dropped = dropped(x, lora.seed, lora.dropout_p) if needs.need_grad_A else x
+        through_dropout = torch.zeros_like(x) if needs.need_grad_x else x
+        for e, rows in rows_by_adapter(lora.adapter, lora.A.shape[0]):
+            g = grad_y[rows]
+            if needs.need_grad_B:
+                grad_B[e] = lora.scalings[e] * (g.T @ s[rows])
+            if not needs.need_ds:
+                continue
+            ds = (lora.scalings[e] * (g @ lora.B[e].to(g.dtype))).to(g.dtype)
+            if needs.need_grad_A:
+                grad_A[e] = ds.T @ x_dropped[rows]
+            if needs.need_grad_x:
+                through_dropout[rows] = ds @ lora.A[e].to(g.dtype)
+        if needs.need_grad_x:
+            grad_x = linear_nf4_grad_x(grad_y, weight).add_(dropped(through_dropout, lora.seed, lora.dropout_p))
+        return grad_x, grad_A, grad_B
 
     return linear_nf4_multi_lora, linear_nf4_multi_lora_backward
