@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,81 +13,17 @@ import qlora_kernels as qk
 from qlora_kernels.backends import cpu
 from qlora_kernels.nn import fused_attention, fused_mlp
 from qlora_kernels.nn.fused_sdpa import self_attention_ranges
-from qlora_kernels.ops import gated_mlp, lora_attention, residual_block
-from qlora_kernels.ops.lora_projection import Projection, SharedInput
 from tests.cpu.test_instruction_sets import SETS
-from tests.support.decoder_families import tiny_decoder, tokens
+from tests.nn.one_node import NODES, adapted, assert_gradients, native, nodes_of, step
+from tests.support.decoder_families import tokens
 from tests.support.op_recorder import OpRecorder
 from tests.support.tolerances import assert_same_function, assert_same_gradients
-
-native = pytest.mark.skipif(cpu.unavailable() is not None, reason="the native CPU backend is not built")
-NODES = ("GatedMLPFunctionBackward", "LoRAAttentionFunctionBackward")
-
-
-def adapted(family="Llama", *, dropout=0.0, dtype=torch.float32, targets="all-linear", **settings):
-    """Return a fused tiny decoder over NF4 with LoRA factors that are not zero."""
-    model = tiny_decoder(family, **{"use_cache": False, **settings}).to(dtype)
-    qk.replace_linear(model)
-    config = qk.peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
-    model = qk.peft.get_peft_model(model, config).train()
-    qk.fuse_model(model)
-    return model
-
-
-def nodes_of(loss):
-    """Return the names of the graph's nodes that compute several ops, without repetition."""
-    seen, pending, names = set(), [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        names.add(type(node).__name__)
-        pending.extend(parent for parent, _ in node.next_functions)
-    return names.intersection(NODES)
-
-
-def step(model, **inputs):
-    ids = tokens()
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **inputs).loss
-    names = nodes_of(loss)
-    loss.backward()
-    return names, loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def by_ops(monkeypatch):
-    """Return a function that makes every call run on the ops."""
-
-    def switch():
-        for module in (gated_mlp, lora_attention):
-            monkeypatch.setattr(module, "run_as_one_node", lambda *_: False)
-
-    return switch
-
-
-@pytest.fixture
-def by_kernels(monkeypatch):
-    """Return a function that makes nodes run the kernels of their ops instead of the kernel of a whole block."""
-    return lambda: monkeypatch.setattr(residual_block, "find", lambda problem: None)
 
 
 def left_padding():
     mask = torch.ones_like(tokens())
     mask[1, :4] = 0
     return {"attention_mask": mask}
-
-
-def assert_gradients(grads, expected, dtype):
-    """In fp32 the bits are equal. In 16 bits, a node rounds the sum of the residual's gradient and the norm's, and the
-    ops round the norm's gradient and then the sum.
-    """
-    assert grads.keys() == expected.keys()
-    if dtype == torch.float32:
-        assert all(torch.equal(grads[name], expected[name]) for name in expected)
-    else:
-        assert_same_gradients({n: g.to(dtype) for n, g in grads.items()}, {n: g.to(dtype) for n, g in expected.items()})
 
 
 @native
@@ -321,113 +256,6 @@ def test_compiled_model_runs_on_the_ops():
     assert_same_function(compiled_loss, loss)
     found = {name.removeprefix("_orig_mod."): grad for name, grad in compiled_grads.items()}
     assert_same_gradients(found, grads)
-
-
-def _exchanged(result):
-    of_x, grads = result
-    return of_x, [*grads[2:4], *grads[:2], *grads[4:]]
-
-
-def _last_is_lost(result):
-    of_x, (*grads, last) = result
-    return of_x, [*grads, torch.zeros_like(last)]
-
-
-def _halved(result):
-    of_x, grads = result
-    return None if of_x is None else of_x / 2, grads
-
-
-FAULTS = {
-    "two adapters are exchanged": ("backward", _exchanged),
-    "a gradient of lora_B is lost": ("backward", _last_is_lost),
-    "the gradient of x is halved": (
-        "backward",
-        lambda result: (None if result[0] is None else result[0] / 2, result[1]),
-    ),
-    "an output is scaled": ("forward", lambda result: ([result[0][0] * 1.01, *result[0][1:]], result[1])),
-    "the saved s is that of other rows": ("forward", lambda result: (result[0], [result[1][0].flip(0)])),
-}
-
-
-@native
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_in_shared_projections_is_detected(by_kernels, by_ops, fault, monkeypatch):
-    by_kernels()
-    name, change = FAULTS[fault]
-    model, right = adapted(family="Gemma", num_key_value_heads=4), getattr(SharedInput, name)
-    monkeypatch.setattr(SharedInput, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
-    _, loss, grads = step(model)
-    by_ops()
-    _, plain_loss, plain_grads = step(model)
-    with pytest.raises(AssertionError):
-        assert_same_gradients({**grads, "loss": loss}, {**plain_grads, "loss": plain_loss})
-
-
-BLOCK_FAULTS = {
-    "the residual is lost": ("gated_mlp", lambda result, x, *_: (result[0] - x, result[1])),
-    "the norm of x is not saved": ("lora_attention", lambda result, x, *_: (result[0], result[1]._replace(n=x))),
-    "the gradient of the residual is lost": (
-        "gated_mlp_backward",
-        lambda result, grad_y, *_: (result[0] - grad_y, *result[1:]),
-    ),
-    "two gradients are exchanged": (
-        "lora_attention_backward",
-        lambda result, *_: (*result[:2], [*result[2][2:4], *result[2][:2], *result[2][4:]]),
-    ),
-}
-
-
-@native
-@pytest.mark.parametrize("fault", BLOCK_FAULTS)
-def test_fault_in_the_kernel_of_a_block_is_detected(by_ops, fault, monkeypatch):
-    op, change = BLOCK_FAULTS[fault]
-    find = residual_block.find
-
-    def with_fault(problem):
-        spec = find(problem)
-        if problem.op != op:
-            return spec
-        return replace(spec, run=lambda *args: change(spec.run(*args), *args))
-
-    monkeypatch.setattr(residual_block, "find", with_fault)
-    model = adapted(family="Gemma", num_key_value_heads=4)
-    _, loss, grads = step(model)
-    by_ops()
-    _, plain_loss, plain_grads = step(model)
-    with pytest.raises(AssertionError):
-        assert_same_gradients({**grads, "loss": loss}, {**plain_grads, "loss": plain_loss})
-
-
-@native
-def test_fault_in_the_rotation_of_gradients_is_detected(by_kernels, by_ops, monkeypatch):
-    by_kernels()
-    rotate = lora_attention._rotate
-    monkeypatch.setattr(lora_attention, "_rotate", lambda q, k, node, inverse: rotate(q, k, node, inverse=False))
-    model = adapted()
-    grads = step(model)[2]
-    by_ops()
-    with pytest.raises(AssertionError):
-        assert_same_gradients(grads, step(model)[2])
-
-
-@native
-def test_fault_in_the_seeds_is_detected(by_ops, monkeypatch):
-    """A node whose backward draws other masks than its forward."""
-    right = Projection.backward
-
-    def other_mask(self, *args, **kwargs):
-        return right(self._replace(lora=self.lora._replace(seed=self.lora.seed + 1)), *args, **kwargs)
-
-    model = adapted(dropout=0.3)
-    monkeypatch.setattr(Projection, "backward", other_mask)
-    torch.manual_seed(5)
-    grads = step(model)[2]
-    by_ops()
-    monkeypatch.setattr(Projection, "backward", right)
-    torch.manual_seed(5)
-    with pytest.raises(AssertionError):
-        assert_same_gradients(grads, step(model)[2])
 
 
 @native
