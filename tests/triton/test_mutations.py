@@ -149,8 +149,8 @@ MUTATIONS = [
     ("linear_nf4_lora_merged", "range(0, R, BLOCK_R)", "range(0, BLOCK_R, BLOCK_R)", "merged"),
     ("linear_nf4_lora_merged", "i_k * BLOCK_K // BLOCKSIZE", "i_k * 0", "merged"),
     ("linear_nf4_multi_lora", "factor * tl.load(p_scalings + e)", "factor", "multi"),
-    ("linear_nf4_multi_lora", 'input_precision="ieee") * scale', 'input_precision="ieee")', "multi"),
-    ("linear_nf4_multi_lora", "(acc * keep_scale)", "(acc)", "multi"),
+    ("multi_lora_grads", 'input_precision="ieee") * scale', 'input_precision="ieee")', "multi"),
+    ("multi_lora_grads", "(acc * keep_scale)", "(acc)", "multi"),
     (
         "linear_nf4_multi_lora",
         "tl.where(b_adapter > e, b_adapter, e_last + 1)",
