@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_kernels.ops import gated_mlp, lora_attention, residual_block
+from qlora_kernels.ops import residual_block
 
 
 @pytest.fixture
 def by_ops(monkeypatch):
     """Return a function that makes every call run on the ops."""
-
-    def switch():
-        for module in (gated_mlp, lora_attention):
-            monkeypatch.setattr(module, "run_as_one_node", lambda *_: False)
-
-    return switch
+    return lambda: monkeypatch.setattr(residual_block, "run_as_one_node", lambda *_: False)
 
 
 @pytest.fixture

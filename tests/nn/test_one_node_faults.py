@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_kernels.ops import lora_attention, residual_block
+from qlora_kernels.ops import residual_block
+from qlora_kernels.ops.lora_attention import LoRAAttention
 from qlora_kernels.ops.lora_projection import Projection, SharedInput
 from tests.nn.one_node import adapted, native, step
 from tests.support.tolerances import assert_same_gradients
@@ -92,8 +93,8 @@ def test_fault_in_the_kernel_of_a_block_is_detected(by_ops, fault, monkeypatch):
 @native
 def test_fault_in_the_rotation_of_gradients_is_detected(by_kernels, by_ops, monkeypatch):
     by_kernels()
-    rotate = lora_attention._rotate
-    monkeypatch.setattr(lora_attention, "_rotate", lambda q, k, node, inverse: rotate(q, k, node, inverse=False))
+    rotate = LoRAAttention._rotate
+    monkeypatch.setattr(LoRAAttention, "_rotate", lambda node, q, k, inverse: rotate(node, q, k, inverse=False))
     model = adapted()
     grads = step(model)[2]
     by_ops()

@@ -13,13 +13,10 @@ from ...ops.lora_attention import LoRAAttention, LoRAAttentionState
 from ...ops.lora_projection import Projection
 from ...ops.operands import WeightLists
 from ...ops.registry import Problem
-from ...ops.residual_block import BlockNorm, NodeNeeds
+from ...ops.residual_block import BlockGradients, BlockNorm, NodeNeeds
 from ...ops.tensor_memory import contiguous
 
 _C = torch.ops.qlora_kernels_C
-
-Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None]]
-"""Gradients of x, of the norm's weight, and of (lora_A, lora_B) of each projection."""
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -29,7 +26,7 @@ def unsupported(problem: Problem) -> list[str]:
 
 def gated_mlp(x: Tensor, mlp: GatedMLP) -> tuple[Tensor, GatedMLPState]:
     """Return (y [M, K'], the state for backward)."""
-    projections = mlp[:3]
+    projections = mlp.projections
     y, n, scale, gate, up, s, h, s_h = _C.cpu_gated_mlp(
         x, *_norm(mlp.norm), *_weights(projections), _biases(projections), *_adapters(projections), mlp.activation
     )
@@ -37,9 +34,11 @@ def gated_mlp(x: Tensor, mlp: GatedMLP) -> tuple[Tensor, GatedMLPState]:
     return y, GatedMLPState(kept_n, kept_scale, gate, up, None if mlp.down.lora is None else h, s_h, (s,))
 
 
-def gated_mlp_backward(grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: NodeNeeds) -> Gradients:
+def gated_mlp_backward(
+    grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLPState, needs: NodeNeeds
+) -> BlockGradients:
     """Return the gradients of x, of the norm's weight and of the factors."""
-    projections, (s,) = mlp[:3], state.of_input
+    projections, (s,) = mlp.projections, state.of_input
     n, scale, gate, up, h, s_h, _ = state
     weight, _, offset = _norm(mlp.norm)
     results = _C.cpu_gated_mlp_backward(
@@ -64,7 +63,7 @@ def gated_mlp_backward(grad_y: Tensor, x: Tensor, mlp: GatedMLP, state: GatedMLP
 
 def lora_attention(x: Tensor, attention: LoRAAttention) -> tuple[Tensor, LoRAAttentionState]:
     """Return (y [M, K'], the state for backward)."""
-    projections = attention[:4]
+    projections = attention.projections
     y, n, scale, q, k, v, out, log_sums, s, s_o = _C.cpu_lora_attention(
         x,
         *_norm(attention.norm),
@@ -79,9 +78,9 @@ def lora_attention(x: Tensor, attention: LoRAAttention) -> tuple[Tensor, LoRAAtt
 
 def lora_attention_backward(
     grad_y: Tensor, x: Tensor, attention: LoRAAttention, state: LoRAAttentionState, needs: NodeNeeds
-) -> Gradients:
+) -> BlockGradients:
     """Return the gradients of x, of the norm's weight and of the factors."""
-    projections, (s,) = attention[:4], state.of_input
+    projections, (s,) = attention.projections, state.of_input
     n, scale, q, k, v, out, log_sums, s_o, _ = state
     weight, _, offset = _norm(attention.norm)
     results = _C.cpu_lora_attention_backward(
@@ -147,7 +146,7 @@ def _gradients(
     grad_weight: Tensor,
     grads_A: Sequence[Tensor],
     grads_B: Sequence[Tensor],
-) -> Gradients:
+) -> BlockGradients:
     """Return the library's results as gradients of the projections; it computes those of parameters in fp32."""
     ranks = [0 if each.lora is None else each.lora.r for each in projections[:-1]]
     of_first = torch.split(grads_A[0], ranks) if grads_A[0].numel() else [None] * len(ranks)
