@@ -1,5 +1,5 @@
 // All handwritten PTX instructions of the kernels, each with the function that the host emulator runs instead
-// (docs/gpu_less.md). No other file contains inline assembly.
+// (docs/gpu_less.md). Those of sm_90a are in ptx_sm90.cuh; no other file contains inline assembly.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -7,7 +7,10 @@
 
 #include "cuda_host/async_copy.h"
 #include "cuda_host/banks.h"
+#include "cuda_host/mbarrier.h"
 #include "cuda_host/qualifiers.h"
+#include "cuda_host/tensor_copy.h"
+#include "cuda_host/warpgroup.h"
 
 // Bounds of every __shared__ variable of the library; absent where there is none.
 extern char __start_cuda_host_shared[] __attribute__((visibility("hidden"), weak));
@@ -126,16 +129,41 @@ CUDA_HOST_RUNTIME std::string Machine::describe_deadlock() const {
         text += " [thread " + std::to_string(i) + " in " + thread.waiting_in + " at " + at(thread.waiting_at) + "]";
     }
     return text + " alive " + std::to_string(alive_) + " of " + std::to_string(thread_count_) + ", at a barrier " +
-           std::to_string(at_barrier_);
+           std::to_string(at_barrier_) + mbarriers().describe();
 }
 
 CUDA_HOST_RUNTIME void* Machine::block_shared(const void* key, size_t bytes) {
     IgnoreAccesses ignore;
-    for (const auto& [owner, memory] : block_shared_) {
-        if (owner == key) return memory;
+    uint32_t end = uint32_t(dynamic_shared_bytes);
+    for (const BlockShared& shared : block_shared_) {
+        if (shared.key == key) return shared.memory;
+        end = uint32_t(shared.address + shared.bytes);
     }
-    block_shared_.emplace_back(key, poisoned_block(bytes));
-    return block_shared_.back().second;
+    const uint32_t address = (end + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    block_shared_.push_back({key, static_cast<char*>(poisoned_block(bytes)), bytes, address});
+    return block_shared_.back().memory;
+}
+
+CUDA_HOST_RUNTIME int64_t Machine::shared_address(const void* pointer, size_t bytes) const {
+    const char* begin = static_cast<const char*>(pointer);
+    auto inside = [&](const char* memory, size_t size) { return begin >= memory && begin + bytes <= memory + size; };
+    if (inside(dynamic_shared, dynamic_shared_bytes)) return begin - dynamic_shared;
+    for (const BlockShared& shared : block_shared_) {
+        if (inside(shared.memory, shared.bytes)) return shared.address + (begin - shared.memory);
+    }
+    const size_t variables = size_t(__stop_cuda_host_shared - __start_cuda_host_shared);
+    if (inside(__start_cuda_host_shared, variables)) return kDescriptorBytes + (begin - __start_cuda_host_shared);
+    return -1;
+}
+
+CUDA_HOST_RUNTIME char* Machine::shared_pointer(uint32_t address, size_t bytes) const {
+    if (address + bytes <= dynamic_shared_bytes) return dynamic_shared + address;
+    for (const BlockShared& shared : block_shared_) {
+        if (address >= shared.address && address + bytes <= shared.address + shared.bytes) {
+            return shared.memory + (address - shared.address);
+        }
+    }
+    return nullptr;
 }
 
 CUDA_HOST_RUNTIME void Machine::thread_main() {
@@ -160,6 +188,9 @@ CUDA_HOST_RUNTIME void Machine::prepare_block(void (*entry)()) {
     }
     alive_ = thread_count_;
     at_barrier_ = 0;
+    mbarriers().start_block();
+    tensor_copies().start_block();
+    warpgroups().start_block(thread_count_);
     ready_.clear();
     if (dynamic_shared_bytes) dynamic_shared = static_cast<char*>(poisoned_block(dynamic_shared_bytes));
     poison_static_shared();
@@ -224,13 +255,14 @@ CUDA_HOST_RUNTIME void Machine::run_block(void (*entry)()) {
         switch_to_fiber(main_, next.fiber, started[next.linear]);
         started[next.linear] = true;
     }
+    if (error.empty()) error = tensor_copies().left_over();
     // Blocks are ordered, so that shared memory which the next block reuses is no race; races between blocks are not
     // seen.
     tsan_acquire(&grid_token_);
     if (bank_counter().enabled) bank_counter().finish_block();
     free(dynamic_shared);
     dynamic_shared = nullptr;
-    for (const auto& [owner, memory] : block_shared_) free(memory);
+    for (const BlockShared& shared : block_shared_) free(shared.memory);
     block_shared_.clear();
 }
 

@@ -19,6 +19,7 @@ constexpr int kWarpLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // sm_90; sm_80 has 163 KiB, sm_86 and sm_120 99 KiB
 constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kDescriptorBytes = 256 * 1024;  // what the address of a matrix descriptor reaches
 constexpr int kPoison = 0xFF;  // shared memory's content before it is written: NaN in every float format
 
 enum class Order { kRandom, kUniform, kWarpPriority, kForward, kReverse };
@@ -93,8 +94,16 @@ class Machine {
     void* warp_token(int warp) { return &tokens_[(block_serial_ * 33 + warp) & (sizeof tokens_ - 1)]; }
     void* block_token() { return warp_token(32); }
 
+    // A ThreadSanitizer token that nothing else has used for long.
+    void* fresh_token() { return &fresh_tokens_[fresh_serial_++ & (sizeof fresh_tokens_ - 1)]; }
+
     // Shared memory that belongs to the block for as long as it runs, of exactly these bytes, poisoned.
     void* block_shared(const void* key, size_t bytes);
+
+    // Shared addresses: the dynamic memory from 0 on, then each block_shared, then the __shared__ variables, which no
+    // descriptor reaches. -1 and null where the bytes are not all in one of them.
+    int64_t shared_address(const void* pointer, size_t bytes) const;
+    char* shared_pointer(uint32_t address, size_t bytes) const;
 
   private:
     void run_block(void (*entry)());
@@ -110,13 +119,19 @@ class Machine {
     std::vector<Warp> warps_;
     std::vector<int> ready_;
     std::vector<uint32_t> warp_priority_;  // empty: every ready thread is equally likely
-    std::vector<std::pair<const void*, void*>> block_shared_;
+    struct BlockShared {
+        const void* key;
+        char* memory;
+        size_t bytes;
+        uint32_t address;
+    };
+    std::vector<BlockShared> block_shared_;
     MainStack main_;
     void (*body_)(void*) = nullptr;
     void* argument_ = nullptr;
     int thread_count_ = 0, alive_ = 0, at_barrier_ = 0;
-    uint64_t random_state_ = 1, block_serial_ = 0;
-    char tokens_[65536] = {};
+    uint64_t random_state_ = 1, block_serial_ = 0, fresh_serial_ = 0;
+    char tokens_[65536] = {}, fresh_tokens_[65536] = {};
     char grid_token_ = 0;
 };
 

@@ -17,6 +17,8 @@ extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_read_range(void* address, unsigned long bytes);
+void __tsan_write_range(void* address, unsigned long bytes);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -27,6 +29,9 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #else
 #define CUDA_HOST_RUNTIME
 #endif
+
+// Arithmetic of the runtime over its own memory, in loops that are slow when each access is checked.
+#define CUDA_HOST_UNCHECKED __attribute__((noinline, optimize("O3"), no_sanitize("address,undefined,thread")))
 
 namespace cuda_host {
 
@@ -60,5 +65,47 @@ CUDA_HOST_RUNTIME inline void tsan_acquire([[maybe_unused]] void* token) {
     __tsan_acquire(token);
 #endif
 }
+
+// Declares accesses by the running thread that are hidden themselves. Not in the scope of an IgnoreAccesses.
+CUDA_HOST_RUNTIME inline void declare_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_read_range(const_cast<void*>(address), bytes);
+#endif
+}
+CUDA_HOST_RUNTIME inline void declare_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_write_range(address, bytes);
+#endif
+}
+
+struct MemoryRange {
+    const void* begin;
+    size_t bytes;
+};
+
+// Hardware that works beside the threads. For ThreadSanitizer, what it reads and writes is done by a thread of its own,
+// which knows only what it has acquired.
+class AsyncUnit {
+  public:
+    // Declares reads of `read` and a write of `written`, after everything that was released to `begin`, and before
+    // everything that acquires `end`, where that is not null.
+    CUDA_HOST_RUNTIME void declare([[maybe_unused]] void* begin, [[maybe_unused]] const MemoryRange* read,
+                                   [[maybe_unused]] size_t reads, [[maybe_unused]] MemoryRange written,
+                                   [[maybe_unused]] void* end) {
+#if defined(__SANITIZE_THREAD__)
+        if (!fiber_) fiber_ = __tsan_create_fiber(0);
+        void* caller = __tsan_get_current_fiber();
+        __tsan_switch_to_fiber(fiber_, 1);
+        __tsan_acquire(begin);
+        for (size_t i = 0; i < reads; i++) __tsan_read_range(const_cast<void*>(read[i].begin), read[i].bytes);
+        if (written.bytes) __tsan_write_range(const_cast<void*>(written.begin), written.bytes);
+        if (end) __tsan_release(end);
+        __tsan_switch_to_fiber(caller, 1);
+#endif
+    }
+
+  private:
+    void* fiber_ = nullptr;  // lives as long as the process
+};
 
 }  // namespace cuda_host

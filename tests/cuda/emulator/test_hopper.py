@@ -1,0 +1,93 @@
+"""The emulator's semantics of sm_90a: TMA copies with every swizzle, mbarriers and products of warpgroups."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import cuda_host
+from tests.support.cuda_host import out
+from tests.support.tolerances import assert_within, exactly, product
+
+pytestmark = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+"""CUtensorMapDataType by dtype."""
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+"""CUtensorMapSwizzle by the bytes of its span."""
+
+
+def library(mode: str = "plain") -> cuda_host.Library:
+    return cuda_host.build([SOURCE], mode)
+
+
+def copy(x: Tensor, box: tuple[int, int], swizzle: int, row: int, column: int, early: int = 0, seed: int = 1) -> Tensor:
+    """Return the bytes that shared memory holds after the copy of a box."""
+    rows, columns = box
+    y = torch.zeros(rows * columns * x.itemsize, dtype=torch.uint8)
+    arguments = (x, TYPES[x.dtype], x.itemsize, *x.shape, rows, columns, SWIZZLES[swizzle], row, column, early, out(y))
+    assert library().call("launch_copy", *arguments, seed=seed) == 0
+    return y
+
+
+def in_shared_memory(x: Tensor, box: tuple[int, int], swizzle: int, row: int, column: int) -> Tensor:
+    """Return the bytes of a box by definition: zeros outside the tensor, pieces of 16 bytes exchanged.
+
+    Piece p of a row of `swizzle` bytes, in line r of 128 bytes, is stored at piece p XOR (r mod the number of pieces in
+    the row).
+    """
+    rows, columns = box
+    padded = torch.zeros(rows, columns, dtype=x.dtype)
+    for i in range(rows):
+        for j in range(columns):
+            if 0 <= row + i < x.shape[0] and 0 <= column + j < x.shape[1]:
+                padded[i, j] = x[row + i, column + j]
+    straight = padded.view(torch.uint8).reshape(-1, 16)
+    if not swizzle:
+        return straight.reshape(-1)
+    stored, pieces = torch.zeros_like(straight), swizzle // 16
+    for i, piece in enumerate(straight):
+        in_row, line = i % pieces, i * 16 // 128
+        stored[i - in_row + (in_row ^ line % pieces)] = piece
+    return stored.reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "box", "swizzle"),
+    [
+        (torch.uint8, (70, 96), (64, 32), 32),
+        (torch.uint8, (70, 96), (32, 64), 0),
+        (torch.float32, (40, 16), (32, 16), 64),
+        (torch.float16, (300, 64), (256, 64), 128),
+        (torch.bfloat16, (20, 200), (16, 64), 128),
+        (torch.bfloat16, (20, 32), (64, 64), 128),
+    ],
+)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 16), (-3, -8), (60, 24), (1000, 0), (0, -1000)])
+def test_box_is_copied_with_its_swizzle_and_zeros_outside(
+    dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int], swizzle: int, row: int, column: int
+) -> None:
+    x = torch.randint(1, 256, (shape[0], shape[1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    assert torch.equal(copy(x, box, swizzle, row, column), in_shared_memory(x, box, swizzle, row, column))
+
+
+def test_box_is_absent_before_the_wait() -> None:
+    x = torch.zeros(32, 64, dtype=torch.uint8)
+    for seed in range(4):
+        assert (copy(x, (32, 64), 0, 0, 0, early=1, seed=seed) == 0xFF).all()
+
+
+@pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize(("dtype", "N"), [(torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 256)])
+def test_product_of_warpgroups(mode: str, dtype: torch.dtype, N: int) -> None:
+    K = 64 * 10
+    a, b = torch.randn(128, K).to(dtype), torch.randn(N, K).to(dtype)
+    results = []
+    for seed in (1, 2, 3) if mode == "plain" else (1,):
+        y = torch.full((128, N), torch.nan)
+        library(mode).call("launch_product", int(dtype == torch.float16), N, a, b, out(y), K, seed=seed)
+        results.append(y)
+    assert_within(results[0], product(exactly(a), exactly(b).T))
+    assert all(torch.equal(results[0], other) for other in results)
