@@ -39,12 +39,12 @@ class FusedMLP(FusedModule):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.as_one_node(x, None)
+        activation = self._activation()
+        if activation is None:
+            return cast(Tensor, super().forward(x))
+        output = self._node(x, activation, None)
         if output is not None:
             return output
-        activation = activation_of(self.act_fn)
-        if activation is None or has_hooks(self.act_fn):
-            return cast(Tensor, super().forward(x))
         gated, upper = self.gate_proj(x), self.up_proj(x)
         if not served(gated, upper) or gated.dtype != upper.dtype or gated.shape != upper.shape:
             return cast(Tensor, self.down_proj(self.act_fn(gated) * upper))
@@ -55,10 +55,16 @@ class FusedMLP(FusedModule):
 
         norm: of the input, to which the output is added; None for neither.
         """
+        activation = self._activation()
+        return None if activation is None else self._node(x, activation, norm)
+
+    def _activation(self) -> str | None:
+        """Return the op's name of the activation, or None if its module has to be called."""
         activation = activation_of(self.act_fn)
-        if activation is None or has_hooks(self.act_fn) or not served(x):
-            return None
-        projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj)
+        return None if activation is None or has_hooks(self.act_fn) else activation
+
+    def _node(self, x: Tensor, activation: str, norm: BlockNorm | None) -> Tensor | None:
+        projections = plain_projections(x, self.gate_proj, self.up_proj, self.down_proj) if served(x) else None
         if projections is None:
             return None
         gate, up, down = projections

@@ -186,6 +186,19 @@ def test_a_watched_projection_is_called():
 
 
 @native
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_activation_is_looked_up_once_for_a_call(watched, monkeypatch):
+    """Also where the MLP does not run as one node."""
+    mlp = adapted(num_hidden_layers=1).get_submodule("model.layers.0.mlp")
+    if watched:
+        mlp.up_proj.register_forward_hook(lambda *_: None)
+    lookups, right = [], fused_mlp.activation_of
+    monkeypatch.setattr(fused_mlp, "activation_of", lambda act_fn: (lookups.append(act_fn), right(act_fn))[1])
+    mlp(torch.randn(2, 3, mlp.gate_proj.in_features))
+    assert lookups == [mlp.act_fn]
+
+
+@native
 def test_calls_that_a_node_does_not_compute_run_on_the_ops():
     """Autocast, hooks of all modules, a dropout mask for several layers, and an adapter that is switched off."""
     shared = adapted(dropout=0.1)
