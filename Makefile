@@ -205,11 +205,15 @@ compat: $(READY)
 
 # QLORA_CUDA_ARCHS="80;90a" make wheel; "" for the CPU alone; "all" for every architecture. The manylinux tag is the one
 # that auditwheel finds justified; libtorch_cpu.so and libcudart.so.13 stay outside: torch brings them.
-build_wheel = rm -rf $(1)/build/lib* $(1)/build/bdist* build/wheels && \
-	QLORA_CUDA_ARCHS="$(2)" $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w build/wheels $(1) && \
+# Each wheel is made in a folder of its own, so that files of other builds do not enter it and no running build loses its own.
+build_wheel = ( mkdir -p build && folder=$$(mktemp -d "$(CURDIR)/build/wheel.XXXXXX") && trap 'rm -rf "$$folder"' EXIT && \
+	printf '[build]\nbuild_lib = %s/lib\n[bdist_wheel]\nbdist_dir = %s/content\n' "$$folder" "$$folder" \
+	    > "$$folder/setup.cfg" && \
+	QLORA_CUDA_ARCHS="$(2)" DIST_EXTRA_CONFIG="$$folder/setup.cfg" \
+	    $(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w "$$folder" $(1) && \
 	PATH="$(abspath $(dir $(PYTHON))):$$PATH" \
 	    $(PYTHON) -m auditwheel repair --plat auto --exclude libtorch_cpu.so --exclude libcudart.so.13 \
-	    -w $(DIST) build/wheels/*.whl
+	    -w $(DIST) "$$folder"/*.whl )
 
 wheel: $(READY)
 	$(call build_wheel,.,$(QLORA_CUDA_ARCHS))

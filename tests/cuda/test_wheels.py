@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def test_version_of_a_wheel_from_the_sdist(unpacked_sdist: Path, tmp_path: Path,
 
 @needs_library
 def test_wheel_installs_and_runs(tmp_path: Path) -> None:
-    """`make wheel` for the architectures of this tree's library, whose objects exist already."""
+    """`make wheel` for the architectures of this tree's library, whose objects exist already, beside another build."""
     pytest.importorskip("auditwheel", reason="auditwheel gives the manylinux tag: make setup")
+    (ROOT / "build").mkdir(exist_ok=True)
+    of_another_build = Path(tempfile.mkdtemp(prefix="lib.", dir=ROOT / "build"))
     archs = read_build(cuda.LIBRARY).archs
     command = [
         "make",
@@ -75,6 +78,7 @@ def test_wheel_installs_and_runs(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    of_another_build.rmdir()
     (wheel,) = tmp_path.iterdir()
     assert check_wheels.archs_of(wheel) == [f"sm_{arch.removesuffix('+PTX')}" for arch in archs.split(";")]
     assert "kernels for each of" in done.stdout
