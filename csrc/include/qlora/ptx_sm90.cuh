@@ -79,8 +79,8 @@ inline void wgmma_m64k16(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b
     cuda_host::WgmmaShape shape;
     shape.n = N, shape.element = std::is_same_v<T, __half> ? Element16::kFp16 : Element16::kBf16;
     shape.accumulate = accumulate, shape.b = b;
-    float* sums[N / 2];
-    for (int i = 0; i < N / 2; i++) sums[i] = &sum[i];
+    uint32_t* sums[N / 2];
+    for (int i = 0; i < N / 2; i++) sums[i] = reinterpret_cast<uint32_t*>(&sum[i]);
     cuda_host::warpgroups().issue(shape, a, sums, where);
 }
 

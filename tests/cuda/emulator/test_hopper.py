@@ -13,6 +13,9 @@ from tests.support.tolerances import assert_within, exactly, product
 pytestmark = pytest.mark.skipif(cuda_host.missing_tools() is not None, reason=str(cuda_host.missing_tools()))
 
 SOURCE = Path(__file__).with_name("hopper.cu")
+needs_nvcc = pytest.mark.skipif(cuda_host.nvcc_missing() is not None, reason=str(cuda_host.nvcc_missing()))
+both_paths = pytest.mark.parametrize("mode", ["plain", pytest.param("ptx", marks=needs_nvcc)])
+SANITIZED = ("asan", "tsan", *[pytest.param(mode, marks=needs_nvcc) for mode in ("ptx-asan", "ptx-tsan")])
 TYPES = {torch.uint8: 0, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 """CUtensorMapDataType by dtype."""
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
@@ -23,22 +26,24 @@ def library(mode: str = "plain") -> cuda_host.Library:
     return cuda_host.build([SOURCE], mode)
 
 
-def copy(x: Tensor, box: tuple[int, int], swizzle: int, row: int, column: int, early: int = 0, seed: int = 1) -> Tensor:
-    """Return the bytes that shared memory holds after the copy of a box."""
+def copy(
+    mode: str, x: Tensor, box: tuple[int, int], swizzle: int, origin: tuple[int, int], early: int = 0, seed: int = 1
+) -> Tensor:
+    """Return the bytes that shared memory holds after the copy of the box at `origin`, (row, column)."""
     rows, columns = box
     y = torch.zeros(rows * columns * x.itemsize, dtype=torch.uint8)
-    arguments = (x, TYPES[x.dtype], x.itemsize, *x.shape, rows, columns, SWIZZLES[swizzle], row, column, early, out(y))
-    assert library().call("launch_copy", *arguments, seed=seed) == 0
+    arguments = (x, TYPES[x.dtype], x.itemsize, *x.shape, rows, columns, SWIZZLES[swizzle], *origin, early, out(y))
+    assert library(mode).call("launch_copy", *arguments, seed=seed) == 0
     return y
 
 
-def in_shared_memory(x: Tensor, box: tuple[int, int], swizzle: int, row: int, column: int) -> Tensor:
+def in_shared_memory(x: Tensor, box: tuple[int, int], swizzle: int, origin: tuple[int, int]) -> Tensor:
     """Return the bytes of a box by definition: zeros outside the tensor, pieces of 16 bytes exchanged.
 
     Piece p of a row of `swizzle` bytes, in line r of 128 bytes, is stored at piece p XOR (r mod the number of pieces in
     the row).
     """
-    rows, columns = box
+    (rows, columns), (row, column) = box, origin
     padded = torch.zeros(rows, columns, dtype=x.dtype)
     for i in range(rows):
         for j in range(columns):
@@ -54,6 +59,7 @@ def in_shared_memory(x: Tensor, box: tuple[int, int], swizzle: int, row: int, co
     return stored.reshape(-1)
 
 
+@both_paths
 @pytest.mark.parametrize(
     ("dtype", "shape", "box", "swizzle"),
     [
@@ -65,29 +71,40 @@ def in_shared_memory(x: Tensor, box: tuple[int, int], swizzle: int, row: int, co
         (torch.bfloat16, (20, 32), (64, 64), 128),
     ],
 )
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (8, 16), (-3, -8), (60, 24), (1000, 0), (0, -1000)])
+@pytest.mark.parametrize("origin", [(0, 0), (8, 16), (-3, -8), (60, 24), (1000, 0), (0, -1000)])
 def test_box_is_copied_with_its_swizzle_and_zeros_outside(
-    dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int], swizzle: int, row: int, column: int
+    mode: str, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int], swizzle: int, origin: tuple[int, int]
 ) -> None:
     x = torch.randint(1, 256, (shape[0], shape[1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
-    assert torch.equal(copy(x, box, swizzle, row, column), in_shared_memory(x, box, swizzle, row, column))
+    assert torch.equal(copy(mode, x, box, swizzle, origin), in_shared_memory(x, box, swizzle, origin))
 
 
-def test_box_is_absent_before_the_wait() -> None:
+@both_paths
+def test_box_is_absent_before_the_wait(mode: str) -> None:
     x = torch.zeros(32, 64, dtype=torch.uint8)
     for seed in range(4):
-        assert (copy(x, (32, 64), 0, 0, 0, early=1, seed=seed) == 0xFF).all()
+        assert (copy(mode, x, (32, 64), 0, (0, 0), early=1, seed=seed) == 0xFF).all()
 
 
-@pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize(("dtype", "N"), [(torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 256)])
+def multiply(mode: str, a: Tensor, b: Tensor, seed: int = 1) -> Tensor:
+    """Return launch_product's a b^T, a [128, K] and b [N, K]."""
+    y = torch.full((len(a), len(b)), torch.nan)
+    library(mode).call("launch_product", int(a.dtype == torch.float16), len(b), a, b, out(y), a.shape[1], seed=seed)
+    return y
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("dtype", "N"), [(torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256)]
+)
 def test_product_of_warpgroups(mode: str, dtype: torch.dtype, N: int) -> None:
-    K = 64 * 10
-    a, b = torch.randn(128, K).to(dtype), torch.randn(N, K).to(dtype)
-    results = []
-    for seed in (1, 2, 3) if mode == "plain" else (1,):
-        y = torch.full((128, N), torch.nan)
-        library(mode).call("launch_product", int(dtype == torch.float16), N, a, b, out(y), K, seed=seed)
-        results.append(y)
+    a, b = torch.randn(128, 640).to(dtype), torch.randn(N, 640).to(dtype)
+    results = [multiply(mode, a, b, seed) for seed in (1, 2, 3)]
     assert_within(results[0], product(exactly(a), exactly(b).T))
-    assert all(torch.equal(results[0], other) for other in results)
+    assert all(torch.equal(results[0], other) for other in [*results, multiply("plain", a, b)])
+
+
+@pytest.mark.parametrize("mode", SANITIZED)
+def test_product_passes_under_sanitizers(mode: str) -> None:
+    a, b = torch.randn(128, 384).bfloat16(), torch.randn(64, 384).bfloat16()
+    assert torch.equal(multiply(mode, a, b), multiply("plain", a, b))

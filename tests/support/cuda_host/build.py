@@ -2,7 +2,7 @@
 
 Modes: how the host code is compiled, and whose kernels its launches run.
     plain, asan, tsan               the .cu source through g++; with AddressSanitizer + UBSan; with ThreadSanitizer
-    ptx, ptx-asan, ptx-tsan         nvcc's sm_80 PTX of the same source, translated; launchers still through g++
+    ptx, ptx-asan, ptx-tsan         nvcc's PTX of the same source, translated; launchers still through g++
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MODES = SOURCE_MODES + PTX_MODES
 _HERE = Path(__file__).parent
 _RUNTIME = tuple(sorted((_HERE / "runtime").glob("*.cpp")))
 _PRODUCT_INCLUDE = ROOT / "csrc" / "include"
-_PTX_ARCH = "sm_80"
+_SM90A_HEADER = "qlora/ptx_sm90.cuh"
+"""Sources that include this header are compiled to PTX for sm_90a, all others for sm_80."""
 
 # -ffp-contract=off: g++ must not fuse operations. -w is only for CUDA's own headers, see _compile.
 _COMMON = ("-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-omit-frame-pointer")
@@ -91,7 +92,7 @@ def prebuild(jobs: Iterable[tuple[Path, str, str]]) -> None:
 
 
 def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module:
-    """Translate PTX text (nvcc's or Triton's, sm_80) and load its kernels in a worker process.
+    """Translate PTX text (nvcc's or Triton's, sm_80 or sm_90a) and load its kernels in a worker process.
 
     mode: "plain", "asan" or "tsan".   name: used in reports with PTX line numbers.
     """
@@ -102,9 +103,10 @@ def load_ptx(text: str, mode: str = "plain", name: str = "module.ptx") -> Module
 
 
 def emit_ptx(source: Path, defines: Sequence[str] = (), include: Sequence[Path] = ()) -> str:
-    """Return nvcc's PTX of one .cu for sm_80."""
+    """Return nvcc's PTX of one .cu, for sm_90a if it uses that architecture's instructions, else for sm_80."""
+    arch = "sm_90a" if _SM90A_HEADER in source.read_text() else "sm_80"
     folders = [f"-I{path}" for path in (_PRODUCT_INCLUDE, *include)]
-    flags = ("-std=c++20", f"-arch={_PTX_ARCH}", "-ptx", "-lineinfo", *[f"-D{d}" for d in defines], *folders)
+    flags = ("-std=c++20", f"-arch={arch}", "-ptx", "-lineinfo", *[f"-D{d}" for d in defines], *folders)
     path = cached(
         _key(source, flags), ".ptx", lambda output: run_compiler([str(nvcc()), *flags, str(source), "-o", str(output)])
     )

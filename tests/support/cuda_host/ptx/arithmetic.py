@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .parser import BITS, Instruction
-from .scope import C_TYPES, Scope, Unsupported, storage, vector
+from .parser import BITS, Instruction, vector
+from .scope import C_TYPES, Scope, Unsupported, storage
 
 Handler = Callable[[Scope, Instruction], str]
 

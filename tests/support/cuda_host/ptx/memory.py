@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .arithmetic import Handler
-from .parser import BITS, Instruction
-from .scope import C_TYPES, Scope, Unsupported, vector
+from .parser import BITS, Instruction, vector
+from .scope import C_TYPES, Scope, Unsupported
+from .sm90 import copies_tensor, tensor_copy
 
 _SPACES = ("param", "global", "shared", "local", "const")
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
@@ -67,6 +68,8 @@ def _convert_address(scope: Scope, i: Instruction) -> str:
 
 def _async_copy(scope: Scope, i: Instruction) -> str:
     parts, operands = i.parts, i.operands
+    if copies_tensor(i):
+        return tensor_copy(scope, i)
     if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
         raise Unsupported(i.opcode)
     if "commit_group" in parts:
@@ -101,6 +104,5 @@ HANDLERS: dict[str, Handler] = {
     "cvta": _convert_address,
     "cp": _async_copy,
     "createpolicy": _cache_policy,
-    # Fences have no effect, because blocks run one after another and memory is sequentially consistent.
-    **dict.fromkeys(("membar", "fence", "prefetch", "prefetchu", "nanosleep", "discard", "applypriority"), _nothing),
+    **dict.fromkeys(("membar", "prefetch", "prefetchu", "nanosleep", "discard", "applypriority"), _nothing),
 }

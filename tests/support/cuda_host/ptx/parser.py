@@ -1,4 +1,4 @@
-"""Parses PTX text to kernels as lists of statements, for the subset that nvcc and Triton emit for sm_80."""
+"""Parses PTX text to kernels as lists of statements, for the subset that nvcc and Triton emit for sm_80 and sm_90a."""
 
 from __future__ import annotations
 
@@ -213,6 +213,11 @@ def parse(text: str) -> Module:
 def c_name(name: str) -> str:
     """Return a C++ identifier for a PTX identifier."""
     return "ptx_" + name.replace("%", "").replace("$", "_").replace(".", "_")
+
+
+def vector(operand: str) -> list[str]:
+    """`{a, b}` -> [a, b]; `a` -> [a]."""
+    return [item.strip() for item in operand.strip().strip("{}").split(",")]
 
 
 def _align(offset: int, alignment: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .parser import BITS, Kernel, Local, Module, c_name
+from .warpgroup_registers import WarpgroupRegisters
 
 C_TYPES = {
     **{f"u{n}": f"uint{n}_t" for n in (8, 16, 32, 64)},
@@ -44,6 +45,7 @@ class Scope:
         self.module = module
         self.parameters = {p.name: p.offset for p in kernel.parameters}
         self.locals = {s.name for s in kernel.statements if isinstance(s, Local)}
+        self.warpgroup = WarpgroupRegisters(kernel.statements)
 
     def register(self, name: str) -> str:
         """Return the C++ variable of a register, or the value of a special register."""
@@ -118,8 +120,3 @@ class Scope:
         if space == "shared":
             return f"shared_pointer(shared_ranges, {self.address(operand)}, {size})"
         return f"global_pointer({self.address(operand)}, {size})"
-
-
-def vector(operand: str) -> list[str]:
-    """`{a, b}` -> [a, b]; `a` -> [a]."""
-    return [item.strip() for item in operand.strip().strip("{}").split(",")]

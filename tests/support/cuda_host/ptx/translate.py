@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from . import arithmetic, memory, warp
-from .parser import Brace, Instruction, Kernel, Label, Local, Module, Parameter, Registers, c_name, parse
+from . import arithmetic, memory, sm90, warp
+from .parser import Brace, Instruction, Kernel, Label, Local, Module, Parameter, Registers, Statement, c_name, parse
 from .scope import Scope, Unsupported, storage
 
-_HANDLERS = {**arithmetic.HANDLERS, **memory.HANDLERS, **warp.HANDLERS}
+_HANDLERS = {**arithmetic.HANDLERS, **memory.HANDLERS, **warp.HANDLERS, **sm90.HANDLERS}
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ def translate(text: str, name: str = "module.ptx") -> Translation:
 def _kernel(module: Module, kernel: Kernel, file: str, unsupported: Counter[str]) -> str:
     scope = Scope(module, kernel)
     lines = [f"void {c_name(kernel.name)}([[maybe_unused]] const uint8_t* parameters) {{"]
-    for statement in kernel.statements:
+    lines.append(scope.warpgroup.declarations())
+    for position, statement in enumerate(kernel.statements):
         if isinstance(statement, Label):
             lines.append(f"{c_name(statement.name)}:;")
         elif isinstance(statement, Brace):
-            lines.append(statement.text)
+            lines.append(statement.text + _labels_of_scope(kernel.statements, position))
         elif isinstance(statement, Registers):
             names = ", ".join(c_name(n) for n in statement.names)
             lines.append(f"[[maybe_unused]] {storage(statement.kind)} {names};" if names else "")
@@ -71,6 +72,19 @@ def _kernel(module: Module, kernel: Kernel, file: str, unsupported: Counter[str]
     return "\n".join(lines)
 
 
+def _labels_of_scope(statements: list[Statement], position: int) -> str:
+    """Return the declaration of the labels in the scope that a brace opens: inline assembly repeats their names."""
+    depth, names = 0, []
+    for statement in statements[position:]:
+        if isinstance(statement, Brace):
+            depth += {"{": 1, "}": -1}[statement.text]
+            if depth <= 0:
+                break
+        elif isinstance(statement, Label) and depth == 1:
+            names.append(c_name(statement.name))
+    return f" __label__ {', '.join(names)};" if names else ""
+
+
 def _instruction(scope: Scope, instruction: Instruction, unsupported: Counter[str]) -> str:
     guard = ""
     if instruction.predicate:
@@ -83,4 +97,4 @@ def _instruction(scope: Scope, instruction: Instruction, unsupported: Counter[st
     except (Unsupported, KeyError, StopIteration):
         unsupported[instruction.opcode] += 1
         code = f'machine().fail("unsupported PTX instruction: {instruction.opcode}");'
-    return f"{guard}{{ {code} }}"
+    return f"{guard}{{ {code} {scope.warpgroup.after(instruction)} }}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .arithmetic import Handler
-from .parser import Instruction, c_name
-from .scope import C_TYPES, Scope, Unsupported, vector
+from .parser import Instruction, c_name, vector
+from .scope import C_TYPES, Scope, Unsupported
 
 
 def _branch(scope: Scope, i: Instruction) -> str:

@@ -9,6 +9,7 @@ namespace cuda_host {
 namespace {
 
 constexpr int kMaxCount = (1 << 20) - 1;  // of arrivals, and of bytes of either sign (PTX manual, mbarrier)
+constexpr int kMaxFailedTests = 1 << 20;
 constexpr uint64_t kMark = 0x7265697272616272ull;
 
 }  // namespace
@@ -109,7 +110,7 @@ CUDA_HOST_RUNTIME void Mbarriers::expect(void* address, uint32_t bytes, Where wh
     }
 }
 
-CUDA_HOST_RUNTIME void Mbarriers::arrive(void* address, uint32_t count, Where where) {
+CUDA_HOST_RUNTIME uint64_t Mbarriers::arrive(void* address, uint32_t count, Where where) {
     access("mbarrier.arrive", address, where);
     IgnoreAccesses ignore;
     Mbarrier& barrier = found("mbarrier.arrive", address, where);
@@ -119,8 +120,10 @@ CUDA_HOST_RUNTIME void Mbarriers::arrive(void* address, uint32_t count, Where wh
                        barrier.expected);
     }
     tsan_release(barrier.token);
+    const uint64_t phase = barrier.phase;
     barrier.pending -= int(count);
     advance(barrier, address, !barrier.waiting.empty());
+    return phase;
 }
 
 CUDA_HOST_RUNTIME void* Mbarriers::complete(void* address, uint32_t bytes, Where where) {
@@ -140,6 +143,7 @@ CUDA_HOST_RUNTIME void Mbarriers::advance(Mbarrier& barrier, void* address, bool
     }
     if (barrier.pending || barrier.bytes) return;
     barrier.phase++;
+    barrier.failed_tests = 0;
     barrier.pending = barrier.expected;
     barrier.completed_token = barrier.token;
     barrier.token = machine().fresh_token();
@@ -172,14 +176,39 @@ CUDA_HOST_RUNTIME void Mbarriers::wait(void* address, uint32_t parity, Where whe
     }
 }
 
+CUDA_HOST_RUNTIME bool Mbarriers::try_wait(void* address, uint32_t parity, Where where) {
+    if (!test(address, parity, where) && machine().random() % 4 == 0) return test_wait(address, parity, where);
+    wait(address, parity, where);
+    return true;
+}
+
+CUDA_HOST_RUNTIME bool Mbarriers::test_wait(void* address, uint32_t parity, Where where) {
+    if (test(address, parity, where)) return true;
+    {
+        IgnoreAccesses ignore;
+        Mbarrier& barrier = found("mbarrier wait", address, where);
+        if (++barrier.failed_tests > kMaxFailedTests) {
+            machine().fail("mbarrier.test_wait at %s:%u: %d tests have failed since the last phase%s",
+                           where.file_name(), where.line(), kMaxFailedTests, describe(address, barrier).c_str());
+        }
+        advance(barrier, address, machine().random() & 1);
+        machine().yield();
+    }
+    return test(address, parity, where);
+}
+
+std::string Mbarriers::describe(void* address, const Mbarrier& barrier) const {
+    return "; mbarrier at shared address " + std::to_string(machine().shared_address(address, 8)) + ": " +
+           std::to_string(barrier.waiting.size()) + " threads wait, phase " + std::to_string(barrier.phase) +
+           " lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected) + " arrivals and " +
+           std::to_string(barrier.bytes) + " bytes";
+}
+
 std::string Mbarriers::describe() const {
     std::string text;
     for (const auto& [address, barrier] : barriers_) {
         if (barrier.waiting.empty()) continue;
-        text += "; mbarrier at shared address " + std::to_string(machine().shared_address(address, 8)) + ": " +
-                std::to_string(barrier.waiting.size()) + " threads wait, phase " + std::to_string(barrier.phase) +
-                " lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected) +
-                " arrivals and " + std::to_string(barrier.bytes) + " bytes";
+        text += describe(address, barrier);
     }
     return text;
 }

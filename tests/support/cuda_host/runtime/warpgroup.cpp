@@ -161,13 +161,18 @@ void take_inputs(WgmmaProduct& product) {
 struct Warpgroups::Member {
     struct Pending {
         std::shared_ptr<WgmmaProduct> product;
-        std::vector<float*> sums;
+        std::vector<uint32_t*> sums;
         int group;
     };
     uint64_t issued = 0;
     std::vector<Pending> pending;
     int group = 0;
     bool fenced = false;
+
+    // The oldest product of which a wait for all but `groups` groups needs the result, or null.
+    Pending* due(int groups) {
+        return !pending.empty() && pending.front().group < group - groups ? &pending.front() : nullptr;
+    }
 };
 
 struct Warpgroups::Group {
@@ -213,7 +218,7 @@ void Warpgroups::commit() {
     member().group++;
 }
 
-void Warpgroups::issue(const WgmmaShape& shape, const uint32_t* a, float* const* sums, Where where) {
+void Warpgroups::issue(const WgmmaShape& shape, const uint32_t* a, uint32_t* const* sums, Where where) {
     IgnoreAccesses ignore;
     Group& own_group = group();
     Member& self = member();
@@ -238,10 +243,10 @@ void Warpgroups::issue(const WgmmaShape& shape, const uint32_t* a, float* const*
     if (a) memcpy(product->a[thread], a, sizeof product->a[thread]);
     Member::Pending pending{product, {sums, sums + each}, self.group};
     for (int i = 0; i < each; i++) {
-        const uint32_t bits = std::bit_cast<uint32_t>(*sums[i]);
+        const uint32_t bits = *sums[i];
         float& input = product->sums[size_t(thread * each + i)];
-        input = shape.accumulate ? *sums[i] : 0.0f;
-        *sums[i] = std::bit_cast<float>(tag_of(serial, i));
+        input = shape.accumulate ? std::bit_cast<float>(bits) : 0.0f;
+        *sums[i] = tag_of(serial, i);
         if (!shape.accumulate || !is_tag(bits)) continue;
         for (const Member::Pending& earlier : self.pending) {
             if (bits != tag_of(earlier.product->serial, int(bits & 127))) continue;
@@ -284,24 +289,46 @@ CUDA_HOST_RUNTIME void Warpgroups::complete_product(WgmmaProduct& product) {
     compute(product);
 }
 
+void Warpgroups::missing_fence(Where where) {
+    machine().fail("wgmma at %s:%u: wgmma.fence is missing between a write of its registers and it", where.file_name(),
+                   where.line());
+}
+
 void Warpgroups::wait(int groups, Where where) {
     IgnoreAccesses ignore;
     Member& self = member();
-    const int thread = machine().current->linear % kWarpgroupThreads;
-    while (!self.pending.empty() && self.pending.front().group < self.group - groups) {
-        const Member::Pending due = self.pending.front();
-        finish(*due.product, where);
-        self.pending.erase(self.pending.begin());
-        const size_t each = due.sums.size();
+    const size_t thread = size_t(machine().current->linear % kWarpgroupThreads);
+    while (Member::Pending* due = self.due(groups)) {
+        finish(*due->product, where);
+        const WgmmaProduct& product = *due->product;
+        const size_t each = due->sums.size();
         for (size_t i = 0; i < each; i++) {
-            const uint32_t bits = std::bit_cast<uint32_t>(*due.sums[i]);
-            if (bits == tag_of(due.product->serial, int(i))) {
-                *due.sums[i] = due.product->sums[size_t(thread) * each + i];
+            uint32_t& bits = *due->sums[i];
+            if (bits == tag_of(product.serial, int(i))) {
+                bits = std::bit_cast<uint32_t>(product.sums[thread * each + i]);
             } else if (!is_tag(bits)) {
                 machine().fail("wgmma at %s:%u: sum %zu was written before the wait_group of its product",
-                               due.product->where.file_name(), due.product->where.line(), i);
+                               product.where.file_name(), product.where.line(), i);
             }
         }
+        self.pending.erase(self.pending.begin());
+    }
+    self.fenced = false;
+}
+
+void Warpgroups::wait_moved(int groups, uint32_t* const* registers, int count, Where where) {
+    IgnoreAccesses ignore;
+    Member& self = member();
+    const size_t thread = size_t(machine().current->linear % kWarpgroupThreads);
+    while (Member::Pending* due = self.due(groups)) {
+        finish(*due->product, where);
+        const WgmmaProduct& product = *due->product;
+        for (int i = 0; i < count; i++) {
+            const uint32_t index = *registers[i] & 127;
+            if (*registers[i] != tag_of(product.serial, int(index))) continue;
+            *registers[i] = std::bit_cast<uint32_t>(product.sums[thread * due->sums.size() + index]);
+        }
+        self.pending.erase(self.pending.begin());
     }
     self.fenced = false;
 }

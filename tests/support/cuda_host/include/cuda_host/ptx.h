@@ -127,6 +127,8 @@ inline uint8_t* shared_pointer(std::span<const SharedRange> ranges, uint64_t add
     m.fail("shared access at %#x+%u is outside every shared variable (%zu bytes in all)", begin, bytes,
            m.dynamic_shared_bytes);
 }
+// For functions that check the address themselves.
+inline void* shared_window(uint64_t address) { return machine().dynamic_shared + uint32_t(address); }
 inline uint8_t* global_pointer(uint64_t address, uint32_t bytes) {
     if (address % bytes) machine().fail("global address %#lx is not %u-byte aligned", (unsigned long)address, bytes);
     return reinterpret_cast<uint8_t*>(address);

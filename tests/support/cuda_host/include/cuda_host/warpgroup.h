@@ -33,12 +33,16 @@ class Warpgroups {
     ~Warpgroups();
     void start_block(int threads);
 
-    // By each thread: its registers of a (null if a is in shared memory) and the addresses of its n / 2 sums.
-    void issue(const WgmmaShape& shape, const uint32_t* a, float* const* sums, Where where);
+    // By each thread: its registers of a (null if a is in shared memory) and the addresses of the bits of n / 2 sums.
+    void issue(const WgmmaShape& shape, const uint32_t* a, uint32_t* const* sums, Where where);
     void fence();
     void commit();
     // Waits until at most the `groups` youngest groups of the running thread are incomplete.
     void wait(int groups, Where where);
+    // The same where translated PTX may have moved pending sums: to any of these registers.
+    void wait_moved(int groups, uint32_t* const* registers, int count, Where where);
+    // By translated PTX, which sees what the source cannot.
+    [[noreturn]] void missing_fence(Where where);
 
   private:
     struct Group;
