@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -72,17 +73,37 @@ def copy_packages(out: Path) -> list[str]:
 
 
 def compile_triton(python: str, out: Path, arch: int) -> dict[str, str] | None:
-    """Compile the check's kernels into the bundle's cache by an interpreter.
+    """Compile the check's kernels into the bundle's cache by an interpreter, which needs torch, Triton and numpy alone.
 
+    The bundle's own packages are compiled, beside them python/kernels_report of this checkout.
     Returns its versions of Python, torch and Triton; None if it has no Triton.
     """
     listing = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
     versions: dict[str, str] = json.loads(listing)
     if "triton" not in versions:
         return None
-    variables = os.environ | {"TRITON_CACHE_DIR": str(out / "triton-cache")}
-    subprocess.run([python, "-m", "bench.gpu_check.warm_cache", str(arch)], cwd=ROOT, env=variables, check=True)
+    variables = {
+        "TRITON_CACHE_DIR": str(out / "triton-cache"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [python, "-m", "bench.gpu_check.warm_cache", str(arch)]
+    subprocess.run(command, cwd=out, env=os.environ | variables, check=True)
     return versions
+
+
+def write_bundle(out: Path, arch: int, python: str, with_triton: bool) -> dict[str, object]:
+    """Create the bundle in the new folder `out`; return the contents of its bundle.json.
+
+    python: the interpreter that compiles Triton's kernels, if with_triton.
+    """
+    packages = copy_packages(out)
+    cache = compile_triton(python, out, arch) if with_triton else None
+    libraries = sorted(path.name for path in (out / "qlora_kernels").rglob("*.so"))
+    content: dict[str, object] = {"arch": arch, "triton_cache": cache, "packages": packages, "libraries": libraries}
+    (out / "bundle.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (out / "run.sh").write_text(RUN, encoding="utf-8")
+    return content
 
 
 def main() -> int:
@@ -95,18 +116,19 @@ def main() -> int:
     )
     parser.add_argument("--no-triton", action="store_true", help="leave Triton's cache out")
     arguments = parser.parse_args()
-    if arguments.out.exists():
-        if not (arguments.out / "bundle.json").exists():
-            parser.error(f"--out must be a new folder or an older bundle, got {arguments.out}; give another one")
-        shutil.rmtree(arguments.out)
-    arguments.out.mkdir(parents=True)
-    packages = copy_packages(arguments.out)
-    cache = None if arguments.no_triton else compile_triton(arguments.python, arguments.out.resolve(), arguments.arch)
-    libraries = sorted(path.name for path in (arguments.out / "qlora_kernels").rglob("*.so"))
-    content = {"arch": arguments.arch, "triton_cache": cache, "packages": packages, "libraries": libraries}
-    (arguments.out / "bundle.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "run.sh").write_text(RUN, encoding="utf-8")
-    sys.stdout.write(f"{arguments.out}: {json.dumps(content)}\n")
+    out: Path = arguments.out
+    if out.exists() and not (out / "bundle.json").exists():
+        parser.error(f"--out must be a new folder or an older bundle, got {out}; give another one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Moved to its place as a whole, so that a failure leaves an older bundle as it is, and no part of a new one.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as draft:
+        content = write_bundle(
+            Path(draft).resolve() / "bundle", arguments.arch, arguments.python, not arguments.no_triton
+        )
+        if out.exists():
+            shutil.rmtree(out)
+        shutil.move(Path(draft) / "bundle", out)
+    sys.stdout.write(f"{out}: {json.dumps(content)}\n")
     return 0
 
 

@@ -237,6 +237,52 @@ def test_bundle_runs_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "nothing was checked" in done.stderr
 
 
+def test_failed_bundle_leaves_no_part_and_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    monkeypatch.setattr(gpu_bundle, "copy_packages", lambda folder: folder.mkdir() or [])
+    monkeypatch.setattr(sys, "argv", ["gpu_bundle", "--out", str(out), "--python", "/bin/false"])
+    for older in (False, True):
+        if older:
+            out.mkdir()
+            (out / "bundle.json").write_text("older")
+        with pytest.raises(subprocess.CalledProcessError):
+            gpu_bundle.main()
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"] * older
+    assert (out / "bundle.json").read_text() == "older"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--no-triton"])
+    assert gpu_bundle.main() == 0
+    assert json.loads((out / "bundle.json").read_text())["packages"] == []
+
+
+INTERPRETER = """#!{python}
+import importlib.util, json, os, sys
+if sys.argv[1] == "-c":
+    print(json.dumps({{"python": "3.12.1", "triton": "3.6.0"}}))
+else:
+    sys.path.insert(0, os.getcwd())  # as -m does
+    found = {{name: importlib.util.find_spec(name).origin for name in {names}}}
+    with open({record!r}, "w") as file:
+        json.dump({{"arguments": sys.argv[1:], "found": found, "cache": os.environ["TRITON_CACHE_DIR"]}}, file)
+"""
+"""An interpreter that records what `python -m` would import."""
+
+
+def test_triton_kernels_are_compiled_from_the_bundle(tmp_path: Path) -> None:
+    """So that the interpreter with the machine's Triton needs no package that the bundle has."""
+    out, record, python = tmp_path / "bundle", tmp_path / "record.json", tmp_path / "python"
+    gpu_bundle.copy_packages(out)
+    names = ("bench.gpu_bundle", "qlora_kernels", "safetensors", "python.kernels_report")
+    python.write_text(INTERPRETER.format(python=sys.executable, names=names, record=str(record)))
+    python.chmod(0o755)
+    assert gpu_bundle.compile_triton(str(python), out, 90) == {"python": "3.12.1", "triton": "3.6.0"}
+    recorded = json.loads(record.read_text())
+    assert recorded["arguments"] == ["-m", "bench.gpu_check.warm_cache", "90"]
+    assert recorded["cache"] == str(out / "triton-cache")
+    folders = {name: Path(origin) for name, origin in recorded["found"].items()}
+    assert all(folders[name].is_relative_to(out) for name in names[:3]), folders
+    assert folders["python.kernels_report"].is_relative_to(gpu_bundle.ROOT)
+
+
 def test_folder_other_than_bundle_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("kept")
     monkeypatch.setattr(sys, "argv", ["gpu_bundle", "--out", str(tmp_path)])
