@@ -52,8 +52,11 @@ DEQUANTIZE, PEER_DEQUANTIZE = 5.95, 26.0
 SMALL_M, GEMM = {1: 5.2, 2: 6.7, 4: 9.7}, {16: 8.5, 32: 9.3, 64: 10.9}
 """SASS instructions for each weight: linear_nf4_small_m.cu by rows of x, linear_nf4_gemm.cu by rows of a block."""
 
-PAIRS = {8: 1.72, 16: 2.0, 32: 2.58, 64: 5.2}
-"""The same of linear_nf4_pairs.cu by rows of its tile; from 33 rows on two thread blocks decode each weight."""
+PAIRS = {8: 1.72, 16: 2.0, 24: 2.29, 32: 2.58, 48: 4.58, 64: 5.16}
+"""The same of linear_nf4_pairs.cu by rows of its tile; 48 and 64 are two tiles, which both decode each weight."""
+
+PAIRS_MOST_TILE = 32
+"""Rows of x of the largest tile."""
 
 PAIR_ROWS_OF_BLOCK = 32
 """Rows of the weight in a block of linear_nf4_pairs.cu at this size; each block reads all of x from L2."""
@@ -112,13 +115,14 @@ def small_m_us(gpu: GPU, M: int = 1) -> float:
 def pairs_us(gpu: GPU, M: int) -> float:
     """Return the time in microseconds of the pair-table kernel for up to 64 rows of x."""
     rows = next(rows for rows in PAIRS if rows >= M)
+    tiles = cdiv(rows, PAIRS_MOST_TILE)
     from_l2 = PACKED * WEIGHTS + 2.0 * M * K * (N / PAIR_ROWS_OF_BLOCK)
     seconds = (
         PACKED * WEIGHTS / gpu.bytes_per_s,
         from_l2 / gpu.l2_bytes_per_s,
         PAIRS[rows] * WEIGHTS / gpu.issues_per_s,
         # A multiprocessor issues 128 lane-instructions a clock and moves one wavefront of 128 bytes to or from L1.
-        cdiv(rows, 32) * pair_wavefronts(min(rows, 32)) / 2048 * WEIGHTS * 128 / gpu.issues_per_s,
+        tiles * pair_wavefronts(rows // tiles) / 2048 * WEIGHTS * 128 / gpu.issues_per_s,
         2.0 * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s),
     )
     return max(seconds) * 1e6 + PAIRS_ENDS
@@ -132,18 +136,24 @@ def pair_wavefronts(rows: int) -> int:
     return 32 + 8 + 8 + 8 + rows
 
 
-PLANNED_ROWS = (*range(1, 17), 32, 48, 64)
+PLANNED_ROWS = (*range(1, 17), 24, 32, 48, 64)
 """Numbers of rows up to 64 for which routing.py chooses; others take the choice of the next one."""
 
 
-def pair_rows(gpu: GPU) -> tuple[int, int]:
-    """Return the fewest and the most rows for which the pair-table kernel is PAIRS_MARGIN faster than the others."""
-    won = []
+def pair_rows(gpu: GPU) -> tuple[tuple[int, int], ...]:
+    """Return the fewest and the most rows of each range in which the pair-table kernel is PAIRS_MARGIN faster than the
+    others.
+    """
+    ranges: list[tuple[int, int]] = []
+    before = 0
     for M in PLANNED_ROWS:
         others = min(fused_us(gpu, M), small_m_us(gpu, M) if max(SMALL_M) >= M else math.inf)
         if pairs_us(gpu, M) * PAIRS_MARGIN <= others:
-            won.append(M)
-    return min(won), max(won)
+            adjoins = bool(ranges) and ranges[-1][1] == before
+            first = ranges.pop()[0] if adjoins else before + 1
+            ranges.append((first, M))
+        before = M
+    return tuple(ranges)
 
 
 ROUTING_MARGIN = 1.5
@@ -202,7 +212,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def report() -> str:
     """Return the page with all tables of predicted times as Markdown."""
-    few = (1, 4, 16, 32, 64, 128, 256, 512)
+    few = (1, 4, 16, 24, 32, 48, 64, 128, 256, 512)
     forward = table(
         ("GPU", "path", *(f"M={M}" for M in few), "rows routed to it"),
         (
@@ -219,7 +229,7 @@ def report() -> str:
                     "",
                     "pair table",
                     *(f"{pairs_us(gpu, M):.1f}" if M <= 64 else "" for M in few),
-                    "{} to {}".format(*pair_rows(gpu)),
+                    ", ".join(f"{fewest} to {most}" for fewest, most in pair_rows(gpu)),
                 ),
                 ("", "decode, product", *(f"{decoded_us(gpu, M):.1f}" for M in few), ""),
             )

@@ -161,6 +161,7 @@ cudaError_t launch_quantize_absmax(const qlora::QuantizeAbsmaxArgs* args, cudaSt
 
 int linear_nf4_small_m_warps_per_row(int M, int64_t N, int64_t K, int multiprocessors);
 cudaError_t launch_linear_nf4_small_m(const qlora::LinearNF4SmallMArgs* args, cudaStream_t stream);
+int linear_nf4_pairs_tile(int M);
 int linear_nf4_pairs_warps_per_row(int64_t N, int64_t K, int multiprocessors);
 cudaError_t launch_linear_nf4_pairs(const qlora::LinearNF4PairsArgs* args, cudaStream_t stream);
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors);

@@ -348,15 +348,31 @@ cudaError_t launch_pairs_tile(const PairsProblem& problem, cudaStream_t stream) 
     return launch({grid, kPairsThreads, sizeof(PairsShared), stream}, kernel, problem);
 }
 
+// The rows of x of a thread block, a multiple of 8. More than kPairsMostTile rows are divided evenly between two
+// blocks.
+int pairs_tile(int M) {
+    const int blocks = ceil_div(M, kPairsMostTile);
+    return ceil_div(ceil_div(M, blocks), 8) * 8;
+}
+
 template <bool DOUBLE>
 cudaError_t launch_pairs(const PairsProblem& problem, cudaStream_t stream) {
-    if (problem.M <= 8) return launch_pairs_tile<8, DOUBLE>(problem, stream);
-    if (problem.M <= 16) return launch_pairs_tile<16, DOUBLE>(problem, stream);
-    return launch_pairs_tile<kPairsMostTile, DOUBLE>(problem, stream);
+    switch (pairs_tile(problem.M)) {
+        case 8:
+            return launch_pairs_tile<8, DOUBLE>(problem, stream);
+        case 16:
+            return launch_pairs_tile<16, DOUBLE>(problem, stream);
+        case 24:
+            return launch_pairs_tile<24, DOUBLE>(problem, stream);
+        default:
+            return launch_pairs_tile<kPairsMostTile, DOUBLE>(problem, stream);
+    }
 }
 
 }  // namespace
 }  // namespace qlora
+
+int linear_nf4_pairs_tile(int M) { return qlora::pairs_tile(M); }
 
 int linear_nf4_pairs_warps_per_row(int64_t N, int64_t K, int multiprocessors) {
     return qlora::pairs_warps_per_row(N, K, multiprocessors);

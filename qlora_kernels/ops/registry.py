@@ -155,13 +155,13 @@ def reasons_against(problem: Problem, backend: str) -> list[str]:
 def planned_rows(M: int) -> int:
     """Return the number of rows for which a kernel is chosen instead of for M.
 
-    It is M up to 16, then the next multiple of 16 up to 64, of 64 up to 1024, and the next power of two. Batches of
-    varying length thus share their choices and the caches of these.
+    It is M up to 16, then the next multiple of 8 up to 32, of 16 up to 64, of 64 up to 1024, and the next power of two.
+    Batches of varying length thus share their choices and the caches of these.
     """
     if M <= EXACT_ROWS:
         return M
     if M <= 1024:
-        step = 16 if M <= 64 else 64
+        step = 64 if M > 64 else 16 if M > 32 else 8
         return (M + step - 1) // step * step  # inline, because each call of an op runs this
     return 1 << (M - 1).bit_length()
 

@@ -34,7 +34,7 @@ SCHEDULES = (("random", 1), ("random", 2), ("forward", 1), ("reverse", 1))
 
 PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI(13__nv_bfloat16Li[148]E|fLi(1|16)E|6__halfLi(2|16)E)",
-    "linear_nf4_pairs": "kernelI13__nv_bfloat16Li(8ELb[01]|32ELb1)E",
+    "linear_nf4_pairs": "kernelI13__nv_bfloat16Li(8ELb[01]|24ELb[01]|32ELb1)E",
     "linear_nf4_gemm": "gemm_kernelI(13__nv_bfloat16Li(16|64)E|6__halfLi32E|6__halfLi64E.*Forward)|reduce_kernel",
 }
 """Mangled names of the kernels that tests launch from PTX, by source; all kernels of sources that are not listed."""

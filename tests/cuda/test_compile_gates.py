@@ -10,7 +10,7 @@ from .launching import CUDA_SOURCES, needs_nvcc
 
 pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with triton's wheel: make setup")
 from python.kernels_report.cuda_rows import peer_rows, rows_of
-from python.kernels_report.row import GATES, Row, broken_gates
+from python.kernels_report.row import GATES, WARPS_PER_SM, Row, broken_gates
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 SOURCES = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if "__global__" in path.read_text()]
@@ -42,11 +42,17 @@ def test_all_gemm_kernels_use_tensor_cores(arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pair_table_kernels_use_tensor_cores_and_few_instructions(arch: int) -> None:
     kernels = {row.config: row for row in rows("linear_nf4_pairs", arch)}
-    assert set(kernels) == {f"bf16 M{M} {double}" for M in (8, 16, 32) for double in ("true", "false")}
+    assert set(kernels) == {f"bf16 M{M} {double}" for M in (8, 16, 24, 32) for double in ("true", "false")}
     assert all(row.tensor_core == "mma.sync" and row.occupancy > 0 for row in kernels.values())
     counted = {c: row.per_weight for c, row in kernels.items() if "M8" in c or "M16" in c}
     bound = 2.0 if arch in (80, 90) else 2.05
     assert all(count is not None and count <= bound for count in counted.values()), counted
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_two_blocks_of_the_pair_table_are_resident_up_to_24_rows(arch: int) -> None:
+    warps = {row.config: row.occupancy * WARPS_PER_SM[arch] for row in rows("linear_nf4_pairs", arch)}
+    assert all(resident >= 16 for config, resident in warps.items() if "M32" not in config), warps
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_kernels.backends.cuda import routing
 from qlora_kernels.format import nf4
 from tests.support import cuda_host
 from tests.support.linear_formulas import PAIR_TABLE_ROUNDOFFS
@@ -42,6 +43,11 @@ PROBLEMS = [
     LinearProblem(8, 40, 3 * GROUP, dtype=BF16, double=False),
     LinearProblem(37, 33, 5 * GROUP, dtype=BF16, r=16, bias=torch.float16),
     LinearProblem(64, 72, 2 * GROUP, dtype=BF16, r=40),
+    LinearProblem(17, 35, 3 * GROUP, dtype=BF16, r=8, bias=torch.float32),
+    LinearProblem(22, 300, 2 * GROUP, dtype=BF16, double=False, bias=BF16),
+    LinearProblem(24, 5, LONG, dtype=BF16, r=16),
+    LinearProblem(43, 66, 2 * GROUP, dtype=BF16, r=8, double=False),
+    LinearProblem(48, 37, 4 * GROUP, dtype=BF16, r=24),
 ]
 IN_OTHER_TILES = [
     LinearProblem(13, 35, 3 * GROUP, dtype=BF16, r=8, bias=torch.float32),
@@ -88,14 +94,35 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
         assert same_bits(run("plain", problem, seed, order), first)
 
 
+def first_rows(whole: LinearProblem, M: int) -> LinearProblem:
+    """Return the problem of the first M rows of x."""
+    part = replace(whole, M=M)
+    rows = {name: whole.tensors[name][:M].contiguous() for name in ("x", "s")}
+    part.__dict__["tensors"] = whole.tensors | rows
+    return part
+
+
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
     whole = LinearProblem(64, 37, 6 * GROUP, dtype=BF16, r=8, bias=torch.float32)
     y = run("plain", whole)
-    for M in (1, 8, 9, 16, 17, 33):
-        part = replace(whole, M=M)
-        rows = {name: whole.tensors[name][:M].contiguous() for name in ("x", "s")}
-        part.__dict__["tensors"] = whole.tensors | rows
-        assert same_bits(run("plain", part), y[:M])
+    for M in range(1, 64):
+        assert same_bits(run("plain", first_rows(whole, M)), y[:M]), M
+
+
+@all_modes
+def test_every_number_of_rows_in_tiles_of_24(mode: str) -> None:
+    whole = LinearProblem(48, 37, 2 * GROUP, dtype=BF16, r=8, bias=torch.float32)
+    y = run(mode, whole)
+    assert_within(y, whole.expected_of_pairs(), str(whole))
+    for M in (*range(17, 25), *range(33, 48)):
+        assert same_bits(run(mode, first_rows(whole, M)), y[:M]), M
+
+
+@pytest.mark.parametrize("M", range(1, 65))
+def test_tile_is_the_one_in_the_plan(M: int) -> None:
+    tile = library("linear_nf4_pairs", "plain").call("linear_nf4_pairs_tile", M)
+    assert tile == routing.pairs_tile(M)["block_m"]
+    assert tile == (24 if 17 <= M <= 24 or 33 <= M <= 48 else 8 if M <= 8 else 16 if M <= 16 else 32)
 
 
 def test_the_codes_error_is_less_than_that_of_rounding_each_weight() -> None:
@@ -126,7 +153,7 @@ def test_its_error_is_no_larger_than_that_of_the_other_tensor_core_kernel() -> N
 
 
 @needs_nvcc
-@pytest.mark.parametrize("problem", [PROBLEMS[3], replace(PROBLEMS[2], M=3)], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[3], *(replace(PROBLEMS[2], M=M) for M in (3, 19, 46))], ids=str)
 def test_no_bank_conflicts(problem: LinearProblem) -> None:
     tested = library("linear_nf4_pairs", "ptx")
     tested.count_banks()
@@ -139,9 +166,9 @@ def test_no_bank_conflicts(problem: LinearProblem) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("rows", "blocks"), [(3, 1), (31, 1), (64, 2)])
+@pytest.mark.parametrize(("rows", "blocks"), [(3, 1), (17, 1), (24, 1), (31, 1), (48, 2), (64, 2)])
 def test_the_only_bank_conflicts_of_double_quantization_are_in_the_table_of_absmax_q(rows: int, blocks: int) -> None:
-    """In tiles of 8 and of 32 rows; from 33 rows on two thread blocks share them."""
+    """In tiles of 8, 24 and 32 rows; from 33 rows on two thread blocks share them."""
     problem = replace(PROBLEMS[1], M=rows)
     tested = library("linear_nf4_pairs", "ptx")
     tested.count_banks()
@@ -172,6 +199,7 @@ FAULTS = {
 
 ONE_KERNEL = {
     "launch_pairs_tile<16, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
+    "launch_pairs_tile<24, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
     "launch_pairs_tile<kPairsMostTile, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
     "launch_pairs<false>": "launch_pairs<true>",
 }
@@ -201,8 +229,8 @@ def test_planted_fault_is_detected(fault: str, tmp_path: Path) -> None:
     assert report in found
 
 
-FEW_ROWS, LONG_FEW, MANY_ROWS = PROBLEMS[1], PROBLEMS[0], PROBLEMS[5]
-PLANTED_IN = (FEW_ROWS, LONG_FEW, MANY_ROWS)
+FEW_ROWS, LONG_FEW, MANY_ROWS, TWO_TILES_OF_24 = PROBLEMS[1], PROBLEMS[0], PROBLEMS[5], PROBLEMS[4]
+PLANTED_IN = (FEW_ROWS, LONG_FEW, MANY_ROWS, TWO_TILES_OF_24)
 EXPRESSIONS = [
     Fault("the x of the next stage", "load_x(tile, j + 1)", "load_x(tile, j)", 2),
     Fault("the second thread block's rows of x", "int(blockIdx.y) * M_TILE", "0 * M_TILE", 2),
@@ -214,12 +242,32 @@ EXPRESSIONS = [
     Fault("the warp's first group", "groups * part / p.warps_per_row", "groups * 0", 1),
     Fault("the sums of the other warps", "other < p.warps_per_row", "other < 1", 1),
     Fault("the place of a sum", "(chunk ^ (m & 7))", "chunk", 2),
+    Fault("the rows that a tile of 24 stores", "min(M_TILE, p.M - m0)", "M_TILE - 8", 3),
+    Fault("the grid of two tiles", "ceil_div(problem.M, M_TILE)", "ceil_div(problem.M, kPairsMostTile * 2)", 3),
+    Fault(
+        "the sums of tiles of 24",
+        "((group * p.warps_per_row + other) * M_TILE + m)",
+        "((group * p.warps_per_row + other) * kPairsMostTile + m)",
+        3,
+    ),
+    Fault(
+        "the x of the third 8 rows",
+        "static_cast<const T*>(p.x) + int64_t(m) * p.K",
+        "static_cast<const T*>(p.x) + int64_t(min(m0 + tile % 2 * 8 + g, p.M - 1)) * p.K",
+        3,
+    ),
+    Fault(
+        "the s of the third 8 rows",
+        "load(p.s, min(m0 + tile * 8 + g, p.M - 1))",
+        "load(p.s, min(m0 + tile % 2 * 8 + g, p.M - 1))",
+        3,
+    ),
     Fault("the bias", "p.bias.data && n + k < p.N", "false", 0),
 ]
 """Faults in an expression; case: the problem in PLANTED_IN whose result is wrong."""
 
 
-TWO_KERNELS = {
+THREE_KERNELS = {
     "launch_pairs_tile<16, DOUBLE>": "launch_pairs_tile<8, DOUBLE>",
     "launch_pairs<false>": "launch_pairs<true>",
 }
@@ -231,7 +279,7 @@ def check_planted(tested: cuda_host.Library, case: int) -> None:
 
 
 planted, test_checks_pass_without_a_fault, test_wrong_expression_is_detected = planted_tests(
-    "linear_nf4_pairs", EXPRESSIONS, check_planted, TWO_KERNELS
+    "linear_nf4_pairs", EXPRESSIONS, check_planted, THREE_KERNELS
 )
 
 

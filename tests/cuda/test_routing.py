@@ -33,6 +33,13 @@ def test_routing_table_equals_roofline_model(capability: int) -> None:
     assert bounds.pair_rows == roofline.pair_rows(gpu)
 
 
+@pytest.mark.parametrize("capability", routing.BOUNDS)
+def test_all_rows_of_a_range_of_the_pair_table_are_planned_in_it(capability: int) -> None:
+    bounds = routing.BOUNDS[capability]
+    for M in range(1, 65):
+        assert bounds.pair_range(planned_rows(M)) == bounds.pair_range(M)
+
+
 def test_bounds_of_an_unknown_gpu_are_those_of_the_nearest_below() -> None:
     assert routing.bounds_of(103) == routing.BOUNDS[100]
     assert routing.bounds_of(75) == routing.BOUNDS[80]
@@ -45,6 +52,10 @@ def test_every_kernel_serves_its_rows() -> None:
     ]
     assert [kernel(M, dtype=torch.float16) for M in (4, 5)] == [routing.SMALL_M, routing.GEMM]
     assert kernel(2, 100) == kernel(32, 100) == routing.PAIRS
+    assert [kernel(M, 86) for M in (5, 9, 17, 24, 25, 33, 48, 49)] == [routing.PAIRS, routing.GEMM] + [
+        routing.PAIRS
+    ] * 2 + [routing.GEMM] + [routing.PAIRS] * 2 + [routing.GEMM]
+    assert [kernel(M, 120) for M in (25, 48, 49)] == [routing.PAIRS] * 2 + [routing.GEMM]
     assert kernel(192, 90) == routing.GEMM
     assert kernel(192, 100) == routing.DECODE
     assert kernel(1, op="linear_nf4_lora_backward") == routing.GEMM
@@ -103,7 +114,7 @@ def test_the_environment_selects_the_pair_table(monkeypatch: pytest.MonkeyPatch)
         routing.pairs_choice("yes")
 
 
-@pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 1000, 1025, 5000])
+@pytest.mark.parametrize("M", [1, 3, 16, 17, 25, 33, 49, 64, 65, 1000, 1025, 5000])
 def test_planned_rows_are_no_fewer_and_in_the_same_bucket(M: int) -> None:
     rows = planned_rows(M)
     assert rows >= M

@@ -64,6 +64,7 @@ CODEC = replace(GOOD, kernel="dequantize_nf4_kernel", tensor_core="", matmul=Fal
         (replace(SMALL_M, per_weight=6.5), "small_m with one row"),
         (replace(SMALL_M, spills=1), "no spills"),
         (replace(PAIRS, per_weight=2.1), "in the pair-table loop"),
+        (replace(PAIRS, config="bf16 M24 true", per_weight=2.35), "in the pair-table loop"),
         (replace(PAIRS, early_waits=1), "no wait for a load"),
         (replace(PAIRS, tensor_core=""), "wherever there is a matmul"),
         (replace(CODEC, per_weight=8.2), "SASS instructions per weight"),

@@ -1,6 +1,6 @@
 """The choice of a product's kernel: a table for each GPU architecture, overridden by measurements on the GPU.
 
-    pair_rows                 linear_nf4_pairs.cu: tensor cores, two codes by one table lookup; bf16, blocks of 64
+    in pair_rows              linear_nf4_pairs.cu: tensor cores, two codes by one table lookup; bf16, blocks of 64
     rows <= small_rows        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
     rows <= fused_rows        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
@@ -28,6 +28,7 @@ import torch
 from ...ops import extended_k, measured_plans
 from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
+from ...rounding import cdiv, round_up
 from .lora_down import kernel_obstacle
 
 SMALL_ROWS_FP32 = 16
@@ -39,6 +40,9 @@ MOST_SMALL_ROWS = 16
 MOST_PAIR_ROWS = 64
 """Maximum number of rows of linear_nf4_pairs.cu."""
 
+MOST_PAIR_TILE = 32
+"""Maximum number of rows of x in a thread block of linear_nf4_pairs.cu."""
+
 PAIRS_BLOCKSIZE, PAIRS_GROUP = 64, 256
 """The blocksize of linear_nf4_pairs.cu, and the number of which K must be a multiple there: four blocks."""
 
@@ -46,21 +50,25 @@ PAIRS_BLOCKSIZE, PAIRS_GROUP = 64, 256
 class Bounds(NamedTuple):
     """The numbers of rows of x for which each kernel is the default, in 16-bit dtypes.
 
-    small_rows, fused_rows: the maximum.   pair_rows: the minimum and the maximum.
+    small_rows, fused_rows: the maximum.   pair_rows: the minimum and the maximum of each range.
     """
 
     small_rows: int
     fused_rows: int
-    pair_rows: tuple[int, int]
+    pair_rows: tuple[tuple[int, int], ...]
+
+    def pair_range(self, M: int) -> tuple[int, int] | None:
+        """Return the range of pair_rows that contains M, or None."""
+        return next((found for found in self.pair_rows if found[0] <= M <= found[1]), None)
 
 
 BOUNDS = {
-    80: Bounds(4, 128, (3, 16)),
-    86: Bounds(4, 64, (5, 8)),
-    89: Bounds(4, 128, (5, 16)),
-    90: Bounds(4, 192, (2, 16)),
-    100: Bounds(4, 64, (2, 32)),
-    120: Bounds(4, 64, (5, 32)),
+    80: Bounds(4, 128, ((3, 16),)),
+    86: Bounds(4, 64, ((5, 8), (17, 24), (33, 48))),
+    89: Bounds(4, 128, ((5, 24), (33, 48))),
+    90: Bounds(4, 192, ((2, 16),)),
+    100: Bounds(4, 64, ((2, 32),)),
+    120: Bounds(4, 64, ((5, 48),)),
 }
 """Compute capability -> bounds; other capabilities use the nearest one below."""
 
@@ -179,12 +187,13 @@ def _route(problem: Problem, capability: int, pairs: bool | None) -> KernelPlan:
         kernel = KERNELS[entry["path"]]
         return KernelPlan(kernel, _tile(kernel, problem.M), "measured best")
     bounds = bounds_of(capability)
-    fewest, most = bounds.pair_rows
-    if PAIRS in served and fewest <= problem.M <= most:
+    pair_range = bounds.pair_range(problem.M)
+    if PAIRS in served and pair_range is not None:
+        fewest, most = pair_range
         tile = pairs_tile(problem.M)
         return KernelPlan(PAIRS, tile, f"{fewest} <= M={problem.M} <= {most}: tensor cores, two codes by one lookup")
     chosen = _route_without_pairs(problem, bounds, served)
-    if problem.op == "linear_nf4" and fewest <= problem.M <= most:
+    if problem.op == "linear_nf4" and pair_range is not None:
         return replace(chosen, reason=f"{chosen.reason}; {PAIRS} is left out: {pairs_reason}")
     return chosen
 
@@ -232,7 +241,7 @@ def _tile(kernel: str, M: int) -> dict[str, int]:
 
 def pairs_tile(M: int) -> dict[str, int]:
     """Return M_TILE and kPairsRows of csrc/cuda/linear_nf4_pairs.cu, rows of x and of w of a warp."""
-    return {"block_m": 8 if M <= 8 else 16 if M <= 16 else 32, "block_n": 32}
+    return {"block_m": round_up(cdiv(M, cdiv(M, MOST_PAIR_TILE)), 8), "block_n": 32}
 
 
 def gemm_tile(M: int) -> dict[str, int]:
