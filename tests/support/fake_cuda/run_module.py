@@ -2,7 +2,8 @@
 
     FAKE_CUDA_PYTHON=.venv-cuda/bin/python tests/support/fake_cuda/python -m MODULE ARGUMENTS
 
-The module is found as `python -m` would find it in the current folder.
+The module is found as `python -m` would find it in the current folder. FAKE_CUDA_CAPABILITY is the device's compute
+capability, 8.0 if it is not set.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def main() -> None:
     sys.path[:] = [os.getcwd(), *(path for path in sys.path[1:] if path), str(here.parents[3])]
     from tests.support import fake_cuda
 
-    fake_cuda.activate()
+    fake_cuda.activate(capability=os.environ.get("FAKE_CUDA_CAPABILITY", "8.0"))
     from tests.support.fake_cuda import host_ops
 
     host_ops.install()
