@@ -52,6 +52,9 @@ inline void copy_tile(void* to_sh, const CUtensorMap* map, int column, int row, 
     cuda_host::tensor_copies().issue(to_sh, map, {column, row}, barrier_sh, where);
 }
 
+// Makes what this thread has written to shared memory by ordinary stores visible to later wgmma and copies.
+inline void proxy_fence() { cuda_host::async_proxy().fence(); }
+
 // Orders this thread's accesses to registers before later wgmma of the warpgroup: before the first one, and whenever
 // another instruction has changed a sum or an operand.
 inline void wgmma_fence() { cuda_host::warpgroups().fence(); }
@@ -118,6 +121,8 @@ __device__ __forceinline__ void copy_tile(void* to_sh, const CUtensorMap* map, i
         : "memory");
 }
 
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int groups>
@@ -135,6 +140,7 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* tile_sh) {
 
 template <typename T, int N>
 __device__ __forceinline__ void wgmma_m64k16(float (&sum)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    static_assert(N == 64 || N == 128 || N == 256);
     if constexpr (N == 64 && std::is_same_v<T, __half>) {
         asm volatile(
             "{ .reg .pred accumulate; setp.ne.b32 accumulate, %37, 0; "

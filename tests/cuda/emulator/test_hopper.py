@@ -1,6 +1,7 @@
 """The emulator's semantics of sm_90a: TMA copies with every swizzle, mbarriers and products of warpgroups."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,38 @@ def test_product_of_warpgroups(mode: str, dtype: torch.dtype, N: int) -> None:
 def test_product_passes_under_sanitizers(mode: str) -> None:
     a, b = torch.randn(128, 384).bfloat16(), torch.randn(64, 384).bfloat16()
     assert torch.equal(multiply(mode, a, b), multiply("plain", a, b))
+
+
+@both_paths
+def test_stored_operand_is_seen_after_a_proxy_fence(mode: str) -> None:
+    a, b, y = torch.randn(64, 16).bfloat16(), torch.randn(64, 16).bfloat16(), torch.full((64, 64), torch.nan)
+    library(mode).call("launch_stored", a, b, out(y), 0)
+    assert_within(y, product(exactly(a), exactly(b).T))
+    with pytest.raises(cuda_host.KernelFault, match=r"no fence\.proxy\.async followed"):
+        library(mode).call("launch_stored", a, b, out(y), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "report"),
+    [
+        ({"box": (257, 32)}, "each size of the box must be 1 to 256"),
+        ({"box": (64, 24)}, "the inner size of the box must be a multiple of 16 bytes"),
+        ({"box": (64, 64), "swizzle": 32}, "must not exceed the swizzle"),
+        ({"columns": 40}, "each stride must be a multiple of 16 bytes"),
+        ({"type": 40}, "this data type is not modelled"),
+        ({"swizzle": 9}, "this swizzle is not modelled"),
+    ],
+)
+def test_tensor_map_is_refused_as_by_the_driver(arguments: dict[str, Any], report: str) -> None:
+    box, columns = arguments.get("box", (64, 32)), arguments.get("columns", 64)
+    swizzle = SWIZZLES.get(arguments.get("swizzle", 0), 9)
+    x, y = torch.zeros(64, columns, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(cuda_host.KernelFault, match=f"cuTensorMapEncodeTiled: .*{report}"):
+        library().call("launch_copy", x, arguments.get("type", 0), 1, 64, columns, *box, swizzle, 0, 0, 0, out(y))
+
+
+def test_function_that_encodes_maps_can_be_absent() -> None:
+    tested = library()
+    tested.fail("cudaGetDriverEntryPointByVersion", 500)
+    x, y = torch.zeros(32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    assert tested.call("launch_copy", x, 0, 1, 32, 32, 32, 32, 0, 0, 0, 0, out(y)) == 500

@@ -4,6 +4,7 @@
 #define QLORA_CUDA_HOST 1
 
 #include "cuda_host/async_copy.h"
+#include "cuda_host/async_proxy.h"
 #include "cuda_host/device_functions.h"
 #include "cuda_host/launch.h"
 #include "cuda_host/machine.h"

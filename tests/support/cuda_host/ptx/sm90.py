@@ -50,7 +50,9 @@ def _arrive(scope: Scope, i: Instruction) -> str:
 
 
 def _fence(scope: Scope, i: Instruction) -> str:
-    """Fences order nothing else, because blocks run one after another and memory is sequentially consistent."""
+    """Fences do nothing for ordinary accesses, because blocks run one after another and memory is sequentially consistent."""
+    if i.opcode.startswith("fence.proxy.async"):
+        return "mbarriers().fence_init(); async_proxy().fence();"
     return "mbarriers().fence_init();" if "mbarrier_init" in i.parts else ";"
 
 
@@ -104,9 +106,9 @@ def _product(scope: Scope, i: Instruction) -> str:
     sums, a, b, accumulate, *scales = i.operands
     in_shared = not a.startswith("{")
     negate_a, negate_b, *transposed = scales
-    if shape is None or element is None or any(t != "0" for t in transposed):
+    if shape is None or element is None:
         raise Unsupported(i.opcode)
-    words = "" if in_shared else ", ".join(scope.read(word, "b32") for word in vector(a))
+    words = "" if in_shared else ", ".join("&" + scope.register(word) for word in vector(a))
     fields = {
         "n": shape[1],
         "element": element,
@@ -114,6 +116,8 @@ def _product(scope: Scope, i: Instruction) -> str:
         "negate_a": str(negate_a == "-1").lower(),
         "negate_b": str(negate_b == "-1").lower(),
         "a_in_shared": str(in_shared).lower(),
+        "a_mn_major": str(in_shared and transposed[0] == "1").lower(),
+        "b_mn_major": str(transposed[-1] == "1").lower(),
         "a": scope.read(a, "b64") if in_shared else "0",
         "b": scope.read(b, "b64"),
     }
@@ -121,9 +125,9 @@ def _product(scope: Scope, i: Instruction) -> str:
     return (
         f"{scope.warpgroup.check(registers)} "
         f"const WgmmaShape shape{{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}}; "
-        + ("const uint32_t* a = nullptr; " if in_shared else f"const uint32_t a[4] = {{{words}}}; ")
+        + ("uint32_t* const* a = nullptr; " if in_shared else f"uint32_t* const a[4] = {{{words}}}; ")
         + f"uint32_t* const sums[] = {{{', '.join('&' + scope.register(s) for s in vector(sums))}}}; "
-        f"warpgroups().issue(shape, a, sums, {_HERE});"
+        f"warpgroups().issue_registers(shape, a, sums, {_HERE});"
     )
 
 

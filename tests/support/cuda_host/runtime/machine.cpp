@@ -4,8 +4,10 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 #include "cuda_host/async_copy.h"
+#include "cuda_host/async_proxy.h"
 #include "cuda_host/banks.h"
 #include "cuda_host/mbarrier.h"
 #include "cuda_host/qualifiers.h"
@@ -118,15 +120,19 @@ CUDA_HOST_RUNTIME void Machine::release_barrier() {
 }
 
 CUDA_HOST_RUNTIME std::string Machine::describe_deadlock() const {
-    std::string text = "deadlock:";
-    int shown = 0, barriers_shown = 0;
-    for (int i = 0; i < thread_count_ && shown < 6; i++) {
+    constexpr size_t kShownThreads = 3;
+    std::map<std::string, std::vector<int>> threads_at;
+    for (int i = 0; i < thread_count_; i++) {
         const Thread& thread = threads_[i];
-        const bool barrier = thread.status == Status::kAtBarrier;
-        if (thread.status != Status::kAtCollective && !(barrier && barriers_shown < 3)) continue;
-        shown++;
-        barriers_shown += barrier;
-        text += " [thread " + std::to_string(i) + " in " + thread.waiting_in + " at " + at(thread.waiting_at) + "]";
+        if (thread.status != Status::kAtCollective && thread.status != Status::kAtBarrier) continue;
+        threads_at[std::string(thread.waiting_in) + " at " + at(thread.waiting_at)].push_back(i);
+    }
+    std::string text = "deadlock:";
+    for (const auto& [place, threads] : threads_at) {
+        text += threads.size() == 1 ? " [thread" : " [threads";
+        for (size_t i = 0; i < std::min(threads.size(), kShownThreads); i++) text += " " + std::to_string(threads[i]);
+        if (threads.size() > kShownThreads) text += " and " + std::to_string(threads.size() - kShownThreads) + " more";
+        text += " in " + place + "]";
     }
     return text + " alive " + std::to_string(alive_) + " of " + std::to_string(thread_count_) + ", at a barrier " +
            std::to_string(at_barrier_) + mbarriers().describe();
@@ -188,6 +194,7 @@ CUDA_HOST_RUNTIME void Machine::prepare_block(void (*entry)()) {
     }
     alive_ = thread_count_;
     at_barrier_ = 0;
+    async_proxy().start_block();
     mbarriers().start_block();
     tensor_copies().start_block();
     warpgroups().start_block(thread_count_);
@@ -258,7 +265,11 @@ CUDA_HOST_RUNTIME void Machine::run_block(void (*entry)()) {
     if (error.empty()) error = tensor_copies().left_over();
     // Blocks are ordered, so that shared memory which the next block reuses is no race; races between blocks are not
     // seen.
+    for (int i = 0; i < thread_count_; i++) {
+        if (threads_[i].status != Status::kDone) threads_[i].fiber.abandon(&grid_token_);
+    }
     tsan_acquire(&grid_token_);
+    tsan_acquire(&AsyncUnit::all_token);
     if (bank_counter().enabled) bank_counter().finish_block();
     free(dynamic_shared);
     dynamic_shared = nullptr;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cuda_host/async_copy.h"
+#include "cuda_host/async_proxy.h"
 #include "cuda_host/mbarrier.h"
 
 namespace cuda_host {
@@ -70,6 +71,7 @@ CUDA_HOST_RUNTIME void TensorCopies::issue(void* destination, const void* map, s
     pending_.push_back(copy);
     unit_of(copy.thread).declare(copy.token, nullptr, 0, {destination, size_t(bytes)}, nullptr);
     memset(destination, kPoison, size_t(bytes));
+    async_proxy().written(copy.destination, size_t(bytes));
 }
 
 CUDA_HOST_RUNTIME bool TensorCopies::make_one(void* barrier) {
@@ -114,6 +116,7 @@ CUDA_HOST_RUNTIME void TensorCopies::copy(const PendingTensorCopy& copy, void* e
             memcpy(element, from, map.element_bytes);
         }
     }
+    async_proxy().written(copy.destination, size_t(bytes));
     unit_of(copy.thread).declare(copy.token, read.data(), read.size(), {begin, size_t(bytes)}, end);
 }
 

@@ -5,12 +5,12 @@
 #include <cstring>
 #include <map>
 
+#include "cuda_host/matrix_descriptor.h"
 #include "cuda_host/number_formats.h"
-#include "cuda_host/tensor_copy.h"
 
 namespace cuda_host {
 
-constexpr int kRows = 64, kDepth = 16, kMaxColumns = 256;
+constexpr int kRows = 64, kDepth = kWgmmaDepth, kMaxColumns = 256;
 
 // One wgmma of a warpgroup.
 struct WgmmaProduct {
@@ -28,64 +28,19 @@ struct WgmmaProduct {
 
 namespace {
 
-// Sum `index` of a pending product is a NaN of which the lower 22 bits name both.
-constexpr uint32_t kTag = 0x7FC00000, kTagMask = 0xFFC00000;
+// Sum `index` of a pending product is a signaling NaN of which the lower 22 bits name both: arithmetic makes it quiet.
+constexpr uint32_t kTag = 0x7F800000, kTagMask = 0xFFC00000;
 uint32_t tag_of(uint64_t serial, int index) { return kTag | uint32_t(1 + serial % 0x7FFE) << 7 | uint32_t(index); }
 bool is_tag(uint32_t bits) { return (bits & kTagMask) == kTag && (bits & ~kTagMask) >= 128; }
-
-struct Descriptor {
-    uint32_t start, leading, stride;
-    int span;  // of the swizzle in bytes, 0 for none
-};
-
-CUDA_HOST_RUNTIME Descriptor decoded(uint64_t bits, const WgmmaProduct& product) {
-    constexpr int kSpans[] = {0, 128, 64, 32};
-    auto field = [bits](int shift) { return uint32_t(bits >> shift & 0x3FFF) << 4; };
-    const Descriptor d{field(0), field(16), field(32), kSpans[bits >> 62]};
-    const char* file = product.where.file_name();
-    const unsigned line = product.where.line();
-    if (bits >> 49 & 7) machine().fail("wgmma at %s:%u: a base offset of a descriptor is not modelled", file, line);
-    if (d.span && (d.start >> 7 & uint32_t(d.span / 16 - 1))) {
-        machine().fail("wgmma at %s:%u: a tile with a %d-byte swizzle must begin at a multiple of %d bytes, got %#x",
-                       file, line, d.span, d.span * 8, d.start);
-    }
-    if (d.span && d.start % uint32_t(d.span) + kDepth * 2 > uint32_t(d.span)) {
-        machine().fail("wgmma at %s:%u: 16 elements from %#x on leave the %d-byte rows of the swizzle", file, line,
-                       d.start, d.span);
-    }
-    return d;
-}
-
-// Elements [rows, 16] of an operand in shared memory, contiguous along k, as the PTX manual lays them out: rows of the
-// swizzle's span, eight of them a pattern, patterns `stride` apart; without a swizzle, core matrices of 8 rows of 16
-// bytes, `leading` apart along k and `stride` apart along the rows.
-CUDA_HOST_RUNTIME void read_operand(uint64_t bits, int rows, const WgmmaProduct& product, uint16_t* elements,
-                                    std::vector<MemoryRange>& read) {
-    constexpr uint32_t kPiece = 16;
-    const Descriptor d = decoded(bits, product);
-    for (uint32_t row = 0; row < uint32_t(rows); row++) {
-        for (uint32_t piece = 0; piece < 2; piece++) {
-            uint32_t address = d.start + row / 8 * d.stride + row % 8 * uint32_t(d.span ? d.span : kPiece);
-            address = swizzled(address + piece * (d.span ? kPiece : d.leading), d.span);
-            const char* from = machine().shared_pointer(address, kPiece);
-            if (!from) {
-                machine().fail("wgmma at %s:%u: shared address %#x of an operand is outside every shared variable",
-                               product.where.file_name(), product.where.line(), address);
-            }
-            read.push_back({from, kPiece});
-            memcpy(elements + row * kDepth + piece * 8, from, kPiece);
-        }
-    }
-}
 
 void read_operands(const WgmmaProduct& product, std::vector<uint16_t>& a, std::vector<uint16_t>& b,
                    std::vector<MemoryRange>& read) {
     const WgmmaShape& shape = product.shape;
     b.resize(size_t(shape.n * kDepth));
-    read_operand(shape.b, shape.n, product, b.data(), read);
+    read_matrix(shape.b, shape.n, shape.b_mn_major, product.where, b.data(), read);
     if (!shape.a_in_shared) return;
     a.resize(kRows * kDepth);
-    read_operand(shape.a, kRows, product, a.data(), read);
+    read_matrix(shape.a, kRows, shape.a_mn_major, product.where, a.data(), read);
 }
 
 // sums [64, n] += a [64, 16] b [n, 16]^T in order of k; a GPU's order is its own.
@@ -161,7 +116,7 @@ void take_inputs(WgmmaProduct& product) {
 struct Warpgroups::Member {
     struct Pending {
         std::shared_ptr<WgmmaProduct> product;
-        std::vector<uint32_t*> sums;
+        std::vector<uint32_t*> sums, a;  // a only where its registers are known
         int group;
     };
     uint64_t issued = 0;
@@ -241,7 +196,7 @@ void Warpgroups::issue(const WgmmaShape& shape, const uint32_t* a, uint32_t* con
                        line, product->where.line());
     }
     if (a) memcpy(product->a[thread], a, sizeof product->a[thread]);
-    Member::Pending pending{product, {sums, sums + each}, self.group};
+    Member::Pending pending{product, {sums, sums + each}, {}, self.group};
     for (int i = 0; i < each; i++) {
         const uint32_t bits = *sums[i];
         float& input = product->sums[size_t(thread * each + i)];
@@ -264,6 +219,14 @@ void Warpgroups::issue(const WgmmaShape& shape, const uint32_t* a, uint32_t* con
     own_group.waiting.clear();
 }
 
+void Warpgroups::issue_registers(const WgmmaShape& shape, uint32_t* const* a, uint32_t* const* sums, Where where) {
+    IgnoreAccesses ignore;
+    uint32_t words[4] = {};
+    for (int i = 0; a && i < 4; i++) words[i] = *a[i];
+    issue(shape, a ? words : nullptr, sums, where);
+    if (a) member().pending.back().a.assign(a, a + 4);
+}
+
 // What the operands in shared memory are when the last thread has issued the product.
 void Warpgroups::record_operands(WgmmaProduct& product) {
     product.token = machine().fresh_token();
@@ -271,6 +234,7 @@ void Warpgroups::record_operands(WgmmaProduct& product) {
     tsan_release(product.token);
     std::vector<MemoryRange> read;
     read_operands(product, product.a_in_shared, product.b, read);
+    check_visible(read, product.where);
 }
 
 CUDA_HOST_RUNTIME void Warpgroups::complete_product(WgmmaProduct& product) {
@@ -299,7 +263,7 @@ void Warpgroups::wait(int groups, Where where) {
     Member& self = member();
     const size_t thread = size_t(machine().current->linear % kWarpgroupThreads);
     while (Member::Pending* due = self.due(groups)) {
-        finish(*due->product, where);
+        finish(self, where);
         const WgmmaProduct& product = *due->product;
         const size_t each = due->sums.size();
         for (size_t i = 0; i < each; i++) {
@@ -321,7 +285,7 @@ void Warpgroups::wait_moved(int groups, uint32_t* const* registers, int count, W
     Member& self = member();
     const size_t thread = size_t(machine().current->linear % kWarpgroupThreads);
     while (Member::Pending* due = self.due(groups)) {
-        finish(*due->product, where);
+        finish(self, where);
         const WgmmaProduct& product = *due->product;
         for (int i = 0; i < count; i++) {
             const uint32_t index = *registers[i] & 127;
@@ -333,11 +297,18 @@ void Warpgroups::wait_moved(int groups, uint32_t* const* registers, int count, W
     self.fenced = false;
 }
 
-// Returns when the product is computed.
-void Warpgroups::finish(WgmmaProduct& product, Where where) {
+// Returns when the oldest pending product is computed.
+void Warpgroups::finish(Member& self, Where where) {
+    const Member::Pending& due = self.pending.front();
+    WgmmaProduct& product = *due.product;
     while (product.issued < kWarpgroupThreads) {
         group().waiting.push_back(machine().current);
         machine().wait_in_collective("wgmma.wait_group", where);
+    }
+    for (size_t i = 0; i < due.a.size(); i++) {
+        if (*due.a[i] == product.a[machine().current->linear % kWarpgroupThreads][i]) continue;
+        machine().fail("wgmma at %s:%u: register %zu of a was written before the wait_group of its product",
+                       product.where.file_name(), product.where.line(), i);
     }
     complete_product(product);
     tsan_acquire(product.done_token);

@@ -104,8 +104,21 @@ class Machine {
     // descriptor reaches. -1 and null where the bytes are not all in one of them.
     int64_t shared_address(const void* pointer, size_t bytes) const;
     char* shared_pointer(uint32_t address, size_t bytes) const;
+    // Calls visit(address, bytes) for what descriptors reach.
+    template <class Visit>
+    void for_each_shared(Visit visit) const {
+        visit(0u, dynamic_shared_bytes);
+        for (const BlockShared& shared : block_shared_) visit(shared.address, shared.bytes);
+    }
 
   private:
+    struct BlockShared {
+        const void* key;
+        char* memory;
+        size_t bytes;
+        uint32_t address;
+    };
+
     void run_block(void (*entry)());
     void prepare_block(void (*entry)());
     size_t pick();
@@ -119,12 +132,6 @@ class Machine {
     std::vector<Warp> warps_;
     std::vector<int> ready_;
     std::vector<uint32_t> warp_priority_;  // empty: every ready thread is equally likely
-    struct BlockShared {
-        const void* key;
-        char* memory;
-        size_t bytes;
-        uint32_t address;
-    };
     std::vector<BlockShared> block_shared_;
     MainStack main_;
     void (*body_)(void*) = nullptr;

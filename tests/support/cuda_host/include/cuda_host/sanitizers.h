@@ -16,6 +16,7 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_read_range(void* address, unsigned long bytes);
 void __tsan_write_range(void* address, unsigned long bytes);
@@ -35,21 +36,29 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace cuda_host {
 
+#if defined(__SANITIZE_THREAD__)
+// Scopes that hide accesses, on the stack that runs now; each stack has a counter of its own.
+inline int main_hiding = 0;
+inline int* hiding = &main_hiding;
+CUDA_HOST_RUNTIME inline void begin_hiding() {
+    ++*hiding;
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+}
+CUDA_HOST_RUNTIME inline void end_hiding() {
+    --*hiding;
+    AnnotateIgnoreWritesEnd("", 0);
+    AnnotateIgnoreReadsEnd("", 0);
+}
+#else
+inline void begin_hiding() {}
+inline void end_hiding() {}
+#endif
+
 // Hides the runtime's memory accesses (standard containers included) from ThreadSanitizer for the scope's lifetime.
 struct IgnoreAccesses {
-#if defined(__SANITIZE_THREAD__)
-    IgnoreAccesses() {
-        AnnotateIgnoreReadsBegin("", 0);
-        AnnotateIgnoreWritesBegin("", 0);
-    }
-    ~IgnoreAccesses() {
-        AnnotateIgnoreWritesEnd("", 0);
-        AnnotateIgnoreReadsEnd("", 0);
-    }
-#else
-    IgnoreAccesses() {}
-    ~IgnoreAccesses() {}
-#endif
+    IgnoreAccesses() { begin_hiding(); }
+    ~IgnoreAccesses() { end_hiding(); }
     IgnoreAccesses(const IgnoreAccesses&) = delete;
     IgnoreAccesses& operator=(const IgnoreAccesses&) = delete;
 };
@@ -100,9 +109,13 @@ class AsyncUnit {
         for (size_t i = 0; i < reads; i++) __tsan_read_range(const_cast<void*>(read[i].begin), read[i].bytes);
         if (written.bytes) __tsan_write_range(const_cast<void*>(written.begin), written.bytes);
         if (end) __tsan_release(end);
+        __tsan_release(&all_token);
         __tsan_switch_to_fiber(caller, 1);
 #endif
     }
+
+    // Acquired where a block has ended: everything that any unit has done.
+    static inline char all_token = 0;
 
   private:
     void* fiber_ = nullptr;  // lives as long as the process

@@ -20,7 +20,8 @@ struct WgmmaShape {
     int n = 0;
     Element16 element = Element16::kBf16;
     bool accumulate = false, negate_a = false, negate_b = false, a_in_shared = false;
-    uint64_t a = 0, b = 0;  // descriptors; a only if a_in_shared
+    bool a_mn_major = false, b_mn_major = false;  // in shared memory: contiguous along the rows instead of k
+    uint64_t a = 0, b = 0;                        // descriptors; a only if a_in_shared
 
     bool operator==(const WgmmaShape&) const = default;
 };
@@ -35,6 +36,8 @@ class Warpgroups {
 
     // By each thread: its registers of a (null if a is in shared memory) and the addresses of the bits of n / 2 sums.
     void issue(const WgmmaShape& shape, const uint32_t* a, uint32_t* const* sums, Where where);
+    // The same by translated PTX, with the addresses of the registers of a: their values may not change until the wait.
+    void issue_registers(const WgmmaShape& shape, uint32_t* const* a, uint32_t* const* sums, Where where);
     void fence();
     void commit();
     // Waits until at most the `groups` youngest groups of the running thread are incomplete.
@@ -51,7 +54,7 @@ class Warpgroups {
     Member& member();
     void record_operands(WgmmaProduct& product);
     void complete_product(WgmmaProduct& product);
-    void finish(WgmmaProduct& product, Where where);
+    void finish(Member& member, Where where);
 
     std::vector<std::unique_ptr<Group>> groups_;
 };
