@@ -110,7 +110,7 @@ class LoRAOp:
     ) -> Gradients:
         """Check the arguments, then compose the gradients of torch's ops."""
         self._check_backward(grad_y, x, s, weight, lora)
-        return compose.lora_backward(grad_y, x, weight, lora, needs)
+        return compose.lora_backward(grad_y, x, s, weight, lora, needs)
 
     def _check_forward(self, x: Tensor, weight: Weight, bias: Tensor | None, lora: Adapter) -> None:
         check_x(self.name, x, weight)

@@ -34,20 +34,23 @@ def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, lora: LoRA | Mul
 
 
 def lora_backward(
-    grad_y: Tensor, x: Tensor, weight: Weight, lora: LoRA | MultiLoRA, needs: Needs
+    grad_y: Tensor, x: Tensor, s: Tensor | None, weight: Weight, lora: LoRA | MultiLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (grad_x, grad_A, grad_B) of such an op, empty where not needed; s is recomputed, because it depends on x
-    and A.
+    """Return (grad_x, grad_A, grad_B) of such an op, empty where not needed.
+
+    s: differentiable in x, and used where A is frozen: x is then not read. Otherwise, and if it is None, it is
+    recomputed, because it depends on x and A.
     """
     rows, grad_rows = _matrix(x), _matrix(grad_y)
-    need_x_dropped = needs.need_grad_A or needs.need_grad_B
+    given_s = None if needs.need_grad_A else s
+    need_x_dropped = needs.need_grad_A or (needs.need_grad_B and given_s is None)
     x_dropped = dropped(rows, lora.seed, lora.dropout_p) if need_x_dropped else rows
     through_dropout = torch.zeros_like(rows)
     grads_A, grads_B = [], []
     for A, B, scaling, mask in _adapters(lora, x.dtype):
         own = grad_rows if mask is None else grad_rows * mask
         if needs.need_grad_B:
-            grads_B.append(scaling * (own.T @ (x_dropped @ A.T)))
+            grads_B.append(scaling * (own.T @ (x_dropped @ A.T if given_s is None else given_s)))
         if not needs.need_ds:
             continue
         ds = scaling * (own @ B)
@@ -60,6 +63,18 @@ def lora_backward(
         through_dropout = dropped(through_dropout, lora.seed, lora.dropout_p)
         of_x = grad_x(grad_y, weight) + through_dropout.reshape(x.shape)
     return of_x, _joined(grads_A, lora, lora.A), _joined(grads_B, lora, lora.B)
+
+
+def grad_x_of_s(grad_s: Tensor, x_shape: torch.Size, lora: LoRA | MultiLoRA | GroupLoRA) -> Tensor:
+    """Return the gradient of x [..., K] for grad_s [M, r], s = dropout(x) A^T."""
+    dtype = grad_s.dtype
+    if isinstance(lora, MultiLoRA):
+        rows = grad_s.new_zeros(grad_s.shape[0], x_shape[-1])
+        for e, A in enumerate(lora.A.to(dtype)):
+            rows = rows + (grad_s * (lora.adapter == e)[:, None]) @ A
+    else:
+        rows = grad_s @ lora.A.to(dtype)
+    return dropped(rows, lora.seed, lora.dropout_p).reshape(x_shape)
 
 
 def _joined(grads: list[Tensor], lora: LoRA | MultiLoRA, factor: Tensor) -> Tensor:
@@ -78,12 +93,13 @@ def lora_group(
 
 
 def lora_group_backward(
-    grad_ys: Sequence[Tensor], x: Tensor, weights: Sequence[Weight], lora: GroupLoRA, needs: Needs
+    grad_ys: Sequence[Tensor], x: Tensor, s: Tensor, weights: Sequence[Weight], lora: GroupLoRA, needs: Needs
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return (grad_x, grad_A, grads of B) of linear_nf4_lora_group, empty where not needed."""
+    """Return (grad_x, grad_A, grads of B) of linear_nf4_lora_group, empty where not needed; s as in lora_backward."""
     of_x, grads_A, grads_B = x.new_empty(0), [], []
-    for grad_y, weight, member in zip(grad_ys, weights, lora.split_per_linear(), strict=True):
-        of_member, of_A, of_B = lora_backward(grad_y, x, weight, member, needs)
+    parts = torch.split(s, lora.ranks, dim=1)
+    for grad_y, part, weight, member in zip(grad_ys, parts, weights, lora.split_per_linear(), strict=True):
+        of_member, of_A, of_B = lora_backward(grad_y, x, part, weight, member, needs)
         of_x = of_x + of_member if of_x.numel() else of_member
         grads_A.append(of_A)
         grads_B.append(of_B)

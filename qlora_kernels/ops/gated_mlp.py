@@ -3,7 +3,7 @@ a norm x + down(f(gate(n)) * up(n)), n = norm(x).
 
 The node runs the kernels of rms_norm, linear_nf4_lora, linear_nf4_lora_group and glu (lora_projection.py), in one call
 where the backend has the kernel gated_mlp. It saves what these ops save: x, n, gate(n), up(n), the product h, and the s
-of each linear. Derivatives of higher order run on the ops.
+of each linear; n and h only where the gradient of a lora_A reads them. Derivatives of higher order run on the ops.
 
 Kernel contract, x [M, K] contiguous, without dropout:
     gated_mlp            run(x, mlp) -> (y [M, K'], GatedMLPState)
@@ -30,6 +30,7 @@ from .residual_block import (
     apply_block,
     normalized,
     normalized_backward,
+    ops_save_input,
 )
 
 
@@ -47,6 +48,15 @@ class GatedMLPState(NamedTuple):
     h: Tensor | None
     s_h: Tensor | None
     of_input: tuple[Tensor | None, ...]
+
+    def kept(self, needs: NodeNeeds) -> GatedMLPState:
+        """Return the state without n and h where no gradient of a lora_A reads them."""
+        of_gate, _, of_up, _, of_down, _ = needs.factors
+        return self._replace(n=self.n if of_gate or of_up else None, h=self.h if of_down else None)
+
+    def complete(self, rows: Tensor) -> GatedMLPState:
+        """Return the state with x in place of n, without a norm, and tensors of the same size for what was not kept."""
+        return self._replace(n=rows if self.n is None else self.n, h=self.up if self.h is None else self.h)
 
 
 class GatedMLP(NamedTuple):
@@ -83,7 +93,7 @@ class GatedMLP(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Whether the MLP of x can run as one node."""
-        if self.gate.lora is None and self.up.lora is None:  # the ops need not save x
+        if not ops_save_input(self.projections[:2], self.norm):
             return False
         gate, up, down = (projection.weight for projection in self.projections)
         if x.dim() < 2 or not x.shape[-1] == gate.K == up.K or not gate.N == up.N == down.K:
@@ -107,16 +117,17 @@ class GatedMLP(NamedTuple):
 
     def run_backward(self, grad_y: Tensor, rows: Tensor, state: GatedMLPState, needs: NodeNeeds) -> BlockGradients:
         """Run the kernel gated_mlp_backward as the kernels of its ops."""
-        n = rows if state.n is None else state.n
-        grad_h, *grads_down = self.down.backward(grad_y, state.h, state.s_h, Needs(True, *needs.factors[4:]))
-        run = select(Problem("glu_backward", n.device.type, n.dtype)).run
-        grads = run(grad_h, state.gate, state.up, self.activation)
+        n, scale, gate, up, h, s_h, of_input = state
+        assert n is not None
+        grad_h, *grads_down = self.down.backward(grad_y, h, s_h, Needs(True, *needs.factors[4:]))
+        run = select(Problem("glu_backward", rows.device.type, rows.dtype)).run
+        grads = run(grad_h, gate, up, self.activation)
         del grad_h
         need_input = needs.x or needs.norm_weight
         grad_n, of_factors = SharedInput(self[:2], n).backward(
-            grads, n, state.of_input, need_grad_x=need_input, need_factors=needs.factors[:4]
+            grads, n, of_input, need_grad_x=need_input, need_factors=needs.factors[:4]
         )
-        grad_x, grad_weight = normalized_backward(grad_n, grad_y, rows, self.norm, state.scale, needs)
+        grad_x, grad_weight = normalized_backward(grad_n, grad_y, rows, self.norm, scale, needs)
         return grad_x, grad_weight, [*of_factors, *grads_down]
 
 

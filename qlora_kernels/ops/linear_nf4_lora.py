@@ -11,7 +11,8 @@ Kernel contract: _lora_op.py's, with lora: LoRA.
                                             grad_x = grad_y W + dropout'(ds A)
 
 lora_A and lora_B are rounded to x's dtype from masters of any dtype; sums are fp32. Only x and s are saved for
-backward, which regenerates the dropout mask from the seed (ops/philox.py) and decodes W again.
+backward, each only where its factor's gradient is needed. Backward regenerates the dropout mask from the seed
+(ops/philox.py) and decodes W again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
+from . import compose
 from ._linear import sum_over_rows
 from ._lora_op import LoRAOp
+from ._saved_rows import rows_to_save, saved_rows
 from .checks import check_lora
 from .operands import LoRA, Weight, weight_of
 
@@ -46,28 +49,32 @@ class LinearNF4LoRAFunction(torch.autograd.Function):
         lora: LoRA,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        """Return (y, s) and save x, s and the factors for backward."""
+        """Return (y, s) and save the factors for backward, x where grad_A is needed, and s where grad_B is."""
         y, s = run(x, *weight, bias, *lora)
-        ctx.mark_non_differentiable(s)
-        ctx.set_materialize_grads(False)  # no zeros for s, which would be one more launch
-        ctx.save_for_backward(x, s, lora_A, lora_B, lora.seed, weight.packed, *weight.constants)
+        need_grad_x, _, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        rows = rows_to_save(ctx, x, s, need_grad_x, need_grad_A, need_grad_B)
+        ctx.save_for_backward(*rows, lora_A, lora_B, lora.seed, weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
         ctx.scaling, ctx.dropout_p = lora.scaling, lora.dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y, s
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of (x, bias, lora_A, lora_B, weight, lora, run)."""
         x, s, lora_A, lora_B, seed, *of_weight = ctx.saved_tensors
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = LoRA(lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p)
+        of_s = None if grad_s is None else compose.grad_x_of_s(grad_s, ctx.x_shape, lora)
+        if grad_y is None:
+            return of_s, None, None, None, None, None, None
         need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        x, s = saved_rows(ctx, grad_y, x, s)
         grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_backward.default(
             grad_y, x, s, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
-        grad_x = grad_x if need_grad_x else None
+        grad_x = None if not need_grad_x else grad_x if of_s is None else grad_x + of_s
         grad_A, grad_B = grad_A if need_grad_A else None, grad_B if need_grad_B else None
         return grad_x, grad_bias, grad_A, grad_B, None, None, None
 

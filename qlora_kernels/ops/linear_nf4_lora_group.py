@@ -29,6 +29,7 @@ from ..format.quant_state import QuantState
 from . import compose
 from ._implement import compose_derivatives, differentiate, fake, implement
 from ._linear import CONSTANTS, bias_only_output, flatten_to_2d, is_empty, problem_of, restore_leading_dims
+from ._saved_rows import rows_to_save, saved_rows
 from .checks import check_bias, check_grad_y, check_lora, check_s, check_x
 from .linear_nf4_lora import seed_for
 from .operands import GroupLoRA, Needs, Weight, WeightLists, weight_of
@@ -145,7 +146,7 @@ def linear_nf4_lora_group_backward_composed(
     """Check the arguments, then compose the gradients of torch's ops."""
     weights = lists.weights()
     _check_backward(grad_ys, x, s, weights, lora)
-    return compose.lora_group_backward(grad_ys, x, weights, lora, needs)
+    return compose.lora_group_backward(grad_ys, x, s, weights, lora, needs)
 
 
 def _only(
@@ -176,30 +177,41 @@ class LinearNF4LoRAGroupFunction(torch.autograd.Function):
         lora_A: Tensor,
         *lora_B: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return (*ys, s) and save x, s and the factors for backward."""
+        """Return (*ys, s) and save the factors for backward, x where grad_A is needed, and s where a grad_B is."""
         ys, s = run(x, biases, *lists, *lora)
-        ctx.mark_non_differentiable(s)
+        need_grad_x, *_, need_grad_A = ctx.needs_input_grad[:6]
+        rows = rows_to_save(ctx, x, s, need_grad_x, need_grad_A, any(ctx.needs_input_grad[6:]))
         of_weights = (lists.packed, lists.absmax, lists.absmax_q, lists.absmax_scale, lists.absmax_offset)
-        ctx.save_for_backward(x, s, lora.seed, lora_A, *lora_B, *chain(*of_weights))
+        ctx.save_for_backward(*rows, lora.seed, lora_A, *lora_B, *chain(*of_weights))
         ctx.n_linears, ctx.blocksizes, ctx.N, ctx.K = len(lora_B), lists.blocksizes, lists.N, lists.K
         ctx.scalings, ctx.dropout_p = lora.scalings, lora.dropout_p
+        ctx.y_shapes = [y.shape for y in ys]
         return *ys, s
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of (x, biases, lists, lora, run, lora_A, *lora_B)."""
-        *grad_ys, _ = grads
+        *given, grad_s = grads
         x, s, seed, lora_A, *rest = ctx.saved_tensors
         lora_B, *of_weights = [rest[i : i + ctx.n_linears] for i in range(0, len(rest), ctx.n_linears)]
         lists = WeightLists._make((*of_weights, ctx.blocksizes, ctx.N, ctx.K))
         lora = GroupLoRA(lora_A, lora_B, seed, ctx.scalings, ctx.dropout_p)
+        of_s = None if grad_s is None else compose.grad_x_of_s(grad_s, ctx.x_shape, lora)
+        present = [grad_y for grad_y in given if grad_y is not None]
+        if not present:
+            return of_s, *[None] * (5 + ctx.n_linears)
+        grad_ys = [
+            present[0].new_zeros(shape) if y is None else y for y, shape in zip(given, ctx.y_shapes, strict=True)
+        ]
         need_grad_x, *_, need_grad_A = ctx.needs_input_grad[:6]
         need_grads_B = ctx.needs_input_grad[6:]
+        x, s = saved_rows(ctx, present[0], x, s)
         grad_x, grad_A, grads_B = torch.ops.qlora_kernels.linear_nf4_lora_group_backward.default(
             grad_ys, x, s, *lists, *lora, need_grad_x, need_grad_A, any(need_grads_B)
         )
         of_B = [grad_B if need else None for grad_B, need in zip(grads_B, need_grads_B, strict=True)]
-        of_x, of_A = grad_x if need_grad_x else None, grad_A if need_grad_A else None
+        of_x = None if not need_grad_x else grad_x if of_s is None else grad_x + of_s
+        of_A = grad_A if need_grad_A else None
         return of_x, None, None, None, None, of_A, *of_B
 
 

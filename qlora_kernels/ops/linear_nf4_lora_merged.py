@@ -103,7 +103,7 @@ def linear_nf4_lora_merged_backward_composed(
 ) -> Gradients:
     """Check the arguments, then compose the gradients of torch's ops, with the update apart."""
     _check_backward(grad_y, x, weight, lora)
-    return compose.lora_backward(grad_y, x, weight, lora, needs)
+    return compose.lora_backward(grad_y, x, None, weight, lora, needs)
 
 
 class LinearNF4LoRAMergedFunction(torch.autograd.Function):
@@ -123,8 +123,10 @@ class LinearNF4LoRAMergedFunction(torch.autograd.Function):
         lora: LoRA,
         run: Callable[..., Any],
     ) -> Tensor:
-        """Return y and save x and the factors for backward."""
-        ctx.save_for_backward(x, lora_A, lora_B, weight.packed, *weight.constants)
+        """Return y and save the factors for backward, and x where the gradient of one of them is needed."""
+        reads_x = any(ctx.needs_input_grad[2:4])
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if reads_x else None, lora_A, lora_B, weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K, ctx.scaling = weight.blocksize, weight.N, weight.K, lora.scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
         y: Tensor = run(x, *weight, bias, *lora)
@@ -137,6 +139,7 @@ class LinearNF4LoRAMergedFunction(torch.autograd.Function):
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = LoRA(lora_A, lora_B, None, ctx.scaling, 0.0)
         need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        x = grad_y.new_empty(ctx.x_shape) if x is None else x  # not read
         grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_lora_merged_backward.default(
             grad_y, x, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..format.quant_state import QuantState
+from . import compose
 from ._linear import sum_over_rows
 from ._lora_op import LoRAOp
+from ._saved_rows import rows_to_save, saved_rows
 from .checks import check_multi_lora
 from .linear_nf4_lora import seed_for
 from .operands import MultiLoRA, Weight, weight_of
@@ -41,29 +43,33 @@ class LinearNF4MultiLoRAFunction(torch.autograd.Function):
         lora: MultiLoRA,
         run: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        """Return (y, s) and save x, s and the factors for backward."""
+        """Return (y, s) and save the factors for backward, x where grad_A is needed, and s where grad_B is."""
         y, s = run(x, *weight, bias, *lora)
-        ctx.mark_non_differentiable(s)
-        ctx.set_materialize_grads(False)  # no zeros for s, which would be one more launch
+        need_grad_x, _, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        rows = rows_to_save(ctx, x, s, need_grad_x, need_grad_A, need_grad_B)
         of_lora = (lora_A, lora_B, lora.scalings, lora.adapter, lora.seed)
-        ctx.save_for_backward(x, s, *of_lora, weight.packed, *weight.constants)
+        ctx.save_for_backward(*rows, *of_lora, weight.packed, *weight.constants)
         ctx.blocksize, ctx.N, ctx.K = weight.blocksize, weight.N, weight.K
         ctx.dropout_p = lora.dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y, s
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of (x, bias, lora_A, lora_B, weight, lora, run)."""
         x, s, lora_A, lora_B, scalings, adapter, seed, *of_weight = ctx.saved_tensors
         weight = Weight._make((*of_weight, ctx.blocksize, ctx.N, ctx.K))
         lora = MultiLoRA(lora_A, lora_B, scalings, adapter, seed, ctx.dropout_p)
+        of_s = None if grad_s is None else compose.grad_x_of_s(grad_s, ctx.x_shape, lora)
+        if grad_y is None:
+            return of_s, None, None, None, None, None, None
         need_grad_x, need_grad_bias, need_grad_A, need_grad_B, *_ = ctx.needs_input_grad
+        x, s = saved_rows(ctx, grad_y, x, s)
         grad_x, grad_A, grad_B = torch.ops.qlora_kernels.linear_nf4_multi_lora_backward.default(
             grad_y, x, s, *weight, *lora, need_grad_x, need_grad_A, need_grad_B
         )
         grad_bias = sum_over_rows(grad_y, ctx.bias_dtype) if need_grad_bias else None
-        grad_x = grad_x if need_grad_x else None
+        grad_x = None if not need_grad_x else grad_x if of_s is None else grad_x + of_s
         grad_A, grad_B = grad_A if need_grad_A else None, grad_B if need_grad_B else None
         return grad_x, grad_bias, grad_A, grad_B, None, None, None
 

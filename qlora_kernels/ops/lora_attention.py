@@ -3,7 +3,8 @@ autograd node, and with a norm x + o(attention(rope(q(n)), rope(k(n)), v(n))), n
 
 The node runs the kernels of rms_norm, linear_nf4_lora, linear_nf4_lora_group, rope and attention (lora_projection.py),
 in one call where the backend has the kernel lora_attention. It saves what these ops save: x, n, the rotated q and k, v,
-the attention's result and log-sums, and the s of each linear. Derivatives of higher order run on the ops.
+the attention's result and log-sums, and the s of each linear; n only where the gradient of a lora_A reads it.
+Derivatives of higher order run on the ops.
 
 Kernel contract, x [M, K] contiguous with M = B * T, without dropout:
     lora_attention            run(x, module) -> (y [M, K'], LoRAAttentionState)
@@ -32,6 +33,7 @@ from .residual_block import (
     apply_block,
     normalized,
     normalized_backward,
+    ops_save_input,
 )
 from .rope import rope
 from .tensor_memory import contiguous
@@ -54,6 +56,14 @@ class LoRAAttentionState(NamedTuple):
     log_sums: Tensor
     s_o: Tensor | None
     of_input: tuple[Tensor | None, ...]
+
+    def kept(self, needs: NodeNeeds) -> LoRAAttentionState:
+        """Return the state without n where no gradient of a lora_A reads it."""
+        return self if any(needs.factors[:6:2]) else self._replace(n=None)
+
+    def complete(self, rows: Tensor) -> LoRAAttentionState:
+        """Return the state with x in place of n, without a norm, and in place of an n that was not kept."""
+        return self if self.n is not None else self._replace(n=rows)
 
 
 class LoRAAttention(NamedTuple):
@@ -96,7 +106,7 @@ class LoRAAttention(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Whether the attention of x can run as one node."""
-        if all(projection.lora is None for projection in self[:3]):  # the ops need not save x
+        if not ops_save_input(self[:3], self.norm):
             return False
         q, k, v, o = (projection.weight for projection in self.projections)
         D, cos, sin, keys = self.head_dim, self.cos, self.sin, self.keys
@@ -136,7 +146,8 @@ class LoRAAttention(NamedTuple):
 
     def run_backward(self, grad_y: Tensor, rows: Tensor, state: LoRAAttentionState, needs: NodeNeeds) -> BlockGradients:
         """Run the kernel lora_attention_backward as the kernels of its ops."""
-        M, n = len(rows), rows if state.n is None else state.n
+        M, n = len(rows), state.n
+        assert n is not None
         q, k, v = (self._heads(each) for each in (state.q, state.k, state.v))
         grad_out, *grads_o = self.o.backward(grad_y, state.out, state.s_o, Needs(True, *needs.factors[6:]))
         assert grad_out is not None

@@ -77,7 +77,8 @@ class ResidualBlock(Protocol):
     def state_type(self) -> type[Any]:
         """The named tuple of what backward needs besides x and the parameters.
 
-        Its last field, `of_input`, is the tuple that SharedInput saves.
+        Its last field, `of_input`, is the tuple that SharedInput saves. `kept(needs)` drops what the needed gradients
+        do not read, and `complete(x)` puts other tensors in its place.
         """
 
     def with_projections(self, projections: Sequence[Projection], norm: BlockNorm | None) -> Any:
@@ -94,6 +95,12 @@ class ResidualBlock(Protocol):
 
     def run_backward(self, grad_y: Tensor, rows: Tensor, state: Any, needs: NodeNeeds) -> BlockGradients:
         """Return the gradients by the kernels of the ops, for x [M, K]."""
+
+
+def ops_save_input(projections: Sequence[Projection], norm: BlockNorm | None) -> bool:
+    """Whether the ops of a block save its input for backward, as its node does, for the projections of the input."""
+    loras = [each.lora for each in projections if each.lora is not None]
+    return bool(loras) if norm is not None else any(lora.A.requires_grad for lora in loras)
 
 
 def kernel_of(op: str, x: Tensor, projections: Sequence[Projection]) -> KernelSpec | None:
@@ -151,6 +158,7 @@ class BlockFunction(torch.autograd.Function):
             rows = flatten_to_2d(x)
             ctx.is_one_kernel = (kernel := kernel_of(block.op, x, block.projections)) is not None
             y, state = block.run(rows) if kernel is None else kernel.run(rows, block)
+            state = state.kept(NodeNeeds.of(ctx))
             ctx.save_for_backward(x, norm_weight, *factors, *state[:-1], *state.of_input)
             ctx.block = block
             return restore_leading_dims(y, x)
@@ -165,11 +173,11 @@ class BlockFunction(torch.autograd.Function):
         factors, state_tensors, of_input = rest[:factors_end], rest[factors_end:state_end], tuple(rest[state_end:])
         if torch.is_grad_enabled() or not is_plain_call(grad_y):
             return _gradients_by_ops(block, ctx, grad_y, x, norm_weight, *factors)
-        state = block.state_type(*state_tensors, of_input)
         block, needs = _with_tensors(block, norm_weight, factors), NodeNeeds.of(ctx)
         with below_autograd():
             kernel = kernel_of(f"{block.op}_backward", x, block.projections) if ctx.is_one_kernel else None
             rows, grad_rows = flatten_to_2d(x), flatten_to_2d(grad_y)
+            state = block.state_type(*state_tensors, of_input).complete(rows)
             if kernel is None:
                 grad_x, grad_weight, grads = block.run_backward(grad_rows, rows, state, needs)
             else:

@@ -159,6 +159,38 @@ def test_only_needed_gradients_are_returned(by_ops):
 
 
 @native
+@pytest.mark.parametrize("frozen", [["lora_A"], ["lora_B"], ["lora_A", "lora_B"]], ids="+".join)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_only_gradients_of_frozen_factors_read_is_not_saved(by_ops, frozen, dropout):
+    """The normalized input of both blocks and the product of the MLP; with dropout the ops' kernels run."""
+
+    def saved_bytes(*, freezes):
+        model, sizes = adapted(num_hidden_layers=1, dropout=dropout), {}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (freezes and any(factor in name for factor in frozen)) and "lora" in name)
+        model.enable_input_require_grads()
+        owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = 0 if storage.data_ptr() in owned else storage.nbytes()
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            names, _, grads = step(model)
+        return names, sum(sizes.values()), grads, model.config
+
+    names, frozen_bytes, grads, config = saved_bytes(freezes=True)
+    _, every_byte, every_grad, _ = saved_bytes(freezes=False)
+    assert names == set(NODES)
+    rows = 4 * tokens().numel() * (2 * config.hidden_size + config.intermediate_size)
+    assert every_byte - frozen_bytes == (rows if "lora_A" in frozen else 0)
+    assert grads.keys() == {name for name in every_grad if not any(factor in name for factor in frozen)}
+    assert_same_gradients(grads, {name: every_grad[name] for name in grads})
+
+
+@native
 def test_second_derivatives_are_those_of_the_ops(by_ops):
     model, ids = adapted(), tokens()
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]

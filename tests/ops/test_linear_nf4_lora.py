@@ -109,7 +109,13 @@ def test_no_weight_sized_tensor_is_saved(backend):
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with qk.use_backend(backend), hooks:
         qk.linear_nf4_lora(
-            x, packed, state, gaussian(4, 128), gaussian(64, 4).requires_grad_(), scaling=1.0, dropout_p=0.5
+            x,
+            packed,
+            state,
+            gaussian(4, 128).requires_grad_(),
+            gaussian(64, 4).requires_grad_(),
+            scaling=1.0,
+            dropout_p=0.5,
         )
     owned = {t.untyped_storage().data_ptr() for t in (packed, *state.constants) if t is not None}
     rest = [t for t in saved if t.untyped_storage().data_ptr() not in owned]

@@ -131,14 +131,14 @@ def test_products_of_torch(backend: str, op: str, needs: Needs) -> None:
 @pytest.mark.parametrize("kind", [LoRA, MultiLoRA])
 @needs_of_op
 def test_products_of_composed_derivatives(kind: type, needs: Needs) -> None:
-    """They serve second derivatives, and recompute s = x A^T for grad_B."""
-    grad_y, x, _, weight, lora, _ = arguments(MULTI if kind is MultiLoRA else SINGLE, Needs())
+    """They serve second derivatives, and recompute s = x A^T for grad_B where A is trained."""
+    grad_y, x, s, weight, lora, _ = arguments(MULTI if kind is MultiLoRA else SINGLE, Needs())
     with Products() as products:
-        results = compose.lora_backward(grad_y, x, weight, lora, needs)
+        results = compose.lora_backward(grad_y, x, s, weight, lora, needs)
     members = 2 if kind is MultiLoRA else 1
     assert products.counts[N, R] == members * needs.need_grad_B
     assert products.counts[R, K] == members * needs.need_grad_A
-    assert products.counts[M, R] == members * (needs.need_ds + needs.need_grad_B)
+    assert products.counts[M, R] == members * (needs.need_ds + (needs.need_grad_A and needs.need_grad_B))
     assert (products.counts[M, K] > 0) == needs.need_grad_x
     assert [result.numel() > 0 for result in results] == [*needs]
 
