@@ -50,7 +50,7 @@ def _arrive(scope: Scope, i: Instruction) -> str:
 
 
 def _fence(scope: Scope, i: Instruction) -> str:
-    """Fences do nothing for ordinary accesses, because blocks run one after another and memory is sequentially consistent."""
+    """Fences do nothing for ordinary accesses: blocks run one after another, memory is sequentially consistent."""
     if i.opcode.startswith("fence.proxy.async"):
         return "mbarriers().fence_init(); async_proxy().fence();"
     return "mbarriers().fence_init();" if "mbarrier_init" in i.parts else ";"
