@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,11 +103,28 @@ def first_rows(whole: LinearProblem, M: int) -> LinearProblem:
     return part
 
 
+def cancelled(problem: LinearProblem) -> LinearProblem:
+    """Return the problem with equal rows of x, and a bias that leaves of y what the fp32 sums are rounded by."""
+    repeated = replace(problem, bias=torch.float32)
+    rows = {name: problem.tensors[name][:1].repeat(problem.M, 1) for name in ("x", "s")}
+    repeated.__dict__["tensors"] = problem.tensors | rows | {"bias": torch.zeros(problem.N)}
+    repeated.tensors["bias"] -= repeated.expected_of_pairs().value[0].float()
+    return repeated
+
+
+def check_order_of_sums(whole: LinearProblem, counts: Iterable[int], tested: cuda_host.Library | None = None) -> None:
+    """Require the same bits of the first rows in every batch, `counts`, and of all rows where those of x are equal."""
+    residues = cancelled(whole)
+    y, left = (run("plain", problem, tested=tested) for problem in (whole, residues))
+    assert same_bits(left, left[:1].repeat(whole.M, 1))
+    for M in counts:
+        assert same_bits(run("plain", first_rows(whole, M), tested=tested), y[:M]), M
+        assert same_bits(run("plain", first_rows(residues, M), tested=tested), left[:M]), M
+
+
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
-    whole = LinearProblem(64, 37, 6 * GROUP, dtype=BF16, r=8, bias=torch.float32)
-    y = run("plain", whole)
-    for M in range(1, 64):
-        assert same_bits(run("plain", first_rows(whole, M)), y[:M]), M
+    ends_of_tiles = (1, 7, 8, 9, 16, 17, 23, 24, 25, 32, 33, 40, 47, 48, 49, 63)
+    check_order_of_sums(LinearProblem(64, 37, 6 * GROUP, dtype=BF16, r=8, bias=torch.float32), ends_of_tiles)
 
 
 @all_modes
@@ -262,6 +280,12 @@ EXPRESSIONS = [
         "load(p.s, min(m0 + tile % 2 * 8 + g, p.M - 1))",
         3,
     ),
+    Fault(
+        "the warps that share rows of w, by the rows of x",
+        "pairs_warps_per_row(w.N, w.K, args->multiprocessors)",
+        "(args->M > 8 ? 1 : pairs_warps_per_row(w.N, w.K, args->multiprocessors))",
+        3,
+    ),
     Fault("the bias", "p.bias.data && n + k < p.N", "false", 0),
 ]
 """Faults in an expression; case: the problem in PLANTED_IN whose result is wrong."""
@@ -276,6 +300,8 @@ THREE_KERNELS = {
 def check_planted(tested: cuda_host.Library, case: int) -> None:
     problem = PLANTED_IN[case]
     assert_within(run("plain", problem, tested=tested), problem.expected_of_pairs(), str(problem))
+    if problem is TWO_TILES_OF_24:
+        check_order_of_sums(problem, (8, 24), tested)
 
 
 planted, test_checks_pass_without_a_fault, test_wrong_expression_is_detected = planted_tests(
