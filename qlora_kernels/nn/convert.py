@@ -14,8 +14,8 @@ from ..format import nf4
 from .describe import describe_quantization
 from .experts_nf4 import ExpertsNF4, is_expert_stack
 from .linear_nf4 import LinearNF4, is_conv1d, is_nn_linear
-from .match import Pattern, check_names, is_skipped, matches, nearest
-from .module_tree import layers_of, move_hooks, set_submodule
+from .match import Pattern, check_names, checked_pattern, is_skipped, matches, nearest
+from .module_tree import check_module, layers_of, move_hooks, set_submodule
 
 ALL_LINEAR = "all-linear"
 _NOT_AMONG_TARGETS = "not among targets"
@@ -78,11 +78,17 @@ def replace_linear(
     is replaced, or kept, under all of them. Forward and backward hooks move to the new layer; the report lists what
     could not be moved.
     Raises ValueError if a name in targets or skip matches nothing in the model (the message gives the nearest layers;
-    the default skip, "lm_head", may match nothing), or if no layer is left to replace. An error of the quantization of
-    a weight is raised with the layer's name, before that layer is changed.
+    the default skip, "lm_head", may match nothing), if no layer is left to replace, or if `model` is itself a linear
+    layer, which cannot be replaced in place; TypeError if an argument is of another kind. An error of the quantization
+    of a weight is raised with the layer's name, before that layer is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_linear: model must be an nn.Module, got {type(model).__name__}; load it first")
+    check_module("replace_linear", model)
+    if is_plain_linear(model):
+        raise ValueError(
+            f"replace_linear: model must contain its linear layers, got a single {type(model).__name__}; use "
+            "LinearNF4.from_linear, which returns a new layer"
+        )
+    skip, targets = checked_pattern("replace_linear: skip", skip), checked_pattern("replace_linear: targets", targets)
     report = ReplaceReport()
     modules = layers_of(model)
     linears, other_users = _linears_and_other_users(modules, report)
@@ -112,8 +118,8 @@ def replace_linear(
             layer = LinearNF4.from_linear(
                 module, blocksize=blocksize, double_quant=double_quant, compute_dtype=compute_dtype
             )
-        except ValueError as error:
-            raise ValueError(f"replace_linear: {name}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"replace_linear: {name}: {error}") from error
         shared = by_weight.setdefault(id(weight), layer)
         if shared is not layer:
             layer.set_weight(shared.packed, shared.quant_state)
@@ -192,8 +198,11 @@ def replace_experts(
 
     skip: parameters to keep, or modules that hold them, as for `replace_linear`. A transformers model is switched to
     its plain loop over experts, the implementation that multiplies by one expert's weight at a time.
-    Raises ValueError if the model has no such parameter, or if a name in skip matches nothing in the model.
+    Raises ValueError if the model has no such parameter, or if a name in skip matches nothing in the model; TypeError
+    if an argument is of another kind. An error of the quantization is raised with the parameter's name.
     """
+    check_module("replace_experts", model)
+    skip = checked_pattern("replace_experts: skip", skip)
     report = ReplaceReport()
     _check_skip("replace_experts", skip, [*dict(model.named_modules()), *dict(model.named_parameters())])
     for owner_name, owner in list(model.named_modules()):
@@ -204,7 +213,10 @@ def replace_experts(
             if is_skipped(skip, name, owner):
                 report.skipped[name] = "in skip"
                 continue
-            experts = ExpertsNF4.from_parameter(parameter, blocksize=blocksize, double_quant=double_quant)
+            try:
+                experts = ExpertsNF4.from_parameter(parameter, blocksize=blocksize, double_quant=double_quant)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"replace_experts: {name}: {error}") from error
             delattr(owner, child)
             setattr(owner, child, experts)
             report.replaced[name] = (parameter.nbytes, sum(buffer.nbytes for buffer in experts.buffers()))

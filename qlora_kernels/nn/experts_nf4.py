@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..format import nf4
 from ..format.double_quant import NESTED_BLOCKSIZE, dynamic_map
@@ -226,12 +227,13 @@ def _dynamic_map(device: torch.device) -> Tensor:
 def is_expert_stack(owner: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether `parameter` is an [experts, out, in] weight of two or more experts.
 
-    Other three-dimensional parameters are weights of convolutions and nn.Bilinear, and embeddings that broadcast over
-    the batch, as the class token and the positions of a vision transformer, [1, tokens, hidden].
+    Other three-dimensional parameters are weights of convolutions and nn.Bilinear, what a parametrization computes such
+    weights of (weight_norm), and embeddings that broadcast over the batch, as the class token and the positions of a
+    vision transformer, [1, tokens, hidden].
     """
     if parameter.dim() != 3 or not parameter.is_floating_point() or parameter.shape[0] < 2:
         return False
-    return not isinstance(owner, (nn.modules.conv._ConvNd, nn.Bilinear))
+    return not isinstance(owner, (nn.modules.conv._ConvNd, nn.Bilinear, ParametrizationList))
 
 
 class ExpertWeight:

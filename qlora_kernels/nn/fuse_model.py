@@ -15,7 +15,7 @@ from .fused_mlp import FusedMLP, activation_of
 from .fused_module import FusedModule, fused_class, unfused_class
 from .fused_norm import FusedDecoderLayer, FusedGemmaRMSNorm, FusedLlamaRMSNorm, FusedSandwichDecoderLayer
 from .known_forms import form_of
-from .module_tree import layers_of
+from .module_tree import check_module, layers_of
 
 _LLAMA_NORM = "2f05a2fae1d38000"
 _GEMMA_NORM = {"forward": "35639ded1041c22e", "_norm": "9932f706ea6b5ac7"}
@@ -86,7 +86,9 @@ def fuse_model(
     attributes differ from those that its replacement computes is left alone, and the report gives the reason. Outputs
     change by the roundings that the fused ops omit (docs/fuse_model.md). A second call changes nothing.
     Returns a FuseReport; its undo(), or unfuse_model(model), reverses the call.
+    Raises TypeError if `model` is no module.
     """
+    check_module("fuse_model", model)
     report = FuseReport()
     seen: set[int] = set()
     parts = {"norms": norms, "attention": rope or attention, "mlp": mlp, "loss": loss}

@@ -58,6 +58,11 @@ class LinearNF4(QuantizedWeight):
     ) -> None:
         super().__init__()
         check_blocksize("LinearNF4", blocksize)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not hasattr(type(size), "__index__"):
+                raise TypeError(f"LinearNF4: {name} must be an int, got {size!r}")
+            if size < 0:
+                raise ValueError(f"LinearNF4: {name} must be at least 0, got {size}")
         if compute_dtype is not None and compute_dtype not in FLOAT_DTYPES:
             raise TypeError(f"LinearNF4: compute_dtype must be one of {FLOAT_DTYPES} or None, got {compute_dtype}")
         self.in_features = in_features

@@ -20,6 +20,29 @@ Pattern = Names | Callable[[str, nn.Module], bool]
 """Names, or a predicate of (name, module)."""
 
 
+def checked_pattern(field: str, pattern: Pattern | Iterable[str]) -> Pattern:
+    """Return a caller's pattern, with the names of an iterable in a tuple, because it is read more than once.
+
+    field: the name of the argument in messages.
+    Raises TypeError for what is no pattern; ValueError for a string that is not a regular expression.
+    """
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{field} must be names or a regular expression, got {pattern!r} ({error})") from error
+        return pattern
+    if callable(pattern):
+        return pattern
+    names = tuple(pattern) if isinstance(pattern, Iterable) and not isinstance(pattern, bytes) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{field} must be names, a regular expression or a predicate of (name, module), got {pattern!r}; pass () "
+            "for no module"
+        )
+    return names
+
+
 def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> bool:
     """Whether `pattern` matches the module called `name`.   module: needed if the pattern is a predicate."""
     if isinstance(pattern, str):

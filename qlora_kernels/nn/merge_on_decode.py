@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .linear_nf4 import LinearNF4
+from .module_tree import check_module
 
 
 def set_merge_on_decode(model: nn.Module, enabled: bool = True) -> int:
@@ -16,9 +17,11 @@ def set_merge_on_decode(model: nn.Module, enabled: bool = True) -> int:
     apart, and so does the output head in the fused loss of `fuse_model`.
 
     model: a module with LinearNF4 inside, before or after adapters are added.   enabled: False restores the default.
-    Returns the number of layers. Raises ValueError if there is none. With the switch on, a forward pass raises
-    ValueError where an adapter's dropout is active, and NotImplementedError where rows have adapters of their own.
+    Returns the number of layers. Raises ValueError if there is none, and TypeError if `model` is no module. With the
+    switch on, a forward pass raises ValueError where an adapter's dropout is active, and NotImplementedError where rows
+    have adapters of their own.
     """
+    check_module("set_merge_on_decode", model)
     layers = [module for module in model.modules() if isinstance(module, LinearNF4)]
     if not layers:
         raise ValueError(

@@ -9,6 +9,12 @@ from torch.nn.modules import module as hooks_of_all
 from torch.nn.parallel import DistributedDataParallel
 
 
+def check_module(op: str, model: nn.Module) -> None:
+    """Raise TypeError unless `model` is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}; load it first")
+
+
 def layers_of(root: nn.Module) -> dict[str, nn.Module]:
     """Return root and every module below it, by all their names, without the modules that adapters have added."""
     found: dict[str, nn.Module] = {}

@@ -40,7 +40,9 @@ def check_like(op: str, name: str, tensor: Tensor, of: str, other: Tensor, *, dt
 
 
 def check_blocksize(op: str, blocksize: int) -> None:
-    """Raise ValueError unless the format has this blocksize."""
+    """Raise TypeError unless the blocksize is an integer, and ValueError unless the format has it."""
+    if not hasattr(type(blocksize), "__index__"):
+        raise TypeError(f"{op}: blocksize must be an int, got {blocksize!r}")
     if blocksize not in nf4.BLOCKSIZES:
         raise ValueError(f"{op}: blocksize must be one of {nf4.BLOCKSIZES}, got {blocksize}")
 

@@ -54,12 +54,16 @@ def quantize_nf4(
     nonfinite: "raise", or "zero" to quantize inf and NaN as zeros.
     Returns packed uint8 [(numel + 1) // 2, 1] on w's device, and its QuantState. Nothing is differentiable. A w on the
     meta device gives shapes and dtypes.
-    Raises TypeError for other dtypes; ValueError for a bad blocksize, with nonfinite="raise" for inf or NaN, and with
-    double_quant for finite weights so large (about 1e38) that their constants' mean overflows.
+    Raises TypeError for other dtypes and for arguments of another kind; ValueError for a bad blocksize, with
+    nonfinite="raise" for inf or NaN, and with double_quant for finite weights so large (about 1e38) that their
+    constants' mean overflows.
     Source: QLoRA (arXiv:2305.14314) section 3; format/nf4.py is the specification.
     """
     if nonfinite not in ("raise", "zero"):
         raise ValueError(f'quantize_nf4: nonfinite must be "raise" or "zero", got {nonfinite!r}')
+    if not isinstance(w, Tensor):
+        raise TypeError(f"quantize_nf4: w must be a tensor, got {type(w).__name__}")
+    check_blocksize("quantize_nf4", blocksize)
     w = w.detach()
     if nonfinite == "zero":
         w = torch.nan_to_num(w, nan=0.0, posinf=0.0, neginf=0.0)

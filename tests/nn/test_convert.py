@@ -138,6 +138,49 @@ def test_a_bad_weight_is_named():
     assert isinstance(model.layers[1].q_proj, nn.Linear)
 
 
+def test_a_weight_of_another_dtype_is_named():
+    model = Model()
+    model.layers[1].q_proj.double()
+    with pytest.raises(TypeError, match=r"replace_linear: layers.1.q_proj: quantize_nf4: w must be float32"):
+        qk.replace_linear(model)
+
+
+def test_names_may_come_from_a_generator():
+    """They are read more than once: to check them, and for each layer."""
+    model = Model()
+    report = qk.replace_linear(model, skip=(name for name in ("lm_head", "k_proj")), targets=iter(["q_proj", "k_proj"]))
+    assert set(report.replaced) == {"layers.0.q_proj", "layers.1.q_proj"}
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("field", ["skip", "targets"])
+@pytest.mark.parametrize("pattern", [None, 3, [3], b"q_proj"], ids=str)
+def test_what_is_no_pattern_is_refused(field, pattern):
+    with pytest.raises(TypeError, match=rf"replace_linear: {field} must be names, a regular expression or a predicate"):
+        qk.replace_linear(Model(), **{field: pattern})
+    with pytest.raises(TypeError, match=r"replace_experts: skip must be names"):
+        qk.replace_experts(Model(), skip=pattern)
+
+
+def test_what_is_no_regular_expression_is_refused():
+    with pytest.raises(ValueError, match=r"targets must be names or a regular expression, got '\*proj' \(nothing to"):
+        qk.replace_linear(Model(), targets="*proj")
+
+
+def test_a_single_layer_is_refused():
+    """It cannot be replaced in place."""
+    layer = nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"got a single Linear; use LinearNF4.from_linear"):
+        qk.replace_linear(layer)
+    assert not list(layer.children())
+
+
+@pytest.mark.parametrize("function", [qk.replace_linear, qk.replace_experts, qk.fuse_model, qk.set_merge_on_decode])
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}: model must be an nn.Module, got str; load it first"):
+        function("my-model")
+
+
 def test_training_flag_and_requires_grad_survive():
     model = Model().eval()
     model.layers[0].q_proj.bias.requires_grad_(False)
@@ -206,11 +249,12 @@ def test_uninitialized_layers_are_refused():
 
 
 def test_three_dimensional_parameters_that_are_no_experts():
-    """A class token [1, 1, H] and the weight of nn.Bilinear are neither reported nor replaced as stacks of experts."""
+    """A class token [1, 1, H], and the weights of nn.Bilinear and of a convolution with weight_norm, as in Wav2Vec2."""
     model = Model()
     model.cls_token = nn.Parameter(torch.zeros(1, 1, 64))
     model.bilinear = nn.Bilinear(4, 4, 4)
-    assert not {"cls_token", "bilinear.weight"} & qk.replace_linear(model).skipped.keys()
+    model.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+    assert qk.replace_linear(model).skipped.keys() == {"lm_head"}
     with pytest.raises(ValueError, match="must contain"):
         qk.replace_experts(model)
 

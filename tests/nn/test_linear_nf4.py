@@ -279,3 +279,14 @@ def test_refuses_inputs_that_are_no_floats(compute_dtype, x):
         layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="x must be"):
         layer(x)
+
+
+def test_sizes_of_a_new_layer_are_checked():
+    with pytest.raises(TypeError, match=r"LinearNF4: in_features must be an int, got '64'"):
+        qk.LinearNF4("64", 32)
+    with pytest.raises(TypeError, match=r"LinearNF4: out_features must be an int, got 32.0"):
+        qk.LinearNF4(64, 32.0)
+    with pytest.raises(ValueError, match=r"LinearNF4: out_features must be at least 0, got -1"):
+        qk.LinearNF4(64, -1)
+    with pytest.raises(TypeError, match=r"LinearNF4: blocksize must be an int, got 64.0"):
+        qk.LinearNF4(64, 32, blocksize=64.0)

@@ -145,6 +145,12 @@ def test_refuses_bad_arguments():
         qk.quantize_nf4(torch.zeros(4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"quantize_nf4: blocksize must be one of .*, got 48"):
         qk.quantize_nf4(torch.zeros(4), blocksize=48)
+    for blocksize in ("64", 64.0, None):
+        with pytest.raises(TypeError, match=rf"quantize_nf4: blocksize must be an int, got {blocksize!r}"):
+            qk.quantize_nf4(torch.zeros(4), blocksize=blocksize)
+    for w in ([1.0], None):
+        with pytest.raises(TypeError, match=rf"quantize_nf4: w must be a tensor, got {type(w).__name__}"):
+            qk.quantize_nf4(w)
     with pytest.raises(ValueError, match=r'nonfinite must be "raise" or "zero"'):
         qk.quantize_nf4(torch.zeros(4), nonfinite="maybe")
 
