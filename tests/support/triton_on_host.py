@@ -1,10 +1,10 @@
-"""Runs kernels compiled by Triton: launches are compiled to sm_80 PTX, translated to C++ and executed on the CPU.
+"""Runs kernels compiled by Triton: launches are compiled to PTX, translated to C++ and executed on the CPU.
 
     with executing_ptx():
         y = linear_nf4(x, ...)          # backends.triton launchers, on CPU tensors
 
-This tests the compiler's output, inline PTX included, while the interpreter tests only its input. sm_90 and later use
-instructions that the translator does not support (wgmma, tcgen05) and are covered only by the compile report.
+This tests the compiler's output, inline PTX included, while the interpreter tests only its input. sm_100 and later use
+instructions that the translator does not support (tcgen05) and are covered only by the compile report.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from python.kernels_report.mock_gpu import Compiled, compiling_for
 from qlora_kernels.backends.triton.planner import assume_capability
 from tests.support import cuda_host
 
-CAPABILITY = 80
+CAPABILITIES = (80, 90)
+"""Compute capabilities for which kernels can be compiled and run: without and with wgmma."""
 
 OUTPUTS = {
     "dequantize_nf4_kernel": {"p_w"},
@@ -48,9 +49,11 @@ OUTPUTS = {
 
 
 @contextmanager
-def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
-    """Compile Triton's launches inside the block for sm_80 and run them on the host. mode: "plain", "asan" or
-    "tsan"."""
+def executing_ptx(mode: str = "plain", capability: int = 80) -> Iterator[list[Compiled]]:
+    """Compile Triton's launches inside the block and run them on the host.
+
+    mode: "plain", "asan" or "tsan".   capability: one of CAPABILITIES.
+    """
 
     def execute(launch: Compiled) -> None:
         module = cuda_host.load_ptx(launch.kernel.asm["ptx"], mode, f"{launch.name}.ptx")
@@ -65,8 +68,8 @@ def executing_ptx(mode: str = "plain") -> Iterator[list[Compiled]]:
         module.launch(metadata.name, launch.grid, block, metadata.shared, arguments)
 
     with ExitStack() as stack:
-        stack.enter_context(assume_capability(CAPABILITY))
-        yield stack.enter_context(compiling_for(CAPABILITY, execute))
+        stack.enter_context(assume_capability(capability))
+        yield stack.enter_context(compiling_for(capability, execute))
 
 
 def _same_tensors(arguments: dict[str, object], outputs: set[str]) -> dict[str, object]:

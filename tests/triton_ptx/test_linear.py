@@ -1,4 +1,4 @@
-"""The linears' sm_80 PTX, forward and backward, executed on the host against float64."""
+"""The linears' PTX for sm_80 and, with wgmma, sm_90, forward and backward, executed on the host against float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_kernels.ops.philox import dropout_keep, keep_scale
 from tests.support.linear_formulas import Arithmetic, Dropout, assert_lora, assert_multi_lora, lora_down, lora_forward
 from tests.support.problems import gaussian
 from tests.support.tolerances import assert_within
-from tests.support.triton_on_host import executing_ptx
+from tests.support.triton_on_host import CAPABILITIES, executing_ptx
 
 M, N, K, R = 19, 72, 192, 8
 SCALING, DROPOUT = 1.5, 0.25
@@ -30,7 +30,8 @@ def quantized(N, K, dtype):
     return Weight(packed, None, *constants, 64, N, K), w
 
 
-def test_lora_linear():
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_lora_linear(capability):
     """Partial tiles of M and N, three steps along K, dropout in both passes; the backward in two unequal splits."""
     dtype = torch.bfloat16
     weight, w = quantized(N, K, dtype)
@@ -41,10 +42,16 @@ def test_lora_linear():
     lora = LoRA(lora_A, lora_B, seed, SCALING, DROPOUT)
     plan = Plan("fused", block_m=16, block_n=64, block_k=64)
     split = replace(plan, split_k=2)
-    with use_plan("linear_nf4", plan), use_plan("linear_nf4_grad_x", split), executing_ptx() as launches:
+    with (
+        use_plan("linear_nf4", plan),
+        use_plan("linear_nf4_grad_x", split),
+        executing_ptx(capability=capability) as launches,
+    ):
         y, s = linear_nf4_lora(x, weight, bias, lora)
         grads = linear_nf4_lora_backward(grad_y, x, s, weight, lora, Needs())
     assert {"linear_nf4_kernel", "linear_nf4_grad_x_kernel", "lora_ds_grad_B_kernel"} <= {run.name for run in launches}
+    products = {run.name: "wgmma.mma_async" in run.kernel.asm["ptx"] for run in launches}
+    assert products["linear_nf4_kernel"] == products["linear_nf4_grad_x_kernel"] == (capability == 90)
 
     dropout = Dropout(dropout_keep(seed, M, K, DROPOUT), keep_scale(DROPOUT))
     inputs = (x, w, bias, lora_A, lora_B, grad_y)

@@ -172,7 +172,7 @@ def _translated(source: Path, defines: tuple[str, ...], include: tuple[Path, ...
 
 def _translation(source: Path, defines: tuple[str, ...], include: tuple[Path, ...], kernels: str) -> Translation:
     text = only_kernels(emit_ptx(source, defines, include), kernels)
-    translation: Translation = translate(text, f"{source.stem}.ptx")
+    translation: Translation = translate(text, f"{source.stem}.ptx", watches_operands=True)
     if translation.unsupported:
         raise CompilerError(f"{source.name}: PTX the emulator does not know: {dict(translation.unsupported)}")
     return translation

@@ -39,10 +39,14 @@ def storage(kind: str) -> str:
 
 
 class Scope:
-    """The names of one kernel."""
+    """The names of one kernel.
 
-    def __init__(self, module: Module, kernel: Kernel) -> None:
+    watches_operands: whether registers that a wgmma reads may not change before its wait, as the PTX manual demands.
+    """
+
+    def __init__(self, module: Module, kernel: Kernel, watches_operands: bool) -> None:
         self.module = module
+        self.watches_operands = watches_operands
         self.parameters = {p.name: p.offset for p in kernel.parameters}
         self.locals = {s.name for s in kernel.statements if isinstance(s, Local)}
         self.warpgroup = WarpgroupRegisters(kernel.statements)

@@ -108,7 +108,6 @@ def _product(scope: Scope, i: Instruction) -> str:
     negate_a, negate_b, *transposed = scales
     if shape is None or element is None:
         raise Unsupported(i.opcode)
-    words = "" if in_shared else ", ".join("&" + scope.register(word) for word in vector(a))
     fields = {
         "n": shape[1],
         "element": element,
@@ -121,13 +120,18 @@ def _product(scope: Scope, i: Instruction) -> str:
         "a": scope.read(a, "b64") if in_shared else "0",
         "b": scope.read(b, "b64"),
     }
-    registers = [*vector(sums), *([] if in_shared else vector(a))]
+    words = [] if in_shared else [scope.register(word) for word in vector(a)]
+    if in_shared:
+        operand, function = "const uint32_t* a = nullptr;", "issue"
+    elif scope.watches_operands:
+        operand, function = f"uint32_t* const a[4] = {{{', '.join('&' + word for word in words)}}};", "issue_registers"
+    else:
+        operand, function = f"const uint32_t a[4] = {{{', '.join(words)}}};", "issue"
     return (
-        f"{scope.warpgroup.check(registers)} "
-        f"const WgmmaShape shape{{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}}; "
-        + ("uint32_t* const* a = nullptr; " if in_shared else f"uint32_t* const a[4] = {{{words}}}; ")
-        + f"uint32_t* const sums[] = {{{', '.join('&' + scope.register(s) for s in vector(sums))}}}; "
-        f"warpgroups().issue_registers(shape, a, sums, {_HERE});"
+        f"{scope.warpgroup.check([*vector(sums), *([] if in_shared else vector(a))])} "
+        f"const WgmmaShape shape{{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}}; {operand} "
+        f"uint32_t* const sums[] = {{{', '.join('&' + scope.register(s) for s in vector(sums))}}}; "
+        f"warpgroups().{function}(shape, a, sums, {_HERE});"
     )
 
 

@@ -24,11 +24,15 @@ class Translation:
     unsupported: Counter[str]
 
 
-def translate(text: str, name: str = "module.ptx") -> Translation:
-    """Translate one PTX file; `name` is used in the emulator's reports with the PTX line number."""
+def translate(text: str, name: str = "module.ptx", *, watches_operands: bool = False) -> Translation:
+    """Translate one PTX file.
+
+    name: used in the emulator's reports with the PTX line number.
+    watches_operands: report registers that change while a wgmma reads them. Triton's loops write such registers.
+    """
     module = parse(text)
     unsupported: Counter[str] = Counter()
-    kernels = [_kernel(module, kernel, name, unsupported) for kernel in module.kernels]
+    kernels = [_kernel(module, kernel, name, unsupported, watches_operands) for kernel in module.kernels]
     ranges = ", ".join(f"{{{begin}, {end}}}" for begin, end in module.shared_ranges)
     dynamic = f"{{{module.static_shared_bytes}, 0xFFFFFFFFu}}"
     cpp = "\n".join(
@@ -47,8 +51,8 @@ def translate(text: str, name: str = "module.ptx") -> Translation:
     return Translation(cpp, {k.name: k.parameters for k in module.kernels}, unsupported)
 
 
-def _kernel(module: Module, kernel: Kernel, file: str, unsupported: Counter[str]) -> str:
-    scope = Scope(module, kernel)
+def _kernel(module: Module, kernel: Kernel, file: str, unsupported: Counter[str], watches_operands: bool) -> str:
+    scope = Scope(module, kernel, watches_operands)
     lines = [f"void {c_name(kernel.name)}([[maybe_unused]] const uint8_t* parameters) {{"]
     lines.append(scope.warpgroup.declarations())
     for position, statement in enumerate(kernel.statements):

@@ -82,6 +82,13 @@ def _ldmatrix(scope: Scope, i: Instruction) -> str:
     return f"const Words4 words = ldmatrix({matrices}, {str('trans' in i.parts).lower()}, {row}); {moves}"
 
 
+def _stmatrix(scope: Scope, i: Instruction) -> str:
+    matrices = next(int(part[1]) for part in i.parts if part in ("x1", "x2", "x4"))
+    row = f"lane() < {matrices * 8} ? {scope.pointer(i.operands[0], 'shared', 16)} : nullptr"
+    words = ", ".join(scope.read(w, "b32") for w in vector(i.operands[1]))
+    return f"stmatrix({matrices}, {str('trans' in i.parts).lower()}, {row}, Words4{{{{{words}}}}});"
+
+
 def _mma(scope: Scope, i: Instruction) -> str:
     formats = {("f32", "bf16", "bf16", "f32"): "bf16", ("f32", "f16", "f16", "f32"): "fp16"}
     element = formats.get(tuple(i.parts[-4:]))
@@ -107,5 +114,6 @@ HANDLERS: dict[str, Handler] = {
     "redux": _reduce,
     "activemask": _active_mask,
     "ldmatrix": _ldmatrix,
+    "stmatrix": _stmatrix,
     "mma": _mma,
 }

@@ -47,6 +47,27 @@ inline Words4 ldmatrix(int matrices, bool transposed, const void* row, Where whe
         where);
 }
 
+// stmatrix.x1/.x2/.x4: the inverse; lane l gives the address of row l % 8 of matrix l / 8.
+inline void stmatrix(int matrices, bool transposed, void* row, const Words4& words, Where where = Where::current()) {
+    struct Row {
+        uint16_t element[8];
+    };
+    const Row mine = collective<Row>(
+        "stmatrix", kFullWarp, words,
+        [=](const Words4* in, Row* rows, uint32_t) {
+            for (int l = 0; l < matrices * 8; l++) {
+                for (int j = 0; j < 8; j++) {
+                    const int i = l % 8, source = transposed ? j * 4 + i / 2 : i * 4 + j / 2;
+                    rows[l].element[j] = uint16_t(in[source].word[l / 8] >> 16 * ((transposed ? i : j) & 1));
+                }
+            }
+        },
+        where);
+    if (lane() >= matrices * 8) return;
+    check_alignment(row, 16, "stmatrix");
+    memcpy(row, &mine, sizeof mine);
+}
+
 // D = A B + C, A [16, 16], B [16, 8], fp32 sums in order of k (a GPU's order is its own, so the last bits differ).
 // to_float: the value of one 16-bit element.
 template <class ToFloat>
