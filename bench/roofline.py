@@ -64,6 +64,16 @@ PAIR_ROWS_OF_BLOCK = 32
 PAIRS_MARGIN = 1.1
 """How much faster linear_nf4_pairs.cu must be in the model to be chosen."""
 
+WGMMA = 3.93
+"""SASS instructions for each weight that a warp of linear_nf4_wgmma.cu executes on average; half of the warps issue one
+copy in four stages."""
+
+WGMMA_TILES, WGMMA_ROWS, WGMMA_MULTIPROCESSORS = (64, 128, 256), 128, 132
+"""Rows of x and of the weight in a block of linear_nf4_wgmma.cu, and the multiprocessors of an H100."""
+
+WGMMA_RATE = 0.85
+"""Assumed fraction of the library's rate for wgmma with interleaved decoding."""
+
 MMA_SYNC = 0.6
 """Assumed fraction of the library's rate for mma.sync with interleaved decoding."""
 
@@ -126,6 +136,36 @@ def pairs_us(gpu: GPU, M: int) -> float:
         2.0 * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s),
     )
     return max(seconds) * 1e6 + PAIRS_ENDS
+
+
+def wgmma_us(gpu: GPU, M: int) -> float:
+    """Return the time in microseconds of the wgmma kernel, which sm_90 alone has."""
+    return max(wgmma_limits(gpu, M).values()) * 1e6 + FUSED_ENDS
+
+
+def wgmma_limits(gpu: GPU, M: int) -> dict[str, float]:
+    """Return the seconds that each resource of the GPU needs for the wgmma kernel alone, by name."""
+    rows = next((rows for rows in WGMMA_TILES if rows >= M), max(WGMMA_TILES))
+    tiles = cdiv(M, rows)
+    blocks = cdiv(N, WGMMA_ROWS) * tiles
+    splits = max(1, min(WGMMA_MULTIPROCESSORS // blocks, K // 64 // 8))
+    partial = 2 * 4.0 * splits * M * N if splits > 1 else 0.0
+    return {
+        "DRAM": (PACKED * WEIGHTS + 2.0 * M * (N + K)) / gpu.bytes_per_s,
+        "L2": (tiles * PACKED * WEIGHTS + 2.0 * M * K * (N / WGMMA_ROWS) + partial) / gpu.l2_bytes_per_s,
+        "issue": tiles * WGMMA * WEIGHTS / gpu.issues_per_s,
+        "shared memory": tiles * wgmma_wavefronts(rows) / 8192 * WEIGHTS * 128 / gpu.issues_per_s,
+        "tensor cores": 2.0 * tiles * rows * WEIGHTS / (WGMMA_RATE * gpu.flops_per_s),
+    }
+
+
+def wgmma_wavefronts(rows: int) -> int:
+    """Return the wavefronts of shared memory for 8192 weights, one stage of a block of linear_nf4_wgmma.cu.
+
+    256 lookups, 128 to read the packed bytes, 32 to write them, and x, which is written once and read by two
+    warpgroups.
+    """
+    return 256 + 128 + 32 + 3 * rows
 
 
 def pair_wavefronts(rows: int) -> int:
@@ -231,6 +271,7 @@ def report() -> str:
                     *(f"{pairs_us(gpu, M):.1f}" if M <= 64 else "" for M in few),
                     ", ".join(f"{fewest} to {most}" for fewest, most in pair_rows(gpu)),
                 ),
+                *([("", "wgmma", *(f"{wgmma_us(gpu, M):.1f}" for M in few), "on request")] if gpu is GPUS[90] else []),
                 ("", "decode, product", *(f"{decoded_us(gpu, M):.1f}" for M in few), ""),
             )
         ),

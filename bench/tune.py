@@ -46,7 +46,7 @@ def choices(problem: Problem, backends: Sequence[str]) -> Iterator[tuple[dict[st
         for candidate in candidates(problem):
             yield {"backend": "triton"} | asdict(candidate), use_plan(problem.op, candidate)
     if "cuda" in backends:
-        for path in routing.served_paths(problem):
+        for path in routing.served_paths(problem, planner.capability_of(torch.device("cuda"))):
             yield {"backend": "cuda", "path": path}, routing.use_path(path)
 
 

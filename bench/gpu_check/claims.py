@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from qlora_kernels.backends.cuda.routing import MOST_WGMMA_ROWS
+
 from .. import roofline
+from .kernel_times import ROWS
 from .rows import Row
 
 
@@ -28,6 +31,8 @@ def claims(capability: int) -> list[Claim]:
         "fused": {M: roofline.fused_us(gpu, M) for M in (16, 64, 256)},
         "decode": {M: roofline.decoded_us(gpu, M) for M in (64, 256, 1024)},
     }
+    if gpu is roofline.GPUS[90]:
+        kernel_us["wgmma"] = {M: roofline.wgmma_us(gpu, M) for M in (16, 64, 128, 256, 1024)}
     ratios = roofline.training_us(gpu, 4096)
     return [
         *(
@@ -40,6 +45,11 @@ def claims(capability: int) -> list[Claim]:
             for M, us in by_rows.items()
         ),
         Claim("most rows for which cuda fused beats decode, 4096 x 4096", _crossover_model(gpu), _crossover),
+        *(
+            [Claim("rows for which cuda wgmma is the fastest path, 4096 x 4096", _wgmma_rows_model(gpu), _wgmma_rows)]
+            if "wgmma" in kernel_us
+            else []
+        ),
         Claim(
             "training, LoRA in the op / LoRA beside the 4-bit layer, tokens/s",
             f"{ratios['bitsandbytes + PEFT'] / ratios['by parts']:.2f} (linears alone, M=4096)",
@@ -98,6 +108,29 @@ def _crossover(rows: list[Row]) -> str | None:
 def _crossover_model(gpu: roofline.GPU) -> str:
     wins = [M for M in range(64, 4097, 64) if roofline.fused_us(gpu, M) < roofline.decoded_us(gpu, M)]
     return str(max(wins, default=0))
+
+
+def _wgmma_rows(rows: list[Row]) -> str | None:
+    by_path = {
+        path: {row["M"]: row["us"] for row in _of_square(rows, path)}
+        for path in ("wgmma", "pairs", "small_m", "fused", "decode")
+    }
+    wgmma = by_path.pop("wgmma")
+    others = {M: min((us[M] for us in by_path.values() if M in us), default=0.0) for M in wgmma}
+    return _listed([M for M in wgmma if wgmma[M] < others[M]]) if wgmma else None
+
+
+def _wgmma_rows_model(gpu: roofline.GPU) -> str:
+    def others(M: int) -> float:
+        few = [roofline.pairs_us(gpu, M)] if max(roofline.PAIRS) >= M else []
+        few += [roofline.small_m_us(gpu, M)] if max(roofline.SMALL_M) >= M else []
+        return min(roofline.fused_us(gpu, M), roofline.decoded_us(gpu, M), *few)
+
+    return _listed([M for M in ROWS if M <= MOST_WGMMA_ROWS and roofline.wgmma_us(gpu, M) < others(M)])
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
 
 
 def _training_ratio(rows: list[Row]) -> str | None:

@@ -14,6 +14,7 @@ import torch
 
 import qlora_kernels as qk
 from qlora_kernels.backends.cuda import routing
+from qlora_kernels.backends.triton import planner
 from qlora_kernels.ops.registry import Problem, kernels_of
 
 from . import rows as rows_module
@@ -35,8 +36,9 @@ FEW_ROWS = (5, 257)
 FORCED = ("lora", "group", "merged_lora")
 """Cases that are compared for each path of the cuda backend."""
 
-FORCED_ROWS = (1, 8, 16, 24, 48, 257)
-"""Numbers of rows of x for these: every tile of the pair-table kernel, and rows that only a decoded weight serves."""
+FORCED_ROWS = (1, 8, 16, 24, 48, 96, 257)
+"""Numbers of rows of x for these: every tile of the pair-table and of the wgmma kernel, and rows for which the default
+decodes the weight first."""
 
 TINY_FORCED = Sizes(16, 64, 256)
 """Sizes of a rehearsal of these: K of one group of the pair-table kernel."""
@@ -89,7 +91,8 @@ def check_forced_paths(rows: Rows, sizes: Sizes) -> bool:
     """Compare the cases of FORCED for each path of the cuda backend that serves a linear of these sizes."""
     problem = Problem("linear_nf4", "cuda", torch.bfloat16, sizes.M, sizes.N, sizes.K, 0, 64, True)
     ok = True
-    for path in routing.served_paths(problem):
+    capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
+    for path in routing.served_paths(problem, capability):
         with routing.use_path(path):
             for name in FORCED:
                 ok &= check_case(rows, "cuda", name, torch.bfloat16, sizes, path)

@@ -44,7 +44,7 @@ Forced = tuple[dict[str, Any], AbstractContextManager[None]]
 def paths(problem: Problem, backend: str, capability: int, best: int = BEST_PLANS) -> Iterator[Forced]:
     """Yield each way of one backend that is timed; of Triton's plans, the `best` that the model ranks first."""
     if backend == "cuda":
-        for path in routing.served_paths(problem):
+        for path in routing.served_paths(problem, capability):
             yield {"backend": "cuda", "path": path}, routing.use_path(path)
         return
     arch = planner.arch_for(capability)

@@ -53,13 +53,13 @@ void linear_nf4_pairs(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTe
     check(launch_linear_nf4_pairs(&args, current_stream(x)), "linear_nf4");
 }
 
-// partial: fp32 [splits, M, gemm_n] scratch, or none for one split.
-void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
-                     OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
-                     OptionalTensor lora_left, OptionalTensor lora_right, double scaling, int64_t blocksize,
-                     bool transposed, OptionalTensor partial, Tensor y) {
-    const DeviceGuard guard(x.get_device_index());
-    const char* op = transposed ? "linear_nf4_grad_x" : "linear_nf4";
+// The arguments that linear_nf4_gemm and linear_nf4_wgmma share. partial: fp32 [splits, M, gemm_n] scratch, or none for
+// one split.
+LinearNF4GemmArgs gemm_arguments(const char* op, const Tensor& x, const Tensor& packed, const OptionalTensor& absmax,
+                                 const OptionalTensor& absmax_q, const OptionalTensor& absmax_scale,
+                                 const OptionalTensor& absmax_offset, const OptionalTensor& bias,
+                                 const OptionalTensor& lora_left, const OptionalTensor& lora_right, double scaling,
+                                 int64_t blocksize, bool transposed, const OptionalTensor& partial, const Tensor& y) {
     const CudaArguments arguments(op, x);
     const auto [M, gemm_k] = arguments.matrix(x, "x");
     const int64_t gemm_n = arguments.matrix(y, "y").columns;
@@ -72,7 +72,7 @@ void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTen
     float* scratch = partial
                          ? arguments.written<float>(*partial, "partial", arguments.product(splits, y_numel, "partial"))
                          : nullptr;
-    const LinearNF4GemmArgs args{
+    return {
         .x = arguments.floats(x, "x", arguments.product(M, gemm_k, "x"), dtype),
         .weight = arguments.weight(packed, absmax, absmax_q, absmax_scale, absmax_offset, blocksize,
                                    arguments.to_int(N, "N"), arguments.to_int(K, "K")),
@@ -88,15 +88,45 @@ void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTen
         .splits = arguments.to_int(splits, "splits"),
         .transposed = transposed,
     };
+}
+
+void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
+                     OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
+                     OptionalTensor lora_left, OptionalTensor lora_right, double scaling, int64_t blocksize,
+                     bool transposed, OptionalTensor partial, Tensor y) {
+    const DeviceGuard guard(x.get_device_index());
+    const char* op = transposed ? "linear_nf4_grad_x" : "linear_nf4";
+    const LinearNF4GemmArgs args = gemm_arguments(op, x, packed, absmax, absmax_q, absmax_scale, absmax_offset, bias,
+                                                  lora_left, lora_right, scaling, blocksize, transposed, partial, y);
     check(launch_linear_nf4_gemm(&args, current_stream(x)), op);
 }
 
-int64_t gemm_splits(int64_t M, int64_t gemm_n, int64_t gemm_k, int64_t multiprocessors) {
+void linear_nf4_wgmma(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
+                      OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
+                      OptionalTensor lora_left, OptionalTensor lora_right, double scaling, int64_t blocksize,
+                      OptionalTensor partial, Tensor y) {
+    const DeviceGuard guard(x.get_device_index());
+    const LinearNF4GemmArgs args =
+        gemm_arguments("linear_nf4", x, packed, absmax, absmax_q, absmax_scale, absmax_offset, bias, lora_left,
+                       lora_right, scaling, blocksize, false, partial, y);
+    const cudaError_t error = launch_linear_nf4_wgmma(&args, current_stream(x));
+    if (error == cudaErrorSymbolNotFound) {
+        cudaGetLastError();
+        throw std::runtime_error(
+            "linear_nf4: the NVIDIA driver has no cuTensorMapEncodeTiled, which linear_nf4_wgmma needs; update the "
+            "driver, or unset QLORA_CUDA_WGMMA");
+    }
+    check(error, "linear_nf4");
+}
+
+using CountSplits = int (*)(int M, int gemm_n, int gemm_k, int multiprocessors);
+
+template <CountSplits count>
+int64_t splits(int64_t M, int64_t gemm_n, int64_t gemm_k, int64_t multiprocessors) {
     const CudaArguments arguments("linear_nf4");
     for (const int64_t size : {M, gemm_n, gemm_k, multiprocessors}) arguments.positive(size, "a problem");
-    return linear_nf4_gemm_splits(arguments.to_int(M, "M"), arguments.to_int(gemm_n, "gemm_n"),
-                                  arguments.to_int(gemm_k, "gemm_k"),
-                                  arguments.to_int(multiprocessors, "multiprocessors"));
+    return count(arguments.to_int(M, "M"), arguments.to_int(gemm_n, "gemm_n"), arguments.to_int(gemm_k, "gemm_k"),
+                 arguments.to_int(multiprocessors, "multiprocessors"));
 }
 
 }  // namespace
@@ -117,17 +147,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
         "Tensor? absmax_offset, Tensor? bias, Tensor? lora_left, Tensor? lora_right, float scaling, int blocksize, "
         "bool transposed, "
         "Tensor(a!)? partial, Tensor(b!) y) -> ()");
+    m.def(
+        "cuda_linear_nf4_wgmma(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
+        "Tensor? absmax_offset, Tensor? bias, Tensor? lora_left, Tensor? lora_right, float scaling, int blocksize, "
+        "Tensor(a!)? partial, Tensor(b!) y) -> ()");
     m.def("cuda_linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors) -> int");
+    m.def("cuda_linear_nf4_wgmma_splits(int M, int gemm_n, int gemm_k, int multiprocessors) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CUDA, m) {
     m.impl("cuda_linear_nf4_small_m", TORCH_BOX(&linear_nf4_small_m));
     m.impl("cuda_linear_nf4_pairs", TORCH_BOX(&linear_nf4_pairs));
     m.impl("cuda_linear_nf4_gemm", TORCH_BOX(&linear_nf4_gemm));
+    m.impl("cuda_linear_nf4_wgmma", TORCH_BOX(&linear_nf4_wgmma));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_kernels_C, CompositeExplicitAutograd, m) {
-    m.impl("cuda_linear_nf4_gemm_splits", TORCH_BOX(&gemm_splits));
+    m.impl("cuda_linear_nf4_gemm_splits", TORCH_BOX(&splits<&linear_nf4_gemm_splits>));
+    m.impl("cuda_linear_nf4_wgmma_splits", TORCH_BOX(&splits<&linear_nf4_wgmma_splits>));
 }
 
 }  // namespace qlora::cuda_bindings

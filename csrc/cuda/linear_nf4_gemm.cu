@@ -13,18 +13,16 @@
 //
 // Where the output tiles alone do not fill the GPU, the contraction is split over grid.z. A second kernel adds the
 // parts in a fixed order, so the result does not depend on timing.
-#include <algorithm>
-
 #include "launchers.h"
 #include "qlora/ptx.cuh"
 #include "qlora/shared_memory.cuh"
+#include "split_sums.cuh"
 #include "weight_tiles.cuh"
 
 namespace qlora {
 
 constexpr int kLoraK = 16;               // of r in one step: a tile of lora_right is as large as the packed weights
 constexpr int kRowChunks = kBlockK / 8;  // 16-byte chunks of a row of x
-constexpr int kReduceThreads = 64;
 
 // The product as the kernel sees it: y [M, gemm_n] = x [M, gemm_k] times the weight or its transpose.
 struct GemmProblem : LinearNF4GemmArgs {
@@ -188,11 +186,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
 
     // A thread has eight neighbouring outputs of two rows of each 16.
     const int n = n0 + warp * 32 + lane % 4 * 8;
-    float bias[8] = {};
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (p.bias.data && !p.partial && n + i < p.gemm_n) bias[i] = load_any(p.bias, n + i);
-    }
+    float bias[8];
+    load_bias(bias, p, n);
 #pragma unroll
     for (int row_half = 0; row_half < kRowTiles * 2; row_half++) {
         const int m = m0 + row_half / 2 * 16 + row_half % 2 * 8 + lane / 4;
@@ -200,68 +195,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) linear_nf4_gemm_kernel(const 
         float value[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) value[i] = sum[row_half / 2][i % 4][row_half % 2 * 2 + i / 4] + bias[i];
-        const int64_t offset = int64_t(m) * p.gemm_n + n;
-        if (p.partial) {
-            float* to = p.partial + int64_t(blockIdx.z) * p.M * p.gemm_n + offset;
-            if (p.gemm_n % 8 == 0) {
-                store8(to, value);
-            } else {
-                for (int i = 0; i < 8 && n + i < p.gemm_n; i++) to[i] = value[i];
-            }
-        } else {
-            T* to = static_cast<T*>(p.y) + offset;
-            if (p.gemm_n % 8 == 0) {
-                store8(to, value);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    if (n + i < p.gemm_n) to[i] = round_to<T>(value[i]);
-                }
-            }
-        }
-    }
-}
-
-// y = the sum of the parts, first to last, + bias. A thread has eight neighbouring columns of row blockIdx.x.
-template <typename T>
-__global__ void __launch_bounds__(kReduceThreads)
-    linear_nf4_reduce_kernel(const float* __restrict__ partial, const int splits, const AnyFloat bias,
-                             T* __restrict__ y, const int gemm_n) {
-    const int64_t row = blockIdx.x, numel = int64_t(gridDim.x) * gemm_n;
-    const int columns_of_grid = int(gridDim.y) * kReduceThreads * 8;
-    const bool whole = gemm_n % 8 == 0;  // rows begin at 16-byte boundaries
-    for (int64_t n = (blockIdx.y * kReduceThreads + threadIdx.x) * 8; n < gemm_n; n += columns_of_grid) {
-        const int count = whole ? 8 : int(min(int64_t(8), gemm_n - n));
-        float sum[8] = {};
-        for (int part = 0; part < splits; part++) {
-            const float* from = partial + part * numel + row * gemm_n + n;
-            float value[8] = {};
-            if (whole) {
-                load8(value, from);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    if (i < count) value[i] = from[i];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[i] += value[i];
-        }
-        if (bias.data) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (i < count) sum[i] += load_any(bias, n + i);
-            }
-        }
-        T* to = y + row * gemm_n + n;
-        if (whole) {
-            store8(to, sum);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (i < count) to[i] = round_to<T>(sum[i]);
-            }
-        }
+        store_outputs<T>(p, m, n, value);
     }
 }
 
@@ -278,11 +212,7 @@ cudaError_t launch_tile(GemmProblem problem, cudaStream_t stream) {
     const cudaError_t error =
         launch({grid, kGemmThreads, 0, stream}, linear_nf4_gemm_kernel<T, BLOCK_M, Weights>, problem);
     if (error != cudaSuccess || splits == 1) return error;
-    constexpr int kMostGridRows = 65535;
-    const int column_blocks = std::min(ceil_div(problem.gemm_n, kReduceThreads * 8), kMostGridRows);
-    const dim3 reduce_grid(static_cast<unsigned>(problem.M), static_cast<unsigned>(column_blocks));
-    return launch({reduce_grid, kReduceThreads, 0, stream}, linear_nf4_reduce_kernel<T>, problem.partial, splits,
-                  problem.bias, static_cast<T*>(problem.y), problem.gemm_n);
+    return launch_reduce<T>(problem, splits, stream);
 }
 
 template <typename T, class Weights>

@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from .cuda import SM90A_SOURCES
+
 MAX_BYTES_PER_ARCH = 10_000_000
 
 NAME = re.compile(
@@ -63,13 +65,25 @@ def check_content(wheel: Path) -> str:
 
 
 def check_kernels(library: Path, archs: list[str]) -> int:
-    """Return the number of kernels for each of `archs` in `library`. Raises BadWheel if they differ."""
+    """Return the number of kernels for each of `archs` in `library`. Raises BadWheel if they differ.
+
+    The kernels of SM90A_SOURCES are there for sm_90a, where that or sm_90 is one of `archs`, and for nothing else.
+    """
     kernels = kernels_by_arch(library)
-    everything = set().union(*kernels.values())
-    missing = {arch: sorted(everything - kernels.get(arch, set())) for arch in archs}
-    if sorted(kernels) != sorted(archs) or any(missing.values()) or not everything:
-        raise BadWheel(f"{library}: compiled for {sorted(kernels)}, said to be for {archs}; missing: {missing}")
-    return len(everything)
+    hopper = {arch for arch in ("sm_90a",) if {"sm_90", "sm_90a"} & set(archs)}
+    everywhere = {name for names in kernels.values() for name in names if not _is_sm90a_kernel(name)}
+    missing = {arch: sorted(everywhere - kernels.get(arch, set())) for arch in archs}
+    misplaced = {arch for arch, names in kernels.items() if any(map(_is_sm90a_kernel, names))} ^ hopper
+    if set(kernels) != {*archs, *hopper} or any(missing.values()) or misplaced or not everywhere:
+        raise BadWheel(
+            f"{library}: compiled for {sorted(kernels)}, said to be for {archs}; missing: {missing}; "
+            f"{', '.join(SM90A_SOURCES)} missing or misplaced: {sorted(misplaced)}"
+        )
+    return len(everywhere)
+
+
+def _is_sm90a_kernel(name: str) -> bool:
+    return any(f"{stem}_kernel" in name for stem in SM90A_SOURCES)
 
 
 def check_runtime(library: Path, wheel_name: str) -> None:

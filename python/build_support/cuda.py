@@ -22,6 +22,9 @@ DEFAULT_ARCHS = "80+PTX"
 ALL_ARCHS = "80+PTX;86;89;90;100;120+PTX"
 """PTX of 80 serves the GPUs between these, PTX of 120 the later ones."""
 
+SM90A_SOURCES = ("linear_nf4_wgmma",)
+"""Sources compiled for sm_90a where 90 or 90a is requested, and otherwise to a stub (QLORA_WITHOUT_SM90A)."""
+
 NO_NVCC = "nvcc is not found; put CUDA 13 on PATH, or run `make setup`."
 
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
@@ -46,6 +49,18 @@ def gencode(archs: str) -> list[str]:
         if match[2]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def source_flags(stem: str, archs: str) -> list[str]:
+    """Return nvcc's flags for one source of csrc/cuda."""
+    if stem not in SM90A_SOURCES:
+        return gencode(archs)
+    return gencode("90a") if holds_sm90a(archs) else [*gencode(archs), "-DQLORA_WITHOUT_SM90A"]
+
+
+def holds_sm90a(archs: str) -> bool:
+    """Whether SM90A_SOURCES are compiled for sm_90a in a build for `archs`."""
+    return re.search(r"\b90a?\b", archs) is not None
 
 
 def local_version() -> str:
@@ -85,10 +100,11 @@ class CudaLibrary:
             raise CannotBuild(NO_NVCC)
         includes, _ = torch_paths()
         steps = []
-        nvcc = (str(home / "bin" / "nvcc"), *NVCC_FLAGS, *gencode(archs), f"-I{CSRC / 'include'}")
+        nvcc = (str(home / "bin" / "nvcc"), *NVCC_FLAGS)
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             output = build / "kernels" / f"{source.stem}.o"
-            steps.append(compile_step(nvcc, source, output))
+            command = (*nvcc, *source_flags(source.stem, archs), f"-I{CSRC / 'include'}")
+            steps.append(compile_step(command, source, output))
         compiler = tool("CXX", "c++", "g++", "clang++")
         folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
         folders += [f"-isystem{folder}" for folder in (*includes, home / "include", home / "include" / "cccl")]

@@ -13,9 +13,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..build_support.cuda import SM90A_SOURCES
 from ..build_support.cuda_toolkit import cuda_home
 from ..build_support.native import CSRC, ROOT, headers
-from .row import Row, occupancy
+from .row import SHARED_RESERVED, Row, occupancy
 from .sass import TOOLS, Facts, all_facts
 
 CACHE = ROOT / "build" / "kernels_report"
@@ -35,14 +36,22 @@ DEFAULT_THREADS = 256
 WEIGHTS_PER_THREAD = {"dequantize_nf4": 64, "dequantize_nf4_rows": 64, "quantize_nf4": 8}
 """Weights that one pass of a thread through the kernel's code processes."""
 
-DYNAMIC_SHARED = {"linear_nf4_pairs": 256 * 256 + 8 * 2 * 4 * 32 * 4 + 256 * 4}
-"""Bytes of shared memory that a launch asks for: PairsShared."""
+DYNAMIC_SHARED = {"linear_nf4_pairs": 256 * 256 + 8 * 2 * 4 * 32 * 4 + 256 * 4} | {
+    f"linear_nf4_wgmma M{rows}": 4 * (rows * 64 * 2 + 128 * 32) + 256 * 256 + 256 * 4 for rows in (64, 128, 256)
+}
+"""Bytes of shared memory that a launch asks for, by kernel and tile: PairsShared, WgmmaShared."""
 
-GEMM_WEIGHTS, PAIRS_WEIGHTS = 64, 256
-"""Weights that a thread of linear_nf4_gemm and of linear_nf4_pairs decodes in one iteration of its main loop."""
+GEMM_WEIGHTS, PAIRS_WEIGHTS, WGMMA_WEIGHTS = 64, 256, 128
+"""Weights that a thread of linear_nf4_gemm, linear_nf4_pairs and linear_nf4_wgmma decodes in one iteration of its main
+loop."""
+
+SERIALIZED = "wgmma.mma_async instructions are serialized"
+"""In ptxas's remark that it waits for each wgmma; it is no warning, so -Werror does not stop it."""
 
 MERGE_WEIGHTS = 32
 """Weights that a thread of merge_lora writes in one iteration of its main loop."""
+
+MATMUL_KERNELS = ("linear_nf4_gemm", "linear_nf4_pairs", "linear_nf4_wgmma", "lora_down", "merge_lora")
 
 PEER_KERNELS = {
     # bitsandbytes' kernel -> (the job, weights of one pass of a thread or None)
@@ -66,14 +75,19 @@ def cuda_rows(archs: list[int]) -> list[Row]:
     if cuda_home() is None:
         return []
     sources = sorted((CSRC / "cuda").glob("*.cu"))
-    jobs = [(source, arch) for source in sources for arch in archs]
+    jobs = [(source, arch) for source in sources for arch in archs if has_kernels(source, arch)]
     with ThreadPoolExecutor(2) as pool:
         rows = [row for found in pool.map(lambda job: rows_of(*job), jobs) for row in found]
     return rows + peer_rows(archs)
 
 
+def has_kernels(source: Path, arch: int) -> bool:
+    """Whether a source of csrc/cuda has kernels for an architecture."""
+    return arch == 90 or source.stem not in SM90A_SOURCES
+
+
 def cubin(source: Path, arch: int) -> bytes:
-    """Return the cubin of one source for sm_<arch>; any warning is an error.
+    """Return the cubin of one source for sm_<arch>, or sm_90a; any warning and any serialized wgmma is an error.
 
     Raises CompileError without nvcc, and with its messages if it fails.
     """
@@ -88,9 +102,10 @@ def cubin(source: Path, arch: int) -> bytes:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             output = Path(folder) / "out.cubin"
-            command = [str(home / "bin" / "nvcc"), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(output)]
+            target = f"-arch=sm_{arch}{'a' if source.stem in SM90A_SOURCES else ''}"
+            command = [str(home / "bin" / "nvcc"), *FLAGS, target, "-cubin", str(source), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
+            if done.returncode != 0 or SERIALIZED in done.stdout + done.stderr:
                 raise CompileError(f"{source.name} for sm_{arch}:\n{done.stdout}{done.stderr}")
             output.replace(kept)
     return kept.read_bytes()
@@ -141,7 +156,10 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
     elif ours:
         per_weight = _per_weight_of_loop(kernel, config, facts)
     threads = THREADS.get(kernel, DEFAULT_THREADS)
-    shared = facts.static_shared + (DYNAMIC_SHARED.get(kernel, 0) if ours else 0)
+    tile = f"{kernel} {config.split()[-1]}" if config else kernel
+    # From sm_90 on the count in a cubin of CUDA 13 includes what the system reserves.
+    static = max(facts.static_shared - SHARED_RESERVED, 0) if ours and arch >= 90 else facts.static_shared
+    shared = static + (DYNAMIC_SHARED.get(kernel, DYNAMIC_SHARED.get(tile, 0)) if ours else 0)
     return Row(
         source=source,
         kernel=kernel,
@@ -158,7 +176,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
         narrow_copies=facts.narrow_copies,
         instructions=facts.total,
         per_weight=per_weight,
-        matmul=ours and kernel in ("linear_nf4_gemm", "linear_nf4_pairs", "lora_down", "merge_lora"),
+        matmul=ours and kernel in MATMUL_KERNELS,
         default=ours,
         early_waits=facts.early_waits if ours else 0,
     )
@@ -186,6 +204,8 @@ def _per_weight_of_loop(kernel: str, config: str, facts: Facts) -> float | None:
         return round(facts.hottest_loop("HMMA")[0] / MERGE_WEIGHTS, 2)
     if kernel == "linear_nf4_pairs":
         return round(facts.main_loop / PAIRS_WEIGHTS, 2)
+    if kernel == "linear_nf4_wgmma":
+        return round(facts.hottest_loop("UTMALDG")[0] / WGMMA_WEIGHTS, 2)
     small_m = re.search(r" M([124]) (\d)$", config) if kernel == "linear_nf4_small_m" else None
     return round(facts.main_loop / (32 * int(small_m[2])), 2) if small_m else None
 

@@ -88,6 +88,9 @@ GEMM_BUDGETS = {"M16": 9.5, "M32": 10.5, "M64": 12.0}
 PAIRS_BUDGETS = {"M8": 2.0, "M16": 2.0, "M24": 2.3, "M32": 2.75}
 """The same of the pair-table kernel by rows of its tile."""
 
+WGMMA_BUDGET = 5.0
+"""The same of the wgmma kernel; one warp in eight executes the instructions of a stage's copies, about 40 of 155."""
+
 
 def _shared_fits(row: Row) -> bool:
     return row.shared <= MAX_SHARED[row.arch]
@@ -103,6 +106,10 @@ def _is_small_m(row: Row) -> bool:
 
 def _is_cuda_linear(row: Row) -> bool:
     return row.source == "cuda" and row.kernel in ("linear_nf4_small_m", "linear_nf4_gemm", "linear_nf4_pairs")
+
+
+def _is_wgmma(row: Row) -> bool:
+    return row.source == "cuda" and row.kernel == "linear_nf4_wgmma"
 
 
 def _budget(row: Row, kernel: str, budgets: dict[str, float]) -> float | None:
@@ -182,8 +189,14 @@ GATES: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], bool]], ...] = (
         lambda r: r.per_weight is not None and r.per_weight <= (_pairs_budget(r) or 0.0),
     ),
     (
+        f"at most {WGMMA_BUDGET:g} SASS instructions per weight in the wgmma loop",
+        _is_wgmma,
+        lambda r: r.per_weight is not None and r.per_weight <= WGMMA_BUDGET,
+    ),
+    ("wgmma in the kernel that is named after it", _is_wgmma, lambda r: r.tensor_core == "wgmma"),
+    (
         "no wait for a load of the same iteration before the products of a CUDA linear's main loop",
-        _is_cuda_linear,
+        lambda r: _is_cuda_linear(r) or _is_wgmma(r),
         lambda r: r.early_waits == 0,
     ),
     # Rows of an adapter's factors may be narrower than 16 bytes.

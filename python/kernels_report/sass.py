@@ -78,7 +78,9 @@ class Facts:
     def hottest_loop(self, opcode: str) -> tuple[int, int]:
         """Return (instructions, of these `opcode`) of the smallest loop with most of `opcode`; (0, 0) without any."""
         counted = [
-            (sum(n for op, n in loop.items() if op.split(".")[0] == opcode), -sum(loop.values())) for loop in self.loops
+            (sum(n for op, n in loop.items() if op.split(".")[0] == opcode), -sum(loop.values()))
+            for loop in self.loops
+            if not loop["EXIT"]  # of a branch back from code behind the kernel's end, such as a repeated wait
         ]
         most, size = max(counted, default=(0, 0))
         return (-size, most) if most else (0, 0)
@@ -142,9 +144,9 @@ def _main_loop(loops: Sequence[Sequence[Instruction]]) -> Sequence[Instruction]:
     """The smallest of the loops that have most asynchronous copies into shared memory; empty without any."""
 
     def copies(loop: Sequence[Instruction]) -> int:
-        return sum(one.op.startswith("LDGSTS") for one in loop)
+        return sum(one.op.startswith(("LDGSTS", "UTMALDG")) for one in loop)
 
-    candidates = [loop for loop in loops if copies(loop)]
+    candidates = [loop for loop in loops if copies(loop) and all(one.op != "EXIT" for one in loop)]
     return max(candidates, key=lambda loop: (copies(loop), -len(loop)), default=())
 
 

@@ -26,6 +26,7 @@ _VARIABLES = {
     "QLORA_BACKEND": "backend that every op must use: reference, cpu, triton or cuda",
     "QLORA_CPU_ISA": "for the cpu backend: amx_bf16, avx512_bf16_fma, avx512_bf16, avx512, avx2, neon or portable",
     "QLORA_CUDA_PAIRS": "0: the cuda backend does not use linear_nf4_pairs.cu; 1: wherever that kernel can run",
+    "QLORA_CUDA_WGMMA": "1: the cuda backend uses linear_nf4_wgmma.cu wherever that kernel can run, on sm_90",
     "QLORA_CUDA_ARCHS": "architectures to compile the cuda backend for, at build time",
     "QLORA_SKIP_NATIVE": "1: install without compiling anything",
 }

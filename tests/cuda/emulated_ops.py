@@ -79,6 +79,13 @@ def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
     launch("linear_nf4_gemm", "launch_linear_nf4_gemm", arguments, None)
 
 
+def emulate_wgmma(x: Tensor, packed: Tensor, *rest: Any) -> None:
+    *constants, bias, left, right, scaling, blocksize, partial, y = rest
+    weight = nf4_weight(packed, constants, blocksize, y.shape[1], x.shape[1])
+    arguments = gemm_args(x, weight, bias, (left, right, float(scaling)), y, partial, transposed=False)
+    launch("linear_nf4_wgmma", "launch_linear_nf4_wgmma", arguments, None)
+
+
 def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: bool, y: Tensor) -> None:
     launch("dropout", "launch_dropout", dropout_args(x, y, threshold, float(scale), add, seed), None)
 
@@ -109,6 +116,7 @@ def emulated_ops() -> Iterator[None]:
         "cuda_linear_nf4_small_m": emulate_small_m,
         "cuda_linear_nf4_pairs": emulate_pairs,
         "cuda_linear_nf4_gemm": emulate_gemm,
+        "cuda_linear_nf4_wgmma": emulate_wgmma,
         "cuda_dropout": emulate_dropout,
         "cuda_lora_down": emulate_lora_down,
         "cuda_merge_lora": emulate_merge_lora,

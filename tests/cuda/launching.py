@@ -43,6 +43,7 @@ SANITIZED_PTX_KERNELS = {
     "linear_nf4_small_m": "kernelI13__nv_bfloat16Li4E",
     "linear_nf4_pairs": "kernelI13__nv_bfloat16Li8ELb1E",
     "linear_nf4_gemm": "(gemm_kernelI13__nv_bfloat16Li16E|reduce_kernelI13__nv_bfloat16)",
+    "linear_nf4_wgmma": "(wgmma_kernelI13__nv_bfloat16Li64E|reduce_kernelI13__nv_bfloat16)",
     "quantize_nf4": "(quantize_nf4_kernelI13__nv_bfloat16|absmax_kernel)",
     "dequantize_nf4": "I13__nv_bfloat16",
     "lora_down": "I13__nv_bfloat16Li2ELb1ELb1E",

@@ -73,6 +73,7 @@ def test_library_lists_every_op() -> None:
         "linear_nf4_small_m",
         "linear_nf4_pairs",
         "linear_nf4_gemm",
+        "linear_nf4_wgmma",
         "lora_down",
         "merge_lora",
         "adamw_step",
@@ -166,6 +167,24 @@ def test_every_path_serves_lora(M: int, path: str) -> None:
         y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
     arithmetic, w = arithmetic_of("cuda", torch.bfloat16), dequantized(weight, torch.bfloat16)
     assert_within(y, lora_forward(x, w, bias, s, lora.B, lora.scaling, arithmetic), path)
+
+
+@pytest.mark.parametrize(("M", "dtype"), [(16, torch.float16), (70, torch.bfloat16), (200, torch.bfloat16)], ids=str)
+def test_wgmma_serves_lora(M: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an H100, with a library that holds sm_90a code; the rank is padded."""
+    monkeypatch.setattr(ROUTING, "_capability", lambda device: 90)
+    monkeypatch.setattr(routing, "holds_sm90a", lambda: True)
+    N, K, r = 40, 320, 5
+    weight, x, bias = quantized_matrix(N, K), gaussian(M, K, dtype=dtype, seed=2), gaussian(N, seed=3)
+    factors = [(gaussian(*size, seed=4) * 0.1).to(dtype).float() for size in ((r, K), (N, r))]
+    lora = LoRA(*factors, None, 0.5, 0.0)
+    launches = library("linear_nf4_wgmma", "plain")
+    launches.calls()
+    with routing.use_path("wgmma"):
+        y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
+    assert any(call.name == "launch" for call in launches.calls())
+    expected = lora_forward(x, dequantized(weight, dtype), bias, s, lora.B, lora.scaling, arithmetic_of("cuda", dtype))
+    assert_within(y, expected, "wgmma")
 
 
 @dataclass(frozen=True)

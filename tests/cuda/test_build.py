@@ -21,6 +21,21 @@ def test_gencode(archs: str, flags: list[str]) -> None:
     assert cuda.gencode(archs) == flags
 
 
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("80+PTX", [*cuda.gencode("80+PTX"), "-DQLORA_WITHOUT_SM90A"]),
+        ("80;90", cuda.gencode("90a")),
+        ("90a", cuda.gencode("90a")),
+        (cuda.ALL_ARCHS, cuda.gencode("90a")),
+    ],
+)
+def test_the_hopper_kernel_is_compiled_for_sm_90a_alone_or_left_out(archs: str, flags: list[str]) -> None:
+    (stem,) = cuda.SM90A_SOURCES
+    assert cuda.source_flags(stem, archs) == flags
+    assert cuda.source_flags("linear_nf4_gemm", archs) == cuda.gencode(archs)
+
+
 @pytest.mark.parametrize("archs", ["sm_80", "8.0", "native", "80;turing"])
 def test_unknown_architectures_are_refused(archs: str) -> None:
     with pytest.raises(ValueError, match="QLORA_CUDA_ARCHS: must be like"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from .launching import CUDA_SOURCES, needs_nvcc
 
 pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with triton's wheel: make setup")
-from python.kernels_report.cuda_rows import peer_rows, rows_of
+from python.kernels_report.cuda_rows import CompileError, cubin, has_kernels, peer_rows, rows_of
 from python.kernels_report.row import GATES, WARPS_PER_SM, Row, broken_gates
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -23,8 +24,9 @@ def rows(stem: str, arch: int) -> tuple[Row, ...]:
     return tuple(rows_of(CUDA_SOURCES / f"{stem}.cu", arch))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("stem", [path.stem for path in SOURCES])
+@pytest.mark.parametrize(
+    ("stem", "arch"), [(path.stem, arch) for path in SOURCES for arch in ARCHS if has_kernels(path, arch)]
+)
 def test_compiles_without_warnings_and_passes_the_gates(stem: str, arch: int) -> None:
     compiled = list(rows(stem, arch))
     assert compiled
@@ -53,6 +55,27 @@ def test_pair_table_kernels_use_tensor_cores_and_few_instructions(arch: int) -> 
 def test_two_blocks_of_the_pair_table_are_resident_up_to_24_rows(arch: int) -> None:
     warps = {row.config: row.occupancy * WARPS_PER_SM[arch] for row in rows("linear_nf4_pairs", arch)}
     assert all(resident >= 16 for config, resident in warps.items() if "M32" not in config), warps
+
+
+def test_wgmma_kernels_fit_their_blocks_on_a_multiprocessor() -> None:
+    kernels = {row.config: row for row in rows("linear_nf4_wgmma", 90) if row.kernel == "linear_nf4_wgmma"}
+    assert set(kernels) == {f"{dtype} M{M}" for dtype in ("bf16", "fp16") for M in (64, 128, 256)}
+    for config, row in kernels.items():
+        blocks = 2 if "M64" in config.split() else 1
+        assert row.occupancy == blocks * 8 / 64, config
+        assert row.tensor_core == "wgmma"
+
+
+def test_serialized_wgmma_is_an_error(tmp_path: Path) -> None:
+    """A branch out of a group of stages, for which ptxas waits for each wgmma."""
+    for path in CUDA_SOURCES.iterdir():
+        (tmp_path / path.name).write_text(path.read_text())
+    source = tmp_path / "linear_nf4_wgmma.cu"
+    text, right = source.read_text(), "decode(a[stage % 2], "
+    assert right in text
+    source.write_text(text.replace(right, f"if (step + stage >= steps) break;\n{right}"))
+    with pytest.raises(CompileError, match=r"wgmma\.mma_async instructions are serialized"):
+        cubin(source, 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -127,7 +127,7 @@ FAULTS = [
     Fault("the wait for a stage", "ptx::cp_async_wait<kStages - 2>();", "ptx::cp_async_wait<kStages - 1>();", 0),
     Fault("the barrier of a stage", BARRIER, "", 0),
 ]
-"""Faults in the kernels and in weight_tiles.cuh; case: in PLANTED_IN."""
+"""Faults in the kernels, in weight_tiles.cuh and in split_sums.cuh; case: in PLANTED_IN."""
 
 FEW_KERNELS = {
     "launch_gemm<T>(problem": "launch_gemm<__nv_bfloat16>(problem",
@@ -145,7 +145,7 @@ def check_planted(tested: cuda_host.Library, case: int) -> None:
 
 
 planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
-    "linear_nf4_gemm", FAULTS, check_planted, FEW_KERNELS, ["weight_tiles.cuh"]
+    "linear_nf4_gemm", FAULTS, check_planted, FEW_KERNELS, ["weight_tiles.cuh", "split_sums.cuh"]
 )
 
 

@@ -103,15 +103,74 @@ def test_the_plan_says_why_the_pair_table_is_left_out(change: dict, reason: str)
 
 
 def test_the_environment_selects_the_pair_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_pairs", routing.pairs_choice("1"))
+    monkeypatch.setattr(routing, "_pairs", routing.choice("QLORA_CUDA_PAIRS", "1"))
     assert [kernel(M) for M in (1, 16, 64, 65)] == [routing.PAIRS] * 3 + [routing.GEMM]
     assert kernel(8, dtype=torch.float16) == routing.GEMM
-    monkeypatch.setattr(routing, "_pairs", routing.pairs_choice("0"))
+    monkeypatch.setattr(routing, "_pairs", routing.choice("QLORA_CUDA_PAIRS", "0"))
     assert [kernel(M) for M in (4, 8)] == [routing.SMALL_M, routing.GEMM]
     assert "QLORA_CUDA_PAIRS=0" in routing.route(problem(8), 80).reason
-    assert routing.pairs_choice(None) is routing.pairs_choice("") is None
+    assert routing.choice("QLORA_CUDA_PAIRS", None) is routing.choice("QLORA_CUDA_PAIRS", "") is None
     with pytest.raises(ValueError, match="QLORA_CUDA_PAIRS must be 0 or 1, got 'yes'"):
-        routing.pairs_choice("yes")
+        routing.choice("QLORA_CUDA_PAIRS", "yes")
+
+
+@pytest.fixture
+def with_sm90a(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A library that holds code for sm_90a."""
+    monkeypatch.setattr(routing, "holds_sm90a", lambda: True)
+    routing._route.cache_clear()
+    yield
+    routing._route.cache_clear()
+
+
+@pytest.mark.usefixtures("with_sm90a")
+def test_wgmma_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (1, 16, 64, 256, 1024, 1025)
+    assert routing.WGMMA not in [kernel(M, 90) for M in rows], "no default"
+    with routing.use_path("wgmma"):
+        assert kernel(64, 90) == routing.WGMMA
+        assert kernel(64, 80) == kernel(64, 100) == routing.GEMM
+    monkeypatch.setattr(routing, "_wgmma", routing.choice("QLORA_CUDA_WGMMA", "1"))
+    assert [kernel(M, 90) for M in rows] == [routing.WGMMA] * 5 + [routing.DECODE]
+    plan = routing.route(problem(256), 90)
+    assert str(plan) == "linear_nf4_wgmma.cu [block_m=256 block_n=128 block_k=64]: QLORA_CUDA_WGMMA=1"
+    assert kernel(256, 90, op="linear_nf4_lora_backward") == routing.DECODE
+    monkeypatch.setattr(routing, "_pairs", True)
+    assert [kernel(M, 90) for M in (64, 65)] == [routing.PAIRS, routing.WGMMA], "QLORA_CUDA_PAIRS=1 comes first"
+
+
+@pytest.mark.usefixtures("with_sm90a")
+@pytest.mark.parametrize(
+    ("change", "capability", "reason"),
+    [
+        ({}, 80, "the GPU is sm_80, not sm_90"),
+        ({}, 100, "the GPU is sm_100, not sm_90"),
+        ({"op": "linear_nf4_grad_x"}, 90, "it has no transposed product"),
+        ({"dtype": torch.float32}, 90, "x is float32"),
+        ({"M": 2048}, 90, "M=2048 > 1024"),
+        ({"blocksize": 32}, 90, "blocksize 32 is less than 64"),
+        ({"K": 4128}, 90, "K=4128 is not a multiple of 64"),
+    ],
+    ids=str,
+)
+def test_the_plan_says_why_wgmma_is_left_out(
+    change: dict,
+    capability: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[type-arg]
+) -> None:
+    monkeypatch.setattr(routing, "_wgmma", True)
+    plan = routing.route(problem(64)._replace(**change), capability)
+    assert plan.kernel != routing.WGMMA
+    assert plan.reason.endswith(f"linear_nf4_wgmma.cu is left out: {reason}")
+
+
+def test_wgmma_needs_a_library_for_sm_90a(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "holds_sm90a", lambda: False)
+    monkeypatch.setattr(routing, "built_for", lambda: "80+PTX by CUDA 13.0")
+    assert routing.wgmma_obstacle(problem(64), 90) == (
+        "the library is built for 80+PTX by CUDA 13.0, without sm_90a; rebuild it with QLORA_CUDA_ARCHS=90a"
+    )
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 25, 33, 49, 64, 65, 1000, 1025, 5000])
@@ -121,6 +180,7 @@ def test_planned_rows_are_no_fewer_and_in_the_same_bucket(M: int) -> None:
     assert planned_rows(rows) == rows
     assert measured_plans.bucket(problem(rows)) == measured_plans.bucket(problem(M))
     assert routing.gemm_tile(rows) == routing.gemm_tile(M)
+    assert routing.wgmma_tile(rows) == routing.wgmma_tile(M)
     assert M > routing.MOST_PAIR_ROWS or routing.pairs_tile(rows) == routing.pairs_tile(M)
 
 

@@ -104,6 +104,27 @@ def test_every_kernel_compiled_for_every_architecture() -> None:
         check_wheels.check_kernels(cuda.LIBRARY, [*archs, "sm_75"])
 
 
+def test_the_hopper_kernel_must_be_compiled_for_sm_90a_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemm, wgmma = "_ZN5qlora22linear_nf4_gemm_kernelE", "_ZN5qlora23linear_nf4_wgmma_kernelE"
+    library = Path("_C.abi3.so")
+
+    def check(archs: list[str], **kernels: set[str]) -> int:
+        monkeypatch.setattr(check_wheels, "kernels_by_arch", lambda _: kernels)
+        return check_wheels.check_kernels(library, archs)
+
+    assert check(["sm_80"], sm_80={gemm}) == 1
+    assert check(["sm_80", "sm_90"], sm_80={gemm}, sm_90={gemm}, sm_90a={wgmma}) == 1
+    assert check(["sm_80", "sm_90a"], sm_80={gemm}, sm_90a={gemm, wgmma}) == 1
+    for archs, kernels in (
+        (["sm_80", "sm_90"], {"sm_80": {gemm}, "sm_90": {gemm}}),
+        (["sm_80", "sm_90a"], {"sm_80": {gemm}, "sm_90a": {gemm}}),
+        (["sm_80"], {"sm_80": {gemm, wgmma}}),
+        (["sm_80"], {"sm_80": {gemm}, "sm_90a": {wgmma}}),
+    ):
+        with pytest.raises(BadWheel, match="linear_nf4_wgmma"):
+            check(archs, **kernels)
+
+
 @needs_library
 def test_cuda_library_uses_runtime_of_torch() -> None:
     check_wheels.check_runtime(cuda.LIBRARY, NAME.format("cu130.sm80"))

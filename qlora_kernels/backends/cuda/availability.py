@@ -45,6 +45,12 @@ def read_build(library: Path) -> Build:
         return Build(record[1].decode(), int(record[2]))
 
 
+@cache
+def holds_sm90a() -> bool:
+    """Whether the library holds code for sm_90a, for which linear_nf4_wgmma.cu is compiled where 90 or 90a is built."""
+    return LIBRARY.exists() and bool(re.search(r"\b90a?\b", read_build(LIBRARY).archs))
+
+
 def built_for() -> str:
     """Return the architectures and CUDA version of the library, which is not loaded, or that there is none."""
     if not LIBRARY.exists():

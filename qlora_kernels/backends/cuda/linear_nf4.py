@@ -19,7 +19,7 @@ from ...ops.registry import KernelPlan, Problem
 from . import torch_products
 from .codec import dequantize_nf4
 from .lora_down import aligned, dropout, dropped, drops, lora_down, project
-from .routing import BOUNDS, DECODE, GEMM, PAIRS, SMALL_M, addition_reason, lora_plan, route
+from .routing import BOUNDS, DECODE, GEMM, PAIRS, SMALL_M, WGMMA, addition_reason, lora_plan, route
 
 _C = torch.ops.qlora_kernels_C
 
@@ -158,9 +158,9 @@ def _forward(x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, l
         s = None if s is None else s.contiguous()
         _C.cuda_linear_nf4_small_m(*operands, s, B, scaling, weight.blocksize, _multiprocessors(x.device), y)
         return y
-    if kernel == GEMM:
+    if kernel in (GEMM, WGMMA):
         lora_right = None if lora_B is None else lora_B.to(x.dtype)
-        return _gemm(x, weight, bias, s, lora_right, scaling, transposed=False)
+        return _gemm(x, weight, bias, s, lora_right, scaling, transposed=False, by_wgmma=kernel == WGMMA)
     w = _dequantized(weight, x).T
     y = x @ w if bias is None else torch.addmm(bias.to(x.dtype), x, w)
     return y if s is None or lora_B is None else y.addmm_(s, lora_B.to(x.dtype).T, alpha=scaling)
@@ -208,16 +208,24 @@ def _gemm(
     scaling: float,
     *,
     transposed: bool,
+    by_wgmma: bool = False,
 ) -> Tensor:
-    """Return x W^T (x W if transposed) + bias + scaling * lora_left lora_right^T, with the factors in x's dtype."""
+    """Return x W^T (x W if transposed) + bias + scaling * lora_left lora_right^T, with the factors in x's dtype.
+
+    by_wgmma: by linear_nf4_wgmma.cu instead of linear_nf4_gemm.cu; not transposed.
+    """
     M, gemm_k = x.shape
     gemm_n = weight.K if transposed else weight.N
     y = x.new_empty(M, gemm_n)
-    splits = _C.cuda_linear_nf4_gemm_splits(M, gemm_n, gemm_k, _multiprocessors(x.device))
+    count_splits = _C.cuda_linear_nf4_wgmma_splits if by_wgmma else _C.cuda_linear_nf4_gemm_splits
+    splits = count_splits(M, gemm_n, gemm_k, _multiprocessors(x.device))
     partial = x.new_empty(splits, M, gemm_n, dtype=torch.float32) if splits > 1 else None
     lora = (_padded_rank(lora_left), _padded_rank(lora_right))
     operands = (aligned(x), aligned(weight.packed), *weight.constants, bias)
-    _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
+    if by_wgmma:
+        _C.cuda_linear_nf4_wgmma(*operands, *lora, scaling, weight.blocksize, partial, y)
+    else:
+        _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
     return y
 
 

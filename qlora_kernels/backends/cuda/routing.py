@@ -4,10 +4,12 @@
     rows <= small_rows        linear_nf4_small_m.cu: bound by reading the packed weight once, products in fp32
     rows <= fused_rows        linear_nf4_gemm.cu: tensor cores, weights decoded in the main loop
     more, or awkward shapes   dequantize_nf4.cu into a scratch tensor, then torch.matmul
+    only where asked for      linear_nf4_wgmma.cu: wgmma and TMA of Hopper GPUs
 
 The rounding of the weight depends on the kernel (docs/format.md). QLORA_CUDA_PAIRS=0 leaves linear_nf4_pairs.cu out;
 QLORA_CUDA_PAIRS=1 takes it for all numbers of rows that it serves, whose results then have the same bits for each of
-these numbers.
+these numbers. QLORA_CUDA_WGMMA=1 takes linear_nf4_wgmma.cu wherever it can run; it is no default before a GPU has run
+it.
 
 The bounds are those of the model in bench/roofline.py (`fused_rows`), which counts bytes, products and SASS
 instructions. They are predicted, not run on a GPU; ops/tuned/sm_<capability>.json (ops/measured_plans.py) replaces
@@ -29,6 +31,7 @@ from ...ops import extended_k, measured_plans
 from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
 from ...rounding import cdiv, round_up
+from .availability import built_for, holds_sm90a
 from .lora_down import kernel_obstacle
 
 SMALL_ROWS_FP32 = 16
@@ -45,6 +48,16 @@ MOST_PAIR_TILE = 32
 
 PAIRS_BLOCKSIZE, PAIRS_GROUP = 64, 256
 """The blocksize of linear_nf4_pairs.cu, and the number of which K must be a multiple there: four blocks."""
+
+
+MOST_WGMMA_ROWS = 1024
+"""Maximum number of rows of linear_nf4_wgmma.cu; beyond, a decoded weight serves enough rows."""
+
+WGMMA_STEP = 64
+"""The number of which K and the blocksize must be multiples in linear_nf4_wgmma.cu."""
+
+WGMMA_CAPABILITY = 90
+"""The one compute capability of linear_nf4_wgmma.cu."""
 
 
 class Bounds(NamedTuple):
@@ -73,12 +86,15 @@ BOUNDS = {
 """Compute capability -> bounds; other capabilities use the nearest one below."""
 
 SMALL_M, GEMM, DECODE = "linear_nf4_small_m.cu", "linear_nf4_gemm.cu", "dequantize_nf4.cu, then torch.matmul"
-PAIRS = "linear_nf4_pairs.cu"
-KERNELS = {"pairs": PAIRS, "small_m": SMALL_M, "fused": GEMM, "decode": DECODE}
+PAIRS, WGMMA = "linear_nf4_pairs.cu", "linear_nf4_wgmma.cu"
+KERNELS = {"pairs": PAIRS, "small_m": SMALL_M, "fused": GEMM, "wgmma": WGMMA, "decode": DECODE}
 """Name of a path in tuned files -> name of its kernel."""
 
 ENVIRONMENT = "QLORA_CUDA_PAIRS"
 """The environment variable that leaves linear_nf4_pairs.cu out ("0") or takes it wherever it can run ("1")."""
+
+WGMMA_ENVIRONMENT = "QLORA_CUDA_WGMMA"
+"""The environment variable that takes linear_nf4_wgmma.cu wherever it can run ("1")."""
 
 
 def bounds_of(capability: int) -> Bounds:
@@ -93,9 +109,9 @@ def route(problem: Problem, capability: int) -> KernelPlan:
     op = "linear_nf4_grad_x" if backward else "linear_nf4"
     rows = planned_rows(problem.M)
     base = problem._replace(op=op, M=rows, r=0, dropout=False)
-    if _forced is not None and _forced in (KERNELS[path] for path in served_paths(base)):
+    if _forced is not None and _forced in (KERNELS[path] for path in served_paths(base, capability)):
         return KernelPlan(_forced, _tile(_forced, rows), "use_path")
-    return _route(base, capability, _pairs)
+    return _route(base, capability, _pairs, _wgmma)
 
 
 def addition_reason(
@@ -137,17 +153,17 @@ def lora_plan(problem: Problem, capability: int) -> KernelPlan:
 _forced: str | None = None
 
 
-def pairs_choice(value: str | None) -> bool | None:
-    """Return whether linear_nf4_pairs.cu must not be chosen (False), must be (True), or may be (None).
+def choice(variable: str, value: str | None) -> bool | None:
+    """Return whether a kernel must not be chosen (False), must be (True), or may be (None).
 
-    Raises ValueError for a value of QLORA_CUDA_PAIRS that is neither 0 nor 1.
+    Raises ValueError for a value of the environment variable that is neither 0 nor 1.
     """
     if value not in (None, "", "0", "1"):
-        raise ValueError(f"linear_nf4: {ENVIRONMENT} must be 0 or 1, got {value!r}; unset it for the default")
+        raise ValueError(f"linear_nf4: {variable} must be 0 or 1, got {value!r}; unset it for the default")
     return value == "1" if value else None
 
 
-_pairs = pairs_choice(os.environ.get(ENVIRONMENT))
+_pairs, _wgmma = (choice(variable, os.environ.get(variable)) for variable in (ENVIRONMENT, WGMMA_ENVIRONMENT))
 
 
 @contextmanager
@@ -163,23 +179,37 @@ def use_path(path: str) -> Iterator[None]:
         _forced = before
 
 
-def served_paths(problem: Problem) -> list[str]:
-    """Return the paths of KERNELS that support a base product."""
+def served_paths(problem: Problem, capability: int) -> list[str]:
+    """Return the paths of KERNELS that support a base product on a GPU of this compute capability."""
     if obstacle(problem) is not None:
         return ["decode"]
     backward, fp32 = problem.op == "linear_nf4_grad_x", problem.dtype == torch.float32
     pairs = ["pairs"] if pairs_obstacle(problem) is None else []
     small_m = [] if backward or problem.M > MOST_SMALL_ROWS else ["small_m"]
-    return [*pairs, *small_m, *([] if fp32 else ["fused"]), "decode"]
+    wgmma = ["wgmma"] if wgmma_obstacle(problem, capability) is None else []
+    return [*pairs, *small_m, *([] if fp32 else ["fused"]), *wgmma, "decode"]
 
 
 @lru_cache(maxsize=4096)
-def _route(problem: Problem, capability: int, pairs: bool | None) -> KernelPlan:
+def _route(problem: Problem, capability: int, pairs: bool | None, wgmma: bool | None) -> KernelPlan:
+    if not wgmma:
+        return _route_by_table(problem, capability, pairs)
+    if pairs and pairs_obstacle(problem) is None and obstacle(problem) is None:
+        return _route_by_table(problem, capability, pairs)
+    reason = wgmma_obstacle(problem, capability)
+    if reason is None:
+        return KernelPlan(WGMMA, wgmma_tile(problem.M), f"{WGMMA_ENVIRONMENT}=1")
+    chosen = _route_by_table(problem, capability, pairs)
+    return replace(chosen, reason=f"{chosen.reason}; {WGMMA} is left out: {reason}")
+
+
+def _route_by_table(problem: Problem, capability: int, pairs: bool | None) -> KernelPlan:
     reason = obstacle(problem)
     if reason is not None:
         return KernelPlan(DECODE, {}, reason)
     pairs_reason = f"{ENVIRONMENT}=0" if pairs is False else pairs_obstacle(problem)
-    served = [KERNELS[path] for path in served_paths(problem) if path != "pairs" or pairs_reason is None]
+    paths = served_paths(problem, capability)
+    served = [KERNELS[path] for path in paths if path != "pairs" or pairs_reason is None]
     if pairs and PAIRS in served:
         return KernelPlan(PAIRS, pairs_tile(problem.M), f"{ENVIRONMENT}=1")
     entry = measured_plans.entries(capability).get(measured_plans.bucket(problem))
@@ -235,8 +265,28 @@ def pairs_obstacle(problem: Problem) -> str | None:
     return None
 
 
+def wgmma_obstacle(problem: Problem, capability: int) -> str | None:
+    """Return why linear_nf4_wgmma.cu cannot run a base product on a GPU of this capability, or None if it can."""
+    if capability != WGMMA_CAPABILITY:
+        return f"the GPU is sm_{capability}, not sm_90"
+    if problem.op != "linear_nf4":
+        return "it has no transposed product"
+    if problem.dtype == torch.float32:
+        return "x is float32"
+    if problem.M > MOST_WGMMA_ROWS:
+        return f"M={problem.M} > {MOST_WGMMA_ROWS}"
+    if problem.blocksize < WGMMA_STEP:
+        return f"blocksize {problem.blocksize} is less than {WGMMA_STEP}"
+    if problem.K % WGMMA_STEP:
+        return f"K={problem.K} is not a multiple of {WGMMA_STEP}"
+    if not holds_sm90a():
+        return f"the library is built for {built_for()}, without sm_90a; rebuild it with QLORA_CUDA_ARCHS=90a"
+    return None
+
+
 def _tile(kernel: str, M: int) -> dict[str, int]:
-    return gemm_tile(M) if kernel == GEMM else pairs_tile(M) if kernel == PAIRS else {}
+    tiles = {GEMM: gemm_tile, PAIRS: pairs_tile, WGMMA: wgmma_tile}
+    return tiles[kernel](M) if kernel in tiles else {}
 
 
 def pairs_tile(M: int) -> dict[str, int]:
@@ -247,3 +297,8 @@ def pairs_tile(M: int) -> dict[str, int]:
 def gemm_tile(M: int) -> dict[str, int]:
     """Return BLOCK_M, kBlockN and kBlockK of csrc/cuda/linear_nf4_gemm.cu."""
     return {"block_m": 16 if M <= 16 else 32 if M <= 32 else 64, "block_n": 128, "block_k": 64}
+
+
+def wgmma_tile(M: int) -> dict[str, int]:
+    """Return M_TILE, kWgmmaRows and kWgmmaBlockK of csrc/cuda/linear_nf4_wgmma.cu."""
+    return {"block_m": 64 if M <= 64 else 128 if M <= 128 else 256, "block_n": 128, "block_k": 64}

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from python.build_support.cuda import SM90A_SOURCES
 from tests.support.cuda_host import nvcc_missing
 from tests.support.cuda_host.build import cached, run_compiler, translated_kernels, translated_text
 from tests.support.cuda_host.ptx.parser import Parameter
@@ -25,7 +26,11 @@ DRIVER, RUNTIME, KERNELS = "libcuda.so.1", "libcudart.so.13", "libkernels.so"
 _HERE = Path(__file__).parent
 _SOURCES = _HERE / "src"
 _EMULATOR = _HERE.parent / "cuda_host"
-_KERNELS = tuple(path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if "__global__" in path.read_text())
+_KERNELS = tuple(
+    path
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if "__global__" in path.read_text() and path.stem not in SM90A_SOURCES
+)
 _COMMON = ("-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-shared")
 
 
