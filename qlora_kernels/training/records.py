@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..io.strict_json import JSONRefused, parse_json
-from .row_formats import converted, preference, used_keys
+from .row_formats import converted, preference, used_keys, without_nulls
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its reasoning."""
@@ -58,10 +58,12 @@ Record = Plain | Completion | Chat
 def parse_record(place: str, value: Any) -> Record:
     """Return the record in a row: {"text"}, {"prompt", "completion"} or {"messages"}, with or without "tools".
 
-    place: for messages.   value: of any type. Other keys are ignored (`unused_keys` lists them).
+    place: for messages.   value: of any type. Other keys are ignored (`unused_keys` lists them), and so are keys whose
+    value is null beside those of a format.
     Raises DataError for any other row.
     """
     if isinstance(value, dict):
+        value = without_nulls(value)
         if kind := preference(value):
             raise DataError(
                 f"{place}: must not be {kind}, which supervised training has no use for; write what is to be learned "
@@ -83,7 +85,8 @@ def parse_record(place: str, value: Any) -> Record:
 
 
 def unused_keys(value: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a row that `parse_record` ignored."""
+    """Return the keys of a row that `parse_record` ignored, without those whose value is null."""
+    value = without_nulls(value)
     return set(value) - used_keys(value)
 
 

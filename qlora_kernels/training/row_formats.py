@@ -55,6 +55,15 @@ FORMATS = (
 """A row has the first format whose required keys it contains."""
 
 
+def without_nulls(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row without keys whose value is null, as exports of tables have them, if it then has a format.
+
+    Any other row is returned unchanged, so that the message about it names the null.
+    """
+    kept = {key: value for key, value in row.items() if value is not None}
+    return kept if any(form.needs <= kept.keys() for form in FORMATS) else row
+
+
 def preference(row: Mapping[str, Any]) -> str:
     """Return the kind of preference data of a row; "" if it is not preference data."""
     if {"chosen", "rejected"} <= row.keys():

@@ -16,6 +16,9 @@ from .text_tokens import MarkedTokens, TextTokens, Tokenizer
 IGNORED = -100
 """Label of a token that is not learned."""
 
+_EMPTY = "empty text"
+"""The reason for which a text without characters is dropped."""
+
 
 class Example(NamedTuple):
     """One window of tokens to train on.
@@ -106,7 +109,7 @@ def encode_rows(source: str, records: Iterable[Record], tokenizer: Tokenizer, se
             if record.text:
                 documents.add(record.text)
             else:
-                rows.drop("empty text")
+                rows.drop(_EMPTY)
             continue
         if isinstance(record, Completion):
             tokens = _completion(texts, record)
@@ -125,6 +128,8 @@ def encode_rows(source: str, records: Iterable[Record], tokenizer: Tokenizer, se
     if not examples and documents.stream:
         filled = f"must fill a window of {seq_len} tokens, got {len(documents.stream)}"
         raise DataError(f"{source}: {filled}; use more text or a shorter --seq-len")
+    if not examples and rows.dropped.keys() == {_EMPTY}:
+        raise DataError(f"{source}: must hold text, got {rows.dropped[_EMPTY]} empty texts")
     if not examples:
         raise DataError(f"{source}: must hold a completion that begins within {seq_len} tokens; use a longer --seq-len")
     return Encoding(examples, rows)

@@ -87,6 +87,11 @@ def test_rows_are_counted(tokenizer):
     assert str(rows).startswith("7 rows: 2 whole, 2 cut, 1 dropped (no learned token within 8 tokens), ")
 
 
+def test_empty_texts_alone_are_refused(tokenizer):
+    with pytest.raises(DataError, match="x: must hold text, got 2 empty texts"):
+        encode("x", [Plain(""), Plain("")], tokenizer, seq_len=8)
+
+
 def test_windows_too_short_to_predict_are_refused(tokenizer):
     with pytest.raises(DataError, match="--seq-len must be >= 2 to predict a token, got 1"):
         encode("x", [Plain("abc")], tokenizer, seq_len=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_kernels.training import Chat, Completion, DataError
+from qlora_kernels.training import Chat, Completion, DataError, Plain
 from qlora_kernels.training.records import parse_record, unused_keys
 from qlora_kernels.training.row_formats import ALPACA, ALPACA_WITH_INPUT
 
@@ -55,6 +55,25 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 def test_rows_are_read(row, record):
     assert parse_record("here", row) == record
     assert unused_keys({**row, "id": 3}) == {"id"}
+
+
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [
+        ({"text": "hi", "messages": None, "prompt": None, "completion": None}, Plain("hi")),
+        ({"text": "hi", "chosen": None, "rejected": None}, Plain("hi")),
+        ({"messages": [USER, ASSISTANT], "text": None, "tools": None}, Chat((USER, ASSISTANT))),
+        (
+            {"instruction": "Add.", "input": None, "output": "4", "text": None},
+            Completion(ALPACA.format(instruction="Add."), "4"),
+        ),
+    ],
+    ids=str,
+)
+def test_nulls_beside_a_format_are_no_part_of_a_row(row, record):
+    """Exports of tables write every column into every row; `datasets` leaves them out of Parquet rows too."""
+    assert parse_record("here", row) == record
+    assert unused_keys(row) == set()
 
 
 def test_alpacas_prompt_is_stanfords():
