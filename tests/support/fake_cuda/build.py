@@ -58,7 +58,7 @@ def _make(folder: Path) -> None:
 
 
 def module_library(ptx: str, driver_folder: Path) -> Path:
-    """Return a library of the kernels in PTX text for sm_80, cached by content. Raises CompilerError.
+    """Return a library of the kernels in PTX text, cached by content. Raises CompilerError.
 
     driver_folder: the folder of libcuda.so.1.
     """
@@ -75,13 +75,13 @@ def module_library(ptx: str, driver_folder: Path) -> Path:
 
 def _libraries(folder: Path, include: Path) -> None:
     """Compile libcuda.so.1 and libcudart.so.13, which is linked to it."""
-    compiler = ["g++", "-std=c++20", *_COMMON, f"-isystem{include}"]
+    compiler = ["g++", "-std=c++20", *_COMMON, f"-isystem{include}", f"-I{_EMULATOR / 'include'}"]
     for name, source in ((DRIVER, driver_stubs(include)), (RUNTIME, runtime_stubs(include))):
         stubs = folder / f"{name}.stubs.c"
         stubs.write_text(source)
         run_compiler(["gcc", "-fPIC", "-c", f"-I{_SOURCES}", str(stubs), "-o", str(stubs.with_suffix(".o"))])
     driver: list[Path | str] = [
-        _SOURCES / f"{stem}.cpp" for stem in ("control", "devices", "kernels", "memory", "streams")
+        _SOURCES / f"{stem}.cpp" for stem in ("control", "devices", "kernels", "memory", "streams", "tensor_maps")
     ]
     driver += [folder / f"{DRIVER}.stubs.o", "-ldl", "-o", folder / DRIVER]
     run_compiler([*compiler, f"-Wl,-soname,{DRIVER}", *map(str, driver)])

@@ -24,12 +24,6 @@ uint8_t outside_byte(const TensorMap& map) { return map.fill_nan ? 0xFF : 0; }
 
 }  // namespace
 
-int TensorMap::box_bytes() const {
-    int bytes = element_bytes;
-    for (int d = 0; d < rank; d++) bytes *= box[d];
-    return bytes;
-}
-
 TensorCopies& tensor_copies() {
     static TensorCopies instance;
     return instance;

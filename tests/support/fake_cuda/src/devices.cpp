@@ -55,7 +55,8 @@ const ErrorText* find_error(CUresult code) {
 bool exists(CUdevice device) { return device >= 0 && device < model().devices; }
 
 int attribute(CUdevice_attribute name, CUdevice device) {
-    constexpr int kShared = 48 << 10, kSharedOptIn = 163 << 10;  // as sm_80 has it
+    constexpr int kShared = 48 << 10;
+    const int shared_opt_in = (model().capability_major < 9 ? 163 : 227) << 10;  // as sm_80 and sm_90 have it
     switch (name) {
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
         case CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X:
@@ -72,9 +73,9 @@ int attribute(CUdevice_attribute name, CUdevice device) {
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK:
             return kShared;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
-            return kSharedOptIn;
+            return shared_opt_in;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
-            return kSharedOptIn + 1024;
+            return shared_opt_in + 1024;
         case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK:
             return 1024;
         case CU_DEVICE_ATTRIBUTE_TOTAL_CONSTANT_MEMORY:

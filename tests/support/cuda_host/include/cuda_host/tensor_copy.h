@@ -2,28 +2,12 @@
 // come only when a thread waits for them at the copy's mbarrier, those of several copies in random order.
 #pragma once
 
-#include <cuda.h>
-
 #include <vector>
 
 #include "machine.h"
+#include "tensor_map.h"
 
 namespace cuda_host {
-
-// What the emulator's cuTensorMapEncodeTiled writes into the opaque 128 bytes of a CUtensorMap.
-struct TensorMap {
-    static constexpr uint64_t kMark = 0x70614D726F736E65ull;
-    static constexpr int kMaxRank = 5;
-    uint64_t mark;
-    uint64_t address;
-    uint64_t stride_bytes[kMaxRank - 1];
-    uint32_t last[kMaxRank];  // size of each dimension, less one
-    uint16_t box[kMaxRank];
-    uint8_t rank, element_bytes, swizzle, fill_nan, element_type;
-
-    int box_bytes() const;
-};
-static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 // The place of a byte in shared memory under a swizzle of `span` bytes (0, 32, 64, 128): bits 4 to 6 of the address are
 // exclusive-ored with bits 7 to 9, as many as the span has.
