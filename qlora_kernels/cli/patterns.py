@@ -5,7 +5,6 @@ Python's `re` backtracks, so that a pattern such as (a|a)*b can take hours on th
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -32,8 +31,9 @@ def check_patterns(config: PeftConfig, model: nn.Module) -> None:
             with _time_limit(SECONDS):
                 for name in names:
                     match(name)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise UsageError(f"{field}: must be a regular expression, got {pattern[:60]!r} ({error})") from error
+        except ValueError as error:
+            why = error.__cause__ or error
+            raise UsageError(f"{field}: must be a regular expression, got {pattern[:60]!r} ({why})") from error
         except TimeoutError as error:
             raise UsageError(
                 f"{field}: must match the model's {len(names)} names within {SECONDS:g} s, got {pattern[:60]!r}; "

@@ -20,6 +20,17 @@ Pattern = Names | Callable[[str, nn.Module], bool]
 """Names, or a predicate of (name, module)."""
 
 
+def regular(expression: str, around: str = "{}") -> re.Pattern[str]:
+    """Return a compiled regular expression, which stands in `around`.
+
+    Raises ValueError, naming the expression, if it is none.
+    """
+    try:
+        return re.compile(around.format(expression))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"a pattern must be a regular expression, got {expression[:60]!r} ({error})") from error
+
+
 def checked_pattern(field: str, pattern: Pattern | Iterable[str]) -> Pattern:
     """Return a caller's pattern, with the names of an iterable in a tuple, because it is read more than once.
 
@@ -28,9 +39,10 @@ def checked_pattern(field: str, pattern: Pattern | Iterable[str]) -> Pattern:
     """
     if isinstance(pattern, str):
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{field} must be names or a regular expression, got {pattern!r} ({error})") from error
+            regular(pattern)
+        except ValueError as error:
+            why = f"({error.__cause__})"
+            raise ValueError(f"{field} must be names or a regular expression, got {pattern!r} {why}") from error
         return pattern
     if callable(pattern):
         return pattern
@@ -46,7 +58,7 @@ def checked_pattern(field: str, pattern: Pattern | Iterable[str]) -> Pattern:
 def matches(pattern: Pattern, name: str, module: nn.Module | None = None) -> bool:
     """Whether `pattern` matches the module called `name`.   module: needed if the pattern is a predicate."""
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return regular(pattern).fullmatch(name) is not None
     if callable(pattern):
         assert module is not None
         return pattern(name, module)
@@ -69,7 +81,7 @@ def is_skipped(pattern: Pattern, name: str, module: nn.Module | None = None) -> 
 
 def matches_ending(expression: str, name: str) -> bool:
     """Whether a regular expression matches a name or a dotted ending of it: the keys of PEFT's rank_pattern."""
-    return re.match(rf"(.*\.)?({expression})$", name) is not None
+    return regular(expression, r"(.*\.)?({})$").match(name) is not None
 
 
 def number_after(expression: str, name: str) -> int | None:
@@ -77,7 +89,7 @@ def number_after(expression: str, name: str) -> int | None:
 
     This is the rule of PEFT's layers_pattern. The first numbered part is the layer; a later one may be an expert.
     """
-    found = re.match(rf"(?:^|.*?\.){expression}\.(\d+)\.", name)
+    found = regular(expression, r"(?:^|.*?\.){}\.(\d+)\.").match(name)
     return int(found[1]) if found else None
 
 

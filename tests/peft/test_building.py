@@ -53,10 +53,41 @@ def test_failed_attach_leaves_the_model_as_it_was(case: str, monkeypatch: pytest
     assert "default" not in model.adapters
 
 
-@pytest.mark.parametrize("wrong", ["LORA", {"r": 8}, LoraConfig, 8])
+@pytest.mark.parametrize("wrong", ["LORA", {"r": 8}, LoraConfig, 8, None])
 def test_other_objects_are_refused_as_configurations(wrong: object) -> None:
     with pytest.raises(TypeError, match="peft_config must be a configuration such as"):
         get_peft_model(make("llama"), wrong)
+
+
+@pytest.mark.parametrize("none", [[], ()], ids=str)
+def test_no_configuration_is_refused(none: list[LoraConfig]) -> None:
+    with pytest.raises(ValueError, match="peft_config must hold at least one configuration, got none"):
+        get_peft_model(make("llama"), none)
+
+
+def test_configurations_may_come_from_a_generator() -> None:
+    model = get_peft_model(make("llama"), (config for config in [LoraConfig(r=2, target_modules=["q_proj"])]))
+    assert model.adapters["default"]
+
+
+def test_a_name_that_is_no_string_is_refused() -> None:
+    with pytest.raises(TypeError, match="add_adapter: adapter_name must be a string, got NoneType"):
+        get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"]), None)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_what_is_no_regular_expression_is_refused(field: str) -> None:
+    settings = {"target_modules": ["q_proj"], field: "layers["}
+    if field == "layers_pattern":
+        settings["layers_to_transform"] = 0
+    with pytest.raises(ValueError, match=r"regular expression, got 'layers\[' \(unterminated"):
+        get_peft_model(make("llama"), LoraConfig(r=2, **settings))
+
+
+def test_a_single_layer_is_refused() -> None:
+    for targets in ("all-linear", ".*"):
+        with pytest.raises(ValueError, match=r"got a single layer; use nn.Sequential\(layer\)"):
+            get_peft_model(nn.Linear(8, 8), LoraConfig(r=2, target_modules=targets))
 
 
 def test_only_modules_are_adapted() -> None:

@@ -13,6 +13,7 @@ from ...nn.match import (
     Names,
     as_names,
     check_names,
+    checked_pattern,
     contained_in,
     matches,
     matches_ending,
@@ -206,6 +207,10 @@ def pattern_value(name: str, pattern: Mapping[str, int | float], default: float)
 
 
 def _check(config: TargetConfig) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        if isinstance(value, str):
+            checked_pattern(field, value)
     if isinstance(config.target_modules, str) and not is_all_linear(config.target_modules):
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(config, field) is not None:
@@ -287,6 +292,8 @@ def _default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _no_match(targets: Names, linears: Iterable[str]) -> str:
+    if list(linears) == [""]:
+        return "target_modules: the model must contain linear layers, got a single layer; use nn.Sequential(layer)"
     endings = sorted({name.rpartition(".")[2] for name in linears})
     asked = [targets] if isinstance(targets, str) else list(targets)
     rule = " (a string is a regular expression for the whole name)" if isinstance(targets, str) else ""

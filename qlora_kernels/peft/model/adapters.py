@@ -19,23 +19,29 @@ Configs = PeftConfig | Sequence[PeftConfig]
 def as_configs(configs: Configs) -> list[PeftConfig]:
     """Return a list of configurations from one configuration or several; those of Hugging Face PEFT are converted.
 
-    Raises TypeError for other objects, and NotImplementedError for options of PEFT that the method does not have.
+    Raises TypeError for other objects, ValueError for none, and NotImplementedError for options of PEFT that the method
+    does not have.
     """
     if isinstance(configs, PeftConfig) or is_of_peft(configs):
         configs = [cast(PeftConfig, configs)]
     if isinstance(configs, (str, Mapping)) or not isinstance(configs, Iterable):
-        got = configs.__name__ if isinstance(configs, type) else type(configs).__name__
+        got = f"the class {configs.__name__}" if isinstance(configs, type) else type(configs).__name__
         raise TypeError(
             f"get_peft_model: peft_config must be a configuration such as LoraConfig(r=8), or a list of them, got {got}"
         )
-    return [config_of_peft(config) if is_of_peft(config) else config for config in configs]
+    listed = [config_of_peft(config) if is_of_peft(config) else config for config in configs]
+    if not listed:
+        raise ValueError("get_peft_model: peft_config must hold at least one configuration, got none")
+    return listed
 
 
 def add(injector: Injector, name: str, configs: Configs, *, training: bool) -> None:
     """Add an adapter, which is neither active nor trained; an error leaves the model unchanged.
 
-    Raises ValueError for a name that is taken or cannot be the name of a module.
+    Raises ValueError for a name that is taken or cannot be the name of a module, TypeError for one that is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"add_adapter: adapter_name must be a string, got {type(name).__name__}")
     if name in injector.adapters or name == BASE or "." in name or not name:
         raise ValueError(f"add_adapter: adapter_name must be new, not empty and without dots, got {name!r}")
     if hasattr(AdapterModules, name):

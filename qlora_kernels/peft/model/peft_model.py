@@ -37,8 +37,10 @@ def get_peft_model(
 
     The model is changed in place (its layers are wrapped or hooked); unload() undoes it.
     adapter_dtype: dtype of the trained parameters; float32 by default, also over a bf16 or NF4 base.
+    Raises TypeError or ValueError for what is no configuration, and ValueError if a name in one matches nothing in the
+    model.
     """
-    return PeftModel(model, peft_config, adapter_name, adapter_dtype=adapter_dtype)
+    return PeftModel(model, as_configs(peft_config), adapter_name, adapter_dtype=adapter_dtype)
 
 
 class PeftModel(AdaptedModel):
@@ -72,9 +74,10 @@ class PeftModel(AdaptedModel):
                 "adapters before",
                 stacklevel=2,
             )
-        for config in as_configs(peft_config):
+        configs = as_configs(peft_config)
+        for config in configs:
             method_for(config).check_names(config, self.injector)
-        adapters.add(self.injector, adapter_name, peft_config, training=self.training)
+        adapters.add(self.injector, adapter_name, configs, training=self.training)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active and trained (none is trained with inference_mode). Several adapters are
