@@ -27,6 +27,7 @@ START_FIRST = (
     "tests/cpu/test_failing_allocator.py",
     "tests/cpu/test_large.py",
     "tests/cpu/test_planted_faults.py",
+    "tests/cuda/emulator/test_hopper_faults.py",
     "tests/cuda/emulator/test_planted_faults.py",
     "tests/cuda/test_compile_gates.py",
     "tests/distributed/",

@@ -1,4 +1,5 @@
-// Uses of mbarriers that are undefined on a GPU, or never end. The emulator reports each.
+// Uses of mbarriers that are undefined on a GPU, or never end, each of which the emulator reports; and the order of
+// memory that they give, for ThreadSanitizer.
 #include "qlora/launch.cuh"
 #include "qlora/ptx_sm90.cuh"
 #include "qlora/shared_memory.cuh"
@@ -43,7 +44,35 @@ __global__ void misuse_kernel(int which, uint64_t* in_global) {
     barrier_wait(&shared.barrier, 0);
 }
 
+// Thread 0 hands a word in shared memory to thread 32, which returns it. By `which`: 0 it arrives after the write,
+// which is right; 1 before the write; 2 after it, but in the phase after the one that thread 32 waits for.
+__global__ void order_kernel(int which, uint32_t* y) {
+    struct Words : Barriers {
+        uint32_t word;
+    };
+    Words& shared = qlora::dynamic_shared<Words>();
+    const int thread = threadIdx.x;
+    if (thread == 0) {
+        barrier_init(&shared.barrier, which == 2 ? 2 : 1);
+        shared.word = 1;
+    }
+    __syncthreads();
+    if (thread == 0) {
+        for (int i = 0; i < which; i++) barrier_arrive(&shared.barrier);
+        shared.word = 2;
+        if (which != 1) barrier_arrive(&shared.barrier);
+    }
+    if (thread == 32) {
+        barrier_wait(&shared.barrier, 0);
+        y[0] = shared.word;
+    }
+}
+
 }  // namespace misuse
+
+extern "C" cudaError_t launch_order(int which, uint32_t* y) {
+    return qlora::launch({1, 64, 64}, misuse::order_kernel, which, y);
+}
 
 extern "C" cudaError_t launch_misuse(int which, uint64_t* in_global) {
     return qlora::launch({1, 128, sizeof(misuse::Barriers)}, misuse::misuse_kernel, which, in_global);
