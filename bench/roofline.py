@@ -6,6 +6,8 @@ The model divides bytes by sustained bandwidth, products by the sustained matmul
 slots, and adds a fixed cost for each launch.
 **Predicted, not run on a GPU.**
 
+The process of the GPU check imports this file and neither the package nor torch (bench/gpu_check/__main__.py).
+
 The weight is N x K = 4096 x 4096 in NF4 with double-quantized constants, x is bf16, the rank is 16.
 """
 
@@ -17,8 +19,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from qlora_kernels.rounding import cdiv
 
 N = K = 4096
 WEIGHTS = N * K
@@ -71,6 +71,9 @@ copy in four stages."""
 WGMMA_TILES, WGMMA_ROWS, WGMMA_MULTIPROCESSORS = (64, 128, 256), 128, 132
 """Rows of x and of the weight in a block of linear_nf4_wgmma.cu, and the multiprocessors of an H100."""
 
+WGMMA_MOST_ROWS = 1024
+"""Maximum number of rows of x of linear_nf4_wgmma.cu."""
+
 WGMMA_RATE = 0.85
 """Assumed fraction of the library's rate for wgmma with interleaved decoding."""
 
@@ -110,7 +113,7 @@ def decoded_us(gpu: GPU, M: int) -> float:
 def fused_us(gpu: GPU, M: int) -> float:
     """Return the time in microseconds of the fused tensor-core kernel, which decodes each weight once per 64 rows."""
     rows = next((rows for rows in GEMM if rows >= M), 64)
-    tiles = cdiv(M, rows)
+    tiles = math.ceil(M / rows)
     moved = PACKED * WEIGHTS + 2.0 * M * (N + K)
     flops = 2.0 * tiles * rows * WEIGHTS / (MMA_SYNC * gpu.flops_per_s)
     return max(moved / gpu.bytes_per_s, tiles * GEMM[rows] * WEIGHTS / gpu.issues_per_s, flops) * 1e6 + FUSED_ENDS
@@ -125,7 +128,7 @@ def small_m_us(gpu: GPU, M: int = 1) -> float:
 def pairs_us(gpu: GPU, M: int) -> float:
     """Return the time in microseconds of the pair-table kernel for up to 64 rows of x."""
     rows = next(rows for rows in PAIRS if rows >= M)
-    tiles = cdiv(rows, PAIRS_MOST_TILE)
+    tiles = math.ceil(rows / PAIRS_MOST_TILE)
     from_l2 = PACKED * WEIGHTS + 2.0 * M * K * (N / PAIR_ROWS_OF_BLOCK)
     seconds = (
         PACKED * WEIGHTS / gpu.bytes_per_s,
@@ -146,8 +149,8 @@ def wgmma_us(gpu: GPU, M: int) -> float:
 def wgmma_limits(gpu: GPU, M: int) -> dict[str, float]:
     """Return the seconds that each resource of the GPU needs for the wgmma kernel alone, by name."""
     rows = next((rows for rows in WGMMA_TILES if rows >= M), max(WGMMA_TILES))
-    tiles = cdiv(M, rows)
-    blocks = cdiv(N, WGMMA_ROWS) * tiles
+    tiles = math.ceil(M / rows)
+    blocks = math.ceil(N / WGMMA_ROWS) * tiles
     splits = max(1, min(WGMMA_MULTIPROCESSORS // blocks, K // 64 // 8))
     partial = 2 * 4.0 * splits * M * N if splits > 1 else 0.0
     return {

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from qlora_kernels.backends.cuda.routing import MOST_WGMMA_ROWS
-
 from .. import roofline
-from .kernel_times import ROWS
 from .rows import Row
+from .timed_sizes import ROWS
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _wgmma_rows_model(gpu: roofline.GPU) -> str:
         few += [roofline.small_m_us(gpu, M)] if max(roofline.SMALL_M) >= M else []
         return min(roofline.fused_us(gpu, M), roofline.decoded_us(gpu, M), *few)
 
-    return _listed([M for M in ROWS if M <= MOST_WGMMA_ROWS and roofline.wgmma_us(gpu, M) < others(M)])
+    return _listed([M for M in ROWS if M <= roofline.WGMMA_MOST_ROWS and roofline.wgmma_us(gpu, M) < others(M)])
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -24,9 +24,8 @@ from .. import graphs
 from . import rows as rows_module
 from .cases import TINY_SIZES
 from .rows import Rows, read, step_arguments
+from .timed_sizes import ROWS, SHAPES
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 1024, 4096, 16384)
 BEST_PLANS = 4
 """Number of timed Triton plans, the first ones in the model's ranking."""
 

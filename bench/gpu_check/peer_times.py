@@ -17,8 +17,9 @@ from .. import graphs
 from ..graphs import Call
 from . import rows as rows_module
 from .cases import TINY_SIZES
-from .kernel_times import MOST_COPIES, ROWS, SAMPLES, SHAPES
+from .kernel_times import MOST_COPIES, SAMPLES
 from .rows import Rows, step_arguments
+from .timed_sizes import ROWS, SHAPES
 
 
 def peer_calls(w: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,17 @@ def test_claims_are_answered_by_rows() -> None:
     assert "Triton kernels compiled during the check, beside those of its cache | 0 | 3" in text
     assert "triton: every result equals the CPU's within its bound | all | not measured" in text
     assert next(line for line in text.splitlines() if "beats decode" in line).endswith("| 128")
+
+
+def test_process_of_the_check_imports_no_torch(tmp_path: Path) -> None:
+    """In a folder that has only bench/, so that an import of the package is an error."""
+    shutil.copytree(
+        gpu_bundle.ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__", "results")
+    )
+    code = "import sys; from bench.gpu_check import __main__; print({'torch', 'qlora_kernels'} & set(sys.modules))"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
 def test_bundle_runs_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ def test_routing_table_equals_roofline_model(capability: int) -> None:
     bounds, gpu = routing.BOUNDS[capability], roofline.GPUS[capability]
     assert bounds.fused_rows == roofline.fused_rows(gpu)
     assert bounds.pair_rows == roofline.pair_rows(gpu)
+    assert routing.MOST_WGMMA_ROWS == roofline.WGMMA_MOST_ROWS
 
 
 @pytest.mark.parametrize("capability", routing.BOUNDS)
