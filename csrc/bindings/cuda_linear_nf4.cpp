@@ -104,19 +104,21 @@ void linear_nf4_gemm(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTen
 void linear_nf4_wgmma(Tensor x, Tensor packed, OptionalTensor absmax, OptionalTensor absmax_q,
                       OptionalTensor absmax_scale, OptionalTensor absmax_offset, OptionalTensor bias,
                       OptionalTensor lora_left, OptionalTensor lora_right, double scaling, int64_t blocksize,
-                      OptionalTensor partial, Tensor y) {
+                      bool transposed, OptionalTensor partial, Tensor y) {
     const DeviceGuard guard(x.get_device_index());
+    const std::string op = transposed ? "linear_nf4_grad_x" : "linear_nf4";
     const LinearNF4GemmArgs args =
-        gemm_arguments("linear_nf4", x, packed, absmax, absmax_q, absmax_scale, absmax_offset, bias, lora_left,
-                       lora_right, scaling, blocksize, false, partial, y);
+        gemm_arguments(op.c_str(), x, packed, absmax, absmax_q, absmax_scale, absmax_offset, bias, lora_left,
+                       lora_right, scaling, blocksize, transposed, partial, y);
     const cudaError_t error = launch_linear_nf4_wgmma(&args, current_stream(x));
     if (error == cudaErrorSymbolNotFound) {
         cudaGetLastError();
         throw std::runtime_error(
-            "linear_nf4: the NVIDIA driver has no cuTensorMapEncodeTiled, which linear_nf4_wgmma needs; update the "
-            "driver, or unset QLORA_CUDA_WGMMA");
+            op +
+            ": the NVIDIA driver has no cuTensorMapEncodeTiled, which linear_nf4_wgmma needs; update the driver, or "
+            "unset QLORA_CUDA_WGMMA");
     }
-    check(error, "linear_nf4");
+    check(error, op);
 }
 
 using CountSplits = int (*)(int M, int gemm_n, int gemm_k, int multiprocessors);
@@ -150,6 +152,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_kernels_C, m) {
     m.def(
         "cuda_linear_nf4_wgmma(Tensor x, Tensor packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
         "Tensor? absmax_offset, Tensor? bias, Tensor? lora_left, Tensor? lora_right, float scaling, int blocksize, "
+        "bool transposed, "
         "Tensor(a!)? partial, Tensor(b!) y) -> ()");
     m.def("cuda_linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors) -> int");
     m.def("cuda_linear_nf4_wgmma_splits(int M, int gemm_n, int gemm_k, int multiprocessors) -> int");

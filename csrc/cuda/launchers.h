@@ -166,8 +166,8 @@ int linear_nf4_pairs_warps_per_row(int64_t N, int64_t K, int multiprocessors);
 cudaError_t launch_linear_nf4_pairs(const qlora::LinearNF4PairsArgs* args, cudaStream_t stream);
 int linear_nf4_gemm_splits(int M, int gemm_n, int gemm_k, int multiprocessors);
 cudaError_t launch_linear_nf4_gemm(const qlora::LinearNF4GemmArgs* args, cudaStream_t stream);
-// For sm_90a alone; cudaErrorNoKernelImageForDevice in a library without it. The arguments are those of linear_nf4_gemm
-// with transposed 0, K % 64 == 0, and a blocksize of at least 64.
+// For sm_90a alone; cudaErrorNoKernelImageForDevice in a library without it. The arguments are those of
+// linear_nf4_gemm, with K % 64 == 0 and a blocksize of at least 64.
 int linear_nf4_wgmma_splits(int M, int N, int K, int multiprocessors);
 cudaError_t launch_linear_nf4_wgmma(const qlora::LinearNF4GemmArgs* args, cudaStream_t stream);
 cudaError_t launch_lora_down(const qlora::LoraDownArgs* args, cudaStream_t stream);

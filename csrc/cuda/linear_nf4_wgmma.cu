@@ -1,10 +1,11 @@
-// y = x w_hat^T + bias + scaling * lora_left lora_right^T by wgmma, for sm_90a alone, with the weight decoded in the
-// main loop. w_hat is rounded as in linear_nf4_gemm.cu.
+// y = x w_hat^T (or grad_x = grad_y w_hat) + bias + scaling * lora_left lora_right^T by wgmma, for sm_90a alone, with
+// the weight decoded in the main loop. w_hat is rounded as in linear_nf4_gemm.cu.
 //
-// A thread block computes 128 rows of w by M_TILE rows of x. Two warpgroups have 64 rows of w each, which they decode
-// in registers into the left operand of wgmma.m64nNk16; x is the right operand, in shared memory. The TMA
-// copies of x and packed weights, two of four stages of 64 along k ahead, are issued by lane 0 of a warp. Barriers tell
-// when a stage is full, and when all warps have left it.
+// A thread block computes 128 outputs, which are rows of w (or its columns), for M_TILE rows of x. Two warpgroups have
+// 64 outputs each, whose weights they decode in registers into the left operand of wgmma.m64nNk16 (wgmma_weights.cuh);
+// x is the right operand, in shared memory. The TMA copies of x and packed weights, two of four stages of 64 along the
+// contraction ahead, are issued by lane 0 of a warp. Barriers tell when a stage is full, and when all warps have left
+// it.
 //
 // A table in shared memory has one entry for each packed byte: the byte's two codes in fp32. A byte becomes an operand
 // by a byte permutation, a load, two products with absmax and one conversion, which rounds.
@@ -34,6 +35,7 @@ cudaError_t launch_linear_nf4_wgmma(const qlora::LinearNF4GemmArgs*, cudaStream_
 #include "qlora/shared_memory.cuh"
 #include "split_sums.cuh"
 #include "wgmma_stages.cuh"
+#include "wgmma_weights.cuh"
 
 namespace qlora {
 
@@ -59,15 +61,7 @@ __device__ __forceinline__ void load_right(uint32_t (&a)[4][4], const WgmmaProbl
     }
 }
 
-// Thread (g = lane / 4, t = lane % 4) of warp w of a warpgroup has rows 16 w + g and 16 w + g + 8 of its 64 rows of w.
-// Eight bytes of a row are 16 of k. As the left operand of one step, the thread needs byte t of both words:
-//
-//     word             0                       1
-//     byte             0    1    2    3        0    1      2      3
-//     k of the step    0 1  2 3  4 5  6 7      8 9  10 11  12 13  14 15
-//     thread t         0    1    2    3        0    1      2      3
-//     register         a[0], row + 8: a[1]     a[2], row + 8: a[3]
-template <typename T, int M_TILE>
+template <typename T, int M_TILE, class Weights>
 __global__ void __launch_bounds__(kWgmmaThreads, M_TILE == 64 ? 2 : 1)
     linear_nf4_wgmma_kernel(const __grid_constant__ WgmmaProblem p) {
     using Shared = WgmmaShared<M_TILE>;
@@ -76,42 +70,30 @@ __global__ void __launch_bounds__(kWgmmaThreads, M_TILE == 64 ? 2 : 1)
     const int lane = threadIdx.x % 32, warp = __shfl_sync(kWholeWarp, int(threadIdx.x) / 32, 0);
     const int n0 = int(blockIdx.x) * kWgmmaRows, m0 = int(blockIdx.y) * M_TILE;
     const int first_step = int(blockIdx.z) * p.steps_per_split;
-    const int steps = min(p.steps_per_split, p.K / kWgmmaBlockK - first_step);  // not always a multiple of kWgmmaStages
+    // Not always a multiple of kWgmmaStages.
+    const int steps = min(p.steps_per_split, ceil_div(p.gemm_k, kWgmmaBlockK) - first_step);
     const int lora_steps = p.lora_left && blockIdx.z == 0 ? ceil_div(p.r, kWgmmaBlockK) : 0;
-    const TileCopies<M_TILE> copies(p, shared);
+    const TileCopies<M_TILE, Weights::kTransposed> copies(p, shared);
     if (threadIdx.x == 0) {
         copies.make_barriers();
         if (lora_steps) copies.fetch_left(0);
         for (int step = 0; step < kAhead; step++) copies.fetch(step);
     }
-    const int t = lane % 4, row = warp * 16 + lane / 4;  // of the 128 of the thread block
-    // Rows past the end repeat the last one and are not stored.
-    const int n[2] = {min(n0 + row, p.N - 1), min(n0 + row + 8, p.N - 1)};
-
-    // Lane t has the constants of step t of each kWgmmaStages, loaded that many steps before they are decoded. Steps
-    // past the end have an absmax of zero.
-    const AbsmaxReader constants(p.weight);
-    const int blocks_shift = p.weight.block_shift - kBlockKShift;
-    const uint32_t steps_of_row = p.K / kWgmmaBlockK;
-    const uint32_t first_block[2] = {n[0] * steps_of_row + first_step, n[1] * steps_of_row + first_step};
-    RawAbsmax raw[2];
-    auto load_constants = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            raw[i] = constants.load((first_block[i] + min(step + t, steps - 1)) >> blocks_shift);
-        }
-    };
-    load_constants(0);
+    Weights weights(p, shared.absmax, first_step, steps, warp, lane);
+    const PairLookup pair_of(shared.line, lane, Weights::byte_of_lane(lane));
     fill_lines(shared.line, warp, lane);
     shared.absmax.template fill<kWgmmaThreads>(threadIdx.x);
     __syncthreads();
 
+    const int t = lane % 4, output[2] = {Weights::output(warp, lane, 0), Weights::output(warp, lane, 1)};
     const uint64_t first_tile = ptx::tile_descriptor(shared.x[0]);
     constexpr int kTile = sizeof shared.x[0] / 16;
     float sum[M_TILE / 2] = {};
     for (int step = 0; step < lora_steps; step++) {
         if (threadIdx.x == 0 && step + 1 < lora_steps) copies.fetch_left(step + 1);
         uint32_t a[4][4];
+        // Outputs past the end repeat the last one and are not stored.
+        const int n[2] = {min(n0 + output[0], p.gemm_n - 1), min(n0 + output[1], p.gemm_n - 1)};
         load_right(a, p, n, step * kWgmmaBlockK, t);
         ptx::barrier_wait(shared.lora_full(step % 2), step / 2 % 2);
         multiply<T, M_TILE>(sum, a, first_tile + left_stage(step) * kTile);
@@ -122,46 +104,19 @@ __global__ void __launch_bounds__(kWgmmaThreads, M_TILE == 64 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < M_TILE / 2; i++) sum[i] *= p.scaling;
 
-    const char* const table = reinterpret_cast<const char*>(shared.line);
-    const uint32_t column_of_table = lane % 16 * sizeof(float2);
-    // Byte t of a word becomes bits 8 to 15 of the offset, the lane's column bits 3 to 6.
-    const uint32_t selector = 0x5504 | t << 4;
-    const int chunk = row * kRowBytes + (row / 4 % 2) * 16;  // of the first 32 of k; those of the next: chunk ^ 16
-    auto decode = [&](uint32_t (&a)[4][4], const uint8_t* packed, const float (&scale)[2]) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint4 words = *reinterpret_cast<const uint4*>(packed + (chunk ^ half * 16) + i * 8 * kRowBytes);
-                const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const uint32_t offset = __byte_perm(word[j], column_of_table, selector);
-                    const float2 pair = *reinterpret_cast<const float2*>(table + offset);
-                    a[half * 2 + j / 2][j % 2 * 2 + i] =
-                        pack_pair<T>(__fmul_rn(pair.x, scale[i]), __fmul_rn(pair.y, scale[i]));
-                }
-            }
-        }
-    };
-
     uint32_t a[2][4][4];
-    // In whole groups of stages: TMA gives zeros past the end of K, where the absmax is zero too. A branch out of a
-    // group would end the asynchrony of wgmma.
+    // In whole groups of stages: TMA gives zeros past the end of the contraction, where the absmax is zero too. A
+    // branch out of a group would end the asynchrony of wgmma.
     for (int step = 0; step < steps; step += kWgmmaStages) {
-        const bool exists = step + t < steps;
-        const float absmax[2] = {exists ? constants.decode(shared.absmax, raw[0]) : 0.0f,
-                                 exists ? constants.decode(shared.absmax, raw[1]) : 0.0f};
-        if (step + kWgmmaStages < steps) load_constants(step + kWgmmaStages);
+        weights.begin_group(step);
 #pragma unroll
         for (int stage = 0; stage < kWgmmaStages; stage++) {
-            const float scale[2] = {__shfl_sync(kWholeWarp, absmax[0], stage, 4),
-                                    __shfl_sync(kWholeWarp, absmax[1], stage, 4)};
+            weights.begin_stage(step + stage, stage);
             ptx::barrier_wait(shared.full(stage), step / kWgmmaStages % 2);
             if (warp == stage * 2 && lane == 0 && (stage < kWgmmaStages - kAhead || step + kWgmmaStages < steps)) {
                 copies.fetch(step + stage + kAhead);
             }
-            decode(a[stage % 2], shared.packed[stage][0], scale);
+            weights.template decode<T>(a[stage % 2], shared.packed[stage], pair_of);
             multiply<T, M_TILE>(sum, a[stage % 2], first_tile + stage * kTile);
             ptx::wgmma_wait<1>();  // the products of the previous stage
             __syncwarp();          // all lanes have read its packed weights
@@ -178,12 +133,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, M_TILE == 64 ? 2 : 1)
     static_assert(sizeof(float) * M_TILE * kPitch <= sizeof shared);
 #pragma unroll
     for (int i = 0; i < M_TILE / 2; i++) {
-        sums_sh[(i / 4 * 8 + t * 2 + i % 2) * kPitch + row + i / 2 % 2 * 8] = sum[i];
+        sums_sh[(i / 4 * 8 + t * 2 + i % 2) * kPitch + output[i / 2 % 2]] = sum[i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < M_TILE * kWgmmaRows / 8; i += kWgmmaThreads) {
         const int column = i % (kWgmmaRows / 8) * 8, m = i / (kWgmmaRows / 8), first_n = n0 + column;
-        if (m0 + m >= p.M || first_n >= p.N) continue;
+        if (m0 + m >= p.M || first_n >= p.gemm_n) continue;
         float value[8], bias[8];
         load_bias(bias, p, first_n);
         load8(value, sums_sh + m * kPitch + column);
@@ -234,10 +189,16 @@ cudaError_t encode_maps(WgmmaProblem& p, int m_tile) {
     if (error != cudaSuccess) return error;
     const CUtensorMapDataType type =
         p.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const TileShape x{type, CU_TENSOR_MAP_SWIZZLE_128B, 2, p.M, p.K, m_tile, kWgmmaBlockK};
+    const TileShape x{type, CU_TENSOR_MAP_SWIZZLE_128B, 2, p.M, p.gemm_k, m_tile, kWgmmaBlockK};
     const TileShape left{type, CU_TENSOR_MAP_SWIZZLE_128B, 2, p.M, p.r, m_tile, kWgmmaBlockK};
-    const TileShape packed{
-        CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_32B, 1, p.N, p.K / 2, kWgmmaRows, kRowBytes};
+    const bool transposed = p.transposed != 0;
+    const TileShape packed{CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                           transposed ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B,
+                           1,
+                           p.N,
+                           p.K / 2,
+                           transposed ? kWgmmaBlockK : kWgmmaRows,
+                           transposed ? kColumnBytes : kRowBytes};
     error = encode(function, &p.x_map, p.x, x);
     if (error == cudaSuccess) error = encode(function, &p.packed_map, p.weight.packed, packed);
     if (error == cudaSuccess && p.lora_left) error = encode(function, &p.left_map, p.lora_left, left);
@@ -246,31 +207,37 @@ cudaError_t encode_maps(WgmmaProblem& p, int m_tile) {
 
 int wgmma_tile(int M) { return M <= 64 ? 64 : M <= 128 ? 128 : 256; }
 
-template <typename T, int M_TILE>
+template <typename T, int M_TILE, class Weights>
 cudaError_t launch_wgmma_tile(WgmmaProblem problem, cudaStream_t stream) {
     using Shared = WgmmaShared<M_TILE>;
-    const int groups = ceil_div(problem.K, kWgmmaBlockK * kWgmmaStages);  // parts are whole groups of stages
+    const int groups = ceil_div(problem.gemm_k, kWgmmaBlockK * kWgmmaStages);  // parts are whole groups of stages
     const int groups_per_split = ceil_div(groups, problem.splits), splits = ceil_div(groups, groups_per_split);
     problem.steps_per_split = groups_per_split * kWgmmaStages;
     if (splits == 1) problem.partial = nullptr;
-    const auto kernel = linear_nf4_wgmma_kernel<T, M_TILE>;
+    const auto kernel = linear_nf4_wgmma_kernel<T, M_TILE, Weights>;
     cudaError_t error = encode_maps(problem, M_TILE);
     if (error != cudaSuccess) return error;
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  sizeof(Shared));
     if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(ceil_div(problem.N, kWgmmaRows)),
+    const dim3 grid(static_cast<unsigned>(ceil_div(problem.gemm_n, kWgmmaRows)),
                     static_cast<unsigned>(ceil_div(problem.M, M_TILE)), static_cast<unsigned>(splits));
     error = launch({grid, kWgmmaThreads, sizeof(Shared), stream}, kernel, problem);
     if (error != cudaSuccess || splits == 1) return error;
     return launch_reduce<T>(problem, splits, stream);
 }
 
+template <typename T, class Weights>
+cudaError_t launch_wgmma_rows(const WgmmaProblem& problem, cudaStream_t stream) {
+    if (problem.M <= 64) return launch_wgmma_tile<T, 64, Weights>(problem, stream);
+    if (problem.M <= 128) return launch_wgmma_tile<T, 128, Weights>(problem, stream);
+    return launch_wgmma_tile<T, 256, Weights>(problem, stream);
+}
+
 template <typename T>
 cudaError_t launch_wgmma(const WgmmaProblem& problem, cudaStream_t stream) {
-    if (problem.M <= 64) return launch_wgmma_tile<T, 64>(problem, stream);
-    if (problem.M <= 128) return launch_wgmma_tile<T, 128>(problem, stream);
-    return launch_wgmma_tile<T, 256>(problem, stream);
+    return problem.transposed ? launch_wgmma_rows<T, ColumnWeights>(problem, stream)
+                              : launch_wgmma_rows<T, RowWeights>(problem, stream);
 }
 
 }  // namespace
@@ -293,15 +260,17 @@ cudaError_t launch_linear_nf4_wgmma(const qlora::LinearNF4GemmArgs* args, cudaSt
                                 static_cast<const void*>(args->partial)}) {
         aligned = aligned && is_aligned(pointer, 16);
     }
-    if (args->transposed || args->M < 1 || w.N < 1 || w.N > INT32_MAX - kWgmmaRows || w.K < kWgmmaBlockK ||
+    if (args->M < 1 || (args->transposed && w.N % 8) || w.N < 1 || w.N > INT32_MAX - kWgmmaRows || w.K < kWgmmaBlockK ||
         w.K > INT32_MAX || w.K % kWgmmaBlockK || 1 << w.block_shift < kWgmmaBlockK ||
         w.N * (w.K / kWgmmaBlockK) > int64_t(UINT32_MAX) || args->r % 8 || !aligned || args->splits < 1 ||
         (args->splits > 1 && !args->partial)) {
         return cudaErrorInvalidValue;
     }
-    WgmmaProblem problem{*args, {}, {}, {}, 0, 0, 0, 0};
-    problem.N = problem.gemm_n = static_cast<int>(w.N);
+    WgmmaProblem problem{*args, {}, {}, {}, 0, 0, 0, 0, 0};
+    problem.N = static_cast<int>(w.N);
     problem.K = static_cast<int>(w.K);
+    problem.gemm_k = args->transposed ? problem.N : problem.K;
+    problem.gemm_n = args->transposed ? problem.K : problem.N;
     if (args->r <= 0) problem.lora_left = nullptr, problem.scaling = 0.0f;
     return with_16_bit_type(args->dtype, [&]<class T>(T*) { return launch_wgmma<T>(problem, stream); });
 }

@@ -21,13 +21,16 @@ constexpr int kAhead = 2;  // stages that are fetched before they are used; the 
 static_assert(kAhead + 2 <= kWgmmaStages);
 constexpr int kBlockKShift = 6;
 static_assert(1 << kBlockKShift == kWgmmaBlockK);
-constexpr int kRowBytes = kWgmmaBlockK / 2;  // of a packed row in a stage
-constexpr int kPitch = kWgmmaRows + 4;       // floats of a row of sums, so that a warp's stores have no bank conflict
+constexpr int kRowBytes = kWgmmaBlockK / 2;   // of a row of w in a stage
+constexpr int kColumnBytes = kWgmmaRows / 2;  // the same where transposed: 64 rows of 128 columns
+static_assert(kWgmmaRows * kRowBytes == kWgmmaBlockK * kColumnBytes);
+constexpr int kPitch = kWgmmaRows + 4;  // floats of a row of sums, so that a warp's stores have no bank conflict
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
 struct WgmmaProblem : LinearNF4GemmArgs {
     CUtensorMap x_map, packed_map, left_map;
-    int N, K, gemm_n;     // gemm_n is N
+    int N, K;
+    int gemm_k, gemm_n;   // K and N; N and K where transposed
     int steps_per_split;  // of kWgmmaBlockK
 };
 
@@ -39,11 +42,12 @@ struct WgmmaLine {
     uint64_t barrier[16];
 };
 
-// The tiles are written by TMA: x by 16-byte chunks c at c ^ (row % 8), packed rows at c ^ (row / 4 % 2).
+// The tiles are written by TMA: x by 16-byte chunks c at c ^ (row % 8), packed rows of 32 bytes at
+// c ^ (row / 4 % 2), those of 64 bytes at c ^ (row / 2 % 4).
 template <int M_TILE>
 struct alignas(1024) WgmmaShared {
     uint16_t x[kWgmmaStages][M_TILE][kWgmmaBlockK];
-    uint8_t packed[kWgmmaStages][kWgmmaRows][kRowBytes];
+    uint8_t packed[kWgmmaStages][kWgmmaRows * kRowBytes];
     WgmmaLine line[256];
     AbsmaxTable absmax;
 
@@ -68,7 +72,7 @@ __device__ __forceinline__ void fill_lines(WgmmaLine (&line)[256], int warp, int
 }
 
 // Issues the TMA copies of a thread block. One thread.
-template <int M_TILE>
+template <int M_TILE, bool TRANSPOSED>
 class TileCopies {
   public:
     __device__ __forceinline__ TileCopies(const WgmmaProblem& p, WgmmaShared<M_TILE>& shared)
@@ -90,7 +94,8 @@ class TileCopies {
         if (step >= kWgmmaStages) ptx::barrier_wait(shared_.empty(stage), (unsigned(step) / kWgmmaStages - 1) % 2);
         uint64_t* const full = shared_.full(stage);
         ptx::barrier_arrive_expecting(full, sizeof shared_.x[0] + sizeof shared_.packed[0]);
-        ptx::copy_tile(shared_.packed[stage], &p_.packed_map, k0 / 2, int(blockIdx.x) * kWgmmaRows, full);
+        const int n0 = int(blockIdx.x) * kWgmmaRows;
+        ptx::copy_tile(shared_.packed[stage], &p_.packed_map, (TRANSPOSED ? n0 : k0) / 2, TRANSPOSED ? k0 : n0, full);
         ptx::copy_tile(shared_.x[stage], &p_.x_map, k0, int(blockIdx.y) * M_TILE, full);
     }
 

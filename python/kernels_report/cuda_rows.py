@@ -156,7 +156,7 @@ def _row(source: str, kernel: str, config: str, arch: int, facts: Facts, weights
     elif ours:
         per_weight = _per_weight_of_loop(kernel, config, facts)
     threads = THREADS.get(kernel, DEFAULT_THREADS)
-    tile = f"{kernel} {config.split()[-1]}" if config else kernel
+    tile = " ".join([kernel, *re.findall(r"\bM\d+", config)])
     # From sm_90 on the count in a cubin of CUDA 13 includes what the system reserves.
     static = max(facts.static_shared - SHARED_RESERVED, 0) if ours and arch >= 90 else facts.static_shared
     shared = static + (DYNAMIC_SHARED.get(kernel, DYNAMIC_SHARED.get(tile, 0)) if ours else 0)

@@ -71,19 +71,16 @@ def emulate_pairs(x: Tensor, packed: Tensor, *rest: Any) -> None:
     launch("linear_nf4_pairs", "launch_linear_nf4_pairs", arguments, None)
 
 
-def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any) -> None:
+def emulate_gemm(x: Tensor, packed: Tensor, *rest: Any, stem: str = "linear_nf4_gemm") -> None:
     *constants, bias, left, right, scaling, blocksize, transposed, partial, y = rest
     N, K = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
     weight, lora = nf4_weight(packed, constants, blocksize, N, K), (left, right, float(scaling))
     arguments = gemm_args(x, weight, bias, lora, y, partial, transposed=transposed)
-    launch("linear_nf4_gemm", "launch_linear_nf4_gemm", arguments, None)
+    launch(stem, f"launch_{stem}", arguments, None)
 
 
 def emulate_wgmma(x: Tensor, packed: Tensor, *rest: Any) -> None:
-    *constants, bias, left, right, scaling, blocksize, partial, y = rest
-    weight = nf4_weight(packed, constants, blocksize, y.shape[1], x.shape[1])
-    arguments = gemm_args(x, weight, bias, (left, right, float(scaling)), y, partial, transposed=False)
-    launch("linear_nf4_wgmma", "launch_linear_nf4_wgmma", arguments, None)
+    emulate_gemm(x, packed, *rest, stem="linear_nf4_wgmma")
 
 
 def emulate_dropout(x: Tensor, seed: Tensor, threshold: int, scale: float, add: bool, y: Tensor) -> None:

@@ -40,7 +40,7 @@ class PlantedLibrary:
     """csrc/cuda/<stem>.cu with every fault behind a condition.
 
     instances: text -> replacement, to compile fewer instances of the kernels.   headers: of the project, whose text is
-    part of the source, so that faults can be planted in them.
+    part of the source, so that faults can be planted in them; a header that includes another one is listed before it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PlantedLibrary:
             (found,) = (ROOT / "csrc").rglob(header)
             assert f'{header}"' in text
             name = next(line for line in text.splitlines() if line.endswith(f'{header}"'))
-            text = text.replace(name, found.read_text().replace("#pragma once", ""))
+            text = text.replace(name, found.read_text().replace("#pragma once", ""), 1).replace(name, "")
         for old, new in (instances or {}).items():
             assert old in text, f"{path.name} no longer contains {old!r}: bring the test up to date"
             text = text.replace(old, new)

@@ -180,11 +180,13 @@ def test_wgmma_serves_lora(M: int, dtype: torch.dtype, monkeypatch: pytest.Monke
     lora = LoRA(*factors, None, 0.5, 0.0)
     launches = library("linear_nf4_wgmma", "plain")
     launches.calls()
+    grad_y = gaussian(M, N, dtype=dtype, seed=6)
     with routing.use_path("wgmma"):
         y, s = cuda.linear_nf4_lora(x, weight, bias, lora)
-    assert any(call.name == "launch" for call in launches.calls())
-    expected = lora_forward(x, dequantized(weight, dtype), bias, s, lora.B, lora.scaling, arithmetic_of("cuda", dtype))
-    assert_within(y, expected, "wgmma")
+        gradients = cuda.linear_nf4_lora_backward(grad_y, x, s, weight, lora, Needs())
+    assert [call.name for call in launches.calls()].count("launch") == 2, "y and grad_x"
+    inputs = (x, dequantized(weight, dtype), bias, lora.A, lora.B, grad_y)
+    assert_lora((y, s, *gradients), inputs, lora.scaling, None, arithmetic_of("cuda", dtype))
 
 
 @dataclass(frozen=True)

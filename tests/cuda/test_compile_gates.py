@@ -14,6 +14,7 @@ from python.kernels_report.cuda_rows import CompileError, cubin, has_kernels, pe
 from python.kernels_report.row import GATES, WARPS_PER_SM, Row, broken_gates
 
 ARCHS = (80, 86, 89, 90, 100, 120)
+TYPES = ("bf16", "fp16")
 SOURCES = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if "__global__" in path.read_text()]
 
 pytestmark = needs_nvcc
@@ -59,7 +60,7 @@ def test_two_blocks_of_the_pair_table_are_resident_up_to_24_rows(arch: int) -> N
 
 def test_wgmma_kernels_fit_their_blocks_on_a_multiprocessor() -> None:
     kernels = {row.config: row for row in rows("linear_nf4_wgmma", 90) if row.kernel == "linear_nf4_wgmma"}
-    assert set(kernels) == {f"{dtype} M{M}" for dtype in ("bf16", "fp16") for M in (64, 128, 256)}
+    assert set(kernels) == {f"{dtype} M{M} {w}" for dtype in TYPES for M in (64, 128, 256) for w in ("row", "column")}
     for config, row in kernels.items():
         blocks = 2 if "M64" in config.split() else 1
         assert row.occupancy == blocks * 8 / 64, config
@@ -71,7 +72,7 @@ def test_serialized_wgmma_is_an_error(tmp_path: Path) -> None:
     for path in CUDA_SOURCES.iterdir():
         (tmp_path / path.name).write_text(path.read_text())
     source = tmp_path / "linear_nf4_wgmma.cu"
-    text, right = source.read_text(), "decode(a[stage % 2], "
+    text, right = source.read_text(), "weights.template decode<T>(a[stage % 2], "
     assert right in text
     source.write_text(text.replace(right, f"if (step + stage >= steps) break;\n{right}"))
     with pytest.raises(CompileError, match=r"wgmma\.mma_async instructions are serialized"):

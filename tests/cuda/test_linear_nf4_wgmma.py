@@ -32,10 +32,14 @@ PROBLEMS = [
     LinearProblem(33, 136, LONG, dtype=FP16, blocksize=4096),  # blocks that are longer than a row
     LinearProblem(130, 136, GROUP + 2 * STEP, dtype=BF16, r=64, blocksize=128, bias=FP16),  # 256 rows of x
     LinearProblem(257, 64, STEP, dtype=FP16, double=False),  # two tiles of x
+    LinearProblem(5, LONG + 8, 3 * STEP, dtype=BF16, bias=torch.float32, transposed=True),
+    LinearProblem(65, 72, 5 * STEP, dtype=FP16, r=40, blocksize=128, transposed=True),
+    LinearProblem(130, LONG, STEP, dtype=BF16, r=200, transposed=True, double=False),
 ]
 SPLIT = [
     LinearProblem(7, 40, 3 * GROUP + STEP, dtype=BF16, r=8, bias=FP16),
     LinearProblem(66, 37, 2 * GROUP, dtype=FP16, bias=torch.float32),
+    LinearProblem(20, 3 * GROUP, STEP, dtype=BF16, r=8, bias=torch.float32, transposed=True),
 ]
 
 
@@ -49,7 +53,7 @@ def run(
     stem: str = "linear_nf4_wgmma",
 ) -> Tensor:
     y = problem.poisoned_y()
-    partial = poisoned(splits, problem.M, problem.N, dtype=torch.float32) if splits > 1 else None
+    partial = poisoned(splits, problem.M, problem.gemm_n, dtype=torch.float32) if splits > 1 else None
     tested = tested or library(stem, mode)
     assert tested.call(f"launch_{stem}", problem.gemm_args(y, partial), None, seed=seed, order=order) == 0
     return y
@@ -68,7 +72,7 @@ def test_split_contraction(mode: str, splits: int, problem: LinearProblem) -> No
     assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1], PROBLEMS[5]], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1], PROBLEMS[5], PROBLEMS[8]], ids=str)
 def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
     first = run("plain", problem)
     for order, seed in (("random", 2), ("random", 3), ("forward", 1), ("reverse", 1), ("warp-priority", 4)):
@@ -76,54 +80,68 @@ def test_schedules_agree_bit_for_bit(problem: LinearProblem) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1], PROBLEMS[5]], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[1], PROBLEMS[5], PROBLEMS[8]], ids=str)
 def test_compiled_and_source_agree_bit_for_bit(problem: LinearProblem) -> None:
     assert same_bits(run("ptx", problem), run("plain", problem))
 
 
 @needs_nvcc
 @ptx_under_sanitizers
-@pytest.mark.parametrize(("problem", "splits"), [(SPLIT[0], 2), (PROBLEMS[0], 1)], ids=str)
+@pytest.mark.parametrize(("problem", "splits"), [(SPLIT[0], 2), (PROBLEMS[0], 1), (PROBLEMS[7], 1)], ids=str)
 def test_compiled_under_sanitizers(mode: str, problem: LinearProblem, splits: int) -> None:
     assert_within(run(mode, problem, splits), problem.expected(rounded=True), str(problem))
 
 
 @needs_nvcc
-def test_lookups_and_packed_reads_have_no_bank_conflicts() -> None:
-    """With plain absmax, all accesses of the main loop; the sums are read back with conflicts at the end."""
-    problem, steps = LinearProblem(5, 70, LONG, dtype=BF16, double=False), 3 * STAGES
+@pytest.mark.parametrize(
+    "problem",
+    [
+        LinearProblem(5, 70, LONG, dtype=BF16, double=False),
+        LinearProblem(5, LONG, 2 * STEP, dtype=BF16, double=False, transposed=True),
+    ],
+    ids=str,
+)
+def test_lookups_and_packed_reads_have_no_bank_conflicts(problem: LinearProblem) -> None:
+    """With plain absmax, no access of the main loop; the sums are written and read back with conflicts at the end."""
+    steps = 3 * STAGES
     tested = library("linear_nf4_wgmma", "ptx")
     tested.count_banks()
     run("ptx", problem)
     counts = tested.bank_counts()
     tested.count_banks(enabled=False)
-    lookups = [count for count in counts if count.wavefronts == 2 * count.instructions]
+    lookups = [count for count in counts if count.wavefronts == count.needed == 2 * count.instructions]
     assert sum(count.instructions for count in lookups) == WARPS * 16 * steps, "8 bytes a lane"
     reads_at_the_end = 2 * -(-problem.M * 128 // 8 // 32)
+    writes_at_the_end = WARPS * 64 // 2 if problem.transposed else 0
     conflicts = sum(count.instructions for count in counts if count.wavefronts > count.needed)
-    assert conflicts <= reads_at_the_end
+    assert conflicts <= reads_at_the_end + writes_at_the_end
 
 
-def test_weights_are_rounded_once() -> None:
-    """Rows of x that select one column each give the weight's bytes as dequantization writes them."""
-    problem = LinearProblem(GROUP, 40, GROUP, dtype=BF16)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_are_rounded_once(transposed: bool) -> None:
+    """Rows of x that select one column, or one row, each give the weight's bytes as dequantization writes them."""
+    N, K = (GROUP, 2 * STEP) if transposed else (40, GROUP)
+    problem = LinearProblem(GROUP, N, K, dtype=BF16, transposed=transposed)
     problem.tensors["x"].copy_(torch.eye(GROUP))
-    w = reference.dequantize_nf4(
-        problem.tensors["packed"], problem.tensors["absmax"], 64, torch.Size((40, GROUP)), BF16
-    )
-    assert same_bits(run("plain", problem).T.contiguous(), w)
+    w = reference.dequantize_nf4(problem.tensors["packed"], problem.tensors["absmax"], 64, torch.Size((N, K)), BF16)
+    y = run("plain", problem)
+    assert same_bits(y if transposed else y.T.contiguous(), w)
 
 
-def test_steps_past_the_end_of_k_add_nothing() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_steps_past_the_end_add_nothing(transposed: bool) -> None:
     """Their absmax is zero, and not the last one, whose product with their zeros may be no number."""
-    problem = LinearProblem(3, 16, STEP, dtype=BF16, double=False)
-    row = 5
+    N, row = (16, 15) if transposed else (16, 5)
+    problem = LinearProblem(3, N, STEP, dtype=BF16, double=False, transposed=transposed)
     problem.tensors["absmax"][row] = torch.inf
     problem.tensors["packed"][row * STEP // 2 : (row + 1) * STEP // 2] = 0xFF  # the code 1
     problem.tensors["x"].fill_(1.0)
     y = run("plain", problem)
-    assert (y[:, row] == torch.inf).all()
-    assert y[:, torch.arange(16) != row].isfinite().all()
+    if transposed:
+        assert (y == torch.inf).all()
+    else:
+        assert (y[:, row] == torch.inf).all()
+        assert y[:, torch.arange(16) != row].isfinite().all()
 
 
 PLANTED_IN = [
@@ -134,25 +152,33 @@ PLANTED_IN = [
     (SPLIT[0], 3),
     (LinearProblem(9, 37, 2 * GROUP, dtype=BF16, bias=torch.float32), 2),
     (LinearProblem(1, 8, 12 * GROUP, dtype=BF16), 1),
+    (PROBLEMS[7], 1),
+    (LinearProblem(20, 72, 5 * STEP, dtype=BF16, r=40, blocksize=128, transposed=True), 1),
 ]
-BLOCK = "(first_block[i] + min(step + t, steps - 1)) >> blocks_shift"
-SHUFFLE = "__shfl_sync(kWholeWarp, absmax[1], stage, 4)"
+BLOCK = "(first_block_[i] + min(step + t_, steps_ - 1)) >> shift_"
+BLOCK_OF_COLUMNS = "(int(blockIdx.x) * kWgmmaRows + warp * 16) / kWgmmaBlockK"
+LAST_ROW = "min(int(blockIdx.x) * kWgmmaRows + output(warp, lane, i), p.N - 1)"
+SHUFFLE = "__shfl_sync(kWholeWarp, absmax_[1], stage, 4)"
 WAIT = "ptx::barrier_wait(shared.full(stage), step / kWgmmaStages % 2);"
-COPY = "ptx::copy_tile(shared_.packed[stage], &p_.packed_map, k0 / 2, int(blockIdx.x) * kWgmmaRows, full);"
+COPY = "TRANSPOSED ? k0 : n0"
 ARRIVALS = "ptx::barrier_init(shared_.empty(stage), kWgmmaWarps);"
 FAULTS = [
-    Fault("the byte of a lane", "0x5504 | t << 4", "0x5504 | (t ^ 1) << 4", 0),
-    Fault("the codes of a byte", "__fmul_rn(pair.x, scale[i])", "__fmul_rn(pair.y, scale[i])", 0),
+    Fault("the byte of a lane", "0x5504 | byte << 4", "0x5504 | (byte ^ 1) << 4", 0),
+    Fault("the codes of a byte", "__fmul_rn(pair.x, scale_[i])", "__fmul_rn(pair.y, scale_[i])", 0),
     Fault("the place of a packed row", "(row / 4 % 2) * 16", "0 * 16", 0),
-    Fault("the second half of a packed row", "chunk ^ half * 16", "chunk ^ 0 * half", 0),
+    Fault("the second half of a packed row", "piece_ ^ half * 16", "piece_ ^ 0 * half", 0),
     Fault("the register of a word", "j % 2 * 2 + i", "j % 2 + 2 * i", 0),
     Fault("the absmax of a step", SHUFFLE, SHUFFLE.replace("stage", "0"), 0),
-    Fault("the constants of later groups", "load_constants(step + kWgmmaStages);", "load_constants(0);", 0),
-    Fault("the block of a step", BLOCK, BLOCK.replace("blocks_shift", "0"), 3),
-    Fault("the first step of a part", "n[1] * steps_of_row + first_step", "n[1] * steps_of_row", 4),
+    Fault("the constants of later groups", "load(step + kWgmmaStages);", "load(0);", 0),
+    Fault("the block of a step", BLOCK, BLOCK.replace("shift_", "0"), 3),
+    Fault(
+        "the first step of a part",
+        "n * uint32_t(p.K / kWgmmaBlockK) + first_step",
+        "n * uint32_t(p.K / kWgmmaBlockK)",
+        4,
+    ),
     Fault("the x of a part", "int(blockIdx.z) * p_.steps_per_split + step", "step", 4),
-    Fault("the packed rows of a block", COPY, COPY.replace("int(blockIdx.x)", "0"), 3),
-    Fault("the last row of w", "min(n0 + row + 8, p.N - 1)", "n0 + row", 1),
+    Fault("the packed rows of a block", COPY, COPY.replace("k0 : n0", "k0 : 0"), 3),
     Fault("the tile of x of a stage", "first_tile + stage * kTile", "first_tile", 0),
     Fault("the steps of 16", "tile + 2 * step", "tile", 0),
     Fault("the scaling", "sum[i] *= p.scaling;", "", 1),
@@ -174,17 +200,27 @@ FAULTS = [
     Fault("the wait for the previous products", "ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();", 0),
     Fault("the wait for LoRA's products", "ptx::wgmma_wait<0>();\n        __syncthreads();", "__syncthreads();", 1),
     Fault("the wait for the last products", "ptx::wgmma_wait<0>();  // the last", "", 0),
-    Fault("the row of a sum", "row + i / 2 % 2 * 8", "row + i / 2 % 2 * 4", 0),
+    Fault("the row of a sum", "output[i / 2 % 2]", "output[0]", 0),
+    Fault("the columns of a byte", "warp * 16 + lane / 4 * 2 + i", "warp * 16 + lane / 4 + i * 8", 7),
+    Fault("the byte of a column", "lane / 4 % 4", "lane % 4", 7),
+    Fault("the word of a column", "lane / 16 * 4", "0 * lane", 7),
+    Fault("the place of a packed piece", "(warp / 2 ^ t) * 16", "warp / 2 * 16", 7),
+    Fault("the row of a packed word", "(i * 8 + j) * kColumnBytes", "i * 8 * kColumnBytes", 7),
+    Fault("the absmax of the second half", "absmax_[i / 4]", "absmax_[0]", 7),
+    Fault("the absmax of a row", "i % 4 * 8 + threadIdx.x % 4 * 2 + j", "i % 4 * 8 + threadIdx.x % 4 * 2", 7),
+    Fault("the constants of the next stage", "load(step + 1);", "load(step);", 7),
+    Fault("the blocks of the columns", BLOCK_OF_COLUMNS, "0", 8),
+    Fault("the columns of lora_A", "min(n0 + output[1], p.gemm_n - 1)", "min(n0 + output[0], p.gemm_n - 1)", 8),
     Fault("no bias", "value[k] += bias[k];", "", 0),
     Fault("the place of a part", "int64_t(blockIdx.z) * p.M * p.gemm_n + offset", "offset", 4),
     Fault("the last part", "part < splits", "part < splits - 1", 4),
     Fault("the bias of every part", "p.bias.data && !p.partial", "p.bias.data != nullptr", 5),
 ]
-"""Faults in the kernel, in wgmma_stages.cuh and in split_sums.cuh; case: in PLANTED_IN."""
+"""Faults in the kernel, in wgmma_stages.cuh, wgmma_weights.cuh and split_sums.cuh; case: in PLANTED_IN."""
 
 FEW_KERNELS = {
     "launch_wgmma<T>(problem": "launch_wgmma<__nv_bfloat16>(problem",
-    "launch_wgmma_tile<T, 256>": "launch_wgmma_tile<T, 128>",
+    "launch_wgmma_tile<T, 256, Weights>": "launch_wgmma_tile<T, 128, Weights>",
 }
 """Leaves the kernels that the test runs, because compiling takes most of its time."""
 
@@ -197,23 +233,35 @@ def check_planted(tested: cuda_host.Library, case: int) -> None:
 
 
 planted, test_checks_pass_without_a_fault, test_planted_fault_is_detected = planted_tests(
-    "linear_nf4_wgmma", FAULTS, check_planted, FEW_KERNELS, ["wgmma_stages.cuh", "split_sums.cuh"]
+    "linear_nf4_wgmma", FAULTS, check_planted, FEW_KERNELS, ["wgmma_weights.cuh", "wgmma_stages.cuh", "split_sums.cuh"]
 )
 
 
-@pytest.mark.parametrize("barrier", ["__syncwarp();", "__syncthreads();  // all warps have left the tile"])
-def test_a_missing_barrier_is_a_race(barrier: str, tmp_path: Path) -> None:
+IN_A_TILE_OF_64 = FEW_KERNELS | {"launch_wgmma_tile<T, 128, Weights>": "launch_wgmma_tile<T, 64, Weights>"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "right", "wrong", "report"),
+    [
+        ("tsan", "__syncwarp();", "", "data race"),
+        ("tsan", "__syncthreads();  // all warps have left the tile", "", "data race"),
+        ("asan", LAST_ROW, LAST_ROW.replace("min(", "(").replace(", p.N - 1)", ")"), "AddressSanitizer"),
+    ],
+    ids=["the lanes of a warp", "the tile of lora_left", "rows past the end"],
+)
+def test_planted_fault_is_reported(mode: str, right: str, wrong: str, report: str, tmp_path: Path) -> None:
+    """Missing barriers, and a read past the end, which sanitizers see."""
     path = source("linear_nf4_wgmma")[0]
-    text = path.read_text()
-    for old, new in {**FEW_KERNELS, "launch_wgmma_tile<T, 128>": "launch_wgmma_tile<T, 64>", barrier: ""}.items():
-        assert old in text, f"bring the test up to date: {old}"
-        text = text.replace(old, new)
-    mutated = tmp_path / path.name
-    mutated.write_text(text)
-    tested = cuda_host.build([mutated], "tsan", include=[path.parent])
+    for file in (path, path.with_name("wgmma_weights.cuh")):
+        text = file.read_text()
+        for old, new in (*IN_A_TILE_OF_64.items(), (right, wrong)):
+            text = text.replace(old, new)
+        (tmp_path / file.name).write_text(text)
+    assert sum(right in file.read_text() for file in (path, path.with_name("wgmma_weights.cuh"))) == 1
+    tested = cuda_host.build([tmp_path / path.name], mode, include=[path.parent])
     try:
-        with pytest.raises(cuda_host.SanitizerReport, match="data race"):
-            run("tsan", LinearProblem(1, 8, LONG, dtype=BF16, r=200), tested=tested)
+        with pytest.raises(cuda_host.SanitizerReport, match=report):
+            run(mode, LinearProblem(1, 8, LONG, dtype=BF16, r=200), tested=tested)
     finally:
         tested.close()
 
@@ -232,7 +280,7 @@ def test_split_count_fills_gpu(M: int, N: int, K: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"K": 96}, {"transposed": True}, {"r": 4}, {"dtype": torch.float32}, {"blocksize": 32}], ids=str
+    "change", [{"K": 96}, {"N": 12, "transposed": True}, {"r": 4}, {"dtype": torch.float32}, {"blocksize": 32}], ids=str
 )
 def test_unsupported_problems_are_refused(change: dict) -> None:  # type: ignore[type-arg]
     problem = replace(LinearProblem(2, 16, 64, dtype=BF16), **change)

@@ -135,7 +135,7 @@ def test_wgmma_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert [kernel(M, 90) for M in rows] == [routing.WGMMA] * 5 + [routing.DECODE]
     plan = routing.route(problem(256), 90)
     assert str(plan) == "linear_nf4_wgmma.cu [block_m=256 block_n=128 block_k=64]: QLORA_CUDA_WGMMA=1"
-    assert kernel(256, 90, op="linear_nf4_lora_backward") == routing.DECODE
+    assert kernel(256, 90, op="linear_nf4_lora_backward") == routing.WGMMA
     monkeypatch.setattr(routing, "_pairs", True)
     assert [kernel(M, 90) for M in (64, 65)] == [routing.PAIRS, routing.WGMMA], "QLORA_CUDA_PAIRS=1 comes first"
 
@@ -146,7 +146,11 @@ def test_wgmma_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({}, 80, "the GPU is sm_80, not sm_90"),
         ({}, 100, "the GPU is sm_100, not sm_90"),
-        ({"op": "linear_nf4_grad_x"}, 90, "it has no transposed product"),
+        (
+            {"op": "linear_nf4_grad_x", "N": 4092},
+            90,
+            "N=4092 is not a multiple of 8, the elements of one 16-byte load of grad_y",
+        ),
         ({"dtype": torch.float32}, 90, "x is float32"),
         ({"M": 2048}, 90, "M=2048 > 1024"),
         ({"blocksize": 32}, 90, "blocksize 32 is less than 64"),

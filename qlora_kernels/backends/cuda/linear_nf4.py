@@ -118,7 +118,7 @@ def linear_nf4_lora_group_backward(
         return grad_x, grad_A, grads_B
     grad_x = _lora_grad_x(grad_ys[0], weights[0], ds, lora)
     for grad_y, weight in zip(grad_ys[1:], weights[1:], strict=True):
-        if _grad_x_is_fused(grad_y, weight):
+        if not runs_decoded("linear_nf4_grad_x", grad_y, weight):
             grad_x += _grad_x(grad_y, weight, None, None)
         else:
             grad_x.addmm_(grad_y, _dequantized(weight, grad_y))
@@ -178,15 +178,12 @@ def _lora_grad_x(grad_y: Tensor, weight: Weight, ds: Tensor, lora: LoRA | GroupL
 
 def _grad_x(grad_y: Tensor, weight: Weight, ds: Tensor | None, lora_A: Tensor | None) -> Tensor:
     """Return grad_y W + ds A, with lora_A in grad_y's dtype."""
-    if _grad_x_is_fused(grad_y, weight):
+    kernel = route(_problem("linear_nf4_grad_x", grad_y, weight), _capability(grad_y.device)).kernel
+    if kernel != DECODE:
         lora_right = None if lora_A is None else lora_A.T
-        return _gemm(grad_y, weight, None, ds, lora_right, 1.0, transposed=True)
+        return _gemm(grad_y, weight, None, ds, lora_right, 1.0, transposed=True, by_wgmma=kernel == WGMMA)
     grad_x = grad_y @ _dequantized(weight, grad_y)
     return grad_x if ds is None or lora_A is None else grad_x.addmm_(ds, lora_A)
-
-
-def _grad_x_is_fused(grad_y: Tensor, weight: Weight) -> bool:
-    return route(_problem("linear_nf4_grad_x", grad_y, weight), _capability(grad_y.device)).kernel == GEMM
 
 
 def runs_decoded(op: str, rows: Tensor, weight: Weight) -> bool:
@@ -212,7 +209,7 @@ def _gemm(
 ) -> Tensor:
     """Return x W^T (x W if transposed) + bias + scaling * lora_left lora_right^T, with the factors in x's dtype.
 
-    by_wgmma: by linear_nf4_wgmma.cu instead of linear_nf4_gemm.cu; not transposed.
+    by_wgmma: by linear_nf4_wgmma.cu instead of linear_nf4_gemm.cu.
     """
     M, gemm_k = x.shape
     gemm_n = weight.K if transposed else weight.N
@@ -222,10 +219,8 @@ def _gemm(
     partial = x.new_empty(splits, M, gemm_n, dtype=torch.float32) if splits > 1 else None
     lora = (_padded_rank(lora_left), _padded_rank(lora_right))
     operands = (aligned(x), aligned(weight.packed), *weight.constants, bias)
-    if by_wgmma:
-        _C.cuda_linear_nf4_wgmma(*operands, *lora, scaling, weight.blocksize, partial, y)
-    else:
-        _C.cuda_linear_nf4_gemm(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
+    product = _C.cuda_linear_nf4_wgmma if by_wgmma else _C.cuda_linear_nf4_gemm
+    product(*operands, *lora, scaling, weight.blocksize, transposed, partial, y)
     return y
 
 

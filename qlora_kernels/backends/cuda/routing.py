@@ -196,7 +196,7 @@ def _route(problem: Problem, capability: int, pairs: bool | None, wgmma: bool | 
         return _route_by_table(problem, capability, pairs)
     if pairs and pairs_obstacle(problem) is None and obstacle(problem) is None:
         return _route_by_table(problem, capability, pairs)
-    reason = wgmma_obstacle(problem, capability)
+    reason = obstacle(problem) or wgmma_obstacle(problem, capability)
     if reason is None:
         return KernelPlan(WGMMA, wgmma_tile(problem.M), f"{WGMMA_ENVIRONMENT}=1")
     chosen = _route_by_table(problem, capability, pairs)
@@ -269,8 +269,6 @@ def wgmma_obstacle(problem: Problem, capability: int) -> str | None:
     """Return why linear_nf4_wgmma.cu cannot run a base product on a GPU of this capability, or None if it can."""
     if capability != WGMMA_CAPABILITY:
         return f"the GPU is sm_{capability}, not sm_90"
-    if problem.op != "linear_nf4":
-        return "it has no transposed product"
     if problem.dtype == torch.float32:
         return "x is float32"
     if problem.M > MOST_WGMMA_ROWS:
