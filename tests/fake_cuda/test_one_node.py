@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,22 +30,25 @@ def projection(n: int, k: int, seed: int, device: str) -> Projection:
     return Projection(weight_of("gated_mlp", packed, state), None, LoRA(A, B, None, 0.5, 0.0))
 
 
-def results(device: str, compute: Callable[[Tensor, mlp_ops.GatedMLP], Tensor]) -> list[Tensor]:
-    """Return y and the gradients of x and of the six factors."""
+def results(device: str, compute: Callable[[Tensor, mlp_ops.GatedMLP], Tensor], *, freeze: bool) -> list[Tensor]:
+    """Return y and the gradients of x and of the six factors, or without lora_A of down if `freeze`."""
     gate, up, down = (projection(*shape, seed, device) for seed, shape in ((1, (N, K)), (4, (N, K)), (7, (K, N))))
     mlp = mlp_ops.GatedMLP(gate, up, down, "silu")
+    if freeze:
+        down.factors[0].requires_grad_(False)
     x = gaussian(M, K, seed=10, dtype=torch.bfloat16).to(device).requires_grad_()
     y = compute(x, mlp)
-    factors = [factor for each in (gate, up, down) for factor in each.factors if factor is not None]
+    factors = [factor for each in (gate, up, down) for factor in each.factors if factor.requires_grad]
     grads = torch.autograd.grad(y, [x, *factors], gaussian(M, K, seed=11, dtype=torch.bfloat16).to(device))
     return [each.detach().cpu() for each in (y, *grads)]
 
 
 def by_ops(x: Tensor, mlp: mlp_ops.GatedMLP) -> Tensor:
-    return mlp_ops._by_ops(mlp, x, None, *mlp.gate.factors, *mlp.up.factors, *mlp.down.factors)
+    return mlp.by_ops(x)
 
 
-def test_gated_mlp_has_the_bits_of_the_ops_and_the_values_of_the_cpu(device: FakeDevice) -> None:
+@pytest.mark.parametrize("freeze", [False, True], ids=["trained", "frozen lora_A"])
+def test_gated_mlp_has_the_bits_of_the_ops_and_the_values_of_the_cpu(device: FakeDevice, freeze: bool) -> None:
     nodes = []
 
     def as_node(x: Tensor, mlp: mlp_ops.GatedMLP) -> Tensor:
@@ -52,7 +56,8 @@ def test_gated_mlp_has_the_bits_of_the_ops_and_the_values_of_the_cpu(device: Fak
         nodes.append(type(y.grad_fn).__name__)
         return y
 
-    on_gpu, of_ops, on_cpu = results("cuda", as_node), results("cuda", by_ops), results("cpu", as_node)
+    calls = (("cuda", as_node), ("cuda", by_ops), ("cpu", as_node))
+    on_gpu, of_ops, on_cpu = (results(*call, freeze=freeze) for call in calls)
     assert nodes == ["GatedMLPFunctionBackward"] * 2
     assert all(torch.equal(a, b) for a, b in zip(on_gpu, of_ops, strict=True))
     for actual, expected in zip(on_gpu, on_cpu, strict=True):
