@@ -42,7 +42,8 @@ TINY_PATIENCE = 10.0
 class Step:
     """A module of this package, run as a process for at most `seconds`.
 
-    backend: the backend whose smoke step must have passed.
+    backend: the backend whose smoke step must have passed.   path: the one path that is run, of those that no default
+    takes; a kernel that ends the process then costs no row of the others.
     tool: a program that runs the step; the step is skipped if it is not on PATH.
     of_peer: whether the step runs another library. Its failure is written as a row and is not a failure of the check.
     """
@@ -52,11 +53,12 @@ class Step:
     seconds: float
     tool: tuple[str, ...] = ()
     of_peer: bool = False
+    path: str = ""
 
     @property
     def name(self) -> str:
         """Name of the step in rows and messages."""
-        return " ".join((*self.tool[:1], self.module, self.backend))
+        return " ".join(filter(None, (*self.tool[:1], self.module, self.backend, self.path)))
 
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool")
@@ -79,6 +81,8 @@ STEPS = (
     Step("training", "triton", 60),
     Step("paging", "cuda", 40),
     Step("peer_times", "cuda", 60, of_peer=True),
+    Step("compare", "cuda", 40, path="wgmma"),
+    Step("kernel_times", "cuda", 40, path="wgmma"),
     Step("smoke", "cuda", 40, PROFILER),
 )
 
@@ -89,7 +93,8 @@ def run_step(step: Step, arguments: argparse.Namespace, seconds: float, rows: Ro
     Returns its exit code, negative for a signal, or None if it ran too long.
     """
     command = [*step.tool, *PYTHON, f"bench.gpu_check.{step.module}", "--out", str(arguments.out)]
-    command += ["--backend", step.backend, *(["--tiny"] if arguments.tiny else [])]
+    command += ["--backend", step.backend, *(["--path", step.path] if step.path else [])]
+    command += ["--tiny"] if arguments.tiny else []
     log = arguments.out / f"{step.name.replace(' ', '_')}.log"
     started = time.monotonic()
     with log.open("ab") as file:

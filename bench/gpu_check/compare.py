@@ -2,7 +2,8 @@
 
 The codec is compared bit for bit. Products are compared by the largest difference over the largest value: both
 sides sum in another order and round a few times. tests/gpu has the exact bounds, for machines with pytest. Each path of
-the cuda backend is also forced, because the default choice on one GPU leaves some of them out.
+the cuda backend is also forced, because the default choice on one GPU leaves some of them out. With --path NAME, that
+path alone is compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qlora_kernels.ops.registry import Problem, kernels_of
 
 from . import rows as rows_module
 from .cases import CASES, TINY_SIZES, Sizes, cases_of, gaussian
+from .forced_paths import forced_paths
 from .rows import Rows, step_arguments
 
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 2.0**-16}
@@ -87,12 +89,15 @@ def check_case(rows: Rows, backend: str, name: str, dtype: torch.dtype, sizes: S
     return ok
 
 
-def check_forced_paths(rows: Rows, sizes: Sizes) -> bool:
-    """Compare the cases of FORCED for each path of the cuda backend that serves a linear of these sizes."""
+def check_forced_paths(rows: Rows, sizes: Sizes, only: str) -> bool:
+    """Compare the cases of FORCED for the paths of the cuda backend that serve a linear of these sizes.
+
+    only: the path that is compared; "" for all but those of routing.ON_REQUEST.
+    """
     problem = Problem("linear_nf4", "cuda", torch.bfloat16, sizes.M, sizes.N, sizes.K, 0, 64, True)
     ok = True
     capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
-    for path in routing.served_paths(problem, capability):
+    for path in forced_paths(problem, capability, only):
         with routing.use_path(path):
             for name in FORCED:
                 ok &= check_case(rows, "cuda", name, torch.bfloat16, sizes, path)
@@ -123,13 +128,14 @@ def main() -> int:
     """Run the step; 1 if any result is wrong."""
     arguments = step_arguments(__doc__)
     rows, backend, ok = Rows(arguments.out, "compare"), arguments.backend, True
-    for codec in codecs(arguments.tiny):
-        ok &= check_codec(rows, backend, *codec)
-    for comparison in comparisons(backend, arguments.tiny):
-        ok &= check_case(rows, backend, *comparison)
+    if not arguments.path:
+        for codec in codecs(arguments.tiny):
+            ok &= check_codec(rows, backend, *codec)
+        for comparison in comparisons(backend, arguments.tiny):
+            ok &= check_case(rows, backend, *comparison)
     if backend == "cuda":
         for sizes in (TINY_FORCED,) if arguments.tiny else (Sizes(M) for M in FORCED_ROWS):
-            ok &= check_forced_paths(rows, sizes)
+            ok &= check_forced_paths(rows, sizes, arguments.path)
     return 0 if ok else 1
 
 

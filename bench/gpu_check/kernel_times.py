@@ -1,6 +1,7 @@
 """Times step: the kernels of one backend by CUDA-graph replay, cold in L2; each path forced, beside a dense product.
 
-Writes DIR/sm_<capability>.json, in the form of qlora_kernels/ops/tuned, from the fastest rows of all backends so far.
+Writes DIR/sm_<capability>.json, in the form of qlora_kernels/ops/tuned, from the fastest rows of all backends so far
+whose path gave no wrong result. With --path NAME, that path alone is timed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qlora_kernels.ops.registry import Problem
 from .. import graphs
 from . import rows as rows_module
 from .cases import TINY_SIZES
+from .forced_paths import forced_paths, is_proved
 from .rows import Rows, read, step_arguments
 from .timed_sizes import ROWS, SHAPES
 
@@ -40,10 +42,13 @@ Forced = tuple[dict[str, Any], AbstractContextManager[None]]
 """Entry of the tuned file, and the context that forces it."""
 
 
-def paths(problem: Problem, backend: str, capability: int, best: int = BEST_PLANS) -> Iterator[Forced]:
-    """Yield each way of one backend that is timed; of Triton's plans, the `best` that the model ranks first."""
+def paths(problem: Problem, backend: str, capability: int, best: int = BEST_PLANS, only: str = "") -> Iterator[Forced]:
+    """Yield each way of one backend that is timed; of Triton's plans, the `best` that the model ranks first.
+
+    only: the path of the cuda backend that is timed, as in `forced_paths`.
+    """
     if backend == "cuda":
-        for path in routing.served_paths(problem, capability):
+        for path in forced_paths(problem, capability, only):
             yield {"backend": "cuda", "path": path}, routing.use_path(path)
         return
     arch = planner.arch_for(capability)
@@ -76,8 +81,12 @@ def measure_shape(
     samples: int = SAMPLES,
     best: int = BEST_PLANS,
     copies: int = MOST_COPIES,
+    only: str = "",
 ) -> None:
-    """Time all paths for one weight [N, K]. counts: numbers of rows.   copies: of the weight, so that L2 holds none."""
+    """Time all paths, or `only` one, for one weight [N, K].
+
+    counts: numbers of rows.   copies: of the weight, so that L2 holds none.
+    """
     N, K = shape
     capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
     w = torch.randn(N, K, device=rows_module.DEVICE, dtype=torch.bfloat16) / K**0.5
@@ -90,7 +99,7 @@ def measure_shape(
         problem = Problem("linear_nf4", "cuda", torch.bfloat16, M, N, K, 0, 64, True)
         seconds = graphs.median_seconds([partial(torch.mm, x, one.T) for one in dense], samples, flush)
         rows.add(backend="torch", path="dense", M=M, N=N, K=K, us=seconds * 1e6)
-        for entry, forced in paths(problem, backend, capability, best):
+        for entry, forced in paths(problem, backend, capability, best, only):
             with forced, qk.use_backend(backend):
                 calls = [partial(qk.linear_nf4, x, one, state) for one in weights]
                 seconds = graphs.median_seconds(calls, samples, flush)
@@ -109,16 +118,21 @@ def main() -> int:
     flush = graphs.flush_buffer(1 << 12) if tiny else graphs.flush_buffer()
     samples, copies = (1, 1) if tiny else (SAMPLES, MOST_COPIES)
     for shape in shapes(tiny):
-        measure_shape(rows, arguments.backend, shape, row_counts(tiny), flush, samples, best_plans(tiny), copies)
+        measure_shape(
+            rows, arguments.backend, shape, row_counts(tiny), flush, samples, best_plans(tiny), copies, arguments.path
+        )
     write_tuned(arguments.out, rows)
     return 0
 
 
 def write_tuned(folder: Any, rows: Rows) -> None:
-    """Write the fastest entries of all rows so far."""
+    """Write the fastest entries of all rows so far whose path is proved."""
     best: dict[str, tuple[float, dict[str, Any]]] = {}
-    for row in read(folder):
-        if "entry" in row and row["us"] < best.get(row["key"], (float("inf"), {}))[0]:
+    found = read(folder)
+    for row in found:
+        if "entry" not in row or (row["backend"] == "cuda" and not is_proved(row["path"], found)):
+            continue
+        if row["us"] < best.get(row["key"], (float("inf"), {}))[0]:
             best[row["key"]] = (row["us"], row["entry"])
     capability = planner.capability_of(torch.device("cuda", torch.cuda.current_device()))
     measured_on = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}

@@ -45,9 +45,10 @@ def read(folder: Path) -> list[Row]:
 
 
 def step_arguments(description: str | None) -> argparse.Namespace:
-    """Return the arguments of every step: --out DIR, --backend NAME, --tiny."""
+    """Return the arguments of every step: --out DIR, --backend NAME, --path NAME, --tiny."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
+    parser.add_argument("--path", default="", help="a path of routing.ON_REQUEST, which other steps leave out")
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: a rehearsal of the code")
     return parser.parse_args()

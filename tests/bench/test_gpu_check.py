@@ -21,6 +21,7 @@ import torch
 from bench import gpu_bundle
 from bench.gpu_check import __main__ as check
 from bench.gpu_check import claims, probe, rows
+from qlora_kernels.backends.cuda import routing
 
 STEP = """
 import os, signal, sys, time
@@ -191,6 +192,11 @@ def test_obstacles_name_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "has no numpy" in (probe.obstacle() or "")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "cannot import torch" in (probe.obstacle() or "")
+
+
+def test_paths_that_no_default_takes_have_steps_of_their_own() -> None:
+    steps = {(step.module, step.path) for step in check.STEPS if step.path}
+    assert steps == {(module, path) for path in routing.ON_REQUEST for module in ("compare", "kernel_times")}
 
 
 def test_limits_of_the_steps_are_reached_by_none_alone() -> None:

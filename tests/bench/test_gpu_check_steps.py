@@ -14,8 +14,11 @@ import torch
 
 from bench import graphs
 from bench.gpu_check import cases, compare, host_time, kernel_times, paging, peer_times, rows, training
+from bench.gpu_check.forced_paths import forced_paths
+from qlora_kernels.backends.cuda import routing
 from qlora_kernels.backends.triton import planner
-from qlora_kernels.ops.registry import kernels_of
+from qlora_kernels.ops import measured_plans
+from qlora_kernels.ops.registry import Problem, kernels_of
 
 SIZES = cases.Sizes(5, 64, 128, 8)
 
@@ -117,6 +120,40 @@ def test_kernel_times_write_the_fastest_entries(written: rows.Rows, monkeypatch:
         kernel_times.write_tuned(written.path.parent, written)
     (entry,) = json.loads((written.path.parent / "sm_90.json").read_text())["plans"].values()
     assert entry == {"backend": "cuda", "path": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("compared", "chosen"),
+    [
+        ([], "fused"),
+        ([("wgmma", True), ("wgmma", False)], "fused"),
+        ([("wgmma", True), ("fused", True)], "wgmma"),
+        ([("wgmma", False), ("fused", False)], "decode"),
+    ],
+    ids=["not compared", "wrong once", "right", "both wrong"],
+)
+def test_tuned_file_leaves_out_paths_with_wrong_results(
+    written: rows.Rows, compared: list[tuple[str, bool]], chosen: str
+) -> None:
+    """Times of a path count if all its comparisons were right, and those of wgmma only if there were some."""
+    comparisons = rows.Rows(written.path.parent, "compare")
+    for path, ok in compared:
+        comparisons.add(backend="cuda", path=path, ok=ok)
+    key = measured_plans.bucket(Problem("linear_nf4", "cuda", torch.bfloat16, 256, 4096, 4096, 0, 64, True))
+    for us, path in ((3.0, "decode"), (2.0, "fused"), (1.0, "wgmma")):
+        written.add(backend="cuda", path=path, us=us, key=key, entry={"backend": "cuda", "path": path})
+    with planner.assume_capability(90):
+        kernel_times.write_tuned(written.path.parent, written)
+    (entry,) = json.loads((written.path.parent / "sm_90.json").read_text())["plans"].values()
+    assert entry == {"backend": "cuda", "path": chosen}
+
+
+def test_paths_on_request_are_forced_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "holds_sm90a", lambda: True)
+    problem = Problem("linear_nf4", "cuda", torch.bfloat16, 256, 4096, 4096, 0, 64, True)
+    assert "wgmma" not in forced_paths(problem, 90, "")
+    assert forced_paths(problem, 90, "wgmma") == ["wgmma"]
+    assert forced_paths(problem, 80, "wgmma") == []
 
 
 def test_bundle_prepares_the_kernels_of_every_measuring_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,9 @@ PAIRS, WGMMA = "linear_nf4_pairs.cu", "linear_nf4_wgmma.cu"
 KERNELS = {"pairs": PAIRS, "small_m": SMALL_M, "fused": GEMM, "wgmma": WGMMA, "decode": DECODE}
 """Name of a path in tuned files -> name of its kernel."""
 
+ON_REQUEST = ("wgmma",)
+"""Paths that no default takes, because no GPU has run them. The GPU check runs them in steps of their own."""
+
 ENVIRONMENT = "QLORA_CUDA_PAIRS"
 """The environment variable that leaves linear_nf4_pairs.cu out ("0") or takes it wherever it can run ("1")."""
 
