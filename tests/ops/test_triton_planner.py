@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from qlora_kernels.backends.triton import planner
+from qlora_kernels.backends.triton import planner, proxy_fence
 from qlora_kernels.backends.triton.planner import (
     ARCHS,
     PATHS,
@@ -35,6 +35,49 @@ def test_small_batches_are_fused_and_large_ones_decoded(capability, op):
     assert paths[2:5] == ["fused"] * 3
     assert paths[-2:] == ["decode"] * 2
     assert paths == sorted(paths, key=PATHS.index), "one crossover each"
+
+
+@pytest.fixture
+def installed_triton(monkeypatch):
+    """Return a function that makes another version of Triton the installed one, for plans."""
+
+    def install(version):
+        monkeypatch.setattr(proxy_fence.metadata, "version", lambda _: version)
+        proxy_fence.missing_fence.cache_clear()
+        planner._plan.cache_clear()
+
+    yield install
+    proxy_fence.missing_fence.cache_clear()
+    planner._plan.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.0+git88b227e2"])
+@pytest.mark.parametrize("op", ["linear_nf4", "linear_nf4_grad_x"])
+def test_tritons_without_a_proxy_fence_run_no_fused_kernel_on_hopper_and_blackwell(installed_triton, op, version):
+    """The products of other GPUs are synchronous, and small_m has none."""
+    installed_triton(version)
+    for capability in (90, 100, 103):
+        paths = [plan(problem(M, op), capability).path for M in (1, 3, 16, 64, 8192)]
+        assert paths == ["small_m" if op == "linear_nf4" else "decode", *["decode"] * 4]
+        assert f"Triton {version} leaves out the fence" in planner.kernel_plan(problem(16, op), capability).reason
+    for capability in (80, 89, 120):
+        assert plan(problem(16, op), capability).path == "fused"
+
+
+def test_measured_plan_without_a_proxy_fence_is_not_used(installed_triton, monkeypatch):
+    measured = {measured_plans.bucket(problem(16)): Plan("fused", block_m=16)}
+    monkeypatch.setattr(planner, "tuned_plans", lambda capability: measured)
+    installed_triton("3.6.0")
+    assert plan(problem(16), 90).path == "decode"
+    installed_triton("3.7.1")
+    assert plan(problem(16), 90) == Plan("fused", block_m=16)
+
+
+@pytest.mark.parametrize("version", ["3.7.1", "3.7.1+git5d6048aa", "3.8.0", "3.10", "4.0.0"])
+def test_tritons_with_the_proxy_fence_are_not_limited(installed_triton, version):
+    installed_triton(version)
+    assert plan(problem(16), 90).path == "fused"
+    assert "fence" not in planner.kernel_plan(problem(8192), 90).reason
 
 
 def test_small_m_step_minimizes_padding():

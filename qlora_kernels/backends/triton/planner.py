@@ -21,6 +21,7 @@ from ...ops import extended_k, measured_plans
 from ...ops.operands import Weight
 from ...ops.registry import KernelPlan, Problem, planned_rows
 from ...rounding import cdiv, round_up
+from .proxy_fence import missing_fence
 
 PATHS = ("small_m", "fused", "decode")
 """small_m: decoded into FMAs without tensor cores; forward of one or two rows. fused: decoded inside the matmul.
@@ -228,11 +229,12 @@ def _plan(
     op: str, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, double_quant: bool, capability: int
 ) -> Plan:
     problem = Problem(op, "cuda", dtype, M, N, K, 0, blocksize, double_quant)
+    unserved = "fused" if missing_fence(capability) is not None else None
     tuned = tuned_plans(capability).get(measured_plans.bucket(problem))
-    if tuned is not None and (tuned.path == "decode" or not fused_obstacles(problem)):
+    if tuned is not None and tuned.path != unserved and (tuned.path == "decode" or not fused_obstacles(problem)):
         return tuned
-    arch = arch_for(capability)
-    return min(candidates(problem), key=lambda candidate: modelled_seconds(problem, candidate, arch))
+    arch, served = arch_for(capability), [each for each in candidates(problem) if each.path != unserved]
+    return min(served, key=lambda candidate: modelled_seconds(problem, candidate, arch))
 
 
 def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
@@ -243,7 +245,7 @@ def kernel_plan(problem: Problem, capability: int) -> KernelPlan:
     microseconds = 1e6 * modelled_seconds(problem, chosen, arch)
     reason = f"{source}, {microseconds:.1f} us, bound by {bound_of(problem, chosen, arch)}"
     if chosen.path == "decode":
-        obstacles = fused_obstacles(problem)
+        obstacles = [*fused_obstacles(problem), *filter(None, [missing_fence(capability)])]
         return KernelPlan("dequantize_nf4, then torch.matmul", {}, "; ".join([*obstacles, reason]))
     tile = {name: size for name, size in asdict(chosen).items() if name != "path"}
     return KernelPlan(f"{problem.op}_{chosen.path}", tile, reason)
