@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench.gpu_check import __main__ as check
 from bench.gpu_check import claims, rows
 from qlora_kernels.backends import cuda
+from qlora_kernels.backends.cuda.availability import holds_sm90a
 from tests.support import fake_cuda
 
 SCHEDULES = ("eager",)
@@ -66,3 +69,15 @@ def test_damaged_library_does_not_affect_the_other_backend(tmp_path: Path) -> No
     (state,) = [row["state"] for row in found if row["step"] == "smoke" and row.get("backend") == "cuda"]
     assert state.startswith("OSError: ")
     assert "failed: smoke cuda" in done.stdout
+
+
+@pytest.mark.skipif(not holds_sm90a(), reason="the library is built without sm_90a; build it by QLORA_CUDA_ARCHS=90a")
+def test_wgmma_kernel_is_compared_in_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "9.0")
+    steps = ("compare cuda", "compare cuda wgmma", "kernel_times cuda wgmma")
+    done, found = rehearse(tmp_path, "--seconds", "1200", "--only", *steps)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert all(results(found)[step]["ok"] for step in steps)
+    paths = [row["path"] for row in found if row["step"] == "compare" and "path" in row]
+    assert set(paths[: paths.index("wgmma")]) == {"pairs", "small_m", "fused", "decode"}
+    assert set(paths[paths.index("wgmma") :]) == {"wgmma"}
