@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from python.build_support.cuda import SM90A_SOURCES
@@ -28,11 +29,6 @@ DRIVER, RUNTIME, KERNELS = "libcuda.so.1", "libcudart.so.13", "libkernels.so"
 _HERE = Path(__file__).parent
 _SOURCES = _HERE / "src"
 _EMULATOR = _HERE.parent / "cuda_host"
-_KERNELS = tuple(
-    path
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if "__global__" in path.read_text() and (path.stem not in SM90A_SOURCES or holds_sm90a())
-)
 _COMMON = ("-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-shared")
 
 
@@ -40,22 +36,28 @@ def build() -> Path:
     """Return the folder with the three libraries, made if needed. Raises CompilerError."""
     if (missing := nvcc_missing()) is not None:
         raise FileNotFoundError(missing)
-    digest = hashlib.sha256(versions().encode())
-    inputs = [*_KERNELS, *(ROOT / "csrc" / "include").rglob("*.cuh"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
+    digest, kernels = hashlib.sha256(versions().encode()), _kernels()
+    inputs = [*kernels, *(ROOT / "csrc" / "include").rglob("*.cuh"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
     inputs += [path for folder in (_HERE, _EMULATOR) for path in folder.rglob("*") if path.suffix in _SUFFIXES]
     for path in sorted(inputs):
         digest.update(path.read_bytes())
-    return cached(f"fake_cuda-{digest.hexdigest()[:24]}", "", _make)
+    return cached(f"fake_cuda-{digest.hexdigest()[:24]}", "", partial(_make, kernels))
 
 
 _SUFFIXES = {".py", ".h", ".cpp", ".map"}
 
 
-def _make(folder: Path) -> None:
+def _kernels() -> list[Path]:
+    """Return the sources of the kernels that the project's library holds."""
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if "__global__" in path.read_text()]
+    return [path for path in sources if path.stem not in SM90A_SOURCES or holds_sm90a()]
+
+
+def _make(kernels: Sequence[Path], folder: Path) -> None:
     folder.mkdir()
     include, _ = cuda_includes()
     _libraries(folder, include)
-    objects, parameters = translated_kernels(_KERNELS)
+    objects, parameters = translated_kernels(kernels)
     _kernel_library(folder, folder, objects, parameters)
 
 
