@@ -1,4 +1,4 @@
-"""The paths of the cuda backend that a step forces."""
+"""The paths of the cuda backend that a step forces, and whether a path gave right results."""
 
 from __future__ import annotations
 
